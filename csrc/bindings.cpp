@@ -1,0 +1,120 @@
+// rft_fast._native: raw pointers, sizes and numbers in; no torch. The Python side (kernels/native.py) has checked
+// tensors and numbers; what could corrupt memory or is cheap to check is checked here again.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu.h"
+
+namespace py = pybind11;
+
+namespace rft {
+namespace {
+
+Isa find_isa(const std::string& name) {
+  if (name.empty()) return usable_isas().back();
+  std::string known;
+  for (const Isa& isa : usable_isas()) {
+    if (name == isa.name) return isa;
+    known += std::string(known.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::invalid_argument("native: instruction set '" + name + "' cannot run here; usable: " + known);
+}
+
+// Immutable after construction, hence safe to write from several threads.
+class Table {
+ public:
+  using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, int, int, int64_t, uint64_t>;
+
+  explicit Table(const std::vector<Entry>& entries) {
+    rows_.reserve(entries.size());
+    for (const auto& [out, zeroshot, finetuned, d_out, d0, d1, size, first_block] : entries) {
+      for (int dtype : {d_out, d0, d1}) {
+        if (dtype < kFloat32 || dtype > kFloat16) throw std::invalid_argument("native: unknown dtype code");
+      }
+      if (size < 0 || (size > 0 && !(out && zeroshot && finetuned))) {
+        throw std::invalid_argument("native: a row has a null pointer or a negative size");
+      }
+      rows_.push_back({(void*)out, (const void*)zeroshot, (const void*)finetuned, d_out, d0, d1, size, first_block});
+    }
+  }
+
+  void write(const Runs& runs, const Element& e, int threads, const std::string& isa) const {
+    for (const auto& run : runs) {
+      if (run.first < 0 || run.first > run.second || run.second > (int64_t)rows_.size()) {
+        throw std::invalid_argument("native: a run lies outside the table");
+      }
+    }
+    write_cpu(rows_, runs, e, threads, find_isa(isa));
+  }
+
+ private:
+  std::vector<Row> rows_;
+};
+
+Element make_element(int base, float k, int noise, float scale, bool adaptive, bool interpolated, bool masked,
+                     uint32_t threshold, bool fill_zeroshot, uint64_t seed, uint32_t draw) {
+  return {base,
+          k,
+          noise,
+          scale,
+          adaptive,
+          interpolated,
+          masked,
+          fill_zeroshot,
+          threshold,
+          (uint32_t)seed,
+          (uint32_t)(seed >> 32),
+          draw};
+}
+
+std::array<uint32_t, 4> philox_words(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key,
+                                     const std::string& isa) {
+  std::array<uint32_t, 4> words;
+  find_isa(isa).philox(counter.data(), key.data(), words.data());
+  return words;
+}
+
+py::array_t<float> noise_of_words(int kind, py::array_t<uint32_t, py::array::c_style> words, const std::string& isa) {
+  if (kind < kNormal || kind > kRademacher) throw std::invalid_argument("native: unknown noise code");
+  if (words.size() % kBlock) throw std::invalid_argument("native: words come in blocks of four");
+  py::array_t<float> out(words.size());
+  find_isa(isa).noise(kind, words.data(), words.size() / kBlock, out.mutable_data());
+  return out;
+}
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The kernels of rft_fast in C++, on raw pointers.";
+  m.attr("VERSION") = 1;  // as in kernels/native.py
+
+  py::class_<Element>(m, "Element")
+      .def(py::init(&make_element), py::kw_only(), py::arg("base"), py::arg("k"), py::arg("noise"), py::arg("scale"),
+           py::arg("adaptive"), py::arg("interpolated"), py::arg("masked"), py::arg("threshold"),
+           py::arg("fill_zeroshot"), py::arg("seed"), py::arg("draw"));
+
+  py::class_<Table>(m, "Table")
+      .def(py::init<const std::vector<Table::Entry>&>())
+      .def("write", &Table::write, py::arg("runs"), py::arg("element"), py::arg("threads"), py::arg("isa") = "",
+           py::call_guard<py::gil_scoped_release>());
+
+  m.def("philox", &philox_words, "One Philox4x32-10 block: counter and key to four words.", py::arg("counter"),
+        py::arg("key"), py::arg("isa") = "");
+  m.def("noise", &noise_of_words, "Words (uint32, four a block) to noise (float32).", py::arg("kind"), py::arg("words"),
+        py::arg("isa") = "");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa& isa : usable_isas()) names.emplace_back(isa.name);
+        return names;
+      },
+      "Instruction sets that this build has and this machine can run; the last one is used.");
+}
+
+}  // namespace
+}  // namespace rft

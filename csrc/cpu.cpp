@@ -1,0 +1,97 @@
+// The CPU side: which instruction sets this machine has, and the division of a write among threads.
+#include "cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <thread>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace rft {
+namespace {
+
+// Elements that a thread takes at a time: large enough that taking one costs nothing, small enough that threads
+// finish together. A multiple of kBlock.
+constexpr int64_t kPiece = 1 << 16;
+
+// Below this many elements a thread costs more than it saves (some 20 microseconds to start one).
+constexpr int64_t kThreadWorth = 1 << 16;
+
+struct Task {
+  const Row* row;
+  int64_t start, stop;
+};
+
+std::vector<Task> cut(const std::vector<Row>& rows, const Runs& runs) {
+  std::vector<Task> tasks;
+  for (const auto& run : runs) {
+    for (int64_t r = run.first; r < run.second; ++r) {
+      const Row& row = rows[r];
+      for (int64_t start = 0, stop; start < row.size; start = stop) {
+        stop = std::min(start + kPiece, row.size);
+        // Within a piece the high word of the block number stays the same.
+        const uint64_t block = row.first_block + start / kBlock;
+        const uint64_t left = (((block >> 32) + 1) << 32) - block;
+        if (left < (uint64_t)kPiece / kBlock) stop = std::min(stop, start + (int64_t)left * kBlock);
+        tasks.push_back({&row, start, stop});
+      }
+    }
+  }
+  return tasks;
+}
+
+// IEEE rounding with subnormals, whatever the calling thread has set (torch.set_flush_denormal).
+class IeeeMode {
+ public:
+#if defined(__SSE2__)
+  IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~IeeeMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace
+
+std::vector<Isa> usable_isas() {
+  std::vector<Isa> isas = {kBaseline};
+#if defined(RFT_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    isas.push_back(kAvx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) isas.push_back(kAvx512);
+  }
+#endif
+  return isas;
+}
+
+void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e, int threads, const Isa& isa) {
+  const std::vector<Task> tasks = cut(rows, runs);
+  int64_t elements = 0;
+  for (const Task& task : tasks) elements += task.stop - task.start;
+  const int64_t useful = std::min<int64_t>(elements / kThreadWorth, (int64_t)tasks.size());
+  const int helpers = (int)std::max<int64_t>(0, std::min<int64_t>(threads, useful) - 1);
+
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    const IeeeMode mode;
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
+      isa.piece(*tasks[i].row, tasks[i].start, tasks[i].stop, e);
+    }
+  };
+  std::vector<std::thread> pool;
+  try {
+    pool.reserve(helpers);
+    for (int i = 0; i < helpers; ++i) pool.emplace_back(work);
+  } catch (const std::exception&) {
+    // No more threads to be had: those that started, and this one, do all of it.
+  }
+  work();
+  for (std::thread& thread : pool) thread.join();
+}
+
+}  // namespace rft

@@ -1,0 +1,44 @@
+// What the CPU side offers to the bindings, and what its instruction-set builds offer to it.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "element.h"
+
+namespace rft {
+
+// One entry of a table, as contract.Row checked it.
+struct Row {
+  void* out;
+  const void* zeroshot;
+  const void* finetuned;
+  int out_dtype, zeroshot_dtype, finetuned_dtype;  // Dtype
+  int64_t size;                                    // elements
+  uint64_t first_block;                            // where the row's noise starts
+};
+
+using Runs = std::vector<std::pair<int64_t, int64_t>>;  // half-open ranges of rows
+
+// What one instruction set offers; all give the same bits.
+struct Isa {
+  const char* name;
+  // Writes elements [start, stop) of a row; start is a multiple of kBlock.
+  void (*piece)(const Row& row, int64_t start, int64_t stop, const Element& e);
+  // The two stages alone, for tests against known answers and float64: Philox, and `blocks` times four words to noise.
+  void (*philox)(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);
+  void (*noise)(int kind, const uint32_t* words, int64_t blocks, float* out);
+};
+
+extern const Isa kBaseline;
+#if defined(RFT_X86)
+extern const Isa kAvx2, kAvx512;
+#endif
+
+// The instruction sets of this build that this machine can run, the fastest last.
+std::vector<Isa> usable_isas();
+
+void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e, int threads, const Isa& isa);
+
+}  // namespace rft

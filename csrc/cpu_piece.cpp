@@ -1,0 +1,266 @@
+// Elements [start, stop) of one row, for one instruction set. Compiled once per set, each time with its own flags
+// and RFT_AVX512, RFT_AVX2 or neither; everything but its `Isa` is local, so that no function built for a newer set
+// can be linked into an older one's place.
+#include <cstring>
+
+#include "cpu.h"
+#include "cpu_lanes.h"
+
+namespace rft {
+namespace {
+
+// 16-bit types pass through float buffers of this many elements, which stay in the first-level cache.
+constexpr int64_t kTile = 1024;
+
+RFT_FN uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+RFT_FN float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+RFT_FN uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Half precision without hardware support, the same bits as with it.
+RFT_FN float from_float16(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) {  // infinity, or NaN (made quiet)
+    return float_of(sign | 0x7f800000u | ((rest & 0x3ffu) << 13) | (rest > 0x7c00u ? 0x400000u : 0u));
+  }
+  if (rest < 0x400u) return float_of(sign | bits_of((float)rest * 0x1p-24f));  // zero and subnormals
+  return float_of(sign | ((rest << 13) + (112u << 23)));
+}
+
+RFT_FN uint16_t to_float16(float x) {
+  const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | ((rest >> 13) & 0x3ffu));
+  if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);  // 65520 and beyond round to infinity
+  if (rest < 0x38800000u) {
+    // Below 2^-14: adding 1/2 leaves the subnormal's bits, rounded to nearest even, in the low mantissa.
+    return (uint16_t)(sign | (bits_of(float_of(rest) + 0.5f) - 0x3f000000u));
+  }
+  return (uint16_t)(sign | ((rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13));
+}
+
+void load(float* to, const void* from, int dtype, int64_t first, int64_t n) {
+  if (dtype == kFloat32) {
+    std::memcpy(to, (const char*)from + 4 * first, 4 * n);
+    return;
+  }
+  uint16_t half[kTile];
+  std::memcpy(half, (const char*)from + 2 * first, 2 * n);
+  if (dtype == kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_of((uint32_t)half[i] << 16);
+    return;
+  }
+  int64_t i = 0;
+#if defined(RFT_AVX512)
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(half + i))));
+#elif defined(RFT_AVX2)
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(half + i))));
+#endif
+  for (; i < n; ++i) to[i] = from_float16(half[i]);
+}
+
+void store(void* to, int dtype, int64_t first, const float* from, int64_t n) {
+  if (dtype == kFloat32) {
+    std::memcpy((char*)to + 4 * first, from, 4 * n);
+    return;
+  }
+  uint16_t half[kTile];
+  if (dtype == kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) half[i] = to_bfloat16(from[i]);
+  } else {
+    int64_t i = 0;
+#if defined(RFT_AVX512)
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256((__m256i*)(half + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+#elif defined(RFT_AVX2)
+    for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+    for (; i < n; ++i) half[i] = to_float16(from[i]);
+  }
+  std::memcpy((char*)to + 2 * first, half, 2 * n);
+}
+
+// n elements at a time go through three short loops: random words, noise from words, the formula. One long loop
+// would be bound by the latency of its dependent chain; several iterations of a short one are in flight at once.
+constexpr int kSteps = kTile / Lanes::kElements;
+
+// The words of `steps` steps from `block` on, as pairs of lanes in element order.
+void random_words(Lanes::I* first, Lanes::I* second, int steps, uint64_t block, uint32_t draw, uint32_t purpose,
+                  const Element& e) {
+  using L = Lanes;
+  const uint32_t high = (uint32_t)(block >> 32);  // the same for the whole piece, see cut()
+  const Keys<L> keys(e.key0, e.key1);
+  // Hides from the compiler that the keys are sums of two numbers: it would compute and broadcast all twenty
+  // again in every iteration instead of reading them as operands from the first-level cache.
+  asm volatile("" : : "r"(&keys) : "memory");
+  L::W blocks = L::blocks(block);
+  for (int s = 0; s < steps; ++s) {
+    const Words<L> x = philox<L>(blocks, high, draw, purpose, keys);
+    first[s] = L::pack(x.x0, x.x2);
+    second[s] = L::pack(x.x1, x.x3);
+    blocks = L::next_blocks(blocks);
+  }
+}
+
+template <int NOISE>
+void noise_tile(float* eps, int steps, uint64_t block, const Element& e) {
+  using L = Lanes;
+  L::I first[kSteps], second[kSteps];
+  random_words(first, second, steps, block, e.draw, kNoisePurpose, e);
+  for (int s = 0; s < steps; ++s) {
+    L::F a, b, low, high;
+    noise_pair<L, NOISE>(first[s], second[s], a, b);
+    L::interleave(a, b, low, high);
+    L::store(eps + s * L::kElements, low);
+    L::store(eps + s * L::kElements + L::kElements / 2, high);
+  }
+}
+
+// All ones where a weight is kept, else zero.
+void mask_tile(float* kept, int steps, uint64_t block, const Element& e) {
+  using L = Lanes;
+  L::I first[kSteps], second[kSteps];
+  random_words(first, second, steps, block, 0, kMaskPurpose, e);
+  // Unsigned comparison by flipping the top bit of both sides.
+  const int32_t threshold = (int32_t)(e.threshold ^ 0x80000000u);
+  for (int s = 0; s < steps; ++s) {
+    L::F low, high;
+    L::interleave(L::as_float((first[s] ^ INT32_MIN) < threshold), L::as_float((second[s] ^ INT32_MIN) < threshold),
+                  low, high);
+    L::store(kept + s * L::kElements, low);
+    L::store(kept + s * L::kElements + L::kElements / 2, high);
+  }
+}
+
+// n is a multiple of the lanes; eps and kept are read only where they are used.
+template <bool NOISY, bool MASKED>
+void formula(float* out, const float* w0, const float* w1, const float* eps, const float* kept, int64_t n,
+             const Element& given) {
+  using L = Lanes;
+  const Element e = given;  // a local copy, which the stores below cannot alias
+  constexpr int kLanes = L::kElements / 2;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const L::F noise = NOISY ? L::load(eps + i) : L::F{};
+    const L::I keep = MASKED ? L::as_int(L::load(kept + i)) : L::I{};
+    L::store(out + i, element<L, NOISY, MASKED>(e, L::load(w0 + i), L::load(w1 + i), noise, keep));
+  }
+}
+
+// Any n elements of float32 whose first lies at `block`.
+template <int NOISE, bool MASKED>
+void span(float* out, const float* w0, const float* w1, int64_t n, uint64_t block, const Element& e) {
+  using L = Lanes;
+  constexpr int64_t kLanes = L::kElements / 2;
+  float eps[kTile], kept[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t m = n - i < kTile ? n - i : kTile, whole = m / kLanes * kLanes;
+    const int steps = (int)((m + L::kElements - 1) / L::kElements);
+    if (NOISE != kNoNoise) noise_tile<NOISE>(eps, steps, block + i / kBlock, e);
+    if (MASKED) mask_tile(kept, steps, block + i / kBlock, e);
+    formula<NOISE != kNoNoise, MASKED>(out + i, w0 + i, w1 + i, eps, kept, whole, e);
+    if (const int64_t tail = m - whole) {
+      float a[kLanes] = {}, b[kLanes] = {}, c[kLanes];
+      std::memcpy(a, w0 + i + whole, sizeof(float) * tail);
+      std::memcpy(b, w1 + i + whole, sizeof(float) * tail);
+      formula<NOISE != kNoNoise, MASKED>(c, a, b, eps + whole, kept + whole, kLanes, e);
+      std::memcpy(out + i + whole, c, sizeof(float) * tail);
+    }
+  }
+}
+
+using Span = void (*)(float*, const float*, const float*, int64_t, uint64_t, const Element&);
+
+template <int NOISE>
+Span pick_span(bool masked) {
+  return masked ? span<NOISE, true> : span<NOISE, false>;
+}
+
+Span pick_span(const Element& e) {
+  switch (e.noise) {
+    case kNormal: return pick_span<kNormal>(e.masked);
+    case kUniform: return pick_span<kUniform>(e.masked);
+    case kRademacher: return pick_span<kRademacher>(e.masked);
+    default: return pick_span<kNoNoise>(e.masked);
+  }
+}
+
+void piece(const Row& row, int64_t start, int64_t stop, const Element& e) {
+  const Span span = pick_span(e);
+  // An end that is not needed is not read: its lanes load what is in the cache anyway.
+  const bool use0 = e.needs_zeroshot(), use1 = e.needs_finetuned();
+  const void* p0 = use0 ? row.zeroshot : row.finetuned;
+  const void* p1 = use1 ? row.finetuned : row.zeroshot;
+  const int d0 = use0 ? row.zeroshot_dtype : row.finetuned_dtype;
+  const int d1 = use1 ? row.finetuned_dtype : row.zeroshot_dtype;
+  const uint64_t block = row.first_block + start / kBlock;
+  if (d0 == kFloat32 && d1 == kFloat32 && row.out_dtype == kFloat32) {
+    span((float*)row.out + start, (const float*)p0 + start, (const float*)p1 + start, stop - start, block, e);
+    return;
+  }
+  float w0[kTile], w1[kTile], out[kTile];
+  for (int64_t i = start; i < stop; i += kTile) {
+    const int64_t n = stop - i < kTile ? stop - i : kTile;
+    load(w0, p0, d0, i, n);
+    load(w1, p1, d1, i, n);
+    span(out, w0, w1, n, block + (i - start) / kBlock, e);
+    store(row.out, row.out_dtype, i, out, n);
+  }
+}
+
+void philox_once(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]) {
+  using L = Lanes;
+  const Keys<L> keys(key[0], key[1]);
+  const Words<L> x = philox<L>(L::word(counter[0]), counter[1], counter[2], counter[3], keys);
+  words[0] = (uint32_t)x.x0.a[0], words[1] = (uint32_t)x.x1.a[0];
+  words[2] = (uint32_t)x.x2.a[0], words[3] = (uint32_t)x.x3.a[0];
+}
+
+template <int NOISE>
+void noise_from_words(const uint32_t* words, int64_t blocks, float* out) {
+  using L = Lanes;
+  constexpr int kVector = L::kVector;
+  for (int64_t i = 0; i < 2 * blocks; i += 2 * kVector) {
+    float xa[2 * kVector] = {}, xb[2 * kVector] = {};
+    const int64_t n = 2 * blocks - i < 2 * kVector ? 2 * blocks - i : 2 * kVector;
+    for (int64_t j = 0; j < n; ++j) {
+      xa[j] = float_of(words[2 * (i + j)]), xb[j] = float_of(words[2 * (i + j) + 1]);
+    }
+    L::F a, b;
+    noise_pair<L, NOISE>(L::as_int(L::load(xa)), L::as_int(L::load(xb)), a, b);
+    L::store(xa, a), L::store(xb, b);
+    for (int64_t j = 0; j < n; ++j) out[2 * (i + j)] = xa[j], out[2 * (i + j) + 1] = xb[j];
+  }
+}
+
+void noise(int kind, const uint32_t* words, int64_t blocks, float* out) {
+  switch (kind) {
+    case kNormal: return noise_from_words<kNormal>(words, blocks, out);
+    case kUniform: return noise_from_words<kUniform>(words, blocks, out);
+    default: return noise_from_words<kRademacher>(words, blocks, out);
+  }
+}
+
+}  // namespace
+
+#if defined(RFT_AVX512)
+extern const Isa kAvx512 = {"avx512", piece, philox_once, noise};
+#elif defined(RFT_AVX2)
+extern const Isa kAvx2 = {"avx2", piece, philox_once, noise};
+#else
+extern const Isa kBaseline = {"baseline", piece, philox_once, noise};
+#endif
+
+}  // namespace rft

@@ -1,0 +1,59 @@
+"""``python -m rft_fast.env``: versions, and which backends work here and why the others do not."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+import rft_fast
+from rft_fast.kernels import native
+from rft_fast.kernels.registry import BACKENDS
+
+PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "numpy", "pandas", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it stands on; "not installed" where missing."""
+    found = {"rft_fast": rft_fast.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every CUDA device that torch sees."""
+    return [
+        torch.device("cpu"),
+        *(torch.device("cuda", index) for index in range(torch.cuda.device_count())),
+    ]
+
+
+def report() -> str:
+    lines = [f"{name:<16} {version}" for name, version in versions().items()]
+    lines += [
+        f"{'platform':<16} {platform.platform()}",
+        f"{'torch CUDA':<16} {torch.version.cuda or 'not in this build of torch'}",
+        f"{'threads':<16} {torch.get_num_threads()}",
+    ]
+    if isas := native.isas():
+        lines.append(f"{'CPU kernels':<16} {isas[-1]} (usable: {', '.join(isas)})")
+    for device in devices():
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        lines.append(f"\nbackends on {device}{name}, in the order in which impl='auto' takes them:")
+        for backend in BACKENDS.values():
+            reason = backend.why_not(device)
+            lines.append(
+                f"  {backend.name:<10} " + ("works" if reason is None else f"no: {reason}")
+            )
+    if len(devices()) == 1:
+        lines.append("\nno CUDA device: torch.cuda.is_available() is False")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

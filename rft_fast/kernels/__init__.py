@@ -1,0 +1,21 @@
+"""Fused in-place interpolation, perturbation and masking. Knows tensors, not models."""
+
+from rft_fast.kernels.contract import Write
+from rft_fast.kernels.plan import (
+    Plan,
+    interpolate_,
+    keep_mask_like,
+    noise_like,
+    perturb_,
+    write_,
+)
+
+__all__ = [
+    "Plan",
+    "Write",
+    "interpolate_",
+    "keep_mask_like",
+    "noise_like",
+    "perturb_",
+    "write_",
+]

@@ -1,0 +1,277 @@
+"""The kernel contract: what one write means, and which requests are refused.
+
+Every backend computes, for each element, in float32 whatever the storage types::
+
+    w1  = finetuned if kept else fill              kept: mask word < round(keep * 2**32)
+    on = finetuned:     w1 += (sign * rho) * (|w1| or 1) * eps ;  out = lerp(w0, w1, alpha)
+    on = interpolated:  v = lerp(w0, w1, alpha) ;  out = v + (sign * rho) * (|v| or 1) * eps
+
+and nothing else. ``Write`` holds the numbers of one such request, ``Row`` the three tensors of
+one table entry; both are complete and consistent once they exist, so backends check nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ON = ("finetuned", "interpolated")
+FILL = ("zero", "zeroshot")
+NOISE = ("normal", "uniform", "rademacher")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The last word of the Philox counter: noise and mask never share a random bit.
+PURPOSE_NOISE = 0
+PURPOSE_MASK = 1
+
+# One Philox block of four words serves four consecutive elements.
+BLOCK = 4
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def _choice(name: str, value: object, offered: Sequence[str]) -> None:
+    if value not in offered:
+        raise ValueError(f"write: {name} must be one of {', '.join(offered)}; got {value!r}")
+
+
+def _whole(name: str, value: object, bits: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(
+            f"write: {name} must be an integer; got {value!r} of type {type(value).__name__}"
+        )
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"write: {name} must lie in [0, 2**{bits}); got {value}")
+    return int(value)
+
+
+def _finite(name: str, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"write: {name} must be a number; got {value!r} of type {type(value).__name__}"
+        ) from None
+    # Beyond float32 the kernels would compute with infinity.
+    if not abs(number) <= FLOAT32_MAX:
+        raise ValueError(f"write: {name} must be finite in float32; got {number}")
+    return number
+
+
+@dataclass(frozen=True)
+class Write:
+    """The numbers of one write, validated.
+
+    alpha: position on the path, any finite number (0 zero-shot, 1 fine-tuned; beyond extrapolates).
+    rho: noise scale, >= 0; 0 adds no noise at all. sign: +1 or -1 (antithetic pairs).
+    on: which weights are perturbed. adaptive: noise scaled by the weight's magnitude.
+    keep: probability in [0, 1] that a fine-tuned weight survives the mask; fill: what replaces it.
+    seed: 64 bits, key of the generator. draw: 32 bits, number of the noise draw; the mask of a
+    seed is the same for every draw.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    alpha: float
+    rho: float = 0.0
+    on: str = "finetuned"
+    keep: float = 1.0
+    fill: str = "zero"
+    noise: str = "normal"
+    adaptive: bool = True
+    seed: int = 0
+    draw: int = 0
+    sign: int = 1
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "alpha", _finite("alpha", self.alpha))
+        put(self, "rho", _finite("rho", self.rho))
+        put(self, "keep", _finite("keep", self.keep))
+        if self.rho < 0:
+            raise ValueError(
+                f"write: rho must be >= 0; got {self.rho} (for the opposite draw pass sign=-1)"
+            )
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"write: keep is a probability in [0, 1]; got {self.keep}")
+        _choice("on", self.on, ON)
+        _choice("fill", self.fill, FILL)
+        _choice("noise", self.noise, NOISE)
+        if not isinstance(self.adaptive, (bool, np.bool_)):
+            raise TypeError(f"write: adaptive must be True or False; got {self.adaptive!r}")
+        put(self, "seed", _whole("seed", self.seed, 64))
+        put(self, "draw", _whole("draw", self.draw, 32))
+        if self.sign not in (1, -1):
+            raise ValueError(f"write: sign must be +1 or -1; got {self.sign!r}")
+
+    # What follows is derived once, here, so that all backends start from the same float32 numbers.
+
+    @cached_property
+    def noisy(self) -> bool:
+        """Whether any noise reaches the output (at alpha=0 noise on the fine-tuned end does not)."""
+        return self.rho > 0 and not (self.on == "finetuned" and self.alpha == 0)
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether any weight can be masked."""
+        return self.threshold < 2**32 and self.alpha != 0
+
+    @cached_property
+    def threshold(self) -> int:
+        """A weight is kept when its mask word is below this (2**32: always)."""
+        return round(self.keep * 2**32)
+
+    @cached_property
+    def scale(self) -> float:
+        """sign * rho, rounded to float32."""
+        return float(np.float32(self.sign * self.rho))
+
+    @cached_property
+    def lerp(self) -> tuple[int, float]:
+        """(base, k) of ``lerp(w0, w1) = base + (w1 - w0) * k``, k rounded to float32.
+
+        base 0: w0, with k = alpha (alpha < 1/2); base 1: w1, with k = alpha - 1. As torch.lerp does, the
+        nearer end is the base, which makes both ends exact; k = 0 means "the base's bits".
+        """
+        if self.alpha < 0.5:
+            return 0, float(np.float32(self.alpha))
+        return 1, float(np.float32(self.alpha - 1.0))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a table: three tensors of equal size, and where the row's noise starts."""
+
+    out: Tensor
+    zeroshot: Tensor
+    finetuned: Tensor
+    first_block: int
+    name: str
+
+    @property
+    def size(self) -> int:
+        return self.out.numel()
+
+
+def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One tensor or a sequence of tensors, as a list. Raises TypeError for anything else."""
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for index, tensor in enumerate(listed):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"write: {name}[{index}] must be a torch.Tensor; got {type(tensor).__name__}"
+            )
+    return listed
+
+
+def first_blocks(tensors: Sequence[Tensor]) -> list[int]:
+    """The Philox block at which each tensor's noise starts: every tensor starts on a fresh one."""
+    starts, block = [], 0
+    for tensor in tensors:
+        starts.append(block)
+        block += math.ceil(tensor.numel() / BLOCK)
+    return starts
+
+
+def make_rows(
+    out: Tensor | Sequence[Tensor],
+    zeroshot: Tensor | Sequence[Tensor],
+    finetuned: Tensor | Sequence[Tensor],
+    names: Sequence[str] | None = None,
+) -> list[Row]:
+    """Checks the tensors of a table and lays their noise out. Raises TypeError or ValueError."""
+    outs, w0s, w1s = (
+        as_list("out", out),
+        as_list("zeroshot", zeroshot),
+        as_list("finetuned", finetuned),
+    )
+    if not len(outs) == len(w0s) == len(w1s):
+        raise ValueError(
+            "write: out, zeroshot and finetuned must hold equally many tensors; "
+            f"got {len(outs)}, {len(w0s)} and {len(w1s)}"
+        )
+    if names is not None and len(names) != len(outs):
+        raise ValueError(f"write: {len(outs)} tensors but {len(names)} names")
+    labels = [f"tensor {i}" for i in range(len(outs))] if names is None else list(names)
+    rows = [Row(*row) for row in zip(outs, w0s, w1s, first_blocks(outs), labels, strict=True)]
+    for row in rows:
+        _check_row(row, rows[0].out.device)
+    _check_overlap(rows)
+    return rows
+
+
+def _check_row(row: Row, device: torch.device) -> None:
+    parts = (("out", row.out), ("zeroshot", row.zeroshot), ("finetuned", row.finetuned))
+    for role, tensor in parts:
+        if tensor.dtype not in DTYPES:
+            offered = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise TypeError(
+                f"write: {role} of {row.name} is {tensor.dtype}; offered are {offered}. "
+                "Convert it with .float(), or copy it instead of interpolating"
+            )
+        if tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+            raise ValueError(
+                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, is not contiguous "
+                f"(layout {tensor.layout}); pass .contiguous() memory, for a module "
+                ".to(memory_format=torch.contiguous_format)"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"write: all tensors must lie on one device; {role} of {row.name} is on "
+                f"{tensor.device}, the first output on {device}"
+            )
+        if tensor.shape != row.out.shape:
+            raise ValueError(
+                f"write: shapes differ for {row.name}: out {tuple(row.out.shape)}, "
+                f"{role} {tuple(tensor.shape)}"
+            )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+
+
+def _check_overlap(rows: Sequence[Row]) -> None:
+    """An output may *be* its own source; any other shared byte would be read after it was written."""
+    if rows and rows[0].out.device.type == "meta":
+        return
+    spans: list[tuple[int, int, bool, str]] = []  # first byte, end, is an output, what
+    for row in rows:
+        if row.size == 0:
+            continue
+        spans.append((*_span(row.out), True, f"out of {row.name}"))
+        for role, source in (("zeroshot", row.zeroshot), ("finetuned", row.finetuned)):
+            if not _is_same(source, row.out):
+                spans.append((*_span(source), False, f"{role} of {row.name}"))
+    spans.sort()
+    # Sweep by address; among what came before, only the furthest output and the furthest span matter.
+    any_end, any_what, out_end, out_what = -1, "", -1, ""
+    for start, end, is_out, what in spans:
+        reach, other = (any_end, any_what) if is_out else (out_end, out_what)
+        if start < reach:
+            raise ValueError(
+                f"write: {what} overlaps {other} in memory; an output may be its own source, "
+                "but share no other byte. Give it storage of its own, e.g. .clone()"
+            )
+        if end > any_end:
+            any_end, any_what = end, what
+        if is_out and end > out_end:
+            out_end, out_what = end, what
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def check_runs(runs: Sequence[tuple[int, int]], rows: int) -> None:
+    """``runs`` are half-open (first, last) ranges of table rows. Raises ValueError."""
+    for first, last in runs:
+        if not 0 <= first <= last <= rows:
+            raise ValueError(f"write: run ({first}, {last}) is outside the table's {rows} tensors")

@@ -1,0 +1,190 @@
+"""The dispatcher: ``Plan`` for tensors that are written again and again, functions for single calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from rft_fast.kernels import registry
+from rft_fast.kernels.contract import Write, as_list, check_runs, make_rows
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+class Plan:
+    """A table of (output, zero-shot, fine-tuned) tensors, checked once and written many times.
+
+    out, zeroshot, finetuned: tensors or equally long sequences of tensors; the three of a row have
+    equal shapes and each any of float32, bfloat16, float16; all are contiguous and on one device. An
+    output may be its own source (in place) and may overlap nothing else.
+    impl: "auto", "native" or "reference"; ``plan.impl`` tells which one was picked.
+    names: what error messages call the rows.
+
+    The plan keeps the tensors' memory alive and writes to the memory that it was made for: after
+    re-binding a parameter's ``.data``, make a new plan. One plan may be written from several threads as
+    long as their runs do not touch the same rows; two plans never share state.
+
+    Raises TypeError, ValueError (tensors), RuntimeError (a backend that does not work here).
+    """
+
+    def __init__(
+        self,
+        out: Tensors,
+        zeroshot: Tensors,
+        finetuned: Tensors,
+        impl: str = "auto",
+        names: Sequence[str] | None = None,
+    ) -> None:
+        rows = make_rows(out, zeroshot, finetuned, names)
+        device = rows[0].out.device if rows else torch.device("cpu")
+        backend = registry.pick(impl, device)
+        self.impl = backend.name
+        self._outs = [row.out for row in rows]
+        self._table = backend.table(rows)
+
+    def __len__(self) -> int:
+        return len(self._outs)
+
+    def write(
+        self,
+        alpha: float,
+        *,
+        tensors: Sequence[tuple[int, int]] | None = None,
+        rho: float = 0.0,
+        on: str = "finetuned",
+        keep: float = 1.0,
+        fill: str = "zero",
+        noise: str = "normal",
+        adaptive: bool = True,
+        seed: int = 0,
+        draw: int = 0,
+        sign: int = 1,
+    ) -> None:
+        """Writes the rows in ``tensors``, half-open (first, last) runs of the table; None: all.
+
+        The other arguments are those of :class:`~rft_fast.kernels.contract.Write`. A row's noise and
+        mask depend on (seed, draw) and its place in the table only, not on which rows are written.
+        """
+        self.submit(Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign), tensors)
+
+    def submit(self, write: Write, tensors: Sequence[tuple[int, int]] | None = None) -> None:
+        """As ``write``, with arguments that were validated before."""
+        runs = ((0, len(self._outs)),) if tensors is None else tensors
+        check_runs(runs, len(self._outs))
+        self._table.write(runs, write)
+        # Autograd must notice that saved tensors have changed, as after any in-place operation.
+        for first, last in runs:
+            torch.autograd.graph.increment_version(self._outs[first:last])
+
+
+def write_(
+    out: Tensors,
+    zeroshot: Tensors,
+    finetuned: Tensors,
+    alpha: float,
+    rho: float = 0.0,
+    on: str = "finetuned",
+    keep: float = 1.0,
+    fill: str = "zero",
+    noise: str = "normal",
+    adaptive: bool = True,
+    seed: int = 0,
+    draw: int = 0,
+    sign: int = 1,
+    impl: str = "auto",
+) -> None:
+    """Interpolates, perturbs and masks in one pass, in place into ``out``.
+
+    Tensors as for :class:`Plan`, numbers as for :class:`~rft_fast.kernels.contract.Write`. Tensor t of a
+    list draws its noise from position t, so a list and its tensors one by one differ. For tensors that
+    are written repeatedly, a ``Plan`` saves the checks.
+    """
+    request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+    Plan(out, zeroshot, finetuned, impl).submit(request)
+
+
+def interpolate_(
+    out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: str = "auto"
+) -> None:
+    """out = (1 - alpha) * zeroshot + alpha * finetuned, exact at alpha = 0 and 1.
+
+    The paper's formulas write the mirrored alpha; its figures, WiSE-FT's code and this package agree.
+    """
+    write_(out, zeroshot, finetuned, alpha, impl=impl)
+
+
+def perturb_(
+    params: Tensors,
+    rho: float,
+    seed: int = 0,
+    draw: int = 0,
+    adaptive: bool = True,
+    noise: str = "normal",
+    sign: int = 1,
+    impl: str = "auto",
+) -> None:
+    """params += sign * rho * (|params| if adaptive else 1) * eps, in place (Eq. 3's delta).
+
+    There is no inverse: floating-point addition loses bits, so keep the weights and write them again
+    (``Plan``, ``Path``) instead of subtracting.
+    """
+    write_(
+        params,
+        params,
+        params,
+        1.0,
+        rho,
+        noise=noise,
+        adaptive=adaptive,
+        seed=seed,
+        draw=draw,
+        sign=sign,
+        impl=impl,
+    )
+
+
+@overload
+def noise_like(
+    params: Tensor, seed: int = 0, draw: int = 0, noise: str = "normal", impl: str = "auto"
+) -> Tensor: ...
+@overload
+def noise_like(
+    params: Sequence[Tensor],
+    seed: int = 0,
+    draw: int = 0,
+    noise: str = "normal",
+    impl: str = "auto",
+) -> list[Tensor]: ...
+def noise_like(
+    params: Tensors, seed: int = 0, draw: int = 0, noise: str = "normal", impl: str = "auto"
+) -> Tensor | list[Tensor]:
+    """The noise eps that the kernels use for these tensors: float32, same shapes and device."""
+    like = _float32_like("noise_like", params, torch.zeros_like)
+    perturb_(like, 1.0, seed, draw, adaptive=False, noise=noise, impl=impl)
+    return like[0] if isinstance(params, Tensor) else like
+
+
+@overload
+def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: str = "auto") -> Tensor: ...
+@overload
+def keep_mask_like(
+    params: Sequence[Tensor], keep: float, seed: int = 0, impl: str = "auto"
+) -> list[Tensor]: ...
+def keep_mask_like(
+    params: Tensors, keep: float, seed: int = 0, impl: str = "auto"
+) -> Tensor | list[Tensor]:
+    """The mask that the kernels use for these tensors: bool, True where the weight is kept."""
+    like = _float32_like("keep_mask_like", params, torch.ones_like)
+    write_(like, like, like, 1.0, keep=keep, seed=seed, impl=impl)
+    masks = [tensor.bool() for tensor in like]
+    return masks[0] if isinstance(params, Tensor) else masks
+
+
+def _float32_like(operation: str, params: Tensors, make: type | object) -> list[Tensor]:
+    return [
+        make(p, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)  # type: ignore[operator]
+        for p in as_list(operation, params)
+    ]

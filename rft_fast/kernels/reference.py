@@ -1,0 +1,131 @@
+"""The reference backend: plain torch, any device. This *is* the specification.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer
+arithmetic, the mapping from its words to noise, and the formula of ``contract``. It is written to be
+read; the other backends are written to be fast and must agree with it: bits, uniforms, masks and
+interpolations exactly, normals to 2e-6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rft_fast.kernels.contract import BLOCK, PURPOSE_MASK, PURPOSE_NOISE, Row, Write
+
+MASK32 = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+
+# Elements computed at a time, so that the integer temporaries of a large tensor stay small
+# (some 100 bytes an element). A multiple of BLOCK.
+CHUNK = 1 << 20
+
+
+def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
+    """Philox4x32-10. counter: four int64 tensors [n] of 32-bit words; key: the 64-bit seed.
+
+    Returns int64 [n, 4], the words x0..x3 in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & MASK32, seed >> 32
+    for _ in range(ROUNDS):
+        # int64 products wrap modulo 2**64, which leaves the bits of the unsigned product.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        hi0, lo0 = (p0 >> 32) & MASK32, p0 & MASK32
+        hi1, lo1 = (p1 >> 32) & MASK32, p1 & MASK32
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
+    return torch.stack((c0, c1, c2, c3), dim=1)
+
+
+def words(
+    seed: int, first_block: int, blocks: int, draw: int, purpose: int, device: torch.device
+) -> Tensor:
+    """The random words of consecutive blocks: int64 [blocks, 4]."""
+    block = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
+    counter = (
+        block & MASK32,
+        block >> 32,
+        torch.full_like(block, draw),
+        torch.full_like(block, purpose),
+    )
+    return philox(counter, seed)
+
+
+def noise(x: Tensor, kind: str) -> Tensor:
+    """Maps words int64 [blocks, 4] to noise float32 [4 * blocks].
+
+    normal: Box-Muller on the pairs (x0, x1) and (x2, x3), computed in float64 and rounded once.
+    uniform: 2 (x + 1/2) / 2**32 - 1 as (float32(x - 2**31) + 1/2) / 2**31, exact but for float32's
+    rounding. rademacher: the sign of that uniform, which is the top bit of x.
+    """
+    if kind == "normal":
+        u = (x.to(torch.float64) + 0.5) / 2**32
+        radius = torch.sqrt(-2 * torch.log(u[:, 0::2]))
+        angle = 2 * math.pi * u[:, 1::2]
+        pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2)
+        return pairs.to(torch.float32).flatten()
+    centred = (x - 2**31).flatten()
+    if kind == "uniform":
+        return (centred.to(torch.float32) + 0.5) * 2.0**-31
+    return torch.where(centred >= 0, 1.0, -1.0)
+
+
+def _lerp(w0: Tensor, w1: Tensor, base_and_k: tuple[int, float]) -> Tensor:
+    base, k = base_and_k
+    start = w1 if base else w0
+    if k == 0:  # an end of the path: its bits, also where w1 - w0 would overflow or -0 turn into 0
+        return start
+    return start + (w1 - w0) * k
+
+
+def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
+    """out[start:stop] of one row, in float32. start is a multiple of BLOCK."""
+    w0 = row.zeroshot.view(-1)[start:stop].to(torch.float32)
+    w1 = row.finetuned.view(-1)[start:stop].to(torch.float32)
+    first_block = row.first_block + start // BLOCK
+    blocks = math.ceil((stop - start) / BLOCK)
+
+    def draw(purpose: int, number: int) -> Tensor:
+        return words(write.seed, first_block, blocks, number, purpose, w1.device)
+
+    if write.masked:
+        kept = draw(PURPOSE_MASK, 0).flatten()[: stop - start] < write.threshold
+        w1 = torch.where(kept, w1, torch.zeros_like(w1) if write.fill == "zero" else w0)
+    if not write.noisy:
+        return _lerp(w0, w1, write.lerp)
+    eps = noise(draw(PURPOSE_NOISE, write.draw), write.noise)[: stop - start]
+
+    def perturbed(w: Tensor) -> Tensor:
+        return w + (w.abs() * write.scale if write.adaptive else write.scale) * eps
+
+    if write.on == "finetuned":
+        return _lerp(w0, perturbed(w1), write.lerp)
+    return perturbed(_lerp(w0, w1, write.lerp))
+
+
+class Table:
+    """The rows, as they are: the reference needs no preparation."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = list(rows)
+
+    @torch.no_grad()
+    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
+        for first, last in runs:
+            for row in self._rows[first:last]:
+                out = row.out.detach().view(-1)
+                for start in range(0, row.size, CHUNK):
+                    stop = min(start + CHUNK, row.size)
+                    out[start:stop] = _chunk(row, write, start, stop).to(out.dtype)
+
+
+def why_not(device: torch.device) -> str | None:
+    if device.type == "meta":
+        return "meta tensors hold no data: materialise them first (module.to_empty, then load)"
+    return None

@@ -1,0 +1,79 @@
+"""The backends, one frozen table. An explicit request that cannot be met fails loudly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+
+from rft_fast.kernels import native, reference
+from rft_fast.kernels.contract import Row, Write
+
+
+class Table(Protocol):
+    """A backend's own form of the rows, made once. ``write`` may be called from several threads."""
+
+    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """why_not(device): None where the backend works, else the reason and the remedy."""
+
+    name: str
+    what: str
+    why_not: Callable[[torch.device], str | None]
+    table: Callable[[Sequence[Row]], Table]
+
+
+_ALL = (
+    Backend("native", "C++ (CPU)", native.why_not, native.Table),
+    Backend(
+        "reference",
+        "plain torch, the specification (any device)",
+        reference.why_not,
+        reference.Table,
+    ),
+)
+
+# In the order in which "auto" prefers them.
+BACKENDS = MappingProxyType({backend.name: backend for backend in _ALL})
+
+IMPLS = ("auto", *BACKENDS)
+
+_warned: set[str] = set()
+
+
+def pick(impl: str, device: torch.device) -> Backend:
+    """The backend that ``impl`` names, or the fastest one that works on ``device`` for "auto".
+
+    Raises ValueError for an unknown name, RuntimeError (reason and remedy) for one that does not
+    work here. "auto" warns, once, when only the reference is left.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"write: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    reasons: list[str] = []
+    for backend in BACKENDS.values():
+        if impl not in ("auto", backend.name):
+            continue
+        reason = backend.why_not(device)
+        if reason is None:
+            if reasons and backend.name == "reference":
+                _warn_slow(device, reasons)
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"write: no backend for {device} with impl={impl!r}. " + "; ".join(reasons))
+
+
+def _warn_slow(device: torch.device, reasons: list[str]) -> None:
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(
+            f"rft_fast: using the slow reference backend on {device.type}. " + "; ".join(reasons),
+            RuntimeWarning,
+            stacklevel=5,
+        )

@@ -1,0 +1,668 @@
+"""Path against brute force: plain torch on the same weights, in float64."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rft_fast.kernels import Write, keep_mask_like, noise_like
+from rft_fast.path import Path
+
+State = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class Net(nn.Module):
+    """Conv, BatchNorm, tied weights, and buffers of every kind."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(11)))
+        self.embed: Any = nn.Linear(width, 7, bias=False)
+        self.head = nn.Linear(width, 7)
+        self.head.weight = self.embed.weight
+        self.fixed = nn.BatchNorm1d(7, affine=False)
+        self.embed.register_buffer("position_ids", torch.arange(7))
+        self.embed.register_buffer("mask", torch.ones(7, dtype=torch.bool))
+        self.embed.register_buffer("cache", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x).mean((2, 3))
+        out: Tensor = self.fixed(self.head(x) + self.embed(x)) * self.scale
+        return out
+
+
+def fill(model: nn.Module, seed: int) -> nn.Module:
+    """Random weights everywhere, and other integers for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            elif tensor.dtype == torch.bool:
+                tensor.fill_(bool(seed % 2))
+            else:
+                tensor.add_(seed)
+    return model
+
+
+def ends(make: Callable[[], nn.Module] = Net) -> tuple[State, State]:
+    return tuple(copy.deepcopy(fill(make(), seed).state_dict()) for seed in (1, 2))  # type: ignore[return-value]
+
+
+def snapshot(model: nn.Module) -> State:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(a: State, b: State) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+def assert_close(live: nn.Module, expected: State) -> None:
+    for name, tensor in live.state_dict().items():
+        truth = expected[name]
+        torch.testing.assert_close(tensor.to(truth.dtype), truth, rtol=2e-6, atol=2e-6, msg=name)
+
+
+def between(alpha: float, zeroshot: State, finetuned: State) -> State:
+    """Brute force: interpolation in float64, integers from the nearer end."""
+    return {
+        name: (1 - alpha) * w0.double() + alpha * finetuned[name].double()
+        if w0.is_floating_point()
+        else (w0 if alpha < 0.5 else finetuned[name])
+        for name, w0 in zeroshot.items()
+    }
+
+
+def brute(
+    model: nn.Module, zeroshot: State, finetuned: State, alpha: float, rho: float = 0.0,
+    on: str = "finetuned", keep: float = 1.0, fill: str = "zero", noise: str = "normal",
+    adaptive: bool = True, seed: int = 0, draw: int = 0, sign: int = 1,
+) -> State:  # fmt: skip
+    """Brute force in float64 of a whole-model write; only parameters are perturbed and pruned."""
+    names = [name for name, _ in model.named_parameters()]
+    like = [zeroshot[name] for name in names]
+    eps = noise_like(like, seed, draw, noise, impl="reference")
+    kept = keep_mask_like(like, keep, seed, impl="reference")
+    expected = between(alpha, zeroshot, finetuned)
+    for name, e, k in zip(names, eps, kept, strict=True):
+        w0, w1 = zeroshot[name].double(), finetuned[name].double()
+        w1 = torch.where(k, w1, torch.zeros_like(w1) if fill == "zero" else w0)
+        step = sign * rho * e.double()
+        if on == "finetuned":
+            w = (1 - alpha) * w0 + alpha * (w1 + step * (w1.abs() if adaptive else 1))
+        else:
+            v = (1 - alpha) * w0 + alpha * w1
+            w = v + step * (v.abs() if adaptive else 1)
+        expected[name] = w
+    return {**expected, "head.weight": expected["embed.weight"]}
+
+
+@pytest.fixture
+def zeroshot() -> State:
+    return ends()[0]
+
+
+@pytest.fixture
+def finetuned() -> State:
+    return ends()[1]
+
+
+@pytest.fixture
+def path(zeroshot: State, finetuned: State) -> Path:
+    return Path(Net(), zeroshot, finetuned)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, -0.2, 1.3])
+def test_interpolates_like_float64(
+    path: Path, zeroshot: State, finetuned: State, alpha: float
+) -> None:
+    path.write(alpha)
+    assert_close(path.model, between(alpha, zeroshot, finetuned))
+    assert path.alpha == alpha
+
+
+def test_the_ends_are_exact(path: Path, zeroshot: State, finetuned: State) -> None:
+    assert same_bits(path.model.state_dict(), zeroshot)  # from the start
+    path.write(1.0)
+    assert same_bits(path.model.state_dict(), finetuned)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rho": 0.1},
+        {"rho": 0.5, "seed": 3, "draw": 4, "sign": -1},
+        {"rho": 0.1, "on": "interpolated", "noise": "uniform"},
+        {"rho": 0.1, "adaptive": False, "noise": "rademacher"},
+        {"keep": 0.5, "seed": 9},
+        {"keep": 0.5, "fill": "zeroshot", "rho": 0.2},
+    ],
+)
+def test_perturbs_like_float64(
+    path: Path, zeroshot: State, finetuned: State, arguments: dict[str, object]
+) -> None:
+    expected = brute(path.model, zeroshot, finetuned, 0.4, **arguments)  # type: ignore[arg-type]
+    path.write(0.4, **arguments)  # type: ignore[arg-type]
+    assert_close(path.model, expected)
+
+
+def test_a_layer_alone_gets_the_noise_of_the_whole(path: Path) -> None:
+    path.write(0.6, 0.2, seed=5)
+    whole = snapshot(path.model)
+    path.write(0.6)
+    rest = snapshot(path.model)
+    for layers in (["blocks.1.conv"], ["head", "blocks.3.bn", "blocks.9.conv"], path.layers):
+        path.write(0.6)
+        path.write(0.6, 0.2, layers, seed=5)
+        for name, tensor in path.model.state_dict().items():
+            layer = "embed" if name == "head.weight" else name.rpartition(".")[0] or name
+            expected = whole if layer in layers else rest
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_layer_names_are_exact_and_patterns_are_whole(path: Path, zeroshot: State) -> None:
+    path.write(1.0, layers=["blocks.1.conv"])
+    changed = {n for n, t in path.model.state_dict().items() if not torch.equal(t, zeroshot[n])}
+    assert changed == {"blocks.1.conv.weight"}
+    path.write(1.0, layers=[r"re:blocks\.1\d?\.conv"])
+    changed = {n for n, t in path.model.state_dict().items() if not torch.equal(t, zeroshot[n])}
+    assert changed == {"blocks.1.conv.weight", "blocks.10.conv.weight"}
+    path.write(0.5, layers=[])
+    assert path.alpha is None
+
+
+def test_batchnorm_statistics_follow_their_layer(
+    path: Path, zeroshot: State, finetuned: State
+) -> None:
+    path.write(0.7, 0.3, ["blocks.2.bn"])
+    halfway, live = between(0.7, zeroshot, finetuned), path.model.state_dict()
+    for name in live:
+        if name.startswith("blocks.2.bn.running") or name == "blocks.2.bn.num_batches_tracked":
+            torch.testing.assert_close(live[name].double(), halfway[name].double())  # no noise
+        elif not name.startswith("blocks.2.bn."):
+            assert torch.equal(live[name], zeroshot[name]), name
+    assert not torch.allclose(live["blocks.2.bn.weight"].double(), halfway["blocks.2.bn.weight"])
+
+
+def test_integers_are_copied_from_the_nearer_end(
+    path: Path, zeroshot: State, finetuned: State
+) -> None:
+    for alpha, end in ((0.49, zeroshot), (0.5, finetuned), (2.0, finetuned), (-1.0, zeroshot)):
+        path.write(alpha)
+        for name in ("embed.position_ids", "embed.mask", "blocks.0.bn.num_batches_tracked"):
+            assert torch.equal(path.model.state_dict()[name], end[name]), (alpha, name)
+
+
+def test_non_persistent_buffers_are_left_alone(zeroshot: State, finetuned: State) -> None:
+    model = Net()
+    model.embed.cache.fill_(3.0)
+    Path(model, zeroshot, finetuned).write(0.5)
+    assert model.embed.cache.tolist() == [3.0] * 3
+
+
+def test_storage_never_moves(path: Path) -> None:
+    def addresses() -> list[int]:
+        return [tensor.data_ptr() for tensor in path.model.state_dict().values()]
+
+    before = addresses()
+    path.write(0.5, 0.1)
+    with path.perturbed(0.2, 0.3, ["head"]), path.at(1.0):
+        pass
+    assert addresses() == before
+
+
+def test_the_output_is_that_of_a_model_merged_by_hand(
+    path: Path, zeroshot: State, finetuned: State
+) -> None:
+    model, x = path.model.eval(), torch.randn(2, 5, 4, 4)
+    for name in list(zeroshot):
+        if name.endswith("running_var"):
+            zeroshot[name].abs_()
+            finetuned[name].abs_()
+    with path.at(0.35), torch.no_grad():
+        got = model(x)
+    merged = Net().eval().double()
+    merged.load_state_dict(between(0.35, zeroshot, finetuned))
+    torch.testing.assert_close(got.double(), merged(x.double()).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_each_tensor_has_its_own_precision(
+    dtype: torch.dtype, zeroshot: State, finetuned: State
+) -> None:
+    half = {n: t.to(dtype) if t.is_floating_point() else t for n, t in finetuned.items()}
+    path = Path(Net().to(dtype), zeroshot, half)
+    path.write(0.25)
+    for name, truth in between(0.25, zeroshot, half).items():
+        assert torch.equal(path.model.state_dict()[name], truth.float().to(dtype)), name
+
+
+def test_modules_serve_as_ends(zeroshot: State, finetuned: State) -> None:
+    w0, w1 = Net(), Net()
+    w0.load_state_dict(zeroshot)
+    w1.load_state_dict(finetuned)
+    path = Path(Net(), w0, w1)
+    path.write(1.0)
+    assert same_bits(path.model.state_dict(), finetuned)
+    assert same_bits(w0.state_dict(), zeroshot)
+
+
+def test_frozen_and_trainable_parameters_alike(path: Path, finetuned: State) -> None:
+    model: Any = path.model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    path.write(1.0)
+    assert same_bits(model.state_dict(), finetuned)
+    assert model.head.bias.requires_grad and model.head.bias.grad_fn is None
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def test_layers_and_what_is_left_out(path: Path) -> None:
+    blocks = [f"blocks.{i}.{part}" for i in range(11) for part in ("conv", "bn")]
+    assert path.layers == ["scale", *blocks, "embed", "head"]
+    assert set(path.inert) == {f"fixed.{b}" for b in ("running_mean", "running_var",
+                                                      "num_batches_tracked")}  # fmt: skip
+    assert "module has no parameters" in path.inert["fixed.running_mean"]
+
+
+def test_tied_parameters_are_written_once(zeroshot: State, finetuned: State) -> None:
+    path = Path(Net(), zeroshot, finetuned, granularity="tensor")
+    assert "head.weight" not in path.layers
+    assert path.inert["head.weight"] == "it is embed.weight by another name, written there"
+    path.write(1.0, layers=["embed.weight"])
+    assert torch.equal(path.model.state_dict()["head.weight"], finetuned["head.weight"])
+    # The head's bias would draw other noise if the tied weight counted twice.
+    path.write(0.4, 0.1)
+    assert_close(path.model, brute(path.model, zeroshot, finetuned, 0.4, 0.1))
+
+
+def test_granularities(zeroshot: State, finetuned: State) -> None:
+    path = Path(Net(), zeroshot, finetuned, granularity="block")
+    assert path.layers == ["scale", *(f"blocks.{i}" for i in range(11)), "embed", "head"]
+    path.write(1.0, layers=["blocks.1"])
+    for name, tensor in path.model.state_dict().items():
+        end = finetuned if name.startswith("blocks.1.") else zeroshot
+        assert torch.equal(tensor, end[name]), name
+
+
+def test_layers_of_zeros_are_inert(zeroshot: State, finetuned: State) -> None:
+    for end in (zeroshot, finetuned):
+        end["head.bias"].zero_()
+        end["blocks.0.bn.weight"].zero_()  # its buffers still differ: not inert
+        end["blocks.0.bn.bias"].zero_()
+        end["blocks.1.conv.weight"].zero_()
+    zeroshot["blocks.2.conv.weight"].zero_()  # at one end only: not inert
+    path = Path(Net(), zeroshot, finetuned, inert=["scale", r"re:blocks\.10\..*"])
+    assert {"head", "blocks.1.conv", "scale", "blocks.10.conv", "blocks.10.bn"} <= set(path.inert)
+    assert not set(path.inert) & set(path.layers)
+    assert {"blocks.0.bn", "blocks.2.conv", "blocks.1.bn"} <= set(path.layers)
+    assert "zero at both ends" in path.inert["head"]
+    assert path.inert["scale"] == "left out by inert="
+    path.write(1.0)  # reaches inert layers, too
+    assert same_bits(path.model.state_dict(), finetuned)
+    with pytest.raises(ValueError, match=r"^Path\.write: 'scale' is left out .*by inert="):
+        path.write(0.5, layers=["head_", "scale"])
+    with pytest.raises(ValueError, match="nothing here"):  # patterns do not reach them
+        path.write(0.5, layers=["re:scale"])
+
+
+def test_alpha_is_none_when_mixed(path: Path) -> None:
+    path.write(0.4)
+    path.write(0.4, 0.1, ["head"])
+    assert path.alpha == 0.4
+    path.write(0.5, layers=["head"])
+    assert path.alpha is None
+    path.write(0.4, layers=["head"])
+    assert path.alpha == 0.4
+
+
+# --- restoring ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [None, ["head", "blocks.4.bn"]])
+def test_restored_bit_for_bit(path: Path, layers: list[str] | None) -> None:
+    path.write(0.37, 0.2, seed=11, keep=0.8)
+    path.write(0.9, 0.1, ["blocks.4.bn", "embed"], seed=12)
+    before, checksum = snapshot(path.model), path.checksum()
+    with path.perturbed(0.5, 0.3, layers, draw=2) as entered:
+        assert entered is path
+        assert not same_bits(snapshot(path.model), before)
+        path.write(0.1, layers=["blocks.7.conv"])  # further writes inside are undone, too
+    assert same_bits(snapshot(path.model), before)
+    assert path.checksum() == checksum
+    assert path.alpha is None
+
+
+def test_restored_after_exceptions(path: Path) -> None:
+    path.write(0.37, 0.2)
+    before = snapshot(path.model)
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), path.at(0.8):
+            path.write(0.1, 0.5, ["head"])
+            raise error
+        assert same_bits(snapshot(path.model), before)
+    with pytest.raises(ValueError, match="unknown"), path.at(0.8):
+        with pytest.raises(ValueError, match="rho must be >= 0"):
+            path.write(0.1, -1.0)
+        assert path.alpha == 0.8  # a refused write changes nothing
+        raise ValueError("unknown")
+    assert same_bits(snapshot(path.model), before)
+
+
+def test_restored_when_nested(path: Path) -> None:
+    states = [snapshot(path.model)]
+    with path.at(0.4):
+        states.append(snapshot(path.model))
+        with path.perturbed(0.4, 0.1, ["head"]):
+            states.append(snapshot(path.model))
+            with path.at(0.7, ["head", "embed"]):
+                path.write(1.0)
+            assert same_bits(snapshot(path.model), states[2])
+        assert same_bits(snapshot(path.model), states[1])
+        assert path.alpha == 0.4
+    assert same_bits(snapshot(path.model), states[0])
+
+
+def test_an_interrupted_write_is_restored(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write(0.4)
+    before = snapshot(path.model)
+
+    def interrupted(write: Write, tensors: Sequence[tuple[int, int]] | None = None) -> None:
+        submit(Write(0.123), tensors)  # half-written weights are neither here nor there
+        raise KeyboardInterrupt
+
+    submit = path._parameters.submit
+    for layers in (None, ["head", "scale"]):
+        with pytest.raises(KeyboardInterrupt), path.at(0.8, ["scale"]), monkeypatch.context() as m:
+            m.setattr(path._parameters, "submit", interrupted)
+            # The same numbers as before entry: the state must not look restored already.
+            path.write(0.4, layers=layers)
+        assert same_bits(snapshot(path.model), before)
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as m:
+        m.setattr(path._parameters, "submit", interrupted)
+        path.write(0.9)
+    assert path.alpha is None
+    with pytest.raises(RuntimeError, match="interrupted"), path.at(0.5):
+        pass
+    path.write(0.4)
+    assert same_bits(snapshot(path.model), before)
+
+
+def test_only_what_changed_is_written_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[object] = []
+    submit = path._parameters.submit
+
+    def recorded(write: Write, tensors: Sequence[tuple[int, int]] | None = None) -> None:
+        runs.append(tensors)
+        submit(write, tensors)
+
+    monkeypatch.setattr(path._parameters, "submit", recorded)
+    path.write(0.5)
+    rows = len(list(path.model.parameters()))
+    with path.perturbed(0.5, 0.1, ["scale", "blocks.0.conv", "blocks.1.conv"]):
+        path.write(0.5, layers=["scale"])  # put back by hand: nothing left to do for it
+    assert runs == [[(0, rows)], [(0, 2), (4, 5)], [(0, 1)], [(1, 2), (4, 5)]]
+
+
+# --- checksum -----------------------------------------------------------------------------------
+
+
+def test_checksum_sees_every_change(path: Path) -> None:
+    seen = {path.checksum()}
+    assert path.checksum() in seen
+
+    def is_new() -> bool:
+        checksum = path.checksum()
+        new = checksum not in seen
+        seen.add(checksum)
+        return new and 0 <= checksum < 2**64
+
+    model: Any = path.model
+    with torch.no_grad():
+        model.head.bias[3] = torch.nextafter(model.head.bias[3], torch.tensor(9.0))
+        assert is_new()
+        model.head.bias[:2] = model.head.bias[:2].flip(0)  # swapped values
+        assert is_new()
+        conv = model.blocks[0].conv.weight
+        conv.copy_(conv.flip(0))
+        assert is_new()
+        a, b = model.blocks[1].bn.weight, model.blocks[1].bn.bias  # swapped between tensors
+        a.data, b.data = b.clone(), a.clone()
+        assert is_new()
+        model.scale.zero_()
+        assert is_new()
+        model.scale.neg_()  # -0.0 has other bits
+        assert is_new()
+        model.embed.position_ids[0] += 1
+        assert is_new()
+        model.embed.cache[0] = 5.0
+        assert is_new()
+
+
+def test_checksum_of_large_and_odd_tensors() -> None:
+    model: Any = nn.ParameterList(
+        [torch.arange(100_003.0), torch.zeros(0), torch.ones(3, dtype=torch.bfloat16)]
+    )
+    path = Path(model, copy.deepcopy(model), copy.deepcopy(model))
+    first = path.checksum()
+    with torch.no_grad():
+        model[0][[5, 5 + 2**15, 100_002]] = model[0][[5 + 2**15, 5, 100_002]]  # across chunks
+        assert path.checksum() != first
+    path.write(0.3)
+    assert path.checksum() == first
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def refused(pattern: str, model: nn.Module, zeroshot: object, finetuned: object) -> None:
+    before = snapshot(model) if isinstance(model, Net) and not is_meta(model) else None
+    with pytest.raises(ValueError, match=pattern) as info:
+        Path(model, zeroshot, finetuned)  # type: ignore[arg-type]
+    assert str(info.value).startswith("Path: the live model and its ends do not fit.")
+    assert before is None or same_bits(before, snapshot(model))
+
+
+def is_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def test_refuses_names_shapes_and_kinds_all_at_once(zeroshot: State, finetuned: State) -> None:
+    del zeroshot["blocks.3.bn.bias"]
+    for i in range(6):
+        zeroshot[f"extra.{i}"] = torch.zeros(1)
+    finetuned["head.bias"] = torch.zeros(8)
+    finetuned["scale"] = torch.tensor(2)
+    finetuned["embed.position_ids"] = finetuned["embed.position_ids"].int()
+    finetuned["blocks.0.conv.weight"] = finetuned["blocks.0.conv.weight"].double()
+    finetuned["blocks.4.conv.weight"][0, 0, 0, 0] = float("nan")
+    finetuned["blocks.5.bn.running_var"][1] = float("-inf")
+    finetuned["_extra_state"] = {}  # type: ignore[assignment]
+    finetuned["embed.mask"] = "yes"  # type: ignore[assignment]
+    for pattern in (
+        r"zeroshot lacks \(1\): blocks\.3\.bn\.bias",
+        r"zeroshot has unexpected names \(6\): extra\.0, extra\.1, extra\.2, extra\.3 and 2 more",
+        r"finetuned has other shapes .*\(1\): head\.bias \(expected \[7\], got \[8\]\)",
+        r"other kinds of numbers .*\(2\): scale \(expected float32, got int64\), "
+        r"embed\.position_ids \(expected int64, got int32\)",
+        r"finetuned has dtypes other than .*\(1\): blocks\.0\.conv\.weight \(float64\)",
+        r"NaN or infinite weights \(2\): blocks\.4\.conv\.weight, blocks\.5\.bn\.running_var",
+        r"finetuned has unexpected names \(1\): _extra_state",
+        r"something other than tensors \(1\): embed\.mask \(str\)",
+    ):
+        refused(pattern, Net(), zeroshot, finetuned)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_refuses_non_finite_weights_wherever_they_are(value: float, dtype: torch.dtype) -> None:
+    for at in (0, 50, 1000):
+        model = nn.ParameterList([torch.zeros(1001)])
+        bad = torch.zeros(1001, dtype=dtype)
+        bad[at] = value
+        refused(r"zeroshot has NaN or infinite .*\(1\): 0$", model, {"0": bad},
+                {"0": torch.zeros(1001)})  # fmt: skip
+
+
+def test_refuses_tied_names_that_disagree(zeroshot: State, finetuned: State) -> None:
+    finetuned["head.weight"] = finetuned["head.weight"] + 1
+    refused(r"finetuned differs .* tied .*: embed\.weight and head\.weight", Net(), zeroshot,
+            finetuned)  # fmt: skip
+    del finetuned["head.weight"]
+    refused(r"finetuned lacks \(1\): head\.weight", Net(), zeroshot, finetuned)
+
+
+def test_refuses_shared_memory(zeroshot: State, finetuned: State) -> None:
+    model = Net()
+    model.load_state_dict(zeroshot)
+    refused(r"zeroshot shares memory .*copy\.deepcopy \(\d+\): scale", model, model, finetuned)
+    inside = torch.zeros(20)
+    model.head.bias = nn.Parameter(inside[:7])
+    finetuned["scale"] = inside[6]  # a view of the last live number
+    refused(r"finetuned shares memory .* \(1\): scale", model, zeroshot, finetuned)
+    finetuned["scale"] = inside[7]  # its neighbour is free
+    Path(model, zeroshot, finetuned)
+    model.embed.bias = nn.Parameter(inside[2:9])
+    for end in (zeroshot, finetuned):
+        end["embed.bias"] = torch.zeros(7)
+    finetuned["scale"] = torch.tensor(1.0)
+    refused(r"overlap in memory \(1\): head\.bias and embed\.bias", model, zeroshot, finetuned)
+    zeroshot["head.bias"] = finetuned["head.bias"]  # the ends may share
+    del model.embed.bias, zeroshot["embed.bias"], finetuned["embed.bias"]
+    Path(model, zeroshot, finetuned)
+
+
+def test_refuses_memory_it_cannot_write(zeroshot: State, finetuned: State) -> None:
+    refused(r"the live model has tensors that are not contiguous.*channels-last.*\(11\): blocks\.0",
+            Net().to(memory_format=torch.channels_last), zeroshot, finetuned)  # fmt: skip
+    refused(r"the live model has meta tensors", Net().to("meta"), zeroshot, finetuned)
+    refused(r"the live model has dtypes other than .*scale \(float64\)", Net().double(), zeroshot,
+            finetuned)  # fmt: skip
+    lazy = nn.LazyLinear(3)
+    refused(r"uninitialised parameters; run one forward .*\(2\): weight, bias", lazy,
+            {"weight": torch.ones(3, 2), "bias": torch.ones(3)}, lazy)  # fmt: skip
+    refused(r"zeroshot has meta tensors", Net(), Net().to("meta"), finetuned)
+    finetuned["embed.weight"] = finetuned["embed.weight"].t().contiguous().t()
+    refused(r"finetuned has tensors that are not contiguous; .*\(1\): embed\.weight", Net(),
+            zeroshot, finetuned)  # fmt: skip
+    finetuned["embed.weight"] = finetuned["embed.weight"].to_sparse()
+    refused(r"finetuned has tensors that are not contiguous", Net(), zeroshot, finetuned)
+
+
+def test_refuses_other_types(zeroshot: State, finetuned: State) -> None:
+    with pytest.raises(TypeError, match=r"^Path: model must be an nn\.Module, got int"):
+        Path(3, zeroshot, finetuned)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Path: finetuned must be a state dict .*, got str"):
+        Path(Net(), zeroshot, "model.pt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Path: the live model has no float parameters"):
+        Path(nn.ReLU(), {}, {})
+    with pytest.raises(ValueError, match=r"^Path: inert: 'heed' names nothing here; .*'head'"):
+        Path(Net(), zeroshot, finetuned, inert=["heed"])
+    with pytest.raises(ValueError, match="granularity"):
+        Path(Net(), zeroshot, finetuned, granularity="modules")
+    with pytest.raises(ValueError, match="impl"):
+        Path(Net(), zeroshot, finetuned, impl="fast")
+
+
+def test_write_refuses_before_it_writes(path: Path) -> None:
+    path.write(0.4)
+    before = path.checksum()
+    with pytest.raises(ValueError, match=r"^Path\.write: 'blocks\.1\.con' .*'blocks\.1\.conv'"):
+        path.write(0.5, layers=["head", "blocks.1.con"])
+    with pytest.raises(TypeError, match=r"^Path\.write: layers must be a list of names, got 'head"):
+        path.write(0.5, layers="head")
+    with pytest.raises(TypeError, match=r"^Path\.write: layers must be a list of names, got 3"):
+        path.write(0.5, layers=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="names as strings"):
+        path.write(0.5, layers=[["head"]])  # type: ignore[list-item]
+    for arguments in ({"rho": -0.1}, {"keep": 1.5}, {"on": "both"}, {"alpha": float("nan")}):
+        with pytest.raises(ValueError, match=r"^write: "):
+            path.write(**{"alpha": 0.5, **arguments})  # type: ignore[arg-type]
+    assert path.checksum() == before
+    assert path.alpha == 0.4
+
+
+def test_refuses_a_model_that_was_moved(zeroshot: State, finetuned: State) -> None:
+    def rebind(model: Net) -> None:
+        model.head.bias.data = model.head.bias.data.clone()
+
+    def replace(model: Net) -> None:
+        model.head = nn.Linear(5, 7)
+
+    def assign(model: Net) -> None:
+        model.load_state_dict(copy.deepcopy(zeroshot), assign=True)
+
+    def cast(model: Net) -> None:
+        model.half()
+
+    for change in (rebind, replace, assign, cast):
+        path = Path(Net(), zeroshot, finetuned)
+        change(path.model)  # type: ignore[arg-type]
+        for layers in (None, ["head"]):
+            with pytest.raises(RuntimeError, match=r"^Path\.write: \w+.* make a Path$"):
+                path.write(0.5, layers=layers)
+        assert path.alpha == 0.0
+    path = Path(Net(), zeroshot, finetuned)
+    rebind(path.model)  # type: ignore[arg-type]
+    path.write(0.5, layers=["embed"])  # what still lies where it was can be written
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+MEMORY = """
+import copy, torch
+from torch import nn
+from rft_fast.path import Path
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+torch.set_num_threads(1)
+def make(value):
+    return nn.ParameterList([torch.full((1024, 1024), value) for _ in range(50)])
+small = nn.Linear(4, 4)
+Path(small, copy.deepcopy(small), copy.deepcopy(small)).checksum()  # code pages are no copies
+zeroshot, finetuned, live = make(1.0).state_dict(), make(2.0).state_dict(), make(3.0)
+before = peak()
+path = Path(live, zeroshot, finetuned)
+path.write(0.5, 0.1)
+with path.perturbed(0.3, 0.1, keep=0.5), path.at(0.3, ["7"]):
+    path.checksum()
+print(path.impl, before, peak() - before)
+"""
+
+
+def test_no_copy_of_the_model_is_made() -> None:
+    """Peak resident memory, in MiB, over the two ends and the live model."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=120
+    )
+    impl, before, growth = done.stdout.split()
+    assert float(before) > 600  # three models of 200 MiB
+    # The reference computes a million elements at a time, in some 100 bytes each.
+    limit = 110 if impl == "reference" else 20
+    assert float(growth) < limit, done.stdout
