@@ -1,7 +1,7 @@
 """Builds rft_fast._native from csrc/ with ninja; needs neither torch nor a GPU.
 
-Without a C++17 compiler the package installs as pure Python; `python -m rft_fast.env` then tells why, and how to
-change it. RFT_NATIVE=1 turns a failed build into a failed install, RFT_NATIVE=0 skips it.
+Without a C++17 compiler the package installs as pure Python; `python -m rft_fast.env` then tells why, and
+how to change it. RFT_NATIVE=1 turns a failed build into a failed install, RFT_NATIVE=0 skips it.
 """
 
 import os
@@ -21,8 +21,15 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # No fused multiply-adds: the same bits on every instruction set. No -ffast-math for the same reason.
 CXXFLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-Wall", "-Wextra", "-Wno-psabi",
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
 ]
 # One translation unit, compiled once for each instruction set.
 PIECES = {"baseline": []}
@@ -31,7 +38,12 @@ if X86:
     PIECES["avx2"] = ["-DRFT_AVX2", "-mavx2", "-mf16c"]
     # GCC 12 takes its own AVX-512 header for uninitialised reads.
     PIECES["avx512"] = [
-        "-DRFT_AVX512", "-mavx512f", "-mavx512dq", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+        "-DRFT_AVX512",
+        "-mavx512f",
+        "-mavx512dq",
+        "-mf16c",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
     ]
 
 
@@ -77,7 +89,9 @@ class NativeBuild(build_ext):
         package = target.parent
         package.mkdir(parents=True, exist_ok=True)
         reason = package / "_native_missing.txt"
+        # What an earlier build left here would otherwise be packed again.
         reason.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         switch = os.environ.get("RFT_NATIVE", "auto")
         if switch not in ("auto", "0", "1"):
             raise SystemExit(f"RFT_NATIVE must be auto, 0 or 1; got {switch!r}")
@@ -95,7 +109,9 @@ class NativeBuild(build_ext):
         # it would fall back to the slow backend.
         beside = ROOT / "rft_fast" / target.name
         if beside != target:
-            shutil.copy2(target, beside)
+            # Replaced, not overwritten: a running Python may have the old one mapped.
+            shutil.copy2(target, fresh := beside.with_suffix(".new"))
+            os.replace(fresh, beside)
 
     def compile(self, target: Path) -> None:
         cxx = compiler()
@@ -108,7 +124,9 @@ class NativeBuild(build_ext):
             tool = str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
             tool = "ninja"
-        done = subprocess.run([tool, "-C", str(build)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [tool, "-C", str(build)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         print(done.stdout)
         if done.returncode:
             last = next((line for line in done.stdout.splitlines() if "error" in line), done.stdout[-300:])

@@ -93,7 +93,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("VERSION") = 1;  // as in kernels/native.py
 
   py::class_<Element>(m, "Element")
-      .def(py::init(&make_element), py::kw_only(), py::arg("base"), py::arg("k"), py::arg("noise"), py::arg("scale"),
+      .def(py::init(&make_element), py::arg("base"), py::arg("k"), py::arg("noise"), py::arg("scale"),
            py::arg("adaptive"), py::arg("interpolated"), py::arg("masked"), py::arg("threshold"),
            py::arg("fill_zeroshot"), py::arg("seed"), py::arg("draw"));
 

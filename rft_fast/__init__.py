@@ -1,5 +1,6 @@
 """Robust Fine-Tuning paths between CLIP models: interpolate, perturb, prune, in place and fast."""
 
+from rft_fast import studies
 from rft_fast.kernels import (
     Plan,
     interpolate_,
@@ -20,5 +21,6 @@ __all__ = [
     "keep_mask_like",
     "noise_like",
     "perturb_",
+    "studies",
     "write_",
 ]

@@ -47,9 +47,7 @@ def report() -> str:
         lines.append(f"\nbackends on {device}{name}, in the order in which impl='auto' takes them:")
         for backend in BACKENDS.values():
             reason = backend.why_not(device)
-            lines.append(
-                f"  {backend.name:<10} " + ("works" if reason is None else f"no: {reason}")
-            )
+            lines.append(f"  {backend.name:<10} " + ("works" if reason is None else f"no: {reason}"))
     if len(devices()) == 1:
         lines.append("\nno CUDA device: torch.cuda.is_available() is False")
     return "\n".join(lines)

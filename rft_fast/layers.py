@@ -48,8 +48,7 @@ def layer_of(parameter_name: str, granularity: str = "module") -> str:
         match = None
     else:
         raise ValueError(
-            f"layers: granularity must be 'module', 'block', 'tensor' or 're:<pattern>', "
-            f"got {granularity!r}"
+            f"layers: granularity must be 'module', 'block', 'tensor' or 're:<pattern>', got {granularity!r}"
         )
     if match is None:
         return _SUFFIX.sub("", parameter_name)
@@ -75,9 +74,7 @@ def group(parameter_names: Sequence[str], granularity: str = "module") -> dict[s
     return layers
 
 
-def select(
-    names: Iterable[str], patterns: Iterable[str], *, operation: str = "layers.select"
-) -> list[str]:
+def select(names: Iterable[str], patterns: Iterable[str], *, operation: str = "layers.select") -> list[str]:
     """Those of ``names`` that ``patterns`` ask for, in the order of ``names``, each once.
 
     A pattern is an exact name, or ``re:`` and a regular expression that must match a whole name.

@@ -203,9 +203,7 @@ class Path:
         except (KeyError, TypeError):  # a pattern, or a mistake: find out which
             for name, reason in self.inert.items():
                 if name in layers:
-                    raise ValueError(
-                        f"Path.write: {name!r} is left out of path.layers: {reason}"
-                    ) from None
+                    raise ValueError(f"Path.write: {name!r} is left out of path.layers: {reason}") from None
         return [self._parts[name] for name in select(self.layers, layers, operation="Path.write")]
 
     def _write(self, request: Write, parts: Sequence[_Part] | None) -> None:
@@ -345,9 +343,7 @@ def _slots(model: nn.Module) -> list[_Slot]:
     return [*parameters.values(), *buffers.values()]
 
 
-def _layers(
-    slots: Sequence[_Slot], granularity: str
-) -> tuple[dict[str, list[_Slot]], dict[str, str]]:
+def _layers(slots: Sequence[_Slot], granularity: str) -> tuple[dict[str, list[_Slot]], dict[str, str]]:
     """Layer -> its slots, buffers last; and what forms no layer -> why."""
     parameters = [slot for slot in slots if slot.is_parameter]
     if not any(slot.is_float for slot in parameters):
@@ -412,9 +408,7 @@ def _state(end: object, label: str) -> Mapping[str, Tensor]:
     if isinstance(end, nn.Module):
         end = end.state_dict()
     if not isinstance(end, Mapping):
-        raise TypeError(
-            f"Path: {label} must be a state dict or an nn.Module, got {type(end).__name__}"
-        )
+        raise TypeError(f"Path: {label} must be a state dict or an nn.Module, got {type(end).__name__}")
     return end
 
 
@@ -524,9 +518,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.device == b.device and a.data_ptr() == b.data_ptr()) or torch.equal(a, b.to(a.device))
 
 
-def _check_sharing(
-    live: Sequence[_Slot], ends: Mapping[str, Mapping[str, Tensor]], faults: _Faults
-) -> None:
+def _check_sharing(live: Sequence[_Slot], ends: Mapping[str, Mapping[str, Tensor]], faults: _Faults) -> None:
     """Notes live tensors that overlap, and those of an end that share memory with a live one."""
     taken = sorted((*_span(slot.tensor), slot.name) for slot in live if slot.tensor.numel())
     for (device, _, stop, name), (other_device, start, _, other) in pairwise(taken):

@@ -571,13 +571,9 @@ def test_outputs_may_share_no_byte_with_another_row():
 
 def test_an_explicit_backend_that_cannot_work_fails_loudly(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(
-        native, "_missing", "no compiled module: no C++ compiler was found; reinstall"
-    )
+    monkeypatch.setattr(native, "_missing", "no compiled module: no C++ compiler was found; reinstall")
     w0, w1 = ends(10)
-    with pytest.raises(
-        RuntimeError, match=r"impl='native'.*no C\+\+ compiler was found; reinstall"
-    ):
+    with pytest.raises(RuntimeError, match=r"impl='native'.*no C\+\+ compiler was found; reinstall"):
         rft.interpolate_(torch.empty(10), w0, w1, 0.5, impl="native")
     from rft_fast.kernels import registry
 

@@ -19,17 +19,13 @@ def names_of(visual: nn.Module) -> list[str]:
 def vit() -> list[str]:
     # Eleven blocks, so that resblocks.1 and resblocks.10 both exist.
     return names_of(
-        VisionTransformer(
-            image_size=8, patch_size=4, width=16, layers=11, heads=2, mlp_ratio=2, output_dim=8
-        )
+        VisionTransformer(image_size=8, patch_size=4, width=16, layers=11, heads=2, mlp_ratio=2, output_dim=8)
     )
 
 
 @pytest.fixture(scope="module")
 def resnet() -> list[str]:
-    return names_of(
-        ModifiedResNet(layers=[1, 2, 1, 1], output_dim=8, heads=4, image_size=32, width=8)
-    )
+    return names_of(ModifiedResNet(layers=[1, 2, 1, 1], output_dim=8, heads=4, image_size=32, width=8))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +34,8 @@ def resnet() -> list[str]:
         ("visual.conv1.weight", "visual.conv1"),
         ("visual.class_embedding", "visual.class_embedding"),
         ("visual.proj", "visual.proj"),
-        ("visual.transformer.resblocks.3.attn.in_proj_weight", "visual.transformer.resblocks.3.attn.in_proj"),  # noqa: E501
-        ("visual.transformer.resblocks.3.attn.in_proj_bias", "visual.transformer.resblocks.3.attn.in_proj"),  # noqa: E501
+        ("visual.transformer.resblocks.3.attn.in_proj_weight", "visual.transformer.resblocks.3.attn.in_proj"),
+        ("visual.transformer.resblocks.3.attn.in_proj_bias", "visual.transformer.resblocks.3.attn.in_proj"),
         ("visual.transformer.resblocks.3.mlp.c_fc.bias", "visual.transformer.resblocks.3.mlp.c_fc"),
         ("logit_scale", "logit_scale"),
         ("a.weight.bias", "a.weight"),  # one ending is dropped, once

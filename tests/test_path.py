@@ -134,9 +134,7 @@ def path(zeroshot: State, finetuned: State) -> Path:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, -0.2, 1.3])
-def test_interpolates_like_float64(
-    path: Path, zeroshot: State, finetuned: State, alpha: float
-) -> None:
+def test_interpolates_like_float64(path: Path, zeroshot: State, finetuned: State, alpha: float) -> None:
     path.write(alpha)
     assert_close(path.model, between(alpha, zeroshot, finetuned))
     assert path.alpha == alpha
@@ -192,9 +190,7 @@ def test_layer_names_are_exact_and_patterns_are_whole(path: Path, zeroshot: Stat
     assert path.alpha is None
 
 
-def test_batchnorm_statistics_follow_their_layer(
-    path: Path, zeroshot: State, finetuned: State
-) -> None:
+def test_batchnorm_statistics_follow_their_layer(path: Path, zeroshot: State, finetuned: State) -> None:
     path.write(0.7, 0.3, ["blocks.2.bn"])
     halfway, live = between(0.7, zeroshot, finetuned), path.model.state_dict()
     for name in live:
@@ -205,9 +201,7 @@ def test_batchnorm_statistics_follow_their_layer(
     assert not torch.allclose(live["blocks.2.bn.weight"].double(), halfway["blocks.2.bn.weight"])
 
 
-def test_integers_are_copied_from_the_nearer_end(
-    path: Path, zeroshot: State, finetuned: State
-) -> None:
+def test_integers_are_copied_from_the_nearer_end(path: Path, zeroshot: State, finetuned: State) -> None:
     for alpha, end in ((0.49, zeroshot), (0.5, finetuned), (2.0, finetuned), (-1.0, zeroshot)):
         path.write(alpha)
         for name in ("embed.position_ids", "embed.mask", "blocks.0.bn.num_batches_tracked"):
@@ -232,9 +226,7 @@ def test_storage_never_moves(path: Path) -> None:
     assert addresses() == before
 
 
-def test_the_output_is_that_of_a_model_merged_by_hand(
-    path: Path, zeroshot: State, finetuned: State
-) -> None:
+def test_the_output_is_that_of_a_model_merged_by_hand(path: Path, zeroshot: State, finetuned: State) -> None:
     model, x = path.model.eval(), torch.randn(2, 5, 4, 4)
     for name in list(zeroshot):
         if name.endswith("running_var"):
@@ -248,9 +240,7 @@ def test_the_output_is_that_of_a_model_merged_by_hand(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_each_tensor_has_its_own_precision(
-    dtype: torch.dtype, zeroshot: State, finetuned: State
-) -> None:
+def test_each_tensor_has_its_own_precision(dtype: torch.dtype, zeroshot: State, finetuned: State) -> None:
     half = {n: t.to(dtype) if t.is_floating_point() else t for n, t in finetuned.items()}
     path = Path(Net().to(dtype), zeroshot, half)
     path.write(0.25)

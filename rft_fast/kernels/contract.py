@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,9 +42,7 @@ def _choice(name: str, value: object, offered: Sequence[str]) -> None:
 
 def _whole(name: str, value: object, bits: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(
-            f"write: {name} must be an integer; got {value!r} of type {type(value).__name__}"
-        )
+        raise TypeError(f"write: {name} must be an integer; got {value!r} of type {type(value).__name__}")
     if not 0 <= value < 2**bits:
         raise ValueError(f"write: {name} must lie in [0, 2**{bits}); got {value}")
     return int(value)
@@ -89,59 +86,57 @@ class Write:
     draw: int = 0
     sign: int = 1
 
+    # Derived once, so that all backends start from the same float32 numbers.
+
+    scale: float = field(init=False, repr=False)
+    """sign * rho, rounded to float32."""
+
+    threshold: int = field(init=False, repr=False)
+    """A weight is kept when its mask word is below this (2**32: always)."""
+
+    base: int = field(init=False, repr=False)
+    k: float = field(init=False, repr=False)
+    """``lerp(w0, w1) = (w1 if base else w0) + (w1 - w0) * k``, k rounded to float32.
+
+    As torch.lerp does, the nearer end is the base, which makes both ends exact: base 0 with k = alpha
+    below 1/2, else base 1 with k = alpha - 1; k = 0 means "the base's bits".
+    """
+
+    noisy: bool = field(init=False, repr=False)
+    """Whether noise reaches the output: at alpha = 0, noise on the fine-tuned end does not."""
+
+    masked: bool = field(init=False, repr=False)
+    """Whether any weight can be masked, and the mask reach the output."""
+
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "alpha", _finite("alpha", self.alpha))
-        put(self, "rho", _finite("rho", self.rho))
-        put(self, "keep", _finite("keep", self.keep))
-        if self.rho < 0:
-            raise ValueError(
-                f"write: rho must be >= 0; got {self.rho} (for the opposite draw pass sign=-1)"
-            )
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"write: keep is a probability in [0, 1]; got {self.keep}")
+        alpha, rho = _finite("alpha", self.alpha), _finite("rho", self.rho)
+        keep = _finite("keep", self.keep)
+        if rho < 0:
+            raise ValueError(f"write: rho must be >= 0; got {rho} (for the opposite draw pass sign=-1)")
+        if not 0 <= keep <= 1:
+            raise ValueError(f"write: keep is a probability in [0, 1]; got {keep}")
         _choice("on", self.on, ON)
         _choice("fill", self.fill, FILL)
         _choice("noise", self.noise, NOISE)
         if not isinstance(self.adaptive, (bool, np.bool_)):
             raise TypeError(f"write: adaptive must be True or False; got {self.adaptive!r}")
-        put(self, "seed", _whole("seed", self.seed, 64))
-        put(self, "draw", _whole("draw", self.draw, 32))
         if self.sign not in (1, -1):
             raise ValueError(f"write: sign must be +1 or -1; got {self.sign!r}")
-
-    # What follows is derived once, here, so that all backends start from the same float32 numbers.
-
-    @cached_property
-    def noisy(self) -> bool:
-        """Whether any noise reaches the output (at alpha=0 noise on the fine-tuned end does not)."""
-        return self.rho > 0 and not (self.on == "finetuned" and self.alpha == 0)
-
-    @cached_property
-    def masked(self) -> bool:
-        """Whether any weight can be masked."""
-        return self.threshold < 2**32 and self.alpha != 0
-
-    @cached_property
-    def threshold(self) -> int:
-        """A weight is kept when its mask word is below this (2**32: always)."""
-        return round(self.keep * 2**32)
-
-    @cached_property
-    def scale(self) -> float:
-        """sign * rho, rounded to float32."""
-        return float(np.float32(self.sign * self.rho))
-
-    @cached_property
-    def lerp(self) -> tuple[int, float]:
-        """(base, k) of ``lerp(w0, w1) = base + (w1 - w0) * k``, k rounded to float32.
-
-        base 0: w0, with k = alpha (alpha < 1/2); base 1: w1, with k = alpha - 1. As torch.lerp does, the
-        nearer end is the base, which makes both ends exact; k = 0 means "the base's bits".
-        """
-        if self.alpha < 0.5:
-            return 0, float(np.float32(self.alpha))
-        return 1, float(np.float32(self.alpha - 1.0))
+        threshold = round(keep * 2**32)
+        base = 0 if alpha < 0.5 else 1
+        self.__dict__.update(  # not one object.__setattr__ each: a layer-wise study writes thousands
+            alpha=alpha,
+            rho=rho,
+            keep=keep,
+            seed=_whole("seed", self.seed, 64),
+            draw=_whole("draw", self.draw, 32),
+            scale=float(np.float32(self.sign * rho)),
+            threshold=threshold,
+            base=base,
+            k=float(np.float32(alpha - base)),
+            noisy=rho > 0 and not (self.on == "finetuned" and alpha == 0),
+            masked=threshold < 2**32 and alpha != 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,9 +159,7 @@ def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for index, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"write: {name}[{index}] must be a torch.Tensor; got {type(tensor).__name__}"
-            )
+            raise TypeError(f"write: {name}[{index}] must be a torch.Tensor; got {type(tensor).__name__}")
     return listed
 
 

@@ -29,8 +29,7 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"no compiled module: {reason}; {_REMEDY}"
     if module.VERSION != VERSION:
         return None, (
-            f"the compiled module has version {module.VERSION}, this package needs {VERSION}; "
-            + _REMEDY
+            f"the compiled module has version {module.VERSION}, this package needs {VERSION}; " + _REMEDY
         )
     return module, ""
 
@@ -63,19 +62,18 @@ class Table:
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write, isa: str = "") -> None:
         """isa: the instruction set, for tests; empty: the fastest that this machine has."""
-        base, k = write.lerp
         element = self._element(
-            base=base,
-            k=k,
-            noise=_NOISE[write.noise] if write.noisy else 0,
-            scale=write.scale,
-            adaptive=write.adaptive,
-            interpolated=write.on == "interpolated",
-            masked=write.masked,
-            threshold=write.threshold if write.masked else 0,
-            fill_zeroshot=write.fill == "zeroshot",
-            seed=write.seed,
-            draw=write.draw,
+            write.base,
+            write.k,
+            _NOISE[write.noise] if write.noisy else 0,
+            write.scale,
+            write.adaptive,
+            write.on == "interpolated",
+            write.masked,
+            write.threshold if write.masked else 0,
+            write.fill == "zeroshot",
+            write.seed,
+            write.draw,
         )
         self._table.write(runs, element, torch.get_num_threads(), isa)
 

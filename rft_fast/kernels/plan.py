@@ -173,9 +173,7 @@ def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: str = "auto
 def keep_mask_like(
     params: Sequence[Tensor], keep: float, seed: int = 0, impl: str = "auto"
 ) -> list[Tensor]: ...
-def keep_mask_like(
-    params: Tensors, keep: float, seed: int = 0, impl: str = "auto"
-) -> Tensor | list[Tensor]:
+def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: str = "auto") -> Tensor | list[Tensor]:
     """The mask that the kernels use for these tensors: bool, True where the weight is kept."""
     like = _float32_like("keep_mask_like", params, torch.ones_like)
     write_(like, like, like, 1.0, keep=keep, seed=seed, impl=impl)

@@ -43,9 +43,7 @@ def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=1)
 
 
-def words(
-    seed: int, first_block: int, blocks: int, draw: int, purpose: int, device: torch.device
-) -> Tensor:
+def words(seed: int, first_block: int, blocks: int, draw: int, purpose: int, device: torch.device) -> Tensor:
     """The random words of consecutive blocks: int64 [blocks, 4]."""
     block = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
     counter = (
@@ -76,12 +74,11 @@ def noise(x: Tensor, kind: str) -> Tensor:
     return torch.where(centred >= 0, 1.0, -1.0)
 
 
-def _lerp(w0: Tensor, w1: Tensor, base_and_k: tuple[int, float]) -> Tensor:
-    base, k = base_and_k
-    start = w1 if base else w0
-    if k == 0:  # an end of the path: its bits, also where w1 - w0 would overflow or -0 turn into 0
+def _lerp(w0: Tensor, w1: Tensor, write: Write) -> Tensor:
+    start = w1 if write.base else w0
+    if write.k == 0:  # an end: its bits, also where w1 - w0 would overflow or -0 turn into 0
         return start
-    return start + (w1 - w0) * k
+    return start + (w1 - w0) * write.k
 
 
 def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
@@ -98,15 +95,15 @@ def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
         kept = draw(PURPOSE_MASK, 0).flatten()[: stop - start] < write.threshold
         w1 = torch.where(kept, w1, torch.zeros_like(w1) if write.fill == "zero" else w0)
     if not write.noisy:
-        return _lerp(w0, w1, write.lerp)
+        return _lerp(w0, w1, write)
     eps = noise(draw(PURPOSE_NOISE, write.draw), write.noise)[: stop - start]
 
     def perturbed(w: Tensor) -> Tensor:
         return w + (w.abs() * write.scale if write.adaptive else write.scale) * eps
 
     if write.on == "finetuned":
-        return _lerp(w0, perturbed(w1), write.lerp)
-    return perturbed(_lerp(w0, w1, write.lerp))
+        return _lerp(w0, perturbed(w1), write)
+    return perturbed(_lerp(w0, w1, write))
 
 
 class Table:

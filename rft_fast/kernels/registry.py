@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from rft_fast.kernels import native, reference
+from rft_fast.kernels import native, reference, triton
 from rft_fast.kernels.contract import Row, Write
 
 
@@ -22,16 +22,27 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """why_not(device): None where the backend works, else the reason and the remedy."""
+    """why_not(device): None where the backend works, else the reason and the remedy.
+
+    on_request: the device types on which only an explicit impl= takes it, never "auto".
+    """
 
     name: str
     what: str
     why_not: Callable[[torch.device], str | None]
     table: Callable[[Sequence[Row]], Table]
+    on_request: tuple[str, ...] = ()
 
 
 _ALL = (
     Backend("native", "C++ (CPU)", native.why_not, native.Table),
+    Backend(
+        "triton",
+        "Triton (NVIDIA and AMD GPUs)",
+        triton.why_not,
+        triton.Table,
+        on_request=("cpu",),  # there it is interpreted, for tests
+    ),
     Backend(
         "reference",
         "plain torch, the specification (any device)",
@@ -59,6 +70,8 @@ def pick(impl: str, device: torch.device) -> Backend:
     reasons: list[str] = []
     for backend in BACKENDS.values():
         if impl not in ("auto", backend.name):
+            continue
+        if impl == "auto" and device.type in backend.on_request:
             continue
         reason = backend.why_not(device)
         if reason is None:

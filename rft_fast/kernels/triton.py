@@ -1,0 +1,220 @@
+"""The Triton backend: any GPU that Triton compiles for; on the CPU through Triton's interpreter.
+
+One launch writes any run of rows. A table on the device holds each row's addresses and sizes, and for
+each tile of TILE elements the row that it belongs to: a program finds its work by two dependent loads
+however many rows there are (bisection would take nine for ViT-L/14), for four bytes a tile, and a run
+of rows is a range of tiles, so a write uploads nothing. Rows that differ in storage types or alignment
+need different code: each such group has a table and a launch of its own. Most models are one group.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rft_fast.kernels.contract import BLOCK, Row, Write
+
+# Elements and warps of a program: eight elements a thread, two blocks. A starting point for the H100
+# and H200, not yet measured there. ptxas gives sm_90 28 to 32 registers without noise, 45 to 50 with
+# normals, 58 with normals and masks (so 8, 5 and 4 programs an SM) and spills nothing; sixteen elements
+# a thread would take 90 and save 3 % of the instructions.
+TILE = 2048
+WARPS = 8
+
+# The formula's products and sums are rounded one by one, which gives the reference's bits. On sm_90
+# that is 2 instructions more an element, of 50 with normals and of 11 without noise.
+FP_FUSION = False
+
+# What Triton supports of NVIDIA's architectures: Ampere, the first with bfloat16, and newer.
+MIN_CAPABILITY = (8, 0)
+
+_DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# Triton's interpreter keeps global state; and no variant need be compiled by two threads at once.
+_lock = threading.Lock()
+
+# The variants that have run, hence are compiled and loaded: no other may be launched in a capture.
+_ready: set[tuple[object, ...]] = set()
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The module with the kernel, or None and the reason why there is none."""
+    try:
+        return importlib.import_module("rft_fast.kernels.triton_kernel"), ""
+    except ImportError as error:
+        return None, f"Triton cannot be imported ({error}); pip install 'triton>=3.4'"
+
+
+def _interpreted(kernel: ModuleType) -> bool:
+    """Whether TRITON_INTERPRET was set when the kernel was defined."""
+    return not isinstance(kernel.write, kernel.triton.JITFunction)
+
+
+class Form(NamedTuple):
+    """The kernel's compile-time constants BASE to FILL, which depend on the request."""
+
+    base: int
+    mixed: bool
+    noise: str
+    adaptive: bool
+    interpolated: bool
+    fill: str
+
+
+def form(write: Write) -> Form:
+    """What a request compiles to. Requests that differ in numbers only have equal forms."""
+    interpolated = write.on == "interpolated"
+    # Where float32's alpha is 0, what happens to the fine-tuned weights does not reach the output.
+    reached = write.base == 1 or write.k != 0
+    noisy = write.noisy and (reached or interpolated)
+    return Form(
+        base=write.base,
+        mixed=write.k != 0,
+        noise=write.noise if noisy else "none",
+        adaptive=bool(write.adaptive) and noisy,
+        interpolated=interpolated and noisy,
+        fill=write.fill if write.masked and reached else "none",
+    )
+
+
+def numbers(write: Write) -> tuple[float, ...]:
+    """The kernel's run-time arguments k, scale, threshold, seed_low, seed_high, draw.
+
+    32-bit words go as int32: Triton picks an integer's type by its value, and compiles for each.
+    """
+    threshold = write.threshold if write.masked else 0
+    words = (threshold, write.seed & 0xFFFFFFFF, write.seed >> 32, write.draw)
+    return write.k, write.scale, *((word ^ 0x80000000) - 0x80000000 for word in words)
+
+
+def _aligned(row: Row) -> bool:
+    """Whether every four elements, one block, can be accessed at once."""
+    tensors = (row.out, row.zeroshot, row.finetuned)
+    return all(t.data_ptr() % (BLOCK * t.element_size()) == 0 for t in tensors)
+
+
+class _Group:
+    """Rows of the same storage types and alignment, and their table on the device."""
+
+    def __init__(self, rows: Sequence[tuple[int, Row]], kernel: ModuleType) -> None:
+        """rows: (index in the whole table, row), none of them empty."""
+        sample = rows[0][1]
+        dtypes = (sample.out.dtype, sample.zeroshot.dtype, sample.finetuned.dtype)
+        language = kernel.triton.language
+        self.constants = (*(getattr(language, _DTYPE[d]) for d in dtypes), _aligned(sample))
+        self._index = [index for index, _ in rows]
+        tiles = np.array([-(-row.size // TILE) for _, row in rows])
+        # Row i has the tiles from [i] up to [i + 1].
+        self._first_tile = [0, *np.cumsum(tiles).tolist()]
+        records = [
+            (*(t.data_ptr() for t in (row.out, row.zeroshot, row.finetuned)),
+             row.size, row.first_block, first_tile)
+            for (_, row), first_tile in zip(rows, self._first_tile, strict=False)
+        ]  # fmt: skip
+        device = sample.out.device
+        self.tiles = torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles)).to(device)
+        self.rows = torch.tensor(records, dtype=torch.int64).to(device)
+
+    def range(self, first: int, last: int) -> tuple[int, int]:
+        """The tiles, half-open, of this group's share of the whole table's rows [first, last)."""
+        begin, end = bisect_left(self._index, first), bisect_left(self._index, last)
+        return self._first_tile[begin], self._first_tile[end]
+
+
+class Table:
+    """The rows on the device. The tensors are kept, so their memory outlives the table.
+
+    A write launches on the current stream of the tensors' device and waits for nothing. It can be
+    captured in a CUDA graph once a write of the same form has run outside (which compiles it); the graph
+    needs the table alive as long as it is replayed.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        kernel, missing = _load()
+        if kernel is None:
+            raise RuntimeError(f"triton: {missing}")
+        self._kernel = kernel
+        self._interpreted = _interpreted(kernel)
+        self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
+        self._device = rows[0].out.device if rows else torch.device("cpu")
+        groups: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
+        for index, row in enumerate(rows):
+            if row.size > 0:
+                dtypes = (row.out.dtype, row.zeroshot.dtype, row.finetuned.dtype)
+                groups.setdefault((*dtypes, _aligned(row)), []).append((index, row))
+        with _current(self._device):
+            if _capturing(self._device):
+                raise RuntimeError(
+                    "triton: making a Plan copies its table to the device, which cannot be captured "
+                    "in a CUDA graph; make the Plan before the capture"
+                )
+            self._groups = [_Group(members, kernel) for members in groups.values()]
+
+    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
+        constants, arguments = form(write), numbers(write)
+        with _lock, _current(self._device):
+            for first, last in runs:
+                for group in self._groups:
+                    begin, end = group.range(first, last)
+                    if begin < end:
+                        self._launch(group, begin, end, constants, arguments)
+
+    def _launch(
+        self, group: _Group, begin: int, end: int, constants: Form, arguments: tuple[float, ...]
+    ) -> None:
+        variant = (self._device, group.constants, constants)
+        if variant not in _ready and _capturing(self._device):
+            raise RuntimeError(
+                "triton: a write of this form has not run yet, and cannot be compiled while a CUDA "
+                "graph is captured; run it once before the capture"
+            )
+        self._kernel.write[(end - begin,)](
+            group.tiles, group.rows, begin, *arguments,
+            *group.constants, *constants, TILE, self._interpreted,
+            num_warps=WARPS, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+        _ready.add(variant)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one: Triton launches on the current device's stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def why_not(device: torch.device) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on NVIDIA and AMD GPUs; the tensors are on {device}"
+    kernel, missing = _load()
+    if kernel is None:
+        return missing
+    if device.type == "cpu":
+        if _interpreted(kernel):
+            return None
+        return (
+            "Triton compiles for GPUs only; for tests it can be interpreted on the CPU, slowly: set "
+            "TRITON_INTERPRET=1 before Python starts"
+        )
+    if _interpreted(kernel):
+        return "TRITON_INTERPRET is set, but the interpreter cannot reach a GPU's memory; unset it"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < MIN_CAPABILITY:
+            return (
+                f"Triton needs a GPU of compute capability {'.'.join(map(str, MIN_CAPABILITY))} "
+                f"(Ampere) or newer; {device} has {major}.{minor}; impl='reference' works there"
+            )
+    return None

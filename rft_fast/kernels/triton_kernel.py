@@ -1,0 +1,259 @@
+# mypy: ignore-errors
+"""The Triton kernel: Philox, the mapping to noise, and the write, in Triton's language.
+
+Imported by ``triton.py`` alone, and only when Triton is asked for: whether its functions are
+compiled or interpreted is decided by TRITON_INTERPRET at that moment. The algorithms and constants
+are those of ``csrc/element.h``, which explains them.
+
+The formula's products and sums are rounded one by one (the launch says enable_fp_fusion=False), as
+in every backend. ``tl.fma`` serves the polynomials, whose normals are specified to 2e-6 and not to
+the bit, and products with a power of two, which are exact.
+"""
+
+import triton
+import triton.language as tl
+
+# The purpose words of contract.py.
+NOISE_PURPOSE = tl.constexpr(0)
+MASK_PURPOSE = tl.constexpr(1)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, key0, key1):
+    """Philox4x32-10. All uint32: a counter of four words and a key of two -> four words."""
+    for _ in tl.static_range(10):
+        # One wide multiplication each (IMAD.WIDE.U32); tl.umulhi and * would be two (IMAD.HI, IMAD).
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c3 = p0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words(block, draw, purpose, key0, key1):
+    """The four words of each block. block: int64 [n]; draw, purpose, keys: uint32 scalars."""
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(low) + draw
+    c3 = tl.zeros_like(low) + purpose
+    return philox(low, high, c2, c3, key0, key1)
+
+
+@triton.jit
+def in_order(x0, x1, x2, x3):
+    """Four values a block, each [n], in the order of the elements: [4 n].
+
+    The thread that computes a block then owns four consecutive elements, which is what one wide access
+    reads or writes: the joins and reshapes move nothing, they rename registers. Four strided accesses
+    a block would do without them, but each would touch all the memory sectors of the tile.
+    """
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
+def radius(x):
+    """sqrt(-2 ln((x + 1/2) / 2^32)), x: int32 words."""
+    g = tl.fma(x.to(tl.float32), 2.0**-32, 2.0**-33)
+    u = g + ((x >> 31) & 0x3F800000).to(tl.float32, bitcast=True)
+    bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3
+    exponent = bits >> 23
+    m = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    f = tl.where(exponent == 0, g, m - 1.0)
+    q = tl.fma(f, 0.20213786, -0.3244516)
+    q = tl.fma(q, f, 0.3450166)
+    q = tl.fma(q, f, -0.3980033)
+    q = tl.fma(q, f, 0.49939817)
+    q = tl.fma(q, f, -0.6667012)
+    q = tl.fma(q, f, 1.0000073)
+    q = tl.fma(q, f, -1.9999999)
+    # A GPU's root is within 2^-23 (relative) of the true one, and so a normal within 1.93e-6 in the worst
+    # case. The correctly rounded root, for 1.57e-6, adds an eighth to the whole kernel's instructions.
+    return tl.sqrt(tl.fma(q, f, exponent.to(tl.float32) * -1.3862944))
+
+
+@triton.jit
+def turn(x):
+    """(cos, sin) of 2 pi (x + 1/2) / 2^32, x: int32 words."""
+    t = tl.fma(((x << 2) >> 2).to(tl.float32), 2.0**-32, 2.0**-33)
+    z = t * t
+    s = tl.fma(z, -75.264832, 81.588852)
+    s = tl.fma(s, z, -41.341633)
+    s = tl.fma(s, z, 6.283185) * t
+    c = tl.fma(z, -83.592613, 64.92125)
+    c = tl.fma(c, z, -19.739153)
+    c = tl.fma(c, z, 1.0)
+    quarter = x.to(tl.uint32, bitcast=True) + 0x20000000
+    odd = (quarter & 0x40000000) != 0
+    cos = tl.where(odd, s, c).to(tl.uint32, bitcast=True) ^ ((quarter + 0x40000000) & 0x80000000)
+    sin = tl.where(odd, c, s).to(tl.uint32, bitcast=True) ^ (quarter & 0x80000000)
+    return cos.to(tl.float32, bitcast=True), sin.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def uniform(x):
+    """2 (x + 1/2) / 2^32 - 1, x: uint32 words."""
+    centred = (x ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.float32)
+    return tl.fma(centred, 2.0**-31, 2.0**-32)
+
+
+@triton.jit
+def rademacher(x):
+    """+1 where the top bit is set, else -1, x: uint32 words."""
+    return ((x & 0x80000000) ^ 0xBF800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def noise_pair(xa, xb, NOISE: tl.constexpr):
+    """Two uint32 words to two noise values."""
+    if NOISE == "normal":
+        r = radius(xa.to(tl.int32, bitcast=True))
+        cos, sin = turn(xb.to(tl.int32, bitcast=True))
+        a, b = cos * r, sin * r
+    elif NOISE == "uniform":
+        a, b = uniform(xa), uniform(xb)
+    else:
+        a, b = rademacher(xa), rademacher(xb)
+    return a, b
+
+
+@triton.jit
+def lerp(w0, w1, k, BASE: tl.constexpr, MIXED: tl.constexpr):
+    w = w1 if BASE else w0
+    if MIXED:
+        w = w + (w1 - w0) * k
+    return w
+
+
+@triton.jit
+def perturbed(w, scale, eps, ADAPTIVE: tl.constexpr):
+    if ADAPTIVE:
+        w = w + tl.abs(w) * scale * eps
+    else:
+        w = w + scale * eps
+    return w
+
+
+@triton.jit
+def read(pointer, offsets, size, WHOLE: tl.constexpr):
+    """Weights of any storage type, as float32. WHOLE: no offset lies beyond the tensor's end."""
+    if WHOLE:
+        w = tl.load(pointer + offsets)
+    else:
+        w = tl.load(pointer + offsets, mask=offsets < size, other=0)
+    if w.dtype == tl.bfloat16:
+        # By its bits: as cheap as a cast, and the interpreter's cast breaks subnormals (Triton 3.9).
+        w = (w.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return w.to(tl.float32)
+
+
+@triton.jit
+def narrowed(w, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 to a storage type, rounded to nearest, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter's cast truncates (Triton 3.9). A GPU's is right, and half an instruction.
+        bits = w.to(tl.uint32, bitcast=True)
+        bits = tl.where(w == w, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        narrow = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = w.to(DTYPE)
+    return narrow
+
+
+@triton.jit
+def write_tile(
+    out, zeroshot, finetuned, size, block, k, scale, threshold, key0, key1, draw,
+    BASE: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    INTERPOLATED: tl.constexpr, FILL: tl.constexpr,
+    TILE: tl.constexpr, WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Writes the min(size, TILE) elements at the three pointers, whose first block is ``block``."""
+    offsets = tl.arange(0, TILE)
+    blocks = block + tl.arange(0, TILE // 4)
+    # Weights that cannot reach the output are not read: at alpha = 1 w0, at alpha = 0 w1.
+    if BASE == 0 or MIXED or FILL == "zeroshot":
+        w0 = read(zeroshot, offsets, size, WHOLE)
+    else:
+        w0 = tl.zeros((TILE,), tl.float32)
+    if BASE == 1 or MIXED:
+        w1 = read(finetuned, offsets, size, WHOLE)
+    else:
+        w1 = w0
+    if FILL != "none":
+        x0, x1, x2, x3 = words(blocks, 0, MASK_PURPOSE, key0, key1)
+        kept = in_order(x0, x1, x2, x3) < threshold
+        w1 = tl.where(kept, w1, w0 if FILL == "zeroshot" else 0.0)
+    if NOISE != "none":
+        x0, x1, x2, x3 = words(blocks, draw, NOISE_PURPOSE, key0, key1)
+        e0, e1 = noise_pair(x0, x1, NOISE)
+        e2, e3 = noise_pair(x2, x3, NOISE)
+        eps = in_order(e0, e1, e2, e3)
+        if INTERPOLATED:
+            w = perturbed(lerp(w0, w1, k, BASE, MIXED), scale, eps, ADAPTIVE)
+        else:
+            w = lerp(w0, perturbed(w1, scale, eps, ADAPTIVE), k, BASE, MIXED)
+    else:
+        w = lerp(w0, w1, k, BASE, MIXED)
+    w = narrowed(w, out.dtype.element_ty, INTERPRETED)
+    if WHOLE:
+        tl.store(out + offsets, w)
+    else:
+        tl.store(out + offsets, w, mask=offsets < size)
+
+
+@triton.jit
+def write(
+    tiles, rows, first_tile, k, scale, threshold, seed_low, seed_high, draw,
+    OUT: tl.constexpr, ZEROSHOT: tl.constexpr, FINETUNED: tl.constexpr, ALIGNED: tl.constexpr,
+    BASE: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    INTERPOLATED: tl.constexpr, FILL: tl.constexpr,
+    TILE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One program writes one tile: TILE elements, or what is left, of one row.
+
+    tiles: int32 [tiles], the row that each tile belongs to. rows: int64 [rows, 6], each row's addresses
+    of out, zeroshot and finetuned, its size, first block and first tile. first_tile: the first program's
+    tile. threshold, seed_low, seed_high, draw: 32-bit words, as int32.
+
+    OUT, ZEROSHOT, FINETUNED: storage types. ALIGNED: every four elements can be accessed at once.
+    BASE, MIXED (k is not 0), INTERPOLATED (on="interpolated"): the form of the formula. NOISE: "none" or
+    its kind. FILL: "none" (no mask), "zero" or "zeroshot".
+    """
+    tile = first_tile + tl.program_id(0)
+    row = rows + tl.load(tiles + tile) * 6
+    out = tl.load(row).to(tl.pointer_type(OUT))
+    zeroshot = tl.load(row + 1).to(tl.pointer_type(ZEROSHOT))
+    finetuned = tl.load(row + 2).to(tl.pointer_type(FINETUNED))
+    size = tl.load(row + 3)
+    first_block = tl.load(row + 4)
+    tile -= tl.load(row + 5)  # now of this row, and of 64 bits, as all that follows from it
+    start = tile * TILE
+    block = first_block + tile * (TILE // 4)
+    left = size - start
+    if ALIGNED:
+        # No more is promised than four elements, one block: then a thread has the same four of every
+        # storage type, and nothing need be passed between threads.
+        out = tl.multiple_of(out, OUT.primitive_bitwidth // 2)
+        zeroshot = tl.multiple_of(zeroshot, ZEROSHOT.primitive_bitwidth // 2)
+        finetuned = tl.multiple_of(finetuned, FINETUNED.primitive_bitwidth // 2)
+    out += start
+    zeroshot += start
+    finetuned += start
+    threshold = threshold.to(tl.uint32, bitcast=True)
+    key0 = seed_low.to(tl.uint32, bitcast=True)
+    key1 = seed_high.to(tl.uint32, bitcast=True)
+    draw = draw.to(tl.uint32, bitcast=True)
+    if left >= TILE:  # without bounds, which would keep the accesses from being wide
+        write_tile(
+            out, zeroshot, finetuned, left, block, k, scale, threshold, key0, key1, draw,
+            BASE, MIXED, NOISE, ADAPTIVE, INTERPOLATED, FILL, TILE, True, INTERPRETED,
+        )  # fmt: skip
+    else:
+        write_tile(
+            out, zeroshot, finetuned, left, block, k, scale, threshold, key0, key1, draw,
+            BASE, MIXED, NOISE, ADAPTIVE, INTERPOLATED, FILL, TILE, False, INTERPRETED,
+        )  # fmt: skip

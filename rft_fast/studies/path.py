@@ -1,0 +1,215 @@
+"""Figure 1 of the paper: accuracy and loss along the whole path, and what they say.
+
+``alpha = 0`` is zero-shot and ``alpha = 1`` fine-tuned, as in the paper's figures; its formulas
+write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from statistics import NormalDist
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .rows import complete, frame
+
+if TYPE_CHECKING:
+    from ..evaluate import Evaluator, Scores
+    from ..path import Path
+
+STUDY = "interpolation"
+XI = 0.02  # a gain of two points of accuracy counts as high
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+def check_alphas(alphas: Iterable[float]) -> list[float]:
+    """The positions in ascending order, once they are found fit for a study.
+
+    Raises:
+        ValueError: no positions, one that is not finite, outside [0, 1] or given twice, or 0 or 1
+            missing: gain, barrier and instability are all measured from the two ends.
+    """
+    grid = sorted(float(alpha) + 0.0 for alpha in alphas)  # + 0.0 turns -0.0 into 0.0
+    outside = [alpha for alpha in grid if not 0 <= alpha <= 1]
+    if outside:
+        raise ValueError(f"alphas: expected finite numbers in [0, 1], got {outside}")
+    twice = sorted({a for a, b in pairwise(grid) if a == b})
+    if twice:
+        raise ValueError(f"alphas: expected each position once, got {twice} more than once")
+    missing = sorted({0.0, 1.0} - set(grid))
+    if missing:
+        raise ValueError(
+            f"alphas: expected the ends 0 and 1 among them, got {grid}; add {missing}, since gain, "
+            "barrier and instability are measured from the ends"
+        )
+    return grid
+
+
+def interpolation(
+    path: Path,
+    evaluator: Evaluator,
+    alphas: Iterable[float],
+    *,
+    model: str = "",
+    sink: Callable[[dict[str, object]], object] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> pd.DataFrame:
+    """Scores ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` on every data set.
+
+    The live model is as it was before once the study ends, also when it fails.
+
+    Args:
+        path: the live model between its two ends.
+        evaluator: scores the path's live model.
+        alphas: positions in [0, 1], with 0 and 1 among them; measured in ascending order.
+        model: name of the fine-tuned model, written into the rows.
+        sink: called with each row as soon as it is measured.
+        progress: called with 1 after each position.
+
+    Returns:
+        One row per (alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``gain``
+        is A(alpha) - A(0) and ``rise`` L(alpha) - L(0), with standard errors paired over samples.
+        ``seconds`` is the data set's share, by samples, of the time its position took.
+
+    Raises:
+        ValueError: positions that :func:`check_alphas` refuses, or an evaluator of another model.
+    """
+    grid = check_alphas(alphas)
+    if evaluator.model is not path.model:
+        raise ValueError(
+            "interpolation: expected an evaluator of the path's live model, got one of another "
+            "model, whose scores would never change; build it as Evaluator(path.model, ...)"
+        )
+    ood = {dataset.name: dataset.ood for dataset in evaluator.datasets}
+    rows: list[dict[str, object]] = []
+    zeroshot: dict[str, Scores] = {}
+    for alpha in grid:
+        start = perf_counter()
+        with path.at(alpha):
+            scores = evaluator.scores()
+        seconds = perf_counter() - start
+        zeroshot = zeroshot or scores  # the grid starts at 0
+        samples = sum(score.samples for score in scores.values())
+        for name, score in scores.items():
+            gain, gain_se = score.gain_over(zeroshot[name])
+            rise, rise_se = score.rise_over(zeroshot[name])
+            row = complete(
+                {
+                    "study": STUDY,
+                    "model": model,
+                    "dataset": name,
+                    "ood": ood[name],
+                    "alpha": alpha,
+                    "rho": 0.0,
+                    "keep": 1.0,
+                    "samples": score.samples,
+                    "loss": score.loss,
+                    "loss_se": score.loss_se,
+                    "accuracy": score.accuracy,
+                    "accuracy_se": score.accuracy_se,
+                    "gain": gain,
+                    "gain_se": gain_se,
+                    "rise": rise,
+                    "rise_se": rise_se,
+                    "precision": evaluator.precision,
+                    "seconds": seconds * score.samples / samples,
+                }
+            )
+            rows.append(row)
+            if sink is not None:
+                sink(row)
+        if progress is not None:
+            progress(1)
+    return frame(rows)
+
+
+def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
+    """What the path of each model says on each data set.
+
+    The interval of the gain is the pointwise 95 % normal interval, paired over samples, at the best
+    alpha. It does not allow for that alpha having been chosen as the best on the same samples,
+    which makes the gain optimistic.
+
+    Args:
+        rows: of :func:`interpolation`; rows of other studies among them are left aside.
+        xi: the accuracy, as a fraction, from which on a gain is high.
+
+    Returns:
+        One row per (model, data set), in the order of first appearance:
+
+        - ``zero_shot``, ``fine_tuned``: A(0) and A(1);
+        - ``gain`` (Eq. 2): max over alpha of A(alpha) - A(0), hence never negative, with
+          ``gain_se``, ``gain_low``, ``gain_high`` and the smallest alpha that reaches it,
+          ``best_alpha``;
+        - ``barrier`` (Eq. 1), the depth: max over alpha of L(alpha) - L(0), with ``barrier_se`` and
+          ``barrier_alpha``;
+        - ``instability_loss`` (Def. 1): max over alpha of L(alpha) - (L(0) + L(1)) / 2, and
+          ``instability_accuracy``: (A(0) + A(1)) / 2 - min over alpha of A(alpha);
+        - ``mode``: *failure* when no alpha beats A(0), *high gain* when one does by at least xi,
+          otherwise *gain*; missing on data that are in distribution, where it is not defined;
+        - ``ood``, ``samples``, ``alphas`` (how many), ``xi``.
+
+        A loss that is not finite at any alpha makes barrier and loss instability not finite too.
+
+    Raises:
+        ValueError: xi outside [0, 1), no rows of an interpolation, or a (model, data set) whose
+            positions :func:`check_alphas` refuses, such as those of a run that was stopped.
+    """
+    if not 0 <= xi < 1:
+        raise ValueError(f"summarize: expected xi as a fraction in [0, 1), got {xi}; 2 % is 0.02")
+    rows = rows[rows["study"] == STUDY]
+    if rows.empty:
+        raise ValueError(f"summarize: expected rows of the study {STUDY!r}, got none")
+    groups = rows.groupby(["model", "dataset"], sort=False)
+    facts = pd.DataFrame(
+        [
+            _summary(str(model), str(dataset), group.sort_values("alpha"), xi)
+            for (model, dataset), group in groups
+        ]
+    )
+    return facts.astype({"model": "string", "dataset": "string", "mode": "string"})
+
+
+def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[str, object]:
+    try:
+        alphas = check_alphas(curve["alpha"])
+    except ValueError as error:
+        raise ValueError(f"summarize: {model!r} on {dataset!r}: {error}") from None
+    loss, accuracy = curve["loss"].to_numpy(), curve["accuracy"].to_numpy()
+    gain, rise = curve["gain"].to_numpy(), curve["rise"].to_numpy()
+    best, worst = int(np.argmax(gain)), int(np.argmax(rise))  # argmax finds a NaN, max hides none
+    ood = bool(curve["ood"].iloc[0])
+    gain_se = float(curve["gain_se"].iloc[best])
+    mode = "failure" if gain[best] <= 0 else "high gain" if gain[best] >= xi else "gain"
+    return {
+        "model": model,
+        "dataset": dataset,
+        "ood": ood,
+        "samples": int(curve["samples"].iloc[0]),
+        "alphas": len(alphas),
+        "zero_shot": accuracy[0],
+        "fine_tuned": accuracy[-1],
+        "best_alpha": alphas[best],
+        "gain": gain[best],
+        "gain_se": gain_se,
+        "gain_low": gain[best] - Z95 * gain_se,
+        "gain_high": gain[best] + Z95 * gain_se,
+        "barrier": rise[worst],
+        "barrier_se": float(curve["rise_se"].iloc[worst]),
+        "barrier_alpha": alphas[worst],
+        "instability_loss": _above_ends(loss),
+        "instability_accuracy": _above_ends(-accuracy),
+        "mode": mode if ood else None,
+        "xi": xi,
+    }
+
+
+def _above_ends(curve: np.ndarray) -> float:
+    """How far the curve's highest point lies above the mean of its two ends."""
+    ends = (curve[0] + curve[-1]) / 2
+    return float(np.max(curve) - ends) if math.isfinite(ends) else math.nan

@@ -1,0 +1,235 @@
+"""checkpoints.load: every layout to one set of names, and nothing hostile gets through."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rft_fast import checkpoints
+
+STATE = {
+    "visual.conv1.weight": torch.arange(24.0).reshape(2, 3, 2, 2),
+    "visual.bn.num_batches_tracked": torch.tensor(7),
+    "visual.mask": torch.tensor([True, False]),
+    "visual.proj": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half(),
+    "positional_embedding": torch.ones(2, 2, dtype=torch.bfloat16),
+    "classification_head.weight": torch.ones(4, 5),
+    "logit_scale": torch.tensor(4.6),
+}
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {
+        name if name.startswith("classification_head") else prefix + name: tensor
+        for name, tensor in STATE.items()
+    }
+
+
+def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor), name
+
+
+def same_content(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    same(dict(sorted(got.items())), dict(sorted(expected.items())))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "image_encoder.model."])
+def test_every_prefix_and_both_formats(tmp_path: Path, prefix: str) -> None:
+    state = prefixed(prefix)
+    if prefix.startswith("module."):  # a wrapped classifier wraps its head as well
+        state = {n if n.startswith("module.") else f"module.{n}": t for n, t in state.items()}
+    torch.save(state, tmp_path / "a.pt")
+    save_file(state, tmp_path / "a.safetensors")
+    same(checkpoints.load(tmp_path / "a.pt"), STATE)
+    same_content(checkpoints.load(tmp_path / "a.safetensors"), STATE)  # safetensors sorts
+
+
+def test_only_leading_prefixes_are_dropped(tmp_path: Path) -> None:
+    state = {"visual.module.weight": torch.ones(1), "visual.model.bias": torch.ones(1)}
+    torch.save(state, tmp_path / "a.pt")
+    assert list(checkpoints.load(tmp_path / "a.pt")) == list(state)
+
+
+def test_open_clip_training_checkpoint(tmp_path: Path) -> None:
+    wrapper = {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": OrderedDict(prefixed("module.")),
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []},
+        "scaler": {"scale": 1.0},
+    }
+    torch.save(wrapper, tmp_path / "epoch_3.pt")
+    same(checkpoints.load(tmp_path / "epoch_3.pt"), STATE)
+
+
+def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.pt")
+    torch.save(STATE, tmp_path / "a.bin")
+    same_content(checkpoints.load(str(tmp_path / "a.pt")), STATE)
+    same(checkpoints.load(tmp_path / "a.bin"), STATE)
+
+
+def test_parameters_and_strides_become_plain_contiguous_tensors(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    torch.save({"visual.conv1.weight": nn.Parameter(weight)}, tmp_path / "a.pt")
+    loaded = checkpoints.load(tmp_path / "a.pt")["visual.conv1.weight"]
+    assert type(loaded) is torch.Tensor and not loaded.requires_grad
+    assert loaded.is_contiguous() and torch.equal(loaded, weight)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_writing_to_what_was_loaded_leaves_the_file_alone(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    torch.save(STATE, file) if suffix == "pt" else save_file(STATE, file)
+    before = file.read_bytes()
+    for tensor in checkpoints.load(file).values():
+        tensor.zero_()
+    assert file.read_bytes() == before
+    same_content(checkpoints.load(file), STATE)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    content = os.urandom((1 << 20) + 17)
+    (tmp_path / "a").write_bytes(content)
+    assert checkpoints.sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match=r"^sha256: there is no file"):
+        checkpoints.sha256(tmp_path / "b")
+
+
+def refused(file: Path, *words: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        checkpoints.load(file)
+    message = str(caught.value)
+    assert message.startswith("load: ") and file.name in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    refused(tmp_path / "missing.pt", "no file")
+    refused(tmp_path, "directory")
+    (tmp_path / "empty.safetensors").touch()
+    refused(tmp_path / "empty.safetensors", "empty")
+    (tmp_path / "notes.pt").write_text("these are not the weights you are looking for")
+    refused(tmp_path / "notes.pt", "no known format", "safetensors", "torch.save")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a/b.txt", "hello")
+    refused(tmp_path / "images.zip", "not of torch.save")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.3, 0.7, 0.999])
+def test_truncated_files(tmp_path: Path, share: float) -> None:
+    for write, name in ((torch.save, "a.pt"), (save_file, "a.safetensors")):
+        file = tmp_path / name
+        write({"visual.proj": torch.randn(64, 64)}, file)
+        content = file.read_bytes()
+        file.write_bytes(content[: max(1, int(len(content) * share))])
+        refused(file)
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickles_that_run_something_run_nothing(tmp_path: Path, protocol: int) -> None:
+    marker = tmp_path / "marker"
+    hostile = {"visual.proj": torch.ones(2), "classification_head.weight": Hostile(marker)}
+    torch.save(hostile, tmp_path / "zip.pt", pickle_protocol=protocol)
+    refused(tmp_path / "zip.pt", "posix.system", "Nothing was executed", "state_dict()")
+    torch.save(
+        hostile,
+        tmp_path / "old.pt",
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=False,
+    )
+    refused(tmp_path / "old.pt", "posix.system", "Nothing was executed")
+    (tmp_path / "bare.pkl").write_bytes(pickle.dumps([Hostile(marker)], protocol=protocol))
+    refused(tmp_path / "bare.pkl", "posix.system", "Nothing was executed")
+    torch.save({"state_dict": hostile, "epoch": 1}, tmp_path / "wrapped.pt")
+    refused(tmp_path / "wrapped.pt", "posix.system")
+    assert not marker.exists()
+
+
+def test_a_pickled_module_is_named(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    refused(tmp_path / "module.pt", "torch.nn.modules.linear.Linear", "Nothing was executed")
+    (tmp_path / "module.pkl").write_bytes(pickle.dumps(nn.Linear(2, 2)))
+    refused(tmp_path / "module.pkl", "torch.nn.modules.linear.Linear")
+
+
+def test_pickle_that_claims_huge_sizes(tmp_path: Path) -> None:
+    (tmp_path / "huge.pkl").write_bytes(b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b"x")
+    refused(tmp_path / "huge.pkl", "bare pickle")
+    (tmp_path / "memo.pkl").write_bytes(b"\x80\x04Nr" + (1 << 31).to_bytes(4, "little") + b".")
+    refused(tmp_path / "memo.pkl", "bare pickle")
+
+
+def test_torchscript_archive(tmp_path: Path) -> None:
+    file = tmp_path / "openai.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        for entry in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"model/{entry}", b"")
+    refused(file, "TorchScript", "nothing was executed", "state_dict()")
+
+
+def rewritten(file: Path, change: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(file) as source:
+        entries = {name: source.read(name) for name in source.namelist()}
+    target = file.with_name("rewritten.pt")
+    with zipfile.ZipFile(target, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change.get(name.partition("/")[2], content))
+    return target
+
+
+def test_tampered_archives(tmp_path: Path) -> None:
+    torch.save({"visual.proj": torch.zeros(1000)}, tmp_path / "a.pt")
+    refused(rewritten(tmp_path / "a.pt", {}, zipfile.ZIP_DEFLATED), "compressed")
+    refused(rewritten(tmp_path / "a.pt", {"data/0": b"short"}), "nothing was executed")
+    refused(rewritten(tmp_path / "a.pt", {"data.pkl": b"garbage"}), "nothing was executed")
+
+
+def test_a_shape_beyond_what_is_stored(tmp_path: Path) -> None:
+    torch.save({"visual.proj": torch.zeros(1).expand(1 << 40)}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "visual.proj", "4 bytes")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_what_holds_more_than_tensors(tmp_path: Path) -> None:
+    cases = {
+        "plain": ({**STATE, "temperature": 0.1, "note": "x"}, ("'temperature' (float)", "'note'")),
+        "number_name": ({3: torch.ones(1)}, ("3 (Tensor)",)),
+        "ema": ({"state_dict": STATE, "state_dict_ema": STATE}, ("state_dict_ema",)),
+        "inner": ({"state_dict": {"a": 1}}, ("'a' (int)",)),
+        "tensor": (torch.ones(3), ("holds a Tensor",)),
+        "nothing": ({}, ("no tensors",)),
+        "sparse": ({"visual.proj": torch.eye(3).to_sparse()}, ("visual.proj", "dense")),
+    }
+    for name, (content, words) in cases.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        refused(tmp_path / f"{name}.pt", *words)
+
+
+def test_names_that_collide(tmp_path: Path) -> None:
+    state = {"visual.proj": torch.ones(1), "model.visual.proj": torch.zeros(1)}
+    save_file(state, tmp_path / "a.safetensors")
+    refused(tmp_path / "a.safetensors", "'model.visual.proj'", "'visual.proj'")

@@ -1,0 +1,268 @@
+"""The classifier against forwards written out here, and against weights of other architectures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rft_fast import classifier
+
+EMBED, WIDTH, HEADS, LAYERS, PATCH, SIZE, CLASSES = 16, 32, 2, 2, 8, 32, 5
+VISION = {
+    "image_size": SIZE,
+    "patch_size": PATCH,
+    "layers": LAYERS,
+    "width": WIDTH,
+    "head_width": WIDTH // HEADS,
+    "mlp_ratio": 2.0,
+}
+TEXT = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {"embed_dim": EMBED, "vision_cfg": VISION, "text_cfg": TEXT, **changes}
+
+
+def clip_with_head(cfg: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    """A whole CLIP and its checkpoint with a head, as model-soups lays it out."""
+    torch.manual_seed(seed)
+    clip = open_clip.CLIP(**cfg).eval()
+    for parameter in clip.parameters():  # zero biases and unit gains would hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    state = {name: t for name, t in state.items() if not name.startswith("transformer.")}
+    state["classification_head.weight"] = torch.randn(CLASSES, cfg["embed_dim"])
+    state["classification_head.bias"] = torch.randn(CLASSES)
+    return clip, state
+
+
+def write(tmp_path: Path, content: Any) -> Path:
+    file = tmp_path / "model.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+def build_loaded(arch: str | Path, state: dict[str, Tensor]) -> classifier.ImageClassifier:
+    model, _ = classifier.build(arch, state)
+    model.load_state_dict(classifier.split(state)[0])
+    return model
+
+
+def plain_forward(state: dict[str, Tensor], images: Tensor, quick_gelu: bool) -> Tensor:
+    """A vision transformer and head in float64, from the tensors alone."""
+    w = {name: tensor.double() for name, tensor in state.items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def gelu(x: Tensor) -> Tensor:
+        if quick_gelu:
+            return x / (1 + torch.exp(-1.702 * x))
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+    n, side = len(images), SIZE // PATCH
+    patches = images.double().reshape(n, 3, side, PATCH, side, PATCH)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(n, side * side, -1)
+    x = patches @ w["visual.conv1.weight"].reshape(WIDTH, -1).T
+    x = torch.cat([w["visual.class_embedding"].expand(n, 1, WIDTH), x], 1)
+    x = norm(x + w["visual.positional_embedding"], "visual.ln_pre")
+    for layer in range(LAYERS):
+        block = f"visual.transformer.resblocks.{layer}"
+        y = norm(x, f"{block}.ln_1")
+        y = y @ w[f"{block}.attn.in_proj_weight"].T + w[f"{block}.attn.in_proj_bias"]
+        q, k, v = (part.reshape(n, -1, HEADS, WIDTH // HEADS) for part in y.chunk(3, -1))
+        scores = torch.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(WIDTH // HEADS)
+        y = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), v).reshape(n, -1, WIDTH)
+        x = x + linear(y, f"{block}.attn.out_proj")
+        y = gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
+        x = x + linear(y, f"{block}.mlp.c_proj")
+    features = norm(x, "visual.ln_post")[:, 0] @ w["visual.proj"]
+    features = features / features.pow(2).sum(-1, keepdim=True).sqrt()
+    return linear(features, "classification_head")
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_logits_equal_a_written_out_forward(tmp_path: Path, quick_gelu: bool) -> None:
+    cfg = config(quick_gelu=quick_gelu)
+    _, state = clip_with_head(cfg)
+    model = build_loaded(write(tmp_path, cfg), state)
+    images = torch.randn(4, 3, SIZE, SIZE)
+    with torch.no_grad():
+        got = model(images)
+    expected = plain_forward(state, images, quick_gelu)
+    assert got.dtype == torch.float32 and got.shape == (4, CLASSES)
+    assert (got - expected).abs().max() < 2e-5
+    assert (plain_forward(state, images, not quick_gelu) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        VISION,
+        {**VISION, "output_tokens": True},
+        {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+        {"image_size": 160, "timm_model_name": "test_vit", "timm_model_pretrained": True},
+    ],
+    ids=["vit", "tokens", "resnet", "timm"],
+)
+def test_logits_equal_the_model_soups_wrapper(tmp_path: Path, vision: dict[str, Any]) -> None:
+    local = {**vision, "timm_model_pretrained": False} if "timm_model_name" in vision else vision
+    clip, state = clip_with_head(config(vision_cfg=local))
+    model = build_loaded(write(tmp_path, config(vision_cfg=vision)), state)
+    images = torch.randn(3, 3, vision["image_size"], vision["image_size"])
+    with torch.no_grad():
+        features = clip.encode_image(images) if "output_tokens" not in vision else None
+        if features is None:
+            features = clip.visual(images)[0]
+        features = features / features.norm(dim=-1, keepdim=True)
+        weight, bias = state["classification_head.weight"], state["classification_head.bias"]
+        assert torch.equal(model(images), nn.functional.linear(features, weight, bias))
+
+
+def test_a_known_model_name_builds_that_model_and_nothing_of_the_text() -> None:
+    with torch.device("meta"):
+        clip = open_clip.create_model("ViT-B-32-quickgelu", device="meta")
+    state = {n: t for n, t in clip.state_dict().items() if not n.startswith("transformer.")}
+    state["classification_head.weight"] = torch.empty(10, 512, device="meta")
+    model, inert = classifier.build("ViT-B-32-quickgelu", state)
+    names = set(model.state_dict())
+    assert names == {n for n in state if n.startswith("visual.")} | {
+        "classification_head.weight",
+        "classification_head.bias",
+    }
+    assert set(inert) == set(state) - names
+    activations = {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__}
+    assert activations == {"QuickGELU"}
+    assert not model.training
+
+
+def test_names_alone_are_read_and_the_random_state_is_kept(tmp_path: Path) -> None:
+    file = write(tmp_path, config())
+    _, state = clip_with_head(config())
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    model, _ = classifier.build(file, {n: t.to("meta") for n, t in state.items()})
+    assert torch.equal(torch.rand(4), expected)
+    assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in model.parameters())
+
+
+def test_split_gives_reasons_and_a_zero_bias() -> None:
+    _, state = clip_with_head(config())
+    del state["classification_head.bias"]
+    state["classification_head.weight"] = state["classification_head.weight"].half()
+    before = set(state)
+    used, inert = classifier.split(state)
+    assert set(state) == before  # the caller's dict is not touched
+    bias = used["classification_head.bias"]
+    assert torch.equal(bias, torch.zeros(CLASSES, dtype=torch.float16))
+    assert set(inert) == {
+        "positional_embedding",
+        "text_projection",
+        "logit_scale",
+        "token_embedding.weight",
+        "ln_final.weight",
+        "ln_final.bias",
+    }
+    assert "text tower" in inert["ln_final.bias"] and "head" in inert["logit_scale"]
+    assert set(used) | set(inert) == before | {"classification_head.bias"}
+
+
+def refused(call: Any, *arguments: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        call(*arguments)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+def test_weights_of_another_architecture(tmp_path: Path) -> None:
+    _, state = clip_with_head(config())
+    other = write(tmp_path, config(vision_cfg={**VISION, "width": 48, "layers": 3}))
+    words = ("visual.conv1.weight (32, 3, 8, 8) instead of (48, 3, 8, 8)", "missing: ", "and ")
+    refused(classifier.build, other, state, words=words)
+    file = write(tmp_path, config())
+    extra = {**state, "visual.extra": torch.ones(2)}
+    refused(classifier.build, file, extra, words=("unexpected: visual.extra (2,)",))
+    less = {name: tensor for name, tensor in state.items() if name != "visual.proj"}
+    refused(classifier.build, file, less, words=("missing: visual.proj",))
+    wide = {**state, "classification_head.weight": torch.ones(5, 17)}
+    refused(classifier.build, file, wide, words=("(5, 17) instead of (5, 16)",))
+    bias = {**state, "classification_head.bias": torch.ones(6)}
+    refused(classifier.build, file, bias, words=("classification_head.bias (6,) instead of (5,)",))
+
+
+def test_checkpoints_that_are_no_classifier() -> None:
+    _, state = clip_with_head(config())
+    headless = {n: t for n, t in state.items() if "classification_head" not in n}
+    refused(classifier.split, headless, words=("no 'classification_head.weight'",))
+    refused(
+        classifier.split,
+        {"classification_head.weight": torch.ones(2, 2)},
+        words=("no image tower",),
+    )
+    refused(classifier.split, {**state, "encoder.0.weight": torch.ones(1)}, words=("encoder.0.weight",))
+    flat = {**state, "classification_head.weight": torch.ones(5)}
+    refused(classifier.split, flat, words=("[classes, features], got (5,)",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ("not valid JSON",)),
+        ([1], ("must hold an object",)),
+        ({"model_cfg": config(), "preproces_cfg": {}}, ("did you mean 'preprocess_cfg'?",)),
+        (config(quickgelu=True), ("did you mean 'quick_gelu'?",)),
+        ({"model_cfg": {"vision_cfg": VISION}}, ("embed_dim",)),
+        ({"embed_dim": 16}, ("vision_cfg",)),
+        (config(vision_cfg={**VISION, "depth": 3}), ("depth", "cannot make the tower")),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, content: Any, words: tuple[str, ...]) -> None:
+    _, state = clip_with_head(config())
+    refused(classifier.build, write(tmp_path, content), state, words=("build: ", *words))
+
+
+def test_unknown_model_names_come_with_the_nearest() -> None:
+    refused(classifier.build, "ViT-B-32-quickgelo", {}, words=("ViT-B-32-quickgelu",))
+    refused(classifier.preprocess, "nonsense!", words=("neither an open_clip model nor a file",))
+
+
+def test_preprocess(tmp_path: Path) -> None:
+    reference = open_clip.transform.PreprocessCfg()
+    named = classifier.preprocess("ViT-B-32")
+    assert named.size == (224, 224)
+    assert (named.mean, named.std) == (reference.mean, reference.std)
+    assert (named.interpolation, named.resize_mode) == ("bicubic", "shortest")
+    cfg = {"mean": 0.5, "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "size": [32, 32]}
+    file = write(tmp_path, {"model_cfg": config(), "preprocess_cfg": cfg})
+    got = classifier.preprocess(file)
+    assert got == classifier.Preprocess((32, 32), (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), interpolation="bilinear")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        ({"size": 64}, ("(64, 64)", "(32, 32)")),
+        ({"meen": 1}, ("did you mean 'mean'?",)),
+        ({"mean": [1, 2]}, ("mean must be one or three numbers",)),
+        ({"std": 0}, ("std must be positive",)),
+        ({"mode": "L"}, ("mode must be one of ('RGB',), got 'L'",)),
+        ({"interpolation": "nearest"}, ("interpolation must be one of",)),
+        ({"resize_mode": "fit"}, ("resize_mode must be one of",)),
+    ],
+)
+def test_bad_preprocessing(tmp_path: Path, cfg: dict[str, Any], words: tuple[str, ...]) -> None:
+    file = write(tmp_path, {"model_cfg": config(), "preprocess_cfg": cfg})
+    refused(classifier.preprocess, file, words=("preprocess: ", *words))

@@ -1,0 +1,300 @@
+"""The command line, on a tiny zoo made here: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rft_fast import checkpoints, results, studies, sweep
+
+VISION = {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1}
+ARCH: dict[str, Any] = {
+    "model_cfg": {"embed_dim": 6, "vision_cfg": {**VISION, "mlp_ratio": 2.0}, "text_cfg": {}},
+    "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 8},
+}
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints in model-soups layout, an .npz, and a folder of class folders."""
+    folder = tmp_path_factory.mktemp("zoo")
+    (folder / "tiny.json").write_text(json.dumps(ARCH))
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(6, ARCH["model_cfg"]["vision_cfg"], text)
+        base = {f"model.visual.{name}": tensor for name, tensor in clip.visual.state_dict().items()}
+        base["model.logit_scale"] = torch.tensor(2.0)
+        base["classification_head.weight"] = 3 * torch.randn(CLASSES, 6)
+        base["classification_head.bias"] = torch.zeros(CLASSES)
+        save(base, folder / "zeroshot.safetensors")
+        for name in "ab":
+            tuned = {key: tensor + 0.3 * torch.randn_like(tensor) for key, tensor in base.items()}
+            save(tuned, folder / f"{name}.safetensors")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "far.npz", images=images, labels=rng.integers(0, CLASSES, 40))
+    for i in range(12):
+        path = folder / "near" / str(i % CLASSES) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+    return folder
+
+
+def save(state: dict[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+
+
+def own_models(zoo: Path) -> list[str]:
+    return [
+        *("--arch", str(zoo / "tiny.json"), "--zeroshot", str(zoo / "zeroshot.safetensors")),
+        *("--finetuned", str(zoo / "a.safetensors"), str(zoo / "b.safetensors")),
+        *("--data", f"far={zoo / 'far.npz'}", "--id-data", f"near={zoo / 'near'}"),
+    ]
+
+
+def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["interpolation", *own_models(zoo), "--alphas", "0:1:3", "0.1", "--samples", "10",
+                 "--seed", "3", "--xi", "0.05", "--device", "cpu", "--impl", "reference",
+                 "--batch-size", "7", "--out", str(out)]  # fmt: skip
+    assert sweep.main(arguments) == 0
+    rows = results.load(out)
+    assert len(rows) == 2 * 2 * 4
+    assert rows["model"].unique().tolist() == ["a", "b"]
+    assert rows["dataset"].unique().tolist() == ["near", "far"]
+    assert sorted(rows["alpha"].unique()) == [0, 0.1, 0.5, 1]
+    assert set(rows["samples"]) == {10}
+    assert rows.groupby("dataset")["ood"].first().to_dict() == {"near": False, "far": True}
+    csv = pd.read_csv(out / "rows.csv")
+    np.testing.assert_allclose(csv["loss"], rows["loss"], rtol=1e-14)
+    assert (out / "figures" / "interpolation.png").stat().st_size > 10_000
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["alphas"] == [0, 0.1, 0.5, 1] and config["impl"] == "reference"
+    assert (config["samples"], config["seed"], config["batch_size"]) == (10, 3, 7)
+    assert config["finetuned"]["b"]["sha256"] == checkpoints.sha256(zoo / "b.safetensors")
+    assert config["zeroshot"]["path"] == str(zoo / "zeroshot.safetensors")
+    assert config["data"]["far"]["samples"] == 10 and config["data"]["near"]["ood"] is False
+    assert set(config["versions"]) >= {"python", "torch", "rft_fast", "open_clip"}
+
+    printed = capsys.readouterr()
+    assert printed.err == ""  # no progress bar where there is no terminal
+    for fact in studies.summarize(rows, 0.05).to_dict("records"):
+        mode = "-" if pd.isna(fact["mode"]) else fact["mode"]
+        (line,) = (
+            line.split()
+            for part in printed.out.split("\n\n")
+            if part.strip().startswith(fact["dataset"] + ":")
+            for line in part.splitlines()
+            if line.split()[:1] == [fact["model"]]
+        )
+        assert line[1] == f"{100 * fact['zero_shot']:.1f}"
+        assert line[2] == f"{100 * fact['fine_tuned']:.1f}"
+        assert float(line[3]) == fact["best_alpha"]
+        assert float(line[4]) == pytest.approx(100 * fact["gain"], abs=0.051)
+        assert " ".join(line).endswith(mode)
+    assert "near: in distribution, 10 images" in printed.out
+    assert "high gain from 5 points on" in printed.out and "optimistic" in printed.out
+    assert str(out / "rows.csv") in printed.out
+
+    # The same directory again: refused, and nothing in it changes; then replaced on purpose.
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    refused(arguments, "already holds 16 rows", capsys)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert sweep.main([*own_models(zoo), "--alphas", "0", "1", "--out", str(out), "--overwrite"]) == 0
+    assert len(results.load(out)) == 2 * 2 * 2
+
+
+def test_the_digits_zoo_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(["--alphas", "0", "1", "--samples", "16"]) == 0
+    (out,) = (tmp_path / "rft-runs").iterdir()
+    assert out.name.startswith("digits-")
+    rows = results.load(out)
+    assert rows["model"].nunique() == 9 and len(rows) == 9 * 2 * rows["dataset"].nunique()
+    assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        sweep.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["interpolatoin"], "did you mean 'interpolation'?"),
+        (["sharks"], "choose from interpolation"),
+        (["--alphas"], "expected at least one argument"),
+        (["--alphas", "0:1"], "expected a number, or start:stop:count"),
+        (["--alphas", "0:1:1"], "expected a number, or start:stop:count"),
+        (["--alphas", "half"], "expected a number, or start:stop:count"),
+        (["--alphas", "0", "nan", "1"], "expected finite numbers in [0, 1], got [nan]"),
+        (["--alphas", "-1", "0", "1"], "expected finite numbers in [0, 1], got [-1.0]"),
+        (["--alphas", "0.5"], "add [0.0, 1.0]"),
+        (["--alphas", "0:1:3", "0.5"], "[0.5] more than once"),
+        (["--samples", "0"], "expected an integer from 1"),
+        (["--samples", "2.5"], "expected an integer from 1"),
+        (["--batch-size", "-1"], "expected an integer from 1"),
+        (["--seed", "4294967296"], "expected an integer from 0 to 4294967295"),
+        (["--xi", "2"], "two points of accuracy are 0.02"),
+        (["--xi", "nan"], "two points of accuracy are 0.02"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["--device", "gpu"], "'gpu' cannot be used"),
+        (["--device", "meta"], "'meta' cannot be used"),
+        (["--impl", "magic"], "invalid choice: 'magic'"),
+        (["--arch", "ViT-B-32"], "missing: --zeroshot, --finetuned, --data or --id-data"),
+        (["--data", "x"], "expected NAME=PATH, got 'x'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "_load", forbidden)
+    refused(arguments, message, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def forbidden(*_: Any) -> None:
+    raise AssertionError("something was loaded")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--zeroshot", "{zoo}/none.pt"], "there is no file"),
+        (["--finetuned", "{zoo}/none.pt"], "there is no file"),
+        (["--finetuned", "{zoo}/near"], "there is no file"),
+        (["--finetuned", "{zoo}/a.safetensors"], "--finetuned: given more than once: "),
+        (["--data", "off={zoo}/none.npz"], "off: there is no"),
+        (["--data", "near={zoo}/far.npz"], "--id-data: given more than once: near"),
+        (["--arch", "ViT-B-23"], "did you mean"),
+        (["--out", "{zoo}/tiny.json"], "expected a directory, got the file"),
+        (["--out", "{zoo}/tiny.json/run"], "expected a directory, got the file"),
+    ],
+)
+def test_bad_paths_are_refused_before_anything_is_loaded(
+    change: list[str],
+    message: str,
+    zoo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sweep, "_load", forbidden)
+    out = [] if "--out" in change else ["--out", str(zoo / "never")]
+    refused([*own_models(zoo), *out, *(x.format(zoo=zoo) for x in change)], message, capsys)
+    assert not (zoo / "never").exists()
+
+
+def test_what_cannot_be_scored_is_refused_and_earlier_rows_stay(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    short = ["--alphas", "0", "1", "--out", str(out), "--overwrite"]
+    assert sweep.main([*own_models(zoo), *short]) == 0
+    capsys.readouterr()
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    sound = checkpoints.load(zoo / "b.safetensors")
+    name = "classification_head.weight"
+    save({**sound, name: sound[name] * float("nan")}, tmp_path / "nan.safetensors")
+    save({**sound, name: sound[name][:, :5]}, tmp_path / "narrow.safetensors")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for bad in ("nan.safetensors", "narrow.safetensors", "empty.pt"):
+        refused([*own_models(zoo), *short, "--finetuned", str(tmp_path / bad)], bad, capsys)
+    refused([*own_models(zoo), *short, "--samples", "41"], "only 12 images", capsys)
+    shutil.copytree(zoo / "near", tmp_path / "more")
+    (tmp_path / "more" / "1" / "cut.png").write_bytes(b"\x89PNG cut off")
+    refused([*own_models(zoo), *short, "--data", f"m={tmp_path / 'more'}"], "cut.png", capsys)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_models_of_the_same_file_name_are_told_apart(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins = []
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        twins.append(str(shutil.copy(zoo / "a.safetensors", tmp_path / run / "final.safetensors")))
+    own = own_models(zoo)
+    own[own.index("--finetuned") + 1 : own.index("--data")] = twins
+    assert sweep.main([*own, "--alphas", "0", "1", "--out", str(tmp_path / "run")]) == 0
+    assert results.load(tmp_path / "run")["model"].unique().tolist() == twins
+
+
+def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        sweep.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for word in ("examples:", "--alphas", "interpolation", "digits", "--overwrite", "0:1:11"):
+        assert word in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # Python ignores SIGINT where its parent does (a shell's background job), so it is set here.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from rft_fast.sweep import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *own_models(zoo), "--alphas", "0:1:20001", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "config.json").exists() or len(results.load(out)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    rows = results.load(out)
+    assert 3 <= len(rows) == len(pd.read_csv(out / "rows.csv"))
+    assert f"interrupted; the {len(rows)} rows so far are in {out}" in errors
+    assert "Traceback" not in errors and printed == ""
+    assert rows["alpha"].is_monotonic_increasing and rows["alpha"].iloc[0] == 0

@@ -1,0 +1,106 @@
+"""zoo.read: every name in a zoo file is resolved and checked before anything else happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rft_fast import zoo
+
+GOOD = """
+name = "soup"
+arch = "model.json"
+zeroshot = "weights/zero.pt"
+[finetuned]
+"z last" = "weights/one.pt"
+"a first" = "weights/two.pt"
+[data]
+val = { path = "val", ood = false }
+[data.sketch]
+path = "sketch.npz"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "val").mkdir()
+    for name in ("model.json", "weights/zero.pt", "weights/one.pt", "weights/two.pt", "sketch.npz"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "zoo.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, GOOD)
+    monkeypatch.chdir(folder.parent)
+    got = zoo.read(Path(folder.name) / "zoo.toml")
+    assert got == zoo.Zoo(
+        name="soup",
+        arch=str(folder / "model.json"),
+        zeroshot=folder / "weights/zero.pt",
+        finetuned={"z last": folder / "weights/one.pt", "a first": folder / "weights/two.pt"},
+        data={
+            "val": zoo.DataSource(folder / "val", ood=False),
+            "sketch": zoo.DataSource(folder / "sketch.npz", ood=True),
+        },
+    )
+    assert list(got.finetuned) == ["z last", "a first"]
+
+
+def test_a_model_name_stays_a_name(folder: Path) -> None:
+    got = zoo.read(write(folder, GOOD.replace("model.json", "ViT-B-32-quickgelu")))
+    assert got.arch == "ViT-B-32-quickgelu"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("zeroshot =", "zero_shot =", ("zero_shot", "did you mean zeroshot?")),
+        ('path = "sketch.npz"', 'pth = "sketch.npz"', ("data.sketch.pth", "did you mean path?")),
+        ("ood = false", "odd = false", ("data.val.odd", "did you mean ood?")),
+        ('name = "soup"', "", ("name is missing",)),
+        ('name = "soup"', "name = 3", ("name must be a string, got 3",)),
+        ('name = "soup"', 'name = ""', ("name is empty",)),
+        ("ood = false", 'ood = "no"', ("data.val.ood must be a boolean", "'no'")),
+        (
+            "weights/two.pt",
+            "weights/three.pt",
+            ("finetuned.a first", "three.pt, which does not exist"),
+        ),
+        ("weights/zero.pt", "zero.pt", ("zeroshot names", "does not exist")),
+        ('path = "sketch.npz"', "", ("data.sketch.path is missing",)),
+        (
+            '[data.sketch]\npath = "sketch.npz"',
+            'sketch = "sketch.npz"',
+            ("data.sketch must be a table",),
+        ),
+        ('"z last" = "weights/one.pt"\n"a first" = "weights/two.pt"', "", ("finetuned is empty",)),
+        ("[finetuned]", "[finetuned", ("not valid TOML",)),
+    ],
+)
+def test_refusals_name_file_and_entry(folder: Path, old: str, new: str, words: tuple[str, ...]) -> None:
+    assert old in GOOD
+    file = write(folder, GOOD.replace(old, new))
+    with pytest.raises(ValueError) as caught:
+        zoo.read(file)
+    for word in ("zoo: ", str(file), *words):
+        assert word in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^zoo: there is no file .*nowhere\.toml"):
+        zoo.read(tmp_path / "nowhere.toml")
+
+
+def test_the_embedded_zoo() -> None:
+    digits = zoo.digits()
+    assert digits.name == "digits"
+    assert len(digits.finetuned) == 9
+    assert {source.ood for source in digits.data.values()} == {True, False}
