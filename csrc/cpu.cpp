@@ -7,6 +7,7 @@
 #include <thread>
 
 #if defined(__SSE2__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -46,14 +47,39 @@ std::vector<Task> cut(const std::vector<Row>& rows, const Runs& runs) {
 // IEEE rounding with subnormals, whatever the calling thread has set (torch.set_flush_denormal).
 class IeeeMode {
  public:
-#if defined(__SSE2__)
-  IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~IeeeMode() { _mm_setcsr(saved_); }
+  IeeeMode() : saved_(get()) { set(kDefault); }
+  ~IeeeMode() { set(saved_); }
 
  private:
-  unsigned saved_;
+#if defined(__SSE2__)
+  using Register = unsigned;
+  static constexpr Register kDefault = 0x1f80;
+  static Register get() { return _mm_getcsr(); }
+  static void set(Register mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+  using Register = uint64_t;
+  static constexpr Register kDefault = 0;
+  static Register get() {
+    Register mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set(Register mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+  using Register = int;
+  static constexpr Register kDefault = 0;
+  static Register get() { return 0; }
+  static void set(Register) {}
 #endif
+  Register saved_;
 };
+
+#if defined(RFT_X86)
+bool has_f16c() {  // Clang's __builtin_cpu_supports does not know it
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 }  // namespace
 
@@ -61,7 +87,7 @@ std::vector<Isa> usable_isas() {
   std::vector<Isa> isas = {kBaseline};
 #if defined(RFT_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && has_f16c()) {
     isas.push_back(kAvx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) isas.push_back(kAvx512);
   }

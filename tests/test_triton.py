@@ -379,7 +379,7 @@ def test_an_unprepared_capture_is_refused(monkeypatch: pytest.MonkeyPatch, what:
     w = random(9)
     plan = Plan(w, w, w, impl="triton")
     monkeypatch.setattr(backend, "_capturing", lambda device: True)
-    monkeypatch.setattr(backend, "_ready", set())
+    plan._table._groups[0].ready.clear()  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"^triton: .*before the capture$"):
         Plan(w, w, w, impl="triton") if what == "plan" else plan.write(0.5)
 

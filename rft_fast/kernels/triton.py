@@ -42,8 +42,9 @@ _DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 # Triton's interpreter keeps global state; and no variant need be compiled by two threads at once.
 _lock = threading.Lock()
 
-# The variants that have run, hence are compiled and loaded: no other may be launched in a capture.
-_ready: set[tuple[object, ...]] = set()
+# By device and group constants, the forms that have run, hence are compiled and loaded: no other may be
+# launched in a capture.
+_ready: dict[tuple[object, ...], set[Form]] = {}
 
 
 @cache
@@ -122,6 +123,7 @@ class _Group:
             for (_, row), first_tile in zip(rows, self._first_tile, strict=False)
         ]  # fmt: skip
         device = sample.out.device
+        self.ready = _ready.setdefault((device, *self.constants), set())
         self.tiles = torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles)).to(device)
         self.rows = torch.tensor(records, dtype=torch.int64).to(device)
 
@@ -172,8 +174,7 @@ class Table:
     def _launch(
         self, group: _Group, begin: int, end: int, constants: Form, arguments: tuple[float, ...]
     ) -> None:
-        variant = (self._device, group.constants, constants)
-        if variant not in _ready and _capturing(self._device):
+        if constants not in group.ready and _capturing(self._device):
             raise RuntimeError(
                 "triton: a write of this form has not run yet, and cannot be compiled while a CUDA "
                 "graph is captured; run it once before the capture"
@@ -183,7 +184,7 @@ class Table:
             *group.constants, *constants, TILE, self._interpreted,
             num_warps=WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-        _ready.add(variant)
+        group.ready.add(constants)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -205,7 +205,7 @@ def write_tile(
         tl.store(out + offsets, w, mask=offsets < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "k", "scale", "threshold", "seed_low", "seed_high", "draw"])
 def write(
     tiles, rows, first_tile, k, scale, threshold, seed_low, seed_high, draw,
     OUT: tl.constexpr, ZEROSHOT: tl.constexpr, FINETUNED: tl.constexpr, ALIGNED: tl.constexpr,
