@@ -41,7 +41,7 @@ def shapes(name: str) -> tuple[tuple[int, ...], ...]:
     import open_clip
 
     with torch.device("meta"):
-        model = open_clip.create_model(name)
+        model = open_clip.CLIP(**open_clip.get_model_config(name))
     tower = [tuple(p.shape) for p in model.visual.parameters()]
     return (*tower, (1000, model.visual.output_dim), (1000,))
 

@@ -21,6 +21,9 @@ constexpr int64_t kPiece = 1 << 16;
 // Below this many elements a thread costs more than it saves (some 20 microseconds to start one).
 constexpr int64_t kThreadWorth = 1 << 16;
 
+// From this many elements on, a write is taken to be larger than the last-level cache (128 MB of float32).
+constexpr int64_t kPastCaches = 1 << 25;
+
 struct Task {
   const Row* row;
   int64_t start, stop;
@@ -106,7 +109,7 @@ void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e,
   const auto work = [&] {
     const IeeeMode mode;
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
-      isa.piece(*tasks[i].row, tasks[i].start, tasks[i].stop, e);
+      isa.piece(*tasks[i].row, tasks[i].start, tasks[i].stop, e, elements >= kPastCaches);
     }
   };
   std::vector<std::thread> pool;

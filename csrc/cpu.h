@@ -24,8 +24,9 @@ using Runs = std::vector<std::pair<int64_t, int64_t>>;  // half-open ranges of r
 // What one instruction set offers; all give the same bits.
 struct Isa {
   const char* name;
-  // Writes elements [start, stop) of a row; start is a multiple of kBlock.
-  void (*piece)(const Row& row, int64_t start, int64_t stop, const Element& e);
+  // Writes elements [start, stop) of a row; start is a multiple of kBlock. past_caches: this write is larger than
+  // they are, so storing around them saves reading what is about to be overwritten.
+  void (*piece)(const Row& row, int64_t start, int64_t stop, const Element& e, bool past_caches);
   // The two stages alone, for tests against known answers and float64: Philox, and `blocks` times four words to noise.
   void (*philox)(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);
   void (*noise)(int kind, const uint32_t* words, int64_t blocks, float* out);

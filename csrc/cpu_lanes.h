@@ -184,6 +184,27 @@ struct Lanes {
     std::memcpy(p + kVector, &x.b, kBytes);
   }
 
+  // Past the caches; p is aligned to kBytes. `flush` orders these stores before whatever follows.
+  static RFT_FN void stream(float* p, F x) {
+#if defined(RFT_AVX512)
+    _mm512_stream_ps(p, (__m512)x.a);
+    _mm512_stream_ps(p + kVector, (__m512)x.b);
+#elif defined(RFT_AVX2)
+    _mm256_stream_ps(p, (__m256)x.a);
+    _mm256_stream_ps(p + kVector, (__m256)x.b);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)x.a);
+    _mm_stream_ps(p + kVector, (__m128)x.b);
+#else
+    store(p, x);
+#endif
+  }
+  static RFT_FN void flush() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+  }
+
   // The blocks first .. first + kBlocks - 1 in the order described above.
   static RFT_FN W blocks(uint64_t first) {
     constexpr int kHalf = kBlocks / 2;

@@ -146,7 +146,7 @@ void mask_tile(float* kept, int steps, uint64_t block, const Element& e) {
 }
 
 // n is a multiple of the lanes; eps and kept are read only where they are used.
-template <bool NOISY, bool MASKED>
+template <bool NOISY, bool MASKED, bool STREAM>
 void formula(float* out, const float* w0, const float* w1, const float* eps, const float* kept, int64_t n,
              const Element& given) {
   using L = Lanes;
@@ -155,13 +155,14 @@ void formula(float* out, const float* w0, const float* w1, const float* eps, con
   for (int64_t i = 0; i < n; i += kLanes) {
     const L::F noise = NOISY ? L::load(eps + i) : L::F{};
     const L::I keep = MASKED ? L::as_int(L::load(kept + i)) : L::I{};
-    L::store(out + i, element<L, NOISY, MASKED>(e, L::load(w0 + i), L::load(w1 + i), noise, keep));
+    const L::F x = element<L, NOISY, MASKED>(e, L::load(w0 + i), L::load(w1 + i), noise, keep);
+    STREAM ? L::stream(out + i, x) : L::store(out + i, x);
   }
 }
 
 // Any n elements of float32 whose first lies at `block`.
 template <int NOISE, bool MASKED>
-void span(float* out, const float* w0, const float* w1, int64_t n, uint64_t block, const Element& e) {
+void span(float* out, const float* w0, const float* w1, int64_t n, uint64_t block, const Element& e, bool stream) {
   using L = Lanes;
   constexpr int64_t kLanes = L::kElements / 2;
   float eps[kTile], kept[kTile];
@@ -170,18 +171,22 @@ void span(float* out, const float* w0, const float* w1, int64_t n, uint64_t bloc
     const int steps = (int)((m + L::kElements - 1) / L::kElements);
     if (NOISE != kNoNoise) noise_tile<NOISE>(eps, steps, block + i / kBlock, e);
     if (MASKED) mask_tile(kept, steps, block + i / kBlock, e);
-    formula<NOISE != kNoNoise, MASKED>(out + i, w0 + i, w1 + i, eps, kept, whole, e);
+    if (stream) {
+      formula<NOISE != kNoNoise, MASKED, true>(out + i, w0 + i, w1 + i, eps, kept, whole, e);
+    } else {
+      formula<NOISE != kNoNoise, MASKED, false>(out + i, w0 + i, w1 + i, eps, kept, whole, e);
+    }
     if (const int64_t tail = m - whole) {
       float a[kLanes] = {}, b[kLanes] = {}, c[kLanes];
       std::memcpy(a, w0 + i + whole, sizeof(float) * tail);
       std::memcpy(b, w1 + i + whole, sizeof(float) * tail);
-      formula<NOISE != kNoNoise, MASKED>(c, a, b, eps + whole, kept + whole, kLanes, e);
+      formula<NOISE != kNoNoise, MASKED, false>(c, a, b, eps + whole, kept + whole, kLanes, e);
       std::memcpy(out + i + whole, c, sizeof(float) * tail);
     }
   }
 }
 
-using Span = void (*)(float*, const float*, const float*, int64_t, uint64_t, const Element&);
+using Span = void (*)(float*, const float*, const float*, int64_t, uint64_t, const Element&, bool);
 
 template <int NOISE>
 Span pick_span(bool masked) {
@@ -197,7 +202,7 @@ Span pick_span(const Element& e) {
   }
 }
 
-void piece(const Row& row, int64_t start, int64_t stop, const Element& e) {
+void piece(const Row& row, int64_t start, int64_t stop, const Element& e, bool past_caches) {
   const Span span = pick_span(e);
   // An end that is not needed is not read: its lanes load what is in the cache anyway.
   const bool use0 = e.needs_zeroshot(), use1 = e.needs_finetuned();
@@ -207,7 +212,10 @@ void piece(const Row& row, int64_t start, int64_t stop, const Element& e) {
   const int d1 = use1 ? row.finetuned_dtype : row.zeroshot_dtype;
   const uint64_t block = row.first_block + start / kBlock;
   if (d0 == kFloat32 && d1 == kFloat32 && row.out_dtype == kFloat32) {
-    span((float*)row.out + start, (const float*)p0 + start, (const float*)p1 + start, stop - start, block, e);
+    float* out = (float*)row.out + start;
+    const bool stream = past_caches && row.out != p0 && row.out != p1 && (uintptr_t)out % kBytes == 0;
+    span(out, (const float*)p0 + start, (const float*)p1 + start, stop - start, block, e, stream);
+    if (stream) Lanes::flush();
     return;
   }
   float w0[kTile], w1[kTile], out[kTile];
@@ -215,7 +223,7 @@ void piece(const Row& row, int64_t start, int64_t stop, const Element& e) {
     const int64_t n = stop - i < kTile ? stop - i : kTile;
     load(w0, p0, d0, i, n);
     load(w1, p1, d1, i, n);
-    span(out, w0, w1, n, block + (i - start) / kBlock, e);
+    span(out, w0, w1, n, block + (i - start) / kBlock, e, false);
     store(row.out, row.out_dtype, i, out, n);
   }
 }

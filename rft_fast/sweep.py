@@ -419,8 +419,15 @@ def _device(name: str | None) -> torch.device:
 
 
 def _load(request: Request) -> Loaded:
-    """Data first, then the models, each put on its path once, so that no run fails there later."""
+    """Models first, each put on its path once, so that none fails later; then data, which takes longer."""
     source = request.zoo
+    state = checkpoints.load(source.zeroshot, request.device)
+    live = classifier.build(source.arch, state)[0].to(request.device)
+    zeroshot = classifier.split(state)[0]
+    hashes = {str(source.zeroshot): checkpoints.sha256(source.zeroshot)}
+    for file in tqdm(source.finetuned.values(), "checking models", disable=None, leave=False):
+        _path(request, live, zeroshot, file)
+        hashes[str(file)] = checkpoints.sha256(file)
     preprocess = classifier.preprocess(source.arch)
     sets = []
     for name, data in source.data.items():
@@ -433,16 +440,8 @@ def _load(request: Request) -> Loaded:
             sets.append(
                 datasets.load(name, data.path, preprocess, request.samples, data.ood, request.seed, progress)
             )
-    state = checkpoints.load(source.zeroshot, request.device)
-    live = classifier.build(source.arch, state)[0].to(request.device)
-    zeroshot = classifier.split(state)[0]
-    evaluator = Evaluator(live, sets, request.batch_size)
-    hashes = {data.name: _digest(data) for data in sets}
-    hashes[str(source.zeroshot)] = checkpoints.sha256(source.zeroshot)
-    for file in tqdm(source.finetuned.values(), "checking models", disable=None, leave=False):
-        _path(request, live, zeroshot, file)
-        hashes[str(file)] = checkpoints.sha256(file)
-    return Loaded(live, zeroshot, evaluator, hashes)
+        hashes[name] = _digest(sets[-1])
+    return Loaded(live, zeroshot, Evaluator(live, sets, request.batch_size), hashes)
 
 
 def _path(

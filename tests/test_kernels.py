@@ -325,6 +325,20 @@ def test_every_size_and_alignment(size):
         same_bits(outs[1], outs[0])
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_writes_larger_than_the_caches(offset):
+    """From 2**25 elements on, aligned outputs are stored past the caches."""
+    n = (1 << 25) + 1005
+    w0, w1 = torch.arange(n) * 1e-7, torch.arange(n).flip(0) * 3e-8
+    room = torch.full((n + 8,), 7.0)
+    out = room[offset : offset + n]
+    rft.interpolate_(out, w0, w1, 0.3, impl="native")
+    same_bits(out, w0 + (w1 - w0) * 0.3)  # two roundings, as specified
+    assert (room[:offset] == 7).all() and (room[offset + n :] == 7).all()
+    rft.interpolate_(w1, w0, w1, 0.3, impl="native")  # in place: through the caches
+    same_bits(w1, out)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_in_place_on_either_end_or_both(impl, dtype):
