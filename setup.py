@@ -6,6 +6,7 @@ how to change it. RFT_NATIVE=1 turns a failed build into a failed install, RFT_N
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,11 @@ def compiler() -> str:
     raise NotBuilt(f"no C++ compiler was found at install time (looked for {', '.join(wanted)})")
 
 
+def quoted(path: Path) -> str:
+    """A path as ninja reads it."""
+    return "".join("$" + c if c in "$ :" else c for c in str(path))
+
+
 def ninja_file(cxx: str, build: Path, target: Path) -> str:
     import pybind11
 
@@ -68,7 +74,7 @@ def ninja_file(cxx: str, build: Path, target: Path) -> str:
         link = ["-bundle", "-undefined", "dynamic_lookup"]
     objects = {f"piece_{name}": ("cpu_piece.cpp", flags) for name, flags in PIECES.items()}
     objects["cpu"] = ("cpu.cpp", [])
-    objects["bindings"] = ("bindings.cpp", [f"-isystem {path}" for path in includes])
+    objects["bindings"] = ("bindings.cpp", [f"-isystem {shlex.quote(path)}" for path in includes])
     lines = [
         "rule cxx",
         f"  command = {cxx} {' '.join(CXXFLAGS)} $flags -MD -MF $out.d -c $in -o $out",
@@ -78,8 +84,11 @@ def ninja_file(cxx: str, build: Path, target: Path) -> str:
         f"  command = {cxx} $in {' '.join(link)} -o $out",
     ]
     for name, (source, flags) in objects.items():
-        lines += [f"build {build / name}.o: cxx {CSRC / source}", f"  flags = {' '.join(flags)}"]
-    lines += [f"build {target}: link {' '.join(str(build / name) + '.o' for name in objects)}", ""]
+        lines += [
+            f"build {quoted(build / name)}.o: cxx {quoted(CSRC / source)}",
+            f"  flags = {' '.join(flags)}",
+        ]
+    lines += [f"build {quoted(target)}: link {' '.join(quoted(build / name) + '.o' for name in objects)}", ""]
     return "\n".join(lines)
 
 
