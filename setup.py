@@ -2,10 +2,15 @@
 
 Without a C++17 compiler the package installs as pure Python; `python -m rft_fast.env` then tells why, and
 how to change it. RFT_NATIVE=1 turns a failed build into a failed install, RFT_NATIVE=0 skips it.
+
+Where nvcc is found, the CUDA kernels are built, too. RFT_CUDA=1 insists on them, RFT_CUDA=0 leaves them out.
+RFT_CUDA_ARCH names the architectures, e.g. "80 90"; by default those from Ampere on that nvcc knows, and PTX
+of the newest for what comes later.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -48,6 +53,12 @@ if X86:
     ]
 
 
+# The GPU generations that differ in machine code and in use: Ampere, Ada, Hopper, Blackwell.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# No fused multiply-adds but those that are written out, as on the CPU; -v: registers and spills, for CI.
+NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+
+
 class NotBuilt(Exception):
     """Why there will be no native module, in words for the user."""
 
@@ -60,12 +71,35 @@ def compiler() -> str:
     raise NotBuilt(f"no C++ compiler was found at install time (looked for {', '.join(wanted)})")
 
 
+def cuda_compiler() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    if not nvcc:
+        raise NotBuilt("nvcc was not found at install time (neither on the PATH nor in CUDA_HOME)")
+    return nvcc
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", listed)
+    wanted = re.split(r"[\s,;]+", os.environ.get("RFT_CUDA_ARCH", "").replace(".", "").strip())
+    if wanted == [""]:
+        wanted = [arch for arch in CUDA_ARCHS if arch in known]
+    if unknown := [arch for arch in wanted if arch not in known]:
+        raise NotBuilt(f"RFT_CUDA_ARCH: {nvcc} does not know {', '.join(unknown)}, only {', '.join(known)}")
+    newest = max(wanted, key=int)
+    return [
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted),
+        f"-gencode=arch=compute_{newest},code=compute_{newest}",
+    ]
+
+
 def quoted(path: Path) -> str:
     """A path as ninja reads it."""
     return "".join("$" + c if c in "$ :" else c for c in str(path))
 
 
-def ninja_file(cxx: str, build: Path, target: Path) -> str:
+def ninja_file(cxx: str, nvcc: str, build: Path, target: Path) -> str:
     import pybind11
 
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
@@ -75,21 +109,43 @@ def ninja_file(cxx: str, build: Path, target: Path) -> str:
     objects = {f"piece_{name}": ("cpu_piece.cpp", flags) for name, flags in PIECES.items()}
     objects["cpu"] = ("cpu.cpp", [])
     objects["bindings"] = ("bindings.cpp", [f"-isystem {shlex.quote(path)}" for path in includes])
+    linker = f"{cxx} $in {' '.join(link)}"
+    if nvcc:
+        objects["bindings"][1].append("-DRFT_CUDA")
+        # nvcc links CUDA's runtime statically: the module needs no CUDA and imports without a driver.
+        linker = f"{nvcc} -ccbin {cxx} -shared -cudart=static $in"
     lines = [
         "rule cxx",
         f"  command = {cxx} {' '.join(CXXFLAGS)} $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {cxx} $in {' '.join(link)} -o $out",
+        f"  command = {linker} -o $out",
     ]
+    names = [*objects, "cuda"] if nvcc else list(objects)
+    if nvcc:
+        flags = [*NVCCFLAGS, *cuda_archs(nvcc)]
+        lines += [
+            "rule nvcc",
+            f"  command = {nvcc} -ccbin {cxx} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"build {quoted(build / 'cuda')}.o: nvcc {quoted(CSRC / 'cuda.cu')}",
+        ]
     for name, (source, flags) in objects.items():
         lines += [
             f"build {quoted(build / name)}.o: cxx {quoted(CSRC / source)}",
             f"  flags = {' '.join(flags)}",
         ]
-    lines += [f"build {quoted(target)}: link {' '.join(quoted(build / name) + '.o' for name in objects)}", ""]
+    lines += [f"build {quoted(target)}: link {' '.join(quoted(build / name) + '.o' for name in names)}", ""]
     return "\n".join(lines)
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1; got {value!r}")
+    return value
 
 
 class NativeBuild(build_ext):
@@ -97,21 +153,28 @@ class NativeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         package = target.parent
         package.mkdir(parents=True, exist_ok=True)
-        reason = package / "_native_missing.txt"
+        notes = {part: package / f"_{part}_missing.txt" for part in ("native", "cuda")}
         # What an earlier build left here would otherwise be packed again.
-        reason.unlink(missing_ok=True)
-        target.unlink(missing_ok=True)
-        switch = os.environ.get("RFT_NATIVE", "auto")
-        if switch not in ("auto", "0", "1"):
-            raise SystemExit(f"RFT_NATIVE must be auto, 0 or 1; got {switch!r}")
+        for stale in (target, *notes.values()):
+            stale.unlink(missing_ok=True)
+        native, cuda = switch("RFT_NATIVE"), switch("RFT_CUDA")
         try:
-            if switch == "0":
+            if native == "0":
                 raise NotBuilt("RFT_NATIVE=0 was set at install time")
-            self.compile(target)
+            cxx = compiler()
+            try:
+                if cuda == "0":
+                    raise NotBuilt("RFT_CUDA=0 was set at install time")
+                self.compile(cxx, cuda_compiler(), target)
+            except NotBuilt as error:
+                if cuda == "1":
+                    raise SystemExit(f"rft_fast: RFT_CUDA=1, but {error}") from None
+                self.compile(cxx, "", target)
+                notes["cuda"].write_text(str(error))
         except NotBuilt as error:
-            if switch == "1":
+            if native == "1":
                 raise SystemExit(f"rft_fast: RFT_NATIVE=1, but {error}") from None
-            reason.write_text(str(error))
+            notes["native"].write_text(str(error))
             print(f"rft_fast: installing without the native kernels: {error}", file=sys.stderr)
             return
         # A checkout that was installed from is also what Python imports when it runs there: without this copy
@@ -122,11 +185,10 @@ class NativeBuild(build_ext):
             shutil.copy2(target, fresh := beside.with_suffix(".new"))
             os.replace(fresh, beside)
 
-    def compile(self, target: Path) -> None:
-        cxx = compiler()
+    def compile(self, cxx: str, nvcc: str, target: Path) -> None:
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(cxx, build, target))
+        (build / "build.ninja").write_text(ninja_file(cxx, nvcc, build, target))
         try:
             import ninja
 
@@ -137,9 +199,10 @@ class NativeBuild(build_ext):
             [tool, "-C", str(build)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         print(done.stdout)
+        (build / "build.log").write_text(done.stdout)
         if done.returncode:
             last = next((line for line in done.stdout.splitlines() if "error" in line), done.stdout[-300:])
-            raise NotBuilt(f"{cxx} could not compile csrc at install time: {last.strip()}")
+            raise NotBuilt(f"{nvcc or cxx} could not compile csrc at install time: {last.strip()}")
 
     def get_outputs(self) -> list:
         return [path for path in super().get_outputs() if Path(path).exists()]

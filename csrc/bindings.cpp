@@ -5,11 +5,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "cpu.h"
+#if defined(RFT_CUDA)
+#include "cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -26,30 +30,38 @@ Isa find_isa(const std::string& name) {
   throw std::invalid_argument("native: instruction set '" + name + "' cannot run here; usable: " + known);
 }
 
-// Immutable after construction, hence safe to write from several threads.
-class Table {
- public:
-  using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, int, int, int64_t, uint64_t>;
+using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, int, int, int64_t, uint64_t>;
 
-  explicit Table(const std::vector<Entry>& entries) {
-    rows_.reserve(entries.size());
-    for (const auto& [out, zeroshot, finetuned, d_out, d0, d1, size, first_block] : entries) {
-      for (int dtype : {d_out, d0, d1}) {
-        if (dtype < kFloat32 || dtype > kFloat16) throw std::invalid_argument("native: unknown dtype code");
-      }
-      if (size < 0 || (size > 0 && !(out && zeroshot && finetuned))) {
-        throw std::invalid_argument("native: a row has a null pointer or a negative size");
-      }
-      rows_.push_back({(void*)out, (const void*)zeroshot, (const void*)finetuned, d_out, d0, d1, size, first_block});
+std::vector<Row> make_rows(const std::vector<Entry>& entries) {
+  std::vector<Row> rows;
+  rows.reserve(entries.size());
+  for (const auto& [out, zeroshot, finetuned, d_out, d0, d1, size, first_block] : entries) {
+    for (int dtype : {d_out, d0, d1}) {
+      if (dtype < kFloat32 || dtype > kFloat16) throw std::invalid_argument("native: unknown dtype code");
+    }
+    if (size < 0 || (size > 0 && !(out && zeroshot && finetuned))) {
+      throw std::invalid_argument("native: a row has a null pointer or a negative size");
+    }
+    rows.push_back({(void*)out, (const void*)zeroshot, (const void*)finetuned, d_out, d0, d1, size, first_block});
+  }
+  return rows;
+}
+
+void check_runs(const Runs& runs, size_t rows) {
+  for (const auto& run : runs) {
+    if (run.first < 0 || run.first > run.second || run.second > (int64_t)rows) {
+      throw std::invalid_argument("native: a run lies outside the table");
     }
   }
+}
+
+// Immutable after construction, hence safe to write from several threads; so is CudaTable.
+class Table {
+ public:
+  explicit Table(const std::vector<Entry>& entries) : rows_(make_rows(entries)) {}
 
   void write(const Runs& runs, const Element& e, int threads, const std::string& isa) const {
-    for (const auto& run : runs) {
-      if (run.first < 0 || run.first > run.second || run.second > (int64_t)rows_.size()) {
-        throw std::invalid_argument("native: a run lies outside the table");
-      }
-    }
+    check_runs(runs, rows_.size());
     write_cpu(rows_, runs, e, threads, find_isa(isa));
   }
 
@@ -90,7 +102,7 @@ py::array_t<float> noise_of_words(int kind, py::array_t<uint32_t, py::array::c_s
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The kernels of rft_fast in C++, on raw pointers.";
-  m.attr("VERSION") = 1;  // as in kernels/native.py
+  m.attr("VERSION") = 2;  // as in kernels/native.py
 
   py::class_<Element>(m, "Element")
       .def(py::init(&make_element), py::arg("base"), py::arg("k"), py::arg("noise"), py::arg("scale"),
@@ -98,9 +110,29 @@ PYBIND11_MODULE(_native, m) {
            py::arg("fill_zeroshot"), py::arg("seed"), py::arg("draw"));
 
   py::class_<Table>(m, "Table")
-      .def(py::init<const std::vector<Table::Entry>&>())
+      .def(py::init<const std::vector<Entry>&>())
       .def("write", &Table::write, py::arg("runs"), py::arg("element"), py::arg("threads"), py::arg("isa") = "",
            py::call_guard<py::gil_scoped_release>());
+
+#if defined(RFT_CUDA)
+  m.attr("CUDA") = true;
+  py::class_<CudaTable>(m, "CudaTable")
+      .def(py::init([](const std::vector<Entry>& entries, int device) {
+             return std::make_unique<CudaTable>(make_rows(entries), device);
+           }),
+           py::arg("entries"), py::arg("device"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "write",
+          [](const CudaTable& table, const Runs& runs, const Element& e, uintptr_t stream) {
+            check_runs(runs, table.size());
+            table.write(runs, e, (void*)stream);
+          },
+          py::arg("runs"), py::arg("element"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("why_not_cuda", &why_not_cuda, "Why the kernels do not run on a device; empty where they do.",
+        py::arg("device"));
+#else
+  m.attr("CUDA") = false;
+#endif
 
   m.def("philox", &philox_words, "One Philox4x32-10 block: counter and key to four words.", py::arg("counter"),
         py::arg("key"), py::arg("isa") = "");

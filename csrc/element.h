@@ -13,8 +13,10 @@
 
 #ifdef __CUDACC__
 #define RFT_FN __host__ __device__ __forceinline__
+#define RFT_UNROLL _Pragma("unroll")
 #else
 #define RFT_FN inline __attribute__((always_inline))
+#define RFT_UNROLL _Pragma("GCC unroll 10")
 #endif
 
 namespace rft {
@@ -68,7 +70,7 @@ template <class L>
 RFT_FN Words<L> philox(typename L::W block, uint32_t block_high, uint32_t draw, uint32_t purpose, const Keys<L>& keys) {
   using W = typename L::W;
   W c0 = block, c1 = L::word(block_high), c2 = L::word(draw), c3 = L::word(purpose);
-#pragma GCC unroll 10
+  RFT_UNROLL
   for (int round = 0; round < 10; ++round) {
     W hi0, lo0, hi1, lo1;
     L::multiply(c0, 0xD2511F53u, hi0, lo0);

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import rft_fast as rft
-from rft_fast import _native
+from rft_fast import _native, env
 from rft_fast.kernels import Plan, Write, native, reference
 from rft_fast.kernels.contract import Row, first_blocks, make_rows
 
@@ -200,12 +200,16 @@ def test_write_is_the_formula(impl, noise, on):
         assert ((out.double() - truth).abs() <= 4e-7 * size * max(1, abs(alpha))).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", [*ISAS, *(str(d) for d in env.devices() if d.type == "cuda")])
 @pytest.mark.parametrize("dtypes", list(itertools.product((F32, BF16, F16), repeat=3)))
-def test_native_has_the_bits_of_the_reference(isa, dtypes):
-    """All that does not pass through a normal: interpolation, masks, uniform and Rademacher noise."""
+def test_native_has_the_bits_of_the_reference(target, dtypes):
+    """All that does not pass through a normal: interpolation, masks, uniform and Rademacher noise.
+
+    On every instruction set, and on the GPUs where there are some.
+    """
+    device, isa = ("cpu", target) if target in ISAS else (target, "")
     out_dtype, dtype0, dtype1 = dtypes
-    w0, w1 = ends(2051, dtype0, dtype1)
+    w0, w1 = (w.to(device) for w in ends(2051, dtype0, dtype1))
     for alpha, on, (keep, fill), (noise, rho, adaptive, sign) in itertools.product(
         (0, 0.3, 0.7, 1),
         ("finetuned", "interpolated"),
@@ -213,7 +217,7 @@ def test_native_has_the_bits_of_the_reference(isa, dtypes):
         (("normal", 0, True, 1), ("uniform", 0.1, True, -1), ("rademacher", 0.2, False, 1)),
     ):
         write = Write(alpha, rho, on, keep, fill, noise, adaptive, 7, 1, sign)
-        outs = [torch.full((2051,), math.nan, dtype=out_dtype) for _ in range(2)]
+        outs = [torch.full((2051,), math.nan, dtype=out_dtype, device=device) for _ in range(2)]
         reference.Table(make_rows(outs[0], w0, w1)).write([(0, 1)], write)
         native.Table(make_rows(outs[1], w0, w1)).write([(0, 1)], write, isa)
         same_bits(outs[1], outs[0])
@@ -596,6 +600,16 @@ def test_an_explicit_backend_that_cannot_work_fails_loudly(monkeypatch):
     with pytest.warns(RuntimeWarning, match="slow reference backend on cpu"):
         rft.interpolate_(out, w0, w1, 0.5)
     same_bits(out, torch.lerp(w0, w1, 0.5))
+
+
+def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch):
+    gpu = torch.device("cuda", torch.cuda.device_count())  # one more than there are
+    reason = native.why_not(gpu)
+    assert reason is not None and ("CUDA says of cuda:" in reason or "no CUDA kernels:" in reason)
+    monkeypatch.setattr(_native, "CUDA", False)
+    reason = native.why_not(gpu)
+    assert reason is not None and "RFT_CUDA=1 pip install" in reason
+    assert "the tensors are on mps" in str(native.why_not(torch.device("mps")))
 
 
 def test_the_native_module_refuses_what_would_corrupt_memory():

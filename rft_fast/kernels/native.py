@@ -1,4 +1,4 @@
-"""The native backend: ``csrc/`` through raw pointers. C++ on the CPU."""
+"""The native backend: ``csrc/`` through raw pointers. C++ on the CPU, CUDA on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from rft_fast.kernels.contract import Row, Write
 
 # Changed together with VERSION in csrc/bindings.cpp whenever the two sides must change together.
-VERSION = 1
+VERSION = 2
 
 _REMEDY = (
     "reinstall where a C++17 compiler (g++ or clang++) is on the PATH: "
@@ -41,27 +41,35 @@ _NOISE = {"normal": 1, "uniform": 2, "rademacher": 3}
 
 
 class Table:
-    """Raw pointers of the rows. The tensors are kept, so their memory outlives the table."""
+    """Raw pointers of the rows. The tensors are kept, so their memory outlives the table.
+
+    On a GPU the rows lie on the device, in memory of the table's own. A write then is one launch per run on
+    the current stream of the tensors' device, waits for nothing, and may be captured in a CUDA graph, which
+    needs the table alive as long as it is replayed.
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         if _native is None:
             raise RuntimeError(f"native: {_missing}")
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         self._element = _native.Element
-        self._table = _native.Table(
-            [
-                (
-                    *(t.data_ptr() for t in tensors),
-                    *(_DTYPE[t.dtype] for t in tensors),
-                    row.size,
-                    row.first_block,
+        self._device = rows[0].out.device if rows else torch.device("cpu")
+        entries = [
+            (*(t.data_ptr() for t in tensors), *(_DTYPE[t.dtype] for t in tensors), row.size, row.first_block)
+            for row, tensors in zip(rows, self._keep, strict=True)
+        ]
+        if self._device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "native: making a Plan copies its table to the device, which cannot be captured in a "
+                    "CUDA graph; make the Plan before the capture"
                 )
-                for row, tensors in zip(rows, self._keep, strict=True)
-            ]
-        )
+            self._table = _native.CudaTable(entries, self._device.index)
+        else:
+            self._table = _native.Table(entries)
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write, isa: str = "") -> None:
-        """isa: the instruction set, for tests; empty: the fastest that this machine has."""
+        """isa: the CPU's instruction set, for tests; empty: the fastest that this machine has."""
         element = self._element(
             write.base,
             write.k,
@@ -75,7 +83,10 @@ class Table:
             write.seed,
             write.draw,
         )
-        self._table.write(runs, element, torch.get_num_threads(), isa)
+        if self._device.type == "cuda":
+            self._table.write(runs, element, torch.cuda.current_stream(self._device).cuda_stream)
+        else:
+            self._table.write(runs, element, torch.get_num_threads(), isa)
 
 
 def isas() -> list[str]:
@@ -86,6 +97,21 @@ def isas() -> list[str]:
 def why_not(device: torch.device) -> str | None:
     if _native is None:
         return _missing
-    if device.type != "cpu":
-        return f"the compiled module runs on the CPU only; the tensors are on {device}"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the compiled module runs on CPUs and NVIDIA GPUs; the tensors are on {device}"
+    if not _native.CUDA:
+        note = resources.files("rft_fast") / "_cuda_missing.txt"
+        reason = note.read_text() if note.is_file() else "it was built without CUDA"
+        return (
+            f"no CUDA kernels: {reason}; reinstall where nvcc is on the PATH: "
+            "RFT_CUDA=1 pip install --force-reinstall --no-deps ."
+        )
+    reason = _native.why_not_cuda(device.index or 0)
+    if reason:
+        return (
+            f"CUDA says of {device}: {reason} (if no kernel image fits the device, reinstall with "
+            "RFT_CUDA_ARCH set to its compute capability, e.g. 90)"
+        )
     return None

@@ -35,7 +35,7 @@ class Backend:
 
 
 _ALL = (
-    Backend("native", "C++ (CPU)", native.why_not, native.Table),
+    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table),
     Backend(
         "triton",
         "Triton (NVIDIA and AMD GPUs)",
