@@ -97,18 +97,25 @@ class Splits:
     uci: Labelled
 
 
+FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+FONTS = [
+    *sorted(p.name for p in FONT_FOLDER.glob("DejaVu*.ttf") if "Display" not in p.name),
+    *("STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralBolIta.ttf"),
+    *("STIXGeneralItalic.ttf", "cmb10.ttf", "cmr10.ttf", "cmss10.ttf", "cmti10.ttf"),
+    "cmtt10.ttf",
+]
+
+
 def font_digits() -> Labelled:
-    """Each digit in each of 21 of matplotlib's fonts, white on black, 20 pixels high, centred."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    names = [
-        *sorted(p.name for p in folder.glob("DejaVu*.ttf") if "Display" not in p.name),
-        *("STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralBolIta.ttf"),
-        *("STIXGeneralItalic.ttf", "cmb10.ttf", "cmr10.ttf", "cmss10.ttf", "cmti10.ttf"),
-        "cmtt10.ttf",
-    ]
+    """Each digit in each of the fonts, white on black, 20 pixels high, centred."""
+    if missing := [name for name in FONTS if not (FONT_FOLDER / name).is_file()]:
+        raise FileNotFoundError(
+            f"this matplotlib ({matplotlib.__version__}) has no {', '.join(missing)}; the zoo is made "
+            "with the 21 fonts of matplotlib 3.11 (Python 3.11 or newer)"
+        )
     images, labels = [], []
-    for name in names:
-        font = ImageFont.truetype(str(folder / name), 96)
+    for name in FONTS:
+        font = ImageFont.truetype(str(FONT_FOLDER / name), 96)
         for digit in range(10):
             left, top, right, bottom = font.getbbox(str(digit))
             glyph = Image.new("L", (round(right - left), round(bottom - top)))

@@ -56,7 +56,7 @@ def check(directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         if count and not overwrite:
             raise ValueError(
                 f"results: {directory} already holds {count} rows of another run; "
-                "choose another directory, or overwrite it on purpose"
+                "choose another directory, or replace them (--overwrite, overwrite=True)"
             )
         return
     strangers = [name for name in (_TABLE, _CONFIG, _FIGURES) if (directory / name).exists()]
