@@ -610,6 +610,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch):
     reason = native.why_not(gpu)
     assert reason is not None and "RFT_CUDA=1 pip install" in reason
     assert "the tensors are on mps" in str(native.why_not(torch.device("mps")))
+    assert "float64, which MPS does not have" in str(reference.why_not(torch.device("mps")))
 
 
 def test_the_native_module_refuses_what_would_corrupt_memory():

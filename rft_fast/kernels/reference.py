@@ -125,4 +125,6 @@ class Table:
 def why_not(device: torch.device) -> str | None:
     if device.type == "meta":
         return "meta tensors hold no data: materialise them first (module.to_empty, then load)"
+    if device.type == "mps":
+        return "its normals are computed in float64, which MPS does not have; move the tensors to the CPU"
     return None
