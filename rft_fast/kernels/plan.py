@@ -20,7 +20,7 @@ class Plan:
     out, zeroshot, finetuned: tensors or equally long sequences of tensors; the three of a row have
     equal shapes and each any of float32, bfloat16, float16; all are contiguous and on one device. An
     output may be its own source (in place) and may overlap nothing else.
-    impl: "auto", "native" or "reference"; ``plan.impl`` tells which one was picked.
+    impl: "auto", "native", "triton" or "reference"; ``plan.impl`` tells which one was picked.
     names: what error messages call the rows.
 
     The plan keeps the tensors' memory alive and writes to the memory that it was made for: after
