@@ -6,31 +6,52 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-# Column -> pandas type. Every study fills what it measures; the rest is missing.
+# Column -> pandas type. Every study fills what it measures; the rest is missing. Losses and what is
+# made of them are in nats; accuracies and what is made of them are fractions. <name>_se is the
+# standard error of <name>.
 COLUMNS: dict[str, str] = {
     "study": "string",
     "model": "string",
     "dataset": "string",
     "ood": "boolean",  # is the data set out of distribution for the fine-tuned models?
-    "layer": "string",  # missing: the whole model
+    # What was written.
+    "layer": "string",  # the layer that differs from the rest; several: joined by ", "; missing: all
+    "others": "string",  # where the other layers are: zeroshot or finetuned; missing: on the path, too
     "alpha": "float64",
     "rho": "float64",
-    "keep": "float64",
     "on": "string",
     "noise": "string",
+    "adaptive": "boolean",
+    "keep": "float64",
+    "method": "string",  # what became of pruned weights: zero, zeroshot, rescale, magnitude
+    "criterion": "string",  # how the pruned layers were chosen: sharpness, instability, named
+    "control": "boolean",  # were they replaced by as many others, at random?
+    # How it was measured.
+    "estimator": "string",
+    "noise_batch": "Int64",  # noise anew for every so many images; missing: one draw for all
+    "normalized": "boolean",  # were the logits normalised before the loss?
     "seed": "Int64",
     "draws": "Int64",
     "samples": "Int64",
+    "nonfinite": "Int64",  # how many losses were NaN or infinite; they are in the means
+    # What came out.
     "loss": "float64",
     "loss_se": "float64",
-    "accuracy": "float64",  # a fraction, as are its standard error and the gain
+    "accuracy": "float64",
     "accuracy_se": "float64",
-    "gain": "float64",  # A(alpha) - A(0)
-    "gain_se": "float64",  # paired over samples
-    "rise": "float64",  # L(alpha) - L(0)
-    "rise_se": "float64",  # paired over samples
+    "gain": "float64",  # A(alpha) - A(0), paired over samples
+    "gain_se": "float64",
+    "rise": "float64",  # L(alpha) - L(0), paired over samples
+    "rise_se": "float64",
+    "instability": "float64",  # L(alpha) - (L(0) + L(1)) / 2, paired over samples
+    "instability_se": "float64",
+    "instability_accuracy": "float64",  # (A(0) + A(1)) / 2 - A(alpha), paired over samples
+    "instability_accuracy_se": "float64",
+    "change": "float64",  # A(pruned) - A(unpruned) at the same alpha, paired over samples
+    "change_se": "float64",
     "sharpness": "float64",
     "sharpness_se": "float64",
+    "reached": "boolean",  # was the wanted standard error reached? missing: none was wanted
     "precision": "string",
     "seconds": "float64",
 }
