@@ -1,9 +1,6 @@
-"""What every benchmark row shares: the machine, the versions, and the copy bandwidth of this run."""
+"""What every benchmark shares: the device, and what the record says of the machine."""
 
 from __future__ import annotations
-
-import statistics
-import time
 
 import pytest
 import torch
@@ -12,19 +9,23 @@ from rft_fast import env
 from rft_fast.kernels import native
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="what to measure on: cpu, cuda, cuda:1, ...")
+
+
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> float:
-    """GB/s of out.copy_(source) on 64 M float32, bytes read plus bytes written, median of 25."""
-    source, out = torch.randn(64 * 2**20), torch.empty(64 * 2**20)
-    times = []
-    for _ in range(26):
-        start = time.perf_counter()
-        out.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * 4 * source.numel() / statistics.median(times[1:]) / 1e9
+def device(pytestconfig) -> torch.device:
+    return torch.device(pytestconfig.getoption("device"))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["versions"] = env.versions()
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["instruction_set"] = (native.isas() or ["none"])[-1]
+    device = torch.device(config.getoption("device"))
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine_info["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        machine_info["cuda"] = torch.version.cuda
+    else:
+        isa = (native.isas() or ["no compiled kernels"])[-1]
+        name = machine_info["cpu"].get("brand_raw", machine_info["machine"])
+        machine_info["device"] = f"{name}, {torch.get_num_threads()} threads, {isa}"

@@ -1,7 +1,8 @@
-"""What people run today instead of the kernels, written out; and the shapes they run it on.
+"""The operations, what people run today to do them, written out, and the shapes they run them on.
 
-Every function takes a ``Case`` and returns a callable that performs one write. What can be allocated before
-is allocated before, unless allocating is the practice being measured ("naive").
+A contender takes a ``Case`` and an ``Operation`` and returns a ``Prepared``: a callable that performs one
+write, and one that tells which random numbers the last write used. What can be allocated before is allocated
+before, unless allocating is the practice being measured ("state dicts", "delta dict").
 """
 
 from __future__ import annotations
@@ -9,20 +10,46 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from rft_fast.kernels import Plan
+from rft_fast.kernels import Plan, keep_mask_like, noise_like
 
-ALPHA, RHO, SEED = 0.3, 0.1, 1
+ALPHA, RHO, KEEP, SEED = 0.3, 0.1, 0.5, 1
 Run = Callable[[], object]
+
+# As many elements of the first tensor are looked at when a contender's numbers are checked.
+CHECKED = 2**20
+
+
+@dataclass(frozen=True)
+class Operation:
+    """out = lerp(zeroshot, w + rho * |w| * normal, alpha), w = finetuned where kept, else 0."""
+
+    alpha: float = ALPHA
+    rho: float = 0.0
+    keep: float = 1.0
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors must be moved: the ends that matter, and the output."""
+        return 2 if self.alpha == 1 else 3
+
+
+OPERATIONS = {
+    "interpolate": Operation(),
+    "perturb": Operation(alpha=1.0, rho=RHO),
+    "both": Operation(rho=RHO),
+    "mask": Operation(keep=KEEP),
+    "all": Operation(rho=RHO, keep=KEEP),
+}
 
 
 @dataclass
 class Case:
-    """The two ends and the place to write, lists of tensors; out starts as zeros."""
+    """The two ends and the place to write, lists of tensors."""
 
     zeroshot: list[Tensor]
     finetuned: list[Tensor]
@@ -33,56 +60,83 @@ class Case:
         return sum(t.numel() for t in self.out)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The first CHECKED random numbers of the last write: normals, and whether each weight was kept."""
+
+    noise: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """drawn: None where the random numbers cannot be had."""
+
+    run: Run
+    drawn: Callable[[], Drawn] | None = Drawn
+
+
+Contender = Callable[[Case, Operation], Prepared]
+
+
+def vit(width: int, layers: int, patch: int, embed: int) -> list[tuple[int, ...]]:
+    """Parameter shapes of CLIP's image tower at 224 pixels, with a head of 1,000 classes."""
+    norm = [(width,), (width,)]
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    mlp = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    block = [*norm, *attention, *norm, *mlp]
+    ends = [(width,), ((224 // patch) ** 2 + 1, width), (width, embed), (width, 3, patch, patch)]
+    return [*ends, *norm, *block * layers, *norm, (1000, embed), (1000,)]
+
+
 @cache
-def shapes(name: str) -> tuple[tuple[int, ...], ...]:
-    """Parameter shapes of an image tower with a 1,000-class head, or one tensor of 64 M elements."""
-    if name == "64M":
-        return ((64 * 2**20,),)
-    import open_clip
-
-    with torch.device("meta"):
-        model = open_clip.CLIP(**open_clip.get_model_config(name))
-    tower = [tuple(p.shape) for p in model.visual.parameters()]
-    return (*tower, (1000, model.visual.output_dim), (1000,))
+def shapes(name: str) -> list[tuple[int, ...]]:
+    return {
+        "64M": [(64 * 2**20,)],
+        "layer": [(4096, 1024), (4096,)],  # ViT-L/14's mlp.c_fc
+        "ViT-B-32": vit(768, 12, 32, 512),
+        "ViT-L-14": vit(1024, 24, 14, 768),
+    }[name]
 
 
-def make_case(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    w0 = [torch.randn(s, generator=generator).mul_(0.02).to(dtype) for s in shapes(name)]
-    w1 = [torch.randn(s, generator=generator).mul_(0.001).to(dtype).add_(w) for s, w in zip(shapes(name), w0)]
+def make_case(name: str, dtype: torch.dtype, device: torch.device) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    make = partial(torch.randn, generator=generator, device=device)
+    w0 = [make(s).mul_(0.02).to(dtype) for s in shapes(name)]
+    w1 = [make(s).mul_(0.001).add_(w).to(dtype) for s, w in zip(shapes(name), w0)]
     return Case(w0, w1, [torch.zeros_like(w) for w in w0])
 
 
-def ours(impl: str, **write: float) -> Callable[[Case], Run]:
-    def prepare(case: Case) -> Run:
+def first(tensors: list[Tensor] | None) -> Tensor | None:
+    return None if tensors is None else tensors[0].flatten()[:CHECKED]
+
+
+def ours(impl: str) -> Contender:
+    def prepare(case: Case, op: Operation) -> Prepared:
         plan = Plan(case.out, case.zeroshot, case.finetuned, impl)
-        return lambda: plan.write(ALPHA, seed=SEED, **write)
+
+        def drawn() -> Drawn:
+            like = torch.empty(min(CHECKED, case.out[0].numel()), device=case.out[0].device)
+            return Drawn(
+                noise_like(like, SEED, impl="reference"), keep_mask_like(like, op.keep, SEED, "reference")
+            )
+
+        return Prepared(lambda: plan.write(op.alpha, rho=op.rho, keep=op.keep, seed=SEED), drawn)
 
     return prepare
 
 
-# ---------------------------------------------------------------- interpolation
-
-
-def lerp_out(case: Case) -> Run:
+def lerp_out(case: Case, op: Operation) -> Prepared:
     """torch.lerp into the parameter: the least that plain torch can do."""
 
     def run() -> None:
         for out, a, b in zip(case.out, case.zeroshot, case.finetuned):
-            torch.lerp(a, b, ALPHA, out=out)
+            torch.lerp(a, b, op.alpha, out=out)
 
-    return run
-
-
-def foreach_lerp(case: Case) -> Run:
-    def run() -> None:
-        torch._foreach_copy_(case.out, case.zeroshot)
-        torch._foreach_lerp_(case.out, case.finetuned, ALPHA)
-
-    return run
+    return Prepared(run)
 
 
-def state_dict_merge(case: Case) -> Run:
+def state_dicts(case: Case, op: Operation) -> Prepared:
     """As WiSE-FT's code merges: both state dicts cloned, a third built, and loaded into the model."""
     model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.out)
     theta_0, theta_1 = ({str(i): t for i, t in enumerate(end)} for end in (case.zeroshot, case.finetuned))
@@ -90,100 +144,135 @@ def state_dict_merge(case: Case) -> Run:
     def run() -> None:
         a = {k: v.clone() for k, v in theta_0.items()}
         b = {k: v.clone() for k, v in theta_1.items()}
-        model.load_state_dict({k: (1 - ALPHA) * a[k] + ALPHA * b[k] for k in a})
+        model.load_state_dict({k: (1 - op.alpha) * a[k] + op.alpha * b[k] for k in a})
 
-    return run
-
-
-def compiled_lerp(case: Case) -> Run:
-    @torch.compile(dynamic=False)
-    def step(out: Tensor, a: Tensor, b: Tensor) -> None:
-        out.copy_(torch.lerp(a, b, ALPHA))
-
-    return lambda: [step(*t) for t in zip(case.out, case.zeroshot, case.finetuned)]
+    return Prepared(run)
 
 
-# ---------------------------------------------------------------- interpolation and perturbation
-
-
-def in_place_torch(case: Case) -> Run:
-    """The fastest plain-torch sequence: four in-place passes over preallocated noise and scratch."""
-    noise = [torch.empty_like(t) for t in case.out]
-    scratch = [torch.empty_like(t) for t in case.out]
+def delta_dict(case: Case, op: Operation) -> Prepared:
+    """As published sharpness code perturbs: a copy of the weights, a dict of deltas, new tensors."""
+    model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.out)
+    noise: list[Tensor] = []
 
     def run() -> None:
-        for out, a, b, eps, s in zip(case.out, case.zeroshot, case.finetuned, noise, scratch):
-            torch.abs(b, out=s)
-            s.mul_(eps.normal_())
-            torch.add(b, s, alpha=RHO, out=s)
-            torch.lerp(a, s, ALPHA, out=out)
+        noise.clear()
+        perturbed = copy.deepcopy(case.finetuned)
+        deltas = {}
+        for i, p in enumerate(perturbed):
+            eps = torch.randn_like(p)
+            if not noise:
+                noise.append(eps)
+            deltas[i] = eps * p.abs() * op.rho
+        for i, p in enumerate(perturbed):
+            p.data = p.data + deltas[i]
+        if op.alpha != 1:
+            ends = zip(case.zeroshot, perturbed)
+            perturbed = [(1 - op.alpha) * a + op.alpha * b for a, b in ends]
+        model.load_state_dict({str(i): p for i, p in enumerate(perturbed)})
 
-    return run
+    return Prepared(run, lambda: Drawn(first(noise)))
 
 
-def foreach(case: Case) -> Run:
-    """As in_place_torch, each pass one torch._foreach_* call (which has no normal_)."""
-    noise = [torch.empty_like(t) for t in case.out]
-    scratch = [torch.empty_like(t) for t in case.out]
+def like(case: Case, wanted: bool) -> list[Tensor] | None:
+    return [torch.empty_like(t) for t in case.out] if wanted else None
+
+
+def in_place(case: Case, op: Operation, stateless: bool = False) -> Prepared:
+    """The fastest plain-torch sequence of the formula: in-place passes over preallocated memory.
+
+    stateless: random numbers from torch.func._random, which depend on nothing but their key, as ours.
+    """
+    noise, mask = like(case, op.rho > 0), like(case, op.keep < 1)
+    scratch = like(case, True)
+    device = case.out[0].device
+
+    def draw(tensor: Tensor, key: Tensor | None, index: int, normal: bool) -> Tensor:
+        if key is None:
+            return tensor.normal_() if normal else tensor.bernoulli_(op.keep)
+        from torch.func import _random
+
+        key = _random.fold_in(key, 2 * index + normal)
+        return _random.normal_(key, tensor) if normal else _random.uniform_(key, tensor).lt_(op.keep)
+
+    def run() -> None:
+        key = None
+        if stateless:
+            from torch.func import _random
+
+            key = _random.key(SEED, device=device)
+        for i, (out, a, w, s) in enumerate(zip(case.out, case.zeroshot, case.finetuned, scratch)):
+            if mask:
+                w = torch.mul(w, draw(mask[i], key, i, normal=False), out=s)
+            if noise:
+                torch.abs(w, out=out)
+                out.mul_(draw(noise[i], key, i, normal=True))
+                w = torch.add(w, out, alpha=op.rho, out=out if op.alpha == 1 else s)
+            if op.alpha != 1:
+                torch.lerp(a, w, op.alpha, out=out)
+
+    return Prepared(run, lambda: Drawn(first(noise), first(mask)))
+
+
+def foreach(case: Case, op: Operation) -> Prepared:
+    """Each pass one torch._foreach_* call (which has neither normal_ nor bernoulli_)."""
+    noise, mask = like(case, op.rho > 0), like(case, op.keep < 1)
+    work, scratch = like(case, bool(noise or mask)), like(case, op.rho > 0)
+
+    def run() -> None:
+        w = case.finetuned
+        if work:
+            torch._foreach_copy_(work, w)
+            w = work
+        if mask:
+            for m in mask:
+                m.bernoulli_(op.keep)
+            torch._foreach_mul_(w, mask)
+        if noise:
+            for eps in noise:
+                eps.normal_()
+            torch._foreach_copy_(scratch, w)
+            torch._foreach_abs_(scratch)
+            torch._foreach_addcmul_(w, scratch, noise, op.rho)
+        torch._foreach_copy_(case.out, w if op.alpha == 1 else case.zeroshot)
+        if op.alpha != 1:
+            torch._foreach_lerp_(case.out, w, op.alpha)
+
+    return Prepared(run, lambda: Drawn(first(noise), first(mask)))
+
+
+def foreach_folded(case: Case, op: Operation) -> Prepared:
+    """w * (1 + rho * eps): fewer passes, other numbers, and the same distribution: noise is symmetric."""
+    noise = like(case, True)
 
     def run() -> None:
         for eps in noise:
-            eps.normal_()
-        torch._foreach_copy_(scratch, case.finetuned)
-        torch._foreach_abs_(scratch)
-        torch._foreach_mul_(scratch, noise)
-        torch._foreach_mul_(scratch, RHO)
-        torch._foreach_add_(scratch, case.finetuned)
-        torch._foreach_copy_(case.out, case.zeroshot)
-        torch._foreach_lerp_(case.out, scratch, ALPHA)
+            eps.normal_(1, op.rho)
+        torch._foreach_mul_(noise, case.finetuned)
+        torch._foreach_copy_(case.out, noise if op.alpha == 1 else case.zeroshot)
+        if op.alpha != 1:
+            torch._foreach_lerp_(case.out, noise, op.alpha)
 
-    return run
+    return Prepared(run, None)
 
 
-def delta_dict(case: Case) -> Run:
-    """As published sharpness code perturbs: a copy of the weights, a dict of deltas, new tensors."""
-    model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.out)
-
-    def run() -> None:
-        perturbed = copy.deepcopy(case.finetuned)
-        deltas = {i: torch.randn_like(p) * p.abs() * RHO for i, p in enumerate(perturbed)}
-        for i, p in enumerate(perturbed):
-            p.data = p.data + deltas[i]
-        model.load_state_dict(
-            {str(i): (1 - ALPHA) * a + ALPHA * b for i, (a, b) in enumerate(zip(case.zeroshot, perturbed))}
-        )
-
-    return run
-
-
-def compiled(case: Case) -> Run:
+def compiled(case: Case, op: Operation) -> Prepared:
     @torch.compile(dynamic=False)
-    def step(out: Tensor, a: Tensor, b: Tensor) -> None:
-        out.copy_(torch.lerp(a, b + RHO * b.abs() * torch.randn_like(b), ALPHA))
-
-    return lambda: [step(*t) for t in zip(case.out, case.zeroshot, case.finetuned)]
-
-
-def stateless(case: Case) -> Run:
-    """torch.func._random (torch >= 2.15): seeded noise that depends on nothing but its key, as ours."""
-    from torch.func import _random
-
-    noise = [torch.empty_like(t) for t in case.out]
-    scratch = [torch.empty_like(t) for t in case.out]
+    def step(out: Tensor, a: Tensor, w: Tensor) -> None:
+        if op.keep < 1:
+            w = w * (torch.rand_like(w, dtype=torch.float32) < op.keep)
+        if op.rho:
+            w = w + op.rho * w.abs() * torch.randn_like(w)
+        out.copy_(w if op.alpha == 1 else torch.lerp(a, w, op.alpha))
 
     def run() -> None:
-        key = _random.key(SEED)
-        for i, (out, a, b, eps, s) in enumerate(zip(case.out, case.zeroshot, case.finetuned, noise, scratch)):
-            _random.normal_(_random.fold_in(key, i), eps)
-            torch.abs(b, out=s)
-            s.mul_(eps)
-            torch.add(b, s, alpha=RHO, out=s)
-            torch.lerp(a, s, ALPHA, out=out)
+        for tensors in zip(case.out, case.zeroshot, case.finetuned):
+            step(*tensors)
 
-    return run
+    return Prepared(run, None)
 
 
 def has_stateless() -> bool:
+    """torch.func._random, of torch 2.15."""
     try:
         from torch.func import _random
     except ImportError:
@@ -191,25 +280,26 @@ def has_stateless() -> bool:
     return hasattr(_random, "normal_")
 
 
-INTERPOLATE: dict[str, Callable[[Case], Run]] = {
-    "native": ours("native"),
-    "torch.lerp(out=)": lerp_out,
-    "torch._foreach_lerp_": foreach_lerp,
-    "torch.compile": compiled_lerp,
-    "state dicts (WiSE-FT)": state_dict_merge,
-    "reference": ours("reference"),
-}
-PERTURB: dict[str, Callable[[Case], Run]] = {
-    "native": ours("native", rho=RHO),
-    "torch in place": in_place_torch,
-    "torch._foreach_*": foreach,
-    "torch.compile": compiled,
-    "torch.func._random": stateless,
-    "delta dict": delta_dict,
-    "reference": ours("reference", rho=RHO),
-}
-EXTRA: dict[str, Callable[[Case], Run]] = {
-    "native, uniform noise": ours("native", rho=RHO, noise="uniform"),
-    "native, mask": ours("native", keep=0.5),
-    "native, all three": ours("native", rho=RHO, keep=0.5),
-}
+def contenders(op: Operation, device: torch.device) -> dict[str, Contender]:
+    """Everything that can perform the operation on the device, ours first.
+
+    On the CPU Triton is interpreted, for tests: there is nothing to measure.
+    """
+    random = op.rho > 0 or op.keep < 1
+    backends = ("native", "triton", "reference") if device.type == "cuda" else ("native", "reference")
+    peers: dict[str, Contender] = {name: ours(name) for name in backends}
+    if not random:
+        peers |= {
+            "torch.lerp(out=)": lerp_out,
+            "torch._foreach_lerp_": foreach,
+            "state dicts (WiSE-FT)": state_dicts,
+        }
+    else:
+        peers |= {
+            "torch in place": in_place,
+            "torch._foreach_*": foreach,
+            "torch.func._random": partial(in_place, stateless=True),
+        }
+    if op.rho > 0 and op.keep == 1:
+        peers |= {"torch._foreach_* folded": foreach_folded, "delta dict": delta_dict}
+    return peers | {"torch.compile": compiled}

@@ -76,11 +76,11 @@ __device__ __forceinline__ void store(void* to, int dtype, int64_t i, float x) {
 
 __device__ __forceinline__ void load4(float (&x)[kBlock], const void* from, int dtype, int64_t i) {
   if (dtype == kFloat32) {
-    const float4 v = *(const float4*)((const float*)from + i);
+    const float4 v = __ldca((const float4*)((const float*)from + i));
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     return;
   }
-  const uint2 v = *(const uint2*)((const uint16_t*)from + i);
+  const uint2 v = __ldca((const uint2*)((const uint16_t*)from + i));
   if (dtype == kBFloat16) {  // the upper half of a float32
     x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000u);
     x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void load4(float (&x)[kBlock], const void* from, int 
 
 __device__ __forceinline__ void store4(void* to, int dtype, int64_t i, const float (&x)[kBlock]) {
   if (dtype == kFloat32) {
-    *(float4*)((float*)to + i) = make_float4(x[0], x[1], x[2], x[3]);
+    __stwb((float4*)((float*)to + i), make_float4(x[0], x[1], x[2], x[3]));
     return;
   }
   uint2 v;
@@ -103,7 +103,7 @@ __device__ __forceinline__ void store4(void* to, int dtype, int64_t i, const flo
     *(__half2*)&v.x = __floats2half2_rn(x[0], x[1]);
     *(__half2*)&v.y = __floats2half2_rn(x[2], x[3]);
   }
-  *(uint2*)((uint16_t*)to + i) = v;
+  __stwb((uint2*)((uint16_t*)to + i), v);
 }
 
 // The four elements of one Philox block.

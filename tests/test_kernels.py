@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 import threading
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rft_fast as rft
 from rft_fast import _native, env
-from rft_fast.kernels import Plan, Write, native, reference
-from rft_fast.kernels.contract import Row, first_blocks, make_rows
+from rft_fast.kernels import Plan, Write, native, reference, registry, triton
+from rft_fast.kernels.contract import Row, capturing, first_blocks, make_rows
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IMPLS = ("reference", "native")
@@ -434,6 +439,193 @@ def test_autograd_notices_a_write(impl):
         loss.backward()
 
 
+# ---------------------------------------------------------------- every backend on every device
+
+GPUS = [device for device in env.devices() if device.type == "cuda"]
+ON_GPU = [(device, impl) for device in GPUS for impl in ("native", "triton")]
+# Without a GPU, Triton is interpreted (see conftest.py), and the tests prove themselves on the CPU.
+EVERYWHERE = [(torch.device("cpu"), "native"), *(ON_GPU or [(torch.device("cpu"), "triton")])]
+NO_GPU = [pytest.param(None, None, marks=pytest.mark.skip(reason="there is no GPU"))]
+
+FORMS = (
+    {"alpha": 0.3},
+    {"alpha": 0.7, "keep": 0.5, "fill": "zeroshot", "seed": 2**64 - 1},
+    {"alpha": 1.0, "rho": 0.1, "noise": "uniform", "keep": 0.5, "draw": 2**32 - 1},
+    {"alpha": 0.4, "rho": 0.1, "noise": "rademacher", "on": "interpolated", "adaptive": False, "sign": -1},
+)
+
+
+def mixed(device: torch.device) -> list[list[torch.Tensor]]:
+    """out, zeroshot, finetuned: every combination of storage types, many sizes, aligned and not."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = itertools.cycle((0, 1, 3, 4, 257, 2047, 2048, 2049, 4101))
+    roles: list[list[torch.Tensor]] = [[], [], []]
+    for dtypes, offset in itertools.product(itertools.product((F32, BF16, F16), repeat=3), (0, 1, 4)):
+        size = next(sizes)
+        for role, dtype in zip(roles, dtypes, strict=True):
+            role.append(torch.randn(size + offset, generator=generator).to(device, dtype)[offset:])
+    return roles
+
+
+def synchronised(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize(tensors[0].device)
+    return [tensor.cpu() for tensor in tensors]
+
+
+@pytest.mark.parametrize("device, impl", EVERYWHERE)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_device_has_the_bits_of_the_reference_on_the_cpu(device, impl, form):
+    expected, *sources = mixed(torch.device("cpu"))
+    rft.write_(expected, *sources, **form, impl="reference")
+    out, *sources = mixed(device)
+    plan = Plan(out, *sources, impl)
+    plan.write(**form)
+    for got, wanted in zip(synchronised(out), expected, strict=True):
+        same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("device, impl", EVERYWHERE)
+def test_normals_of_every_device_are_within_2e_6_of_float64(device, impl):
+    n, seed, draw = (1 << 20 if device.type == "cuda" else 1 << 16), 0xFEDCBA9876543210, 3
+    words = reference.words(seed, 0, n // 4, draw, 0, torch.device("cpu"))
+    truth = float64_normals(words.numpy().astype(np.uint32))
+    got = rft.noise_like(torch.empty(n, device=device), seed, draw, impl=impl).cpu().numpy()
+    assert np.abs(got - truth).max() < 2e-6
+
+
+@pytest.mark.parametrize("device, impl", EVERYWHERE)
+def test_normals_scale_the_weights_on_every_device(device, impl):
+    """Through the formula, in every storage type, given the very noise."""
+    out, w0, w1 = mixed(device)
+    eps = rft.noise_like(out, seed=5, impl=impl)
+    Plan(out, w0, w1, impl).write(0.3, rho=0.2, seed=5)
+    for got, a, b, e in zip(*(synchronised(t) for t in (out, w0, w1, eps)), strict=True):
+        truth = float64_write(a, b, 0.3, 0.2, "finetuned", 1, "zero", True, 1, e, torch.ones_like(b).bool())
+        size = (a.double().abs() + b.double().abs()) * (1 + e.double().abs()) + 1e-30
+        assert ((got.double() - truth).abs() <= torch.finfo(got.dtype).eps * size + 1e-7).all()
+
+
+@pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
+def test_a_write_is_on_the_current_stream(device, impl):
+    """What the stream does before is seen, however late; another stream would read zeros."""
+    w0, w1 = ends(100_000)
+    expected = torch.empty_like(w0)
+    rft.interpolate_(expected, w0, w1, 0.3, impl="reference")
+    out, a, b = (torch.zeros(100_000, device=device) for _ in range(3))
+    plan = Plan(out, a, b, impl)
+    plan.write(0.3)  # Triton compiles
+    w0, w1 = w0.to(device), w1.to(device)
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        a.copy_(w0)
+        b.copy_(w1)
+    other = torch.cuda.current_device()
+    with torch.cuda.stream(stream):
+        plan.write(0.3)
+        copy = out.clone()
+    assert torch.cuda.current_device() == other
+    stream.synchronize()
+    same_bits(copy.cpu(), expected)
+
+
+def test_a_second_gpu():
+    if len(GPUS) < 2:
+        pytest.skip(f"there are {len(GPUS)} GPUs, and two are needed")
+    w0, w1 = ends(5000)
+    with torch.cuda.device(GPUS[0]):
+        for impl in ("native", "triton"):
+            outs = []
+            for device in GPUS[:2]:
+                out = torch.empty(5000, device=device)
+                rft.write_(out, w0.to(device), w1.to(device), 0.3, 0.1, impl=impl)
+                outs.append(out.cpu())
+            same_bits(*outs)
+            assert torch.cuda.current_device() == GPUS[0].index
+
+
+@pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
+def test_a_captured_write_follows_the_weights(device, impl):
+    request = {"alpha": 0.3, "rho": 0.1, "noise": "uniform", "keep": 0.5, "seed": 6}
+    out, w0, w1 = (torch.zeros(70_001, device=device) for _ in range(3))
+    plan = Plan(out, w0, w1, impl)
+    plan.write(**request)  # Triton compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        plan.write(**request)
+    for seed in range(3):
+        a, b = ends(70_001, seed=seed)
+        w0.copy_(a)
+        w1.copy_(b)
+        out.zero_()
+        graph.replay()
+        expected = torch.empty_like(a)
+        rft.write_(expected, a, b, **request, impl="reference")
+        same_bits(synchronised([out])[0], expected)
+
+
+@pytest.mark.skipif(not GPUS, reason="there is no GPU")
+def test_the_first_write_of_a_process_can_be_captured():
+    """CUDA loads a kernel when it is first used, here in the capture."""
+    code = """
+        import torch
+        from rft_fast import Plan
+        out, w0, w1 = torch.zeros(3, 5000, device="cuda")
+        plan = Plan(out, w0, w1, "native")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plan.write(0.25)
+        w1.fill_(4)
+        graph.replay()
+        print(out.unique().tolist())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.stdout.strip() == "[1.0]", done.stderr
+
+
+@pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
+def test_what_cannot_be_captured_is_refused(device, impl):
+    w = torch.zeros(100, device=device)
+    plan = Plan(w, w, w, impl)
+    plan.write(0.5)
+    with torch.cuda.device(device):
+        with pytest.raises(RuntimeError, match="make the Plan before the capture"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                w.add_(1)
+                rft.interpolate_(w, w, w, 0.5, impl=impl)
+        if impl == "triton":
+            plan._table._groups[0].ready.clear()
+            with pytest.raises(RuntimeError, match="run it once before the capture"):
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    w.add_(1)
+                    plan.write(0.5)
+    plan.write(0.5)  # and nothing is broken
+    torch.cuda.synchronize(device)
+
+
+@pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
+def test_more_elements_than_32_bits_count(device, impl):
+    size = 2**32 + 4101
+    needed, free = 2 * size + 2**30, torch.cuda.mem_get_info(device)[0]
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} are free")
+    w = torch.zeros(size, dtype=BF16, device=device)
+    rft.perturb_(w, 1.0, adaptive=False, noise="uniform", seed=8, impl=impl)
+    for start in (0, 2**31 - 2048, 2**32 - 2048, size // 4 * 4 - 4096):
+        got = w[start : start + 4100].cpu()  # the last one ends with the tensor, within a block
+        words = reference.words(8, start // 4, 1025, 0, 0, torch.device("cpu"))
+        same_bits(got, reference.noise(words, "uniform")[: len(got)].to(BF16))
+
+
+@pytest.mark.parametrize("device", GPUS or [pytest.param(None, marks=pytest.mark.skip(reason="no GPU"))])
+def test_tensors_on_two_devices_are_refused(device):
+    w = torch.zeros(3, device=device)
+    with pytest.raises(ValueError, match=f"finetuned of tensor 0 is on cpu, the first output on {device}"):
+        rft.interpolate_(w, w, torch.zeros(3), 0.5)
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -593,7 +785,6 @@ def test_an_explicit_backend_that_cannot_work_fails_loudly(monkeypatch):
     w0, w1 = ends(10)
     with pytest.raises(RuntimeError, match=r"impl='native'.*no C\+\+ compiler was found; reinstall"):
         rft.interpolate_(torch.empty(10), w0, w1, 0.5, impl="native")
-    from rft_fast.kernels import registry
 
     monkeypatch.setattr(registry, "_warned", set())
     out = torch.empty(10)
@@ -607,10 +798,36 @@ def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch):
     reason = native.why_not(gpu)
     assert reason is not None and ("CUDA says of cuda:" in reason or "no CUDA kernels:" in reason)
     monkeypatch.setattr(_native, "CUDA", False)
-    reason = native.why_not(gpu)
-    assert reason is not None and "RFT_CUDA=1 pip install" in reason
+    with pytest.raises(RuntimeError, match=r"impl='native'.*no CUDA kernels: .*RFT_CUDA=1 pip install"):
+        registry.pick("native", gpu)
     assert "the tensors are on mps" in str(native.why_not(torch.device("mps")))
     assert "float64, which MPS does not have" in str(reference.why_not(torch.device("mps")))
+
+
+@pytest.mark.parametrize("backend", [native, triton], ids=["native", "triton"])
+def test_no_table_is_made_while_a_graph_is_captured(monkeypatch, backend):
+    with FakeTensorMode():
+        w = torch.empty(5, device="cuda")  # of a GPU that need not be there
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^(native|triton): .* make the Plan before the capture$"):
+        backend.Table([Row(w, w, w, 0, "w")])
+
+
+@pytest.mark.parametrize("captured", [None, 0, 1])
+def test_captures_are_seen_on_the_current_device_and_the_tensors(monkeypatch, captured):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(other):
+        current.append(other.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == captured)
+    assert capturing(torch.device("cuda", 1)) == (captured is not None)
+    assert capturing(torch.device("cuda", 0)) == (captured == 0)
+    assert not capturing(torch.device("cpu"))
 
 
 def test_the_native_module_refuses_what_would_corrupt_memory():

@@ -374,14 +374,15 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "8.0" in reason and "7.5" in reason
 
 
-@pytest.mark.parametrize("what", ["plan", "write"])
-def test_an_unprepared_capture_is_refused(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_form_that_has_not_run_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     w = random(9)
     plan = Plan(w, w, w, impl="triton")
-    monkeypatch.setattr(backend, "_capturing", lambda device: True)
+    plan.write(0.5, rho=0.1)
+    monkeypatch.setattr(backend, "capturing", lambda device: True)
+    plan.write(0.25, rho=0.3, seed=5)  # other numbers are the same form
     plan._table._groups[0].ready.clear()  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"^triton: .*before the capture$"):
-        Plan(w, w, w, impl="triton") if what == "plan" else plan.write(0.5)
+    with pytest.raises(RuntimeError, match=r"^triton: .*run it once before the capture$"):
+        plan.write(0.5, rho=0.1)
 
 
 def in_new_process(code: str, **environment: str) -> str:

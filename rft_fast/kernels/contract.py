@@ -12,9 +12,8 @@ one table entry; both are complete and consistent once they exist, so backends c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -139,6 +138,10 @@ class Write:
         )
 
 
+# In the order in which every function takes them.
+WRITE_ARGUMENTS = tuple(f.name for f in fields(Write) if f.init)
+
+
 @dataclass(frozen=True)
 class Row:
     """One entry of a table: three tensors of equal size, and where the row's noise starts."""
@@ -168,7 +171,7 @@ def first_blocks(tensors: Sequence[Tensor]) -> list[int]:
     starts, block = [], 0
     for tensor in tensors:
         starts.append(block)
-        block += math.ceil(tensor.numel() / BLOCK)
+        block += -(-tensor.numel() // BLOCK)
     return starts
 
 
@@ -177,8 +180,25 @@ def make_rows(
     zeroshot: Tensor | Sequence[Tensor],
     finetuned: Tensor | Sequence[Tensor],
     names: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Checks the tensors of a table and lays their noise out. Raises TypeError or ValueError."""
+    """Checks the tensors of a table and lays their noise out. Raises TypeError or ValueError.
+
+    blocks: where each tensor's noise starts; None: that of a table of its own.
+    """
+    rows = lay_out(out, zeroshot, finetuned, names, blocks)
+    _check_overlap(rows)
+    return rows
+
+
+def lay_out(
+    out: Tensor | Sequence[Tensor],
+    zeroshot: Tensor | Sequence[Tensor],
+    finetuned: Tensor | Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> list[Row]:
+    """``make_rows`` for tensors that have no addresses: all of its checks but that nothing overlaps."""
     outs, w0s, w1s = (
         as_list("out", out),
         as_list("zeroshot", zeroshot),
@@ -192,10 +212,10 @@ def make_rows(
     if names is not None and len(names) != len(outs):
         raise ValueError(f"write: {len(outs)} tensors but {len(names)} names")
     labels = [f"tensor {i}" for i in range(len(outs))] if names is None else list(names)
-    rows = [Row(*row) for row in zip(outs, w0s, w1s, first_blocks(outs), labels, strict=True)]
+    starts = first_blocks(outs) if blocks is None else blocks
+    rows = [Row(*row) for row in zip(outs, w0s, w1s, starts, labels, strict=True)]
     for row in rows:
         _check_row(row, rows[0].out.device)
-    _check_overlap(rows)
     return rows
 
 
@@ -268,3 +288,22 @@ def check_runs(runs: Sequence[tuple[int, int]], rows: int) -> None:
     for first, last in runs:
         if not 0 <= first <= last <= rows:
             raise ValueError(f"write: run ({first}, {last}) is outside the table's {rows} tensors")
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream, the current device's or this one's."""
+    if device.type != "cuda":
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(backend: str, device: torch.device) -> None:
+    """For backends whose tables lie on the device. Raises RuntimeError while a CUDA graph is captured."""
+    if capturing(device):
+        raise RuntimeError(
+            f"{backend}: making a Plan copies its table to the device, which cannot be captured in a CUDA "
+            "graph; make the Plan before the capture"
+        )

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from rft_fast.kernels.contract import Row, Write
+from rft_fast.kernels.contract import Row, Write, refuse_capture
 
 # Changed together with VERSION in csrc/bindings.cpp whenever the two sides must change together.
 VERSION = 2
@@ -51,19 +51,15 @@ class Table:
     def __init__(self, rows: Sequence[Row]) -> None:
         if _native is None:
             raise RuntimeError(f"native: {_missing}")
+        self._device = rows[0].out.device if rows else torch.device("cpu")
+        refuse_capture("native", self._device)
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         self._element = _native.Element
-        self._device = rows[0].out.device if rows else torch.device("cpu")
         entries = [
             (*(t.data_ptr() for t in tensors), *(_DTYPE[t.dtype] for t in tensors), row.size, row.first_block)
             for row, tensors in zip(rows, self._keep, strict=True)
         ]
         if self._device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "native: making a Plan copies its table to the device, which cannot be captured in a "
-                    "CUDA graph; make the Plan before the capture"
-                )
             self._table = _native.CudaTable(entries, self._device.index)
         else:
             self._table = _native.Table(entries)

@@ -8,8 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from rft_fast.kernels import registry
-from rft_fast.kernels.contract import Write, as_list, check_runs, make_rows
+from rft_fast.kernels import library, registry
+from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, as_list, check_runs, make_rows
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -27,6 +27,10 @@ class Plan:
     re-binding a parameter's ``.data``, make a new plan. One plan may be written from several threads as
     long as their runs do not touch the same rows; two plans never share state.
 
+    Best written outside of code that torch.compile compiles: the weights stay where they are, so a compiled
+    model sees the new ones. Inside, a write is one operator of the graph with the same result, but makes
+    its table anew each time, and every new alpha or rho is compiled anew (a new seed or draw is not).
+
     Raises TypeError, ValueError (tensors), RuntimeError (a backend that does not work here).
     """
 
@@ -42,6 +46,7 @@ class Plan:
         device = rows[0].out.device if rows else torch.device("cpu")
         backend = registry.pick(impl, device)
         self.impl = backend.name
+        self._rows = rows
         self._outs = [row.out for row in rows]
         self._table = backend.table(rows)
 
@@ -68,16 +73,36 @@ class Plan:
         The other arguments are those of :class:`~rft_fast.kernels.contract.Write`. A row's noise and
         mask depend on (seed, draw) and its place in the table only, not on which rows are written.
         """
-        self.submit(Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign), tensors)
+        numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+        if library.is_tracing():
+            self._write_traced(tensors, numbers)
+        else:
+            self.submit(Write(*numbers), tensors)
 
     def submit(self, write: Write, tensors: Sequence[tuple[int, int]] | None = None) -> None:
         """As ``write``, with arguments that were validated before."""
+        if library.is_tracing():
+            self._write_traced(tensors, tuple(getattr(write, name) for name in WRITE_ARGUMENTS))
+            return
         runs = ((0, len(self._outs)),) if tensors is None else tensors
         check_runs(runs, len(self._outs))
         self._table.write(runs, write)
         # Autograd must notice that saved tensors have changed, as after any in-place operation.
         for first, last in runs:
             torch.autograd.graph.increment_version(self._outs[first:last])
+
+    def _write_traced(self, tensors: Sequence[tuple[int, int]] | None, numbers: library.Numbers) -> None:
+        runs = ((0, len(self._rows)),) if tensors is None else tensors
+        check_runs(runs, len(self._rows))
+        rows = [row for first, last in runs for row in self._rows[first:last]]
+        library.write_(
+            [row.out for row in rows],
+            [row.zeroshot for row in rows],
+            [row.finetuned for row in rows],
+            numbers,
+            self.impl,
+            [row.first_block for row in rows],
+        )
 
 
 def write_(
@@ -100,9 +125,15 @@ def write_(
 
     Tensors as for :class:`Plan`, numbers as for :class:`~rft_fast.kernels.contract.Write`. Tensor t of a
     list draws its noise from position t, so a list and its tensors one by one differ. For tensors that
-    are written repeatedly, a ``Plan`` saves the checks.
+    are written repeatedly, a ``Plan`` saves the checks. Differentiates nothing: the outputs' history is that
+    of a write under ``torch.no_grad``.
     """
-    request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+    numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+    if library.is_traced(out):
+        tensors = as_list("out", out), as_list("zeroshot", zeroshot), as_list("finetuned", finetuned)
+        library.write_(*tensors, numbers, impl)
+        return
+    request = Write(*numbers)  # refused before anything is made
     Plan(out, zeroshot, finetuned, impl).submit(request)
 
 

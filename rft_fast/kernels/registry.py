@@ -59,14 +59,19 @@ IMPLS = ("auto", *BACKENDS)
 _warned: set[str] = set()
 
 
+def check_name(impl: str) -> None:
+    """Raises ValueError for a name that no backend has."""
+    if impl not in IMPLS:
+        raise ValueError(f"write: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+
+
 def pick(impl: str, device: torch.device) -> Backend:
     """The backend that ``impl`` names, or the fastest one that works on ``device`` for "auto".
 
     Raises ValueError for an unknown name, RuntimeError (reason and remedy) for one that does not
     work here. "auto" warns, once, when only the reference is left.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"write: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    check_name(impl)
     reasons: list[str] = []
     for backend in BACKENDS.values():
         if impl not in ("auto", backend.name):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rft_fast.kernels.contract import BLOCK, Row, Write
+from rft_fast.kernels.contract import BLOCK, Row, Write, capturing, refuse_capture
 
 # Elements and warps of a program: eight elements a thread, two blocks. A starting point for the H100
 # and H200, not yet measured there. ptxas gives sm_90 28 to 32 registers without noise, 45 to 50 with
@@ -147,19 +147,15 @@ class Table:
             raise RuntimeError(f"triton: {missing}")
         self._kernel = kernel
         self._interpreted = _interpreted(kernel)
-        self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         self._device = rows[0].out.device if rows else torch.device("cpu")
+        refuse_capture("triton", self._device)
+        self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         groups: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
         for index, row in enumerate(rows):
             if row.size > 0:
                 dtypes = (row.out.dtype, row.zeroshot.dtype, row.finetuned.dtype)
                 groups.setdefault((*dtypes, _aligned(row)), []).append((index, row))
         with _current(self._device):
-            if _capturing(self._device):
-                raise RuntimeError(
-                    "triton: making a Plan copies its table to the device, which cannot be captured "
-                    "in a CUDA graph; make the Plan before the capture"
-                )
             self._groups = [_Group(members, kernel) for members in groups.values()]
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
@@ -174,7 +170,7 @@ class Table:
     def _launch(
         self, group: _Group, begin: int, end: int, constants: Form, arguments: tuple[float, ...]
     ) -> None:
-        if constants not in group.ready and _capturing(self._device):
+        if constants not in group.ready and capturing(self._device):
             raise RuntimeError(
                 "triton: a write of this form has not run yet, and cannot be compiled while a CUDA "
                 "graph is captured; run it once before the capture"
@@ -190,10 +186,6 @@ class Table:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Makes the tensors' device the current one: Triton launches on the current device's stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def why_not(device: torch.device) -> str | None:

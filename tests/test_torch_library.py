@@ -1,0 +1,338 @@
+"""The operator that torch.compile, torch.export, make_fx and fake tensors see has the bits of eager calls."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+import rft_fast as rft
+from rft_fast.kernels import Plan, Write, library
+from rft_fast.kernels.contract import DTYPES
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+F32, BF16, F16 = DTYPES
+OPERATOR = torch.ops.rft_fast.write_.default
+# alpha to impl of an operator's call
+NUMBERS = (0.3, 0.1, "finetuned", 0.5, "zero", "normal", True, 2**32 - 1, 7, 3, -1, "auto")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch._dynamo.reset()
+
+
+def random(*shape: int, dtype: torch.dtype = F32, device: str = "cpu", seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Any:
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def same(got: object, expected: object) -> None:
+    for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def operators(graph: torch.fx.GraphModule) -> list[object]:
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+# ---------------------------------------------------------------- torch's own checks
+
+
+def one(w: Callable[[int], Tensor]) -> tuple[Any, ...]:
+    return [w(0)], [w(1)], [w(2)]
+
+
+def several(w: Callable[[int], Tensor]) -> tuple[Any, ...]:
+    """Each combination of in place and not, and an empty tensor; row 0's sources are one tensor."""
+    shared = w(1)
+    out = [w(i) for i in range(4)] + [w(4)[:0]]
+    return out, [shared, None, w(5), None, w(6)[:0]], [shared, w(7), None, None, w(8)[:0]]
+
+
+def perturbed(w: Callable[[int], Tensor]) -> tuple[Any, ...]:
+    return [w(0), w(1)], [None, None], [None, None]
+
+
+def parameters(w: Callable[[int], Tensor]) -> tuple[Any, ...]:
+    return [w(0).requires_grad_()], [w(1)], [w(2)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tensors", [one, several, perturbed, parameters, lambda w: ([], [], [])])
+def test_opcheck(tensors: Any, dtype: torch.dtype, device: str) -> None:
+    out, *sources = tensors(lambda seed: random(13, dtype=dtype, device=device, seed=seed))
+    torch.library.opcheck(OPERATOR, (out, *sources, *NUMBERS))
+    torch.library.opcheck(OPERATOR, (out, *sources, *NUMBERS, [5 * i for i in range(len(out))]))
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def everything(out: list[Tensor], w0: list[Tensor], w1: list[Tensor], seed: int) -> object:
+    """Every function, with tensors read before and after they are written, and views of them."""
+    before, view = out[0].sum(), out[0].view(-1)
+    rft.write_(out, w0, w1, 0.3, 0.1, seed=seed, draw=4, keep=0.9)
+    between, view = out[0] * 2, view + 1
+    rft.perturb_(out[1], 0.1, seed=seed, noise="uniform")
+    rft.interpolate_(w1, w0, w1, 0.4)
+    after = out[0] + w1[0], out[1].detach()
+    return before, between, view, after, rft.noise_like(w0, seed=seed), rft.keep_mask_like(w0[1], 0.5, seed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_does_what_eager_code_does(backend: str, dtype: torch.dtype, device: str) -> None:
+    def tensors() -> list[list[Tensor]]:
+        kinds = {"dtype": dtype, "device": device}
+        return [[random(37, seed=i, **kinds), random(5, 3, seed=9 + i, **kinds)] for i in range(3)]  # type: ignore[arg-type]
+
+    for seed in (0, 2**64 - 1):
+        expected, got = tensors(), tensors()
+        expected_values = everything(*expected, seed)
+        got_values = compiled(everything, backend)(*got, seed)
+        same((got, got_values), (expected, expected_values))
+
+
+@pytest.mark.skipif(DEVICES == ["cpu"], reason="there is no GPU")
+def test_compiled_code_that_is_captured_in_cuda_graphs() -> None:
+    """The compiler must keep the operator out of its graphs, whose capture would refuse it."""
+
+    def step(w: Tensor, x: Tensor) -> Tensor:
+        y = (x * w).relu() + 1
+        rft.perturb_(w, 0.1, seed=3)
+        return y * w
+
+    x = random(64, device="cuda")
+    got, expected = random(64, device="cuda", seed=1), random(64, device="cuda", seed=1)
+    compiled_step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):  # capture begins after some calls
+        same(compiled_step(got, x).clone(), step(expected, x))
+        same(got, expected)
+
+
+def test_another_seed_or_draw_compiles_nothing() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    write = compiled(lambda w, seed, draw: rft.perturb_(w, 0.1, seed=seed, draw=draw), counter)  # type: ignore[arg-type]
+    for seed, draw in ((0, 0), (5, 6), (7, 2**32 - 1), (2**62, 9), (2**63, 3), (2**64 - 1, 4)):
+        got, expected = random(9), random(9)
+        write(got, seed, draw)
+        rft.perturb_(expected, 0.1, seed=seed, draw=draw)
+        same(got, expected)
+    assert counter.frame_count <= 2  # constants at first, numbers from then on
+
+
+def test_sizes_unknown_while_compiling() -> None:
+    write = torch.compile(lambda w: rft.perturb_(w, 0.1), fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 8, 13):
+        got, expected = [[random(size), random(2 * size)] for _ in range(2)]
+        write(got)
+        rft.perturb_(expected, 0.1)
+        same(got, expected)
+
+
+def test_a_source_that_is_a_view_of_the_output() -> None:
+    def write(w: Tensor, other: Tensor) -> Tensor:
+        rft.write_(w, other, w.detach(), 0.7, 0.1)
+        return w + 1
+
+    results = []
+    for function in (write, compiled(write)):
+        w = random(11)
+        results.append((function(w, random(11, seed=1)), w))
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_autograd_sees_the_write(backend: str) -> None:
+    def write_first(w: Tensor, x: Tensor) -> Tensor:
+        rft.perturb_(w, 0.1)
+        return (w * x).sum()
+
+    def write_last(w: Tensor, x: Tensor) -> Tensor:
+        loss = (w * x).sum()
+        rft.perturb_(w, 0.1)
+        return loss
+
+    w, x = nn.Parameter(torch.ones(10)), torch.full((10,), 2.0, requires_grad=True)
+    version = w._version
+    compiled(write_first, backend)(w, x).backward()
+    same((w.grad, x.grad), (x.detach(), w.detach()))
+    assert w.is_leaf and w._version > version and not torch.equal(w, torch.ones(10))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        compiled(write_last, backend)(w, x).backward()
+
+
+@pytest.mark.parametrize("how", ["write", "submit"])
+def test_a_plan_inside_compiled_code(how: str) -> None:
+    """A row's noise stays where the whole table has it, whichever rows are written."""
+
+    def write(plan: Plan, request: Write, draw: int) -> None:
+        if how == "submit":
+            plan.submit(request, [(1, 3)])
+        else:
+            plan.write(0.4, tensors=[(1, 2), (2, 3)], rho=0.1, draw=draw)
+
+    results = []
+    for function in (write, compiled(write)):
+        out = [torch.zeros(n) for n in (5, 6, 7, 8)]
+        w0, w1 = ([random(n, seed=n + s) for n in (5, 6, 7, 8)] for s in (0, 10))
+        plan = Plan(out, w0, w1)
+        for draw in range(3):
+            function(plan, Write(0.3, 0.1, keep=0.5, seed=2**64 - 1), draw)
+        results.append(out)
+    same(results[1], results[0])
+    assert not results[0][0].any() and results[0][1].any()
+    with pytest.raises(Exception, match="outside the table"):
+        compiled(lambda: plan.write(0.4, tensors=[(0, 5)]))()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"alpha": math.nan}, "alpha must be finite"),
+        ({"alpha": "half"}, "argument .*alpha"),
+        ({"rho": -0.1}, "rho must be >= 0; got -0.1"),
+        ({"keep": 1.1}, r"keep is a probability in \[0, 1\]; got 1.1"),
+        ({"on": "both"}, "on must be one of finetuned, interpolated"),
+        ({"fill": "mean"}, "fill must be one of zero, zeroshot"),
+        ({"noise": "cauchy"}, "noise must be one of normal, uniform, rademacher"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*64\); got -1"),
+        ({"seed": 2**64}, r"seed must lie in \[0, 2\*\*64\); got 18446744073709551616"),
+        ({"seed": 1.5}, "argument .*seed"),
+        ({"draw": 2**32}, r"draw must lie in \[0, 2\*\*32\)"),
+        ({"sign": 0}, r"sign must be \+1 or -1; got 0"),
+        ({"impl": "cuda"}, "impl must be one of auto, native"),
+        ({"finetuned": torch.zeros(4)}, "shapes differ for tensor 0"),
+        ({"finetuned": torch.zeros(3, dtype=torch.float64)}, "finetuned of tensor 0 is torch.float64"),
+        ({"finetuned": torch.zeros(6)[::2]}, "finetuned of tensor 0.* is not contiguous"),
+        ({"finetuned": torch.zeros(3, device="meta")}, "must lie on one device"),
+        ({"finetuned": [torch.zeros(3)] * 2}, "equally many tensors; got 1, 1 and 2"),
+    ],
+)
+def test_refusals_while_compiling_name_the_argument(arguments: dict[str, Any], message: str) -> None:
+    w = torch.full((3,), 7.0)
+    request = {"zeroshot": torch.zeros(3), "finetuned": torch.zeros(3), "alpha": 0.5, **arguments}
+    with pytest.raises(Exception, match=message):
+        compiled(lambda: rft.write_(w, **request), "eager")()
+    assert (w == 7).all()
+
+
+def test_a_number_known_only_when_it_runs_is_refused_then() -> None:
+    write = compiled(lambda w, draw: rft.perturb_(w, 0.1, draw=draw))
+    w = random(5)
+    for draw in (0, 1, 2):
+        write(w, draw)
+    before = w.clone()
+    with pytest.raises(ValueError, match=r"draw must lie in \[0, 2\*\*32\); got -1"):
+        write(w, -1)
+    same(w, before)
+
+
+# ---------------------------------------------------------------- fake tensors, meta tensors, graphs
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        fake = torch.empty(3, 5, dtype=BF16, device="cuda")  # of a GPU that need not be there
+    rft.perturb_(fake, 0.1)
+    eps, mask = rft.noise_like([fake]), rft.keep_mask_like(fake, 0.5)
+    assert (eps[0].dtype, mask.dtype) == (F32, torch.bool)
+    assert eps[0].shape == mask.shape == fake.shape and eps[0].device == mask.device == fake.device
+    with pytest.raises(ValueError, match="keep is a probability"):
+        rft.write_(fake, fake, fake, 0.5, keep=2)
+    with mode, pytest.raises(ValueError, match="shapes differ"):
+        rft.interpolate_(fake, fake, torch.empty(3, dtype=BF16, device="cuda"), 0.5)
+
+
+def test_meta_tensors() -> None:
+    """The operator checks and does nothing, as torch's do; an eager call would leave weights unwritten."""
+    meta = torch.empty(5, device="meta")
+    OPERATOR([meta], [None], [None], *NUMBERS)
+    with pytest.raises(ValueError, match="shapes differ"):
+        OPERATOR([meta], [None], [torch.empty(4, device="meta")], *NUMBERS)
+    with pytest.raises(RuntimeError, match="meta tensors hold no data"):
+        rft.perturb_(meta, 0.1)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_write(tracing_mode: str) -> None:
+    w = random(9)
+    plan = Plan(w, w, w)
+
+    def write(out: Tensor, source: Tensor) -> Tensor:
+        rft.write_(out, out, source, 0.3, 0.1, seed=2**63)
+        if tracing_mode == "real":
+            plan.write(0.3, rho=0.1)
+        return out * 2
+
+    graph = make_fx(write, tracing_mode=tracing_mode)(random(9), random(9, seed=1))
+    assert operators(graph).count(OPERATOR) == (2 if tracing_mode == "real" else 1)
+    if tracing_mode != "real":
+        results = []
+        for function in (write, graph):
+            out = random(9, seed=2)
+            results.append((function(out, random(9, seed=3)), out))
+        same(results[1], results[0])
+
+
+def test_export() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * rft.noise_like(x, seed=2**64 - 1)
+
+    program = torch.export.export(Model(), (random(9),))
+    same(program.module()(random(9, seed=1)), Model()(random(9, seed=1)))
+
+
+# ---------------------------------------------------------------- what eager code pays
+
+
+def test_eager_calls_go_straight_to_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError("an eager call went through the operator")
+
+    monkeypatch.setattr(library, "write_", refuse)
+    w = nn.Parameter(random(9))
+    rft.write_(w, w, [random(9)], 0.5)
+    rft.perturb_([w], 0.1)
+    rft.noise_like(w)
+    rft.keep_mask_like(w, 0.5)
+    plan = Plan(w, w, w)
+    plan.write(0.5)
+    plan.submit(Write(0.5))
+
+
+def test_importing_the_package_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch, rft_fast\n"
+        "rft_fast.perturb_(torch.ones(3), 0.1)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_a_write_of_a_tree() -> None:
+    """The functions keep a list's order and one tensor's bareness in compiled code, too."""
+    tensors = [random(3), random(4)]
+    functions = (lambda: rft.noise_like(tensors), lambda: rft.noise_like(tensors[0]))
+    for function in functions:
+        got, expected = compiled(function)(), function()
+        assert tree_map(type, got) == tree_map(type, expected)
+        same(got, expected)
