@@ -424,6 +424,18 @@ def read_model(path: Path) -> dict[str, Tensor]:
     return {name: value.float() for name, value in load_file(path).items()}
 
 
+OPTIONS = """\
+# So that a sweep of everything takes less than three minutes on two cores.
+[options]
+layer-alphas = "0:1:6"
+layer-data = "rotated"
+layer-samples = 500
+sharpness-alphas = [0, 0.2, 0.6, 1]
+sharpness-data = "mnist"
+sharpness-samples = 128
+layer-draws = 5""".splitlines()
+
+
 def write_zoo_toml(path: Path, data: list[str]) -> None:
     lines = [
         "# Written by examples/make_digits_zoo.py. Files are relative to this one.",
@@ -437,6 +449,7 @@ def write_zoo_toml(path: Path, data: list[str]) -> None:
     for name in data:
         lines += ["", f"[data.{name}]", f'path = "{name}.npz"']
         lines += [f"ood = {str(name != 'mnist').lower()}"]
+    lines += ["", *OPTIONS]
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 HEAD_WEIGHT = "classification_head.weight"
@@ -65,10 +66,81 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [n, 3, h, w], normalised. Returns logits [n, classes]."""
-        features = self.visual(images)
+        return self.classify(self.visual(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """features: [n, features], as the image tower gives them. Returns logits [n, classes]."""
         features = features / features.norm(dim=-1, keepdim=True)
         logits: Tensor = self.classification_head(features)
         return logits
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A part of a model that runs after the stages before it and needs only what they return.
+
+    run: activations (images for the first stage) -> activations (logits for the last one).
+    tensors: the parameters and buffers that it reads. What no stage names belongs to the first.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    tensors: tuple[Tensor, ...] = ()
+
+
+def stages(model: nn.Module) -> list[Stage]:
+    """The model in parts that, run one after the other, compute what its forward pass computes.
+
+    When only the weights of one stage change, the stages before it need not run again. Known are
+    :class:`ImageClassifier` over open_clip's ``VisionTransformer`` (embedding, two stages for each
+    block: attention and MLP, then pooling and head) and ``nn.Sequential``. Any other model is one
+    stage as a whole.
+    """
+    if type(model) is nn.Sequential:
+        return [Stage(module, _tensors(module)) for module in model]
+    if type(model) is ImageClassifier and type(model.visual) is VisionTransformer:
+        return _transformer_stages(model, model.visual)
+    return [Stage(model)]
+
+
+def _transformer_stages(model: ImageClassifier, visual: VisionTransformer) -> list[Stage]:
+    swap = not visual.transformer.batch_first  # its blocks then take [tokens, n, width]
+
+    def embed(images: Tensor) -> Tensor:
+        x: Tensor = visual._embeds(images)
+        return x.transpose(0, 1).contiguous() if swap else x
+
+    def finish(x: Tensor) -> Tensor:
+        features, _ = visual._pool(x.transpose(0, 1) if swap else x)
+        return model.classify(features if visual.proj is None else features @ visual.proj)
+
+    parts = [Stage(embed)]
+    for block in visual.transformer.resblocks:
+        parts += _block_stages(block)
+    last = [visual.proj, *_tensors(visual.ln_post, visual.attn_pool, model.classification_head)]
+    return [*parts, Stage(finish, tuple(tensor for tensor in last if tensor is not None))]
+
+
+def _block_stages(block: Any) -> list[Stage]:
+    if type(block) is not ResidualAttentionBlock:
+        return [Stage(block, _tensors(block))]
+
+    def attention(x: Tensor) -> Tensor:
+        y: Tensor = x + block.ls_1(block.attention(q_x=block.ln_1(x)))
+        return y
+
+    def mlp(x: Tensor) -> Tensor:
+        y: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return y
+
+    return [
+        Stage(attention, _tensors(block.ln_1, block.attn, block.ls_1)),
+        Stage(mlp, _tensors(block.ln_2, block.mlp, block.ls_2)),
+    ]
+
+
+def _tensors(*modules: nn.Module | None) -> tuple[Tensor, ...]:
+    found = [module for module in modules if module is not None]
+    return tuple(t for module in found for t in (*module.parameters(), *module.buffers()))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,6 @@ def load(
     source, where = Path(path), f"datasets: {name!r}"
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
         raise TypeError(f"{where}: samples must be an int or None, got {type(samples).__name__}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"{where}: samples must be at least 1, got {samples}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"{where}: seed must be an int in [0, 2**32), got {seed!r}")
     class_names: tuple[str, ...] = ()
@@ -122,9 +120,20 @@ def load(
     return Dataset(name, images, labels[chosen], preprocess.mean, preprocess.std, classes, ood, class_names)
 
 
+def subset(dataset: Dataset, samples: int, seed: int = 0) -> Dataset:
+    """Some of a data set's images at random: of a whole set, those that ``load`` would have drawn.
+
+    Raises ValueError for fewer than one sample, or more than there are images.
+    """
+    chosen = _choose(len(dataset.labels), samples, seed, f"datasets: {dataset.name!r}")
+    return replace(dataset, images=dataset.images[chosen], labels=dataset.labels[chosen])
+
+
 def _choose(count: int, samples: int | None, seed: int, where: str) -> Tensor:
     if samples is None:
         return torch.arange(count)
+    if samples < 1:
+        raise ValueError(f"{where}: samples must be at least 1, got {samples}")
     if samples > count:
         raise ValueError(f"{where}: {samples} samples asked for, but it has only {count} images")
     # RandomState's stream is frozen for good, so a seed means the same images everywhere.

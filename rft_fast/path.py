@@ -19,6 +19,19 @@ from rft_fast.kernels.contract import DTYPES
 from rft_fast.layers import group, layer_of, select
 
 
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One float parameter on the path: the live tensor, and its two ends, all of one shape.
+
+    The ends are those that the path reads, so leave them as they are.
+    """
+
+    name: str
+    live: Tensor
+    zeroshot: Tensor
+    finetuned: Tensor
+
+
 class Path:
     """A live model at ``theta(alpha) = (1 - alpha) * theta_0 + alpha * theta_1``, written in place.
 
@@ -157,17 +170,9 @@ class Path:
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         parts = None if layers is None else self._select(layers)
-        base, apart = self._base, dict(self._apart)
-        if base is None or None in apart.values():
-            raise RuntimeError(
-                "Path: an earlier write was interrupted, so there is no known state to come back "
-                "to; write the whole model first"
-            )
-        try:
+        with self._restored():
             self._write(request, parts)
             yield self
-        finally:
-            self._restore(base, apart)
 
     def at(self, alpha: float, layers: Sequence[str] | None = None) -> AbstractContextManager[Path]:
         """``with path.at(alpha):`` the model, or only ``layers``, at alpha; restored on exit.
@@ -175,6 +180,44 @@ class Path:
         As :meth:`perturbed` with rho = 0.
         """
         return self.perturbed(alpha, 0.0, layers)
+
+    @contextmanager
+    def borrowed(self, layers: Sequence[str] | None = None) -> Iterator[list[Weight]]:
+        """The weights of ``layers`` (None: all), whose live tensors may be changed at will, in place.
+
+        For what :meth:`write` cannot express. On exit the live model is as before entry, bit for bit;
+        until then ``path.alpha`` is None, and ``at`` and ``perturbed`` have nothing to come back to.
+
+        Raises as ``write`` does.
+        """
+        parts = None if layers is None else self._select(layers)
+        with self._restored():
+            (self._whole if parts is None else _join(parts)).check()
+            self._forget(parts)
+            yield self.weights(layers)
+
+    def weights(self, layers: Sequence[str] | None = None) -> list[Weight]:
+        """The float parameters of ``layers``, in the model's order; None: all, those of inert layers too.
+
+        That is the order of their noise: ``noise_like([w.live for w in path.weights()], ...)`` is what
+        a write with the same seed and draw uses. Raises as ``write`` does.
+        """
+        part = self._whole if layers is None else _join(self._select(layers))
+        slots = sorted((s for s in part.slots if s.is_float and s.is_parameter), key=lambda s: s.row)
+        return [Weight(slot.name, slot.tensor, *slot.ends) for slot in slots]
+
+    def select(self, layers: Sequence[str] | None) -> list[str]:
+        """The names of ``layers`` (names or ``re:`` patterns; None: all), as ``write`` reads them.
+
+        Raises as ``write`` does.
+        """
+        if layers is None:
+            return list(self.layers)
+        return list(dict.fromkeys(part.name for part in self._select(layers)))
+
+    def tensors(self, layer: str) -> list[Tensor]:
+        """All live tensors that are written with a layer: its parameters, and its modules' buffers."""
+        return [slot.tensor for slot in self._select([layer])[0].slots]
 
     @torch.no_grad()
     def checksum(self) -> int:
@@ -211,11 +254,7 @@ class Path:
         part = self._whole if parts is None else _join(parts)
         part.check()
         # An interrupted write must not pass for a finished one, so the state is unknown meanwhile.
-        if parts is None:
-            self._base, self._apart = None, {}
-        else:
-            for p in parts:
-                self._apart[p.name] = None
+        self._forget(parts)
 
         self._parameters.submit(request, part.parameters)
         if part.buffers:
@@ -231,6 +270,26 @@ class Path:
                     self._apart.pop(p.name, None)
                 else:
                     self._apart[p.name] = request
+
+    def _forget(self, parts: Sequence[_Part] | None) -> None:
+        """From here on the weights of ``parts`` (None: all) come from no write that is known."""
+        if parts is None:
+            self._base, self._apart = None, {}
+        else:
+            self._apart.update((part.name, None) for part in parts)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        base, apart = self._base, dict(self._apart)
+        if base is None or None in apart.values():
+            raise RuntimeError(
+                "Path: an earlier write was interrupted, or weights are borrowed, so there is no known "
+                "state to come back to; write the whole model first"
+            )
+        try:
+            yield
+        finally:
+            self._restore(base, apart)
 
     def _restore(self, base: Write, apart: Mapping[str, Write | None]) -> None:
         if self._base != base:

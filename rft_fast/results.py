@@ -1,11 +1,12 @@
 """One table of rows on disk: the directory that a run leaves behind.
 
-=================  =================================================================
-``rows.sqlite``    every row, committed as it was measured
-``rows.csv``       the same rows, written when the run ends or is interrupted
-``config.json``    the complete request: arguments, versions, content hashes, date
-``figures/``       one picture per study, ``<study>.png``
-=================  =================================================================
+===================  ===============================================================
+``rows.sqlite``      every row, committed as it was measured
+``rows.csv``         the same rows, written when the run ends or is interrupted
+``correlation.csv``  the table of that study, which is made of the rows
+``config.json``      the complete request: arguments, versions, content hashes, date
+``figures/``         one picture per study, ``<study>.png``
+===================  ===============================================================
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import TracebackType
 
 import pandas as pd
 
-from .studies.rows import COLUMNS, complete, frame
+from .studies.rows import COLUMNS, STUDIES, complete, frame
 
 __all__ = ["COLUMNS", "Run", "check", "load"]
 
@@ -146,6 +147,10 @@ class Run:
         """Where the picture of a study belongs."""
         return self.directory / _FIGURES / f"{study}.png"
 
+    def table(self, study: str) -> Path:
+        """Where a table that is made of the rows belongs."""
+        return self.directory / f"{study}.csv"
+
     def close(self) -> None:
         """Writes ``rows.csv`` and closes the database."""
         temporary = self.directory / (_TABLE + ".part")
@@ -167,8 +172,9 @@ class Run:
         self.close()
 
     def _remove_earlier(self) -> None:
-        studies = load(self.directory)["study"].unique()
-        for file in [*map(self.figure, studies), *map(self.directory.joinpath, (_TABLE, _CONFIG))]:
+        load(self.directory)  # refuses what is no table of rows
+        named = [make(study) for study in STUDIES for make in (self.figure, self.table)]
+        for file in [*named, *map(self.directory.joinpath, (_TABLE, _CONFIG))]:
             file.unlink(missing_ok=True)
         (self.directory / _DATABASE).unlink()
 

@@ -30,6 +30,7 @@ class Zoo:
 
     arch: an open_clip model name, or the path of a JSON file (:func:`rft_fast.classifier.build`).
     finetuned: display name -> checkpoint, in the file's order. data: name -> source, likewise.
+    options: how it is studied, as options of ``python -m rft_fast.sweep``; its command line overrides them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Zoo:
     zeroshot: Path
     finetuned: dict[str, Path]
     data: dict[str, DataSource]
+    options: tuple[str, ...] = ()
 
 
 def read(path: str | PathLike[str]) -> Zoo:
@@ -50,6 +52,10 @@ def read(path: str | PathLike[str]) -> Zoo:
         [data]
         imagenet = { path = "imagenet/val", ood = false }
         sketch = { path = "sketch" }    # ood = true unless said otherwise
+        [options]                       # may be left out: how it is studied, as sweep's options
+        layer-draws = 5                 # --layer-draws 5
+        layer-data = ["sketch"]         # --layer-data sketch
+        no-control = true               # --no-control
 
     Raises ValueError, naming the file and the entry, for a file or a path in it that does not
     exist, invalid TOML, a missing or unknown entry (with the nearest known one), or a value of
@@ -64,7 +70,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
 
     entries = _Entries(file)
-    entries.known(table, "", ("name", "arch", "zeroshot", "finetuned", "data"))
+    entries.known(table, "", ("name", "arch", "zeroshot", "finetuned", "data", "options"))
     arch = entries.get(table, "arch", str)
     finetuned = entries.get(table, "finetuned", dict)
     data = entries.get(table, "data", dict)
@@ -72,6 +78,9 @@ def read(path: str | PathLike[str]) -> Zoo:
         if not isinstance(source, dict):
             raise entries.error(f"data.{name}", f"must be a table with a path, got {source!r}")
         entries.known(source, f"data.{name}.", ("path", "ood"))
+    options: list[str] = []
+    for name, value in (entries.get(table, "options", dict) if "options" in table else {}).items():
+        options += entries.option(name, value)
     return Zoo(
         name=entries.get(table, "name", str),
         # A name that is no file beside the zoo is open_clip's to know: classifier.build decides.
@@ -85,6 +94,7 @@ def read(path: str | PathLike[str]) -> Zoo:
             )
             for name, source in data.items()
         },
+        options=tuple(options),
     )
 
 
@@ -118,6 +128,17 @@ class _Entries:
         if value in ("", {}):
             raise self.error(f"{prefix}{key}", "is empty")
         return value
+
+    def option(self, name: str, value: Any) -> list[str]:
+        """An entry of ``[options]`` as words of a command line."""
+        if isinstance(value, bool):
+            if not value:
+                raise self.error(f"options.{name}", "can only be true; leave it out otherwise")
+            return [f"--{name}"]
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(v, (str, int, float)) for v in values):
+            raise self.error(f"options.{name}", f"must be a string, number, true or a list, got {value!r}")
+        return [f"--{name}", *map(str, values)]
 
     def path(self, table: Mapping[str, Any], key: str, prefix: str = "") -> Path:
         path: Path = self.file.parent / self.get(table, key, str, prefix)

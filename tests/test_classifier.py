@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from rft_fast import classifier
@@ -266,3 +267,155 @@ def test_preprocess(tmp_path: Path) -> None:
 def test_bad_preprocessing(tmp_path: Path, cfg: dict[str, Any], words: tuple[str, ...]) -> None:
     file = write(tmp_path, {"model_cfg": config(), "preprocess_cfg": cfg})
     refused(classifier.preprocess, file, words=("preprocess: ", *words))
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def tower(**changes: Any) -> VisionTransformer:
+    small = {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
+    return VisionTransformer(**{**small, "output_dim": 6, **changes})
+
+
+def shaken(model: nn.Module, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data += 0.1 * torch.rand_like(tensor)
+    return model.eval()
+
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale": {"ls_init_value": 0.2},
+    "average pooling": {"pool_type": "avg"},
+    "last pooling": {"pool_type": "tok", "final_ln_after_pool": True},
+    "attentional pooling": {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+    "no ln_pre": {"no_ln_pre": True},
+    "sine positions": {"pos_embed_type": "sin_cos_2d"},
+    "patch dropout": {"patch_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("proj", [True, False])
+def test_stages_compute_the_same_bits(kind: str, batch_first: bool, proj: bool) -> None:
+    visual = tower(**TOWERS[kind])
+    if not proj:
+        visual.proj = None
+    if not batch_first:
+        visual.transformer.batch_first = False
+        for block in visual.transformer.resblocks:
+            block.attn.batch_first = False
+    width = visual.output_dim if proj or kind == "attentional pooling" else 16
+    if not proj and kind == "attentional pooling":
+        width = 6
+    model = shaken(classifier.ImageClassifier(visual, nn.Linear(width, CLASSES)))
+    parts = classifier.stages(model)
+    assert len(parts) == 2 + 2 * 2
+    images = torch.randn(5, 3, 8, 8)
+    with torch.inference_mode():
+        x = images
+        for part in parts:
+            x = part.run(x)
+        assert torch.equal(x, model(images))
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_change_in_a_tensor_is_seen_from_its_stage_on(kind: str) -> None:
+    """Each tensor in turn: the activations before the stage that names it do not know of it."""
+    model = shaken(classifier.ImageClassifier(tower(**TOWERS[kind]), nn.Linear(6, CLASSES)))
+    parts = classifier.stages(model)
+    images = torch.randn(3, 3, 8, 8)
+
+    @torch.inference_mode()
+    def activations() -> list[Tensor]:
+        found = [images]
+        for part in parts:
+            found.append(part.run(found[-1]))
+        return found
+
+    before, named = activations(), {id(t): i for i, part in enumerate(parts) for t in part.tensors}
+    assert len(named) == sum(len(part.tensors) for part in parts)  # none twice
+    for name, tensor in model.named_parameters():
+        stage = named.get(id(tensor), 0)  # what no stage names belongs to the first
+        was = tensor.detach().clone()
+        tensor.data += 0.05 * torch.randn_like(tensor)
+        for index, (a, b) in enumerate(zip(before, activations(), strict=True)):
+            assert index > stage or torch.equal(a, b), (name, stage, index)
+        with torch.inference_mode():
+            x = before[stage]
+            for part in parts[stage:]:
+                x = part.run(x)
+            assert torch.equal(x, model(images)), name
+        tensor.data.copy_(was)
+    assert named[id(model.classification_head.weight)] == 5 == named[id(model.visual.ln_post.weight)]
+    block = model.visual.transformer.resblocks[1]
+    assert (named[id(block.attn.in_proj_weight)], named[id(block.mlp.c_fc.weight)]) == (3, 4)
+    for number, block in enumerate(model.visual.transformer.resblocks):
+        for name, tensor in block.named_parameters():  # none falls back to the first stage
+            late = name.split(".")[0] in ("ln_2", "mlp", "ls_2")
+            assert named[id(tensor)] == 1 + 2 * number + late, name
+    first = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding")
+    assert all(named.get(id(t), 0) == 0 for n, t in model.named_parameters() if n in first)
+
+
+def test_blocks_of_another_kind_are_one_stage_each() -> None:
+    visual = tower()
+
+    class Block(ResidualAttentionBlock):
+        pass
+
+    visual.transformer.resblocks[0] = Block(16, 2, 2.0, batch_first=True)
+    model = shaken(classifier.ImageClassifier(visual, nn.Linear(6, CLASSES)))
+    parts = classifier.stages(model)
+    assert len(parts) == 2 + 1 + 2 and len(parts[1].tensors) == 12
+    images = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        x = images
+        for part in parts:
+            x = part.run(x)
+        assert torch.equal(x, model(images))
+
+
+def test_a_sequential_is_as_many_stages_as_modules() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 4))
+    parts = classifier.stages(model)
+    assert [len(part.tensors) for part in parts] == [0, 5, 2]  # batch statistics and their count included
+    assert parts[1].tensors[0] is model[1].weight and parts[2].run is model[2]
+
+
+def test_other_models_are_one_stage() -> None:
+    class Loop(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))  # not what its parts do one after the other
+
+    class Narrow(VisionTransformer):
+        pass
+
+    class Cool(classifier.ImageClassifier):
+        pass
+
+    visual, head = tower(), nn.Linear(6, CLASSES)
+    other = Narrow(8, 4, 16, 2, 2, 2.0, output_dim=6)
+    for model in (
+        Loop(nn.Linear(3, 3)),
+        nn.Linear(3, 3),
+        Cool(visual, head),
+        classifier.ImageClassifier(other, head),
+        classifier.ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), head),
+    ):
+        (only,) = classifier.stages(model)
+        assert only.run is model and only.tensors == ()
+
+
+def test_classify_normalises_the_features() -> None:
+    model = shaken(classifier.ImageClassifier(nn.Flatten(), nn.Linear(3, CLASSES)))
+    x = torch.tensor([[3.0, 0.0, 4.0]])
+    head = model.classification_head
+    with torch.no_grad():
+        expected = torch.tensor([[0.6, 0.0, 0.8]]) @ head.weight.T + head.bias
+        torch.testing.assert_close(model.classify(x), expected)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model.classify(50 * x), expected)

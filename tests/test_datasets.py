@@ -256,3 +256,32 @@ def test_datasets_are_checked_when_made() -> None:
             datasets.Dataset("bad", **{**good, **bad})
     with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
         datasets.Dataset("bad", **{**good, "images": images.numpy()})
+
+
+def test_a_subset_is_what_load_would_have_drawn(tmp_path: Path) -> None:
+    content = arrays(50)
+    content["images"][:, 0, 0] = np.arange(50)
+    file = save(tmp_path / "x.npz", **content, classes=np.array([3, 0, 1, 2, 9]))
+    whole = datasets.load("x", file, PREPROCESS, ood=False)
+    for samples, seed in ((20, 0), (20, 7), (1, 3), (50, 0)):
+        got, loaded = (
+            datasets.subset(whole, samples, seed),
+            datasets.load("x", file, PREPROCESS, samples=samples, seed=seed, ood=False),
+        )
+        chosen = sorted(np.random.RandomState(seed).permutation(50)[:samples].tolist())
+        assert got.images[:, 0, 0, 0].tolist() == chosen
+        assert got.labels.tolist() == [content["labels"][i] for i in chosen]
+        assert torch.equal(got.images, loaded.images) and torch.equal(got.labels, loaded.labels)
+        assert (got.name, got.mean, got.std, got.ood) == ("x", whole.mean, whole.std, False)
+        assert got.classes is not None and torch.equal(got.classes, torch.tensor([3, 0, 1, 2, 9]))
+    assert datasets.subset(whole, 5).images[:, 0, 0, 0].tolist() == sorted(
+        np.random.RandomState(0).permutation(50)[:5].tolist()
+    )
+    assert len(whole.labels) == 50  # itself unchanged
+
+
+def test_subsets_that_cannot_be() -> None:
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    small = datasets.Dataset("small", images, torch.arange(3), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match=r"^datasets: 'small': 4 samples asked for, but it has only 3"):
+        datasets.subset(small, 4)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from rft_fast import evaluate
+from rft_fast.classifier import ImageClassifier, Stage
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores
 
@@ -267,3 +273,366 @@ def test_a_model_that_moved_is_refused() -> None:
     model.to("meta")
     with pytest.raises(ValueError, match="moved from cpu to meta"):
         evaluator.scores()
+
+
+def test_instability_by_hand() -> None:
+    first = Scores(torch.tensor([1.0, 2.0, 4.0, 5.0]), torch.tensor([True, True, False, True]))
+    last = Scores(torch.tensor([3.0, 0.0, 2.0, 1.0]), torch.tensor([True, False, False, False]))
+    middle = Scores(torch.tensor([2.5, 1.0, 7.0, 4.0]), torch.tensor([False, True, False, False]))
+    loss, accuracy = middle.instability(first, last)
+    differences = np.array([0.5, 0.0, 4.0, 1.0])  # less the ends' means 2, 1, 3, 3
+    misses = np.array([1.0, -0.5, 0.0, 0.5])  # the ends' mean hits 1, .5, 0, .5 less its own
+    assert loss == pytest.approx((differences.mean(), differences.std(ddof=1) / 2))
+    assert accuracy == pytest.approx((misses.mean(), misses.std(ddof=1) / 2))
+    single = Scores(torch.tensor([1.0]), torch.tensor([True]))
+    for ends in ((single, last), (first, single)):
+        with pytest.raises(ValueError, match=r"^instability: .* same samples, got 4 and 1"):
+            middle.instability(*ends)
+    burst = Scores(torch.tensor([math.inf, 1.0, 7.0, 4.0]), middle.correct)
+    assert burst.instability(first, last)[0][0] == math.inf
+    assert math.isnan(first.instability(burst, last)[0][0]) or first.instability(burst, last)[0][0] < 0
+
+
+# --- normalised logits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [None, [4, 1, 5]])
+def test_normalized_logits_equal_float64_by_hand(classes: list[int] | None) -> None:
+    labels = torch.tensor([1, 4, 5, 4, 1] * 6)
+    data = dataset(count=30, labels=labels, classes=None if classes is None else torch.tensor(classes))
+    model = toy()
+    got = Evaluator(model, [data], batch_size=7, normalize_logits=True).scores()["set"]
+    plain = Evaluator(model, [data], batch_size=7).scores()["set"]
+    assert torch.equal(got.correct, plain.correct) and not torch.allclose(got.losses, plain.losses)
+    double = copy.deepcopy(model).double().eval()
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    with torch.no_grad():
+        logits = double((data.images.double() / 255 - mean) / std)
+    columns = list(range(CLASSES)) if classes is None else classes
+    for row, label, loss in zip(logits.tolist(), labels.tolist(), got.losses.tolist(), strict=True):
+        scored = [row[c] for c in columns]
+        centred = [x - sum(scored) / len(scored) for x in scored]
+        norm = math.sqrt(sum(x * x for x in centred))
+        total = sum(math.exp(x / norm) for x in centred)
+        assert loss == pytest.approx(math.log(total) - centred[columns.index(label)] / norm, abs=1e-5)
+    with torch.no_grad():  # the scale of the logits does not matter, nor what is added to all of them
+        model.head.weight.mul_(7)
+        model.head.bias.mul_(7).add_(3)
+    again = Evaluator(model, [data], batch_size=7, normalize_logits=True).scores()["set"]
+    torch.testing.assert_close(again.losses, got.losses, rtol=1e-5, atol=1e-5)
+
+
+def test_normalized_logits_that_are_all_equal() -> None:
+    model = toy()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.fill_(2.0)
+    got = Evaluator(model, [dataset()], normalize_logits=True).scores()["set"]
+    torch.testing.assert_close(got.losses, torch.full((37,), math.log(CLASSES)))
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def staged(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(144, CLASSES),
+    )
+
+
+def plain(model: nn.Module, data: Dataset, batch: int) -> Tensor:
+    """Losses from whole forwards, batch by batch, in float32."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    was, losses = model.training, []
+    model.eval()
+    with torch.inference_mode():
+        for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
+            logits = model(images.float().div(255).sub(mean).div(std))
+            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+    model.train(was)
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("jump", [1, 2, 3, 5])
+def test_scores_are_the_same_bits_from_every_stage(jump: int) -> None:
+    model, sets = staged().train(), [dataset("a"), dataset("b", count=11)]
+    evaluator = Evaluator(model, sets, batch_size=10)
+    assert len(evaluator.stages) == 6
+    walk = evaluator.walk()
+    for stage in range(0, 6, jump):
+        walk.advance(stage)
+        walk.advance(stage)  # no step is no harm
+        assert walk.stage == stage
+        with torch.no_grad():  # from here on what changes lies ahead
+            for parameter in model[stage:].parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        for _ in range(2):
+            scores = walk.scores()
+            for data in sets:
+                assert torch.equal(scores[data.name].losses, plain(model, data, 10)), (stage, data.name)
+                assert not scores[data.name].losses.is_inference()
+    assert all(module.training for module in model.modules())
+    whole = evaluator.scores()["a"].losses
+    assert torch.equal(whole, plain(model, sets[0], 10))
+
+
+def test_a_walk_runs_no_stage_twice_and_does_not_turn_back() -> None:
+    model = staged()
+    runs: list[int] = []
+    evaluator = Evaluator(model, [dataset(count=20)], batch_size=10)
+    for index, module in enumerate(model):
+        module.register_forward_hook(lambda *_, index=index: runs.append(index))
+    walk = evaluator.walk()
+    walk.advance(2)
+    walk.advance(4)
+    assert runs == [0, 1, 0, 1, 2, 3, 2, 3]  # two batches
+    runs.clear()
+    walk.scores()
+    assert runs == [4, 5, 4, 5]
+    for stage in (3, 6, -1):
+        with pytest.raises(ValueError, match=rf"^Walk.advance: expected a stage from 4 to 5, got {stage}"):
+            walk.advance(stage)
+    assert walk.stage == 4
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_modules_that_work_in_place_leave_what_a_walk_holds(start: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.LeakyReLU(0.5, inplace=True),
+        nn.Flatten(),
+        nn.ELU(inplace=True),
+        nn.Linear(144, 6),
+    )
+    data = dataset()
+    walk = Evaluator(model, [data], batch_size=10).walk()
+    walk.advance(start)
+    for _ in range(3):
+        assert torch.equal(walk.scores()["set"].losses, plain(model, data, 10))
+    walk.advance(4)
+    assert torch.equal(walk.scores()["set"].losses, plain(model, data, 10))
+
+
+def test_what_is_behind_a_walk_is_not_seen() -> None:
+    """So that the tests of stages could fail: held activations do not follow the weights."""
+    model, data = staged(), dataset()
+    walk = Evaluator(model, [data], batch_size=10).walk()
+    walk.advance(1)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert not torch.equal(walk.scores()["set"].losses, plain(model, data, 10))
+
+
+def test_tensors_belong_to_the_first_stage_that_reads_them() -> None:
+    model = staged()
+    evaluator = Evaluator(model, [dataset()])
+    conv, norm, head = model[0], model[1], model[5]
+    assert [evaluator.stage_of([t]) for t in (conv.bias, norm.running_mean, head.weight)] == [0, 1, 5]
+    assert evaluator.stage_of([head.bias, norm.bias]) == 1
+    assert evaluator.stage_of([torch.zeros(1), head.bias]) == 0  # what no stage names is the first's
+    assert evaluator.stage_of([]) == 0
+    shared = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.Linear(192, 192), nn.Linear(192, CLASSES))
+    shared[2].weight = shared[1].weight
+    evaluator = Evaluator(shared, [dataset()])
+    assert evaluator.stage_of([shared[2].weight]) == 1 and evaluator.stage_of([shared[2].bias]) == 2
+    assert Evaluator(toy(), [dataset()]).stage_of([torch.zeros(1)]) == 0
+
+
+def broken(x: Tensor) -> Tensor:
+    raise AttributeError("another version calls it otherwise")
+
+
+@pytest.mark.parametrize("lie", [lambda x: x + 1e-3, broken], ids=["off", "raises"])
+def test_stages_that_lie_are_not_used_and_it_is_said_once(lie: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sets = toy(), [dataset("a"), dataset("b", count=5)]
+    honest = Evaluator(model, sets, batch_size=10)
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, "stages", lambda model: [Stage(lie), Stage(model)])
+        with pytest.warns(UserWarning, match="stages of this Toy do not compute what its forward") as caught:
+            evaluator = Evaluator(model, sets, batch_size=10)
+    assert len(caught) == 1 and len(evaluator.stages) == 1
+    assert caught[0].filename == __file__
+    assert evaluator.stage_of(list(model.parameters())) == 0
+    for name in ("a", "b"):
+        assert torch.equal(evaluator.scores()[name].losses, honest.scores()[name].losses)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(evaluate, "stages", lambda model: [Stage(torch.clone), Stage(model)])
+        assert len(Evaluator(model, sets).stages) == 2  # honest ones are used in silence
+
+
+# --- parts of a data set --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 10, 36, 37, 40, None])
+def test_parts_cover_a_set_in_order_and_share_its_memory(size: int | None) -> None:
+    model = staged()
+    data = dataset("b", labels=torch.tensor([1, 4, 5, 4] * 9 + [1]), classes=torch.tensor([5, 4, 1]))
+    evaluator = Evaluator(model, [dataset("a", count=9), data], batch_size=7, normalize_logits=True)
+    parts = evaluator.parts(size, "b")
+    sizes = [len(part.datasets[0].labels) for part in parts]
+    assert sizes == ([37] if size is None else [min(size, 37 - i) for i in range(0, 37, size)])
+    whole = evaluator.scores()["b"]
+    losses = torch.cat([part.scores()["b"].losses for part in parts])
+    torch.testing.assert_close(losses, whole.losses, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.cat([part.scores()["b"].correct for part in parts]), whole.correct)
+    assert all(part.model is model and part.normalize_logits for part in parts)
+    first = [part._sets[0].images.data_ptr() for part in parts]
+    step = 3 * 8 * 8 * (size or 37)
+    assert first == [evaluator._sets[1].images.data_ptr() + i * step for i in range(len(parts))]
+    assert [d.name for d in evaluator.datasets] == ["a", "b"]  # itself unchanged
+
+
+# --- gradient and curvature -----------------------------------------------------------------------
+
+
+class Idle(nn.Sequential):
+    """With a weight that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__(*staged())
+        self.register_parameter("unused", nn.Parameter(torch.ones(3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        for module in list(self)[:6]:
+            images = module(images)
+        return images
+
+
+@pytest.mark.parametrize("batch", [10, 64])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_gradient_is_that_of_the_mean_loss_over_all_images(batch: int, normalize: bool) -> None:
+    model = Idle().train()
+    model[5].bias.requires_grad_(False)
+    sets = [dataset("a"), dataset("b", count=8)]
+    evaluator = Evaluator(model, sets, batch, normalize_logits=normalize)
+    weights = list(model.parameters())
+    loss, slopes = evaluator.gradient(weights)
+    double = copy.deepcopy(model).double().eval().requires_grad_(True)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    images, labels = (torch.cat([getattr(d, k) for d in sets]) for k in ("images", "labels"))
+    logits = double((images.double() / 255 - mean) / std)
+    if normalize:
+        logits = logits - logits.mean(1, keepdim=True)
+        logits = logits / logits.norm(dim=1, keepdim=True)
+    truth = nn.functional.cross_entropy(logits, labels)
+    expected = torch.autograd.grad(truth, list(double.parameters()), allow_unused=True)
+    assert loss == pytest.approx(float(truth.detach()), rel=1e-6)
+    for got, slope in zip(slopes, expected, strict=True):
+        slope = torch.zeros_like(got).double() if slope is None else slope
+        torch.testing.assert_close(got.double(), slope, rtol=1e-4, atol=1e-6)
+        assert not got.requires_grad
+    assert not slopes[0].any() and sum(bool(s.any()) for s in slopes) == 6  # the unused one comes first
+    assert [w.requires_grad for w in weights] == [w is not model[5].bias for w in weights]
+    assert all(w.grad is None for w in weights) and all(m.training for m in model.modules())
+    torch.testing.assert_close(evaluator.gradient(weights[3:4])[1][0], slopes[3], rtol=1e-5, atol=1e-7)
+    _, part = evaluator.parts(None, "b")[0].gradient(weights)
+    assert not torch.allclose(part[1], slopes[1])
+
+
+@pytest.mark.parametrize("call", ["gradient", "curvature"])
+def test_flags_are_restored_when_a_gradient_fails(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = staged().train().requires_grad_(False)
+    evaluator = Evaluator(model, [dataset()], batch_size=10)
+    calls = 0
+
+    def fail(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return x.relu()
+
+    monkeypatch.setattr(model[2], "forward", fail)
+    weights = list(model.parameters())
+    arguments = [weights] if call == "gradient" else [weights, [torch.ones_like(w) for w in weights]]
+    with pytest.raises(KeyboardInterrupt):
+        getattr(evaluator, call)(*arguments)
+    assert not any(w.requires_grad for w in weights) and all(w.grad is None for w in weights)
+    assert all(m.training for m in model.modules())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_gradients_need_no_gradients_enabled() -> None:
+    model = staged()
+    evaluator = Evaluator(model, [dataset()])
+    weights = list(model.parameters())
+    expected = evaluator.gradient(weights)
+    with torch.no_grad():
+        loss, slopes = evaluator.gradient(weights)
+        assert not torch.is_grad_enabled()
+    assert loss == expected[0] and all(map(torch.equal, slopes, expected[1]))
+
+
+def test_curvature_is_that_of_the_exact_hessian() -> None:
+    model, data = staged(), dataset(count=23)
+    model[0] = nn.Conv2d(3, 4, 3, stride=3)
+    model[2] = nn.Tanh()
+    model[5] = nn.Linear(16, CLASSES)
+    evaluator = Evaluator(model, [data], batch_size=9)
+    weights = list(model.parameters())
+    double = copy.deepcopy(model).double().eval()
+    names = [name for name, _ in double.named_parameters()]
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    images = (data.images.double() / 255 - mean) / std
+
+    def loss(*values: Tensor) -> Tensor:
+        logits = torch.func.functional_call(double, dict(zip(names, values, strict=True)), (images,))
+        return nn.functional.cross_entropy(logits, data.labels)
+
+    values = tuple(p.detach() for p in double.parameters())
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(w.shape, generator=generator) for w in weights]
+    _, products = torch.autograd.functional.hvp(loss, values, tuple(v.double() for v in directions))
+    expected = [float((v * h).sum()) for v, h in zip(directions, products, strict=True)]
+    got = evaluator.curvature(weights, directions)
+    assert got.dtype == torch.float64 and not got.requires_grad
+    assert got.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    # Of some weights alone: without the terms that couple them with the rest.
+    (alone,) = evaluator.curvature(weights[:1], directions[:1]).tolist()
+    only = (directions[0].double(), *(torch.zeros_like(v) for v in values[1:]))
+    _, products = torch.autograd.functional.hvp(loss, values, only)
+    assert alone == pytest.approx(float((directions[0] * products[0]).sum()), rel=1e-3)
+    assert abs(alone - expected[0]) > 1e-2 * abs(alone)
+    assert all(w.grad is None and w.requires_grad for w in weights)
+
+
+def test_curvature_goes_through_attention() -> None:
+    """Fused attention kernels cannot be differentiated twice; by differences of gradients they can."""
+    torch.manual_seed(0)
+    tower = VisionTransformer(
+        image_size=8, patch_size=4, width=8, layers=1, heads=2, mlp_ratio=2.0, output_dim=6
+    )
+    model = ImageClassifier(tower, nn.Linear(6, CLASSES)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    evaluator = Evaluator(model, [dataset(count=16)])
+    weights = list(model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(w.shape, generator=generator) for w in weights]
+    got = evaluator.curvature(weights, directions)
+    slopes, step = [], 2e-3
+    for sign in (1, -1):
+        with torch.no_grad():
+            for weight, v in zip(weights, directions, strict=True):
+                weight.add_(v, alpha=sign * step)
+        slopes.append(evaluator.gradient(weights)[1])
+        with torch.no_grad():
+            for weight, v in zip(weights, directions, strict=True):
+                weight.sub_(v, alpha=sign * step)
+    expected = torch.stack(
+        [
+            (v.double() * (a - b).double()).sum() / (2 * step)
+            for v, a, b in zip(directions, *slopes, strict=True)
+        ]
+    )
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()
+    assert expected.abs().max() > 0.1

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
+from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 
 from rft_fast import figures, studies
+from rft_fast.figures import heat, style
 
 ALPHAS = np.array([0.0, 0.5, 1.0])
 # model, data set -> accuracy and loss at ALPHAS
@@ -161,7 +166,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     drawn = figures.interpolation(make_rows(curves), tmp_path / "lost.png")
     _, bottom = panels(drawn)["far"]
     assert bottom.texts[0].get_text() == "no barrier; 1 not finite"
-    assert "2 losses that are not finite are not drawn" in "\n".join(texts(drawn))
+    assert "2 of 12 losses are not finite, and not drawn" in "\n".join(texts(drawn))
 
 
 def test_an_unfinished_path_is_refused(tmp_path: Path) -> None:
@@ -169,3 +174,429 @@ def test_an_unfinished_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'good' on 'far'"):
         figures.interpolation(rows[rows["alpha"] < 1], tmp_path / "no.png")
     assert not list(tmp_path.iterdir())
+
+
+# --- what all figures share ------------------------------------------------------------------------
+
+
+def layer_names(count: int) -> list[str]:
+    parts = "ln_1 attn.in_proj attn.out_proj ln_2 mlp.c_fc mlp.c_proj".split()
+    blocks = [f"visual.transformer.resblocks.{i}.{part}" for i in range(count) for part in parts]
+    return ["visual.conv1", *blocks][:count]
+
+
+def test_names_of_layers_are_shortened_only_while_they_differ() -> None:
+    assert style.short([*layer_names(3), "visual.proj"]) == {
+        "visual.conv1": "conv1",
+        "visual.transformer.resblocks.0.ln_1": "0.ln_1",
+        "visual.transformer.resblocks.0.attn.in_proj": "0.attn.in_proj",
+        "visual.proj": "proj",
+    }
+    stages = ["m.layer1.0.conv1", "m.layer2.0.conv1"]
+    assert list(style.short(stages).values()) == ["layer1.0.conv1", "layer2.0.conv1"]
+    assert style.short(["head"]) == {"head": "head"}
+    mixed = ["visual.conv1", "visual.blocks.3.mlp", "head"]
+    assert list(style.short(mixed).values()) == ["conv1", "3.mlp", "head"]
+    assert list(style.short(["a.proj", "a.b", "c.proj", "c.b"]).values()) == [
+        "a.proj",
+        "a.b",
+        "c.proj",
+        "c.b",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 36, 76, 80, 150, 400])
+def test_labels_of_many_layers_do_not_overlap(count: int) -> None:
+    names = list(style.short(layer_names(count)).values())
+    drawn = style.canvas(5, heat.height(count) + 1)
+    panel = drawn.subplots()
+    heat.draw(panel, pd.DataFrame(np.zeros((count, 2)), names, [0.0, 1.0]), AsinhNorm(1, -1, 1))
+    heat.label(panel, names)
+    drawn.draw_without_rendering()
+    labels = [label for label in panel.get_yticklabels() if label.get_text()]
+    assert [label.get_text() for label in labels] == names[:: 1 if count <= 160 else 3]
+    assert min(label.get_fontsize() for label in labels) >= 5
+    # Top to bottom; a height of letters without the room that a font leaves above and below them.
+    places = [72 / drawn.dpi * label.get_window_extent().y0 for label in labels]
+    assert all(a - b > 0.95 * labels[0].get_fontsize() for a, b in pairwise(places))
+
+
+@pytest.mark.parametrize("name", ["layers", "sharpness", "layer_sharpness", "prune", "correlation"])
+def test_rows_of_no_such_study_are_refused(name: str, tmp_path: Path) -> None:
+    table = studies.frame([]) if name != "correlation" else pd.DataFrame()
+    with pytest.raises(ValueError, match=r"expected rows of .* got none"):
+        getattr(figures, name)(table, tmp_path / "no.png")
+    assert not list(tmp_path.iterdir())
+
+
+def note(figure: Figure) -> str:
+    return figure.legends[0].get_title().get_text().replace("\n", " ")
+
+
+def cells(panel: Axes) -> np.ndarray:
+    (mesh,) = (x for x in panel.collections if isinstance(x, QuadMesh))
+    return np.ma.filled(mesh.get_array(), np.nan).reshape(-1, len(ALPHAS))
+
+
+def places(panel: Axes, marker: str, lines: str = "None") -> list[tuple[float, float]]:
+    return [
+        (float(x), float(y))
+        for line in panel.lines
+        if line.get_marker() == marker and line.get_linestyle() == lines
+        for x, y in zip(*line.get_data(), strict=True)
+    ]
+
+
+def band(panel: Axes, which: int, alpha: float) -> tuple[float, float]:
+    """The ends of one of the panel's bands."""
+    bands = [x for x in panel.collections if isinstance(x, PolyCollection)]
+    corners = np.asarray(bands[which].get_paths()[0].vertices)
+    here = corners[corners[:, 0] == alpha][:, 1]
+    return float(here.min()), float(here.max())
+
+
+def whole_paths(gains: dict[str, float], sets: tuple[str, ...] = ("far",)) -> list[dict[str, Any]]:
+    """Interpolations from 50 % that gain so much at 0.5 (lose, when negative), and nothing at 1."""
+    curves = {(m, s): ([0.5, 0.5 + g, 0.5], [1.0] * 3) for s in sets for m, g in gains.items()}
+    return records(make_rows(curves))
+
+
+def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in rows.to_dict("records")]
+
+
+# --- Figure 2 --------------------------------------------------------------------------------------
+
+
+def layer_curves(model: str, rises: list[list[float]], **other: Any) -> list[dict[str, Any]]:
+    """One layer per curve of rises at ALPHAS; accuracy falls by a tenth of the rise."""
+    return [
+        {
+            "study": "layers", "model": model, "dataset": "far", "ood": True, "layer": name, "alpha": alpha,
+            "others": "zeroshot", "samples": 1234, "loss": 1 + rise, "accuracy": 0.5 - rise / 10,
+            "gain": -rise / 10, "gain_se": 0.01 * alpha, "rise": rise, "rise_se": 0.02 * alpha,
+            "instability": rise - curve[-1] / 2, "instability_se": 0.01,
+            "instability_accuracy": 0.0, "instability_accuracy_se": 0.01, **other,
+        }
+        for name, curve in zip(layer_names(len(rises)), rises, strict=True)
+        for alpha, rise in zip(ALPHAS, curve, strict=True)
+    ]  # fmt: skip
+
+
+RISES = [[0, 0.9, 0.1], [0, -0.3, -0.6], [0, 0.05, 0.1], [0, 0.2, 0.0], [0, 0.0, 0.0]]
+
+
+@pytest.fixture(scope="module")
+def layers_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
+    calm = [[0, 0.01, 0.02]] * 4 + [[0, math.nan, 0.0]]
+    rows = [
+        *whole_paths({"calm": 0.1, "middling": 0.05, "stormy": -0.2}),
+        *layer_curves("stormy", RISES),
+        *layer_curves("middling", RISES),
+        *layer_curves("calm", calm),
+    ]
+    return figures.layers(studies.frame(rows), tmp_path_factory.mktemp("figure") / "layers.png")
+
+
+def test_maps_are_the_rises_of_a_gain_and_a_failure_model(layers_figure: Figure) -> None:
+    calm, stormy = layers_figure.axes[:2]
+    assert calm.get_title(loc="left").split("\n")[:2] == ["calm", "gain +10.0"]
+    assert stormy.get_title(loc="left").split("\n")[:2] == ["stormy", "failure"]
+    np.testing.assert_allclose(cells(stormy), RISES)
+    assert np.isnan(cells(calm)[4]).tolist() == [False, True, False]
+    assert places(calm, "x") == [(0.5, 4)]
+    labels = [label.get_text() for label in calm.get_yticklabels()]
+    assert labels == ["conv1", "0.ln_1", "0.attn.in_proj", "0.attn.out_proj", "0.ln_2"]
+    assert stormy.get_ylim() == (4.5, -0.5)  # the first layer on top
+    for panel in (calm, stormy):
+        (mesh,) = (x for x in panel.collections if isinstance(x, QuadMesh))
+        assert (mesh.norm.vmin, mesh.norm.vmax) == (-0.9, 0.9) and mesh.norm(0) == 0.5
+    assert "Of 3 models, those with the 1 highest and the 1 lowest gains" in note(layers_figure)
+    assert "1 of 30 losses are not finite" in note(layers_figure)
+
+
+def test_stragglers_and_the_worst_layers_are_shown(layers_figure: Figure) -> None:
+    calm, stormy, _, loss, _, accuracy = layers_figure.axes[:6]
+    assert [y for _, y in places(stormy, "<")] == [0, 3]  # instabilities .85 and .2 above .1
+    assert [y for _, y in places(calm, "<")] == [4]  # what is not finite is no evidence of calm
+    assert stormy.get_title() == "far\n1,234 images\nothers zero-shot\n2 stragglers"
+    shown = set(lines(loss)) & set(layer_names(5))
+    # Instability: stormy .85, 0 (-.3 + .3), .05 - .05, .2, 0; calm's NaN first, then its first two.
+    names = layer_names(5)
+    assert shown == {names[0], names[3], names[1], names[4]}
+    for panel, scale, value, se in ((loss, 1, 1.9, 0.02), (accuracy, 100, 0.41, 0.01)):
+        line = lines(panel)[names[0]]
+        assert line.get_ydata()[1] == pytest.approx(scale * value)
+        which = [name for name in lines(panel) if name in names].index(names[0])
+        low, high = band(panel, which, 0.5)
+        assert (high + low) / 2 == pytest.approx(scale * value, abs=1e-6)
+        assert (high - low) / 2 == pytest.approx(scale * 1.959964 * se / 2, abs=1e-6)
+    drawn = [lines(loss)[name] for name in shown]
+    assert len({line.get_marker() for line in drawn}) == len({line.get_color() for line in drawn}) == 4
+
+
+def test_layers_without_rows_of_a_model_are_left_blank_not_crossed_out(tmp_path: Path) -> None:
+    rows = [*layer_curves("a", RISES), *layer_curves("b", RISES[:2])]
+    drawn = figures.layers(studies.frame(rows), tmp_path / "layers.png")
+    assert np.isnan(cells(drawn.axes[1])[2:]).all() and not places(drawn.axes[1], "x")
+    assert "not finite" not in note(drawn)
+    test_nothing_overlaps_or_is_cut_off(drawn)
+
+
+# --- Figure 3 --------------------------------------------------------------------------------------
+
+
+def sharp(model: str, values: list[float], **other: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "study": "sharpness", "model": model, "dataset": "near", "ood": False, "alpha": alpha, "rho": 0.5,
+            "on": "interpolated", "noise": "normal", "adaptive": True, "estimator": "plain",
+            "normalized": False, "seed": 7, "draws": 20, "samples": 2000, "sharpness": value,
+            "sharpness_se": 0.01, **other,
+        }
+        for alpha, value in zip(ALPHAS, values, strict=True)
+    ]  # fmt: skip
+
+
+T19 = 2.093024  # two-sided 95 %, 19 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def sharpness_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
+    rows = whole_paths({"up": 0.1, "down": -0.2})
+    for row in rows:
+        row["accuracy_se"] = 0.02
+    rows += sharp("up", [1, 2, 4]) + sharp("down", [1, 3, math.inf])
+    rows += sharp("up", [10, 20, 40], rho=2.0, noise_batch=128) + sharp("down", [10, 30, 50], rho=2.0)
+    return figures.sharpness(studies.frame(rows), tmp_path_factory.mktemp("figure") / "sharpness.png")
+
+
+def test_general_sharpness_along_the_path(sharpness_figure: Figure) -> None:
+    panels = sharpness_figure.axes
+    # A row of panels for each of rho = .5, rho = 2, and rho = 2 with noise anew per batch.
+    titles = [panel.get_title() for panel in panels[::2]]
+    assert [title.split(" on ")[0] for title in titles] == [rf"$\rho$ = {rho}" for rho in ("0.5", 2, 2)]
+    drawn = {bars.get_label(): bars for bars in panels[0].containers}
+    for model, values, linestyle in (("up", [1, 2, 4], "-"), ("down", [1, 3], "--")):
+        line, _, (bars,) = drawn[model].lines
+        x, y = np.array(line.get_data(), dtype=float)
+        assert y[np.isfinite(y)].tolist() == values
+        np.testing.assert_allclose(x, ALPHAS, atol=0.1)  # shifted a little
+        assert line.get_linestyle() == linestyle
+        for middle, bar in zip(values, bars.get_segments(), strict=False):
+            assert bar[:, 1].tolist() == pytest.approx([middle - T19 * 0.01, middle + T19 * 0.01])
+    assert "1 of 12 values of sharpness are not finite" in note(sharpness_figure)
+    words = (r"$\rho$ = 0.5 or 2, 20 draws, 2,000 images, seed 7, estimator plain, normal noise, on "
+             "interpolated weights, noise anew every 128 images")  # fmt: skip
+    assert words in note(sharpness_figure)
+    test_nothing_overlaps_or_is_cut_off(sharpness_figure)
+
+
+def test_accuracy_against_sharpness(sharpness_figure: Figure) -> None:
+    panel = sharpness_figure.axes[1]
+    assert panel.get_title() == "far"
+    drawn = {bars.get_label(): bars for bars in panel.containers}
+    line, _, (across, up) = drawn["up"].lines
+    np.testing.assert_allclose(np.array(line.get_data(), dtype=float), [[1, 2, 4], [50, 60, 50]])
+    assert across.get_segments()[1][:, 0].tolist() == pytest.approx([2 - T19 * 0.01, 2 + T19 * 0.01])
+    half = 1.959964 * 2
+    assert up.get_segments()[1][:, 1].tolist() == pytest.approx([60 - half, 60 + half], abs=1e-5)
+    assert drawn["up"].lines[0].get_markerfacecolor() != "white"
+    assert drawn["down"].lines[0].get_markerfacecolor() == "white"
+    assert places(panel, "+") == [(1, 50), (1, 50)]
+    assert places(panel, "s")[0] == (4, 50)
+
+
+def test_sharpness_alone_says_what_is_missing(tmp_path: Path) -> None:
+    rows = sharp("m", [1, 2, 3], sharpness_se=math.nan, estimator="apgd-l2", draws=10)
+    drawn = figures.sharpness(studies.frame(rows), tmp_path / "sharpness.png")
+    assert len(drawn.axes) == 1
+    assert "No rows of the interpolation" in note(drawn)
+    assert "3 of 3 have no standard error" in note(drawn) and "estimator apgd-l2" in note(drawn)
+    some = [*whole_paths({"m": 0.1})[::2], *whole_paths({"m": 0.1})[1:1], *rows]
+    drawn = figures.sharpness(studies.frame(some), tmp_path / "sharpness.png")
+    assert "1 positions have no accuracy at their alpha" in note(drawn)
+
+
+# --- Figure 4 --------------------------------------------------------------------------------------
+
+
+def layer_sharp(model: str, values: list[list[float]], **other: Any) -> list[dict[str, Any]]:
+    rows = []
+    for name, curve in zip(layer_names(len(values)), values, strict=True):
+        rows += sharp(model, curve, study="layer-sharpness", layer=name, on="finetuned", **other)
+    for row in rows[:: len(ALPHAS)]:
+        row |= {"draws": 0, "sharpness_se": 0.0}
+    return rows
+
+
+SHARP = [[0, 0.5, 2.0], [0, 0.001, 0.002], [0, -0.01, 0.3], [0, math.nan, 0.1]]
+
+
+@pytest.fixture(scope="module")
+def layer_sharpness_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
+    gains = {"a": 0.1, "b": 0.4, "c": -0.3, "d": 0.05, "e": 0.0, "f": 0.2}
+    rows = whole_paths(gains)
+    for model in gains:
+        rows += layer_sharp(model, SHARP, sharpness_se=0.006)
+    rows += layer_curves("b", RISES[:4])
+    return figures.layer_sharpness(studies.frame(rows), tmp_path_factory.mktemp("figure") / "layers.png")
+
+
+def test_four_of_many_models_are_chosen_by_gain(layer_sharpness_figure: Figure) -> None:
+    titles = [panel.get_title() for panel in layer_sharpness_figure.axes[:4]]
+    assert titles == ["b\ngain +40.0", "f\ngain +20.0", "c\nfailure", "e\nfailure"]
+    assert "Of 6 models, those with the 2 highest and the 2 lowest gains" in note(layer_sharpness_figure)
+    gone = pd.concat([studies.frame(layer_sharp(m, SHARP[:1])) for m in "vwxyz"])
+    with TemporaryDirectory() as folder:
+        drawn = figures.layer_sharpness(gone, Path(folder) / "x.png")
+    assert [panel.get_title() for panel in drawn.axes[:4]] == ["v", "w", "x", "y"]
+    assert "The first 4 of 5 models." in note(drawn)
+
+
+def test_layer_sharpness_and_its_marks(layer_sharpness_figure: Figure) -> None:
+    best, *_, worst = layer_sharpness_figure.axes[:4]
+    expected = np.array(SHARP)
+    np.testing.assert_allclose(cells(best), expected)
+    assert places(best, "x") == [(0.5, 3)]
+    # t * se = .0126: within it are both of layer 1 and the first of layer 2, but nothing at alpha = 0.
+    assert sorted(places(best, ".")) == [(0.5, 1), (0.5, 2), (1, 1)]
+    # Near zero, within .02, is layer 1 alone.
+    assert [y for _, y in places(best, "o")] == [1] == [y for _, y in places(worst, "o")]
+    assert [y for _, y in places(best, "<")] == [0, 3] and not places(worst, "<")
+    for panel, alpha in ((best, 0.5), (worst, 0.0)):
+        assert [x for x, _ in places(panel, "*", "--")] == [alpha]
+        assert [x for x, _ in places(panel, "None", "--")] == [alpha, alpha]  # from bottom to top
+    assert "20 draws, 2,000 images, seed 7" in note(layer_sharpness_figure)
+    assert "on finetuned weights" in note(layer_sharpness_figure)
+    assert "4 of 48 values are not finite" in note(layer_sharpness_figure)
+    test_nothing_overlaps_or_is_cut_off(layer_sharpness_figure)
+
+
+# --- Figure 5 --------------------------------------------------------------------------------------
+
+
+def pruned(model: str, dataset: str, changes: dict[bool, list[float]]) -> list[dict[str, Any]]:
+    """An unpruned path, and one path per seed changed so much at 0.5 and 1; control is the key."""
+    base = {"study": "prune", "model": model, "dataset": dataset, "ood": True, "samples": 1234}
+    rows = []
+    for alpha, accuracy in zip(ALPHAS, [0.5, 0.6, 0.4], strict=True):
+        gain = {"gain": accuracy - 0.5, "gain_se": 0.01}
+        rows.append({**base, "alpha": alpha, "keep": 1.0, "accuracy": accuracy, "change": 0.0, **gain})
+        for control, found in changes.items():
+            for seed, change in enumerate(found):
+                change = change if alpha else 0.0
+                rows.append({
+                    **base, "alpha": alpha, "keep": 0.5, "method": "zero", "criterion": "sharpness",
+                    "control": control, "layer": "x.1, x.2", "seed": seed, "accuracy": accuracy + change,
+                    "gain": gain["gain"] + change, "change": change,
+                })  # fmt: skip
+    return rows
+
+
+def test_pruned_paths_are_means_over_seeds_beside_the_control(tmp_path: Path) -> None:
+    rows = pruned("m", "far", {False: [0.02, 0.03, 0.07], True: [-0.1, -0.2, -0.3]})
+    rows += pruned("m", "near", {False: [0.01], True: [math.nan, 0.0]}) + pruned("n", "far", {})
+    rows += pruned("n", "near", {})
+    shuffled = studies.frame(rows + whole_paths({"m": 0.1, "n": -0.1})).sample(frac=1, random_state=0)
+    drawn = figures.prune(shuffled, tmp_path / "prune.png")
+    panels = {
+        (model, dataset): drawn.axes[2 * i + j]
+        for i, dataset in enumerate(panel.get_ylabel().split("\n")[0] for panel in drawn.axes[::2])
+        for j, model in enumerate(panel.get_title().split("\n")[0] for panel in drawn.axes[:2])
+    }
+    panel = panels["m", "far"]
+    unpruned, *curves = panel.lines
+    np.testing.assert_allclose(unpruned.get_ydata(), [50, 60, 40])
+    assert band(panel, 0, 1.0) == pytest.approx((40 - 1.959964, 40 + 1.959964), abs=1e-5)
+    found = {curve.get_label(): i for i, curve in enumerate(curves, 1)}
+    # Standard errors of 2, 3, 7 and of 10, 20, 30: sqrt(7 / 3) and sqrt(100 / 3).
+    expected = {
+        r"2 stragglers: +4.00 $\pm$ 1.53": ([50, 64, 44], (42, 47)),
+        r"2 at random: -20.00 $\pm$ 5.77": ([50, 40, 20], (10, 30)),
+    }
+    assert set(found) == set(expected)
+    for label, (values, ends) in expected.items():
+        np.testing.assert_allclose(curves[found[label] - 1].get_ydata(), values)
+        assert band(panel, found[label], 1.0) == pytest.approx(ends)
+    assert len({curve.get_linestyle() for curve in curves}) == 2
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == list(found)
+    labels = [line.get_label() for line in panels["m", "near"].lines]
+    assert "2 stragglers: +1.00 (one seed)" in labels
+    assert len(panels["n", "far"].lines) == 1 and panels["n", "far"].get_legend() is None
+    assert {panel.get_title() for panel in drawn.axes[:2]} == {"m\ngain +10.0", "n\nfailure"}
+    assert "Weights kept: 0.5; mask seeds 0 or 1 or 2." in note(drawn)
+    assert "2 of 39 accuracies are not finite" in note(drawn)
+    test_nothing_overlaps_or_is_cut_off(drawn)
+
+
+def test_nothing_pruned_is_said(tmp_path: Path) -> None:
+    drawn = figures.prune(studies.frame(pruned("m", "far", {})), tmp_path / "prune.png")
+    assert "No layer was a straggler: nothing was pruned." in note(drawn)
+
+
+# --- the correlation -------------------------------------------------------------------------------
+
+
+def correlations(measure: str, layer: str | None, taus: list[float], **other: Any) -> list[dict[str, Any]]:
+    """Kendall so, Spearman .1 above, intervals .3 to both sides, at alphas 0.5 and 1."""
+    general = measure == "general"
+    rows: list[dict[str, Any]] = []
+    for dataset, outcome, sign in (("far", "accuracy", 1), ("far", "gain", -1)):
+        for alpha, tau in zip(ALPHAS[1:], sign * np.array(taus), strict=True):
+            rows.append({
+                "dataset": dataset, "outcome": outcome, "measured_on": "near", "measure": measure,
+                "layer": layer, "alpha": alpha, "rho": 0.5, "on": "interpolated" if general else "finetuned",
+                "estimator": "gradient", "noise": "normal", "adaptive": True, "noise_batch": None,
+                "normalized": False, "draws": 20, "samples": 2000, "seed": 7, "models": 9, "nonfinite": 0,
+                "kendall": tau, "kendall_low": tau - 0.3, "kendall_high": tau + 0.3,
+                "spearman": tau + 0.1, "spearman_low": tau - 0.2, "spearman_high": tau + 0.4, **other,
+            })  # fmt: skip
+    return rows
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    one, two, three = layer_names(3)
+    rows = correlations("general", None, [0.1, -0.2]) + correlations("general", None, [0.5, 0.4], rho=2.0)
+    rows += correlations("stragglers", f"{one}, {two}", [-0.5, -0.6])
+    rows += correlations("layer", one, [0.0, 0.3]) + correlations("layer", two, [0.2, 0.1])
+    gone = dict.fromkeys(
+        [f"{name}{end}" for name in ("kendall", "spearman") for end in ("", "_low", "_high")]
+    )
+    rows += correlations("layer", three, [0.0, 0.0], **dict.fromkeys(gone, math.nan), nonfinite=1)
+    exact = correlations("layer", "visual.proj", [1.0, 1.0], kendall_low=math.nan, kendall_high=math.nan)
+    return pd.DataFrame(rows + exact)
+
+
+def test_forest_of_correlations(table: pd.DataFrame, tmp_path: Path) -> None:
+    drawn = figures.correlation(table, tmp_path / "correlation.png")
+    over, _, forest, other = drawn.axes
+    assert over.get_title() == "accuracy on\nfar\n9 models"
+    names = [label.get_text() for label in forest.get_yticklabels()]
+    assert names == [r"general, $\rho$ = 0.5", r"general, $\rho$ = 2", "stragglers", "conv1", "0.ln_1",
+                     "0.attn.in_proj", "proj"]  # fmt: skip
+    assert forest.get_ylim() == (6.5, -0.5)
+    taus = [-0.2, 0.4, -0.6, 0.3, 0.1, math.nan, 1.0]
+    for panel, sign in ((forest, 1), (other, -1)):
+        kendall, spearman = lines(panel)["kendall"], lines(panel)["spearman"]
+        np.testing.assert_allclose(kendall.get_xdata(), sign * np.array(taus))
+        np.testing.assert_allclose(spearman.get_xdata(), sign * np.array(taus) + 0.1)
+        np.testing.assert_allclose(kendall.get_ydata(), np.arange(7), atol=0.3)
+    bars = next(x for x in forest.collections if isinstance(x, LineCollection)).get_segments()
+    assert bars[0][:, 0].tolist() == pytest.approx([-0.5, 0.1])
+    assert one(forest, linestyle=":").get_xdata() == [0, 0]
+    assert lines(over)["stragglers"].get_ydata().tolist() == [-0.5, -0.6]
+    assert band(over, 0, 1.0) == pytest.approx((-0.5, 0.1))
+    assert "4 of 28 correlations are not defined (4 for a value that is not finite" in note(drawn)
+    assert "4 have no interval" in note(drawn) and r"$\alpha$ = 1" in note(drawn)
+    assert "General sharpness: $\\rho$ = 0.5 or 2, 20 draws, 2,000 images, seed 7" in note(drawn)
+    test_nothing_overlaps_or_is_cut_off(drawn)
+
+
+def test_the_alpha_of_the_forest_is_settable(table: pd.DataFrame, tmp_path: Path) -> None:
+    layers = table[table["measure"] == "layer"]
+    (forest, _) = figures.correlation(layers, tmp_path / "half.png", alpha=0.5).axes
+    np.testing.assert_allclose(lines(forest)["kendall"].get_xdata()[:2], [0.0, 0.2])
+    with pytest.raises(ValueError, match=r"alpha among \[0\.5, 1\.0\], got 0\.3"):
+        figures.correlation(table, tmp_path / "no.png", alpha=0.3)

@@ -417,6 +417,128 @@ def test_only_what_changed_is_written_again(path: Path, monkeypatch: pytest.Monk
     assert runs == [[(0, rows)], [(0, 2), (4, 5)], [(0, 1)], [(1, 2), (4, 5)]]
 
 
+# --- weights, selections, and weights on loan -----------------------------------------------------
+
+
+def test_weights_are_the_live_ones_with_their_ends_in_the_order_of_their_noise(
+    path: Path, zeroshot: State, finetuned: State
+) -> None:
+    weights = path.weights()
+    assert [w.name for w in weights] == [name for name, _ in path.model.named_parameters()]
+    for weight, live in zip(weights, path.model.parameters(), strict=True):
+        assert weight.live is live
+        assert torch.equal(weight.zeroshot, zeroshot[weight.name])
+        assert torch.equal(weight.finetuned, finetuned[weight.name])
+    eps = noise_like([w.live for w in weights], 7, 3, "normal", impl="reference")
+    path.write(0.4, 0.2, seed=7, draw=3, on="interpolated")
+    for weight, e in zip(weights, eps, strict=True):
+        v = 0.6 * weight.zeroshot.double() + 0.4 * weight.finetuned.double()
+        expected = v + 0.2 * v.abs() * e.double()
+        torch.testing.assert_close(weight.live.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_weights_of_layers_come_in_the_order_of_the_model(path: Path) -> None:
+    some = path.weights(["head", "blocks.2.bn", "scale", "head"])
+    assert [w.name for w in some] == ["scale", "blocks.2.bn.weight", "blocks.2.bn.bias", "head.bias"]
+    assert [w.name for w in path.weights(["embed"])] == ["embed.weight"]  # tied: once, no buffers
+    assert path.weights([]) == []
+    with pytest.raises(ValueError, match="'hed' names nothing here"):
+        path.weights(["hed"])
+
+
+def test_weights_of_inert_layers_are_among_all(zeroshot: State, finetuned: State) -> None:
+    path = Path(Net(), zeroshot, finetuned, inert=["scale"])
+    assert path.weights()[0].name == "scale" and "scale" not in path.layers
+    with pytest.raises(ValueError, match="'scale' is left out"):
+        path.weights(["scale"])
+
+
+def test_select_reads_layers_as_write_does(path: Path) -> None:
+    assert path.select(None) == path.layers and path.select(None) is not path.layers
+    assert path.select(["head", "scale", "head"]) == ["head", "scale"]
+    assert path.select([r"re:blocks\.1\d?\.bn"]) == ["blocks.1.bn", "blocks.10.bn"]
+    assert path.select([]) == []
+    for wrong in ("head", 3):
+        with pytest.raises(TypeError, match="must be a list of names"):
+            path.select(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'blocks\.1' names nothing here; .*'blocks\.1\.conv'"):
+        path.select(["blocks.1"])
+
+
+def test_tensors_of_a_layer_are_all_that_is_written_with_it(path: Path) -> None:
+    model: Any = path.model
+    for layer in path.layers:
+        path.write(0.0)
+        before = snapshot(path.model)
+        path.write(1.0, layers=[layer])
+        changed = {n for n, t in path.model.state_dict().items() if not torch.equal(t, before[n])}
+        held = {id(t) for t in path.tensors(layer)}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        assert {n for n, t in named if id(t) in held} >= changed, layer
+    bn = model.blocks[4].bn
+    expected = [bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
+    assert {id(t) for t in path.tensors("blocks.4.bn")} == {id(t) for t in expected}
+    with pytest.raises(ValueError, match="names nothing here"):
+        path.tensors("blocks.44.bn")
+
+
+@pytest.mark.parametrize("layers", [None, ["head", "blocks.4.bn"]])
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_borrowed_weights_come_back(path: Path, layers: list[str] | None, error: Any) -> None:
+    path.write(0.37, 0.2, seed=11, keep=0.8)
+    path.write(0.9, 0.1, ["blocks.4.bn", "embed"], seed=12)
+    before, checksum = snapshot(path.model), path.checksum()
+
+    def loan() -> None:
+        with path.borrowed(layers) as weights:
+            assert [w.name for w in weights] == [w.name for w in path.weights(layers)]
+            assert same_bits(snapshot(path.model), before)  # borrowing changes nothing
+            assert path.alpha is None
+            for weight in weights:
+                weight.live.data.normal_()
+            for entered in (path.at(0.5), path.perturbed(0.5, 0.1, ["head"]), path.borrowed()):
+                with pytest.raises(RuntimeError, match="weights are borrowed, so there is no known state"):
+                    entered.__enter__()
+            assert path.checksum() != checksum
+            if error is not None:
+                raise error
+
+    if error is None:
+        loan()
+    else:
+        with pytest.raises(error):
+            loan()
+    assert same_bits(snapshot(path.model), before) and path.checksum() == checksum
+    with path.at(0.5):
+        assert path.alpha == 0.5
+    assert path.checksum() == checksum
+
+
+def test_writes_while_weights_are_borrowed_are_undone_too(path: Path) -> None:
+    path.write(0.4)
+    checksum = path.checksum()
+    with path.borrowed(["head"]) as weights:
+        weights[0].live.data.fill_(3.0)
+        path.write(0.8, layers=["scale", "head"])
+        path.write(0.1)
+        assert path.alpha == 0.1
+    assert path.checksum() == checksum and path.alpha == 0.4
+    with pytest.raises(ValueError, match="names nothing here"), path.borrowed(["hed"]):
+        pass
+    assert path.alpha == 0.4
+
+
+def test_a_model_that_was_moved_cannot_be_borrowed(path: Path) -> None:
+    model: Any = path.model
+    model.head.bias.data = model.head.bias.data.clone()
+    for layers in (None, ["head"]):
+        with pytest.raises(RuntimeError, match="are not where this Path found them"), path.borrowed(layers):
+            pass
+    with path.borrowed(["scale"]) as weights:
+        weights[0].live.data.fill_(3.0)
+    assert path.alpha == 0.0
+
+
 # --- checksum -----------------------------------------------------------------------------------
 
 

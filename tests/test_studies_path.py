@@ -81,7 +81,8 @@ def test_rows_equal_brute_force() -> None:
     pd.testing.assert_frame_equal(rows, studies.frame(sink))
     assert set(rows["study"]) == {"interpolation"} and set(rows["model"]) == {"m"}
     assert set(rows["precision"]) == {"fp32"} and (rows["seconds"] > 0).all()
-    assert rows[["layer", "on", "noise", "seed", "draws", "sharpness"]].isna().all(axis=None)
+    other = ["layer", "others", "on", "noise", "seed", "draws", "instability", "sharpness"]
+    assert rows[other].isna().all(axis=None)
 
     for row in rows.to_dict("records"):
         data = s.sets[0] if row["dataset"] == "far" else s.sets[1]
@@ -125,6 +126,7 @@ class Failing:
     """An evaluator that fails on the way."""
 
     precision = "fp32"
+    normalize_logits = False
 
     def __init__(self, setting: Setting) -> None:
         self.model, self.datasets, self.path = setting.model, setting.sets, setting.path
@@ -172,6 +174,7 @@ class Scripted:
     """A path and an evaluator in one whose scores are written down, not computed."""
 
     precision = "fp32"
+    normalize_logits = False
 
     def __init__(self, script: dict[float, tuple[list[float], list[int]]], ood: bool = True) -> None:
         self.model = nn.Identity()
@@ -235,6 +238,19 @@ def test_mode_by_threshold(hits: int, mode: str) -> None:
     assert fact["gain"] == max(0, hits - 50) / 100
     if mode == "failure":
         assert (fact["best_alpha"], fact["gain"], fact["gain_se"]) == (0.0, 0.0, 0.0)
+
+
+def test_best_gains_by_hand() -> None:
+    failing = {0.0: HAND[0.0], 0.5: HAND[0.6], 1.0: ([1.0] * 4, [0, 0, 1, 0])}  # .50 .25 .25
+    far = pd.concat([Scripted(HAND).rows("a"), Scripted(failing).rows("b")])
+    near = pd.concat([Scripted(failing, ood=False).rows(name) for name in "ab"]).assign(dataset="near")
+    assert studies.best_gains(pd.concat([far, near])).to_dict() == {"a": 0.25, "b": -0.25}
+    assert studies.best_gains(near).to_dict() == {"a": -0.25, "b": -0.25}
+    # The mean over data sets comes first, then the best alpha.
+    other = Scripted({a: (HAND[0.0][0], hits) for a, hits in ((0.0, [1] * 4), (0.3, [0] * 4), (0.6, [1] * 4),
+                                                              (0.8, [1] * 4), (1.0, [0] * 4))})  # fmt: skip
+    both = pd.concat([Scripted(HAND).rows("a"), other.rows("a").assign(dataset="other")])
+    assert studies.best_gains(both).to_dict() == {"a": (0.25 + 0.0) / 2}
 
 
 def test_threshold_is_settable_and_in_distribution_has_no_mode() -> None:

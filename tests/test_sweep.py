@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rft_fast import checkpoints, results, studies, sweep
+from rft_fast.studies.rows import STUDIES
 
 VISION = {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1}
 ARCH: dict[str, Any] = {
@@ -54,7 +57,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base["classification_head.weight"] = 3 * torch.randn(CLASSES, 6)
         base["classification_head.bias"] = torch.zeros(CLASSES)
         save(base, folder / "zeroshot.safetensors")
-        for name in "ab":
+        for name in "abc":
             tuned = {key: tensor + 0.3 * torch.randn_like(tensor) for key, tensor in base.items()}
             save(tuned, folder / f"{name}.safetensors")
     rng = np.random.default_rng(0)
@@ -71,10 +74,10 @@ def save(state: dict[str, Tensor], file: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
 
 
-def own_models(zoo: Path) -> list[str]:
+def own_models(zoo: Path, models: str = "ab") -> list[str]:
     return [
         *("--arch", str(zoo / "tiny.json"), "--zeroshot", str(zoo / "zeroshot.safetensors")),
-        *("--finetuned", str(zoo / "a.safetensors"), str(zoo / "b.safetensors")),
+        *("--finetuned", *(str(zoo / f"{name}.safetensors") for name in models)),
         *("--data", f"far={zoo / 'far.npz'}", "--id-data", f"near={zoo / 'near'}"),
     ]
 
@@ -128,19 +131,143 @@ def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     refused(arguments, "already holds 16 rows", capsys)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
-    assert sweep.main([*own_models(zoo), "--alphas", "0", "1", "--out", str(out), "--overwrite"]) == 0
+    short = ["interpolation", *own_models(zoo), "--alphas", "0", "1"]
+    assert sweep.main([*short, "--out", str(out), "--overwrite"]) == 0
     assert len(results.load(out)) == 2 * 2 * 2
+
+
+@pytest.fixture(scope="module")
+def everything(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory and the output of a run of all studies."""
+    out = tmp_path_factory.mktemp("all") / "run"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert sweep.main([*own_models(zoo, "abc"), *BRIEF, "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+BRIEF = ["--alphas", "0:1:5", "--sharpness-alphas", "0", "0.5", "1", "--layer-samples", "9", "--draws",
+         "4", "--rhos", "0.5", "1", "--straggler-margin", "1e-4", "--mask-seeds", "2", "--methods", "zero",
+         "magnitude", "--device", "cpu"]  # fmt: skip
+
+
+def test_all_studies(everything: tuple[Path, str]) -> None:
+    out, printed = everything
+    rows = results.load(out)
+    layers = list(rows.loc[rows["study"] == "layers", "layer"].unique())
+    assert len(layers) == 13 and set(layers) == set(
+        rows.loc[rows["study"] == "layer-sharpness", "layer"].unique()
+    )
+    counts = rows["study"].value_counts()
+    assert counts["interpolation"] == 3 * 5 * 2  # models, alphas, data sets
+    assert counts["layers"] == 2 * 13 * 5  # the paper's two models
+    assert counts["sharpness"] == 3 * 3 * 2  # models, alphas, rhos
+    assert counts["layer-sharpness"] == 3 * 13 * 3 * 2
+    part = {study: rows[rows["study"] == study] for study in counts.index}
+    assert set(part["layers"]["dataset"]) == set(part["prune"]["dataset"]) == {"far"}
+    assert set(part["sharpness"]["dataset"]) == set(part["layer-sharpness"]["dataset"]) == {"near"}
+    assert set(part["layers"]["samples"]) == {9} and set(part["sharpness"]["samples"]) == {12}
+    assert set(part["sharpness"]["on"]) == {"interpolated"}
+    assert set(part["layer-sharpness"]["on"]) == {"finetuned"}
+    assert set(part["layer-sharpness"]["draws"]) == {0, 4} and set(part["prune"]["keep"]) == {0.5, 1.0}
+    # The models of highest and lowest best gain; there is one out-of-distribution set.
+    far = part["interpolation"].query("dataset == 'far' and alpha > 0")
+    best = far.groupby("model")["gain"].max().sort_values()
+    assert {best.index[0], best.index[-1]} == set(part["layers"]["model"]) == set(part["prune"]["model"])
+
+    for study in (*counts.index, "correlation"):
+        assert (out / "figures" / f"{study}.png").stat().st_size > 10_000
+    table = pd.read_csv(out / "correlation.csv")
+    assert set(table["measure"]) >= {"general", "layer"} and set(table["models"]) == {3}
+    config = json.loads((out / "config.json").read_text())
+    assert config["sharpness images"] == {"near": 12} and config["layer images"] == {"far": 9}
+    assert config["general"]["estimator"] == "plain" and config["rhos"] == [0.5, 1.0]
+    assert config["measured"] == list(STUDIES)
+
+    # Every number of the report is one of the rows.
+    facts = studies.stragglers(rows, 1e-4)
+    for model, group in facts.groupby("model"):
+        found = int(group["straggler"].sum())
+        assert f"{model} on far: {found} of 13 layers are stragglers" in printed
+    flat = studies.near_zero(rows)
+    for (model, _), group in flat.groupby(["model", "rho"]):
+        assert f"{model}: {int(group['near_zero'].sum())} of 13 layers near zero" in printed
+    for fact in studies.pruning_effect(rows).to_dict("records"):
+        assert f"{100 * fact['change']:+.1f}" in printed
+    one = table.query("measure == 'general' and dataset == 'far' and outcome == 'accuracy' and alpha == 1")
+    assert all(f"{tau:+.2f}" in printed for tau in one["kendall"].dropna())
+    assert "In short" in printed and "no alpha beats zero-shot" in printed
+
+
+def test_rows_do_not_depend_on_which_other_studies_run(
+    everything: tuple[Path, str], zoo: Path, tmp_path: Path
+) -> None:
+    whole = results.load(everything[0])
+    for study, with_it in (
+        ("sharpness", {"interpolation"}),
+        ("layer-sharpness", {"interpolation"}),
+        ("prune", {"interpolation", "layers", "layer-sharpness"}),
+    ):
+        out = tmp_path / study
+        assert sweep.main([study, *own_models(zoo, "abc"), *BRIEF, "--out", str(out)]) == 0
+        rows = results.load(out)
+        assert set(rows["study"]) == {study, *with_it}
+        for name in rows["study"].unique():
+            models = rows.loc[rows["study"] == name, "model"].unique()
+            then = whole[(whole["study"] == name) & whole["model"].isin(models)]
+            pd.testing.assert_frame_equal(
+                rows[rows["study"] == name].drop(columns="seconds").reset_index(drop=True),
+                then.drop(columns="seconds").reset_index(drop=True),
+            )
+
+
+def test_named_models_and_layers(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    named = ["visual.conv1", r"re:.*\.mlp\..*"]
+    arguments = ["prune", *own_models(zoo, "abc"), *BRIEF, "--models", "b", "--prune-layers", *named]
+    assert sweep.main([*arguments, "--no-control", "--out", str(out)]) == 0
+    rows = results.load(out)
+    assert set(rows["study"]) == {"interpolation", "prune"}
+    pruned = rows[rows["method"].notna()]
+    block = "visual.transformer.resblocks.0.mlp"
+    assert set(pruned["layer"]) == {f"visual.conv1, {block}.c_fc, {block}.c_proj"}
+    assert set(pruned["model"]) == {"b"} and set(pruned["criterion"]) == {"named"}
+    assert not pruned["control"].any()
+    own = own_models(zoo)
+    refused([*own, "--layers", "visual.conv2"], "the nearest are 'visual.conv1'", capsys)
+    refused([*own, "--prune-layers", "conv1"], "the nearest are 'visual.conv1'", capsys)
+
+
+def test_two_models_have_no_correlation(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["correlation", *own_models(zoo)], "at least 3 fine-tuned models", capsys)
+    out = tmp_path / "run"
+    assert sweep.main([*own_models(zoo), *BRIEF, "--layers", "visual.conv1", "--out", str(out)]) == 0
+    assert not (out / "correlation.csv").exists()
+    assert "correlation is left out: it needs at least 3 fine-tuned models" in capsys.readouterr().out
+
+
+def test_a_goal_that_is_not_reached_is_said(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    goal = ["--goal-se", "1e-9", "--max-draws", "8", "--estimator", "plain"]
+    assert sweep.main(["sharpness", *own_models(zoo), *BRIEF, *goal, "--out", str(out)]) == 0
+    rows = results.load(out).query("study == 'sharpness'")
+    assert len(rows) == 2 * 3 * 2 and not rows["reached"].any() and set(rows["draws"]) == {8}
+    assert "6 rows missed the wanted standard error" in capsys.readouterr().out
 
 
 def test_the_digits_zoo_is_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sweep.main(["--alphas", "0", "1", "--samples", "16"]) == 0
+    assert sweep.main(["interpolation", "--alphas", "0:1:6", "--samples", "16"]) == 0
     (out,) = (tmp_path / "rft-runs").iterdir()
     assert out.name.startswith("digits-")
     rows = results.load(out)
-    assert rows["model"].nunique() == 9 and len(rows) == 9 * 2 * rows["dataset"].nunique()
+    assert rows["model"].nunique() == 9 and len(rows) == 9 * 6 * rows["dataset"].nunique()
     assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
 
 
@@ -155,7 +282,8 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [
         (["interpolatoin"], "did you mean 'interpolation'?"),
-        (["sharks"], "choose from interpolation"),
+        (["layer-sharpnes"], "did you mean 'layer-sharpness'?"),
+        (["xyz"], "choose from interpolation"),
         (["--alphas"], "expected at least one argument"),
         (["--alphas", "0:1"], "expected a number, or start:stop:count"),
         (["--alphas", "0:1:1"], "expected a number, or start:stop:count"),
@@ -170,6 +298,24 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
         (["--seed", "4294967296"], "expected an integer from 0 to 4294967295"),
         (["--xi", "2"], "two points of accuracy are 0.02"),
         (["--xi", "nan"], "two points of accuracy are 0.02"),
+        (["--layer-alphas", "0.5"], "--layer-alphas: alphas: expected the ends"),
+        (["--sharpness-alphas", "0.55"], "[0.55] are not among --alphas"),
+        (["--granularity", "atom"], "must be 'module', 'block'"),
+        (["--models", "lr4e-3"], "the nearest are"),
+        (["--layer-data", "rotatde"], "there is no data set 'rotatde'; there are mnist, rotated"),
+        (["--sharpness-data", "mnist", "mnist"], "given more than once: mnist"),
+        (["--rhos", "0"], "expected a number above 0, got '0'"),
+        (["--rhos", "1", "1"], "expected each once"),
+        (["--draws", "0"], "expected an integer from 1"),
+        (["--draws", "5", "--estimator", "antithetic"], "come in pairs; got 5, use 6"),
+        (["--estimator", "best"], "invalid choice: 'best'"),
+        (["--estimator", "apgd-l2", "--goal-se", "0.1"], "leave it out"),
+        (["--goal-se", "0.1", "--max-draws", "10"], "most must be at least draws"),
+        (["--estimator", "hessian", "--noise-batch", "8"], "leave noise_batch out"),
+        (["--keep", "0"], "expected a fraction above 0"),
+        (["--keep", "1"], "expected a fraction"),
+        (["--criteria", "luck"], "invalid choice: 'luck'"),
+        (["--zero-margin", "-1"], "expected a number above 0"),
         (["--device", "cuda:99"], "'cuda:99' cannot be used"),
         (["--device", "gpu"], "'gpu' cannot be used"),
         (["--device", "meta"], "'meta' cannot be used"),
@@ -228,7 +374,8 @@ def test_what_cannot_be_scored_is_refused_and_earlier_rows_stay(
 ) -> None:
     out = tmp_path / "run"
     short = ["--alphas", "0", "1", "--out", str(out), "--overwrite"]
-    assert sweep.main([*own_models(zoo), *short]) == 0
+    own = ["interpolation", *own_models(zoo)]
+    assert sweep.main([*own, *short]) == 0
     capsys.readouterr()
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
@@ -238,11 +385,11 @@ def test_what_cannot_be_scored_is_refused_and_earlier_rows_stay(
     save({**sound, name: sound[name][:, :5]}, tmp_path / "narrow.safetensors")
     (tmp_path / "empty.pt").write_bytes(b"")
     for bad in ("nan.safetensors", "narrow.safetensors", "empty.pt"):
-        refused([*own_models(zoo), *short, "--finetuned", str(tmp_path / bad)], bad, capsys)
-    refused([*own_models(zoo), *short, "--samples", "41"], "only 12 images", capsys)
+        refused([*own, *short, "--finetuned", str(tmp_path / bad)], bad, capsys)
+    refused([*own, *short, "--samples", "41"], "only 12 images", capsys)
     shutil.copytree(zoo / "near", tmp_path / "more")
     (tmp_path / "more" / "1" / "cut.png").write_bytes(b"\x89PNG cut off")
-    refused([*own_models(zoo), *short, "--data", f"m={tmp_path / 'more'}"], "cut.png", capsys)
+    refused([*own, *short, "--data", f"m={tmp_path / 'more'}"], "cut.png", capsys)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
@@ -253,7 +400,7 @@ def test_models_of_the_same_file_name_are_told_apart(
     for run in ("one", "two"):
         (tmp_path / run).mkdir()
         twins.append(str(shutil.copy(zoo / "a.safetensors", tmp_path / run / "final.safetensors")))
-    own = own_models(zoo)
+    own = ["interpolation", *own_models(zoo)]
     own[own.index("--finetuned") + 1 : own.index("--data")] = twins
     assert sweep.main([*own, "--alphas", "0", "1", "--out", str(tmp_path / "run")]) == 0
     assert results.load(tmp_path / "run")["model"].unique().tolist() == twins
@@ -264,7 +411,7 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         sweep.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for word in ("examples:", "--alphas", "interpolation", "digits", "--overwrite", "0:1:11"):
+    for word in ("examples:", "--alphas", *STUDIES, "digits", "--overwrite", "0:1:11"):
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 100
 
@@ -277,7 +424,17 @@ def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
         "from rft_fast.sweep import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *own_models(zoo), "--alphas", "0:1:20001", "--out", str(out)],
+        [
+            sys.executable,
+            "-c",
+            code,
+            "interpolation",
+            *own_models(zoo),
+            "--alphas",
+            "0:1:20001",
+            "--out",
+            str(out),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

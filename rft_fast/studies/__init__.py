@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from .path import XI, check_alphas, interpolation, summarize
+from .correlation import correlation
+from .estimators import ESTIMATORS, Protocol
+from .layers import layerwise_interpolation, stragglers
+from .path import XI, best_gains, check_alphas, interpolation, summarize
+from .pruning import prune_stragglers, pruning_effect
 from .rows import COLUMNS, frame
+from .sharpness import layerwise_sharpness, near_zero, sharpness
 
-__all__ = ["COLUMNS", "XI", "check_alphas", "frame", "interpolation", "summarize"]
+__all__ = [
+    "COLUMNS",
+    "ESTIMATORS",
+    "XI",
+    "Protocol",
+    "best_gains",
+    "check_alphas",
+    "correlation",
+    "frame",
+    "interpolation",
+    "layerwise_interpolation",
+    "layerwise_sharpness",
+    "near_zero",
+    "prune_stragglers",
+    "pruning_effect",
+    "sharpness",
+    "stragglers",
+    "summarize",
+]

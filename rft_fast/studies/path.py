@@ -7,7 +7,7 @@ write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from statistics import NormalDist
 from time import perf_counter
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .rows import complete, frame
+from .rows import Progress, Sink, complete, frame, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -50,14 +50,23 @@ def check_alphas(alphas: Iterable[float]) -> list[float]:
     return grid
 
 
+def check_evaluator(path: Path, evaluator: Evaluator, study: str) -> None:
+    """Raises ValueError for an evaluator of another model than the path's."""
+    if evaluator.model is not path.model:
+        raise ValueError(
+            f"{study}: expected an evaluator of the path's live model, got one of another "
+            "model, whose scores would never change; build it as Evaluator(path.model, ...)"
+        )
+
+
 def interpolation(
     path: Path,
     evaluator: Evaluator,
     alphas: Iterable[float],
     *,
     model: str = "",
-    sink: Callable[[dict[str, object]], object] | None = None,
-    progress: Callable[[int], object] | None = None,
+    sink: Sink | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` on every data set.
 
@@ -80,12 +89,7 @@ def interpolation(
         ValueError: positions that :func:`check_alphas` refuses, or an evaluator of another model.
     """
     grid = check_alphas(alphas)
-    if evaluator.model is not path.model:
-        raise ValueError(
-            "interpolation: expected an evaluator of the path's live model, got one of another "
-            "model, whose scores would never change; build it as Evaluator(path.model, ...)"
-        )
-    ood = {dataset.name: dataset.ood for dataset in evaluator.datasets}
+    check_evaluator(path, evaluator, STUDY)
     rows: list[dict[str, object]] = []
     zeroshot: dict[str, Scores] = {}
     for alpha in grid:
@@ -94,35 +98,14 @@ def interpolation(
             scores = evaluator.scores()
         seconds = perf_counter() - start
         zeroshot = zeroshot or scores  # the grid starts at 0
-        samples = sum(score.samples for score in scores.values())
         for name, score in scores.items():
-            gain, gain_se = score.gain_over(zeroshot[name])
-            rise, rise_se = score.rise_over(zeroshot[name])
-            row = complete(
-                {
-                    "study": STUDY,
-                    "model": model,
-                    "dataset": name,
-                    "ood": ood[name],
-                    "alpha": alpha,
-                    "rho": 0.0,
-                    "keep": 1.0,
-                    "samples": score.samples,
-                    "loss": score.loss,
-                    "loss_se": score.loss_se,
-                    "accuracy": score.accuracy,
-                    "accuracy_se": score.accuracy_se,
-                    "gain": gain,
-                    "gain_se": gain_se,
-                    "rise": rise,
-                    "rise_se": rise_se,
-                    "precision": evaluator.precision,
-                    "seconds": seconds * score.samples / samples,
-                }
-            )
-            rows.append(row)
+            row = scored(STUDY, evaluator, name, scores, seconds)
+            row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
+            row["gain"], row["gain_se"] = score.gain_over(zeroshot[name])
+            row["rise"], row["rise_se"] = score.rise_over(zeroshot[name])
+            rows.append(complete(row))
             if sink is not None:
-                sink(row)
+                sink(rows[-1])
         if progress is not None:
             progress(1)
     return frame(rows)
@@ -173,6 +156,22 @@ def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
         ]
     )
     return facts.astype({"model": "string", "dataset": "string", "mode": "string"})
+
+
+def best_gains(rows: pd.DataFrame) -> pd.Series:
+    """Model -> the highest gain on its path in mean accuracy over the out-of-distribution sets.
+
+    That is the maximum over alpha > 0 of the mean over data sets of A(alpha) - A(0): negative where no
+    alpha beats zero-shot, so that failures have an order, too. Models are in the order of measurement.
+    Where no data set is out of distribution, all of them count.
+
+    Args:
+        rows: of :func:`interpolation`; rows of other studies among them are left aside.
+    """
+    rows = rows[(rows["study"] == STUDY) & (rows["alpha"] > 0)]
+    far = rows["ood"].fillna(False).astype(bool)
+    means = rows[far if far.any() else ~far].groupby(["model", "alpha"], sort=False)["gain"].mean()
+    return means.groupby("model", sort=False).max()
 
 
 def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[str, object]:

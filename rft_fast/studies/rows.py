@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from ..evaluate import Evaluator, Scores
+
+Sink = Callable[[dict[str, object]], object]
+Progress = Callable[[int], object]
+
+STUDIES = ("interpolation", "layers", "sharpness", "layer-sharpness", "prune", "correlation")
 
 # Column -> pandas type. Every study fills what it measures; the rest is missing. Losses and what is
 # made of them are in nats; accuracies and what is made of them are fractions. <name>_se is the
@@ -79,3 +88,24 @@ def frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
     return pd.DataFrame(
         {name: pd.Series([row[name] for row in table], dtype=kind) for name, kind in COLUMNS.items()}
     )
+
+
+def scored(
+    study: str, evaluator: Evaluator, dataset: str, scores: Mapping[str, Scores], seconds: float
+) -> dict[str, object]:
+    """What every row says of scores on a data set; its share of the seconds is by samples."""
+    score = scores[dataset]
+    return {
+        "study": study,
+        "dataset": dataset,
+        "ood": {data.name: data.ood for data in evaluator.datasets}[dataset],
+        "normalized": evaluator.normalize_logits,
+        "samples": score.samples,
+        "nonfinite": score.nonfinite,
+        "loss": score.loss,
+        "loss_se": score.loss_se,
+        "accuracy": score.accuracy,
+        "accuracy_se": score.accuracy_se,
+        "precision": evaluator.precision,
+        "seconds": seconds * score.samples / sum(other.samples for other in scores.values()),
+    }

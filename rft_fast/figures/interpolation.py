@@ -1,34 +1,21 @@
-"""Rows as pictures: one figure per study, readable in print and by the colour-blind."""
+"""Figure 1: accuracy and loss along the whole path."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
-from .studies.path import STUDY, Z95, summarize
+from ..studies.path import STUDY, Z95, summarize
+from .style import BEATS, FAILS, SMALL, ZERO_SHOT, Style, canvas, colours, key, legend, lost, plain
 
-# Paul Tol's "muted" scheme: nine colours that stay apart under the common colour deficiencies.
-_MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
-_GREY = "0.3"
-_SMALL = 7.5  # points
-
-Style = dict[str, Any]
-_Place = Literal["outside upper center", "outside lower center"]
-_BEATS: Style = {"ls": "-", "lw": 1.2, "marker": "o", "ms": 3}
-_FAILS: Style = {"ls": (0, (3.5, 1.5)), "lw": 1.2, "marker": "o", "ms": 3.5, "mfc": "white"}
-_ZERO_SHOT: Style = {"ls": ":", "lw": 1, "color": _GREY}
 _STAR: Style = {"ls": "", "marker": "*", "ms": 9, "mec": "black", "mew": 0.6}
 _TRIANGLE: Style = {"ls": "", "marker": "v", "ms": 6, "mec": "black", "mew": 0.6}
 
@@ -72,11 +59,9 @@ def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     summary = summarize(rows)
     rows = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
     models, datasets = list(summary["model"].unique()), list(summary["dataset"].unique())
-    colours = dict(zip(models, _colours(len(models)), strict=True))
+    palette = dict(zip(models, colours(len(models)), strict=True))
 
-    width = max(7.0, 0.7 + 2.3 * len(datasets))  # inches
-    figure = Figure(figsize=(width, 5), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
     panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
     for (top, bottom), dataset in zip(panels.T, datasets, strict=True):
         curves = rows[rows["dataset"] == dataset]
@@ -84,20 +69,20 @@ def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         where = "" if facts["ood"].iloc[0] else "in distribution, "
         top.set_title(f"{dataset}\n({where}{facts['samples'].iloc[0]:,} images)", fontsize=9)
         bottom.set_xlabel(r"$\alpha$", fontsize=9)
-        _draw(top, curves, facts, colours, _ACCURACY)
-        _draw(bottom, curves, facts, colours, _LOSS)
+        _draw(top, curves, facts, palette, _ACCURACY)
+        _draw(bottom, curves, facts, palette, _LOSS)
     panels[0, 0].set_ylabel("accuracy (%)", fontsize=9)
     panels[1, 0].set_ylabel("loss", fontsize=9)
-    key = [
-        Line2D([], [], label="zero-shot", **_ZERO_SHOT),
-        Line2D([], [], label="beats zero-shot", color=_GREY, **_BEATS),
-        Line2D([], [], label="never does: failure", color=_GREY, **_FAILS),
-        Line2D([], [], label=r"best $\alpha$", color=_GREY, **_STAR),
-        Line2D([], [], label="highest loss", color=_GREY, **_TRIANGLE),
+    marks = [
+        key("zero-shot", ZERO_SHOT),
+        key("beats zero-shot", BEATS),
+        key("never does: failure", FAILS),
+        key(r"best $\alpha$", _STAR),
+        key("highest loss", _TRIANGLE),
     ]
-    names = [Line2D([], [], label=name, color=colours[name], lw=3) for name in models]
-    legends = _legend(figure, "outside upper center", key, _note(rows))
-    legends += _legend(figure, "outside lower center", names)
+    names = [Line2D([], [], label=name, color=palette[name], lw=3) for name in models]
+    legends = legend(figure, "outside upper center", marks, _note(rows))
+    legends += legend(figure, "outside lower center", names)
     figure.set_figheight(4.6 + legends)
     figure.savefig(file)
     return figure
@@ -107,28 +92,27 @@ def _draw(
     panel: Axes,
     rows: pd.DataFrame,
     facts: pd.DataFrame,
-    colours: Mapping[str, Any],
+    palette: Mapping[str, Any],
     what: _Quantity,
 ) -> None:
     """One quantity of every model on one data set, the largest change of it measured off."""
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain(panel)
     for level in rows.loc[rows["alpha"] == 0, what.value].unique():
-        panel.axhline(what.scale * level, zorder=1, **_ZERO_SHOT)
+        panel.axhline(what.scale * level, zorder=1, **ZERO_SHOT)
     largest, text = 0.0, f"no {what.change}"
     for fact in facts.to_dict("records"):
         curve = rows[rows["model"] == fact["model"]]
         alpha, value = curve["alpha"].to_numpy(), what.scale * curve[what.value].to_numpy()
         margin = what.scale * Z95 * curve[what.band].to_numpy()
-        colour = colours[fact["model"]]
-        style = _BEATS if fact["gain"] > 0 else _FAILS
+        colour = palette[fact["model"]]
+        style = BEATS if fact["gain"] > 0 else FAILS
         panel.plot(alpha, value, color=colour, label=fact["model"], zorder=3, **style)
         panel.fill_between(
             alpha,
             value - margin,
             value + margin,
             color=colour,
-            alpha=min(0.12, 0.5 / len(colours)),
+            alpha=min(0.12, 0.5 / len(palette)),
             lw=0,
         )
         change, at = what.scale * fact[what.change], fact[what.position]
@@ -143,37 +127,13 @@ def _draw(
                 f" at $\\alpha$ = {at:g}"
             )
             where = at
-    if lost := int((~np.isfinite(facts[what.change])).sum()):
-        text += f"; {lost} not finite"
+    if gone := int((~np.isfinite(facts[what.change])).sum()):
+        text += f"; {gone} not finite"
     if largest:
         panel.plot([where, where], span, color="black", lw=0.9, marker="_", ms=6, zorder=4)
     low, high = panel.get_ylim()
     panel.set_ylim(low, high + 0.13 * (high - low))  # room for the text
-    panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize=_SMALL)
-
-
-def _legend(figure: Figure, place: _Place, handles: Sequence[Line2D], title: str = "") -> float:
-    """Adds a legend in as few lines as the figure's width allows; returns its height in inches."""
-
-    def make(columns: int) -> Legend:
-        legend: Legend = figure.legend(
-            handles=handles, loc=place, ncols=columns, fontsize=_SMALL, frameon=False
-        )
-        legend.set_title(title)
-        legend.get_title().set_fontsize(_SMALL)
-        legend.get_title().set_multialignment("center")
-        return legend
-
-    legend = make(len(handles))
-    if legend.get_window_extent().width > figure.bbox.width:
-        legend.remove()
-        legend = make(1)  # as wide as the widest entry
-        spacing = legend.columnspacing * _SMALL * figure.dpi / 72
-        fitting = max(1, figure.bbox.width // (legend.get_window_extent().width + spacing))
-        legend.remove()
-        lines = math.ceil(len(handles) / fitting)
-        legend = make(math.ceil(len(handles) / lines))
-    return float(legend.get_window_extent().height / figure.dpi)
+    panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize=SMALL)
 
 
 def _note(rows: pd.DataFrame) -> str:
@@ -184,12 +144,4 @@ def _note(rows: pd.DataFrame) -> str:
         "Written out: the largest gain and barrier with that interval; their $\\alpha$ is chosen "
         "on the same images, which overstates both."
     )
-    lost = int((~np.isfinite(rows["loss"])).sum())
-    return note + (f"\n{lost} losses that are not finite are not drawn." if lost else "")
-
-
-def _colours(count: int) -> list[Any]:
-    """Nine that the eye tells apart; beyond that, an even scale in the order of the models."""
-    if count <= len(_MUTED):
-        return list(_MUTED[:count])
-    return list(colormaps["viridis"](np.linspace(0, 0.9, count)))
+    return "\n".join(filter(None, [note, lost(rows["loss"], "losses")]))

@@ -1,0 +1,86 @@
+"""How many plain draws one draw of each estimator is worth: variance reduction on the digits zoo.
+
+    python benchmarks/variance.py [--draws 64] [--samples 256] [--out FILE.json]
+
+For each model, position and rho, general sharpness (Eq. 3) is measured with the same draws by each
+estimator. The ratio is (standard error of plain / standard error of the other) ** 2 at the same number of
+forward passes: so many times fewer draws reach the same standard error. Cost of the extra backward
+pass: the column of seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import rft_fast as rft
+from rft_fast import checkpoints, classifier, datasets, zoo
+from rft_fast.evaluate import Evaluator
+from rft_fast.studies import Protocol, sharpness
+
+RHOS = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+GOALS = {0.02: 40, 0.05: 8}  # of the gradient control variate, median over models and positions
+
+
+def measure(draws: int, samples: int) -> pd.DataFrame:
+    """One row per (model, alpha, rho, estimator) with ``ratio``: plain draws that one draw is worth."""
+    source = zoo.digits()
+    state = checkpoints.load(source.zeroshot)
+    live, _ = classifier.build(source.arch, state)
+    zeroshot = classifier.split(state)[0]
+    data = datasets.load("mnist", source.data["mnist"].path, classifier.preprocess(source.arch), samples)
+    evaluator = Evaluator(live, [data])
+    rows = []
+    for name, file in source.finetuned.items():
+        path = rft.Path(live, zeroshot, classifier.split(checkpoints.load(file))[0])
+        for estimator in ("plain", "antithetic", "gradient"):
+            found = sharpness(
+                path, evaluator, [0.5, 1.0], RHOS, draws, protocol=Protocol(estimator), model=name
+            )
+            rows.append(found[["model", "alpha", "rho", "estimator", "sharpness", "sharpness_se", "seconds"]])
+    table = pd.concat(rows)
+    plain = table[table["estimator"] == "plain"].set_index(["model", "alpha", "rho"])["sharpness_se"]
+    keys = table.set_index(["model", "alpha", "rho"]).index
+    return table.assign(ratio=(plain.loc[keys].to_numpy() / table["sharpness_se"].to_numpy()) ** 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--draws", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    table = measure(arguments.draws, arguments.samples)
+    spread = table[table["estimator"] != "plain"].groupby(["rho", "estimator"])["ratio"]
+    print(
+        f"digits zoo, nine models at alpha .5 and 1, {arguments.draws} draws, {arguments.samples} images "
+        "of mnist"
+    )
+    print("plain draws that one draw is worth:")
+    print(spread.describe()[["min", "25%", "50%", "75%", "max"]].round(1).to_string())
+    medians = spread.median()
+    for rho, goal in GOALS.items():
+        got = medians[rho, "gradient"]
+        print(f"goal at rho = {rho}: {goal}, median {got:.1f}: {'met' if got >= goal else 'MISSED'}")
+    if arguments.out:
+        about = {
+            "date": date.today().isoformat(),
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "draws": arguments.draws,
+            "samples": arguments.samples,
+        }
+        rows = json.loads(table.to_json(orient="records"))
+        arguments.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Rows as pictures: one figure per study, readable in print and by the colour-blind."""
+
+from __future__ import annotations
+
+from .correlation import correlation
+from .interpolation import interpolation
+from .layer_sharpness import layer_sharpness
+from .layers import layers
+from .prune import prune
+from .sharpness import sharpness
+
+__all__ = ["correlation", "interpolation", "layer_sharpness", "layers", "prune", "sharpness"]

@@ -1,0 +1,143 @@
+"""Does sharpness tell which model does well out of distribution? The table as a forest plot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import heat
+from .style import CURVES, GREY, MUTED, SMALL, Style, canvas, key, legend, plain, several, short, stated, wrap
+
+_SETTING = ["rho", "measured_on", "estimator", "on"]
+_MEASURES = ["general", "stragglers", "layer"]
+_KENDALL: Style = {"ls": "", "marker": "o", "ms": 3.5, "color": MUTED[0]}
+_SPEARMAN: Style = {"ls": "", "marker": "D", "ms": 3, "color": MUTED[1], "mfc": "white"}
+_ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
+
+
+def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float | None = None) -> Figure:
+    """Rank correlations of sharpness with accuracy and gain, one column per outcome and data set.
+
+    On top, Kendall's tau over alpha for general sharpness and for the stragglers'. Below, at one alpha,
+    Kendall's tau and Spearman's rho for these two and for every layer. Bands and bars are pointwise 95 %
+    intervals; they allow neither for the number of layers nor for the noise of each sharpness. Settings of
+    the sharpness, such as rho, are told apart in the names. Correlations that are not defined
+    leave gaps, and are counted, as are those without an interval.
+
+    Args:
+        table: of :func:`rft_fast.studies.correlation`.
+        file: where the picture goes; its ending chooses the format.
+        alpha: the position of the lower panels; None: 1, or the highest in the table.
+
+    Returns:
+        The figure, already saved.
+
+    Raises:
+        ValueError: an empty table, or an alpha that is not in it.
+    """
+    if table.empty:
+        raise ValueError("figures.correlation: expected rows of studies.correlation, got none")
+    alphas = sorted(map(float, table["alpha"].unique()))
+    alpha = alpha if alpha is not None else 1.0 if 1.0 in alphas else alphas[-1]
+    if alpha not in alphas:
+        raise ValueError(f"figures.correlation: expected an alpha among {alphas}, got {alpha:g}")
+    table = table.assign(name=_names(table)).sort_values("alpha", kind="stable")
+    at = table[table["alpha"] == alpha]
+    names = [name for measure in _MEASURES for name in at.loc[at["measure"] == measure, "name"].unique()]
+    styles = dict(zip(table.loc[table["measure"] != "layer", "name"].unique(), cycle(CURVES)))
+    parts = table.groupby(["dataset", "outcome"], sort=False)
+    columns = list(parts.groups)
+
+    figure = canvas(max(7.0, 1.8 + 1.7 * len(columns)), 5)
+    heights = [1.5, heat.height(len(names))] if styles else [heat.height(len(names))]
+    panels = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
+    for column, outcome in zip(panels.T, columns, strict=True):
+        here = parts.get_group(outcome)
+        models = several(here["models"].unique())
+        column[0].set_title(f"{outcome[1]} on\n{outcome[0]}\n{models} models", fontsize=8)
+        if here["kendall"].isna().all():
+            column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize=SMALL)
+        for panel in column[:-1]:
+            _along(panel, here, styles)
+            panel.set_xlim(alphas[0] - 0.05, alphas[-1] + 0.05)
+        _forest(column[-1], here[here["alpha"] == alpha].set_index("name").reindex(names))
+    heat.label(panels[-1, 0], names)
+    panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "", fontsize=9)
+
+    general = table["measure"] == "general"
+    note = wrap(
+        figure,
+        f"General sharpness: {stated(table[general])}" if general.any() else "",
+        f"Layer-wise sharpness: {stated(table[~general])}" if not general.all() else "",
+        f"Lower panels: $\\alpha$ = {alpha:g}. Bands and bars: pointwise 95 % intervals over models, not",
+        "corrected for the number of layers.",
+        *_gaps(table),
+    )
+    marks = [key("Kendall", _KENDALL), key("Spearman", _SPEARMAN)]
+    marks += [key(name, style) for name, style in styles.items()]
+    legends = legend(figure, "outside upper center", marks, note)
+    figure.set_figheight(sum(heights) + 1.6 + legends)
+    figure.savefig(file)
+    return figure
+
+
+def _names(table: pd.DataFrame) -> pd.Series:
+    """What each row measures, with the settings where there is more than one of its measure."""
+    layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
+    names = table["layer"].map(layers).where(table["measure"] == "layer", table["measure"])
+    for measure in _MEASURES:
+        rows = table["measure"] == measure
+        settings = table.loc[rows, _SETTING]
+        varying = [column for column in _SETTING if settings[column].nunique(dropna=False) > 1]
+        for column in varying:
+            mark = r"$\rho$ = " if column == "rho" else ""
+            texts = settings[column].map(lambda value, mark=mark: f", {mark}{several([value])}")
+            names = names.where(~rows, names + texts.reindex(names.index, fill_value=""))
+    return names
+
+
+def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
+    """Kendall's tau over alpha, with its band."""
+    plain(panel)
+    panel.set_ylim(-1.05, 1.05)
+    panel.axhline(0, **_ZERO)
+    panel.set_xlabel(r"$\alpha$", fontsize=9)
+    for name, style in styles.items():
+        curve = rows[rows["name"] == name]
+        panel.plot(curve["alpha"], curve["kendall"], label=name, **style)
+        band = curve["kendall_low"], curve["kendall_high"]
+        panel.fill_between(curve["alpha"], *band, color=style["color"], alpha=0.15, lw=0)
+
+
+def _forest(panel: Axes, rows: pd.DataFrame) -> None:
+    """A line for each row: Kendall above, Spearman below, each with its interval."""
+    plain(panel)
+    panel.tick_params("y", left=False, labelleft=False)
+    panel.set_xlim(-1.05, 1.05)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.axvline(0, **_ZERO)
+    panel.set_xlabel("rank correlation", fontsize=9)
+    for name, style, shift in (("kendall", _KENDALL, -0.2), ("spearman", _SPEARMAN, 0.2)):
+        places = np.arange(len(rows)) + shift
+        ends = rows[f"{name}_low"], rows[f"{name}_high"]
+        panel.hlines(places, *ends, color=style["color"], lw=0.8)
+        panel.plot(rows[name], places, label=name, **style)
+    for change in np.flatnonzero(rows["measure"].to_numpy()[1:] != rows["measure"].to_numpy()[:-1]):
+        panel.axhline(change + 0.5, color="0.8", lw=0.6)
+
+
+def _gaps(table: pd.DataFrame) -> Iterator[str]:
+    """How much of the table cannot be drawn, and why, as sentences."""
+    undefined = table["kendall"].isna()
+    if count := int(undefined.sum()):
+        yield f"{count:,} of {len(table):,} correlations are not defined"
+        yield f"({int((table['nonfinite'] > 0).sum()):,} for a value that is not finite; the others for one"
+        yield "side being the same for all models, or fewer than three of them)."
+    if count := int((table["kendall_low"].isna() & ~undefined).sum()):
+        yield f"{count:,} have no interval (too few models, or exactly 1 or -1)."

@@ -1,0 +1,147 @@
+"""Figure 4: sharpness of every layer along the path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..studies.layers import STUDY as LAYERS
+from ..studies.layers import stragglers
+from ..studies.sharpness import LAYER_STUDY, near_zero
+from . import heat
+from .style import (
+    SETTING,
+    Style,
+    canvas,
+    choose,
+    key,
+    legend,
+    lost,
+    margin,
+    mode,
+    modes_explained,
+    ood_gains,
+    ood_summary,
+    points,
+    setting,
+    short,
+    stated,
+    unknown_errors,
+    wrap,
+)
+
+_MODELS = 4
+_UNCERTAIN: Style = {"ls": "", "marker": ".", "ms": 2.5, "color": "black", "mew": 0}
+_NEAR_ZERO: Style = {"ls": "", "marker": "o", "ms": 4, "mfc": "white", "mec": "black", "mew": 0.8}
+_BEST: Style = {"ls": "--", "lw": 1, "color": "black"}
+_STARS = "*^Dsv<>pPXhd8"  # one per out-of-distribution set, above the map
+
+
+def layer_sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+    """Figure 4: sharpness of each layer (down) at each alpha (across); one column per model.
+
+    Colours are linear near zero and logarithmic beyond, the same for all models of a row; a dot
+    marks what is not significant: its 95 % interval includes zero. On the right of the map, circles mark the
+    near-zero layers by the rule of :func:`rft_fast.studies.near_zero`, and triangles the stragglers of
+    the model on any data set, where rows of the layer-wise interpolation tell them. Dashed lines stand
+    at alpha*, the best position on each out-of-distribution set, where rows of the interpolation
+    tell it. Of more than four models, the two with the highest and the two with the lowest gain in
+    mean out-of-distribution accuracy are shown, or the first four without those rows. Other settings,
+    such as rho or the data set, have rows of their own. What is not finite is crossed out and counted.
+
+    Args:
+        rows: of :func:`rft_fast.studies.layerwise_sharpness`, and of the studies named above.
+        file: where the picture goes; its ending chooses the format.
+
+    Returns:
+        The figure, already saved.
+
+    Raises:
+        ValueError: as :func:`rft_fast.studies.near_zero`, :func:`rft_fast.studies.summarize` and
+            :func:`rft_fast.studies.stragglers`.
+    """
+    near_zero(rows)  # refuses rows that are not there
+    gains, best, unstable = ood_gains(rows), ood_summary(rows), _stragglers(rows)
+    rows = rows[rows["study"] == LAYER_STUDY]
+    models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
+    rows = rows[rows["model"].isin(models)]
+    names = list(rows["layer"].unique())
+    settings = [part for _, part in rows.groupby(SETTING, sort=False, dropna=False)]
+    stars = dict(zip(best["dataset"].unique(), cycle(_STARS)))
+
+    figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
+    panels = figure.subplots(len(settings), len(models), squeeze=False, sharex=True)
+    for line, part in zip(panels, settings, strict=True):
+        near = near_zero(part)
+        curves = [part[part["model"] == model] for model in models]
+        maps = [heat.grid(curve, "sharpness", names) for curve in curves]
+        norm = heat.scale(maps, near["margin"].iloc[0])
+        for panel, model, curve, values in zip(line, models, curves, maps, strict=True):
+            mesh = heat.draw(panel, values, norm)
+            _uncertain(panel, curve, names)
+            zero = near[(near["model"] == model) & near["near_zero"]]
+            heat.mark(panel, names, set(zero["layer"]), _NEAR_ZERO)
+            heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
+            _positions(panel, best[best["model"] == model], stars)
+            title = "\n".join(filter(None, [model, mode(model, gains)]))
+            panel.set_title(title, fontsize=8, pad=6 + 8 * len(stars))
+        heat.label(line[0], list(short(names).values()))
+        line[0].set_ylabel(setting(part), fontsize=9)
+        heat.colorbar(figure, mesh, line, "layer-wise sharpness")
+    for panel in panels[-1]:
+        panel.set_xlabel(r"$\alpha$", fontsize=9)
+
+    note = wrap(
+        figure,
+        stated(rows),
+        choice,
+        modes_explained(gains),
+        "Dots: the 95 % interval over draws, with Student's t, includes zero. Near zero: that interval lies",
+        f"within {near['margin'].iloc[0]:g} nats of zero at every $\\alpha$ > 0.",
+        "Stragglers: of the layer-wise interpolation, on any data set." if unstable else "",
+        r"$\alpha$*: the best position of the whole path; 0 where none beats zero-shot." if stars else "",
+        lost(rows["sharpness"], "values"),
+        unknown_errors(rows),
+    )
+    marks = [key("interval includes zero", _UNCERTAIN), key("layer near zero", _NEAR_ZERO)]
+    marks += [key("straggler", heat.STRAGGLER)] if unstable else []
+    marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
+    legends = legend(figure, "outside upper center", marks, note)
+    figure.set_figheight((heat.height(len(names)) + 0.6) * len(settings) + 0.6 + legends)
+    figure.savefig(file)
+    return figure
+
+
+def _stragglers(rows: pd.DataFrame) -> dict[str, set[str]]:
+    """The stragglers of each model that has rows of the layer-wise interpolation."""
+    if not (rows["study"] == LAYERS).any():
+        return {}
+    found = stragglers(rows)
+    return {
+        str(model): set(facts.loc[facts["straggler"], "layer"]) for model, facts in found.groupby("model")
+    }
+
+
+def _uncertain(panel: Axes, curve: pd.DataFrame, names: Sequence[str]) -> None:
+    """Dots where the sharpness may be zero; not where it is so exactly."""
+    bounds = margin(curve)
+    maybe = curve[~(curve["sharpness"].abs() > bounds) & (bounds != 0) & np.isfinite(curve["sharpness"])]
+    panel.plot(maybe["alpha"], maybe["layer"].map(names.index), zorder=3, **_UNCERTAIN)
+
+
+def _positions(panel: Axes, best: pd.DataFrame, stars: Mapping[str, str]) -> None:
+    """A line at each alpha*, and above the map what data set it belongs to."""
+    for alpha in best["best_alpha"].unique():
+        panel.axvline(alpha, **_BEST)
+    alphas = best.set_index("dataset")["best_alpha"]
+    for row, (dataset, star) in enumerate(stars.items()):
+        if dataset in alphas:
+            above = panel.get_xaxis_transform() + points(panel, 0, 5 + 8 * row)
+            style = {**_BEST, "marker": star, "ms": 4, "label": dataset}
+            panel.plot(alphas[dataset], 1, transform=above, clip_on=False, **style)

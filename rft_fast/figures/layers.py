@@ -1,0 +1,150 @@
+"""Figure 2: one layer on the path, the others held at an end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..studies.layers import STUDY, stragglers
+from ..studies.path import Z95
+from . import heat
+from .style import (
+    CURVES,
+    ZERO_SHOT,
+    Style,
+    canvas,
+    choose,
+    key,
+    legend,
+    lost,
+    mode,
+    modes_explained,
+    ood_gains,
+    plain,
+    several,
+    short,
+    wrap,
+)
+
+_WORST = 3  # curves of each model
+_OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
+
+
+def layers(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+    """Figure 2: what each layer does to the loss on its own; one column per model and data set.
+
+    On top, how far the loss rises above that at alpha = 0 (layers down, alpha across; the scale is
+    linear near zero and logarithmic beyond), with the stragglers of :func:`rft_fast.studies.stragglers`
+    marked. Below, loss and accuracy over alpha of the layers whose loss is the most unstable: three
+    of each model, shown for all. Bands are pointwise 95 % intervals of the difference to alpha = 0,
+    paired over samples. Of more than two models, those with the highest and the lowest gain in mean
+    out-of-distribution accuracy are shown, or the first two without rows of the interpolation.
+    Losses that are not finite are crossed out in the map, leave gaps, and are counted.
+
+    Args:
+        rows: of :func:`rft_fast.studies.layerwise_interpolation`; those of the interpolation tell
+            which models fail.
+        file: where the picture goes; its ending chooses the format.
+
+    Returns:
+        The figure, already saved.
+
+    Raises:
+        ValueError: as :func:`rft_fast.studies.stragglers`.
+    """
+    facts, gains = stragglers(rows), ood_gains(rows)
+    models, choice = choose(list(facts["model"].unique()), gains, 2)
+    rows = rows[(rows["study"] == STUDY) & rows["model"].isin(models)]
+    facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])
+    columns = [at for model in models for at in facts.loc[[model]].index.unique()]
+    names = list(rows["layer"].unique())
+    curves = dict(zip(_worst(facts, models), CURVES, strict=False))
+
+    figure = canvas(max(7.0, 2.2 + 1.75 * len(columns)), 5)
+    panels = figure.subplots(
+        3, len(columns), squeeze=False, sharex=True, height_ratios=[heat.height(len(names)), 1.5, 1.5]
+    )
+    parts = [_part(rows, *at) for at in columns]
+    maps = [heat.grid(part, "rise", names) for part in parts]
+    norm = heat.scale(maps, facts["margin"].iloc[0])
+    for at, part, values, (top, *below) in zip(columns, parts, maps, panels.T, strict=True):
+        mesh = heat.draw(top, values, norm)
+        found = facts.loc[[at]]
+        unstable = set(found.loc[found["straggler"], "layer"])
+        heat.mark(top, names, unstable, heat.STRAGGLER)
+        top.set_title(_title(at, part, len(unstable)), fontsize=8)
+        _curves(below[0], part, curves, "loss", "rise_se", 1)
+        _curves(below[1], part, curves, "accuracy", "gain_se", 100)
+        below[1].set_xlabel(r"$\alpha$ of the layer", fontsize=9)
+    for model in models:
+        first = [at[0] for at in columns].index(model)
+        # Above the titles of its columns, which have four lines.
+        header = "\n".join(filter(None, [model, mode(model, gains)])) + 4 * "\n"
+        panels[0, first].set_title(header, fontsize=8, fontweight="bold", loc="left")
+    labels = short(names)
+    heat.label(panels[0, 0], list(labels.values()))
+    heat.colorbar(figure, mesh, panels, "rise in loss")
+    panels[1, 0].set_ylabel("loss", fontsize=9)
+    panels[2, 0].set_ylabel("accuracy (%)", fontsize=9)
+
+    margin = facts["margin"].iloc[0]
+    note = wrap(
+        figure,
+        choice,
+        modes_explained(gains),
+        r"Colour: loss minus that at $\alpha$ = 0. Curves: the layers of largest instability in loss,",
+        f"{_WORST} of each model; bands: pointwise 95 % intervals of the difference to $\\alpha$ = 0, paired",
+        "over images. Stragglers: lower end of the one-sided 95 % interval of the instability in loss,",
+        f"Bonferroni-corrected for layers and positions, above {margin:g} nats. No noise.",
+        lost(rows["loss"], "losses"),
+    )
+    marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]
+    legends = legend(figure, "outside upper center", marks, note)
+    legends += legend(
+        figure, "outside lower center", [key(labels[name], style) for name, style in curves.items()]
+    )
+    figure.set_figheight(heat.height(len(names)) + 4.2 + legends)
+    figure.savefig(file)
+    return figure
+
+
+def _part(rows: pd.DataFrame, model: str, others: str, dataset: str) -> pd.DataFrame:
+    found = (rows["model"] == model) & (rows["others"] == others) & (rows["dataset"] == dataset)
+    return rows[found].sort_values("alpha", kind="stable")
+
+
+def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
+    """The most unstable layers of each model, wherever they are so; not finite counts as most."""
+    found: dict[str, None] = {}
+    for model in models:
+        heights = facts.loc[[model]].groupby("layer", sort=False)["instability"].max()
+        gone = facts.loc[[model]].loc[lambda f: ~np.isfinite(f["instability"]), "layer"]
+        heights[gone] = np.inf
+        found |= dict.fromkeys(heights.sort_values(ascending=False, kind="stable").index[:_WORST])
+    return list(found)
+
+
+def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int) -> str:
+    _, others, dataset = at
+    images = several(part["samples"].unique())
+    return f"{dataset}\n{images} images\nothers {_OTHERS[others]}\n{unstable} stragglers"
+
+
+def _curves(
+    panel: Axes, part: pd.DataFrame, curves: Mapping[str, Style], value: str, band: str, scale: float
+) -> None:
+    plain(panel)
+    for name, style in curves.items():
+        curve = part[part["layer"] == name]
+        alpha, y = curve["alpha"].to_numpy(), scale * curve[value].to_numpy()
+        margin = scale * Z95 * curve[band].to_numpy()
+        panel.plot(alpha, y, label=name, **style)
+        panel.fill_between(alpha, y - margin, y + margin, color=style["color"], alpha=0.15, lw=0)
+    start = part.loc[part["alpha"] == 0, value].unique()
+    if len(start) == 1:  # the same for all layers when the others are zero-shot
+        panel.axhline(scale * start[0], zorder=1, **ZERO_SHOT)

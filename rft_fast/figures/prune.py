@@ -1,0 +1,143 @@
+"""Figure 5: what pruning the stragglers does to the path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..studies.path import Z95
+from ..studies.pruning import STUDY, pruning_effect
+from .style import (
+    CURVES,
+    SMALL,
+    Style,
+    canvas,
+    key,
+    legend,
+    lost,
+    mode,
+    modes_explained,
+    ood_gains,
+    plain,
+    points,
+    several,
+    wrap,
+)
+
+_VARIANT = ["criterion", "method", "keep"]
+_KEYS = [*_VARIANT, "control"]
+_UNPRUNED: Style = {"color": "black", "ls": "-", "lw": 1.2}
+_STRAGGLERS: Style = {"ls": "-", "marker": "o", "ms": 3, "lw": 1.2}
+_CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
+
+
+def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+    """Figure 5: accuracy over alpha, unpruned and pruned; one column per model, one row per data set.
+
+    One colour and marker per way of pruning: solid and filled for the stragglers, dotted and open for
+    the control, as many layers at random. Curves are means over mask seeds, bands reach from the lowest
+    to the highest seed; for the unpruned path the band is the 95 % interval of the difference to
+    zero-shot, paired over images. Below each panel stands the mean change of accuracy over alpha > 0,
+    with its standard error over seeds. Accuracies that are not finite leave gaps, and are counted.
+
+    Args:
+        rows: of :func:`rft_fast.studies.prune_stragglers`; those of the interpolation tell which
+            models fail.
+        file: where the picture goes; its ending chooses the format.
+
+    Returns:
+        The figure, already saved.
+
+    Raises:
+        ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
+    """
+    effects, gains = pruning_effect(rows), ood_gains(rows)
+    rows = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
+    models, datasets = list(rows["model"].unique()), list(rows["dataset"].unique())
+    variants = effects[_VARIANT].drop_duplicates().itertuples(index=False, name=None)
+    styles = dict(zip(variants, cycle(CURVES)))
+
+    varying = [name for name in _VARIANT if effects[name].nunique() > 1]
+
+    figure = canvas(max(7.0, 0.7 + 3.1 * len(models)), 5)
+    panels = figure.subplots(len(datasets), len(models), squeeze=False)
+    for line, dataset in zip(panels, datasets, strict=True):
+        for panel, model in zip(line, models, strict=True):
+            here = (rows["model"] == model) & (rows["dataset"] == dataset)
+            found = (effects["model"] == model) & (effects["dataset"] == dataset)
+            _panel(panel, rows[here], effects[found], styles, varying)
+        images = several(rows.loc[rows["dataset"] == dataset, "samples"].unique())
+        line[0].set_ylabel(f"{dataset}\n{images} images\naccuracy (%)", fontsize=9)
+    for panel, model in zip(panels[0], models, strict=True):
+        panel.set_title("\n".join(filter(None, [model, mode(model, gains)])), fontsize=9)
+
+    pruned = rows[rows["method"].notna()]
+    note = wrap(
+        figure,
+        f"Weights kept: {several(pruned['keep'].unique())}; mask seeds {several(pruned['seed'].unique())}."
+        if len(pruned)
+        else "No layer was a straggler: nothing was pruned.",
+        "Curves: means over mask seeds; bands: lowest to highest seed, and for the unpruned path the",
+        "pointwise 95 % interval of the difference to zero-shot, paired over images. Below: mean change of",
+        r"accuracy over $\alpha$ > 0, in points, $\pm$ its standard error over seeds.",
+        modes_explained(gains),
+        lost(rows["accuracy"], "accuracies"),
+    )
+    marks = [key("unpruned", _UNPRUNED), key("stragglers pruned", _STRAGGLERS)]
+    marks.append(key("control: as many other layers, at random", _STRAGGLERS | _CONTROL))
+    legends = legend(figure, "outside upper center", marks, note)
+    entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
+    figure.set_figheight(0.6 + (2.5 + 0.16 * entries) * len(datasets) + legends)
+    figure.savefig(file)
+    return figure
+
+
+def _panel(
+    panel: Axes,
+    rows: pd.DataFrame,
+    effects: pd.DataFrame,
+    styles: Mapping[tuple[object, ...], Style],
+    varying: Sequence[str],
+) -> None:
+    plain(panel)
+    unpruned = rows[rows["method"].isna()]
+    alpha, accuracy = unpruned["alpha"], 100 * unpruned["accuracy"]
+    margin = 100 * Z95 * unpruned["gain_se"]
+    panel.plot(alpha, accuracy, **_UNPRUNED)
+    panel.fill_between(alpha, accuracy - margin, accuracy + margin, color="black", alpha=0.12, lw=0)
+    handles = []
+    for effect in effects.to_dict("records"):
+        curves = rows[(rows[_KEYS] == [effect[name] for name in _KEYS]).all(axis=1)]
+        seeds = 100 * curves.pivot(index="alpha", columns="seed", values="accuracy")
+        style = styles[tuple(effect[name] for name in _VARIANT)] | (_CONTROL if effect["control"] else {})
+        band = seeds.min(axis=1, skipna=False), seeds.max(axis=1, skipna=False)
+        handles += panel.plot(
+            seeds.index, seeds.mean(axis=1, skipna=False), label=_label(effect, varying), **style
+        )
+        panel.fill_between(seeds.index, *band, color=style["color"], alpha=0.15, lw=0)
+    panel.set_xlabel(r"$\alpha$", fontsize=9)
+    if handles:
+        panel.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=panel.transAxes + points(panel, 0, -34),  # below the axis and its name
+            borderaxespad=0,
+            fontsize=SMALL,
+            frameon=False,
+        )
+
+
+def _label(effect: Mapping[str, Any], varying: Sequence[str]) -> str:
+    """What was pruned and what came of it; how it was, as far as there are several ways."""
+    count = len(effect["layers"])
+    who = f"{count} at random" if effect["control"] else f"{count} stragglers"
+    how = f" ({', '.join(several([effect[name]]) for name in varying)})" if varying else ""
+    error = "(one seed)" if pd.isna(effect["change_se"]) else f"$\\pm$ {100 * effect['change_se']:.2f}"
+    return f"{who}{how}: {100 * effect['change']:+.2f} {error}"

@@ -1,0 +1,154 @@
+"""Figure 3: general sharpness along the path, and against accuracy out of distribution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from ..studies.path import Z95
+from ..studies.sharpness import STUDY
+from .style import (
+    BEATS,
+    FAILS,
+    SETTING,
+    Style,
+    canvas,
+    colours,
+    key,
+    legend,
+    lost,
+    margin,
+    ood_gains,
+    ood_rows,
+    ood_summary,
+    plain,
+    setting,
+    stated,
+    unknown_errors,
+    wrap,
+)
+
+_ZERO: Style = {"ls": "", "marker": "+", "ms": 7, "mew": 1.2, "color": "black"}
+_END: Style = {"ls": "", "marker": "s", "ms": 5}
+
+
+def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+    """Figure 3: general sharpness over alpha (left), and accuracy against it (right); one row per rho.
+
+    One colour per model. On the left, dashed with open markers where no alpha beats zero-shot in mean
+    out-of-distribution accuracy; on the right, one panel per out-of-distribution set, where none beats
+    it on that set. There, each point is a model at one alpha, joined in order of alpha, with a cross
+    at zero-shot and a square at the fine-tuned end. Bars are pointwise 95 % intervals: of the sharpness
+    over draws, with Student's t, and of the accuracy over images. Other settings than rho, such as the
+    data set or the estimator, have rows of their own, too. What is not finite is counted.
+
+    Args:
+        rows: of :func:`rft_fast.studies.sharpness`; those of the interpolation at the same alphas
+            give the accuracies, and without them there is only the left panel, and it says so.
+        file: where the picture goes; its ending chooses the format.
+
+    Returns:
+        The figure, already saved.
+
+    Raises:
+        ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
+    """
+    measured = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
+    if measured.empty:
+        raise ValueError(f"figures.sharpness: expected rows of the study {STUDY!r}, got none")
+    accuracies, facts = ood_rows(rows), ood_summary(rows)
+    sets = list(facts["dataset"].unique())
+    models = list(measured["model"].unique())
+    palette = dict(zip(models, colours(len(models)), strict=True))
+    settings = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
+
+    figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
+    panels = figure.subplots(
+        len(settings), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets)
+    )
+    unmatched = 0
+    gains = ood_gains(rows)
+    for (left, *others), part in zip(panels, settings, strict=True):
+        _along(left, part, palette, set(gains.index[gains <= 0]))
+        left.set_title(setting(part), fontsize=9)
+        left.set_ylabel("general sharpness", fontsize=9)
+        for panel, dataset in zip(others, sets, strict=True):
+            points = _matched(part, accuracies[accuracies["dataset"] == dataset])
+            unmatched += len(part) - len(points)
+            here = facts[facts["dataset"] == dataset]
+            _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
+            panel.set_title(dataset, fontsize=9)
+    for panel, dataset in zip(panels[-1], ["", *sets], strict=True):
+        panel.set_xlabel("general sharpness" if dataset else r"$\alpha$", fontsize=9)
+    for panel in panels[:, 1:2].flat:
+        panel.set_ylabel("accuracy (%)", fontsize=9)
+
+    note = wrap(
+        figure,
+        f"Sharpness: {stated(measured)}",
+        "Bars: pointwise 95 % intervals, of sharpness over draws, of accuracy over images.",
+        "Failure on the left: in mean out-of-distribution accuracy." if sets else "",
+        r"Models are shifted sideways a little over $\alpha$." if len(models) > 1 else "",
+        "" if sets else "No rows of the interpolation: accuracy is not shown, nor which models fail.",
+        f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
+        lost(measured["sharpness"], "values of sharpness"),
+        unknown_errors(measured),
+    )
+    marks = [
+        key("beats zero-shot", BEATS),
+        key("never does: failure", FAILS),
+        key(r"zero-shot, $\alpha$ = 0", _ZERO),
+        key(r"fine-tuned, $\alpha$ = 1", _END),
+    ]
+    marks = marks if sets else [key("mean over draws", BEATS)]
+    legends = legend(figure, "outside upper center", marks, note)
+    names = [key(name, {"lw": 3}, color=palette[name]) for name in models]
+    legends += legend(figure, "outside lower center", names)
+    figure.set_figheight(0.3 + 2.6 * len(settings) + legends)
+    figure.savefig(file)
+    return figure
+
+
+def _bars(colour: Any) -> Style:
+    return {"color": colour, "ecolor": to_rgba(colour, 0.5), "elinewidth": 0.7}
+
+
+def _along(panel: Axes, part: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
+    """Sharpness over alpha, a curve per model, side by side so that their bars can be told apart."""
+    plain(panel)
+    room = 0.4 * np.diff(part["alpha"].unique()).min(initial=1)
+    for i, (model, colour) in enumerate(palette.items()):
+        curve = part[part["model"] == model]
+        x = curve["alpha"] + room * ((i + 0.5) / len(palette) - 0.5)
+        style = FAILS if model in failures else BEATS
+        panel.errorbar(x, curve["sharpness"], margin(curve), label=model, **_bars(colour), **style)
+
+
+def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
+    """Accuracy over sharpness, the positions of a model joined."""
+    plain(panel)
+    for model, colour in palette.items():
+        curve = points[points["model"] == model]
+        x, y = curve["sharpness"], 100 * curve["ood_accuracy"]
+        style = (FAILS if model in failures else BEATS) | {"lw": 0.6}
+        across, up = margin(curve), 100 * Z95 * curve["ood_accuracy_se"]
+        panel.errorbar(x, y, up, across, label=model, **_bars(colour), **style)
+        start, end = curve["alpha"] == 0, curve["alpha"] == 1
+        panel.plot(x[start], y[start], zorder=4, **_ZERO)
+        panel.plot(x[end], y[end], zorder=4, color=colour, mfc=style.get("mfc"), **_END)
+
+
+def _matched(part: pd.DataFrame, accuracies: pd.DataFrame) -> pd.DataFrame:
+    """The sharpnesses with the accuracy of the same model at the same alpha, where there is one."""
+    names = {"accuracy": "ood_accuracy", "accuracy_se": "ood_accuracy_se"}
+    found = accuracies.assign(position=accuracies["alpha"].round(9)).rename(columns=names)
+    return part.assign(position=part["alpha"].round(9)).merge(
+        found[["model", "position", *names.values()]], on=["model", "position"]
+    )

@@ -1,0 +1,222 @@
+"""What all figures share: colours, sizes, legends, and how the measurement is put in words."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+
+from ..studies.path import STUDY as INTERPOLATION
+from ..studies.path import best_gains, summarize
+from ..studies.sharpness import student_t
+
+# Paul Tol's "muted" scheme: nine colours that stay apart under the common colour deficiencies.
+MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
+GREY = "0.3"
+SMALL = 7.5  # points
+
+Style = dict[str, Any]
+Place = Literal["outside upper center", "outside lower center"]
+BEATS: Style = {"ls": "-", "lw": 1.2, "marker": "o", "ms": 3}
+FAILS: Style = {"ls": (0, (3.5, 1.5)), "lw": 1.2, "marker": "o", "ms": 3.5, "mfc": "white"}
+ZERO_SHOT: Style = {"ls": ":", "lw": 1, "color": GREY}
+# Apart by line and marker, so that colour only helps.
+CURVES: list[Style] = [
+    {"color": colour, "marker": marker, "ls": line, "lw": 1.2, "ms": 3}
+    for colour, marker, line in zip(MUTED, "os^vDPX<>", ["-", "--", "-."] * 3, strict=True)
+]
+# The columns that tell one measurement of sharpness from another.
+SETTING = "rho dataset on estimator noise adaptive noise_batch normalized".split()
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, which draws and saves without a display."""
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain(panel: Axes) -> None:
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def points(panel: Axes, x: float, y: float) -> ScaledTranslation:
+    """A shift by so many points, for what stands beside a panel."""
+    figure: Any = panel.get_figure()
+    return ScaledTranslation(x / 72, y / 72, figure.dpi_scale_trans)
+
+
+def colours(count: int) -> list[Any]:
+    """Nine that the eye tells apart; beyond that, an even scale in the order of the models."""
+    if count <= len(MUTED):
+        return list(MUTED[:count])
+    return list(colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def key(label: str, style: Style, **other: Any) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], label=label, **{"color": GREY, **style, **other})
+
+
+def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str = "") -> float:
+    """Adds a legend in as few lines as the figure's width allows; returns its height in inches."""
+
+    def make(columns: int) -> Legend:
+        legend: Legend = figure.legend(
+            handles=handles, loc=place, ncols=columns, fontsize=SMALL, frameon=False
+        )
+        legend.set_title(title)
+        legend.get_title().set_fontsize(SMALL)
+        legend.get_title().set_multialignment("center")
+        return legend
+
+    legend = make(len(handles))
+    if legend.get_window_extent().width > figure.bbox.width:
+        legend.remove()
+        legend = make(1)  # as wide as the widest entry
+        spacing = legend.columnspacing * SMALL * figure.dpi / 72
+        fitting = max(1, figure.bbox.width // (legend.get_window_extent().width + spacing))
+        legend.remove()
+        lines = math.ceil(len(handles) / fitting)
+        legend = make(math.ceil(len(handles) / lines))
+    return float(legend.get_window_extent().height / figure.dpi)
+
+
+def wrap(figure: Figure, *sentences: str) -> str:
+    """The sentences as lines that fit the figure's width; empty ones are left out."""
+    return textwrap.fill(" ".join(filter(None, sentences)), int(18 * figure.get_figwidth()))
+
+
+def lost(values: Iterable[float], what: str) -> str:
+    """How many of the values are not finite, as a sentence; nothing if all are."""
+    finite = np.isfinite(np.asarray(values, dtype=float))
+    return (
+        ""
+        if finite.all()
+        else f"{(~finite).sum():,} of {finite.size:,} {what} are not finite, and not drawn."
+    )
+
+
+def margin(rows: pd.DataFrame) -> pd.Series:
+    """Half the 95 % interval of each sharpness: 0 where it is exact, NaN without a standard error."""
+    error = rows["sharpness_se"]
+    return (student_t(rows) * error).where(error != 0, 0.0)
+
+
+def unknown_errors(rows: pd.DataFrame) -> str:
+    """How many values of sharpness have no interval, as a sentence; nothing if all do."""
+    count = int(margin(rows).isna().sum())
+    return (
+        f"{count} of {len(rows)} have no standard error (a worst case, or one draw): no bar." if count else ""
+    )
+
+
+def stated(rows: pd.DataFrame) -> str:
+    """How a sharpness was measured, as a sentence, from the columns of its rows."""
+    rows = rows[rows["draws"].fillna(1) > 0]  # where nothing is perturbed, nothing is drawn
+    flags = [("not adaptive", "adaptive", False), ("logits normalised", "normalized", True)]
+    parts = [
+        text.format(several(values))
+        for text, column in (
+            (r"$\rho$ = {}", "rho"),
+            ("{} draws", "draws"),
+            ("{} images", "samples"),
+            ("seed {}", "seed"),
+            ("estimator {}", "estimator"),
+            ("{} noise", "noise"),
+            ("on {} weights", "on"),
+            ("noise anew every {} images", "noise_batch"),
+        )
+        if len(values := rows[column].dropna().unique())
+    ]
+    parts += [text for text, column, flag in flags if (rows[column] == flag).any()]
+    return ", ".join(parts) + "."
+
+
+def setting(rows: pd.DataFrame) -> str:
+    """What one measurement of sharpness is told by at a glance."""
+    first = rows.iloc[0]
+    return f"$\\rho$ = {first['rho']:g} on {first['dataset']}\n{first['estimator']}, {first['on']} weights"
+
+
+def several(values: Iterable[Any]) -> str:
+    """Up to three values as they are, more by their ends."""
+    found = sorted(values)
+    texts = [
+        x if isinstance(x, str) else f"{x:,}" if isinstance(x, int | np.integer) else f"{x:g}" for x in found
+    ]
+    return " or ".join(texts) if len(texts) <= 3 else f"{texts[0]} to {texts[-1]}"
+
+
+def short(names: Sequence[str]) -> dict[str, str]:
+    """Names of layers without what they share, and from their first number on, while they differ.
+
+    ``visual.transformer.resblocks.3.attn.in_proj`` becomes ``3.attn.in_proj``.
+    """
+    parts = [name.split(".") for name in names]
+    rest = []
+    for part in parts:
+        alike = [other for other in parts if other[0] == part[0]]
+        same = 0
+        while all(len(other) > same + 1 and other[same] == part[same] for other in alike):
+            same += 1
+        rest.append(".".join(part[same:]))
+    tails = [re.sub(r"^.*?(?<![^.])(?=\d+(\.|$))", "", name) for name in rest]
+    unique = next(texts for texts in (tails, rest, names) if len(set(texts)) == len(names))
+    return dict(zip(names, unique, strict=True))
+
+
+def ood_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the interpolation on out-of-distribution data, which may be none."""
+    return rows[(rows["study"] == INTERPOLATION) & rows["ood"].fillna(False)]
+
+
+def ood_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """:func:`rft_fast.studies.summarize` of those rows; without any, an empty one."""
+    rows = ood_rows(rows)
+    return pd.DataFrame(columns=["model", "dataset", "gain", "best_alpha"]) if rows.empty else summarize(rows)
+
+
+def ood_gains(rows: pd.DataFrame) -> pd.Series:
+    """What :func:`best_gains` gives for the out-of-distribution sets; empty without them."""
+    ood_summary(rows)  # refuses an incomplete path
+    far = ood_rows(rows)
+    return pd.Series(dtype=float) if far.empty else best_gains(far)
+
+
+def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[str], str]:
+    """At most count models, those of the highest and the lowest gains, and a sentence that says so."""
+    if len(models) <= count:
+        return list(models), ""
+    if not set(models) <= set(gains.index):
+        return list(models[:count]), f"The first {count} of {len(models)} models."
+    ranked = list(gains[list(models)].sort_values(ascending=False, kind="stable").index)
+    half = count // 2
+    return ranked[: count - half] + ranked[-half:], (
+        f"Of {len(models)} models, those with the {count - half} highest and the {half} lowest gains in "
+        "mean OOD accuracy."
+    )
+
+
+def mode(model: str, gains: pd.Series) -> str:
+    """What the mean out-of-distribution accuracy says of a model; nothing where it is not known."""
+    if model not in gains:
+        return ""
+    return "failure" if gains[model] <= 0 else f"gain {100 * gains[model]:+.1f}"
+
+
+def modes_explained(gains: pd.Series) -> str:
+    return "" if gains.empty else "Gain (in points) and failure: in mean out-of-distribution accuracy."

@@ -1,0 +1,283 @@
+"""Figure 5 of the paper, Algorithm 1: prune the straggler layers, then interpolate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .estimators import Protocol
+from .layers import layerwise_interpolation, stragglers
+from .path import check_alphas, check_evaluator
+from .rows import Progress, Sink, complete, frame, scored
+from .sharpness import layerwise_sharpness, near_zero
+
+if TYPE_CHECKING:
+    from ..evaluate import Evaluator, Scores
+    from ..path import Path
+
+STUDY = "prune"
+CRITERIA = ("sharpness", "instability")
+METHODS = ("zero", "zeroshot", "rescale", "magnitude")
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One way of pruning. No method: the path as it is."""
+
+    method: str | None = None
+    criterion: str | None = None
+    layers: tuple[str, ...] = ()
+    seed: int | None = None
+    control: bool | None = None
+
+
+def prune_stragglers(
+    path: Path,
+    evaluator: Evaluator,
+    alphas: Iterable[float],
+    keep: float = 0.5,
+    criterion: str = "sharpness",
+    draws: int = 5,
+    layers: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    *,
+    methods: Sequence[str] = ("zero",),
+    seeds: Sequence[int] = (0, 1, 2),
+    control: bool = True,
+    rho: float = 1.0,
+    protocol: Protocol | None = None,
+    model: str = "",
+    sink: Sink | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Scores the path with straggler layers of the fine-tuned weights pruned (Algorithm 1).
+
+    The live model is as it was before once the study ends, also when it fails.
+
+    Args:
+        path: the live model between its two ends.
+        evaluator: scores the path's live model.
+        alphas: positions in [0, 1], with 0 and 1 among them.
+        keep: the fraction of a straggler's weights that survives, in (0, 1).
+        criterion: how stragglers are told when ``layers`` are not given: ``"sharpness"``, Algorithm 1's:
+            layer-wise sharpness near zero on every data set of the evaluator, see
+            :func:`rft_fast.studies.near_zero`; or ``"instability"``, Def. 1.2: unstable on at least one
+            of them, see :func:`rft_fast.studies.stragglers`.
+        draws: of noise for the sharpness of each layer.
+        layers: names or ``re:`` patterns of the layers to prune, instead of a criterion; the rows then say
+            ``"named"``. Several choices at once: a mapping from what the rows shall say to layers.
+        methods: what becomes of pruned weights w1. ``"zero"``: 0, the paper's; ``"zeroshot"``: w0;
+            ``"rescale"``: w0, and what survives moves 1 / keep as far from w0 (DARE, Yu et al. 2024).
+            These three prune at random, each weight on its own. ``"magnitude"``: 0, for the smallest
+            |w1| of each tensor.
+        seeds: of the random masks, and of the choice of layers for the control; one curve each.
+        control: also prune as many layers chosen at random among the others (all of them, with a warning,
+            where they are fewer).
+        rho: noise scale for the sharpness of each layer.
+        protocol: how that is measured; None: ``Protocol(on="finetuned")``.
+        model: name of the fine-tuned model, written into the rows.
+        sink: called with each row, a position's rows once it is measured.
+        progress: called with 1 after each position of a curve.
+
+    Returns:
+        One row per (curve, alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. The
+        unpruned path has no ``method``. ``gain`` and ``rise`` compare with zero-shot, ``change`` with the
+        unpruned path at the same alpha, all paired over samples. When no layer meets a criterion, a
+        warning says so and it has no rows.
+
+    Raises:
+        ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, a bad keep, criterion,
+            method or seed, an unknown or inert layer, an evaluator of another model.
+    """
+    grid = check_alphas(alphas)
+    check_evaluator(path, evaluator, STUDY)
+    _check(keep, criterion, methods, seeds)
+    if layers is None:
+        protocol = protocol or Protocol(on="finetuned")
+        chosen = {criterion: _find(path, evaluator, grid, criterion, rho, draws, protocol)}
+    else:
+        named = layers if isinstance(layers, Mapping) else {"named": layers}
+        chosen = {label: path.select(names) for label, names in named.items()}
+    variants = [_Variant()]
+    for label, names in chosen.items():
+        if not names:
+            of = f" of {model}" if model else ""
+            warnings.warn(f"prune: no layer{of} is a straggler by {label}; none is pruned", stacklevel=2)
+        variants += _variants(path.layers, label, names, methods, seeds, control)
+    rows: list[dict[str, object]] = []
+    unpruned: dict[float, dict[str, Scores]] = {}
+    for variant in variants:
+        for alpha in grid:
+            start = perf_counter()
+            if variant.method is not None and alpha == 0:
+                scores = unpruned[0.0]  # pruned fine-tuned weights do not reach alpha = 0
+            else:
+                with path.at(alpha), _pruned(path, alpha, keep, variant):
+                    scores = evaluator.scores()
+            seconds = perf_counter() - start
+            if variant.method is None:
+                unpruned[alpha] = scores
+            for name, score in scores.items():
+                row = scored(STUDY, evaluator, name, scores, seconds)
+                row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
+                row["gain"], row["gain_se"] = score.gain_over(unpruned[0.0][name])
+                row["rise"], row["rise_se"] = score.rise_over(unpruned[0.0][name])
+                row["change"], row["change_se"] = score.gain_over(unpruned[alpha][name])
+                if variant.method is not None:
+                    row |= {"keep": keep, "layer": ", ".join(variant.layers), "seed": variant.seed}
+                    row |= {name: getattr(variant, name) for name in ("method", "criterion", "control")}
+                rows.append(complete(row))
+                if sink is not None:
+                    sink(rows[-1])
+            if progress is not None:
+                progress(1)
+    return frame(rows)
+
+
+def _check(keep: float, criterion: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    if not 0 < keep < 1:
+        raise ValueError(f"prune: keep must lie between 0 and 1, the fraction that survives; got {keep}")
+    if criterion not in CRITERIA:
+        raise ValueError(f"prune: criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")
+    if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
+        raise ValueError(f"prune: methods must be some of {', '.join(METHODS)}; got {methods!r}")
+    wrong = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32]
+    if not seeds or wrong or len(set(seeds)) < len(seeds):
+        raise ValueError(f"prune: seeds must be distinct integers in [0, 2**32), at least one; got {seeds}")
+
+
+def _find(
+    path: Path,
+    evaluator: Evaluator,
+    grid: Sequence[float],
+    criterion: str,
+    rho: float,
+    draws: int,
+    protocol: Protocol,
+) -> list[str]:
+    if criterion == "instability":
+        facts = stragglers(layerwise_interpolation(path, evaluator, grid))
+        return list(facts.loc[facts["straggler"], "layer"].unique())
+    facts = near_zero(layerwise_sharpness(path, evaluator, grid, [rho], draws, protocol=protocol))
+    everywhere = facts.groupby("layer", sort=False)["near_zero"].all()
+    return list(everywhere.index[everywhere])
+
+
+def _variants(
+    layers: Sequence[str],
+    criterion: str,
+    chosen: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    control: bool,
+) -> list[_Variant]:
+    if not chosen:
+        return []
+    others = [layer for layer in layers if layer not in set(chosen)]
+    if control and len(others) < len(chosen):
+        warnings.warn(
+            f"prune: the control to {len(chosen)} layers by {criterion} has only {len(others)} other layers",
+            stacklevel=3,
+        )
+    found = []
+    for method in methods:
+        # Pruning by magnitude is not random, so one curve tells all.
+        masks = seeds[:1] if method == "magnitude" else seeds
+        found += [_Variant(method, criterion, tuple(chosen), seed, False) for seed in masks]
+        if control and others:
+            picked = [_random(others, len(chosen), seed) for seed in seeds]
+            found += [
+                _Variant(method, criterion, names, seed, True)
+                for names, seed in zip(picked, seeds, strict=True)
+            ]
+    return found
+
+
+def _random(layers: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    # RandomState's stream is frozen for good, so a seed means the same layers everywhere.
+    picked = np.random.RandomState(seed).permutation(len(layers))[:count]
+    return tuple(layers[index] for index in sorted(picked))
+
+
+@contextmanager
+def _pruned(path: Path, alpha: float, keep: float, variant: _Variant) -> Iterator[None]:
+    """The model, which is at alpha, with the variant's layers pruned."""
+    layers = list(variant.layers)
+    if variant.method is None:
+        yield
+    elif variant.method == "magnitude":
+        with path.borrowed(layers) as weights:
+            for weight in weights:
+                _interpolate(weight.live, weight.zeroshot, _largest(weight.finetuned, keep), alpha)
+            yield
+    else:
+        # (1 - alpha) w0 + alpha (w0 + mask (w1 - w0) / keep) is the masked path at alpha / keep.
+        at = alpha / keep if variant.method == "rescale" else alpha
+        fill = "zero" if variant.method == "zero" else "zeroshot"
+        buffers = [t for layer in layers for t in path.tensors(layer) if not isinstance(t, nn.Parameter)]
+        there = [buffer.clone() for buffer in buffers]  # at alpha, and they stay there
+        path.write(at, layers=layers, keep=keep, fill=fill, seed=variant.seed or 0)
+        for buffer, value in zip(buffers, there, strict=True):
+            buffer.copy_(value)
+        yield
+
+
+@torch.no_grad()
+def _interpolate(live: Tensor, zeroshot: Tensor, finetuned: Tensor, alpha: float) -> None:
+    live.copy_(torch.lerp(zeroshot.float(), finetuned.float(), alpha))
+
+
+def _largest(values: Tensor, keep: float) -> Tensor:
+    """All but the ``round(keep * n)`` values that are largest in magnitude set to zero."""
+    flat = values.detach().flatten()
+    kept = flat.abs().topk(round(keep * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(values)
+
+
+def pruning_effect(rows: pd.DataFrame) -> pd.DataFrame:
+    """What pruning did to accuracy, over mask seeds.
+
+    Args:
+        rows: of :func:`prune_stragglers`; rows of other studies among them are left aside.
+
+    Returns:
+        One row per (model, data set, criterion, method, keep, control): ``layers`` (of the first seed),
+        ``seeds`` (how many); ``change``, the mean over seeds and over alpha > 0 of A(pruned) - A(unpruned),
+        and ``change_se``, its standard error over seeds for the images at hand (NaN for one seed);
+        ``gain``, the highest mean over seeds of A(alpha) - A(0), where it is (``best_alpha``), and
+        ``unpruned_gain``, the same for the unpruned path. Choosing the best alpha on the same images makes
+        both gains optimistic, the mean change not.
+
+    Raises:
+        ValueError: no rows of the study.
+    """
+    rows = rows[rows["study"] == STUDY]
+    if rows.empty:
+        raise ValueError(f"pruning_effect: expected rows of the study {STUDY!r}, got none")
+    keys = ["model", "dataset", "criterion", "method", "keep", "control"]
+    plain = rows[rows["method"].isna()].groupby(["model", "dataset"])["gain"].max()
+    found = []
+    for key, group in rows[rows["method"].notna()].groupby(keys, sort=False):
+        fact = dict(zip(keys, key, strict=True))
+        changes = group[group["alpha"] > 0].groupby("seed")["change"].mean()
+        gains = group.groupby("alpha")["gain"].mean()
+        fact |= {
+            "layers": str(group["layer"].iloc[0]).split(", "),
+            "seeds": len(changes),
+            "change": changes.mean(),
+            "change_se": changes.sem(),
+            "gain": gains.max(),
+            "best_alpha": gains.idxmax(),
+            "unpruned_gain": plain[fact["model"], fact["dataset"]],
+        }
+        found.append(fact)
+    columns = [*keys, "layers", "seeds", "change", "change_se", "gain", "best_alpha", "unpruned_gain"]
+    return pd.DataFrame(found, columns=columns)

@@ -1,0 +1,206 @@
+"""Figures 3 and 4 of the paper: how much the loss rises under noise, for the model and layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
+
+from .estimators import Estimate, Protocol, Target, estimate
+from .path import check_evaluator
+from .rows import Progress, Sink, complete, frame
+
+if TYPE_CHECKING:
+    from ..evaluate import Evaluator
+    from ..path import Path
+
+STUDY = "sharpness"
+LAYER_STUDY = "layer-sharpness"
+MARGIN = 0.02  # nats: sharpness that counts as zero
+
+
+def sharpness(
+    path: Path,
+    evaluator: Evaluator,
+    alphas: Iterable[float],
+    rhos: Iterable[float],
+    draws: int = 20,
+    *,
+    protocol: Protocol | None = None,
+    model: str = "",
+    sink: Sink | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """General sharpness along the path (Eq. 3): ``E[L(w + delta)] - L(w)``, all layers perturbed.
+
+    ``delta ~ N(0, rho^2 diag(c^2))``, ``c = |w|`` when adaptive, at ``w = theta(alpha)``. The live model
+    is as it was before once the study ends, also when it fails.
+
+    Args:
+        path: the live model between its two ends.
+        evaluator: scores the path's live model, with its own loss.
+        alphas: finite positions, each once.
+        rhos: noise scales above 0, each once; the paper's Figure 3 has 1.0.
+        draws: of noise, for each (alpha, rho, data set); what else they are, see
+            :class:`rft_fast.studies.Protocol`.
+        protocol: how it is measured; None: Protocol().
+        model: name of the fine-tuned model, written into the rows.
+        sink: called with each row as soon as it is measured.
+        progress: called with 1 after each (alpha, data set).
+
+    Returns:
+        One row per (alpha, rho, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` and
+        ``accuracy`` are means over the draws. Standard errors are those of the draws, for the images
+        at hand. ``reached`` tells whether a wanted standard error was.
+
+    Raises:
+        ValueError: bad alphas, rhos or draws, an evaluator of another model.
+    """
+    protocol = protocol or Protocol()
+    targets = [Target(None, 0)]
+    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, sink, progress)
+
+
+def layerwise_sharpness(
+    path: Path,
+    evaluator: Evaluator,
+    alphas: Iterable[float],
+    rhos: Iterable[float],
+    draws: int = 20,
+    layers: Sequence[str] | None = None,
+    *,
+    protocol: Protocol | None = None,
+    model: str = "",
+    sink: Sink | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Sharpness of each layer along the path (Sec. 3.1).
+
+    One layer of the *fine-tuned* weights is perturbed, then the whole model interpolated as usual, so
+    that at alpha = 0 it is exactly zero; ``Protocol(on="interpolated")`` perturbs the interpolated
+    weights instead. Layers are taken in the order in which the model runs them, so that what comes
+    before a layer runs once for all of its draws. The live model is as it was before once the
+    study ends, also when it fails.
+
+    Args:
+        layers: names or ``re:`` patterns of layers of the path; None: all of them.
+        protocol: how it is measured; None: ``Protocol(on="finetuned")``.
+
+    The other arguments are those of :func:`sharpness`; ``sink`` gets all layers' rows of an alpha and
+    data set together.
+
+    Returns:
+        One row per (alpha, data set, layer, rho), as :func:`sharpness`.
+
+    Raises:
+        ValueError: as :func:`sharpness`, and an unknown layer (with the nearest names) or an inert one
+            (with the reason).
+    """
+    protocol = protocol or Protocol(on="finetuned")
+    check_evaluator(path, evaluator, LAYER_STUDY)
+    targets = [Target(layer, evaluator.stage_of(path.tensors(layer))) for layer in path.select(layers)]
+    targets.sort(key=lambda target: target.stage)
+    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, sink, progress)
+
+
+def _study(
+    path: Path,
+    evaluator: Evaluator,
+    alphas: Iterable[float],
+    rhos: Iterable[float],
+    draws: int,
+    targets: Sequence[Target],
+    protocol: Protocol,
+    study: str,
+    model: str,
+    sink: Sink | None,
+    progress: Progress | None,
+) -> pd.DataFrame:
+    check_evaluator(path, evaluator, study)
+    protocol.check_draws(draws)
+    positions, scales = _numbers("alphas", alphas), _numbers("rhos", rhos)
+    if not all(rho > 0 for rho in scales):
+        raise ValueError(f"{study}: rhos must be above 0; got {scales}")
+    rows: list[dict[str, object]] = []
+    for alpha in positions:
+        for dataset in evaluator.datasets:
+            parts = evaluator.parts(protocol.noise_batch, dataset.name)
+            found = estimate(path, parts, alpha, targets, scales, draws, protocol)
+            for (target, rho), result in found.items():
+                row = {"study": study, "model": model, "dataset": dataset.name, "ood": dataset.ood}
+                row |= {"layer": target.layer, "alpha": alpha, "rho": rho, "keep": 1.0}
+                row |= {"samples": len(dataset.labels), "normalized": evaluator.normalize_logits}
+                row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
+                rows.append(complete(row))
+                if sink is not None:
+                    sink(rows[-1])
+            if progress is not None:
+                progress(1)
+    return frame(rows)
+
+
+def _asked(protocol: Protocol) -> dict[str, object]:
+    names = ("on", "noise", "adaptive", "estimator", "noise_batch", "seed")
+    return {name: getattr(protocol, name) for name in names}
+
+
+def _measured(found: Estimate) -> dict[str, object]:
+    names = "sharpness sharpness_se loss loss_se accuracy accuracy_se draws nonfinite reached seconds"
+    return {name: getattr(found, name) for name in names.split()}
+
+
+def _numbers(name: str, values: Iterable[float]) -> list[float]:
+    """Finite numbers in ascending order, each once."""
+    numbers = sorted(float(value) + 0.0 for value in values)  # + 0.0 turns -0.0 into 0.0
+    if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name}: expected finite numbers, each once and at least one; got {numbers}")
+    return numbers
+
+
+def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
+    """Which layers have no sharpness to speak of, Algorithm 1's criterion, by a stated rule.
+
+    A layer counts as near zero when at every alpha > 0 the whole two-sided 95 % interval of its sharpness
+    lies within ``margin`` of zero: ``|S| + t * se < margin``, with Student's t for ``draws - 1`` (pairs - 1)
+    degrees of freedom. A wide interval is no evidence, so a layer without a finite standard error
+    is never near zero.
+
+    Args:
+        rows: of :func:`layerwise_sharpness`; rows of other studies among them are left aside.
+        margin: in nats.
+
+    Returns:
+        One row per (model, data set, on, rho, estimator, layer) in the order of measurement, with what
+        was found where the interval reaches furthest from zero: ``sharpness``, ``sharpness_se``, its far
+        end ``bound``, ``alpha``, ``draws``; and ``near_zero``, ``margin``.
+
+    Raises:
+        ValueError: no rows of the study with alpha > 0, a margin that is not above 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"near_zero: expected a margin above 0 nats, got {margin}")
+    rows = rows[(rows["study"] == LAYER_STUDY) & (rows["alpha"] > 0)]
+    if rows.empty:
+        raise ValueError(f"near_zero: expected rows of the study {LAYER_STUDY!r} with alpha > 0, got none")
+    keys = ["model", "dataset", "on", "rho", "estimator", "layer"]
+    found = []
+    for key, group in rows.groupby(keys, sort=False):
+        bounds = group["sharpness"].abs() + student_t(group) * group["sharpness_se"]
+        bounds = bounds.to_numpy(dtype=float, na_value=np.nan)
+        at = int(np.argmax(bounds))  # argmax finds a NaN, max would hide it
+        worst = group.iloc[at]
+        fact = {name: worst[name] for name in ("sharpness", "sharpness_se", "alpha", "draws")}
+        near = bool(bounds[at] < margin)
+        found.append({**dict(zip(keys, key, strict=True)), **fact, "bound": bounds[at], "near_zero": near})
+    return pd.DataFrame(found).assign(margin=margin)
+
+
+def student_t(rows: pd.DataFrame) -> pd.Series:
+    """For each row of a sharpness, Student's t of its two-sided 95 % interval; NaN for a single draw."""
+    pairs = rows["estimator"] == "antithetic"
+    freedom = (rows["draws"] // pairs.map({True: 2, False: 1}) - 1).astype("float64")
+    return pd.Series(stdtrit(freedom.where(freedom > 0), 0.975), index=rows.index)

@@ -1,0 +1,260 @@
+"""The correlation study against ranks worked out by hand, brute force over pairs, and simulation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kendalltau, spearmanr
+
+from rft_fast import studies
+from rft_fast.studies.correlation import correlation
+
+ALPHAS = (0.0, 0.5, 1.0)
+Row = dict[str, object]
+
+
+def path(model: str, accuracies: list[float], dataset: str = "far", ood: bool = True) -> list[Row]:
+    """Rows of an interpolation with these accuracies at ALPHAS."""
+    return [
+        {
+            "study": "interpolation", "model": model, "dataset": dataset, "ood": ood, "alpha": alpha,
+            "samples": 10, "accuracy": accuracy, "gain": accuracy - accuracies[0], "gain_se": 0.01,
+            "loss": 1.0, "rise": 0.0, "rise_se": 0.1,
+        }
+        for alpha, accuracy in zip(ALPHAS, accuracies, strict=True)
+    ]  # fmt: skip
+
+
+def sharp(model: str, values: list[float], layer: str | None = None, **other: object) -> list[Row]:
+    """Rows of a sharpness with these values at the alphas above 0; at 0 it is 0."""
+    return [
+        {
+            "study": "layer-sharpness" if layer else "sharpness", "model": model, "layer": layer,
+            "dataset": "near", "ood": False, "alpha": alpha, "rho": 0.5, "on": "finetuned" if layer else
+            "interpolated", "estimator": "plain", "noise": "normal", "adaptive": True, "seed": 3,
+            "draws": 20 if alpha else 0, "samples": 77, "sharpness": value, "sharpness_se": 0.1, **other,
+        }
+        for alpha, value in zip(ALPHAS, [0.0, *values], strict=True)
+    ]  # fmt: skip
+
+
+def pick(table: pd.DataFrame, **keys: Any) -> dict[str, Any]:
+    for name, value in keys.items():
+        table = table[table[name] == value]
+    (row,) = table.to_dict("records")
+    return {str(name): value for name, value in row.items()}
+
+
+def zoo(x: list[float], accuracy: list[float], **other: object) -> pd.DataFrame:
+    """A zoo whose general sharpness and accuracy at alpha = 1 are these; both vary at 0.5 as well."""
+    rows: list[Row] = []
+    for i, (sharpness, end) in enumerate(zip(x, accuracy, strict=True)):
+        rows += path(f"m{i}", [0.1, 0.2 + 0.01 * i, end])
+        rows += sharp(f"m{i}", [-float(i), sharpness], **other)
+    return studies.frame(rows)
+
+
+def brute_tau_b(x: np.ndarray, y: np.ndarray) -> float:
+    """Concordant minus discordant pairs, over the geometric mean of the pairs untied on each side."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+    balance = sum(np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]) for i, j in pairs)
+    untied = [sum(v[i] != v[j] for i, j in pairs) for v in (x, y)]
+    return float(balance / math.sqrt(untied[0] * untied[1]))
+
+
+def test_ranks_with_ties_by_hand() -> None:
+    # x: 1 2 2 4 5 5, ranks 1 2.5 2.5 4 5.5 5.5; y: ranks 2 1 3 5 4 6. Of 15 pairs 2 are tied in x;
+    # discordant: (0,1) and none else of the untied but (3,4): 11 - 2 = 9.
+    x, y = [1.0, 2.0, 2.0, 4.0, 5.0, 5.0], [0.3, 0.2, 0.4, 0.6, 0.5, 0.7]
+    row = pick(correlation(zoo(x, y)), outcome="accuracy", alpha=1)
+    assert row["kendall"] == pytest.approx(9 / math.sqrt(13 * 15))
+    # Pearson of the ranks: means 3.5; cov sum = 2.5*1.5 + 1*2.5 + 1*.5 + .5*1.5 + 2*.5 + 2*2.5 = 13.5;
+    # sums of squares 16.5 and 17.5.
+    rho = 13.5 / math.sqrt(16.5 * 17.5)
+    assert row["spearman"] == pytest.approx(rho)
+    assert (row["models"], row["nonfinite"]) == (6, 0)
+    for name, variance in (("kendall", 0.437 / 2), ("spearman", (1 + rho**2 / 2) / 3)):
+        low, high = (math.atanh(row[f"{name}_{end}"]) for end in ("low", "high"))
+        assert (low + high) / 2 == pytest.approx(math.atanh(row[name]))
+        assert (high - low) / 2 == pytest.approx(1.959964 * math.sqrt(variance), abs=1e-6)
+    # At alpha = 0.5 sharpness falls as accuracy rises: an exact -1, whose z is infinite.
+    row = pick(correlation(zoo(x, y)), outcome="accuracy", alpha=0.5)
+    assert (row["kendall"], row["spearman"]) == pytest.approx((-1, -1))
+    assert all(math.isnan(row[f"{n}_{end}"]) for n in ("kendall", "spearman") for end in ("low", "high"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_brute_force_over_pairs_and_scipy_agree(seed: int) -> None:
+    x, y = np.random.default_rng(seed).integers(0, 6, (2, 12)).astype(float)
+    row = pick(correlation(zoo(list(x), list(y / 10))), outcome="accuracy", alpha=1)
+    assert row["kendall"] == pytest.approx(brute_tau_b(x, y))
+    assert row["kendall"] == pytest.approx(kendalltau(x, y).statistic)
+    assert row["spearman"] == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_gain_is_the_largest_over_alpha_at_every_alpha_of_sharpness() -> None:
+    # gains .3, .2, .1, 0, 0: the best alpha is 0.5, 1, 1, 0 and 0
+    curves = [[0.5, 0.8, 0.1], [0.5, 0.6, 0.7], [0.5, 0.1, 0.6], [0.5, 0.4, 0.3], [0.5, 0.2, 0.5]]
+    rows = [row for i, curve in enumerate(curves) for row in path(f"m{i}", curve)]
+    sharpness = np.array([[1, 2, 3, 4, 5], [5, 1, 4, 2, 3]])
+    rows += [row for i in range(5) for row in sharp(f"m{i}", list(sharpness[:, i].astype(float)))]
+    table = correlation(studies.frame(rows))
+    assert table["alpha"].tolist() == [0.5, 1, 0.5, 1]
+    for alpha, x in zip((0.5, 1), sharpness, strict=True):
+        row = pick(table, outcome="gain", alpha=alpha)
+        assert row["kendall"] == pytest.approx(brute_tau_b(x, np.array([3, 2, 1, 0, 0])))
+
+
+@pytest.mark.parametrize(("n", "r"), [(9, 0.0), (9, 0.6), (30, 0.0), (30, 0.8)])
+def test_intervals_cover_the_truth(n: int, r: float) -> None:
+    """Each layer of the zoo is one repetition: a sample of n models from a bivariate normal."""
+    rng = np.random.default_rng(n)
+    rows = [row for m in range(n) for row in path(f"m{m}", [0.0, 0.0, m / n])]
+    for i in range(300):
+        x = rng.normal(size=n)
+        y = r * x + math.sqrt(1 - r * r) * rng.normal(size=n)
+        # Only ranks matter: numbering the models by y lets all layers share one set of accuracies.
+        for m, sharpness in enumerate(x[np.argsort(y)]):
+            rows += sharp(f"m{m}", [0.0, sharpness], f"layer {i}")[2:]
+    table = correlation(studies.frame(rows))
+    table = table[table["outcome"] == "accuracy"]
+    assert len(table) == 300
+    truths = {"kendall": 2 / math.pi * math.asin(r), "spearman": 6 / math.pi * math.asin(r / 2)}
+    for name, truth in truths.items():
+        covered = table[f"{name}_low"].le(truth) & table[f"{name}_high"].ge(truth)
+        assert 0.9 <= covered.mean() <= 0.99
+
+
+def layered() -> list[Row]:
+    """Six models with three layers, of which b and c together tell the accuracy, but not alone."""
+    b, c = [1.0, 6.0, 2.0, 5.0, 3.0, 9.0], [9.0, 3.0, 9.0, 7.0, 11.0, 6.0]
+    rows: list[Row] = []
+    for i in range(6):
+        name = f"m{i}"
+        rows += path(name, [0.1, 0.9, b[i] + c[i]]) + path(name, [0.1, 0.2, 0.3], "near", ood=False)
+        rows += sharp(name, [0.0, 1.0]) + sharp(name, [0.0, float(i % 3)], "z.a")
+        rows += sharp(name, [0.0, b[i]], "y.b") + sharp(name, [0.0, c[i]], "x.c")
+    return rows
+
+
+def test_stragglers_are_the_mean_of_their_layers() -> None:
+    table = correlation(studies.frame(layered()), ["y.b", "x.c", "y.b"])
+    table = table[(table["alpha"] == 1) & (table["outcome"] == "accuracy")]
+    assert table["measure"].tolist() == ["general", "stragglers", "layer", "layer", "layer"]
+    assert table["layer"].tolist()[1:] == ["y.b, x.c", "z.a", "y.b", "x.c"]  # in measured order
+    assert pick(table, measure="stragglers")["kendall"] == pytest.approx(1)
+    assert abs(pick(table, layer="y.b")["kendall"]) < 0.6
+    stated = table[["dataset", "measured_on", "rho", "estimator", "draws", "samples", "seed"]]
+    assert (stated == ["far", "near", 0.5, "plain", 20, 77, 3]).all(axis=None)
+    assert table["on"].tolist() == ["interpolated"] + 4 * ["finetuned"]
+    # General sharpness is the same for all models: no correlation, nor an error.
+    assert math.isnan(pick(table, measure="general")["spearman"])
+
+
+def test_stragglers_are_not_guessed() -> None:
+    assert "stragglers" not in set(correlation(studies.frame(layered()))["measure"])
+    assert "stragglers" not in set(correlation(studies.frame(layered()), [])["measure"])
+    with pytest.raises(ValueError, match=r"straggler 'y\.bb'.*nearest of the 3 .*'y\.b'"):
+        correlation(studies.frame(layered()), ["y.bb"])
+
+
+def interpolated(model: str, layer: str, instability: float) -> list[Row]:
+    """Rows of a layer-wise interpolation that rises by twice its instability."""
+    return [
+        {
+            "study": "layers", "model": model, "layer": layer, "dataset": "far", "ood": True, "alpha": alpha,
+            "others": "zeroshot", "samples": 10, "rise": 2 * height, "rise_se": 0.01, "instability": height,
+            "instability_se": 0.01, "instability_accuracy": 0.0, "instability_accuracy_se": 0.01,
+        }
+        for alpha, height in zip(ALPHAS, (0.0, instability, 0.0), strict=True)
+    ]  # fmt: skip
+
+
+def test_stragglers_of_any_model_are_found() -> None:
+    found = [("m0", "z.a", 0.0), ("m0", "y.b", 0.9), ("m0", "x.c", 0.0)]
+    found += [("m5", "z.a", 0.0), ("m5", "y.b", 0.0), ("m5", "x.c", 0.9)]
+    rows = studies.frame([*layered(), *(row for each in found for row in interpolated(*each))])
+    pd.testing.assert_frame_equal(correlation(rows), correlation(rows, ["y.b", "x.c"]))
+    none = studies.frame([*layered(), *interpolated("m0", "y.b", 0.0)])
+    assert "stragglers" not in set(correlation(none)["measure"])
+    unmeasured = studies.frame([*layered(), *interpolated("m0", "w.d", 0.9)])
+    with pytest.raises(ValueError, match=r"no rows of the stragglers \['w\.d'\]"):
+        correlation(unmeasured)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_counted_and_never_dropped(bad: float) -> None:
+    rows = zoo([1.0, bad, 3.0, 4.0, bad, 6.0], [0.3, 0.2, 0.4, 0.6, 0.5, 0.7])
+    table = correlation(rows)
+    row = pick(table, outcome="accuracy", alpha=1)
+    assert (row["models"], row["nonfinite"]) == (6, 2)
+    assert math.isnan(row["kendall"]) and math.isnan(row["spearman"])
+    assert pick(table, outcome="accuracy", alpha=0.5)["nonfinite"] == 0
+
+
+def test_the_models_that_both_have_are_correlated() -> None:
+    x, y = [1.0, 2.0, 3.0, 4.0, 0.0], [0.3, 0.2, 0.4, 0.6, 0.5]
+    rows = zoo(x, y)
+    part = rows[(rows["study"] == "interpolation") | rows["model"].isin(["m0", "m1", "m2", "m3"])]
+    row = pick(correlation(part), outcome="accuracy", alpha=1)
+    assert row["models"] == 4 and row["kendall"] == pytest.approx(4 / 6)
+    assert math.isnan(row["kendall_low"]) and row["spearman_low"] < row["spearman"]  # n = 4
+    part = rows[(rows["study"] == "sharpness") | (rows["model"] != "m4")]
+    assert pick(correlation(part), outcome="accuracy", alpha=1)["models"] == 4
+    two = rows[(rows["study"] == "interpolation") | rows["model"].isin(["m0", "m1"])]
+    with pytest.raises(ValueError, match=r"at least 3 models .* got 2; .*sharpness: \['m0', 'm1'\]"):
+        correlation(two)
+    # With another setting that has enough models, the two are told of, and not refused.
+    both = pd.concat([two, rows[rows["study"] == "sharpness"].assign(rho=2.0)])
+    row = pick(correlation(both), outcome="accuracy", alpha=1, rho=0.5)
+    assert row["models"] == 2 and math.isnan(row["kendall"])
+
+
+def test_an_alpha_without_accuracies_has_no_models() -> None:
+    rows = zoo([1.0, 2.0, 3.0], [0.3, 0.2, 0.4])
+    table = correlation(rows[(rows["study"] == "sharpness") | (rows["alpha"] != 0.5)])
+    assert pick(table, outcome="accuracy", alpha=0.5)["models"] == 0
+    assert pick(table, outcome="gain", alpha=0.5)["models"] == 3
+    nudged = rows.assign(alpha=rows["alpha"].where(rows["study"] == "sharpness", rows["alpha"] - 1e-12))
+    nudged["alpha"] = nudged["alpha"].clip(lower=0)
+    assert pick(correlation(nudged), outcome="accuracy", alpha=0.5)["models"] == 3
+
+
+def test_settings_are_kept_apart() -> None:
+    rows = zoo([1.0, 2.0, 3.0], [0.3, 0.2, 0.4])
+    sharpness = rows[rows["study"] == "sharpness"]
+    others = [
+        sharpness.assign(**{name: value}, sharpness=-sharpness["sharpness"])
+        for name, value in {"rho": 2.0, "on": "finetuned", "estimator": "apgd-l2", "dataset": "b"}.items()
+    ]
+    table = correlation(pd.concat([rows, *others]))
+    ends = table[(table["alpha"] == 1) & (table["outcome"] == "accuracy")]
+    assert len(ends) == 5
+    assert ends["kendall"].tolist() == pytest.approx([1 / 3] + 4 * [-1 / 3])
+
+
+def test_bad_rows_are_refused() -> None:
+    rows = zoo([1.0, 2.0, 3.0], [0.3, 0.2, 0.4])
+    sharpness, measured = rows["study"] == "sharpness", rows[rows["study"] == "sharpness"]
+    with pytest.raises(ValueError, match="'interpolation' on out-of-distribution data, got none"):
+        correlation(measured)
+    with pytest.raises(ValueError, match="out-of-distribution data, got none"):
+        correlation(rows.assign(ood=False))
+    with pytest.raises(ValueError, match="the study sharpness or layer-sharpness, got none"):
+        correlation(rows[~sharpness])
+    with pytest.raises(ValueError, match=r"add \[1.0\]"):
+        correlation(rows[sharpness | (rows["alpha"] < 1)])
+    with pytest.raises(ValueError, match=r"rho=0.5: 1 of 6 rows are missing, say 'm1' at alpha=1"):
+        correlation(rows[~(sharpness & (rows["model"] == "m1") & (rows["alpha"] == 1))])
+    with pytest.raises(ValueError, match=r"measured more than once, say 'm0' at alpha=0\.5"):
+        correlation(pd.concat([rows, measured.assign(seed=4)]))
+    with pytest.raises(ValueError, match=r"one noise, got \['normal', 'uniform'\]"):
+        correlation(pd.concat([rows, measured.assign(noise="uniform")]))
+    layers = studies.frame(layered())
+    gone = (layers["layer"] == "y.b") & (layers["model"] == "m3")
+    with pytest.raises(ValueError, match=r"2 of 36 rows are missing, say 'm3', y\.b at alpha=0.5"):
+        correlation(layers[~gone])

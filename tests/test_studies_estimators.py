@@ -1,0 +1,736 @@
+"""Estimators of sharpness against the truth: all sign patterns, the exact Hessian, closed-form maxima."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rft_fast.datasets import Dataset
+from rft_fast.evaluate import Evaluator
+from rft_fast.kernels import noise_like
+from rft_fast.path import Path
+from rft_fast.studies import ESTIMATORS, Protocol
+from rft_fast.studies.estimators import Estimate, Target, estimate
+
+State = dict[str, Tensor]
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+SAMPLING = ("plain", "antithetic", "gradient")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_state(model: nn.Module, seed: int, size: float = 1.0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: size * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
+
+
+def pixels(n: int, classes: int = 2, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 1, 1), dtype=torch.uint8, generator=generator)
+    return Dataset("set", images, torch.randint(0, classes, (n,), generator=generator), MEAN, STD)
+
+
+def inputs(data: Dataset) -> Tensor:
+    mean, std = (torch.tensor(x).double().view(3, 1, 1) for x in (MEAN, STD))
+    return ((data.images.double() / 255 - mean) / std).flatten(1)
+
+
+class Two(nn.Module):
+    """Two layers, and a weight that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.idle = nn.Parameter(torch.zeros(2))
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(images.flatten(1))))
+        return out
+
+
+class Setting:
+    """A path, its evaluator, and the same model in float64 as a function of its weights."""
+
+    def __init__(
+        self, model: nn.Module, n: int = 24, classes: int = 2, size: float = 1.0, batch: int = 64
+    ) -> None:
+        self.model = model
+        self.zero, self.one = random_state(model, 1, size), random_state(model, 2, size)
+        self.path = Path(model, self.zero, self.one)
+        self.data = pixels(n, classes)
+        self.evaluator = Evaluator(model, [self.data], batch)
+        self.names = [name for name, _ in model.named_parameters()]
+        self.shapes = {name: tensor.shape for name, tensor in self.zero.items()}
+        self._x = inputs(self.data)
+
+    def estimate(
+        self, alpha: float, rho: float, draws: int, layer: str | None = None, **how: Any
+    ) -> Estimate:
+        protocol = Protocol(**how)
+        parts = self.evaluator.parts(protocol.noise_batch, "set")
+        target = Target(layer, 0 if layer is None else self.evaluator.stage_of(self.path.tensors(layer)))
+        return estimate(self.path, parts, alpha, [target], [rho], draws, protocol)[target, rho]
+
+    def at(self, alpha: float) -> State:
+        return {n: (1 - alpha) * self.zero[n].double() + alpha * self.one[n].double() for n in self.names}
+
+    def scale(self, alpha: float, on: str, adaptive: bool, layer: str | None = None) -> State:
+        """c: by how much noise of size one moves each weight; none outside of the layer."""
+        ones = {n: torch.ones_like(self.one[n]).double() for n in self.names}
+        of = (self.at(alpha) if on == "interpolated" else self.one) if adaptive else ones
+        factor = 1.0 if on == "interpolated" else alpha
+        found = {n: factor * w.double().abs() for n, w in of.items()}
+        return {n: c if self.inside(n, layer) else 0 * c for n, c in found.items()}
+
+    @staticmethod
+    def inside(name: str, layer: str | None) -> bool:
+        return layer is None or name.rpartition(".")[0] == layer or name == layer
+
+    def logits(self, w: State) -> Tensor:
+        if isinstance(self.model, Two):
+            hidden = torch.tanh(self._x @ w["first.weight"].T + w["first.bias"])
+            return hidden @ w["last.weight"].T + w["last.bias"]
+        return self._x @ w["1.weight"].T + w["1.bias"]
+
+    def loss(self, w: State) -> Tensor:
+        logits = self.logits(w)
+        return (logits.logsumexp(1) - logits[torch.arange(len(logits)), self.data.labels]).mean()
+
+    def moved(self, alpha: float, scale: State, by: State) -> float:
+        w = self.at(alpha)
+        return float(self.loss({n: w[n] + scale[n] * by[n] for n in w}))
+
+    def noise(self, seed: int, draw: int, kind: str) -> State:
+        eps = noise_like([self.zero[n] for n in self.names], seed, draw, kind, impl="reference")
+        return {n: e.double() for n, e in zip(self.names, eps, strict=True)}
+
+    def hessian(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """The exact Hessian over all weights in a row, and for each its index among the names."""
+        w = self.at(alpha)
+        flat = torch.cat([w[n].flatten() for n in self.names])
+        owner = torch.cat([torch.full((w[n].numel(),), i) for i, n in enumerate(self.names)])
+
+        def loss(vector: Tensor) -> Tensor:
+            pieces = vector.split([w[n].numel() for n in self.names])
+            return self.loss({n: p.view(self.shapes[n]) for n, p in zip(self.names, pieces, strict=True)})
+
+        return torch.func.hessian(loss)(flat), owner
+
+
+def linear(n: int = 24) -> Setting:
+    return Setting(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), n)
+
+
+def two(n: int = 24) -> Setting:
+    return Setting(Two(), n, classes=3)
+
+
+# --- draws of noise: the exact expectation --------------------------------------------------------
+
+
+def enumerated(s: Setting, alpha: float, rho: float, on: str) -> np.ndarray:
+    """L(w + delta) - L(w) for every sign pattern of the eight weights, each as likely as any other."""
+    scale, values = s.scale(alpha, on, True), []
+    clean = float(s.loss(s.at(alpha)))
+    for signs in itertools.product((-1.0, 1.0), repeat=8):
+        by = {"1.weight": torch.tensor(signs[:6]).double().view(2, 3), "1.bias": torch.tensor(signs[6:])}
+        values.append(s.moved(alpha, scale, {n: rho * b for n, b in by.items()}) - clean)
+    return np.array(values)
+
+
+SEEDS, DRAWS, RHO = 120, 8, 0.8
+
+
+@pytest.fixture(scope="module")
+def repeated() -> dict[str, list[Estimate]]:
+    """One estimate for each of many seeds, by every way of drawing."""
+    s = linear()
+    how = {"noise": "rademacher", "on": "interpolated"}
+    return {
+        name: [s.estimate(0.6, RHO, DRAWS, estimator=name, seed=seed, **how) for seed in range(SEEDS)]
+        for name in SAMPLING
+    }
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_unbiased_for_all_sign_patterns(name: str, repeated: dict[str, list[Estimate]]) -> None:
+    truth = enumerated(linear(), 0.6, RHO, "interpolated").mean()
+    values = np.array([found.sharpness for found in repeated[name]])
+    error = values.std(ddof=1) / math.sqrt(SEEDS)
+    assert abs(values.mean() - truth) < 4 * error
+    assert error < truth / 10  # so that was a test
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_standard_errors_are_those_that_seeds_show(name: str, repeated: dict[str, list[Estimate]]) -> None:
+    values = np.array([found.sharpness for found in repeated[name]])
+    told = np.array([found.sharpness_se for found in repeated[name]])
+    # 120 seeds tell a variance to some 13 %; a factor of two would be far outside.
+    assert 0.6 < np.mean(told**2) / values.var(ddof=1) < 1.7
+    hits = np.array([found.accuracy for found in repeated[name]])
+    told = np.array([found.accuracy_se for found in repeated[name]])
+    assert 0.6 < np.mean(told**2) / hits.var(ddof=1) < 1.7
+    # The interval of Student's t with DRAWS - 1 (pairs - 1) degrees of freedom holds the truth in 95 %.
+    truth = enumerated(linear(), 0.6, RHO, "interpolated").mean()
+    t = {7: 2.365, 3: 3.182}[(DRAWS // 2 if name == "antithetic" else DRAWS) - 1]
+    told = np.array([found.sharpness_se for found in repeated[name]])
+    assert 0.89 < np.mean(np.abs(values - truth) < t * told) < 0.995
+
+
+def test_the_variance_falls_as_it_must(repeated: dict[str, list[Estimate]]) -> None:
+    s = linear()
+    values = enumerated(s, 0.6, RHO, "interpolated")
+    w = {n: t.requires_grad_() for n, t in s.at(0.6).items()}
+    slope = dict(zip(w, torch.autograd.grad(s.loss(w), list(w.values())), strict=True))
+    scale = s.scale(0.6, "interpolated", True)
+    along = [
+        RHO * float((slope["1.weight"] * scale["1.weight"] * torch.tensor(p[:6]).view(2, 3)).sum())
+        + RHO * float((slope["1.bias"] * scale["1.bias"] * torch.tensor(p[6:])).sum())
+        for p in itertools.product((-1.0, 1.0), repeat=8)
+    ]
+    exact = {
+        "plain": values.var() / DRAWS,
+        "gradient": (values - np.array(along)).var() / DRAWS,
+        "antithetic": ((values + values[::-1]) / 2).var() / (DRAWS // 2),  # the last pattern is -first
+    }
+    for name, variance in exact.items():
+        got = np.array([found.sharpness for found in repeated[name]]).var(ddof=1)
+        assert got == pytest.approx(variance, rel=0.35), name
+    assert exact["gradient"] < exact["plain"] / 4 and exact["antithetic"] < exact["plain"] / 4
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("noise", ["normal", "uniform"])
+def test_unbiased_also_on_the_finetuned_weights_and_with_noise_by_batch(name: str, noise: str) -> None:
+    """Against 20,000 draws of torch's own noise on one layer, in float64, all at once."""
+    s, rho = two(), 1.0
+    got = s.estimate(
+        0.7, rho, 200, "first", estimator=name, on="finetuned", noise=noise, noise_batch=9, seed=5
+    )
+    w, scale = s.at(0.7), s.scale(0.7, "finetuned", True)
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for key in ("first.weight", "first.bias"):
+        size = (20_000, *scale[key].shape)
+        if noise == "normal":
+            eps = torch.randn(size, generator=generator, dtype=torch.float64)
+        else:
+            eps = 2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1
+        values[key] = w[key] + rho * scale[key] * eps
+    hidden = torch.tanh(
+        torch.einsum("ni,dji->dnj", inputs(s.data), values["first.weight"]) + values["first.bias"][:, None]
+    )
+    logits = hidden @ w["last.weight"].T + w["last.bias"]
+    losses = (logits.logsumexp(2) - logits[:, torch.arange(24), s.data.labels]).mean(1) - s.loss(w)
+    error = math.hypot(got.sharpness_se, float(losses.std()) / math.sqrt(len(losses)))
+    assert abs(got.sharpness - float(losses.mean())) < 4 * error
+    assert abs(losses.mean()) > 6 * error  # not zero for any reason
+
+
+# --- Prop. A.1: the exact Hessian -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", ["interpolated", "finetuned"])
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("layer", [None, "first", "last", "idle"])
+def test_products_are_those_of_the_exact_hessian(on: str, adaptive: bool, layer: str | None) -> None:
+    """Draw by draw: rho^2 / 2 * v_i . (H v)_i with v = c * signs, H from torch.func in float64."""
+    s, alpha, rho = two(), 0.7, 0.3
+    hessian, owner = s.hessian(alpha)
+    scale = s.scale(alpha, on, adaptive)
+    values = []
+    for draw in range(3):
+        eps = s.noise(4, draw, "rademacher")
+        v = torch.cat([(scale[n] * eps[n]).flatten() for n in s.names])
+        mine = torch.tensor([s.inside(s.names[i], layer) for i in owner.tolist()])
+        values.append(rho**2 / 2 * float((v * (hessian @ v))[mine].sum()))
+    got = s.estimate(alpha, rho, 3, layer, estimator="hessian", on=on, adaptive=adaptive, seed=4)
+    assert got.sharpness == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
+    assert got.sharpness_se == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), rel=1e-4, abs=1e-6)
+    assert got.loss == pytest.approx(float(s.loss(s.at(alpha))) + np.mean(values), abs=1e-5)
+    assert (got.draws, got.nonfinite, got.reached) == (3, 0, None)
+    uniform = s.estimate(
+        alpha, rho, 3, layer, estimator="hessian", on=on, adaptive=adaptive, seed=4, noise="uniform"
+    )
+    assert uniform.sharpness == pytest.approx(got.sharpness / 3, rel=1e-6)  # its variance is 1/3
+
+
+def trace(s: Setting, alpha: float, layer: str | None, on: str = "interpolated") -> float:
+    """tr(H * c c^T): the diagonal of the exact Hessian, weighted, over the layer's weights."""
+    hessian, _ = s.hessian(alpha)
+    scale = s.scale(alpha, on, True, layer)
+    c = torch.cat([scale[n].flatten() for n in s.names])
+    return float((hessian.diagonal() * c * c).sum())
+
+
+def test_the_limit_is_the_trace_layer_by_layer_and_adds_up() -> None:
+    s, alpha = two(), 0.7
+    layers = ["first", "last"]
+    exact = {layer: trace(s, alpha, layer) for layer in (None, *layers)}
+    assert exact[None] == pytest.approx(exact["first"] + exact["last"])
+    for layer in (None, *layers):
+        found = s.estimate(alpha, 1.0, 150, layer, estimator="hessian", seed=1)
+        assert abs(2 * found.sharpness - exact[layer]) < 4 * 2 * found.sharpness_se
+        assert found.sharpness_se < abs(exact[layer]) / 10
+
+        errors, distances = [], []
+        for rho in (0.4, 0.1, 0.03):
+            drawn = s.estimate(alpha, rho, 100, layer, seed=2, noise="rademacher")
+            errors.append(2 * drawn.sharpness_se / rho**2)
+            distances.append(abs(2 * drawn.sharpness / rho**2 - exact[layer]))
+            # What is left of higher order is of order rho^2, up to the draws' error and float32.
+            assert distances[-1] < 4 * errors[-1] + 2 * rho**2 + 1e-7 / rho**2
+        assert errors[-1] < abs(exact[layer]) / 10
+    whole, *each = (s.estimate(alpha, 1.0, 5, layer, estimator="hessian") for layer in (None, *layers))
+    assert whole.sharpness == pytest.approx(sum(found.sharpness for found in each), rel=1e-5)
+
+
+@pytest.mark.parametrize("on", ["interpolated", "finetuned"])
+def test_the_same_signs_meet_draw_by_draw_as_rho_shrinks(on: str) -> None:
+    """For the whole model v.Hv is what both tend to, from the same seed: no chance is left between them."""
+    s = two()
+    limit = s.estimate(0.7, 1.0, 10, estimator="hessian", on=on, seed=6)
+    for rho in (0.4, 0.1, 0.03, 0.01):
+        drawn = s.estimate(0.7, rho, 10, on=on, seed=6, noise="rademacher")
+        float32 = 1e-6 / rho**2
+        assert abs(drawn.sharpness / rho**2 / limit.sharpness - 1) < 0.5 * rho + float32
+        assert drawn.sharpness_se / rho**2 == pytest.approx(limit.sharpness_se, rel=3 * rho)
+
+
+def test_small_rho_converges_to_the_trace() -> None:
+    """Without noise in the comparison: every sign pattern of the layer, float64 against the diagonal."""
+    s = linear()
+    exact = trace(s, 0.6, "1")
+    ratios = [2 * enumerated(s, 0.6, rho, "interpolated").mean() / rho**2 / exact for rho in (0.4, 0.2, 0.1)]
+    gaps = [abs(ratio - 1) for ratio in ratios]
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.01
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)  # of second order
+    # The estimator's own numbers converge alike, within their standard errors.
+    for rho, ratio in zip((0.4, 0.2, 0.1), ratios, strict=True):
+        found = s.estimate(0.6, rho, 200, "1", noise="rademacher", seed=3)
+        assert abs(2 * found.sharpness / rho**2 / exact - ratio) < 4 * 2 * found.sharpness_se / rho**2 / exact
+
+
+# --- the worst case -------------------------------------------------------------------------------
+
+
+class Watch:
+    """Records how far the live weights are from where they were, in units of c, at every look."""
+
+    def __init__(self, s: Setting, alpha: float, on: str, adaptive: bool, layer: str | None) -> None:
+        self.looks: list[tuple[float, float, float]] = []  # l2, linf, loss
+        clean, scale = s.at(alpha), s.scale(alpha, on, adaptive, layer)
+        gradient = Evaluator.gradient
+
+        def spied(evaluator: Evaluator, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+            now = {n: p.detach().double().clone() for n, p in s.model.named_parameters()}
+            for name, c in scale.items():
+                if not c.any():
+                    assert (now[name] - clean[name]).abs().max() < 1e-6, f"{name} moved"
+            u = torch.cat([((now[n] - clean[n]) / scale[n]).flatten() for n in s.names if scale[n].any()])
+            found = gradient(evaluator, weights)
+            self.looks.append((float(u.norm()), float(u.abs().max()), found[0]))
+            return found
+
+        self.spied = spied
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("on", ["interpolated", "finetuned"])
+@pytest.mark.parametrize("layer", [None, "first"])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_the_worst_case_stays_in_the_ball_and_beats_a_hundred_guesses(
+    norm: str, on: str, layer: str | None, adaptive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s, alpha = two(), 0.7
+    del s.zero["idle"], s.one["idle"], s.model.idle  # noise of size |0| is none: nothing to divide by
+    s.names.remove("idle")
+    s.path = Path(s.model, s.zero, s.one)
+    rho = (0.8 if norm == "l2" else 0.2) * (1 if adaptive else 0.5)
+    how: dict[str, Any] = {"estimator": f"apgd-{norm}", "on": on, "adaptive": adaptive}
+    watch = Watch(s, alpha, on, adaptive, layer)
+    with monkeypatch.context() as m:
+        m.setattr(Evaluator, "gradient", watch.spied)
+        got = s.estimate(alpha, rho, 12, layer, **how)
+    lengths = [look[0 if norm == "l2" else 1] for look in watch.looks]
+    assert max(lengths) <= rho * (1 + 1e-4) and max(lengths) > 0.9 * rho
+    # What it tells is the worst it saw, the clean weights included.
+    assert watch.looks[0][0] < 1e-5
+    assert got.loss == pytest.approx(max(look[2] for look in watch.looks), abs=1e-5)
+    assert got.loss >= watch.looks[0][2] and got.sharpness > 0
+    assert got.sharpness == pytest.approx(got.loss - float(s.loss(s.at(alpha))), abs=1e-5)
+    assert math.isnan(got.sharpness_se) and got.draws == 12 and got.reached is None
+
+    scale = s.scale(alpha, on, adaptive, layer)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        u = {n: torch.randn(c.shape, generator=generator).double() * (c != 0) for n, c in scale.items()}
+        if norm == "l2":
+            size = math.sqrt(sum(float(part.square().sum()) for part in u.values()))
+            u = {n: rho / size * part for n, part in u.items()}
+        else:
+            u = {n: rho * part.sign() for n, part in u.items()}
+        assert s.moved(alpha, scale, u) <= got.loss + 1e-6
+    again = s.estimate(alpha, rho, 12, layer, **{**how, "seed": 9, "noise": "uniform"})
+    assert (again.loss, again.accuracy) == (got.loss, got.accuracy)  # no chance in it
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(("on", "alpha"), [("interpolated", 0.7), ("finetuned", 0.7), ("finetuned", 1.0)])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_the_worst_case_of_logistic_regression_is_known(
+    norm: str, on: str, alpha: float, adaptive: bool
+) -> None:
+    """One image: the loss falls with the margin, which is linear, so its lowest is at the ball's edge."""
+    s, rho = linear(1), 0.4
+    w = {n: t.requires_grad_() for n, t in s.at(alpha).items()}
+    label = int(s.data.labels[0])
+    logits = s.logits(w)[0]
+    margin = logits[label] - logits[1 - label]
+    slope = torch.autograd.grad(margin, list(w.values()))
+    scale = s.scale(alpha, on, adaptive)
+    c = torch.cat([(g * scale[n]).flatten() for n, g in zip(w, slope, strict=True)])
+    lowest = float(margin.detach()) - rho * float(c.norm() if norm == "l2" else c.abs().sum())
+    got = s.estimate(alpha, rho, 20, estimator=f"apgd-{norm}", on=on, adaptive=adaptive)
+    assert got.loss == pytest.approx(math.log1p(math.exp(-lowest)), rel=1e-5)
+    assert got.accuracy == float(lowest > 0)
+    # A step is as long as the ball is wide: one reaches the edge, and being linear, the maximum.
+    one = s.estimate(alpha, rho, 1, estimator=f"apgd-{norm}", on=on, adaptive=adaptive)
+    assert one.loss == pytest.approx(got.loss, rel=1e-5)
+
+
+def auto_pgd(s: Setting, alpha: float, rho: float, steps: int, norm: str) -> list[float]:
+    """The losses that Auto-PGD meets (Croce & Hein 2020, Algorithm 1), one vector, float64.
+
+    Momentum starts anew wherever the search does.
+    """
+    w = s.at(alpha)
+    clean = torch.cat([w[n].flatten() for n in s.names])
+    scale = torch.cat([s.scale(alpha, "interpolated", True)[n].flatten() for n in s.names])
+    sizes = [w[n].numel() for n in s.names]
+
+    def look(u: Tensor) -> tuple[float, Tensor]:
+        u = u.detach().requires_grad_()
+        pieces = zip(s.names, (clean + scale * u).split(sizes), strict=True)
+        loss = s.loss({n: piece.view(s.shapes[n]) for n, piece in pieces})
+        return float(loss.detach()), torch.autograd.grad(loss, u)[0]
+
+    def project(u: Tensor) -> Tensor:
+        return u.clamp(-rho, rho) if norm == "linf" else u * min(1.0, rho / max(float(u.norm()), 1e-30))
+
+    checks, p = [0.0, 0.22], 0.22
+    while p < 1:
+        p = p + max(checks[-1] - checks[-2] - 0.03, 0.06)
+        checks.append(p)
+    at = {math.ceil(p * steps) for p in checks[1:] if p < 1}
+
+    x = last = torch.zeros_like(clean)
+    f, slope = look(x)
+    seen, best, f_best, slope_best = [f], x, f, slope
+    step, improved, since, halved, f_best_then = 2 * rho, 0, 0, False, f
+    for k in range(1, steps + 1):
+        ascent = slope.sign() if norm == "linf" else slope / slope.norm()
+        z = project(x + step * ascent)
+        new = z if k == 1 else project(x + 0.75 * (z - x) + 0.25 * (x - last))
+        last, x, f_last = x, new, f
+        f, slope = look(x)
+        seen.append(f)
+        improved, since = improved + (f > f_last), since + 1
+        if f > f_best:
+            best, f_best, slope_best = x, f, slope
+        if k in at:
+            halved = improved < 0.75 * since or (not halved and f_best == f_best_then)
+            if halved:
+                step, x, last, f, slope = step / 2, best, best, f_best, slope_best
+            improved, since, f_best_then = 0, 0, f_best
+    return seen
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("rho", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("steps", [2, 12])
+def test_the_worst_case_is_searched_as_published(
+    norm: str, rho: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step, in balls so wide that steps overshoot: sizes are halved, the best is returned to."""
+    s = two()
+    seen: list[float] = []
+    gradient = Evaluator.gradient
+
+    def spied(evaluator: Evaluator, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        found = gradient(evaluator, weights)
+        seen.append(found[0])
+        return found
+
+    monkeypatch.setattr(Evaluator, "gradient", spied)
+    got = s.estimate(0.7, rho, steps, estimator=f"apgd-{norm}")
+    expected = auto_pgd(s, 0.7, rho, steps, norm)
+    assert seen == pytest.approx(expected, rel=1e-3)
+    assert got.loss == pytest.approx(max(expected), rel=1e-3)
+    if (norm, rho, steps) == ("linf", 1.0, 2):
+        assert expected[-1] < max(expected)  # so it is the best that is told, not the last
+
+
+# --- at zero-shot nothing of the fine-tuned weights is left ---------------------------------------
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_noise_on_the_finetuned_weights_is_exactly_nothing_at_zero_shot(name: str) -> None:
+    s = two()
+    s.path.write(0.0, 0.7, seed=1, draw=3)  # the model itself: not one bit differs
+    written = {n: t.clone() for n, t in s.model.state_dict().items()}
+    assert all(torch.equal(written[n], s.zero[n]) for n in written)
+    for layer in (None, "first"):
+        for goal in (None,) if name.startswith("apgd") else (None, 1e-9):
+            got = s.estimate(0.0, 0.7, 4, layer, estimator=name, on="finetuned", goal=goal)
+            assert (got.sharpness, got.sharpness_se, got.draws, got.nonfinite) == (0.0, 0.0, 0, 0)
+            assert got.loss == pytest.approx(float(s.loss(s.at(0.0))), abs=1e-6)
+            assert got.reached is (None if goal is None else True)
+    on_path = s.estimate(0.0, 0.7, 4, "first", estimator=name, on="interpolated")
+    assert on_path.sharpness != 0.0 and on_path.draws == 4
+
+
+# --- draws until the wanted standard error --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SAMPLING, "hessian"])
+def test_draws_grow_until_the_goal_and_are_those_of_a_plain_run(name: str) -> None:
+    s = two()
+    first = s.estimate(0.7, 0.3, 6, estimator=name, seed=2)
+    goal = first.sharpness_se / 4
+    got = s.estimate(0.7, 0.3, 6, estimator=name, seed=2, goal=goal)
+    assert got.reached is True and got.sharpness_se <= goal
+    assert 6 < got.draws < 1000 and not (name == "antithetic" and got.draws % 2)
+    plain = s.estimate(0.7, 0.3, got.draws, estimator=name, seed=2)
+    for field in ("sharpness", "sharpness_se", "loss", "accuracy", "nonfinite"):
+        assert getattr(got, field) == getattr(plain, field), field
+    assert plain.reached is None
+    met = s.estimate(0.7, 0.3, 6, estimator=name, seed=2, goal=first.sharpness_se)
+    assert (met.draws, met.reached) == (6, True)  # a goal that is met at once costs nothing more
+
+
+@pytest.mark.parametrize("name", [*SAMPLING, "hessian"])
+@pytest.mark.parametrize("most", [6, 7, 20])
+def test_a_goal_out_of_reach_is_said_and_the_draws_are_kept(name: str, most: int) -> None:
+    s = two()
+    got = s.estimate(0.7, 0.3, 6, estimator=name, goal=1e-9, most=most)
+    assert got.reached is False and got.draws == most - most % 2
+    plain = s.estimate(0.7, 0.3, got.draws, estimator=name)
+    assert (got.sharpness, got.sharpness_se) == (plain.sharpness, plain.sharpness_se)
+
+
+def test_each_target_and_rho_stops_on_its_own() -> None:
+    s = two()
+    parts = s.evaluator.parts(None, "set")
+    targets, rhos = [Target("first", 0), Target("last", 0)], [0.01, 0.4]
+    protocol = Protocol("plain", goal=0.02)
+    together = estimate(s.path, parts, 0.7, targets, rhos, 4, protocol)
+    assert list(together) == [(target, rho) for target in targets for rho in rhos]
+    assert {found.reached for found in together.values()} == {True}
+    draws = {found.draws for found in together.values()}
+    assert min(draws) == 4 and max(draws) > 20
+    for (target, rho), found in together.items():
+        alone = estimate(s.path, parts, 0.7, [target], [rho], found.draws, Protocol("plain"))[target, rho]
+        assert (found.sharpness, found.sharpness_se) == (alone.sharpness, alone.sharpness_se)
+
+
+# --- losses that are not finite -------------------------------------------------------------------
+
+
+class Bursting(nn.Module):
+    """exp(gate) leaves float32 where the gate passes 88.72: for some draws, not for the clean weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 3)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.mix(images.flatten(1)) * 1e-38 * self.gate.exp()
+        return out
+
+
+def bursting() -> Setting:
+    model = Bursting()
+    zero, one = random_state(model, 1), random_state(model, 2)
+    zero["gate"], one["gate"] = torch.tensor(87.0), torch.tensor(88.0)
+    s = Setting(model, 24, classes=3)
+    s.zero, s.one, s.path = zero, one, Path(model, zero, one)
+    s.evaluator = Evaluator(model, [s.data], batch_size=10)
+    return s
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("noise_batch", [None, 9])
+def test_losses_that_are_not_finite_are_counted_and_never_averaged_away(
+    name: str, noise_batch: int | None
+) -> None:
+    s, rho, draws = bursting(), 0.01, 12
+    sizes = [24] if noise_batch is None else [9, 9, 6]
+    burst = []  # for each draw: how many images
+    for draw in range(draws):
+        pair, sign = (draw // 2, 1 - 2 * (draw % 2)) if name == "antithetic" else (draw, 1)
+        gates = [
+            88.0 * (1 + sign * rho * float(s.noise(3, pair * len(sizes) + part, "normal")["gate"]))
+            for part in range(len(sizes))
+        ]
+        burst.append(sum(n for n, gate in zip(sizes, gates, strict=True) if gate > 88.7228))
+    assert 2 < sum(map(bool, burst)) < draws
+    how: dict[str, Any] = {"estimator": name, "on": "finetuned", "seed": 3, "noise_batch": noise_batch}
+    got = s.estimate(1.0, rho, draws, "gate", **how)
+    assert got.nonfinite == sum(burst) and got.draws == draws
+    assert not math.isfinite(got.sharpness) and math.isnan(got.sharpness_se) and not math.isfinite(got.loss)
+    assert 0 <= got.accuracy < 1  # what has no loss is no hit
+    # A wanted standard error is not reached, and no draws are spent on it.
+    got = s.estimate(1.0, rho, draws, "gate", goal=0.1, **how)
+    assert (got.draws, got.reached) == (draws, False)
+    calm = s.estimate(1.0, rho, draws, "mix", **how)
+    assert calm.nonfinite == 0 and math.isfinite(calm.sharpness)
+
+
+def test_clean_losses_that_are_not_finite_show_everywhere() -> None:
+    s = bursting()
+    s.one["gate"] = torch.tensor(89.0)
+    s.path = Path(s.model, s.zero, s.one)
+    for name in ESTIMATORS:
+        got = s.estimate(1.0, 0.01, 4, "mix", estimator=name)
+        assert got.nonfinite > 0 and not math.isfinite(got.sharpness), name
+    assert s.estimate(0.0, 0.01, 4, "mix", on="finetuned").nonfinite == 0
+
+
+# --- weights come back ----------------------------------------------------------------------------
+
+
+class Failing:
+    """A method of the evaluator that fails when it has been called so many times."""
+
+    def __init__(self, times: int, error: type[BaseException], call: Callable[..., Any]) -> None:
+        self.left, self.error, self.call = times, error, call
+
+    def bound(self) -> Callable[..., Any]:
+        def method(evaluator: Evaluator, *arguments: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error("stop")
+            return self.call(evaluator, *arguments)
+
+        return method
+
+
+def flags(s: Setting) -> list[Any]:
+    return [
+        *((p.requires_grad, p.grad) for p in s.model.parameters()),
+        *(module.training for module in s.model.modules()),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+    ]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("layer", [None, "first"])
+def test_weights_come_back_bit_for_bit(name: str, layer: str | None) -> None:
+    s = two()
+    s.model.last.bias.requires_grad_(False)  # type: ignore[union-attr]
+    s.path.write(0.37, 0.2, seed=8)
+    s.path.write(0.9, layers=["last"])
+    before, flagged = s.path.checksum(), flags(s)
+    first = s.estimate(0.7, 0.3, 4, layer, estimator=name)
+    assert s.path.checksum() == before and flags(s) == flagged
+    assert s.path.alpha is None
+    second = s.estimate(0.7, 0.3, 4, layer, estimator=name)
+    assert (first.sharpness, first.loss) == (second.sharpness, second.loss)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("times", [0, 3])
+def test_weights_come_back_after_a_failure(
+    name: str, error: type[BaseException], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = two()
+    s.path.write(0.37, 0.2, seed=8)
+    before, flagged = s.path.checksum(), flags(s)
+    failing = Failing(times, error, Two.forward)
+    for layer in (None, "last"):
+        with monkeypatch.context() as m:
+            m.setattr(Two, "forward", failing.bound())
+            failing.left = times
+            with pytest.raises(error, match="stop"):
+                s.estimate(0.7, 0.3, 4, layer, estimator=name)
+        assert s.path.checksum() == before and flags(s) == flagged
+        assert s.path.alpha == 0.37
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"estimator": "exact"}, r"estimator must be one of plain, .*apgd-linf; got 'exact'"),
+        ({"on": "zeroshot"}, r"on must be one of finetuned, interpolated; got 'zeroshot'"),
+        ({"noise": "cauchy"}, r"noise must be one of normal, uniform, rademacher; got 'cauchy'"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*64\)"),
+        ({"noise_batch": 0}, r"noise_batch must be a number of images or None; got 0"),
+        ({"noise_batch": 2.5}, r"noise_batch must be a number of images"),
+        ({"goal": 0.0}, r"goal must be a standard error above 0"),
+        ({"goal": math.nan}, r"goal must be a standard error above 0"),
+        ({"goal": math.inf}, r"goal must be a standard error above 0"),
+        ({"most": 0}, r"most must be a number of draws, at least 1; got 0"),
+        ({"goal": 0.1, "estimator": "apgd-l2"}, r"a goal needs a standard error, and 'apgd-l2' has none"),
+        ({"goal": 0.1, "estimator": "apgd-linf"}, r"a goal needs a standard error"),
+        ({"noise_batch": 8, "estimator": "hessian"}, r"'hessian' draws no such noise; leave noise_batch out"),
+        ({"noise_batch": 8, "estimator": "apgd-l2"}, r"'apgd-l2' draws no such noise"),
+    ],
+)
+def test_protocols_that_cannot_be(how: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Protocol(**how)
+
+
+def test_protocols_of_wrong_types() -> None:
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        Protocol(seed=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="adaptive must be True or False"):
+        Protocol(adaptive="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("how", "draws", "words"),
+    [
+        ({}, 0, r"at least one draw is needed; got 0"),
+        ({}, -3, r"at least one draw is needed; got -3"),
+        ({"estimator": "antithetic"}, 5, r"come in pairs; got 5, use 6"),
+        ({"goal": 0.1}, 3, r"needs 4 draws or more; got 3"),
+        ({"goal": 0.1, "most": 10}, 12, r"most must be at least draws; got 10 and 12"),
+    ],
+)
+def test_draws_that_cannot_be(how: dict[str, Any], draws: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Protocol(**how).check_draws(draws)
+
+
+@pytest.mark.parametrize("draws", [2.0, True, None, "20"])
+def test_draws_of_wrong_types(draws: Any) -> None:
+    with pytest.raises(TypeError, match="draws must be an integer"):
+        Protocol().check_draws(draws)
+
+
+def test_draws_that_can_be() -> None:
+    Protocol().check_draws(1)
+    Protocol("antithetic").check_draws(2)
+    Protocol(goal=0.1, most=4).check_draws(4)
