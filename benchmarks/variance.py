@@ -1,6 +1,6 @@
 """How many plain draws one draw of each estimator is worth: variance reduction on the digits zoo.
 
-    python benchmarks/variance.py [--draws 64] [--samples 256] [--out FILE.json]
+    python benchmarks/variance.py [--draws 40] [--samples 128] [--out FILE.json]
 
 For each model, position and rho, general sharpness (Eq. 3) is measured with the same draws by each
 estimator. The ratio is (standard error of plain / standard error of the other) ** 2 at the same number of
@@ -54,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draws", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     table = measure(arguments.draws, arguments.samples)

@@ -103,8 +103,9 @@ class Evaluator:
     model: maps float32 images [n, 3, h, w] to logits [n, classes], all its weights float32 on one
         device; its weights may change between calls, as a :class:`rft_fast.Path` does.
     datasets: distinct names. Each takes n * 3 * h * w bytes on the device.
-    batch_size: images per forward; the last batch of a set may be smaller. None: 64 on the CPU, where
-        the activations then stay in its caches, 512 elsewhere.
+    batch_size: images per forward; the last batch of a set may be smaller. None: 512, but on the CPU
+        128, whose activations stay in its caches, and 64 for sets of fewer than 512 images, so that
+        there are batches for several cores.
     precision: "fp32", the only one so far. TF32 and other shortcuts are off while scoring, and as
         they were afterwards; these switches are global, so score from one thread at a time.
     normalize_logits: centre the logits of each image and divide them by their l2 norm (at least
@@ -139,7 +140,7 @@ class Evaluator:
         self.precision = precision
         self.normalize_logits = normalize_logits
         self.device = _device(model)
-        self.batch_size = batch_size or (64 if self.device.type == "cpu" else 512)
+        self.batch_size = batch_size
         self.stages = stages(model)
         self._sets = [_Resident(dataset, self.device) for dataset in self.datasets]
         with self._scoring():
@@ -270,7 +271,7 @@ class Evaluator:
         Batches do not depend on the number of threads. Only for our own model, whose forward pass is
         known to keep no state.
         """
-        batches = [(r, batch) for r in self._sets for batch in r.batches(self.batch_size)]
+        batches = [(r, batch) for r in self._sets for batch in r.batches(self._size(r))]
         threads = torch.get_num_threads()
         workers = min(threads, len(batches), most)
         if workers == 1 or self.device.type != "cpu" or not isinstance(self.model, ImageClassifier):
@@ -290,6 +291,14 @@ class Evaluator:
                 take(place, result)
         finally:
             torch.set_num_threads(threads)
+
+    def _size(self, resident: _Resident) -> int:
+        """Images per forward. It depends on the set alone, so that machines agree on the batches."""
+        if self.batch_size is not None:
+            return self.batch_size
+        if self.device.type != "cpu":
+            return 512
+        return 128 if len(resident.labels) >= 512 else 64
 
     def _check_device(self) -> None:
         if (device := _device(self.model)) != self.device:

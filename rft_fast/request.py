@@ -387,7 +387,7 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         "--batch-size",
         metavar="N",
         type=_positive,
-        help="images per forward pass (default: 64 on the CPU, 512 elsewhere)",
+        help="images per forward pass (default: 512, on the CPU 128 or, for small sets, 64)",
     )
 
 
@@ -503,9 +503,11 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     if arguments.models is not None:
         for name in arguments.models:
             if name not in its_zoo.finetuned:
-                near = difflib.get_close_matches(name, its_zoo.finetuned, n=3, cutoff=0.3)
+                names = list(its_zoo.finetuned)
+                near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
                 raise ValueError(
-                    f"argument --models: there is no fine-tuned model {name!r}; the nearest are {near}"
+                    f"argument --models: there is no fine-tuned model {name!r}; the nearest are "
+                    + ", ".join(near)
                 )
         _distinct("--models", arguments.models)
     if len(arguments.models or its_zoo.finetuned) < 3 and "correlation" in asked:

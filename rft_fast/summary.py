@@ -196,8 +196,12 @@ def _how(group: pd.DataFrame, rho: float) -> str:
     draws = sorted(group.loc[group["alpha"] > 0, "draws"].unique())
     count = f"{draws[0]}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
     unit = "|w|" if first["adaptive"] else "1"
+    images = f"{first['samples']} images of {first['dataset']}"
+    if pd.isna(first["noise"]):
+        worst = f"the worst case by {count} steps ({first['estimator']})"
+        return f"rho = {rho:g} in units of {unit}, {worst}, {images}"
     text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
-    text += f"{first['samples']} images of {first['dataset']}, seed {first['seed']}"
+    text += f"{images}, seed {first['seed']}"
     missed = int((~group["reached"].fillna(True)).sum())
     return text + (f"; {missed} rows missed the wanted standard error" if missed else "")
 

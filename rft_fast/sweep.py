@@ -127,8 +127,11 @@ def _subset(
 
 def _check_layers(request: Request, path: paths.Path) -> None:
     """Refuses layers that are not on the path, with the nearest names."""
-    path.select(request.layers)
-    path.select(request.prune_layers)
+    for option, layers in (("--layers", request.layers), ("--prune-layers", request.prune_layers)):
+        try:
+            path.select(layers)
+        except ValueError as error:
+            raise ValueError(f"argument {option}: {error}") from None
 
 
 def _path(
@@ -233,8 +236,9 @@ def _measure(request: Request, loaded: Loaded, run: results.Run) -> None:
             yield common
 
     with bar("interpolation", list(finetuned), len(request.alphas)) as common:
+        zeroshot = loaded.whole.scores()  # where every path has just begun
         for name in finetuned:
-            studies.interpolation(on(name), loaded.whole, request.alphas, **common(name))
+            studies.interpolation(on(name), loaded.whole, request.alphas, zeroshot=zeroshot, **common(name))
 
     chosen = summary.choose(request, run.rows())
     if "layers" in request.measured:

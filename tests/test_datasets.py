@@ -285,3 +285,6 @@ def test_subsets_that_cannot_be() -> None:
     small = datasets.Dataset("small", images, torch.arange(3), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match=r"^datasets: 'small': 4 samples asked for, but it has only 3"):
         datasets.subset(small, 4)
+    for none in (0, -1):
+        with pytest.raises(ValueError, match=f"samples must be at least 1, got {none}"):
+            datasets.subset(small, none)

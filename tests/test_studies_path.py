@@ -102,6 +102,15 @@ def test_rows_equal_brute_force() -> None:
         assert row["rise_se"] == pytest.approx(rises.std(ddof=1) / math.sqrt(n), abs=1e-5)
 
 
+def test_known_zeroshot_scores_change_nothing() -> None:
+    s = Setting()
+    plain = studies.interpolation(s.path, s.evaluator, ALPHAS)
+    with s.path.at(0.0):
+        known = s.evaluator.scores()
+    rows = studies.interpolation(s.path, s.evaluator, ALPHAS, zeroshot=known)
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), plain.drop(columns="seconds"))
+
+
 def test_weights_come_back_also_after_a_failure() -> None:
     s = Setting()
     s.path.write(0.37)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -131,7 +130,7 @@ def _stragglers(rows: pd.DataFrame) -> dict[str, set[str]]:
 def _uncertain(panel: Axes, curve: pd.DataFrame, names: Sequence[str]) -> None:
     """Dots where the sharpness may be zero; not where it is so exactly."""
     bounds = margin(curve)
-    maybe = curve[~(curve["sharpness"].abs() > bounds) & (bounds != 0) & np.isfinite(curve["sharpness"])]
+    maybe = curve[(curve["sharpness"].abs() <= bounds) & (bounds != 0)]
     panel.plot(maybe["alpha"], maybe["layer"].map(names.index), zorder=3, **_UNCERTAIN)
 
 

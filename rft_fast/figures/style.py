@@ -127,12 +127,13 @@ def unknown_errors(rows: pd.DataFrame) -> str:
 def stated(rows: pd.DataFrame) -> str:
     """How a sharpness was measured, as a sentence, from the columns of its rows."""
     rows = rows[rows["draws"].fillna(1) > 0]  # where nothing is perturbed, nothing is drawn
+    climbed = rows["estimator"].str.startswith("apgd").all()
     flags = [("not adaptive", "adaptive", False), ("logits normalised", "normalized", True)]
     parts = [
         text.format(several(values))
         for text, column in (
             (r"$\rho$ = {}", "rho"),
-            ("{} draws", "draws"),
+            ("{} steps" if climbed else "{} draws", "draws"),
             ("{} images", "samples"),
             ("seed {}", "seed"),
             ("estimator {}", "estimator"),

@@ -121,7 +121,8 @@ class Estimate:
     """Sharpness in nats, and the perturbed model's mean loss and accuracy, with standard errors.
 
     The standard errors are those of the draws, for the images at hand; NaN for a single draw. draws:
-    how many were made. nonfinite: how many perturbed losses of single images were NaN or infinite.
+    how many were made. nonfinite: how many perturbed losses of single images were NaN or infinite. Of
+    products with the Hessian: accuracy is that of the clean model, nonfinite counts products.
     """
 
     sharpness: float

@@ -65,6 +65,7 @@ def interpolation(
     alphas: Iterable[float],
     *,
     model: str = "",
+    zeroshot: dict[str, Scores] | None = None,
     sink: Sink | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -77,6 +78,8 @@ def interpolation(
         evaluator: scores the path's live model.
         alphas: positions in [0, 1], with 0 and 1 among them; measured in ascending order.
         model: name of the fine-tuned model, written into the rows.
+        zeroshot: the evaluator's scores at alpha = 0, if they are known: they are the same for all models
+            fine-tuned from one, and need not be measured again.
         sink: called with each row as soon as it is measured.
         progress: called with 1 after each position.
 
@@ -91,11 +94,13 @@ def interpolation(
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
     rows: list[dict[str, object]] = []
-    zeroshot: dict[str, Scores] = {}
     for alpha in grid:
         start = perf_counter()
-        with path.at(alpha):
-            scores = evaluator.scores()
+        if alpha == 0 and zeroshot is not None:
+            scores = zeroshot
+        else:
+            with path.at(alpha):
+                scores = evaluator.scores()
         seconds = perf_counter() - start
         zeroshot = zeroshot or scores  # the grid starts at 0
         for name, score in scores.items():

@@ -40,7 +40,7 @@ COLUMNS: dict[str, str] = {
     "noise_batch": "Int64",  # noise anew for every so many images; missing: one draw for all
     "normalized": "boolean",  # were the logits normalised before the loss?
     "seed": "Int64",
-    "draws": "Int64",
+    "draws": "Int64",  # of noise; of the worst case: steps
     "samples": "Int64",
     "nonfinite": "Int64",  # how many losses were NaN or infinite; they are in the means
     # What came out.

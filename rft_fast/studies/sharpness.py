@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
 
-from .estimators import Estimate, Protocol, Target, estimate
+from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate
 from .path import check_evaluator
 from .rows import Progress, Sink, complete, frame
 
@@ -144,7 +144,9 @@ def _study(
 
 
 def _asked(protocol: Protocol) -> dict[str, object]:
-    names = ("on", "noise", "adaptive", "estimator", "noise_batch", "seed")
+    names = ["on", "adaptive", "estimator", "noise_batch"]
+    if protocol.estimator not in WORST_CASE:  # which draws nothing
+        names += ["noise", "seed"]
     return {name: getattr(protocol, name) for name in names}
 
 
