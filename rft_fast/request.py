@@ -109,8 +109,8 @@ class Request:
     control: bool
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
+def parser(studies: bool = True) -> argparse.ArgumentParser:
+    """The options of the command line, with or without the names of studies."""
     top = argparse.ArgumentParser(
         prog="python -m rft_fast.sweep",
         usage="python -m rft_fast.sweep [STUDY ...] [options]",
@@ -119,7 +119,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("studies", nargs="*", metavar="STUDY", type=_study, help=argparse.SUPPRESS)
+    if studies:
+        top.add_argument("studies", nargs="*", metavar="STUDY", type=_study, help=argparse.SUPPRESS)
     _add_models(top)
     _add_measured(top)
     _add_layers(top)
@@ -484,7 +485,7 @@ def read(argv: Sequence[str]) -> Request:
     arguments = options.parse_args(argv)
     its_zoo = _zoo(arguments)
     if its_zoo.options:
-        of_zoo = parser()
+        of_zoo = parser(studies=False)
         of_zoo.prog = f"options of the zoo {its_zoo.name!r}"
         options.set_defaults(**vars(of_zoo.parse_args(its_zoo.options)))
         arguments = options.parse_args(argv)

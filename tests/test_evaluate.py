@@ -604,8 +604,7 @@ def test_curvature_is_that_of_the_exact_hessian() -> None:
     assert all(w.grad is None and w.requires_grad for w in weights)
 
 
-def test_curvature_goes_through_attention() -> None:
-    """Fused attention kernels cannot be differentiated twice; by differences of gradients they can."""
+def transformer() -> ImageClassifier:
     torch.manual_seed(0)
     tower = VisionTransformer(
         image_size=8, patch_size=4, width=8, layers=1, heads=2, mlp_ratio=2.0, output_dim=6
@@ -614,6 +613,39 @@ def test_curvature_goes_through_attention() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_batches_side_by_side_change_no_bit(threads: int) -> None:
+    """Also where there are more threads than batches, and more than one thread for each."""
+    model = transformer()
+    weights = list(model.parameters())
+    signs = [torch.where(torch.rand_like(w) < 0.5, -1.0, 1.0) for w in weights]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            evaluator = Evaluator(model, [dataset("a", 37), dataset("b", 11)], batch_size=10)
+            walk = evaluator.walk()
+            walk.advance(2)
+            scores = [evaluator.scores(), walk.scores()]
+            losses = [part[name].losses for part in scores for name in ("a", "b")]
+            loss, gradient = evaluator.gradient(weights)
+            found.append([*losses, torch.tensor(loss), *gradient, evaluator.curvature(weights, signs)])
+            assert torch.get_num_threads() == count
+        assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+        with pytest.raises(ZeroDivisionError), evaluator._scoring():
+            evaluator._map(lambda *_: 1 / 0, lambda *_: None)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_curvature_goes_through_attention() -> None:
+    """Fused attention kernels cannot be differentiated twice; by differences of gradients they can."""
+    model = transformer()
     evaluator = Evaluator(model, [dataset(count=16)])
     weights = list(model.parameters())
     generator = torch.Generator().manual_seed(3)

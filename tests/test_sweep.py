@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -24,7 +25,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rft_fast import checkpoints, results, studies, sweep
+from rft_fast import checkpoints, request, results, studies, sweep
+from rft_fast import zoo as zoos
 from rft_fast.studies.rows import STUDIES
 
 VISION = {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1}
@@ -269,6 +271,20 @@ def test_the_digits_zoo_is_the_default(
     rows = results.load(out)
     assert rows["model"].nunique() == 9 and len(rows) == 9 * 6 * rows["dataset"].nunique()
     assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_options_of_a_zoo_are_defaults(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = zoos.digits()
+    assert "--layer-draws" in ours.options
+    asked = request.read(["--out", "nowhere"])
+    assert (asked.layer_draws, asked.layer_images.names, asked.draws) == (5, ["rotated"], 20)
+    asked = request.read(["--out", "nowhere", "--layer-draws", "7", "--layer-data", "uci"])
+    assert (asked.layer_draws, asked.layer_images.names) == (7, ["uci"])
+    wrong = dataclasses.replace(ours, options=("--layer-drawz", "5"))
+    monkeypatch.setattr(zoos, "digits", lambda: wrong)
+    refused([], "options of the zoo 'digits': error: unrecognized arguments: --layer-drawz 5", capsys)
 
 
 def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,35 @@ def test_refusals_name_file_and_entry(folder: Path, old: str, new: str, words: t
         assert word in str(caught.value)
 
 
+OPTIONS = """
+[options]
+layer-draws = 5
+rhos = [0.5, 1]
+layer-data = "sketch"
+no-control = true
+"""
+
+
+def test_options_become_words_of_a_command_line(folder: Path) -> None:
+    got = zoo.read(write(folder, GOOD + OPTIONS))
+    words = "--layer-draws 5 --rhos 0.5 1 --layer-data sketch --no-control"
+    assert got.options == tuple(words.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no-control = false", "options.no-control can only be true"),
+        ("rhos = []", "options.rhos must be a string, number, true or a list, got \\[\\]"),
+        ("rhos = [[1]]", "options.rhos must be a string, number, true or a list"),
+        ("since = 2026-11-22", "options.since must be a string, number, true or a list"),
+    ],
+)
+def test_options_that_cannot_be_words(folder: Path, line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zoo.read(write(folder, GOOD + "[options]\n" + line))
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^zoo: there is no file .*nowhere\.toml"):
         zoo.read(tmp_path / "nowhere.toml")
