@@ -305,13 +305,21 @@ def _measure(request: Request, loaded: Loaded, run: results.Run) -> None:
 
 def _draw(request: Request, rows: pd.DataFrame, run: results.Run) -> None:
     table = None
+    margins = {
+        "layers": {"margin": request.straggler_margin},
+        "layer-sharpness": {
+            "zero_margin": request.zero_margin,
+            "straggler_margin": request.straggler_margin,
+        },
+    }
     for study in request.measured:
         if study == "correlation":
-            table = studies.correlation(rows)
+            table = studies.correlation(rows, margin=request.straggler_margin)
             table.to_csv(run.table(study), index=False)
             figures.correlation(table, run.figure(study))
         else:
-            getattr(figures, study.replace("-", "_"))(rows, run.figure(study))
+            draw = getattr(figures, study.replace("-", "_"))
+            draw(rows, run.figure(study), **margins.get(study, {}))
     print(summary.report(request, rows, table))
     print(
         f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"

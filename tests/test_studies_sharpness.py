@@ -190,17 +190,17 @@ def assert_rows_are_brute(s: Setting, rows: pd.DataFrame, protocol: Protocol, dr
 # --- brute force ----------------------------------------------------------------------------------
 
 CASES = [
-    Protocol("plain"),
-    Protocol("antithetic"),
-    Protocol("gradient"),
+    Protocol("plain", on="interpolated"),
+    Protocol("antithetic", on="interpolated"),
+    Protocol("gradient", on="interpolated"),
     Protocol("plain", on="finetuned", noise="uniform", seed=3),
     Protocol("antithetic", on="finetuned", adaptive=False, noise="rademacher"),
     Protocol("gradient", on="finetuned", adaptive=False, seed=2**40),
     Protocol("gradient", on="finetuned", noise="rademacher"),
-    Protocol("plain", noise_batch=12),
-    Protocol("antithetic", noise_batch=16, adaptive=False, noise="uniform"),
+    Protocol("plain", noise_batch=12, on="interpolated"),
+    Protocol("antithetic", noise_batch=16, adaptive=False, noise="uniform", on="interpolated"),
     Protocol("gradient", noise_batch=9, on="finetuned"),
-    Protocol("gradient", noise_batch=23),
+    Protocol("gradient", noise_batch=23, on="interpolated"),
 ]
 
 
@@ -243,10 +243,16 @@ def test_defaults_are_those_of_the_paper() -> None:
     rows = studies.sharpness(s.path, s.evaluator, [0.4], [1.0])
     assert set(rows["on"]) == {"interpolated"} and set(rows["draws"]) == {20}  # Eq. 3
     assert set(rows["noise"]) == {"normal"} and rows["adaptive"].all()
-    assert_rows_are_brute(s, rows, Protocol(), 20)
+    assert_rows_are_brute(s, rows, Protocol(on="interpolated"), 20)
     rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.4], [1.0], layers=["3"])
     assert set(rows["on"]) == {"finetuned"} and set(rows["draws"]) == {20}  # Sec. 3.1
     assert_rows_are_brute(s, rows, Protocol(on="finetuned"), 20)
+    # Also when the protocol says something else.
+    rows = studies.layerwise_sharpness(
+        s.path, s.evaluator, [0.4], [1.0], 4, ["3"], protocol=Protocol("plain")
+    )
+    assert_rows_are_brute(s, rows, Protocol("plain", on="finetuned"), 4)
+    assert set(rows["on"]) == {"finetuned"}
 
 
 @pytest.mark.parametrize("estimator", ["plain", "antithetic", "gradient"])
@@ -262,7 +268,7 @@ def test_a_single_draw_has_no_standard_error() -> None:
     s = Setting()
     rows = studies.sharpness(s.path, s.evaluator, [0.4], [0.3], 1)
     assert rows["sharpness_se"].isna().all() and rows["sharpness"].notna().all()
-    assert_rows_are_brute(s, rows, Protocol(), 1)
+    assert_rows_are_brute(s, rows, Protocol(on="interpolated"), 1)
 
 
 def test_draws_are_common_to_models_alphas_and_data() -> None:

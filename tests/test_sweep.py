@@ -181,6 +181,12 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
         assert (out / "figures" / f"{study}.png").stat().st_size > 10_000
     table = pd.read_csv(out / "correlation.csv")
     assert set(table["measure"]) >= {"general", "layer"} and set(table["models"]) == {3}
+    # --straggler-margin reaches the correlation, too.
+    unstable = studies.stragglers(rows, 1e-4).query("straggler")["layer"].unique()
+    assert len(unstable) and list(studies.stragglers(rows).query("straggler")["layer"].unique()) != list(
+        unstable
+    )
+    assert set(table.loc[table["measure"] == "stragglers", "layer"]) == {", ".join(unstable)}
     config = json.loads((out / "config.json").read_text())
     assert config["sharpness images"] == {"near": 12} and config["layer images"] == {"far": 9}
     assert config["general"]["estimator"] == "plain" and config["rhos"] == [0.5, 1.0]

@@ -10,9 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..studies.layers import MARGIN as STRAGGLER_MARGIN
 from ..studies.layers import STUDY as LAYERS
 from ..studies.layers import stragglers
-from ..studies.sharpness import LAYER_STUDY, near_zero
+from ..studies.sharpness import LAYER_STUDY, MARGIN, near_zero
 from . import heat
 from .style import (
     SETTING,
@@ -42,7 +43,12 @@ _BEST: Style = {"ls": "--", "lw": 1, "color": "black"}
 _STARS = "*^Dsv<>pPXhd8"  # one per out-of-distribution set, above the map
 
 
-def layer_sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+def layer_sharpness(
+    rows: pd.DataFrame,
+    file: str | os.PathLike[str],
+    zero_margin: float = MARGIN,
+    straggler_margin: float = STRAGGLER_MARGIN,
+) -> Figure:
     """Figure 4: sharpness of each layer (down) at each alpha (across); one column per model.
 
     Colours are linear near zero and logarithmic beyond, the same for all models of a row; a dot
@@ -57,6 +63,7 @@ def layer_sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     Args:
         rows: of :func:`rft_fast.studies.layerwise_sharpness`, and of the studies named above.
         file: where the picture goes; its ending chooses the format.
+        zero_margin, straggler_margin: of the near-zero layers and of the stragglers, in nats.
 
     Returns:
         The figure, already saved.
@@ -65,8 +72,8 @@ def layer_sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         ValueError: as :func:`rft_fast.studies.near_zero`, :func:`rft_fast.studies.summarize` and
             :func:`rft_fast.studies.stragglers`.
     """
-    near_zero(rows)  # refuses rows that are not there
-    gains, best, unstable = ood_gains(rows), ood_summary(rows), _stragglers(rows)
+    near_zero(rows, zero_margin)  # refuses rows that are not there
+    gains, best, unstable = ood_gains(rows), ood_summary(rows), _stragglers(rows, straggler_margin)
     rows = rows[rows["study"] == LAYER_STUDY]
     models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
     rows = rows[rows["model"].isin(models)]
@@ -77,7 +84,7 @@ def layer_sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
     panels = figure.subplots(len(settings), len(models), squeeze=False, sharex=True)
     for line, part in zip(panels, settings, strict=True):
-        near = near_zero(part)
+        near = near_zero(part, zero_margin)
         curves = [part[part["model"] == model] for model in models]
         maps = [heat.grid(curve, "sharpness", names) for curve in curves]
         norm = heat.scale(maps, near["margin"].iloc[0])
@@ -117,11 +124,11 @@ def layer_sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     return figure
 
 
-def _stragglers(rows: pd.DataFrame) -> dict[str, set[str]]:
+def _stragglers(rows: pd.DataFrame, margin: float) -> dict[str, set[str]]:
     """The stragglers of each model that has rows of the layer-wise interpolation."""
     if not (rows["study"] == LAYERS).any():
         return {}
-    found = stragglers(rows)
+    found = stragglers(rows, margin)
     return {
         str(model): set(facts.loc[facts["straggler"], "layer"]) for model, facts in found.groupby("model")
     }

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..studies.layers import STUDY, stragglers
+from ..studies.layers import MARGIN, STUDY, stragglers
 from ..studies.path import Z95
 from . import heat
 from .style import (
@@ -35,7 +35,7 @@ _WORST = 3  # curves of each model
 _OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
 
 
-def layers(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+def layers(rows: pd.DataFrame, file: str | os.PathLike[str], margin: float = MARGIN) -> Figure:
     """Figure 2: what each layer does to the loss on its own; one column per model and data set.
 
     On top, how far the loss rises above that at alpha = 0 (layers down, alpha across; the scale is
@@ -50,6 +50,7 @@ def layers(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         rows: of :func:`rft_fast.studies.layerwise_interpolation`; those of the interpolation tell
             which models fail.
         file: where the picture goes; its ending chooses the format.
+        margin: of the stragglers, in nats.
 
     Returns:
         The figure, already saved.
@@ -57,7 +58,7 @@ def layers(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     Raises:
         ValueError: as :func:`rft_fast.studies.stragglers`.
     """
-    facts, gains = stragglers(rows), ood_gains(rows)
+    facts, gains = stragglers(rows, margin), ood_gains(rows)
     models, choice = choose(list(facts["model"].unique()), gains, 2)
     rows = rows[(rows["study"] == STUDY) & rows["model"].isin(models)]
     facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .layers import MARGIN
 from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
 from .path import STUDY as INTERPOLATION
@@ -27,7 +28,9 @@ PROTOCOL = ["noise", "adaptive", "noise_batch", "normalized"]
 _STUDIES = ["sharpness", "layer-sharpness"]
 
 
-def correlation(rows: pd.DataFrame, stragglers: Sequence[str] | None = None) -> pd.DataFrame:
+def correlation(
+    rows: pd.DataFrame, stragglers: Sequence[str] | None = None, margin: float = MARGIN
+) -> pd.DataFrame:
     """Rank correlations, over models, of sharpness with what happens out of distribution.
 
     One of the two is the accuracy at the same alpha, or the gain (Eq. 2), on an out-of-distribution
@@ -49,6 +52,7 @@ def correlation(rows: pd.DataFrame, stragglers: Sequence[str] | None = None) -> 
         stragglers: the straggler layers; when not given, those that
             :func:`rft_fast.studies.stragglers` finds in any model from rows of the layer-wise
             interpolation. None given and none found: the table has no rows of them.
+        margin: of the stragglers that are looked for, in nats.
 
     Returns:
         One row per outcome and measure at each alpha > 0:
@@ -77,7 +81,7 @@ def correlation(rows: pd.DataFrame, stragglers: Sequence[str] | None = None) -> 
     table = pd.DataFrame(
         [
             {"dataset": dataset, "outcome": outcome, **measure, **facts}
-            for measure, x in _measures(rows, stragglers)
+            for measure, x in _measures(rows, stragglers, margin)
             for dataset, outcome, y in outcomes
             for facts in _associations(x, y)
         ]
@@ -114,13 +118,13 @@ def _outcomes(rows: pd.DataFrame) -> Iterator[tuple[str, str, Any]]:
 
 
 def _measures(
-    rows: pd.DataFrame, stragglers: Sequence[str] | None
+    rows: pd.DataFrame, stragglers: Sequence[str] | None, margin: float
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """What identifies a measure of sharpness, and its values: a row per model, a column per alpha."""
     measured = rows[rows["study"].isin(_STUDIES) & (rows["alpha"] > 0)]
     if measured.empty:
         raise ValueError(f"correlation: expected rows of the study {' or '.join(_STUDIES)}, got none")
-    names = _straggler_layers(rows, measured["layer"].dropna().unique(), stragglers)
+    names = _straggler_layers(rows, measured["layer"].dropna().unique(), stragglers, margin)
     for (dataset, *setting), group in measured.groupby([*SETTING, "study"], sort=False, dropna=False):
         _check(group, f"correlation: {setting.pop()} on {dataset!r} at rho={setting[0]:g}")
         stated = {
@@ -149,7 +153,7 @@ def _measures(
 
 
 def _straggler_layers(
-    rows: pd.DataFrame, layers: Sequence[str], stragglers: Sequence[str] | None
+    rows: pd.DataFrame, layers: Sequence[str], stragglers: Sequence[str] | None, margin: float
 ) -> list[str]:
     """Those given, checked against the measured layers, else those found in any model, else none."""
     if stragglers is not None:
@@ -163,7 +167,7 @@ def _straggler_layers(
         return list(dict.fromkeys(stragglers))
     if not len(layers) or not (rows["study"] == LAYERS).any():
         return []
-    found = find_stragglers(rows)
+    found = find_stragglers(rows, margin)
     return list(found.loc[found["straggler"], "layer"].unique())
 
 

@@ -33,7 +33,8 @@ VARIANCE = {"normal": 1.0, "uniform": 1 / 3, "rademacher": 1.0}
 class Protocol:
     """What is measured and how; the same noise serves every alpha, model and data set.
 
-    on: which weights the noise is added to, ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1).
+    on: which weights the noise is added to, ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1); None:
+        where the study's definition has it.
     noise: ``"normal"``, ``"uniform"`` on (-1, 1) or ``"rademacher"``. adaptive: noise in units of |w|.
     seed: of the noise; draw number d of seed s is the same noise everywhere, forever.
     noise_batch: noise anew for every so many images (m-sharpness: 128 in the published code); None:
@@ -55,7 +56,7 @@ class Protocol:
     """
 
     estimator: str = "gradient"
-    on: str = "interpolated"
+    on: str | None = None
     noise: str = "normal"
     adaptive: bool = True
     seed: int = 0
@@ -64,10 +65,11 @@ class Protocol:
     most: int = 1000
 
     def __post_init__(self) -> None:
-        for name, offered in (("estimator", ESTIMATORS), ("on", ON), ("noise", NOISE)):
+        for name, offered in (("estimator", ESTIMATORS), ("on", (None, *ON)), ("noise", NOISE)):
             if getattr(self, name) not in offered:
                 raise ValueError(
-                    f"sharpness: {name} must be one of {', '.join(offered)}; got {getattr(self, name)!r}"
+                    f"sharpness: {name} must be one of {', '.join(filter(None, offered))}; "
+                    f"got {getattr(self, name)!r}"
                 )
         Write(0.0, adaptive=self.adaptive, seed=self.seed)  # refuses what no write could do
         if self.noise_batch is not None and (not _is_int(self.noise_batch) or self.noise_batch < 1):
@@ -86,6 +88,11 @@ class Protocol:
             )
         if self.estimator not in SAMPLING and self.noise_batch is not None:
             raise ValueError(f"sharpness: {self.estimator!r} draws no such noise; leave noise_batch out")
+
+    @property
+    def where(self) -> str:
+        """``on``, or Eq. 3's where nothing is said."""
+        return self.on or "interpolated"
 
     def check_draws(self, draws: int) -> None:
         """Raises ValueError or TypeError for a number of draws that cannot be made."""
@@ -155,7 +162,7 @@ def estimate(
     """
     if not targets:
         return {}
-    if not Write(alpha, 1.0, protocol.on).noisy:
+    if not Write(alpha, 1.0, protocol.where).noisy:
         return _zeros(path, parts, alpha, targets, rhos, None if protocol.goal is None else True)
     with path.at(alpha):
         if protocol.estimator in SAMPLING:
@@ -167,7 +174,7 @@ def estimate(
 
 def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
     """How far noise of size one moves each live value, float32: c of Eq. 3, while the model is at alpha."""
-    on_path = protocol.on == "interpolated"
+    on_path = protocol.where == "interpolated"
     if not protocol.adaptive:
         return torch.full_like(weight.live, 1.0 if on_path else alpha)
     scale = (weight.live if on_path else weight.finetuned).detach().float().abs()
@@ -307,7 +314,7 @@ def _perturb(
         target.layers,
         seed=protocol.seed,
         draw=draw * parts + part,
-        on=protocol.on,
+        on=protocol.where,
         noise=protocol.noise,
         adaptive=protocol.adaptive,
         sign=sign,

@@ -82,7 +82,7 @@ def prune_stragglers(
         control: also prune as many layers chosen at random among the others (all of them, with a warning,
             where they are fewer).
         rho: noise scale for the sharpness of each layer.
-        protocol: how that is measured; None: ``Protocol(on="finetuned")``.
+        protocol: how that is measured; None: Protocol().
         model: name of the fine-tuned model, written into the rows.
         sink: called with each row, a position's rows once it is measured.
         progress: called with 1 after each position of a curve.
@@ -101,7 +101,6 @@ def prune_stragglers(
     check_evaluator(path, evaluator, STUDY)
     _check(keep, criterion, methods, seeds)
     if layers is None:
-        protocol = protocol or Protocol(on="finetuned")
         chosen = {criterion: _find(path, evaluator, grid, criterion, rho, draws, protocol)}
     else:
         named = layers if isinstance(layers, Mapping) else {"named": layers}
@@ -161,7 +160,7 @@ def _find(
     criterion: str,
     rho: float,
     draws: int,
-    protocol: Protocol,
+    protocol: Protocol | None,
 ) -> list[str]:
     if criterion == "instability":
         facts = stragglers(layerwise_interpolation(path, evaluator, grid))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +48,8 @@ def sharpness(
         rhos: noise scales above 0, each once; the paper's Figure 3 has 1.0.
         draws: of noise, for each (alpha, rho, data set); what else they are, see
             :class:`rft_fast.studies.Protocol`.
-        protocol: how it is measured; None: Protocol().
+        protocol: how it is measured; None: Protocol(). Where its ``on`` is None,
+            ``"interpolated"``.
         model: name of the fine-tuned model, written into the rows.
         sink: called with each row as soon as it is measured.
         progress: called with 1 after each (alpha, data set).
@@ -60,7 +62,7 @@ def sharpness(
     Raises:
         ValueError: bad alphas, rhos or draws, an evaluator of another model.
     """
-    protocol = protocol or Protocol()
+    protocol = _on(protocol, "interpolated")
     targets = [Target(None, 0)]
     return _study(path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, sink, progress)
 
@@ -88,7 +90,7 @@ def layerwise_sharpness(
 
     Args:
         layers: names or ``re:`` patterns of layers of the path; None: all of them.
-        protocol: how it is measured; None: ``Protocol(on="finetuned")``.
+        protocol: how it is measured; None: Protocol(). Where its ``on`` is None, ``"finetuned"``.
 
     The other arguments are those of :func:`sharpness`; ``sink`` gets all layers' rows of an alpha and
     data set together.
@@ -100,11 +102,17 @@ def layerwise_sharpness(
         ValueError: as :func:`sharpness`, and an unknown layer (with the nearest names) or an inert one
             (with the reason).
     """
-    protocol = protocol or Protocol(on="finetuned")
+    protocol = _on(protocol, "finetuned")
     check_evaluator(path, evaluator, LAYER_STUDY)
     targets = [Target(layer, evaluator.stage_of(path.tensors(layer))) for layer in path.select(layers)]
     targets.sort(key=lambda target: target.stage)
     return _study(path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, sink, progress)
+
+
+def _on(protocol: Protocol | None, default: str) -> Protocol:
+    """The protocol with the study's own ``on`` where it has none."""
+    protocol = protocol or Protocol()
+    return protocol if protocol.on else replace(protocol, on=default)
 
 
 def _study(
