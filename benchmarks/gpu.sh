@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one run of less than ten minutes: builds the kernels, tests them, searches them for
-# wrong memory accesses and races, and measures them. No step stops the next.
+# All that needs a GPU, in two runs of less than ten minutes each. The first builds the kernels, tests them, searches
+# them for wrong memory accesses and races, and measures them; the second (--sweeps) tests and measures whole
+# sweeps: CUDA graphs, streamed images, precisions. No step stops the next.
 #
-#   bash benchmarks/gpu.sh [--only STEP,...] [--device cuda|cpu] [OUT]
-#   bash benchmarks/gpu.sh --list
+#   bash benchmarks/gpu.sh [--sweeps] [--only STEP,...] [--device cuda|cpu] [OUT]
+#   bash benchmarks/gpu.sh [--sweeps] --list
 #
 # OUT, by default benchmarks/results/<date>-<gpu>, gets summary.json, rows.json (every round), table.md and log.txt.
 # Needs Python with torch, triton, pytest, pytest-benchmark, scipy, pybind11 and ninja, and nvcc; installs nothing.
@@ -11,13 +12,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-device=cuda only='' list='' out=''
+device=cuda only='' list='' out='' sweeps=''
 while (($#)); do
   case $1 in
     --only) only=$2 && shift 2 ;;
     --device) device=$2 && shift 2 ;;
+    --sweeps) sweeps=1 && shift ;;
     --list) list=1 && shift ;;
-    -*) echo "usage: bash benchmarks/gpu.sh [--list] [--only STEP,...] [--device cuda|cpu] [OUT]" >&2 && exit 2 ;;
+    -*) echo "usage: bash benchmarks/gpu.sh [--sweeps] [--list] [--only STEP,...] [--device cuda|cpu] [OUT]" >&2 && exit 2 ;;
     *) out=$1 && shift ;;
   esac
 done
@@ -34,7 +36,7 @@ python=$(command -v python3 || command -v python)
 if [[ ! $list && ! $out ]]; then
   name=$device
   [[ $device == cpu ]] || name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')
-  out=benchmarks/results/$(date +%F)-${name:-gpu}
+  out=benchmarks/results/$(date +%F)-${name:-gpu}${sweeps:+-sweeps}
 fi
 
 # step NAME SECONDS COMMAND...: runs, times and records one step.
@@ -74,6 +76,14 @@ bench() {
     "--benchmark-json=$raw/$1.json" "--junitxml=$raw/$1.xml" benchmarks/bench_kernels.py
 }
 
+# Goals, met or missed, are read from the file.
+sweep_bench() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$python" benchmarks/bench_sweep.py --device "$device" \
+    --out "$raw/$name.json" "$@"
+}
+
 sanitize() {
   # Every tensor is an allocation of its own, so that an access beyond its end is one to unowned memory.
   step "$1" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
@@ -87,22 +97,35 @@ if cuda; then
   step machine 20 nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap,clocks.max.sm --format=csv
   step build 200 env RFT_NATIVE=1 RFT_CUDA=1 "RFT_CUDA_ARCH=${arch% }" "$python" setup.py build_ext --inplace
 fi
-step backends 30 "$python" benchmarks/gpu_program.py --device "$device" --backends
-step program 60 "$python" benchmarks/gpu_program.py --device "$device"
-tests kernels 90
-tests triton 120
-tests torch_library 120
-tests path 60
-if cuda; then
-  sanitize memcheck
-  sanitize racecheck
+if [[ $sweeps ]]; then
+  tests evaluate 120
+  tests walk 120
+  tests graphs 90
+  tests precision 90
+  arch=ViT-B-32 large=ViT-L-14
+  cuda || arch=tiny large=tiny
+  sweep_bench sweep_b 130 --arch "$arch" --part layer-sharpness busy --draws 8 --layers 4 --rounds 2
+  sweep_bench sweep_l 160 --arch "$large" --part layer-sharpness busy --draws 6 --rounds 2
+  sweep_bench scaling 110 --arch "$arch" --part layers interpolation scaling --rounds 2 --figure "$raw/scaling.png"
+  step precisions 90 "$python" benchmarks/precision.py --device "$device" --out "$raw/precisions.json"
+else
+  step backends 30 "$python" benchmarks/gpu_program.py --device "$device" --backends
+  step program 60 "$python" benchmarks/gpu_program.py --device "$device"
+  tests kernels 90
+  tests triton 120
+  tests torch_library 120
+  tests path 60
+  if cuda; then
+    sanitize memcheck
+    sanitize racecheck
+  fi
+  bench host 30 host
+  bench large 150 64M
+  bench vit_l 100 ViT-L-14
+  bench layer 60 'layer and not compile'
+  bench vit_b 80 ViT-B-32
+  step sweep 60 "$python" -m rft_fast.sweep interpolation --device "$device" --samples 200 --out "$raw/sweep"
 fi
-bench host 30 host
-bench large 150 64M
-bench vit_l 100 ViT-L-14
-bench layer 60 'layer and not compile'
-bench vit_b 80 ViT-B-32
-step sweep 60 "$python" -m rft_fast.sweep interpolation --device "$device" --samples 200 --out "$raw/sweep"
 
 [[ $list ]] && exit
 for name in ${only//,/ }; do
@@ -110,4 +133,5 @@ for name in ${only//,/ }; do
 done
 mkdir -p "$out"
 cp "$raw/log.txt" "$out/log.txt"
+[[ ! -e $raw/scaling.png ]] || cp "$raw/scaling.png" "$out/"
 "$python" benchmarks/gpu_report.py "$raw" "$out"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
+import sweep_report
 import table
 
 # Least share of the copy bandwidth, on the tensor of 64 M elements.
@@ -104,14 +105,20 @@ def of_goals(rows: list[dict]) -> Iterator[Finding]:
 
 def main(raw: Path, out: Path) -> None:
     steps = [json.loads(line) for line in (raw / "steps.jsonl").read_text().splitlines()]
-    runs = {
+    measured = {
         path.stem: json.loads(path.read_text()) for path in sorted(raw.glob("*.json")) if path.stat().st_size
     }
+    runs = {name: run for name, run in measured.items() if "benchmarks" in run}
+    sweeps = {name: run for name, run in measured.items() if "goals" in run}
     rows = [row for run in runs.values() for row in run["benchmarks"]]
     findings = [finding for step in steps for finding in of_step(step, raw)]
     if rows and next(iter(runs.values()))["machine_info"].get("cuda"):
         findings += of_goals(rows)
+    for goal in (goal for run in sweeps.values() for goal in run["goals"]):
+        told = f"goal: {goal['what']}: {goal['got']:.3g}, goal {goal['goal']:g}"
+        findings.append(("proven" if goal["met"] else "failed", told))
     machine = next((run["machine_info"] for run in runs.values()), {})
+    machine = machine or next((run["about"] for run in sweeps.values()), {})
     nvidia = (raw / "machine.out").read_text() if (raw / "machine.out").exists() else ""
     listed = {kind: [what for k, what in findings if k == kind] for kind in ("proven", "failed", "not tried")}
     summary = {
@@ -127,9 +134,10 @@ def main(raw: Path, out: Path) -> None:
         f"{kind}:\n" + "\n".join(f"  - {what}" for what in whats or ["nothing"])
         for kind, whats in listed.items()
     ]
-    tables = [table.tables(str(raw / f"{name}.json")) for name, run in runs.items() if run["benchmarks"]]
+    tables = [sweep_report.text(run) for run in sweeps.values()]
+    tables += [table.tables(str(raw / f"{name}.json")) for name, run in runs.items() if run["benchmarks"]]
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    (out / "rows.json").write_text(json.dumps(runs))
+    (out / "rows.json").write_text(json.dumps(measured))
     (out / "table.md").write_text("\n\n".join([f"```\n{nvidia}```"] * bool(nvidia) + tables + text) + "\n")
     print("\n" + "\n".join(text) + f"\n\n{out}: summary.json, rows.json, table.md, log.txt")
     sys.exit(bool(listed["failed"]))

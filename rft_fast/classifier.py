@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 HEAD_WEIGHT = "classification_head.weight"
@@ -70,77 +69,83 @@ class ImageClassifier(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """features: [n, features], as the image tower gives them. Returns logits [n, classes]."""
+        # In the head's own type, float32, whatever the tower computes in.
+        features = features.to(self.classification_head.weight.dtype)
         features = features / features.norm(dim=-1, keepdim=True)
         logits: Tensor = self.classification_head(features)
         return logits
 
 
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """A part of a model that runs after the stages before it and needs only what they return.
+class ZeroShotClassifier(nn.Module):
+    """Both towers of CLIP: the head is what the text tower makes of the prompts.
 
-    run: activations (images for the first stage) -> activations (logits for the last one).
-    tensors: the parameters and buffers that it reads. What no stage names belongs to the first.
+    visual: maps images [n, 3, h, w] to features [n, d].
+    text: maps tokens int64 [p, context] to features [p, d], as open_clip's ``TextTransformer`` does.
+    prompts: int64 [classes, templates, context], every class in every template.
+    logit_scale: a parameter of one element; the logarithm of the factor of the logits.
+
+    Raises TypeError and ValueError for arguments of another kind or shape.
     """
 
-    run: Callable[[Tensor], Tensor]
-    tensors: tuple[Tensor, ...] = ()
+    prompts: Tensor
 
+    def __init__(
+        self, visual: nn.Module, text: nn.Module, prompts: Tensor, logit_scale: nn.Parameter
+    ) -> None:
+        super().__init__()
+        for name, tower in (("visual", visual), ("text", text)):
+            if not isinstance(tower, nn.Module):
+                kind = type(tower).__name__
+                raise TypeError(f"ZeroShotClassifier: {name} must be an nn.Module, got {kind}")
+        for name, tensor in (("prompts", prompts), ("logit_scale", logit_scale)):
+            if not isinstance(tensor, Tensor):
+                kind = type(tensor).__name__
+                raise TypeError(f"ZeroShotClassifier: {name} must be a tensor, got {kind}")
+        if prompts.dtype != torch.int64 or prompts.ndim != 3 or prompts.numel() == 0:
+            raise ValueError(
+                "ZeroShotClassifier: prompts must be int64 [classes, templates, context], none of them 0; "
+                f"got {prompts.dtype} {list(prompts.shape)}"
+            )
+        if not isinstance(logit_scale, nn.Parameter):
+            raise TypeError("ZeroShotClassifier: logit_scale must be an nn.Parameter, got a plain tensor")
+        if not logit_scale.is_floating_point() or logit_scale.ndim > 1 or logit_scale.numel() != 1:
+            raise ValueError(
+                "ZeroShotClassifier: logit_scale must be one float, 0-d or [1]; "
+                f"got {logit_scale.dtype} {list(logit_scale.shape)}"
+            )
+        self.visual = visual
+        self.text = text
+        self.register_buffer("prompts", prompts, persistent=False)
+        self.logit_scale = logit_scale
 
-def stages(model: nn.Module) -> list[Stage]:
-    """The model in parts that, run one after the other, compute what its forward pass computes.
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float [n, 3, h, w], normalised. Returns logits [n, classes]."""
+        # In parts: with many classes and templates, all at once would need a lot of memory.
+        parts = torch.split(self.prompts.flatten(0, 1), 256)
+        return self.join(self.visual(images), torch.cat([self.text(part) for part in parts]))
 
-    When only the weights of one stage change, the stages before it need not run again. Known are
-    :class:`ImageClassifier` over open_clip's ``VisionTransformer`` (embedding, two stages for each
-    block: attention and MLP, then pooling and head) and ``nn.Sequential``. Any other model is one
-    stage as a whole.
-    """
-    if type(model) is nn.Sequential:
-        return [Stage(module, _tensors(module)) for module in model]
-    if type(model) is ImageClassifier and type(model.visual) is VisionTransformer:
-        return _transformer_stages(model, model.visual)
-    return [Stage(model)]
+    def join(self, features: Tensor, text_features: Tensor) -> Tensor:
+        """features: [n, d], of images. text_features: [classes * templates, d], of the prompts in order.
 
+        Returns logits [n, classes].
+        """
+        return self.classify(features, self.head(text_features))
 
-def _transformer_stages(model: ImageClassifier, visual: VisionTransformer) -> list[Stage]:
-    swap = not visual.transformer.batch_first  # its blocks then take [tokens, n, width]
+    def head(self, text_features: Tensor) -> Tensor:
+        """text_features: [classes * templates, d]. Returns the weights of the head, [classes, d].
 
-    def embed(images: Tensor) -> Tensor:
-        x: Tensor = visual._embeds(images)
-        return x.transpose(0, 1).contiguous() if swap else x
+        For each class, the normalised mean over its templates of the normalised features, times
+        ``exp(logit_scale)``.
+        """
+        normalised = text_features / text_features.norm(dim=-1, keepdim=True)
+        means = normalised.unflatten(0, self.prompts.shape[:2]).mean(1)
+        head: Tensor = self.logit_scale.exp() * (means / means.norm(dim=-1, keepdim=True))
+        return head
 
-    def finish(x: Tensor) -> Tensor:
-        features, _ = visual._pool(x.transpose(0, 1) if swap else x)
-        return model.classify(features if visual.proj is None else features @ visual.proj)
-
-    parts = [Stage(embed)]
-    for block in visual.transformer.resblocks:
-        parts += _block_stages(block)
-    last = [visual.proj, *_tensors(visual.ln_post, visual.attn_pool, model.classification_head)]
-    return [*parts, Stage(finish, tuple(tensor for tensor in last if tensor is not None))]
-
-
-def _block_stages(block: Any) -> list[Stage]:
-    if type(block) is not ResidualAttentionBlock:
-        return [Stage(block, _tensors(block))]
-
-    def attention(x: Tensor) -> Tensor:
-        y: Tensor = x + block.ls_1(block.attention(q_x=block.ln_1(x)))
-        return y
-
-    def mlp(x: Tensor) -> Tensor:
-        y: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-        return y
-
-    return [
-        Stage(attention, _tensors(block.ln_1, block.attn, block.ls_1)),
-        Stage(mlp, _tensors(block.ln_2, block.mlp, block.ls_2)),
-    ]
-
-
-def _tensors(*modules: nn.Module | None) -> tuple[Tensor, ...]:
-    found = [module for module in modules if module is not None]
-    return tuple(t for module in found for t in (*module.parameters(), *module.buffers()))
+    def classify(self, features: Tensor, head: Tensor) -> Tensor:
+        """features: [n, d], of images. head: [classes, d]. Returns logits [n, classes]."""
+        logits: Tensor = features / features.norm(dim=-1, keepdim=True) @ head.T
+        return logits
 
 
 @dataclass(frozen=True)

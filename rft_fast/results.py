@@ -4,6 +4,7 @@
 ``rows.sqlite``      every row, committed as it was measured
 ``rows.csv``         the same rows, written when the run ends or is interrupted
 ``correlation.csv``  the table of that study, which is made of the rows
+``cost.csv``         what each study took: time, peak memory in bytes
 ``config.json``      the complete request: arguments, versions, content hashes, date
 ``figures/``         one picture per study, ``<study>.png``
 ===================  ===============================================================
@@ -173,7 +174,7 @@ class Run:
 
     def _remove_earlier(self) -> None:
         load(self.directory)  # refuses what is no table of rows
-        named = [make(study) for study in STUDIES for make in (self.figure, self.table)]
+        named = [make(name) for name in (*STUDIES, "cost") for make in (self.figure, self.table)]
         for file in [*named, *map(self.directory.joinpath, (_TABLE, _CONFIG))]:
             file.unlink(missing_ok=True)
         (self.directory / _DATABASE).unlink()

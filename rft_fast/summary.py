@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from . import studies
+from .cost import duration
 from .request import Request
 from .studies.rows import STUDIES
 
@@ -29,27 +30,36 @@ no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (-
 def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
     """Study -> the models that it takes, by the rows of the interpolation.
 
-    As many as the paper shows: all for general sharpness, four layer by layer (all where the
-    correlation needs them), two for layer-wise interpolation and pruning: those that gain most and
-    least (:func:`rft_fast.studies.best_gains`). Models that were named are taken instead, layer by layer.
+    Those that gain most and least (:func:`rft_fast.studies.best_gains`), as many as :func:`how_many` has.
+    Models that were named are taken instead, layer by layer.
     """
     everyone = list(request.zoo.finetuned)
     ranked = list(studies.best_gains(rows).sort_values(ascending=False, kind="stable").index)
-    layerwise = 4 if "layer-sharpness" in request.studies else 2
-    if "correlation" in request.studies:
-        layerwise = len(everyone)
 
     def some(count: int) -> list[str]:
-        if request.models is not None:
+        if count < len(everyone) and request.models is not None:
             return request.models
         picked = set(ranked[: (count + 1) // 2]) | set(ranked[len(ranked) - count // 2 :])
         return [name for name in everyone if name in picked]
 
-    return {
-        "layers": some(2),
-        "sharpness": everyone,
-        "layer-sharpness": some(layerwise),
-        "prune": some(2),
+    return {study: some(count) for study, count in how_many(request).items()}
+
+
+def how_many(request: Request) -> dict[str, int]:
+    """Study -> how many models it takes.
+
+    As many as the paper shows: all for the path and general sharpness, four layer by layer (all where the
+    correlation needs them), two for layer-wise interpolation and pruning; or those that were named.
+    """
+    everyone = len(request.zoo.finetuned)
+    layerwise = 4 if "layer-sharpness" in request.studies else 2
+    if "correlation" in request.studies:
+        layerwise = everyone
+    few = {"layers": 2, "layer-sharpness": layerwise, "prune": 2}
+    if request.models is not None:
+        few = dict.fromkeys(few, len(request.models))
+    return {"interpolation": everyone, "sharpness": everyone} | {
+        study: min(count, everyone) for study, count in few.items()
     }
 
 
@@ -370,3 +380,12 @@ def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
             padded[-1] = row[-1]
         lines.append("  " + "  ".join(padded))
     return lines
+
+
+def took(costs: Sequence[Mapping[str, Any]]) -> str:
+    """What each study took, in words: time, and memory at its peak."""
+    parts = [
+        f"{cost['study']} {duration(cost['seconds'])}, {cost['peak_memory'] / 2**30:.1f} GiB"
+        for cost in costs
+    ]
+    return "took     " + "; ".join(parts)

@@ -10,7 +10,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from rft_fast import classifier
@@ -269,149 +268,8 @@ def test_bad_preprocessing(tmp_path: Path, cfg: dict[str, Any], words: tuple[str
     refused(classifier.preprocess, file, words=("preprocess: ", *words))
 
 
-# --- stages ---------------------------------------------------------------------------------------
-
-
-def tower(**changes: Any) -> VisionTransformer:
-    small = {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
-    return VisionTransformer(**{**small, "output_dim": 6, **changes})
-
-
-def shaken(model: nn.Module, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data += 0.1 * torch.rand_like(tensor)
-    return model.eval()
-
-
-TOWERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "layer scale": {"ls_init_value": 0.2},
-    "average pooling": {"pool_type": "avg"},
-    "last pooling": {"pool_type": "tok", "final_ln_after_pool": True},
-    "attentional pooling": {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
-    "no ln_pre": {"no_ln_pre": True},
-    "sine positions": {"pos_embed_type": "sin_cos_2d"},
-    "patch dropout": {"patch_dropout": 0.5},
-}
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("proj", [True, False])
-def test_stages_compute_the_same_bits(kind: str, batch_first: bool, proj: bool) -> None:
-    visual = tower(**TOWERS[kind])
-    if not proj:
-        visual.proj = None
-    if not batch_first:
-        visual.transformer.batch_first = False
-        for block in visual.transformer.resblocks:
-            block.attn.batch_first = False
-    width = visual.output_dim if proj or kind == "attentional pooling" else 16
-    if not proj and kind == "attentional pooling":
-        width = 6
-    model = shaken(classifier.ImageClassifier(visual, nn.Linear(width, CLASSES)))
-    parts = classifier.stages(model)
-    assert len(parts) == 2 + 2 * 2
-    images = torch.randn(5, 3, 8, 8)
-    with torch.inference_mode():
-        x = images
-        for part in parts:
-            x = part.run(x)
-        assert torch.equal(x, model(images))
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-def test_a_change_in_a_tensor_is_seen_from_its_stage_on(kind: str) -> None:
-    """Each tensor in turn: the activations before the stage that names it do not know of it."""
-    model = shaken(classifier.ImageClassifier(tower(**TOWERS[kind]), nn.Linear(6, CLASSES)))
-    parts = classifier.stages(model)
-    images = torch.randn(3, 3, 8, 8)
-
-    @torch.inference_mode()
-    def activations() -> list[Tensor]:
-        found = [images]
-        for part in parts:
-            found.append(part.run(found[-1]))
-        return found
-
-    before, named = activations(), {id(t): i for i, part in enumerate(parts) for t in part.tensors}
-    assert len(named) == sum(len(part.tensors) for part in parts)  # none twice
-    for name, tensor in model.named_parameters():
-        stage = named.get(id(tensor), 0)  # what no stage names belongs to the first
-        was = tensor.detach().clone()
-        tensor.data += 0.05 * torch.randn_like(tensor)
-        for index, (a, b) in enumerate(zip(before, activations(), strict=True)):
-            assert index > stage or torch.equal(a, b), (name, stage, index)
-        with torch.inference_mode():
-            x = before[stage]
-            for part in parts[stage:]:
-                x = part.run(x)
-            assert torch.equal(x, model(images)), name
-        tensor.data.copy_(was)
-    assert named[id(model.classification_head.weight)] == 5 == named[id(model.visual.ln_post.weight)]
-    block = model.visual.transformer.resblocks[1]
-    assert (named[id(block.attn.in_proj_weight)], named[id(block.mlp.c_fc.weight)]) == (3, 4)
-    for number, block in enumerate(model.visual.transformer.resblocks):
-        for name, tensor in block.named_parameters():  # none falls back to the first stage
-            late = name.split(".")[0] in ("ln_2", "mlp", "ls_2")
-            assert named[id(tensor)] == 1 + 2 * number + late, name
-    first = ("visual.conv1.weight", "visual.class_embedding", "visual.positional_embedding")
-    assert all(named.get(id(t), 0) == 0 for n, t in model.named_parameters() if n in first)
-
-
-def test_blocks_of_another_kind_are_one_stage_each() -> None:
-    visual = tower()
-
-    class Block(ResidualAttentionBlock):
-        pass
-
-    visual.transformer.resblocks[0] = Block(16, 2, 2.0, batch_first=True)
-    model = shaken(classifier.ImageClassifier(visual, nn.Linear(6, CLASSES)))
-    parts = classifier.stages(model)
-    assert len(parts) == 2 + 1 + 2 and len(parts[1].tensors) == 12
-    images = torch.randn(2, 3, 8, 8)
-    with torch.inference_mode():
-        x = images
-        for part in parts:
-            x = part.run(x)
-        assert torch.equal(x, model(images))
-
-
-def test_a_sequential_is_as_many_stages_as_modules() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 4))
-    parts = classifier.stages(model)
-    assert [len(part.tensors) for part in parts] == [0, 5, 2]  # batch statistics and their count included
-    assert parts[1].tensors[0] is model[1].weight and parts[2].run is model[2]
-
-
-def test_other_models_are_one_stage() -> None:
-    class Loop(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(super().forward(x))  # not what its parts do one after the other
-
-    class Narrow(VisionTransformer):
-        pass
-
-    class Cool(classifier.ImageClassifier):
-        pass
-
-    visual, head = tower(), nn.Linear(6, CLASSES)
-    other = Narrow(8, 4, 16, 2, 2, 2.0, output_dim=6)
-    for model in (
-        Loop(nn.Linear(3, 3)),
-        nn.Linear(3, 3),
-        Cool(visual, head),
-        classifier.ImageClassifier(other, head),
-        classifier.ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), head),
-    ):
-        (only,) = classifier.stages(model)
-        assert only.run is model and only.tensors == ()
-
-
 def test_classify_normalises_the_features() -> None:
-    model = shaken(classifier.ImageClassifier(nn.Flatten(), nn.Linear(3, CLASSES)))
+    model = classifier.ImageClassifier(nn.Flatten(), nn.Linear(3, CLASSES)).eval()
     x = torch.tensor([[3.0, 0.0, 4.0]])
     head = model.classification_head
     with torch.no_grad():
@@ -419,3 +277,91 @@ def test_classify_normalises_the_features() -> None:
         torch.testing.assert_close(model.classify(x), expected)
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(model.classify(50 * x), expected)
+
+
+# --- both towers ----------------------------------------------------------------------------------
+
+
+def both_towers(**changes: Any) -> classifier.ZeroShotClassifier:
+    """Two templates for each of three classes; features of four numbers."""
+    torch.manual_seed(0)
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.EmbeddingBag(20, 4, mode="sum")
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            features: Tensor = self.embedding(tokens)
+            return features
+
+    given: dict[str, Any] = {
+        "visual": nn.Sequential(nn.Flatten(), nn.Linear(12, 4)),
+        "text": Text(),
+        "prompts": torch.randint(20, (3, 2, 6)),
+        "logit_scale": nn.Parameter(torch.tensor(1.5)),
+    }
+    return classifier.ZeroShotClassifier(**{**given, **changes})
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(1.5), torch.tensor([1.5])])
+def test_zero_shot_logits_equal_the_formula_written_out(scale: Tensor) -> None:
+    model = both_towers(logit_scale=nn.Parameter(scale))
+    images = torch.randn(5, 3, 2, 2)
+    with torch.no_grad():
+        got = model(images)
+        image = model.visual(images).double()
+        text = [[model.text(prompt[None])[0].double() for prompt in prompts] for prompts in model.prompts]
+    assert got.shape == (5, 3) and got.dtype == torch.float32
+    for c, features in enumerate(text):
+        row = torch.zeros(4, dtype=torch.float64)
+        for feature in features:
+            row += feature / feature.pow(2).sum().sqrt() / len(features)
+        row *= math.exp(1.5) / row.pow(2).sum().sqrt()
+        for i in range(5):
+            expected = (image[i] / image[i].pow(2).sum().sqrt() * row).sum()
+            assert abs(got[i, c].item() - expected.item()) < 1e-5
+    assert (got - got[:, :1]).abs().max() > 0.1  # the classes differ
+
+
+def test_many_prompts_go_in_parts_and_stay_in_order() -> None:
+    torch.manual_seed(1)
+    prompts = torch.randint(20, (101, 7, 6))
+    model = both_towers(prompts=prompts)
+    images = torch.randn(2, 3, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images), model.join(model.visual(images), model.text(prompts.flatten(0, 1)))
+        )
+
+
+def test_prompts_are_no_part_of_a_checkpoint_but_move_with_the_model() -> None:
+    model = both_towers()
+    assert set(model.state_dict()) == {
+        "logit_scale",
+        "visual.1.weight",
+        "visual.1.bias",
+        "text.embedding.weight",
+    }
+    assert model.to("meta").prompts.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"visual": len}, TypeError, "visual must be an nn.Module, got builtin_function_or_method"),
+        ({"text": None}, TypeError, "text must be an nn.Module, got NoneType"),
+        ({"prompts": [[1]]}, TypeError, "prompts must be a tensor, got list"),
+        ({"prompts": torch.zeros(3, 2, 6)}, ValueError, "got torch.float32 [3, 2, 6]"),
+        ({"prompts": torch.zeros(3, 6, dtype=torch.int64)}, ValueError, "got torch.int64 [3, 6]"),
+        ({"prompts": torch.zeros(3, 0, 6, dtype=torch.int64)}, ValueError, "got torch.int64 [3, 0, 6]"),
+        ({"logit_scale": 1.5}, TypeError, "logit_scale must be a tensor, got float"),
+        ({"logit_scale": torch.tensor(1.5)}, TypeError, "logit_scale must be an nn.Parameter"),
+        ({"logit_scale": nn.Parameter(torch.ones(2))}, ValueError, "got torch.float32 [2]"),
+        ({"logit_scale": nn.Parameter(torch.ones(1, 1))}, ValueError, "got torch.float32 [1, 1]"),
+    ],
+)
+def test_bad_arguments_of_both_towers(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        both_towers(**changes)
+    assert str(caught.value).startswith("ZeroShotClassifier: ") and words in str(caught.value)

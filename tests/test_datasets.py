@@ -10,7 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
 from rft_fast import datasets
@@ -77,6 +77,34 @@ def test_folder_equals_imagefolder_with_the_transform_of_open_clip(
     assert got.class_names == tuple(expected.classes)
 
 
+def test_unusual_images_are_what_imagefolder_makes_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    picture(30, 40, "CMYK").save(folder / "cmyk.jpg")
+    picture(30, 40, "CMYK").save(folder / "cmyk.tif")
+    picture(30, 40, "LA").save(folder / "la.png")
+    palette = picture(30, 40, "P")
+    palette.save(folder / "index.png", transparency=3)
+    palette.save(folder / "levels.png", transparency=bytes(range(256)))
+    grey = RNG.integers(0, 65536, (30, 40)).astype(np.uint16)
+    for suffix in ("png", "tif"):
+        Image.fromarray(grey).save(folder / f"grey16.{suffix}")
+    picture(30, 40, "1").save(folder / "bits.bmp")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # ImageFolder leaves images as they are stored
+    picture(30, 40).save(folder / "rotated.jpg", exif=rotated)
+    picture(30, 40).save(folder / "progressive.jpg", progressive=True)
+    picture(30, 40).save(folder / "lossy.webp")
+    picture(1, 50).save(folder / "line.ppm")
+    got = datasets.load("set", tmp_path, PREPROCESS)
+    transform = open_clip.image_transform(24, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std)
+    expected = ImageFolder(str(tmp_path), transform)
+    assert len(got.images) == len(expected) == 12
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (got.mean, got.std))
+    for image, (file, _), (truth, _) in zip(got.images, expected.samples, expected, strict=True):
+        assert torch.equal(image.float().div(255).sub(mean).div(std), truth), file
+
+
 def test_folder_equals_pillow_by_hand(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     source = picture(60, 45)
@@ -136,6 +164,140 @@ def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
     whole = (tmp_path / "b" / "2.png").read_bytes()
     (tmp_path / "b" / "2.png").write_bytes(whole[: len(whole) // 2])
     refused("2 of 6 images cannot be read", "a/1.png", "b/2.png", path=tmp_path)
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_truncated_images_are_refused_whatever_pillow_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lenient: bool
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    names = ["0.png", "1.jpg", "2.webp", "3.tif", "4.bmp", "5.ppm", "6.jpg"]
+    (tmp_path / "a").mkdir()
+    for name in names:
+        file = tmp_path / "a" / name
+        picture(60, 80).save(file, progressive=name == "6.jpg")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    picture(30, 30).save(tmp_path / "a" / "whole.png")
+    refused("7 of 8 images cannot be read", path=tmp_path)
+    with pytest.warns(UserWarning, match="7 of 8"):
+        assert len(datasets.load("set", tmp_path, PREPROCESS, skip_unreadable=True).labels) == 1
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_skipped_images_are_named_and_counted(tmp_path: Path, cached: bool) -> None:
+    data = tree(tmp_path / "data", ["a", "b"], each=10)
+    cache = tmp_path / "caches" if cached else None
+    whole = datasets.load("set", data, PREPROCESS, cache=cache)
+    assert whole.skipped == 0
+    bad = [0, 7, 8, 13]
+    for index in bad:
+        (data / "ab"[index // 10] / f"{index % 10}.png").write_text("no image")
+    with pytest.warns(UserWarning) as caught:
+        got = datasets.load("set", data, PREPROCESS, cache=cache, skip_unreadable=True)
+    said = [str(w.message) for w in caught if "left out" in str(w.message)]
+    assert len(said) == 1 and len(caught) == 1 + cached
+    for words in ("'set'", "4 of 20", *(f"{'ab'[i // 10]}/{i % 10}.png" for i in bad)):
+        assert words in said[0]
+    keep = [index for index in range(20) if index not in bad]
+    assert got.skipped == 4
+    assert torch.equal(got.images, whole.images[keep]) and torch.equal(got.labels, whole.labels[keep])
+    chosen = sorted(np.random.RandomState(5).permutation(20)[:12].tolist())
+    assert 0 < len(set(chosen) & set(bad)) < 4
+    with pytest.warns(UserWarning, match=f"{len(set(chosen) & set(bad))} of 12"):
+        part = datasets.load("set", data, PREPROCESS, samples=12, seed=5, cache=cache, skip_unreadable=True)
+    left = [index for index in chosen if index not in bad]
+    assert part.skipped == 12 - len(left)
+    assert torch.equal(part.images, whole.images[left]) and torch.equal(part.labels, whole.labels[left])
+    drawn = datasets.subset(got, 16)
+    assert len(drawn.labels) == 16 and drawn.skipped == 4
+    refused("4 of 20 images cannot be read", path=data, cache=cache)
+
+
+def test_nothing_readable_is_refused_all_the_same(tmp_path: Path) -> None:
+    tree(tmp_path, ["a"], each=2)
+    for file in (tmp_path / "a").iterdir():
+        file.write_bytes(b"")
+    refused("2 of 2 images cannot be read", path=tmp_path, skip_unreadable=True)
+    with pytest.raises(ValueError, match="'set': no image tried can be read"):
+        datasets.time_decoding("set", tmp_path, PREPROCESS)
+
+
+def test_a_link_to_nowhere_is_no_image(tmp_path: Path) -> None:
+    tree(tmp_path, ["a"], each=2)
+    (tmp_path / "a" / "z.png").symlink_to(tmp_path / "nowhere.png")
+    refused("files that are no images", "z.png", path=tmp_path)
+
+
+def test_scan_counts_without_decoding_or_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, cache = tree(tmp_path / "data", ["a", "b", "c"], each=4), tmp_path / "caches"
+
+    def scan(**more: Any) -> datasets.Scan:
+        with monkeypatch.context() as blind:
+            blind.setattr(Image, "open", None)
+            return datasets.scan("set", data, PREPROCESS, **more)
+
+    assert scan() == datasets.Scan("set", 12, 12, 3)
+    assert scan(cache=cache) == datasets.Scan("set", 12, 12, 3)
+    assert not cache.exists()
+    datasets.load("set", data, PREPROCESS, samples=5, seed=1, cache=cache)
+    before = {file: file.read_bytes() for file in cache.iterdir()}
+    assert scan(cache=cache) == datasets.Scan("set", 12, 7, 3)
+    assert scan() == datasets.Scan("set", 12, 12, 3)
+    assert scan(cache=cache, samples=5, seed=1) == datasets.Scan("set", 5, 0, 3)
+    drawn = [set(np.random.RandomState(seed).permutation(12)[:5].tolist()) for seed in (1, 2)]
+    assert scan(cache=cache, samples=5, seed=2).undecoded == len(drawn[1] - drawn[0])
+    os.utime(data / "abc"[min(drawn[0]) // 4] / f"{min(drawn[0]) % 4}.png", (1, 1))
+    assert scan(cache=cache) == datasets.Scan("set", 12, 8, 3)
+    assert {file: file.read_bytes() for file in cache.iterdir()} == before
+    file = save(tmp_path / "x.npz", **arrays())
+    assert datasets.scan("x", file, PREPROCESS, samples=3, cache=cache) == datasets.Scan("x", 3, 0, None)
+    with pytest.raises(ValueError, match="'set': 13 samples"):
+        scan(samples=13)
+    (data / "d").mkdir()
+    with pytest.raises(ValueError, match=r"'set': .*empty class folders: d"):
+        scan()
+
+
+def test_time_decoding_is_a_share_of_the_time_that_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path / "data", ["a", "b"], each=20)
+    clock, decoded = [0.0], [0]
+    original = datasets._decode
+
+    def decode(*arguments: Any) -> Any:
+        decoded[0] += 1
+        return original(*arguments)
+
+    def perf_counter() -> float:
+        clock[0] += 0.25
+        return clock[0]
+
+    monkeypatch.setattr(datasets, "_decode", decode)
+    monkeypatch.setattr(datasets.time, "perf_counter", perf_counter)
+    # The clock is read at the beginning, after each image handed out, and at the end.
+    assert datasets.time_decoding("set", tmp_path / "data", PREPROCESS, 2.0) == 9 * 0.25 / 8
+    assert decoded == [8]
+    assert datasets.time_decoding("set", tmp_path / "data", PREPROCESS, 1e9) == 41 * 0.25 / 40
+    assert datasets.time_decoding("x", save(tmp_path / "x.npz", **arrays()), PREPROCESS) == 0
+
+
+def test_decoding_ahead_is_bounded_and_in_order() -> None:
+    taken, started = [0], [0]
+
+    def items() -> Any:
+        for item in range(50):
+            started[0] += 1
+            assert started[0] - taken[0] <= 7
+            yield item
+
+    with datasets._threads() as pool:
+        results = []
+        for result in datasets._ahead(pool, lambda item: item * item, items(), 7):
+            taken[0] += 1
+            results.append(result)
+    assert results == [item * item for item in range(50)]
 
 
 def test_progress_counts_every_image(tmp_path: Path) -> None:
@@ -250,6 +412,8 @@ def test_datasets_are_checked_when_made() -> None:
         {"std": (1.0, 0.0, 1.0)},
         {"mean": (0.5,)},
         {"classes": torch.tensor([0])},
+        {"skipped": -1},
+        {"skipped": True},
     ]
     for bad in refusals:
         with pytest.raises(ValueError, match=r"^Dataset 'bad': "):

@@ -4,61 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from open_clip.transformer import VisionTransformer
+from tiny_models import (
+    CLASSES,
+    MEAN,
+    STD,
+    Opaque,
+    assert_plain,
+    counted,
+    dataset,
+    staged,
+    toy,
+    transformer,
+)
 from torch import Tensor, nn
 
-from rft_fast import evaluate
-from rft_fast.classifier import ImageClassifier, Stage
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores
-
-CLASSES = 6
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-
-
-class Toy(nn.Module):
-    """Small, with what an evaluator could trip over: dropout, batch statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(4 * 6 * 6, CLASSES)
-        self.batches: list[int] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.batches.append(len(images))
-        features = self.drop(self.norm(self.conv(images)).relu()).flatten(1)
-        logits: Tensor = self.head(features)
-        return logits
-
-
-def toy(seed: int = 0) -> Toy:
-    torch.manual_seed(seed)
-    model = Toy()
-    for tensor in (*model.parameters(), model.norm.running_mean, model.norm.running_var):
-        assert tensor is not None
-        tensor.data = torch.rand_like(tensor) - 0.3 * (tensor.ndim > 1)
-    return model
-
-
-def dataset(name: str = "set", count: int = 37, seed: int = 1, **changes: Any) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    fields = {
-        "images": torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8),
-        "labels": torch.randint(0, CLASSES, (count,), generator=generator),
-        "mean": MEAN,
-        "std": STD,
-    }
-    return Dataset(name, **{**fields, **changes})
+from rft_fast.evaluate import evaluator as home
+from rft_fast.stages import Stage, Stages
 
 
 def truth(model: nn.Module, data: Dataset, classes: Sequence[int] | None = None) -> Any:
@@ -98,9 +67,22 @@ def test_losses_and_hits_equal_float64_by_hand(batch_size: int) -> None:
 def test_batches_cover_each_set_once() -> None:
     model = toy()
     evaluator = Evaluator(model, [dataset("a"), dataset("b", count=5)], batch_size=16)
-    model.batches.clear()
-    evaluator.scores()
-    assert model.batches == [16, 16, 5, 5]
+    with counted(model.conv) as (batches,):
+        evaluator.scores()
+    assert batches == [16, 16, 5, 5]
+
+
+def test_a_model_that_cannot_be_traced_is_scored_as_a_whole() -> None:
+    model, sets = toy(kind=Opaque), [dataset("a"), dataset("b", count=5)]
+    with pytest.warns(UserWarning, match="this Opaque is one stage, because torch.fx cannot trace") as caught:
+        evaluator = Evaluator(model, sets, batch_size=10)
+    assert len(caught) == 1 and evaluator.stations == len(evaluator.stages.image) == 1
+    assert evaluator.span(model.parameters()) == (0, 0)
+    with counted(model.conv) as (batches,):
+        scores = evaluator.scores()
+    assert batches == [10, 10, 10, 7, 5]
+    assert_plain(scores, model, sets)
+    assert evaluator.pieces() == [evaluator]
 
 
 def test_the_live_model_is_scored_as_it_is_now() -> None:
@@ -156,7 +138,7 @@ def test_full_precision_is_forced_and_given_back() -> None:
     new = hasattr(conv, "conv")
     seen: list[Any] = []
 
-    class Watching(Toy):
+    class Watching(Opaque):
         def forward(self, images: Tensor) -> Tensor:
             matmul: Any = torch.backends.cuda.matmul
             seen.append(
@@ -169,7 +151,9 @@ def test_full_precision_is_forced_and_given_back() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        Evaluator(Watching(), [dataset()]).scores()
+        with pytest.warns(UserWarning, match="this Watching is one stage"):
+            evaluator = Evaluator(Watching(), [dataset()])
+        evaluator.scores()
         assert set(seen) == {("ieee", "ieee") if new else ("highest", False)}
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.allow_tf32
@@ -250,12 +234,18 @@ class Flat(nn.Module):
 def test_bad_arguments() -> None:
     good: dict[str, Any] = {"model": toy(), "datasets": [dataset()]}
     refusals: list[tuple[dict[str, Any], str]] = [
-        ({"precision": "bf16"}, "precision must be one of"),
         ({"batch_size": 0}, "batch_size must be an int of at least 1"),
         ({"batch_size": 2.0}, "batch_size must be an int of at least 1"),
         ({"datasets": []}, "no data set"),
         ({"datasets": [dataset(), dataset()]}, "distinct names"),
-        ({"model": toy().half()}, r"needs a float32 model, this one has \['torch.float16'\]"),
+        ({"precision": "int8"}, "precision must be one of fp32, tf32, bf16, fp16"),
+        (
+            {"precision": "bf16"},
+            r"in bfloat16, this one has float32; call .*cast\(model, 'bf16'\)",
+        ),
+        ({"precision": "tf32"}, "'tf32' is a mode of NVIDIA GPUs; the device is cpu"),
+        ({"model": toy().half()}, r"'fp32' needs a model in float32, this one has float16"),
+        ({"memory_limit": 0}, "memory_limit must be an int of at least 1"),
         ({"model": nn.Flatten()}, "no weights"),
         ({"model": Flat()}, r"must return logits \[n, classes\], for one image it gave \[1\]"),
     ]
@@ -334,138 +324,35 @@ def test_normalized_logits_that_are_all_equal() -> None:
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def staged(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(144, CLASSES),
-    )
-
-
-def plain(model: nn.Module, data: Dataset, batch: int) -> Tensor:
-    """Losses from whole forwards, batch by batch, in float32."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    was, losses = model.training, []
-    model.eval()
-    with torch.inference_mode():
-        for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
-            logits = model(images.float().div(255).sub(mean).div(std))
-            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
-    model.train(was)
-    return torch.cat(losses)
-
-
-@pytest.mark.parametrize("jump", [1, 2, 3, 5])
-def test_scores_are_the_same_bits_from_every_stage(jump: int) -> None:
-    model, sets = staged().train(), [dataset("a"), dataset("b", count=11)]
-    evaluator = Evaluator(model, sets, batch_size=10)
-    assert len(evaluator.stages) == 6
-    walk = evaluator.walk()
-    for stage in range(0, 6, jump):
-        walk.advance(stage)
-        walk.advance(stage)  # no step is no harm
-        assert walk.stage == stage
-        with torch.no_grad():  # from here on what changes lies ahead
-            for parameter in model[stage:].parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        for _ in range(2):
-            scores = walk.scores()
-            for data in sets:
-                assert torch.equal(scores[data.name].losses, plain(model, data, 10)), (stage, data.name)
-                assert not scores[data.name].losses.is_inference()
-    assert all(module.training for module in model.modules())
-    whole = evaluator.scores()["a"].losses
-    assert torch.equal(whole, plain(model, sets[0], 10))
-
-
-def test_a_walk_runs_no_stage_twice_and_does_not_turn_back() -> None:
-    model = staged()
-    runs: list[int] = []
-    evaluator = Evaluator(model, [dataset(count=20)], batch_size=10)
-    for index, module in enumerate(model):
-        module.register_forward_hook(lambda *_, index=index: runs.append(index))
-    walk = evaluator.walk()
-    walk.advance(2)
-    walk.advance(4)
-    assert runs == [0, 1, 0, 1, 2, 3, 2, 3]  # two batches
-    runs.clear()
-    walk.scores()
-    assert runs == [4, 5, 4, 5]
-    for stage in (3, 6, -1):
-        with pytest.raises(ValueError, match=rf"^Walk.advance: expected a stage from 4 to 5, got {stage}"):
-            walk.advance(stage)
-    assert walk.stage == 4
-
-
-@pytest.mark.parametrize("start", [1, 2, 3])
-def test_modules_that_work_in_place_leave_what_a_walk_holds(start: int) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.LeakyReLU(0.5, inplace=True),
-        nn.Flatten(),
-        nn.ELU(inplace=True),
-        nn.Linear(144, 6),
-    )
-    data = dataset()
-    walk = Evaluator(model, [data], batch_size=10).walk()
-    walk.advance(start)
-    for _ in range(3):
-        assert torch.equal(walk.scores()["set"].losses, plain(model, data, 10))
-    walk.advance(4)
-    assert torch.equal(walk.scores()["set"].losses, plain(model, data, 10))
-
-
-def test_what_is_behind_a_walk_is_not_seen() -> None:
-    """So that the tests of stages could fail: held activations do not follow the weights."""
-    model, data = staged(), dataset()
-    walk = Evaluator(model, [data], batch_size=10).walk()
-    walk.advance(1)
-    with torch.no_grad():
-        model[0].weight.mul_(2)
-    assert not torch.equal(walk.scores()["set"].losses, plain(model, data, 10))
-
-
-def test_tensors_belong_to_the_first_stage_that_reads_them() -> None:
+def test_tensors_belong_to_the_stages_that_read_them() -> None:
     model = staged()
     evaluator = Evaluator(model, [dataset()])
+    assert evaluator.stations == 3
     conv, norm, head = model[0], model[1], model[5]
-    assert [evaluator.stage_of([t]) for t in (conv.bias, norm.running_mean, head.weight)] == [0, 1, 5]
+    assert [evaluator.stage_of([t]) for t in (conv.bias, norm.running_mean, head.weight)] == [0, 1, 2]
     assert evaluator.stage_of([head.bias, norm.bias]) == 1
-    assert evaluator.stage_of([torch.zeros(1), head.bias]) == 0  # what no stage names is the first's
-    assert evaluator.stage_of([]) == 0
+    assert evaluator.span([head.bias, norm.bias]) == (1, 2) and evaluator.span([norm.bias]) == (1, 1)
+    # What no stage is known to read may be read by any.
+    assert evaluator.span([torch.zeros(1), head.bias]) == evaluator.span([torch.zeros(1)]) == (0, 2)
+    assert evaluator.span([]) == (0, 2) and evaluator.span(model.parameters()) == (0, 2)
     shared = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.Linear(192, 192), nn.Linear(192, CLASSES))
     shared[2].weight = shared[1].weight
     evaluator = Evaluator(shared, [dataset()])
-    assert evaluator.stage_of([shared[2].weight]) == 1 and evaluator.stage_of([shared[2].bias]) == 2
-    assert Evaluator(toy(), [dataset()]).stage_of([torch.zeros(1)]) == 0
+    assert evaluator.span([shared[2].weight]) == (0, 1) and evaluator.span([shared[2].bias]) == (1, 1)
 
 
-def broken(x: Tensor) -> Tensor:
-    raise AttributeError("another version calls it otherwise")
-
-
-@pytest.mark.parametrize("lie", [lambda x: x + 1e-3, broken], ids=["off", "raises"])
-def test_stages_that_lie_are_not_used_and_it_is_said_once(lie: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lie", [lambda x, _: x + 1, lambda x, _: x * 1.2], ids=["added", "scaled"])
+def test_stages_that_lie_are_refused(lie: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sets = toy(), [dataset("a"), dataset("b", count=5)]
-    honest = Evaluator(model, sets, batch_size=10)
-    with monkeypatch.context() as m:
-        m.setattr(evaluate, "stages", lambda model: [Stage(lie), Stage(model)])
-        with pytest.warns(UserWarning, match="stages of this Toy do not compute what its forward") as caught:
-            evaluator = Evaluator(model, sets, batch_size=10)
-    assert len(caught) == 1 and len(evaluator.stages) == 1
-    assert caught[0].filename == __file__
-    assert evaluator.stage_of(list(model.parameters())) == 0
-    for name in ("a", "b"):
-        assert torch.equal(evaluator.scores()[name].losses, honest.scores()[name].losses)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        monkeypatch.setattr(evaluate, "stages", lambda model: [Stage(torch.clone), Stage(model)])
-        assert len(Evaluator(model, sets).stages) == 2  # honest ones are used in silence
+
+    def made(model: nn.Module, images: Tensor) -> Stages:
+        return Stages((Stage(lambda x, _: model(x)), Stage(lie)))
+
+    monkeypatch.setattr(home, "stages", made)
+    with pytest.raises(RuntimeError, match="on 'a' the model's stages do not compute what its forward"):
+        Evaluator(model, sets)
+    lie = lambda x, _: x.clone()  # noqa: E731
+    assert Evaluator(model, sets).stations == 2  # honest ones are used
 
 
 # --- parts of a data set --------------------------------------------------------------------------
@@ -484,9 +371,9 @@ def test_parts_cover_a_set_in_order_and_share_its_memory(size: int | None) -> No
     torch.testing.assert_close(losses, whole.losses, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.cat([part.scores()["b"].correct for part in parts]), whole.correct)
     assert all(part.model is model and part.normalize_logits for part in parts)
-    first = [part._sets[0].images.data_ptr() for part in parts]
+    first = [part._feeds[0].images.data_ptr() for part in parts]
     step = 3 * 8 * 8 * (size or 37)
-    assert first == [evaluator._sets[1].images.data_ptr() + i * step for i in range(len(parts))]
+    assert first == [evaluator._feeds[1].images.data_ptr() + i * step for i in range(len(parts))]
     assert [d.name for d in evaluator.datasets] == ["a", "b"]  # itself unchanged
 
 
@@ -604,18 +491,6 @@ def test_curvature_is_that_of_the_exact_hessian() -> None:
     assert all(w.grad is None and w.requires_grad for w in weights)
 
 
-def transformer() -> ImageClassifier:
-    torch.manual_seed(0)
-    tower = VisionTransformer(
-        image_size=8, patch_size=4, width=8, layers=1, heads=2, mlp_ratio=2.0, output_dim=6
-    )
-    model = ImageClassifier(tower, nn.Linear(6, CLASSES)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_batches_side_by_side_change_no_bit(threads: int) -> None:
     """Also where there are more threads than batches, and more than one thread for each."""
@@ -637,7 +512,7 @@ def test_batches_side_by_side_change_no_bit(threads: int) -> None:
             assert torch.get_num_threads() == count
         assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
         with pytest.raises(ZeroDivisionError), evaluator._scoring():
-            evaluator._map(lambda *_: 1 / 0, lambda *_: None)
+            evaluator._images.map(evaluator._feeds, lambda *_: 1 / 0, lambda *_: None)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -82,7 +82,9 @@ class Setting:
     ) -> Estimate:
         protocol = Protocol(**how)
         parts = self.evaluator.parts(protocol.noise_batch, "set")
-        target = Target(layer, 0 if layer is None else self.evaluator.stage_of(self.path.tensors(layer)))
+        whole = (0, self.evaluator.stations - 1)
+        span = whole if layer is None else self.evaluator.span(self.path.tensors(layer))
+        target = Target(layer, *span)
         return estimate(self.path, parts, alpha, [target], [rho], draws, protocol)[target, rho]
 
     def at(self, alpha: float) -> State:
@@ -536,7 +538,7 @@ def test_a_goal_out_of_reach_is_said_and_the_draws_are_kept(name: str, most: int
 def test_each_target_and_rho_stops_on_its_own() -> None:
     s = two()
     parts = s.evaluator.parts(None, "set")
-    targets, rhos = [Target("first", 0), Target("last", 0)], [0.01, 0.4]
+    targets, rhos = [Target("first", 0, 1), Target("last", 0, 1)], [0.01, 0.4]
     protocol = Protocol("plain", goal=0.02)
     together = estimate(s.path, parts, 0.7, targets, rhos, 4, protocol)
     assert list(together) == [(target, rho) for target in targets for rho in rhos]
@@ -664,10 +666,10 @@ def test_weights_come_back_after_a_failure(
     s = two()
     s.path.write(0.37, 0.2, seed=8)
     before, flagged = s.path.checksum(), flags(s)
-    failing = Failing(times, error, Two.forward)
+    failing = Failing(times, error, nn.Linear.forward)
     for layer in (None, "last"):
         with monkeypatch.context() as m:
-            m.setattr(Two, "forward", failing.bound())
+            m.setattr(nn.Linear, "forward", failing.bound())
             failing.left = times
             with pytest.raises(error, match="stop"):
                 s.estimate(0.7, 0.3, 4, layer, estimator=name)

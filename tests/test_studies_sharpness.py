@@ -53,7 +53,7 @@ class Whole(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         out: Tensor = self.inner(images)
-        return out
+        return out if len(out) else images  # a question that torch.fx cannot trace
 
 
 def random_state(model: nn.Module, seed: int) -> State:
@@ -309,18 +309,21 @@ def test_batch_statistics_are_interpolated_and_not_perturbed(on: str) -> None:
 
 @pytest.mark.parametrize("estimator", ["plain", "gradient", "hessian", "apgd-l2"])
 def test_stages_change_no_number(estimator: str) -> None:
-    """The same weights with and without stages to reuse: the same bits, layer by layer."""
+    """The same weights with and without stages to reuse: the same numbers, layer by layer.
+
+    Not the same bits: draws of a layer share batches, and products of larger batches round otherwise.
+    """
     s, w = Setting(), Whole(network())
     zero, one = ({f"inner.{n}": t for n, t in end.items()} for end in (s.zero, s.one))
     path = Path(w, zero, one)
     evaluator = Evaluator(w, s.sets, batch_size=6)
-    assert len(evaluator.stages) == 1 and len(s.evaluator.stages) == 6
+    assert evaluator.stations == 1 and s.evaluator.stations == 3
     how: dict[str, Any] = {"protocol": Protocol(estimator, on="finetuned")}
     staged = studies.layerwise_sharpness(s.path, s.evaluator, [0.4], [0.3], 4, **how)
     whole = studies.layerwise_sharpness(path, evaluator, [0.4], [0.3], 4, **how)
     assert whole["layer"].tolist() == [f"inner.{layer}" for layer in staged["layer"]]
     for name in ("sharpness", "sharpness_se", "loss", "accuracy"):
-        assert np.array_equal(staged[name], whole[name], equal_nan=True), name
+        assert np.allclose(staged[name], whole[name], rtol=1e-4, atol=1e-6, equal_nan=True), name
 
 
 def test_layers_by_name_and_by_pattern() -> None:
@@ -338,21 +341,21 @@ def vision_model() -> ImageClassifier:
 
 
 def test_layers_of_a_vision_transformer_come_in_the_order_in_which_it_runs() -> None:
-    """``visual.proj`` is the third of its parameters, and the last but one to run."""
+    """``visual.proj`` is the third of its parameters, and the last to run before the head."""
     staged, whole = vision_model(), Whole(vision_model())
     sets = [Dataset("set", torch.randint(0, 256, (9, 3, 4, 4)).byte(), torch.arange(9) % 4, MEAN, STD)]
     zero, one = random_state(staged, 1), random_state(staged, 2)
     path, evaluator = Path(staged, zero, one), Evaluator(staged, sets, batch_size=4)
-    assert path.layers.index("visual.proj") == 2 and len(evaluator.stages) == 6
+    assert path.layers.index("visual.proj") == 2 and evaluator.stations > 6
     for protocol in (Protocol(on="finetuned"), Protocol("plain", noise_batch=5)):
         rows = studies.layerwise_sharpness(path, evaluator, [0.4, 1.0], [0.2], 2, protocol=protocol)
         order = rows["layer"].unique().tolist()
-        assert order[-3:] == ["visual.proj", "visual.ln_post", "classification_head"]
+        assert order[-3:] == ["visual.ln_post", "visual.proj", "classification_head"]
         assert sorted(order) == sorted(path.layers)
         blocks = [name for name in order if "resblocks" in name]
         first = [name for name in blocks if "resblocks.0." in name]
         assert blocks[: len(first)] == first and order[: len(order) - len(blocks) - 3] == [
-            "visual.class_embedding", "visual.positional_embedding", "visual.conv1", "visual.ln_pre",
+            "visual.conv1", "visual.class_embedding", "visual.positional_embedding", "visual.ln_pre",
         ]  # fmt: skip
         # A stage too late would score the layer as if it had not changed; here all run from the start.
         other = Path(whole, *({f"inner.{n}": t for n, t in end.items()} for end in (zero, one)))
@@ -364,7 +367,7 @@ def test_layers_of_a_vision_transformer_come_in_the_order_in_which_it_runs() -> 
         both = rows.merge(plain, on=["alpha", "layer"], suffixes=("", "_plain"))
         assert len(both) == len(rows) and (rows["sharpness"].abs() > 0).mean() > 0.9
         for name in ("sharpness", "sharpness_se", "loss", "accuracy"):
-            assert both[name].tolist() == both[f"{name}_plain"].tolist(), name
+            assert np.allclose(both[name], both[f"{name}_plain"], rtol=1e-4, atol=1e-6), name
 
 
 def test_no_layers_no_rows() -> None:

@@ -17,24 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pandas as pd
 import pytest
+import tiny_zoo
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
+from tiny_zoo import own_models, refused, save
 
-from rft_fast import checkpoints, request, results, studies, sweep
+from rft_fast import checkpoints, request, results, studies, sweep, wiring
 from rft_fast import zoo as zoos
 from rft_fast.studies.rows import STUDIES
-
-VISION = {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1}
-ARCH: dict[str, Any] = {
-    "model_cfg": {"embed_dim": 6, "vision_cfg": {**VISION, "mlp_ratio": 2.0}, "text_cfg": {}},
-    "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 8},
-}
-CLASSES = 3
 
 
 @pytest.fixture(autouse=True)
@@ -47,41 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints in model-soups layout, an .npz, and a folder of class folders."""
-    folder = tmp_path_factory.mktemp("zoo")
-    (folder / "tiny.json").write_text(json.dumps(ARCH))
-    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        clip = open_clip.CLIP(6, ARCH["model_cfg"]["vision_cfg"], text)
-        base = {f"model.visual.{name}": tensor for name, tensor in clip.visual.state_dict().items()}
-        base["model.logit_scale"] = torch.tensor(2.0)
-        base["classification_head.weight"] = 3 * torch.randn(CLASSES, 6)
-        base["classification_head.bias"] = torch.zeros(CLASSES)
-        save(base, folder / "zeroshot.safetensors")
-        for name in "abc":
-            tuned = {key: tensor + 0.3 * torch.randn_like(tensor) for key, tensor in base.items()}
-            save(tuned, folder / f"{name}.safetensors")
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    np.savez(folder / "far.npz", images=images, labels=rng.integers(0, CLASSES, 40))
-    for i in range(12):
-        path = folder / "near" / str(i % CLASSES) / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[i]).save(path)
-    return folder
-
-
-def save(state: dict[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-
-
-def own_models(zoo: Path, models: str = "ab") -> list[str]:
-    return [
-        *("--arch", str(zoo / "tiny.json"), "--zeroshot", str(zoo / "zeroshot.safetensors")),
-        *("--finetuned", *(str(zoo / f"{name}.safetensors") for name in models)),
-        *("--data", f"far={zoo / 'far.npz'}", "--id-data", f"near={zoo / 'near'}"),
-    ]
+    return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
 
 
 def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,13 +250,6 @@ def test_options_of_a_zoo_are_defaults(
     refused([], "options of the zoo 'digits': error: unrecognized arguments: --layer-drawz 5", capsys)
 
 
-def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        sweep.main(arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -355,7 +305,7 @@ def test_bad_values_are_refused_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "_load", forbidden)
+    monkeypatch.setattr(wiring.Models, "load", forbidden)
     refused(arguments, message, capsys)
     assert not list(tmp_path.iterdir())
 
@@ -385,7 +335,7 @@ def test_bad_paths_are_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sweep, "_load", forbidden)
+    monkeypatch.setattr(wiring.Models, "load", forbidden)
     out = [] if "--out" in change else ["--out", str(zoo / "never")]
     refused([*own_models(zoo), *out, *(x.format(zoo=zoo) for x in change)], message, capsys)
     assert not (zoo / "never").exists()

@@ -112,10 +112,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Target:
-    """What is perturbed: one layer or, without a name, the whole model. stage: the first that reads it."""
+    """What is perturbed: one layer or, without a name, the whole model.
+
+    stage, last: the first and the last station of a walk whose stages read it.
+    """
 
     layer: str | None
     stage: int
+    last: int
 
     @property
     def layers(self) -> list[str] | None:
@@ -244,11 +248,10 @@ def _sample(
     protocol: Protocol,
 ) -> Results:
     tallies = {(target, rho): _Tally() for target in targets for rho in rhos}
-    clean, _, _ = _clean(parts)
     results: Results = {}
     pending, first, last = dict(tallies), 0, draws
     while pending:
-        _draw(path, parts, alpha, pending, range(first, last), protocol)
+        clean = _draw(path, parts, alpha, pending, range(first, last), protocol)
         found = {key: tally.estimate(clean, protocol) for key, tally in pending.items()}
         wanting = {key: want for key, now in found.items() if (want := _draws_for(now, protocol)) > last}
         results |= {key: now for key, now in found.items() if key not in wanting}
@@ -273,52 +276,80 @@ def _draw(
     tallies: dict[tuple[Target, float], _Tally],
     draws: range,
     protocol: Protocol,
-) -> None:
-    """Adds these draws to the tallies: targets in the order of their stages, draws innermost."""
+) -> float:
+    """Adds these draws to the tallies: targets in the order of their stages. Returns the clean loss."""
     rhos: dict[Target, list[float]] = {}
     for target, rho in tallies:
         rhos.setdefault(target, []).append(rho)
     values = {key: np.zeros((3, len(draws))) for key in tallies}
+    clean = 0.0
     for index, (share, part) in enumerate(zip(_shares(parts), parts, strict=True)):
         slope = _Slope(path, part, rhos) if protocol.estimator == "gradient" else None
-        walk = part.walk()
-        clean = _only(walk.scores()).loss
-        for target in sorted(rhos, key=lambda target: target.stage):
-            walk.advance(target.stage)
-            for rho in rhos[target]:
-                start = perf_counter()
-                for column, draw in enumerate(draws):
-                    _perturb(path, alpha, rho, target, draw, index, len(parts), protocol)
-                    score = _only(walk.scores())
-                    control = slope.along(target) if slope else 0.0
-                    values[target, rho][:, column] += share * np.array(
-                        [score.loss - clean, control, score.accuracy]
-                    )
-                    tallies[target, rho].nonfinite += score.nonfinite
-                tallies[target, rho].seconds += perf_counter() - start
-            path.write(alpha, layers=target.layers)
+        pieces = part.pieces()  # with the same noise, unlike parts
+        for portion, piece in zip(_shares(pieces), pieces, strict=True):
+            weight = share * portion
+            walk = piece.walk()
+            base = _only(walk.scores()).loss
+            clean += weight * base
+            for target in sorted(rhos, key=lambda target: target.stage):
+                walk.advance(target.stage)
+                for rho in rhos[target]:
+                    start = perf_counter()
+                    noise = _Noise(path, alpha, rho, target, draws, index, len(parts), protocol, slope)
+                    scores = [_only(found) for found in walk.variants(noise.write, len(draws), target.last)]
+                    tally, found = tallies[target, rho], values[target, rho]
+                    found[0] += [weight * (score.loss - base) for score in scores]
+                    found[1] += weight * noise.controls()
+                    found[2] += [weight * score.accuracy for score in scores]
+                    tally.nonfinite += sum(score.nonfinite for score in scores)
+                    tally.seconds += perf_counter() - start
+                path.write(alpha, layers=target.layers)
     for key, tally in tallies.items():
         for kept, new in zip((tally.values, tally.controls, tally.accuracies), values[key], strict=True):
             kept.extend(new.tolist())
+    return clean
 
 
-def _perturb(
-    path: Path, alpha: float, rho: float, target: Target, draw: int, part: int, parts: int, protocol: Protocol
-) -> None:
-    sign = 1
-    if protocol.estimator == "antithetic":
-        draw, sign = draw // 2, 1 - 2 * (draw % 2)
-    path.write(
-        alpha,
-        rho,
-        target.layers,
-        seed=protocol.seed,
-        draw=draw * parts + part,
-        on=protocol.where,
-        noise=protocol.noise,
-        adaptive=protocol.adaptive,
-        sign=sign,
-    )
+@dataclass
+class _Noise:
+    """Draws of noise on a target, written one after the other for one part of the data."""
+
+    path: Path
+    alpha: float
+    rho: float
+    target: Target
+    draws: range
+    part: int
+    parts: int
+    protocol: Protocol
+    slope: _Slope | None
+    along: list[Tensor] = field(default_factory=list)
+
+    def write(self, k: int) -> None:
+        """Perturbs the target by draw number k of these."""
+        draw, sign = self.draws[k], 1
+        if self.protocol.estimator == "antithetic":
+            draw, sign = draw // 2, 1 - 2 * (draw % 2)
+        self.path.write(
+            self.alpha,
+            self.rho,
+            self.target.layers,
+            seed=self.protocol.seed,
+            draw=draw * self.parts + self.part,
+            on=self.protocol.where,
+            noise=self.protocol.noise,
+            adaptive=self.protocol.adaptive,
+            sign=sign,
+        )
+        if self.slope is not None:
+            self.along.append(self.slope.along(self.target))
+
+    def controls(self) -> np.ndarray:
+        """<gradient, delta> of each draw; zeros where no gradient is used."""
+        if not self.along:
+            return np.zeros(len(self.draws))
+        found: np.ndarray = torch.stack(self.along).cpu().numpy()
+        return found
 
 
 class _Slope:
@@ -333,18 +364,18 @@ class _Slope:
         }
         self._clean = {target: self._dot(target) for target in self._pairs}
 
-    def along(self, target: Target) -> float:
-        """<gradient, delta> for the delta that the live weights have now.
+    def along(self, target: Target) -> Tensor:
+        """<gradient, delta> for the delta that the live weights have now: float64, 0-d, on their device.
 
         As the difference of two products in float64: the delta itself is never stored, and it is what
         the live weights really moved by, roundings included.
         """
         return self._dot(target) - self._clean[target]
 
-    def _dot(self, target: Target) -> float:
+    def _dot(self, target: Target) -> Tensor:
         with torch.no_grad():
             sums = [torch.dot(g.double().flatten(), w.double().flatten()) for g, w in self._pairs[target]]
-            return float(torch.stack(sums).sum())
+            return torch.stack(sums).sum()
 
 
 # --- products with the Hessian ----------------------------------------------------------------------

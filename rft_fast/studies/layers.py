@@ -33,6 +33,7 @@ def layerwise_interpolation(
     *,
     others: str = "zeroshot",
     model: str = "",
+    zeroshot: dict[str, Scores] | None = None,
     sink: Sink | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -49,8 +50,9 @@ def layerwise_interpolation(
         layers: names or ``re:`` patterns of layers of the path; None: all of them.
         others: where the other layers are, ``"zeroshot"`` or ``"finetuned"``.
         model: name of the fine-tuned model, written into the rows.
+        zeroshot: the evaluator's scores at alpha = 0, if they are known; of use where the others are there.
         sink: called with each row, a layer's rows once all its positions are measured.
-        progress: called with 1 after each position of a layer.
+        progress: called with the number of a layer's positions once they are measured.
 
     Returns:
         One row per (layer, alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`.
@@ -66,29 +68,54 @@ def layerwise_interpolation(
     if others not in OTHERS:
         raise ValueError(f"layers: others must be one of {', '.join(OTHERS)}; got {others!r}")
     rest = OTHERS[others]
-    stage = {layer: evaluator.stage_of(path.tensors(layer)) for layer in path.select(layers)}
+    spans = {layer: evaluator.span(path.tensors(layer)) for layer in path.select(layers)}
     moves = sorted(set(grid) - {rest})
     rows: list[dict[str, object]] = []
+    pieces = evaluator.pieces()
+    # Layer (None: none) -> scores at each position, and how long they took; joined from piece to piece.
+    measured: dict[str | None, list[tuple[dict[str, Scores], float]]] = {}
+
+    def keep(layer: str | None, new: list[dict[str, Scores]], seconds: float) -> None:
+        nothing: tuple[dict[str, Scores], float] = ({}, 0.0)
+        before = measured.get(layer, [nothing] * len(new))
+        share = seconds / len(new)
+        measured[layer] = [(_then(s, n), t + share) for (s, t), n in zip(before, new, strict=True)]
+
     with path.at(rest):
-        walk = evaluator.walk()
-        start = perf_counter()
-        measured = {rest: (walk.scores(), perf_counter() - start)}
-        for layer in sorted(stage, key=stage.__getitem__):
-            walk.advance(stage[layer])
-            for alpha in moves:
+        for piece in pieces:
+            walk = piece.walk()
+            if others != "zeroshot" or zeroshot is None:
                 start = perf_counter()
-                path.write(alpha, layers=[layer])
-                measured[alpha] = (walk.scores(), perf_counter() - start)
+                keep(None, [walk.scores()], perf_counter() - start)
+            else:
+                measured[None] = [(zeroshot, 0.0)]
+            for layer in sorted(spans, key=spans.__getitem__):
+                first, last = spans[layer]
+                walk.advance(first)
+                start = perf_counter()
+
+                def write(k: int, layer: str = layer) -> None:
+                    path.write(moves[k], layers=[layer])
+
+                keep(layer, walk.variants(write, len(moves), last), perf_counter() - start)
+                path.write(rest, layers=[layer])
+                if piece is not pieces[-1]:
+                    continue
                 if progress is not None:
-                    progress(1)
-            path.write(rest, layers=[layer])
-            for alpha in grid:
-                for row in _rows(evaluator, measured, alpha):
-                    rows.append(complete({**row, "model": model, "layer": layer, "others": others}))
-                    if sink is not None:
-                        sink(rows[-1])
-            measured[rest] = (measured[rest][0], 0.0)  # its time counts once
+                    progress(len(moves))
+                at = {rest: measured[None][0], **dict(zip(moves, measured.pop(layer), strict=True))}
+                for alpha in grid:
+                    for row in _rows(evaluator, at, alpha):
+                        rows.append(complete({**row, "model": model, "layer": layer, "others": others}))
+                        if sink is not None:
+                            sink(rows[-1])
+                measured[None] = [(measured[None][0][0], 0.0)]  # its time counts once
     return frame(rows)
+
+
+def _then(scores: dict[str, Scores], more: dict[str, Scores]) -> dict[str, Scores]:
+    """Scores of data sets, and those of further images of some of them."""
+    return scores | {name: scores[name].then(new) if name in scores else new for name, new in more.items()}
 
 
 def _rows(

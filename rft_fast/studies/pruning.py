@@ -55,6 +55,7 @@ def prune_stragglers(
     rho: float = 1.0,
     protocol: Protocol | None = None,
     model: str = "",
+    zeroshot: dict[str, Scores] | None = None,
     sink: Sink | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -84,6 +85,8 @@ def prune_stragglers(
         rho: noise scale for the sharpness of each layer.
         protocol: how that is measured; None: Protocol().
         model: name of the fine-tuned model, written into the rows.
+        zeroshot: the evaluator's scores at alpha = 0, if they are known: they are the same for all models
+            fine-tuned from one, and need not be measured again.
         sink: called with each row, a position's rows once it is measured.
         progress: called with 1 after each position of a curve.
 
@@ -112,11 +115,11 @@ def prune_stragglers(
             warnings.warn(f"prune: no layer{of} is a straggler by {label}; none is pruned", stacklevel=2)
         variants += _variants(path.layers, label, names, methods, seeds, control)
     rows: list[dict[str, object]] = []
-    unpruned: dict[float, dict[str, Scores]] = {}
+    unpruned = {} if zeroshot is None else {0.0: zeroshot}
     for variant in variants:
         for alpha in grid:
             start = perf_counter()
-            if variant.method is not None and alpha == 0:
+            if alpha == 0 and 0.0 in unpruned:
                 scores = unpruned[0.0]  # pruned fine-tuned weights do not reach alpha = 0
             else:
                 with path.at(alpha), _pruned(path, alpha, keep, variant):

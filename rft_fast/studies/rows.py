@@ -42,6 +42,7 @@ COLUMNS: dict[str, str] = {
     "seed": "Int64",
     "draws": "Int64",  # of noise; of the worst case: steps
     "samples": "Int64",
+    "skipped": "Int64",  # images that could not be read, and were left out
     "nonfinite": "Int64",  # how many losses were NaN or infinite; they are in the means
     # What came out.
     "loss": "float64",
@@ -95,10 +96,12 @@ def scored(
 ) -> dict[str, object]:
     """What every row says of scores on a data set; its share of the seconds is by samples."""
     score = scores[dataset]
+    (data,) = (data for data in evaluator.datasets if data.name == dataset)
     return {
         "study": study,
         "dataset": dataset,
-        "ood": {data.name: data.ood for data in evaluator.datasets}[dataset],
+        "ood": data.ood,
+        "skipped": data.skipped,
         "normalized": evaluator.normalize_logits,
         "samples": score.samples,
         "nonfinite": score.nonfinite,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
 
-from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate
+from .estimators import WORST_CASE, Estimate, Protocol, Results, Target, estimate
 from .path import check_evaluator
 from .rows import Progress, Sink, complete, frame
 
@@ -23,6 +23,8 @@ STUDY = "sharpness"
 LAYER_STUDY = "layer-sharpness"
 MARGIN = 0.02  # nats: sharpness that counts as zero
 
+ZeroShot = dict[tuple[object, ...], Results]
+
 
 def sharpness(
     path: Path,
@@ -33,6 +35,7 @@ def sharpness(
     *,
     protocol: Protocol | None = None,
     model: str = "",
+    zeroshot: ZeroShot | None = None,
     sink: Sink | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -51,6 +54,9 @@ def sharpness(
         protocol: how it is measured; None: Protocol(). Where its ``on`` is None,
             ``"interpolated"``.
         model: name of the fine-tuned model, written into the rows.
+        zeroshot: a dictionary, empty at first, in which the study keeps what it found at alpha = 0. Give the
+            same one for all models fine-tuned from one zero-shot model: there they are all the same, and
+            need not be measured again.
         sink: called with each row as soon as it is measured.
         progress: called with 1 after each (alpha, data set).
 
@@ -63,8 +69,10 @@ def sharpness(
         ValueError: bad alphas, rhos or draws, an evaluator of another model.
     """
     protocol = _on(protocol, "interpolated")
-    targets = [Target(None, 0)]
-    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, sink, progress)
+    targets = [Target(None, 0, evaluator.stations - 1)]
+    return _study(
+        path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, zeroshot, sink, progress
+    )
 
 
 def layerwise_sharpness(
@@ -77,6 +85,7 @@ def layerwise_sharpness(
     *,
     protocol: Protocol | None = None,
     model: str = "",
+    zeroshot: ZeroShot | None = None,
     sink: Sink | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -104,9 +113,11 @@ def layerwise_sharpness(
     """
     protocol = _on(protocol, "finetuned")
     check_evaluator(path, evaluator, LAYER_STUDY)
-    targets = [Target(layer, evaluator.stage_of(path.tensors(layer))) for layer in path.select(layers)]
+    targets = [Target(layer, *evaluator.span(path.tensors(layer))) for layer in path.select(layers)]
     targets.sort(key=lambda target: target.stage)
-    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, sink, progress)
+    return _study(
+        path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, zeroshot, sink, progress
+    )
 
 
 def _on(protocol: Protocol | None, default: str) -> Protocol:
@@ -125,6 +136,7 @@ def _study(
     protocol: Protocol,
     study: str,
     model: str,
+    zeroshot: ZeroShot | None,
     sink: Sink | None,
     progress: Progress | None,
 ) -> pd.DataFrame:
@@ -136,12 +148,18 @@ def _study(
     rows: list[dict[str, object]] = []
     for alpha in positions:
         for dataset in evaluator.datasets:
-            parts = evaluator.parts(protocol.noise_batch, dataset.name)
-            found = estimate(path, parts, alpha, targets, scales, draws, protocol)
+            key = (study, id(evaluator), dataset.name, tuple(targets), tuple(scales), draws, protocol)
+            found = zeroshot.get(key) if zeroshot is not None and alpha == 0 else None
+            if found is None:
+                parts = evaluator.parts(protocol.noise_batch, dataset.name)
+                found = estimate(path, parts, alpha, targets, scales, draws, protocol)
+            if zeroshot is not None and alpha == 0:
+                zeroshot[key] = {which: replace(result, seconds=0.0) for which, result in found.items()}
             for (target, rho), result in found.items():
                 row = {"study": study, "model": model, "dataset": dataset.name, "ood": dataset.ood}
                 row |= {"layer": target.layer, "alpha": alpha, "rho": rho, "keep": 1.0}
-                row |= {"samples": len(dataset.labels), "normalized": evaluator.normalize_logits}
+                row |= {"samples": len(dataset.labels), "skipped": dataset.skipped}
+                row |= {"normalized": evaluator.normalize_logits}
                 row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
                 rows.append(complete(row))
                 if sink is not None:

@@ -1,0 +1,185 @@
+"""The sweeps as people run them today, written out in plain torch, in the strongest form of each practice.
+
+Kept is what makes the practice: state dicts merged and loaded for every draw and position, a full forward
+pass, the data set rebuilt. Left out is what is only waste: gradients and synchronisations inside, copies of
+the whole model and a clean pass for every draw where one will do. Three things flatter the peers: their noise
+comes from our kernel, which makes that of one layer faster than torch.randn_like would; the batches of a
+sharpness or of a layer-wise interpolation wait on the device as normalised floats, so that no data loader is
+paid for; and the rows of results, with their intervals, are ours alone to make.
+
+Batches are lists of (images [n, 3, h, w] in the model's type, labels int64 [n]) on the model's device. State
+dicts are float32; loading them casts to the live model's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from rft_fast.classifier import Preprocess
+from rft_fast.kernels import Plan
+
+State = Mapping[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+Measured = tuple[float, float]  # loss in nats, accuracy
+Draw = Callable[[Sequence[str], int, int], dict[str, Tensor]]
+
+
+def noise(weights: State) -> Draw:
+    """draw(names, seed, number): normals for these weights, the very ones that a Path's writes use.
+
+    weights: all float parameters in the model's order, whose places tell their noise. Memory is made once,
+    as large as the model, where the practice allocates each time.
+    """
+    rows = {name: row for row, name in enumerate(weights)}
+    zeros = [torch.zeros_like(tensor) for tensor in weights.values()]
+    out = [torch.zeros_like(tensor) for tensor in weights.values()]
+    plan = Plan(out, zeros, zeros)
+
+    def draw(names: Sequence[str], seed: int, number: int) -> dict[str, Tensor]:
+        runs = [(rows[name], rows[name] + 1) for name in names]
+        plan.write(1.0, tensors=runs, rho=1.0, adaptive=False, seed=seed, draw=number)
+        return {name: out[rows[name]] for name in names}
+
+    return draw
+
+
+def forward(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Losses and hits of all images, still on the device: nothing is waited for."""
+    losses, hits = [], []
+    for images, labels in batches:
+        logits = model(images).float()
+        losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+        hits.append(logits.argmax(1) == labels)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def merge(zeroshot: State, finetuned: State, alpha: float) -> dict[str, Tensor]:
+    return {name: (1 - alpha) * zeroshot[name] + alpha * finetuned[name] for name in zeroshot}
+
+
+@torch.inference_mode()
+def layer_sharpness(
+    model: nn.Module,
+    zeroshot: State,
+    finetuned: State,
+    batches: Sequence[Batch],
+    layers: Mapping[str, Sequence[str]],
+    alphas: Sequence[float],
+    rho: float,
+    draws: int,
+    seed: int,
+    draw: Draw,
+    noise_batch: bool,
+) -> dict[tuple[str, float], list[float]]:
+    """Sharpness of each layer at each alpha, draw by draw, as published code measures it.
+
+    That code keeps an original clone and makes every draw from it: a dict of deltas, one for each tensor of
+    the layer, a perturbed state dict, which is interpolated and loaded, and a full forward pass. The value
+    is the mean over images of perturbed less clean loss.
+
+    layers: name -> its parameters. noise_batch: a draw for every batch, as published, instead of one for all.
+    """
+    original = {name: tensor.clone() for name, tensor in finetuned.items()}
+    parts = [[batch] for batch in batches] if noise_batch else [list(batches)]
+    found: dict[tuple[str, float], list[float]] = {}
+    for alpha in alphas:
+        model.load_state_dict(merge(zeroshot, original, alpha))
+        clean = forward(model, batches)[0].double().mean()
+        for layer, names in layers.items():
+            means = []
+            for number in range(draws):
+                losses = []
+                for index, part in enumerate(parts):
+                    eps = draw(names, seed, number * len(parts) + index)
+                    deltas = {name: rho * original[name].abs() * eps[name] for name in names}
+                    perturbed = dict(original)
+                    for name in names:
+                        perturbed[name] = perturbed[name] + deltas[name]
+                    model.load_state_dict(merge(zeroshot, perturbed, alpha))
+                    losses.append(forward(model, part)[0])
+                means.append(torch.cat(losses).double().mean() - clean)
+            found[layer, alpha] = torch.stack(means).tolist()
+    return found
+
+
+@torch.inference_mode()
+def layer_interpolation(
+    model: nn.Module,
+    zeroshot: State,
+    finetuned: State,
+    batches: Sequence[Batch],
+    layers: Mapping[str, Sequence[str]],
+    alphas: Sequence[float],
+) -> dict[tuple[str, float], Measured]:
+    """Each layer at alpha, the others zero-shot: a state dict, a load and a full forward pass for each.
+
+    The zero-shot model, alpha = 0 of every layer, is measured once.
+    """
+    found = {}
+    model.load_state_dict(zeroshot)
+    base = forward(model, batches)
+    for layer, names in layers.items():
+        for alpha in alphas:
+            if alpha == 0:
+                found[layer, alpha] = base
+                continue
+            state = {name: tensor.clone() for name, tensor in zeroshot.items()}
+            for name in names:
+                state[name] = (1 - alpha) * zeroshot[name] + alpha * finetuned[name]
+            model.load_state_dict(state)
+            found[layer, alpha] = forward(model, batches)
+    return {key: means(*result) for key, result in found.items()}
+
+
+@torch.inference_mode()
+def interpolation(
+    model: nn.Module,
+    zeroshot: State,
+    finetuned: State,
+    folder: str,
+    preprocess: Preprocess,
+    alphas: Sequence[float],
+    batch_size: int,
+    workers: int,
+) -> dict[float, Measured]:
+    """As WiSE-FT sweeps: for every alpha both state dicts cloned and merged, the data set built and read.
+
+    (That code also pickles a checkpoint of every merged model; here it need not.)
+    """
+    device = next(model.parameters()).device
+    found = {}
+    for alpha in alphas:
+        theta_0 = {name: tensor.clone() for name, tensor in zeroshot.items()}
+        theta_1 = {name: tensor.clone() for name, tensor in finetuned.items()}
+        model.load_state_dict(merge(theta_0, theta_1, alpha))
+        transform = open_clip.image_transform(
+            preprocess.size,
+            is_train=False,
+            mean=preprocess.mean,
+            std=preprocess.std,
+            resize_mode=preprocess.resize_mode,
+            interpolation=preprocess.interpolation,
+            fill_color=preprocess.fill_color,
+        )
+        loader = DataLoader(
+            ImageFolder(folder, transform),
+            batch_size,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        moved = (
+            (images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+            for images, labels in loader
+        )
+        found[alpha] = forward(model, moved)
+    return {alpha: means(*result) for alpha, result in found.items()}
+
+
+def means(losses: Tensor, hits: Tensor) -> Measured:
+    return float(losses.double().mean()), float(hits.double().mean())

@@ -1,0 +1,202 @@
+"""What the sweeps are measured on: CLIP's shapes with random weights, and images with structure.
+
+Random weights serve for timing. So that losses and their curvature are of a sane size too, the head looks for
+the patterns that the images are made of, and its scale gives logits the spread that CLIP's have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import rft_fast as rft
+from rft_fast import checkpoints, classifier, datasets, zoo
+from rft_fast.classifier import ImageClassifier
+from rft_fast.datasets import Dataset
+from rft_fast.evaluate import Evaluator
+from rft_fast.evaluate.precision import cast
+
+ARCHS = ("ViT-B-32", "ViT-L-14", "tiny")
+PATTERNS = 32  # classes that have images; tiny has 10
+SPREAD = 3.0  # standard deviation of a CLIP's logits over ImageNet's classes, roughly
+DISTANCE = 0.02  # of the fine-tuned weights from the zero-shot ones, relative to each weight
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Both ends as float32 state dicts on the device, and images to score."""
+
+    arch: str
+    zeroshot: State
+    finetuned: State
+    data: Dataset
+    device: torch.device
+
+    def live(self, precision: str = "fp32") -> ImageClassifier:
+        """A model of its own for each caller."""
+        model, _ = classifier.build(file_of(self.arch), self.zeroshot)
+        cast(model.to(self.device), precision)
+        return model
+
+    def path(self, precision: str = "fp32") -> rft.Path:
+        return rft.Path(self.live(precision), self.zeroshot, self.finetuned)
+
+    @cached_property
+    def layers(self) -> dict[str, list[str]]:
+        """All layers in the order in which the model runs them, and the parameters of each."""
+        path = self.path()
+        names = in_order(path, Evaluator(path.model, [cut(self.data, 1)]))
+        return {name: [weight.name for weight in path.weights([name])] for name in names}
+
+    def some_layers(self, count: int) -> dict[str, list[str]]:
+        """So many layers, evenly spread over the depth of the model."""
+        return {name: self.layers[name] for name in spread(list(self.layers), count)}
+
+    def batches(self, size: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+        """The images as peers take them: normalised on the device, once."""
+        pixels = ((normalised(part, self.data), labels) for part, labels in self._split(size))
+        return [(images.to(self.device, dtype), labels.to(self.device)) for images, labels in pixels]
+
+    def _split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.data.images.split(size), self.data.labels.split(size))
+
+
+class Digits:
+    """The digits zoo, whose weights are trained: its data sets, and paths of its first models."""
+
+    def __init__(self, device: torch.device, samples: int, models: int) -> None:
+        source = zoo.digits()
+        self.device, self.arch = device, source.arch
+        self.zeroshot = classifier.split(checkpoints.load(source.zeroshot))[0]
+        self.finetuned = {
+            name: classifier.split(checkpoints.load(file))[0]
+            for name, file in list(source.finetuned.items())[:models]
+        }
+        preprocess = classifier.preprocess(source.arch)
+        self.data = [
+            datasets.load(name, data.path, preprocess, samples, data.ood)
+            for name, data in source.data.items()
+        ]
+
+    def path(self, model: str, precision: str = "fp32") -> rft.Path:
+        live, _ = classifier.build(self.arch, self.zeroshot)
+        return rft.Path(cast(live.to(self.device), precision), self.zeroshot, self.finetuned[model])
+
+
+def in_order(path: rft.Path, evaluator: Evaluator) -> list[str]:
+    """The layers in the order in which the model runs them."""
+    return sorted(path.layers, key=lambda name: evaluator.stage_of(path.tensors(name)))
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """So many of them, evenly spread; all if there are no more."""
+    count = min(count, len(names))
+    return [names[int((i + 0.5) * len(names) / count)] for i in range(count)]
+
+
+def normalised(images: Tensor, data: Dataset) -> Tensor:
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def cut(data: Dataset, samples: int) -> Dataset:
+    """Its first images."""
+    return replace(data, images=data.images[:samples], labels=data.labels[:samples])
+
+
+def make_case(arch: str, samples: int, device: torch.device, seed: int = 0) -> Case:
+    """The same weights and images wherever it is made, but for the head's rounding."""
+    classes = 10 if arch == "tiny" else 1000
+    preprocess = classifier.preprocess(file_of(arch))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        visual = tower(arch)
+        labels = torch.arange(samples) % patterns_of(arch)
+        images = torch.stack([torch.from_numpy(p) for p in pictures(labels.tolist(), *preprocess.size)])
+        data = Dataset(
+            "images", images.permute(0, 3, 1, 2).contiguous(), labels, preprocess.mean, preprocess.std
+        )
+        weight, bias = head(visual.to(device), data, classes, patterns_of(arch))
+        zeroshot = {f"visual.{name}": tensor.detach().cpu() for name, tensor in visual.state_dict().items()}
+        zeroshot |= {"classification_head.weight": weight, "classification_head.bias": bias}
+        finetuned = {
+            name: tensor * (1 + DISTANCE * torch.randn_like(tensor)) for name, tensor in zeroshot.items()
+        }
+    ends = ({name: tensor.to(device) for name, tensor in end.items()} for end in (zeroshot, finetuned))
+    return Case(arch, *ends, data, device)
+
+
+def file_of(arch: str) -> str:
+    """As rft_fast.classifier takes it; tiny is the model of the digits zoo."""
+    return zoo.digits().arch if arch == "tiny" else arch
+
+
+def patterns_of(arch: str) -> int:
+    return 10 if arch == "tiny" else PATTERNS
+
+
+def tower(arch: str) -> nn.Module:
+    """open_clip's image tower with its random weights."""
+    if arch == "tiny":
+        config = json.loads(Path(file_of(arch)).read_text())["model_cfg"]
+    else:
+        config = open_clip.get_model_config(arch)
+    text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
+    return clip.visual.eval()
+
+
+@torch.inference_mode()
+def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear head that tells the patterns apart, on the CPU.
+
+    Its rows are the patterns' features less their mean, of length one, and random mixtures of these
+    for classes without images.
+    """
+    device = next(visual.parameters()).device
+    height, width = data.images.shape[2:]
+    clean = np.stack(list(pictures(list(range(patterns)), height, width, own=0.0)))
+    inputs = normalised(torch.from_numpy(clean).permute(0, 3, 1, 2), data).to(device)
+    features = nn.functional.normalize(visual(inputs), dim=-1).cpu()
+    mean = features.mean(0)
+    centred = nn.functional.normalize(features - mean, dim=-1)
+    mixed = nn.functional.normalize(torch.randn(classes - patterns, patterns) @ centred, dim=-1)
+    rows = torch.cat([centred, mixed])
+    scale = SPREAD / ((features - mean) @ rows.T).std()
+    # Clones: what is made in inference mode cannot be written by kernels outside of it.
+    return (scale * rows).clone(), (-scale * (rows @ mean)).clone()
+
+
+def pictures(labels: list[int], height: int, width: int, own: float = 0.3) -> Iterator[np.ndarray]:
+    """For each label a picture uint8 [height, width, 3]: the pattern of its class, one of its own, grain.
+
+    own: the strength of what is its own.
+    """
+    grain = np.random.default_rng(1).normal(0, 12, (height, width, 1)).astype(np.float32)
+    for index, label in enumerate(labels):
+        pattern = np.random.default_rng([2, label]).uniform(0, 255, (7, 7, 3))
+        private = np.random.default_rng([3, index]).uniform(0, 255, (7, 7, 3))
+        coarse = ((1 - own) * pattern + own * private).astype(np.uint8)
+        picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+        noisy = picture + (own > 0) * np.roll(grain, 17 * index, (0, 1))
+        yield np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def write_folder(folder: Path, arch: str, count: int, height: int, width: int) -> None:
+    """A tree of JPEG files as an ImageFolder, of the size of photographs."""
+    labels = [index % patterns_of(arch) for index in range(count)]
+    for index, (label, picture) in enumerate(zip(labels, pictures(labels, height, width))):
+        file = folder / f"class{label:02}" / f"{index:05}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file, quality=90)

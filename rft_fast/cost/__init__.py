@@ -1,0 +1,34 @@
+"""What studies cost, told before they run: how much they do, how long it takes, how much memory it needs.
+
+Nothing of a study is written down a second time here. It is run on stand-ins, an evaluator and a path
+that only count, so that the counts are right whatever it does. A calibration then measures what one of
+each counted thing takes on this machine::
+
+    work = cost.count(lambda path, evaluator: studies.sharpness(path, evaluator, ...), path, evaluator, sizes)
+    costs = cost.flops(evaluator, work)
+    rates = cost.calibrate(evaluator, path, costs, work)
+    seconds = cost.forecast(work, rates)
+"""
+
+from .counting import CountedEvaluator, CountedPath, Work, count, over_draws
+from .rates import Flops, Memory, Rates, calibrate, flops, forecast, images_wanted, memory
+from .table import Line, duration, table
+
+__all__ = [
+    "CountedEvaluator",
+    "CountedPath",
+    "Flops",
+    "Line",
+    "Memory",
+    "Rates",
+    "Work",
+    "calibrate",
+    "count",
+    "duration",
+    "flops",
+    "forecast",
+    "images_wanted",
+    "memory",
+    "over_draws",
+    "table",
+]

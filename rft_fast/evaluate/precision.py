@@ -1,0 +1,86 @@
+"""The number format of the forward pass: what the live weights are stored in, and how products are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Name -> the type of the live weights and of the activations.
+PRECISIONS = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # products of values rounded to 10 bits, on tensor cores
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def check(precision: str, device: torch.device) -> None:
+    """Raises ValueError for a precision that is not offered, or not on this device."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(
+            f"precision 'tf32' is a mode of NVIDIA GPUs; the device is {device}, use fp32 or bf16"
+        )
+
+
+def cast(model: nn.Module, precision: str) -> nn.Module:
+    """Turns the live model's weights into the type of a precision, in place, before a Path is made of it.
+
+    The linear head and what scales the logits stay float32: they cost nothing, and a logit of 30 in
+    bfloat16 has steps of an eighth, which would be all the loss's error. Returns the model.
+
+    Raises ValueError for an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    towers = [
+        getattr(model, name)
+        for name in ("visual", "text")
+        if isinstance(getattr(model, name, None), nn.Module)
+    ]
+    for module in towers or [model]:
+        module.to(PRECISIONS[precision])
+    return model
+
+
+@contextmanager
+def exact(precision: str) -> Iterator[None]:
+    """Products in full float32, or for "tf32" on TF32; sums of half precision products in float32.
+
+    These switches of torch are global, and as they were afterwards.
+    """
+    backends: Any = torch.backends
+    tf32 = precision == "tf32"
+    with ExitStack() as stack:
+
+        def put(place: Any, name: str, value: object) -> None:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+
+        put(backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
+        put(backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+        operations = []
+        if hasattr(backends.cudnn, "conv"):  # torch 2.9 and newer: one switch per backend and operation
+            operations = [backends.cuda.matmul, backends.mkldnn.matmul]
+            for backend in (backends.cudnn, backends.mkldnn):
+                operations += [backend.conv, backend.rnn]
+        for operation in operations:
+            put(operation, "fp32_precision", "ieee")
+        # The older names of the same switches, which torch's compiler still asks by. Torch refuses to answer
+        # where the two disagree, so both are set; all operations are at "ieee" while the older are asked.
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            convolutions = backends.cudnn.allow_tf32
+        except RuntimeError:
+            convolutions = True
+        stack.callback(setattr, backends.cudnn, "allow_tf32", convolutions)
+        backends.cudnn.allow_tf32 = tf32
+        for operation in operations:
+            operation.fp32_precision = "tf32" if tf32 else "ieee"
+        yield

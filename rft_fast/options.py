@@ -1,0 +1,448 @@
+"""The options of ``python -m rft_fast.sweep``: names, defaults, help, and what single values must be."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from . import studies
+from .evaluate.precision import PRECISIONS
+from .kernels import contract, registry
+from .layers import layer_of
+from .studies.estimators import ESTIMATORS
+from .studies.layers import MARGIN as STRAGGLER_MARGIN
+from .studies.layers import OTHERS
+from .studies.pruning import CRITERIA, METHODS
+from .studies.rows import STUDIES
+from .studies.sharpness import MARGIN as ZERO_MARGIN
+
+DESCRIPTION = """\
+Walk the straight line in weight space from a zero-shot CLIP model (alpha = 0) to models fine-tuned
+from it (alpha = 1), measure what happens on the way, and leave rows and figures in a directory.
+
+studies (none named: all of them; what a study needs of others is measured, too):
+  interpolation    accuracy and loss along the path: gain, barrier, instability, mode (Figure 1)
+  layers           the same for one layer at a time, the others zero-shot: stragglers (Figure 2)
+  sharpness        how the loss rises when all weights are perturbed, along the path (Figure 3)
+  layer-sharpness  the same for one layer at a time (Figure 4)
+  prune            the path with straggler layers pruned at random, and a control (Figure 5)
+  correlation      over the models: does sharpness tell accuracy out of distribution?
+"""
+
+EXAMPLES = """\
+examples:
+  python -m rft_fast.sweep
+  python -m rft_fast.sweep interpolation --alphas 0:1:21 --samples 200 --out runs/digits
+  python -m rft_fast.sweep layer-sharpness --rhos 0.05 --estimator gradient --models lr4e-3-ep8
+  python -m rft_fast.sweep --arch ViT-B-32-quickgelu \\
+      --zeroshot zeroshot.pt --finetuned soup/model_*.pt \\
+      --id-data imagenet=imagenet/val --data v2=imagenetv2 sketch=sketch --samples 5000
+"""
+
+
+def parser(studies: bool = True) -> argparse.ArgumentParser:
+    """The options of the command line, with or without the names of studies."""
+    top = argparse.ArgumentParser(
+        prog="python -m rft_fast.sweep",
+        usage="python -m rft_fast.sweep [STUDY ...] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if studies:
+        top.add_argument("studies", nargs="*", metavar="STUDY", type=_study, help=argparse.SUPPRESS)
+    _add_models(top)
+    _add_measured(top)
+    _add_layers(top)
+    _add_sharpness(top)
+    _add_pruning(top)
+    _add_running(top)
+    return top
+
+
+def _add_models(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group(
+        "models and data", "all of these, or none for the digits zoo that comes with rft_fast"
+    )
+    group.add_argument(
+        "--arch", metavar="NAME", help="open_clip model name, or a JSON file in open_clip's format"
+    )
+    group.add_argument(
+        "--zeroshot", metavar="PATH", type=Path, help="zero-shot checkpoint: image encoder and head"
+    )
+    group.add_argument(
+        "--finetuned",
+        metavar="PATH",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="checkpoints fine-tuned from it",
+    )
+    for option, what in (
+        ("--data", "out-of-distribution data: a folder of class folders, or an .npz with images and labels"),
+        ("--id-data", "in-distribution data, shown beside the others; no mode is given there"),
+    ):
+        group.add_argument(
+            option,
+            metavar="NAME=PATH",
+            type=_named_path,
+            nargs="+",
+            action="extend",
+            default=[],
+            help=what,
+        )
+
+
+def _add_measured(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("what is measured")
+    group.add_argument(
+        "--alphas",
+        metavar="ALPHA",
+        type=_range,
+        nargs="+",
+        default=[_range("0:1:11")],
+        help="positions, as numbers or start:stop:count (default: 0:1:11)",
+    )
+    group.add_argument(
+        "--samples",
+        metavar="N",
+        type=_positive,
+        help="images of each data set, drawn at random (default: all)",
+    )
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=_seed,
+        default=0,
+        help="chooses the images of --samples and the noise (default: 0)",
+    )
+    group.add_argument(
+        "--xi",
+        metavar="X",
+        type=_fraction,
+        default=studies.XI,
+        help="gain in accuracy that counts as high, as a fraction (default: %(default)s)",
+    )
+
+
+def _add_layers(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("layer by layer (layers, layer-sharpness, prune)")
+    group.add_argument(
+        "--granularity",
+        metavar="HOW",
+        default="module",
+        type=_granularity,
+        help="module, block, tensor, or re:PATTERN (default: module)",
+    )
+    group.add_argument(
+        "--layers",
+        metavar="NAME",
+        nargs="+",
+        help="only these layers; re:PATTERN matches whole names (default: all)",
+    )
+    group.add_argument(
+        "--models",
+        metavar="NAME",
+        nargs="+",
+        help="only these fine-tuned models (default: those with the highest and lowest gain in mean accuracy "
+        "out of distribution, two for layers and prune, four for layer-sharpness; all for what correlation "
+        "needs)",
+    )
+    group.add_argument(
+        "--layer-data",
+        metavar="NAME",
+        nargs="+",
+        help="data sets of layers and prune (default: the first out-of-distribution one)",
+    )
+    group.add_argument(
+        "--layer-samples",
+        metavar="N",
+        type=_positive,
+        default=1024,
+        help="images of each, at most (default: 1024)",
+    )
+    group.add_argument(
+        "--layer-alphas",
+        metavar="ALPHA",
+        type=_range,
+        nargs="+",
+        help="positions of layers (default: as --alphas)",
+    )
+    group.add_argument(
+        "--others",
+        choices=tuple(OTHERS),
+        default="zeroshot",
+        help="where the other layers are in layers (default: zeroshot)",
+    )
+    group.add_argument(
+        "--straggler-margin",
+        metavar="NATS",
+        type=_margin,
+        default=STRAGGLER_MARGIN,
+        help="instability beyond which a layer is a straggler (default: %(default)s)",
+    )
+
+
+def _add_sharpness(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("sharpness (sharpness, layer-sharpness, prune, correlation)")
+    group.add_argument(
+        "--rhos",
+        metavar="RHO",
+        type=_margin,
+        nargs="+",
+        default=[1.0],
+        help="noise in units of |w| (default: 1.0, the paper's)",
+    )
+    group.add_argument("--draws", metavar="N", type=_positive, default=20, help="of noise (default: 20)")
+    group.add_argument(
+        "--layer-draws", metavar="N", type=_positive, help="of noise for each layer (default: as --draws)"
+    )
+    group.add_argument(
+        "--sharpness-alphas",
+        metavar="ALPHA",
+        type=_range,
+        nargs="+",
+        help="positions, some of --alphas (default: as --alphas)",
+    )
+    group.add_argument(
+        "--sharpness-data",
+        metavar="NAME",
+        nargs="+",
+        help="data sets (default: the first in-distribution one, else the first)",
+    )
+    group.add_argument(
+        "--sharpness-samples",
+        metavar="N",
+        type=_positive,
+        default=1024,
+        help="images of each, at most (default: 1024)",
+    )
+    group.add_argument(
+        "--estimator",
+        choices=("auto", *ESTIMATORS),
+        default="auto",
+        help="plain draws, antithetic pairs, draws less their linear term (gradient: the fewest draws where "
+        "rho or the layer is small), hessian (the limit for small rho), or the worst case (apgd-...); auto, "
+        "the default: gradient, but plain for all weights at rho above 0.2, where it gains nothing",
+    )
+    group.add_argument(
+        "--on",
+        choices=contract.ON,
+        help="which weights are perturbed (default: interpolated, layer by layer finetuned)",
+    )
+    group.add_argument("--noise", choices=contract.NOISE, default="normal", help="(default: normal)")
+    group.add_argument(
+        "--no-adaptive", action="store_true", help="noise of the same size for every weight, not of |w|"
+    )
+    group.add_argument(
+        "--noise-batch",
+        metavar="N",
+        type=_positive,
+        help="noise anew for every N images, as in published code (default: one draw for all)",
+    )
+    group.add_argument(
+        "--normalize-logits",
+        action="store_true",
+        help="centre the logits and divide them by their norm before the loss",
+    )
+    group.add_argument(
+        "--goal-se", metavar="NATS", type=_margin, help="go on drawing until the standard error is this small"
+    )
+    group.add_argument(
+        "--max-draws", metavar="N", type=_positive, default=1000, help="but no further (default: 1000)"
+    )
+    group.add_argument(
+        "--zero-margin",
+        metavar="NATS",
+        type=_margin,
+        default=ZERO_MARGIN,
+        help="layer-wise sharpness within which a layer is near zero (default: %(default)s)",
+    )
+
+
+def _add_pruning(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("prune")
+    group.add_argument(
+        "--criteria",
+        nargs="+",
+        choices=CRITERIA,
+        default=list(CRITERIA),
+        help="how stragglers are told: sharpness near zero (Algorithm 1), instability (default: both)",
+    )
+    group.add_argument(
+        "--prune-layers", metavar="NAME", nargs="+", help="prune these layers instead (re:PATTERN, too)"
+    )
+    group.add_argument(
+        "--keep",
+        metavar="P",
+        type=_fraction,
+        default=0.5,
+        help="fraction of the weights that survives (default: 0.5)",
+    )
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["zero"],
+        help="what pruned weights become: zero (default), zeroshot, rescale (zeroshot, and the rest moves "
+        "further: DARE); magnitude: zero, for the smallest",
+    )
+    group.add_argument(
+        "--mask-seeds", metavar="N", type=_positive, default=3, help="number of random masks (default: 3)"
+    )
+    group.add_argument(
+        "--no-control", action="store_true", help="do not prune as many layers at random beside them"
+    )
+
+
+def _add_running(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("how it runs")
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="directory for rows and figures (default: a new one in rft-runs/)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the rows of an earlier run in DIR")
+    group.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    group.add_argument(
+        "--impl",
+        choices=registry.IMPLS,
+        default="auto",
+        help="kernels that write the weights (default: auto, the fastest that works)",
+    )
+    group.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        help="images per forward pass (default: 512, on the CPU 128 or, for small sets, 64; fewer where "
+        "memory asks for it)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fp32",
+        help="number format of weights and activations of the live model (default: fp32; docs/precision.md "
+        "has what the others cost in accuracy: bf16 and fp16 spoil sharpness near zero)",
+    )
+    group.add_argument(
+        "--memory-limit",
+        metavar="GIB",
+        type=_margin,
+        help="memory for images, held activations and batches (default: of what is free, 80 %% on a GPU, "
+        "half on the CPU)",
+    )
+    group.add_argument(
+        "--no-graphs", action="store_true", help="on a GPU, do not record launches as CUDA graphs"
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="run the model through torch.compile: minutes of compilation first",
+    )
+    group.add_argument(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        help="where decoded images are kept (default: $RFT_CACHE, else rft_fast in the user's "
+        "cache directory)",
+    )
+    group.add_argument("--no-cache", action="store_true", help="decode images anew, keep nothing")
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read, and count them in the rows, rather than refuse",
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="measure nothing: tell forward passes, FLOPs, bytes, expected time and memory of this request",
+    )
+
+
+# --- single values --------------------------------------------------------------------------------
+
+
+def _study(text: str) -> str:
+    if text not in STUDIES:
+        near = difflib.get_close_matches(text, STUDIES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STUDIES)}"
+        raise argparse.ArgumentTypeError(f"no study is called {text!r}; {hint}")
+    return text
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    return name, Path(path)
+
+
+def _range(text: str) -> list[float]:
+    """One number, or start:stop:count evenly spaced ones with both ends."""
+    try:
+        if ":" not in text:
+            return [float(text)]
+        start, stop, count = text.split(":")
+        if int(count) < 2:
+            raise ValueError("a range needs both ends")
+        # Rounded, so that tenths are written as people write them.
+        return [round(x, 12) for x in np.linspace(float(start), float(stop), int(count)).tolist()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number, or start:stop:count with a count of at least 2, got {text!r}"
+        ) from None
+
+
+def _granularity(text: str) -> str:
+    try:
+        layer_of("name", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, sys.maxsize)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**32 - 1)
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    if not (text.isdecimal() and low <= int(text) <= high):
+        raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}, got {text!r}")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    value = _float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a fraction from 0 to below 1 (two points of accuracy are 0.02), got {text!r}"
+        )
+    return value
+
+
+def _margin(text: str) -> float:
+    value = _float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

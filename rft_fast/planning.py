@@ -1,0 +1,110 @@
+"""``--plan``: what a request will cost, before anything of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import classifier, cost, datasets, summary, wiring
+from . import path as paths
+from .evaluate import Evaluator
+from .request import Request
+from .wiring import Counts, Models, Studies
+
+
+def plan(request: Request) -> str:
+    """Forward passes, FLOPs, bytes, time and memory of a request, to read.
+
+    Loads the models, lists the images, counts what the studies would do and times what one of each thing
+    takes, on random pixels, in about ten seconds. Decodes and measures nothing.
+
+    Raises ValueError for what a run would refuse, unreadable images apart.
+    """
+    models = Models.load(request)
+    scans = scan(request)
+    whole = {scan.name: (scan.count, request.zoo.data[scan.name].ood) for scan in scans}
+    start = perf_counter()
+    path = models.path(next(iter(request.zoo.finetuned)))
+    loading = perf_counter() - start
+    evaluator = models.evaluator([_noise(request, 8)])
+    if (wanted := cost.images_wanted(evaluator)) > 8:
+        evaluator = models.evaluator([_noise(request, wanted)])
+    lines = []
+    takes = summary.how_many(request)
+    measured = [study for study in request.measured if study in takes]  # the others are made of rows
+    for study in tqdm(measured, "counting", disable=None, leave=False):
+        work = _count(request, study, takes[study], path, evaluator, whole)
+        lines.append(cost.Line(study, takes[study], work, takes[study] * loading))
+    total = sum((line.work for line in lines[1:]), lines[0].work)
+    costs = cost.flops(evaluator, total)
+    rates = cost.calibrate(evaluator, path, costs, total)
+    images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
+    resident = sum(count for counts in images for count, _ in counts.values())
+    peak = cost.memory(total, evaluator, path, resident)
+    return cost.table(lines, rates, costs, peak, path, _notes(request, scans))
+
+
+def scan(request: Request) -> list[datasets.Scan]:
+    """What there is of each data set."""
+    preprocess = classifier.preprocess(request.zoo.arch)
+    return [
+        datasets.scan(name, data.path, preprocess, request.samples, request.seed, cache=request.cache)
+        for name, data in request.zoo.data.items()
+    ]
+
+
+def _count(
+    request: Request, study: str, models: int, path: paths.Path, evaluator: Evaluator, whole: Counts
+) -> cost.Work:
+    """The work of a study on so many models. The first one measures what the others share."""
+    work = cost.Work.none(evaluator)
+    counted = cost.CountedPath(path, work)
+    work_on = Studies(
+        request,
+        *(
+            cost.CountedEvaluator(evaluator, images, work)
+            for images in (whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole))
+        ),
+    )
+    stragglers = {criterion: path.layers[:1] for criterion in request.criteria} if study == "prune" else None
+    found = []
+    for _ in range(min(models, 2)):
+        before = work * 1
+        work_on.run(study, counted, stragglers)
+        found.append(work + before * -1)
+    return found[0] if models == 1 else found[0] + found[1] * (models - 1)
+
+
+def _noise(request: Request, images: int) -> datasets.Dataset:
+    """Random pixels of the model's size: their values do not matter for time."""
+    preprocess = classifier.preprocess(request.zoo.arch)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, *preprocess.size), dtype=torch.uint8, generator=generator)
+    labels = torch.zeros(images, dtype=torch.int64)
+    return datasets.Dataset("noise", pixels, labels, preprocess.mean, preprocess.std)
+
+
+def _notes(request: Request, scans: Sequence[datasets.Scan]) -> list[str]:
+    notes: list[str] = []
+    preprocess = classifier.preprocess(request.zoo.arch)
+    seconds, images = 0.0, 0
+    for found in scans:
+        if found.undecoded:
+            data: Any = request.zoo.data[found.name]
+            seconds += found.undecoded * datasets.time_decoding(found.name, data.path, preprocess)
+            images += found.undecoded
+    if images:
+        kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"
+        notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")
+    if request.models is None and len(request.zoo.finetuned) > 2:
+        notes.append("Which models are studied layer by layer, the interpolation will tell; they cost alike.")
+    if "prune" in request.measured and not request.prune_layers:
+        notes.append("Pruning: as if each criterion found stragglers in each model; without, it costs less.")
+    goal = request.general.goal or request.layerwise.goal
+    if goal is not None and {"sharpness", "layer-sharpness"} & set(request.measured):
+        notes.append(f"Sharpness: as if --draws reached --goal-se {goal:g}; more draws cost in proportion.")
+    return notes

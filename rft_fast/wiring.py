@@ -1,0 +1,233 @@
+"""From a request to what it is about: the live model, its paths, its images, and the studies on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoints, classifier, datasets, studies
+from . import path as paths
+from .evaluate import Evaluator, Scores, precision
+from .request import Request
+
+Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
+
+
+@dataclass(frozen=True)
+class Models:
+    """The live model, the zero-shot end of its paths, and SHA-256 of every checkpoint by its path."""
+
+    request: Request
+    live: classifier.ImageClassifier
+    zeroshot: dict[str, Tensor]
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, request: Request) -> Models:
+        """Puts the live model on the way to each fine-tuned one once, so that none fails later."""
+        source = request.zoo
+        state = checkpoints.load(source.zeroshot, request.device)
+        live = classifier.build(source.arch, state)[0]
+        precision.cast(live, request.precision).to(request.device)
+        models = cls(request, live, classifier.split(state)[0])
+        models.hashes[str(source.zeroshot)] = checkpoints.sha256(source.zeroshot)
+        for name, file in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
+            models._check_layers(models.path(name))
+            models.hashes[str(file)] = checkpoints.sha256(file)
+        return models
+
+    def path(self, name: str) -> paths.Path:
+        """The live model on the way to this fine-tuned one."""
+        file = self.request.zoo.finetuned[name]
+        try:
+            finetuned = classifier.split(checkpoints.load(file))[0]
+            return paths.Path(
+                self.live, self.zeroshot, finetuned, self.request.granularity, impl=self.request.impl
+            )
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def _check_layers(self, path: paths.Path) -> None:
+        """Refuses layers that are not on the path, with the nearest names."""
+        asked = (("--layers", self.request.layers), ("--prune-layers", self.request.prune_layers))
+        for option, layers in asked:
+            try:
+                path.select(layers)
+            except ValueError as error:
+                raise ValueError(f"argument {option}: {error}") from None
+
+    def evaluator(self, sets: Sequence[datasets.Dataset], normalize_logits: bool = False) -> Evaluator:
+        request = self.request
+        return Evaluator(
+            self.live,
+            sets,
+            request.batch_size,
+            request.precision,
+            normalize_logits,
+            memory_limit=request.memory_limit,
+            graphs=request.graphs,
+            compile=request.compile,
+        )
+
+
+def load_images(request: Request) -> list[datasets.Dataset]:
+    """The data sets, in the order of the zoo."""
+    sets = []
+    preprocess = classifier.preprocess(request.zoo.arch)
+    for name, data in request.zoo.data.items():
+        with tqdm(desc=f"reading {name}", disable=None, leave=False) as bar:
+
+            def progress(done: int, total: int, bar: Any = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            sets.append(
+                datasets.load(
+                    name,
+                    data.path,
+                    preprocess,
+                    request.samples,
+                    data.ood,
+                    request.seed,
+                    progress,
+                    cache=request.cache,
+                    skip_unreadable=request.skip_unreadable,
+                )
+            )
+    return sets
+
+
+def digest(data: datasets.Dataset) -> str:
+    """SHA-256 of the images and labels that are scored."""
+    found = hashlib.sha256()
+    for tensor in (data.images, data.labels):
+        found.update(tensor.contiguous().numpy().data.cast("B"))
+    return found.hexdigest()
+
+
+def by_layer(request: Request, whole: Counts) -> Counts:
+    """The images of what is studied layer by layer: of the data sets named, or the first that is OOD."""
+    names = request.layer_images.names or _first(whole, ood=True)
+    return _some(whole, names, request.layer_images.samples)
+
+
+def of_sharpness(request: Request, whole: Counts) -> Counts:
+    """The images of sharpness: of the data sets named, or the first in distribution."""
+    names = request.sharpness_images.names or _first(whole, ood=False)
+    return _some(whole, names, request.sharpness_images.samples)
+
+
+def _first(whole: Counts, ood: bool) -> list[str]:
+    return ([name for name, (_, far) in whole.items() if far == ood] or list(whole))[:1]
+
+
+def _some(whole: Counts, names: Sequence[str], most: int) -> Counts:
+    return {name: (min(most, count), ood) for name, (count, ood) in whole.items() if name in names}
+
+
+class Studies:
+    """The studies of a request on its images, one model at a time; what all models share, once.
+
+    whole: all data sets. by_layer, sharpness: the images of those studies.
+    """
+
+    def __init__(self, request: Request, whole: Evaluator, by_layer: Evaluator, sharpness: Evaluator) -> None:
+        self.whole, self.by_layer, self.sharpness = whole, by_layer, sharpness
+        self._request = request
+        self._scores: dict[int, dict[str, Scores]] = {}
+        self._sharpness: dict[tuple[object, ...], Any] = {}
+
+    def run(
+        self, study: str, path: paths.Path, stragglers: Mapping[str, Sequence[str]] | None, **common: Any
+    ) -> None:
+        """One study of one model. stragglers: criterion -> layers to prune, where that is the study."""
+        request = self._request
+        if study == "interpolation":
+            zeroshot = self._zeroshot(path, self.whole)
+            studies.interpolation(path, self.whole, request.alphas, zeroshot=zeroshot, **common)
+        elif study == "layers":
+            studies.layerwise_interpolation(
+                path,
+                self.by_layer,
+                request.layer_alphas,
+                request.layers,
+                others=request.others,
+                zeroshot=self._zeroshot(path, self.by_layer),
+                **common,
+            )
+        elif study == "sharpness":
+            studies.sharpness(
+                path,
+                self.sharpness,
+                request.sharpness_alphas,
+                request.rhos,
+                request.draws,
+                protocol=request.general,
+                zeroshot=self._sharpness,
+                **common,
+            )
+        elif study == "layer-sharpness":
+            studies.layerwise_sharpness(
+                path,
+                self.sharpness,
+                request.sharpness_alphas,
+                request.rhos,
+                request.layer_draws,
+                request.layers,
+                protocol=request.layerwise,
+                zeroshot=self._sharpness,
+                **common,
+            )
+        elif study == "prune":
+            studies.prune_stragglers(
+                path,
+                self.by_layer,
+                request.alphas,
+                request.keep,
+                layers=stragglers,
+                methods=request.methods,
+                seeds=request.mask_seeds,
+                control=request.control,
+                zeroshot=self._zeroshot(path, self.by_layer),
+                **common,
+            )
+
+    def steps(self, study: str, path: paths.Path) -> int | None:
+        """How many positions a model's progress counts; None where that is not known before."""
+        request = self._request
+        if study == "interpolation":
+            return len(request.alphas)
+        if study == "layers":
+            return len(path.select(request.layers)) * (len(request.layer_alphas) - 1)
+        if study == "prune":
+            return None
+        return len(request.sharpness_alphas) * len(self.sharpness.datasets)
+
+    def _zeroshot(self, path: paths.Path, evaluator: Evaluator) -> dict[str, Scores]:
+        """An evaluator's scores where every path begins."""
+        if id(evaluator) not in self._scores:
+            with path.at(0.0):
+                self._scores[id(evaluator)] = evaluator.scores()
+        return self._scores[id(evaluator)]
+
+
+def make(models: Models, sets: Sequence[datasets.Dataset]) -> Studies:
+    """The studies of the request on these images."""
+    request = models.request
+    whole = {data.name: (len(data.labels), data.ood) for data in sets}
+
+    def some(counts: Counts) -> list[datasets.Dataset]:
+        chosen = [data for data in sets if data.name in counts]
+        return [datasets.subset(data, counts[data.name][0], request.seed) for data in chosen]
+
+    return Studies(
+        request,
+        models.evaluator(sets),
+        models.evaluator(some(by_layer(request, whole))),
+        models.evaluator(some(of_sharpness(request, whole)), request.normalize_logits),
+    )
