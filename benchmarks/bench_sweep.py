@@ -6,8 +6,7 @@
 
 The parts: layer-sharpness, layers (layer-wise interpolation), interpolation (from image files), scaling
 (how the cost grows), busy (of a GPU). The numbers of both sides are compared in every round; where they
-differ, the run fails. The peers are in peers_sweep.py, models and images in sweep_case.py. Exit status 1: a
-goal was missed.
+differ, the run fails. The peers are in peers_sweep.py, models and images in sweep_case.py.
 
 At equal standard error, a contender costs (seconds per draw) x (variance of one draw). Seconds are those of
 the whole request, with the clean pass and, for the gradient control variate, the backward pass. Since fewer

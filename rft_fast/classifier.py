@@ -137,6 +137,8 @@ class ZeroShotClassifier(nn.Module):
         For each class, the normalised mean over its templates of the normalised features, times
         ``exp(logit_scale)``.
         """
+        # In the scale's own type, float32, whatever the tower computes in: the head is what logits hang on.
+        text_features = text_features.to(self.logit_scale.dtype)
         normalised = text_features / text_features.norm(dim=-1, keepdim=True)
         means = normalised.unflatten(0, self.prompts.shape[:2]).mean(1)
         head: Tensor = self.logit_scale.exp() * (means / means.norm(dim=-1, keepdim=True))
@@ -144,6 +146,7 @@ class ZeroShotClassifier(nn.Module):
 
     def classify(self, features: Tensor, head: Tensor) -> Tensor:
         """features: [n, d], of images. head: [classes, d]. Returns logits [n, classes]."""
+        features = features.to(head.dtype)
         logits: Tensor = features / features.norm(dim=-1, keepdim=True) @ head.T
         return logits
 

@@ -31,21 +31,40 @@ def plan(request: Request) -> str:
     path = models.path(next(iter(request.zoo.finetuned)))
     loading = perf_counter() - start
     evaluator = models.evaluator([_noise(request, 8)])
-    if (wanted := cost.images_wanted(evaluator)) > 8:
-        evaluator = models.evaluator([_noise(request, wanted)])
-    lines = []
     takes = summary.how_many(request)
-    measured = [study for study in request.measured if study in takes]  # the others are made of rows
-    for study in tqdm(measured, "counting", disable=None, leave=False):
-        work = _count(request, study, takes[study], path, evaluator, whole)
-        lines.append(cost.Line(study, takes[study], work, takes[study] * loading))
-    total = sum((line.work for line in lines[1:]), lines[0].work)
+    works = {
+        study: _count(request, study, takes[study], path, evaluator, whole)
+        for study in request.measured
+        if study in takes  # the others are made of rows
+    }
+    total = sum(works.values(), cost.Work.none(evaluator))
     costs = cost.flops(evaluator, total)
-    rates = cost.calibrate(evaluator, path, costs, total)
+    # Sets of like sizes take like times an image; a small one takes more.
+    sizes = {study: min(_at_once(request, study, whole), cost.images_wanted(evaluator)) for study in works}
+    rates = {}
+    for size in tqdm(sorted(set(sizes.values())), "calibrating", disable=None, leave=False):
+        wanted = sum((works[s] for s in works if sizes[s] == size), cost.Work.none(evaluator))
+        noise = evaluator.on([_noise(request, size)])
+        rates[size] = cost.calibrate(noise, path, costs, wanted, 10 / len(set(sizes.values())))
+    lines = [
+        cost.Line(study, takes[study], work, rates[sizes[study]], takes[study] * loading)
+        for study, work in works.items()
+    ]
     images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
     resident = sum(count for counts in images for count, _ in counts.values())
     peak = cost.memory(total, evaluator, path, resident)
-    return cost.table(lines, rates, costs, peak, path, _notes(request, scans))
+    return cost.table(lines, costs, peak, path, _notes(request, scans))
+
+
+def _at_once(request: Request, study: str, whole: Counts) -> int:
+    """Images of the largest set that a study scores between two writes."""
+    if study == "interpolation":
+        return max(count for count, _ in whole.values())
+    if study in ("layers", "prune"):
+        return max(count for count, _ in wiring.by_layer(request, whole).values())
+    protocol = request.general if study == "sharpness" else request.layerwise
+    largest = max(count for count, _ in wiring.of_sharpness(request, whole).values())
+    return min(largest, protocol.noise_batch or largest)
 
 
 def scan(request: Request) -> list[datasets.Scan]:

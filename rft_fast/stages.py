@@ -53,13 +53,15 @@ class Stages:
     image: float images [n, 3, h, w] -> ... -> logits [n, classes], or, where there is a text chain, to
         image features [n, d].
     text: prompts int64 [p, context] -> ... -> text features [p, d]. Empty: the head is fixed.
-    join: (image features [n, d], text features [p, d]) -> logits [n, classes]; the latter of all prompts.
-    joined: the tensors that ``join`` reads.
+    head: text features [p, d], of all prompts -> weights of the head [classes, d].
+    join: (image features [n, d], weights of the head) -> logits [n, classes].
+    joined: the tensors that ``head`` and ``join`` read.
     prompts: int64 [p, context], on the model's device.
     """
 
     image: tuple[Stage, ...]
     text: tuple[Stage, ...] = ()
+    head: Callable[[Tensor], Tensor] | None = None
     join: Callable[[Tensor, Tensor], Tensor] | None = None
     joined: tuple[Tensor, ...] = ()
     prompts: Tensor | None = None
@@ -87,7 +89,7 @@ def stages(model: nn.Module, images: Tensor, exact: bool = False) -> Stages:
         prompts = model.prompts.flatten(0, 1)
         image = _chain(model.visual, images, exact)
         text = _chain(model.text, prompts, exact)
-        return Stages(image, text, model.join, (model.logit_scale,), prompts)
+        return Stages(image, text, model.head, model.classify, (model.logit_scale,), prompts)
     return Stages(_chain(model, images, exact))
 
 

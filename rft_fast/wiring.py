@@ -61,14 +61,13 @@ class Models:
             except ValueError as error:
                 raise ValueError(f"argument {option}: {error}") from None
 
-    def evaluator(self, sets: Sequence[datasets.Dataset], normalize_logits: bool = False) -> Evaluator:
+    def evaluator(self, sets: Sequence[datasets.Dataset]) -> Evaluator:
         request = self.request
         return Evaluator(
             self.live,
             sets,
             request.batch_size,
             request.precision,
-            normalize_logits,
             memory_limit=request.memory_limit,
             graphs=request.graphs,
             compile=request.compile,
@@ -225,9 +224,10 @@ def make(models: Models, sets: Sequence[datasets.Dataset]) -> Studies:
         chosen = [data for data in sets if data.name in counts]
         return [datasets.subset(data, counts[data.name][0], request.seed) for data in chosen]
 
+    evaluator = models.evaluator(sets)
     return Studies(
         request,
-        models.evaluator(sets),
-        models.evaluator(some(by_layer(request, whole))),
-        models.evaluator(some(of_sharpness(request, whole)), request.normalize_logits),
+        evaluator,
+        evaluator.on(some(by_layer(request, whole))),
+        evaluator.on(some(of_sharpness(request, whole)), request.normalize_logits),
     )

@@ -96,6 +96,7 @@ def watched(path: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -
     spied = Stages(
         tuple(replace(s, run=spy(s.run, text + i)) for i, s in enumerate(chains.image)),
         tuple(replace(s, run=spy(s.run, i)) for i, s in enumerate(chains.text)),
+        chains.head,
         None if chains.join is None else spy(chains.join, len(found.runs) - 1),
         chains.joined,
         chains.prompts,
@@ -137,14 +138,14 @@ def watched(path: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -
     found.gradients[0] = sum(slopes)
 
 
-@pytest.mark.parametrize("batch_size", [None, 8])
-@pytest.mark.parametrize("study", STUDIES)
-@pytest.mark.parametrize("model", MODELS)
-def test_counts_are_those_of_the_run(
-    model: str, study: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if model == "one stage" and study == "hessian":
-        pytest.skip("the same as with stages")
+# Every study on the transformer; of the others, what their stages change.
+CASES = [("transformer", study) for study in STUDIES]
+CASES += [(model, study) for model in MODELS for study in list(STUDIES)[1::3] if model != "transformer"]
+
+
+@pytest.mark.parametrize(("model", "study"), CASES)
+def test_counts_are_those_of_the_run(model: str, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_size = 8 if len(study) % 2 else None
     with torch.random.fork_rng():
         path, evaluator, sizes = setting(MODELS[model](), batch_size=batch_size)
     counted = cost.count(STUDIES[study], path, evaluator, sizes)
@@ -194,7 +195,7 @@ def test_sizes_of_data_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "empty", watching)
     work = cost.count(STUDIES["interpolation"], path, evaluator, {"huge": (50_000, True)})
     assert work.images == [3 * 50_000.0] * evaluator.stations
-    assert max(made, default=0) < 1000
+    assert max(made, default=0) < 50_000  # the meter looks at a batch
 
 
 def test_draws_are_linear() -> None:
@@ -312,7 +313,7 @@ def test_a_calibration_fits_a_clock_that_knows(model: str, monkeypatch: pytest.M
         call()
         text = len(evaluator.stages.text)
         return 1e-6 + sum(
-            n * (2.0 + s) + r * (0.25 if s >= text else 7.0)
+            n * (2.0 + s) + r * (0.0 if s >= text else 7.0)
             for s, (n, r) in enumerate(zip(work.images, work.runs, strict=True))
         )
 
@@ -323,7 +324,7 @@ def test_a_calibration_fits_a_clock_that_knows(model: str, monkeypatch: pytest.M
     for stage, rate in enumerate(rates.images[text:], start=text):
         assert rate == pytest.approx(2.0 + stage, rel=1e-3)
     assert rates.runs[:text] == pytest.approx([7.0] * text, rel=1e-3)
-    assert rates.runs[text:] == pytest.approx([0.25] * (len(rates.runs) - text), rel=1e-2)
+    assert rates.runs[text:] == [0.0] * (len(rates.runs) - text)
     assert path.checksum() == state
     assert sizes
 
@@ -403,15 +404,16 @@ def test_a_table_says_all_of_it() -> None:
     path, evaluator, sizes = setting(tiny_models.staged())
     work = cost.count(STUDIES["interpolation"], path, evaluator, sizes)
     rates = Rates([1.0] * 3, [0.0] * 3, 0, 0, 0, 0, 0, 0, 0, 0)
+    slow = Rates([2.0] * 3, [0.0] * 3, 0, 0, 0, 0, 0, 0, 0, 0)
     memory = cost.memory(work, evaluator, path, 57)
-    lines = [Line("interpolation", 2, work * 2), Line("layers", 1, work, more=60.0)]
-    text = cost.table(lines, rates, cost.flops(evaluator), memory, path, ["which layers is not known"])
+    lines = [Line("interpolation", 2, work * 2, rates), Line("layers", 1, work, slow, more=60.0)]
+    text = cost.table(lines, cost.flops(evaluator), memory, path, ["which layers is not known"])
     rows = text.splitlines()
     assert rows[1].split()[:4] == ["interpolation", "2", "6", "342"]
     assert rows[2].split()[:4] == ["layers", "1", "3", "171"]
     assert rows[3].split()[:3] == ["total", "9", "513"]
-    assert rows[1].endswith(cost.duration(3 * 342)) and rows[2].endswith(cost.duration(3 * 171 + 60))
-    assert rows[3].endswith(cost.duration(3 * 513 + 60))
+    assert rows[1].endswith(cost.duration(3 * 342)) and rows[2].endswith(cost.duration(6 * 171 + 60))
+    assert rows[3].endswith(cost.duration(3 * 342 + 6 * 171 + 60))
     assert "peak memory" in text and "- which layers is not known" in text
 
 

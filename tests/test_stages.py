@@ -783,11 +783,18 @@ def test_both_towers_are_chains_that_join(exact: bool) -> None:
     found = stages(model, images[:2], exact)
     assert (len(found.image), len(found.text)) == (10, 8)
     assert found.prompts is not None and torch.equal(found.prompts, model.prompts.view(6, 6))
-    assert len(found.joined) == 1 and found.joined[0] is model.logit_scale and found.join is not None
+    assert (
+        len(found.joined) == 1
+        and found.joined[0] is model.logit_scale
+        and found.join is not None
+        and found.head is not None
+    )
     with torch.inference_mode():
         features, text = run(found.image, images), run(found.text, found.prompts)
         assert features.shape == (4, 6) and text.shape == (6, 6)
-        torch.testing.assert_close(found.join(features, text), model(images), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            found.join(features, found.head(text)), model(images), rtol=1e-5, atol=1e-6
+        )
         # Prompts do not depend on their neighbours.
         parts = [run(found.text, part) for part in found.prompts.split(4)]
         torch.testing.assert_close(torch.cat(parts), text)
@@ -797,7 +804,7 @@ def test_a_change_in_one_tower_leaves_the_other_alone() -> None:
     model = both()
     images = torch.randn(4, 3, 8, 8)
     found = stages(model, images)
-    assert found.prompts is not None and found.join is not None
+    assert found.prompts is not None and found.join is not None and found.head is not None
     with torch.inference_mode():
         held = boundaries(found.image, images), boundaries(found.text, found.prompts)
     where = {}
@@ -818,7 +825,9 @@ def test_a_change_in_one_tower_leaves_the_other_alone() -> None:
                     x = stage.run(x, inputs)
                 assert not torch.equal(x, ends[chain]), name
                 ends[chain] = x
-            torch.testing.assert_close(found.join(*ends), model(images), rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                found.join(ends[0], found.head(ends[1])), model(images), rtol=1e-5, atol=1e-6, msg=name
+            )
         tensor.data.copy_(was)
 
 
@@ -830,7 +839,7 @@ def test_one_tower_may_be_one_stage() -> None:
     assert (len(found.image), len(found.text)) == (10, 1)
     assert found.join is not None and found.prompts is not None
     with torch.inference_mode():
-        got = found.join(run(found.image, images), run(found.text, found.prompts))
+        got = found.join(run(found.image, images), found.head(run(found.text, found.prompts)))
         torch.testing.assert_close(got, model(images), rtol=1e-5, atol=1e-6)
 
 

@@ -72,12 +72,15 @@ def flops(evaluator: Evaluator, work: Work | None = None) -> Flops:
         found, x = _chain_flops(chains.image, images)
         per_image = [f / len(images) for f in found]
         text: list[float] = []
-        if chains.text and chains.prompts is not None and chains.join is not None:
+        if chains.text and chains.prompts is not None and chains.join and chains.head:
             few = chains.prompts[:2]
             found, features = _chain_flops(chains.text, few)
             text = [f * len(chains.prompts) / len(few) for f in found]
-            count, join = len(chains.prompts), chains.join
-            joined = _measured(lambda: join(x, features.new_empty((count, *features.shape[1:]))))
+            head, join = (
+                chains.head(features.new_ones((len(chains.prompts), *features.shape[1:]))),
+                chains.join,
+            )
+            joined = _measured(lambda: join(x, head))
             per_image.append(joined.flops / len(images) if joined else 0.0)
     return Flops(
         text + per_image,
@@ -177,8 +180,9 @@ def calibrate(
     Through the same calls as the studies', so that threads, batches, graphs and kernels are those of the
     run. The live model is as it was before once this ends.
 
-    evaluator: of the path's live model, with :func:`images_wanted` images if it can be, of which the values
-        do not matter; with fewer, its rates are those of smaller batches.
+    evaluator: of the path's live model, with as many images as are scored at once where the rates are to
+        hold, or :func:`images_wanted` if that is fewer; their values do not matter. What a call costs beside
+        its images is shared out among them, so that few images have other rates than many.
     costs: of the evaluator's stages; what lies between two that are measured is shared out by them.
     work: what the rates are wanted for; derivatives are measured only if it has any. None: all.
     """
@@ -193,7 +197,7 @@ def calibrate(
     fits = 0.2 * seconds / clock.of(lambda: _judged(few.walk())) * len(few._feeds[0])
     full = _first(evaluator, min(images_wanted(evaluator), max(len(few._feeds[0]), int(fits))))
     with path.at(0.5):
-        images, runs = _forward_rates(full, one, costs.stages, clock, 0.5 * seconds)
+        images, runs = _forward_rates(full, costs.stages, clock, 0.5 * seconds)
         lives = [weight.live for weight in path.weights()]
         gradient = curvature = batch = 0.0
         if work is None or any(work.gradients):
@@ -258,15 +262,14 @@ def _judged(walk: Walk) -> None:
 
 
 def _forward_rates(
-    full: Evaluator, one: Evaluator, costs: Sequence[float], clock: _Clock, seconds: float
+    full: Evaluator, costs: Sequence[float], clock: _Clock, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Seconds per image and per run of each stage, by what is left to do from some stations on."""
+    """Seconds per image (of the text chain: per run) of each stage, by what is left from some stations on."""
     begun = perf_counter()
     whole = clock.of(lambda: _judged(full.walk()))
     if full.device.type == "cuda":  # libraries choose their algorithms, and launches are recorded
         for _ in range(3):
             whole = clock.of(lambda: _judged(full.walk()))
-            _judged(one.walk())
     elif 4 * whole < seconds:
         whole = clock.of(lambda: _judged(full.walk()))
     text, count = len(full.stages.text), full.stations
@@ -279,20 +282,13 @@ def _forward_rates(
         stations = sorted({*stations, 1, text + 1, count - 1})
     elif text:
         stations = [0]
-    large: dict[int, float] = {0: whole}
-    small: dict[int, float] = {}
-    for evaluator, found in ((full, large), (one, small)):
-        if len(stations) == 1 and evaluator is full:
-            continue  # it was measured
-        times: dict[int, list[float]] = {station: [] for station in stations}
-        for _ in range(rounds):
-            walk = evaluator.walk()
-            for station in stations:
-                walk.advance(station)
-                times[station].append(clock.of(partial(_judged, walk)))
-        # What one image takes is little, so that what disturbs it is much: the least of it is the truth.
-        middle = median if evaluator is full else min
-        found |= {station: middle(several) for station, several in times.items()}
+    times: dict[int, list[float]] = {station: [] for station in stations}
+    for _ in range(rounds if len(stations) > 1 else 0):
+        walk = full.walk()
+        for station in stations:
+            walk.advance(station)
+            times[station].append(clock.of(partial(_judged, walk)))
+    left = {station: median(several) if several else whole for station, several in times.items()}
 
     n = len(full._feeds[0])
     images, runs = [0.0] * len(costs), [0.0] * len(costs)
@@ -300,15 +296,12 @@ def _forward_rates(
         stages = sorted({stage_at(full, station) for station in range(first, last)})
         weights = [costs[stage] * (1 if stage < text else n) for stage in stages]
         shares = [w / sum(weights) if sum(weights) else 1 / len(stages) for w in weights]
-        long, short = large[first], small[first]
-        if after is not None:
-            long, short = max(0.0, long - large[after]), max(0.0, short - small[after])
-        per_image, per_run = _line(long, short, n, batch_count(full._images, n))
+        took = left[first] if after is None else max(0.0, left[first] - left[after])
         for stage, share in zip(stages, shares, strict=True):
             if stage < text:
-                runs[stage] = share * long  # the prompts are the same for any number of images
+                runs[stage] = share * took  # the prompts are the same for any number of images
             else:
-                images[stage], runs[stage] = share * per_image, share * per_run
+                images[stage] = share * took / n
     return images, runs
 
 

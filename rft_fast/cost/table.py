@@ -17,12 +17,15 @@ class Line:
     study: str
     models: int
     work: Work
+    rates: Rates
     more: float = 0.0
 
+    @property
+    def seconds(self) -> float:
+        return forecast(self.work, self.rates) + self.more
 
-def table(
-    lines: Sequence[Line], rates: Rates, costs: Flops, peak: Memory, path: Path, notes: Sequence[str] = ()
-) -> str:
+
+def table(lines: Sequence[Line], costs: Flops, peak: Memory, path: Path, notes: Sequence[str] = ()) -> str:
     """The studies' cost to read: a line for each, the total, peak memory, and what was assumed."""
     header = ["study", "models", "settings", "forwards", "TFLOP", "GB written", "time"]
     live = [slot.tensor for slot in path._whole.slots]
@@ -42,9 +45,9 @@ def table(
 
     rows, total, seconds = [header], lines[0].work * 0, 0.0
     for line in lines:
-        rows.append(cells(line.study, str(line.models), line.work, forecast(line.work, rates) + line.more))
+        rows.append(cells(line.study, str(line.models), line.work, line.seconds))
         total += line.work
-        seconds += forecast(line.work, rates) + line.more
+        seconds += line.seconds
     rows.append(cells("total", "", total, seconds))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = [

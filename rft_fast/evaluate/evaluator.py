@@ -81,34 +81,22 @@ class Evaluator:
         for name, value in (("batch_size", batch_size), ("memory_limit", memory_limit)):
             if value is not None and not _is_count(value):
                 raise ValueError(f"Evaluator: {name} must be an int of at least 1, got {value!r}")
-        _check_datasets(datasets)
         self.device = _device(model)
         formats.check(precision, self.device)
         self.model = model
         self.precision = precision
         self.normalize_logits = normalize_logits
         self.batch_size = batch_size
-        self.datasets = list(datasets)
         self._check_weights()
         if memory_limit is None:
             share = 0.8 if self.device.type == "cuda" else 0.5
             memory_limit = int(share * meter.available(self.device))
         self.memory_limit = memory_limit
-        fits = sum(data.images.nbytes for data in datasets) <= RESIDENT * memory_limit
-        dtype = formats.PRECISIONS[precision]
-        resident = fits or self.device.type != "cuda"
-        self._feeds = []
-        self._boundary = 0  # bytes that a walk holds of an image, at worst
+        self._resident = [0]  # bytes of images on the device, of all evaluators that share this model
         self._holds_prompts = True
-        try:
-            for data in self.datasets:
-                self._feeds.append(Images(data, self.device, dtype, resident))
-            with self._scoring():
-                self.stages = self._staged()
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise MemoryError(too_large(self.device, error)) from error
-            raise
+        self._traced: Stages | None = None
+        self._traced = self._take(datasets)
+        self.stages = self._traced
         self._graphs: recordings.Graphs | None = None
         if graphs and self.device.type == "cuda":
             self._graphs = recordings.Graphs(recordings.on(self.device))
@@ -117,6 +105,36 @@ class Evaluator:
             self.stages = _compiled(self.stages)
         images, text = len(self.stages.image), len(self.stages.text)
         self.stations = images + text + 2 if text else images
+
+    def on(self, datasets: Sequence[Dataset], normalize_logits: bool = False) -> Evaluator:
+        """An evaluator of the same model with the same settings on other data sets.
+
+        What was found out about the model, its stages above all, is not found out again. Raises as making
+        an Evaluator does.
+        """
+        other = copy(self)
+        other.normalize_logits = normalize_logits
+        other._take(datasets)
+        return other
+
+    def _take(self, datasets: Sequence[Dataset]) -> Stages:
+        """Takes data sets to score, once they are found fit for the model. Returns its stages."""
+        _check_datasets(datasets)
+        self.datasets = list(datasets)
+        size = sum(data.images.nbytes for data in datasets)
+        resident = self.device.type != "cuda" or self._resident[0] + size <= RESIDENT * self.memory_limit
+        self._resident[0] += size if resident else 0
+        self._feeds: list[Images] = []
+        self._boundary = 0  # bytes that a walk holds of an image, at worst
+        try:
+            for data in self.datasets:
+                self._feeds.append(Images(data, self.device, formats.PRECISIONS[self.precision], resident))
+            with self._scoring():
+                return self._staged(self._traced)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise MemoryError(too_large(self.device, error)) from error
+            raise
 
     # --- what a change leaves as it was ---------------------------------------------------------
 
@@ -268,9 +286,8 @@ class Evaluator:
 
     # --- the model ------------------------------------------------------------------------------
 
-    def _staged(self) -> Stages:
-        """The model in stages. Every set is looked at: others may have images of another size."""
-        found: Stages | None = None
+    def _staged(self, found: Stages | None) -> Stages:
+        """The model in stages, if they are not known. Every set is looked at: image sizes may differ."""
         for feed in self._feeds:
             expected = feed.check(self._answer)
             if found is None:
@@ -278,9 +295,7 @@ class Evaluator:
                 found = stages(self.model, images if len(images) == 2 else torch.cat([images, images]))
             if len(found.image) > 1 or found.text:
                 self._verify(found, feed, expected)
-        if found is None:
-            raise ValueError("Evaluator: no data set to score")
-        return found
+        return found or Stages(())
 
     def _answer(self, images: Tensor) -> Any:
         """Logits, or what the model gives in their place.
@@ -298,10 +313,10 @@ class Evaluator:
         image = feed.prepare(slice(0, 1))
         logits, held = _watched(chains.image, image)
         self._boundary = max(self._boundary, held)
-        if chains.join is not None and chains.prompts is not None:
+        if chains.head is not None and chains.join is not None and chains.prompts is not None:
             features, held = _watched(chains.text, chains.prompts[:1])
             self._holds_prompts = held * len(chains.prompts) <= HELD * self.memory_limit
-            logits = chains.join(logits, features.expand(len(chains.prompts), -1))
+            logits = chains.join(logits, chains.head(features.expand(len(chains.prompts), -1)))
         error = (logits - expected).float().abs().max()
         tolerance = 1e-3 if self.precision == "fp32" else 0.05
         if error > tolerance * expected.float().abs().max():

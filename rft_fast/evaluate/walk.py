@@ -155,13 +155,15 @@ class Walk:
     def _judge(self, flows: Sequence[_Flow], results: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Fills in losses [n] and hits [n] of every flow."""
         chains = self._evaluator.stages
-        text = self._text.finished() if self._text is not None else None
+        head = None
+        if self._text is not None and chains.head is not None:
+            head = chains.head(self._text.finished())
         place = dict(zip(map(id, flows), results, strict=True))
 
         def work(flow: _Flow, batch: slice) -> tuple[Tensor, Tensor]:
             x = flow.run(batch, len(chains.image))
-            if text is not None and chains.join is not None:
-                x = chains.join(x, text)
+            if head is not None and chains.join is not None:
+                x = chains.join(x, head)
             return flow.judge(x, batch)
 
         def take(flow: _Flow, batch: slice, found: tuple[Tensor, Tensor]) -> None:
