@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -15,3 +17,12 @@ if not torch.cuda.is_available():
 
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["RFT_CACHE"] = _CACHE.name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Batches one after the other, for tests that count them in order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -22,6 +22,8 @@ from rft_fast.path import Path
 from rft_fast.stages import Stages
 from rft_fast.studies.estimators import Protocol
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALPHAS = [0.0, 0.5, 1.0]
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "one stage": lambda: tiny_models.toy(kind=tiny_models.Opaque),

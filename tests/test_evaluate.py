@@ -29,6 +29,8 @@ from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.evaluate import evaluator as home
 from rft_fast.stages import Stage, Stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def truth(model: nn.Module, data: Dataset, classes: Sequence[int] | None = None) -> Any:
     """Losses and hits in float64, in one forward, with the softmax written out."""

@@ -29,6 +29,8 @@ from rft_fast.evaluate.graphs import WARM, Graphs
 from rft_fast.evaluate.precision import cast
 from rft_fast.stages import Stage, stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 

@@ -14,6 +14,8 @@ from rft_fast import Path
 from rft_fast.evaluate import Evaluator, precision
 from rft_fast.evaluate.precision import PRECISIONS, cast, check, exact
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -38,6 +38,8 @@ from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, feed
 from rft_fast.evaluate.batches import Batches, Need
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --- stages ---------------------------------------------------------------------------------------
 
 
