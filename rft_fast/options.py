@@ -331,7 +331,7 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         "--precision",
         choices=tuple(PRECISIONS),
         default="fp32",
-        help="number format of weights and activations of the live model (default: fp32; docs/precision.md "
+        help="number format of weights and activations of the live model (default: fp32; docs/speed.md "
         "has what the others cost in accuracy: bf16 and fp16 spoil sharpness near zero)",
     )
     group.add_argument(
