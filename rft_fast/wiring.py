@@ -159,29 +159,14 @@ class Studies:
                 zeroshot=self._zeroshot(path, self.by_layer),
                 **common,
             )
-        elif study == "sharpness":
-            studies.sharpness(
-                path,
-                self.sharpness,
-                request.sharpness_alphas,
-                request.rhos,
-                request.draws,
-                protocol=request.general,
-                zeroshot=self._sharpness,
-                **common,
-            )
-        elif study == "layer-sharpness":
-            studies.layerwise_sharpness(
-                path,
-                self.sharpness,
-                request.sharpness_alphas,
-                request.rhos,
-                request.layer_draws,
-                request.layers,
-                protocol=request.layerwise,
-                zeroshot=self._sharpness,
-                **common,
-            )
+        elif study in ("sharpness", "layer-sharpness"):
+            where = (path, self.sharpness, request.sharpness_alphas, request.rhos)
+            shared = {"zeroshot": self._sharpness, **common}
+            if study == "sharpness":
+                studies.sharpness(*where, request.draws, protocol=request.general, **shared)
+            else:
+                draws, layers = request.layer_draws, request.layers
+                studies.layerwise_sharpness(*where, draws, layers, protocol=request.layerwise, **shared)
         elif study == "prune":
             studies.prune_stragglers(
                 path,

@@ -152,7 +152,7 @@ def test_counts_are_those_of_the_run(model: str, study: str, monkeypatch: pytest
         path, evaluator, sizes = setting(MODELS[model](), batch_size=batch_size)
     counted = cost.count(STUDIES[study], path, evaluator, sizes)
     with watched(path, evaluator, monkeypatch) as real:
-        rows = STUDIES[study](path, evaluator)
+        STUDIES[study](path, evaluator)
     assert counted.images == real.images
     text = len(evaluator.stages.text)
     assert counted.runs[text:] == real.runs[text:]
@@ -165,7 +165,6 @@ def test_counts_are_those_of_the_run(model: str, study: str, monkeypatch: pytest
     assert counted.batches == real.batches
     buffers = any(not s.is_parameter for s in path._whole.slots if not s.is_float)
     assert counted.writes == real.writes
-    assert counted.rows == len(rows)
     if not buffers:
         integers = [s for s in path._whole.slots if not s.is_float]
         assert not integers
@@ -198,25 +197,6 @@ def test_sizes_of_data_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     work = cost.count(STUDIES["interpolation"], path, evaluator, {"huge": (50_000, True)})
     assert work.images == [3 * 50_000.0] * evaluator.stations
     assert max(made, default=0) < 50_000  # the meter looks at a batch
-
-
-def test_draws_are_linear() -> None:
-    path, evaluator, sizes = setting(tiny_models.staged(), batch_size=8)
-    for make in (general, layerwise):
-        for estimator in ("plain", "antithetic", "gradient", "hessian", "apgd-l2"):
-
-            def of(draws: int, make: Any = make, estimator: str = estimator) -> Work:
-                return cost.count(make(estimator, draws), path, evaluator, sizes)
-
-            told, real = cost.over_draws(of, 20), of(20)
-            for field in fields(Work):
-                got, expected = getattr(told, field.name), getattr(real, field.name)
-                # Several draws may share batches, and the last ones of them not fill them.
-                error = 0.05 if field.name == "runs" else 1e-9
-                assert got == pytest.approx(expected, rel=error), (estimator, field.name)
-    calls: list[int] = []
-    cost.over_draws(lambda draws: calls.append(draws) or Work([1.0], [1.0], gradients=[0.0]), 8)
-    assert calls == [8]
 
 
 def test_control_variates_are_counted() -> None:
@@ -416,7 +396,7 @@ def test_a_table_says_all_of_it() -> None:
     assert rows[3].split()[:3] == ["total", "9", "513"]
     assert rows[1].endswith(cost.duration(3 * 342)) and rows[2].endswith(cost.duration(6 * 171 + 60))
     assert rows[3].endswith(cost.duration(3 * 342 + 6 * 171 + 60))
-    assert "peak memory" in text and "- which layers is not known" in text
+    assert f"peak memory: {memory.total / 2**30:.3g} GiB (" in text and "- which layers is not known" in text
 
 
 @pytest.mark.parametrize(

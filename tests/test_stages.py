@@ -16,9 +16,8 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from rft_fast import stages as house
 from rft_fast.classifier import ImageClassifier, ZeroShotClassifier
-from rft_fast.stages import Stage, stages
+from rft_fast.stages import Stage, stages, tokens
 
 CLASSES = 5
 
@@ -754,13 +753,13 @@ def test_attention_for_one_token_is_attention() -> None:
         heads.append(weights / weights.sum(-1, keepdim=True) @ v[..., part])
     expected = torch.cat(heads, -1) @ attn.out_proj.weight.T + attn.out_proj.bias
     weights = (attn.in_proj_weight, attn.in_proj_bias, attn.out_proj.weight, attn.out_proj.bias)
-    torch.testing.assert_close(house._attend(x[:, 2:3], x, *weights, 3), expected)
+    torch.testing.assert_close(tokens.attend(x[:, 2:3], x, *weights, 3), expected)
 
 
 @pytest.mark.parametrize("wrong", [lambda q, *rest: q * 0.5, lambda *all: 1 / 0])
 def test_a_shortcut_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
     model, images = family("vit")
-    monkeypatch.setattr(house, "_attend", wrong)
+    monkeypatch.setattr(tokens, "attend", wrong)
     chain = quietly(model, images, exact=False)
     with torch.inference_mode():
         assert len(chain) == 11 and torch.equal(run(chain, images), model(images))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
+from tiny_models import MEAN, STD, normalised, pictures, random_state
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -22,17 +23,9 @@ from rft_fast.evaluate import Evaluator
 from rft_fast.path import Path
 from rft_fast.studies.layers import MARGIN, stragglers
 
-State = dict[str, Tensor]
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALPHAS = [0.0, 0.3, 0.8, 1.0]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Norms(nn.Module):
@@ -55,25 +48,6 @@ def staged() -> nn.Sequential:
     )
 
 
-def random_state(model: nn.Module, seed: int) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        value = torch.randn(tensor.shape, generator=generator)
-        if not tensor.is_floating_point():
-            value = tensor + seed
-        elif name.endswith("running_var"):
-            value = value.abs() + 0.5
-        found[name] = value
-    return found
-
-
-def pictures(name: str, n: int, ood: bool, side: int = 2) -> Dataset:
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
-    return Dataset(name, images, torch.randint(0, 4, (n,), generator=generator), MEAN, STD, ood=ood)
-
-
 class Setting:
     def __init__(self, model: nn.Module, side: int = 2, shared: Sequence[tuple[str, str]] = ()) -> None:
         self.model = model
@@ -94,9 +68,8 @@ class Setting:
             at = alpha if self.belongs(name, layer) else rest
             if zero.is_floating_point():
                 w[name] = (1 - at) * zero.double() + at * self.one[name].double()
-        mean, std = (torch.tensor(x).double().view(3, 1, 1) for x in (MEAN, STD))
         with torch.no_grad():
-            logits = torch.func.functional_call(self.double, w, ((data.images.double() / 255 - mean) / std,))
+            logits = torch.func.functional_call(self.double, w, (normalised(data),))
         losses = logits.logsumexp(1) - logits[torch.arange(len(logits)), data.labels]
         return losses.numpy(), (logits.argmax(1) == data.labels).numpy().astype(float)
 
@@ -204,8 +177,7 @@ def test_layers_that_span_stages_start_at_their_first() -> None:
         mixed = {n: (1 - a) * s.zero[n].double() + a * s.one[n].double() for n in s.zero}
         w = {n: mixed[n] if n in ("1.weight", "1.bias") else s.zero[n].double() for n in s.zero}
         w["3.weight"] = mixed["1.weight"]
-        mean, std = (torch.tensor(x).double().view(3, 1, 1) for x in (MEAN, STD))
-        x = ((data.images.double() / 255 - mean) / std).flatten(1)
+        x = normalised(data).flatten(1)
         x = torch.tanh(x @ w["1.weight"].T + w["1.bias"]) @ w["3.weight"].T + w["3.bias"]
         logits = x @ w["4.weight"].T + w["4.bias"]
         losses = logits.logsumexp(1) - logits[torch.arange(len(x)), data.labels]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny_models import State, normalised, pictures, random_state
+from torch import nn
 
 from rft_fast import studies
 from rft_fast.datasets import Dataset
@@ -22,18 +23,10 @@ from rft_fast.path import Path
 from rft_fast.studies import Protocol
 from rft_fast.studies.pruning import METHODS
 
-State = dict[str, Tensor]
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALPHAS = [0.0, 0.3, 0.7, 1.0]
 LAYERS = ["0", "1", "3", "5", "7"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network() -> nn.Sequential:
@@ -47,25 +40,6 @@ def network() -> nn.Sequential:
         nn.Tanh(),
         nn.Linear(6, 4),
     )
-
-
-def random_state(model: nn.Module, seed: int) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        value = torch.randn(tensor.shape, generator=generator)
-        if not tensor.is_floating_point():
-            value = tensor + seed
-        elif name.endswith("running_var"):
-            value = value.abs() + 0.5
-        found[name] = value
-    return found
-
-
-def pictures(name: str, n: int, ood: bool) -> Dataset:
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 3, 2, 2), dtype=torch.uint8, generator=generator)
-    return Dataset(name, images, torch.randint(0, 4, (n,), generator=generator), MEAN, STD, ood=ood)
 
 
 class Setting:
@@ -106,9 +80,8 @@ class Setting:
         return w
 
     def brute(self, w: State, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = (torch.tensor(x).double().view(3, 1, 1) for x in (MEAN, STD))
         with torch.no_grad():
-            logits = torch.func.functional_call(self.double, w, ((data.images.double() / 255 - mean) / std,))
+            logits = torch.func.functional_call(self.double, w, (normalised(data),))
         losses = logits.logsumexp(1) - logits[torch.arange(len(logits)), data.labels]
         return losses.numpy(), (logits.argmax(1) == data.labels).numpy().astype(float)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
+from tiny_models import MEAN, STD, State, normalised, pictures, random_state
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -24,18 +24,10 @@ from rft_fast.path import Path
 from rft_fast.studies import ESTIMATORS, Protocol
 from rft_fast.studies.sharpness import MARGIN, near_zero, student_t
 
-State = dict[str, Tensor]
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = ["1", "3", "5"]
 ALPHAS = [0.0, 0.4, 1.0]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network() -> nn.Sequential:
@@ -56,31 +48,10 @@ class Whole(nn.Module):
         return out if len(out) else images  # a question that torch.fx cannot trace
 
 
-def random_state(model: nn.Module, seed: int) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        value = torch.randn(tensor.shape, generator=generator) / 2
-        if not tensor.is_floating_point():
-            value = tensor + seed
-        elif name.endswith("running_var"):
-            value = value.abs() + 0.5
-        found[name] = value
-    return found
-
-
-def pictures(name: str, n: int, ood: bool, **changes: Any) -> Dataset:
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 3, 2, 2), dtype=torch.uint8, generator=generator)
-    return Dataset(
-        name, images, torch.randint(0, 4, (n,), generator=generator), MEAN, STD, ood=ood, **changes
-    )
-
-
 class Setting:
     def __init__(self, model: nn.Module | None = None, **how: Any) -> None:
         self.model = network() if model is None else model
-        self.zero, self.one = random_state(self.model, 1), random_state(self.model, 2)
+        self.zero, self.one = random_state(self.model, 1, 0.5), random_state(self.model, 2, 0.5)
         self.path = Path(self.model, self.zero, self.one)
         self.sets = [pictures("far", 23, True), pictures("near", 8, False)]
         self.normalize = how.get("normalize_logits", False)
@@ -115,8 +86,7 @@ class Setting:
 
     def losses(self, w: State, data: Dataset, part: slice = slice(None)) -> tuple[Tensor, np.ndarray]:
         """Losses, which can be differentiated in w, and hits, of some of the images."""
-        mean, std = (torch.tensor(x).double().view(3, 1, 1) for x in (MEAN, STD))
-        x = (data.images[part].double() / 255 - mean) / std
+        x = normalised(data, part)
         logits = torch.func.functional_call(self.double, w, (x,))
         labels = data.labels[part]
         hits = (logits.argmax(1) == labels).numpy()
@@ -344,7 +314,7 @@ def test_layers_of_a_vision_transformer_come_in_the_order_in_which_it_runs() -> 
     """``visual.proj`` is the third of its parameters, and the last to run before the head."""
     staged, whole = vision_model(), Whole(vision_model())
     sets = [Dataset("set", torch.randint(0, 256, (9, 3, 4, 4)).byte(), torch.arange(9) % 4, MEAN, STD)]
-    zero, one = random_state(staged, 1), random_state(staged, 2)
+    zero, one = random_state(staged, 1, 0.5), random_state(staged, 2, 0.5)
     path, evaluator = Path(staged, zero, one), Evaluator(staged, sets, batch_size=4)
     assert path.layers.index("visual.proj") == 2 and evaluator.stations > 6
     for protocol in (Protocol(on="finetuned"), Protocol("plain", noise_batch=5)):

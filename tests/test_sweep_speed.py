@@ -7,14 +7,12 @@ import shutil
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import tiny_zoo
-import torch
 from tiny_zoo import own_models, refused
 
-from rft_fast import results, sweep
+from rft_fast import meter, results, sweep
 
 SHORT = ["--alphas", "0", "0.5", "1", "--sharpness-alphas", "0", "0.5", "1", "--draws", "3"]
 SHORT += ["--device", "cpu"]
@@ -97,8 +95,8 @@ def test_what_a_run_took(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     took = pd.read_csv(tmp_path / "out" / "cost.csv")
     assert took["study"].tolist() == ["interpolation", "layers"] and took["models"].tolist() == [2, 2]
     assert (took["seconds"] > 0).all()
-    weights = 4 * sum(np.prod(t.shape) for t in torch.nn.Linear(6, 3).parameters())
-    assert (took["peak_memory"] > weights).all()
+    # The models are tiny: it is this process, now as then. Tells other units apart.
+    assert (took["peak_memory"] / meter.resident()).between(0.5, 4).all()
     assert "took     interpolation " in capsys.readouterr().out
 
 

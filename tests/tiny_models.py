@@ -15,6 +15,7 @@ from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Scores
 
 CLASSES = 6
+State = dict[str, Tensor]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
@@ -115,6 +116,20 @@ def shaken(model: Any, size: float = 0.3) -> Any:
     return model
 
 
+def random_state(model: nn.Module, seed: int, size: float = 1.0) -> State:
+    """Random weights and buffers; variances are positive, counts those of the model plus the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        value = size * torch.randn(tensor.shape, generator=generator)
+        if not tensor.is_floating_point():
+            value = tensor + seed
+        elif name.endswith("running_var"):
+            value = value.abs() + 0.5
+        found[name] = value
+    return found
+
+
 def dataset(name: str = "set", count: int = 37, seed: int = 1, **changes: Any) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     fields = {
@@ -124,6 +139,20 @@ def dataset(name: str = "set", count: int = 37, seed: int = 1, **changes: Any) -
         "std": STD,
     }
     return Dataset(name, **{**fields, **changes})
+
+
+def pictures(name: str, count: int, ood: bool, side: int = 2) -> Dataset:
+    """Few pixels and four classes, for brute force."""
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    return Dataset(name, images, labels, MEAN, STD, ood=ood)
+
+
+def normalised(data: Dataset, part: slice = slice(None)) -> Tensor:
+    """The images as a model takes them, but in float64."""
+    mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (data.mean, data.std))
+    return (data.images[part].double() / 255 - mean) / std
 
 
 def plain(model: nn.Module, data: Dataset, batch: int = 1000) -> Tensor:

@@ -10,7 +10,7 @@ each counted thing takes on this machine::
     seconds = cost.forecast(work, rates)
 """
 
-from .counting import CountedEvaluator, CountedPath, Work, count, over_draws
+from .counting import CountedEvaluator, CountedPath, Work, count
 from .rates import Flops, Memory, Rates, calibrate, flops, forecast, images_wanted, memory
 from .table import Line, duration, table
 
@@ -29,6 +29,5 @@ __all__ = [
     "forecast",
     "images_wanted",
     "memory",
-    "over_draws",
     "table",
 ]

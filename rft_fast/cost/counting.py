@@ -53,8 +53,6 @@ class Work:
     """Operations of torch on weights and gradients, such as the products of the control variate."""
     touched: float = 0
     """Weights that they read."""
-    rows: float = 0
-    """Rows of the resulting tables."""
     held: float = 0
     """Images whose activations are held at once."""
     differentiated: float = 0
@@ -99,23 +97,8 @@ def count(study: Study, path: Path, evaluator: Evaluator, sizes: Mapping[str, tu
     error is reached at once. Raises what the study raises.
     """
     work = Work.none(evaluator)
-    rows = study(CountedPath(path, work), CountedEvaluator(evaluator, sizes, work))
-    if hasattr(rows, "__len__"):
-        work.rows += len(rows)
+    study(CountedPath(path, work), CountedEvaluator(evaluator, sizes, work))
     return work
-
-
-def over_draws(work: Callable[[int], Work], draws: int, least: int = 4) -> Work:
-    """``work(draws)``, told from few draws where there are many, because work is linear in them.
-
-    work: of a number of draws, even and at least ``least``. Exact but for ``runs`` where several draws
-    share a batch.
-    """
-    if draws <= 2 * least:
-        return work(draws)
-    few, more = work(least), work(2 * least)
-    times = (draws - least) / least
-    return few * (1 - times) + more * times
 
 
 class CountedPath(Path):

@@ -56,8 +56,8 @@ def table(lines: Sequence[Line], costs: Flops, peak: Memory, path: Path, notes: 
         )
         for row in rows
     ]
-    parts = [f"{getattr(peak, f.name) / 1e9:.3g} GB {_HELD[f.name]}" for f in fields(peak)]
-    text += ["", f"peak memory: {peak.total / 1e9:.3g} GB ({', '.join(parts)})", "", *LEGEND.splitlines()]
+    parts = [f"{getattr(peak, f.name) / 2**30:.3g} GiB {_HELD[f.name]}" for f in fields(peak)]
+    text += ["", f"peak memory: {peak.total / 2**30:.3g} GiB ({', '.join(parts)})", "", *LEGEND.splitlines()]
     return "\n".join([*text, *(f"- {note}" for note in notes)])
 
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..stages import evaluating
 from . import precision as formats
 
 
 @contextmanager
 def scoring(model: nn.Module, precision: str) -> Iterator[None]:
     """Eval mode and exact products, without gradients."""
-    with _evaluating(model), torch.inference_mode(), formats.exact(precision):
+    with evaluating(model), torch.inference_mode(), formats.exact(precision):
         yield
 
 
@@ -23,7 +24,7 @@ def differentiating(model: nn.Module, precision: str, weights: Sequence[Tensor])
     """Eval mode and exact products, with gradients at these weights."""
     before = [weight.requires_grad for weight in weights]
     with (
-        _evaluating(model),
+        evaluating(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         formats.exact(precision),
@@ -35,16 +36,3 @@ def differentiating(model: nn.Module, precision: str, weights: Sequence[Tensor])
         finally:
             for weight, flag in zip(weights, before, strict=True):
                 weight.requires_grad_(flag)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
