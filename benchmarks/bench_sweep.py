@@ -38,7 +38,7 @@ import torch
 from sweep_case import Case
 
 import rft_fast as rft
-from rft_fast import classifier, datasets, env
+from rft_fast import architectures, datasets, env
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import PRECISIONS, exact
 from rft_fast.kernels import native
@@ -399,7 +399,7 @@ def check_scores(
 def whole_path(case: Case, options: Options) -> dict[str, Any]:
     """From weights in memory and images on disk to rows; the files are in the page cache, for everyone."""
     workers = os.cpu_count() or 1
-    preprocess = classifier.preprocess(sweep_case.file_of(case.arch))
+    preprocess = architectures.preprocess(sweep_case.file_of(case.arch))
     model, live = case.live(), case.live()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

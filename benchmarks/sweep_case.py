@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rft_fast as rft
-from rft_fast import checkpoints, classifier, datasets, zoo
+from rft_fast import architectures, checkpoints, classifier, datasets, zoo
 from rft_fast.classifier import ImageClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
@@ -78,12 +78,12 @@ class Digits:
     def __init__(self, device: torch.device, samples: int, models: int) -> None:
         source = zoo.digits()
         self.device, self.arch = device, source.arch
-        self.zeroshot = classifier.split(checkpoints.load(source.zeroshot))[0]
+        self.zeroshot = classifier.split(checkpoints.load(source.zeroshot.source))[0]
         self.finetuned = {
-            name: classifier.split(checkpoints.load(file))[0]
-            for name, file in list(source.finetuned.items())[:models]
+            name: classifier.split(checkpoints.load(weights.source))[0]
+            for name, weights in list(source.finetuned.items())[:models]
         }
-        preprocess = classifier.preprocess(source.arch)
+        preprocess = architectures.preprocess(source.arch)
         self.data = [
             datasets.load(name, data.path, preprocess, samples, data.ood)
             for name, data in source.data.items()
@@ -118,7 +118,7 @@ def cut(data: Dataset, samples: int) -> Dataset:
 def make_case(arch: str, samples: int, device: torch.device, seed: int = 0) -> Case:
     """The same weights and images wherever it is made, but for the head's rounding."""
     classes = 10 if arch == "tiny" else 1000
-    preprocess = classifier.preprocess(file_of(arch))
+    preprocess = architectures.preprocess(file_of(arch))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         visual = tower(arch)

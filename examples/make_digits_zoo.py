@@ -24,6 +24,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +41,11 @@ from safetensors.torch import load_file, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from rft_fast import finetune
+
 SPLIT_SEED = 0  # one split for all zoos, so that zoos of different seeds share their test images
 THREADS = 1  # so small a model gains nothing from more, and rounding depends on the number
+BATCH = 64  # images per step of fine-tuning
 ALPHAS = tuple(i / 10 for i in range(11))
 HIGH_GAIN = 0.02  # Eq. 2's threshold xi, as a fraction
 
@@ -276,17 +280,6 @@ class Classifier(nn.Module):
         return logits
 
 
-def optimizer(parameters: list[nn.Parameter], weight_decay: float, **options: Any) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, **options)
-
-
 def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -321,7 +314,7 @@ def pretrain(sources: tuple[Labelled, ...], seed: int) -> open_clip.CLIP:
     steps, batch_size, warm_up, rate = 320, 128, 100, 2e-3  # a short warm-up fails
     torch.manual_seed(seed)
     clip = open_clip.CLIP(**MODEL, output_dict=True)
-    adamw = optimizer(list(clip.parameters()), weight_decay=0.1, lr=rate, betas=(0.9, 0.98))
+    adamw = finetune.adamw(clip, finetune.Setting(lr=rate, weight_decay=0.1, betas=(0.9, 0.98)))
     pairs = torch.arange(batch_size)
     for step in range(steps):
         images, captions = pretraining_batch(sources, batch_size)
@@ -354,7 +347,7 @@ def zeroshot_head(clip: open_clip.CLIP) -> Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """One fine-tuning run: AdamW, batches of 64, cosine schedule unless `constant`."""
+    """One fine-tuning run of `rft_fast.finetune`: AdamW, cosine schedule unless `constant`."""
 
     name: str
     rate: float
@@ -379,35 +372,47 @@ SETTINGS = (
 )
 
 
-def finetune(zeroshot: dict[str, Tensor], data: Labelled, setting: Setting, seed: int) -> nn.Module:
-    """Train image encoder and head from the zero-shot weights on `data`, end to end."""
+@dataclass(frozen=True)
+class Batches:
+    """Shuffled batches of the training images, augmented. What is random is torch's global generator's."""
+
+    data: Labelled
+    setting: Setting
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data.labels) / BATCH)
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[finetune.Batch]:
+        for chosen in torch.split(torch.randperm(len(self.data.labels)), BATCH)[first:]:
+            images, labels = self.data.images[chosen], self.data.labels[chosen]
+            if self.setting.affine_degrees:
+                images = jittered(images, self.setting.affine_degrees)
+            if self.setting.mixup:
+                share = float(torch.distributions.Beta(self.setting.mixup, self.setting.mixup).sample())
+                other = torch.randperm(len(labels))
+                images = share * images + (1 - share) * images[other]
+                yield finetune.Batch(normalized(images), labels, labels[other], share)
+            else:
+                yield finetune.Batch(normalized(images), labels)
+
+
+def finetuned(zeroshot: dict[str, Tensor], data: Labelled, setting: Setting, seed: int) -> nn.Module:
+    """Image encoder and head trained from the zero-shot weights on `data`, end to end."""
     torch.manual_seed(seed)
     classifier = Classifier(open_clip.CLIP(**MODEL))
     classifier.load_state_dict(zeroshot)
-    trained = [*classifier.model.visual.parameters(), *classifier.classification_head.parameters()]
-    adamw = optimizer(trained, setting.weight_decay, lr=setting.rate)
-    criterion = nn.CrossEntropyLoss(label_smoothing=setting.label_smoothing)
-    n, size = len(data.labels), 64
-    step, steps = 0, setting.epochs * math.ceil(n / size)
-    for _ in range(setting.epochs):
-        for chosen in torch.split(torch.randperm(n), size):
-            images, labels = data.images[chosen], data.labels[chosen]
-            if setting.affine_degrees:
-                images = jittered(images, setting.affine_degrees)
-            if setting.mixup:
-                share = float(torch.distributions.Beta(setting.mixup, setting.mixup).sample())
-                other = torch.randperm(len(labels))
-                logits = classifier(normalized(share * images + (1 - share) * images[other]))
-                loss = share * criterion(logits, labels)
-                loss = loss + (1 - share) * criterion(logits, labels[other])
-            else:
-                loss = criterion(classifier(normalized(images)), labels)
-            for group in adamw.param_groups:
-                group["lr"] = setting.rate * (1 if setting.constant else cosine(step, steps))
-            adamw.zero_grad()
-            loss.backward()
-            adamw.step()
-            step += 1
+    finetune.freeze(classifier, [r"model\.(?!visual\.).*"])  # the text tower's leftovers
+    training = finetune.Setting(
+        lr=setting.rate,
+        epochs=setting.epochs,
+        weight_decay=setting.weight_decay,
+        label_smoothing=setting.label_smoothing,
+        schedule="constant" if setting.constant else "cosine",
+        warmup=0,
+        batch_size=BATCH,
+        clip=None,
+    )
+    finetune.train(classifier, Batches(data, setting), training, label=setting.name)
     return classifier
 
 
@@ -475,7 +480,7 @@ def make(out: Path, seed: int) -> None:
         start = time.perf_counter()
         # Zoo 0 fine-tunes with seeds 0 to 8, zoo 1 with 1000 to 1008, ...
         made_by = asdict(setting) | {"seed": 1000 * seed + i}
-        tuned = finetune(zeroshot, splits.finetune, setting, made_by["seed"])
+        tuned = finetuned(zeroshot, splits.finetune, setting, made_by["seed"])
         write_model(out / f"finetuned_{i}.safetensors", tuned, made_by)
         print(f"fine-tuned {setting.name} in {time.perf_counter() - start:.1f} s", flush=True)
 

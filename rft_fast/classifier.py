@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
-from typing import Any
 
-import open_clip
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
+
+from . import architectures
 
 HEAD_WEIGHT = "classification_head.weight"
 HEAD_BIAS = "classification_head.bias"
@@ -31,24 +26,6 @@ INERT = {
     "text_projection": _TEXT,
     "token_embedding": _TEXT,
     "transformer": _TEXT,
-}
-
-_MODEL_KEYS = (
-    "custom_text",
-    "embed_dim",
-    "init_logit_bias",
-    "init_logit_scale",
-    "multimodal_cfg",
-    "nonscalar_logit_scale",
-    "quick_gelu",
-    "text_cfg",
-    "vision_cfg",
-)
-_PREPROCESS_KEYS = ("fill_color", "interpolation", "mean", "mode", "resize_mode", "size", "std")
-_PREPROCESS_VALUES = {
-    "mode": ("RGB",),
-    "interpolation": ("bicubic", "bilinear", "random"),
-    "resize_mode": ("shortest", "longest", "squash"),
 }
 
 
@@ -139,9 +116,7 @@ class ZeroShotClassifier(nn.Module):
         """
         # In the scale's own type, float32, whatever the tower computes in: the head is what logits hang on.
         text_features = text_features.to(self.logit_scale.dtype)
-        normalised = text_features / text_features.norm(dim=-1, keepdim=True)
-        means = normalised.unflatten(0, self.prompts.shape[:2]).mean(1)
-        head: Tensor = self.logit_scale.exp() * (means / means.norm(dim=-1, keepdim=True))
+        head: Tensor = self.logit_scale.exp() * directions(text_features, self.prompts.shape[1])
         return head
 
     def classify(self, features: Tensor, head: Tensor) -> Tensor:
@@ -151,29 +126,22 @@ class ZeroShotClassifier(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """How images become the model's input: open_clip's evaluation transform, in numbers.
+def directions(text_features: Tensor, templates: int) -> Tensor:
+    """Where each class's prompts point: the normalised mean of their normalised features.
 
-    size: (height, width) in pixels. mean, std: per RGB channel, of images in [0, 1].
-    interpolation, resize_mode, fill_color: as in ``open_clip.image_transform``.
+    text_features: [classes * templates, d], the prompts of a class one after the other. Returns [classes, d].
     """
-
-    size: tuple[int, int]
-    mean: tuple[float, float, float] = OPENAI_DATASET_MEAN
-    std: tuple[float, float, float] = OPENAI_DATASET_STD
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
-    fill_color: int = 0
+    normalised = text_features / text_features.norm(dim=-1, keepdim=True)
+    means = normalised.unflatten(0, (-1, templates)).mean(1)
+    unit: Tensor = means / means.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def build(arch: str | PathLike[str], state: Mapping[str, Tensor]) -> tuple[ImageClassifier, dict[str, str]]:
     """The classifier that these weights belong to, on the CPU, in float32 and in eval mode.
 
-    arch: an open_clip model name, or a JSON file in one of open_clip's formats:
-        ``{"model_cfg": ..., "preprocess_cfg": ...}``, or a bare model_cfg. QuickGELU is part of
-        the architecture, as in open_clip: weights that descend from OpenAI's need a name that
-        ends in ``-quickgelu``.
+    arch: as in :func:`rft_fast.architectures.config`. QuickGELU is part of the architecture, as in
+        open_clip: weights that descend from OpenAI's need a name that ends in ``-quickgelu``.
     state: a checkpoint under canonical names (:func:`rft_fast.checkpoints.load`). Only its names
         and shapes are read; the returned weights are random until :class:`rft_fast.Path` or
         ``load_state_dict(split(state)[0])`` writes them.
@@ -182,20 +150,20 @@ def build(arch: str | PathLike[str], state: Mapping[str, Tensor]) -> tuple[Image
     output. Only the image tower is made. The global random state is left as it was.
 
     Raises ValueError for an unknown architecture, and for weights of another one: names that are
-    missing, unexpected or of another shape are told before anything large is allocated.
+    missing, unexpected or of another shape are told before anything large is allocated, and the
+    architecture that they fit.
     """
-    label, model_cfg, _ = _config(arch)
+    features = architectures.config(arch)[1]["embed_dim"]
     used, inert = split(state)
     with torch.device("meta"):  # names and shapes without memory
-        visual = _visual(label, model_cfg)
+        visual = architectures.visual(arch)
     classes = used[HEAD_WEIGHT].shape[0]
     shapes = {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
-    shapes |= {HEAD_WEIGHT: torch.Size((classes, model_cfg["embed_dim"]))}
-    shapes |= {HEAD_BIAS: torch.Size((classes,))}
-    _compare(label, shapes, used)
+    shapes |= {HEAD_WEIGHT: torch.Size((classes, features)), HEAD_BIAS: torch.Size((classes,))}
+    architectures.compare(arch, shapes, used, state)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        head = nn.Linear(model_cfg["embed_dim"], classes)
-        return ImageClassifier(_visual(label, model_cfg), head).eval(), inert
+        head = nn.Linear(features, classes)
+        return ImageClassifier(architectures.visual(arch), head).eval(), inert
 
 
 def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -211,7 +179,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     inert = {name: INERT[first] for name, first in owner.items() if first in INERT}
     if unknown := [name for name in state if name not in used and name not in inert]:
         raise ValueError(
-            f"split: {_some(unknown)} belong neither to an image tower ('visual.*'), a head "
+            f"split: {architectures.some(unknown)} belong neither to an image tower ('visual.*'), a head "
             "('classification_head.*') nor a text tower; is this a CLIP image classifier?"
         )
     if HEAD_WEIGHT not in used:
@@ -228,133 +196,3 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     if HEAD_BIAS not in used:
         used[HEAD_BIAS] = weight.new_zeros(weight.shape[0])
     return used, inert
-
-
-def preprocess(arch: str | PathLike[str]) -> Preprocess:
-    """How the images of an architecture are prepared (arch: as in :func:`build`).
-
-    A JSON file's ``preprocess_cfg`` counts; what it leaves open, and a model name, means
-    open_clip's defaults: OpenAI's mean and standard deviation, the shortest edge resized (bicubic),
-    centre crop.
-
-    Raises ValueError for an unknown architecture, and for settings that do not fit it.
-    """
-    label, model_cfg, cfg = _config(arch)
-    _known(cfg, _PREPROCESS_KEYS, f"preprocess: {label}: preprocess_cfg")
-    image_size = _pair(model_cfg["vision_cfg"].get("image_size", 224))
-    size = _pair(cfg.get("size", image_size))
-    if size != image_size:
-        raise ValueError(f"preprocess: {label}: size {size} is not the model's, {image_size}")
-    for key, values in _PREPROCESS_VALUES.items():
-        if cfg.get(key, values[0]) not in values:
-            raise ValueError(f"preprocess: {label}: {key} must be one of {values}, got {cfg[key]!r}")
-    fill_color = cfg.get("fill_color", 0)
-    if not isinstance(fill_color, int):
-        raise ValueError(f"preprocess: {label}: fill_color must be an integer, got {fill_color!r}")
-    mean = _triple(cfg.get("mean", OPENAI_DATASET_MEAN), f"preprocess: {label}: mean")
-    std = _triple(cfg.get("std", OPENAI_DATASET_STD), f"preprocess: {label}: std")
-    if min(std) <= 0:
-        raise ValueError(f"preprocess: {label}: std must be positive, got {std}")
-    interpolation = cfg.get("interpolation", "bicubic")
-    return Preprocess(
-        size,
-        mean,
-        std,
-        # "random" is for training; open_clip evaluates such models with bicubic.
-        "bicubic" if interpolation == "random" else interpolation,
-        cfg.get("resize_mode", "shortest"),
-        fill_color,
-    )
-
-
-def _config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A label for messages, open_clip's model_cfg, and its preprocess_cfg (empty: defaults)."""
-    if arch in open_clip.list_models():
-        return str(arch), open_clip.get_model_config(arch), {}
-    file = Path(arch)
-    if not file.is_file():
-        near = difflib.get_close_matches(str(arch), open_clip.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() has names"
-        raise ValueError(f"build: {str(arch)!r} is neither an open_clip model nor a file; {hint}")
-    label = str(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"build: {label} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"build: {label} must hold an object, got {type(content).__name__}")
-    if "model_cfg" in content:
-        _known(content, ("model_cfg", "preprocess_cfg"), f"build: {label}:")
-        model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
-    else:
-        model_cfg, preprocess_cfg = content, {}
-    if not isinstance(model_cfg, dict) or not isinstance(preprocess_cfg, dict):
-        raise ValueError(f"build: {label}: model_cfg and preprocess_cfg must be objects")
-    _known(model_cfg, _MODEL_KEYS, f"build: {label}: model_cfg")
-    if not isinstance(model_cfg.get("embed_dim"), int):
-        raise ValueError(f"build: {label}: model_cfg needs an integer embed_dim")
-    if not isinstance(model_cfg.get("vision_cfg"), dict):
-        raise ValueError(f"build: {label}: model_cfg needs a vision_cfg")
-    return label, model_cfg, preprocess_cfg
-
-
-def _visual(label: str, model_cfg: Mapping[str, Any]) -> nn.Module:
-    """The image tower alone.
-
-    open_clip offers no public way to make only that, and its ``_build_vision_tower`` may change any
-    day; the ``CLIP`` class has kept its arguments, so it is made with the smallest text tower there
-    is (some hundred bytes), which is dropped at once.
-    """
-    vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}  # pooled features alone
-    if vision_cfg.get("timm_model_name"):
-        vision_cfg["timm_model_pretrained"] = False  # never download
-    text_cfg = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
-    quick_gelu = model_cfg.get("quick_gelu", False)
-    try:
-        clip = open_clip.CLIP(model_cfg["embed_dim"], vision_cfg, text_cfg, quick_gelu=quick_gelu)
-    except Exception as error:  # open_clip and timm check with asserts and errors of all kinds
-        raise ValueError(f"build: open_clip cannot make the tower of {label}: {error}") from error
-    visual: nn.Module = clip.visual
-    return visual
-
-
-def _compare(label: str, shapes: Mapping[str, torch.Size], used: Mapping[str, Tensor]) -> None:
-    problems = {
-        "of another shape": [
-            f"{name} {tuple(used[name].shape)} instead of {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in used and used[name].shape != shape
-        ],
-        "missing": [name for name in shapes if name not in used],
-        "unexpected": [f"{name} {tuple(t.shape)}" for name, t in used.items() if name not in shapes],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"build: the weights are not those of {label}: {found}. Name their own arch")
-
-
-def _known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-            raise ValueError(f"{where} has no entry {key!r}; {hint}")
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"preprocess: a size must be one or two positive integers, got {size!r}")
-    return pair
-
-
-def _triple(value: Any, where: str) -> tuple[float, float, float]:
-    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
-    if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-        raise ValueError(f"{where} must be one or three numbers, got {value!r}")
-    return (float(values[0]), float(values[1]), float(values[2]))
-
-
-def _some(names: list[str], shown: int = 6) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import studies
+from . import checkpoints, datasets, endpoints, studies
 from .evaluate.precision import PRECISIONS
 from .kernels import contract, registry
 from .layers import layer_of
@@ -32,6 +32,10 @@ studies (none named: all of them; what a study needs of others is measured, too)
   layer-sharpness  the same for one layer at a time (Figure 4)
   prune            the path with straggler layers pruned at random, and a control (Figure 5)
   correlation      over the models: does sharpness tell accuracy out of distribution?
+
+ZOO is a .toml file that names models and data, or a folder with a zoo.toml (docs/zoo.md); the
+options of "models and data" name them here instead; with neither, it is the digits zoo that comes
+with rft_fast.
 """
 
 EXAMPLES = """\
@@ -39,6 +43,7 @@ examples:
   python -m rft_fast.sweep
   python -m rft_fast.sweep interpolation --alphas 0:1:21 --samples 200 --out runs/digits
   python -m rft_fast.sweep layer-sharpness --rhos 0.05 --estimator gradient --models lr4e-3-ep8
+  python -m rft_fast.sweep my-zoo/zoo.toml --samples 2000
   python -m rft_fast.sweep --arch ViT-B-32-quickgelu \\
       --zeroshot zeroshot.pt --finetuned soup/model_*.pt \\
       --id-data imagenet=imagenet/val --data v2=imagenetv2 sketch=sketch --samples 5000
@@ -49,15 +54,16 @@ def parser(studies: bool = True) -> argparse.ArgumentParser:
     """The options of the command line, with or without the names of studies."""
     top = argparse.ArgumentParser(
         prog="python -m rft_fast.sweep",
-        usage="python -m rft_fast.sweep [STUDY ...] [options]",
+        usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     if studies:
-        top.add_argument("studies", nargs="*", metavar="STUDY", type=_study, help=argparse.SUPPRESS)
+        top.add_argument("words", nargs="*", metavar="STUDY", type=_study_or_zoo, help=argparse.SUPPRESS)
     _add_models(top)
+    _add_head(top)
     _add_measured(top)
     _add_layers(top)
     _add_sharpness(top)
@@ -68,13 +74,17 @@ def parser(studies: bool = True) -> argparse.ArgumentParser:
 
 def _add_models(top: argparse.ArgumentParser) -> None:
     group = top.add_argument_group(
-        "models and data", "all of these, or none for the digits zoo that comes with rft_fast"
+        "models and data", "the first four and some data, or a zoo, or none for the digits zoo"
     )
     group.add_argument(
-        "--arch", metavar="NAME", help="open_clip model name, or a JSON file in open_clip's format"
+        "--arch",
+        metavar="NAME",
+        help="open_clip model name, hf-hub:ORG/NAME, or a JSON file in open_clip's format",
     )
     group.add_argument(
-        "--zeroshot", metavar="PATH", type=Path, help="zero-shot checkpoint: image encoder and head"
+        "--zeroshot",
+        metavar="SOURCE",
+        help="zero-shot checkpoint: a file, a pretrained tag of open_clip such as openai, or hf-hub:ORG/NAME",
     )
     group.add_argument(
         "--finetuned",
@@ -85,19 +95,68 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         default=[],
         help="checkpoints fine-tuned from it",
     )
+    group.add_argument(
+        "--format",
+        choices=tuple(checkpoints.FORMATS),
+        help="format of the fine-tuned checkpoints (default: found out; docs/checkpoints.md)",
+    )
     for option, what in (
-        ("--data", "out-of-distribution data: a folder of class folders, or an .npz with images and labels"),
+        ("--data", "out-of-distribution data: a folder of class folders, or another kind (docs/data.md)"),
         ("--id-data", "in-distribution data, shown beside the others; no mode is given there"),
     ):
         group.add_argument(
-            option,
-            metavar="NAME=PATH",
-            type=_named_path,
-            nargs="+",
-            action="extend",
-            default=[],
-            help=what,
+            option, metavar="NAME=PATH", type=_named, nargs="+", action="extend", default=[], help=what
         )
+    group.add_argument(
+        "--data-kind",
+        metavar="NAME=KIND",
+        type=_named,
+        nargs="+",
+        default=[],
+        help=f"what a data set is, where that is not found out: {', '.join(datasets.KINDS)}",
+    )
+    group.add_argument(
+        "--data-labels",
+        metavar="NAME=FILE",
+        type=_named,
+        nargs="+",
+        default=[],
+        help="which rows of the head a data set's classes are, where they cannot be told by their names",
+    )
+
+
+def _add_head(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("head (docs/endpoints.md)")
+    group.add_argument(
+        "--head",
+        choices=endpoints.HEADS,
+        help="interpolate the head with the rest (default), or keep that of one end",
+    )
+    group.add_argument(
+        "--towers",
+        choices=endpoints.TOWERS,
+        help="image: a linear head (default); both: text tower, too, prompts encoded again at every alpha",
+    )
+    group.add_argument(
+        "--class-names",
+        metavar="LIST",
+        help="imagenet, cifar10, cifar100, stl10, or a file with one name a line: makes the head of a "
+        "checkpoint without one, from its text tower",
+    )
+    group.add_argument(
+        "--templates",
+        metavar="LIST",
+        help="prompts around the names: openai (80, the default), simple (7), photo (1), or a file",
+    )
+    group.add_argument(
+        "--head-scale",
+        metavar="X",
+        type=_scale,
+        help="factor of a head made of prompts (default: the model's own; 100 in model-soups)",
+    )
+    group.add_argument(
+        "--zeroshot-head", metavar="PATH", type=Path, help="file with the head of a zero-shot checkpoint"
+    )
 
 
 def _add_measured(top: argparse.ArgumentParser) -> None:
@@ -380,11 +439,24 @@ def _study(text: str) -> str:
     return text
 
 
-def _named_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
-    return name, Path(path)
+def _study_or_zoo(text: str) -> str | Path:
+    if text not in STUDIES and (text.endswith(".toml") or Path(text).is_dir()):
+        return Path(text)
+    return _study(text)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _scale(text: str) -> float:
+    value = _float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
 
 
 def _range(text: str) -> list[float]:

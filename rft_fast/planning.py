@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import classifier, cost, datasets, summary, wiring
+from . import cost, datasets, summary, wiring
 from . import path as paths
 from .evaluate import Evaluator
 from .request import Request
@@ -25,7 +24,7 @@ def plan(request: Request) -> str:
     Raises ValueError for what a run would refuse, unreadable images apart.
     """
     models = Models.load(request)
-    scans = scan(request)
+    scans = wiring.scan_images(request, models.rows)
     whole = {scan.name: (scan.count, request.zoo.data[scan.name].ood) for scan in scans}
     start = perf_counter()
     path = models.path(next(iter(request.zoo.finetuned)))
@@ -67,15 +66,6 @@ def _at_once(request: Request, study: str, whole: Counts) -> int:
     return min(largest, protocol.noise_batch or largest)
 
 
-def scan(request: Request) -> list[datasets.Scan]:
-    """What there is of each data set."""
-    preprocess = classifier.preprocess(request.zoo.arch)
-    return [
-        datasets.scan(name, data.path, preprocess, request.samples, request.seed, cache=request.cache)
-        for name, data in request.zoo.data.items()
-    ]
-
-
 def _count(
     request: Request, study: str, models: int, path: paths.Path, evaluator: Evaluator, whole: Counts
 ) -> cost.Work:
@@ -100,7 +90,7 @@ def _count(
 
 def _noise(request: Request, images: int) -> datasets.Dataset:
     """Random pixels of the model's size: their values do not matter for time."""
-    preprocess = classifier.preprocess(request.zoo.arch)
+    preprocess = wiring.preprocess(request.zoo)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, *preprocess.size), dtype=torch.uint8, generator=generator)
     labels = torch.zeros(images, dtype=torch.int64)
@@ -109,12 +99,14 @@ def _noise(request: Request, images: int) -> datasets.Dataset:
 
 def _notes(request: Request, scans: Sequence[datasets.Scan]) -> list[str]:
     notes: list[str] = []
-    preprocess = classifier.preprocess(request.zoo.arch)
+    preprocess = wiring.preprocess(request.zoo)
     seconds, images = 0.0, 0
     for found in scans:
         if found.undecoded:
-            data: Any = request.zoo.data[found.name]
-            seconds += found.undecoded * datasets.time_decoding(found.name, data.path, preprocess)
+            data = request.zoo.data[found.name]
+            seconds += found.undecoded * datasets.time_decoding(
+                found.name, data.path, preprocess, kind=data.kind
+            )
             images += found.undecoded
     if images:
         kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"

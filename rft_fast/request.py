@@ -6,13 +6,13 @@ import argparse
 import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from . import cache, classifier, results, studies, zoo
+from . import architectures, cache, checkpoints, datasets, prompts, results, studies, zoo
 from .evaluate import precision
 from .kernels import registry
 from .options import parser
@@ -113,7 +113,8 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     sharpness_alphas = alphas
     if arguments.sharpness_alphas is not None:
         sharpness_alphas = sorted(set(_flat(arguments.sharpness_alphas)))
-    asked = list(dict.fromkeys(arguments.studies)) or list(STUDIES)
+    named = [word for word in arguments.words if isinstance(word, str)]
+    asked = list(dict.fromkeys(named)) or list(STUDIES)
     if arguments.models is not None:
         for name in arguments.models:
             if name not in its_zoo.finetuned:
@@ -125,7 +126,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
                 )
         _distinct("--models", arguments.models)
     if len(arguments.models or its_zoo.finetuned) < 3 and "correlation" in asked:
-        if arguments.studies:
+        if named:
             raise ValueError("correlation: it needs at least 3 fine-tuned models; name more, or leave it out")
         asked.remove("correlation")
     measured = _measured(asked, [] if arguments.prune_layers else arguments.criteria)
@@ -145,7 +146,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         raise ValueError(f"argument --precision: {error}") from None
     if arguments.cache is not None and arguments.no_cache:
         raise ValueError("argument --no-cache: not together with --cache")
-    classifier.preprocess(its_zoo.arch)  # refuses an unknown architecture
+    _check_models(its_zoo)
     auto = ("plain" if max(arguments.rhos) > 0.2 else "gradient", "gradient")
     general, by_layer = (
         Protocol(
@@ -172,7 +173,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     if not arguments.plan:
         results.check(out, arguments.overwrite)
     return Request(
-        everything=not arguments.studies,
+        everything=not named,
         studies=asked,
         measured=measured,
         zoo=its_zoo,
@@ -251,24 +252,43 @@ def _subset(option: str, names: list[str] | None, samples: int, its_zoo: zoo.Zoo
 
 
 def _zoo(arguments: argparse.Namespace) -> zoo.Zoo:
+    """The zoo that is named, the one made of options, or that of digits; the other options on top."""
+    files = [word for word in arguments.words if isinstance(word, Path)]
     given = {
         "--arch": arguments.arch,
         "--zeroshot": arguments.zeroshot,
         "--finetuned": arguments.finetuned,
         "--data or --id-data": arguments.data or arguments.id_data,
     }
-    if not any(given.values()):
-        return zoo.digits()
-    if missing := [option for option, value in given.items() if not value]:
-        raise ValueError(
-            f"a sweep of your own models needs {', '.join(given)}; missing: {', '.join(missing)} "
-            "(leave all of them out for the digits zoo)"
-        )
-    for file in (arguments.zeroshot, *arguments.finetuned):
+    if len(files) > 1:
+        raise ValueError(f"a sweep takes one zoo, got {', '.join(map(str, files))}")
+    if files and any(given.values()):
+        options = ", ".join(option for option, value in given.items() if value)
+        raise ValueError(f"{files[0]} names models and data already; leave out {options}, or the zoo")
+    if files:
+        its_zoo = zoo.read(files[0])
+    elif any(given.values()):
+        if missing := [option for option, value in given.items() if not value]:
+            raise ValueError(
+                f"a sweep of your own models needs {', '.join(given)}; missing: {', '.join(missing)} "
+                "(leave all of them out for the digits zoo, or name a zoo file)"
+            )
+        its_zoo = _zoo_of_options(arguments)
+    else:
+        its_zoo = zoo.digits()
+    return _changed(its_zoo, arguments)
+
+
+def _zoo_of_options(arguments: argparse.Namespace) -> zoo.Zoo:
+    for file in arguments.finetuned:
         if not file.is_file():
-            raise ValueError(f"argument --zeroshot, --finetuned: there is no file {file}")
-    sources = [(name, zoo.DataSource(path, ood=False)) for name, path in arguments.id_data]
-    sources += [(name, zoo.DataSource(path, ood=True)) for name, path in arguments.data]
+            raise ValueError(f"argument --finetuned: there is no file {file}")
+    try:
+        checkpoints.check_source(arguments.zeroshot, arguments.arch)
+    except ValueError as error:
+        raise ValueError(f"argument --zeroshot: {error}") from None
+    sources = [(name, zoo.DataSource(Path(path), ood=False)) for name, path in arguments.id_data]
+    sources += [(name, zoo.DataSource(Path(path), ood=True)) for name, path in arguments.data]
     for name, source in sources:
         if not source.path.exists():
             raise ValueError(f"argument --data, --id-data: {name}: there is no {source.path}")
@@ -281,10 +301,67 @@ def _zoo(arguments: argparse.Namespace) -> zoo.Zoo:
     return zoo.Zoo(
         name=Path(arguments.arch).stem,
         arch=arguments.arch,
-        zeroshot=arguments.zeroshot,
-        finetuned=dict(zip(names, arguments.finetuned, strict=True)),
+        zeroshot=zoo.Weights(arguments.zeroshot),
+        finetuned={
+            name: zoo.Weights(str(file)) for name, file in zip(names, arguments.finetuned, strict=True)
+        },
         data=dict(sources),
     )
+
+
+def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
+    """With what the command line says of its checkpoints, its head and its data."""
+    head = {
+        "choice": arguments.head,
+        "towers": arguments.towers,
+        "class_names": arguments.class_names,
+        "templates": arguments.templates,
+        "scale": arguments.head_scale,
+        "given": arguments.zeroshot_head,
+    }
+    if arguments.zeroshot_head is not None and not arguments.zeroshot_head.is_file():
+        raise ValueError(f"argument --zeroshot-head: there is no file {arguments.zeroshot_head}")
+    data = dict(its_zoo.data)
+    for option, values in (("--data-kind", arguments.data_kind), ("--data-labels", arguments.data_labels)):
+        _distinct(option, [name for name, _ in values])
+        for name, _ in values:
+            if name not in data:
+                raise ValueError(
+                    f"argument {option}: there is no data set {name!r}; there are {', '.join(data)}"
+                )
+    for name, kind in arguments.data_kind:
+        if kind not in datasets.KINDS:
+            raise ValueError(
+                f"argument --data-kind: {name}: no kind {kind!r}; known are {', '.join(datasets.KINDS)}"
+            )
+        data[name] = replace(data[name], kind=kind)
+    for name, file in arguments.data_labels:
+        if not Path(file).is_file():
+            raise ValueError(f"argument --data-labels: {name}: there is no file {file}")
+        data[name] = replace(data[name], labels=Path(file))
+    finetuned = its_zoo.finetuned
+    if arguments.format is not None:
+        finetuned = {name: replace(w, format=arguments.format) for name, w in finetuned.items()}
+    changes = {name: value for name, value in head.items() if value is not None}
+    return replace(its_zoo, finetuned=finetuned, data=data, head=replace(its_zoo.head, **changes))
+
+
+def _check_models(its_zoo: zoo.Zoo) -> None:
+    """Refuses architectures, published weights and lists of names that are not known."""
+    source, head = its_zoo.zeroshot.source, its_zoo.head
+    published = None if Path(source).is_file() or source.startswith("hf-hub:") else source
+    architectures.preprocess(its_zoo.arch, published)
+    if published is not None:
+        architectures.check_activation(its_zoo.arch, published)
+    if head.class_names is not None:
+        prompts.class_names(head.class_names)
+        prompts.templates(head.templates)
+    elif head.towers == "both":
+        raise ValueError("argument --towers: both towers need the names of the classes, --class-names")
+    if head.towers == "both" and head.choice != "interpolate":
+        raise ValueError(
+            f"argument --head: {head.choice} keeps a linear head, which there is none of with --towers both"
+        )
 
 
 def _distinct(option: str, names: Sequence[str]) -> None:

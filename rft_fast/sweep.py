@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from . import __version__, figures, meter, planning, results, studies, summary, wiring
+from . import __version__, figures, meter, planning, results, studies, summary, wiring, zoo
 from .evaluate import Evaluator
 from .kernels import registry
 from .options import parser
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(planning.plan(request))
                 return 0
             models = wiring.Models.load(request)
-            sets = wiring.load_images(request)
+            sets = wiring.load_images(request, models.rows)
             work = wiring.make(models, sets)
             config = _config(models, work, argv)
             run = results.Run(request.out, config, overwrite=request.overwrite)
@@ -69,8 +69,10 @@ def _config(models: Models, work: Studies, argv: Sequence[str]) -> dict[str, obj
     """The complete request, with what it ran on, for ``config.json``."""
     request = models.request
 
-    def content(path: Path) -> dict[str, str]:
-        return {"path": str(path.absolute()), "sha256": models.hashes[str(path)]}
+    def content(weights: zoo.Weights) -> dict[str, object]:
+        file = Path(weights.source)
+        where = str(file.absolute()) if file.is_file() else weights.source
+        return {"path": where, "format": weights.format, "sha256": models.hashes[weights.source]}
 
     def images(evaluator: Evaluator) -> dict[str, int]:
         return {data.name: len(data.labels) for data in evaluator.datasets}
@@ -97,13 +99,21 @@ def _config(models: Models, work: Studies, argv: Sequence[str]) -> dict[str, obj
         "options of the zoo": list(source.options),
         "arch": source.arch,
         "zeroshot": content(source.zeroshot),
-        "finetuned": {name: content(file) for name, file in source.finetuned.items()},
+        "finetuned": {name: content(weights) for name, weights in source.finetuned.items()},
+        "head": {
+            **asdict(source.head),
+            "given": None if source.head.given is None else str(source.head.given.absolute()),
+            "sha256 of the prompts": wiring.digest_prompts(models),
+        },
         "data": {
             data.name: {
                 "path": str(source.data[data.name].path.absolute()),
+                "kind": source.data[data.name].kind,
+                "labels": _plain(source.data[data.name].labels),
+                "classes": None if data.classes is None else len(data.classes),
                 "ood": data.ood,
                 "samples": len(data.labels),
-                "sha256 of scored images and labels": wiring.digest(data),
+                "sha256 of scored images, labels and classes": wiring.digest(data),
             }
             for data in work.whole.datasets
         },
@@ -124,6 +134,10 @@ def _config(models: Models, work: Studies, argv: Sequence[str]) -> dict[str, obj
             "numpy": version("numpy"),
         },
     }
+
+
+def _plain(labels: Path | Mapping[str, object] | None) -> object:
+    return str(labels.absolute()) if isinstance(labels, Path) else labels
 
 
 def _measure(models: Models, work: Studies, run: results.Run) -> list[dict[str, object]]:

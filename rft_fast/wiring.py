@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
-from . import checkpoints, classifier, datasets, studies
+from . import architectures, checkpoints, datasets, prompts, studies, zoo
 from . import path as paths
+from .classifier import HEAD_WEIGHT
+from .endpoints import Ends, Setup
 from .evaluate import Evaluator, Scores, precision
 from .request import Request
 
@@ -20,37 +23,48 @@ Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it i
 
 @dataclass(frozen=True)
 class Models:
-    """The live model, the zero-shot end of its paths, and SHA-256 of every checkpoint by its path."""
+    """The live model, the zero-shot end of its paths, and SHA-256 of every checkpoint by its source."""
 
     request: Request
-    live: classifier.ImageClassifier
-    zeroshot: dict[str, Tensor]
+    ends: Ends
+    live: nn.Module
     hashes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, request: Request) -> Models:
         """Puts the live model on the way to each fine-tuned one once, so that none fails later."""
         source = request.zoo
-        state = checkpoints.load(source.zeroshot, request.device)
-        live = classifier.build(source.arch, state)[0]
-        precision.cast(live, request.precision).to(request.device)
-        models = cls(request, live, classifier.split(state)[0])
-        models.hashes[str(source.zeroshot)] = checkpoints.sha256(source.zeroshot)
-        for name, file in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
+        file = checkpoints.fetch(source.zeroshot.source, source.arch)
+        zeroshot = checkpoints.read(file, source.zeroshot.format)
+        state = {name: tensor.to(request.device) for name, tensor in zeroshot.tensors.items()}
+        ends = Ends(_setup(source), state, _classes(source), request.device)
+        live = precision.cast(ends.live, request.precision).to(request.device)
+        models = cls(request, ends, live)
+        models.hashes[source.zeroshot.source] = checkpoints.sha256(file)
+        for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
+            lineage = checkpoints.compare(zeroshot, checkpoints.read(weights.source, weights.format))
+            if lineage.problems:
+                problems = "; ".join(lineage.problems)
+                raise ValueError(f"{weights.source} and {file} are not the ends of one path: {problems}")
             models._check_layers(models.path(name))
-            models.hashes[str(file)] = checkpoints.sha256(file)
+            models.hashes[weights.source] = checkpoints.sha256(weights.source)
         return models
+
+    @property
+    def rows(self) -> datasets.Rows:
+        """What the rows of the head stand for."""
+        prompts = self.ends.setup.prompts
+        return datasets.Rows(self.ends.classes, () if prompts is None else prompts.class_names)
 
     def path(self, name: str) -> paths.Path:
         """The live model on the way to this fine-tuned one."""
-        file = self.request.zoo.finetuned[name]
+        weights = self.request.zoo.finetuned[name]
         try:
-            finetuned = classifier.split(checkpoints.load(file))[0]
-            return paths.Path(
-                self.live, self.zeroshot, finetuned, self.request.granularity, impl=self.request.impl
-            )
+            state = checkpoints.load(weights.source, format=weights.format)
+            ends = self.ends.pair(state, name)
+            return paths.Path(self.live, *ends, self.request.granularity, impl=self.request.impl)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise ValueError(f"{weights.source}: {error}") from error
 
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
@@ -74,10 +88,53 @@ class Models:
         )
 
 
-def load_images(request: Request) -> list[datasets.Dataset]:
-    """The data sets, in the order of the zoo."""
+def _setup(source: zoo.Zoo) -> Setup:
+    head = source.head
+    chosen = None
+    if head.class_names is not None:
+        chosen = prompts.Prompts(prompts.class_names(head.class_names), prompts.templates(head.templates))
+    given = None if head.given is None else checkpoints.load_head(head.given)
+    return Setup(source.arch, head.towers, head.choice, chosen, head.scale, given)
+
+
+def _classes(source: zoo.Zoo) -> int | None:
+    """Rows of the first fine-tuned head, where the zero-shot end may have none to tell."""
+    if source.head.choice != "finetuned" or source.head.class_names is not None:
+        return None
+    weights = next(iter(source.finetuned.values()))
+    head = checkpoints.read(weights.source, weights.format).tensors.get(HEAD_WEIGHT)
+    return None if head is None else len(head)
+
+
+def preprocess(source: zoo.Zoo) -> architectures.Preprocess:
+    """How images are prepared for the models of a zoo: as for the published weights, if they start there."""
+    name = source.zeroshot.source
+    published = not Path(name).is_file() and not name.startswith("hf-hub:")
+    return architectures.preprocess(source.arch, name if published else None)
+
+
+def scan_images(request: Request, rows: datasets.Rows) -> list[datasets.Scan]:
+    """What there is of each data set, in the order of the zoo."""
+    return [
+        datasets.scan(
+            name,
+            data.path,
+            preprocess(request.zoo),
+            request.samples,
+            request.seed,
+            cache=request.cache,
+            kind=data.kind,
+            rows=rows,
+            label_map=data.labels,
+        )
+        for name, data in request.zoo.data.items()
+    ]
+
+
+def load_images(request: Request, rows: datasets.Rows) -> list[datasets.Dataset]:
+    """The data sets, in the order of the zoo. All are looked at before the first is decoded."""
+    scan_images(request, rows)
     sets = []
-    preprocess = classifier.preprocess(request.zoo.arch)
     for name, data in request.zoo.data.items():
         with tqdm(desc=f"reading {name}", disable=None, leave=False) as bar:
 
@@ -89,23 +146,35 @@ def load_images(request: Request) -> list[datasets.Dataset]:
                 datasets.load(
                     name,
                     data.path,
-                    preprocess,
+                    preprocess(request.zoo),
                     request.samples,
                     data.ood,
                     request.seed,
                     progress,
                     cache=request.cache,
                     skip_unreadable=request.skip_unreadable,
+                    kind=data.kind,
+                    rows=rows,
+                    label_map=data.labels,
                 )
             )
     return sets
 
 
+def digest_prompts(models: Models) -> str | None:
+    """SHA-256 of class names and templates; None where no head is made of them."""
+    prompts = models.ends.setup.prompts
+    if prompts is None:
+        return None
+    return hashlib.sha256(repr((prompts.class_names, prompts.templates)).encode()).hexdigest()
+
+
 def digest(data: datasets.Dataset) -> str:
-    """SHA-256 of the images and labels that are scored."""
+    """SHA-256 of the images that are scored, of their labels, and of the classes scored among."""
     found = hashlib.sha256()
-    for tensor in (data.images, data.labels):
-        found.update(tensor.contiguous().numpy().data.cast("B"))
+    for tensor in (data.images, data.labels, data.classes, data.groups):
+        if tensor is not None:
+            found.update(tensor.contiguous().numpy().data.cast("B"))
     return found.hexdigest()
 
 
@@ -146,6 +215,9 @@ class Studies:
     ) -> None:
         """One study of one model. stragglers: criterion -> layers to prune, where that is the study."""
         request = self._request
+        if request.zoo.head.choice == "finetuned":  # the zero-shot end has each model's own head
+            self._scores.clear()
+            self._sharpness.clear()
         if study == "interpolation":
             zeroshot = self._zeroshot(path, self.whole)
             studies.interpolation(path, self.whole, request.alphas, zeroshot=zeroshot, **common)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from . import checkpoints, datasets, endpoints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,41 +20,86 @@ else:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A checkpoint: a file, or, for the zero-shot end, the name of published weights.
+
+    source: an absolute path, a pretrained tag of open_clip, or ``hf-hub:org/name``
+        (:func:`rft_fast.checkpoints.fetch`). format: one of ``checkpoints.FORMATS``; None: detected.
+    """
+
+    source: str
+    format: str | None = None
+
+
+@dataclass(frozen=True)
 class DataSource:
-    """Where a data set lies (:func:`rft_fast.datasets.load`), and whether it is OOD."""
+    """Where a data set lies, and how it is read (:func:`rft_fast.datasets.load`).
+
+    ood: out of distribution for the fine-tuned models. kind: one of ``datasets.KINDS``; None: detected.
+    labels: which rows of the head its classes are, a file or class -> row; None: found out by itself.
+    """
 
     path: Path
     ood: bool = True
+    kind: str | None = None
+    labels: Path | Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the models' head is made of (:class:`rft_fast.endpoints.Setup`).
+
+    class_names, templates: as :func:`rft_fast.prompts.class_names` and ``templates`` take them; None: not
+    needed, as the checkpoints have heads. scale: factor of a head made of prompts; None: the model's own.
+    given: a file with the zero-shot head.
+    """
+
+    towers: str = "image"
+    choice: str = "interpolate"
+    class_names: str | None = None
+    templates: str = "openai"
+    scale: float | None = None
+    given: Path | None = None
 
 
 @dataclass(frozen=True)
 class Zoo:
     """What a zoo file names, every path absolute and known to exist.
 
-    arch: an open_clip model name, or the path of a JSON file (:func:`rft_fast.classifier.build`).
-    finetuned: display name -> checkpoint, in the file's order. data: name -> source, likewise.
-    options: how it is studied, as options of ``python -m rft_fast.sweep``; its command line overrides them.
+    arch: an open_clip model name, the path of a JSON file or ``hf-hub:org/name``
+    (:func:`rft_fast.architectures.config`). finetuned: display name -> checkpoint, in the file's order. data:
+    name -> source, likewise. options: how it is studied, as options of ``python -m rft_fast.sweep``; its
+    command line overrides them.
     """
 
     name: str
     arch: str
-    zeroshot: Path
-    finetuned: dict[str, Path]
+    zeroshot: Weights
+    finetuned: dict[str, Weights]
     data: dict[str, DataSource]
+    head: Head = Head()
     options: tuple[str, ...] = ()
 
 
 def read(path: str | PathLike[str]) -> Zoo:
-    """Read a zoo file, in TOML; its paths are relative to the file itself::
+    """Read a zoo: a TOML file, or a folder with a ``zoo.toml``. Its paths are relative to the file itself::
 
         name = "soup"
         arch = "ViT-B-32-quickgelu"     # an open_clip model name, or a JSON file in its format
-        zeroshot = "zeroshot.pt"
+        zeroshot = "zeroshot.pt"        # or { path = ..., format = ... }, "openai", "hf-hub:org/name"
+        head = "interpolate"            # this and the next six may be left out: --head
+        towers = "image"                # --towers
+        class-names = "imagenet"        # --class-names: a built-in list, or a file
+        templates = "openai"            # --templates, likewise
+        head-scale = 100                # --head-scale
+        zeroshot-head = "head.pt"       # --zeroshot-head
         [finetuned]
         "lr 1e-5" = "model_1.pt"
+        "lr 3e-5" = { path = "model_2.pt", format = "wiseft" }
         [data]
         imagenet = { path = "imagenet/val", ood = false }
         sketch = { path = "sketch" }    # ood = true unless said otherwise
+        stl10 = { path = "stl10_binary", kind = "stl10", labels = "stl10.json" }
         [options]                       # may be left out: how it is studied, as sweep's options
         layer-draws = 5                 # --layer-draws 5
         layer-data = ["sketch"]         # --layer-data sketch
@@ -62,6 +110,13 @@ def read(path: str | PathLike[str]) -> Zoo:
     another type.
     """
     file = Path(path).resolve()
+    if file.is_dir():
+        file /= "zoo.toml"
+        if not file.is_file():
+            raise ValueError(
+                f"zoo: {file.parent} has no zoo.toml, which names models and data; "
+                "rft_fast.finetune writes one, or write it by hand (rft_fast.zoo.read has the entries)"
+            )
     if not file.is_file():
         raise ValueError(f"zoo: there is no file {file}")
     try:
@@ -70,30 +125,25 @@ def read(path: str | PathLike[str]) -> Zoo:
         raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
 
     entries = _Entries(file)
-    entries.known(table, "", ("name", "arch", "zeroshot", "finetuned", "data", "options"))
+    entries.known(table, "", ("name", "arch", "zeroshot", *_HEAD, "finetuned", "data", "options"))
     arch = entries.get(table, "arch", str)
     finetuned = entries.get(table, "finetuned", dict)
     data = entries.get(table, "data", dict)
     for name, source in data.items():
         if not isinstance(source, dict):
             raise entries.error(f"data.{name}", f"must be a table with a path, got {source!r}")
-        entries.known(source, f"data.{name}.", ("path", "ood"))
+        entries.known(source, f"data.{name}.", ("path", "ood", "kind", "labels"))
     options: list[str] = []
     for name, value in (entries.get(table, "options", dict) if "options" in table else {}).items():
         options += entries.option(name, value)
     return Zoo(
         name=entries.get(table, "name", str),
-        # A name that is no file beside the zoo is open_clip's to know: classifier.build decides.
+        # A name that is no file beside the zoo is open_clip's to know: architectures.config decides.
         arch=str(file.parent / arch) if (file.parent / arch).is_file() else arch,
-        zeroshot=entries.path(table, "zeroshot"),
-        finetuned={name: entries.path(finetuned, name, "finetuned.") for name in finetuned},
-        data={
-            name: DataSource(
-                path=entries.path(source, "path", f"data.{name}."),
-                ood=entries.get({"ood": True, **source}, "ood", bool, f"data.{name}."),
-            )
-            for name, source in data.items()
-        },
+        zeroshot=entries.weights(table, "zeroshot", published=arch),
+        finetuned={name: entries.weights(finetuned, name, "finetuned.") for name in finetuned},
+        data={name: entries.data(source, f"data.{name}.") for name, source in data.items()},
+        head=entries.head(table),
         options=tuple(options),
     )
 
@@ -119,11 +169,11 @@ class _Entries:
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
                 raise self.error(f"{prefix}{key}", f"is not an entry of a zoo; {hint}")
 
-    def get(self, table: Mapping[str, Any], key: str, kind: type, prefix: str = "") -> Any:
+    def get(self, table: Mapping[str, Any], key: str, kind: Any, prefix: str = "") -> Any:
         if key not in table:
             raise self.error(f"{prefix}{key}", "is missing")
         value = table[key]
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise self.error(f"{prefix}{key}", f"must be a {_TOML[kind]}, got {value!r}")
         if value in ("", {}):
             raise self.error(f"{prefix}{key}", "is empty")
@@ -146,5 +196,70 @@ class _Entries:
             raise self.error(f"{prefix}{key}", f"names {path}, which does not exist")
         return path
 
+    def weights(
+        self, table: Mapping[str, Any], key: str, prefix: str = "", published: str | None = None
+    ) -> Weights:
+        """published: the architecture of which published weights may be named instead of a file."""
+        entry = table.get(key)
+        if isinstance(entry, dict):
+            prefix, table, key = f"{prefix}{key}.", entry, "path"
+            self.known(entry, prefix, ("path", "format"))
+        format = self.one_of(table, "format", checkpoints.FORMATS, prefix) if key == "path" else None
+        source = self.get(table, key, str, prefix)
+        if published is None or (self.file.parent / source).exists():
+            return Weights(str(self.path(table, key, prefix)), format)
+        try:
+            if Path(source).exists():  # in the working directory, which a zoo does not depend on
+                raise ValueError(f"{source} is relative to the working directory")
+            checkpoints.check_source(source, published)
+        except ValueError as error:
+            raise self.error(f"{prefix}{key}", f"names no file beside it: {error}") from None
+        return Weights(source, format)
 
-_TOML = {str: "string", dict: "table", bool: "boolean (true or false)"}
+    def data(self, source: Mapping[str, Any], prefix: str) -> DataSource:
+        labels: Path | Mapping[str, Any] | None = None
+        if isinstance(source.get("labels"), dict):
+            labels = source["labels"]
+        elif "labels" in source:
+            labels = self.path(source, "labels", prefix)
+        return DataSource(
+            path=self.path(source, "path", prefix),
+            ood=self.get({"ood": True, **source}, "ood", bool, prefix),
+            kind=self.one_of(source, "kind", datasets.KINDS, prefix),
+            labels=labels,
+        )
+
+    def head(self, table: Mapping[str, Any]) -> Head:
+        usual = Head()
+        scale = self.get(table, "head-scale", (int, float)) if "head-scale" in table else None
+        if scale is not None and not 0 < scale < math.inf:
+            raise self.error("head-scale", f"must be a positive number, got {scale!r}")
+        return Head(
+            towers=self.one_of(table, "towers", endpoints.TOWERS) or usual.towers,
+            choice=self.one_of(table, "head", endpoints.HEADS) or usual.choice,
+            class_names=self.list_or_file(table, "class-names"),
+            templates=self.list_or_file(table, "templates") or usual.templates,
+            scale=None if scale is None else float(scale),
+            given=self.path(table, "zeroshot-head") if "zeroshot-head" in table else None,
+        )
+
+    def one_of(
+        self, table: Mapping[str, Any], key: str, known: Iterable[str], prefix: str = ""
+    ) -> str | None:
+        if key not in table:
+            return None
+        value: str = self.get(table, key, str, prefix)
+        if value not in (names := list(known)):
+            raise self.error(f"{prefix}{key}", f"must be one of {', '.join(names)}; got {value!r}")
+        return value
+
+    def list_or_file(self, table: Mapping[str, Any], key: str) -> str | None:
+        """A file beside the zoo, or else the name of a built-in list."""
+        if key not in table:
+            return None
+        value: str = self.get(table, key, str)
+        return str(self.file.parent / value) if (self.file.parent / value).is_file() else value
+
+
+_HEAD = ("head", "towers", "class-names", "templates", "head-scale", "zeroshot-head")
+_TOML = {str: "string", dict: "table", bool: "boolean (true or false)", (int, float): "number"}

@@ -23,8 +23,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from rft_fast import cache, datasets
+from rft_fast.architectures import Preprocess
 from rft_fast.cache import __main__ as command
-from rft_fast.classifier import Preprocess
 
 RNG = np.random.default_rng(0)
 PREPROCESS = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -74,13 +74,13 @@ def no_file_is_left_open() -> Iterator[None]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the images decoded so far, in any order."""
     names: list[str] = []
-    original = datasets._decode
+    original = datasets.decoding.decode
 
     def counting(listing: Any, transform: Any, index: int) -> Any:
         names.append(Path(listing.files[index].name).name)
         return original(listing, transform, index)
 
-    monkeypatch.setattr(datasets, "_decode", counting)
+    monkeypatch.setattr(datasets.decoding, "decode", counting)
     return names
 
 
@@ -321,8 +321,8 @@ def test_a_damaged_head_means_a_new_cache(
         quietly(folder, directory)
         monkeypatch.undo()
         monkeypatch.setattr(cache, "RESERVE", 0)
-        return_to = datasets._decode
-        monkeypatch.setattr(datasets, "_decode", lambda *a: decoded.append("") or return_to(*a))
+        return_to = datasets.decoding.decode
+        monkeypatch.setattr(datasets.decoding, "decode", lambda *a: decoded.append("") or return_to(*a))
     else:
         quietly(folder, directory)
         file = only(directory)
@@ -385,7 +385,7 @@ FILL = """
     import os, sys, time, warnings
     from pathlib import Path
     from rft_fast import cache, datasets
-    from rft_fast.classifier import Preprocess
+    from rft_fast.architectures import Preprocess
     cache.RESERVE = 0
     folder, directory, ready = map(Path, sys.argv[1:4])
     preprocess = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -649,7 +649,7 @@ def test_places_where_nothing_can_be_kept(folder: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="name a place that can be written"):
         got = load(folder, tmp_path / "file" / "caches")
     assert torch.equal(normalised(got), truth(folder))
-    source = datasets._find(folder, PREPROCESS, None, 0, "")[0].source(PREPROCESS)  # type: ignore[union-attr]
+    source = datasets.decoding.cached(datasets.open_source("set", folder), PREPROCESS)
     source.path(tmp_path / "caches").mkdir(parents=True)
     with pytest.warns(UserWarning, match="Is a directory"):
         got = load(folder, tmp_path / "caches")

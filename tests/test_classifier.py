@@ -203,6 +203,17 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     refused(classifier.build, file, bias, words=("classification_head.bias (6,) instead of (5,)",))
 
 
+def test_the_right_architecture_is_named() -> None:
+    with torch.device("meta"):
+        clip = open_clip.create_model("ViT-B-16", device="meta", load_weights=False)
+    state = {**clip.state_dict(), "classification_head.weight": torch.empty(10, 512, device="meta")}
+    words = ("not those of ViT-B-32", "They fit ViT-B-16 or ViT-B-16-quickgelu")
+    refused(classifier.build, "ViT-B-32", state, words=words)
+    # Where the name is right and something else is wrong, none is named.
+    del state["visual.proj"]
+    refused(classifier.build, "ViT-B-16", state, words=("missing: visual.proj. Name their own arch",))
+
+
 def test_checkpoints_that_are_no_classifier() -> None:
     _, state = clip_with_head(config())
     headless = {n: t for n, t in state.items() if "classification_head" not in n}
@@ -215,57 +226,6 @@ def test_checkpoints_that_are_no_classifier() -> None:
     refused(classifier.split, {**state, "encoder.0.weight": torch.ones(1)}, words=("encoder.0.weight",))
     flat = {**state, "classification_head.weight": torch.ones(5)}
     refused(classifier.split, flat, words=("[classes, features], got (5,)",))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", ("not valid JSON",)),
-        ([1], ("must hold an object",)),
-        ({"model_cfg": config(), "preproces_cfg": {}}, ("did you mean 'preprocess_cfg'?",)),
-        (config(quickgelu=True), ("did you mean 'quick_gelu'?",)),
-        ({"model_cfg": {"vision_cfg": VISION}}, ("embed_dim",)),
-        ({"embed_dim": 16}, ("vision_cfg",)),
-        (config(vision_cfg={**VISION, "depth": 3}), ("depth", "cannot make the tower")),
-    ],
-)
-def test_bad_config_files(tmp_path: Path, content: Any, words: tuple[str, ...]) -> None:
-    _, state = clip_with_head(config())
-    refused(classifier.build, write(tmp_path, content), state, words=("build: ", *words))
-
-
-def test_unknown_model_names_come_with_the_nearest() -> None:
-    refused(classifier.build, "ViT-B-32-quickgelo", {}, words=("ViT-B-32-quickgelu",))
-    refused(classifier.preprocess, "nonsense!", words=("neither an open_clip model nor a file",))
-
-
-def test_preprocess(tmp_path: Path) -> None:
-    reference = open_clip.transform.PreprocessCfg()
-    named = classifier.preprocess("ViT-B-32")
-    assert named.size == (224, 224)
-    assert (named.mean, named.std) == (reference.mean, reference.std)
-    assert (named.interpolation, named.resize_mode) == ("bicubic", "shortest")
-    cfg = {"mean": 0.5, "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "size": [32, 32]}
-    file = write(tmp_path, {"model_cfg": config(), "preprocess_cfg": cfg})
-    got = classifier.preprocess(file)
-    assert got == classifier.Preprocess((32, 32), (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), interpolation="bilinear")
-
-
-@pytest.mark.parametrize(
-    ("cfg", "words"),
-    [
-        ({"size": 64}, ("(64, 64)", "(32, 32)")),
-        ({"meen": 1}, ("did you mean 'mean'?",)),
-        ({"mean": [1, 2]}, ("mean must be one or three numbers",)),
-        ({"std": 0}, ("std must be positive",)),
-        ({"mode": "L"}, ("mode must be one of ('RGB',), got 'L'",)),
-        ({"interpolation": "nearest"}, ("interpolation must be one of",)),
-        ({"resize_mode": "fit"}, ("resize_mode must be one of",)),
-    ],
-)
-def test_bad_preprocessing(tmp_path: Path, cfg: dict[str, Any], words: tuple[str, ...]) -> None:
-    file = write(tmp_path, {"model_cfg": config(), "preprocess_cfg": cfg})
-    refused(classifier.preprocess, file, words=("preprocess: ", *words))
 
 
 def test_classify_normalises_the_features() -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
 from rft_fast import datasets
-from rft_fast.classifier import Preprocess
+from rft_fast.architectures import Preprocess
 
 RNG = np.random.default_rng(0)
 PREPROCESS = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -86,9 +86,6 @@ def test_unusual_images_are_what_imagefolder_makes_of_them(tmp_path: Path) -> No
     palette = picture(30, 40, "P")
     palette.save(folder / "index.png", transparency=3)
     palette.save(folder / "levels.png", transparency=bytes(range(256)))
-    grey = RNG.integers(0, 65536, (30, 40)).astype(np.uint16)
-    for suffix in ("png", "tif"):
-        Image.fromarray(grey).save(folder / f"grey16.{suffix}")
     picture(30, 40, "1").save(folder / "bits.bmp")
     rotated = Image.Exif()
     rotated[0x0112] = 6  # ImageFolder leaves images as they are stored
@@ -99,10 +96,25 @@ def test_unusual_images_are_what_imagefolder_makes_of_them(tmp_path: Path) -> No
     got = datasets.load("set", tmp_path, PREPROCESS)
     transform = open_clip.image_transform(24, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std)
     expected = ImageFolder(str(tmp_path), transform)
-    assert len(got.images) == len(expected) == 12
+    assert len(got.images) == len(expected) == 10
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (got.mean, got.std))
     for image, (file, _), (truth, _) in zip(got.images, expected.samples, expected, strict=True):
         assert torch.equal(image.float().div(255).sub(mean).div(std), truth), file
+
+
+def test_modes_that_bytes_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """ImageFolder clips them to white, silently."""
+    tree(tmp_path, ["a"], each=2)
+    grey = RNG.integers(0, 65536, (30, 40))
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "a" / "deep.png")
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "a" / "deep.tif")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "a" / "whole.tif")
+    Image.fromarray((grey / 65536).astype(np.float32)).save(tmp_path / "a" / "float.tif")
+    words = [f"{name} (of mode I;16" for name in ("deep.png", "deep.tif")]
+    words += ["whole.tif (of mode I,", "float.tif (of mode F,"]
+    refused("4 of 6 images cannot be read", *words, path=tmp_path)
+    with pytest.warns(UserWarning, match="4 of 6"):
+        assert datasets.load("set", tmp_path, PREPROCESS, skip_unreadable=True).skipped == 4
 
 
 def test_folder_equals_pillow_by_hand(tmp_path: Path) -> None:
@@ -154,8 +166,8 @@ def test_folder_traps_are_named(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     refused("no class folders", path=tmp_path / "bare")
     refused("does not exist", path=tmp_path / "nowhere")
-    (tmp_path / "set.tar").touch()
-    refused("is neither", path=tmp_path / "set.tar")
+    (tmp_path / "set.rar").touch()
+    refused("is neither", path=tmp_path / "set.rar")
 
 
 def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
@@ -264,7 +276,7 @@ def test_time_decoding_is_a_share_of_the_time_that_passed(
 ) -> None:
     tree(tmp_path / "data", ["a", "b"], each=20)
     clock, decoded = [0.0], [0]
-    original = datasets._decode
+    original = datasets.decoding.decode
 
     def decode(*arguments: Any) -> Any:
         decoded[0] += 1
@@ -274,7 +286,7 @@ def test_time_decoding_is_a_share_of_the_time_that_passed(
         clock[0] += 0.25
         return clock[0]
 
-    monkeypatch.setattr(datasets, "_decode", decode)
+    monkeypatch.setattr(datasets.decoding, "decode", decode)
     monkeypatch.setattr(datasets.time, "perf_counter", perf_counter)
     # The clock is read at the beginning, after each image handed out, and at the end.
     assert datasets.time_decoding("set", tmp_path / "data", PREPROCESS, 2.0) == 9 * 0.25 / 8
@@ -292,9 +304,9 @@ def test_decoding_ahead_is_bounded_and_in_order() -> None:
             assert started[0] - taken[0] <= 7
             yield item
 
-    with datasets._threads() as pool:
+    with datasets.decoding.threads() as pool:
         results = []
-        for result in datasets._ahead(pool, lambda item: item * item, items(), 7):
+        for result in datasets.decoding.ahead(pool, lambda item: item * item, items(), 7):
             taken[0] += 1
             results.append(result)
     assert results == [item * item for item in range(50)]
@@ -403,6 +415,7 @@ def test_datasets_are_checked_when_made() -> None:
     mean = std = (0.5, 0.5, 0.5)
     good: dict[str, Any] = {"images": images, "labels": labels, "mean": mean, "std": std}
     datasets.Dataset("good", **good)
+    datasets.Dataset("good", **good, classes=torch.tensor([2, 1, 0]), groups=torch.tensor([0, 1, 0]))
     refusals: list[dict[str, Any]] = [
         {"images": images.float()},
         {"images": images[:, :1]},
@@ -414,6 +427,12 @@ def test_datasets_are_checked_when_made() -> None:
         {"classes": torch.tensor([0])},
         {"skipped": -1},
         {"skipped": True},
+        {"groups": torch.tensor([0, 1])},
+        {"classes": torch.tensor([0, 1, 2]), "groups": torch.tensor([0, 1])},
+        {"classes": torch.tensor([0, 1, 2]), "groups": torch.tensor([0, 1, 9])},
+        {"classes": torch.tensor([0, 1, 2]), "groups": torch.tensor([0, 2, 1])},
+        {"classes": torch.tensor([0, 1, 2]), "groups": torch.tensor([0, 0, 2])},
+        {"classes": torch.tensor([0, 1]), "groups": torch.tensor([0.0, 1.0])},
     ]
     for bad in refusals:
         with pytest.raises(ValueError, match=r"^Dataset 'bad': "):

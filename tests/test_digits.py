@@ -265,3 +265,19 @@ def test_warped_turns_by_the_angle(script: ModuleType) -> None:
     angles = script.turn(1000)
     assert 20 <= angles.abs().min() and angles.abs().max() <= 45
     assert 400 < int((angles > 0).sum()) < 600
+
+
+# ------------------------------------------------------------------------------------ fine-tuning
+
+
+def test_fine_tuning_remakes_a_stored_model(script: ModuleType, splits: Any) -> None:
+    """To the bit where it was made; other machines round differently, and training amplifies that."""
+    name = "finetuned_4"
+    with safe_open(ZOO / f"{name}.safetensors", "pt") as opened:
+        made_by = json.loads(opened.metadata()["setting"])
+    (setting,) = [s for s in script.SETTINGS if s.name == made_by["name"]]
+    tuned = script.finetuned(weights("zeroshot"), splits.finetune, setting, made_by["seed"]).state_dict()
+    start, stored_one = weights("zeroshot"), weights(name)
+    moved = torch.cat([(tuned[key].half().float() - start[key]).flatten() for key in start])
+    expected = torch.cat([(stored_one[key] - start[key]).flatten() for key in start])
+    assert torch.cosine_similarity(moved, expected, dim=0) > 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,90 @@ def test_a_class_subset_is_scored_among_its_logits_alone() -> None:
     assert (got.losses - losses).abs().max() < 1e-5
     assert torch.equal(got.correct, hits)
     assert not torch.allclose(truth(model, data)[0], losses)
+
+
+# Classes 4 and 1 are one group; its labels are 1. Row 2 is not scored.
+GROUPS = {4: 1, 1: 1, 5: 5, 0: 0, 3: 0}
+
+
+def grouped(count: int = 30, seed: int = 0) -> Dataset:
+    data = dataset(count=count, seed=seed, labels=torch.tensor([1, 5, 0, 5, 1] * (count // 5)))
+    return replace(data, classes=torch.tensor(list(GROUPS)), groups=torch.tensor(list(GROUPS.values())))
+
+
+@pytest.mark.parametrize("batch", [4, 512])
+def test_groups_of_rows_are_scored_as_one(batch: int) -> None:
+    model, data = toy(), grouped()
+    rows = logits_of(model, data).tolist()
+    losses, hits = [], []
+    for logits, label in zip(rows, data.labels.tolist(), strict=True):
+        members = [row for row, group in GROUPS.items() if group == label]
+        total = sum(math.exp(logits[row]) for row in GROUPS)
+        losses.append(-math.log(sum(math.exp(logits[row]) for row in members) / total))
+        hits.append(GROUPS[max(GROUPS, key=logits.__getitem__)] == label)
+    got = Evaluator(model, [data], batch).scores()["set"]
+    torch.testing.assert_close(got.losses.double(), torch.tensor(losses).double(), rtol=1e-5, atol=1e-5)
+    assert got.correct.tolist() == hits and 0 < sum(hits) < 30
+    both = Evaluator(model, [data, replace(data, name="b", groups=None)], batch).scores()
+    assert torch.equal(both["set"].losses, got.losses)
+    assert not torch.equal(both["b"].losses, got.losses) and (both["b"].losses >= got.losses - 1e-6).all()
+
+
+def logits_of(model: nn.Module, data: Dataset) -> Tensor:
+    double = toy().double().eval()
+    double.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    with torch.no_grad():
+        logits: Tensor = double((data.images.double() / 255 - mean) / std)
+    return logits
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_groups_of_one_row_change_no_bit(normalize: bool) -> None:
+    classes = torch.tensor([4, 1, 5])
+    data = dataset(count=30, labels=torch.tensor([1, 4, 5, 4, 1] * 6), classes=classes)
+    model = toy()
+    alone = Evaluator(model, [data], normalize_logits=normalize).scores()["set"]
+    same = Evaluator(model, [replace(data, groups=classes)], normalize_logits=normalize).scores()["set"]
+    assert torch.equal(alone.losses, same.losses) and torch.equal(alone.correct, same.correct)
+
+
+def test_losses_of_groups_that_are_not_finite_stay_visible() -> None:
+    model = toy()
+    evaluator = Evaluator(model, [data := grouped()])
+    with torch.no_grad():
+        assert model.head.bias is not None
+        model.head.bias[3] = math.nan  # of another group than most labels
+    scores = evaluator.scores()["set"]
+    assert scores.nonfinite == len(data.labels) and scores.accuracy == 0.0
+
+
+def test_gradient_and_curvature_of_groups() -> None:
+    torch.manual_seed(0)
+    model, data = staged().eval(), grouped()
+    weights = [p for p in model.parameters()]
+    directions = [torch.randn_like(w) for w in weights]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    images = (data.images.float() / 255 - mean) / std
+    member = torch.tensor(
+        [[GROUPS.get(row, -1) == label for row in range(CLASSES)] for label in data.labels.tolist()]
+    )
+    scored = torch.tensor([row in GROUPS for row in range(CLASSES)])
+
+    def loss() -> Tensor:
+        powers = model(images).double().exp()
+        return -(((powers * member).sum(1) / (powers * scored).sum(1)).log()).mean()
+
+    slopes = torch.autograd.grad(loss(), weights, create_graph=True)
+    products = torch.autograd.grad(slopes, weights, directions)
+    evaluator = Evaluator(model, [data], batch_size=7)
+    value, got = evaluator.gradient(weights)
+    assert value == pytest.approx(loss().item(), rel=1e-5)
+    for slope, truth_slope in zip(got, slopes, strict=True):
+        torch.testing.assert_close(slope, truth_slope.detach(), rtol=1e-4, atol=1e-6)
+    expected = [float((v.double() * h.double()).sum()) for v, h in zip(directions, products, strict=True)]
+    curvature = evaluator.curvature(weights, directions).tolist()
+    assert curvature == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_training_flags_and_statistics_survive() -> None:

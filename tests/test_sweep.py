@@ -293,7 +293,7 @@ def test_options_of_a_zoo_are_defaults(
         (["--device", "meta"], "'meta' cannot be used"),
         (["--impl", "magic"], "invalid choice: 'magic'"),
         (["--arch", "ViT-B-32"], "missing: --zeroshot, --finetuned, --data or --id-data"),
-        (["--data", "x"], "expected NAME=PATH, got 'x'"),
+        (["--data", "x"], "expected NAME=VALUE, got 'x'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

@@ -44,8 +44,11 @@ def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.Monkey
     assert got == zoo.Zoo(
         name="soup",
         arch=str(folder / "model.json"),
-        zeroshot=folder / "weights/zero.pt",
-        finetuned={"z last": folder / "weights/one.pt", "a first": folder / "weights/two.pt"},
+        zeroshot=zoo.Weights(str(folder / "weights/zero.pt")),
+        finetuned={
+            "z last": zoo.Weights(str(folder / "weights/one.pt")),
+            "a first": zoo.Weights(str(folder / "weights/two.pt")),
+        },
         data={
             "val": zoo.DataSource(folder / "val", ood=False),
             "sketch": zoo.DataSource(folder / "sketch.npz", ood=True),
@@ -74,7 +77,7 @@ def test_a_model_name_stays_a_name(folder: Path) -> None:
             "weights/three.pt",
             ("finetuned.a first", "three.pt, which does not exist"),
         ),
-        ("weights/zero.pt", "zero.pt", ("zeroshot names", "does not exist")),
+        ("weights/zero.pt", "zero.pt", ("zeroshot names no file", "there is no file zero.pt")),
         ('path = "sketch.npz"', "", ("data.sketch.path is missing",)),
         (
             '[data.sketch]\npath = "sketch.npz"',

@@ -36,6 +36,7 @@ class Images:
         if self.classes is not None:
             ordered, order = self.classes.sort()
             self.targets = order[torch.searchsorted(ordered, self.labels)]
+        self.groups = None if dataset.groups is None else dataset.groups.to(device)
         self._stream = _Stream(device) if self.images.device != device else None
 
     def __len__(self) -> int:
@@ -74,13 +75,20 @@ class Images:
         logits = logits.float()
         if self.classes is not None:
             logits = logits.index_select(1, self.classes)
-        targets = self.targets[batch]
-        # argmax takes NaN for the largest; a sample without a loss is not a hit.
-        hits = logits.argmax(1) == targets
+        best = logits.argmax(1)
         if normalize:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        if self.groups is None:
+            targets = self.targets[batch]
+            hits = best == targets
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        else:
+            labels = self.labels[batch]
+            hits = self.groups[best] == labels
+            others = self.groups != labels[:, None]
+            losses = -logits.log_softmax(1).masked_fill(others, -torch.inf).logsumexp(1)
+        # argmax takes NaN for the largest; a sample without a loss is not a hit.
         return losses, hits & ~losses.isnan()
 
     def check(self, model: Callable[[Tensor], Any]) -> Tensor:

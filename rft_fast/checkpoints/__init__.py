@@ -1,0 +1,155 @@
+"""Checkpoint files -> dicts of tensors under one set of names. Nothing in a file is executed.
+
+=============  ==============================================================================
+module         holds
+=============  ==============================================================================
+``values``     what is read from pickles: names, shells of objects, tensors that are not made yet
+``pickles``    the reader of pickles, which knows tensors and runs nothing
+``containers`` bytes of a file -> what it holds, memory-mapped
+``layouts``    what it holds -> the format, and tensors under canonical names
+``lineage``    two checkpoints side by side
+``sources``    files, open_clip's pretrained tags and Hugging Face repositories -> a file
+=============  ==============================================================================
+
+``python -m rft_fast.checkpoints FILE [FILE2]`` shows what is in a file, or whether two are ends of one path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import containers, layouts
+from .containers import SUPPORTED
+from .layouts import FORMATS, TRAINING_FIELDS
+from .lineage import Lineage, compare
+from .sources import check_source, fetch
+from .values import Unreadable
+
+__all__ = [
+    "FORMATS",
+    "SUPPORTED",
+    "TRAINING_FIELDS",
+    "Checkpoint",
+    "Lineage",
+    "check_source",
+    "compare",
+    "fetch",
+    "load",
+    "load_head",
+    "read",
+    "sha256",
+]
+
+_HEAD = "classification_head."
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file holds.
+
+    file: where. format: one of ``FORMATS``. tensors: under canonical names, in the file's order, dtypes and
+    shapes as stored, on the CPU. notes: what was left out, and what to know, in words.
+    """
+
+    file: Path
+    format: str
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
+    """What a checkpoint holds, under canonical names.
+
+    path: a file in one of the formats in ``FORMATS``; its content decides, not its name.
+    format: the format that it must have; None: whichever it is.
+
+    Tensors are dense and contiguous, without gradients; integer ones are kept as they are (a Path copies
+    them), and ``logit_scale`` is 0-d or 1-d as stored. Where the format allows they are views of the
+    memory-mapped file, read when first touched; writing to them never changes the file.
+    Names: the wrappers ``module.``, ``model.`` and ``image_encoder.model.`` in front are dropped, and those
+    of Hugging Face become open_clip's (q, k and v joined, projections transposed): the image tower is
+    ``visual.*``, the head ``classification_head.weight`` and ``.bias``, the text tower's names stand bare.
+
+    Nothing in the file is executed: pickles go through a reader of its own (:mod:`.pickles`), which builds
+    tensors, plain values and inert shells of modules, and refuses all calls but those that tensors need.
+
+    Raises ValueError for a file that is missing, empty, damaged or in another format; that asks for
+    code to run; that holds anything but tensors; in which two names become one; or that is not in the
+    format that is asked for.
+    """
+    return _read(path, format, "read")
+
+
+def load(
+    path: str | PathLike[str], device: str | torch.device = "cpu", format: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, under canonical names; as :func:`read`, on ``device``."""
+    target = torch.device(device)
+    return {name: tensor.to(target) for name, tensor in _read(path, format, "load").tensors.items()}
+
+
+def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """A head: ``classification_head.weight`` [classes, features] and, where it has one, ``.bias`` [classes].
+
+    path: a file that holds a head alone (``weight`` and ``bias`` bare, or a pickled ClassificationHead, as
+        WiSE-FT and task vectors write it), or a checkpoint that has one.
+
+    Raises ValueError as :func:`read` does, and for a file without a head or with one of other shapes.
+    """
+    found = _read(path, None, "load_head").tensors
+    head = {name: tensor for name, tensor in found.items() if name.startswith(_HEAD)}
+    if not head and set(found) <= {"weight", "bias"}:
+        head = {_HEAD + name: tensor for name, tensor in found.items()}
+    weight, bias = head.get(_HEAD + "weight"), head.get(_HEAD + "bias")
+    if weight is None:
+        raise ValueError(
+            f"load_head: {path} has no head: neither '{_HEAD}weight' nor 'weight' alone, but "
+            f"{len(found)} tensors from {next(iter(found))!r} on"
+        )
+    if weight.ndim != 2 or 0 in weight.shape or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in head.items())
+        raise ValueError(
+            f"load_head: {path} must have a head [classes, features] with bias [classes], got {shapes}"
+        )
+    return head
+
+
+def sha256(path: str | PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits: tells which weights a run used."""
+    digest = hashlib.sha256()
+    with _existing(path, "sha256").open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: str | PathLike[str], format: str | None, operation: str) -> Checkpoint:
+    if format is not None and format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
+        raise ValueError(f"{operation}: there is no format {format!r}; {hint}")
+    file = _existing(path, operation)
+    try:
+        found, tensors, notes = layouts.tensors(containers.read(file), format)
+    except (Unreadable, OSError) as error:
+        raise ValueError(f"{operation}: {file} {error}") from error
+    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        few = ", ".join(integers[:3]) + (f" and {len(integers) - 3} more" if len(integers) > 3 else "")
+        notes.append(f"not floating-point, copied and never interpolated: {few}")
+    return Checkpoint(file, found, tensors, tuple(notes))
+
+
+def _existing(path: str | PathLike[str], operation: str) -> Path:
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"{operation}: {file} is a directory, expected a checkpoint file in it")
+    if not file.is_file():
+        raise ValueError(f"{operation}: there is no file {file}")
+    return file

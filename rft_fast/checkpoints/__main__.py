@@ -1,0 +1,100 @@
+"""``python -m rft_fast.checkpoints FILE [FILE2]``: what it holds; whether two are ends of one path."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from .. import layers
+from . import FORMATS, Checkpoint, compare, read
+
+_TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 for two files that cannot be ends of one path; 2 for one that cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m rft_fast.checkpoints", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="a checkpoint; what is in it")
+    parser.add_argument("other", metavar="FILE2", nargs="?", help="another; whether a path can join them")
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS), help="the format that FILE must have; default: any"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        first = read(options.file, options.format)
+        if options.other is None:
+            print(describe(first))
+            return 0
+        second = read(options.other, options.format)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    lineage = compare(first, second)
+    for letter, checkpoint in (("a", first), ("b", second)):
+        print(f"{letter}           {checkpoint.file} ({checkpoint.format})")
+    print(lineage)
+    return 1 if lineage.problems else 0
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What is in a checkpoint, in lines: format, sizes, towers, head, layers with shapes, notes."""
+    from .. import architectures  # open_clip takes seconds to import, and comparing needs none of it
+
+    tensors = checkpoint.tensors
+    parts: dict[str, list[str]] = {"image tower": [], "text tower": [], "head": [], "other": []}
+    for name in tensors:
+        parts[_part(name)].append(name)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    grouped = layers.group(list(tensors))
+    lines = [
+        f"file          {checkpoint.file}",
+        f"format        {checkpoint.format}: {FORMATS[checkpoint.format]}",
+        f"parameters    {_count(tensors.values())} in {len(tensors)} tensors, {len(grouped)} layers",
+        f"dtypes        {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
+    ]
+    lines += [
+        f"{part:<13} {_count(tensors[name] for name in names)} in {len(names)} tensors"
+        + _classes(part, tensors)
+        for part, names in parts.items()
+        if names
+    ]
+    likely = architectures.likely(tensors)
+    lines.append(f"likely arch   {', '.join(likely) or 'none that open_clip knows'}")
+    lines += [f"note          {note}" for note in checkpoint.notes]
+    lines += ["", "layers"]
+    names = list(tensors)
+    for layer, indices in grouped.items():
+        shapes = ", ".join(
+            f"{names[i].removeprefix(layer).lstrip('._')} {list(tensors[names[i]].shape)}".lstrip()
+            for i in indices
+        )
+        lines.append(f"  {layer}  {shapes}")
+    return "\n".join(lines)
+
+
+def _part(name: str) -> str:
+    first = name.partition(".")[0]
+    if first == "visual":
+        return "image tower"
+    if first == "classification_head":
+        return "head"
+    return "text tower" if first in _TEXT else "other"
+
+
+def _classes(part: str, tensors: Mapping[str, Tensor]) -> str:
+    weight = tensors.get("classification_head.weight")
+    return (
+        f", {weight.shape[0]} classes" if part == "head" and weight is not None and weight.ndim == 2 else ""
+    )
+
+
+def _count(tensors: Iterable[Tensor]) -> str:
+    return f"{sum(tensor.numel() for tensor in tensors):,}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Files of torch, of pickle and of safetensors -> what they hold, memory-mapped.
+
+A file is mapped privately: tensors are views of it, read when first touched, and writing to them never
+changes it. Sizes that a file claims are compared with the bytes that are there before they are used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .pickles import unpickle
+from .values import Global, Storage, Stored, Stream, Unreadable, storage
+
+SUPPORTED = (
+    "safetensors files, files of torch.save, old and new, pickles of whole modules, and TorchScript archives"
+)
+_MAGIC = 0x1950A86A20F9469CFC6C  # how files of torch.save began before they were zip files
+_PROTOCOL = 1001
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What a file holds. container: "safetensors", "torch", "old torch", "pickle" or "torchscript".
+
+    value: tensors by name (safetensors), else what the pickle describes, of the classes in values.py.
+    """
+
+    container: str
+    value: Any
+    size: int
+
+
+def read(file: Path) -> Content:
+    """What a file holds; its first bytes decide how it is read, not its name.
+
+    Raises Unreadable for a file that is empty, damaged, hostile or in no known format.
+    """
+    size = file.stat().st_size
+    if not size:
+        raise Unreadable("is empty; it may be the rest of an interrupted download")
+    with file.open("rb") as stream:
+        head = stream.read(9)
+        if head[8:] == b"{" or (file.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
+            return Content("safetensors", _safetensors(file), size)
+        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+    if head.startswith(b"PK"):
+        return _zip(file, data)
+    if not head.startswith(b"\x80"):  # the opcode that opens every binary pickle
+        raise Unreadable(f"is in no known format (it starts with {head!r}). Supported: {SUPPORTED}")
+    position = Stream(data)
+    value = unpickle(position, nested=_nested)
+    if isinstance(value, int) and value == _MAGIC:
+        return Content("old torch", _old_torch(position, nested=_nested), size)
+    return Content("pickle", value, size)
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as archive:
+            return {name: archive.get_tensor(name) for name in archive.keys()}
+    except Exception as error:  # torch and safetensors have errors of many kinds
+        raise Unreadable(f"is not a whole safetensors file: {error}") from error
+
+
+# --- zip files of torch.save and torch.jit.save ---------------------------------------------------
+
+
+def _zip(file: Path, data: memoryview) -> Content:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
+    found = {entry.filename: entry for entry in entries}
+    if len(found) < len(entries):
+        raise Unreadable("is a zip file with several entries of one name")
+    tops = [name.removesuffix("data.pkl") for name in found if name.rpartition("/")[2] == "data.pkl"]
+    if len(tops) != 1:
+        raise Unreadable(f"is a zip, but not of torch.save. Supported: {SUPPORTED}")
+    parts = _Parts(tops[0], found, data)
+    if (order := parts.get("byteorder")) is not None and bytes(order) != b"little":
+        raise Unreadable("was written on a big-endian machine, which is not supported")
+    script = f"{parts.top}constants.pkl" in found
+    value = unpickle(Stream(parts["data.pkl"]), parts.storage, None if script else _nested)
+    return Content("torchscript" if script else "torch", value, len(data))
+
+
+class _Parts:
+    """The entries of a torch archive, as views of the mapped file. Nothing is ever unpacked."""
+
+    def __init__(self, top: str, entries: Mapping[str, zipfile.ZipInfo], data: memoryview) -> None:
+        self.top = top
+        self.entries = entries
+        self.data = data
+        self.storages: dict[str, Storage] = {}
+        spans = sorted((*self.span(entry), entry.filename) for entry in entries.values())
+        for (_, stop, name), (start, _, other) in pairwise(spans):
+            if start < stop:
+                raise Unreadable(f"is a zip whose entries {name!r} and {other!r} overlap")
+
+    def span(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
+        """Where an entry's bytes start and end in the file."""
+        header = self.data[entry.header_offset : entry.header_offset + 30]
+        if len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
+            raise Unreadable(f"is a damaged zip: the entry {entry.filename!r} is not where it should be")
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if start + entry.compress_size > len(self.data):
+            raise Unreadable(f"is a truncated zip: the entry {entry.filename!r} goes beyond its end")
+        return start, start + entry.compress_size
+
+    def get(self, name: str) -> memoryview | None:
+        entry = self.entries.get(self.top + name)
+        if entry is None:
+            return None
+        # torch stores its entries as they are; compressed ones could unfold to any size.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise Unreadable(
+                f"has compressed entries ({entry.filename!r}), which torch.save never writes and which "
+                "cannot be memory-mapped; save it again with torch.save"
+            )
+        if entry.flag_bits & 1:
+            raise Unreadable(f"has encrypted entries ({entry.filename!r})")
+        start, stop = self.span(entry)
+        return self.data[start:stop]
+
+    def __getitem__(self, name: str) -> memoryview:
+        part = self.get(name)
+        if part is None:
+            raise Unreadable(f"is a damaged zip: it has no entry {self.top + name!r}; nothing was executed")
+        return part
+
+    def storage(self, identity: Any) -> Storage:
+        """('storage', type, entry, device, elements)"""
+        if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
+            raise Unreadable("refers to data in an unknown way; nothing was executed")
+        claimed = storage(identity[1], identity[4])
+        key = identity[2]
+        if not isinstance(key, str):
+            raise Unreadable("refers to an entry that has no name; nothing was executed")
+        if (known := self.storages.get(key)) is None:
+            claimed.data = self[f"data/{key}"]
+            known = self.storages[key] = claimed
+        _same_claim(known, claimed, key)
+        if known.data is None or len(known.data) != claimed.nbytes:
+            raise Unreadable(
+                f"claims {claimed.nbytes} bytes for a storage that has {len(known.data or b'')}: it is "
+                "damaged; nothing was executed"
+            )
+        return known
+
+
+def _same_claim(known: Storage, claimed: Storage, key: str) -> None:
+    if (known.dtype, known.nbytes) != (claimed.dtype, claimed.nbytes):
+        raise Unreadable(f"claims storage {key[:40]!r} twice, differently; nothing was executed")
+
+
+# --- files of torch.save before they were zip files, and storages within a pickle -----------------
+
+
+def _nested(data: memoryview) -> Storage:
+    """The storage that ``torch.storage._load_from_bytes`` is given: an old torch file of its own."""
+    stream = Stream(data)
+    if unpickle(stream) != _MAGIC:
+        raise Unreadable("holds tensors that are not in torch's own format; nothing was executed")
+    value = _old_torch(stream, nested=None)
+    if not isinstance(value, Storage):
+        raise Unreadable(
+            "holds something other than numbers where a tensor's should be; nothing was executed"
+        )
+    return value
+
+
+def _old_torch(stream: Stream, nested: Any) -> Any:
+    """What follows the magic number: protocol, machine, the object, its storages' names, their bytes."""
+    if unpickle(stream) != _PROTOCOL:
+        raise Unreadable(f"is a file of torch.save in another protocol than {_PROTOCOL}")
+    machine = unpickle(stream)
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise Unreadable("was written on a big-endian machine, which is not supported")
+    roots: dict[str, Storage] = {}
+    views: list[tuple[Storage, Storage, int]] = []
+    value = unpickle(stream, partial(_old_storage, roots, views), nested)
+    keys = unpickle(stream)
+    if not isinstance(keys, list) or len(keys) != len(roots) or any(key not in roots for key in keys):
+        raise Unreadable("is damaged: it lists other storages than its tensors use; nothing was executed")
+    for key in keys:
+        root = roots[key]
+        itemsize = 1 if root.dtype is None else root.dtype.itemsize
+        start = stream.position + 8
+        # The number of elements precedes them; for a storage without a type, these are bytes.
+        count = int.from_bytes(stream.data[stream.position : start], "little")
+        if root.data is not None or start > len(stream.data) or count * itemsize != root.nbytes:
+            raise Unreadable(
+                "is damaged: a storage is not as large as its tensors claim; nothing was executed"
+            )
+        if start + root.nbytes > len(stream.data):
+            raise Unreadable(
+                f"is truncated: {start + root.nbytes - len(stream.data)} bytes of tensors are missing"
+            )
+        root.data = stream.data[start : start + root.nbytes]
+        stream.position = start + root.nbytes
+    for view, root, offset in views:
+        if root.data is None or offset + view.nbytes > len(root.data):
+            raise Unreadable(
+                "is damaged: a storage goes beyond the one that it is part of; nothing was executed"
+            )
+        view.data = root.data[offset : offset + view.nbytes]
+    return value
+
+
+def _old_storage(roots: dict[str, Storage], views: list[tuple[Storage, Storage, int]], identity: Any) -> Any:
+    """('module', class, file, source) or ('storage', type, key, device, elements, part of it or None)"""
+    if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+        if isinstance(identity[1], Global):
+            return identity[1]
+    elif isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage":
+        claimed, key = storage(identity[1], identity[4]), str(identity[2])
+        root = roots.setdefault(key, claimed)
+        _same_claim(root, claimed, key)
+        if len(identity) == 5 or identity[5] is None:
+            return root
+        _, offset, count = identity[5]
+        view = storage(identity[1], count)
+        at = storage(identity[1], offset).nbytes
+        views.append((view, root, at))
+        return view
+    raise Unreadable("refers to data in an unknown way; nothing was executed")
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+class Maker:
+    """Makes tensors of what a file holds: dense, contiguous, each distinct one once.
+
+    size: the file's, in bytes. What cannot be a view of it is copied; all copies together may not take more.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.budget = size
+        self.made: dict[Any, Tensor] = {}
+
+    def tensor(self, stored: Stored) -> Tensor:
+        """Raises Unreadable for a tensor that goes beyond its storage, or has more elements than it."""
+        key = (id(stored.storage), stored.dtype, stored.offset, stored.size, stored.stride)
+        if key not in self.made:
+            try:
+                self.made[key] = self._make(stored)
+            except (RuntimeError, OverflowError) as error:
+                raise Unreadable("claims a shape that torch cannot make: it is damaged") from error
+        return self.made[key]
+
+    def _make(self, stored: Stored) -> Tensor:
+        data = stored.storage.data
+        if data is None:
+            raise Unreadable("has a storage whose bytes are nowhere: it is damaged")
+        count = 1
+        for side in stored.size:
+            count *= side
+            if count >= 1 << 63:
+                break
+        itemsize = stored.dtype.itemsize
+        if len(stored.size) > 64 or count * itemsize > len(data):
+            raise Unreadable(
+                f"claims shape {stored.size[:8]} but stores only {len(data)} bytes; "
+                "save it with .contiguous()"
+            )
+        if not count:
+            return torch.empty(stored.size, dtype=stored.dtype)
+        last = stored.offset + sum(
+            (side - 1) * step for side, step in zip(stored.size, stored.stride, strict=True)
+        )
+        if (last + 1) * itemsize > len(data):
+            raise Unreadable(f"goes beyond its storage of {len(data)} bytes: it is damaged")
+        raw = torch.frombuffer(data, dtype=torch.uint8)
+        raw = raw[stored.offset * itemsize : (last + 1) * itemsize]
+        if raw.data_ptr() % itemsize:  # in a pickle, tensors begin anywhere
+            raw = self._paid(raw).clone()
+        result = raw.view(stored.dtype).as_strided(stored.size, stored.stride)
+        return result if result.is_contiguous() else self._paid(result).contiguous()
+
+    def _paid(self, tensor: Tensor) -> Tensor:
+        self.budget -= tensor.nbytes
+        if self.budget < 0:
+            raise Unreadable("holds tensors that unfold to more than its size")
+        return tensor

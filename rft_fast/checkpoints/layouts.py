@@ -1,0 +1,336 @@
+"""What a file holds -> tensors under canonical names: image tower ``visual.*``, head
+``classification_head.*``, text tower bare (``text.*`` in open_clip's custom-text models)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .containers import SUPPORTED, Content, Maker
+from .values import Shell, Special, Stored, Unreadable, kind_of
+
+FORMATS: dict[str, str] = {
+    "soup": "model-soups: a state dict, 'model.*' and 'classification_head.*'",
+    "wiseft": "WiSE-FT: a pickled ImageClassifier, image encoder and head",
+    "flyp": "FLYP: a pickled CLIPEncoder, both towers, no head",
+    "task-vector": "task vectors, patching: any other module pickled whole",
+    "open_clip": "open_clip: a CLIP state dict, bare or under 'state_dict' beside the training's state",
+    "openai": "OpenAI: a TorchScript archive of CLIP",
+    "huggingface": "Hugging Face transformers: CLIP's state dict under its names ('vision_model.*')",
+    "state-dict": "any other dict of tensors by name",
+}
+
+# What may stand beside 'state_dict' in a checkpoint: it describes the training, not the model.
+TRAINING_FIELDS = frozenset(
+    {"args", "arch", "epoch", "global_step", "name", "optimizer", "scaler", "scheduler", "step"}
+)
+
+_WRAPPER = re.compile(r"\A(?:module\.)?(?:(?:image_encoder\.)?model\.)?")
+_OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+_TENSORS = (Tensor, Stored, Special)
+# Far beyond any model: what modules may unfold to, since one may stand at many places.
+_DEEPEST = 100
+_MOST_ENTRIES = 1_000_000
+_LONGEST_NAME = 1_000
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a file holds, before names are made canonical. kind: class of a pickled module, else None."""
+
+    container: str
+    kind: str | None
+    wrapped: bool
+    names: frozenset[str]  # without the wrappers in front
+
+    def begins(self, *starts: str) -> bool:
+        return any(name.startswith(starts) for name in self.names)
+
+    def headed(self) -> bool:
+        return self.begins("classification_head.")
+
+    def plain(self) -> bool:
+        return self.kind is None
+
+
+def _is_kind(layout: _Layout, name: str) -> bool:
+    return layout.kind is not None and layout.kind.rpartition(".")[2] == name
+
+
+# In the order of detection: the first that fits. A format that is asked for must fit as well.
+_FITS: Mapping[str, Callable[[_Layout], bool]] = {
+    "openai": lambda of: of.container == "torchscript",
+    "wiseft": lambda of: _is_kind(of, "ImageClassifier"),
+    "flyp": lambda of: _is_kind(of, "CLIPEncoder"),
+    "task-vector": lambda of: of.kind is not None and of.container != "torchscript",
+    "huggingface": lambda of: of.plain() and of.begins("vision_model.", "text_model."),
+    "open_clip": lambda of: (
+        of.plain()
+        and of.begins("visual.")
+        and (of.wrapped or ("logit_scale" in of.names and not of.headed()))
+    ),
+    "soup": lambda of: of.plain() and of.begins("visual.") and of.headed(),
+    "state-dict": lambda of: of.plain(),
+}
+
+
+def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor], list[str]]:
+    """The format, the tensors under canonical names in the file's order, and what was left out.
+
+    Raises Unreadable for what holds no model's tensors, for names that become one, and for a format that
+    does not fit.
+    """
+    notes: list[str] = []
+    value, kind, wrapped = content.value, None, False
+    state: Mapping[str, Any]
+    if isinstance(value, Shell) and not value.items:
+        kind, state = _inner_kind(value), _module(value, content.container == "torchscript", notes)
+    else:
+        state, wrapped = _state_dict(value.items if isinstance(value, Shell) else value, notes)
+    state, origin = _unwrapped(state)
+    layout = _Layout(content.container, kind, wrapped, frozenset(state))
+    found = next(name for name, fits in _FITS.items() if fits(layout))
+    if format is not None and not _FITS[format](layout):
+        raise Unreadable(f"is not in the format {format!r} but {found!r} ({FORMATS[found]})")
+    chosen = format or found
+    if chosen == "openai":
+        state = _without(state, _OPENAI_NUMBERS, "sizes of the model", notes)
+    maker = Maker(content.size)
+    made = {name: _dense(value, origin[name], maker) for name, value in state.items()}
+    if chosen == "huggingface":
+        made = _from_huggingface(made, notes)
+    if not made:
+        raise Unreadable("holds no tensors")
+    return chosen, made, notes
+
+
+# --- dicts ----------------------------------------------------------------------------------------
+
+
+def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool]:
+    wrapped = isinstance(content, Mapping) and isinstance(content.get("state_dict"), (Mapping, Shell))
+    if wrapped:
+        known = TRAINING_FIELDS | {"state_dict"}
+        if unknown := [repr(name)[:80] for name in content if name not in known]:
+            raise Unreadable(
+                f"holds {_some(unknown)} beside 'state_dict', so which weights are "
+                f"meant is unclear (known there: {', '.join(sorted(TRAINING_FIELDS))}). "
+                "Save the wanted state dict alone"
+            )
+        if len(content) > 1:
+            notes.append(
+                f"left out, the training's own: {', '.join(name for name in content if name != 'state_dict')}"
+            )
+        content = content["state_dict"]
+        content = content.items if isinstance(content, Shell) else content
+    if not isinstance(content, Mapping):
+        raise Unreadable(f"holds a {_type(content)}. Supported: {SUPPORTED}")
+    if not content:
+        raise Unreadable("holds no tensors")
+    foreign = [
+        f"{name!r} ({_type(value)})"
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, _TENSORS))
+    ]
+    if foreign:
+        raise Unreadable(
+            f"should map names to tensors alone, but holds {_some(foreign)}; save the model's "
+            "state dict without them"
+        )
+    return content, wrapped
+
+
+def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The state without the wrappers' prefixes, and each name as it was."""
+    result: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for stored, value in state.items():
+        if len(stored) > _LONGEST_NAME or not stored.isprintable():
+            raise Unreadable(f"has a tensor whose name is no name: {stored[:40]!r}")
+        name = _WRAPPER.sub("", stored)
+        if name in result:
+            raise Unreadable(
+                f"has both {origin[name]!r} and {stored!r}, which are both {name!r} "
+                "once the wrapper's prefix is dropped; keep one of them"
+            )
+        origin[name] = stored
+        result[name] = value
+    return result, origin
+
+
+def _dense(value: Any, name: str, maker: Maker) -> Tensor:
+    if isinstance(value, Stored):
+        try:
+            return maker.tensor(value)
+        except Unreadable as error:
+            raise Unreadable(f"has {name!r}, which {error}") from error
+    if isinstance(value, Tensor):
+        return value.detach().contiguous()
+    raise Unreadable(f"has {name!r}, which must be a dense tensor; it is a {value}")
+
+
+def _without(state: Mapping[str, Any], names: tuple[str, ...], what: str, notes: list[str]) -> dict[str, Any]:
+    if dropped := [name for name in names if name in state]:
+        notes.append(f"left out, {what}: {', '.join(dropped)}")
+    return {name: value for name, value in state.items() if name not in dropped}
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+def _inner_kind(shell: Shell) -> str:
+    """The class of a module, of the one inside if it is wrapped for several devices."""
+    while str(shell).endswith(("DataParallel", "DistributedDataParallel")):
+        inner = shell.state.get("_modules")
+        if not isinstance(inner, dict) or not isinstance(inner.get("module"), Shell):
+            break
+        shell = inner["module"]
+    return str(shell)
+
+
+def _module(root: Shell, script: bool, notes: list[str]) -> dict[str, Any]:
+    """A module's state dict: parameters, buffers that persist, and those of the modules in it."""
+    result: dict[str, Any] = {}
+    entries = 0
+    waiting: list[tuple[str, Shell, int]] = [("", root, 0)]
+    while waiting:
+        prefix, shell, depth = waiting.pop()
+        own, children = _script_parts(shell) if script else _module_parts(shell)
+        entries += 1 + len(own) + len(children) + len(shell.state)
+        if depth > _DEEPEST or entries > _MOST_ENTRIES or len(prefix) > _LONGEST_NAME:
+            raise Unreadable("holds modules within modules without end; nothing was executed")
+        if shell.state.get("normalize") is False:
+            where = prefix.removesuffix(".") or str(shell)
+            notes.append(f"{where} does not normalise its input (normalize=False); rft_fast does")
+        result.update((prefix + name, value) for name, value in own if value is not None)
+        # The last comes off first: reversed, modules keep their order.
+        waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]
+    return result
+
+
+def _module_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, Shell]]]:
+    tables = [shell.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
+    parameters, buffers, modules = (table if isinstance(table, dict) else None for table in tables)
+    if parameters is None or buffers is None or modules is None:
+        raise Unreadable(f"holds a {shell}, which is no torch module. Supported: {SUPPORTED}")
+    passing = shell.state.get("_non_persistent_buffers_set")
+    passing = passing if isinstance(passing, set) else ()
+    own = [*parameters.items(), *((name, value) for name, value in buffers.items() if name not in passing)]
+    children = [(name, child) for name, child in modules.items() if child is not None]
+    for name, value in own:
+        if not isinstance(name, str) or not isinstance(value, (*_TENSORS, type(None))):
+            raise Unreadable(f"has {name!r} in a {shell}, which should be a tensor; it is a {_type(value)}")
+    for name, child in children:
+        if not isinstance(name, str) or not isinstance(child, Shell):
+            raise Unreadable(f"has {name!r} in a {shell}, which should be a module; it is a {_type(child)}")
+    return own, children
+
+
+def _script_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, Shell]]]:
+    """TorchScript keeps all attributes in one table; code is elsewhere and is not read."""
+    named = [(name, value) for name, value in shell.state.items() if isinstance(name, str)]
+    own = [(name, value) for name, value in named if isinstance(value, Stored)]
+    return own, [(name, value) for name, value in named if isinstance(value, Shell)]
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+_HF_NAMES = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "logit_scale": "logit_scale",
+}
+_HF_NORMS = {
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # so spelled
+    "vision_model.pre_layernorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "text_model.final_layer_norm": "ln_final",
+}
+_HF_PARTS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_HF_PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+_HF_LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_HF_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
+
+
+def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """CLIP's weights under open_clip's names: q, k and v in one tensor, projections transposed."""
+    state = _without(state, _HF_IDS, "numbers of the positions", notes)
+    result: dict[str, Tensor] = {}
+    unknown = []
+    for stored, tensor in state.items():
+        for name, value in _converted(stored, tensor, state):
+            if name is None:
+                unknown.append(stored)
+            elif name in result:
+                raise Unreadable(f"has {stored!r} and another name that both mean {name!r}; keep one of them")
+            else:
+                result[name] = value
+    if unknown:
+        raise Unreadable(
+            f"holds {_some(unknown)}, which the CLIP of transformers has not; "
+            "format='state-dict' keeps its names"
+        )
+    if any(name.startswith("visual.") for name in result) and "visual.proj" not in result:
+        notes.append(
+            "the image tower has no projection (visual_projection): "
+            "CLIPVisionModel alone does not end in CLIP's space"
+        )
+    return result
+
+
+def _converted(
+    stored: str, tensor: Tensor, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str | None, Tensor]]:
+    if stored in _HF_NAMES:
+        yield _HF_NAMES[stored], tensor
+    elif stored in _HF_PROJECTIONS:
+        if tensor.ndim != 2:
+            raise Unreadable(
+                f"has {stored!r} of shape {tuple(tensor.shape)}; a projection has two dimensions"
+            )
+        yield _HF_PROJECTIONS[stored], tensor.T.contiguous()
+    elif (match := _HF_LAYER.fullmatch(stored)) is not None:
+        tower, number, part, kind = match.groups()
+        block = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
+        if part in _HF_PARTS:
+            yield f"{block}.{_HF_PARTS[part]}.{kind}", tensor
+        elif part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            trio = [stored.replace(part, f"self_attn.{letter}_proj") for letter in "qkv"]
+            parts = [state[name] for name in trio if name in state]
+            if len(parts) < 3 or len({(p.shape, p.dtype) for p in parts}) > 1 or tensor.ndim == 0:
+                raise Unreadable(
+                    f"needs {', '.join(trio)}, all of one shape and type, for one tensor of all three"
+                )
+            if part == "self_attn.q_proj":
+                yield f"{block}.attn.in_proj_{kind}", torch.cat(parts)
+        else:
+            yield None, tensor
+    else:
+        module, _, kind = stored.rpartition(".")
+        fits = module in _HF_NORMS and kind in ("weight", "bias")
+        yield f"{_HF_NORMS[module]}.{kind}" if fits else None, tensor
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, (Stored, Tensor)):
+        return "Tensor"
+    return kind_of(value)
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,106 @@
+"""Where a zero-shot model comes from: a file, a pretrained tag of open_clip, or a Hugging Face repository."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+_HUB = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# In the order of preference: open_clip's own files, then those of transformers.
+_HUB_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+def check_source(source: str, arch: str) -> None:
+    """Whether a source can be meant, without asking the network.
+
+    source: a file, ``hf-hub:org/name`` or ``hf-hub:org/name@revision``, or a pretrained tag that open_clip
+        lists for ``arch`` (as in ``open_clip.list_pretrained_tags_by_model``). A file comes first.
+
+    Raises ValueError for anything else, with the nearest tags.
+    """
+    if Path(source).is_file() or _HUB.fullmatch(source):
+        return
+    if source.startswith("hf-hub:"):
+        raise ValueError(f"check_source: {source!r} must be hf-hub:org/name or hf-hub:org/name@revision")
+    if Path(source).is_dir():
+        raise ValueError(f"check_source: {source} is a directory, expected a checkpoint file in it")
+    if "/" in source or Path(source).suffix in (".pt", ".pth", ".bin", ".pkl", ".safetensors"):
+        raise ValueError(f"check_source: there is no file {source}")
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if open_clip.is_pretrained_cfg(arch, source):
+        return
+    if not tags:
+        raise ValueError(
+            f"check_source: {source!r} is no file, and open_clip has no pretrained weights for {arch!r}; "
+            "give a file or hf-hub:org/name"
+        )
+    near = difflib.get_close_matches(source, tags, n=3, cutoff=0.4) or tags[:6]
+    raise ValueError(
+        f"check_source: {source!r} is neither a file nor a pretrained tag of {arch}; did you mean "
+        f"{', '.join(near)}? open_clip.list_pretrained_tags_by_model({arch!r}) lists all {len(tags)}"
+    )
+
+
+def fetch(source: str, arch: str) -> Path:
+    """The local file of a source (as in :func:`check_source`); downloads it when it is none and not cached.
+
+    Raises ValueError as :func:`check_source` does, and when the download fails, with what to do offline.
+    """
+    check_source(source, arch)
+    if Path(source).is_file():
+        return Path(source)
+    hub = _HUB.fullmatch(source)
+    file = _from_hub(hub[1], hub[2]) if hub else _from_open_clip(source, arch)
+    if not file.is_file():
+        raise ValueError(f"fetch: {source!r} of {arch} was fetched to {file}, but there is no such file")
+    return file
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    missing: Exception | None = None
+    for name in _HUB_FILES:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision))
+        except LocalEntryNotFoundError as error:  # offline: another of the files may be in the cache
+            missing = error
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the client's and the network's errors are of many kinds
+            raise ValueError(_offline(f"hf-hub:{repository}", error)) from error
+    if missing is not None:
+        raise ValueError(_offline(f"hf-hub:{repository}", missing)) from missing
+    raise ValueError(
+        f"fetch: hf-hub:{repository} has none of {', '.join(_HUB_FILES)}; download its file and give the path"
+    )
+
+
+def _from_open_clip(tag: str, arch: str) -> Path:
+    import open_clip
+
+    config = open_clip.get_pretrained_cfg(arch, tag)
+    try:
+        target = open_clip.download_pretrained(config)
+    except Exception as error:
+        raise ValueError(_offline(f"{tag!r} of {arch}", error)) from error
+    if not target:
+        raise ValueError(f"fetch: open_clip knows the tag {tag!r} of {arch}, but not where its file is")
+    return Path(target)
+
+
+def _offline(what: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (
+        f"fetch: {what} is not on this machine and cannot be downloaded ({reason}). Offline: fetch it once "
+        "where there is a network and copy the cache (HF_HOME, ~/.cache/clip), or give the path of the file"
+    )

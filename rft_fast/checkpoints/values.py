@@ -1,0 +1,151 @@
+"""What the reader of pickles builds: names, shells of objects, tensors that are not made yet."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LARGE = 1 << 12
+_LONGEST_LINE = 1 << 16
+
+
+class Unreadable(Exception):
+    """Why a file cannot be read, as the end of a sentence that its name begins."""
+
+
+@dataclass(frozen=True, eq=False)
+class Global:
+    """A name that a pickle imports. Nothing stands behind it. name: raw; str() is fit to print."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return re.sub(r"[^\w.<>]", "?", self.name)[:200]
+
+
+class Shell:
+    """What remains of an object. kind: its class. state: its attributes. items: if it is a kind of dict."""
+
+    __slots__ = ("items", "kind", "state")
+
+    def __init__(self, kind: Global) -> None:
+        self.kind = kind
+        self.state: dict[Any, Any] = {}
+        self.items: dict[Any, Any] = {}
+
+    def __str__(self) -> str:
+        return str(self.kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A value that was read past: an option of an image transform, a sparse tensor. what: in words."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class Special(Opaque):
+    """A tensor that is not dense: an error only where a model's weights should be."""
+
+
+@dataclass(eq=False)
+class Storage:
+    """Bytes that tensors share. data: None until the container says where they are.
+
+    dtype: None for bytes without a type. nbytes: as claimed until data is there.
+    """
+
+    dtype: torch.dtype | None
+    nbytes: int
+    data: memoryview | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor that is not made yet. offset, size, stride: as claimed, in elements."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+DTYPES = {
+    f"torch.{name}": getattr(torch, name)
+    for name in (
+        *("float16", "float32", "float64", "bfloat16", "half", "float", "double"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "short", "int", "long"),
+        *("bool", "complex64", "complex128", "cfloat", "cdouble"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
+    if hasattr(torch, name)
+}
+
+_STORAGES: dict[str, torch.dtype | None] = {
+    "Float": torch.float32,
+    "Double": torch.float64,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+    "Untyped": None,
+    "_Untyped": None,
+}
+_STORAGE_NAME = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
+
+
+def storage(kind: Any, count: Any) -> Storage:
+    """A storage of a type that the pickle names, with ``count`` elements."""
+    match = _STORAGE_NAME.fullmatch(kind.name) if isinstance(kind, Global) else None
+    if match is None or match[1] not in _STORAGES:
+        raise Unreadable(f"stores tensors as {kind_of(kind)}, which is unknown here")
+    dtype = _STORAGES[match[1]]
+    return Storage(dtype, natural(count) * (1 if dtype is None else dtype.itemsize))
+
+
+class Stream:
+    """Bytes as pickletools reads them, from ``position`` on. Never copies or claims more than there is."""
+
+    def __init__(self, data: memoryview, position: int = 0) -> None:
+        self.data = data
+        self.position = position
+
+    def read(self, count: int) -> Any:
+        part = self.data[self.position : self.position + max(0, count)]
+        self.position += len(part)
+        # A large part is a tensor's bytes: they stay where they are.
+        return part if len(part) >= _LARGE else bytes(part)
+
+    def readline(self) -> bytes:
+        line = bytes(self.data[self.position : self.position + _LONGEST_LINE])
+        line = line[: line.find(b"\n") + 1]
+        self.position += len(line)
+        return line
+
+    def tell(self) -> int:
+        return self.position
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for messages: its own text may be long or hostile."""
+    return str(value) if isinstance(value, (Global, Shell, Opaque)) else type(value).__name__
+
+
+def natural(value: Any) -> int:
+    """A size or offset, if it can be one; ValueError else."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("a size or offset is no natural number below 2**63")
+    return value

@@ -1,0 +1,60 @@
+"""``python -m rft_fast.datasets``: what a data set is, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rft_fast import prompts
+
+from . import KINDS, Rows, doctor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: sound; 1: something is wrong with the data set; 2: there is none, or the request makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rft_fast.datasets",
+        description="Says what a data set is, how it would be scored, and all that is wrong with it. "
+        "Exit status: 0 it is sound, 1 something is wrong, 2 it is no data set.",
+    )
+    parser.add_argument("path", type=Path, help="a folder of class folders, an archive, a file of arrays")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="what it is; else detected")
+    parser.add_argument(
+        "--rows",
+        metavar="HEAD",
+        help="the rows of the head: imagenet, cifar10, ... or a file of class names, or their number",
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="class -> row of the head: .json, .toml or .csv"
+    )
+    parser.add_argument("--quick", action="store_true", help="list the files, decode none")
+    options = parser.parse_args(argv)
+    try:
+        rows = None if options.rows is None else _rows(options.rows)
+        with tqdm(desc="decoding", disable=None, leave=False) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            report = doctor.examine(options.path, options.kind, rows, options.labels, options.quick, progress)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.problems else 0
+
+
+def _rows(head: str) -> Rows:
+    if head.isdecimal():
+        return Rows(int(head))
+    names = prompts.class_names(head)
+    return Rows(len(names), names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Images of the model's size in an ``.npz``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rft_fast import cache as caches
+
+from .source import Source, some
+
+
+def matches(path: Path) -> bool:
+    """Whether it is an ``.npz``."""
+    return path.suffix == ".npz" and path.is_file()
+
+
+def source(path: Path, where: str) -> Source:
+    """``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` integers [n]: rows of the head, and, if only
+    some of those are to be scored, ``classes`` integers [k]. Grey images become RGB.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # a damaged archive surfaces as almost any exception
+        raise ValueError(f"{where}: {path} cannot be read as arrays: {error}") from error
+    for key in ("images", "labels"):
+        if key not in arrays:
+            raise ValueError(f"{where}: {path} has no array {key!r}, it has {some(list(arrays))}")
+    if unknown := [key for key in arrays if key not in ("images", "labels", "classes")]:
+        raise ValueError(f"{where}: {path} has arrays unknown here: {some(unknown)}")
+    images = arrays["images"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
+        raise ValueError(
+            f"{where}: images must be uint8 [n, h, w] or [n, h, w, 3], "
+            f"got {images.dtype} {list(images.shape)} in {path}"
+        )
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=3)
+    labels = _integers(arrays["labels"], f"{where}: labels in {path}")
+    if len(labels) != len(images):
+        raise ValueError(f"{where}: {path} has {len(images)} images but {len(labels)} labels")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    classes = None
+    if "classes" in arrays:
+        classes = _integers(arrays["classes"], f"{where}: classes in {path}")
+    status = path.stat()
+    return Source(
+        kind="npz",
+        path=path,
+        files=[
+            caches.File(f"{path.name}/{i}", status.st_size, status.st_mtime_ns) for i in range(len(images))
+        ],
+        labels=labels,
+        class_names=(),
+        open=lambda index: Image.fromarray(pixels[index].permute(1, 2, 0).contiguous().numpy()),
+        pixels=pixels,
+        classes=classes,
+    )
+
+
+def _integers(array: np.ndarray[Any, Any], where: str) -> Tensor:
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{where} must be integers [n], got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,364 @@
+"""Hugging Face data sets, read with pyarrow alone: what ``save_to_disk`` writes, and the Hub's Parquet."""
+
+from __future__ import annotations
+
+import bisect
+import io
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rft_fast import cache as caches
+
+from .source import Source, some
+
+LABELS = ("label", "labels", "fine_label")  # which ClassLabel counts where there are several
+GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a time
+
+_PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
+
+
+def matches(path: Path) -> bool:
+    """Whether a path is a folder that ``save_to_disk`` wrote, or Parquet files, or a split of those."""
+    if path.is_file():
+        return path.suffix == ".parquet"
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file() or bool(_parquet(path))
+
+
+def source(path: Path, where: str) -> Source:
+    """The images of one split of a Hugging Face data set.
+
+    path: the folder of a ``Dataset``, or of a ``DatasetDict`` with one split or followed by ``/<split>``; or
+    a Parquet file, or a folder of ``<split>-00000-of-00001.parquet`` files (or with those in ``data/``),
+    likewise. There must be one Image column, and one ClassLabel or one named ``label``, ``labels`` or
+    ``fine_label``; without a ClassLabel, integers under these names are rows of the head. Arrow files are
+    mapped, of Parquet a few row groups are held.
+
+    Raises ValueError, naming the file, for files that are missing or damaged, columns that are not so,
+    labels that are unknown (-1) or beyond the names, and images that are neither embedded nor files.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{where}: {path} needs pyarrow to be read; pip install 'rft-fast[huggingface]'"
+        ) from error
+    if path.suffix == ".parquet" or not _saved(path):
+        parts: list[_Part] = [_ParquetPart(file, where) for file in _parquet_split(path, where)]
+    else:
+        folder = _saved_split(path, where)
+        parts = [_ArrowPart(file, where) for file in _saved_files(folder, where)]
+    features = parts[0].features
+    try:
+        image, label = _columns(features, parts[0].schema, f"{where}: {parts[0].file}")
+    except UnicodeError as error:
+        raise ValueError(f"{where}: {parts[0].file} is damaged: names of columns are no texts") from error
+    files: list[caches.File] = []
+    labels: list[Tensor] = []
+    for part in parts:
+        if not part.schema.equals(parts[0].schema):
+            raise ValueError(f"{where}: {part.file} has other columns than {parts[0].file}")
+        status = part.file.stat()
+        size, time = status.st_size, status.st_mtime_ns
+        files += [caches.File(f"{part.file.name}/{row}", size, time) for row in range(part.rows)]
+        labels.append(part.labels(label))
+        part.check_images(image)
+    numbers = torch.cat(labels)
+    names = features.get(label, {}).get("names") or []
+    if not len(numbers):
+        raise ValueError(f"{where}: {path} holds no images")
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0 or (names and most >= len(names)):
+        hint = "; a test split without labels? take another" if least < 0 else f", beyond {len(names)} names"
+        raise ValueError(f"{where}: {path} has labels from {least} to {most} in {label!r}{hint}")
+    starts = [0, *accumulate(part.rows for part in parts)]
+
+    def open_image(index: int) -> Image.Image:
+        part = bisect.bisect_right(starts, index) - 1
+        return parts[part].open(image, index - starts[part])
+
+    return Source(
+        kind="arrow",
+        path=path,
+        files=files,
+        labels=numbers,
+        class_names=tuple(str(name) for name in names),
+        open=open_image,
+        notes=(f"columns {image!r} and {label!r} of {', '.join(parts[0].schema.names)}",),
+    )
+
+
+class _Part:
+    """One file of a data set: what Arrow and Parquet have in common."""
+
+    def __init__(self, file: Path, where: str, schema: Any, rows: int) -> None:
+        self.file = file
+        self.where = f"{where}: {file}"
+        self.schema = schema
+        self.rows = rows
+        self.features = _features(schema, file, self.where)
+
+    def column(self, name: str) -> Any:
+        """All of a column, pyarrow.ChunkedArray."""
+        raise NotImplementedError
+
+    def chunk(self, name: str, row: int) -> tuple[Any, int]:
+        """The piece of a column that a row is in, and where in it."""
+        raise NotImplementedError
+
+    def labels(self, name: str) -> Tensor:
+        column = self.column(name)
+        if column.null_count:
+            raise ValueError(f"{self.where} has {column.null_count} images without a {name!r}")
+        return torch.from_numpy(column.to_numpy().astype("int64"))
+
+    def check_images(self, name: str) -> None:
+        """Images that are not embedded have to lie where their paths say."""
+        column = self.column(name)
+        if _is_struct(column.type):
+            chunks = [chunk.field("bytes") for chunk in column.chunks]
+        else:
+            chunks = list(column.chunks)
+        if not column.null_count and not any(chunk.null_count for chunk in chunks):
+            return
+        lost = []
+        for row, entry in enumerate(entry for chunk in column.chunks for entry in chunk):
+            if not entry.is_valid or (_is_struct(column.type) and not entry["bytes"].is_valid):
+                path = entry.as_py()["path"] if entry.is_valid and _is_struct(column.type) else None
+                if path is None or not Path(path).is_file():
+                    lost.append(f"row {row} ({path or 'no path'})")
+        if lost:
+            raise ValueError(
+                f"{self.where} has {len(lost)} images that are neither embedded nor files here: "
+                f"{some(lost)}; save it again where the files are, with save_to_disk"
+            )
+
+    def open(self, name: str, row: int) -> Image.Image:
+        chunk, at = self.chunk(name, row)
+        entry = chunk[at].as_py()
+        data, path = (entry["bytes"], entry["path"]) if isinstance(entry, dict) else (entry, None)
+        if data is not None:
+            return Image.open(io.BytesIO(data))
+        if path is None:
+            raise ValueError(f"row {row} of {self.file} holds no image")
+        return Image.open(path)
+
+
+class _ArrowPart(_Part):
+    """A mapped file of the Arrow IPC stream format."""
+
+    def __init__(self, file: Path, where: str) -> None:
+        import pyarrow as pa
+
+        try:
+            with pa.memory_map(str(file)) as content:
+                self.table = pa.ipc.open_stream(content).read_all()
+            rows = self.table.num_rows
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise ValueError(f"{where}: {file} is truncated or no Arrow stream: {error}") from error
+        super().__init__(file, where, self.table.schema, rows)
+        self._columns: dict[str, tuple[Any, list[int]]] = {}
+
+    def column(self, name: str) -> Any:
+        import pyarrow as pa
+
+        if name not in self._columns:
+            column = self.table.column(name)
+            try:
+                column.validate(full=True)  # offsets beyond the file would read anything
+            except pa.ArrowException as error:
+                raise ValueError(f"{self.where} is damaged in {name!r}: {error}") from error
+            self._columns[name] = (column, [0, *accumulate(len(chunk) for chunk in column.chunks)])
+        return self._columns[name][0]
+
+    def chunk(self, name: str, row: int) -> tuple[Any, int]:
+        column, starts = self._columns[name]
+        index = bisect.bisect_right(starts, row) - 1
+        return column.chunk(index), row - starts[index]
+
+
+class _ParquetPart(_Part):
+    """A Parquet file. Rows are read by groups, of which the last few are kept."""
+
+    def __init__(self, file: Path, where: str) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            self.parquet = parquet.ParquetFile(file)
+            super().__init__(file, where, self.parquet.schema_arrow, self.parquet.metadata.num_rows)
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise ValueError(f"{where}: {file} is truncated or no Parquet: {error}") from error
+        metadata = self.parquet.metadata
+        counts = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        self._starts = [0, *accumulate(counts)]
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def column(self, name: str) -> Any:
+        return self._read(lambda: self.parquet.read([name]))
+
+    def check_images(self, name: str) -> None:
+        # Reading all images to look for absent ones would take as long as decoding them: open() tells.
+        return
+
+    def chunk(self, name: str, row: int) -> tuple[Any, int]:
+        group = bisect.bisect_right(self._starts, row) - 1
+        with self._lock:
+            if group not in self._groups:
+                column = self._read(lambda: self.parquet.read_row_group(group, [name]))
+                self._groups[group] = column.combine_chunks()
+                if len(self._groups) > GROUPS_KEPT:
+                    self._groups.popitem(last=False)
+            return self._groups[group], row - self._starts[group]
+
+    def _read(self, read: Callable[[], Any]) -> Any:
+        import pyarrow as pa
+
+        try:
+            return read().column(0)
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise ValueError(f"{self.where} is damaged: {error}") from error
+
+
+def _features(schema: Any, file: Path, where: str) -> dict[str, Any]:
+    """Hugging Face's types of the columns: of the schema, else of the folder's dataset_info.json."""
+    told = (schema.metadata or {}).get(b"huggingface")
+    beside = file.with_name("dataset_info.json")
+    try:
+        if told is not None:
+            features = json.loads(told)["info"]["features"]
+        elif beside.is_file():
+            features = json.loads(beside.read_bytes())["features"]
+        else:
+            return {}
+        known = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+        if not all(isinstance(feature.get("names") or [], list) for feature in known.values()):
+            raise ValueError("class names that are no list")
+        return known
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where}: its features cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _is_struct(kind: Any) -> bool:
+    """Whether a column holds {bytes, path}, as an Image column does."""
+    from pyarrow import types
+
+    return bool(types.is_struct(kind)) and {field.name for field in kind} >= {"bytes", "path"}
+
+
+def _columns(features: dict[str, Any], schema: Any, where: str) -> tuple[str, str]:
+    """The names of the image column and of the label column."""
+    from pyarrow import types
+
+    def of(kind: str) -> list[str]:
+        return [name for name in schema.names if features.get(name, {}).get("_type") == kind]
+
+    held = f"its columns are {some([f'{field.name} ({field.type})' for field in schema], 20)}"
+    images = of("Image") or [name for name in schema.names if _is_struct(schema.field(name).type)]
+    images = [name for name in images if _is_image(schema.field(name).type)]
+    if len(images) != 1:
+        raise ValueError(
+            f"{where} has {len(images)} columns of images, expected one; {held}; "
+            "keep one with select_columns and save it again"
+        )
+    labels = of("ClassLabel") or [name for name in LABELS if name in schema.names]
+    if len(labels) > 1:
+        labels = [name for name in LABELS if name in labels][:1] or labels
+    labels = [name for name in labels if types.is_integer(schema.field(name).type)]
+    if len(labels) != 1:
+        raise ValueError(
+            f"{where} has {len(labels)} columns of labels, expected one ClassLabel, or one named "
+            f"{', '.join(LABELS)}; {held}; see class_encode_column and select_columns of datasets"
+        )
+    return images[0], labels[0]
+
+
+def _is_image(kind: Any) -> bool:
+    from pyarrow import types
+
+    return _is_struct(kind) or bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _saved_split(path: Path, where: str) -> Path:
+    """The folder of the one split of a DatasetDict, or the folder of a Dataset itself."""
+    if (path / "state.json").is_file():
+        return path
+    splits = _json(path / "dataset_dict.json", where).get("splits")
+    if not isinstance(splits, list) or any(str(name) != Path(str(name)).name for name in splits):
+        raise ValueError(f"{where}: {path / 'dataset_dict.json'} does not list splits")
+    return path / _only(splits, path, where)
+
+
+def _saved_files(folder: Path, where: str) -> list[Path]:
+    state = _json(folder / "state.json", where)
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise ValueError(
+            f"{where}: {folder} is a selection by indices, as old versions of datasets saved; "
+            "load it and save it again"
+        )
+    entries = state.get("_data_files")
+    names = [str(entry.get("filename")) for entry in entries or () if isinstance(entry, dict)]
+    if not names or any(name != Path(name).name for name in names):
+        raise ValueError(f"{where}: {folder / 'state.json'} does not list the files of the data set")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{where}: {folder} lacks {some(missing)} of its {len(names)} files")
+    return [folder / name for name in names]
+
+
+def _json(file: Path, where: str) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {file} cannot be read: {error}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{where}: {file} holds a {type(held).__name__}, expected an object")
+    return held
+
+
+def _parquet(path: Path) -> dict[str, list[Path]]:
+    """The Parquet files of a folder or of its folder ``data`` by split; of ``folder/split``: that one."""
+    for folder in (path, path / "data"):
+        splits: dict[str, list[Path]] = {}
+        for file in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
+            part = _PART.fullmatch(file.stem)
+            splits.setdefault(part[1] if part else file.stem, []).append(file)
+        if splits:
+            return splits
+    if not path.exists() and path.parent.is_dir():
+        return {name: files for name, files in _parquet(path.parent).items() if name == path.name}
+    return {}
+
+
+def _parquet_split(path: Path, where: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    splits = _parquet(path)
+    if not splits:
+        raise ValueError(
+            f"{where}: {path} is neither a folder of save_to_disk (state.json, dataset_dict.json) nor of "
+            "Parquet files"
+        )
+    files = splits[_only(list(splits), path, where)]
+    if (part := _PART.fullmatch(files[0].stem)) and int(part[2]) != len(files):
+        raise ValueError(f"{where}: {path} has {len(files)} of {int(part[2])} files of {part[1]!r}")
+    return files
+
+
+def _only(splits: Sequence[str], path: Path, where: str) -> str:
+    if len(splits) != 1:
+        raise ValueError(f"{where}: {path} has the splits {some(splits, 20)}; put one behind it: {path}/test")
+    return splits[0]

@@ -1,0 +1,363 @@
+"""CIFAR-10, CIFAR-100, CIFAR-10.1, CIFAR-10.2 and STL-10 in the files that their authors publish."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rft_fast import cache as caches
+
+from . import pickles
+from .source import Source, some
+
+Array = np.ndarray[Any, Any]
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+CIFAR100 = tuple(
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+    can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+    lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+    pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+    worm""".split()
+)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One way that a set is published.
+
+    test, train: patterns of the files that hold images: one for test, ``parts`` for train. read: a file's
+    images, uint8 [n, h, w, 3], and labels, integers [n]. names: where no file beside tells. meta: the file
+    that does, and its key where it is a pickle. generic: the folder's published name, where the files' names
+    say too little; in another folder the meta file has to be there too.
+    """
+
+    title: str
+    test: str
+    train: str
+    read: Callable[[Path], tuple[Array, Array]]
+    names: tuple[str, ...]
+    meta: tuple[str, str | None] | None = None
+    generic: str | None = None
+    parts: int = 1
+
+    def files(self, folder: Path, split: str) -> list[Path]:
+        """Those of a split that are there."""
+        pattern = self.test if split == "test" else self.train
+        if self.generic and self.meta and folder.name != self.generic:
+            if not (folder / self.meta[0]).is_file():
+                return []
+        found = sorted(name for name in _listed(folder) if re.fullmatch(pattern, name))
+        return [folder / name for name in found if (folder / name).is_file()]
+
+
+def matches(path: Path) -> bool:
+    """Whether a path is such a folder, one of its files, or such a folder with /test or /train behind."""
+    return bool(_found(path))
+
+
+def source(path: Path, where: str) -> Source:
+    """The images of such a set: its test split, or what the path names.
+
+    path: a folder; a folder followed by ``/test`` or ``/train``; or one file of images. Labels are rows of
+    the class names that lie beside, else of the published ones; CIFAR-100's are the fine ones. Pickles are
+    read without being run (:mod:`rft_fast.datasets.pickles`).
+
+    Raises ValueError, naming the file, for anything missing, damaged or of another size than it says.
+    """
+    found = _found(path)
+    names = [file.name for _, paths in found for file in paths]
+    if len(found) != 1:
+        listed = f"holds {some(names)}; give the path of one of them" if names else "holds none"
+        raise ValueError(f"{where}: expected one set of CIFAR or STL-10 images, {path} {listed}")
+    ((layout, paths),) = found
+    parts = layout.parts if path.name == "train" and not path.exists() else 1
+    if len(paths) != parts:
+        raise ValueError(
+            f"{where}: expected {parts} of the files of {layout.title}, {path} stands for {some(names)}; "
+            "complete them, or give the path of one"
+        )
+    images: list[Array] = []
+    labels: list[Array] = []
+    files: list[caches.File] = []
+    for file in paths:
+        try:
+            pixels, numbers = layout.read(file)
+            _check(pixels, numbers, len(layout.names))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {file} is not a file of {layout.title}: {error}") from error
+        size, time = file.stat().st_size, file.stat().st_mtime_ns
+        files += [caches.File(f"{file.name}/{index}", size, time) for index in range(len(pixels))]
+        images.extend(pixels)
+        labels.append(numbers.astype(np.int64))
+    return Source(
+        kind="cifar",
+        path=path,
+        files=files,
+        labels=torch.from_numpy(np.concatenate(labels)),
+        class_names=_class_names(layout, paths[0].parent, where),
+        open=lambda index: Image.fromarray(np.ascontiguousarray(images[index])),
+        notes=(f"{layout.title}: {', '.join(file.name for file in paths)}",),
+    )
+
+
+def _found(path: Path) -> list[tuple[_Layout, list[Path]]]:
+    """The layouts that are at a path, and the files of images that it names."""
+    found = []
+    for layout in _LAYOUTS:
+        if path.is_dir():
+            files = layout.files(path, "test")
+        else:
+            files = [file for split in ("test", "train") for file in layout.files(path.parent, split)]
+            files = [file for file in files if file.name == path.name]
+            if not files and path.name in ("test", "train") and not path.exists():
+                files = layout.files(path.parent, path.name)
+        if files:
+            found.append((layout, files))
+    return found
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _check(pixels: Array, labels: Array, classes: int) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] not in ((32, 32, 3), (96, 96, 3)):
+        raise ValueError(f"images are {pixels.dtype} {list(pixels.shape)}, expected uint8 [n, 32, 32, 3]")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(pixels),) or not len(labels):
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)} for {len(pixels)} images")
+    if wrong := sorted({int(label) for label in labels[(labels < 0) | (labels >= classes)]}):
+        raise ValueError(f"labels {some(wrong)} are not among its {classes} classes")
+
+
+def _class_names(layout: _Layout, folder: Path, where: str) -> tuple[str, ...]:
+    if layout.meta is None or not (folder / layout.meta[0]).is_file():
+        return layout.names
+    file, key = folder / layout.meta[0], layout.meta[1]
+    try:
+        if key is None:
+            names = file.read_text("utf-8").split()
+        else:
+            names = [_text(name) for name in _list(_entries(pickles.read(file.read_bytes()))[key])]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {file} does not tell class names: {error}") from error
+    if len(names) != len(layout.names):
+        raise ValueError(f"{where}: {file} has {len(names)} class names, {layout.title} {len(layout.names)}")
+    return tuple(names)
+
+
+def _pickled(key: str) -> Callable[[Path], tuple[Array, Array]]:
+    """Reads the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
+
+    def read(file: Path) -> tuple[Array, Array]:
+        batch = _entries(pickles.read(file.read_bytes()))
+        if missing := [name for name in ("data", key) if name not in batch]:
+            raise ValueError(f"it has no {' or '.join(missing)}, but {some(list(batch))}")
+        if not isinstance(batch["data"], pickles.Array):
+            raise ValueError(f"its data is {type(batch['data']).__name__}, expected an array")
+        data = batch["data"].numpy()
+        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+            raise ValueError(f"data is {data.dtype} {list(data.shape)}, expected uint8 [n, 3072]")
+        return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), _integers(batch[key])
+
+    return read
+
+
+def _records(head: int) -> Callable[[Path], tuple[Array, Array]]:
+    """Reads the binary version: for each image ``head`` bytes of labels, of which the last counts, and 3,072
+    of pixels, by planes."""
+
+    def read(file: Path) -> tuple[Array, Array]:
+        records = _mapped(file, head + 3072)
+        return records[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(records[:, head - 1])
+
+    return read
+
+
+def _stl10(file: Path) -> tuple[Array, Array]:
+    """Reads STL-10: planes of 96 x 96, column by column; labels from 1 in another file."""
+    pixels = _mapped(file, 3 * 96 * 96).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+    labels = _beside(file, file.name.replace("_X", "_y"))
+    numbers = np.frombuffer(labels.read_bytes(), np.uint8).astype(np.int64)
+    if numbers.size and not (numbers.min() >= 1 and numbers.max() <= len(STL10)):
+        raise ValueError(
+            f"{labels.name} has labels from {numbers.min()} to {numbers.max()}, expected 1 to 10"
+        )
+    return pixels, numbers - 1
+
+
+def _cifar101(file: Path) -> tuple[Array, Array]:
+    """Reads CIFAR-10.1: two ``.npy`` files."""
+    labels = _beside(file, file.name.replace("_data", "_labels"))
+    return _npy(file), _npy(labels)
+
+
+def _cifar102(file: Path) -> tuple[Array, Array]:
+    """Reads CIFAR-10.2: an ``.npz``, or as it was first published a dict in an ``.npy``."""
+    if file.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _member(archive, "images"), _member(archive, "labels")
+        except Exception as error:  # a damaged archive surfaces as almost any exception
+            raise ValueError(f"no archive with images and labels: {error}") from error
+    with file.open("rb") as stream:
+        shape, _, dtype = _header(stream)
+        if shape != () or not dtype.hasobject:
+            raise ValueError(f"it holds {dtype} {list(shape)}, expected a dict of images and labels")
+        held = pickles.read(stream.read())
+    if not isinstance(held, pickles.Array) or not isinstance(held.raw, list) or len(held.raw) != 1:
+        raise ValueError("it does not hold one dict of images and labels")
+    entries = _entries(held.raw[0])
+    if not isinstance(entries.get("images"), pickles.Array) or "labels" not in entries:
+        raise ValueError(f"it holds no images and labels, but {some(list(entries))}")
+    return entries["images"].numpy(), _integers(entries["labels"])
+
+
+def _mapped(file: Path, record: int) -> Array:
+    size = file.stat().st_size
+    if size == 0 or size % record:
+        raise ValueError(f"it has {size} bytes, which are not whole images of {record} bytes; fetch it again")
+    return np.asarray(np.memmap(file, np.uint8, "r")).reshape(-1, record)
+
+
+def _npy(file: Path) -> Array:
+    with file.open("rb") as stream:
+        shape, fortran, dtype = _header(stream)
+        _sized(file.name, shape, dtype, file.stat().st_size - stream.tell())
+        return np.asarray(np.memmap(file, dtype, "r", stream.tell(), shape, "F" if fortran else "C"))
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> Array:
+    with archive.open(f"{name}.npy") as stream:
+        shape, fortran, dtype = _header(stream)
+        size = _sized(name, shape, dtype, archive.getinfo(f"{name}.npy").file_size - stream.tell())
+        data = stream.read(size)
+        _sized(name, shape, dtype, len(data))
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        return readers[np.lib.format.read_magic(stream)](stream)
+    except Exception as error:  # numpy lets almost anything through on damaged headers
+        raise ValueError(f"the head of an array cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -> int:
+    """The bytes that an array takes: positive, and those that are there."""
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds objects, expected numbers")
+    size = math.prod(shape) * dtype.itemsize
+    if size != held or size == 0:
+        raise ValueError(f"{name}: {dtype} {list(shape)} takes {size} bytes, it has {held}; fetch it again")
+    return size
+
+
+def _beside(file: Path, name: str) -> Path:
+    other = file.with_name(name)
+    if not other.is_file():
+        raise ValueError(f"its labels, {name}, do not lie beside it")
+    return other
+
+
+def _entries(value: object) -> dict[str, Any]:
+    """A dict by text keys, whichever Python wrote it."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, expected a dict")
+    return {_text(key): entry for key, entry in value.items()}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    if not isinstance(value, str):
+        raise ValueError(f"it holds a {type(value).__name__} where a text was expected")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"it holds a {type(value).__name__}, expected a list")
+    return value
+
+
+def _integers(value: object) -> Array:
+    if isinstance(value, pickles.Array):
+        return value.numpy()
+    if not all(type(entry) is int and abs(entry) < 2**31 for entry in _list(value)):
+        raise ValueError("its labels are not all numbers of classes")
+    return np.array(value, np.int64)
+
+
+_LAYOUTS = (
+    _Layout(
+        "CIFAR-10",
+        test=r"test_batch",
+        train=r"data_batch_\d+",
+        read=_pickled("labels"),
+        names=CIFAR10,
+        meta=("batches.meta", "label_names"),
+        parts=5,
+    ),
+    _Layout(
+        "CIFAR-10 (binary)",
+        test=r"test_batch\.bin",
+        train=r"data_batch_\d+\.bin",
+        read=_records(1),
+        names=CIFAR10,
+        meta=("batches.meta.txt", None),
+        parts=5,
+    ),
+    _Layout(
+        "CIFAR-100",
+        test=r"test",
+        train=r"train",
+        read=_pickled("fine_labels"),
+        names=CIFAR100,
+        meta=("meta", "fine_label_names"),
+        generic="cifar-100-python",
+    ),
+    _Layout(
+        "CIFAR-100 (binary)",
+        test=r"test\.bin",
+        train=r"train\.bin",
+        read=_records(2),
+        names=CIFAR100,
+        meta=("fine_label_names.txt", None),
+        generic="cifar-100-binary",
+    ),
+    _Layout("CIFAR-10.1", test=r"cifar10\.1_v\d+_data\.npy", train="", read=_cifar101, names=CIFAR10),
+    _Layout(
+        "CIFAR-10.2",
+        test=r"cifar102_test\.np[yz]",
+        train=r"cifar102_train\.np[yz]",
+        read=_cifar102,
+        names=CIFAR10,
+    ),
+    _Layout(
+        "STL-10",
+        test=r"test_X\.bin",
+        train=r"train_X\.bin",
+        read=_stl10,
+        names=STL10,
+        meta=("class_names.txt", None),
+    ),
+)

@@ -1,0 +1,211 @@
+"""From stored images to the bytes that open_clip's evaluation transform makes of them, with all threads."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import open_clip
+import PIL
+import torchvision
+from PIL import Image, ImageFile, features
+from torch import Tensor
+from torchvision.transforms import ToTensor
+
+from rft_fast import cache as caches
+from rft_fast.architectures import Preprocess
+
+from .source import FOLDERS, Source, some
+
+# Images that may be decoded ahead of the one that is written: the disk's pauses do not stop decoding, and
+# a slow disk does not fill the memory.
+AHEAD = 512
+
+# Modes that become RGB bytes as ImageFolder makes them. Of the others, such as 16-bit grey or floats, only
+# a part of the range would be left, and most images would be white.
+MODES = frozenset(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+
+Progress = Callable[[int, int], object]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def cached(source: Source, preprocess: Preprocess) -> caches.Source:
+    """What the decoded images of a source come from, for the cache."""
+    transform: dict[str, object] = {
+        "resize_mode": preprocess.resize_mode,
+        "interpolation": preprocess.interpolation,
+        "fill_color": preprocess.fill_color,
+    }
+    if source.kind not in FOLDERS:  # these are one and the same to the decoder
+        transform["kind"] = source.kind
+    if source.trim:
+        transform["trim"] = source.trim
+    versions = {
+        "Pillow": PIL.__version__,
+        "libjpeg": features.version("libjpeg_turbo") or features.version("jpg") or "none",
+        "torchvision": torchvision.__version__.partition("+")[0],  # the same for any CUDA
+        "open_clip": open_clip.__version__,
+    }
+    return caches.Source(source.path.resolve(), source.files, preprocess.size, transform, versions)
+
+
+def read(
+    source: Source,
+    chosen: list[int],
+    preprocess: Preprocess,
+    cache: Path | None,
+    progress: Progress | None,
+    skip_unreadable: bool,
+    where: str,
+) -> tuple[Tensor, list[int]]:
+    """The chosen images, uint8 [readable, 3, h, w], and the positions in ``chosen`` of those."""
+    transform = pixel_transform(preprocess)
+    unreadable: dict[int, str] = {}
+
+    def counted(results: Iterable[_Result], done: int) -> Iterator[_Result]:
+        for count, result in enumerate(results, start=done + 1):
+            yield result
+            if progress is not None:
+                progress(count, len(chosen))
+
+    def each(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+        return counted(ahead(pool, work, items), 0)
+
+    with (
+        threads() as pool,
+        whole_images_only(),
+        caches.Images(cached(source, preprocess), chosen, cache, each) as images,
+    ):
+        while todo := [position for position in images.missing() if position not in unreadable]:
+            indices = [chosen[position] for position in todo]
+            results = ahead(pool, partial(decode, source, transform), indices)
+            for position, result in zip(todo, counted(results, len(chosen) - len(todo)), strict=True):
+                if isinstance(result, str):
+                    unreadable[position] = result
+                else:
+                    images.put(position, result)
+        if unreadable:
+            failures = f"{len(unreadable)} of {len(chosen)} images cannot be read: "
+            failures += some(list(unreadable.values()))
+            if not skip_unreadable or len(unreadable) == len(chosen):
+                raise ValueError(f"{where}: {failures}; replace or remove them")
+            warnings.warn(f"{where}: {failures}; they are left out", stacklevel=3)
+        pixels = images.take()
+    readable = [position for position in range(len(chosen)) if position not in unreadable]
+    for new, old in enumerate(readable):  # closed up in place, as two of a large set may not fit
+        if new != old:
+            pixels[new] = pixels[old]
+    return pixels[: len(readable)], readable
+
+
+def decode(
+    source: Source, transform: Callable[[Image.Image], Image.Image], index: int
+) -> caches.Pixels | str:
+    """A decoded image, uint8 [3, h, w], or why there is none."""
+    try:
+        with source.open(index) as image:
+            if image.mode not in MODES:
+                return f"{source.place(index)} ({loss(image.mode)})"
+            pixels = np.asarray(transform(_trimmed(image, source.trim).convert("RGB")))
+    except Exception as error:  # Pillow raises almost anything on damaged images
+        return f"{source.place(index)} ({error})"
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def examine(source: Source, index: int) -> tuple[str, tuple[int, int]] | str:
+    """Mode and (width, height) of a stored image that can be decoded whole, or why it cannot."""
+    try:
+        with source.open(index) as image:
+            image.load()
+            _trimmed(image, source.trim)
+            return image.mode, image.size
+    except Exception as error:  # as above
+        return f"{source.place(index)} ({error})"
+
+
+def loss(mode: str) -> str:
+    """Why images of a mode are refused."""
+    return f"of mode {mode}, which RGB bytes cannot hold: convert it to 8 bits by the scale that is meant"
+
+
+def _trimmed(image: Image.Image, border: int) -> Image.Image:
+    if not border:
+        return image
+    width, height = image.size
+    if min(width, height) <= 2 * border:
+        raise ValueError(f"{width} x {height} pixels, nothing is left without a border of {border}")
+    return image.crop((border, border, width - border, height - border))
+
+
+@contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    # Pillow decodes and resizes outside of Python's lock, so threads share the work well.
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what is queued
+
+
+@contextmanager
+def whole_images_only() -> Iterator[None]:
+    """Truncated images are errors, whatever another library has told Pillow to make of them."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], most: int = AHEAD
+) -> Iterator[_Result]:
+    """``pool.map``, but with at most ``most`` results that wait to be taken."""
+    queue: deque[Future[_Result]] = deque()
+    for item in items:
+        queue.append(pool.submit(work, item))
+        if len(queue) >= most:
+            yield queue.popleft().result()
+    while queue:
+        yield queue.popleft().result()
+
+
+def pixel_transform(preprocess: Preprocess) -> Callable[[Image.Image], Image.Image]:
+    """open_clip's evaluation transform up to the point where pixels are still bytes.
+
+    Resize, crop or pad. What follows there is ``/ 255`` and the normalisation, which the evaluator
+    does on the device. Takes and returns RGB images.
+    """
+    whole = open_clip.image_transform(
+        preprocess.size,
+        is_train=False,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        resize_mode=preprocess.resize_mode,
+        interpolation=preprocess.interpolation,
+        fill_color=preprocess.fill_color,
+    )
+    steps = whole.transforms
+    cut = next((i for i, step in enumerate(steps) if isinstance(step, ToTensor)), None)
+    if cut is None or cut != len(steps) - 2:
+        raise RuntimeError(
+            f"datasets: open_clip {open_clip.__version__} builds its image transform in another "
+            f"way than expected ({whole}); please report this"
+        )
+
+    def apply(image: Image.Image) -> Image.Image:
+        for step in steps[:cut]:
+            image = step(image)
+        return image
+
+    return apply

@@ -1,0 +1,256 @@
+"""What a data set on disk is, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+
+from . import decoding, folders, imagenet, kinds
+from .labels import LabelMap, Rows, assign, read_map
+from .source import FOLDERS, Source, some
+
+_TREES = (*FOLDERS, "objectnet")
+SHOWN = 20  # names in a line about what is wrong
+
+# Images in each class, where it is the same for all.
+_EACH = {"ImageNet": 50, "ImageNetV2": 10}
+_PUBLISHED = {
+    "ImageNet": (50_000,),
+    "ImageNet, training images": (1_281_167,),
+    "ImageNetV2": (10_000,),
+    "ImageNet-Sketch": (50_889,),
+    "ImageNet-R": (30_000,),
+    "ImageNet-A": (7_500,),
+    "ObjectNet": (imagenet.OBJECTNET_IMAGES,),
+    # test, and training
+    "CIFAR-10": (10_000, 50_000),
+    "CIFAR-10.1": (2_000, 2_021),
+    "CIFAR-10.2": (2_000, 10_000),
+    "CIFAR-100": (10_000, 50_000),
+    "STL-10": (8_000, 5_000),
+}
+_COPY = re.compile(r"[\s_-]*(\(\d+\)|copy(\s*\d+)?|\d*~)$", re.IGNORECASE)
+
+
+@dataclass
+class Report:
+    """facts: lines to read. problems: what would make scores wrong, or stop a sweep."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        end = f"{len(self.problems)} problems:" if len(self.problems) > 1 else "1 problem:"
+        return "\n".join(
+            [*self.facts, *([end, *(f"- {p}" for p in self.problems)] if self.problems else ["sound"])]
+        )
+
+
+def examine(
+    path: Path,
+    kind: str | None = None,
+    rows: Rows | None = None,
+    label_map: LabelMap | Path | None = None,
+    quick: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> Report:
+    """Everything about a data set that can be told without a model.
+
+    kind, rows, label_map: as :func:`rft_fast.datasets.load` has them; for ImageNet and its relatives ``rows``
+    are ImageNet's by default. quick: nothing is decoded. progress: called with (images decoded, in all).
+
+    Raises ValueError for what cannot be listed at all: no data set, or one of several; and for a file that is
+    no label map.
+    """
+    report = Report()
+    if label_map is not None and not isinstance(label_map, Mapping):
+        label_map = read_map(label_map)
+    kind = kinds.detect(path) if kind is None else kind
+    if kind in _TREES:
+        listing = folders.look(path, kind)
+        source = listing.source
+        report.problems += listing.problems
+    else:
+        source = kinds.open_source(path.name, path, kind)
+    title = _title(source)
+    report.facts.append(f"{source.path}: {title or 'a data set'}, kind {source.kind}")
+    report.facts += source.notes
+    _count(report, source, title)
+    if source.kind in _TREES:
+        _look_for_copies(report, source)
+    _scored(report, source, rows or _default_rows(source), label_map)
+    if not quick:
+        _decode(report, source, progress)
+    return report
+
+
+def _title(source: Source) -> str:
+    """Which published set it is, as far as its classes and files tell; else empty."""
+    if source.kind == "objectnet":
+        return "ObjectNet"
+    if source.kind == "imagenet-v2":
+        return "ImageNetV2"
+    if source.kind == "cifar":
+        return source.notes[0].partition(":")[0].partition(" (")[0]
+    wnids = [name for name in source.class_names if imagenet.WNID.fullmatch(name)]
+    title = imagenet.title(wnids) or imagenet.almost(wnids)[0]
+    if title != "ImageNet-1k":
+        return title
+    counts = {
+        "ImageNet-Sketch": sum("sketch" in Path(file.name).name.lower() for file in source.files),
+        "ImageNet": sum("_val_" in file.name for file in source.files),
+    }
+    named = max(counts, key=counts.__getitem__)
+    if 2 * counts[named] > len(source.files):
+        return named
+    if len(source.files) > 500_000:
+        return "ImageNet, training images"
+    return min(
+        ("ImageNet", "ImageNet-Sketch", "ImageNetV2"), key=lambda t: abs(_PUBLISHED[t][0] - len(source.files))
+    )
+
+
+def _count(report: Report, source: Source, title: str) -> None:
+    names = source.class_names or [str(label) for label in sorted(set(source.labels.tolist()))]
+    counter = Counter(source.labels.tolist())
+    place = range(len(names)) if source.class_names else sorted(counter)
+    counts = {name: counter[label] for name, label in zip(names, place, strict=True)}
+    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    spread = f"{counts[least]:,} ({least}) to {counts[most]:,} ({most}) images"
+    each = f"{counts[least]:,} images each" if counts[least] == counts[most] else spread
+    report.facts.append(f"{_images(len(source.files))}, {len(counts):,} classes of {each}")
+    if title in _PUBLISHED:
+        published = " or ".join(f"{count:,}" for count in _PUBLISHED[title])
+        if len(source.files) not in _PUBLISHED[title]:
+            report.problems.append(f"{title} has {published} images, here are {len(source.files):,}")
+        else:
+            report.facts.append(f"{title} has {published} images: so it has here")
+    if title in _EACH and (wrong := [f"{n} ({c:,})" for n, c in counts.items() if c != _EACH[title]]):
+        report.problems.append(
+            f"{len(wrong)} classes have not the {_EACH[title]} images of {title}: {some(wrong, SHOWN)}"
+        )
+    wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
+    if len(wnids) < len(names) and (lost := imagenet.almost(wnids)[1]):  # else told of the rows
+        report.problems.append(f"{len(lost)} of the classes of {title} are missing: {some(lost, SHOWN)}")
+    if source.kind not in _TREES:  # of those it is known already
+        if empty := [name for name, count in counts.items() if not count]:
+            report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")
+    if source.kind == "objectnet" and len(names) != imagenet.OBJECTNET_FOLDERS:
+        report.problems.append(
+            f"ObjectNet has {imagenet.OBJECTNET_FOLDERS} class folders, here are {len(names)}"
+        )
+
+
+def _look_for_copies(report: Report, source: Source) -> None:
+    """Class folders that are copies of others, by their names or their files."""
+    alike: dict[str, list[str]] = {}
+    for name in source.class_names:
+        alike.setdefault(_COPY.sub("", name).casefold(), []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            report.problems.append(f"class folders that seem to be one, twice: {some(group, SHOWN)}")
+    contents: dict[str, list[tuple[str, int]]] = {name: [] for name in source.class_names}
+    first: dict[str, str] = {}
+    nested = set()
+    for file in source.files:
+        parts = Path(file.name).parts
+        contents[parts[0]].append((parts[-1], file.size))
+        first.setdefault(parts[0], file.name)
+        if len(parts) > 2 and parts[1].casefold() == parts[0].casefold():
+            nested.add(parts[0])
+    if nested:
+        report.problems.append(
+            f"class folders that lie in folders of their own name: {some(sorted(nested), SHOWN)}"
+        )
+    listed: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for name, files in contents.items():
+        if len(files) > 1:
+            listed.setdefault(tuple(sorted(files)), []).append(name)
+    for group in listed.values():
+        for same in _same([(name, source.path / first[name]) for name in group]):
+            report.problems.append(f"classes with the same files: {some(same, SHOWN)}")
+
+
+def _same(firsts: Sequence[tuple[str, Path]]) -> list[list[str]]:
+    """Classes, of which each has a first file, by what that holds: those of which there are several."""
+    if len(firsts) < 2:
+        return []
+    found: dict[bytes, list[str]] = {}
+    for name, file in firsts:
+        with suppress(OSError):  # told when it is decoded
+            found.setdefault(blake2b(file.read_bytes()).digest(), []).append(name)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _default_rows(source: Source) -> Rows | None:
+    if source.kind in ("imagenet", "imagenet-v2", "objectnet") or imagenet.are_wnids(source.class_names):
+        return Rows(imagenet.CLASSES)
+    return None
+
+
+def _scored(report: Report, source: Source, rows: Rows | None, label_map: LabelMap | Path | None) -> None:
+    try:
+        found = assign(source, rows, label_map)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    classes = len(set(found.labels.tolist()))
+    rows_of = f"the head's {rows.count:,} rows" if rows is not None else "a head's rows, class i being row i"
+    if rows is None and (found.classes is not None or source.imagenet or label_map is not None):
+        rows_of = "a head's rows"
+    among = f"all of {rows_of}" if found.classes is None else f"{len(found.classes):,} of {rows_of}"
+    several = ""
+    if found.groups is not None:
+        right = Counter(found.groups.tolist())
+        several = f"; for {sum(n > 1 for n in right.values())} classes several rows are right"
+    report.facts.append(
+        f"scored: {_images(len(found.images))} of {classes:,} classes, among {among}{several}"
+    )
+    if source.kind == "objectnet" and label_map is None and len(found.images) != imagenet.OBJECTNET_SCORED:
+        report.problems.append(
+            f"ObjectNet has {imagenet.OBJECTNET_SCORED:,} images to score, here are {len(found.images):,}"
+        )
+
+
+def _decode(report: Report, source: Source, progress: Callable[[int, int], object] | None) -> None:
+    modes: Counter[str] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    unreadable: list[str] = []
+    lossy: dict[str, list[str]] = {}
+    for index, found in enumerate(_examined(source)):
+        if isinstance(found, str):
+            unreadable.append(found)
+        else:
+            mode, size = found
+            modes[mode] += 1
+            sizes[size] += 1
+            if mode not in decoding.MODES:
+                lossy.setdefault(mode, []).append(source.place(index))
+        if progress is not None:
+            progress(index + 1, len(source.files))
+    if sizes:
+        order = sorted(sizes, key=lambda size: size[0] * size[1])
+        smallest, largest = (f"{width} x {height}" for width, height in (order[0], order[-1]))
+        shape = f"all {smallest}" if len(sizes) == 1 else f"{smallest} to {largest}"
+        kinds_of = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
+        report.facts.append(f"modes: {kinds_of}; width x height: {shape}")
+    if unreadable:
+        report.problems.append(f"{_images(len(unreadable))} cannot be read: {some(unreadable, SHOWN)}")
+    for mode, places in lossy.items():
+        report.problems.append(f"{_images(len(places))} {decoding.loss(mode)}: {some(places, SHOWN)}")
+
+
+def _examined(source: Source) -> Iterator[tuple[str, tuple[int, int]] | str]:
+    indices: Sequence[int] = range(len(source.files))
+    with decoding.threads() as pool, decoding.whole_images_only():
+        yield from decoding.ahead(pool, partial(decoding.examine, source), indices)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"

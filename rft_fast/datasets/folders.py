@@ -1,0 +1,258 @@
+"""Folders of class folders: ImageNet and its relatives, ObjectNet, and all that ImageFolder reads."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from rft_fast import cache as caches
+
+from . import imagenet
+from .source import Source, some
+
+# What torchvision's ImageFolder takes for an image.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# Folders that hold parts of a data set, not classes. Only those to evaluate on are ever chosen.
+EVALUATION = ("val", "val_in_folder", "validation", "test")
+SPLITS = (*EVALUATION, "train", "training")
+MAPPINGS = "mappings"
+V2 = {str(number) for number in range(imagenet.CLASSES)}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the class folders are. kind: what they are; mappings: ObjectNet's; notes: how they were found."""
+
+    kind: str
+    path: Path
+    mappings: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A folder's images, and everything for which it would be refused, in words."""
+
+    source: Source
+    problems: list[str]
+
+
+def source(path: Path, where: str, kind: str | None = None) -> Source:
+    """The images of a folder, label i being its i-th class folder in order.
+
+    path: the folder of class folders, or one above it, where there is no doubt: of ``imagenet/train`` and
+        ``imagenet/val`` it is ``val``. Images lie in class folders at any depth. Names that are all numbers
+        sort as numbers (``10`` after ``9``) and must be consecutive. Hidden files, and notes beside the class
+        folders, are left alone.
+    kind: "folder" (as it is), "imagenet" (WordNet ids), "imagenet-v2" (0 to 999), "objectnet"; None: any.
+
+    Raises ValueError for anything that would silently score wrong.
+    """
+    try:
+        listing = look(path, kind)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if listing.problems:
+        more = f" (python -m rft_fast.datasets {path} tells more)" if len(listing.problems) > 1 else ""
+        raise ValueError(f"{where}: {listing.problems[0]}{more}")
+    return listing.source
+
+
+def look(path: Path, kind: str | None = None) -> Listing:
+    """As :func:`source`, but what is wrong with the classes and files is collected."""
+    place = find(path, kind)
+    root = place.path
+    entries = sorted(root.iterdir())
+    names = [entry for entry in _folders(root) if place.mappings is None or entry != MAPPINGS]
+    problems = []
+    if not names:
+        raise ValueError(f"{root} has no class folders")
+    if stray := [entry.name for entry in entries if is_image(entry)]:
+        problems.append(f"{root} has images outside of any class: {some(stray)}")
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+        problems += _gaps([int(name) for name in names], root)
+    files: list[caches.File] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    foreign: list[str] = []
+    for label, name in enumerate(names):
+        before, others = len(files), len(foreign)
+        for file in _files_below(root / name):
+            status = _status(file) if file.suffix.lower() in EXTENSIONS else None
+            if status is None:
+                foreign.append(str(file))
+            else:
+                files.append(caches.File(str(file.relative_to(root)), status.st_size, status.st_mtime_ns))
+        if before == len(files) and others == len(foreign):
+            empty.append(name)
+        labels += [label] * (len(files) - before)
+    if empty:
+        problems.append(f"{root} has empty class folders: {some(empty)}")
+    if foreign:
+        problems.append(f"files that are no images: {some(foreign)}; move them elsewhere")
+    scored = None
+    if place.mappings is not None:
+        known, scored = imagenet.objectnet(place.mappings)
+        if strange := [name for name in names if name not in known]:
+            problems.append(f"{root} has folders that its mappings do not know: {some(strange)}")
+        if lost := sorted(scored.keys() - set(names)):
+            problems.append(f"{root} lacks {len(lost)} of the {len(scored)} scored classes: {some(lost)}")
+    problems += _unfit(place.kind, root, names)
+    found = Source(
+        kind=place.kind,
+        path=root,
+        files=files,
+        labels=torch.tensor(labels, dtype=torch.int64),
+        class_names=tuple(names),
+        open=partial(_open, root, files),
+        notes=(*place.notes, *_about(names)),
+        trim=2 if place.kind == "objectnet" else 0,
+        imagenet=scored,
+    )
+    return Listing(found, problems)
+
+
+def find(path: Path, kind: str | None = None) -> Place:
+    """Where the class folders are and what they are. Raises ValueError where that is not clear."""
+    if not path.is_dir():
+        raise ValueError(f"{path} {'is no folder' if path.exists() else 'does not exist'}")
+    if kind == "folder":
+        return Place("folder", path)
+    place = _find(path)
+    if kind is None or place.kind == kind:
+        return place
+    if kind == "objectnet":
+        raise ValueError(
+            f"{path} is not ObjectNet as it ships: its folder {MAPPINGS} (with {imagenet.TO_IMAGENET} and "
+            f"others) must lie beside images, or in or beside the folder of its classes"
+        )
+    wanted = "WordNet ids such as n01440764" if kind == "imagenet" else "0 to 999"
+    raise ValueError(
+        f"{place.path} is no {kind}: its class folders are not {wanted}: {some(_folders(place.path))}"
+    )
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is there and named as an image."""
+    return file.suffix.lower() in EXTENSIONS and _status(file) is not None
+
+
+def _find(path: Path) -> Place:
+    mappings = next(
+        (folder for folder in (path / MAPPINGS, path.parent / MAPPINGS) if _is_mappings(folder)), None
+    )
+    if mappings is not None:
+        images = path / "images"
+        inner = mappings.parent == path and images.is_dir()
+        return Place("objectnet", images if inner else path, mappings)
+    names = _folders(path)
+    if names and (set(names) <= set(SPLITS) or ("train" in names and set(names) & set(EVALUATION))):
+        return _split(path, names)
+    if any(imagenet.WNID.fullmatch(name) for name in names):
+        return Place("imagenet", path)
+    if set(names) == V2:
+        return Place("imagenet-v2", path)
+    if sets := [name for name in names if _is_set(path / name)]:
+        if names != sets or len(sets) > 1:
+            raise ValueError(f"{path} holds data sets, not classes: {some(sets)}; name one of them")
+        return _inside(path, sets[0])
+    return Place("folder", path)
+
+
+def _split(path: Path, names: list[str]) -> Place:
+    """Of the parts of a data set the one to evaluate on, if there is no doubt which."""
+    fit = [name for name in names if name in EVALUATION and _folders(path / name)]
+    if len(fit) == 1:
+        return _inside(path, fit[0])
+    which = f"several to evaluate on: {some(fit)}" if fit else "none to evaluate on that has class folders"
+    raise ValueError(
+        f"{path} holds parts of a data set ({some(sorted(names))}), {which}; name the folder of class "
+        "folders that is meant (if these are classes, say kind folder)"
+    )
+
+
+def _inside(path: Path, name: str) -> Place:
+    place = _find(path / name)
+    return Place(
+        place.kind, place.path, place.mappings, (f"the images are those of {path / name}", *place.notes)
+    )
+
+
+def _is_set(path: Path) -> bool:
+    """Whether a folder is a data set by itself, whose classes are known by their names."""
+    if _is_mappings(path / MAPPINGS):
+        return True
+    names = []
+    with os.scandir(path) as entries:
+        for entry in entries:  # up to the first that a data set would not have
+            if not entry.name.startswith("."):
+                if not (imagenet.WNID.fullmatch(entry.name) or entry.name in V2) or not entry.is_dir():
+                    return False
+                names.append(entry.name)
+    return len(names) > 1 and (imagenet.are_wnids(names) or set(names) == V2)
+
+
+def _is_mappings(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (imagenet.FOLDER_NAMES, imagenet.TO_IMAGENET))
+
+
+def _unfit(kind: str, root: Path, names: list[str]) -> list[str]:
+    """What is wrong with the classes of a known kind."""
+    if kind != "imagenet":
+        return []
+    if other := [name for name in names if not imagenet.WNID.fullmatch(name)]:
+        return [
+            f"{root} has folders that are no WordNet ids, among {len(names) - len(other)} that are: "
+            f"{some(other)}"
+        ]
+    return []
+
+
+def _about(names: list[str]) -> list[str]:
+    if not imagenet.are_wnids(names):
+        return []
+    title = imagenet.title(names)
+    return [f"its {len(names)} classes are those of {title}"] if title else []
+
+
+def _gaps(numbers: list[int], folder: Path) -> list[str]:
+    if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return []
+    lost = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
+    what = f"{some(lost)} missing" if lost else "one number twice"
+    return [
+        f"numbered folders of {folder} run from {numbers[0]} to {numbers[-1]} with "
+        f"{what}, so labels would shift; complete or rename them"
+    ]
+
+
+def _open(root: Path, files: list[caches.File], index: int) -> Image.Image:
+    return Image.open(root / files[index].name)
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files_below(folder: Path) -> Iterable[Path]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _status(file: Path) -> os.stat_result | None:
+    """Of a regular file, else None."""
+    try:
+        status = file.stat()
+    except OSError:  # such as a link to nowhere
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None

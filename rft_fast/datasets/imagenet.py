@@ -1,0 +1,108 @@
+"""ImageNet's classes and those of its relatives: which there are, and how many images were published."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
+
+WNID = re.compile(r"n\d{8}", re.IGNORECASE)
+CLASSES = 1000
+OBJECTNET_IMAGES, OBJECTNET_SCORED, OBJECTNET_FOLDERS = 50_273, 18_574, 313
+
+# The files that ship with ObjectNet, in its folder ``mappings``.
+FOLDER_NAMES = "folder_to_objectnet_label.json"
+TO_IMAGENET = "objectnet_to_imagenet_1k.json"
+ROW_TO_LINE = "pytorch_to_imagenet_2012_id.json"
+LINES = "imagenet_to_label_2012_v2"
+
+
+@cache
+def synsets(variant: str = "") -> tuple[str, ...]:
+    """The WordNet ids of ImageNet-1k in the order of its heads; variant "a" or "r": the 200 of that set."""
+    name = f"imagenet_{variant}_synsets.txt" if variant else "imagenet_synsets.txt"
+    text = resources.files("timm") / "data" / "_info" / name
+    return tuple(text.read_text("utf-8").split())
+
+
+def are_wnids(names: Iterable[str]) -> bool:
+    """Whether all of some class names, and at least one, are WordNet ids."""
+    names = list(names)
+    return bool(names) and all(WNID.fullmatch(name) for name in names)
+
+
+def title(names: Iterable[str]) -> str:
+    """The published set that has exactly these WordNet ids; empty if none has."""
+    found = {name.lower() for name in names}
+    lists = {"ImageNet-A": synsets("a"), "ImageNet-R": synsets("r"), "ImageNet-1k": synsets()}
+    return next((name for name, ids in lists.items() if found == set(ids)), "")
+
+
+def almost(names: Iterable[str]) -> tuple[str, list[str]]:
+    """The published set of which these ids are the larger part but not all, and those missing.
+
+    ("", []) if there is none. Of ImageNet-1k the larger part is nine tenths, since parts of it are sets of
+    their own.
+    """
+    found = {name.lower() for name in names}
+    parts = (
+        ("ImageNet-A", synsets("a"), 0.5),
+        ("ImageNet-R", synsets("r"), 0.5),
+        ("ImageNet-1k", synsets(), 0.9),
+    )
+    for name, ids, share in parts:
+        if found < set(ids) and len(found) >= share * len(ids):
+            return name, [wnid for wnid in ids if wnid not in found]
+    return "", []
+
+
+def objectnet(folder: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """What ObjectNet's mappings say: each folder's class, and the rows of an ImageNet head right for it.
+
+    folder: ``mappings``. The second holds only folders that are scored. Raises ValueError, naming the file,
+    for what is missing or contradicts itself.
+    """
+    labels = _object(folder / FOLDER_NAMES, str)
+    to_imagenet = _object(folder / TO_IMAGENET, str)
+    line_of = {int(row): line for row, line in _object(folder / ROW_TO_LINE, int).items()}
+    file = folder / LINES
+    try:
+        lines = (file if file.is_file() else file.with_suffix(".txt")).read_text("utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if sorted(line_of.values()) != list(range(len(lines))):
+        raise ValueError(
+            f"{folder / ROW_TO_LINE} does not name each of the {len(lines)} lines of {file} once"
+        )
+    rows: dict[str, list[int]] = {}
+    for row, line in line_of.items():
+        rows.setdefault(lines[line].strip(), []).append(row)
+    folders = {label: name for name, label in labels.items()}
+    if len(folders) != len(labels):
+        raise ValueError(f"{folder / FOLDER_NAMES} gives one class to several folders")
+    scored = {}
+    for label, text in to_imagenet.items():
+        names = text.split("; ")
+        if label not in folders:
+            raise ValueError(f"{folder / TO_IMAGENET} names {label!r}, which {FOLDER_NAMES} does not")
+        if unclear := [name for name in names if len(rows.get(name, ())) != 1]:
+            raise ValueError(f"{folder / TO_IMAGENET} names {unclear[0]!r}, which is not one line of {LINES}")
+        scored[folders[label]] = tuple(rows[name][0] for name in names)
+    return labels, scored
+
+
+def _object(file: Path, of: type[_Value]) -> dict[str, _Value]:
+    """A JSON object whose values are all of one type."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; it ships with ObjectNet") from error
+    if not isinstance(found, dict) or not found or not all(type(value) is of for value in found.values()):
+        raise ValueError(f"{file} must hold a JSON object of {of.__name__} values")
+    return found

@@ -1,0 +1,71 @@
+"""The formats that data sets come in, and which of them lies at a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from . import arrays, arrow, cifar, folders, shards
+from .source import Source
+
+# Formats that know their files: before class folders, as some of them are folders, too.
+_FORMATS: dict[str, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
+
+KINDS: dict[str, Callable[[Path, str], Source]] = {
+    **{
+        kind: partial(folders.source, kind=kind)
+        for kind in ("folder", "imagenet", "imagenet-v2", "objectnet")
+    },
+    **{kind: module.source for kind, module in _FORMATS.items()},
+}
+
+
+def detect(path: str | PathLike[str]) -> str:
+    """The kind of what lies at a path, a key of :data:`KINDS`.
+
+    Raises ValueError where there is nothing of a known kind, or no telling which.
+    """
+    path = Path(path)
+    formats = [kind for kind, module in _FORMATS.items() if module.matches(path)]
+    if path.is_dir():
+        if not formats:
+            return folders.find(path).kind
+        if place := _known_folders(path):
+            formats.append(f"{place.kind} in {place.path}")
+    if len(formats) > 1 and formats != ["cifar", "npz"]:  # an .npz may be CIFAR's by its name
+        raise ValueError(
+            f"{path} may be read as {' or as '.join(formats)}; say which kind, or name one of them"
+        )
+    if formats:
+        return formats[0]
+    state = "is neither" if path.exists() else "does not exist"
+    raise ValueError(f"expected a folder of classes or a file of kind {', '.join(_FORMATS)}; {path} {state}")
+
+
+def _known_folders(path: Path) -> folders.Place | None:
+    """Class folders that are beside files of another format, such as the archive that they come from."""
+    try:
+        place = folders.find(path)
+    except ValueError:
+        return None
+    return None if place.kind == "folder" else place
+
+
+def open_source(name: str, path: str | PathLike[str], kind: str | None = None) -> Source:
+    """Lists the images of a data set; decodes nothing.
+
+    name: of the set, for messages. kind: a key of :data:`KINDS`, None: detected. Raises ValueError as the
+    kind's own reader does: for everything that would silently score wrong.
+    """
+    where = f"datasets: {name!r}"
+    if kind is None:
+        try:
+            kind = detect(path)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    elif kind not in KINDS:
+        raise ValueError(f"{where}: unknown kind {kind!r}; there are {', '.join(sorted(KINDS))}")
+    return KINDS[kind](Path(path), where)

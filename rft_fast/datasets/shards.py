@@ -1,0 +1,284 @@
+"""WebDataset: samples in ``.tar`` shards, read where they lie."""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+import re
+import tarfile
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from PIL import Image
+
+from rft_fast import cache as caches
+
+from .source import Source, some
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
+LABEL_FIELDS = ("label", "cls", "class_id", "target")
+NAMES = ("wnids.txt", "wnids", "classnames.txt")
+SPLITS = ("test", "train", "val", "validation")
+LARGEST_LABEL = 1 << 20  # bytes: what is larger is no label
+
+_ARCHIVE = re.compile(r".+\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zX": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22M\x18": "lz4",
+}
+
+
+class Member(NamedTuple):
+    """Where a file's bytes lie in a shard."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class _Shard(NamedTuple):
+    path: Path
+    size: int
+    time: int
+
+
+def matches(path: Path) -> bool:
+    """Whether a path is a tar archive, or a folder of them, or one whose ``test`` folder is."""
+    try:
+        return bool(_ARCHIVE.fullmatch(path.name)) if path.is_file() else bool(_archives(path))
+    except OSError:  # a folder that may not be listed
+        return False
+
+
+def source(path: Path, where: str) -> Source:
+    """The samples of a shard, or of all the shards of a folder in their names' order, numbers as numbers.
+
+    Files of one name up to its first dot are a sample, as WebDataset has it: one image, and its class as the
+    integer in ``.cls``, or in ``.json`` under ``label``, ``cls``, ``class_id`` or ``target``. Classes are
+    named by ``wnids.txt``, ``wnids`` or ``classnames.txt``, one a line, beside the shards or above a split's
+    folder; without such a file they are rows of the head. ``nshards.txt`` beside the shards is checked. Only
+    headers and labels are read here; images later, by their offsets. Nothing is ever extracted.
+
+    Raises ValueError, naming the shard and the sample, for compressed, truncated or joined archives, links
+    and sparse files in them, names twice, samples without exactly one image and a label, and labels beyond
+    the names.
+    """
+    archives = [path] if path.is_file() else _archives(path)
+    if not archives:
+        raise ValueError(
+            f"{where}: expected a .tar, a folder of them, or one with them in test/; {path} is none"
+        )
+    _counted(archives, path, where)
+    names = _class_names(archives[0].parent, where)
+    images: list[tuple[_Shard, Member]] = []
+    files: list[caches.File] = []
+    labels: list[int] = []
+    ignored: list[str] = []
+    for archive in archives:
+        samples, others = _samples(archive, f"{where}: {archive}")
+        ignored += others
+        with archive.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            shard = _Shard(archive, status.st_size, status.st_mtime_ns)
+            for key, sample in samples.items():
+                of = f"{where}: {archive}: sample {_shown(key)!r}"
+                image = _image(sample, of)
+                labels.append(_label(sample, stream, of))
+                images.append((shard, image))
+                # A member's own time is often a constant, so a changed shard is told by the shard's.
+                files.append(caches.File(f"{archive.name}/{_shown(image.name)}", image.size, shard.time))
+    if not files:
+        raise ValueError(f"{where}: {path} holds no samples")
+    if len({file.name for file in files}) != len(files):
+        raise ValueError(f"{where}: {path} has members whose names differ in unprintable characters alone")
+    least, most = min(labels), max(labels)
+    if least < 0 or (names and most >= len(names)):
+        among = f", its {len(names)} class names allow 0 to {len(names) - 1}" if names else ", below 0"
+        raise ValueError(f"{where}: {path} has labels from {least} to {most}{among}")
+    note = (f"left aside, being of no sample: {some(ignored)}",) if ignored else ()
+    return Source(
+        kind="webdataset",
+        path=path,
+        files=files,
+        labels=torch.tensor(labels),
+        class_names=names,
+        open=lambda index: Image.open(io.BytesIO(_read(*images[index]))),
+        notes=(f"{len(archives)} shards", *note),
+    )
+
+
+def _archives(folder: Path) -> list[Path]:
+    """The shards of a folder, else of its folder ``test``, else of its only folder that has any."""
+    for among in (folder, folder / "test"):
+        if found := _shards_in(among):
+            return found
+    if not folder.is_dir():
+        return []
+    splits = [found for entry in sorted(folder.iterdir()) if (found := _shards_in(entry))]
+    return splits[0] if len(splits) == 1 else []
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """None of a folder with other folders: archives beside class folders are where those came from."""
+    if not folder.is_dir():
+        return []
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if any(entry.is_dir() for entry in entries):
+        return []
+    found = [entry for entry in entries if _ARCHIVE.fullmatch(entry.name) and entry.is_file()]
+    return sorted(found, key=_in_order)
+
+
+def _in_order(path: Path) -> list[tuple[int, str]]:
+    """Numbers as numbers: 10.tar after 9.tar."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _counted(archives: list[Path], path: Path, where: str) -> None:
+    file = archives[0].parent / "nshards.txt"
+    if path.is_file() or not file.is_file():
+        return
+    text = file.read_text("utf-8", errors="replace").strip()
+    if text != str(len(archives)):
+        raise ValueError(
+            f"{where}: {file} tells of {text[:20]!r} shards, {len(archives)} are there; fetch the others, "
+            "or give one shard's path"
+        )
+
+
+def _class_names(folder: Path, where: str) -> tuple[str, ...]:
+    folders = (folder, folder.parent) if folder.name in SPLITS else (folder,)
+    for file in (among / name for name in NAMES for among in folders):
+        if file.is_file():
+            try:
+                names = file.read_text("utf-8").rstrip().split("\n")
+            except (OSError, UnicodeError) as error:
+                raise ValueError(f"{where}: {file} cannot be read: {error}") from error
+            names = [name.strip() for name in names]
+            if not all(names):
+                raise ValueError(f"{where}: {file} has empty lines, expected the name of a class on each")
+            return tuple(names)
+    return ()
+
+
+def _samples(archive: Path, where: str) -> tuple[dict[str, dict[str, Member]], list[str]]:
+    """A shard's files by sample and extension, and the names of those that are of no sample."""
+    samples: dict[str, dict[str, Member]] = {}
+    others = []
+    for member in _members(archive, where):
+        folder, _, name = member.name.rpartition("/")
+        stem, dot, extension = name.partition(".")
+        if not stem or not dot or re.fullmatch(r"__.*__", stem):  # hidden, or about the shard
+            others.append(_shown(member.name))
+            continue
+        sample, extension = samples.setdefault(f"{folder}/{stem}" if folder else stem, {}), extension.lower()
+        if extension in sample:
+            raise ValueError(
+                f"{where}: {_shown(member.name)!r} is there twice, or its name up to the first dot, by which "
+                "WebDataset tells samples apart, is another's too; rename it"
+            )
+        sample[extension] = member
+    return samples, others
+
+
+def _members(archive: Path, where: str) -> Iterator[Member]:
+    """The files of a tar archive; their contents are not read."""
+    try:
+        with archive.open("rb") as stream:
+            # A mapped file never gives more than it has, whatever a header says of sizes.
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise ValueError(f"{where} cannot be read: {error}") from error
+    with content:
+        if kind := next((kind for magic, kind in _COMPRESSED.items() if content[:4].startswith(magic)), None):
+            raise ValueError(f"{where} is compressed ({kind}), so images cannot be read singly; unpack it")
+        end = yield from _listed(content, where)
+        # tarfile takes damage for the end.
+        if len(content) - end < tarfile.BLOCKSIZE:
+            raise ValueError(
+                f"{where} is truncated: the blocks that end an archive are missing; fetch it again"
+            )
+        for start in range(end, len(content), 1 << 20):
+            if content[start : start + (1 << 20)].strip(b"\0"):
+                raise ValueError(f"{where} goes on behind its end at {end}: damaged, or two archives joined")
+
+
+def _listed(content: mmap.mmap, where: str) -> Generator[Member, None, int]:
+    """Yields the files, returns where the archive ends."""
+    tar = None
+    while True:
+        try:
+            tar = tar or tarfile.open(fileobj=content, mode="r:")
+            info = tar.next()
+        except Exception as error:  # tarfile lets almost anything through on damaged headers
+            raise ValueError(f"{where} is truncated or no tar archive: {error}; fetch it again") from error
+        if info is None:
+            return tar.offset
+        name = _shown(info.name)
+        if info.size < 0 or info.offset_data + info.size > len(content):
+            raise ValueError(
+                f"{where} is truncated in {name!r}, which takes {info.size} bytes; fetch it again"
+            )
+        if info.isdir():
+            continue
+        if not info.isreg() or info.issparse():
+            raise ValueError(f"{where}: {name!r} is a link, sparse or no file; store it as a file")
+        yield Member(info.name, info.offset_data, info.size)
+
+
+def _image(sample: Mapping[str, Member], where: str) -> Member:
+    found = [member for extension, member in sample.items() if extension.rpartition(".")[2] in IMAGES]
+    if len(found) != 1:
+        raise ValueError(f"{where} has {len(found)} images, expected one; it has {some(list(sample))}")
+    return found[0]
+
+
+def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
+    member = sample.get("cls") or sample.get("json")
+    if member is None:
+        raise ValueError(f"{where} has no label: neither .cls nor .json, but {some(list(sample))}")
+    if member.size > LARGEST_LABEL:
+        raise ValueError(f"{where}: {_shown(member.name)} of {member.size} bytes is no label")
+    stream.seek(member.offset)
+    data = stream.read(member.size)
+    if "cls" in sample:
+        text = data.decode("ascii", "replace").strip()
+        if not re.fullmatch(r"\d{1,9}", text):
+            raise ValueError(f"{where}: .cls holds {text[:40]!r}, expected the number of a class")
+        return int(text)
+    try:
+        entries = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: .json cannot be read: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{where}: .json holds a {type(entries).__name__}, expected an object with a label")
+    labels = {entries[field] for field in LABEL_FIELDS if type(entries.get(field)) is int}
+    if len(labels) != 1 or not 0 <= (label := labels.pop()) < 10**9:
+        raise ValueError(
+            f"{where}: .json must tell one class as a number under {', '.join(LABEL_FIELDS)}; "
+            f"it has {some([_shown(field) for field in entries], 10)}"
+        )
+    return int(label)
+
+
+def _read(shard: _Shard, member: Member) -> bytes:
+    # Opened anew each time, for any thread: there may be more shards than a process may have files open.
+    with shard.path.open("rb", buffering=0) as stream:
+        status = os.fstat(stream.fileno())
+        if (status.st_size, status.st_mtime_ns) != (shard.size, shard.time):
+            raise ValueError(f"{shard.path} has changed since it was listed")
+        stream.seek(member.offset)
+        return stream.read(member.size)
+
+
+def _shown(name: str) -> str:
+    """A name from an archive without what a terminal would act on."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,198 @@
+"""The files of fine-tuning: models with what made them in their headers, states to go on from, the zoo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rft_fast import __version__
+
+START = "zeroshot.safetensors"
+HEADER = "finetune"  # the entry of a file's header that tells, as JSON, how it was made
+WRITTEN = "# Written by python -m rft_fast.finetune, and again for every model; copy it before you change it."
+
+Configuration = dict[str, Any]
+
+
+# --- models -------------------------------------------------------------------------------------------
+
+
+def write_model(
+    file: Path, state: Mapping[str, Tensor], configuration: Configuration, dtype: torch.dtype
+) -> None:
+    """A classifier's state dict in the layout of model-soups: ``model.visual.*``, ``classification_head.*``.
+
+    Nothing of a text tower is kept: beside a head it has no effect. The header has the configuration, and
+    the versions that made the file.
+    """
+    stored = {
+        name if name.startswith("classification_head.") else f"model.{name}": _as(tensor, dtype)
+        for name, tensor in state.items()
+    }
+    # One entry: safetensors writes several in any order, and equal models are to be equal files.
+    header = {"configuration": configuration, "rft_fast": __version__, "torch": torch.__version__}
+    _replace(file, save(stored, metadata={HEADER: json.dumps(header)}))
+
+
+def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict as it is read back once it was stored in a type: its values, floats as float32."""
+    found = {name: _as(tensor, dtype) for name, tensor in state.items()}
+    found = {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+    if lost := [name for name, tensor in found.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"finetune: {lost[0]} of the zero-shot model is not finite in {dtype}")
+    return found
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def configuration_of(file: Path) -> Configuration | None:
+    """What a model's file was made with, None for a file of another origin."""
+    try:
+        with safe_open(file, "pt") as archive:
+            text = (archive.metadata() or {}).get(HEADER)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"finetune: {file} is not a whole safetensors file: {error}") from error
+    return None if text is None else json.loads(text)["configuration"]
+
+
+def differences(there: Configuration, asked: Configuration) -> str:
+    """How two configurations differ, in words; empty where they do not."""
+    a, b = dict(_flat(there)), dict(_flat(asked))
+    nothing = "nothing"
+    return "; ".join(
+        f"{key} {a.get(key, nothing)} there, {b.get(key, nothing)} now"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key, nothing) != b.get(key, nothing)
+    )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# --- states to go on from -----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class FileKeeper:
+    """A :class:`~rft_fast.finetune.training.Keeper` in one file, which is always a whole one."""
+
+    file: Path
+    configuration: Configuration
+    every: int | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        """Raises ValueError for a file that is damaged, or of another configuration: how it differs."""
+        if not self.file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+            there = json.loads(state.pop("configuration"))
+        except Exception as error:  # a damaged file surfaces as almost any exception
+            raise ValueError(
+                f"finetune: {self.file} cannot be read as a state to go on from: {error}; remove it to start "
+                "that model anew"
+            ) from error
+        if different := differences(there, self.configuration):
+            raise ValueError(
+                f"finetune: {self.file} is the state of another configuration ({different}); ask for that "
+                "one, remove the file, or choose another --out"
+            )
+        return state
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        with _temporary(self.file) as temporary:
+            torch.save({**state, "configuration": json.dumps(self.configuration)}, temporary)
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """A row per epoch as CSV."""
+    with _temporary(file) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_zoo(
+    folder: Path,
+    entries: Mapping[str, str],
+    finetuned: Sequence[str],
+    data: Mapping[str, Mapping[str, object]],
+) -> None:
+    """``zoo.toml``, as :func:`rft_fast.zoo.read` reads it, with the models of a folder.
+
+    entries: of the top level, beside name and zeroshot. finetuned: names. data: name -> its entries.
+    """
+    lines = [WRITTEN, *_entries({"name": folder.resolve().name, "zeroshot": START, **entries})]
+    lines += ["", "[finetuned]", *_entries({name: f"{name}.safetensors" for name in finetuned})]
+    for name, table in data.items():
+        lines += ["", f"[data.{_key(name)}]", *_entries(table)]
+    _replace(folder / "zoo.toml", ("\n".join(lines) + "\n").encode())
+
+
+def write_json(file: Path, content: object) -> None:
+    _replace(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _entries(table: Mapping[str, object]) -> list[str]:
+    return [f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
+
+
+def _key(key: str) -> str:
+    # Strings of JSON are those of TOML.
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key, ensure_ascii=False)
+
+
+def check_zoo(folder: Path) -> None:
+    """Raises ValueError for a ``zoo.toml`` that was written by hand and would be lost."""
+    file = folder / "zoo.toml"
+    if file.exists() and file.read_text(encoding="utf-8").partition("\n")[0] != WRITTEN:
+        raise ValueError(
+            f"finetune: {file} was not written by fine-tuning and would be replaced; choose another --out, "
+            "or move it"
+        )
+
+
+def _replace(file: Path, content: bytes) -> None:
+    with _temporary(file) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _temporary(file: Path) -> Iterator[Path]:
+    """A name to write to; what is there at the end takes the file's place, on disk and whole, at once."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

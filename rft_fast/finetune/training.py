@@ -1,0 +1,359 @@
+"""Training: batches through a classifier, AdamW on a schedule, and a state that a killed run goes on from."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rft_fast.classifier import ImageClassifier
+from rft_fast.evaluate.precision import exact
+
+from .settings import Setting
+
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Where the blocks of image towers are, and what stands before the first of them.
+_BLOCKS = re.compile(
+    r"visual\.(?:transformer\.resblocks\.|trunk\.(?:blocks|stages)\.|layer)(?P<number>\d+)\..+"
+)
+_STEM = re.compile(
+    r"visual\.(?:class_embedding|positional_embedding|ln_pre\..+|conv\d\..+|bn\d\..+|"
+    r"trunk\.(?:patch_embed|stem|cls_token|reg_token|pos_embed|norm_pre)(?:\..+)?)"
+)
+
+Row = dict[str, float]
+Metrics = Callable[[nn.Module], Mapping[str, float]]
+
+
+class Diverged(ValueError):
+    """A loss or gradient that is not finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The images of one optimizer step.
+
+    images: float [n, ...], as the model takes them; under mixup already mixed. labels: int64 [n].
+    others: int64 [n], the labels of the images mixed in, None without mixup. share: of ``labels``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor | None = None
+    share: float = 1.0
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """Up to ``count`` parts of nearly equal size."""
+        others: Sequence[Tensor | None] = [None] * count
+        if self.others is not None:
+            others = self.others.tensor_split(count)
+        pieces = zip(self.images.tensor_split(count), self.labels.tensor_split(count), others, strict=True)
+        for images, labels, other in pieces:
+            if len(labels):
+                yield Batch(images, labels, other, self.share)
+
+
+class Batches(Protocol):
+    """What :func:`train` takes for data."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from ``first`` on; to be resumed, always the same ones."""
+
+
+class Keeper(Protocol):
+    """Where :func:`train` keeps what a killed run needs."""
+
+    every: int | None  # steps between two states; None: only at the end of an epoch
+
+    def load(self) -> dict[str, Any] | None:
+        """The state last kept, None where there is none."""
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keeps a state of tensors, numbers, strings and containers of those, in place of the one before."""
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    setting: Setting,
+    *,
+    precision: str = "fp32",
+    metrics: Metrics | None = None,
+    keeper: Keeper | None = None,
+    finished: Callable[[Sequence[Row]], object] | None = None,
+    label: str = "",
+) -> list[Row]:
+    """Trains, in place, the parameters of ``model`` that require gradients.
+
+    model: maps images to logits [n, classes], with weights in float32 on one device.
+    batches: the data; ``setting``'s batch_size, augment, mixup and seed are theirs to know.
+    precision: ``fp32``; ``tf32`` on CUDA; ``bf16``: autocast; ``fp16``: autocast and scaled losses, on CUDA.
+    metrics: called after each epoch with the model in eval mode and no gradients; what it returns joins the
+        epoch's row.
+    keeper: where the state is kept to go on from. With it, a run that is killed and started again ends with
+        the same weights as one that was not, on the same machine.
+    finished: called with all rows after each epoch.
+    label: of the progress bar and of errors.
+
+    Steps: the learning rate (:func:`learning_rate`) is set, the batch's mean loss is taken (cross-entropy
+    with label smoothing; under mixup the two labels' losses weighted), gradients are cut to ``clip``, and
+    AdamW steps. Randomness of the model itself, such as dropout, is torch's global generator's, which is the
+    caller's to seed. Modules with nothing to train stay in eval mode, so that their statistics stay, too.
+
+    Returns a row per epoch: epoch (from 1), step, lr (of the last step), loss (mean over images), the
+    metrics, and seconds.
+
+    Raises Diverged, which is a ValueError, as soon as a loss is not finite; ValueError for a precision that
+    the device does not have, nothing to train, weights not in float32, or a warm-up as long as the training.
+    """
+    where = f"finetune: {label}" if label else "finetune"
+    device = _check(model, batches, setting, precision, where)
+    steps = setting.epochs * len(batches)
+    optimizer = adamw(model, setting)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    rows: list[Row] = []
+    step, total, images, seconds = 0, 0.0, 0, 0.0
+    if keeper is not None and (kept := keeper.load()) is not None:
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        scaler.load_state_dict(kept["scaler"])
+        _restore_random(kept["random"], device)
+        rows, step = list(kept["rows"]), kept["step"]
+        total, images, seconds = kept["total"], kept["images"], kept["seconds"]
+    start = time.perf_counter() - seconds
+
+    def keep() -> None:
+        if keeper is not None:
+            keeper.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "random": _random(device),
+                    "rows": rows,
+                    "step": step,
+                    "total": total,
+                    "images": images,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    _train_mode(model)
+    with exact(precision), tqdm(total=steps, initial=step, desc=label, disable=None, leave=False) as bar:
+        while step < steps:
+            epoch, first = divmod(step, len(batches))
+            for batch in batches.epoch(epoch, first):
+                lr = learning_rate(setting, step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad()
+                loss = _backward(model, batch, setting, precision, device, scaler)
+                place = f"at step {step} of {steps} (epoch {epoch + 1}, learning rate {lr:.3g})"
+                if not math.isfinite(loss):
+                    raise Diverged(f"{where}: the loss is {loss} {place}; {_REMEDY}")
+                if setting.clip is not None:
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.clip_grad_norm_(trained, setting.clip)
+                    # Under a scaler an overflow is expected now and then; it leaves the step out.
+                    if not scaler.is_enabled() and not math.isfinite(norm):
+                        raise Diverged(f"{where}: the gradient's norm is {float(norm)} {place}; {_REMEDY}")
+                scaler.step(optimizer)
+                scaler.update()
+                step += 1
+                total, images = total + loss * len(batch.labels), images + len(batch.labels)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if keeper is not None and keeper.every and step % keeper.every == 0 and step % len(batches):
+                    keep()
+            if step % len(batches):
+                raise ValueError(
+                    f"{where}: epoch {epoch + 1} ended after {step % len(batches)} of the {len(batches)} "
+                    "batches that len() tells"
+                )
+            row: Row = {"epoch": epoch + 1, "step": step, "lr": lr, "loss": total / images}
+            total, images = 0.0, 0
+            if metrics is not None:
+                model.eval()
+                with torch.no_grad():
+                    row |= metrics(model)
+                _train_mode(model)
+            rows.append(row | {"seconds": time.perf_counter() - start})
+            keep()
+            if finished is not None:
+                finished(rows)
+    model.eval()
+    if lost := [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]:
+        raise Diverged(f"{where}: {lost[0]} is not finite after the last step; {_REMEDY}")
+    return rows
+
+
+_REMEDY = "take a lower learning rate, a longer warm-up, or fp32"
+
+
+def learning_rate(setting: Setting, step: int, steps: int) -> float:
+    """Of a step counted from 0: linear up to lr over ``warmup`` steps, then a half cosine to 0, or lr."""
+    if step < setting.warmup:
+        return setting.lr * (step + 1) / setting.warmup
+    if setting.schedule == "constant":
+        return setting.lr
+    return setting.lr * (0.5 * (1 + math.cos(math.pi * (step - setting.warmup) / (steps - setting.warmup))))
+
+
+def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
+    """AdamW over what requires gradients; weight decay on matrices (two dimensions or more) only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": setting.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=setting.lr, betas=setting.betas)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> list[str]:
+    """Makes parameters of a classifier ones that are not trained, and all others ones that are.
+
+    patterns: regular expressions that match whole names, such as ``visual\\.ln_pre\\..*``. blocks: how many
+    of the image tower's blocks, from the first on, are frozen with all that stands before them.
+
+    Returns the names that are frozen. Raises ValueError for a pattern that is invalid or matches nothing,
+    more blocks than there are, a tower whose blocks are not known, and when nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"freeze: {pattern!r} is no regular expression: {error}") from None
+        if not found:
+            raise ValueError(
+                f"freeze: {pattern!r} matches no parameter's whole name; names are such as {names[0]!r}"
+            )
+        frozen |= found
+    if blocks:
+        block_of = {name: int(match["number"]) for name in names if (match := _BLOCKS.fullmatch(name))}
+        numbers = sorted(set(block_of.values()))
+        if not 0 < blocks <= len(numbers):
+            raise ValueError(
+                f"freeze: {blocks} blocks asked for, but {len(numbers)} were found in the image tower; "
+                "freeze by names instead"
+            )
+        frozen |= {name for name, number in block_of.items() if number in numbers[:blocks]}
+        frozen |= {name for name in names if _STEM.fullmatch(name)}
+    if len(frozen) == len(names):
+        raise ValueError("freeze: every parameter is frozen, so there is nothing to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return [name for name in names if name in frozen]
+
+
+def _backward(
+    model: nn.Module,
+    batch: Batch,
+    setting: Setting,
+    precision: str,
+    device: torch.device,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """Adds the gradients of the batch's mean loss, part by part; returns that loss."""
+    found = torch.zeros((), device=device)
+    for part in batch.parts(setting.accumulate):
+        labels = part.labels.to(device)
+        scores = logits(model, part.images.to(device), precision)
+        loss = F.cross_entropy(scores, labels, label_smoothing=setting.label_smoothing)
+        if part.others is not None:
+            others = part.others.to(device)
+            second = F.cross_entropy(scores, others, label_smoothing=setting.label_smoothing)
+            loss = part.share * loss + (1 - part.share) * second
+        loss = loss * (len(labels) / len(batch.labels))
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        found += loss.detach()
+    return float(found)
+
+
+def logits(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """[n, classes], float32, by a model with weights in float32."""
+    if AUTOCAST[precision] is None:
+        found: Tensor = model(images)
+        return found
+    with autocast(precision, images.device):
+        if not isinstance(model, ImageClassifier):
+            found = model(images)
+            return found.float()
+        features = model.visual(images)
+    # The head stays in float32: logits of 30 have steps of an eighth in bfloat16.
+    return model.classify(features)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """torch's, switched off for fp32 and tf32."""
+    kind = AUTOCAST[precision]
+    return torch.autocast(device.type, kind, enabled=kind is not None)
+
+
+def _check(model: nn.Module, batches: Batches, setting: Setting, precision: str, where: str) -> torch.device:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(f"{where}: no parameter of the model requires gradients")
+    if wrong := [f"{name} ({p.dtype})" for name, p in trained.items() if p.dtype != torch.float32]:
+        raise ValueError(f"{where}: weights must be float32 to be trained, {wrong[0]} is not")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        raise ValueError(f"{where}: the model must be on one device, it is on {sorted(map(str, devices))}")
+    device = devices.pop()
+    check_precision(precision, device)
+    if not len(batches):
+        raise ValueError(f"{where}: there are no batches")
+    check_warmup(setting, len(batches))
+    return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ValueError for a precision that is not offered, or not on this device."""
+    if precision not in AUTOCAST:
+        raise ValueError(f"finetune: precision must be one of {', '.join(AUTOCAST)}; got {precision!r}")
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        raise ValueError(f"finetune: precision {precision!r} needs CUDA, the device is {device}; use bf16")
+
+
+def check_warmup(setting: Setting, batches: int) -> None:
+    """Raises ValueError for a warm-up that would last to the end of training, or longer."""
+    if setting.warmup >= setting.epochs * batches:
+        raise ValueError(
+            f"finetune: a warm-up of {setting.warmup} steps does not fit into {setting.epochs} epochs of "
+            f"{batches} steps; a tenth of the training is usual"
+        )
+
+
+def _train_mode(module: nn.Module, above: bool = True) -> None:
+    """Train mode for what has something to train, and for what has no parameters inside of that."""
+    parameters = list(module.parameters())
+    module.training = above and (not parameters or any(p.requires_grad for p in parameters))
+    for child in module.children():
+        _train_mode(child, module.training)
+
+
+def _random(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_random(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

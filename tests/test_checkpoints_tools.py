@@ -1,0 +1,281 @@
+"""Around the reader: heads, two checkpoints side by side, sources of zero-shot models, the command line."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rft_fast import checkpoints
+from rft_fast.checkpoints.__main__ import main
+
+State = dict[str, Tensor]
+
+
+def state(seed: int = 0, classes: int = 4) -> State:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "model.visual.conv1.weight": randn(6, 3, 2, 2),
+        "model.visual.transformer.resblocks.0.attn.in_proj_weight": randn(18, 6),
+        "model.visual.transformer.resblocks.0.attn.in_proj_bias": randn(18),
+        "model.visual.proj": randn(6, 5).half(),
+        "model.positional_embedding": randn(3, 4),
+        "model.steps": torch.tensor(seed),
+        "classification_head.weight": randn(classes, 5),
+        "classification_head.bias": randn(classes),
+    }
+
+
+def wrote(tmp_path: Path, name: str, content: State) -> checkpoints.Checkpoint:
+    torch.save(content, tmp_path / name)
+    return checkpoints.read(tmp_path / name)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+def test_load_head(tmp_path: Path) -> None:
+    weight, bias = torch.randn(4, 5), torch.randn(4)
+    names = {"classification_head.weight": weight, "classification_head.bias": bias}
+    cases: dict[str, Any] = {
+        "bare": {"weight": weight, "bias": bias},
+        "named": names,
+        "module": nn.Linear(5, 4),
+        "wrapped": {"module.weight": weight, "module.bias": bias},
+        "full": {"model.visual.proj": torch.ones(3, 5), **names},
+        "alone": {"weight": weight},
+    }
+    cases["module"].load_state_dict(cases["bare"])
+    for name, content in cases.items():
+        torch.save(content, tmp_path / name)
+        head = checkpoints.load_head(tmp_path / name)
+        assert list(head) == list(names)[: 1 if name == "alone" else 2]
+        assert all(torch.equal(head[n], names[n]) for n in head)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"visual.proj": torch.ones(2)}, "has no head"),
+        ({"bias": torch.ones(2)}, "has no head"),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "visual.proj": torch.ones(2)}, "has no head"),
+        ({"weight": torch.ones(2)}, r"weight \[2\]"),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(3)}, r"bias \[3\]"),
+    ],
+)
+def test_files_without_a_head(tmp_path: Path, content: State, words: str) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"^load_head: .*{words}"):
+        checkpoints.load_head(tmp_path / "a.pt")
+
+
+# --- two side by side -----------------------------------------------------------------------------
+
+
+def test_lineage_of_two(tmp_path: Path) -> None:
+    a, b = state(0), state(0)
+    b["model.visual.conv1.weight"] = b["model.visual.conv1.weight"] + 0.25
+    b["model.visual.proj"] = b["model.visual.proj"].float()  # the same numbers in another type
+    b["model.steps"] = torch.tensor(9)
+    del b["model.positional_embedding"]
+    b["model.logit_scale"] = torch.tensor(1.0)
+    lineage = checkpoints.compare(wrote(tmp_path, "a", a), wrote(tmp_path, "b", b))
+    assert lineage.differing == ("visual.conv1.weight", "visual.proj", "steps")
+    assert lineage.only_a == ("positional_embedding",) and lineage.only_b == ("logit_scale",)
+    assert lineage.other_shape == () and lineage.problems == () and not lineage.identical
+    floats = [n for n in a if n in b and a[n].is_floating_point()]
+    x, y = (torch.cat([s[n].double().flatten() for n in floats]) for s in (a, b))
+    assert math.isclose(lineage.distance, float((y - x).norm()), rel_tol=1e-12)
+    assert math.isclose(lineage.relative, float((y - x).norm() / x.norm()), rel_tol=1e-12)
+    assert math.isclose(lineage.cosine, float(nn.functional.cosine_similarity(x, y, dim=0)), rel_tol=1e-12)
+    assert "can be the ends of one path" in str(lineage) and "positional_embedding" in str(lineage)
+
+
+def test_lineage_of_one(tmp_path: Path) -> None:
+    a = wrote(tmp_path, "a", state())
+    lineage = checkpoints.compare(a, wrote(tmp_path, "b", state()))
+    assert lineage.identical and lineage.distance == 0 == lineage.relative and not lineage.problems
+    assert math.isclose(lineage.cosine, 1)
+    assert "the same weights" in str(lineage)
+    other = checkpoints.compare(a, wrote(tmp_path, "c", state(1)))
+    assert abs(other.cosine) < 0.5 and "unrelated?" in str(other) and not other.problems
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"other": torch.ones(2)}, "they share nothing"),
+        (lambda s: {n: t for n, t in s.items() if "visual" not in n}, "share no image tower"),
+        (
+            lambda s: {n: t for n, t in s.items() if "proj" not in n},
+            "3 tensors of the image tower are in one",
+        ),
+        (lambda s: state(0, classes=7), "heads are for 4 and 7 classes"),
+        (lambda s: {**s, "model.visual.proj": torch.ones(6, 4)}, r"visual.proj \[6, 5\] and \[6, 4\]"),
+        (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).double()}, "other than float32"),
+        (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).long()}, "of another kind"),
+        (lambda s: {**s, "model.steps": torch.tensor(0, dtype=torch.int32)}, "of another kind"),
+        (lambda s: {**s, "model.visual.proj": torch.full((6, 5), torch.nan)}, "NaN or infinity"),
+    ],
+)
+def test_what_no_path_can_join(tmp_path: Path, change: Any, words: str) -> None:
+    lineage = checkpoints.compare(wrote(tmp_path, "a", state()), wrote(tmp_path, "b", change(state())))
+    assert len(lineage.problems) >= 1
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(str(lineage))
+    assert "cannot be the ends" in str(lineage)
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+def test_sources_that_can_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openai.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    for source in (
+        *("openai", "laion2b_s34b_b79k", "laion2b-s34b-b79k", "openai.pt", str(tmp_path / "openai.pt")),
+        *("hf-hub:laion/CLIP-ViT-B-32", "hf-hub:org/name@main", "hf-hub:org/na.me_1@refs/pr/3"),
+    ):
+        checkpoints.check_source(source, "ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    ("source", "arch", "words"),
+    [
+        ("laion2b_s34b", "ViT-B-32", "did you mean .*laion2b_s34b_b79k"),
+        ("opnai", "ViT-B-32", r"did you mean openai\b.*"),
+        ("zzz", "ViT-B-32", "did you mean openai"),
+        ("openai", "model.json", "no pretrained weights for 'model.json'; give a file or hf-hub"),
+        ("missing.pt", "ViT-B-32", "no file missing.pt"),
+        ("some/where", "ViT-B-32", "no file some/where"),
+        ("hf-hub:name", "ViT-B-32", "must be hf-hub:org/name"),
+        ("hf-hub:a/b/c", "ViT-B-32", "must be hf-hub:org/name"),
+        (".", "ViT-B-32", "is a directory"),
+        ("", "ViT-B-32", "is a directory"),
+    ],
+)
+def test_sources_that_cannot(source: str, arch: str, words: str) -> None:
+    for function in (checkpoints.check_source, checkpoints.fetch):
+        with pytest.raises(ValueError, match=f"^check_source: .*{words}"):
+            function(source, arch)
+
+
+def test_fetch_of_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "ViT-B-32.pt"
+    torch.save(state(), file)
+    asked: list[Any] = []
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda config: asked.append(config) or str(file))
+    assert checkpoints.fetch(str(file), "ViT-B-32") == file and not asked
+    assert checkpoints.fetch("openai", "ViT-B-32") == file
+    assert asked == [open_clip.get_pretrained_cfg("ViT-B-32", "openai")]
+
+    def offline(config: Any) -> str:
+        raise OSError("Name or service not known\nand a long traceback")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(ValueError, match=r"'openai' of ViT-B-32.*\(Name or service not known\)\. Offline: "):
+        checkpoints.fetch("openai", "ViT-B-32")
+    for result in ("", str(tmp_path / "nowhere")):
+        monkeypatch.setattr(open_clip, "download_pretrained", lambda config, result=result: result)
+        with pytest.raises(ValueError, match=r"^fetch: .*(not where its file is|no such file)"):
+            checkpoints.fetch("openai", "ViT-B-32")
+
+
+def error(kind: type[Exception]) -> Exception:
+    made = kind.__new__(kind)  # their constructors want a response
+    Exception.__init__(made, "not there")
+    return made
+
+
+def test_fetch_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(state(), file)
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repository: str, name: str, revision: str | None = None) -> str:
+        asked.append((repository, name, revision))
+        if name != "model.safetensors":
+            raise error(EntryNotFoundError)
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert checkpoints.fetch("hf-hub:org/name@v1", "ViT-B-32") == file
+    assert asked[0] == ("org/name", "open_clip_model.safetensors", "v1") and len(asked) == 3
+    for kind, words in (
+        (EntryNotFoundError, "hf-hub:org/name has none of open_clip_model.safetensors"),
+        (LocalEntryNotFoundError, "hf-hub:org/name is not on this machine.*HF_HOME"),
+        (ConnectionError, "hf-hub:org/name is not on this machine.*HF_HOME"),
+    ):
+
+        def fail(*_: Any, kind: type[Exception] = kind, **__: Any) -> str:
+            raise error(kind)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+        with pytest.raises(ValueError, match=f"^fetch: {words}"):
+            checkpoints.fetch("hf-hub:org/name", "ViT-B-32")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(state(), tmp_path / "model_0.pt")
+    assert main([str(tmp_path / "model_0.pt")]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "soup: model-soups",
+        "265 in 8 tensors, 6 layers",
+        "float32 (6), float16 (1), int64 (1)",
+        "image tower   228 in 4 tensors",
+        "text tower    12 in 1 tensors",
+        "head          24 in 2 tensors, 4 classes",
+        "other         1 in 1 tensors",
+        "likely arch",
+        "not floating-point, copied and never interpolated: steps",
+        "visual.transformer.resblocks.0.attn.in_proj  weight [18, 6], bias [18]",
+        "visual.conv1  weight [6, 3, 2, 2]",
+        "visual.proj  [6, 5]",
+    ):
+        assert words in shown, shown
+
+
+def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("a", state()), ("b", state(1)), ("c", state(1, 7))):
+        torch.save(content, tmp_path / name)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main([a, b]) == 0
+    assert "they can be the ends of one path" in capsys.readouterr().out
+    assert main([a, c]) == 1
+    assert "heads are for 4 and 7 classes" in capsys.readouterr().out
+
+
+def test_errors_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(state(), tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"\x80\x02cos\nsystem\n)R.")
+    for arguments in (["missing"], [str(tmp_path / "b")], [str(tmp_path / "a"), str(tmp_path / "b")]):
+        assert main(arguments) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("read: ") and shown.err.count("\n") == 1 and not shown.out
+    assert main([str(tmp_path / "a"), "--format", "openai"]) == 2
+    assert "'openai' but 'soup'" in capsys.readouterr().err
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rft_fast.checkpoints", str(tmp_path / "missing.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 2 and "no file" in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,153 @@
+"""Which rows of a head the classes of a data set are: by name, by id, by place, or as told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from rft_fast.datasets import Assignment, Rows, Source, assign
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+def source(names: Sequence[str], each: int = 2) -> Source:
+    labels = torch.arange(len(names)).repeat_interleave(each)
+    return Source("folder", Path("data"), [], labels, tuple(names), lambda index: Image.new("RGB", (8, 8)))
+
+
+def rows_of(found: Assignment, each: int = 2) -> list[int]:
+    """The row of each class, where all are scored."""
+    assert len(found.images) == len(found.labels)
+    labels: list[int] = found.labels[::each].tolist()
+    assert labels == found.labels[each - 1 :: each].tolist()
+    return labels
+
+
+def refused(names: Sequence[str], rows: Rows | None, *words: str, label_map: Any = None) -> None:
+    with pytest.raises(ValueError, match=r"^labels of data: ") as caught:
+        assign(source(names), rows, label_map)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+def test_without_rows_a_class_is_its_place() -> None:
+    found = assign(source(["b", "n01440764", "a"]), None, None)
+    assert rows_of(found) == [0, 1, 2] and found.classes is None and found.groups is None
+    assert found.images.tolist() == list(range(6))
+
+
+def test_classes_go_to_the_rows_of_their_names() -> None:
+    names = ["Ship", "frog", "TRUCK", "dog", "horse", "deer", "cat", "bird", "auto_mobile", "air plane"]
+    found = assign(source(names), Rows(10, CIFAR10), None)
+    assert rows_of(found) == [8, 6, 9, 5, 7, 4, 3, 2, 1, 0]
+    assert found.classes is None and found.groups is None
+
+
+def test_the_names_of_imagenet_although_two_come_twice() -> None:
+    names = open_clip.IMAGENET_CLASSNAMES
+    assert len(set(names)) < 1000
+    assert rows_of(assign(source(names), Rows(1000, tuple(names)), None)) == list(range(1000))
+
+
+def test_places_count_where_names_tell_nothing() -> None:
+    letters = [chr(ord("a") + i) for i in range(10)]
+    assert rows_of(assign(source(letters), Rows(10, CIFAR10), None)) == list(range(10))
+    assert rows_of(assign(source(letters), Rows(10), None)) == list(range(10))
+    # one class under another name, at its place
+    other = [name.replace("automobile", "car") for name in CIFAR10]
+    assert rows_of(assign(source(other), Rows(10, CIFAR10), None)) == list(range(10))
+
+
+def test_names_in_another_order_are_not_taken_by_place() -> None:
+    """STL-10 under a head of CIFAR-10: ten classes each, and only half of them at their place."""
+    refused(STL10, Rows(10, CIFAR10), "in another order", "bird", "car, monkey", "give a label map")
+
+
+def test_counts_that_differ() -> None:
+    refused(["a", "b"], Rows(10), "2 classes, but the head has 10 rows", "label map")
+    refused(list("abc"), Rows(2, ("a", "b")), "3 classes, but the head has 2 rows")
+
+
+def test_label_maps() -> None:
+    head = Rows(6, ("cat", "dog", "big dog", "bird", "fish", "fish"))
+    names = ["kitten", "puppy", "sparrow", "stone"]
+    found = assign(source(names), head, {"kitten": "Cat", "puppy": ["dog", 2], "sparrow": 3, "stone": None})
+    assert found.images.tolist() == list(range(6))
+    assert found.labels.tolist() == [0, 0, 1, 1, 3, 3]
+    assert found.classes is not None and found.classes.tolist() == [0, 1, 2, 3]
+    assert found.groups is not None and found.groups.tolist() == [0, 1, 1, 3]
+    # several classes may be one row, or the same rows in any order
+    found = assign(source(names), head, {"kitten": 0, "puppy": [2, 1], "sparrow": 0, "stone": [1, 2]})
+    assert found.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert found.groups is not None and found.groups.tolist() == [0, 1, 1]
+    found = assign(source(["a", "b"]), Rows(2), {"a": 1, "b": 0})
+    assert rows_of(found) == [1, 0] and found.classes is None and found.groups is None
+
+
+def test_label_maps_that_do_not_fit() -> None:
+    head = Rows(6, ("cat", "dog", "big dog", "bird", "fish", "fish"))
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"a": 0}, ("does not name 1 of 2 classes: b",)),
+        ({"a": 0, "b": 1, "c": 2}, ("does not have: c",)),
+        ({"a": 0, "b": 6}, ("beyond the head, which are 0 to 5: b = 6",)),
+        ({"a": 0, "b": -1}, ("b = -1",)),
+        ({"a": 0, "b": "horse"}, ("class 'b': 'horse' is no class of the head",)),
+        ({"a": 0, "b": "fish"}, ("'fish' are those of rows 4, 5; give one's number",)),
+        ({"a": 0, "b": True}, ("expected a row or the name of one, got True",)),
+        ({"a": 0, "b": 1.5}, ("'b'", "1.5")),
+        ({"a": 0, "b": {"x": 1}}, ("'b'", "{'x': 1}")),
+        ({"a": [0, 1], "b": [1, 2]}, ("row 1 is right for classes that differ",)),
+        ({"a": 0, "b": [0, 1]}, ("row 0 is right for classes that differ",)),
+        ({"a": [0, 0], "b": 1}, ("has a row twice: 0, 0",)),
+        ({"a": None, "b": []}, ("none of its images is scored",)),
+    ]
+    for label_map, words in cases:
+        refused(["a", "b"], head, *words, label_map=label_map)
+    refused(["a", "b"], None, "the head's are not known here", label_map={"a": 0, "b": "dog"})
+    refused(["a"], None, "beyond the head", label_map={"a": -2})
+
+
+def test_label_maps_in_files(tmp_path: Path) -> None:
+    truth = {"a b": 3, "c": ["dog", 1], "d": [], "7": "cat"}
+    (tmp_path / "m.json").write_text(json.dumps({**truth, "d": None}))
+    (tmp_path / "m.toml").write_text('"a b" = 3\nc = ["dog", 1]\nd = []\n7 = "cat"\n')
+    (tmp_path / "m.csv").write_text("class,row\r\na b,3\r\nc,dog\r\nc,1\r\n\r\nd,\r\n7,cat\r\n", newline="")
+    (tmp_path / "bom.csv").write_text("class,row\na b,3\nc,dog\nc,1\nd,\n7,cat\n", "utf-8-sig")
+    head = Rows(5, ("cat", "cow", "dog", "hen", "owl"))
+    for file in ("m.json", "m.toml", "m.csv", "bom.csv"):
+        found = assign(source(["7", "a b", "c", "d"], each=1), head, tmp_path / file)
+        assert found.labels.tolist() == [0, 3, 1], file
+        assert found.groups is not None and found.groups.tolist() == [0, 1, 1, 3], file
+
+
+def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
+    cases = {
+        "x.json": ('{"a": 0, "a": 1}', "named twice"),
+        "y.json": ("[1, 2]", "expected a table of classes, got list"),
+        "z.json": ("{", "label map"),
+        "x.toml": ("a = = 1", "label map"),
+        "x.csv": ("a,0\n", "the first line must be class,row"),
+        "y.csv": ("class,row\na,0,1\n", "expected two columns"),
+        "z.csv": ("class,row\na,0\na,\n", "both scored and not"),
+        "e.csv": ("", "the first line must be class,row"),
+        "x.txt": ("a 0", "expected a .json, .toml or .csv"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_text(content)
+        refused(["a"], Rows(2), name, words, label_map=tmp_path / name)
+    refused(["a"], Rows(2), "nowhere.json", label_map=tmp_path / "nowhere.json")
+
+
+def test_rows_are_checked() -> None:
+    with pytest.raises(ValueError, match="3 rows but 2 names"):
+        Rows(3, ("a", "b"))
+    with pytest.raises(ValueError, match="0 rows"):
+        Rows(0)
