@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rft_fast as rft
-from rft_fast import architectures, checkpoints, classifier, datasets, zoo
-from rft_fast.classifier import ImageClassifier
+from rft_fast import architectures, checkpoints, datasets, zoo
 from rft_fast.datasets import Dataset
+from rft_fast.endpoints import Ends, Setup
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import cast
 
@@ -43,11 +43,10 @@ class Case:
     data: Dataset
     device: torch.device
 
-    def live(self, precision: str = "fp32") -> ImageClassifier:
+    def live(self, precision: str = "fp32") -> nn.Module:
         """A model of its own for each caller."""
-        model, _ = classifier.build(file_of(self.arch), self.zeroshot)
-        cast(model.to(self.device), precision)
-        return model
+        model = Ends(Setup(file_of(self.arch)), self.zeroshot).live
+        return cast(model.to(self.device), precision)
 
     def path(self, precision: str = "fp32") -> rft.Path:
         return rft.Path(self.live(precision), self.zeroshot, self.finetuned)
@@ -78,9 +77,9 @@ class Digits:
     def __init__(self, device: torch.device, samples: int, models: int) -> None:
         source = zoo.digits()
         self.device, self.arch = device, source.arch
-        self.zeroshot = classifier.split(checkpoints.load(source.zeroshot.source))[0]
+        self.zeroshot = checkpoints.load(source.zeroshot.source)
         self.finetuned = {
-            name: classifier.split(checkpoints.load(weights.source))[0]
+            name: checkpoints.load(weights.source)
             for name, weights in list(source.finetuned.items())[:models]
         }
         preprocess = architectures.preprocess(source.arch)
@@ -90,8 +89,8 @@ class Digits:
         ]
 
     def path(self, model: str, precision: str = "fp32") -> rft.Path:
-        live, _ = classifier.build(self.arch, self.zeroshot)
-        return rft.Path(cast(live.to(self.device), precision), self.zeroshot, self.finetuned[model])
+        ends = Ends(Setup(self.arch), self.zeroshot)
+        return rft.Path(cast(ends.live.to(self.device), precision), *ends.pair(self.finetuned[model]))
 
 
 def in_order(path: rft.Path, evaluator: Evaluator) -> list[str]:
@@ -138,7 +137,7 @@ def make_case(arch: str, samples: int, device: torch.device, seed: int = 0) -> C
 
 
 def file_of(arch: str) -> str:
-    """As rft_fast.classifier takes it; tiny is the model of the digits zoo."""
+    """As rft_fast.endpoints takes it; tiny is the model of the digits zoo."""
     return zoo.digits().arch if arch == "tiny" else arch
 
 

@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 
 import rft_fast as rft
-from rft_fast import architectures, checkpoints, classifier, datasets, zoo
+from rft_fast import architectures, checkpoints, datasets, zoo
+from rft_fast.endpoints import Ends, Setup
 from rft_fast.evaluate import Evaluator
 from rft_fast.studies import Protocol, sharpness
 
@@ -31,14 +32,12 @@ GOALS = {0.02: 40, 0.05: 8}  # of the gradient control variate, median over mode
 def measure(draws: int, samples: int) -> pd.DataFrame:
     """One row per (model, alpha, rho, estimator) with ``ratio``: plain draws that one draw is worth."""
     source = zoo.digits()
-    state = checkpoints.load(source.zeroshot.source)
-    live, _ = classifier.build(source.arch, state)
-    zeroshot = classifier.split(state)[0]
+    ends = Ends(Setup(source.arch), checkpoints.load(source.zeroshot.source))
     data = datasets.load("mnist", source.data["mnist"].path, architectures.preprocess(source.arch), samples)
-    evaluator = Evaluator(live, [data])
+    evaluator = Evaluator(ends.live, [data])
     rows = []
     for name, weights in source.finetuned.items():
-        path = rft.Path(live, zeroshot, classifier.split(checkpoints.load(weights.source))[0])
+        path = rft.Path(ends.live, *ends.pair(checkpoints.load(weights.source)))
         for estimator in ("plain", "antithetic", "gradient"):
             found = sharpness(
                 path, evaluator, [0.5, 1.0], RHOS, draws, protocol=Protocol(estimator), model=name

@@ -9,7 +9,8 @@ of this script's making; the images are patterns, one for each class, in folders
 zero-shot model is a random image tower with a head fitted to its features by ridge regression; two models
 are fine-tuned from it by ``python -m rft_fast.finetune``. Accuracies say nothing about CLIP.
 
-On two cores it takes some four minutes with 40 classes, and the sweep ten; a tiny ``--arch`` takes seconds.
+On two cores it takes some four minutes with 40 classes, and the sweep ten. ``--arch`` may be a JSON file in
+open_clip's format: with the tiny model of tests/test_examples.py, all of it takes seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from rft_fast import architectures
 
 ROWS = 1000  # of the head: ImageNet's classes
 SCALE = 10  # nats between right and wrong, where the fit is perfect
@@ -68,9 +71,11 @@ def write_images(folder: Path, wnids: list[str], images: int, seed: int, shifted
 
 
 @torch.inference_mode()
-def features_of(visual: torch.nn.Module, folder: Path, wnids: list[str]) -> tuple[Tensor, Tensor]:
+def features_of(
+    visual: torch.nn.Module, prepared: architectures.Preprocess, folder: Path, wnids: list[str]
+) -> tuple[Tensor, Tensor]:
     """Normalised features [n, d] of a folder's images, and the place of each one's class in ``wnids``."""
-    transform = open_clip.image_transform(visual.image_size, is_train=False)
+    transform = open_clip.image_transform(prepared.size, is_train=False, mean=prepared.mean, std=prepared.std)
     found = [(file, kind) for kind, wnid in enumerate(wnids) for file in sorted((folder / wnid).iterdir())]
     features = []
     for start in range(0, len(found), 32):
@@ -101,8 +106,9 @@ def soup_state(clip: open_clip.CLIP, weight: Tensor, bias: Tensor) -> dict[str, 
 def write_zeroshot(options: argparse.Namespace, wnids: list[str]) -> Path:
     """A zero-shot model whose head knows the patterns, as the rows of its 1,000 that the wnids have."""
     torch.manual_seed(options.seed)
-    clip = open_clip.create_model(options.arch).eval()
-    features, kinds = features_of(clip.visual, options.out / "to-fit-the-head", wnids)
+    clip = open_clip.CLIP(**architectures.config(options.arch)[1]).eval()
+    prepared = architectures.preprocess(options.arch)
+    features, kinds = features_of(clip.visual, prepared, options.out / "to-fit-the-head", wnids)
     weight, bias = ridge(features, kinds, len(wnids))
     rows = synsets("imagenet")
     chosen = torch.tensor([rows.index(wnid) for wnid in wnids])
@@ -121,7 +127,7 @@ layer-alphas = [0, 0.5, 1]
 layer-samples = 32
 sharpness-alphas = [0, 0.5, 1]
 sharpness-samples = 16
-rhos = 0.5
+rhos = 0.1
 draws = 4
 layer-draws = 2
 mask-seeds = 1
@@ -134,7 +140,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("out", metavar="DIR", type=Path, help="new directory for models and images")
-    parser.add_argument("--arch", default="ViT-B-32-quickgelu", help="open_clip model name (%(default)s)")
+    parser.add_argument(
+        "--arch",
+        default="ViT-B-32-quickgelu",
+        help="a CLIP: open_clip model name, or a JSON file (%(default)s)",
+    )
     parser.add_argument(
         "--classes", type=int, default=40, help="the first N of ImageNet-A's 200 (%(default)s)"
     )

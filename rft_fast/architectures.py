@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,8 @@ import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
+
+from .words import some
 
 HUB = "hf-hub:"
 QUICK = "-quickgelu"
@@ -198,7 +200,10 @@ def tokenizer(arch: str | PathLike[str]) -> Any:
                 f"{error}. Install transformers and download it once while online, or give a head that "
                 "was made elsewhere (--zeroshot-head FILE)"
             ) from error
-    simple = open_clip.SimpleTokenizer(context_length=context, **options)
+    try:
+        simple = open_clip.SimpleTokenizer(context_length=context, **options)
+    except Exception as error:  # whatever a configuration's words do to it
+        raise ValueError(f"arch: open_clip cannot make the tokenizer of {label}: {error}") from error
     vocabulary = text_cfg.get("vocab_size", 49408)
     if vocabulary != simple.vocab_size:
         raise ValueError(
@@ -410,19 +415,14 @@ def _known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = size if isinstance(size, (list, tuple)) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"preprocess: a size must be one or two positive integers, got {size!r}")
-    return pair
+    return (pair[0], pair[1])
 
 
 def _triple(value: Any, where: str) -> tuple[float, float, float]:
-    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    values = value if isinstance(value, (list, tuple)) else (value,) * 3
     if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
         raise ValueError(f"{where} must be one or three numbers, got {value!r}")
     return (float(values[0]), float(values[1]), float(values[2]))
-
-
-def some(names: Sequence[str], shown: int = 6) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

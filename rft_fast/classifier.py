@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from os import PathLike
-
 import torch
 from torch import Tensor, nn
-
-from . import architectures
 
 HEAD_WEIGHT = "classification_head.weight"
 HEAD_BIAS = "classification_head.bias"
@@ -135,64 +130,3 @@ def directions(text_features: Tensor, templates: int) -> Tensor:
     means = normalised.unflatten(0, (-1, templates)).mean(1)
     unit: Tensor = means / means.norm(dim=-1, keepdim=True)
     return unit
-
-
-def build(arch: str | PathLike[str], state: Mapping[str, Tensor]) -> tuple[ImageClassifier, dict[str, str]]:
-    """The classifier that these weights belong to, on the CPU, in float32 and in eval mode.
-
-    arch: as in :func:`rft_fast.architectures.config`. QuickGELU is part of the architecture, as in
-        open_clip: weights that descend from OpenAI's need a name that ends in ``-quickgelu``.
-    state: a checkpoint under canonical names (:func:`rft_fast.checkpoints.load`). Only its names
-        and shapes are read; the returned weights are random until :class:`rft_fast.Path` or
-        ``load_state_dict(split(state)[0])`` writes them.
-
-    Returns the classifier, and why each name in ``state`` that it does not use cannot change its
-    output. Only the image tower is made. The global random state is left as it was.
-
-    Raises ValueError for an unknown architecture, and for weights of another one: names that are
-    missing, unexpected or of another shape are told before anything large is allocated, and the
-    architecture that they fit.
-    """
-    features = architectures.config(arch)[1]["embed_dim"]
-    used, inert = split(state)
-    with torch.device("meta"):  # names and shapes without memory
-        visual = architectures.visual(arch)
-    classes = used[HEAD_WEIGHT].shape[0]
-    shapes = {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
-    shapes |= {HEAD_WEIGHT: torch.Size((classes, features)), HEAD_BIAS: torch.Size((classes,))}
-    architectures.compare(arch, shapes, used, state)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        head = nn.Linear(features, classes)
-        return ImageClassifier(architectures.visual(arch), head).eval(), inert
-
-
-def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What of a checkpoint the classifier uses, and why the rest cannot change its output.
-
-    Returns (used, inert): image tower and head, name -> tensor as given; and name -> reason. A head
-    without a bias gets a zero one. Both ends of a path go through here.
-
-    Raises ValueError for a checkpoint without an image tower or head, or with a name unknown here.
-    """
-    owner = {name: name.partition(".")[0] for name in state}
-    used = {n: t for n, t in state.items() if owner[n] in ("visual", "classification_head")}
-    inert = {name: INERT[first] for name, first in owner.items() if first in INERT}
-    if unknown := [name for name in state if name not in used and name not in inert]:
-        raise ValueError(
-            f"split: {architectures.some(unknown)} belong neither to an image tower ('visual.*'), a head "
-            "('classification_head.*') nor a text tower; is this a CLIP image classifier?"
-        )
-    if HEAD_WEIGHT not in used:
-        raise ValueError(
-            f"split: the checkpoint has no {HEAD_WEIGHT!r}; expected image tower and head in one "
-            "file, as model-soups and WiSE-FT write them"
-        )
-    if "visual" not in owner.values():
-        raise ValueError("split: the checkpoint has a head but no image tower ('visual.*')")
-    weight = used[HEAD_WEIGHT]
-    if weight.ndim != 2 or 0 in weight.shape:
-        shape = tuple(weight.shape)
-        raise ValueError(f"split: {HEAD_WEIGHT!r} must be [classes, features], got {shape}")
-    if HEAD_BIAS not in used:
-        used[HEAD_BIAS] = weight.new_zeros(weight.shape[0])
-    return used, inert

@@ -16,6 +16,7 @@ from . import architectures
 from .classifier import HEAD_BIAS, HEAD_WEIGHT, INERT, ImageClassifier, ZeroShotClassifier, directions
 from .prompts import Prompts
 from .prompts import tokens as tokenise
+from .words import some
 
 HEADS = ("interpolate", "zeroshot", "finetuned")
 TOWERS = ("image", "both")
@@ -82,7 +83,7 @@ class Setup:
             if HEAD_WEIGHT not in self.zeroshot_head or set(self.zeroshot_head) - {HEAD_WEIGHT, HEAD_BIAS}:
                 raise ValueError(
                     f"Setup: a head has {HEAD_WEIGHT!r} and perhaps {HEAD_BIAS!r}; got "
-                    f"{architectures.some(list(self.zeroshot_head)) or 'nothing'}"
+                    f"{some(list(self.zeroshot_head)) or 'nothing'}"
                 )
         if self.scale is not None:
             if self.prompts is None:
@@ -105,20 +106,16 @@ class Ends:
     device: where heads are made from prompts; many prompts are slow on a CPU.
 
     Attributes:
-        live: the model, on the CPU, in float32 and in eval mode, with random weights: an
-            :class:`ImageClassifier`, or, for both towers, a :class:`ZeroShotClassifier`.
         classes: rows of the head.
-        zeroshot: the zero-shot end, as the live model's state dict names it; its tensors are those given,
-            not copies. With ``head="finetuned"`` it lacks the head, which each fine-tuned model brings:
-            then the zero-shot end is another one for each of them.
         inert: name in the zero-shot checkpoint -> why it cannot change the live model's output.
+
+    Only checks: models and heads are made when they are first asked for, so that :meth:`check` can be asked
+    about every fine-tuned checkpoint before a prompt is encoded.
 
     Raises ValueError, before anything large is made, for a checkpoint of another architecture (with the
     one it fits), with names unknown here, without a needed text tower or head (with the option that helps),
     or with as many classes in its head as the prompts have not.
     """
-
-    live: nn.Module
 
     def __init__(
         self,
@@ -135,23 +132,46 @@ class Ends:
             self._shapes = _shapes("visual", architectures.visual(setup.arch))
             if self._both:
                 self._shapes |= _shapes("text", architectures.text(setup.arch)) | {_SCALE: torch.Size(())}
-        self.zeroshot, self.inert = self._towers(zeroshot, ZEROSHOT)
-        self._head: dict[str, Tensor] = {}
+        self._tower, self.inert = self._towers(zeroshot, ZEROSHOT)
+        self._owner: Mapping[str, Tensor] | None = None  # of the head of the zero-shot end
         self._scaled = self._both  # whether the scale of a head that is made counts at the zero-shot end
         if self._both:
             self.classes = len(self._tokens)
         elif setup.head == "finetuned":
             self.classes = self._told(zeroshot, classes)
         else:
-            owner = zeroshot if setup.zeroshot_head is None else setup.zeroshot_head
-            self._check_head(owner, ZEROSHOT)
-            self._scaled = HEAD_WEIGHT not in owner
+            self._owner = zeroshot if setup.zeroshot_head is None else setup.zeroshot_head
+            self.classes = self._check_head(self._owner, ZEROSHOT)
+            self._scaled = HEAD_WEIGHT not in self._owner
             if setup.head == "zeroshot" and not self._scaled:
                 self._refuse_scale()
-            self._head = self._own(owner)
-            self.zeroshot |= self._head
-            self.classes = len(self._head[HEAD_WEIGHT])
-        self.live = self._build().eval()
+
+    @cached_property
+    def live(self) -> nn.Module:
+        """The model, on the CPU, in float32 and in eval mode, with random weights.
+
+        An :class:`ImageClassifier`, or, for both towers, a :class:`ZeroShotClassifier`.
+        """
+        arch = self.setup.arch
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            visual = architectures.visual(arch)
+            if not self._both:
+                return ImageClassifier(visual, nn.Linear(self._features, self.classes)).eval()
+            scale = nn.Parameter(torch.zeros(()))
+            return ZeroShotClassifier(visual, architectures.text(arch), self._tokens, scale).eval()
+
+    @cached_property
+    def zeroshot(self) -> dict[str, Tensor]:
+        """The zero-shot end, as the live model's state dict names it; tensors are those given, not copies.
+
+        With ``head="finetuned"`` it lacks the head, which each fine-tuned model brings: then the zero-shot
+        end is another one for each of them.
+        """
+        if self._owner is None:
+            return self._tower
+        head = self._own(self._owner)
+        self._owner = None  # a text tower is not kept longer than it is needed
+        return {**self._tower, **head}
 
     def pair(
         self, finetuned: Mapping[str, Tensor], name: str | None = None
@@ -171,7 +191,7 @@ class Ends:
         if self._both:
             return {**self.zeroshot}, tuned
         if self.setup.head == "zeroshot":
-            head = self._head
+            head = {name: self.zeroshot[name] for name in (HEAD_WEIGHT, HEAD_BIAS)}
         elif name in self._made:
             head = self._made[name]
         else:
@@ -192,11 +212,16 @@ class Ends:
         rows = self._check_head(finetuned, FINETUNED)
         if HEAD_WEIGHT in finetuned and not self._scaled:
             self._refuse_scale()
+        if rows != self.classes and self.setup.head == "finetuned":
+            raise ValueError(
+                f"{FINETUNED}: its head has {rows} classes, where the others have {self.classes}; models of "
+                "other classes need a sweep of their own"
+            )
         if rows != self.classes:
             raise ValueError(
                 f"{FINETUNED}: its head has {rows} classes, where {self.classes} were expected, as at the "
-                "zero-shot end; use --head zeroshot for the zero-shot head at both ends, or models of the "
-                "same classes"
+                "zero-shot end; use --head zeroshot (or finetuned) for one end's head at both, or models of "
+                "the same classes"
             )
 
     # --- towers ---------------------------------------------------------------------------------------
@@ -221,7 +246,7 @@ class Ends:
                 unknown.append(name)
         if unknown:
             raise ValueError(
-                f"{end}: {architectures.some(unknown)} belong neither to an image tower ('visual.*'), a head "
+                f"{end}: {some(unknown)} belong neither to an image tower ('visual.*'), a head "
                 f"({HEAD_WEIGHT!r}, {HEAD_BIAS!r}) nor a text tower; is this a CLIP model?"
             )
         if not any(name.startswith("visual.") for name in used):
@@ -230,18 +255,11 @@ class Ends:
             _refuse_without_text(state, end, "use --towers image")
             if self.setup.scale is not None:
                 used[_SCALE] = torch.tensor(math.log(self.setup.scale))
+            with _at(end):
+                _check_scale(used)
         with _at(end):
             architectures.compare(self.setup.arch, self._shapes, used, state)
         return used, inert
-
-    def _build(self) -> nn.Module:
-        arch = self.setup.arch
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            visual = architectures.visual(arch)
-            if not self._both:
-                return ImageClassifier(visual, nn.Linear(self._features, self.classes))
-            scale = nn.Parameter(torch.zeros(()))
-            return ZeroShotClassifier(visual, architectures.text(arch), self._tokens, scale)
 
     # --- heads ----------------------------------------------------------------------------------------
 
@@ -290,7 +308,8 @@ class Ends:
             )
         with _at(end):
             _text_weights(self.setup.arch, state)
-            _factor(state, self.setup.scale)
+            if self.setup.scale is None:
+                _check_scale(state)
             _ = self._tokens  # refuses an architecture whose prompts cannot be tokenised
         return len(names)
 
@@ -362,12 +381,16 @@ def _refuse_without_text(state: Mapping[str, Tensor], end: str, remedy: str) -> 
 def _factor(state: Mapping[str, Tensor], scale: float | None) -> float:
     if scale is not None:
         return scale
+    _check_scale(state)
+    return math.exp(float(state[_SCALE]))
+
+
+def _check_scale(state: Mapping[str, Tensor]) -> None:
     if _SCALE not in state or state[_SCALE].numel() != 1:
         raise ValueError(
             f"the checkpoint has no {_SCALE!r} of one element, which gives the scale of a head that is made "
             "from prompts; give --head-scale (100 for models that descend from OpenAI's)"
         )
-    return math.exp(float(state[_SCALE]))
 
 
 def _check_shape(head: Mapping[str, Tensor], features: int, end: str) -> int:

@@ -33,6 +33,19 @@ def devices() -> list[torch.device]:
     ]
 
 
+def device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. Raises ValueError for one that cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found).item()
+    except Exception as error:  # backends differ in how they say no
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"argument --device: {name!r} cannot be used: {reason}") from None
+    return found
+
+
 def report() -> str:
     lines = [f"{name:<16} {version}" for name, version in versions().items()]
     lines += [

@@ -50,8 +50,8 @@ examples:
 """
 
 
-def parser(studies: bool = True) -> argparse.ArgumentParser:
-    """The options of the command line, with or without the names of studies."""
+def parser(zoo: bool = True) -> argparse.ArgumentParser:
+    """The options of the command line, with or without those that say what a zoo file has entries for."""
     top = argparse.ArgumentParser(
         prog="python -m rft_fast.sweep",
         usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",
@@ -60,10 +60,10 @@ def parser(studies: bool = True) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if studies:
+    if zoo:
         top.add_argument("words", nargs="*", metavar="STUDY", type=_study_or_zoo, help=argparse.SUPPRESS)
-    _add_models(top)
-    _add_head(top)
+        _add_models(top)
+        _add_head(top)
     _add_measured(top)
     _add_layers(top)
     _add_sharpness(top)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rft_fast.kernels import Plan, Write
 from rft_fast.kernels.contract import DTYPES
 from rft_fast.layers import group, layer_of, select
+from rft_fast.words import some
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,7 +360,7 @@ class _Part:
             or any(home.get(key) is not held for home, key, held in slot.homes)
         ]
         raise RuntimeError(
-            f"Path.write: {_some(moved)} of the live model are not where this Path found them any "
+            f"Path.write: {some(moved, 4)} of the live model are not where this Path found them any "
             "more (model.to(), load_state_dict(assign=True) or replacing a module does that); move "
             "and change the model first, then make a Path"
         )
@@ -454,13 +455,8 @@ class _Faults(dict[str, list[str]]):
 
     def refuse(self) -> None:
         if self:
-            lines = [f"\n  {what} ({len(names)}): {_some(names)}" for what, names in self.items()]
+            lines = [f"\n  {what} ({len(names)}): {some(names, 4)}" for what, names in self.items()]
             raise ValueError("Path: the live model and its ends do not fit." + "".join(lines))
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    listed = ", ".join(names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 def _state(end: object, label: str) -> Mapping[str, Tensor]:

@@ -24,8 +24,8 @@ def plan(request: Request) -> str:
     Raises ValueError for what a run would refuse, unreadable images apart.
     """
     models = Models.load(request)
-    scans = wiring.scan_images(request, models.rows)
-    whole = {scan.name: (scan.count, request.zoo.data[scan.name].ood) for scan in scans}
+    sets = wiring.find_images(request, models.rows)
+    whole = {found.name: (found.count, request.zoo.data[found.name].ood) for found in sets}
     start = perf_counter()
     path = models.path(next(iter(request.zoo.finetuned)))
     loading = perf_counter() - start
@@ -52,7 +52,7 @@ def plan(request: Request) -> str:
     images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
     resident = sum(count for counts in images for count, _ in counts.values())
     peak = cost.memory(total, evaluator, path, resident)
-    return cost.table(lines, costs, peak, path, _notes(request, scans))
+    return cost.table(lines, costs, peak, path, _notes(request, sets))
 
 
 def _at_once(request: Request, study: str, whole: Counts) -> int:
@@ -97,17 +97,13 @@ def _noise(request: Request, images: int) -> datasets.Dataset:
     return datasets.Dataset("noise", pixels, labels, preprocess.mean, preprocess.std)
 
 
-def _notes(request: Request, scans: Sequence[datasets.Scan]) -> list[str]:
+def _notes(request: Request, sets: Sequence[datasets.Found]) -> list[str]:
     notes: list[str] = []
-    preprocess = wiring.preprocess(request.zoo)
     seconds, images = 0.0, 0
-    for found in scans:
-        if found.undecoded:
-            data = request.zoo.data[found.name]
-            seconds += found.undecoded * datasets.time_decoding(
-                found.name, data.path, preprocess, kind=data.kind
-            )
-            images += found.undecoded
+    for found in sets:
+        if undecoded := found.undecoded(request.cache):
+            seconds += undecoded * found.time_decoding()
+            images += undecoded
     if images:
         kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"
         notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import architectures
+from .words import some
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _STL10 = "airplane bird car cat deer dog horse monkey ship truck"
@@ -86,11 +88,10 @@ def class_names(source: str) -> tuple[str, ...]:
     if source in CLASS_NAMES:
         return CLASS_NAMES[source]
     names = _read("class names", source, tuple(CLASS_NAMES))
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(
-            f"class names: {source} has {architectures.some(twice)} more than once; "
-            "give every class a name of its own"
+            f"class names: {source} has {some(twice)} more than once; give every class a name of its own"
         )
     return Prompts(names).class_names
 

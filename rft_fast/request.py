@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import architectures, cache, checkpoints, datasets, prompts, results, studies, zoo
+from . import architectures, cache, checkpoints, datasets, env, prompts, results, studies, zoo
 from .evaluate import precision
 from .kernels import registry
 from .options import parser
@@ -98,7 +98,7 @@ def read(argv: Sequence[str]) -> Request:
     arguments = options.parse_args(argv)
     its_zoo = _zoo(arguments)
     if its_zoo.options:
-        of_zoo = parser(studies=False)
+        of_zoo = parser(zoo=False)
         of_zoo.prog = f"options of the zoo {its_zoo.name!r}"
         options.set_defaults(**vars(of_zoo.parse_args(its_zoo.options)))
         arguments = options.parse_args(argv)
@@ -135,7 +135,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         raise ValueError(
             f"argument --sharpness-alphas: {extra} are not among --alphas, where accuracies are measured"
         )
-    device = _device(arguments.device)
+    device = env.device(arguments.device)
     try:
         registry.pick(arguments.impl, device)
     except RuntimeError as error:
@@ -169,7 +169,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     if not arguments.keep:
         raise ValueError("argument --keep: expected a fraction above 0")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = arguments.out or Path("rft-runs", f"{its_zoo.name}-{stamp}")
+    out = arguments.out or Path("rft-runs", f"{its_zoo.name.replace('/', '-')}-{stamp}")
     if not arguments.plan:
         results.check(out, arguments.overwrite)
     return Request(
@@ -358,6 +358,8 @@ def _check_models(its_zoo: zoo.Zoo) -> None:
         prompts.templates(head.templates)
     elif head.towers == "both":
         raise ValueError("argument --towers: both towers need the names of the classes, --class-names")
+    elif head.templates != zoo.Head().templates:
+        raise ValueError("argument --templates: they are put around the names of --class-names; give both")
     if head.towers == "both" and head.choice != "interpolate":
         raise ValueError(
             f"argument --head: {head.choice} keeps a linear head, which there is none of with --towers both"
@@ -367,15 +369,3 @@ def _check_models(its_zoo: zoo.Zoo) -> None:
 def _distinct(option: str, names: Sequence[str]) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"argument {option}: given more than once: {', '.join(twice)}")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # backends differ in how they say no
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"argument --device: {name!r} cannot be used: {reason}") from None
-    return device

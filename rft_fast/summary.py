@@ -14,6 +14,7 @@ from . import studies
 from .cost import duration
 from .request import Request
 from .studies.rows import STUDIES
+from .words import some
 
 LEGEND = """\
 Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
@@ -36,13 +37,13 @@ def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
     everyone = list(request.zoo.finetuned)
     ranked = list(studies.best_gains(rows).sort_values(ascending=False, kind="stable").index)
 
-    def some(count: int) -> list[str]:
+    def chosen(count: int) -> list[str]:
         if count < len(everyone) and request.models is not None:
             return request.models
         picked = set(ranked[: (count + 1) // 2]) | set(ranked[len(ranked) - count // 2 :])
         return [name for name in everyone if name in picked]
 
-    return {study: some(count) for study, count in how_many(request).items()}
+    return {study: chosen(count) for study, count in how_many(request).items()}
 
 
 def how_many(request: Request) -> dict[str, int]:
@@ -301,7 +302,7 @@ def _found_stragglers(rows: pd.DataFrame, request: Request, facts: pd.DataFrame)
     lines = []
     for (model, dataset), group in found.groupby(["model", "dataset"], sort=False):
         names = list(group[group["straggler"]].sort_values("instability", ascending=False)["layer"])
-        said = f"{len(names)} stragglers ({_some(names)})" if names else "no stragglers"
+        said = f"{len(names)} stragglers ({some(names, 3)})" if names else "no stragglers"
         lines.append(f"- {model} ({modes[model]}) has {said} on {dataset}.")
     return lines
 
@@ -361,11 +362,6 @@ def _found_correlation(table: pd.DataFrame, where: str) -> list[str]:
 def _words(text: str) -> list[str]:
     """A paragraph, after an empty line."""
     return ["", *textwrap.wrap(text, 100)]
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    listed = ", ".join(names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:

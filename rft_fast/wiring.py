@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,23 @@ class Models:
 
     @classmethod
     def load(cls, request: Request) -> Models:
-        """Puts the live model on the way to each fine-tuned one once, so that none fails later."""
+        """Puts the live model on the way to each fine-tuned one once, so that none fails later.
+
+        Names, shapes and heads of all models are checked before the first prompt is encoded.
+        """
         source = request.zoo
+        setup = _setup(source)
         file = checkpoints.fetch(source.zeroshot.source, source.arch)
-        zeroshot = checkpoints.read(file, source.zeroshot.format)
-        state = {name: tensor.to(request.device) for name, tensor in zeroshot.tensors.items()}
-        ends = Ends(_setup(source), state, _classes(source), request.device)
+        state = checkpoints.load(file, request.device, source.zeroshot.format)
+        with _at(file):
+            ends = Ends(setup, state, _classes(source), request.device)
+        for weights in source.finetuned.values():
+            with _at(weights.source):
+                ends.check(checkpoints.load(weights.source, format=weights.format))
         live = precision.cast(ends.live, request.precision).to(request.device)
         models = cls(request, ends, live)
         models.hashes[source.zeroshot.source] = checkpoints.sha256(file)
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
-            lineage = checkpoints.compare(zeroshot, checkpoints.read(weights.source, weights.format))
-            if lineage.problems:
-                problems = "; ".join(lineage.problems)
-                raise ValueError(f"{weights.source} and {file} are not the ends of one path: {problems}")
             models._check_layers(models.path(name))
             models.hashes[weights.source] = checkpoints.sha256(weights.source)
         return models
@@ -59,12 +63,9 @@ class Models:
     def path(self, name: str) -> paths.Path:
         """The live model on the way to this fine-tuned one."""
         weights = self.request.zoo.finetuned[name]
-        try:
-            state = checkpoints.load(weights.source, format=weights.format)
-            ends = self.ends.pair(state, name)
+        with _at(weights.source):
+            ends = self.ends.pair(checkpoints.load(weights.source, format=weights.format), name)
             return paths.Path(self.live, *ends, self.request.granularity, impl=self.request.impl)
-        except ValueError as error:
-            raise ValueError(f"{weights.source}: {error}") from error
 
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
@@ -86,6 +87,15 @@ class Models:
             graphs=request.graphs,
             compile=request.compile,
         )
+
+
+@contextmanager
+def _at(file: str | Path) -> Iterator[None]:
+    """Says of which file a ValueError is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _setup(source: zoo.Zoo) -> Setup:
@@ -113,16 +123,15 @@ def preprocess(source: zoo.Zoo) -> architectures.Preprocess:
     return architectures.preprocess(source.arch, name if published else None)
 
 
-def scan_images(request: Request, rows: datasets.Rows) -> list[datasets.Scan]:
-    """What there is of each data set, in the order of the zoo."""
+def find_images(request: Request, rows: datasets.Rows) -> list[datasets.Found]:
+    """The data sets, in the order of the zoo, each listed once and not decoded."""
     return [
-        datasets.scan(
+        datasets.find(
             name,
             data.path,
             preprocess(request.zoo),
             request.samples,
             request.seed,
-            cache=request.cache,
             kind=data.kind,
             rows=rows,
             label_map=data.labels,
@@ -133,36 +142,21 @@ def scan_images(request: Request, rows: datasets.Rows) -> list[datasets.Scan]:
 
 def load_images(request: Request, rows: datasets.Rows) -> list[datasets.Dataset]:
     """The data sets, in the order of the zoo. All are looked at before the first is decoded."""
-    scan_images(request, rows)
     sets = []
-    for name, data in request.zoo.data.items():
-        with tqdm(desc=f"reading {name}", disable=None, leave=False) as bar:
+    for found in find_images(request, rows):
+        with tqdm(desc=f"reading {found.name}", disable=None, leave=False) as bar:
 
             def progress(done: int, total: int, bar: Any = bar) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            sets.append(
-                datasets.load(
-                    name,
-                    data.path,
-                    preprocess(request.zoo),
-                    request.samples,
-                    data.ood,
-                    request.seed,
-                    progress,
-                    cache=request.cache,
-                    skip_unreadable=request.skip_unreadable,
-                    kind=data.kind,
-                    rows=rows,
-                    label_map=data.labels,
-                )
-            )
+            ood, skip = request.zoo.data[found.name].ood, request.skip_unreadable
+            sets.append(found.load(ood, progress, cache=request.cache, skip_unreadable=skip))
     return sets
 
 
 def digest_prompts(models: Models) -> str | None:
-    """SHA-256 of class names and templates; None where no head is made of them."""
+    """SHA-256 of class names and templates; None where none are given."""
     prompts = models.ends.setup.prompts
     if prompts is None:
         return None

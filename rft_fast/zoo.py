@@ -99,7 +99,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         [data]
         imagenet = { path = "imagenet/val", ood = false }
         sketch = { path = "sketch" }    # ood = true unless said otherwise
-        stl10 = { path = "stl10_binary", kind = "stl10", labels = "stl10.json" }
+        stl10 = { path = "stl10_binary", kind = "cifar", labels = "stl10.json" }
         [options]                       # may be left out: how it is studied, as sweep's options
         layer-draws = 5                 # --layer-draws 5
         layer-data = ["sketch"]         # --layer-data sketch
@@ -120,7 +120,7 @@ def read(path: str | PathLike[str]) -> Zoo:
     if not file.is_file():
         raise ValueError(f"zoo: there is no file {file}")
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
 
@@ -207,7 +207,10 @@ class _Entries:
         format = self.one_of(table, "format", checkpoints.FORMATS, prefix) if key == "path" else None
         source = self.get(table, key, str, prefix)
         if published is None or (self.file.parent / source).exists():
-            return Weights(str(self.path(table, key, prefix)), format)
+            file = self.path(table, key, prefix)
+            if file.is_dir():
+                raise self.error(f"{prefix}{key}", f"names {file}, a directory; expected a checkpoint in it")
+            return Weights(str(file), format)
         try:
             if Path(source).exists():  # in the working directory, which a zoo does not depend on
                 raise ValueError(f"{source} is relative to the working directory")

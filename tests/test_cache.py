@@ -255,7 +255,7 @@ def test_other_versions_are_said_and_everything_is_decoded_again(
     directory = tmp_path / "caches"
     quietly(folder, directory)
     monkeypatch.setattr("PIL.__version__", "99.1")
-    assert datasets.scan("set", folder, PREPROCESS, cache=directory).undecoded == 10
+    assert datasets.find("set", folder, PREPROCESS).undecoded(directory) == 10
     with pytest.warns(UserWarning, match=r"renewed: decoded before with Pillow [\d.]+ instead of 99.1$"):
         load(folder, directory)
     assert len(decoded) == 20
@@ -271,7 +271,7 @@ def test_a_cache_under_a_wrong_name_is_not_believed(folder: Path, tmp_path: Path
     quietly(folder, directory, preprocess=other)
     (second,) = set(directory.glob("*.pixels")) - {file}
     file.replace(second)
-    assert datasets.scan("set", folder, other, cache=directory).undecoded == 10
+    assert datasets.find("set", folder, other).undecoded(directory) == 10
     with pytest.warns(UserWarning, match="renamed"):
         got = load(folder, directory, other)
     assert torch.equal(got.images, load(folder, None, other).images)
@@ -333,7 +333,7 @@ def test_a_damaged_head_means_a_new_cache(
         else:
             file.write_bytes({"short": content[:-1], "long": content + b"x", "empty": b""}[how])
     decoded.clear()
-    assert datasets.scan("set", folder, PREPROCESS, cache=directory).undecoded == 10
+    assert datasets.find("set", folder, PREPROCESS).undecoded(directory) == 10
     with pytest.warns(UserWarning, match=r"renewed: .*\.pixels is damaged: "):
         got = load(folder, directory)
     assert len(decoded) == 10
@@ -438,7 +438,7 @@ def test_a_process_killed_half_way_leaves_what_it_had_finished(
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert datasets.scan("set", folder, PREPROCESS, cache=tmp_path / "caches").undecoded == 4
+    assert datasets.find("set", folder, PREPROCESS).undecoded(tmp_path / "caches") == 4
     got = quietly(folder, tmp_path / "caches")
     assert sorted(decoded) == ["6.png", "7.png", "8.png", "9.png"]
     assert torch.equal(normalised(got), truth(folder))
@@ -609,7 +609,7 @@ def test_a_full_disk_leaves_the_cache_of_another_run(
             got = load(folder, directory)
     assert torch.equal(normalised(got), truth(folder))
     assert len(decoded) == 10
-    assert datasets.scan("set", folder, PREPROCESS, cache=directory).undecoded == 5
+    assert datasets.find("set", folder, PREPROCESS).undecoded(directory) == 5
 
 
 def test_too_little_room_is_seen_before(

@@ -45,7 +45,9 @@ def same_content(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     same(dict(sorted(got.items())), dict(sorted(expected.items())))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "image_encoder.model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "model.", "module.model.", "image_encoder.model.", "module._orig_mod."]
+)
 def test_every_prefix_and_both_formats(tmp_path: Path, prefix: str) -> None:
     state = prefixed(prefix)
     if prefix.startswith("module."):  # a wrapped classifier wraps its head as well

@@ -11,20 +11,17 @@ import struct
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_pickles import CONTAINERS, LEGACY, LITTLE, calls, identity, in_zip, load_from_bytes, rebuilt, text
 from torch import nn
 
-from rft_fast import checkpoints
-from rft_fast.checkpoints import pickles
-
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
-LITTLE = pickle.dumps({"protocol_version": 1001, "little_endian": True}, 2)
+from rft_fast import checkpoints, pickles
 
 
 @pytest.fixture
@@ -45,62 +42,6 @@ def refused(file: Path, *words: str, seconds: float = 10.0) -> str:
     for word in words:
         assert word in message, message
     return message
-
-
-# --- containers around a pickle that is written by hand -------------------------------------------
-
-
-def in_zip(content: bytes, **entries: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a/data.pkl", content)
-        for name, data in {"version": b"3\n", **entries}.items():
-            archive.writestr(f"a/{name}", data)
-    return buffer.getvalue()
-
-
-CONTAINERS: dict[str, Callable[[bytes], bytes]] = {
-    "pickle": lambda content: content,
-    "zip": in_zip,
-    "torchscript": lambda content: in_zip(content, **{"constants.pkl": b"\x80\x02)."}),
-    "old": lambda content: LEGACY + LITTLE + content + b"\x80\x02].",
-    "old sizes": lambda content: LEGACY + content,
-    "old keys": lambda content: LEGACY + LITTLE + b"\x80\x02}." + content,
-    "old magic": lambda content: content + LEGACY,
-    "nested": lambda content: load_from_bytes(LEGACY + LITTLE + content + b"\x80\x02]."),
-}
-
-
-def load_from_bytes(data: bytes) -> bytes:
-    argument = b"B" + struct.pack("<I", len(data)) + data
-    return b"\x80\x03ctorch.storage\n_load_from_bytes\n" + argument + b"\x85R."
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def calls(command: str) -> dict[str, bytes]:
-    """The ways for a pickle to call os.system."""
-    argument = text(command)
-    return {
-        "reduce": b"\x80\x02cos\nsystem\n" + argument + b"\x85R.",
-        "stack_global": b"\x80\x04" + text("os") + text("system") + b"\x93" + argument + b"\x85R.",
-        "memoized": b"\x80\x02"
-        + text("os")
-        + b"q\x00"
-        + text("system")
-        + b"q\x01h\x00h\x01\x93"
-        + argument
-        + b"\x85R.",
-        "inst": b"\x80\x02(" + argument + b"ios\nsystem\n.",
-        "obj": b"\x80\x02(cos\nsystem\n" + argument + b"o.",
-        "duplicated": b"\x80\x02cos\nsystem\n20" + argument + b"\x85R.",
-        "popped": b"\x80\x02cos\nsystem\n" + argument + b"\x85R0}.",
-        "in_build": b"\x80\x02ctorch.nn\nModule\n)\x81cos\nsystem\n" + argument + b"\x85Rb.",
-        "in_pid": b"\x80\x02cos\nsystem\n" + argument + b"\x85RQ.",
-        "as_type": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN" + argument + b"\x85}tR.",
-    }
 
 
 @pytest.mark.parametrize("how", calls(""))
@@ -194,7 +135,7 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     [
         (b"\x80\x02\x82\x01.", "EXT1"),
         (b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b"x.", "damaged or truncated"),
-        (b"\x80\x05\x96" + struct.pack("<Q", 1) + b"x.", "BYTEARRAY8"),
+        (b"\x80\x05\x96" + struct.pack("<Q", 1) + b"x.", "holds a bytes"),
         (b"\x80\x05\x97.", "NEXT_BUFFER"),
         (b"\x80\x02" + text("x") + b"Q.", "outside of its pickle"),
         (b"\x80\x02Px\n.", "outside of its pickle"),
@@ -227,25 +168,6 @@ def test_damaged_and_odd_pickles(tmp_path: Path, content: bytes, words: str) -> 
 
 
 # --- sizes ----------------------------------------------------------------------------------------
-
-
-def rebuilt(storage: bytes, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]) -> bytes:
-    rest = b"".join(pickle.dumps(value, 2)[2:-1] for value in (offset, size, stride))
-    return (
-        b"\x80\x02}"
-        + text("visual.proj")
-        + b"ctorch._utils\n_rebuild_tensor_v2\n("
-        + storage
-        + rest
-        + b"\x89}tRs."
-    )
-
-
-def identity(count: int, kind: str = "FloatStorage", key: str = "0") -> bytes:
-    return (
-        b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key) + text("cpu")
-        + pickle.dumps(count, 2)[2:-1] + b"tQ"
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [2**60, 2**62, 2**63, 2**64, -1, -(2**60)])
@@ -409,6 +331,12 @@ def test_zip_bombs_and_their_like(tmp_path: Path) -> None:
         archive.writestr("a/data.pkl", rebuilt(identity(1 << 22), 0, (1 << 22,), (1,)))
         archive.writestr("a/data/0", bytes(1 << 24), zipfile.ZIP_DEFLATED)
     refused(file, "compressed")
+    with zipfile.ZipFile(file, "w") as archive:  # code of a TorchScript archive is compressed, and read
+        archive.writestr("a/data.pkl", b"\x80\x02c__torch__\nM\n)\x81.")
+        archive.writestr("a/constants.pkl", b"\x80\x02).")
+        for name in "ab":
+            archive.writestr(f"a/code/{name}.py", bytes(10 << 20), zipfile.ZIP_DEFLATED)
+    refused(file, "more than 16 MiB of code")
     whole = in_zip(rebuilt(identity(4), 0, (4,), (1,)), **{"data/0": bytes(16)})
     for name, change in {
         "entry sizes": lambda entry: (

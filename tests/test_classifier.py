@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rft_fast import classifier
+from rft_fast.endpoints import Ends, Setup
 
 EMBED, WIDTH, HEADS, LAYERS, PATCH, SIZE, CLASSES = 16, 32, 2, 2, 8, 32, 5
 VISION = {
@@ -49,10 +50,14 @@ def write(tmp_path: Path, content: Any) -> Path:
     return file
 
 
-def build_loaded(arch: str | Path, state: dict[str, Tensor]) -> classifier.ImageClassifier:
-    model, _ = classifier.build(arch, state)
-    model.load_state_dict(classifier.split(state)[0])
-    return model
+def ends_of(arch: str | Path, state: dict[str, Tensor]) -> Ends:
+    return Ends(Setup(str(arch)), state)
+
+
+def build_loaded(arch: str | Path, state: dict[str, Tensor]) -> nn.Module:
+    ends = ends_of(arch, state)
+    ends.live.load_state_dict(ends.zeroshot)
+    return ends.live
 
 
 def plain_forward(state: dict[str, Tensor], images: Tensor, quick_gelu: bool) -> Tensor:
@@ -136,7 +141,8 @@ def test_a_known_model_name_builds_that_model_and_nothing_of_the_text() -> None:
         clip = open_clip.create_model("ViT-B-32-quickgelu", device="meta")
     state = {n: t for n, t in clip.state_dict().items() if not n.startswith("transformer.")}
     state["classification_head.weight"] = torch.empty(10, 512, device="meta")
-    model, inert = classifier.build("ViT-B-32-quickgelu", state)
+    ends = ends_of("ViT-B-32-quickgelu", state)
+    model, inert = ends.live, ends.inert
     names = set(model.state_dict())
     assert names == {n for n in state if n.startswith("visual.")} | {
         "classification_head.weight",
@@ -154,17 +160,18 @@ def test_names_alone_are_read_and_the_random_state_is_kept(tmp_path: Path) -> No
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    model, _ = classifier.build(file, {n: t.to("meta") for n, t in state.items()})
+    model = ends_of(file, {n: t.to("meta") for n, t in state.items()}).live
     assert torch.equal(torch.rand(4), expected)
     assert all(t.device.type == "cpu" and t.dtype == torch.float32 for t in model.parameters())
 
 
-def test_split_gives_reasons_and_a_zero_bias() -> None:
+def test_what_has_no_effect_is_told_and_a_missing_bias_is_zero(tmp_path: Path) -> None:
     _, state = clip_with_head(config())
     del state["classification_head.bias"]
     state["classification_head.weight"] = state["classification_head.weight"].half()
     before = set(state)
-    used, inert = classifier.split(state)
+    ends = ends_of(write(tmp_path, config()), state)
+    used, inert = ends.zeroshot, ends.inert
     assert set(state) == before  # the caller's dict is not touched
     bias = used["classification_head.bias"]
     assert torch.equal(bias, torch.zeros(CLASSES, dtype=torch.float16))
@@ -191,16 +198,16 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     _, state = clip_with_head(config())
     other = write(tmp_path, config(vision_cfg={**VISION, "width": 48, "layers": 3}))
     words = ("visual.conv1.weight (32, 3, 8, 8) instead of (48, 3, 8, 8)", "missing: ", "and ")
-    refused(classifier.build, other, state, words=words)
+    refused(ends_of, other, state, words=words)
     file = write(tmp_path, config())
     extra = {**state, "visual.extra": torch.ones(2)}
-    refused(classifier.build, file, extra, words=("unexpected: visual.extra (2,)",))
+    refused(ends_of, file, extra, words=("unexpected: visual.extra (2,)",))
     less = {name: tensor for name, tensor in state.items() if name != "visual.proj"}
-    refused(classifier.build, file, less, words=("missing: visual.proj",))
+    refused(ends_of, file, less, words=("missing: visual.proj",))
     wide = {**state, "classification_head.weight": torch.ones(5, 17)}
-    refused(classifier.build, file, wide, words=("(5, 17) instead of (5, 16)",))
+    refused(ends_of, file, wide, words=("must be [classes, 16], got [5, 17]",))
     bias = {**state, "classification_head.bias": torch.ones(6)}
-    refused(classifier.build, file, bias, words=("classification_head.bias (6,) instead of (5,)",))
+    refused(ends_of, file, bias, words=("'classification_head.bias' must be [5], got [6]",))
 
 
 def test_the_right_architecture_is_named() -> None:
@@ -208,24 +215,10 @@ def test_the_right_architecture_is_named() -> None:
         clip = open_clip.create_model("ViT-B-16", device="meta", load_weights=False)
     state = {**clip.state_dict(), "classification_head.weight": torch.empty(10, 512, device="meta")}
     words = ("not those of ViT-B-32", "They fit ViT-B-16 or ViT-B-16-quickgelu")
-    refused(classifier.build, "ViT-B-32", state, words=words)
+    refused(ends_of, "ViT-B-32", state, words=words)
     # Where the name is right and something else is wrong, none is named.
     del state["visual.proj"]
-    refused(classifier.build, "ViT-B-16", state, words=("missing: visual.proj. Name their own arch",))
-
-
-def test_checkpoints_that_are_no_classifier() -> None:
-    _, state = clip_with_head(config())
-    headless = {n: t for n, t in state.items() if "classification_head" not in n}
-    refused(classifier.split, headless, words=("no 'classification_head.weight'",))
-    refused(
-        classifier.split,
-        {"classification_head.weight": torch.ones(2, 2)},
-        words=("no image tower",),
-    )
-    refused(classifier.split, {**state, "encoder.0.weight": torch.ones(1)}, words=("encoder.0.weight",))
-    flat = {**state, "classification_head.weight": torch.ones(5)}
-    refused(classifier.split, flat, words=("[classes, features], got (5,)",))
+    refused(ends_of, "ViT-B-16", state, words=("missing: visual.proj. Name their own arch",))
 
 
 def test_classify_normalises_the_features() -> None:

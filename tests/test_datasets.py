@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_nothing_readable_is_refused_all_the_same(tmp_path: Path) -> None:
         file.write_bytes(b"")
     refused("2 of 2 images cannot be read", path=tmp_path, skip_unreadable=True)
     with pytest.raises(ValueError, match="'set': no image tried can be read"):
-        datasets.time_decoding("set", tmp_path, PREPROCESS)
+        datasets.find("set", tmp_path, PREPROCESS).time_decoding()
 
 
 def test_a_link_to_nowhere_is_no_image(tmp_path: Path) -> None:
@@ -241,34 +242,46 @@ def test_a_link_to_nowhere_is_no_image(tmp_path: Path) -> None:
     refused("files that are no images", "z.png", path=tmp_path)
 
 
-def test_scan_counts_without_decoding_or_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_found_counts_without_decoding_or_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, cache = tree(tmp_path / "data", ["a", "b", "c"], each=4), tmp_path / "caches"
 
-    def scan(**more: Any) -> datasets.Scan:
+    def counts(used: Path | None = cache, **more: Any) -> tuple[int, int]:
         with monkeypatch.context() as blind:
             blind.setattr(Image, "open", None)
-            return datasets.scan("set", data, PREPROCESS, **more)
+            found = datasets.find("set", data, PREPROCESS, **more)
+            return found.count, found.undecoded(used)
 
-    assert scan() == datasets.Scan("set", 12, 12, 3)
-    assert scan(cache=cache) == datasets.Scan("set", 12, 12, 3)
+    assert counts() == counts(None) == (12, 12)
     assert not cache.exists()
     datasets.load("set", data, PREPROCESS, samples=5, seed=1, cache=cache)
     before = {file: file.read_bytes() for file in cache.iterdir()}
-    assert scan(cache=cache) == datasets.Scan("set", 12, 7, 3)
-    assert scan() == datasets.Scan("set", 12, 12, 3)
-    assert scan(cache=cache, samples=5, seed=1) == datasets.Scan("set", 5, 0, 3)
+    assert counts() == (12, 7) and counts(None) == (12, 12)
+    assert counts(samples=5, seed=1) == (5, 0)
     drawn = [set(np.random.RandomState(seed).permutation(12)[:5].tolist()) for seed in (1, 2)]
-    assert scan(cache=cache, samples=5, seed=2).undecoded == len(drawn[1] - drawn[0])
+    assert counts(samples=5, seed=2) == (5, len(drawn[1] - drawn[0]))
     os.utime(data / "abc"[min(drawn[0]) // 4] / f"{min(drawn[0]) % 4}.png", (1, 1))
-    assert scan(cache=cache) == datasets.Scan("set", 12, 8, 3)
+    assert counts() == (12, 8)
     assert {file: file.read_bytes() for file in cache.iterdir()} == before
-    file = save(tmp_path / "x.npz", **arrays())
-    assert datasets.scan("x", file, PREPROCESS, samples=3, cache=cache) == datasets.Scan("x", 3, 0, None)
+    found = datasets.find("x", save(tmp_path / "x.npz", **arrays()), PREPROCESS, samples=3)
+    assert (found.count, found.undecoded(cache)) == (3, 0)
     with pytest.raises(ValueError, match="'set': 13 samples"):
-        scan(samples=13)
+        counts(samples=13)
     (data / "d").mkdir()
     with pytest.raises(ValueError, match=r"'set': .*empty class folders: d"):
-        scan()
+        counts()
+
+
+def test_what_was_found_is_loaded_without_listing_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tree(tmp_path / "data", ["a", "b"], each=3)
+    whole = datasets.load("set", data, PREPROCESS, samples=4, seed=3, ood=False)
+    found = datasets.find("set", data, PREPROCESS, samples=4, seed=3)
+    monkeypatch.setattr(os, "walk", None)
+    got = found.load(ood=False, cache=tmp_path / "cache")
+    for field in dataclasses.fields(got):
+        one, other = (getattr(of, field.name) for of in (got, whole))
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
 
 
 def test_time_decoding_is_a_share_of_the_time_that_passed(
@@ -289,10 +302,10 @@ def test_time_decoding_is_a_share_of_the_time_that_passed(
     monkeypatch.setattr(datasets.decoding, "decode", decode)
     monkeypatch.setattr(datasets.time, "perf_counter", perf_counter)
     # The clock is read at the beginning, after each image handed out, and at the end.
-    assert datasets.time_decoding("set", tmp_path / "data", PREPROCESS, 2.0) == 9 * 0.25 / 8
+    assert datasets.find("set", tmp_path / "data", PREPROCESS).time_decoding(2.0) == 9 * 0.25 / 8
     assert decoded == [8]
-    assert datasets.time_decoding("set", tmp_path / "data", PREPROCESS, 1e9) == 41 * 0.25 / 40
-    assert datasets.time_decoding("x", save(tmp_path / "x.npz", **arrays()), PREPROCESS) == 0
+    assert datasets.find("set", tmp_path / "data", PREPROCESS).time_decoding(1e9) == 41 * 0.25 / 40
+    assert datasets.find("x", save(tmp_path / "x.npz", **arrays()), PREPROCESS).time_decoding() == 0
 
 
 def test_decoding_ahead_is_bounded_and_in_order() -> None:
@@ -366,7 +379,9 @@ def test_npz_traps_are_named(tmp_path: Path) -> None:
         ({**good, "images": good["images"][:, :20]}, ("(24, 24)", "(20, 24)")),
         ({**good, "labels": good["labels"][1:]}, ("10 images but 9 labels",)),
         ({**good, "labels": good["labels"] * 0.5}, ("labels", "integers")),
-        ({**good, "labels": good["labels"].astype(np.int8) - 1}, ("negative", "-1")),
+        ({**good, "labels": good["labels"].astype(np.int8) - 1}, ("rows of a head", "-1 to 2")),
+        ({**good, "labels": good["labels"].astype(np.uint64) + 2**63}, ("rows of a head",)),
+        ({**good, "images": good["images"][:, :0]}, ("no images", "[10, 0, 24]")),
         ({**good, "classes": np.array([0, 1])}, ("labels 2, 3 are not among",)),
         ({**good, "classes": np.array([0, 1, 2, 3, 3])}, ("distinct",)),
         ({"images": good["images"][:0], "labels": good["labels"][:0]}, ("no images",)),

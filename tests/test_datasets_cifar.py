@@ -205,6 +205,10 @@ class Hostile:
 
 
 DEEP = b"\x80\x02}" + b"(" + b")" + b"\x85" * 100_000 + b"K\x01u."  # {((((...))))): 1}: hashing overflows
+AGAIN = b"\x80\x04c_codecs\nencode\nq\x01" + b"X@B\x0f\x00" + b"x" * 1_000_000 + b"q\x00"  # the text: 1 MB
+AGAIN += (
+    b"X\x06\x00\x00\x00latin1q\x02" + b"h\x01h\x00h\x02\x86R" * 3_000 + b"."
+)  # made into bytes 3,000 times
 
 
 @pytest.mark.parametrize(
@@ -212,17 +216,21 @@ DEEP = b"\x80\x02}" + b"(" + b")" + b"\x85" * 100_000 + b"K\x01u."  # {((((...))
     [
         *[(pickle.dumps(Hostile(os.mkdir, "made"), protocol), "posix.mkdir") for protocol in (0, 2, 4, 5)],
         (pickle.dumps(Hostile(eval, "1/0"), 2), "eval"),
-        (b"\x80\x02cnumpy\nload\n.", "numpy.load"),
+        (b"\x80\x02cnumpy\nload\n)R.", "asks to call numpy.load"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02ls\x85R.", "os.system"),
-        (b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI63\ntbcnumpy\nndarray\n\x81.", "NEWOBJ"),
-        (b"(ios\nsystem\n.", "INST"),
-        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "_codecs.encode"),
-        (b"\x80\x02P1\n.", "PERSID"),
+        (
+            b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI63\ntbcnumpy\nndarray\n\x81.",
+            "damaged",
+        ),
+        (b"(ios\nsystem\n.", "asks to call os.system"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "unknown encoding"),
+        (b"\x80\x02P1\n.", "outside of its pickle"),
         (b"\x80\x02\x82\x01.", "EXT1"),
-        (DEEP, "keys"),
+        (DEEP, "used as a key"),
         (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),
         (b"\x80\x02h\x05.", "damaged"),
-        (b"\x80\x02.", "values"),
+        (b"\x80\x02.", "damaged"),
+        (AGAIN, "unfolds to far more than its size"),
         (b"\x80\x02]", "STOP"),
         (b"\x80\x05\x96" + b"\xff" * 6 + b"\x00\x00.", "bytearray8"),
         (b"\x80\x04\x8e" + b"\xff" * 6 + b"\x00\x00.", "bytes8"),

@@ -44,6 +44,14 @@ def test_without_rows_a_class_is_its_place() -> None:
     assert found.images.tolist() == list(range(6))
 
 
+def test_without_rows_ids_of_imagenet_are_its_rows() -> None:
+    """As class 0 and 1 they would be scored as a tench and a goldfish."""
+    found = assign(source(["n01443537", "N01498041"]), None, None)
+    assert rows_of(found) == [1, 6] and found.classes is not None and found.classes.tolist() == [1, 6]
+    found = assign(source(["n01443537", "n99999999"]), None, None)
+    assert rows_of(found) == [0, 1] and found.classes is None
+
+
 def test_classes_go_to_the_rows_of_their_names() -> None:
     names = ["Ship", "frog", "TRUCK", "dog", "horse", "deer", "cat", "bird", "auto_mobile", "air plane"]
     found = assign(source(names), Rows(10, CIFAR10), None)
@@ -113,6 +121,7 @@ def test_label_maps_that_do_not_fit() -> None:
         refused(["a", "b"], head, *words, label_map=label_map)
     refused(["a", "b"], None, "the head's are not known here", label_map={"a": 0, "b": "dog"})
     refused(["a"], None, "beyond the head", label_map={"a": -2})
+    refused(["a"], None, "beyond the head", label_map={"a": 10**30})
 
 
 def test_label_maps_in_files(tmp_path: Path) -> None:
@@ -138,6 +147,9 @@ def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
         "y.csv": ("class,row\na,0,1\n", "expected two columns"),
         "z.csv": ("class,row\na,0\na,\n", "both scored and not"),
         "e.csv": ("", "the first line must be class,row"),
+        "deep.json": ("[" * 100_000, "recursion"),
+        "deep.toml": ("a = " + "[" * 100_000, "recursion"),
+        "long.csv": ("class,row\n" + "x" * 200_000 + ",1\n", "larger than field limit"),
         "x.txt": ("a 0", "expected a .json, .toml or .csv"),
     }
     for name, (content, words) in cases.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tiny_trees import FOLDERS, RNG, bordered, ids, mappings, tree
 from torch import nn
 from torchvision.datasets import ImageFolder
@@ -34,7 +34,7 @@ def refused(path: Path, *words: str, **more: Any) -> None:
     for word in ("'set'", *words):
         assert word in str(caught.value), caught.value
     with pytest.raises(ValueError) as again:
-        datasets.scan("set", path, PREPROCESS, **more)
+        datasets.find("set", path, PREPROCESS, **more)
     assert str(again.value) == str(caught.value)
 
 
@@ -55,7 +55,7 @@ def test_imagenet_val(tmp_path: Path, inner: str) -> None:
     got = load(tmp_path / "imagenet", rows=IMAGENET)
     assert got.labels.tolist() == list(range(1000)) and got.classes is None and got.groups is None
     assert got.class_names == tuple(wnids)
-    assert datasets.scan("set", tmp_path / "imagenet", PREPROCESS, rows=IMAGENET).count == 1000
+    assert datasets.find("set", tmp_path / "imagenet", PREPROCESS, rows=IMAGENET).count == 1000
 
 
 def test_parts_of_which_none_is_clear_are_refused(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_objectnet_by_brute_force(tmp_path: Path, layout: str) -> None:
     source = datasets.open_source("set", path)
     assert (source.kind, source.path, source.trim) == ("objectnet", images, 2)
     assert len(source.files) == 21 and source.class_names == tuple(sorted(FOLDERS))
-    scanned = datasets.scan("set", path, PREPROCESS, rows=IMAGENET)
+    scanned = datasets.find("set", path, PREPROCESS, rows=IMAGENET)
     assert scanned.count == 15
     data = load(path, rows=IMAGENET)
 
@@ -224,12 +224,12 @@ def test_objectnet_is_cached_as_it_is_cut(tmp_path: Path) -> None:
     bordered(tmp_path / "on" / "images")
     cache = tmp_path / "caches"
     cold = load(tmp_path / "on", cache=cache)
-    assert datasets.scan("set", tmp_path / "on", PREPROCESS, cache=cache).undecoded == 0
+    assert datasets.find("set", tmp_path / "on", PREPROCESS).undecoded(cache) == 0
     assert torch.equal(cold.images, load(tmp_path / "on", cache=cache).images)
     whole = load(tmp_path / "on" / "images", kind="folder", cache=cache)
     assert len(whole.labels) == 21 and len(list(cache.glob("*.pixels"))) == 2
     assert not torch.equal(whole.images[6:9], load(tmp_path / "on", cache=cache).images[:3])
-    assert datasets.time_decoding("set", tmp_path / "on", PREPROCESS, 0.01) > 0
+    assert datasets.find("set", tmp_path / "on", PREPROCESS).time_decoding(0.01) > 0
 
 
 def test_objectnet_traps(tmp_path: Path) -> None:
@@ -332,16 +332,14 @@ def test_images_of_an_archive_are_decoded_once(tmp_path: Path) -> None:
     truth = load(tmp_path / "data")
     cold = load(tar, cache=cache)
     assert torch.equal(cold.images, truth.images) and torch.equal(cold.labels, truth.labels)
-    scans = [
-        datasets.scan("set", path, PREPROCESS, cache=cache).undecoded for path in (tar, tmp_path / "data")
-    ]
+    scans = [datasets.find("set", path, PREPROCESS).undecoded(cache) for path in (tar, tmp_path / "data")]
     assert scans == [0, 6]
     assert torch.equal(load(tar, cache=cache).images, truth.images)
     part = load(tar, cache=cache, samples=4, seed=2)
     chosen = sorted(np.random.RandomState(2).permutation(6)[:4].tolist())
     assert torch.equal(part.images, truth.images[chosen])
     os.utime(tar, (1, 1))
-    assert datasets.scan("set", tar, PREPROCESS, cache=cache).undecoded == 6
+    assert datasets.find("set", tar, PREPROCESS).undecoded(cache) == 6
     whole = tar.read_bytes()
     at = whole.index(b"IDAT")
     tar.write_bytes(whole[:at] + b"\0" * 20 + whole[at + 20 :])
@@ -349,3 +347,21 @@ def test_images_of_an_archive_are_decoded_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 of 6 images cannot be read") as caught:
         load(tar)
     assert refused_words in str(caught.value)
+
+
+def test_images_that_are_programs_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    tree(tmp_path / "data", ["a"], each=1)
+    Image.new("RGB", (9, 9)).save(tmp_path / "data" / "a" / "x.jpg", "EPS")
+    with pytest.raises(pytest.fail.Exception), Image.open(tmp_path / "data" / "a" / "x.jpg") as image:
+        image.load()
+    with pytest.raises(ValueError, match=r"1 of 2 images cannot be read: .*x\.jpg \(cannot identify"):
+        load(tmp_path / "data")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF", "JPEG2000"])
+def test_formats_are_told_by_content(tmp_path: Path, form: str) -> None:
+    tree(tmp_path, ["a"], each=1)
+    Image.new("RGB", (9, 9), (200, 100, 0)).save(tmp_path / "a" / "x.jpg", form)
+    assert len(load(tmp_path).labels) == 2

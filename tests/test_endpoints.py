@@ -420,7 +420,7 @@ def test_zero_shot_ends_that_are_refused(arch: str, setup: dict[str, Any], state
         ({}, checkpoint(1), r"fine-tuned end: .*give --class-names .*or use --head zeroshot"),
         ({}, {**soup(1), **head(1, 5)}, r"its head has 5 classes, where 3 were expected.*--head zeroshot"),
         ({"prompts": PROMPTS, "scale": 9.0}, soup(1), "would change nothing"),
-        ({"head": "finetuned"}, {**soup(1), **head(1, 5)}, "5 classes, where 3 were expected"),
+        ({"head": "finetuned"}, {**soup(1), **head(1, 5)}, "5 classes, where the others have 3"),
         ({"head": "zeroshot"}, without(soup(1), "visual.proj"), "fine-tuned end: .*missing: visual.proj"),
     ],
 )
@@ -432,6 +432,25 @@ def test_fine_tuned_ends_that_are_refused(
     for operation in (ends.check, ends.pair):
         with pytest.raises(ValueError, match=words):
             operation(state)
+
+
+def test_nothing_is_encoded_before_it_is_asked_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("rft_fast.endpoints._encode", None)
+        ends = Ends(Setup(arch, prompts=PROMPTS), checkpoint(0))
+        ends.check(checkpoint(1))
+        assert ends.classes == CLASSES and ends.live is ends.live
+    first = ends.zeroshot[HEAD_WEIGHT]
+    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    assert ends.zeroshot[HEAD_WEIGHT] is first  # nor twice
+
+
+def test_both_towers_need_a_scale(arch: str) -> None:
+    state = without(checkpoint(0), "logit_scale")
+    with pytest.raises(ValueError, match=r"zero-shot end: .*'logit_scale'.*give --head-scale"):
+        Ends(Setup(arch, "both", prompts=PROMPTS), state)
+    pair = Ends(Setup(arch, "both", prompts=PROMPTS, scale=9.0), state).pair(state)
+    assert [end["logit_scale"].exp().item() for end in pair] == pytest.approx([9.0, 9.0])
 
 
 def test_head_zeroshot_helps_where_it_is_said_to(arch: str) -> None:

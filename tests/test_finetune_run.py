@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op  # the other side of OPERATIONS
 
 import rft_fast
-from rft_fast import architectures, checkpoints, classifier, datasets, finetune, zoo
+from rft_fast import architectures, checkpoints, datasets, finetune, results, sweep, zoo
+from rft_fast.endpoints import Ends, Setup
 from rft_fast.finetune import Setting, images, output
 from rft_fast.finetune.__main__ import main
 
@@ -73,6 +75,12 @@ def listed(folder: Path, train: str = "big", in_memory: bool = False) -> finetun
     return finetune.Images(source, torch.arange(12), source.labels, preprocess, 3, in_memory)
 
 
+def decoded(file: Path) -> tuple[Tensor, Tensor]:
+    with np.load(file) as archive:
+        pixels = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
+        return pixels, torch.from_numpy(archive["labels"])
+
+
 # --- the whole of it --------------------------------------------------------------------------------
 
 
@@ -93,10 +101,10 @@ def test_the_command_line_makes_a_zoo_that_the_sweep_reads(
     start, given = load_file(tmp_path / "zeroshot.safetensors"), load_file(folder / "zeroshot.safetensors")
     assert set(start) == set(given) - {"model.logit_scale"}
     assert all(torch.equal(tensor, given[name]) for name, tensor in start.items())
-    zeroshot = checkpoints.load(made.zeroshot.source)
-    live = classifier.build(made.arch, zeroshot)[0]
+    ends = Ends(Setup(made.arch), checkpoints.load(made.zeroshot.source))
+    live = ends.live
     for file in made.finetuned.values():
-        path = rft_fast.Path(live, zeroshot, checkpoints.load(file.source))
+        path = rft_fast.Path(live, *ends.pair(checkpoints.load(file.source)))
         path.write(0.5)
         assert path.layers
 
@@ -155,7 +163,7 @@ def test_float16_files_start_from_the_rounded_zeroshot_model(folder: Path, tmp_p
 
 
 def test_a_checkpoint_without_a_head_gets_one_from_class_names(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
     config = {**tiny_zoo.ARCH["model_cfg"], "text_cfg": text}
@@ -186,6 +194,32 @@ def test_a_checkpoint_without_a_head_gets_one_from_class_names(
     assert seen[0].tolist() == [1] * 4 + [2] * 4 + [0] * 4
     named = zoo.read(tmp_path / "zoo").head.class_names
     assert named is not None and json.loads(Path(named).read_text()) == ["fox", "cat", "dog"]
+
+    # The zoo has all that the sweep needs.
+    words = ["interpolation", str(tmp_path / "zoo"), "--alphas", "0", "1", "--device", "cpu", "--no-cache"]
+    assert sweep.main([*words, "--out", str(tmp_path / "run")]) == 0
+    rows = results.load(tmp_path / "run").set_index("alpha")
+    pixels, labels = decoded(folder / "far.npz")
+    with torch.no_grad():
+        logits = clip.encode_image((pixels.float() / 255 - 0.5) / 0.25, normalize=True) @ head.T
+    expected = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert rows.loc[0, "loss"] == pytest.approx(expected, abs=1e-5)
+    assert rows.loc[1, "loss"] != pytest.approx(expected, abs=1e-5)
+
+    # Another model starts from the head that is there, which may have been made on another machine.
+    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    assert main([*argv, "--templates", "photo", "--head-scale", "7", "--seed", "1"]) == 0
+    other = [*argv, "--templates", "simple", "--head-scale", "7", "--seed", "2"]
+    refused(other, "was made with another configuration (head.templates ", capsys)
+
+
+def test_names_that_toml_has_to_escape(tmp_path: Path) -> None:
+    names = ['say "x"', "tab\t, line\n, \x7f, \\ and ä", "a.b"]
+    for name in (*names, output.START):
+        (tmp_path / f"{name}.safetensors" if name in names else tmp_path / name).touch()
+    data = {name: {"path": str(tmp_path), "ood": True} for name in names}
+    output.write_zoo(tmp_path, {"arch": "ViT-B-32"}, names, data)
+    assert list(zoo.read(tmp_path).finetuned) == list(zoo.read(tmp_path).data) == names
 
 
 def test_preprocessing_that_the_name_does_not_tell_is_written(
@@ -228,8 +262,9 @@ def test_the_head_is_first_trained_on_features(
 
     listed_images = listed(folder)
     state = checkpoints.load(folder / "zeroshot.safetensors")
-    model = classifier.build(folder / "tiny.json", state)[0]
-    model.load_state_dict(classifier.split(state)[0])
+    ends = Ends(Setup(str(folder / "tiny.json")), state)
+    model = ends.live
+    model.load_state_dict(ends.zeroshot)
     data = datasets.load("big", folder / "big", listed_images.preprocess)
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     with torch.no_grad():
@@ -294,6 +329,59 @@ main(sys.argv[1:])
     assert epochs[0] == epochs[1] and len(epochs[0]) == 2
 
 
+def test_stopped_between_a_model_and_its_zoo(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_zoo", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(argv) == 130
+    assert (tmp_path / "lr0.01-ep2-warm1.resume").exists() and not (tmp_path / "zoo.toml").exists()
+    (tmp_path / ".lr0.01-ep2-warm1.safetensors.part").write_bytes(b"left by a killed process")
+    (tmp_path / ".lr0.01-ep2-warm1.lock").touch()
+    (tmp_path / "other.safetensors").write_bytes(b"damaged, and none of ours")
+    assert main(argv) == 0
+    assert "already there, skipped" in capsys.readouterr().out
+    assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1"]
+    assert not list(tmp_path.glob("*.resume")) and not list(tmp_path.glob(".*.lock"))
+
+
+def test_what_another_process_makes_is_left_to_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path, "--seed", "0", "1")
+    with output.locked(tmp_path / ".lr0.01-ep2-warm1.lock") as ours:
+        assert ours and main(argv) == 0
+    assert "lr0.01-ep2-warm1: being made by another process" in capsys.readouterr().out
+    assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1-seed1"]
+    assert main(argv) == 0
+    assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1", "lr0.01-ep2-warm1-seed1"]
+
+
+def test_a_full_disk_ends_with_1_and_keeps_what_there_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path, "--keep-every", "1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, saved = output.FileKeeper.save, []
+
+    def save(self: output.FileKeeper, state: Any) -> None:
+        saved.append(state["step"])
+        if len(saved) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        real(self, state)
+
+    monkeypatch.setattr(output.FileKeeper, "save", save)
+    try:
+        assert main(argv) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "is the disk full?" in capsys.readouterr().err
+    state = torch.load(tmp_path / "lr0.01-ep2-warm1.resume", weights_only=True)
+    assert state["step"] == 1 and not list(tmp_path.glob(".*"))
+    assert main(argv) == 0
+
+
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     """What is random in the model itself: torch's generator is part of the state."""
     setting = Setting(lr=0.1, epochs=2, warmup=0, batch_size=4)
@@ -351,6 +439,9 @@ def test_other_files_are_never_overwritten(
     other.mkdir()
     tiny_zoo.save({"a": torch.zeros(1)}, other / "zeroshot.safetensors")
     refused(arguments(folder, other), "was not made by fine-tuning", capsys)
+    (other / "zeroshot.safetensors").unlink()
+    (other / "model.json").write_text("{}")
+    refused(arguments(folder, other), "is there with another content and would be replaced", capsys)
 
 
 # --- refused before the first step --------------------------------------------------------------------
@@ -367,6 +458,9 @@ def test_other_files_are_never_overwritten(
         (("--train", "nowhere"), "nowhere"),
         (("--val", "x=nowhere"), "there is no nowhere"),
         (("--ood", "near=nowhere"), "names a data set in distribution and one out of it"),
+        (("--val", "loss=."), "'loss' is a column of the tables"),
+        (("--out", f"{__file__}/zoo"), "is a file, expected a directory"),
+        (("--random", "2", "--search-seed", "-1"), "must not be negative"),
         (("--zeroshot", "nowhere"), "nowhere"),
         (("--arch", "nowhere"), "nowhere"),
         (("--head-scale", "3"), "are of a head made from --class-names"),
@@ -401,6 +495,10 @@ def test_images_that_do_not_fit_are_refused(
     argv[argv.index("--train") + 1] = str(tmp_path / "three")
     refused(argv, "1 of 4 images cannot be read: ", capsys)
     assert not (tmp_path / "zoo").exists()
+    (tmp_path / "three" / "0" / "more.png").symlink_to(tmp_path / "three" / "0" / "fine.png")
+    assert main([*argv, "--batch-size", "2", "--no-check"]) == 1  # what is found on the way is no usage error
+    error = capsys.readouterr().err
+    assert "bad.png" in error and "cannot be read" in error and "usage:" not in error
 
 
 def test_a_diverging_model_is_left_out_and_the_others_are_made(
@@ -523,8 +621,7 @@ def test_decoded_images_are_trained_on_as_they_are(folder: Path) -> None:
     found = finetune.Images(source, torch.arange(40), source.labels, preprocess, 2)
     batches = images.ImageBatches(found, Setting(batch_size=40, augment="none"), CPU)
     (batch,) = batches.epoch(0)
-    with np.load(folder / "far.npz") as archive:
-        pixels = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
+    pixels, _ = decoded(folder / "far.npz")
     order = torch.from_numpy(np.random.default_rng([0, 0, 0]).permutation(40))
     assert torch.equal(batch.images, (pixels[order].float() / 255 - 0.5) / 0.25)
 

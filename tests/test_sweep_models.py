@@ -187,6 +187,68 @@ def _soup(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
+@pytest.mark.parametrize("choice", ["zeroshot", "finetuned"])
+def test_one_head_joins_models_of_other_classes(folder: Path, tmp_path: Path, choice: str) -> None:
+    soup = torch.load(folder / "clip0.pt", weights_only=True)["state_dict"]
+    three, five = tmp_path / "three.st", tmp_path / "five.st"
+    for file, rows in ((three, 3), (five, 5)):
+        head = {HEAD: torch.randn(rows, 6), "classification_head.bias": torch.randn(rows)}
+        save({f"model.{k}": v for k, v in soup.items() if k.startswith("visual.")} | head, file)
+    zeroshot, tuned = (three, five) if choice == "zeroshot" else (five, three)
+    words = ["--arch", folder / "clip.json", "--zeroshot", zeroshot, "--finetuned", tuned, "--head", choice]
+    found = run(tmp_path / "run", *words, "--data", f"far={folder / 'far.npz'}")
+    state = _soup(three)
+    expected = truth(load_clip(soup), state[HEAD], state["classification_head.bias"], folder / "far.npz")
+    same(found, dict.fromkeys((0, 0.4, 1), expected))
+
+
+def test_all_models_are_checked_before_a_prompt_is_encoded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    words = [*two(folder), *PROMPTED, "--out", tmp_path / "run"]
+    words.insert(words.index("--data"), folder / "b.safetensors")  # of a tower without a text tower
+    headless = {k: v for k, v in _soup(folder / "b.safetensors").items() if "head" not in k}
+    save(headless, folder / "headless.safetensors")
+    words[words.index(folder / "b.safetensors")] = folder / "headless.safetensors"
+    message = f"{folder / 'headless.safetensors'}: fine-tuned end: the checkpoint has no text tower"
+    refused([str(word) for word in ("interpolation", *words)], message, capsys)
+    both = [str(word) for word in ("interpolation", *words, "--towers", "both")]
+    refused(both, "use --towers image", capsys)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = _soup(folder / "a.safetensors")
+    state["model.visual.proj"][0, 0] = torch.nan
+    save(state, tmp_path / "lost.safetensors")
+    words = ["interpolation", "--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors"]
+    words += ["--finetuned", folder / "a.safetensors", tmp_path / "lost.safetensors"]
+    words += ["--data", f"far={folder / 'far.npz'}", "--out", tmp_path / "run"]
+    refused([str(word) for word in words], "visual.proj", capsys)
+
+
+def test_options_of_a_zoo_are_no_entries(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the zoo has entries for is not silently ignored among its options."""
+    text = f"""
+        name = "a/b"
+        arch = "{folder / "tiny.json"}"
+        zeroshot = "{folder / "zeroshot.safetensors"}"
+        finetuned = {{ a = "{folder / "a.safetensors"}" }}
+        data = {{ far = {{ path = "{folder / "far.npz"}" }} }}
+        [options]
+    """
+    (tmp_path / "zoo.toml").write_text(text + 'head = "zeroshot"')
+    refused(["interpolation", str(tmp_path)], "unrecognized arguments: --head zeroshot", capsys)
+    (tmp_path / "zoo.toml").write_text(text + "samples = 7")
+    asked_for = request.read(["interpolation", str(tmp_path)])
+    assert asked_for.samples == 7 and asked_for.out.parent == Path("rft-runs")
+
+
 def test_a_label_map_scores_as_it_says(folder: Path, tmp_path: Path) -> None:
     # The folder's classes 0, 1, 2 are the head's 2, 0, 1; the same as relabelling by hand.
     zeroshot = ["--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors"]
@@ -236,6 +298,7 @@ def cases(folder: Path) -> list[tuple[list[Any], str]]:
         ([*clip, *names, "--towers", "both", "--head", "zeroshot"], "keeps a linear head"),
         ([*clip, "--class-names", "imagnet"], "imagenet"),
         ([*clip, *names, "--templates", "opnai"], "openai"),
+        ([*soup, *tuned, *far, "--templates", "photo"], "--class-names; give both"),
         ([*clip, *names, "--head-scale", "0"], "expected a positive number"),
         ([*clip, "--zeroshot-head", folder / "nowhere.pt"], "there is no file"),
         ([*clip, "--zeroshot-head", folder / "clip0.pt"], "has no head"),
@@ -254,7 +317,7 @@ def cases(folder: Path) -> list[tuple[list[Any], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(21))
 def test_what_does_not_fit_is_refused_before_a_measurement(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:

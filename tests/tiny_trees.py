@@ -73,10 +73,11 @@ def mappings(folder: Path, seed: int = 0) -> dict[str, list[int]]:
 
 
 def bordered(root: Path, each: int = 3) -> None:
-    """Images with the red border that ObjectNet has, here two pixels wide."""
+    """Images with the red border that ObjectNet has, here two pixels wide; always the same."""
+    rng = np.random.default_rng(0)
     for name in FOLDERS:
         (root / name).mkdir(parents=True)
         for index in range(each):
             image = Image.new("RGB", (12, 12), (255, 0, 0))
-            image.paste(Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)), (2, 2))
+            image.paste(Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)), (2, 2))
             image.save(root / name / f"{index:02}.png")

@@ -3,8 +3,8 @@
 =============  ==============================================================================
 module         holds
 =============  ==============================================================================
-``values``     what is read from pickles: names, shells of objects, tensors that are not made yet
-``pickles``    the reader of pickles, which knows tensors and runs nothing
+``values``     tensors that are not made yet, as pickles describe them
+``pickles``    what pickles may call; the machine that reads them is :mod:`rft_fast.pickles`
 ``containers`` bytes of a file -> what it holds, memory-mapped
 ``layouts``    what it holds -> the format, and tensors under canonical names
 ``lineage``    two checkpoints side by side
@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..pickles import Unreadable
+from ..words import some
 from . import containers, layouts
 from .containers import SUPPORTED
 from .layouts import FORMATS, TRAINING_FIELDS
 from .lineage import Lineage, compare
 from .sources import check_source, fetch
-from .values import Unreadable
 
 __all__ = [
     "FORMATS",
@@ -73,9 +74,10 @@ def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
     Tensors are dense and contiguous, without gradients; integer ones are kept as they are (a Path copies
     them), and ``logit_scale`` is 0-d or 1-d as stored. Where the format allows they are views of the
     memory-mapped file, read when first touched; writing to them never changes the file.
-    Names: the wrappers ``module.``, ``model.`` and ``image_encoder.model.`` in front are dropped, and those
-    of Hugging Face become open_clip's (q, k and v joined, projections transposed): the image tower is
-    ``visual.*``, the head ``classification_head.weight`` and ``.bias``, the text tower's names stand bare.
+    Names: the wrappers ``module.``, ``_orig_mod.`` (torch.compile's), ``model.`` and ``image_encoder.model.``
+    in front are dropped, and those of Hugging Face become open_clip's (q, k and v joined, projections
+    transposed): the image tower is ``visual.*``, the head ``classification_head.weight`` and ``.bias``, the
+    text tower's names stand bare.
 
     Nothing in the file is executed: pickles go through a reader of its own (:mod:`.pickles`), which builds
     tensors, plain values and inert shells of modules, and refuses all calls but those that tensors need.
@@ -141,8 +143,7 @@ def _read(path: str | PathLike[str], format: str | None, operation: str) -> Chec
     except (Unreadable, OSError) as error:
         raise ValueError(f"{operation}: {file} {error}") from error
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        few = ", ".join(integers[:3]) + (f" and {len(integers) - 3} more" if len(integers) > 3 else "")
-        notes.append(f"not floating-point, copied and never interpolated: {few}")
+        notes.append(f"not floating-point, copied and never interpolated: {some(integers, 3)}")
     return Checkpoint(file, found, tensors, tuple(notes))
 
 

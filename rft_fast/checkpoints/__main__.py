@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(first))
             return 0
         second = read(options.other, options.format)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     lineage = compare(first, second)

@@ -7,10 +7,11 @@ changes it. Sizes that a file claims are compared with the bytes that are there 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,14 +21,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..pickles import Global, Stream, Unreadable
 from .pickles import unpickle
-from .values import Global, Storage, Stored, Stream, Unreadable, storage
+from .values import Storage, Stored, storage
 
 SUPPORTED = (
     "safetensors files, files of torch.save, old and new, pickles of whole modules, and TorchScript archives"
 )
 _MAGIC = 0x1950A86A20F9469CFC6C  # how files of torch.save began before they were zip files
 _PROTOCOL = 1001
+_MOST_CODE = 16 << 20  # bytes; that of a CLIP takes some 100 KiB
+_CLASS = re.compile(
+    r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M
+)
+_QUOTED = re.compile(r'"([^"]*)"')
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +42,13 @@ class Content:
     """What a file holds. container: "safetensors", "torch", "old torch", "pickle" or "torchscript".
 
     value: tensors by name (safetensors), else what the pickle describes, of the classes in values.py.
+    own: of the classes of a TorchScript archive, the names of their parameters and buffers.
     """
 
     container: str
     value: Any
     size: int
+    own: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def read(file: Path) -> Content:
@@ -81,7 +90,7 @@ def _zip(file: Path, data: memoryview) -> Content:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except Exception as error:
+    except Exception as error:  # zipfile lets almost anything through
         raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
     found = {entry.filename: entry for entry in entries}
     if len(found) < len(entries):
@@ -94,7 +103,37 @@ def _zip(file: Path, data: memoryview) -> Content:
         raise Unreadable("was written on a big-endian machine, which is not supported")
     script = f"{parts.top}constants.pkl" in found
     value = unpickle(Stream(parts["data.pkl"]), parts.storage, None if script else _nested)
-    return Content("torchscript" if script else "torch", value, len(data))
+    if not script:
+        return Content("torch", value, len(data))
+    return Content("torchscript", value, len(data), _own_names(file, f"{parts.top}code/"))
+
+
+def _own_names(file: Path, top: str) -> dict[str, frozenset[str]]:
+    """The parameters and buffers of each class, as lists in an archive's code tell.
+
+    A module's other tensors, such as an attention mask, lie beside them in the pickle. The code is text here,
+    of which nothing else is read.
+    """
+    found: dict[str, frozenset[str]] = {}
+    left = _MOST_CODE
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if not entry.filename.startswith(top) or not entry.filename.endswith(".py"):
+                    continue
+                with archive.open(entry) as stream:  # compressed, so only so much of it is unfolded
+                    text = stream.read(left + 1)
+                left -= len(text)
+                if left < 0:
+                    raise Unreadable(f"has more than {_MOST_CODE >> 20} MiB of code, which no model needs")
+                module = entry.filename[len(top) : -len(".py")].replace("/", ".")
+                for name, *lists in _CLASS.findall(text.decode("utf-8", "replace")):
+                    found[f"{module}.{name}"] = frozenset(_QUOTED.findall(" ".join(lists)))
+    except Unreadable:
+        raise
+    except Exception as error:  # as above
+        raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
+    return found
 
 
 class _Parts:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pickles import Shell, Unreadable, kind_of
+from ..words import some
 from .containers import SUPPORTED, Content, Maker
-from .values import Shell, Special, Stored, Unreadable, kind_of
+from .values import Special, Stored
 
 FORMATS: dict[str, str] = {
     "soup": "model-soups: a state dict, 'model.*' and 'classification_head.*'",
@@ -30,7 +32,7 @@ TRAINING_FIELDS = frozenset(
     {"args", "arch", "epoch", "global_step", "name", "optimizer", "scaler", "scheduler", "step"}
 )
 
-_WRAPPER = re.compile(r"\A(?:module\.)?(?:(?:image_encoder\.)?model\.)?")
+_WRAPPER = re.compile(r"\A(?:module\.)?(?:_orig_mod\.)?(?:(?:image_encoder\.)?model\.)?")
 _OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _TENSORS = (Tensor, Stored, Special)
 # Far beyond any model: what modules may unfold to, since one may stand at many places.
@@ -89,7 +91,7 @@ def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor
     value, kind, wrapped = content.value, None, False
     state: Mapping[str, Any]
     if isinstance(value, Shell) and not value.items:
-        kind, state = _inner_kind(value), _module(value, content.container == "torchscript", notes)
+        kind, state = _inner_kind(value), _module(value, content, notes)
     else:
         state, wrapped = _state_dict(value.items if isinstance(value, Shell) else value, notes)
     state, origin = _unwrapped(state)
@@ -118,7 +120,7 @@ def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool
         known = TRAINING_FIELDS | {"state_dict"}
         if unknown := [repr(name)[:80] for name in content if name not in known]:
             raise Unreadable(
-                f"holds {_some(unknown)} beside 'state_dict', so which weights are "
+                f"holds {some(unknown)} beside 'state_dict', so which weights are "
                 f"meant is unclear (known there: {', '.join(sorted(TRAINING_FIELDS))}). "
                 "Save the wanted state dict alone"
             )
@@ -139,7 +141,7 @@ def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool
     ]
     if foreign:
         raise Unreadable(
-            f"should map names to tensors alone, but holds {_some(foreign)}; save the model's "
+            f"should map names to tensors alone, but holds {some(foreign)}; save the model's "
             "state dict without them"
         )
     return content, wrapped
@@ -193,14 +195,15 @@ def _inner_kind(shell: Shell) -> str:
     return str(shell)
 
 
-def _module(root: Shell, script: bool, notes: list[str]) -> dict[str, Any]:
+def _module(root: Shell, content: Content, notes: list[str]) -> dict[str, Any]:
     """A module's state dict: parameters, buffers that persist, and those of the modules in it."""
+    script = content.container == "torchscript"
     result: dict[str, Any] = {}
     entries = 0
     waiting: list[tuple[str, Shell, int]] = [("", root, 0)]
     while waiting:
         prefix, shell, depth = waiting.pop()
-        own, children = _script_parts(shell) if script else _module_parts(shell)
+        own, children = _script_parts(shell, content.own) if script else _module_parts(shell)
         entries += 1 + len(own) + len(children) + len(shell.state)
         if depth > _DEEPEST or entries > _MOST_ENTRIES or len(prefix) > _LONGEST_NAME:
             raise Unreadable("holds modules within modules without end; nothing was executed")
@@ -231,10 +234,17 @@ def _module_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, 
     return own, children
 
 
-def _script_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, Shell]]]:
-    """TorchScript keeps all attributes in one table; code is elsewhere and is not read."""
+def _script_parts(
+    shell: Shell, names: Mapping[str, frozenset[str]]
+) -> tuple[list[tuple[str, Any]], list[tuple[str, Shell]]]:
+    """TorchScript keeps all attributes in one table. names: of parameters and buffers, by class."""
+    known = names.get(shell.kind.name)
     named = [(name, value) for name, value in shell.state.items() if isinstance(name, str)]
-    own = [(name, value) for name, value in named if isinstance(value, Stored)]
+    own = [
+        (name, value)
+        for name, value in named
+        if isinstance(value, Stored) and (known is None or name in known)
+    ]
     return own, [(name, value) for name, value in named if isinstance(value, Shell)]
 
 
@@ -281,7 +291,7 @@ def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str
                 result[name] = value
     if unknown:
         raise Unreadable(
-            f"holds {_some(unknown)}, which the CLIP of transformers has not; "
+            f"holds {some(unknown)}, which the CLIP of transformers has not; "
             "format='state-dict' keeps its names"
         )
     if any(name.startswith("visual.") for name in result) and "visual.proj" not in result:
@@ -329,8 +339,3 @@ def _type(value: Any) -> str:
     if isinstance(value, (Stored, Tensor)):
         return "Tensor"
     return kind_of(value)
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..words import some
+
 if TYPE_CHECKING:
     from . import Checkpoint
 
@@ -43,8 +45,8 @@ class Lineage:
     def __str__(self) -> str:
         lines = [
             f"shared      {len(self.shared)} tensors, {len(self.differing)} of them differ",
-            f"only in a   {_list(self.only_a)}",
-            f"only in b   {_list(self.only_b)}",
+            f"only in a   {some(self.only_a) or '-'}",
+            f"only in b   {some(self.only_b) or '-'}",
             f"distance    {self.distance:.6g} (l2), {self.relative:.4g} of a's norm",
             f"cosine      {self.cosine:.6f}",
         ]
@@ -99,7 +101,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Lineage:
         ("hold NaN or infinity in one of them", not_finite),
     ):
         if names:
-            problems.append(f"{len(names)} tensors {what}: {_list(names)}")
+            problems.append(f"{len(names)} tensors {what}: {some(names)}")
     return Lineage(
         tuple(shared),
         tuple(differing),
@@ -132,11 +134,11 @@ def _problems(
         if name not in heads
     ]
     if towers:
-        problems.append(f"{len(towers)} tensors are of other shapes: {_list(towers)}")
+        problems.append(f"{len(towers)} tensors are of other shapes: {some(towers)}")
     if not any(name.startswith("visual.") for name in shared):
         problems.append("they share no image tower ('visual.*')")
     if images := [name for name in alone if name.startswith("visual.")]:
-        problems.append(f"{len(images)} tensors of the image tower are in one of them only: {_list(images)}")
+        problems.append(f"{len(images)} tensors of the image tower are in one of them only: {some(images)}")
     return problems
 
 
@@ -157,8 +159,3 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
         return True
     bits = x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)
     return torch.equal(bits[0], bits[1].to(bits[0].device))
-
-
-def _list(names: list[str] | tuple[str, ...], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return (", ".join(names[:shown]) or "-") + more

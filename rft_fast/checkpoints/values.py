@@ -1,4 +1,4 @@
-"""What the reader of pickles builds: names, shells of objects, tensors that are not made yet."""
+"""Tensors that are not made yet, as the pickles of checkpoints describe them."""
 
 from __future__ import annotations
 
@@ -8,46 +8,7 @@ from typing import Any
 
 import torch
 
-_LARGE = 1 << 12
-_LONGEST_LINE = 1 << 16
-
-
-class Unreadable(Exception):
-    """Why a file cannot be read, as the end of a sentence that its name begins."""
-
-
-@dataclass(frozen=True, eq=False)
-class Global:
-    """A name that a pickle imports. Nothing stands behind it. name: raw; str() is fit to print."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return re.sub(r"[^\w.<>]", "?", self.name)[:200]
-
-
-class Shell:
-    """What remains of an object. kind: its class. state: its attributes. items: if it is a kind of dict."""
-
-    __slots__ = ("items", "kind", "state")
-
-    def __init__(self, kind: Global) -> None:
-        self.kind = kind
-        self.state: dict[Any, Any] = {}
-        self.items: dict[Any, Any] = {}
-
-    def __str__(self) -> str:
-        return str(self.kind)
-
-
-@dataclass(frozen=True, eq=False)
-class Opaque:
-    """A value that was read past: an option of an image transform, a sparse tensor. what: in words."""
-
-    what: str
-
-    def __str__(self) -> str:
-        return self.what
+from ..pickles import Global, Opaque, Unreadable, kind_of
 
 
 class Special(Opaque):
@@ -114,34 +75,6 @@ def storage(kind: Any, count: Any) -> Storage:
         raise Unreadable(f"stores tensors as {kind_of(kind)}, which is unknown here")
     dtype = _STORAGES[match[1]]
     return Storage(dtype, natural(count) * (1 if dtype is None else dtype.itemsize))
-
-
-class Stream:
-    """Bytes as pickletools reads them, from ``position`` on. Never copies or claims more than there is."""
-
-    def __init__(self, data: memoryview, position: int = 0) -> None:
-        self.data = data
-        self.position = position
-
-    def read(self, count: int) -> Any:
-        part = self.data[self.position : self.position + max(0, count)]
-        self.position += len(part)
-        # A large part is a tensor's bytes: they stay where they are.
-        return part if len(part) >= _LARGE else bytes(part)
-
-    def readline(self) -> bytes:
-        line = bytes(self.data[self.position : self.position + _LONGEST_LINE])
-        line = line[: line.find(b"\n") + 1]
-        self.position += len(line)
-        return line
-
-    def tell(self) -> int:
-        return self.position
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, for messages: its own text may be long or hostile."""
-    return str(value) if isinstance(value, (Global, Shell, Opaque)) else type(value).__name__
 
 
 def natural(value: Any) -> int:

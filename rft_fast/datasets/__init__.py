@@ -26,34 +26,147 @@ __all__ = [
     "KINDS",
     "Assignment",
     "Dataset",
+    "Found",
     "LabelMap",
     "Progress",
     "Rows",
-    "Scan",
     "Source",
     "assign",
     "detect",
+    "find",
     "load",
     "open_source",
     "pixel_transform",
-    "scan",
     "subset",
-    "time_decoding",
 ]
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What :func:`load` would read.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A data set that is listed and matched with a head, of which nothing is decoded yet.
 
-    count: images that would be scored, were all readable. undecoded: how many of them it would have to
-    decode, because they are not in the cache. classes: that the source names, None where it names none.
+    source: where its images are. chosen: which of them are scored, as what. class_names: of those scored, as
+    :class:`Dataset` has them.
     """
 
     name: str
-    count: int
-    undecoded: int
-    classes: int | None
+    source: Source
+    chosen: Assignment
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+
+    @property
+    def count(self) -> int:
+        """Images that are scored, if all can be read."""
+        return len(self.chosen.images)
+
+    def undecoded(self, cache: Path | None = None) -> int:
+        """How many images :meth:`load` would have to decode, because they are not in the cache."""
+        if self.source.pixels is not None:
+            return 0
+        if cache is None:
+            return self.count
+        decoded = caches.decoded(decoding.cached(self.source, self.preprocess), cache)
+        return self.count - int(decoded[self.chosen.images.numpy()].sum())
+
+    def load(
+        self,
+        ood: bool = True,
+        progress: Progress | None = None,
+        *,
+        cache: Path | None = None,
+        skip_unreadable: bool = False,
+    ) -> Dataset:
+        """The images, decoded; as :func:`load`, which raises the same."""
+        chosen, labels, pixels, skipped = self.chosen.images, self.chosen.labels, self.source.pixels, 0
+        if pixels is None:
+            where = f"datasets: {self.name!r}"
+            arguments = (chosen.tolist(), self.preprocess, cache, progress, skip_unreadable, where)
+            images, readable = decoding.read(self.source, *arguments)
+            labels, skipped = labels[readable], len(chosen) - len(readable)
+        else:
+            images = pixels if len(chosen) == len(pixels) else pixels[chosen]
+        return Dataset(
+            self.name,
+            images,
+            labels,
+            self.preprocess.mean,
+            self.preprocess.std,
+            self.chosen.classes,
+            ood,
+            self.class_names,
+            skipped,
+            self.chosen.groups,
+        )
+
+    def time_decoding(self, seconds: float = 2.0) -> float:
+        """Seconds that each image takes to decode, with all threads at work; 0 for an ``.npz``.
+
+        Images from all over the source are decoded for about ``seconds``, without a cache, and dropped.
+        Raises ValueError if none of them can be read.
+        """
+        if self.source.pixels is not None:
+            return 0.0
+        order = np.random.RandomState(0).permutation(len(self.source.files)).tolist()
+        decoded, failure, start = 0, "", time.perf_counter()
+
+        def until() -> Iterator[int]:
+            for index in order:
+                yield index
+                if time.perf_counter() - start >= seconds:
+                    return
+
+        decode = partial(decoding.decode, self.source, pixel_transform(self.preprocess))
+        with decoding.threads() as pool, decoding.whole_images_only():
+            for result in decoding.ahead(pool, decode, until(), 2 * (os.cpu_count() or 1)):
+                if isinstance(result, str):
+                    failure = result
+                else:
+                    decoded += 1
+        if not decoded:
+            raise ValueError(
+                f"datasets: {self.name!r}: no image tried can be read, such as {failure}; "
+                "replace or remove them"
+            )
+        return (time.perf_counter() - start) / decoded
+
+
+def find(
+    name: str,
+    path: str | PathLike[str],
+    preprocess: Preprocess,
+    samples: int | None = None,
+    seed: int = 0,
+    *,
+    kind: str | None = None,
+    rows: Rows | None = None,
+    label_map: LabelMap | Path | None = None,
+) -> Found:
+    """What :func:`load` with these arguments reads, listed once and not decoded.
+
+    Files are listed, an ``.npz`` is read. Nothing is written. Raises ValueError as ``load`` does, but for
+    images that cannot be read.
+    """
+    where = f"datasets: {name!r}"
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
+        raise TypeError(f"{where}: samples must be an int or None, got {type(samples).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"{where}: seed must be an int in [0, 2**32), got {seed!r}")
+    source = open_source(name, path, kind)
+    if source.pixels is not None and tuple(source.pixels.shape[2:]) != preprocess.size:
+        raise ValueError(
+            f"{where}: the model takes {preprocess.size} images, {path} has "
+            f"{tuple(source.pixels.shape[2:])}; resize them, or give the images as a "
+            "folder, which is resized while it is read"
+        )
+    try:
+        found = assign(source, rows, label_map)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    drawn = choose(len(found.images), samples, seed, where)
+    chosen = replace(found, images=found.images[drawn], labels=found.labels[drawn])
+    named = () if source.pixels is not None else _names(source, found)
+    return Found(name, source, chosen, named, preprocess)
 
 
 def load(
@@ -92,118 +205,8 @@ def load(
     modes that RGB bytes cannot hold, gaps in numbered folders, classes that are not the head's, sizes that
     do not fit, more samples than images.
     """
-    where = f"datasets: {name!r}"
-    source, found, names = _find(name, path, preprocess, samples, seed, kind, rows, label_map)
-    chosen = found.images
-    mean, std = preprocess.mean, preprocess.std
-    if source.pixels is not None:
-        images = source.pixels if len(chosen) == len(source.pixels) else source.pixels[chosen]
-        return Dataset(name, images, found.labels, mean, std, found.classes, ood, groups=found.groups)
-    arguments = (chosen.tolist(), preprocess, cache, progress, skip_unreadable, where)
-    images, readable = decoding.read(source, *arguments)
-    labels, skipped = found.labels[readable], len(chosen) - len(readable)
-    return Dataset(name, images, labels, mean, std, found.classes, ood, names, skipped, found.groups)
-
-
-def scan(
-    name: str,
-    path: str | PathLike[str],
-    preprocess: Preprocess,
-    samples: int | None = None,
-    seed: int = 0,
-    *,
-    cache: Path | None = None,
-    kind: str | None = None,
-    rows: Rows | None = None,
-    label_map: LabelMap | Path | None = None,
-) -> Scan:
-    """What :func:`load` with these arguments would read, without decoding an image.
-
-    Files are listed, an ``.npz`` is read. Nothing is written. Raises ValueError as ``load`` does, but for
-    images that cannot be read.
-    """
-    source, found, _ = _find(name, path, preprocess, samples, seed, kind, rows, label_map)
-    count = len(found.images)
-    classes = len(source.class_names) or None
-    if source.pixels is not None:
-        return Scan(name, count, 0, classes)
-    undecoded = count
-    if cache is not None:
-        undecoded -= int(
-            caches.decoded(decoding.cached(source, preprocess), cache)[found.images.numpy()].sum()
-        )
-    return Scan(name, count, undecoded, classes)
-
-
-def time_decoding(
-    name: str,
-    path: str | PathLike[str],
-    preprocess: Preprocess,
-    seconds: float = 2.0,
-    *,
-    kind: str | None = None,
-) -> float:
-    """Seconds that each image takes to decode, with all threads at work; 0 for an ``.npz``.
-
-    Images from all over the set are decoded for about ``seconds``, without a cache, and dropped. Raises
-    ValueError as :func:`load` does, and if none of them can be read.
-    """
-    source = open_source(name, path, kind)
-    if source.pixels is not None:
-        return 0.0
-    order = np.random.RandomState(0).permutation(len(source.files)).tolist()
-    decoded, failure, start = 0, "", time.perf_counter()
-
-    def until() -> Iterator[int]:
-        for index in order:
-            yield index
-            if time.perf_counter() - start >= seconds:
-                return
-
-    decode = partial(decoding.decode, source, pixel_transform(preprocess))
-    with decoding.threads() as pool, decoding.whole_images_only():
-        for result in decoding.ahead(pool, decode, until(), 2 * (os.cpu_count() or 1)):
-            if isinstance(result, str):
-                failure = result
-            else:
-                decoded += 1
-    if not decoded:
-        raise ValueError(
-            f"datasets: {name!r}: no image tried can be read, such as {failure}; replace or remove them"
-        )
-    return (time.perf_counter() - start) / decoded
-
-
-def _find(
-    name: str,
-    path: str | PathLike[str],
-    preprocess: Preprocess,
-    samples: int | None,
-    seed: int,
-    kind: str | None,
-    rows: Rows | None,
-    label_map: LabelMap | Path | None,
-) -> tuple[Source, Assignment, tuple[str, ...]]:
-    """What lies at a path, which of its images are chosen, as what, and the names of the classes."""
-    where = f"datasets: {name!r}"
-    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
-        raise TypeError(f"{where}: samples must be an int or None, got {type(samples).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"{where}: seed must be an int in [0, 2**32), got {seed!r}")
-    source = open_source(name, path, kind)
-    if source.pixels is not None and tuple(source.pixels.shape[2:]) != preprocess.size:
-        raise ValueError(
-            f"{where}: the model takes {preprocess.size} images, {path} has "
-            f"{tuple(source.pixels.shape[2:])}; resize them, or give the images as a "
-            "folder, which is resized while it is read"
-        )
-    try:
-        found = assign(source, rows, label_map)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    chosen = choose(len(found.images), samples, seed, where)
-    drawn = replace(found, images=found.images[chosen], labels=found.labels[chosen])
-    return source, drawn, _names(source, found)
+    found = find(name, path, preprocess, samples, seed, kind=kind, rows=rows, label_map=label_map)
+    return found.load(ood, progress, cache=cache, skip_unreadable=skip_unreadable)
 
 
 def _names(source: Source, found: Assignment) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update(done - bar.n)
 
             report = doctor.examine(options.path, options.kind, rows, options.labels, options.quick, progress)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(report)

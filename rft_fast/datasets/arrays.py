@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from rft_fast import cache as caches
+from rft_fast.words import some
 
-from .source import Source, some
+from .source import MOST_ROWS, Source
 
 
 def matches(path: Path) -> bool:
@@ -22,9 +23,9 @@ def matches(path: Path) -> bool:
 
 def source(path: Path, where: str) -> Source:
     """``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` integers [n]: rows of the head, and, if only
-    some of those are to be scored, ``classes`` integers [k]. Grey images become RGB.
+    some of those are to be scored, ``classes`` integers [k], distinct. Grey images become RGB.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else: no images, labels that no head has or that are not of ``classes``.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -42,6 +43,8 @@ def source(path: Path, where: str) -> Source:
             f"{where}: images must be uint8 [n, h, w] or [n, h, w, 3], "
             f"got {images.dtype} {list(images.shape)} in {path}"
         )
+    if 0 in images.shape:
+        raise ValueError(f"{where}: {path} holds no images: their shape is {list(images.shape)}")
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
     labels = _integers(arrays["labels"], f"{where}: labels in {path}")
@@ -51,6 +54,10 @@ def source(path: Path, where: str) -> Source:
     classes = None
     if "classes" in arrays:
         classes = _integers(arrays["classes"], f"{where}: classes in {path}")
+        if len(set(classes.tolist())) != len(classes):
+            raise ValueError(f"{where}: classes in {path} must be distinct")
+        if lost := sorted(set(labels.tolist()) - set(classes.tolist())):
+            raise ValueError(f"{where}: labels {some(lost)} are not among its classes, in {path}")
     status = path.stat()
     return Source(
         kind="npz",
@@ -69,4 +76,6 @@ def source(path: Path, where: str) -> Source:
 def _integers(array: np.ndarray[Any, Any], where: str) -> Tensor:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"{where} must be integers [n], got {array.dtype} {list(array.shape)}")
+    if len(array) and not (array.min() >= 0 and array.max() < MOST_ROWS):
+        raise ValueError(f"{where} must be rows of a head, from 0 on, got {array.min()} to {array.max()}")
     return torch.from_numpy(array.astype(np.int64))

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from rft_fast import cache as caches
+from rft_fast.words import some
 
-from .source import Source, some
+from .source import MOST_ROWS, Source, open_image
 
 LABELS = ("label", "labels", "fine_label")  # which ClassLabel counts where there are several
 GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a time
@@ -77,8 +78,9 @@ def source(path: Path, where: str) -> Source:
     if not len(numbers):
         raise ValueError(f"{where}: {path} holds no images")
     least, most = int(numbers.min()), int(numbers.max())
-    if least < 0 or (names and most >= len(names)):
-        hint = "; a test split without labels? take another" if least < 0 else f", beyond {len(names)} names"
+    if least < 0 or most >= (len(names) or MOST_ROWS):
+        beyond = f", beyond {len(names)} names" if names else ", which are no rows of a head"
+        hint = "; a test split without labels? take another" if least < 0 else beyond
         raise ValueError(f"{where}: {path} has labels from {least} to {most} in {label!r}{hint}")
     starts = [0, *accumulate(part.rows for part in parts)]
 
@@ -147,10 +149,10 @@ class _Part:
         entry = chunk[at].as_py()
         data, path = (entry["bytes"], entry["path"]) if isinstance(entry, dict) else (entry, None)
         if data is not None:
-            return Image.open(io.BytesIO(data))
+            return open_image(io.BytesIO(data))
         if path is None:
             raise ValueError(f"row {row} of {self.file} holds no image")
-        return Image.open(path)
+        return open_image(Path(path))
 
 
 class _ArrowPart(_Part):

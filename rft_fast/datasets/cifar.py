@@ -16,24 +16,16 @@ import torch
 from PIL import Image
 
 from rft_fast import cache as caches
+from rft_fast import prompts
+from rft_fast.words import some
 
 from . import pickles
-from .source import Source, some
+from .source import Source
 
 Array = np.ndarray[Any, Any]
 
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-CIFAR100 = tuple(
-    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
-    can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
-    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
-    lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
-    pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
-    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
-    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
-    worm""".split()
-)
+CIFAR10, STL10 = prompts.CLASS_NAMES["cifar10"], prompts.CLASS_NAMES["stl10"]
+CIFAR100 = tuple(name.replace(" ", "_") for name in prompts.CLASS_NAMES["cifar100"])  # as it is published
 
 
 @dataclass(frozen=True)

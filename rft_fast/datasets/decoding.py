@@ -22,8 +22,9 @@ from torchvision.transforms import ToTensor
 
 from rft_fast import cache as caches
 from rft_fast.architectures import Preprocess
+from rft_fast.words import some
 
-from .source import FOLDERS, Source, some
+from .source import FOLDERS, Source
 
 # Images that may be decoded ahead of the one that is written: the disk's pauses do not stop decoding, and
 # a slow disk does not fill the memory.
@@ -98,7 +99,7 @@ def read(
             failures += some(list(unreadable.values()))
             if not skip_unreadable or len(unreadable) == len(chosen):
                 raise ValueError(f"{where}: {failures}; replace or remove them")
-            warnings.warn(f"{where}: {failures}; they are left out", stacklevel=3)
+            warnings.warn(f"{where}: {failures}; they are left out", stacklevel=4)
         pixels = images.take()
     readable = [position for position in range(len(chosen)) if position not in unreadable]
     for new, old in enumerate(readable):  # closed up in place, as two of a large set may not fit

@@ -11,9 +11,11 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
+from rft_fast.words import some
+
 from . import decoding, folders, imagenet, kinds
 from .labels import LabelMap, Rows, assign, read_map
-from .source import FOLDERS, Source, some
+from .source import FOLDERS, Source
 
 _TREES = (*FOLDERS, "objectnet")
 SHOWN = 20  # names in a line about what is wrong

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from rft_fast import cache as caches
+from rft_fast.words import some
 
 from . import imagenet
-from .source import Source, some
+from .source import Source, open_image
 
 # What torchvision's ImageFolder takes for an image.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -236,7 +237,7 @@ def _gaps(numbers: list[int], folder: Path) -> list[str]:
 
 
 def _open(root: Path, files: list[caches.File], index: int) -> Image.Image:
-    return Image.open(root / files[index].name)
+    return open_image(root / files[index].name)
 
 
 def _folders(path: Path) -> list[str]:

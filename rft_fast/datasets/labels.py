@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft_fast.words import some
+
 from . import imagenet
-from .source import Source, some
+from .source import MOST_ROWS, Source
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,7 +60,8 @@ class Assignment:
 def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | None = None) -> Assignment:
     """The rows of a head that the classes of a source are.
 
-    rows: the head's. None: class i is row i, whatever the head. ObjectNet's are ImageNet's either way.
+    rows: the head's. None: ImageNet's for ObjectNet, and where all classes are WordNet ids of ImageNet; else
+        class i is row i, whatever the head.
     label_map: for each class of the source its row, as a number or by the name of the head's class; a list of
         those, of which each is right; or None, so that it is not scored. A mapping, or a file: ``.json`` and
         ``.toml`` hold one (TOML writes [] for None), ``.csv`` has the columns ``class,row`` and a line for
@@ -70,6 +73,8 @@ def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | None 
     Raises ValueError for anything else, listing what does not fit.
     """
     try:
+        if rows is None and label_map is None and _are_imagenets(source.class_names):
+            rows = Rows(imagenet.CLASSES)
         if label_map is not None:
             answers = _given(source, rows, label_map)
         elif source.imagenet is not None and (rows is None or rows.count != len(source.class_names)):
@@ -83,6 +88,10 @@ def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | None 
         raise ValueError(f"labels of {source.path}: {error}") from error
 
 
+def _are_imagenets(names: Sequence[str]) -> bool:
+    return bool(names) and {name.lower() for name in names} <= set(imagenet.synsets())
+
+
 def read_map(file: Path) -> dict[str, Any]:
     """A label map from a file, as :func:`assign` describes. Raises ValueError for what is none."""
     try:
@@ -94,7 +103,7 @@ def read_map(file: Path) -> dict[str, Any]:
             found = json.loads(file.read_text("utf-8"), object_pairs_hook=_distinct)
         else:
             raise ValueError("expected a .json, .toml or .csv")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise ValueError(f"label map {file}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"label map {file}: expected a table of classes, got {type(found).__name__}")
@@ -134,6 +143,7 @@ def _given(source: Source, rows: Rows | None, label_map: LabelMap | Path) -> _An
     if strange := [str(name) for name in given if name not in set(names)]:
         raise ValueError(f"the label map names classes that the data set does not have: {some(strange)}")
     places = _places(rows.names if rows is not None else ())
+    most = MOST_ROWS if rows is None else rows.count
     wrong = []
     answers: _Answers = []
     for name in names:
@@ -148,11 +158,10 @@ def _given(source: Source, rows: Rows | None, label_map: LabelMap | Path) -> _An
                 raise ValueError(f"class {name!r}: expected a row or the name of one, got {part!r}")
             else:
                 found.append(part)
-        wrong += [f"{name} = {row}" for row in found if row < 0 or (rows is not None and row >= rows.count)]
+        wrong += [f"{name} = {row}" for row in found if not 0 <= row < most]
         answers.append(tuple(found))
     if wrong:
-        last = f"0 to {rows.count - 1}" if rows is not None else "0 and above"
-        raise ValueError(f"rows beyond the head, which are {last}: {some(wrong)}")
+        raise ValueError(f"rows beyond the head, which are 0 to {most - 1}: {some(wrong)}")
     return answers
 
 

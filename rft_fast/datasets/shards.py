@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from PIL import Image
 
 from rft_fast import cache as caches
+from rft_fast.words import some
 
-from .source import Source, some
+from .source import MOST_ROWS, Source, open_image
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
 LABEL_FIELDS = ("label", "cls", "class_id", "target")
@@ -109,7 +109,7 @@ def source(path: Path, where: str) -> Source:
         files=files,
         labels=torch.tensor(labels),
         class_names=names,
-        open=lambda index: Image.open(io.BytesIO(_read(*images[index]))),
+        open=lambda index: open_image(io.BytesIO(_read(*images[index]))),
         notes=(f"{len(archives)} shards", *note),
     )
 
@@ -251,7 +251,7 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
     data = stream.read(member.size)
     if "cls" in sample:
         text = data.decode("ascii", "replace").strip()
-        if not re.fullmatch(r"\d{1,9}", text):
+        if not re.fullmatch(r"\d{1,7}", text):
             raise ValueError(f"{where}: .cls holds {text[:40]!r}, expected the number of a class")
         return int(text)
     try:
@@ -261,7 +261,7 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
     if not isinstance(entries, dict):
         raise ValueError(f"{where}: .json holds a {type(entries).__name__}, expected an object with a label")
     labels = {entries[field] for field in LABEL_FIELDS if type(entries.get(field)) is int}
-    if len(labels) != 1 or not 0 <= (label := labels.pop()) < 10**9:
+    if len(labels) != 1 or not 0 <= (label := labels.pop()) < MOST_ROWS:
         raise ValueError(
             f"{where}: .json must tell one class as a number under {', '.join(LABEL_FIELDS)}; "
             f"it has {some([_shown(field) for field in entries], 10)}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 from torch import Tensor
@@ -13,6 +15,12 @@ from rft_fast import cache as caches
 
 # The kinds that are a folder of class folders, with images as files.
 FOLDERS = ("folder", "imagenet", "imagenet-v2")
+
+MOST_ROWS = 1 << 24  # what is larger is no row of a head
+
+# What images are decoded from, by their content, whatever their names. Pillow knows others, of which one is a
+# program: EPS is handed to Ghostscript, which runs it.
+FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "AVIF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +60,13 @@ class Source:
         return str(self.path / name) if self.path.is_dir() else f"{name} of {self.path}"
 
 
-def some(names: Sequence[object], shown: int = 5) -> str:
-    """The first few of a list, in words."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(str(name) for name in names[:shown]) + more
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """An image in one of :data:`FORMATS`. Raises anything for what is none, or damaged."""
+    return Image.open(file, formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -15,7 +15,7 @@ import torch
 from rft_fast import cache as caches
 from rft_fast.datasets import KINDS
 
-from .run import DTYPES, Request, run
+from .run import DTYPES, Request, Work
 from .settings import SCHEDULES, SHORT, Setting, at_random, grid
 from .training import AUTOCAST
 
@@ -38,10 +38,18 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; ``argv`` without the program's name, None for the process's own.
 
-    Returns 0 when all is done, 1 when a model diverged or the disk failed, 130 when interrupted. Exits
-    with 2, as argparse does, for whatever is refused; that is always before the first step of training.
+    Returns 0 when all is done; 1 when a model diverged, or disk, memory or an image failed on the way; 130
+    when interrupted. Exits with 2, as argparse does, for whatever is refused; that is always before the
+    first step of training.
     """
-    options = parser().parse_args(argv)
+    try:
+        return _run(parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nfinetune: interrupted; the same command goes on from the last state kept", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         settings = _settings(options)
         if options.dry_run:
@@ -51,16 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             # cuBLAS reads this when it is first used, and torch refuses without it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        outcome = run(_request(options, settings))
-    except (ValueError, RuntimeError, TypeError) as error:
+        work = Work(_request(options, settings))
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser().error(str(error))
-    except OSError as error:
-        print(f"finetune: error: {error}", file=sys.stderr)
+    try:
+        outcome = work.run()
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        print(f"finetune: error: {error}; the same command goes on from the last state kept", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nfinetune: interrupted; the same command goes on from the last state kept", file=sys.stderr)
-        return 130
-    print(f"{len(outcome.trained)} trained, {len(outcome.skipped)} skipped; zoo: {options.out / 'zoo.toml'}")
+    made = options.out / "zoo.toml"
+    print(
+        f"{len(outcome.trained)} trained, {len(outcome.skipped)} skipped; "
+        + (f"zoo: {made}" if made.exists() else "no zoo yet")
+    )
     if outcome.diverged:
         print(
             f"finetune: error: {len(outcome.diverged)} diverged: {', '.join(outcome.diverged)}",

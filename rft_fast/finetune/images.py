@@ -22,8 +22,9 @@ from tqdm import tqdm
 from rft_fast.architectures import Preprocess
 from rft_fast.classifier import ImageClassifier
 from rft_fast.datasets import Dataset, pixel_transform
-from rft_fast.datasets.source import Source, some
+from rft_fast.datasets.source import Source
 from rft_fast.evaluate.precision import exact
+from rft_fast.words import some
 
 from .settings import AUGMENT, MAGNITUDES, Setting
 from .training import Batch, autocast, logits

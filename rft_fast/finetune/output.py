@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,11 @@ def configuration_of(file: Path) -> Configuration | None:
             text = (archive.metadata() or {}).get(HEADER)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"finetune: {file} is not a whole safetensors file: {error}") from error
-    return None if text is None else json.loads(text)["configuration"]
+    try:
+        configuration = json.loads(text or "")["configuration"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return configuration if isinstance(configuration, dict) else None
 
 
 def differences(there: Configuration, asked: Configuration) -> str:
@@ -107,6 +113,8 @@ class FileKeeper:
         try:
             state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
             there = json.loads(state.pop("configuration"))
+        except FileNotFoundError:  # another process has just finished the model
+            return None
         except Exception as error:  # a damaged file surfaces as almost any exception
             raise ValueError(
                 f"finetune: {self.file} cannot be read as a state to go on from: {error}; remove it to start "
@@ -121,7 +129,11 @@ class FileKeeper:
 
     def save(self, state: Mapping[str, Any]) -> None:
         with _temporary(self.file) as temporary:
-            torch.save({**state, "configuration": json.dumps(self.configuration)}, temporary)
+            try:
+                torch.save({**state, "configuration": json.dumps(self.configuration)}, temporary)
+            except RuntimeError as error:  # torch's writer says so of a full disk
+                reason = str(error).partition("\n")[0]
+                raise OSError(f"{self.file} could not be written; is the disk full? ({reason})") from error
 
 
 # --- tables -------------------------------------------------------------------------------------------
@@ -153,22 +165,39 @@ def write_zoo(
 
 
 def write_json(file: Path, content: object) -> None:
-    _replace(file, (json.dumps(content, indent=2) + "\n").encode())
+    _replace(file, _json(content))
+
+
+def check_json(file: Path, content: object) -> None:
+    """Raises ValueError for a file with another content, which would be lost."""
+    if file.exists() and file.read_bytes() != _json(content):
+        raise ValueError(
+            f"finetune: {file} is there with another content and would be replaced; choose another --out, "
+            "or move it"
+        )
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _entries(table: Mapping[str, object]) -> list[str]:
-    return [f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
+    return [f"{_key(key)} = {_value(value)}" for key, value in table.items()]
 
 
 def _key(key: str) -> str:
-    # Strings of JSON are those of TOML.
-    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key, ensure_ascii=False)
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _value(key)
+
+
+def _value(value: object) -> str:
+    # JSON's strings and booleans are TOML's, but for one character that TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def check_zoo(folder: Path) -> None:
     """Raises ValueError for a ``zoo.toml`` that was written by hand and would be lost."""
     file = folder / "zoo.toml"
-    if file.exists() and file.read_text(encoding="utf-8").partition("\n")[0] != WRITTEN:
+    if file.exists() and file.read_bytes().partition(b"\n")[0] != WRITTEN.encode():
         raise ValueError(
             f"finetune: {file} was not written by fine-tuning and would be replaced; choose another --out, "
             "or move it"
@@ -181,9 +210,39 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 @contextmanager
+def locked(file: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone has the lock, a file that is gone at the end; False where another has it.
+
+    A process that is killed loses its lock. On file systems without locks everyone gets it.
+    """
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                os.close(handle)
+                yield False
+                return
+        # Whoever had it before has removed the file, and a third may have made it anew.
+        with suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == file.stat().st_ino:
+                break
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
 def _temporary(file: Path) -> Iterator[Path]:
-    """A name to write to; what is there at the end takes the file's place, on disk and whole, at once."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    """A name to write to; what is there at the end takes the file's place, on disk and whole, at once.
+
+    Always the same name, so that what a killed process leaves is written over: the caller has the lock.
+    """
+    temporary = file.with_name(f".{file.name}.part")
     try:
         yield temporary
         with temporary.open("rb+") as stream:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -13,17 +15,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rft_fast import architectures, checkpoints, datasets, prompts
+from rft_fast import architectures, checkpoints, datasets, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
 from rft_fast.endpoints import Ends, Setup
 
 from . import output
 from .images import FeatureBatches, ImageBatches, Images, accuracy, features, threads
 from .settings import Setting, as_json
-from .training import Diverged, Row, check_precision, check_warmup, freeze, train
+from .training import COLUMNS, Diverged, Row, check_precision, check_warmup, freeze, train
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 RESERVED = "zeroshot"
+# What all models of a directory have in common.
+SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Request:
 
 @dataclass
 class Outcome:
-    """Names of the models that were trained, that were there already, and name -> why it diverged."""
+    """Names of the models that were trained; that were there already, or are being made by another process;
+    and name -> why it diverged."""
 
     trained: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -81,56 +86,38 @@ def run(request: Request) -> Outcome:
     """Fine-tunes a model for every setting that has none yet, and writes the zoo after each.
 
     Everything is checked before the first step. A killed run that is started again goes on where it was. A
-    model that diverges is left out, and the others are made.
+    model that diverges is left out, and the others are made. Several processes may work on one directory.
 
     Raises ValueError for whatever cannot be done or would be overwritten; OSError where the disk fails.
     """
-    work = _Work(request)
-    work.write_start()
-    outcome = Outcome()
-    for name, setting in request.settings.items():
-        if name in work.finished:
-            tqdm.write(f"{name}: already there, skipped")
-            outcome.skipped.append(name)
-            work.keeper(name).file.unlink(missing_ok=True)
-            continue
-        try:
-            work.train(name, setting)
-            outcome.trained.append(name)
-        except Diverged as error:
-            tqdm.write(f"{name}: {error}")
-            outcome.diverged[name] = str(error)
-    work.write_zoo()
-    return outcome
+    return Work(request).run()
 
 
-class _Work:
-    """A request, checked: the model, its images, and what is there already."""
+class Work:
+    """A request, checked: the model, its images, and what is there already. Raises as :func:`run` does."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.names: tuple[str, ...] = ()
-        self.device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"finetune: there is no device {self.device}: torch finds no CUDA; use cpu")
+        self.device = env.device(request.device)
         check_precision(request.precision, self.device)
         self._check_words()
+        model_cfg = architectures.config(request.arch)[1]
         checkpoints.check_source(request.zeroshot, request.arch)
         tag = request.zeroshot if self._is_tag() else None
         if tag is not None:
             architectures.check_activation(request.arch, tag)
+        self.preprocess = architectures.preprocess(request.arch, tag)
         output.check_zoo(request.out)
+        made = self._prompts()
         source = self._open_train()
         state = checkpoints.load(checkpoints.fetch(request.zeroshot, request.arch))
-        ends = self._ends(state)
+        ends = self._ends(state, made)
         rows = datasets.Rows(ends.classes, self.names)
-        self.preprocess = architectures.preprocess(request.arch, tag)
         self.images = self._choose_images(source, rows)
         for setting in request.settings.values():
             check_warmup(setting, len(ImageBatches(self.images, setting, self.device)))
         self.dtype = DTYPES[request.store]
-        # Training starts from the stored weights, which are the path's zero-shot end.
-        self.start = output.rounded(ends.zeroshot, self.dtype)
         self.model = cast(ImageClassifier, ends.live)
         frozen = freeze(self.model, request.freeze, request.freeze_blocks)
         if HEAD_WEIGHT in frozen and any(s.probe_epochs for s in request.settings.values()):
@@ -138,22 +125,26 @@ class _Work:
         if request.checkpointing:
             self._checkpoint_gradients()
         fixed = {
-            "model": architectures.config(request.arch)[1],
-            "zeroshot": _digest(self.start),
+            "model": model_cfg,
+            "zeroshot": _digest(state, made is not None and HEAD_WEIGHT not in state),
+            "head": self._head(state, made),
+            "classes": ends.classes,
+            "class_names": _sha256("\n".join(self.names)) if self.names else None,
+            "preprocess": asdict(self.preprocess),
+            "stored": request.store,
             "data": self.images.digest(),
             "images": len(self.images),
-            "classes": ends.classes,
-            "class_names": hashlib.sha256("\n".join(self.names).encode()).hexdigest() if self.names else None,
-            "preprocess": asdict(self.preprocess),
             "freeze": list(request.freeze),
             "freeze_blocks": request.freeze_blocks,
             "precision": request.precision,
-            "stored": request.store,
         }
         self.fixed = json.loads(json.dumps(fixed))  # as a file's header gives it back
-        self.finished = self._what_is_there()
-        if request.check_images and len(self.finished) < len(request.settings):
+        self.entries, self.beside = self._entries()
+        self._check_what_is_there()
+        todo = any(not self.file(name).exists() for name in request.settings)
+        if request.check_images and todo:
             self.images.check()
+        self._features: Tensor | None = None
         self.val = {
             name: datasets.load(
                 name,
@@ -164,13 +155,36 @@ class _Work:
                 rows=rows,
                 label_map=request.label_map,
             )
-            for name, path in request.val.items()
+            for name, path in (request.val.items() if todo else ())
         }
-        self._features: Tensor | None = None
-        self.entries: dict[str, str] = {}  # of the zoo
-        if request.class_names is not None:
-            built_in = request.class_names in prompts.CLASS_NAMES
-            self.entries["class-names"] = request.class_names if built_in else "classes.json"
+        if (start := self.file(RESERVED)).exists():
+            self.start = checkpoints.load(start)
+        else:
+            self.start = ends.zeroshot
+        self.start = output.rounded(self.start, self.dtype)
+
+    def run(self) -> Outcome:
+        """Makes what is not there yet, and the zoo."""
+        self._write_start()
+        outcome = Outcome()
+        for name, setting in self.request.settings.items():
+            with output.locked(self.request.out / f".{name}.lock") as ours:
+                if not ours:
+                    tqdm.write(f"{name}: being made by another process, skipped")
+                    outcome.skipped.append(name)
+                elif self._is_there(name):
+                    tqdm.write(f"{name}: already there, skipped")
+                    outcome.skipped.append(name)
+                    self.keeper(name).file.unlink(missing_ok=True)
+                else:
+                    try:
+                        self._train(name, setting)
+                        outcome.trained.append(name)
+                    except Diverged as error:
+                        tqdm.write(f"{name}: {error}")
+                        outcome.diverged[name] = str(error)
+        self._write_zoo()
+        return outcome
 
     # --- checks -----------------------------------------------------------------------------------
 
@@ -193,31 +207,46 @@ class _Work:
             str(path) for path in (*request.val.values(), *request.ood.values()) if not path.exists()
         ]:
             raise ValueError(f"finetune: there is no {missing[0]}")
+        if taken := sorted(set(request.val) & set(COLUMNS)):
+            raise ValueError(f"finetune: {taken[0]!r} is a column of the tables; give the data another name")
+        json.dumps(self._data(), ensure_ascii=False).encode()  # the zoo's, which is UTF-8
         for name in ("workers", "keep_every"):
             value = getattr(request, name)
             if value is not None and value < 1:
                 raise ValueError(f"finetune: {name} must be at least 1, got {value}")
-        if request.out.exists() and not request.out.is_dir():
-            raise ValueError(f"finetune: {request.out} is a file, expected a directory")
+        there = next(path for path in (request.out, *request.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"finetune: {there} is a file, expected a directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"finetune: {there} cannot be written to; choose another --out")
 
     def _is_tag(self) -> bool:
         source = self.request.zeroshot
         return not Path(source).is_file() and not source.startswith(architectures.HUB)
 
-    def _ends(self, state: Mapping[str, Tensor]) -> Ends:
+    def _prompts(self) -> prompts.Prompts | None:
         request = self.request
-        made = None
         if request.class_names is not None:
             self.names = prompts.class_names(request.class_names)
-            made = prompts.Prompts(self.names, prompts.templates(request.templates or "openai"))
-        elif request.templates is not None or request.head_scale is not None:
+            return prompts.Prompts(self.names, prompts.templates(request.templates or "openai"))
+        if request.templates is not None or request.head_scale is not None:
             raise ValueError("finetune: templates and a head scale are of a head made from --class-names")
-        if HEAD_WEIGHT in state and request.head_scale is not None:
+        return None
+
+    def _ends(self, state: Mapping[str, Tensor], made: prompts.Prompts | None) -> Ends:
+        request = self.request
+        if HEAD_WEIGHT in state and (request.head_scale is not None or request.templates is not None):
             raise ValueError(
-                "finetune: the zero-shot checkpoint has a head, used as it is; leave the head scale out"
+                "finetune: the zero-shot checkpoint has a head, used as it is; leave --templates and "
+                "--head-scale out"
             )
-        setup = Setup(request.arch, prompts=made, scale=request.head_scale)
-        return Ends(setup, state, device=self.device)
+        return Ends(Setup(request.arch, prompts=made, scale=request.head_scale), state, device=self.device)
+
+    def _head(self, state: Mapping[str, Tensor], made: prompts.Prompts | None) -> dict[str, object] | None:
+        """What the head at the start is made of, None where the checkpoint has one."""
+        if made is None or HEAD_WEIGHT in state:
+            return None
+        return {"templates": _sha256("\n".join(made.templates)), "scale": self.request.head_scale}
 
     def _open_train(self) -> datasets.Source:
         request = self.request
@@ -257,63 +286,90 @@ class _Work:
             )
         switch(True)
 
-    def _what_is_there(self) -> set[str]:
-        """The models that are finished; refuses files and states of another configuration."""
-        folder, finished = self.request.out, set()
-        start = folder / output.START
-        asked = {name: {"setting": as_json(s), **self.fixed} for name, s in self.request.settings.items()}
-        for name, mine in {RESERVED: {"zeroshot": self.fixed["zeroshot"]}, **asked}.items():
-            file = folder / f"{name}.safetensors"
-            if not file.exists():
-                continue
-            there = output.configuration_of(file)
-            if there is None:
-                raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
-            if different := output.differences(there, mine):
-                raise ValueError(
-                    f"finetune: {file} was made with another configuration ({different}); "
-                    "choose another --out"
-                )
-            finished.add(name)
-        self.configurations = asked
-        if not start.exists() and finished:
-            raise ValueError(f"finetune: {folder} has models but no {start.name}; choose another --out")
-        for name in asked:
-            if name not in finished:
+    def _check_what_is_there(self) -> None:
+        """Refuses files and states of another configuration, and files that would be replaced."""
+        request = self.request
+        for name, content in self.beside.items():
+            output.check_json(request.out / name, content)
+        start = self._is_there(RESERVED)
+        there = [name for name in request.settings if self._is_there(name)]
+        if there and not start:
+            raise ValueError(
+                f"finetune: {request.out} has models but no {output.START}; choose another --out"
+            )
+        for name in request.settings:
+            if name not in there:
                 self.keeper(name).load()
-        return finished - {RESERVED}
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a model is finished; refuses a file of another origin or configuration."""
+        file = self.file(name)
+        if not file.exists():
+            return False
+        there = output.configuration_of(file)
+        if there is None:
+            raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
+        if different := output.differences(there, self.configuration(name)):
+            raise ValueError(
+                f"finetune: {file} was made with another configuration ({different}); choose another --out"
+            )
+        return True
 
     # --- what is made -----------------------------------------------------------------------------
 
+    def file(self, name: str) -> Path:
+        return self.request.out / f"{name}.safetensors"
+
+    def configuration(self, name: str) -> output.Configuration:
+        """What a model is made with; of the start, what all models of a directory share."""
+        if name == RESERVED:
+            return {key: self.fixed[key] for key in SHARED}
+        return {"setting": as_json(self.request.settings[name]), **self.fixed}
+
     def keeper(self, name: str) -> output.FileKeeper:
         file = self.request.out / f"{name}.resume"
-        return output.FileKeeper(file, self.configurations[name], self.request.keep_every)
+        return output.FileKeeper(file, self.configuration(name), self.request.keep_every)
 
-    def write_start(self) -> None:
+    def _entries(self) -> tuple[dict[str, str], dict[str, object]]:
+        """Entries of the zoo, and the files that they name: architecture with preprocessing, class names."""
+        request = self.request
+        entries: dict[str, str] = {"arch": request.arch}
+        beside: dict[str, object] = {}
+        if Path(request.arch).is_file() or architectures.preprocess(request.arch) != self.preprocess:
+            entries["arch"] = "model.json"
+            beside["model.json"] = {
+                "model_cfg": self.fixed["model"],
+                "preprocess_cfg": self.fixed["preprocess"],
+            }
+        if request.class_names is not None:
+            entries["class-names"] = request.class_names
+            if request.class_names not in prompts.CLASS_NAMES:
+                entries["class-names"] = "classes.json"
+                beside["classes.json"] = list(self.names)
+        return entries, beside
+
+    def _whole_folder(self) -> AbstractContextManager[bool]:
+        """For what all models share: other processes wait."""
+        return output.locked(self.request.out / ".lock", wait=True)
+
+    def _write_start(self) -> None:
         """The directory, the zero-shot model, and what the zoo needs beside it."""
-        request, folder = self.request, self.request.out
+        folder = self.request.out
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / output.START).exists():
-            made_of = {"zeroshot": self.fixed["zeroshot"]}
-            output.write_model(folder / output.START, self.start, made_of, self.dtype)
-        self._write_arch()
-        if request.class_names is not None and request.class_names not in prompts.CLASS_NAMES:
-            output.write_json(folder / "classes.json", list(self.names))
+        with self._whole_folder():
+            # Training starts from the stored weights, which are the path's zero-shot end.
+            if self._is_there(RESERVED):
+                self.start = output.rounded(checkpoints.load(self.file(RESERVED)), self.dtype)
+            else:
+                output.write_model(self.file(RESERVED), self.start, self.configuration(RESERVED), self.dtype)
+            for name, content in self.beside.items():
+                output.check_json(folder / name, content)
+                output.write_json(folder / name, content)
 
-    def _write_arch(self) -> None:
-        """The architecture, with the preprocessing that was trained with."""
-        arch = self.request.arch
-        if not Path(arch).is_file() and architectures.preprocess(arch) == self.preprocess:
-            self.entries["arch"] = arch
-            return
-        self.entries["arch"] = "model.json"
-        content = {"model_cfg": self.fixed["model"], "preprocess_cfg": self.fixed["preprocess"]}
-        output.write_json(self.request.out / "model.json", content)
-
-    def train(self, name: str, setting: Setting) -> None:
+    def _train(self, name: str, setting: Setting) -> None:
         request, model, keeper = self.request, self.model, self.keeper(name)
         model.load_state_dict(self.start)
-        model.to(self.device)
+        model.to(self.device).eval()  # one that diverged was left in the middle
         torch.manual_seed(setting.seed)
         batch_size = max(1, setting.batch_size // setting.accumulate)
         if setting.probe_epochs and not keeper.file.exists():
@@ -340,9 +396,8 @@ class _Work:
             finished=finished,
             label=name,
         )
-        file = request.out / f"{name}.safetensors"
-        output.write_model(file, model.state_dict(), self.configurations[name], self.dtype)
-        self.write_zoo()
+        output.write_model(self.file(name), model.state_dict(), self.configuration(name), self.dtype)
+        self._write_zoo()
         keeper.file.unlink(missing_ok=True)
 
     def _probe(self, name: str, setting: Setting) -> None:
@@ -367,21 +422,22 @@ class _Work:
             label=f"{name}, head alone",
         )
 
-    def write_zoo(self) -> None:
+    def _write_zoo(self) -> None:
         """Of all models of the directory that were made from this zero-shot model, those asked for first."""
         folder = self.request.out
-        names = [name for name in self.request.settings if (folder / f"{name}.safetensors").exists()]
-        for file in sorted(folder.glob("*.safetensors")):
-            there = output.configuration_of(file)
-            if (
-                there
-                and "setting" in there
-                and there["zeroshot"] == self.fixed["zeroshot"]
-                and file.stem not in names
-            ):
-                names.append(file.stem)
-        if names:
-            output.write_zoo(folder, self.entries, names, self._data())
+        shared = self.configuration(RESERVED)
+        with self._whole_folder():
+            names = [name for name in self.request.settings if self.file(name).exists()]
+            for file in sorted(folder.glob("*.safetensors")):
+                there: output.Configuration | None = None
+                with suppress(ValueError):  # whatever it is, it is not ours
+                    there = output.configuration_of(file)
+                if there is None or "setting" not in there or file.stem in names:
+                    continue
+                if shared.items() <= there.items():
+                    names.append(file.stem)
+            if names:
+                output.write_zoo(folder, self.entries, names, self._data())
 
     def _data(self) -> dict[str, dict[str, object]]:
         request = self.request
@@ -413,16 +469,22 @@ class _Head(nn.Module):
 
 
 def _tell(name: str, row: Row, epochs: int) -> None:
-    known = ("epoch", "step", "lr", "loss", "seconds")
-    scores = "".join(f", {data} {100 * value:.1f} %" for data, value in row.items() if data not in known)
+    scores = "".join(f", {data} {100 * value:.1f} %" for data, value in row.items() if data not in COLUMNS)
     tqdm.write(
         f"{name}: epoch {row['epoch']} of {epochs}, loss {row['loss']:.4f}{scores}, {row['seconds']:.0f} s"
     )
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(state: Mapping[str, Tensor], whole: bool) -> str:
+    """SHA-256 of image tower and head; of everything, where the text tower makes the head."""
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
+        if not (whole or name.startswith(("visual.", "classification_head."))):
+            continue
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data.cast("B"))
     return found.hexdigest()

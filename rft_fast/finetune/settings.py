@@ -127,6 +127,8 @@ def at_random(
     _known(choices)
     if count < 1:
         raise ValueError(f"finetune: at least one random setting must be drawn, got {count}")
+    if search_seed < 0:
+        raise ValueError(f"finetune: the seed of the search must not be negative, got {search_seed}")
     drawn = []
     for number in range(count):
         rng = np.random.default_rng([search_seed, number])

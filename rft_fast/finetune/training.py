@@ -31,6 +31,7 @@ _STEM = re.compile(
 )
 
 Row = dict[str, float]
+COLUMNS = ("epoch", "step", "lr", "loss", "seconds")  # of a row, beside the metrics
 Metrics = Callable[[nn.Module], Mapping[str, float]]
 
 
