@@ -58,9 +58,9 @@ def test_images_are_decoded_once(
     opened: list[str] = []
     plain = Image.open
 
-    def counted(file: object, *rest: object) -> object:
+    def counted(file: object, *rest: object, **more: object) -> object:
         opened.append(str(file))
-        return plain(file, *rest)
+        return plain(file, *rest, **more)
 
     monkeypatch.setattr(Image, "open", counted)
     kept = tmp_path / "cache"

@@ -229,6 +229,6 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
 
 def student_t(rows: pd.DataFrame) -> pd.Series:
     """For each row of a sharpness, Student's t of its two-sided 95 % interval; NaN for a single draw."""
-    pairs = rows["estimator"] == "antithetic"
-    freedom = (rows["draws"] // pairs.map({True: 2, False: 1}) - 1).astype("float64")
+    pairs = (rows["estimator"] == "antithetic").to_numpy(dtype=bool, na_value=False)
+    freedom = (rows["draws"] // np.where(pairs, 2, 1) - 1).astype("float64")
     return pd.Series(stdtrit(freedom.where(freedom > 0), 0.975), index=rows.index)
