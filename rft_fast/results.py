@@ -7,6 +7,7 @@
 ``cost.csv``         what each study took: time, peak memory in bytes
 ``config.json``      the complete request: arguments, versions, content hashes, date
 ``figures/``         one picture per study, ``<study>.png``
+``report.html``      the page that :mod:`rft_fast.report` makes of all this
 ===================  ===============================================================
 """
 
@@ -29,6 +30,7 @@ from .studies.rows import COLUMNS, STUDIES, complete, frame
 __all__ = ["COLUMNS", "Run", "check", "load"]
 
 _DATABASE, _TABLE, _CONFIG, _FIGURES = "rows.sqlite", "rows.csv", "config.json", "figures"
+_REPORTS = ("report.html", "comparison.html")  # as rft_fast.report names them, made of the rows
 _SQL = {"string": "TEXT", "float64": "REAL", "Int64": "INTEGER", "boolean": "INTEGER"}
 _PYTHON = {"string": str, "float64": float, "Int64": int, "boolean": bool}
 
@@ -175,7 +177,7 @@ class Run:
     def _remove_earlier(self) -> None:
         load(self.directory)  # refuses what is no table of rows
         named = [make(name) for name in (*STUDIES, "cost") for make in (self.figure, self.table)]
-        for file in [*named, *map(self.directory.joinpath, (_TABLE, _CONFIG))]:
+        for file in [*named, *map(self.directory.joinpath, (_TABLE, _CONFIG, *_REPORTS))]:
             file.unlink(missing_ok=True)
         (self.directory / _DATABASE).unlink()
 

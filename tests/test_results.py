@@ -107,6 +107,7 @@ def test_rows_of_another_run_are_replaced_only_on_purpose(tmp_path: Path) -> Non
         run.figure("interpolation").write_bytes(b"old")
     (out / "figures" / "mine.png").write_bytes(b"mine")
     (out / "notes.txt").write_text("mine")
+    (out / "report.html").write_text("of the old rows")
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     for refuse in (lambda: results.check(out), lambda: results.Run(out, {"run": 2})):
         with pytest.raises(ValueError, match="already holds 1 rows"):
@@ -116,6 +117,7 @@ def test_rows_of_another_run_are_replaced_only_on_purpose(tmp_path: Path) -> Non
 
     with results.Run(out, {"run": 2}, overwrite=True) as run:
         assert not run.figure("interpolation").exists() and not (out / "rows.csv").exists()
+        assert not (out / "report.html").exists()
         run.add(row(0.2))
     assert results.load(out)["alpha"].tolist() == [0.2]
     assert read_csv(out)["alpha"].tolist() == [0.2]

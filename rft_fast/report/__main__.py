@@ -1,0 +1,42 @@
+"""``python -m rft_fast.report``: a run, or what two runs differ in, as one page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import compare, write
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: written; 2: refused, with the reason."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rft_fast.report",
+        description="Writes a run as one HTML page that needs nothing else: words, figures to look into, "
+        "tables to sort. With two runs, what they differ in.",
+    )
+    parser.add_argument("run", type=Path, help="the directory of a run (--out of the sweep)")
+    parser.add_argument("other", type=Path, nargs="?", help="a second run, to compare with the first")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page; default: report.html in the run, comparison.html in the second",
+    )
+    options = parser.parse_args(argv)
+    try:
+        if options.other is None:
+            file = write(options.run, options.out)
+        else:
+            file = compare(options.run, options.other, options.out)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(f"report   {file} ({file.stat().st_size / 1e6:.1f} MB, opens without a network)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""The figures over models: the path (Figure 1), general sharpness (3), pruning (5), the correlation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import studies
+from ..figures.style import margin, short
+from ..studies.path import Z95
+from ..studies.pruning import pruning_effect
+from .drawing import (
+    ALL,
+    SYMBOLS,
+    Chart,
+    Control,
+    Key,
+    Picture,
+    Trace,
+    band,
+    choices,
+    layer_axis,
+    layout,
+    line,
+    rows_height,
+    rule,
+    safe,
+)
+from .runs import RunRead
+from .tables import setting, signed
+
+ALPHA = "α (0 zero-shot, 1 fine-tuned)"
+
+
+def colours(run: RunRead) -> dict[str, int]:
+    """Model -> its number, which is its colour and its symbol, in the order of measurement."""
+    return {model: place for place, model in enumerate(run.rows["model"].unique())}
+
+
+def model_keys(numbers: Mapping[str, int]) -> list[Key]:
+    return [Key(model, f"@c{n}", SYMBOLS[n % len(SYMBOLS)]) for model, n in numbers.items()]
+
+
+def points(value: float, half: float, scale: float = 100, form: str = ".1f") -> str:
+    """A value and half its interval."""
+    text = signed(format(scale * value, form))
+    return text if pd.isna(half) or not half else f"{text} ± {scale * half:{form.lstrip('+')}}"
+
+
+def path(run: RunRead) -> Picture:
+    """Accuracy and loss along the path."""
+    part = run.rows[run.rows["study"] == "interpolation"].sort_values("alpha", kind="stable")
+    numbers = colours(run)
+    gains = studies.summarize(run.rows, run.config["xi"]).set_index(["model", "dataset"])["gain"]
+    accuracy: list[Trace] = []
+    loss: list[Trace] = []
+    for (model, dataset), curve in part.groupby(["model", "dataset"], sort=False):
+        n = numbers[model]
+        fails = gains[model, dataset] <= 0
+        style = {
+            "colour": f"@c{n}",
+            "symbol": SYMBOLS[n % len(SYMBOLS)] + ("-open" if fails else ""),
+            "dash": "dash" if fails else "solid",
+            "name": model,
+        }
+        alphas = curve["alpha"].tolist()
+        show = {"dataset": [dataset], "model": [ALL, model]}
+        alone = {"dataset": [dataset], "model": [model]}
+        for traces, value, change, scale, unit in (
+            (accuracy, "accuracy", "gain", 100, "%"),
+            (loss, "loss", "rise", 1, " nats"),
+        ):
+            form = "+.1f" if scale == 100 else "+.3f"
+            halves = Z95 * curve[f"{change}_se"]
+            hover = [
+                f"<b>{safe(model)}</b> on {safe(dataset)}, α = {a:g}<br>{value} "
+                f"{scale * v:{form[1:]}}{unit}<br>"
+                f"against zero-shot {points(c, h, scale, form)} (95 %)<br>n = {n:,} images"
+                for a, v, c, h, n in zip(
+                    alphas, curve[value], curve[change], halves, curve["samples"], strict=True
+                )
+            ]
+            y = scale * curve[value]
+            traces.append(band(alphas, list(y - scale * halves), list(y + scale * halves), alone, f"@c{n}"))
+            traces.append(line(alphas, y.tolist(), hover, show, **style))
+    for dataset, curve in part[part["alpha"] == 0].groupby("dataset", sort=False):
+        here = {"dataset": [dataset]}
+        accuracy.insert(0, rule([0, 1], [100 * curve["accuracy"].iloc[0]] * 2, here))
+        loss.insert(0, rule([0, 1], [curve["loss"].iloc[0]] * 2, here))
+    far = part.sort_values("ood", ascending=False, kind="stable")["dataset"].unique()
+    return Picture(
+        [choices("dataset", "Data set", far), choices("model", "Model", numbers, "all models")],
+        [
+            Chart(
+                "accuracy",
+                "Accuracy",
+                "Accuracy over alpha, a curve for each model",
+                accuracy,
+                layout(ALPHA, "accuracy (%)", 400),
+            ),
+            Chart(
+                "loss",
+                "Loss",
+                "Loss over alpha, a curve for each model",
+                loss,
+                layout(ALPHA, "loss (nats)", 400),
+            ),
+        ],
+        [
+            *model_keys(numbers),
+            Key("no α beats zero-shot", "@grey", "circle-open", "dash"),
+            Key("zero-shot", "@grey", "", "dot"),
+        ],
+    )
+
+
+def sharpness(run: RunRead) -> Picture:
+    """General sharpness over alpha, and accuracy against it."""
+    part = run.rows[run.rows["study"] == "sharpness"].sort_values("alpha", kind="stable")
+    part = part.assign(setting=[setting(row) for row in part.to_dict("records")], half=margin(part))
+    numbers = colours(run)
+    path_rows = run.rows[(run.rows["study"] == "interpolation")]
+    path_rows = path_rows.assign(position=path_rows["alpha"].round(9)).set_index(
+        ["model", "dataset", "position"]
+    )
+    far = path_rows.loc[path_rows["ood"].fillna(False)].index.get_level_values("dataset").unique()
+    along: list[Trace] = []
+    against: list[Trace] = []
+    for (model, where), curve in part.groupby(["model", "setting"], sort=False):
+        n = numbers[model]
+        style = {"colour": f"@c{n}", "symbol": SYMBOLS[n % len(SYMBOLS)], "name": model}
+        show = {"model": [ALL, model], "setting": [where]}
+        head = [f"<b>{safe(model)}</b>, α = {a:g}<br>sharpness " for a in curve["alpha"]]
+        said = [
+            f"{points(s, h, 1, '.3g')} nats (95 %)<br>{d} draws, n = {m:,} images"
+            for s, h, d, m in zip(
+                curve["sharpness"], curve["half"], curve["draws"], curve["samples"], strict=True
+            )
+        ]
+        hover = [a + b for a, b in zip(head, said, strict=True)]
+        y, half = curve["sharpness"].tolist(), curve["half"].tolist()
+        along.append(line(curve["alpha"].tolist(), y, hover, show, error=half, **style))
+        for dataset in far:
+            at = [(model, dataset, round(a, 9)) for a in curve["alpha"]]
+            if not all(place in path_rows.index for place in at):
+                continue
+            found = path_rows.loc[at]
+            percent = (100 * found["accuracy"]).tolist()
+            up = (100 * Z95 * found["accuracy_se"]).tolist()
+            texts = [
+                f"{text}<br>accuracy on {safe(dataset)} {points(p, u, 1)} %"
+                for text, p, u in zip(hover, percent, up, strict=True)
+            ]
+            against.append(
+                line(y, percent, texts, show | {"dataset": [dataset]}, error=up, across=half, **style)
+            )
+            against[-1]["line"]["width"] = 0.8
+            against[-1]["marker"]["size"] = [11 if a == 1 else 7 for a in curve["alpha"]]
+    charts = [
+        Chart(
+            "along",
+            "Along the path",
+            "General sharpness over alpha, a curve for each model",
+            along,
+            layout(ALPHA, "general sharpness (nats)", 380),
+        )
+    ]
+    controls = [
+        choices("setting", "Measured", part["setting"]),
+        choices("model", "Model", numbers, "all models"),
+    ]
+    if against:
+        controls.append(choices("dataset", "Accuracy on", far))
+        charts.append(
+            Chart(
+                "against",
+                "Accuracy against it",
+                "Accuracy out of distribution against general sharpness",
+                against,
+                layout("general sharpness (nats)", "accuracy (%)", 380),
+            )
+        )
+    return Picture(
+        controls, charts, [*model_keys(numbers), Key("larger sign: fine-tuned, α = 1", "@grey", "circle")]
+    )
+
+
+def prune(run: RunRead) -> Picture:
+    """Accuracy along the path, unpruned, pruned and with other layers pruned."""
+    part = run.rows[run.rows["study"] == "prune"].sort_values("alpha", kind="stable")
+    variants = {
+        key: n
+        for n, key in enumerate(
+            dict.fromkeys(
+                zip(
+                    *(part.loc[part["method"].notna(), name] for name in ("criterion", "method")), strict=True
+                )
+            )
+        )
+    }
+    traces: list[Trace] = []
+    for (model, dataset), group in part.groupby(["model", "dataset"], sort=False):
+        show = {"model": [model], "dataset": [dataset]}
+        plain = group[group["method"].isna()]
+        half = 100 * Z95 * plain["gain_se"]
+        y = 100 * plain["accuracy"]
+        alphas = plain["alpha"].tolist()
+        traces.append(band(alphas, list(y - half), list(y + half), show, "@ink"))
+        hover = [
+            f"unpruned, α = {a:g}<br>accuracy {v:.1f} %<br>against zero-shot {points(g, h, 100, '+.1f')} (95 "
+            "%)"
+            for a, v, g, h in zip(alphas, y, plain["gain"], half / 100, strict=True)
+        ]
+        traces.append(line(alphas, y.tolist(), hover, show, "@ink", mode="lines+markers", symbol="circle"))
+        pruned = group[group["method"].notna()]
+        ways = ["criterion", "method", "control"]
+        for (criterion, method, control), rows in pruned.groupby(ways, sort=False):
+            n = variants[criterion, method]
+            seeds = 100 * rows.pivot_table(index="alpha", columns="seed", values="accuracy", dropna=False)
+            low, high, mean = seeds.min(axis=1), seeds.max(axis=1), seeds.mean(axis=1)
+            who = "as many others, at random" if control else f"stragglers by {criterion}"
+            where = seeds.index.tolist()
+            hover = [
+                f"<b>{safe(who)}</b> ({safe(method)}), α = {a:g}<br>accuracy {m:.1f} %, mean of "
+                f"{seeds.shape[1]} masks"
+                f"<br>lowest and highest {lo:.1f} and {hi:.1f} %"
+                for a, m, lo, hi in zip(where, mean, low, high, strict=True)
+            ]
+            traces.append(band(where, low.tolist(), high.tolist(), show, f"@c{n}"))
+            symbol = SYMBOLS[n % 9] + ("-open" if control else "")
+            dash = "dot" if control else "solid"
+            traces.append(line(where, mean.tolist(), hover, show, f"@c{n}", symbol, dash))
+    chart = Chart(
+        "pruned",
+        "Accuracy along the path",
+        "Accuracy over alpha: unpruned, stragglers pruned, and as many other layers pruned",
+        traces,
+        layout(ALPHA, "accuracy (%)", 420),
+        wide=True,
+    )
+    keys = [Key("unpruned", "@ink", "circle")]
+    for (criterion, method), n in variants.items():
+        keys.append(Key(f"stragglers by {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9]))
+        keys.append(Key(f"its control, {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot"))
+    # First those of which something was pruned.
+    found = [*pruning_effect(run.rows)["model"], *part["model"]]
+    return Picture(
+        [choices("model", "Model", found), choices("dataset", "Data set", part["dataset"])], [chart], keys
+    )
+
+
+def correlation(run: RunRead) -> tuple[Picture, list[str]]:
+    """Rank correlations as a forest plot; and what each row of the table measures, in words."""
+    assert run.correlation is not None
+    table = run.correlation
+    labels = names(table)
+    table = table.assign(name=labels)
+    order = [*dict.fromkeys(table.sort_values("measure", key=lambda m: m.map(_ORDER), kind="stable")["name"])]
+    place = {name: row for row, name in enumerate(order)}
+    traces: list[Trace] = [rule([0, 0], [-0.5, len(order) - 0.5])]
+    for (dataset, outcome, alpha), group in table.groupby(["dataset", "outcome", "alpha"], sort=False):
+        show = {"dataset": [dataset], "outcome": [outcome], "alpha": [f"{alpha:g}"]}
+        for name, letter, colour, symbol, shift in (
+            ("kendall", "Kendall's τ", "@c0", "circle", -0.17),
+            ("spearman", "Spearman's ρ", "@c1", "diamond-open", 0.17),
+        ):
+            low, value, high = (group[f"{name}{end}"] for end in ("_low", "", "_high"))
+            hover = [
+                f"<b>{safe(what)}</b>, α = {alpha:g}<br>{letter} with {outcome} on {safe(dataset)}<br>"
+                + signed(f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" if pd.notna(a) else f"{v:+.2f}, no interval")
+                + f"<br>over {n} models"
+                for what, v, a, b, n in zip(group["name"], value, low, high, group["models"], strict=True)
+            ]
+            y = [place[what] + shift for what in group["name"]]
+            trace = line(value.tolist(), y, hover, show, colour, symbol, mode="markers", name=letter)
+            trace["error_x"] = {
+                "symmetric": False,
+                "array": (high - value).tolist(),
+                "arrayminus": (value - low).tolist(),
+                "color": f"{colour}/.7",
+                "thickness": 1.3,
+                "width": 0,
+            }
+            traces.append(trace)
+    alphas = sorted(map(float, table["alpha"].unique()), reverse=True)
+    chart = Chart(
+        "forest",
+        "Rank correlation over models",
+        "Kendall's tau and Spearman's rho with 95 % intervals, a line for each measure of sharpness",
+        traces,
+        layout(
+            "rank correlation",
+            "",
+            rows_height(len(order)) + 20,
+            yaxis=layer_axis(order),
+            xaxis={"range": [-1.05, 1.05], "zeroline": False},
+        ),
+        wide=True,
+    )
+    controls = [
+        choices("dataset", "Data set", table["dataset"]),
+        choices("outcome", "Sharpness against", table["outcome"]),
+        Control("alpha", "At α", [(f"{a:g}", f"{a:g}") for a in alphas]),
+    ]
+    keys = [Key("Kendall's τ", "@c0", "circle"), Key("Spearman's ρ", "@c1", "diamond-open")]
+    return Picture(controls, [chart], keys), labels
+
+
+_ORDER = {"general": 0, "stragglers": 1, "layer": 2}
+_SAID = {"general": "all weights", "stragglers": "the stragglers"}
+
+
+def names(table: pd.DataFrame) -> list[str]:
+    """What each row of a correlation measures, with its setting where there are several."""
+    layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
+    said = [_SAID.get(str(row["measure"]), layers.get(row["layer"], "")) for row in table.to_dict("records")]
+    for column, mark in (("rho", "ρ = "), ("measured_on", ""), ("estimator", ""), ("on", "")):
+        varies = table.groupby("measure")[column].transform("nunique") > 1
+        said = [
+            f"{name}, {mark}{_plain(value)}" if more else name
+            for name, value, more in zip(said, table[column], varies, strict=True)
+        ]
+    return said
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)

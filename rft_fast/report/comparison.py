@@ -1,0 +1,270 @@
+"""What two runs differ in: their requests, and the measurements that both made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..studies.path import Z95
+from ..words import some
+from .charts import points
+from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
+from .runs import RunRead
+from .sections import Section, said
+from .tables import Cell, Table, interval, number, signed
+
+# What tells one measurement of a run from another.
+_KEYS = (
+    "study model dataset layer others alpha rho on noise adaptive keep method criterion control estimator "
+    "noise_batch normalized seed"
+).split()
+_VALUES = {"sharpness": ("sharpness",), "layer-sharpness": ("sharpness",)}
+_SCALE = {
+    "accuracy": (100.0, "+.1f", "points"),
+    "loss": (1.0, "+.3f", "nats"),
+    "sharpness": (1.0, "+.3g", "nats"),
+}
+_SHOWN = 500  # rows of the table: those that differ most
+
+
+def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
+    """The arguments of :func:`rft_fast.report.page.render`.
+
+    Raises:
+        ValueError: the runs have no measurement in common.
+    """
+    found = matched(first.rows, second.rows)
+    if found.empty:
+        raise ValueError(
+            f"report: {first.directory} and {second.directory} have no measurement in common: no model, data "
+            "set and position that both have"
+        )
+    settings = _settings(first.config, second.config)
+    apart = found["apart"].to_numpy(dtype=bool)
+    corrected = found["corrected"].to_numpy(dtype=bool)
+    by_study = found.groupby("study", sort=False)["apart"].agg(["sum", "size"])
+    findings = [
+        f"{study}: {int(row['sum'])} of {int(row['size'])} values differ beyond their error bars."
+        for study, row in by_study.iterrows()
+    ]
+    chance = 0.05 * found["known"].sum()
+    findings.append(
+        f"In all {apart.sum():,} of {len(found):,}; about {chance:,.0f} would by chance, were nothing "
+        f"different and the values independent. {corrected.sum():,} differ also when corrected for all "
+        "comparisons (Bonferroni)."
+    )
+    return {
+        "title": f"{first.config['zoo']} and {second.config['zoo']}",
+        "above": "rft_fast comparison of two runs",
+        "about": " · ".join(
+            f"{name} {run.directory} ({run.config['date'][:10]})"
+            for name, run in (("A", first), ("B", second))
+        ),
+        "commands": [f"A  {first.config['command']}", f"B  {second.config['command']}"],
+        "tiles": [
+            (f"{len(settings)}", "settings differ"),
+            (f"{len(found):,}", "values that both measured"),
+            (f"{apart.sum():,}", "differ beyond their error bars"),
+            (f"{corrected.sum():,}", "of them when corrected for all"),
+        ],
+        "findings": findings,
+        "notes": [*_notes(first, second, found)],
+        "parts": [_configuration(settings), _measurements(found)],
+        "models": 2,
+    }
+
+
+def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """One row per value that both runs have: ``a``, ``b``, their standard errors, and whether they differ.
+
+    Columns besides the keys: ``value`` (its name), ``a``, ``b``, ``a_se``, ``b_se``, ``difference``, ``half``
+    (half the 95 % interval of it, as of independent measurements), ``apart``, ``corrected`` (the same with
+    Bonferroni's correction), ``known`` (does the difference have a standard error?), ``n_a``, ``n_b``.
+    """
+    sides = [_long(rows) for rows in (first, second)]
+    both = sides[0].merge(sides[1], on=["place", "value"], suffixes=("", "_b"))
+    both = both.rename(
+        columns={"x": "a", "x_b": "b", "se": "a_se", "se_b": "b_se", "samples": "n_a", "samples_b": "n_b"}
+    )
+    difference = both["b"] - both["a"]
+    error = np.hypot(both["a_se"], both["b_se"])
+    known = error.notna()
+    bound = NormalDist().inv_cdf(1 - 0.025 / max(int(known.sum()), 1))
+    # Without a standard error nothing can be said, unless the values are the same or not finite on one side.
+    lost = np.isfinite(both["a"]) != np.isfinite(both["b"])
+    return both.assign(
+        difference=difference,
+        half=Z95 * error,
+        known=known,
+        apart=(difference.abs() > Z95 * error) | lost,
+        corrected=(difference.abs() > bound * error) | lost,
+    )
+
+
+def _long(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per value, and ``place``: all of its keys as one text."""
+    # Zero-shot is one measurement, whatever model its row is of; and seeds are names only of masks.
+    shared = (rows["study"] == "interpolation") & (rows["alpha"] == 0)
+    rows = rows.assign(
+        alpha=rows["alpha"].round(9),
+        model=rows["model"].mask(shared, "zero-shot"),
+        seed=rows["seed"].where(rows["study"] == "prune"),
+    )
+    place = rows[_KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
+    parts = []
+    for value in ("accuracy", "loss", "sharpness"):
+        wanted = [value in _VALUES.get(study, ("accuracy", "loss")) for study in rows["study"]]
+        part = rows[np.array(wanted) & rows[value].notna()]
+        facts = part[
+            ["study", "model", "dataset", "layer", "alpha", "rho", "criterion", "control", "seed", "samples"]
+        ]
+        parts.append(
+            facts.assign(
+                place=place[part.index], value=value,
+                x=part[value].astype(float), se=part[f"{value}_se"].astype(float),
+            )
+        )  # fmt: skip
+    return pd.concat(parts).drop_duplicates(["place", "value"])
+
+
+def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str]:
+    for name, run in (("A", first), ("B", second)):
+        yield from (f"{name}: {note}" for note in run.notes)
+        others = (second if run is first else first).rows
+        for column, what in (("model", "models"), ("dataset", "data sets"), ("study", "studies")):
+            if alone := [str(x) for x in run.rows[column].unique() if x not in set(others[column].unique())]:
+                yield f"Only {name} has the {what} {some(alone)}."
+    if count := int((~found["known"]).sum()):
+        yield f"{count} values have no standard error: nothing is said of them."
+
+
+def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Keys of config.json whose values differ, with both."""
+    a, b = (dict(_flat(config)) for config in (first, second))
+    names = dict.fromkeys([*a, *b])
+    return [(name, a.get(name, "–"), b.get(name, "–")) for name in names if a.get(name) != b.get(name)]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name} › {key}" if name else str(key))
+    else:
+        yield name, said(value)
+
+
+def _configuration(settings: list[tuple[str, str, str]]) -> Section:
+    rows = [[Cell(name), Cell(a, None, "code"), Cell(b, None, "code")] for name, a, b in settings]
+    return Section(
+        "configuration",
+        "config.json",
+        "What was asked",
+        "The settings, versions and hashes in which the two runs differ; everything else is the same."
+        if rows
+        else "The two runs were asked for the same, on the same contents.",
+        tables=[Table("Settings that differ", ["setting", "A", "B"], rows)] if rows else [],
+    )
+
+
+def _measurements(found: pd.DataFrame) -> Section:
+    traces = [rule([-1e3, 1e3], [-1e3, 1e3])]
+    ranges: dict[str, list[float]] = {}
+    for (study, value), group in found.groupby(["study", "value"], sort=False):
+        scale, form, unit = _SCALE[value]
+        where = f"{study}, {value}"
+        for apart, colour, symbol in ((False, "@grey/.7", "circle-open"), (True, "@bad", "diamond")):
+            part = group[group["apart"] == apart]
+            hover = [
+                f"<b>{safe(row['model'])}</b> on {safe(row['dataset'])}, α = {row['alpha']:g}<br>"
+                + ("" if pd.isna(row["layer"]) else f"{safe(row['layer'])}<br>")
+                + f"A {scale * row['a']:{form[1:]}}, B {scale * row['b']:{form[1:]}} {unit}<br>B − A "
+                f"{points(row['difference'], row['half'], scale, form)} (95 %)"
+                for row in part.to_dict("records")
+            ]
+            trace = line(
+                (scale * part["a"]).tolist(), (scale * part["b"]).tolist(), hover, {"what": [where]}, colour,
+                symbol, mode="markers",
+            )  # fmt: skip
+            trace["error_x"] = _bars(scale * Z95 * part["a_se"], colour)
+            trace["error_y"] = _bars(scale * Z95 * part["b_se"], colour)
+            traces.append(trace)
+        values = scale * group[["a", "b"]].to_numpy(dtype=float)
+        values = values[np.isfinite(values)]
+        if len(values):
+            room = 0.05 * float(np.ptp(values)) or 1.0
+            ranges[where] = [float(values.min()) - room, float(values.max()) + room]
+    for where, (low, high) in ranges.items():
+        traces.append(rule([low, high], [low, high], {"what": [where]}))
+    chart = Chart(
+        "both",
+        "B against A, each with its 95 % interval",
+        "Values of the second run against those of the first",
+        traces[1:],
+        layout("A", "B", 480),
+        wide=True,
+    )
+    control = choices(
+        "what", "Values", (f"{s}, {v}" for s, v in zip(found["study"], found["value"], strict=True))
+    )
+    keys = [Key("differs beyond its error bars", "@bad", "diamond"), Key("does not", "@grey", "circle-open")]
+    return Section(
+        "measurements",
+        "rows.sqlite",
+        "What was measured",
+        "Values that both runs have under the same name: study, model, data set, layer, position and noise. "
+        "Error bars of a difference are those of independent measurements. Where both runs scored the same "
+        "images or drew the same noise they are cautious: the true ones are narrower.",
+        Picture([control], [chart], keys),
+        [_table(found)],
+    )
+
+
+def _bars(half: pd.Series, colour: str) -> dict[str, Any]:
+    return {"array": half.tolist(), "color": colour.partition("/")[0] + "/.3", "thickness": 1, "width": 0}
+
+
+def _table(found: pd.DataFrame) -> Table:
+    """Those that differ first, the furthest apart in standard errors on top."""
+    far = (found["difference"].abs() / (found["half"] / Z95)).fillna(0)
+    shown = found.assign(far=far).sort_values(["apart", "far"], ascending=False, kind="stable").head(_SHOWN)
+    rows, chosen = [], []
+    for row in shown.to_dict("records"):
+        scale, form, unit = _SCALE[row["value"]]
+        verdict = (
+            Cell("differs, also corrected", 3, "bad")
+            if row["corrected"]
+            else Cell("differs", 2, "bad")
+            if row["apart"]
+            else Cell("within error bars", 1)
+            if row["known"]
+            else Cell("no standard error", 0, "wide")
+        )
+        layer = "" if pd.isna(row["layer"]) else str(row["layer"])
+        change = row["difference"]
+        rows.append(
+            [
+                Cell(str(row["model"])),
+                Cell(str(row["dataset"])),
+                Cell(f"{row['study']}, {row['value']} ({unit})"),
+                number(row["alpha"], "g"),
+                number(row["a"], form[1:], scale),
+                number(row["b"], form[1:], scale),
+                interval(change, change - row["half"], change + row["half"], form, scale),
+                verdict,
+                number(row["n_a"], ",.0f"),
+                number(row["n_b"], ",.0f"),
+                Cell(layer, None, "code"),
+            ]
+        )
+        chosen.append({"what": f"{row['study']}, {row['value']}"})
+    more = f", the {_SHOWN} furthest apart of {len(found):,}" if len(found) > _SHOWN else ""
+    return Table(
+        f"Both runs side by side{more}",
+        signed("model|data set|what|α|A|B|B − A [95 %]|verdict|n of A|n of B|layer").split("|"),
+        rows,
+        chosen,
+    )

@@ -1,0 +1,110 @@
+"""From a run's directory to a file: reads, lays out, writes whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import comparison, page, sections
+from .charts import colours
+from .runs import read
+
+NAME = "report.html"
+
+
+def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Writes a run as one self-contained HTML page.
+
+    Args:
+        directory: of a run, as :class:`rft_fast.results.Run` leaves it; also of an interrupted one.
+        out: the page; None: ``report.html`` in the directory. An earlier report there is replaced.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        FileNotFoundError: no run in the directory.
+        ValueError: rows without config.json, no rows, a newer version's run; ``out`` is a folder, stands in
+            none, or is a file of something else.
+        ModuleNotFoundError: plotly is not installed.
+        OSError: the page cannot be written.
+    """
+    file = _check(
+        Path(directory) / NAME if out is None else Path(out), Path(directory) if out is None else None
+    )
+    page.library()  # is it there?
+    run = read(directory)
+    config, arch = run.config, str(run.config["arch"])
+    arch = Path(arch).stem if arch.endswith(".json") else arch
+    text = page.render(
+        title=str(config["zoo"]),
+        above="rft_fast report",
+        about=f"{config['date'][:10]} · {arch} · rft_fast {config['versions']['rft_fast']}",
+        commands=[config["command"]],
+        tiles=sections.tiles(run),
+        findings=run.findings(),
+        notes=run.notes,
+        parts=[*sections.studied(run), sections.provenance(run)],
+        models=len(colours(run)),
+    )
+    return _replace(file, text)
+
+
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes what two runs differ in, their requests and their measurements, as a page.
+
+    Args:
+        first, second: directories of runs.
+        out: the page; None: ``comparison.html`` in the second.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError, OSError: as :func:`write`.
+    """
+    file = _check(
+        Path(second) / "comparison.html" if out is None else Path(out), Path(second) if out is None else None
+    )
+    page.library()
+    found = comparison.compare(read(first), read(second))
+    return _replace(file, page.render(**found))
+
+
+def _check(file: Path, directory: Path | None) -> Path:
+    """Refuses a place where no page can be, before anything is computed."""
+    if directory is not None and not directory.is_dir():
+        return file  # said better by whoever reads it
+    if file.is_dir():
+        raise ValueError(
+            f"report: expected a file to write, got the directory {file}; say --out {file / NAME}"
+        )
+    if not file.absolute().parent.is_dir():
+        raise ValueError(
+            f"report: cannot write {file}: {file.absolute().parent} is no directory; make it first"
+        )
+    if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"report: cannot write {file}: {file.absolute().parent} is not writable; use --out"
+        )
+    if file.exists():
+        with file.open("rb") as old:
+            if page.MARK.encode() not in old.read(1000):
+                raise ValueError(
+                    f"report: {file} is there and is no report; it is left alone: choose another --out"
+                )
+    return file
+
+
+def _replace(file: Path, text: str) -> Path:
+    temporary = file.with_name(file.name + ".part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise OSError(f"report: cannot write {file}: {error}") from error
+    return file

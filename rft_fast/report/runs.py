@@ -1,0 +1,164 @@
+"""A run's directory, read and found fit for a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pandas as pd
+from packaging.version import InvalidVersion, Version
+
+from .. import __version__, results, studies, summary
+from ..request import Request
+from ..studies.rows import STUDIES
+
+# What the summary and the sections read of the request.
+_ASKED = (
+    "everything measured alphas xi others straggler_margin zero_margin keep criteria prune_layers mask_seeds"
+).split()
+_NEEDED = [*_ASKED, "command", "date", "zoo", "arch", "zeroshot", "finetuned", "data", "versions"]
+
+
+@dataclass(frozen=True)
+class RunRead:
+    """What a run left behind: its request, the rows that are complete, and what was left out of them."""
+
+    directory: Path
+    config: dict[str, Any]
+    rows: pd.DataFrame  # without the models of a study that it did not finish
+    count: int  # of all rows
+    correlation: pd.DataFrame | None
+    costs: pd.DataFrame | None  # what each study took
+    notes: list[str]  # what is missing, as sentences
+
+    @property
+    def studies(self) -> list[str]:
+        """Those with rows, and the correlation where there is one, in the paper's order."""
+        found, made = set(self.rows["study"].unique()), self.correlation is not None
+        return [name for name in STUDIES if name in found or (name == "correlation" and made)]
+
+    def printed(self, *only: str) -> str:
+        """The summary as the sweep prints it, or its part on some of the studies."""
+        # summary reads nothing of a request but what was recorded.
+        recorded = {name: self.config[name] for name in _ASKED}
+        recorded["measured"] = list(only) or self.studies
+        recorded["everything"] = recorded["everything"] and not only
+        request = cast(Request, SimpleNamespace(**recorded))
+        return summary.report(request, self.rows, self.correlation)
+
+    def findings(self) -> list[str]:
+        """The sentences under the summary's last heading, as paragraphs."""
+        lines = self.printed().partition("\nIn short\n")[2].splitlines()
+        found: list[str] = []
+        for line in lines:
+            if line.startswith("- "):
+                found.append(line[2:])
+            elif found:  # it may have been broken after a hyphen
+                found[-1] += ("" if re.search(r"\w-$", found[-1]) else " ") + line.strip()
+        return found
+
+
+def read(directory: str | os.PathLike[str]) -> RunRead:
+    """Reads a run, also one that was interrupted.
+
+    Models of a study that was not finished for them are left out of it, and ``notes`` says so.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: rows without a config.json or the reverse, an empty run, one of a newer version.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        kind = "a file" if directory.exists() else "nothing"
+        raise FileNotFoundError(f"report: expected a run's directory, got {kind} at {directory}")
+    config = _config(directory)
+    rows = results.load(directory)
+    if rows.empty:
+        raise ValueError(f"report: the run in {directory} has no rows yet; let it measure something first")
+    count, notes = len(rows), []
+    for study in rows["study"].unique():
+        for model in _unfinished(rows[rows["study"] == study]):
+            lost = (rows["study"] == study) & (rows["model"] == model)
+            notes.append(f"{study} was not finished for {model}: its {lost.sum()} rows are left out.")
+            rows = rows[~lost]
+    if not (rows["study"] == "interpolation").any():
+        raise ValueError(
+            f"report: the run in {directory} has no model whose path was measured to its end; run it again"
+        )
+    missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), "correlation"}]
+    if missing:
+        notes.append(f"Asked for, and without rows: {', '.join(missing)}.")
+    table = None
+    if "correlation" in config["measured"]:
+        try:
+            table = studies.correlation(rows, margin=config["straggler_margin"])
+        except ValueError as error:
+            notes.append(f"The correlation is left out: {error}.")
+    costs = directory / "cost.csv"
+    return RunRead(
+        directory, config, rows, count, table, pd.read_csv(costs) if costs.is_file() else None, notes
+    )
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    has_rows = (directory / "rows.sqlite").is_file()
+    if not file.is_file():
+        if has_rows:
+            raise ValueError(
+                f"report: {directory} has rows.sqlite but no config.json, which says what was run; put back "
+                "the one that the sweep wrote beside them"
+            )
+        raise FileNotFoundError(f"report: no run in {directory}: expected rows.sqlite and config.json there")
+    if not has_rows:
+        raise FileNotFoundError(
+            f"report: {directory} has a config.json but no rows.sqlite: nothing to report"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"report: {file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"report: expected an object in {file}, got {type(config).__name__}")
+    _check_version(config, file)
+    if missing := [name for name in _NEEDED if name not in config]:
+        raise ValueError(f"report: {file} lacks {', '.join(missing)}; was it written by the sweep?")
+    return config
+
+
+def _check_version(config: dict[str, Any], file: Path) -> None:
+    versions = config.get("versions")
+    made_by = versions.get("rft_fast") if isinstance(versions, dict) else None
+    try:
+        newer = Version(str(made_by)) > Version(__version__)
+    except InvalidVersion:
+        raise ValueError(f"report: {file} does not say which version of rft_fast wrote it") from None
+    if newer:
+        raise ValueError(
+            f"report: the run in {file.parent} was made by rft_fast {made_by}, this is {__version__}; "
+            "upgrade to read it"
+        )
+
+
+def _unfinished(part: pd.DataFrame) -> list[str]:
+    """Models that a study was not done with: a curve lacks an end, or rows that other models have."""
+    keys = [name for name in _CURVE if part[name].notna().any()]
+    ends = part.groupby(keys, sort=False, dropna=False)["alpha"].agg(["min", "max"])
+    low, high = (
+        (0.0, 1.0) if part["study"].iloc[0] in _TO_THE_ENDS else (ends["min"].min(), ends["max"].max())
+    )
+    cut = ends[(ends["min"] > low) | (ends["max"] < high)]
+    found = set(cut.index.get_level_values("model"))
+    if part["study"].iloc[0] != "prune":  # which has as many rows as a model has stragglers
+        counts = part["model"].value_counts()
+        found |= set(counts.index[counts < counts.max()])
+    return [model for model in part["model"].unique() if model in found]
+
+
+_CURVE = "model dataset others layer rho on noise method criterion control estimator seed".split()
+_TO_THE_ENDS = ("interpolation", "layers", "prune")

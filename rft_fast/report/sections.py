@@ -1,0 +1,328 @@
+"""A run as sections: words, charts and tables; nothing here knows HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from .. import studies
+from ..cost import duration
+from ..words import some
+from . import charts, layers, tables
+from .drawing import Picture
+from .runs import RunRead
+from .tables import Cell, Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """``name`` is its anchor, ``above`` the small words over its title."""
+
+    name: str
+    above: str
+    title: str
+    lead: str
+    picture: Picture = field(default_factory=Picture)
+    tables: list[Table] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what cannot be concluded
+    printed: str = ""
+
+
+def studied(run: RunRead) -> list[Section]:
+    """A section for each study that has rows."""
+    makers: dict[str, Callable[[RunRead], Section]] = {
+        "interpolation": _path,
+        "layers": _layers,
+        "sharpness": _sharpness,
+        "layer-sharpness": _layer_sharpness,
+        "prune": _prune,
+        "correlation": _correlation,
+    }
+    return [makers[study](run) for study in run.studies]
+
+
+def _text(run: RunRead, study: str) -> str:
+    return run.printed(study).partition("\nIn short\n")[0].strip("\n")
+
+
+def _path(run: RunRead) -> Section:
+    table = tables.path(run)
+    wide = [(row[0].text, row[1].text, row[3].text) for row in table.wide()]
+    warnings = []
+    for dataset in dict.fromkeys(row[1].text for row in table.rows):
+        n = next(row[-1].text for row in table.rows if row[1].text == dataset)
+        gains = [model for model, where, words in wide if where == dataset and words == tables.WIDE]
+        if gains:
+            warnings.append(
+                f"On {dataset} (n = {n}) the 95 % interval of the gain includes 0 for {some(gains, 4)}: too "
+                "wide to conclude that the path beats zero-shot."
+            )
+        lost = [model for model, where, words in wide if where == dataset and words != tables.WIDE]
+        if lost:
+            warnings.append(
+                f"On {dataset} (n = {n}) no position beats zero-shot for {some(lost, 4)}, but at some "
+                "position the interval reaches above it: a small gain is not excluded."
+            )
+    return Section(
+        "path",
+        "Figure 1 · Eq. 1 and 2",
+        "The path",
+        "Accuracy and loss on the straight line from zero-shot to fine-tuned. Choose one model to see its "
+        "pointwise 95 % interval, which is that of the difference to zero-shot, paired over images. The "
+        "gain is the best position against zero-shot on the same images, which makes it optimistic.",
+        charts.path(run),
+        [table],
+        warnings,
+        _text(run, "interpolation"),
+    )
+
+
+def _layers(run: RunRead) -> Section:
+    table = tables.layers(run)
+    warnings = []
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in table.wide():
+        found.setdefault((row[-3].text, row[-2].text), []).append(row[0].text)
+    for (model, dataset), names in found.items():
+        warnings.append(
+            f"{model} on {dataset}: it cannot be told whether the instability of {len(names)} layers exceeds "
+            f"{run.config['straggler_margin']:g} nats: {some(names, 4)}."
+        )
+    part = run.rows[run.rows["study"] == "layers"]
+    return Section(
+        "layers",
+        "Figure 2 · Def. 1.1 and 1.2",
+        "Layer by layer",
+        f"Each layer on the path alone, the others {_OTHERS[run.config['others']]}; {_images(part)}. A "
+        "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
+        "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
+        "corrected.",
+        layers.interpolation(run),
+        [table],
+        warnings,
+        _text(run, "layers"),
+    )
+
+
+_OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
+
+
+def _images(part: pd.DataFrame) -> str:
+    counts = part.groupby("dataset", sort=False)["samples"].max()
+    return "; ".join(f"n = {count:,} images of {name}" for name, count in counts.items())
+
+
+def _unclear(table: Table) -> list[str]:
+    """How many of a table's rows are too wide to conclude."""
+    wide = len(table.wide())
+    if not wide:
+        return []
+    return [f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: too wide to tell a sign."]
+
+
+def _drawn(part: pd.DataFrame) -> str:
+    part = part[part["draws"].fillna(1) > 0]
+    draws = sorted(part["draws"].dropna().unique())
+    count = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}" if draws else "no"
+    return f"{count} draws, {_images(part)}"
+
+
+def _sharpness(run: RunRead) -> Section:
+    part = run.rows[run.rows["study"] == "sharpness"]
+    table = tables.sharpness(run, "sharpness")
+    return Section(
+        "sharpness",
+        "Figure 3 · Eq. 3",
+        "Sharpness of all weights",
+        f"The mean rise of the loss under noise on every weight; {_drawn(part)}. Bars are pointwise 95 % "
+        "intervals: of sharpness over draws (Student's t), of accuracy over images.",
+        charts.sharpness(run),
+        [table],
+        _unclear(table),
+        _text(run, "sharpness"),
+    )
+
+
+def _layer_sharpness(run: RunRead) -> Section:
+    part = run.rows[run.rows["study"] == "layer-sharpness"]
+    table = tables.sharpness(run, "layer-sharpness")
+    return Section(
+        "layer-sharpness",
+        "Figure 4 · Sec. 3.1",
+        "Sharpness of each layer",
+        f"The same for one layer at a time; {_drawn(part)}. A layer is near zero when its 95 % interval lies "
+        f"within {run.config['zero_margin']:g} nats at every α above 0. A wide interval is no evidence of "
+        "that.",
+        layers.sharpness(run),
+        [table],
+        _unclear(table),
+        _text(run, "layer-sharpness"),
+    )
+
+
+def _prune(run: RunRead) -> Section:
+    part = run.rows[run.rows["study"] == "prune"]
+    table = tables.prune(run)
+    warnings = [
+        f"{row[0].text} on {row[-1].text}, {row[1].text} ({row[2].text}): mean change {row[3].text} points "
+        f"over {row[5].text} masks; {row[4].text}."
+        for row in table.wide()
+    ]
+    return Section(
+        "prune",
+        "Figure 5 · Algorithm 1",
+        "Pruning the stragglers",
+        f"{100 * run.config['keep']:g} % of the straggler layers' weights kept, "
+        f"{len(run.config['mask_seeds'])} masks; {_images(part)}. Bands reach from the lowest to the highest "
+        "mask, for the unpruned path it is the pointwise 95 % interval of its difference to zero-shot. The "
+        "control prunes as many other layers, at random.",
+        charts.prune(run),
+        [table],
+        warnings,
+        _text(run, "prune"),
+    )
+
+
+def _correlation(run: RunRead) -> Section:
+    picture, names = charts.correlation(run)
+    table = tables.correlation(run, names)
+    assert run.correlation is not None
+    models = int(run.correlation["models"].max())
+    wide = len(table.wide())
+    return Section(
+        "correlation",
+        "The central claim",
+        "Does sharpness tell?",
+        f"Rank correlation over n = {models} models of sharpness with accuracy or gain out of distribution. "
+        "Intervals are pointwise 95 %, approximate for so few models, and not corrected for how many are "
+        "shown; stragglers found on the same models make their own line optimistic.",
+        picture,
+        [table],
+        [
+            f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: with {models} models they "
+            "are too wide to conclude."
+        ]
+        if wide
+        else [],
+        _text(run, "correlation"),
+    )
+
+
+# --- what was run -------------------------------------------------------------------------------
+
+
+def provenance(run: RunRead) -> Section:
+    """Versions, settings and hashes, from config.json."""
+    config = run.config
+    machine = f"{config.get('device_name') or config.get('device', '')}, {config.get('platform', '')}"
+    plain = {
+        "date": config["date"],
+        "machine": machine,
+        "versions": ", ".join(f"{name} {value}" for name, value in config["versions"].items()),
+        "architecture": config["arch"],
+    }
+    tabled = {
+        "command",
+        "zoo",
+        "arch",
+        "zeroshot",
+        "finetuned",
+        "data",
+        "device",
+        "device_name",
+        "platform",
+        *plain,
+    }
+    settings = plain | {name: said(value) for name, value in config.items() if name not in tabled}
+    models = [("zero-shot", config["zeroshot"]), *config["finetuned"].items()]
+    found = [
+        Table(
+            "Settings",
+            ["setting", "value"],
+            [[Cell(a), Cell(str(b), None, "code")] for a, b in settings.items()],
+        ),
+        Table(
+            "Models",
+            ["model", "file", "SHA-256"],
+            [[Cell(name), *(_code(fact, key) for key in ("path", "sha256"))] for name, fact in models],
+        ),
+        Table(
+            "Images",
+            ["data set", "distribution", "n", "file", "SHA-256 of images and labels"],
+            [
+                [
+                    Cell(name),
+                    Cell("out of distribution" if fact.get("ood") else "in distribution"),
+                    tables.number(fact.get("samples"), ",.0f"),
+                    _code(fact, "path"),
+                    _code(fact, next((key for key in fact if key.startswith("sha256")), "sha256")),
+                ]
+                for name, fact in config["data"].items()
+            ],
+        ),
+    ]
+    if run.costs is not None:
+        found.append(_cost(run.costs))
+    return Section(
+        "run",
+        "config.json",
+        "What was run",
+        "Enough to run it again: the request, what it ran on, and the contents of every input by their hash.",
+        tables=found,
+    )
+
+
+def _code(fact: Mapping[str, Any], key: str) -> Cell:
+    return Cell(str(fact.get(key, "–")), None, "code")
+
+
+def said(value: Any) -> str:
+    """A value of config.json in a line."""
+    if isinstance(value, dict):
+        return (
+            "; ".join(f"{name}: {said(inner)}" for name, inner in value.items() if inner is not None) or "–"
+        )
+    if isinstance(value, list):
+        return ", ".join(map(said, value)) or "–"
+    if value is None:
+        return "–"
+    return (
+        ("no", "yes")[value]
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _cost(costs: pd.DataFrame) -> Table:
+    rows = [
+        [
+            Cell(str(cost["study"])),
+            tables.number(cost["models"], ".0f"),
+            Cell(duration(cost["seconds"]), cost["seconds"]),
+            tables.number(cost["peak_memory"] / 2**30, ".1f"),
+        ]
+        for cost in costs.to_dict("records")
+    ]
+    return Table("What it took", ["study", "models", "time", "peak memory, GiB"], rows)
+
+
+def tiles(run: RunRead) -> list[tuple[str, str]]:
+    """A few numbers that say how large the run is and what it comes to."""
+    facts = studies.summarize(run.rows, run.config["xi"])
+    far = facts[facts["ood"]]
+    images = facts.drop_duplicates("dataset")["samples"].sum()
+    found = [
+        (f"{facts['model'].nunique()}", "fine-tuned models"),
+        (f"{facts['dataset'].nunique()}", f"image sets, {far['dataset'].nunique()} out of distribution"),
+        (f"{images:,}", "images scored at every position"),
+        (f"{run.count:,}", "measurements"),
+    ]
+    if len(far):
+        clear = (far["gain_low"] > 0) & (far["gain"] > 0)
+        found.append((f"{clear.sum()} of {len(far)}", "paths with a gain whose interval is above 0"))
+    return found
