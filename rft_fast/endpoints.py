@@ -265,7 +265,8 @@ class Ends:
 
     @cached_property
     def _tokens(self) -> Tensor:
-        assert self.setup.prompts is not None  # whoever needs tokens has looked
+        if self.setup.prompts is None:
+            raise ValueError("ends: there are no prompts to make a head from; give --class-names")
         return tokenise(self.setup.arch, self.setup.prompts)
 
     def _told(self, zeroshot: Mapping[str, Tensor], classes: int | None) -> int:

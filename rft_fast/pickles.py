@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import pickletools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,12 @@ class Opaque:
         return self.what
 
 
-class Building:
+class Building(ABC):
     """What is made first and filled by its state afterwards, as pickles do with arrays."""
 
+    @abstractmethod
     def build(self, machine: Machine, state: Any) -> None:
-        raise NotImplementedError
+        """Takes the state that the pickle gives it."""
 
 
 class Stream:

@@ -13,6 +13,7 @@ import bench_kernels
 import clock
 import gpu_program
 import gpu_report
+import open_clip
 import peers
 import pytest
 import table
@@ -24,7 +25,6 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14"])
 def test_shapes_are_those_of_the_image_towers(name: str) -> None:
-    open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config(name))
     tower = [tuple(p.shape) for p in model.visual.parameters()]

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -99,7 +100,7 @@ def source(path: Path, where: str) -> Source:
     )
 
 
-class _Part:
+class _Part(ABC):
     """One file of a data set: what Arrow and Parquet have in common."""
 
     def __init__(self, file: Path, where: str, schema: Any, rows: int) -> None:
@@ -109,13 +110,13 @@ class _Part:
         self.rows = rows
         self.features = _features(schema, file, self.where)
 
+    @abstractmethod
     def column(self, name: str) -> Any:
         """All of a column, pyarrow.ChunkedArray."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
         """The piece of a column that a row is in, and where in it."""
-        raise NotImplementedError
 
     def labels(self, name: str) -> Tensor:
         column = self.column(name)

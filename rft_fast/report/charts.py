@@ -252,10 +252,8 @@ def prune(run: RunRead) -> Picture:
     )
 
 
-def correlation(run: RunRead) -> tuple[Picture, list[str]]:
+def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     """Rank correlations as a forest plot; and what each row of the table measures, in words."""
-    assert run.correlation is not None
-    table = run.correlation
     labels = names(table)
     table = table.assign(name=labels)
     order = [*dict.fromkeys(table.sort_values("measure", key=lambda m: m.map(_ORDER), kind="stable")["name"])]

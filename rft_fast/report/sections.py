@@ -39,9 +39,11 @@ def studied(run: RunRead) -> list[Section]:
         "sharpness": _sharpness,
         "layer-sharpness": _layer_sharpness,
         "prune": _prune,
-        "correlation": _correlation,
     }
-    return [makers[study](run) for study in run.studies]
+    found = [makers[study](run) for study in run.studies if study in makers]
+    if run.correlation is not None:
+        found.append(_correlation(run, run.correlation))
+    return found
 
 
 def _text(run: RunRead, study: str) -> str:
@@ -186,11 +188,10 @@ def _prune(run: RunRead) -> Section:
     )
 
 
-def _correlation(run: RunRead) -> Section:
-    picture, names = charts.correlation(run)
-    table = tables.correlation(run, names)
-    assert run.correlation is not None
-    models = int(run.correlation["models"].max())
+def _correlation(run: RunRead, found: pd.DataFrame) -> Section:
+    picture, names = charts.correlation(found)
+    table = tables.correlation(found, names)
+    models = int(found["models"].max())
     wide = len(table.wide())
     return Section(
         "correlation",

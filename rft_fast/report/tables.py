@@ -245,11 +245,10 @@ def prune(run: RunRead) -> Table:
     return Table("What pruning did to accuracy, mean over α > 0", headings, rows, chosen)
 
 
-def correlation(run: RunRead, names: Sequence[str]) -> Table:
+def correlation(found: pd.DataFrame, names: Sequence[str]) -> Table:
     """A row per rank correlation; names: of what each row of the correlation measures."""
-    assert run.correlation is not None
     rows, chosen = [], []
-    for name, fact in zip(names, run.correlation.to_dict("records"), strict=True):
+    for name, fact in zip(names, found.to_dict("records"), strict=True):
         low, high = fact["kendall_low"], fact["kendall_high"]
         if pd.isna(fact["kendall"]):
             words = Cell("not defined", 1, "wide")
