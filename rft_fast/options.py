@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from . import checkpoints, datasets, endpoints, studies
+from . import checkpoints, datasets, endpoints, studies, trackers
 from .evaluate.precision import PRECISIONS
 from .kernels import contract, registry
 from .layers import layer_of
@@ -367,9 +368,12 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="directory for rows and figures (default: a new one in rft-runs/)",
+        help="directory for rows and figures; the same command goes on with the run that is there "
+        "(default: a new one in rft-runs/)",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace the rows of an earlier run in DIR")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the run in DIR, rather than go on with it"
+    )
     group.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
     )
@@ -422,6 +426,24 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         help="leave out images that cannot be read, and count them in the rows, rather than refuse",
     )
     group.add_argument(
+        "--workers",
+        metavar="N",
+        type=_workers,
+        help="measure on several GPUs or machines with Ray (docs/cluster.md): a number, auto for one to a "
+        "GPU (or 8 cores) of this machine, or ray://HOST:PORT of a cluster",
+    )
+    group.add_argument("--quiet", action="store_true", help="say nothing but errors; run.log has it all")
+    group.add_argument(
+        "--json", action="store_true", help="JSON lines on standard output, for machines (docs/progress.md)"
+    )
+    group.add_argument(
+        "--track",
+        nargs="+",
+        choices=trackers.NAMES,
+        default=[],
+        help="also log measurements there, through its own client",
+    )
+    group.add_argument(
         "--plan",
         action="store_true",
         help="measure nothing: tell forward passes, FLOPs, bytes, expected time and memory of this request",
@@ -450,6 +472,15 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return name, value
+
+
+def _workers(text: str) -> str:
+    address = text.startswith("ray://") or re.fullmatch(r"[^:/\s]+:\d+", text)
+    if text != "auto" and not address and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(
+            f"expected a number of workers, auto, or ray://HOST:PORT, got {text!r}"
+        )
+    return text
 
 
 def _scale(text: str) -> float:

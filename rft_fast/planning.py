@@ -11,8 +11,9 @@ from tqdm import tqdm
 from . import cost, datasets, summary, wiring
 from . import path as paths
 from .evaluate import Evaluator
+from .pieces import Counter, total
 from .request import Request
-from .wiring import Counts, Models, Studies
+from .wiring import Counts, Models
 
 
 def plan(request: Request) -> str:
@@ -31,13 +32,14 @@ def plan(request: Request) -> str:
     loading = perf_counter() - start
     evaluator = models.evaluator([_noise(request, 8)])
     takes = summary.how_many(request)
+    counter = Counter(request, evaluator, whole)
     works = {
-        study: _count(request, study, takes[study], path, evaluator, whole)
+        study: _count(request, study, takes[study], path, evaluator, counter)
         for study in request.measured
         if study in takes  # the others are made of rows
     }
-    total = sum(works.values(), cost.Work.none(evaluator))
-    costs = cost.flops(evaluator, total)
+    everything = sum(works.values(), cost.Work.none(evaluator))
+    costs = cost.flops(evaluator, everything)
     # Sets of like sizes take like times an image; a small one takes more.
     sizes = {study: min(_at_once(request, study, whole), cost.images_wanted(evaluator)) for study in works}
     rates = {}
@@ -51,7 +53,7 @@ def plan(request: Request) -> str:
     ]
     images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
     resident = sum(count for counts in images for count, _ in counts.values())
-    peak = cost.memory(total, evaluator, path, resident)
+    peak = cost.memory(everything, evaluator, path, resident)
     return cost.table(lines, costs, peak, path, _notes(request, sets))
 
 
@@ -67,25 +69,17 @@ def _at_once(request: Request, study: str, whole: Counts) -> int:
 
 
 def _count(
-    request: Request, study: str, models: int, path: paths.Path, evaluator: Evaluator, whole: Counts
+    request: Request, study: str, models: int, path: paths.Path, evaluator: Evaluator, counter: Counter
 ) -> cost.Work:
     """The work of a study on so many models. The first one measures what the others share."""
-    work = cost.Work.none(evaluator)
-    counted = cost.CountedPath(path, work)
-    work_on = Studies(
-        request,
-        *(
-            cost.CountedEvaluator(evaluator, images, work)
-            for images in (whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole))
-        ),
-    )
     stragglers = {criterion: path.layers[:1] for criterion in request.criteria} if study == "prune" else None
-    found = []
-    for _ in range(min(models, 2)):
-        before = work * 1
-        work_on.run(study, counted, stragglers)
-        found.append(work + before * -1)
-    return found[0] if models == 1 else found[0] + found[1] * (models - 1)
+    first = total(counter.count(study, path, stragglers), evaluator)
+    if models == 1:
+        return first
+    other = counter.count(study, path, stragglers)
+    if study in wiring.SHARPNESS:
+        other = [measurement for measurement in other if not measurement.zero]
+    return first + total(other, evaluator) * (models - 1)
 
 
 def _noise(request: Request, images: int) -> datasets.Dataset:

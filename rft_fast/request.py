@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from . import architectures, cache, checkpoints, datasets, env, prompts, results, studies, zoo
+from . import architectures, cache, checkpoints, datasets, env, prompts, studies, trackers, zoo
+from .cluster import connection
 from .evaluate import precision
 from .kernels import registry
 from .options import parser
@@ -85,6 +86,10 @@ class Request:
     cache: Path | None  # None: none
     skip_unreadable: bool
     plan: bool
+    workers: str | None  # a number, "auto", or where a Ray cluster is; None: this process alone
+    quiet: bool
+    json: bool
+    track: list[str]
 
 
 def read(argv: Sequence[str]) -> Request:
@@ -135,15 +140,10 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         raise ValueError(
             f"argument --sharpness-alphas: {extra} are not among --alphas, where accuracies are measured"
         )
-    device = env.device(arguments.device)
-    try:
-        registry.pick(arguments.impl, device)
-    except RuntimeError as error:
-        raise ValueError(f"argument --impl: {error}") from None
-    try:
-        precision.check(arguments.precision, device)
-    except ValueError as error:
-        raise ValueError(f"argument --precision: {error}") from None
+    device = _device(arguments)
+    if arguments.quiet and arguments.json:
+        raise ValueError("argument --json: not together with --quiet")
+    trackers.check(arguments.track)
     if arguments.cache is not None and arguments.no_cache:
         raise ValueError("argument --no-cache: not together with --cache")
     _check_models(its_zoo)
@@ -168,10 +168,10 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         raise ValueError(f"argument --rhos: expected each once, got {arguments.rhos}")
     if not arguments.keep:
         raise ValueError("argument --keep: expected a fraction above 0")
+    if arguments.workers is None:
+        _check_device(arguments.impl, arguments.precision, device)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = arguments.out or Path("rft-runs", f"{its_zoo.name.replace('/', '-')}-{stamp}")
-    if not arguments.plan:
-        results.check(out, arguments.overwrite)
     return Request(
         everything=not named,
         studies=asked,
@@ -217,7 +217,39 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         cache=None if arguments.no_cache else arguments.cache or cache.directory(),
         skip_unreadable=arguments.skip_unreadable,
         plan=arguments.plan,
+        workers=arguments.workers,
+        quiet=arguments.quiet,
+        json=arguments.json,
+        track=list(dict.fromkeys(arguments.track)),
     )
+
+
+def check_device(request: Request) -> None:
+    """Raises ValueError for kernels and a precision that the device of the request does not offer."""
+    _check_device(request.impl, request.precision, request.device)
+
+
+def _check_device(impl: str, wanted: str, device: torch.device) -> None:
+    try:
+        registry.pick(impl, device)
+    except RuntimeError as error:
+        raise ValueError(f"argument --impl: {error}") from None
+    try:
+        precision.check(wanted, device)
+    except ValueError as error:
+        raise ValueError(f"argument --precision: {error}") from None
+
+
+def _device(arguments: argparse.Namespace) -> torch.device:
+    """Where the models are. Workers of a cluster have GPUs of their own; this machine may have none."""
+    if arguments.workers is None or arguments.plan:
+        return env.device(arguments.device)
+    if arguments.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"argument --device: each worker has one device of its own: cpu or cuda; got {arguments.device!r}"
+        )
+    connection.check()
+    return connection.device(arguments.workers, arguments.device)
 
 
 def _measured(asked: Sequence[str], criteria: Sequence[str]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from .classifier import HEAD_WEIGHT
 from .endpoints import Ends, Setup
 from .evaluate import Evaluator, Scores, precision
 from .request import Request
+from .studies.rows import Sink
 
 Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
 
@@ -30,6 +31,7 @@ class Models:
     ends: Ends
     live: nn.Module
     hashes: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each fine-tuned model's path
 
     @classmethod
     def load(cls, request: Request) -> Models:
@@ -50,7 +52,9 @@ class Models:
         models = cls(request, ends, live)
         models.hashes[source.zeroshot.source] = checkpoints.sha256(file)
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
-            models._check_layers(models.path(name))
+            path = models.path(name)
+            models._check_layers(path)
+            models.layers[name] = tuple(path.layers)
             models.hashes[weights.source] = checkpoints.sha256(weights.source)
         return models
 
@@ -192,8 +196,25 @@ def _some(whole: Counts, names: Sequence[str], most: int) -> Counts:
     return {name: (min(most, count), ood) for name, (count, ood) in whole.items() if name in names}
 
 
+class Shared(Protocol):
+    """Scores that several measurements need, kept where they last."""
+
+    def scores(self, of: str) -> MutableMapping[tuple[str, float], Scores]:
+        """(data set, alpha) -> scores. of: what they are of."""
+
+
+class InMemory:
+    """Shared scores of a process that need not outlive it."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[tuple[str, float], Scores]] = {}
+
+    def scores(self, of: str) -> dict[tuple[str, float], Scores]:
+        return self._tables.setdefault(of, {})
+
+
 class Studies:
-    """The studies of a request on its images, one model at a time; what all models share, once.
+    """The studies of a request on its images, one model at a time.
 
     whole: all data sets. by_layer, sharpness: the images of those studies.
     """
@@ -201,20 +222,28 @@ class Studies:
     def __init__(self, request: Request, whole: Evaluator, by_layer: Evaluator, sharpness: Evaluator) -> None:
         self.whole, self.by_layer, self.sharpness = whole, by_layer, sharpness
         self._request = request
-        self._scores: dict[int, dict[str, Scores]] = {}
-        self._sharpness: dict[tuple[object, ...], Any] = {}
 
     def run(
-        self, study: str, path: paths.Path, stragglers: Mapping[str, Sequence[str]] | None, **common: Any
+        self,
+        study: str,
+        path: paths.Path,
+        stragglers: Mapping[str, Sequence[str]] | None,
+        shared: Shared,
+        *,
+        model: str = "",
+        only: Collection[int] | None = None,
+        sink: Sink | None = None,
     ) -> None:
-        """One study of one model. stragglers: criterion -> layers to prune, where that is the study."""
+        """Measurements of one study of one model.
+
+        stragglers: criterion -> layers to prune, where that is the study. only, sink: as studies take them.
+        """
         request = self._request
-        if request.zoo.head.choice == "finetuned":  # the zero-shot end has each model's own head
-            self._scores.clear()
-            self._sharpness.clear()
         if study == "interpolation":
-            zeroshot = self._zeroshot(path, self.whole)
-            studies.interpolation(path, self.whole, request.alphas, zeroshot=zeroshot, **common)
+            known = _Zeroshot(shared.scores(self._of(ALL, model, 0.0)))
+            studies.interpolation(
+                path, self.whole, request.alphas, model=model, zeroshot=known, only=only, sink=sink
+            )
         elif study == "layers":
             studies.layerwise_interpolation(
                 path,
@@ -222,18 +251,21 @@ class Studies:
                 request.layer_alphas,
                 request.layers,
                 others=request.others,
-                zeroshot=self._zeroshot(path, self.by_layer),
-                **common,
+                model=model,
+                zeroshot=_Zeroshot(shared.scores(self._of(BY_LAYER, model, 0.0))),
+                only=only,
+                sink=sink,
             )
-        elif study in ("sharpness", "layer-sharpness"):
+        elif study in SHARPNESS:
             where = (path, self.sharpness, request.sharpness_alphas, request.rhos)
-            shared = {"zeroshot": self._sharpness, **common}
+            common: dict[str, Any] = {"model": model, "only": only, "sink": sink}
             if study == "sharpness":
-                studies.sharpness(*where, request.draws, protocol=request.general, **shared)
+                studies.sharpness(*where, request.draws, protocol=request.general, **common)
             else:
                 draws, layers = request.layer_draws, request.layers
-                studies.layerwise_sharpness(*where, draws, layers, protocol=request.layerwise, **shared)
+                studies.layerwise_sharpness(*where, draws, layers, protocol=request.layerwise, **common)
         elif study == "prune":
+            zeroshot, own = (shared.scores(self._of(BY_LAYER, model, alpha)) for alpha in (0.0, 1.0))
             studies.prune_stragglers(
                 path,
                 self.by_layer,
@@ -243,27 +275,72 @@ class Studies:
                 methods=request.methods,
                 seeds=request.mask_seeds,
                 control=request.control,
-                zeroshot=self._zeroshot(path, self.by_layer),
-                **common,
+                model=model,
+                unpruned=_Unpruned(zeroshot, own),
+                only=only,
+                sink=sink,
             )
 
-    def steps(self, study: str, path: paths.Path) -> int | None:
-        """How many positions a model's progress counts; None where that is not known before."""
-        request = self._request
-        if study == "interpolation":
-            return len(request.alphas)
-        if study == "layers":
-            return len(path.select(request.layers)) * (len(request.layer_alphas) - 1)
-        if study == "prune":
-            return None
-        return len(request.sharpness_alphas) * len(self.sharpness.datasets)
+    def _of(self, images: str, model: str, alpha: float) -> str:
+        """What scores are of: at alpha = 0 of all models, unless these have heads of their own there."""
+        own = alpha != 0 or self._request.zoo.head.choice == "finetuned"
+        return f"{images}, {model}" if own else images
 
-    def _zeroshot(self, path: paths.Path, evaluator: Evaluator) -> dict[str, Scores]:
-        """An evaluator's scores where every path begins."""
-        if id(evaluator) not in self._scores:
-            with path.at(0.0):
-                self._scores[id(evaluator)] = evaluator.scores()
-        return self._scores[id(evaluator)]
+
+ALL, BY_LAYER = "all images", "images of layers and prune"
+SHARPNESS = ("sharpness", "layer-sharpness")
+
+
+class _Zeroshot(MutableMapping[str, Scores]):
+    """Data set -> scores at alpha = 0."""
+
+    def __init__(self, table: MutableMapping[tuple[str, float], Scores]) -> None:
+        self._table = table
+
+    def __getitem__(self, name: str) -> Scores:
+        return self._table[name, 0.0]
+
+    def __setitem__(self, name: str, scores: Scores) -> None:
+        self._table[name, 0.0] = scores
+
+    def __delitem__(self, name: str) -> None:
+        del self._table[name, 0.0]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, alpha in self._table if alpha == 0)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Unpruned(MutableMapping[tuple[str, float], Scores]):
+    """(data set, alpha) -> scores of the unpruned path; those at alpha = 0 in a table of all models."""
+
+    def __init__(
+        self,
+        zeroshot: MutableMapping[tuple[str, float], Scores],
+        own: MutableMapping[tuple[str, float], Scores],
+    ) -> None:
+        self._zeroshot, self._own = zeroshot, own
+
+    def _table(self, key: tuple[str, float]) -> MutableMapping[tuple[str, float], Scores]:
+        return self._own if key[1] else self._zeroshot
+
+    def __getitem__(self, key: tuple[str, float]) -> Scores:
+        return self._table(key)[key]
+
+    def __setitem__(self, key: tuple[str, float], scores: Scores) -> None:
+        self._table(key)[key] = scores
+
+    def __delitem__(self, key: tuple[str, float]) -> None:
+        del self._table(key)[key]
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        yield from (key for key in self._zeroshot if not key[1])
+        yield from (key for key in self._own if key[1])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def make(models: Models, sets: Sequence[datasets.Dataset]) -> Studies:

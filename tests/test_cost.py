@@ -66,6 +66,13 @@ STUDIES: dict[str, Study] = {
     "worst case": general("apgd-l2", 3),
     "worst case by layer": layerwise("apgd-linf", 3),
     "prune": prune,
+    "some of the interpolation": lambda p, e: studies.interpolation(p, e, ALPHAS, only=[1, 4]),
+    "some of the layers": lambda p, e: studies.layerwise_interpolation(
+        p, e, ALPHAS, only=[2, len(p.layers) - 1, len(p.layers) + 1]
+    ),
+    "some of layer-wise": lambda p, e: studies.layerwise_sharpness(
+        p, e, ALPHAS, [0.1], 4, only=range(2 * len(p.layers) + 1, 3 * len(p.layers) + 2)
+    ),
 }
 
 
@@ -143,13 +150,35 @@ def watched(path: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -
 # Every study on the transformer; of the others, what their stages change.
 CASES = [("transformer", study) for study in STUDIES]
 CASES += [(model, study) for model in MODELS for study in list(STUDIES)[1::3] if model != "transformer"]
+CASES += [("two towers", study) for study in STUDIES if study.startswith("some")]
 
 
-@pytest.mark.parametrize(("model", "study"), CASES)
+@pytest.mark.parametrize(("model", "study"), dict.fromkeys(CASES))
 def test_counts_are_those_of_the_run(model: str, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_size = 8 if len(study) % 2 else None
     with torch.random.fork_rng():
-        path, evaluator, sizes = setting(MODELS[model](), batch_size=batch_size)
+        made = setting(MODELS[model](), batch_size=batch_size)
+    assert_counted(study, *made, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "study", ["layers", "plain", "layer-wise gradient", "some of the layers", "some of layer-wise"]
+)
+def test_counts_are_those_of_the_run_in_pieces(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece begins anew for every few layers."""
+    with torch.random.fork_rng():
+        made = setting(MODELS["transformer"](), batch_size=8, memory_limit=8_000)
+    assert len(made[1].pieces()) > 3
+    assert_counted(study, *made, monkeypatch)
+
+
+def assert_counted(
+    study: str,
+    path: Path,
+    evaluator: Evaluator,
+    sizes: dict[str, tuple[int, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     counted = cost.count(STUDIES[study], path, evaluator, sizes)
     with watched(path, evaluator, monkeypatch) as real:
         STUDIES[study](path, evaluator)

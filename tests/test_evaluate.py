@@ -446,6 +446,27 @@ def test_stages_that_lie_are_refused(lie: Any, monkeypatch: pytest.MonkeyPatch) 
 # --- parts of a data set --------------------------------------------------------------------------
 
 
+def test_among_are_the_named_sets_in_the_given_order_with_the_same_bits() -> None:
+    model = transformer()
+    sets = [dataset("a"), dataset("b", count=5, seed=2), dataset("c", count=20, seed=3, ood=False)]
+    evaluator = Evaluator(model, sets, batch_size=8, memory_limit=10**9, normalize_logits=True)
+    whole = evaluator.scores()
+    for names in ("a", "b", "ca", "bac"):
+        some = evaluator.among(names)
+        assert [data.name for data in some.datasets] == list(names)
+        assert some.model is model and some.stations == evaluator.stations and some.normalize_logits
+        for got, name in zip(some._feeds, names, strict=True):
+            assert got is evaluator._feeds["abc".index(name)]  # no copy of the images
+        scores = some.scores()
+        assert list(scores) == list(names)
+        for name in names:
+            assert torch.equal(scores[name].losses, whole[name].losses)
+            assert torch.equal(scores[name].correct, whole[name].correct)
+    assert evaluator.datasets == sets and evaluator.among(["b"]).among(["b"]).datasets == sets[1:2]
+    with pytest.raises(KeyError, match="d"):
+        evaluator.among(["a", "d"])
+
+
 @pytest.mark.parametrize("size", [1, 10, 36, 37, 40, None])
 def test_parts_cover_a_set_in_order_and_share_its_memory(size: int | None) -> None:
     model = staged()

@@ -28,7 +28,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op  # the other side of OPERATIONS
 
 import rft_fast
-from rft_fast import architectures, checkpoints, datasets, finetune, results, sweep, zoo
+from rft_fast import architectures, checkpoints, datasets, disk, finetune, results, sweep, zoo
 from rft_fast.endpoints import Ends, Setup
 from rft_fast.finetune import Setting, images, output
 from rft_fast.finetune.__main__ import main
@@ -350,7 +350,7 @@ def test_what_another_process_makes_is_left_to_it(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = arguments(folder, tmp_path, "--seed", "0", "1")
-    with output.locked(tmp_path / ".lr0.01-ep2-warm1.lock") as ours:
+    with disk.locked(tmp_path / ".lr0.01-ep2-warm1.lock") as ours:
         assert ours and main(argv) == 0
     assert "lr0.01-ep2-warm1: being made by another process" in capsys.readouterr().out
     assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1-seed1"]

@@ -85,7 +85,8 @@ class Setting:
         whole = (0, self.evaluator.stations - 1)
         span = whole if layer is None else self.evaluator.span(self.path.tensors(layer))
         target = Target(layer, *span)
-        return estimate(self.path, parts, alpha, [target], [rho], draws, protocol)[target, rho]
+        (results,) = estimate(self.path, parts, alpha, [target], [rho], draws, protocol)
+        return results[target, rho]
 
     def at(self, alpha: float) -> State:
         return {n: (1 - alpha) * self.zero[n].double() + alpha * self.one[n].double() for n in self.names}
@@ -540,14 +541,36 @@ def test_each_target_and_rho_stops_on_its_own() -> None:
     parts = s.evaluator.parts(None, "set")
     targets, rhos = [Target("first", 0, 1), Target("last", 0, 1)], [0.01, 0.4]
     protocol = Protocol("plain", goal=0.02)
-    together = estimate(s.path, parts, 0.7, targets, rhos, 4, protocol)
+    together = {
+        k: v for found in estimate(s.path, parts, 0.7, targets, rhos, 4, protocol) for k, v in found.items()
+    }
     assert list(together) == [(target, rho) for target in targets for rho in rhos]
     assert {found.reached for found in together.values()} == {True}
     draws = {found.draws for found in together.values()}
     assert min(draws) == 4 and max(draws) > 20
     for (target, rho), found in together.items():
-        alone = estimate(s.path, parts, 0.7, [target], [rho], found.draws, Protocol("plain"))[target, rho]
+        (results,) = estimate(s.path, parts, 0.7, [target], [rho], found.draws, Protocol("plain"))
+        alone = results[target, rho]
         assert (found.sharpness, found.sharpness_se) == (alone.sharpness, alone.sharpness_se)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_results_come_target_by_target_and_the_rest_can_be_left(name: str) -> None:
+    s = two()
+    s.path.write(0.37, 0.2, seed=8)
+    before, parts = s.path.checksum(), s.evaluator.parts(None, "set")
+    targets, rhos = [Target("last", 0, 1), Target("first", 0, 1)], [0.1, 0.4]
+    for alpha in (0.0, 0.7):
+        found = list(estimate(s.path, parts, alpha, targets, rhos, 4, Protocol(name, on="finetuned")))
+        keys = [[(target, rho) for target in targets for rho in rhos]]
+        if name != "hessian":  # whose products serve all targets
+            keys = [keys[0][:2], keys[0][2:]]
+        assert [list(results) for results in found] == keys
+        left = estimate(s.path, parts, alpha, targets, rhos, 4, Protocol(name, on="finetuned"))
+        assert next(left).keys() == found[0].keys()
+        left.close()
+        assert s.path.checksum() == before and s.path.alpha == 0.37
+    assert list(estimate(s.path, parts, 0.7, [], rhos, 4, Protocol(name))) == []
 
 
 # --- losses that are not finite -------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
-from tiny_models import MEAN, STD, normalised, pictures, random_state
+from tiny_models import MEAN, STD, Told, normalised, pictures, random_state
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -123,17 +123,15 @@ def assert_brute(s: Setting, rows: pd.DataFrame, others: str) -> None:
 @pytest.mark.parametrize("others", ["zeroshot", "finetuned"])
 def test_rows_equal_brute_force(make: Any, others: str) -> None:
     s = Setting(make())
-    sink: list[dict[str, object]] = []
-    ticks: list[int] = []
+    told = Told()
     rows = studies.layerwise_interpolation(
-        s.path, s.evaluator, [1, 0.3, 0, 0.8],
-        others=others, model="m", sink=sink.append, progress=ticks.append,
-    )  # fmt: skip
+        s.path, s.evaluator, [1, 0.3, 0, 0.8], others=others, model="m", sink=told
+    )
     assert list(rows.columns) == list(studies.COLUMNS)
-    pd.testing.assert_frame_equal(rows, studies.frame(sink))
-    keys = [(layer, a, d) for layer in s.path.layers for a in ALPHAS for d in ("far", "near")]
-    assert list(zip(rows["layer"], rows["alpha"], rows["dataset"], strict=True)) == keys
-    assert ticks == [3] * len(s.path.layers)  # the end at which all others are is measured once
+    pd.testing.assert_frame_equal(rows, studies.frame(told.rows))
+    keys = [(d, layer, a) for d in ("far", "near") for layer in s.path.layers for a in ALPHAS]
+    assert list(zip(rows["dataset"], rows["layer"], rows["alpha"], strict=True)) == keys
+    assert told.numbers == list(range(2 * len(s.path.layers)))
     assert set(rows["study"]) == {"layers"} and set(rows["model"]) == {"m"}
     assert (rows["seconds"] >= 0).all() and rows["sharpness"].isna().all()
     assert_brute(s, rows, others)
@@ -205,7 +203,7 @@ def test_layers_by_name_and_by_pattern() -> None:
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["sink", "progress", "forward"])
+@pytest.mark.parametrize("where", ["sink", "forward"])
 def test_weights_come_back(error: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     s = Setting(Norms())
     s.path.write(0.37, 0.2, seed=3)
@@ -219,11 +217,11 @@ def test_weights_come_back(error: Any, where: str, monkeypatch: pytest.MonkeyPat
             raise error("stop")
         return forward(*arguments) if where == "forward" else None
 
-    needed = 2 if where == "progress" else 6
+    needed = 2 if where == "sink" else 6
     forward = nn.Linear.forward
     if where == "forward":
         monkeypatch.setattr(nn.Linear, "forward", count)
-    how: Any = {} if where == "forward" else {where: count}
+    how: Any = {} if where == "forward" else {"sink": count}
     if error is None:
         studies.layerwise_interpolation(s.path, s.evaluator, ALPHAS, others="finetuned", **how)
         assert calls >= needed
@@ -247,7 +245,7 @@ def test_bad_requests() -> None:
     for change, words in refusals:
         arguments: dict[str, Any] = {"evaluator": s.evaluator, "alphas": ALPHAS, **change}
         with pytest.raises(ValueError, match=words):
-            studies.layerwise_interpolation(s.path, sink=lambda row: pytest.fail("a row"), **arguments)
+            studies.layerwise_interpolation(s.path, sink=lambda *told: pytest.fail("a row"), **arguments)
     path = Path(s.model, s.zero, s.one, inert=["0"])
     with pytest.raises(ValueError, match=r"'0' is left out of path.layers: left out by inert="):
         studies.layerwise_interpolation(path, s.evaluator, ALPHAS, ["0"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_models import Told
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -68,17 +69,14 @@ class Setting:
 
 def test_rows_equal_brute_force() -> None:
     s = Setting()
-    sink: list[dict[str, object]] = []
-    ticks: list[int] = []
-    rows = studies.interpolation(
-        s.path, s.evaluator, [1, 0.5, 0, 0.25], model="m", sink=sink.append, progress=ticks.append
-    )
+    told = Told()
+    rows = studies.interpolation(s.path, s.evaluator, [1, 0.5, 0, 0.25], model="m", sink=told)
     assert list(rows.columns) == list(studies.COLUMNS)
     assert rows["alpha"].tolist() == [a for a in ALPHAS for _ in s.sets]
     assert rows["dataset"].tolist() == ["far", "near"] * 4
     assert rows["ood"].tolist() == [True, False] * 4
-    assert ticks == [1] * 4
-    pd.testing.assert_frame_equal(rows, studies.frame(sink))
+    assert told.numbers == list(range(8))
+    pd.testing.assert_frame_equal(rows, studies.frame(told.rows))
     assert set(rows["study"]) == {"interpolation"} and set(rows["model"]) == {"m"}
     assert set(rows["precision"]) == {"fp32"} and (rows["seconds"] > 0).all()
     other = ["layer", "others", "on", "noise", "seed", "draws", "instability", "sharpness"]
@@ -118,8 +116,8 @@ def test_weights_come_back_also_after_a_failure() -> None:
     studies.interpolation(s.path, s.evaluator, ALPHAS)
     assert s.path.checksum() == before and s.path.alpha == 0.37
 
-    def stop(row: dict[str, object]) -> None:
-        if row["alpha"] == 0.5:
+    def stop(number: int, rows: list[dict[str, object]]) -> None:
+        if rows[0]["alpha"] == 0.5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -127,7 +125,7 @@ def test_weights_come_back_also_after_a_failure() -> None:
     assert s.path.checksum() == before
 
     with pytest.raises(RuntimeError, match="scoring fails"):
-        studies.interpolation(s.path, Failing(s), ALPHAS)  # type: ignore[arg-type]
+        studies.interpolation(s.path, Failing(s.path, s.evaluator), ALPHAS)  # type: ignore[arg-type]
     assert s.path.checksum() == before and s.path.alpha == 0.37
 
 
@@ -137,9 +135,12 @@ class Failing:
     precision = "fp32"
     normalize_logits = False
 
-    def __init__(self, setting: Setting) -> None:
-        self.model, self.datasets, self.path = setting.model, setting.sets, setting.path
-        self.evaluator = setting.evaluator
+    def __init__(self, path: Path, evaluator: Evaluator) -> None:
+        self.model, self.datasets = evaluator.model, evaluator.datasets
+        self.path, self.evaluator = path, evaluator
+
+    def among(self, names: Iterable[str]) -> Failing:
+        return Failing(self.path, self.evaluator.among(names))
 
     def scores(self) -> dict[str, Scores]:
         if self.path.alpha == 0.5:
@@ -196,6 +197,10 @@ class Scripted:
     def at(self, alpha: float) -> Iterator[None]:
         self.alpha = alpha
         yield
+
+    def among(self, names: Iterable[str]) -> Scripted:
+        assert list(names) == ["set"]
+        return self
 
     def scores(self) -> dict[str, Scores]:
         losses, correct = self.script[self.alpha]

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
-from tiny_models import MEAN, STD, State, normalised, pictures, random_state
+from tiny_models import MEAN, STD, State, Told, normalised, pictures, random_state
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -177,17 +177,17 @@ CASES = [
 @pytest.mark.parametrize("protocol", CASES, ids=lambda p: f"{p.estimator}-{p.on}-{p.noise}-{p.noise_batch}")
 def test_general_sharpness_equals_brute_force(protocol: Protocol) -> None:
     s = Setting()
-    sink: list[dict[str, object]] = []
-    ticks: list[int] = []
+    told = Told()
     rows = studies.sharpness(
-        s.path, s.evaluator, [1, 0, 0.4], [0.5, 0.1], 4,
-        protocol=protocol, model="m", sink=sink.append, progress=ticks.append,
-    )  # fmt: skip
+        s.path, s.evaluator, [1, 0, 0.4], [0.5, 0.1], 4, protocol=protocol, model="m", sink=told
+    )
     assert list(rows.columns) == list(studies.COLUMNS)
-    pd.testing.assert_frame_equal(rows, studies.frame(sink))
+    pd.testing.assert_frame_equal(rows, studies.frame(told.rows))
     keys = [(a, d, r) for a in ALPHAS for d in ("far", "near") for r in (0.1, 0.5)]
     assert list(zip(rows["alpha"], rows["dataset"], rows["rho"], strict=True)) == keys
-    assert ticks == [1] * 6 and set(rows["study"]) == {"sharpness"} and set(rows["model"]) == {"m"}
+    assert (
+        told.numbers == list(range(6)) and set(rows["study"]) == {"sharpness"} and set(rows["model"]) == {"m"}
+    )
     assert rows["layer"].isna().all() and (rows["seconds"] > 0).all()
     assert_rows_are_brute(s, rows, protocol, 4)
 
@@ -195,16 +195,14 @@ def test_general_sharpness_equals_brute_force(protocol: Protocol) -> None:
 @pytest.mark.parametrize("protocol", CASES, ids=lambda p: f"{p.estimator}-{p.on}-{p.noise}-{p.noise_batch}")
 def test_layerwise_sharpness_equals_brute_force(protocol: Protocol) -> None:
     s = Setting()
-    sink: list[dict[str, object]] = []
-    ticks: list[int] = []
+    told = Told()
     rows = studies.layerwise_sharpness(
-        s.path, s.evaluator, [0.0, 0.4], [0.4], 4,
-        protocol=protocol, model="m", sink=sink.append, progress=ticks.append,
-    )  # fmt: skip
-    pd.testing.assert_frame_equal(rows, studies.frame(sink))
+        s.path, s.evaluator, [0.0, 0.4], [0.4], 4, protocol=protocol, model="m", sink=told
+    )
+    pd.testing.assert_frame_equal(rows, studies.frame(told.rows))
     keys = [(a, d, layer) for a in (0.0, 0.4) for d in ("far", "near") for layer in LAYERS]
     assert list(zip(rows["alpha"], rows["dataset"], rows["layer"], strict=True)) == keys
-    assert ticks == [1] * 4 and set(rows["study"]) == {"layer-sharpness"}
+    assert told.numbers == list(range(12)) and set(rows["study"]) == {"layer-sharpness"}
     assert_rows_are_brute(s, rows, protocol, 4)
 
 
@@ -378,7 +376,7 @@ def test_weights_come_back(estimator: str, error: type[BaseException] | None) ->
     before = s.path.checksum()
     calls = 0
 
-    def sink(row: dict[str, object]) -> None:
+    def sink(number: int, rows: list[dict[str, object]]) -> None:
         nonlocal calls
         calls += 1
         if error is not None and calls == 2:
@@ -404,7 +402,7 @@ def refused(error: type[Exception], words: str, both: bool = True, **how: Any) -
     arguments = {"alphas": [0.0, 1.0], "rhos": [0.1], "draws": 4, **how}
     for study in (studies.layerwise_sharpness, studies.sharpness) if both else (studies.layerwise_sharpness,):
         with pytest.raises(error, match=words):
-            study(s.path, s.evaluator, sink=lambda row: pytest.fail("a row"), **arguments)
+            study(s.path, s.evaluator, sink=lambda *told: pytest.fail("a row"), **arguments)
     assert s.path.checksum() == before
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import tiny_zoo
 import torch
-from tiny_zoo import own_models, refused, save
+from tiny_zoo import BRIEF, own_models, refused, save
 
 from rft_fast import checkpoints, request, results, studies, sweep, wiring
 from rft_fast import zoo as zoos
@@ -86,9 +86,10 @@ def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "high gain from 5 points on" in printed.out and "optimistic" in printed.out
     assert str(out / "rows.csv") in printed.out
 
-    # The same directory again: refused, and nothing in it changes; then replaced on purpose.
+    # The same directory for something else: refused, and nothing in it changes; then replaced on purpose.
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    refused(arguments, "already holds 16 rows", capsys)
+    other = [*arguments, "--xi", "0.06"]
+    refused(other, "asked for something else (xi 0.05 there, 0.06 now); ask for the same", capsys)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     short = ["interpolation", *own_models(zoo), "--alphas", "0", "1"]
     assert sweep.main([*short, "--out", str(out), "--overwrite"]) == 0
@@ -103,11 +104,6 @@ def everything(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     with contextlib.redirect_stdout(printed):
         assert sweep.main([*own_models(zoo, "abc"), *BRIEF, "--out", str(out)]) == 0
     return out, printed.getvalue()
-
-
-BRIEF = ["--alphas", "0:1:5", "--sharpness-alphas", "0", "0.5", "1", "--layer-samples", "9", "--draws",
-         "4", "--rhos", "0.5", "1", "--straggler-margin", "1e-4", "--mask-seeds", "2", "--methods", "zero",
-         "magnitude", "--device", "cpu"]  # fmt: skip
 
 
 def test_all_studies(everything: tuple[Path, str]) -> None:
@@ -424,6 +420,6 @@ def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     rows = results.load(out)
     assert 3 <= len(rows) == len(pd.read_csv(out / "rows.csv"))
-    assert f"interrupted; the {len(rows)} rows so far are in {out}" in errors
+    assert f"interrupted; the {len(rows)} rows so far are in {out}; to go on:\n  python -m rft_fast" in errors
     assert "Traceback" not in errors and printed == ""
     assert rows["alpha"].is_monotonic_increasing and rows["alpha"].iloc[0] == 0

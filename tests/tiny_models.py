@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -95,6 +96,13 @@ def transformer(layers: int = 1) -> ImageClassifier:
     return shaken(model)
 
 
+def resnet() -> ImageClassifier:
+    """CLIP's own kind, for images of 32 x 32: convolutions, then attention with its tokens first."""
+    torch.manual_seed(0)
+    model = ImageClassifier(ModifiedResNet([1, 1, 1, 1], 16, 4, 32, 8), nn.Linear(16, CLASSES)).eval()
+    return shaken(model)
+
+
 def two_towers(templates: int = 2) -> ZeroShotClassifier:
     torch.manual_seed(0)
     visual = VisionTransformer(
@@ -177,6 +185,18 @@ def assert_plain(scores: dict[str, Scores], model: nn.Module, sets: Sequence[Dat
 
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
+
+
+class Told:
+    """A study's sink that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.rows: list[dict[str, object]] = []
+
+    def __call__(self, number: int, rows: list[dict[str, object]]) -> None:
+        self.numbers.append(number)
+        self.rows += rows
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,13 @@ SHORT = [row for row in make_rows() if row["study"] == "interpolation"]
 
 
 def make_run(folder: Path, rows: list[dict[str, object]] | None = None, **config: Any) -> Path:
+    """A finished run; every row is a measurement of its own."""
+    numbers: Counter[tuple[str, str]] = Counter()
     with results.Run(folder, {**CONFIG, **config}) as run:
         for row in list(make_rows()) if rows is None else rows:
-            run.add(row)
+            study, model = str(row["study"]), str(row["model"])
+            run.add(study, model, numbers[study, model], [row])
+            numbers[study, model] += 1
     return folder
 
 

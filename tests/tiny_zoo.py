@@ -22,6 +22,10 @@ ARCH: dict[str, Any] = {
     "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 8},
 }
 CLASSES = 3
+# All studies in a few seconds.
+BRIEF = ["--alphas", "0:1:5", "--sharpness-alphas", "0", "0.5", "1", "--layer-samples", "9", "--draws",
+         "4", "--rhos", "0.5", "1", "--straggler-margin", "1e-4", "--mask-seeds", "2", "--methods", "zero",
+         "magnitude", "--device", "cpu"]  # fmt: skip
 
 
 def make(folder: Path) -> Path:
@@ -65,4 +69,5 @@ def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as caught:
         sweep.main(arguments)
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert message in errors, errors

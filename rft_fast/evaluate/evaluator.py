@@ -192,6 +192,11 @@ class Evaluator:
         n = len(feed)
         return [self._of([feed.cut(slice(at, min(n, at + (size or n))))]) for at in range(0, n, size or n)]
 
+    def among(self, names: Iterable[str]) -> Evaluator:
+        """An evaluator of the data sets of these names, in this order; it shares model and memory."""
+        feeds = {feed.name: feed for feed in self._feeds}
+        return self._of([feeds[name] for name in names])
+
     def pieces(self) -> list[Evaluator]:
         """Evaluators of consecutive images of all sets, such that what a walk holds fits in memory.
 

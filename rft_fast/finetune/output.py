@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rft_fast import __version__
+from rft_fast import __version__, disk
+from rft_fast.words import differences
 
 START = "zeroshot.safetensors"
 HEADER = "finetune"  # the entry of a file's header that tells, as JSON, how it was made
@@ -45,7 +42,7 @@ def write_model(
     }
     # One entry: safetensors writes several in any order, and equal models are to be equal files.
     header = {"configuration": configuration, "rft_fast": __version__, "torch": torch.__version__}
-    _replace(file, save(stored, metadata={HEADER: json.dumps(header)}))
+    disk.replace(file, save(stored, metadata={HEADER: json.dumps(header)}))
 
 
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -76,25 +73,6 @@ def configuration_of(file: Path) -> Configuration | None:
     return configuration if isinstance(configuration, dict) else None
 
 
-def differences(there: Configuration, asked: Configuration) -> str:
-    """How two configurations differ, in words; empty where they do not."""
-    a, b = dict(_flat(there)), dict(_flat(asked))
-    nothing = "nothing"
-    return "; ".join(
-        f"{key} {a.get(key, nothing)} there, {b.get(key, nothing)} now"
-        for key in dict.fromkeys([*a, *b])
-        if a.get(key, nothing) != b.get(key, nothing)
-    )
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 # --- states to go on from -----------------------------------------------------------------------------
 
 
@@ -120,7 +98,7 @@ class FileKeeper:
                 f"finetune: {self.file} cannot be read as a state to go on from: {error}; remove it to start "
                 "that model anew"
             ) from error
-        if different := differences(there, self.configuration):
+        if different := "; ".join(differences(there, self.configuration)):
             raise ValueError(
                 f"finetune: {self.file} is the state of another configuration ({different}); ask for that "
                 "one, remove the file, or choose another --out"
@@ -128,7 +106,7 @@ class FileKeeper:
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:
-        with _temporary(self.file) as temporary:
+        with disk.replacing(self.file) as temporary:
             try:
                 torch.save({**state, "configuration": json.dumps(self.configuration)}, temporary)
             except RuntimeError as error:  # torch's writer says so of a full disk
@@ -141,7 +119,7 @@ class FileKeeper:
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """A row per epoch as CSV."""
-    with _temporary(file) as temporary, temporary.open("w", newline="") as stream:
+    with disk.replacing(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -161,11 +139,11 @@ def write_zoo(
     lines += ["", "[finetuned]", *_entries({name: f"{name}.safetensors" for name in finetuned})]
     for name, table in data.items():
         lines += ["", f"[data.{_key(name)}]", *_entries(table)]
-    _replace(folder / "zoo.toml", ("\n".join(lines) + "\n").encode())
+    disk.replace(folder / "zoo.toml", ("\n".join(lines) + "\n").encode())
 
 
 def write_json(file: Path, content: object) -> None:
-    _replace(file, _json(content))
+    disk.replace(file, _json(content))
 
 
 def check_json(file: Path, content: object) -> None:
@@ -202,56 +180,3 @@ def check_zoo(folder: Path) -> None:
             f"finetune: {file} was not written by fine-tuning and would be replaced; choose another --out, "
             "or move it"
         )
-
-
-def _replace(file: Path, content: bytes) -> None:
-    with _temporary(file) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def locked(file: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone has the lock, a file that is gone at the end; False where another has it.
-
-    A process that is killed loses its lock. On file systems without locks everyone gets it.
-    """
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                os.close(handle)
-                yield False
-                return
-        # Whoever had it before has removed the file, and a third may have made it anew.
-        with suppress(FileNotFoundError):
-            if os.fstat(handle).st_ino == file.stat().st_ino:
-                break
-        os.close(handle)
-    try:
-        yield True
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(handle)
-
-
-@contextmanager
-def _temporary(file: Path) -> Iterator[Path]:
-    """A name to write to; what is there at the end takes the file's place, on disk and whole, at once.
-
-    Always the same name, so that what a killed process leaves is written over: the caller has the lock.
-    """
-    temporary = file.with_name(f".{file.name}.part")
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rft_fast import architectures, checkpoints, datasets, env, prompts
+from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
 from rft_fast.endpoints import Ends, Setup
+from rft_fast.words import differences
 
 from . import output
 from .images import FeatureBatches, ImageBatches, Images, accuracy, features, threads
@@ -168,7 +169,7 @@ class Work:
         self._write_start()
         outcome = Outcome()
         for name, setting in self.request.settings.items():
-            with output.locked(self.request.out / f".{name}.lock") as ours:
+            with disk.locked(self.request.out / f".{name}.lock") as ours:
                 if not ours:
                     tqdm.write(f"{name}: being made by another process, skipped")
                     outcome.skipped.append(name)
@@ -309,7 +310,7 @@ class Work:
         there = output.configuration_of(file)
         if there is None:
             raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
-        if different := output.differences(there, self.configuration(name)):
+        if different := "; ".join(differences(there, self.configuration(name))):
             raise ValueError(
                 f"finetune: {file} was made with another configuration ({different}); choose another --out"
             )
@@ -350,7 +351,7 @@ class Work:
 
     def _whole_folder(self) -> AbstractContextManager[bool]:
         """For what all models share: other processes wait."""
-        return output.locked(self.request.out / ".lock", wait=True)
+        return disk.locked(self.request.out / ".lock", wait=True)
 
     def _write_start(self) -> None:
         """The directory, the zero-shot model, and what the zoo needs beside it."""

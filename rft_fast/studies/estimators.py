@@ -7,7 +7,7 @@ radii rho, and gives an :class:`Estimate` for each target and rho.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..kernels import noise_like
 from ..kernels.contract import NOISE, ON, Write
+from .rows import AT_ONCE, chunks, only_one, walk_to
 
 if TYPE_CHECKING:
-    from ..evaluate import Evaluator, Scores
+    from ..evaluate import Evaluator, Walk
     from ..path import Path, Weight
 
 SAMPLING = ("plain", "antithetic", "gradient")
@@ -159,21 +160,34 @@ def estimate(
     rhos: Sequence[float],
     draws: int,
     protocol: Protocol,
-) -> Results:
+) -> Generator[Results]:
     """Sharpness at ``alpha`` on one data set, which comes in one or more ``parts``.
+
+    Gives the results, for all rhos, of targets that are measured :func:`together` as soon as they are there,
+    in the order of the targets' stages. They do not depend on which other targets there are, except those
+    that are measured together. Close it if it is not taken to its end: the live model is at alpha meanwhile.
 
     Noise on the fine-tuned weights does not reach alpha = 0, where sharpness is exactly zero.
     """
     if not targets:
-        return {}
+        return
     if not Write(alpha, 1.0, protocol.where).noisy:
-        return _zeros(path, parts, alpha, targets, rhos, None if protocol.goal is None else True)
+        yield from _zeros(path, parts, alpha, targets, rhos, protocol)
+        return
     with path.at(alpha):
         if protocol.estimator in SAMPLING:
-            return _sample(path, parts, alpha, targets, rhos, draws, protocol)
-        if protocol.estimator == "hessian":
-            return _curvature(path, parts, alpha, targets, rhos, draws, protocol)
-        return _worst_case(path, parts, alpha, targets, rhos, draws, protocol)
+            yield from _sample(path, parts, alpha, targets, rhos, draws, protocol)
+        elif protocol.estimator == "hessian":
+            yield _curvature(path, parts, alpha, targets, rhos, draws, protocol)
+        else:
+            yield from _worst_case(path, parts, alpha, targets, rhos, draws, protocol)
+
+
+def together(targets: Sequence[Target], protocol: Protocol) -> list[list[Target]]:
+    """The targets, those that are measured together in one list: all of them for ``"hessian"``."""
+    if protocol.estimator == "hessian":
+        return [list(targets)] if targets else []
+    return [[target] for target in targets]
 
 
 def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
@@ -189,17 +203,18 @@ def _zeros(
     path: Path,
     parts: Sequence[Evaluator],
     alpha: float,
-    targets: Iterable[Target],
+    targets: Sequence[Target],
     rhos: Sequence[float],
-    reached: bool | None,
-) -> Results:
+    protocol: Protocol,
+) -> Iterator[Results]:
     start = perf_counter()
     with path.at(alpha):
         loss, accuracy, lost = _clean(parts)
-    keys = [(target, rho) for target in targets for rho in rhos]
-    seconds = (perf_counter() - start) / len(keys)
+    seconds = (perf_counter() - start) / (len(targets) * len(rhos))
+    reached = None if protocol.goal is None else True
     found = Estimate(0.0, 0.0, loss, 0.0, accuracy, 0.0, 0, lost, reached, seconds)
-    return dict.fromkeys(keys, found)
+    for group in together(targets, protocol):
+        yield {(target, rho): found for target in group for rho in rhos}
 
 
 # --- draws of noise -------------------------------------------------------------------------------
@@ -238,6 +253,30 @@ class _Tally:
         )
 
 
+@dataclass
+class _View:
+    """Some of the images on their way through the stages, with the weights at the position."""
+
+    share: float
+    """Of all images."""
+    part: int
+    walk: Walk
+    clean: float
+    """Their loss."""
+    slope: _Slope | None
+
+
+def _views(
+    path: Path, parts: Sequence[Evaluator], targets: Sequence[Target], protocol: Protocol
+) -> Iterator[_View]:
+    for index, (share, part) in enumerate(zip(_shares(parts), parts, strict=True)):
+        slope = _Slope(path, part, targets) if protocol.estimator == "gradient" else None
+        pieces = part.pieces()  # with the same noise, unlike parts
+        for portion, piece in zip(_shares(pieces), pieces, strict=True):
+            walk = piece.walk()
+            yield _View(share * portion, index, walk, only_one(walk.scores()).loss, slope)
+
+
 def _sample(
     path: Path,
     parts: Sequence[Evaluator],
@@ -246,18 +285,24 @@ def _sample(
     rhos: Sequence[float],
     draws: int,
     protocol: Protocol,
-) -> Results:
-    tallies = {(target, rho): _Tally() for target in targets for rho in rhos}
-    results: Results = {}
-    pending, first, last = dict(tallies), 0, draws
-    while pending:
-        clean = _draw(path, parts, alpha, pending, range(first, last), protocol)
-        found = {key: tally.estimate(clean, protocol) for key, tally in pending.items()}
-        wanting = {key: want for key, now in found.items() if (want := _draws_for(now, protocol)) > last}
-        results |= {key: now for key, now in found.items() if key not in wanting}
-        pending = {key: tallies[key] for key in wanting}
-        first, last = last, max(wanting.values(), default=last)
-    return {key: results[key] for key in tallies}
+) -> Iterator[Results]:
+    targets = sorted(targets, key=lambda target: target.stage)
+    # One walk through all images takes the targets one after the other. Where they come in several, which are
+    # not held together, each is taken through a few targets before the next, so that these are finished.
+    rolling = len(parts) == 1 and len(parts[0].pieces()) == 1
+    walks = list(_views(path, parts, targets, protocol)) if rolling else None
+    for chunk in chunks(targets, 1 if rolling else AT_ONCE):
+        tallies = {(target, rho): _Tally() for target in chunk for rho in rhos}
+        found: Results = {}
+        wanted = dict.fromkeys(tallies, range(draws))
+        while wanted:
+            views = walks or _views(path, parts, list(dict.fromkeys(t for t, _ in wanted)), protocol)
+            clean = _draw(path, views, alpha, tallies, wanted, len(parts), protocol)
+            found |= {key: tallies[key].estimate(clean, protocol) for key in wanted}
+            more = {key: _draws_for(found[key], protocol) for key in wanted}
+            wanted = {key: range(found[key].draws, n) for key, n in more.items() if n > found[key].draws}
+        for target in chunk:
+            yield {(target, rho): found[target, rho] for rho in rhos}
 
 
 def _draws_for(now: Estimate, protocol: Protocol) -> int:
@@ -271,41 +316,37 @@ def _draws_for(now: Estimate, protocol: Protocol) -> int:
 
 def _draw(
     path: Path,
-    parts: Sequence[Evaluator],
+    views: Iterable[_View],
     alpha: float,
-    tallies: dict[tuple[Target, float], _Tally],
-    draws: range,
+    tallies: Mapping[tuple[Target, float], _Tally],
+    wanted: Mapping[tuple[Target, float], range],
+    parts: int,
     protocol: Protocol,
 ) -> float:
-    """Adds these draws to the tallies: targets in the order of their stages. Returns the clean loss."""
+    """Adds the wanted draws to the tallies. Returns the clean loss."""
     rhos: dict[Target, list[float]] = {}
-    for target, rho in tallies:
+    for target, rho in wanted:
         rhos.setdefault(target, []).append(rho)
-    values = {key: np.zeros((3, len(draws))) for key in tallies}
+    values = {key: np.zeros((3, len(draws))) for key, draws in wanted.items()}
     clean = 0.0
-    for index, (share, part) in enumerate(zip(_shares(parts), parts, strict=True)):
-        slope = _Slope(path, part, rhos) if protocol.estimator == "gradient" else None
-        pieces = part.pieces()  # with the same noise, unlike parts
-        for portion, piece in zip(_shares(pieces), pieces, strict=True):
-            weight = share * portion
-            walk = piece.walk()
-            base = _only(walk.scores()).loss
-            clean += weight * base
-            for target in sorted(rhos, key=lambda target: target.stage):
-                walk.advance(target.stage)
-                for rho in rhos[target]:
-                    start = perf_counter()
-                    noise = _Noise(path, alpha, rho, target, draws, index, len(parts), protocol, slope)
-                    scores = [_only(found) for found in walk.variants(noise.write, len(draws), target.last)]
-                    tally, found = tallies[target, rho], values[target, rho]
-                    found[0] += [weight * (score.loss - base) for score in scores]
-                    found[1] += weight * noise.controls()
-                    found[2] += [weight * score.accuracy for score in scores]
-                    tally.nonfinite += sum(score.nonfinite for score in scores)
-                    tally.seconds += perf_counter() - start
-                path.write(alpha, layers=target.layers)
-    for key, tally in tallies.items():
-        for kept, new in zip((tally.values, tally.controls, tally.accuracies), values[key], strict=True):
+    for view in views:
+        clean += view.share * view.clean
+        for target in rhos:
+            walk_to(view.walk, target.stage)
+            for rho in rhos[target]:
+                start = perf_counter()
+                draws, tally, found = wanted[target, rho], tallies[target, rho], values[target, rho]
+                noise = _Noise(path, alpha, rho, target, draws, view.part, parts, protocol, view.slope)
+                scores = [only_one(s) for s in view.walk.variants(noise.write, len(draws), target.last)]
+                found[0] += [view.share * (score.loss - view.clean) for score in scores]
+                found[1] += view.share * noise.controls()
+                found[2] += [view.share * score.accuracy for score in scores]
+                tally.nonfinite += sum(score.nonfinite for score in scores)
+                tally.seconds += perf_counter() - start
+            path.write(alpha, layers=target.layers)
+    for key, found in values.items():
+        tally = tallies[key]
+        for kept, new in zip((tally.values, tally.controls, tally.accuracies), found, strict=True):
             kept.extend(new.tolist())
     return clean
 
@@ -437,17 +478,17 @@ def _worst_case(
     rhos: Sequence[float],
     steps: int,
     protocol: Protocol,
-) -> Results:
+) -> Iterator[Results]:
     (part,) = parts
     clean, _, _ = _clean(parts)
-    results: Results = {}
     for target in targets:
+        results: Results = {}
         for rho in rhos:
             start = perf_counter()
             with path.borrowed(target.layers) as weights:
                 climb = _Climb(part, weights, alpha, rho, protocol)
                 climb.run(steps)
-                score = _only(part.scores())
+                score = only_one(part.scores())
             results[target, rho] = Estimate(
                 score.loss - clean,
                 math.nan,
@@ -460,7 +501,7 @@ def _worst_case(
                 None,
                 perf_counter() - start,
             )
-    return results
+        yield results
 
 
 class _Climb:
@@ -559,16 +600,11 @@ def _shares(parts: Sequence[Evaluator]) -> list[float]:
 
 def _clean(parts: Sequence[Evaluator]) -> tuple[float, float, int]:
     """Loss, accuracy and the number of losses that are not finite, of the model as it is."""
-    scores = [_only(part.scores()) for part in parts]
+    scores = [only_one(part.scores()) for part in parts]
     shares = _shares(parts)
     loss = sum(share * score.loss for share, score in zip(shares, scores, strict=True))
     accuracy = sum(share * score.accuracy for share, score in zip(shares, scores, strict=True))
     return loss, accuracy, sum(score.nonfinite for score in scores)
-
-
-def _only(scores: dict[str, Scores]) -> Scores:
-    (score,) = scores.values()
-    return score
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

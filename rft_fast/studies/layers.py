@@ -5,7 +5,8 @@ Its loss along alpha tells stragglers (Def. 1.2): single layers that spoil the i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import closing
 from statistics import NormalDist
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .path import check_alphas, check_evaluator
-from .rows import Progress, Sink, complete, frame, scored
+from .rows import AT_ONCE, Measured, Row, Sink, chunks, only_one, scored, walk_to
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -33,9 +34,9 @@ def layerwise_interpolation(
     *,
     others: str = "zeroshot",
     model: str = "",
-    zeroshot: dict[str, Scores] | None = None,
+    zeroshot: MutableMapping[str, Scores] | None = None,
+    only: Collection[int] | None = None,
     sink: Sink | None = None,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores each layer at alpha with all other layers zero-shot, on every data set (Def. 1.1).
 
@@ -50,18 +51,20 @@ def layerwise_interpolation(
         layers: names or ``re:`` patterns of layers of the path; None: all of them.
         others: where the other layers are, ``"zeroshot"`` or ``"finetuned"``.
         model: name of the fine-tuned model, written into the rows.
-        zeroshot: the evaluator's scores at alpha = 0, if they are known; of use where the others are there.
-        sink: called with each row, a layer's rows once all its positions are measured.
-        progress: called with the number of a layer's positions once they are measured.
+        zeroshot: as in :func:`rft_fast.studies.interpolation`; of use where the others are there.
+        only: numbers of the measurements to make; None: all. There is one for each (data set, layer),
+            numbered in the evaluator's order of its data sets and, for each of them, in that of the layers.
+        sink: called with each measurement's number and rows as soon as it is made.
 
     Returns:
-        One row per (layer, alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`.
+        One row per (data set, layer, alpha) with the columns of :data:`rft_fast.studies.COLUMNS`.
         ``gain``, ``rise`` and the two instabilities (Def. 1) compare with the layer's own ends, paired
         over samples. The end at which the other layers are is measured once for all layers.
 
     Raises:
         ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, an unknown layer
-            (with the nearest names) or an inert one (with the reason), an evaluator of another model.
+            (with the nearest names) or an inert one (with the reason), an evaluator of another model,
+            numbers that there are none of.
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
@@ -69,73 +72,75 @@ def layerwise_interpolation(
         raise ValueError(f"layers: others must be one of {', '.join(OTHERS)}; got {others!r}")
     rest = OTHERS[others]
     spans = {layer: evaluator.span(path.tensors(layer)) for layer in path.select(layers)}
-    moves = sorted(set(grid) - {rest})
-    rows: list[dict[str, object]] = []
+    ordered = sorted(spans, key=spans.__getitem__)
+    record = Measured(STUDY, len(ordered) * len(evaluator.datasets), only, sink)
+    known = {} if zeroshot is None or rest != 0 else zeroshot
+    for place, data in enumerate(evaluator.datasets):
+        numbers = {layer: n for n, layer in enumerate(ordered, place * len(ordered)) if record.wants(n)}
+        if not numbers:
+            continue
+        start = perf_counter()
+        if data.name not in known:
+            with path.at(rest):
+                known[data.name] = evaluator.among([data.name]).scores()[data.name]
+        once = perf_counter() - start  # counts in the first row
+        curves = _curves(path, evaluator.among([data.name]), grid, rest, {n: spans[n] for n in numbers})
+        with closing(curves):
+            for layer, scores, seconds in curves:
+                at = {alpha: (score, seconds) for alpha, score in scores.items()}
+                at[rest], once = (known[data.name], once), 0.0
+                rows = [_row(evaluator, data.name, at, alpha) for alpha in grid]
+                common = {"model": model, "layer": layer, "others": others}
+                record.add(numbers[layer], [row | common for row in rows])
+    return record.frame()
+
+
+def _curves(
+    path: Path, evaluator: Evaluator, grid: Sequence[float], rest: float, spans: Mapping[str, tuple[int, int]]
+) -> Generator[tuple[str, dict[float, Scores], float]]:
+    """Each layer, its scores on one data set where it is not with the rest, and how long one of them took."""
+    moves = [alpha for alpha in grid if alpha != rest]
     pieces = evaluator.pieces()
-    # Layer (None: none) -> scores at each position, and how long they took; joined from piece to piece.
-    measured: dict[str | None, list[tuple[dict[str, Scores], float]]] = {}
-
-    def keep(layer: str | None, new: list[dict[str, Scores]], seconds: float) -> None:
-        nothing: tuple[dict[str, Scores], float] = ({}, 0.0)
-        before = measured.get(layer, [nothing] * len(new))
-        share = seconds / len(new)
-        measured[layer] = [(_then(s, n), t + share) for (s, t), n in zip(before, new, strict=True)]
-
     with path.at(rest):
-        for piece in pieces:
-            walk = piece.walk()
-            if others != "zeroshot" or zeroshot is None:
-                start = perf_counter()
-                keep(None, [walk.scores()], perf_counter() - start)
-            else:
-                measured[None] = [(zeroshot, 0.0)]
-            for layer in sorted(spans, key=spans.__getitem__):
-                first, last = spans[layer]
-                walk.advance(first)
-                start = perf_counter()
+        # What comes before the layers is held for one piece at a time: where there are several, each is
+        # taken through a few layers before the next, so that these are finished.
+        walks = [piece.walk() for piece in pieces] if len(pieces) == 1 else []
+        for chunk in chunks(list(spans), 1 if walks else AT_ONCE):
+            found: dict[str, list[Scores]] = {}
+            seconds = dict.fromkeys(chunk, 0.0)
+            for walk in walks or (piece.walk() for piece in pieces):
+                for layer in chunk:
+                    first, last = spans[layer]
+                    walk_to(walk, first)
+                    start = perf_counter()
 
-                def write(k: int, layer: str = layer) -> None:
-                    path.write(moves[k], layers=[layer])
+                    def write(k: int, layer: str = layer) -> None:
+                        path.write(moves[k], layers=[layer])
 
-                keep(layer, walk.variants(write, len(moves), last), perf_counter() - start)
-                path.write(rest, layers=[layer])
-                if piece is not pieces[-1]:
-                    continue
-                if progress is not None:
-                    progress(len(moves))
-                at = {rest: measured[None][0], **dict(zip(moves, measured.pop(layer), strict=True))}
-                for alpha in grid:
-                    for row in _rows(evaluator, at, alpha):
-                        rows.append(complete({**row, "model": model, "layer": layer, "others": others}))
-                        if sink is not None:
-                            sink(rows[-1])
-                measured[None] = [(measured[None][0][0], 0.0)]  # its time counts once
-    return frame(rows)
+                    new = [only_one(scores) for scores in walk.variants(write, len(moves), last)]
+                    before = found.get(layer)
+                    found[layer] = (
+                        new if before is None else [a.then(b) for a, b in zip(before, new, strict=True)]
+                    )
+                    path.write(rest, layers=[layer])
+                    seconds[layer] += perf_counter() - start
+            for layer in chunk:
+                yield layer, dict(zip(moves, found[layer], strict=True)), seconds[layer] / len(moves)
 
 
-def _then(scores: dict[str, Scores], more: dict[str, Scores]) -> dict[str, Scores]:
-    """Scores of data sets, and those of further images of some of them."""
-    return scores | {name: scores[name].then(new) if name in scores else new for name, new in more.items()}
-
-
-def _rows(
-    evaluator: Evaluator, measured: dict[float, tuple[dict[str, Scores], float]], alpha: float
-) -> list[dict[str, object]]:
-    scores, seconds = measured[alpha]
+def _row(
+    evaluator: Evaluator, name: str, measured: Mapping[float, tuple[Scores, float]], alpha: float
+) -> Row:
+    score, seconds = measured[alpha]
     first, last = measured[0.0][0], measured[1.0][0]
-    found = []
-    for dataset in evaluator.datasets:
-        name = dataset.name
-        row = scored(STUDY, evaluator, name, scores, seconds)
-        score = scores[name]
-        row["alpha"], row["rho"], row["keep"] = alpha, 0.0, 1.0
-        row["gain"], row["gain_se"] = score.gain_over(first[name])
-        row["rise"], row["rise_se"] = score.rise_over(first[name])
-        loss, accuracy = score.instability(first[name], last[name])
-        row["instability"], row["instability_se"] = loss
-        row["instability_accuracy"], row["instability_accuracy_se"] = accuracy
-        found.append(row)
-    return found
+    row = scored(STUDY, evaluator, name, {name: score}, seconds)
+    row["alpha"], row["rho"], row["keep"] = alpha, 0.0, 1.0
+    row["gain"], row["gain_se"] = score.gain_over(first)
+    row["rise"], row["rise_se"] = score.rise_over(first)
+    loss, accuracy = score.instability(first, last)
+    row["instability"], row["instability_se"] = loss
+    row["instability_accuracy"], row["instability_accuracy_se"] = accuracy
+    return row
 
 
 def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:

@@ -7,7 +7,7 @@ write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from itertools import pairwise
 from statistics import NormalDist
 from time import perf_counter
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .rows import Progress, Sink, complete, frame, scored
+from .rows import Measured, Sink, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 STUDY = "interpolation"
 XI = 0.02  # a gain of two points of accuracy counts as high
 Z95 = NormalDist().inv_cdf(0.975)
+TOGETHER = 4096  # images of data sets that are scored together
 
 
 def check_alphas(alphas: Iterable[float]) -> list[float]:
@@ -65,9 +66,9 @@ def interpolation(
     alphas: Iterable[float],
     *,
     model: str = "",
-    zeroshot: dict[str, Scores] | None = None,
+    zeroshot: MutableMapping[str, Scores] | None = None,
+    only: Collection[int] | None = None,
     sink: Sink | None = None,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` on every data set.
 
@@ -78,10 +79,12 @@ def interpolation(
         evaluator: scores the path's live model.
         alphas: positions in [0, 1], with 0 and 1 among them; measured in ascending order.
         model: name of the fine-tuned model, written into the rows.
-        zeroshot: the evaluator's scores at alpha = 0, if they are known: they are the same for all models
-            fine-tuned from one, and need not be measured again.
-        sink: called with each row as soon as it is measured.
-        progress: called with 1 after each position.
+        zeroshot: data set -> the evaluator's scores at alpha = 0, where they are known; the study adds
+            those that it needs. Give the same dictionary for all models fine-tuned from one: there they are
+            the same.
+        only: numbers of the measurements to make; None: all. There is one for each (alpha, data set),
+            numbered in ascending order of alpha and, for each alpha, in the evaluator's order of its sets.
+        sink: called with each measurement's number and rows as soon as it is made.
 
     Returns:
         One row per (alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``gain``
@@ -89,31 +92,60 @@ def interpolation(
         ``seconds`` is the data set's share, by samples, of the time its position took.
 
     Raises:
-        ValueError: positions that :func:`check_alphas` refuses, or an evaluator of another model.
+        ValueError: positions that :func:`check_alphas` refuses, an evaluator of another model, numbers
+            that there are none of.
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
-    rows: list[dict[str, object]] = []
-    for alpha in grid:
-        start = perf_counter()
-        if alpha == 0 and zeroshot is not None:
-            scores = zeroshot
-        else:
-            with path.at(alpha):
-                scores = evaluator.scores()
-        seconds = perf_counter() - start
-        zeroshot = zeroshot or scores  # the grid starts at 0
-        for name, score in scores.items():
-            row = scored(STUDY, evaluator, name, scores, seconds)
-            row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
-            row["gain"], row["gain_se"] = score.gain_over(zeroshot[name])
-            row["rise"], row["rise_se"] = score.rise_over(zeroshot[name])
-            rows.append(complete(row))
-            if sink is not None:
-                sink(rows[-1])
-        if progress is not None:
-            progress(1)
-    return frame(rows)
+    zeroshot = {} if zeroshot is None else zeroshot
+    names = [data.name for data in evaluator.datasets]
+    record = Measured(STUDY, len(grid) * len(names), only, sink)
+    for place, alpha in enumerate(grid):
+        wanted = {n: name for n, name in enumerate(names, place * len(names)) if record.wants(n)}
+        for numbers in _together(evaluator, wanted):
+            start = perf_counter()
+            base = zeroshot_scores(path, evaluator, [wanted[n] for n in numbers], zeroshot)
+            scores = base
+            if alpha != 0:
+                start = perf_counter()  # what alpha = 0 took counts there
+                with path.at(alpha):
+                    scores = evaluator.among(base).scores()
+            seconds = perf_counter() - start
+            for number, (name, score) in zip(numbers, scores.items(), strict=True):
+                row = scored(STUDY, evaluator, name, scores, seconds)
+                row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
+                row["gain"], row["gain_se"] = score.gain_over(base[name])
+                row["rise"], row["rise_se"] = score.rise_over(base[name])
+                record.add(number, [row])
+    return record.frame()
+
+
+def zeroshot_scores(
+    path: Path, evaluator: Evaluator, names: Iterable[str], known: MutableMapping[str, Scores]
+) -> dict[str, Scores]:
+    """Scores at alpha = 0 on data sets of these names, in their order; those not known are measured, and
+    added to the known ones."""
+    names = list(names)
+    if unknown := [name for name in names if name not in known]:
+        with path.at(0.0):
+            for name, scores in evaluator.among(unknown).scores().items():
+                known[name] = scores
+    return {name: known[name] for name in names}
+
+
+def _together(evaluator: Evaluator, wanted: Mapping[int, str]) -> list[list[int]]:
+    """Small data sets are scored together, which keeps all cores busy; large ones each on its own, so that
+    little is lost with a run that is killed."""
+    images = {data.name: len(data.labels) for data in evaluator.datasets}
+    groups: list[list[int]] = []
+    size = TOGETHER
+    for number, name in wanted.items():
+        if size + images[name] > TOGETHER:
+            groups.append([])
+            size = 0
+        groups[-1].append(number)
+        size += images[name]
+    return groups
 
 
 def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .estimators import Protocol
 from .layers import layerwise_interpolation, stragglers
 from .path import check_alphas, check_evaluator
-from .rows import Progress, Sink, complete, frame, scored
+from .rows import Measured, Sink, scored
 from .sharpness import layerwise_sharpness, near_zero
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def prune_stragglers(
     rho: float = 1.0,
     protocol: Protocol | None = None,
     model: str = "",
-    zeroshot: dict[str, Scores] | None = None,
+    unpruned: MutableMapping[tuple[str, float], Scores] | None = None,
+    only: Collection[int] | None = None,
     sink: Sink | None = None,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Scores the path with straggler layers of the fine-tuned weights pruned (Algorithm 1).
 
@@ -85,10 +85,13 @@ def prune_stragglers(
         rho: noise scale for the sharpness of each layer.
         protocol: how that is measured; None: Protocol().
         model: name of the fine-tuned model, written into the rows.
-        zeroshot: the evaluator's scores at alpha = 0, if they are known: they are the same for all models
-            fine-tuned from one, and need not be measured again.
-        sink: called with each row, a position's rows once it is measured.
-        progress: called with 1 after each position of a curve.
+        unpruned: (data set, alpha) -> the evaluator's scores on the unpruned path, where they are known;
+            the study adds those that it needs. Only those at alpha = 0 are the same for all models
+            fine-tuned from one.
+        only: numbers of the measurements to make; None: all. There is one for each (curve, alpha), the
+            unpruned curve first, in ascending order of alpha. Which curves there are, the layers to prune
+            decide: give ``layers``.
+        sink: called with each measurement's number and rows as soon as it is made.
 
     Returns:
         One row per (curve, alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. The
@@ -98,7 +101,8 @@ def prune_stragglers(
 
     Raises:
         ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, a bad keep, criterion,
-            method or seed, an unknown or inert layer, an evaluator of another model.
+            method or seed, an unknown or inert layer, an evaluator of another model, numbers that there are
+            none of.
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
@@ -114,34 +118,45 @@ def prune_stragglers(
             of = f" of {model}" if model else ""
             warnings.warn(f"prune: no layer{of} is a straggler by {label}; none is pruned", stacklevel=2)
         variants += _variants(path.layers, label, names, methods, seeds, control)
-    rows: list[dict[str, object]] = []
-    unpruned = {} if zeroshot is None else {0.0: zeroshot}
-    for variant in variants:
-        for alpha in grid:
+    unpruned = {} if unpruned is None else unpruned
+    record = Measured(STUDY, len(variants) * len(grid), only, sink)
+    places = enumerate((variant, alpha) for variant in variants for alpha in grid)
+    for number, (variant, alpha) in places:
+        if not record.wants(number):
+            continue
+        start = perf_counter()
+        base, here = (_unpruned(path, evaluator, at, unpruned) for at in (0.0, alpha))
+        scores = here
+        if variant.method is not None and alpha != 0:  # which pruned fine-tuned weights do not reach
             start = perf_counter()
-            if alpha == 0 and 0.0 in unpruned:
-                scores = unpruned[0.0]  # pruned fine-tuned weights do not reach alpha = 0
-            else:
-                with path.at(alpha), _pruned(path, alpha, keep, variant):
-                    scores = evaluator.scores()
-            seconds = perf_counter() - start
-            if variant.method is None:
-                unpruned[alpha] = scores
-            for name, score in scores.items():
-                row = scored(STUDY, evaluator, name, scores, seconds)
-                row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
-                row["gain"], row["gain_se"] = score.gain_over(unpruned[0.0][name])
-                row["rise"], row["rise_se"] = score.rise_over(unpruned[0.0][name])
-                row["change"], row["change_se"] = score.gain_over(unpruned[alpha][name])
-                if variant.method is not None:
-                    row |= {"keep": keep, "layer": ", ".join(variant.layers), "seed": variant.seed}
-                    row |= {name: getattr(variant, name) for name in ("method", "criterion", "control")}
-                rows.append(complete(row))
-                if sink is not None:
-                    sink(rows[-1])
-            if progress is not None:
-                progress(1)
-    return frame(rows)
+            with path.at(alpha), _pruned(path, alpha, keep, variant):
+                scores = evaluator.scores()
+        seconds = perf_counter() - start
+        rows = []
+        for name, score in scores.items():
+            row = scored(STUDY, evaluator, name, scores, seconds)
+            row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
+            row["gain"], row["gain_se"] = score.gain_over(base[name])
+            row["rise"], row["rise_se"] = score.rise_over(base[name])
+            row["change"], row["change_se"] = score.gain_over(here[name])
+            if variant.method is not None:
+                row |= {"keep": keep, "layer": ", ".join(variant.layers), "seed": variant.seed}
+                row |= {name: getattr(variant, name) for name in ("method", "criterion", "control")}
+            rows.append(row)
+        record.add(number, rows)
+    return record.frame()
+
+
+def _unpruned(
+    path: Path, evaluator: Evaluator, alpha: float, known: MutableMapping[tuple[str, float], Scores]
+) -> dict[str, Scores]:
+    """Scores of the unpruned model, known or else measured and added."""
+    names = [data.name for data in evaluator.datasets]
+    if missing := [name for name in names if (name, alpha) not in known]:
+        with path.at(alpha):
+            for name, scores in evaluator.among(missing).scores().items():
+                known[name, alpha] = scores
+    return {name: known[name, alpha] for name in names}
 
 
 def _check(keep: float, criterion: str, methods: Sequence[str], seeds: Sequence[int]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from ..evaluate import Evaluator, Scores
+from ..words import some
 
-Sink = Callable[[dict[str, object]], object]
-Progress = Callable[[int], object]
+if TYPE_CHECKING:
+    from ..evaluate import Evaluator, Scores, Walk
+
+Row = dict[str, object]
+# What is called with each measurement as soon as it is made: its number, and its rows. A study's
+# measurements of a model are numbered from 0 in an order that its arguments alone decide, so that any of
+# them can be made at any time, anywhere, and put together.
+Sink = Callable[[int, list[Row]], object]
 
 STUDIES = ("interpolation", "layers", "sharpness", "layer-sharpness", "prune", "correlation")
 
@@ -67,7 +72,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def complete(row: Mapping[str, object]) -> dict[str, object]:
+def complete(row: Mapping[str, object]) -> Row:
     """The row with every column of :data:`COLUMNS` in order, ``None`` where it has no value.
 
     Raises:
@@ -89,6 +94,64 @@ def frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
     return pd.DataFrame(
         {name: pd.Series([row[name] for row in table], dtype=kind) for name, kind in COLUMNS.items()}
     )
+
+
+class Measured:
+    """The rows of a study, as its measurements are made.
+
+    count: how many measurements there are. only: numbers of those to make; None: all. sink: told of each.
+
+    Raises ValueError for numbers that there are none of.
+    """
+
+    def __init__(self, study: str, count: int, only: Collection[int] | None, sink: Sink | None) -> None:
+        self._only = range(count) if only is None else frozenset(only)
+        if outside := sorted(number for number in self._only if not 0 <= number < count):
+            raise ValueError(
+                f"{study}: only: measurements are numbered from 0 to {count - 1}; got {some(outside, 4)}"
+            )
+        self._sink = sink
+        self._rows: dict[int, list[Row]] = {}
+
+    def wants(self, number: int) -> bool:
+        """Whether this one is to be made."""
+        return number in self._only
+
+    def add(self, number: int, rows: Iterable[Mapping[str, object]]) -> None:
+        """A measurement that was made."""
+        self._rows[number] = [complete(row) for row in rows]
+        if self._sink is not None:
+            self._sink(number, self._rows[number])
+
+    def frame(self) -> pd.DataFrame:
+        """All rows, in the order of the measurements' numbers."""
+        return frame(row for number in sorted(self._rows) for row in self._rows[number])
+
+
+T = TypeVar("T")
+
+AT_ONCE = 8  # layers that are finished together where the images come in several pieces
+
+
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items, so many at a time."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+def walk_to(walk: Walk, stage: int) -> None:
+    """Takes a walk on to before this station, by way of all that lie between.
+
+    What is held there may be laid out in memory otherwise than what goes on at once, and that rounds
+    otherwise: without this, the bits would depend on which layers were measured before.
+    """
+    for station in range(walk.stage + 1, stage + 1):
+        walk.advance(station)
+
+
+def only_one(scores: Mapping[str, Scores]) -> Scores:
+    """The scores on the one data set that there is."""
+    (score,) = scores.values()
+    return score
 
 
 def scored(

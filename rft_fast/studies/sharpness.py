@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
 
-from .estimators import WORST_CASE, Estimate, Protocol, Results, Target, estimate
+from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
 from .path import check_evaluator
-from .rows import Progress, Sink, complete, frame
+from .rows import Measured, Sink
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 STUDY = "sharpness"
 LAYER_STUDY = "layer-sharpness"
 MARGIN = 0.02  # nats: sharpness that counts as zero
-
-ZeroShot = dict[tuple[object, ...], Results]
 
 
 def sharpness(
@@ -35,9 +34,8 @@ def sharpness(
     *,
     protocol: Protocol | None = None,
     model: str = "",
-    zeroshot: ZeroShot | None = None,
+    only: Collection[int] | None = None,
     sink: Sink | None = None,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """General sharpness along the path (Eq. 3): ``E[L(w + delta)] - L(w)``, all layers perturbed.
 
@@ -54,11 +52,10 @@ def sharpness(
         protocol: how it is measured; None: Protocol(). Where its ``on`` is None,
             ``"interpolated"``.
         model: name of the fine-tuned model, written into the rows.
-        zeroshot: a dictionary, empty at first, in which the study keeps what it found at alpha = 0. Give the
-            same one for all models fine-tuned from one zero-shot model: there they are all the same, and
-            need not be measured again.
-        sink: called with each row as soon as it is measured.
-        progress: called with 1 after each (alpha, data set).
+        only: numbers of the measurements to make; None: all. There is one for each (alpha, data set),
+            numbered in ascending order of alpha and, for each alpha, in the evaluator's order of its sets.
+            At alpha = 0 they are the same for all models fine-tuned from one.
+        sink: called with each measurement's number and rows as soon as it is made.
 
     Returns:
         One row per (alpha, rho, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` and
@@ -66,13 +63,11 @@ def sharpness(
         at hand. ``reached`` tells whether a wanted standard error was.
 
     Raises:
-        ValueError: bad alphas, rhos or draws, an evaluator of another model.
+        ValueError: bad alphas, rhos or draws, an evaluator of another model, numbers that there are none of.
     """
     protocol = _on(protocol, "interpolated")
     targets = [Target(None, 0, evaluator.stations - 1)]
-    return _study(
-        path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, zeroshot, sink, progress
-    )
+    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, only, sink)
 
 
 def layerwise_sharpness(
@@ -85,9 +80,8 @@ def layerwise_sharpness(
     *,
     protocol: Protocol | None = None,
     model: str = "",
-    zeroshot: ZeroShot | None = None,
+    only: Collection[int] | None = None,
     sink: Sink | None = None,
-    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Sharpness of each layer along the path (Sec. 3.1).
 
@@ -101,8 +95,11 @@ def layerwise_sharpness(
         layers: names or ``re:`` patterns of layers of the path; None: all of them.
         protocol: how it is measured; None: Protocol(). Where its ``on`` is None, ``"finetuned"``.
 
-    The other arguments are those of :func:`sharpness`; ``sink`` gets all layers' rows of an alpha and
-    data set together.
+        only: as in :func:`sharpness`, but there is a measurement for each (alpha, data set, layer), numbered
+            in that order; with the estimator ``"hessian"``, whose products serve all layers, for each (alpha,
+            data set).
+
+    The other arguments are those of :func:`sharpness`.
 
     Returns:
         One row per (alpha, data set, layer, rho), as :func:`sharpness`.
@@ -115,9 +112,7 @@ def layerwise_sharpness(
     check_evaluator(path, evaluator, LAYER_STUDY)
     targets = [Target(layer, *evaluator.span(path.tensors(layer))) for layer in path.select(layers)]
     targets.sort(key=lambda target: target.stage)
-    return _study(
-        path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, zeroshot, sink, progress
-    )
+    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, only, sink)
 
 
 def _on(protocol: Protocol | None, default: str) -> Protocol:
@@ -136,37 +131,35 @@ def _study(
     protocol: Protocol,
     study: str,
     model: str,
-    zeroshot: ZeroShot | None,
+    only: Collection[int] | None,
     sink: Sink | None,
-    progress: Progress | None,
 ) -> pd.DataFrame:
     check_evaluator(path, evaluator, study)
     protocol.check_draws(draws)
     positions, scales = _numbers("alphas", alphas), _numbers("rhos", rhos)
     if not all(rho > 0 for rho in scales):
         raise ValueError(f"{study}: rhos must be above 0; got {scales}")
-    rows: list[dict[str, object]] = []
-    for alpha in positions:
-        for dataset in evaluator.datasets:
-            key = (study, id(evaluator), dataset.name, tuple(targets), tuple(scales), draws, protocol)
-            found = zeroshot.get(key) if zeroshot is not None and alpha == 0 else None
-            if found is None:
-                parts = evaluator.parts(protocol.noise_batch, dataset.name)
-                found = estimate(path, parts, alpha, targets, scales, draws, protocol)
-            if zeroshot is not None and alpha == 0:
-                zeroshot[key] = {which: replace(result, seconds=0.0) for which, result in found.items()}
-            for (target, rho), result in found.items():
-                row = {"study": study, "model": model, "dataset": dataset.name, "ood": dataset.ood}
-                row |= {"layer": target.layer, "alpha": alpha, "rho": rho, "keep": 1.0}
-                row |= {"samples": len(dataset.labels), "skipped": dataset.skipped}
-                row |= {"normalized": evaluator.normalize_logits}
-                row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
-                rows.append(complete(row))
-                if sink is not None:
-                    sink(rows[-1])
-            if progress is not None:
-                progress(1)
-    return frame(rows)
+    units = together(targets, protocol)
+    places = [(alpha, data) for alpha in positions for data in evaluator.datasets]
+    record = Measured(study, len(places) * len(units), only, sink)
+    for place, (alpha, data) in enumerate(places):
+        wanted = {n: unit for n, unit in enumerate(units, place * len(units)) if record.wants(n)}
+        if not wanted:
+            continue
+        numbers = {target: n for n, unit in wanted.items() for target in unit}
+        parts = evaluator.parts(protocol.noise_batch, data.name)
+        with closing(estimate(path, parts, alpha, list(numbers), scales, draws, protocol)) as found:
+            for results in found:
+                rows = []
+                for (target, rho), result in results.items():
+                    row = {"study": study, "model": model, "dataset": data.name, "ood": data.ood}
+                    row |= {"layer": target.layer, "alpha": alpha, "rho": rho, "keep": 1.0}
+                    row |= {"samples": len(data.labels), "skipped": data.skipped}
+                    row |= {"normalized": evaluator.normalize_logits}
+                    row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
+                    rows.append(row)
+                record.add(numbers[target], rows)
+    return record.frame()
 
 
 def _asked(protocol: Protocol) -> dict[str, object]:

@@ -1,0 +1,81 @@
+"""The Ray cluster: whether there is one, how to reach it, and what it has."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from rft_fast import env
+
+_ours = False  # whether this process has made the connection that there is
+
+
+def check() -> None:
+    """Raises ValueError where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise ValueError('argument --workers: Ray is not installed; pip install "rft-fast[cluster]"')
+
+
+def device(workers: str, asked: str | None) -> torch.device:
+    """What each worker measures on: as asked, else GPUs where the cluster has some.
+
+    Raises ValueError where no cluster answers, or there is no such device.
+    """
+    if is_local(workers):
+        return torch.device(env.device(asked).type)
+    connect(workers)
+    has = int(client().cluster_resources().get("GPU", 0))
+    if asked == "cuda" and not has:
+        raise ValueError(f"argument --device: the cluster at {workers} has no GPUs; use --device cpu")
+    return torch.device(asked or ("cuda" if has else "cpu"))
+
+
+def client() -> Any:
+    """Ray, which takes a second to load: not before it is needed."""
+    return importlib.import_module("ray")
+
+
+def is_local(workers: str) -> bool:
+    return workers == "auto" or workers.isdecimal()
+
+
+def connect(workers: str) -> None:
+    """Starts a cluster on this machine, or reaches the one that is named, unless that was done.
+
+    Raises ValueError where none answers.
+    """
+    global _ours
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
+    ray = client()
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if is_local(workers):
+            ray.init(address="local", include_dashboard=False, configure_logging=False, **quiet)
+        else:
+            ray.init(address=workers, **quiet)
+    except Exception as error:  # Ray has many ways of not finding a cluster
+        raise ValueError(
+            f"argument --workers: no Ray cluster could be reached ({workers}): {reason(error)}; is it "
+            "running (ray start --head), and of the same version of Ray and Python?"
+        ) from error
+    _ours = True
+
+
+def disconnect() -> None:
+    """Undoes :func:`connect`; a connection that was there before stays."""
+    global _ours
+    if _ours:
+        client().shutdown()
+    _ours = False
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,87 @@
+"""``python -m rft_fast.results DIR``: what a run has so far, and its rows in other formats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+
+from .. import disk
+from .run import load, recorded, recover, write_csv
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line. Exits with 2 for what is refused; nothing is written then."""
+    options = argparse.ArgumentParser(
+        prog="python -m rft_fast.results", description=__doc__, allow_abbrev=False
+    )
+    options.add_argument("directory", metavar="DIR", type=Path, help="of a run, also of one that goes on")
+    options.add_argument("--csv", metavar="FILE", type=Path, help="write the rows there")
+    options.add_argument(
+        "--parquet", metavar="FILE", type=Path, help="write the rows there, with their types (needs pyarrow)"
+    )
+    options.add_argument("--overwrite", action="store_true", help="replace files of these names")
+    options.add_argument(
+        "--recover", action="store_true", help="save what can be read of a damaged rows.sqlite to a new file"
+    )
+    asked = options.parse_args(argv)
+    try:
+        if asked.recover:
+            print(recover(asked.directory))
+            return 0
+        rows = load(asked.directory)
+        files = [file for file in (asked.csv, asked.parquet) if file is not None]
+        for file in files:
+            _check(file, asked.overwrite)
+        if asked.parquet is not None:
+            _check_pyarrow()
+        print(describe(asked.directory, rows))
+        if asked.csv is not None:
+            write_csv(asked.directory, asked.csv)
+        if asked.parquet is not None:
+            write_parquet(asked.parquet, rows)
+        for file in files:
+            print(f"{len(rows)} rows in {file}")
+    except (OSError, ValueError) as error:
+        options.error(str(error))
+    return 0
+
+
+def describe(directory: Path, rows: pd.DataFrame) -> str:
+    """What a run is, and how many rows it has of each study and model."""
+    config = recorded(directory) or {}
+    lines = [
+        f"{config.get('command', 'an unknown command')}",
+        f"begun {config.get('date', 'at an unknown time')}, {len(rows):,} rows",
+    ]
+    for study, part in rows.groupby("study", sort=False):
+        counts = part["model"].value_counts(sort=False)
+        lines.append(f"  {study}: {len(part):,} rows of {len(counts)} models")
+    return "\n".join(lines)
+
+
+def write_parquet(file: Path, rows: pd.DataFrame) -> None:
+    """The rows as Parquet, with the types of their columns. Raises ValueError without pyarrow."""
+    _check_pyarrow()
+    with disk.replacing(file) as temporary:
+        rows.to_parquet(temporary, index=False)
+
+
+def _check_pyarrow() -> None:
+    if find_spec("pyarrow") is None:
+        raise ValueError('results: Parquet needs pyarrow; pip install "rft-fast[huggingface]"')
+
+
+def _check(file: Path, overwrite: bool) -> None:
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ValueError(f"results: cannot write {file}: it is a folder, or its folder does not exist")
+    if file.exists() and not overwrite:
+        raise ValueError(f"results: {file} exists; give another name, or --overwrite")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

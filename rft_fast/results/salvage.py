@@ -1,0 +1,114 @@
+"""What can still be read of a damaged database, in a new one beside it. The damaged file is left as it is."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from .. import disk
+from . import database
+
+
+def save(file: Path) -> str:
+    """Saves what can be read of a run's database, and says what and where.
+
+    Whole measurements only. Works on a copy, so that not even SQLite touches the damaged file.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".recovering-") as folder:
+        copy = database.copy(file, Path(folder, file.name))
+        config, measurements, scores, lost = _read(copy, file.with_name("config.json"))
+        if config is None or not (measurements or scores):
+            return "nothing of it could be read; it is left as it is"
+        new = Path(folder, "recovered")
+        database.create(new, config)
+        with closing(database.connect(new)) as target, database.transaction(target):
+            for identity, (measurement, rows) in enumerate(measurements, start=1):
+                target.execute("INSERT INTO measurements VALUES (?, ?, ?, ?, ?, ?)", (identity, *measurement))
+                target.executemany(database.INSERT_ROW, [(identity, *row) for row in rows])
+            target.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?)", scores)
+        place = _free(file.with_name("rows.recovered.sqlite"))
+        new.rename(place)
+        disk.sync_folder(place.parent)
+    others = [database.beside(file, end) for end in database.BESIDE]
+    remove = "".join(f", remove {other.name}" for other in others if other.exists())
+    return (
+        f"{len(measurements)} whole measurements were saved to {place} ({lost} known ones could not be); to "
+        f"go on with them, move that file over {file.name}{remove}, and give the same command"
+    )
+
+
+Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # of the table measurements, and its rows
+
+
+def _read(
+    file: Path, beside: Path
+) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
+    most = file.stat().st_size // 32  # no file holds more rows, and none is numbered higher
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("PRAGMA writable_schema = ON")  # else a file that was cut short is not read at all
+        base.text_factory = lambda text: text.decode("utf-8", "replace")  # damage shows in the checksum
+        rows: dict[int, list[tuple[Any, ...]]] = {}
+        for _, identity, *values in _around(base, "rows", f"measurement, {database.NAMES}", most):
+            rows.setdefault(identity, []).append(tuple(values))
+        found: dict[tuple[Any, ...], Measured] = {}
+        lost = 0
+        for identity, *measured, kept in _around(
+            base, "measurements", "study, model, number, finished, crc", most
+        ):
+            own = rows.get(identity, [])
+            if database.crc(*measured, *own) == kept:
+                found.setdefault(tuple(measured[:3]), ((*measured, kept), own))
+            else:
+                lost += 1
+        columns = '"of", dataset, alpha, losses, correct, crc'
+        scores = [
+            tuple(s) for _, *s in _around(base, "scores", columns, most) if database.crc(*s[:-1]) == s[-1]
+        ]
+        return _config(base, beside), list(found.values()), scores, lost
+
+
+def _config(base: sqlite3.Connection, beside: Path) -> dict[str, Any] | None:
+    """The configuration; where that is damaged, the copy of it in config.json."""
+    with suppress(sqlite3.Error):
+        return database.config(base)
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(beside.read_text(encoding="utf-8")))
+    return None
+
+
+def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> list[tuple[Any, ...]]:
+    """Rows of a table in order, each after its number, around the places that cannot be read."""
+    query = f"SELECT rowid, {columns} FROM {table} NOT INDEXED"
+    found: dict[int, tuple[Any, ...]] = {}
+    end = most
+    for order in ("ASC", "DESC"):
+        try:
+            for row in base.execute(f"{query} ORDER BY rowid {order}"):
+                if order == "DESC" and end == most:
+                    end = min(row[0], most)
+                if 0 < row[0] <= most:
+                    found.setdefault(row[0], row)
+            break
+        except sqlite3.Error as error:
+            if "no such" in str(error):  # the table itself is lost
+                break
+    else:  # between the first damage and the last: each on its own
+        for identity in range(1, end + 1):
+            if identity not in found:
+                with suppress(sqlite3.Error):
+                    if row := base.execute(f"{query} WHERE rowid = ?", (identity,)).fetchone():
+                        found[identity] = row
+    return [found[identity] for identity in sorted(found)]
+
+
+def _free(file: Path) -> Path:
+    """A name that nothing has, so that nothing is written over."""
+    found, number = file, 1
+    while found.exists():
+        number += 1
+        found = file.with_name(f"{file.stem}-{number}{file.suffix}")
+    return found

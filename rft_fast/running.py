@@ -1,0 +1,231 @@
+"""A run from its first measurement to its last: what is still to do, who does it, and how it is stopped."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import pandas as pd
+
+from . import results, summary
+from .pieces import Piece, Stragglers
+from .progress import Progress
+from .request import Request
+from .studies.rows import Row
+from .wiring import Shared
+from .worker import Worker
+
+# Studies that can run side by side; those of a phase need rows of the phases before.
+PHASES = (("interpolation",), ("layers", "sharpness", "layer-sharpness"), ("prune",))
+
+Copies = Mapping[str, Sequence[tuple[int, str]]]
+
+
+class Watch(Protocol):
+    """Who is told how pieces get on, always in the thread that called :meth:`Pool.measure`."""
+
+    def begun(self, piece: Piece) -> None:
+        """Somebody begins with it."""
+
+    def measured(self, piece: Piece, number: int, rows: list[Row]) -> None:
+        """One of its measurements is made. What this raises ends the work."""
+
+    def spent(self, piece: Piece, seconds: float, peak: int) -> None:
+        """It is done. peak: of memory, in bytes."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has: what was in flight is finished and kept."""
+
+
+class Pool(Protocol):
+    """Who measures: this process (:class:`Alone`), or workers (:mod:`rft_fast.cluster`)."""
+
+    config: dict[str, Any]
+    size: int  # how many measure at a time
+
+    def pieces(
+        self, study: str, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+    ) -> tuple[list[Piece], Copies]:
+        """As :meth:`rft_fast.worker.Worker.pieces`."""
+
+    def some_stragglers(self, model: str) -> Stragglers:
+        """As :meth:`rft_fast.worker.Worker.some_stragglers`."""
+
+    def measure(self, pieces: Sequence[Piece], shared: Shared, watch: Watch) -> None:
+        """Makes all measurements of the pieces.
+
+        What ``watch`` raises ends it, once nothing is in flight any more.
+        """
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+class Alone:
+    """This process measures, one piece after the other."""
+
+    size = 1
+
+    def __init__(self, request: Request) -> None:
+        self._worker = Worker(request)
+        self.config = self._worker.config
+        self.pieces = self._worker.pieces
+        self.some_stragglers = self._worker.some_stragglers
+
+    def measure(self, pieces: Sequence[Piece], shared: Shared, watch: Watch) -> None:
+        for piece in pieces:
+
+            def sink(number: int, rows: list[Row], piece: Piece = piece) -> None:
+                watch.measured(piece, number, rows)
+
+            watch.begun(piece)
+            watch.spent(piece, *self._worker.measure(piece, shared, sink))
+
+    def close(self) -> None:
+        pass
+
+
+def measure(
+    pool: Pool, request: Request, run: results.Run, progress: Progress, stop: Stop
+) -> list[dict[str, object]]:
+    """Makes every measurement of the request that the run does not have.
+
+    Each is on disk before the next begins. Returns what each study took, earlier processes of this run
+    included: models, seconds (of all workers), peak memory in bytes.
+
+    Raises Interrupted when it was asked to stop; OSError where the disk fails; MemoryError.
+    """
+    books = _Books(run, progress, stop)
+    chosen = {"interpolation": list(request.zoo.finetuned)}
+    progress.expect(_foretold(pool, request))
+    for phase in PHASES:
+        todo: list[Piece] = []
+        copies: dict[str, Copies] = {}
+        for study in (name for name in phase if name in request.measured):
+            models = chosen[study]
+            stragglers = _stragglers(request, run, models) if study == "prune" else {}
+            pieces, copies[study] = pool.pieces(study, models, stragglers)
+            done = {model: run.done(study, model) for model in models}
+            left = [rest for piece in pieces if (rest := piece.without(done[piece.model])) is not None]
+            counts = Counter[str]()
+            for piece in left:
+                counts[piece.model] += len(piece.numbers)
+            whole = sum(piece.cost for piece in pieces)
+            had = whole - sum(piece.cost for piece in left)
+            progress.expect({study: whole}, {study: had}, {study: dict(counts)})
+            books.models[study] = len(models)
+            todo += left
+        pool.measure(todo, run, books)
+        for study, copied in copies.items():
+            _copy(run, study, copied)
+        if "interpolation" in phase:
+            chosen |= summary.choose(request, run.rows())
+        stop.check()
+    return books.rows()
+
+
+def _stragglers(request: Request, run: results.Run, models: Sequence[str]) -> dict[str, Stragglers]:
+    """Model -> criterion -> layers to prune, by the rows so far."""
+    rows = run.rows()
+    found = {model: summary.to_prune(request, rows, model) for model in models}
+    return {model: {c: names for c, names in of.items() if names} for model, of in found.items()}
+
+
+def _foretold(pool: Pool, request: Request) -> dict[str, float]:
+    """Study -> about what it will cost, before it is known which models and layers it takes."""
+    found = {}
+    for study, count in summary.how_many(request).items():
+        if study in request.measured:
+            models = list(request.zoo.finetuned)[:count]
+            stragglers = {}
+            if study == "prune":  # as if each criterion found one
+                stragglers = {model: pool.some_stragglers(model) for model in models}
+            found[study] = sum(piece.cost for piece in pool.pieces(study, models, stragglers)[0])
+    return found
+
+
+def _copy(run: results.Run, study: str, copies: Copies) -> None:
+    """What is the same for several models was measured for one of them."""
+    for model, same in copies.items():
+        done = run.done(study, model)
+        for number, holder in same:
+            if number not in done:
+                rows = run.measurement(study, holder, number)
+                run.add(study, model, number, [{**row, "model": model, "seconds": 0.0} for row in rows])
+
+
+class _Books:
+    """Writes down what is measured, and what each study took: of earlier processes, too."""
+
+    _COLUMNS = ("study", "models", "seconds", "peak_memory")
+
+    def __init__(self, run: results.Run, progress: Progress, stop: Stop) -> None:
+        self._run, self._progress, self._stop = run, progress, stop
+        self.models: dict[str, int] = {}
+        self._took: dict[str, tuple[float, int]] = {}
+        file = run.table("cost")
+        if run.resumed and file.is_file():
+            for row in pd.read_csv(file).to_dict("records"):
+                self._took[row["study"]] = (row["seconds"], row["peak_memory"])
+
+    def begun(self, piece: Piece) -> None:
+        self._progress.begin(piece.study, piece.model)
+
+    def measured(self, piece: Piece, number: int, rows: list[Row]) -> None:
+        self._run.add(piece.study, piece.model, number, rows)
+        self._progress.measured(piece.study, piece.model, number, rows, piece.cost_of[number])
+        self._stop.check()
+
+    def spent(self, piece: Piece, seconds: float, peak: int) -> None:
+        before, most = self._took.get(piece.study, (0.0, 0))
+        self._took[piece.study] = (before + seconds, max(most, peak))
+        pd.DataFrame(self.rows(), columns=list(self._COLUMNS)).to_csv(self._run.table("cost"), index=False)
+
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            dict(zip(self._COLUMNS, (study, count, *self._took.get(study, (0.0, 0))), strict=True))
+            for study, count in self.models.items()
+        ]
+
+
+class Stop:
+    """Ctrl-C or SIGTERM once: stop when the measurement in flight is there. Again: stop now.
+
+    A context manager, for the main thread; elsewhere signals are left as they are.
+    """
+
+    def __init__(self, notice: Callable[[str], object]) -> None:
+        self._notice = notice
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # One that is ignored, as in a background job of a shell, stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self._notice(f"stopping when the measurement in flight is there ({name} again: now)")
+
+    def check(self) -> None:
+        """Raises Interrupted if it was asked."""
+        if self.asked:
+            raise Interrupted
