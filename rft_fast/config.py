@@ -85,6 +85,7 @@ def complete(models: Models, work: Studies) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
+        "threads of a batch": work.whole.threads_of_a_batch,
         "platform": platform.platform(),
         "versions": {
             "rft_fast": __version__,

@@ -60,8 +60,8 @@ def arguments(zoo: Path, out: Path, workers: str = "2") -> list[str]:
     return [*own_models(zoo, "abc"), *BRIEF, "--workers", workers, "--out", str(out)]
 
 
-def on_each_row(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
-    """Calls act(how many measurements there are) after each that is kept, once both workers have loaded."""
+def on_each_row(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object], workers: int = 2) -> None:
+    """Calls act(how many measurements there are) after each that is kept, once all workers have loaded."""
     add, count = results.Run.add, 0
 
     def then(run: results.Run, *measurement: Any) -> None:
@@ -70,7 +70,7 @@ def on_each_row(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -
         count += 1
         if count == 1:
             deadline = time.monotonic() + 120
-            while len(worker_processes(loaded=True)) < 2:
+            while len(worker_processes(loaded=True)) < workers:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         act(count)
@@ -113,7 +113,7 @@ def test_a_stopped_run_of_workers_goes_on_alone_and_the_reverse(
     assert 30 <= some < len(alone)
     # Alone for a while, stopped again, and then by three workers.
     with monkeypatch.context() as patch:
-        on_each_row(patch, lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 20 else None)
+        on_each_row(patch, lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 20 else None, 0)
         assert sweep.main([*own_models(zoo, "abc"), *BRIEF, "--out", str(out)]) == 130
     assert some < len(rows_of(out)) < len(alone)
     assert sweep.main(arguments(zoo, out, "3")) == 0

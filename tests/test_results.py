@@ -1,136 +1,671 @@
-"""A run's directory: nothing is lost, nothing that is not ours is touched."""
+"""A run's directory: nothing is lost, nothing is half there, nothing that is not ours is touched."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from rft_fast import results, studies
+from rft_fast import __version__, results, studies
+from rft_fast.evaluate import Scores
+from rft_fast.results import __main__ as command
+from rft_fast.results import database
+
+COLUMNS = studies.COLUMNS
+CONFIG: dict[str, Any] = {
+    "finetuned": {"m": {"sha256": "1"}, "a": {"sha256": "2"}},
+    "versions": {"rft_fast": __version__, "python": "3.11.7", "torch": "2.9"},
+}
+FORK = multiprocessing.get_context("fork")
 
 
-def row(alpha: float, **more: object) -> dict[str, object]:
-    return {"study": "interpolation", "model": "m", "dataset": "d", "ood": True, "alpha": alpha,
-            "samples": 7, "loss": 1 / 3 + alpha, "accuracy": 0.1 + alpha, **more}  # fmt: skip
+def row(model: str = "m", study: str = "interpolation", **more: object) -> dict[str, object]:
+    return {"study": study, "model": model, "dataset": "d", "ood": True, "alpha": 0.5, "samples": 7,
+            "loss": 1 / 3, "accuracy": 0.1, **more}  # fmt: skip
 
 
-def read_csv(directory: Path) -> pd.DataFrame:
-    """The CSV through the standard library, which reads every float exactly."""
+def truth(number: int) -> list[dict[str, object]]:
+    """The rows of a measurement in tests that need many: from 1 to 4 of them."""
+    draw = random.Random(number)
+    return [
+        row(alpha=draw.random(), loss=draw.random(), dataset=f"d{i}" * 20, draws=number)
+        for i in range(1 + number % 4)
+    ]
+
+
+def without_missing(rows: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
+    return [{name: value for name, value in one.items() if value is not None} for one in rows]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files but the lock, and what SQLite keeps in memory that processes share."""
+    found = [file for file in folder.rglob("*") if file.is_file() and not file.name.endswith("-shm")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found if file.name != ".lock"}
+
+
+def same(found: pd.DataFrame, rows: Iterable[Mapping[str, object]]) -> None:
+    pd.testing.assert_frame_equal(found, studies.frame(rows), check_exact=True)
+
+
+def read_csv(file: Path) -> list[dict[str, Any]]:
+    """Through the standard library, which reads every float exactly."""
     read: dict[str, Any] = {
         "string": str,
         "float64": float,
         "Int64": int,
-        "boolean": lambda text: text == "True",
+        "boolean": {"True": True, "False": False}.__getitem__,
     }
-    with (directory / "rows.csv").open(newline="", encoding="utf-8") as file:
-        return studies.frame(
-            {name: read[kind](line[name]) if line[name] else None for name, kind in studies.COLUMNS.items()}
-            for line in csv.DictReader(file)
-        )
+    with file.open(newline="", encoding="utf-8") as stream:
+        table = csv.DictReader(stream)
+        assert table.fieldnames == list(COLUMNS)
+        return [
+            {name: read[kind](line[name]) if line[name] else None for name, kind in COLUMNS.items()}
+            for line in table
+        ]
 
 
-def test_rows_are_on_disk_at_once_and_csv_equals_sqlite(tmp_path: Path) -> None:
-    out = tmp_path / "a" / "b"
-    rows = [row(0.1), row(0.2, layer='a "quoted", layer\nü', seed=2**63 - 1, draws=3), row(0.3)]
-    with results.Run(out, {"alphas": [0.1], "name": "ü"}) as run:
-        for n, one in enumerate(rows, start=1):
-            run.add(one)
-            pd.testing.assert_frame_equal(results.load(out), studies.frame(rows[:n]))
-            assert [file.name for file in out.glob("rows.*")] == ["rows.sqlite"]
-        assert run.figure("interpolation") == out / "figures" / "interpolation.png"
-        pd.testing.assert_frame_equal(run.rows(), studies.frame(rows))
-    pd.testing.assert_frame_equal(results.load(out), studies.frame(rows))
-    pd.testing.assert_frame_equal(read_csv(out), studies.frame(rows))
-    assert json.loads((out / "config.json").read_text()) == {"alphas": [0.1], "name": "ü"}
-    names = {file.name for file in out.iterdir()}
-    assert names == {"rows.sqlite", "rows.csv", "config.json", "figures"}
+def read_sqlite(file: Path) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """Measurements with their rows, by SQL alone."""
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    with closing(sqlite3.connect(file)) as base:
+        base.row_factory = sqlite3.Row
+        for study, model, number in base.execute("SELECT study, model, number FROM measurements"):
+            assert (study, model, number) not in found
+            found[study, model, number] = []
+        query = """SELECT m.study AS s, m.model AS m, m.number AS n, rows.* FROM rows
+            JOIN measurements AS m ON m.id = rows.measurement ORDER BY rows.rowid"""
+        for line in base.execute(query):
+            found[line["s"], line["m"], line["n"]].append({name: line[name] for name in COLUMNS})
+        assert base.execute("SELECT count(*) FROM rows").fetchone()[0] == sum(map(len, found.values()))
+    return found
 
 
-def test_losses_that_are_not_finite_survive(tmp_path: Path) -> None:
-    losses = [math.nan, math.inf, -math.inf, 5e-324, 0.1 + 0.2]
-    with results.Run(tmp_path / "run", {}) as run:
-        for loss in losses:
-            run.add(row(0.0, loss=loss, loss_se=None))
-    loaded = results.load(tmp_path / "run")
-    assert [str(x) for x in loaded["loss"]] == [str(x) for x in losses]
-    assert loaded["loss_se"].isna().all()
-    pd.testing.assert_frame_equal(read_csv(tmp_path / "run"), loaded)
-    # A measured NaN and a value that does not exist stay apart on disk.
-    with sqlite3.connect(tmp_path / "run" / "rows.sqlite") as database:
-        stored = database.execute("SELECT loss, loss_se FROM rows").fetchone()
-    assert stored == ("nan", None)
-    line = (tmp_path / "run" / "rows.csv").read_text().splitlines()[1].split(",")
-    header = list(studies.COLUMNS)
-    assert (line[header.index("loss")], line[header.index("loss_se")]) == ("nan", "")
+def child(work: Callable[[], object]) -> int:
+    """Runs this in a process of its own; returns its exit status."""
+    process = FORK.Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def leave(out: Path, numbers: Iterable[int], config: Mapping[str, object] = CONFIG) -> None:
+    """Measures in a process that ends as if it was killed."""
+
+    def work() -> None:
+        run = results.Run(out, config)
+        for number in numbers:
+            run.add("interpolation", "m", number, truth(number))
+        os._exit(9)
+
+    assert child(work) == 9
+
+
+# --- rows ---------------------------------------------------------------------------------------------
+
+ODD = {
+    "string": ["", 'a "quoted", one', "two\nlines\r\n", "ü 漢字 🙂", "it's; DROP TABLE", "nan", "\x00", None],
+    "float64": [math.nan, math.inf, -math.inf, 5e-324, 1.7976931348623157e308, 0.1 + 0.2, -1 / 3, 7.0, None],
+    "Int64": [2**63 - 1, -(2**63), 0, 2**53 + 1, None],
+    "boolean": [True, False, None],
+}  # fmt: skip
+
+
+def test_every_value_comes_back(tmp_path: Path) -> None:
+    count = max(map(len, ODD.values()))
+    rows: list[dict[str, Any]] = [
+        {name: ODD[kind][i % len(ODD[kind])] for name, kind in COLUMNS.items()} for i in range(count)
+    ]
+    for one in rows:
+        one |= {"study": "prune", "model": 'it\'s "m"\n'}
+    with results.Run(tmp_path, {}) as run:
+        run.add("prune", 'it\'s "m"\n', 3, rows)
+        again = run.measurement("prune", 'it\'s "m"\n', 3)
+        same(run.rows(), rows)
+    assert [list(map(repr, one.items())) for one in again] == [list(map(repr, one.items())) for one in rows]
+    loaded = results.load(tmp_path)
+    same(loaded, rows)
+    assert dict(loaded.dtypes.map(str)) == COLUMNS
+    for one, expected in zip(read_csv(tmp_path / "rows.csv"), rows, strict=True):
+        # An empty text and a missing one look the same in CSV; a measured NaN and a missing number do not.
+        assert repr(one) == repr({name: None if value == "" else value for name, value in expected.items()})
+
+
+def test_sqlite_has_the_numbers(tmp_path: Path) -> None:
+    with results.Run(tmp_path, {}) as run:
+        run.add("layers", "m", 0, [row(study="layers", loss=math.nan, loss_se=None, rise=-math.inf)])
+        run.add("layers", "m", 1, [])
+    found = read_sqlite(tmp_path / "rows.sqlite")
+    assert list(found) == [("layers", "m", 0), ("layers", "m", 1)] and found["layers", "m", 1] == []
+    (one,) = found["layers", "m", 0]
+    expected = {name: None for name in COLUMNS} | row(study="layers", loss="nan", rise=-math.inf, ood=1)
+    assert one == expected
 
 
 def test_values_of_other_libraries_are_stored_as_numbers(tmp_path: Path) -> None:
-    numpy_row = pd.Series({"alpha": 0.25, "loss": 2.0})
-    with results.Run(tmp_path / "run", {}) as run:
-        run.add(row(numpy_row["alpha"], loss=numpy_row["loss"], samples=pd.Series([9])[0]))
-    loaded = results.load(tmp_path / "run").iloc[0]
-    assert (loaded["alpha"], loaded["loss"], loaded["samples"]) == (0.25, 2.0, 9)
+    table = pd.DataFrame({"samples": [9], "seed": [2**62 + 1], "gain": [0.25], "ood": [True], "on": ["x"]})
+    odd = {name: table[name].iloc[0] for name in table}
+    odd |= {"loss": np.float32(0.1), "draws": np.int32(3), "control": np.bool_(False), "noise": np.str_("n")}
+    with results.Run(tmp_path, {}) as run:
+        run.add(np.str_("interpolation"), np.str_("m"), np.int64(4), [row(**odd)])
+        run.scores("z")[np.str_("d"), np.float64(0.0)] = some_scores(1)
+        run.scores("z")[np.str_("d"), 1] = some_scores(2)
+        assert run.done("interpolation", "m") == {4} and ("d", 1.0) in run.scores("z")
+    expected = row(samples=9, seed=2**62 + 1, gain=0.25, on="x", loss=0.10000000149011612, draws=3)
+    with results.Run(tmp_path, {}) as run:  # which looks at all checksums
+        assert without_missing(run.measurement("interpolation", "m", 4)) == [
+            {name: {**expected, "control": False, "noise": "n"}[name] for name in COLUMNS if name in
+             {*expected, "control", "noise"}}
+        ]  # fmt: skip
+
+
+def test_a_zero_has_no_sign(tmp_path: Path) -> None:
+    with results.Run(tmp_path, {}) as run:
+        run.add("interpolation", "m", 0, [row(gain=-0.0)])
+    with results.Run(tmp_path, {}) as run:
+        (one,) = run.measurement("interpolation", "m", 0)
+    assert math.copysign(1, float(str(one["gain"]))) == 1
+
+
+def test_the_order_is_the_requests_whoever_measured_when(tmp_path: Path) -> None:
+    config = {"finetuned": {"b": 1, "a": 2}}
+    rows, measurements = [], []
+    for study in ("interpolation", "layers", "sharpness", "layer-sharpness", "prune", "a study to come"):
+        for model in ("b", "a", "unnamed", "another"):
+            for number in (0, 2, 10):
+                of = [row(model, study, seed=number, draws=i) for i in range(1 + number % 3)]
+                rows += of
+                measurements.append((study, model, number, of))
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(measurements, len(measurements))
+        unnamed = [model for _, model, *_ in shuffled if model in ("unnamed", "another")]
+        if unnamed[0] == "unnamed":  # those come as they appear
+            break
+    with results.Run(tmp_path, config) as run:
+        for one in shuffled:
+            run.add(*one)
+        same(run.rows(), rows)
+    same(results.load(tmp_path), rows)
+    expected = [{name: one.get(name) for name in COLUMNS} for one in rows]
+    assert read_csv(tmp_path / "rows.csv") == expected
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    config = {"alphas": [0.1], "name": "ü"}
+    with results.Run(out, config) as run:
+        assert run.resumed == 0
+        for number in range(3):
+            run.add("interpolation", "m", number, [row(seed=number)])
+            same(results.load(out), [row(seed=n) for n in range(number + 1)])
+            assert not (out / "rows.csv").exists()
+        assert run.figure("interpolation") == out / "figures" / "interpolation.png"
+        assert run.table("cost") == out / "cost.csv"
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == config
+    # One file that can be copied: no log beside it.
+    assert {file.name for file in out.iterdir()} == {
+        "rows.sqlite", "rows.csv", "config.json", "figures", ".lock"
+    }  # fmt: skip
+    assert (out / "rows.sqlite").read_bytes()[18:20] == b"\x01\x01"  # nor is one expected
+
+
+def test_rows_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    with results.Run(tmp_path, {}) as run:
+        run.add("interpolation", "m", 0, [row()])
+        with pytest.raises(ValueError, match="measurement 0 of interpolation of 'm' is there already"):
+            run.add("interpolation", "m", 0, [row(loss=2.0)])
+        with pytest.raises(
+            ValueError, match="expected rows of interpolation of 'm', got one of layers of 'm'"
+        ):
+            run.add("interpolation", "m", 1, [row(), row(study="layers")])
+        with pytest.raises(ValueError, match="got one of interpolation of 'a'"):
+            run.add("interpolation", "m", 1, [row("a")])
+        with pytest.raises(ValueError, match=r"got \['accurcy'\]"):
+            run.add("interpolation", "m", 1, [row(), row(accurcy=0.5)])
+        with pytest.raises(ValueError, match="no measurement 1 of interpolation of 'm'"):
+            run.measurement("interpolation", "m", 1)
+        same(run.rows(), [row()])
+        assert run.done("interpolation", "m") == {0}
+        run.add("interpolation", "m", 1, [row(loss=2.0)])
+        assert without_missing(run.measurement("interpolation", "m", 1)) == [row(loss=2.0)]
+
+
+def test_loading_from_nowhere_is_refused_and_makes_nothing(tmp_path: Path) -> None:
+    for read in (results.load, results.recover):
+        with pytest.raises(FileNotFoundError, match="expected a run's directory"):
+            read(tmp_path)
+    assert results.recorded(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+# --- others meanwhile ---------------------------------------------------------------------------------
+
+
+def test_another_process_reads_while_it_runs(tmp_path: Path) -> None:
+    code = f"""
+from rft_fast import results
+print(results.load({str(tmp_path)!r})["draws"].tolist(), results.recorded({str(tmp_path)!r}))
+"""
+    with results.Run(tmp_path, {"seed": 3}) as run:
+        run.add("interpolation", "m", 0, [row(draws=5), row(draws=6)])
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == "[5, 6] {'seed': 3}"
+        run.add("interpolation", "m", 1, [row()])  # and that leaves the writer alone
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_a_reader_never_sees_half_a_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: bool
+) -> None:
+    monkeypatch.setattr(database, "on_network", lambda file: network)
+    results.Run(tmp_path, CONFIG).close()
+    enough = FORK.Event()
+
+    def work() -> None:
+        with results.Run(tmp_path, CONFIG) as run:
+            for number in range(100_000):
+                if enough.is_set():
+                    break
+                time.sleep(0.005)
+                run.add("interpolation", "m", number, truth(number))
+
+    process = FORK.Process(target=work)
+    process.start()
+    seen: set[int] = set()
+    while len(seen) < 10 and process.is_alive():
+        rows = results.load(tmp_path)
+        seen.add(len(rows))
+        measured = len(set(rows["draws"]))
+        same(rows, [one for number in range(measured) for one in truth(number)])
+    enough.set()
+    process.join()
+    assert process.exitcode == 0 and len(seen) == 10
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+
+    def work() -> None:
+        with results.Run(tmp_path, CONFIG) as run:
+            run.add("interpolation", "m", 0, truth(0))
+            os.write(told, b"!")
+            time.sleep(600)
+
+    process = FORK.Process(target=work)
+    process.start()
+    assert os.read(ready, 1) == b"!"
+    before = files(tmp_path)
+    message = rf"being written to by process {process.pid} on .* since 20\d\d-.*--workers"
+    for refused in (
+        lambda: results.Run(tmp_path, CONFIG),
+        lambda: results.Run(tmp_path, CONFIG, overwrite=True),
+        lambda: results.check(tmp_path),
+        lambda: results.check(tmp_path, overwrite=True),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert files(tmp_path) == before
+    process.kill()
+    process.join()
+    results.check(tmp_path)
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == 1
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "):
+            results.Run(tmp_path, CONFIG)
+    results.check(tmp_path)
+    for end in (ready, told):
+        os.close(end)
+
+
+# --- killed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_what_was_added_outlives_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: bool
+) -> None:
+    monkeypatch.setattr(database, "on_network", lambda file: network)
+    leave(tmp_path, range(5))
+    same(results.load(tmp_path), [one for number in range(5) for one in truth(number)])
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == 5 and run.done("interpolation", "m") == set(range(5))
+        assert run.done("interpolation", "a") == run.done("layers", "m") == set()
+        # What is said to be written is on the disk: the log is flushed at each commit.
+        (mode,), (flush,) = (
+            run._database.execute(f"PRAGMA {name}").fetchone() for name in ("journal_mode", "synchronous")
+        )
+    assert (mode, flush) == (("delete", 3) if network else ("wal", 2))  # EXTRA, FULL
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_killed_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: bool) -> None:
+    monkeypatch.setattr(database, "on_network", lambda file: network)
+    draw = random.Random(int(network))
+    in_flight = 0
+    acknowledged: set[int] = set()
+    for attempt in range(20):
+        read, write = os.pipe()
+
+        def work(write: int = write) -> None:
+            with results.Run(tmp_path, CONFIG) as run:
+                os.write(write, b"begun\n")
+                for number in range(100_000):
+                    if number not in run.done("interpolation", "m"):
+                        run.add("interpolation", "m", number, truth(number))
+                        os.write(write, b"%d\n" % number)
+
+        process = FORK.Process(target=work)
+        process.start()
+        os.close(write)
+        said = os.read(read, 6) if attempt % 2 else b""  # every other time, maybe while it opens
+        time.sleep(draw.random() * 0.1)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with open(read, "rb") as stream:
+            said += stream.read()
+        numbers = {int(line) for line in said.split(b"\n")[:-1] if line != b"begun"}
+        in_flight += bool(numbers)
+        acknowledged |= numbers
+        if (tmp_path / "rows.sqlite").exists():
+            rows = results.load(tmp_path)
+            there = set(rows["draws"].tolist())
+            assert acknowledged <= there and there == set(range(len(there)))
+            same(rows, [one for number in sorted(there) for one in truth(number)])
+    assert in_flight >= 10
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == len(there)
+        run.add("layers", "m", 0, [row(study="layers")])
+    assert len(results.load(tmp_path)) == len(rows) + 1
+
+
+class Mortal(sqlite3.Connection):
+    """A connection whose process dies before a statement."""
+
+    left = 0
+
+    @classmethod
+    def step(cls) -> None:
+        if cls.left == 0:
+            os._exit(9)
+        cls.left -= 1
+
+    def execute(self, *arguments: Any) -> Any:
+        self.step()
+        return super().execute(*arguments)
+
+    def executemany(self, *arguments: Any) -> Any:
+        self.step()
+        return super().executemany(*arguments)
+
+
+def die_after(steps: int, work: Callable[[], object]) -> bool:
+    """Does this in a process that dies after so many statements, removed and replaced files.
+
+    Returns whether it died.
+    """
+    connect, unlink, replace = sqlite3.connect, os.unlink, os.replace
+
+    def counted(action: Callable[..., object]) -> Callable[..., object]:
+        def counting(*arguments: Any, **more: Any) -> object:
+            Mortal.step()
+            return action(*arguments, **more)
+
+        return counting
+
+    def dying() -> None:
+        Mortal.left = steps
+        sqlite3.connect = lambda *a, **k: connect(*a, factory=Mortal, **k)  # type: ignore[assignment]
+        os.unlink, os.replace = counted(unlink), counted(replace)  # type: ignore[assignment]
+        work()
+        os._exit(0)
+
+    status = child(dying)
+    assert status in (0, 9)
+    return status == 9
+
+
+def test_killed_between_any_two_steps_of_beginning(tmp_path: Path) -> None:
+    def work() -> None:
+        results.Run(out, CONFIG).add("interpolation", "m", 0, truth(3))
+
+    counts = []
+    for steps in range(1000):
+        out = tmp_path / str(steps)
+        died = die_after(steps, work)
+        if (out / "rows.sqlite").exists():
+            counts.append(len(results.load(out)))
+        if not died:
+            break
+        with results.Run(out, CONFIG) as run:
+            assert run.resumed in (0, 1) and run.config == CONFIG
+            if not run.resumed:
+                run.add("interpolation", "m", 0, truth(3))
+            same(run.rows(), truth(3))
+    assert steps > 20 and set(counts) == {0, 4}  # all four rows, or none
+
+
+def test_killed_between_any_two_steps_of_replacing(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    leave(old, range(3))  # with a log beside it
+    with results.Run(old, CONFIG) as run:
+        run.figure("interpolation").write_bytes(b"old")
+        (old / "figures" / "mine.png").write_bytes(b"mine")
+    leave(old, [])
+    new = {**CONFIG, "seed": 1}
+    states = set()
+    for steps in range(1000):
+        out = tmp_path / str(steps)
+        shutil.copytree(old, out)
+
+        def work(out: Path = out) -> None:
+            results.Run(out, new, overwrite=True)
+
+        died = die_after(steps, work)
+        # It is the old run, or none, or the new one; never a part of one.
+        there = results.recorded(out)
+        states.add(None if there is None else there.get("seed", 0))
+        rows = results.load(out)
+        same(rows, [one for n in range(3) for one in truth(n)] if there == CONFIG else [])
+        with results.Run(out, new, overwrite=there == CONFIG) as run:
+            assert run.resumed == 0 and run.config == new
+        assert (out / "figures" / "mine.png").read_bytes() == b"mine"
+        assert not (out / "figures" / "interpolation.png").exists()
+        if not died:
+            break
+    assert states == {0, None, 1}
+
+
+def no_tables(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("CREATE TABLE one (a)")
+        base.execute("DROP TABLE one")
+    assert file.stat().st_size > 0
+
+
+@pytest.mark.parametrize("make", [Path.touch, no_tables])
+def test_a_database_with_nothing_in_it_is_no_run(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "rows.sqlite")
+    results.check(tmp_path)
+    assert results.recorded(tmp_path) is None and results.load(tmp_path).empty
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == 0
+        run.add("interpolation", "m", 0, [row()])
+    same(results.load(tmp_path), [row()])
+
+
+def test_rows_of_a_run_whose_database_was_emptied_are_kept(tmp_path: Path) -> None:
+    with results.Run(tmp_path, CONFIG) as run:
+        run.add("interpolation", "m", 0, [row()])
+    (tmp_path / "rows.sqlite").write_bytes(b"")
+    before = files(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"holds rows.csv, config.json but no rows.sqlite with a run"):
+            results.Run(tmp_path, CONFIG, overwrite=overwrite)
+    assert files(tmp_path) == before
 
 
 def test_a_run_that_fails_keeps_its_rows(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), results.Run(tmp_path / "run", {}) as run:
-        run.add(row(0.5))
+    with pytest.raises(KeyboardInterrupt), results.Run(tmp_path, {}) as run:
+        run.add("interpolation", "m", 0, [row()])
         raise KeyboardInterrupt
-    assert len(results.load(tmp_path / "run")) == len(read_csv(tmp_path / "run")) == 1
+    same(results.load(tmp_path), [row()])
+    assert len(read_csv(tmp_path / "rows.csv")) == 1
 
 
-def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
-    code = f"""
-import os
-from rft_fast import results
-run = results.Run({str(tmp_path / "run")!r}, {{}})
-for alpha in range(5):
-    run.add({{"study": "s", "alpha": alpha}})
-os._exit(9)  # no cleanup, as after kill -9
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
-    assert results.load(tmp_path / "run")["alpha"].tolist() == [0, 1, 2, 3, 4]
+# --- going on, or not ---------------------------------------------------------------------------------
 
 
-def test_rows_of_another_run_are_replaced_only_on_purpose(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_same_configuration(tmp_path: Path) -> None:
+    first = [row(dataset="d", seconds=1.0), row(dataset="e", seconds=None)]
+    with results.Run(tmp_path, {**CONFIG, "date": "then"}) as run:
+        run.add("interpolation", "m", 4, first)
+    (tmp_path / "config.json").unlink()
+    with results.Run(tmp_path, {**CONFIG, "date": "now"}) as run:
+        assert run.resumed == 1 and run.config["date"] == "then"
+        assert run.done("interpolation", "m") == {4}
+        again = run.measurement("interpolation", "m", 4)
+        assert list(again[0]) == list(COLUMNS)
+        assert without_missing(again) == without_missing(first)
+        run.add("interpolation", "m", 0, [row()])
+    assert json.loads((tmp_path / "config.json").read_text())["date"] == "then"
+    same(results.load(tmp_path), [row(), *first])
+
+
+ASKED: dict[str, Any] = {
+    "command": "python -m rft_fast.sweep --xi 0.02", "date": "2026-01-02", "platform": "Linux", "threads": 2,
+    "zoo": "digits", "arch": None, "alphas": [0.0, 0.5, 1.0], "xi": 0.02, "seed": 0, "everything": True,
+    "zeroshot": {"path": "/a/z.pt", "format": None, "sha256": "0"},
+    "finetuned": {"m": {"path": "/a/m.pt", "sha256": "1"}, "a": {"path": "/a/a.pt", "sha256": "2"}},
+    "head": {"templates": ["a {}."], "given": None},
+    "data": {"near": {"path": "/d", "ood": False, "samples": 10, "sha256 of labels": "3"}},
+    "batch_size": 32, "impl": "cpp", "device": "cpu", "device_name": "",
+    "versions": {"rft_fast": __version__, "python": "3.11.7", "torch": "2.9"},
+}  # fmt: skip
+
+
+def changed(key: str, value: object, config: Mapping[str, Any] = ASKED) -> dict[str, Any]:
+    """The configuration with another value at a dotted key; None: without it."""
+    copy: dict[str, Any] = json.loads(json.dumps(config))
+    *outer, last = key.split(".")
+    table = copy
+    for name in outer:
+        table = table[name]
+    if value is None:
+        del table[last]
+    else:
+        table[last] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "there", "now"),
+    [
+        ("zoo", "fasttext", "digits", "fasttext"),
+        ("arch", "ViT-B-32", "None", "ViT-B-32"),
+        ("alphas", [0.0, 1.0], r"\[0.0, 0.5, 1.0\]", r"\[0.0, 1.0\]"),
+        ("xi", 0.03, "0.02", "0.03"),
+        ("seed", 1, "0", "1"),
+        ("everything", False, "True", "False"),
+        ("zeroshot.sha256", "9", "0", "9"),
+        ("finetuned.a.sha256", "9", "2", "9"),
+        ("finetuned.new", {"sha256": "4"}, "nothing", "4"),
+        ("finetuned.a", None, "2", "nothing"),
+        ("head.templates", ["b {}."], r"\['a {}.'\]", r"\['b {}.'\]"),
+        ("data.near.samples", 11, "10", "11"),
+        ("data.near.ood", True, "False", "True"),
+        ("batch_size", 64, "32", "64"),
+        ("impl", "triton", "cpp", "triton"),
+        ("device_name", "H100", "", "H100"),
+        ("versions.torch", "2.10", "2.9", "2.10"),
+        ("versions.rft_fast", "0.0.1", re.escape(__version__), "0.0.1"),
+        ("xi", None, "0.02", "nothing"),
+        ("more", 1, "nothing", "1"),
+    ],
+)
+def test_another_configuration_is_refused(
+    tmp_path: Path, key: str, value: object, there: str, now: str
+) -> None:
+    with results.Run(tmp_path, ASKED) as run:
+        run.add("interpolation", "m", 0, [row()])
+    before = files(tmp_path)
+    other = changed(key, value)
+    name = {"finetuned.new": "finetuned.new.sha256", "finetuned.a": "finetuned.a.sha256"}.get(key, key)
+    message = rf"asked for something else \({re.escape(name)} {there} there, {now} now\).*--overwrite"
+    with pytest.raises(ValueError, match=message):
+        results.Run(tmp_path, other)
+    if value is not None:  # what is not asked is not compared: it is not known yet
+        with pytest.raises(ValueError, match=message):
+            results.check(tmp_path, config=other)
+        with pytest.raises(ValueError, match=message):
+            results.check(tmp_path, config={key.split(".")[0]: other[key.split(".")[0]]})
+    assert files(tmp_path) == before
+    results.check(tmp_path, overwrite=True, config=other)
+    assert files(tmp_path) == before
+
+
+def test_what_the_numbers_do_not_depend_on_is_not_compared(tmp_path: Path) -> None:
+    with results.Run(tmp_path, ASKED) as run:
+        run.add("interpolation", "m", 0, [row()])
+    other = ASKED
+    for key in ("command", "date", "platform", "threads", "versions.python", "zeroshot.path",
+                "finetuned.m.path", "data.near.path"):  # fmt: skip
+        other = changed(key, "another", other)
+    other["finetuned"] = dict(reversed(other["finetuned"].items()))
+    assert results.differences(ASKED, other) == []
+    results.check(tmp_path, config=other)
+    results.check(tmp_path, config={"xi": 0.02})
+    results.check(tmp_path, config={})
+    with results.Run(tmp_path, other) as run:
+        assert run.resumed == 1 and run.config == ASKED
+    assert results.recorded(tmp_path) == ASKED
+    assert results.differences({"path": {"a": 1}, "a": (1, 2)}, {"path": 3, "a": [1, 2]}) == []
+    # Only Python's version is left out, of whatever else is called so.
+    assert results.differences({"python": "3.10"}, {"python": "3.11"}) == ["python 3.10 there, 3.11 now"]
+
+
+def test_a_run_is_replaced_only_on_purpose(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with results.Run(out, {"run": 1}) as run:
-        run.add(row(0.1))
-        run.figure("interpolation").write_bytes(b"old")
-    (out / "figures" / "mine.png").write_bytes(b"mine")
-    (out / "notes.txt").write_text("mine")
-    (out / "report.html").write_text("of the old rows")
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    for refuse in (lambda: results.check(out), lambda: results.Run(out, {"run": 2})):
-        with pytest.raises(ValueError, match="already holds 1 rows"):
-            refuse()
+    with results.Run(out, {"seed": 1}) as run:
+        run.add("interpolation", "m", 0, [row(seed=1)])
+        run.scores("zeroshot")["d", 0.0] = some_scores(1)
+    ours = ["figures/interpolation.png", "figures/correlation.png", "correlation.csv", "cost.csv", "run.log",
+            "report.html", "comparison.html"]  # fmt: skip
+    theirs = ["figures/mine.png", "notes.txt", "rows.csv.bak", "rows.sqlite.bak", "rows.recovered.sqlite"]
+    for name in [*ours, *theirs]:
+        (out / name).write_bytes(name.encode())
+    before = files(out)
+    with pytest.raises(ValueError, match="seed 1 there, 2 now"):
+        results.Run(out, {"seed": 2})
     results.check(out, overwrite=True)
-    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
-
-    with results.Run(out, {"run": 2}, overwrite=True) as run:
-        assert not run.figure("interpolation").exists() and not (out / "rows.csv").exists()
-        assert not (out / "report.html").exists()
-        run.add(row(0.2))
-    assert results.load(out)["alpha"].tolist() == [0.2]
-    assert read_csv(out)["alpha"].tolist() == [0.2]
-    assert json.loads((out / "config.json").read_text()) == {"run": 2}
-    assert (out / "notes.txt").read_text() == "mine"
-    assert (out / "figures" / "mine.png").read_bytes() == b"mine"
-
-
-def test_a_run_without_rows_may_begin_again(tmp_path: Path) -> None:
-    results.Run(tmp_path / "run", {}).close()
-    with results.Run(tmp_path / "run", {}) as run:
-        run.add(row(0.5))
-    assert len(results.load(tmp_path / "run")) == 1
+    assert files(out) == before
+    with results.Run(out, {"seed": 2}, overwrite=True) as run:
+        assert run.resumed == 0 and run.rows().empty and not run.scores("zeroshot")
+        assert files(out).keys() & {*ours, "rows.csv"} == set()
+        run.add("interpolation", "m", 0, [row(seed=2)])
+    same(results.load(out), [row(seed=2)])
+    assert json.loads((out / "config.json").read_text()) == {"seed": 2}
+    assert {name: files(out)[name] for name in theirs} == {name: name.encode() for name in theirs}
 
 
 @pytest.mark.parametrize("name", ["config.json", "rows.csv", "figures"])
@@ -139,27 +674,107 @@ def test_files_of_others_under_our_names_are_left_alone(tmp_path: Path, name: st
     (tmp_path / name).write_text("theirs")
     with pytest.raises(ValueError, match=f"holds {name} but no rows.sqlite"):
         results.Run(tmp_path, {}, overwrite=overwrite)
-    assert [file.name for file in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == "theirs"
+    assert files(tmp_path) == {name: b"theirs"}
 
 
 def test_other_files_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("theirs")
     with results.Run(tmp_path, {}) as run:
-        run.add(row(0.5))
+        run.add("interpolation", "m", 0, [row()])
     assert (tmp_path / "README.md").read_text() == "theirs"
 
 
-@pytest.mark.parametrize("content", [b"no database at all, but long enough to be one" * 30, b""])
-def test_a_file_that_is_no_table_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "rows.sqlite").write_bytes(content)
-    for refuse in (
+def text(file: Path) -> None:
+    file.write_bytes(b"no database at all, but long enough to be one" * 100)
+
+
+def short_text(file: Path) -> None:
+    file.write_bytes(b"hello")
+
+
+def browser(file: Path) -> None:
+    with closing(sqlite3.connect(file, isolation_level=None)) as base:
+        base.execute("CREATE TABLE bookmarks (url)")
+        base.execute("INSERT INTO bookmarks VALUES ('https://example.org')")
+        base.execute("CREATE TABLE rows (a, b)")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(text, "not a readable table of rows: .*; nothing of it could be read"),
+     (short_text, "not a readable table of rows: .*; nothing of it could be read"),
+     (browser, "a database of another program")],
+)  # fmt: skip
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_database_of_others_is_refused_and_kept(
+    tmp_path: Path, make: Callable[[Path], None], message: str, with_config: bool
+) -> None:
+    make(tmp_path / "rows.sqlite")
+    if with_config:
+        (tmp_path / "config.json").write_text("{}")
+    before = files(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=message):
+            results.Run(tmp_path, {}, overwrite=overwrite)
+    for refused in (results.load, results.recorded):
+        with pytest.raises(ValueError, match=message.partition(";")[0]):
+            refused(tmp_path)
+    with pytest.raises(ValueError, match=message.partition(";")[0]):
+        results.check(tmp_path, overwrite=True)
+    assert "nothing of it could be read" in results.recover(tmp_path)
+    assert files(tmp_path) == before
+
+
+def old_run(folder: Path) -> None:
+    """As version 0.1.0 left it."""
+    with closing(sqlite3.connect(folder / "rows.sqlite", isolation_level=None)) as base:
+        base.execute("CREATE TABLE rows (study TEXT, model TEXT, dataset TEXT, alpha REAL, loss REAL)")
+        base.execute("INSERT INTO rows VALUES ('interpolation', 'm', 'd', 0.5, 1.0)")
+    for name in ("config.json", "rows.csv"):
+        (folder / name).write_text("{}")
+
+
+def newer_format(folder: Path) -> None:
+    results.Run(folder, CONFIG).close()
+    with closing(sqlite3.connect(folder / "rows.sqlite", isolation_level=None)) as base:
+        base.execute("ALTER TABLE run RENAME TO runs")
+        base.execute(f"PRAGMA user_version = {database.FORMAT + 1}")
+
+
+def newer_version(folder: Path) -> None:
+    database.create(folder / "rows.sqlite", {"versions": {"rft_fast": "99.1"}})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(old_run, "could not go on with runs; replace it .--overwrite."),
+     (newer_format, "made by rft_fast of a later version.*upgrade"),
+     (newer_version, r"made by rft_fast 99\.1, this is .*upgrade")],
+)  # fmt: skip
+def test_runs_of_other_versions(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    make(tmp_path)
+    before = files(tmp_path)
+    for refused in (
+        lambda: results.Run(tmp_path, CONFIG),
+        lambda: results.check(tmp_path, config=CONFIG),
         lambda: results.load(tmp_path),
-        lambda: results.Run(tmp_path, {}, overwrite=True),
+        lambda: results.recorded(tmp_path),
     ):
-        with pytest.raises(ValueError, match="not a readable table of rows"):
-            refuse()
-    assert (tmp_path / "rows.sqlite").read_bytes() == content
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert files(tmp_path) == before
+    with results.Run(tmp_path, CONFIG, overwrite=True) as run:
+        run.add("interpolation", "m", 0, [row()])
+    same(results.load(tmp_path), [row()])
+
+
+def test_a_request_that_is_no_json_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="JSON"):
+        results.Run(tmp_path / "run", {"path": tmp_path})
+    assert not (tmp_path / "run").exists()
+
+
+# --- places -------------------------------------------------------------------------------------------
 
 
 def test_places_that_cannot_be_written_to_are_refused(
@@ -179,33 +794,629 @@ def test_places_that_cannot_be_written_to_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
 
 
-def test_nothing_is_made_before_the_request_is_known_to_be_json(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="JSON"):
-        results.Run(tmp_path / "run", {"path": tmp_path})
-    assert not (tmp_path / "run").exists()
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users can enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
-def test_unknown_columns_are_refused(tmp_path: Path) -> None:
-    with results.Run(tmp_path / "run", {}) as run:
-        with pytest.raises(ValueError, match=r"got \['accurcy'\]"):
-            run.add({"accurcy": 0.5})
-        assert run.rows().empty
+def finished(out: Path) -> None:
+    with results.Run(out, CONFIG) as run:
+        for number in range(5):
+            run.add("interpolation", "m", number, truth(number))
 
 
-def test_a_full_disk_is_told_and_the_rows_before_are_kept(tmp_path: Path) -> None:
-    with results.Run(tmp_path / "run", {}) as run:
-        run.add(row(0.1))
-        database = run._database
-        pages = database.execute("PRAGMA page_count").fetchone()[0]
-        database.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own full disk
-        with pytest.raises(OSError, match="full"):
-            for _ in range(1000):
-                run.add(row(0.2))
-    loaded = results.load(tmp_path / "run")
-    assert loaded["alpha"].tolist()[:1] == [0.1] and len(loaded) == len(read_csv(tmp_path / "run"))
+def killed(out: Path) -> None:
+    leave(out, range(5))
+    assert (out / "rows.sqlite-wal").exists()
 
 
-def test_loading_from_nowhere_is_refused_and_makes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a run's directory"):
-        results.load(tmp_path)
-    assert not list(tmp_path.iterdir())
+def killed_and_copied(out: Path) -> None:
+    killed(out)
+    (out / "rows.sqlite-shm").unlink()
+
+
+def killed_in_a_commit(out: Path) -> None:
+    """What was written of one that did not come to its end is to be taken back."""
+
+    def work() -> None:
+        database.on_network = lambda *_: True  # by a rollback journal
+        run = results.Run(out, CONFIG)
+        for number in range(5):
+            run.add("interpolation", "m", number, truth(number))
+        run._database.execute("PRAGMA cache_size = 1")
+        run._database.execute("BEGIN")
+        run._database.execute("UPDATE rows SET loss = 7, dataset = zeroblob(3000)")
+        os._exit(9)
+
+    assert child(work) == 9
+    assert (out / "rows.sqlite-journal").stat().st_size > 512
+
+
+@pytest.mark.parametrize("make", [finished, killed, killed_and_copied, killed_in_a_commit])
+def test_who_may_not_write_can_read(shared: Path, make: Callable[[Path], None]) -> None:
+    out = shared / "run"
+    make(out)
+    for file in out.rglob("*"):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    out.chmod(0o555)
+    before = files(out)
+    assert b"\x00" * 3000 in before["rows.sqlite"] or make is not killed_in_a_commit
+
+    def work() -> None:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        with pytest.raises(PermissionError):
+            (out / "new").touch()
+        same(results.load(out), [one for number in range(5) for one in truth(number)])
+        assert results.recorded(out) == CONFIG
+        with pytest.raises(PermissionError, match="not writable"):
+            results.Run(out, CONFIG)
+        with pytest.raises(OSError, match="Permission denied"):
+            results.recover(out)
+
+    try:
+        assert child(work) == 0
+        assert files(out) == before
+    finally:
+        out.chmod(0o755)
+
+
+def test_a_commit_that_was_not_finished_is_taken_back(tmp_path: Path) -> None:
+    killed_in_a_commit(tmp_path)
+    same(results.load(tmp_path), [one for number in range(5) for one in truth(number)])
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == 5
+
+
+def test_a_full_disk_is_told_and_what_was_measured_before_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot use .*rows.sqlite any more: .*full; what was measured before"):
+        with results.Run(tmp_path, CONFIG) as run:
+            run.add("interpolation", "m", 0, truth(0))
+            pages = run._database.execute("PRAGMA page_count").fetchone()[0]
+            run._database.execute(f"PRAGMA max_page_count = {pages + 4}")  # SQLite's own full disk
+            for number in range(1, 1000):
+                run.add("interpolation", "m", number, truth(number))
+    loaded = results.load(tmp_path)
+    assert number > 1 and set(loaded["draws"]) == set(range(number))
+    same(loaded, [one for before in range(number) for one in truth(before)])
+    assert len(read_csv(tmp_path / "rows.csv")) == len(loaded)
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == number
+        run.add("interpolation", "m", number, truth(number))
+
+
+def removed(out: Path) -> None:
+    shutil.rmtree(out)
+
+
+def renamed(out: Path) -> None:
+    out.rename(out.with_name(f"{out.name}, elsewhere"))
+
+
+def exchanged(out: Path) -> None:
+    renamed(out)
+    finished(out)
+
+
+def replaced(out: Path) -> None:
+    shutil.copyfile(out / "rows.sqlite", out / "copy")
+    (out / "copy").rename(out / "rows.sqlite")
+
+
+def without_log(out: Path) -> None:
+    (out / "rows.sqlite-wal").unlink()
+
+
+@pytest.mark.parametrize("happens", [removed, renamed, exchanged, replaced, without_log])
+def test_a_place_that_is_lost_in_mid_run(tmp_path: Path, happens: Callable[[Path], None]) -> None:
+    out = tmp_path / "run"
+    lost = "rows.sqlite was moved, removed or replaced while the run was writing to it"
+    with pytest.raises(OSError, match=lost), results.Run(out, CONFIG) as run:
+        run.add("interpolation", "m", 0, truth(0))
+        happens(out)
+        before = files(out)
+        with pytest.raises(OSError, match=lost):
+            run.scores("z")["d", 0.0] = some_scores(0)
+        run.add("interpolation", "m", 1, truth(1))
+    # What is at the place now is not ours, or has lost something; nothing is written there.
+    assert files(out).items() <= before.items()
+    if happens in (renamed, exchanged):
+        same(results.load(tmp_path / "run, elsewhere"), truth(0))
+    # Where nothing was added afterwards, it is told in the end.
+    again = tmp_path / "again"
+    with pytest.raises(OSError, match=lost), results.Run(again, CONFIG):
+        happens(again)
+    assert "rows.csv" not in files(again) or happens is exchanged
+    if again.exists():
+        shutil.rmtree(again)
+    with results.Run(again, CONFIG) as run:
+        assert run.resumed == 0
+
+
+def test_the_error_in_the_statement_is_told_not_a_later_one(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyError, match="the first"), results.Run(out, CONFIG):
+        shutil.rmtree(out)
+        raise KeyError("the first")
+
+
+# --- network file systems -----------------------------------------------------------------------------
+
+MOUNTS = """\
+/dev/vda / ext4 rw,relatime 0 0
+proc /proc proc rw 0 0
+home:/export /home nfs4 rw 0 0
+/dev/sdb /home/me/local xfs rw 0 0
+//box/share /mnt/with\\040space cifs rw 0 0
+auto.data /data autofs rw 0 0
+fs /data/deep lustre rw 0 0
+me@there: /ssh fuse.sshfs rw 0 0
+/dev/sdc /stick fuseblk rw 0 0
+old:/a /again nfs rw 0 0
+/dev/sdd /again ext4 rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "network"),
+    [("/rows.sqlite", False), ("/home/me/rows.sqlite", True), ("/home/me/local/run/rows.sqlite", False),
+     ("/homes/rows.sqlite", False), ("/mnt/with space/rows.sqlite", True), ("/data/rows.sqlite", False),
+     ("/data/deep/rows.sqlite", True), ("/ssh/rows.sqlite", True), ("/stick/rows.sqlite", False),
+     ("/again/rows.sqlite", False)],
+)  # fmt: skip
+def test_network_file_systems_are_known(tmp_path: Path, place: str, network: bool) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_bytes(MOUNTS.encode() + b"/dev/x /\xff ext4 rw 0 0\n")
+    assert database.on_network(Path(place), mounts) is network
+
+
+def test_where_the_system_does_not_tell(tmp_path: Path) -> None:
+    assert database.on_network(tmp_path / "rows.sqlite", tmp_path / "none") is False
+    link = tmp_path / "link"
+    link.symlink_to("/home")
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert database.on_network(link / "rows.sqlite", tmp_path / "mounts") is True
+
+
+def test_on_a_network_there_is_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(tmp_path)
+    monkeypatch.setattr(database, "on_network", lambda file: True)
+    with results.Run(tmp_path, CONFIG) as run:
+        assert run.resumed == 5
+        run.add("interpolation", "m", 5, truth(5))
+        assert not list(tmp_path.glob("rows.sqlite-*"))
+    same(results.load(tmp_path), [one for number in range(6) for one in truth(number)])
+
+
+def test_one_file_is_left_unless_somebody_reads(tmp_path: Path) -> None:
+    with results.Run(tmp_path, CONFIG) as run:
+        run.add("interpolation", "m", 0, truth(0))
+        assert (tmp_path / "rows.sqlite-wal").stat().st_size > 0
+    assert [file.name for file in tmp_path.glob("rows.sqlite*")] == ["rows.sqlite"]
+    with results.Run(tmp_path, CONFIG) as run, database.reading(tmp_path / "rows.sqlite") as reader:
+        run.add("interpolation", "m", 1, truth(1))
+        start = time.monotonic()
+        run.close()
+        assert time.monotonic() - start < 10  # it does not wait for them
+        assert reader.execute("SELECT count(*) FROM measurements").fetchone()[0] == 1  # as they found it
+        run._close, run.close = None, lambda: None  # type: ignore[assignment, method-assign]
+    same(results.load(tmp_path), [*truth(0), *truth(1)])
+
+
+# --- scores -------------------------------------------------------------------------------------------
+
+
+def some_scores(seed: int, count: int = 1000) -> Scores:
+    bits = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)  # NaNs of all kinds
+    losses = torch.from_numpy(bits.view(np.float32).copy())
+    losses[:4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0])[:count]
+    return Scores(losses, torch.from_numpy(bits % 3 == 0))
+
+
+def bits(scores: Scores) -> tuple[bytes, list[bool], torch.dtype, torch.dtype]:
+    return scores.losses.numpy().tobytes(), scores.correct.tolist(), scores.losses.dtype, scores.correct.dtype
+
+
+def test_scores_come_back_bit_for_bit(tmp_path: Path) -> None:
+    keys = [("a", 0.0), ("b", 1 / 3), ("ü", 1.0), ("empty", 0.0)]
+    kept = {key: some_scores(seed, 0 if key[0] == "empty" else 1000) for seed, key in enumerate(keys)}
+    with results.Run(tmp_path, CONFIG) as run:
+        scores, others = run.scores("zeroshot"), run.scores("interpolated")
+        assert not scores and len(others) == 0 and ("a", 0.0) not in scores
+        with pytest.raises(KeyError, match=r"'a', 0\.0"):
+            scores["a", 0.0]
+        for key, value in kept.items():
+            scores[key] = value
+        others["a", 0.0] = some_scores(77)
+        with pytest.raises(TypeError, match="are kept"):
+            del scores["a", 0.0]
+    for again in range(2):
+        with results.Run(tmp_path, CONFIG) as run:
+            scores, others = run.scores("zeroshot"), run.scores("interpolated")
+            assert list(scores) == keys and len(scores) == 4 and ("a", 0.0) in scores
+            assert ("a", 0.5) not in scores and list(others) == [("a", 0.0)]
+            assert {key: bits(value) for key, value in scores.items()} == {
+                key: bits(value) for key, value in kept.items()
+            }
+            assert bits(others["a", 0.0]) == bits(some_scores(77))
+            scores["b", 1 / 3].losses.zero_()  # what is given out is a copy
+            if not again:
+                keys.append(keys.pop(0))  # it counts as the last
+                kept["a", 0.0] = scores["a", 0.0] = some_scores(100, 7)
+    assert results.load(tmp_path).empty
+
+
+def test_scores_outlive_the_process(tmp_path: Path) -> None:
+    def work() -> None:
+        results.Run(tmp_path, CONFIG).scores("z")["a", 0.0] = some_scores(3)
+        os._exit(9)
+
+    assert child(work) == 9
+    with results.Run(tmp_path, CONFIG) as run:
+        assert bits(run.scores("z")["a", 0.0]) == bits(some_scores(3))
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit:
+        command.main([str(argument) for argument in arguments])
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, table, parquet = tmp_path / "run", tmp_path / "x.csv", tmp_path / "x.parquet"
+    rows = [
+        row("m"),
+        row("m", loss=math.nan, seed=2**62 + 1, ood=None, layer='a "b"\n'),
+        row("a", rise=math.inf),
+    ]
+    with results.Run(out, {**CONFIG, "command": "python -m rft_fast.sweep", "date": "today"}) as run:
+        run.add("interpolation", "a", 0, rows[2:])
+        run.add("interpolation", "m", 0, rows[:2])
+        assert command.main([str(out), "--csv", str(table), "--parquet", str(parquet)]) == 0
+    said = capsys.readouterr().out
+    assert "python -m rft_fast.sweep\nbegun today, 3 rows\n  interpolation: 3 rows of 2 models\n" in said
+    assert f"3 rows in {table}" in said and f"3 rows in {parquet}" in said
+    assert table.read_bytes() == (out / "rows.csv").read_bytes()
+    assert [repr(one) for one in read_csv(table)] == [
+        repr({name: one.get(name) for name in COLUMNS}) for one in rows
+    ]
+    read = pd.read_parquet(parquet, dtype_backend="numpy_nullable")
+    assert list(read) == list(COLUMNS)
+    kinds = {"string": "string", "float64": "Float64", "Int64": "Int64", "boolean": "boolean"}
+    types = {name: str(kind).partition("[")[0] for name, kind in read.dtypes.items()}
+    assert types == {name: kinds[kind] for name, kind in COLUMNS.items()}
+    # pandas makes no difference between a number that is missing and one that is NaN.
+    same(read.astype(COLUMNS), rows)
+    assert read["seed"].tolist()[1] == 2**62 + 1 and read["rise"].tolist()[2] == math.inf
+
+
+def test_what_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path / "run")
+    file = tmp_path / "mine.csv"
+    file.write_text("mine")
+    for option in ("--csv", "--parquet"):
+        assert f"{file} exists; give another name, or --overwrite" in refused(
+            capsys, tmp_path / "run", option, file
+        )
+        assert "is a folder" in refused(capsys, tmp_path / "run", option, tmp_path)
+        assert "its folder does not exist" in refused(capsys, tmp_path / "run", option, tmp_path / "no" / "x")
+    # One of two is wrong: none is written.
+    refused(capsys, tmp_path / "run", "--csv", tmp_path / "new.csv", "--parquet", file)
+    assert file.read_text() == "mine" and not (tmp_path / "new.csv").exists()
+    assert command.main([str(tmp_path / "run"), "--csv", str(file), "--overwrite"]) == 0
+    assert file.read_bytes() == (tmp_path / "run" / "rows.csv").read_bytes()
+
+
+def test_parquet_needs_pyarrow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(tmp_path / "run")
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    message = refused(
+        capsys, tmp_path / "run", "--csv", tmp_path / "x.csv", "--parquet", tmp_path / "x.parquet"
+    )
+    assert 'pip install "rft-fast[huggingface]"' in message
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        [tmp_path],
+        [tmp_path, "--recover"],
+        [tmp_path / "none"],
+        [tmp_path / "none", "--recover"],
+    ):
+        assert "expected a run's directory" in refused(capsys, *arguments)
+    text(tmp_path / "rows.sqlite")
+    assert "not a readable table of rows" in refused(capsys, tmp_path)
+    with results.Run(tmp_path / "new", CONFIG):
+        assert command.main([str(tmp_path / "new")]) == 0
+        assert "an unknown command\nbegun at an unknown time, 0 rows\n" in capsys.readouterr().out
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+PAGE = 4096
+BIG = {"finetuned": {f"model-{i}": {"sha256": f"{i}"} for i in range(30)}, "note": "configuration " * 40}
+MEASURED = {("interpolation", model, number): number for model in BIG["finetuned"] for number in range(100)}
+
+
+def big_rows(model: str, number: int) -> list[dict[str, object]]:
+    return [{**one, "model": model, "gain": one["loss"]} for one in truth(number)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3,000 measurements with scores among them; ``killed`` is left by a killed process, most in its log."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def work(out: Path, leave: bool) -> None:
+        run = results.Run(out, BIG)
+        run._database.execute("PRAGMA synchronous = OFF")
+        for count, (study, model, number) in enumerate(MEASURED):
+            run.add(study, model, number, big_rows(model, number))
+            if count % 600 == 0:
+                run.scores("zeroshot")[f"d{count}", 0.0] = some_scores(count, 3000)
+            if count == 1500:
+                run._database.execute("PRAGMA wal_checkpoint")
+                run._database.execute(f"PRAGMA wal_autocheckpoint = {0 if leave else 1000}")
+        if leave:
+            os._exit(9)
+        run.close()
+
+    assert child(lambda: work(folder / "closed", False)) == 0
+    assert child(lambda: work(folder / "killed", True)) == 9
+    for name in ("closed", "killed"):
+        (folder / name / "rows.sqlite-shm").unlink(missing_ok=True)
+    assert (folder / "killed" / "rows.sqlite-wal").stat().st_size > 1_000_000
+    return folder
+
+
+def damage(content: bytearray, kind: str, draw: random.Random) -> bool:
+    """Damages a file in place. Returns whether a leaf of a tree was hit, and nothing else."""
+    if kind == "cut short":
+        del content[draw.randrange(PAGE, len(content)) :]
+        return False
+    page = draw.randrange(len(content) // PAGE)
+    at = slice(page * PAGE, (page + 1) * PAGE)
+    leaf = page > 0 and content[at.start] in (10, 13)
+    if kind == "zeros":
+        content[at] = bytes(PAGE)
+    elif kind == "random bytes":
+        content[at] = draw.randbytes(PAGE)
+    else:
+        for _ in range(1 if kind == "one bit" else 20):
+            content[draw.randrange(at.start, at.stop)] ^= 1 << draw.randrange(8)
+    return leaf
+
+
+def check_saved(file: Path) -> int:
+    """Everything in there is as it was written, and whole. Returns how many measurements."""
+    found = read_sqlite(file)
+    for (study, model, number), rows in found.items():
+        assert study == "interpolation" and model in BIG["finetuned"] and number in range(100)
+        expected = [{name: one.get(name) for name in COLUMNS} for one in big_rows(model, number)]
+        assert repr(rows) == repr([{**one, "ood": 1} for one in expected])
+    with closing(sqlite3.connect(file)) as base:
+        query = 'SELECT "of", dataset, alpha, losses, correct FROM scores'
+        for of, dataset, alpha, losses, correct in base.execute(query):
+            assert of == "zeroshot" and alpha == 0.0
+            kept = some_scores(int(dataset[1:]), 3000)
+            assert losses == kept.losses.numpy().tobytes() and list(correct) == kept.correct.tolist()
+    return len(found)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "random bytes", "one bit", "some bits", "cut short"])
+@pytest.mark.parametrize("base", ["closed", "killed", "killed, its log"])
+def test_damage(tmp_path: Path, whole: Path, base: str, kind: str) -> None:
+    everything = [one for _, model, number in MEASURED for one in big_rows(model, number)]
+    refusals = 0
+    for trial in range(4):
+        draw = random.Random(f"{base} {kind} {trial}")
+        out = tmp_path / str(trial)
+        shutil.copytree(whole / base.partition(",")[0], out)
+        hit = out / ("rows.sqlite-wal" if "log" in base else "rows.sqlite")
+        content = bytearray(hit.read_bytes())
+        leaf = damage(content, kind, draw)
+        hit.write_bytes(content)
+        before = files(out)
+        database_files = {name: value for name, value in before.items() if name.startswith("rows.sqlite")}
+        try:
+            loaded = results.load(out)
+        except ValueError:
+            pass
+        else:
+            # Of a log, SQLite reads what comes before the damage; that is a state that there was.
+            same(loaded, everything[: len(loaded)])
+            assert "log" in base or len(loaded) == len(everything)
+        assert files(out) == before
+        try:
+            with results.Run(out, BIG) as run:
+                same(run.rows(), everything[: len(run.rows())])
+                assert run.resumed == len(MEASURED) or ("log" in base and run.resumed >= 1500)
+            continue
+        except ValueError as error:
+            message = str(error)
+        refusals += 1
+        after = files(out)
+        assert {name: after[name] for name in database_files} == database_files
+        new = sorted(after.keys() - before.keys())
+        assert new in (["rows.recovered.sqlite"], []) and "not a readable table of rows" in message
+        saved = check_saved(out / new[0]) if new else 0
+        assert (
+            f"{saved} whole measurements were saved to {out / 'rows.recovered.sqlite'}" in message
+        ) or not new
+        assert not leaf or saved >= 0.9 * len(MEASURED)
+        # Again, to a file of another name.
+        said = results.recover(out)
+        assert {*files(out)} - {*after} == ({"rows.recovered-2.sqlite"} if new else set()), said
+        if not new:
+            assert "nothing of it could be read" in said
+            continue
+        # And the run goes on with it, although the log of the damaged file is still there.
+        (out / new[0]).rename(out / "rows.sqlite")
+        assert len(results.load(out)) == sum(len(truth(n)) for *_, n in read_sqlite(out / "rows.sqlite"))
+        with results.Run(out, BIG) as run:
+            assert run.resumed == saved
+            left = [key for key in MEASURED if key[2] not in run.done(*key[:2])]
+            run._database.execute("PRAGMA synchronous = OFF")
+            for study, model, number in left:
+                run.add(study, model, number, big_rows(model, number))
+        assert check_saved(out / "rows.sqlite") == len(MEASURED)
+        same(results.load(out), everything)
+    assert "log" in base or kind == "one bit" or refusals >= 2
+
+
+def pages_of(file: Path, name: str) -> list[int]:
+    """The leaves of a table or an index, which are all at the same depth."""
+    content = file.read_bytes()
+    with closing(sqlite3.connect(file)) as base:
+        (root,) = base.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+    pages = [root]
+    while content[(pages[0] - 1) * PAGE] in (2, 5):
+        below = []
+        for page in pages:
+            start = (page - 1) * PAGE
+            cells = int.from_bytes(content[start + 3 : start + 5], "big")
+            for cell in range(cells):
+                at = start + int.from_bytes(content[start + 12 + 2 * cell : start + 14 + 2 * cell], "big")
+                below.append(int.from_bytes(content[at : at + 4], "big"))
+            below.append(int.from_bytes(content[start + 8 : start + 12], "big"))
+        pages = below
+    return pages
+
+
+INDICES = ["rows_of_measurements", "sqlite_autoindex_measurements_1"]
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_a_damaged_index_costs_nothing(tmp_path: Path, whole: Path, index: str) -> None:
+    """SQLite would look for measurements there, and not find some, or others."""
+    pages = pages_of(whole / "closed" / "rows.sqlite", index)
+    assert len(pages) > 5
+    for kind in ("one cell less", "zeros", "another page"):
+        out = tmp_path / kind
+        shutil.copytree(whole / "closed", out)
+        content = bytearray((out / "rows.sqlite").read_bytes())
+        at, other = ((page - 1) * PAGE for page in pages[2:4])
+        if kind == "one cell less":
+            content[at + 4] -= 1
+        else:
+            content[at : at + PAGE] = bytes(PAGE) if kind == "zeros" else content[other : other + PAGE]
+        (out / "rows.sqlite").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{len(MEASURED)} whole measurements were saved"):
+            results.Run(out, BIG)
+        with pytest.raises(ValueError, match="not a readable table of rows"):
+            results.load(out)
+        assert check_saved(out / "rows.recovered.sqlite") == len(MEASURED)
+
+
+@pytest.mark.parametrize("table", ["measurements", "rows", "scores"])
+def test_a_page_that_is_another_one_is_noticed(tmp_path: Path, whole: Path, table: str) -> None:
+    """As a disk leaves it that wrote to the wrong place: in itself, it is in order."""
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "rows.sqlite"
+    content = bytearray(file.read_bytes())
+    pages = pages_of(file, table)
+    at, other = ((page - 1) * PAGE for page in (pages[0], pages[-1]))
+    assert at != other
+    content[at : at + PAGE] = content[other : other + PAGE]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="whole measurements were saved"):
+        results.Run(tmp_path, BIG)
+    saved = check_saved(tmp_path / "rows.recovered.sqlite")
+    assert saved >= 0.9 * len(MEASURED) and (saved < len(MEASURED) or table == "scores")
+
+
+@pytest.mark.parametrize("column", ["loss", "model", "config", "losses"])
+def test_a_changed_value_is_noticed(tmp_path: Path, column: str) -> None:
+    """In a database that is in order, as far as SQLite can tell."""
+    with results.Run(tmp_path, CONFIG) as run:
+        for number in range(5):
+            run.add("interpolation", "m", number, truth(number))
+        run.scores("z")["d", 0.0] = some_scores(0)
+    with closing(sqlite3.connect(tmp_path / "rows.sqlite", isolation_level=None)) as base:
+        base.execute(
+            {
+                "loss": "UPDATE rows SET loss = loss * 1.0000001 WHERE measurement = 3",
+                "model": "UPDATE measurements SET model = 'n' WHERE number = 2",
+                "config": "UPDATE run SET config = replace(config, '2.9', '2.8')",
+                "losses": "UPDATE scores SET losses = zeroblob(4000)",
+            }[column]
+        )
+        assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    kept = {"loss": 4, "model": 4}.get(column, 5)
+    with pytest.raises(ValueError, match=f"{kept} whole measurements were saved .*{5 - kept} known ones"):
+        results.Run(tmp_path, CONFIG)
+    if column != "losses":  # which load does not read
+        with pytest.raises(ValueError, match="is not what was written"):
+            results.load(tmp_path)
+    assert len(read_sqlite(tmp_path / "rows.recovered.sqlite")) == kept
+
+
+def test_a_damaged_configuration_is_taken_from_its_copy(tmp_path: Path, whole: Path) -> None:
+    file = tmp_path / "rows.sqlite"
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"configuration configuration")] ^= 1
+    file.write_bytes(content)
+    copy = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=f"{len(MEASURED)} whole measurements were saved"):
+        results.Run(tmp_path, BIG)
+    with closing(sqlite3.connect(tmp_path / "rows.recovered.sqlite")) as base:
+        assert json.loads(base.execute("SELECT config FROM run").fetchone()[0]) == BIG
+    (tmp_path / "config.json").write_text("[1")
+    assert "nothing of it could be read" in results.recover(tmp_path)
+    (tmp_path / "config.json").write_bytes(copy)
+    (tmp_path / "rows.recovered.sqlite").rename(file)
+    with results.Run(tmp_path, BIG) as run:
+        assert run.resumed == len(MEASURED)
+
+
+@pytest.mark.parametrize("size", [100, PAGE])
+def test_a_damaged_first_page_costs_nothing(tmp_path: Path, whole: Path, size: int) -> None:
+    """That which is written most often."""
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+    content = (tmp_path / "rows.sqlite").read_bytes()
+    (tmp_path / "rows.sqlite").write_bytes(bytes(size) + content[size:])
+    said = results.recover(tmp_path)
+    assert f"{len(MEASURED)} whole measurements were saved" in said
+    assert check_saved(tmp_path / "rows.recovered.sqlite") == len(MEASURED)
+
+
+def test_recovering_by_hand(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(whole / "killed", tmp_path, dirs_exist_ok=True)
+    before = files(tmp_path)
+    assert command.main([str(tmp_path), "--recover"]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(MEASURED)} whole measurements were saved" in said
+    assert "move that file over rows.sqlite, remove rows.sqlite-wal, and give the same command" in said
+    after = files(tmp_path)
+    assert after.keys() - before.keys() == {"rows.recovered.sqlite"} and before.items() <= after.items()
+    (tmp_path / "rows.recovered.sqlite").rename(tmp_path / "rows.sqlite")
+    same(results.load(tmp_path), [one for _, model, number in MEASURED for one in big_rows(model, number)])
+
+
+def test_no_room_for_what_is_saved(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+    before = files(tmp_path)
+    make = database.connect
+
+    def small(file: Path, *how: str) -> sqlite3.Connection:
+        base = make(file, *how)
+        base.execute("PRAGMA max_page_count = 100")
+        return base
+
+    monkeypatch.setattr(database, "connect", small)
+    with pytest.raises(OSError, match=r"cannot be used: .*full"):
+        results.recover(tmp_path)
+    assert files(tmp_path) == before

@@ -85,6 +85,8 @@ class Cluster:
     def measure(self, todo: Sequence[Piece], shared: Shared, watch: Watch) -> None:
         """As :meth:`rft_fast.running.Pool.measure`. Raises Failed where no worker can go on."""
         total = sum(piece.cost for piece in todo)
+        if todo:
+            self._more(self.size)
         for ahead in (True, False):
             parts = [piece for piece in todo if piece.ahead is ahead]
             # Those that others wait for in as many parts as can be.

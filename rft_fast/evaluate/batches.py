@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -80,6 +81,11 @@ class Batches:
         self._need: Need | None = None
         self._most = sys.maxsize  # as was found out the hard way
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether batches may run beside each other."""
+        return self._side > 1
+
     def size(self, samples: int) -> int:
         """Samples per batch of a source of so many. It does not depend on the number of threads."""
         if self._stated is not None:
@@ -93,7 +99,7 @@ class Batches:
 
     def workers(self, items: int, size: int) -> int:
         """How many of so many batches of that size run side by side."""
-        workers = min(torch.get_num_threads(), items, self._side)
+        workers = min(torch.get_num_threads() // threads_of_a_batch(), items, self._side)
         if workers > 1:
             need = self._needed()
             workers = min(workers, self._room // max(1, need.fixed + size * need.each))
@@ -116,9 +122,10 @@ class Batches:
     ) -> None:
         """Calls work(source, batch) for all batches, and take(source, batch, result), that one here in turn.
 
-        On the CPU several batches run side by side, each on its share of torch's threads: small operations
-        gain little from several threads, and lose all of it when other programs are running. All threads
-        have come to rest when this returns or raises.
+        On the CPU several batches run side by side: small operations gain little from several threads, and
+        lose all of it when other programs are running. Each has :func:`threads_of_a_batch`, however many run:
+        torch's products of a few rows come out otherwise by the last bit on another number of threads. All
+        threads have come to rest when this returns or raises.
 
         Raises MemoryError where one sample does not fit, or what ``take`` keeps.
         """
@@ -131,6 +138,9 @@ class Batches:
         workers = self.workers(len(pending), largest)
         if workers > 1:
             self._side_by_side(pending, work, take, workers)
+        elif self._side > 1:
+            with few_threads():
+                self._in_turn(pending, work, take)
         else:
             self._in_turn(pending, work, take)
 
@@ -152,18 +162,18 @@ class Batches:
     def _side_by_side(
         self, pending: deque[tuple[S, slice]], work: Callable[..., T], take: Callable[..., Any], workers: int
     ) -> None:
-        threads = torch.get_num_threads()
+        threads, share = torch.get_num_threads(), threads_of_a_batch()
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
         def alone(source: S, batch: slice) -> tuple[T] | None:
             if batch.stop - batch.start > self._most:
                 return None
-            torch.set_num_threads(threads // workers)  # of this thread
+            torch.set_num_threads(share)  # of this thread
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
                 return self._try(work, source, batch)
 
         running: deque[tuple[tuple[S, slice], Future[tuple[T] | None]]] = deque()
-        torch.set_num_threads(threads // workers)  # of libraries that count for the whole process
+        torch.set_num_threads(share)  # of libraries that count for the whole process
         try:
             while pending or running:
                 # Two for each: none waits for this thread, and few results wait here.
@@ -228,6 +238,22 @@ class Batches:
             )
         self._relieve()
         return [(source, part) for part in _slices(batch.start, batch.stop, size)]
+
+
+def threads_of_a_batch() -> int:
+    """Threads of a batch that others may run beside: the same for all, on CPUs of fewer than 16 cores one."""
+    return max(1, torch.get_num_threads() // SIDE_BY_SIDE)
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """As many threads as a batch has: for sums whose last bits must not depend on the number of cores."""
+    threads, share = torch.get_num_threads(), threads_of_a_batch()
+    torch.set_num_threads(share)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from ..stages import Stage, Stages, stages
 from . import derivatives, modes
 from . import graphs as recordings
 from . import precision as formats
-from .batches import Batches, Need, is_out_of_memory, too_large
+from .batches import Batches, Need, is_out_of_memory, threads_of_a_batch, too_large
 from .feed import Images, total
 from .scores import Scores
 from .walk import Walk
@@ -105,6 +105,13 @@ class Evaluator:
             self.stages = _compiled(self.stages)
         images, text = len(self.stages.image), len(self.stages.text)
         self.stations = images + text + 2 if text else images
+
+    @property
+    def threads_of_a_batch(self) -> int | None:
+        """What the last bits of the results depend on, on a CPU; None on other devices."""
+        if self.device.type != "cpu":
+            return None
+        return threads_of_a_batch() if self._images.side_by_side else torch.get_num_threads()
 
     def on(self, datasets: Sequence[Dataset], normalize_logits: bool = False) -> Evaluator:
         """An evaluator of the same model with the same settings on other data sets.

@@ -21,8 +21,14 @@ def scoring(model: nn.Module, precision: str) -> Iterator[None]:
 
 @contextmanager
 def differentiating(model: nn.Module, precision: str, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Eval mode and exact products, with gradients at these weights."""
-    before = [weight.requires_grad for weight in weights]
+    """Eval mode and exact products, with gradients at these weights.
+
+    All others take part as well: which kernels torch takes depends on whether a weight asks for a gradient
+    (those of a frozen nn.MultiheadAttention are others), and the bits must not depend on what is asked for.
+    """
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    tensors = list({id(tensor): tensor for tensor in (*weights, *floats)}.values())
+    before = [tensor.requires_grad for tensor in tensors]
     with (
         evaluating(model),
         torch.inference_mode(False),
@@ -30,9 +36,9 @@ def differentiating(model: nn.Module, precision: str, weights: Sequence[Tensor])
         formats.exact(precision),
     ):
         try:
-            for weight in weights:
-                weight.requires_grad_(True)
+            for tensor in tensors:
+                tensor.requires_grad_(True)
             yield
         finally:
-            for weight, flag in zip(weights, before, strict=True):
-                weight.requires_grad_(flag)
+            for tensor, flag in zip(tensors, before, strict=True):
+                tensor.requires_grad_(flag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,8 @@ class Scores:
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, in float64."""
-    values = values.double()
-    spread = values.std(correction=1).item() if len(values) > 1 else math.nan
-    return values.mean().item(), spread / math.sqrt(len(values))
+    """Mean and its standard error, in float64. By NumPy: torch's sums depend on the number of threads."""
+    numbers = values.double().numpy()
+    with np.errstate(invalid="ignore"):  # infinite losses
+        spread = float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan
+        return float(numbers.mean()), spread / math.sqrt(len(numbers))

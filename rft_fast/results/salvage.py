@@ -20,7 +20,12 @@ def save(file: Path) -> str:
     """
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".recovering-") as folder:
         copy = database.copy(file, Path(folder, file.name))
-        config, measurements, scores, lost = _read(copy, file.with_name("config.json"))
+        known = file.with_name("config.json")
+        found = _read(copy, known)
+        if not found[1]:
+            _put_first_page(copy, Path(folder, "fresh"))
+            found = max(found, _read(copy, known), key=lambda of: len(of[1]))
+        config, measurements, scores, lost = found
         if config is None or not (measurements or scores):
             return "nothing of it could be read; it is left as it is"
         new = Path(folder, "recovered")
@@ -41,15 +46,21 @@ def save(file: Path) -> str:
     )
 
 
+PAGE = 4096  # bytes, if SQLite was not built otherwise
 Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # of the table measurements, and its rows
 
 
 def _read(
     file: Path, beside: Path
 ) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
-    most = file.stat().st_size // 32  # no file holds more rows, and none is numbered higher
     with closing(sqlite3.connect(file)) as base:
         base.execute("PRAGMA writable_schema = ON")  # else a file that was cut short is not read at all
+        size = sum(
+            part.stat().st_size for part in (file, database.beside(file, database.LOG)) if part.exists()
+        )
+        with suppress(sqlite3.Error):  # more, where a file was cut short whose log was not
+            size = max(size, base.execute("PRAGMA page_count").fetchone()[0] * PAGE)
+        most = size // 32  # nothing of that size holds more rows, and none is numbered higher
         base.text_factory = lambda text: text.decode("utf-8", "replace")  # damage shows in the checksum
         rows: dict[int, list[tuple[Any, ...]]] = {}
         for _, identity, *values in _around(base, "rows", f"measurement, {database.NAMES}", most):
@@ -69,6 +80,15 @@ def _read(
             tuple(s) for _, *s in _around(base, "scores", columns, most) if database.crc(*s[:-1]) == s[-1]
         ]
         return _config(base, beside), list(found.values()), scores, lost
+
+
+def _put_first_page(file: Path, fresh: Path) -> None:
+    """Says anew what tables there are, and where they begin, which is the same in every run."""
+    database.create(fresh, {})
+    page = bytearray(fresh.read_bytes()[:PAGE])
+    page[24:28], page[92:96] = b"\0\0\0\1", bytes(4)  # so that the size in the header does not count
+    with file.open("r+b") as stream:
+        stream.write(page)
 
 
 def _config(base: sqlite3.Connection, beside: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..evaluate.batches import few_threads
 from ..kernels import noise_like
 from ..kernels.contract import NOISE, ON, Write
 from .rows import AT_ONCE, chunks, only_one, walk_to
@@ -414,7 +415,7 @@ class _Slope:
         return self._dot(target) - self._clean[target]
 
     def _dot(self, target: Target) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), few_threads():
             sums = [torch.dot(g.double().flatten(), w.double().flatten()) for g, w in self._pairs[target]]
             return torch.stack(sums).sum()
 
@@ -578,7 +579,8 @@ class _Climb:
 
 
 def _norm(parts: Sequence[Tensor]) -> float:
-    return float(torch.stack([part.double().square().sum() for part in parts]).sum().sqrt())
+    with few_threads():
+        return float(torch.stack([part.double().square().sum() for part in parts]).sum().sqrt())
 
 
 def _checkpoints(steps: int) -> set[int]:

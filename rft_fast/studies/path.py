@@ -7,7 +7,7 @@ write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, MutableMapping
 from itertools import pairwise
 from statistics import NormalDist
 from time import perf_counter
@@ -101,10 +101,12 @@ def interpolation(
     names = [data.name for data in evaluator.datasets]
     record = Measured(STUDY, len(grid) * len(names), only, sink)
     for place, alpha in enumerate(grid):
-        wanted = {n: name for n, name in enumerate(names, place * len(names)) if record.wants(n)}
-        for numbers in _together(evaluator, wanted):
+        for group in _together(evaluator):
+            numbers = [place * len(names) + names.index(name) for name in group]
+            if not any(map(record.wants, numbers)):
+                continue
             start = perf_counter()
-            base = zeroshot_scores(path, evaluator, [wanted[n] for n in numbers], zeroshot)
+            base = zeroshot_scores(path, evaluator, group, zeroshot)
             scores = base
             if alpha != 0:
                 start = perf_counter()  # what alpha = 0 took counts there
@@ -112,6 +114,8 @@ def interpolation(
                     scores = evaluator.among(base).scores()
             seconds = perf_counter() - start
             for number, (name, score) in zip(numbers, scores.items(), strict=True):
+                if not record.wants(number):
+                    continue
                 row = scored(STUDY, evaluator, name, scores, seconds)
                 row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
                 row["gain"], row["gain_se"] = score.gain_over(base[name])
@@ -126,25 +130,26 @@ def zeroshot_scores(
     """Scores at alpha = 0 on data sets of these names, in their order; those not known are measured, and
     added to the known ones."""
     names = list(names)
-    if unknown := [name for name in names if name not in known]:
+    if not all(name in known for name in names):
         with path.at(0.0):
-            for name, scores in evaluator.among(unknown).scores().items():
-                known[name] = scores
+            for name, scores in evaluator.among(names).scores().items():
+                if name not in known:
+                    known[name] = scores
     return {name: known[name] for name in names}
 
 
-def _together(evaluator: Evaluator, wanted: Mapping[int, str]) -> list[list[int]]:
-    """Small data sets are scored together, which keeps all cores busy; large ones each on its own, so that
-    little is lost with a run that is killed."""
-    images = {data.name: len(data.labels) for data in evaluator.datasets}
-    groups: list[list[int]] = []
+def _together(evaluator: Evaluator) -> list[list[str]]:
+    """The data sets in groups. Small ones are scored together, which keeps all cores busy; large ones each on
+    its own, so that little is lost with a run that is killed. Always the same ones, also where not all are
+    wanted: what runs side by side decides how many threads a batch has, and so its last bits."""
+    groups: list[list[str]] = []
     size = TOGETHER
-    for number, name in wanted.items():
-        if size + images[name] > TOGETHER:
+    for data in evaluator.datasets:
+        if size + len(data.labels) > TOGETHER:
             groups.append([])
             size = 0
-        groups[-1].append(number)
-        size += images[name]
+        groups[-1].append(data.name)
+        size += len(data.labels)
     return groups
 
 

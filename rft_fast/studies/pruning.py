@@ -152,10 +152,11 @@ def _unpruned(
 ) -> dict[str, Scores]:
     """Scores of the unpruned model, known or else measured and added."""
     names = [data.name for data in evaluator.datasets]
-    if missing := [name for name in names if (name, alpha) not in known]:
+    if not all((name, alpha) in known for name in names):
         with path.at(alpha):
-            for name, scores in evaluator.among(missing).scores().items():
-                known[name, alpha] = scores
+            for name, scores in evaluator.scores().items():
+                if (name, alpha) not in known:
+                    known[name, alpha] = scores
     return {name: known[name, alpha] for name in names}
 
 
