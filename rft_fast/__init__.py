@@ -1,5 +1,8 @@
 """Robust Fine-Tuning paths between CLIP models: interpolate, perturb, prune, in place and fast."""
 
+import importlib
+from types import ModuleType
+
 from rft_fast import studies
 from rft_fast.kernels import (
     Plan,
@@ -13,6 +16,15 @@ from rft_fast.path import Path
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> ModuleType:
+    """``rft_fast.results``, loaded when asked for: it brings image sets and models along, which those who
+    want the kernels alone need not wait for."""
+    if name == "results":
+        return importlib.import_module("rft_fast.results")
+    raise AttributeError(f"module 'rft_fast' has no attribute {name!r}")
+
+
 __all__ = [
     "Path",
     "Plan",
@@ -21,6 +33,7 @@ __all__ = [
     "keep_mask_like",
     "noise_like",
     "perturb_",
+    "results",
     "studies",
     "write_",
 ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -15,12 +14,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from .. import meter
+from ..threads import SIDE_BY_SIDE, few_threads, threads_of_a_batch
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Source")
-
-# Batches that keep a CPU busy, on however many cores: what is computed must not depend on their number.
-SIDE_BY_SIDE = 8
 
 
 class Source(Protocol):
@@ -123,7 +120,8 @@ class Batches:
         """Calls work(source, batch) for all batches, and take(source, batch, result), that one here in turn.
 
         On the CPU several batches run side by side: small operations gain little from several threads, and
-        lose all of it when other programs are running. Each has :func:`threads_of_a_batch`, however many run:
+        lose all of it when other programs are running. Each has
+        :func:`threads_of_a_batch`, however many run:
         torch's products of a few rows come out otherwise by the last bit on another number of threads. All
         threads have come to rest when this returns or raises.
 
@@ -238,22 +236,6 @@ class Batches:
             )
         self._relieve()
         return [(source, part) for part in _slices(batch.start, batch.stop, size)]
-
-
-def threads_of_a_batch() -> int:
-    """Threads of a batch that others may run beside: the same for all, on CPUs of fewer than 16 cores one."""
-    return max(1, torch.get_num_threads() // SIDE_BY_SIDE)
-
-
-@contextmanager
-def few_threads() -> Iterator[None]:
-    """As many threads as a batch has: for sums whose last bits must not depend on the number of cores."""
-    threads, share = torch.get_num_threads(), threads_of_a_batch()
-    torch.set_num_threads(share)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,10 +18,11 @@ from .. import meter
 from ..classifier import ImageClassifier, ZeroShotClassifier
 from ..datasets import Dataset
 from ..stages import Stage, Stages, stages
+from ..threads import threads_of_a_batch
 from . import derivatives, modes
 from . import graphs as recordings
 from . import precision as formats
-from .batches import Batches, Need, is_out_of_memory, threads_of_a_batch, too_large
+from .batches import Batches, Need, is_out_of_memory, too_large
 from .feed import Images, total
 from .scores import Scores
 from .walk import Walk

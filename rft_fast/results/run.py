@@ -218,7 +218,7 @@ class Run:
         (self.directory / FIGURES).mkdir(exist_ok=True)
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         disk.replace(self.directory / CONFIG, text.encode())
-        files = [self._file, *(database.beside(self._file, end) for end in database.BESIDE)]
+        files = [self._file, database.beside(self._file, database.LOG)]
         self._places = {file: file.stat().st_ino for file in files if file.exists()}
 
     # --- measurements ---------------------------------------------------------------------------------

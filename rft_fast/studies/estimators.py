@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluate.batches import few_threads
 from ..kernels import noise_like
 from ..kernels.contract import NOISE, ON, Write
+from ..threads import few_threads
 from .rows import AT_ONCE, chunks, only_one, walk_to
 
 if TYPE_CHECKING:
