@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from . import results, summary
+from . import disk, results, summary
 from .pieces import Piece, Stragglers
 from .progress import Progress
 from .request import Request
@@ -184,7 +184,9 @@ class _Books:
     def spent(self, piece: Piece, seconds: float, peak: int) -> None:
         before, most = self._took.get(piece.study, (0.0, 0))
         self._took[piece.study] = (before + seconds, max(most, peak))
-        pd.DataFrame(self.rows(), columns=list(self._COLUMNS)).to_csv(self._run.table("cost"), index=False)
+        table = pd.DataFrame(self.rows(), columns=list(self._COLUMNS))
+        with disk.replacing(self._run.table("cost")) as temporary:
+            table.to_csv(temporary, index=False)
 
     def rows(self) -> list[dict[str, object]]:
         return [

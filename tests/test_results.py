@@ -320,6 +320,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         lambda: results.Run(tmp_path, CONFIG, overwrite=True),
         lambda: results.check(tmp_path),
         lambda: results.check(tmp_path, overwrite=True),
+        lambda: results.recover(tmp_path),
     ):
         with pytest.raises(ValueError, match=message):
             refused()
@@ -818,6 +819,11 @@ def killed_and_copied(out: Path) -> None:
     (out / "rows.sqlite-shm").unlink()
 
 
+def killed_and_garbled(out: Path) -> None:
+    killed(out)
+    (out / "rows.sqlite-shm").write_bytes(random.Random(0).randbytes(32768))
+
+
 def killed_in_a_commit(out: Path) -> None:
     """What was written of one that did not come to its end is to be taken back."""
 
@@ -835,7 +841,9 @@ def killed_in_a_commit(out: Path) -> None:
     assert (out / "rows.sqlite-journal").stat().st_size > 512
 
 
-@pytest.mark.parametrize("make", [finished, killed, killed_and_copied, killed_in_a_commit])
+@pytest.mark.parametrize(
+    "make", [finished, killed, killed_and_copied, killed_and_garbled, killed_in_a_commit]
+)
 def test_who_may_not_write_can_read(shared: Path, make: Callable[[Path], None]) -> None:
     out = shared / "run"
     make(out)
@@ -866,11 +874,14 @@ def test_who_may_not_write_can_read(shared: Path, make: Callable[[Path], None]) 
         out.chmod(0o755)
 
 
-def test_a_commit_that_was_not_finished_is_taken_back(tmp_path: Path) -> None:
-    killed_in_a_commit(tmp_path)
+@pytest.mark.parametrize("make", [killed_and_garbled, killed_in_a_commit])
+def test_what_a_kill_left_is_put_right(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path)
     same(results.load(tmp_path), [one for number in range(5) for one in truth(number)])
-    with results.Run(tmp_path, CONFIG) as run:
+    make(tmp_path / "again")
+    with results.Run(tmp_path / "again", CONFIG) as run:
         assert run.resumed == 5
+        same(run.rows(), [one for number in range(5) for one in truth(number)])
 
 
 def test_a_full_disk_is_told_and_what_was_measured_before_is_kept(tmp_path: Path) -> None:

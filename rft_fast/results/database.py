@@ -124,9 +124,9 @@ def has_stray_log(file: Path) -> bool:
 def start_writing(database: sqlite3.Connection, file: Path) -> None:
     """From here on, what is said to be written is on the disk.
 
-    By a write-ahead log, which waits for the disk once for each commit rather than four times (4 ms against
-    16, measured) and lets others read meanwhile; but on network file systems, which have no memory that
-    machines share, by a rollback journal.
+    By a write-ahead log, which waits for the disk once for each commit rather than four times and lets others
+    read meanwhile; but on network file systems, which have no memory that machines share, by a rollback
+    journal.
     """
     mode = "DELETE" if on_network(file) else "WAL"
     (mode,) = database.execute(f"PRAGMA journal_mode = {mode}").fetchone()

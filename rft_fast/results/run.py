@@ -143,11 +143,13 @@ def recover(directory: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: a process is writing to it.
         OSError: the disk refuses the new one.
     """
     file = Path(directory) / database.FILE
     if not file.is_file():
         raise FileNotFoundError(f"results: expected a run's directory, got no {file}")
+    _refuse_in_use(Path(directory))
     with _explained(Path(directory)):
         return salvage.save(file)
 
