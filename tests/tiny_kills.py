@@ -23,6 +23,9 @@ import torch
 
 from rft_fast import results, sweep
 
+# So that most of the time goes into measurements, and not into loading and drawing.
+LONGER = ["--alphas", "0:1:21", "--sharpness-alphas", "0:1:21", "--mask-seeds", "6"]
+
 
 @dataclass
 class Tally:
@@ -84,11 +87,15 @@ def kill_until_done(
 
 
 def _stage(out: Path) -> str:
-    """How far a killed run had come."""
-    if not (out / "rows.sqlite").is_file() or not (out / "rows.sqlite").stat().st_size:
-        return "before anything was written"
-    rows = results.load(out)
-    return f"in {rows['study'].iloc[-1]}" if len(rows) else "before the first measurement"
+    """How far a killed run had come, by its log: the rows alone do not tell loading and drawing."""
+    if not (out / "run.log").is_file():
+        return "before anything was measured"
+    last = (out / "run.log").read_text().splitlines()[-1][21:]
+    if last.startswith("start"):
+        return "before it went on"
+    if last.startswith("end"):
+        return "while it drew"
+    return f"in {last.partition(':')[0].split()[0]}"
 
 
 def rows_of(out: Path) -> pd.DataFrame:
@@ -111,7 +118,7 @@ def main() -> None:
     random_, tally = random.Random(asked.seed), Tally()
     with tempfile.TemporaryDirectory() as folder:
         zoo = tiny_zoo.make(Path(folder))
-        arguments = [*tiny_zoo.own_models(zoo, "abc"), *tiny_zoo.BRIEF, "--cache", f"{folder}/cache"]
+        arguments = [*tiny_zoo.own_models(zoo, "abc"), *tiny_zoo.BRIEF, *LONGER, "--cache", f"{folder}/cache"]
         attempt(["--help"], Path(folder, "alone.log"), None)  # everything is imported
         start = time.monotonic()
         if attempt([*arguments, "--out", f"{folder}/alone"], Path(folder, "alone.log"), None):

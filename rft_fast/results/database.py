@@ -278,10 +278,9 @@ def check_pages(database: sqlite3.Connection) -> None:
 
 
 def verify(database: sqlite3.Connection) -> None:
-    """Raises sqlite3.DatabaseError where anything was damaged since it was written: SQLite alone would not
-    notice a changed number."""
+    """Raises sqlite3.DatabaseError where measurements or scores were damaged since they were written: SQLite
+    alone would not notice a changed number."""
     check_pages(database)
-    config(database)
     count = sum(1 for _ in rows(database, ()))
     if count != database.execute("SELECT count(*) FROM rows").fetchone()[0]:
         raise sqlite3.DatabaseError("it holds rows of no measurement")
