@@ -5,8 +5,9 @@
 Counted: the FLOPs of every measurement of all five studies (rft_fast.pieces), on the six sets of the paper
 with their published sizes. Assumed, and printed: how many FLOPs a GPU does in a second, how long a worker
 takes to load, and to change to another model, and how long the process that deals takes to write a
-measurement down (4 ms measured on a local disk). Pieces are cut and dealt as rft_fast.cluster does it; a
-piece that begins in the middle of a position pays for what comes before its first layer again.
+measurement down (4 ms measured on a local disk). Pieces are cut and dealt as rft_fast.cluster does it, but
+for its preference for the model that a worker has at hand; a piece that begins in the middle of a position
+pays for what comes before its first layer again.
 """
 
 from __future__ import annotations

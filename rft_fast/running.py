@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -84,7 +85,13 @@ class Alone:
                 watch.measured(piece, number, rows)
 
             watch.begun(piece)
-            watch.spent(piece, *self._worker.measure(piece, shared, sink))
+            start = perf_counter()
+            try:
+                took = self._worker.measure(piece, shared, sink)
+            except Exception:
+                watch.spent(piece, perf_counter() - start, 0)
+                raise
+            watch.spent(piece, *took)
 
     def close(self) -> None:
         pass
@@ -170,8 +177,11 @@ class _Books:
         self._took: dict[str, tuple[float, int]] = {}
         file = run.table("cost")
         if run.resumed and file.is_file():
-            for row in pd.read_csv(file).to_dict("records"):
-                self._took[row["study"]] = (row["seconds"], row["peak_memory"])
+            try:
+                for row in pd.read_csv(file).to_dict("records"):
+                    self._took[row["study"]] = (float(row["seconds"]), int(row["peak_memory"]))
+            except (ValueError, KeyError) as error:
+                progress.notice(f"{file} cannot be read ({error}): it will lack what earlier processes took")
 
     def begun(self, piece: Piece) -> None:
         self._progress.begin(piece.study, piece.model)

@@ -32,6 +32,7 @@ from rft_fast.results import __main__ as command
 from rft_fast.results import database
 
 COLUMNS = studies.COLUMNS
+PAGE = 4096
 CONFIG: dict[str, Any] = {
     "finetuned": {"m": {"sha256": "1"}, "a": {"sha256": "2"}},
     "versions": {"rft_fast": __version__, "python": "3.11.7", "torch": "2.9"},
@@ -468,11 +469,9 @@ def test_killed_between_any_two_steps_of_beginning(tmp_path: Path) -> None:
 
 def test_killed_between_any_two_steps_of_replacing(tmp_path: Path) -> None:
     old = tmp_path / "old"
-    leave(old, range(3))  # with a log beside it
-    with results.Run(old, CONFIG) as run:
-        run.figure("interpolation").write_bytes(b"old")
-        (old / "figures" / "mine.png").write_bytes(b"mine")
-    leave(old, [])
+    leave(old, range(3))  # all of it in the log beside it
+    for name in ("interpolation.png", "mine.png"):
+        (old / "figures" / name).write_bytes(name.encode())
     new = {**CONFIG, "seed": 1}
     states = set()
     for steps in range(1000):
@@ -490,7 +489,7 @@ def test_killed_between_any_two_steps_of_replacing(tmp_path: Path) -> None:
         same(rows, [one for n in range(3) for one in truth(n)] if there == CONFIG else [])
         with results.Run(out, new, overwrite=there == CONFIG) as run:
             assert run.resumed == 0 and run.config == new
-        assert (out / "figures" / "mine.png").read_bytes() == b"mine"
+        assert (out / "figures" / "mine.png").read_bytes() == b"mine.png"
         assert not (out / "figures" / "interpolation.png").exists()
         if not died:
             break
@@ -952,6 +951,31 @@ def test_a_place_that_is_lost_in_mid_run(tmp_path: Path, happens: Callable[[Path
         assert run.resumed == 0
 
 
+def test_a_file_that_is_spoilt_in_mid_run(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with pytest.raises(OSError, match=r"cannot use .*rows.sqlite any more"):
+        with results.Run(tmp_path, CONFIG) as run:
+            before = (tmp_path / "rows.csv").read_bytes()
+            with (tmp_path / "rows.sqlite").open("r+b") as stream:  # in its place
+                stream.seek(PAGE)
+                stream.write(b"junk" * (tmp_path / "rows.sqlite").stat().st_size)
+            run._database.execute("PRAGMA shrink_memory")
+            scores = run.scores("z")
+            for use in (
+                run.rows,
+                lambda: run.done("interpolation", "m"),
+                lambda: run.measurement("interpolation", "m", 0),
+                lambda: run.add("interpolation", "m", 9, truth(9)),
+                lambda: scores["d", 0.0],
+                lambda: scores.update({("d", 0.0): some_scores(0)}),
+                lambda: list(scores),
+                lambda: len(scores),
+            ):
+                with pytest.raises(OSError, match=r"cannot use .*rows.sqlite any more: .*kept"):
+                    use()
+    assert (tmp_path / "rows.csv").read_bytes() == before
+
+
 def test_the_error_in_the_statement_is_told_not_a_later_one(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(KeyError, match="the first"), results.Run(out, CONFIG):
@@ -1159,7 +1183,6 @@ def test_the_command_line_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.
 
 # --- damage -------------------------------------------------------------------------------------------
 
-PAGE = 4096
 BIG = {"finetuned": {f"model-{i}": {"sha256": f"{i}"} for i in range(30)}, "note": "configuration " * 40}
 MEASURED = {("interpolation", model, number): number for model in BIG["finetuned"] for number in range(100)}
 

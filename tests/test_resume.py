@@ -83,7 +83,7 @@ def test_stopped_after_every_study_and_in_the_midst(
 ) -> None:
     """Nothing that is there is measured again: as many forward passes as in a run that is left alone, but for
     what a study begins with."""
-    out = tmp_path / "run"
+    out, spent = tmp_path / "run", pd.Series(dtype=float)
     for stop in (1, 7, 31, 40, 100, 20, 1000):
         with monkeypatch.context() as patch:
             on_each(patch, lambda n, stop=stop: os.kill(os.getpid(), signal.SIGINT) if n == stop else None)
@@ -99,6 +99,9 @@ def test_stopped_after_every_study_and_in_the_midst(
         assert "stopping when the measurement in flight is there" in printed.err
         assert f"--out {out}" in printed.err and "Traceback" not in printed.err
         assert len(pd.read_csv(out / "rows.csv")) == len(results.load(out))
+        costs = pd.read_csv(out / "cost.csv").set_index("study")["seconds"]
+        assert costs["interpolation"] > 0 and (costs >= spent.reindex(costs.index).fillna(0)).all()
+        spent = costs
     assert status == 0
     pd.testing.assert_frame_equal(rows_of(out), rows_of(undisturbed[0]), check_exact=True)
     log = (out / "run.log").read_text()

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -132,9 +133,10 @@ class Actor:
             if self._stopping.is_set():
                 raise _Stopped
 
+        start = perf_counter()
         try:
             self._found.put(("spent", self._worker.measure(piece, self, sink)))
         except _Stopped:
-            self._found.put(("spent", (0.0, 0)))
+            self._found.put(("spent", (perf_counter() - start, 0)))
         except Exception as error:
             self._found.put(("problem", Problem(error)))

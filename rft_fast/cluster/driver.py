@@ -60,6 +60,7 @@ class Cluster:
             self._request = request
             self._ready: deque[Any] = deque()
             self._coming: dict[Any, Any] = {}  # reference to a description -> the worker that gives it
+            self._models: dict[int, str] = {}  # id of a worker -> the model that it has loaded last
             self._deaths: Counter[str] = Counter()  # where
             first = self._start()
             self.config: dict[str, Any] = self._first_config(first)
@@ -243,10 +244,22 @@ class _Work:
         if cluster._coming:
             cluster._welcome(wait=not (self._running or cluster._ready))
         while self._waiting and cluster._ready:
-            worker, piece = cluster._ready.popleft(), self._waiting.popleft()
+            worker = cluster._ready.popleft()
+            piece = self._next(cluster._models.get(id(worker)))
+            cluster._models[id(worker)] = piece.model
             self._watch.begun(piece)
             known = {of: dict(self._shared.scores(of)) for of in _needed(piece)}
             self._running[worker.begin.remote(piece, known)] = (worker, piece)
+
+    def _next(self, model: str | None) -> Piece:
+        """The dearest piece, or one not much cheaper of the model that the worker has at hand."""
+        for place, piece in enumerate(self._waiting):
+            if piece.cost < self._waiting[0].cost / 2:
+                break
+            if piece.model == model:
+                del self._waiting[place]
+                return piece
+        return self._waiting.popleft()
 
     def _take(self) -> None:
         ray = client()
@@ -319,6 +332,8 @@ class _Work:
                             self._cluster._ready.append(worker)
                         with suppress(Exception):
                             self._tell(answer, piece)
+                        if answer.spent is not None:
+                            self._watch.spent(piece, *answer.spent)
 
 
 def _needed(piece: Piece) -> Iterator[str]:

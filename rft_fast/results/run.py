@@ -327,13 +327,14 @@ class Run:
             ) from error
 
     def _remove_earlier(self) -> None:
-        """The database last, and not its name, so that a kill meanwhile does not leave files of nobody."""
+        """The database last, all of it at once, and not its name: a kill meanwhile leaves no part of a run,
+        nor files that seem to be of nobody."""
         named = [make(name) for name in (*STUDIES, "cost") for make in (self.figure, self.table)]
         for file in [*named, *map(self.directory.joinpath, (TABLE, CONFIG, LOG, *REPORTS))]:
             file.unlink(missing_ok=True)
-        for end in database.BESIDE:
-            database.beside(self._file, end).unlink(missing_ok=True)
         disk.replace(self._file, b"")
+        for end in database.BESIDE:  # of an empty database, SQLite removes them, too
+            database.beside(self._file, end).unlink(missing_ok=True)
 
 
 class _Scores(MutableMapping[tuple[str, float], Scores]):
@@ -359,11 +360,14 @@ class _Scores(MutableMapping[tuple[str, float], Scores]):
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         query = 'SELECT dataset, alpha FROM scores WHERE "of" = ? ORDER BY rowid'
-        yield from self._run._database.execute(query, (self._of,)).fetchall()
+        with self._run._told():
+            found = self._run._database.execute(query, (self._of,)).fetchall()
+        yield from found
 
     def __len__(self) -> int:
         query = 'SELECT count(*) FROM scores WHERE "of" = ?'
-        return int(self._run._database.execute(query, (self._of,)).fetchone()[0])
+        with self._run._told():
+            return int(self._run._database.execute(query, (self._of,)).fetchone()[0])
 
 
 def frame(rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
@@ -458,6 +462,8 @@ def _refuse_stranger(directory: Path, base: sqlite3.Connection) -> None:
     try:
         base.execute("SELECT study, model, dataset, alpha, loss FROM rows LIMIT 1").fetchone()
     except sqlite3.OperationalError as error:
+        if "no such" not in str(error):
+            raise
         raise ValueError(
             f"results: {directory / database.FILE} is a database of another program ({error}); choose "
             "another directory"
