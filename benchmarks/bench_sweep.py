@@ -21,6 +21,7 @@ import math
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -474,7 +475,8 @@ def scaling(case: Case, options: Options) -> dict[str, Any]:
         key = tuple(sizes.values())
         if key in measured:
             continue
-        request.warm_up(**sizes)
+        if options.on_gpu or not measured:  # on a CPU, what is made once serves all sizes
+            request.warm_up(**sizes)
         measured[key] = {"peer": [], "plain": [], "gradient": []}
         for _ in range(options.rounds):
             found, seconds = timed(case.device, lambda s=sizes: request.peer(0, **s))
@@ -484,6 +486,8 @@ def scaling(case: Case, options: Options) -> dict[str, Any]:
                 measured[key][estimator].append(seconds)
                 if estimator == "plain":
                     request.check(table, found)
+        said = ", ".join(f"{name} {statistics.median(found):.1f} s" for name, found in measured[key].items())
+        print(f"scaling, {sizes}: {said}", file=sys.stderr, flush=True)
     return {
         "base": base,
         "axes": {
