@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry
@@ -143,7 +144,25 @@ def _conv_backward(
     return forward * (wanted[0] + wanted[1])
 
 
-_FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: _conv_backward}
+_TORCHS: Any = flop_counter  # untyped in some versions
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    return int(_TORCHS.sdpa_flop_count(list(query.shape), list(key.shape), list(value.shape)))
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    shapes = (list(tensor.shape) for tensor in (grad, query, key, value))
+    return int(_TORCHS.sdpa_backward_flop_count(*shapes))
+
+
+_FORMULAS = {
+    # torch before 2.15 knows all attention kernels but those of the CPU.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **flop_registry,
+    torch.ops.aten.convolution_backward: _conv_backward,
+}
 # Constants such as torch.tensor(1.0), made inside although they come as real tensors.
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 # The tensor answers these itself.

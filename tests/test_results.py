@@ -1345,6 +1345,49 @@ def pages_of(file: Path, name: str) -> list[int]:
     return pages
 
 
+@pytest.mark.parametrize("table", ["rows", "measurements"])
+def test_what_lies_between_damaged_pages_is_saved(tmp_path: Path, whole: Path, table: str) -> None:
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "rows.sqlite"
+    content = bytearray(file.read_bytes())
+    pages = pages_of(file, table)
+    for page in (pages[1], pages[-2]):
+        content[(page - 1) * PAGE : page * PAGE] = bytes(PAGE)
+    file.write_bytes(content)
+    said = results.recover(tmp_path)
+    saved = check_saved(tmp_path / "rows.recovered.sqlite")
+    assert f"{saved} whole measurements" in said
+    assert 0.9 * len(MEASURED) <= saved < len(MEASURED)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_the_beginning_of_a_file_is_saved(tmp_path: Path, whole: Path, part: float) -> None:
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+    os.truncate(tmp_path / "rows.sqlite", int((tmp_path / "rows.sqlite").stat().st_size * part))
+    results.recover(tmp_path)
+    assert check_saved(tmp_path / "rows.recovered.sqlite") > 0.7 * part * len(MEASURED)
+
+
+def test_what_a_log_has_of_a_file_that_was_cut_short_is_saved(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole / "closed", tmp_path, dirs_exist_ok=True)
+
+    def work() -> None:
+        run = results.Run(tmp_path, BIG)
+        for number in range(100, 120):
+            run.add("interpolation", "model-0", number, big_rows("model-0", number))
+        os._exit(9)
+
+    assert child(work) == 9
+    os.truncate(tmp_path / "rows.sqlite", 8 * PAGE)
+    results.recover(tmp_path)
+    found = read_sqlite(tmp_path / "rows.recovered.sqlite")
+    there = [number for _, _, number in found if number >= 100]
+    assert len(there) > 10
+    for number in there:
+        expected = [{name: one.get(name) for name in COLUMNS} for one in big_rows("model-0", number)]
+        assert found["interpolation", "model-0", number] == expected
+
+
 INDICES = ["rows_of_measurements", "sqlite_autoindex_measurements_1"]
 
 
