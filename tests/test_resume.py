@@ -121,12 +121,12 @@ def test_a_second_signal_stops_at_once(
         pytest.fail("went on")
         return scores(evaluator)
 
-    out = tmp_path / "run"
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         on_each(patch, lambda n: patch.setattr(Evaluator, "scores", twice) if n == 5 else None)
         assert sweep.main(arguments(zoo, out)) == 130
     assert tiny_kills.measurements(out) >= 5
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before
+    assert signal.getsignal(signal.SIGTERM) == before
     assert sweep.main(arguments(zoo, out)) == 0
 
 

@@ -226,7 +226,9 @@ def test_a_changed_weight_is_seen_by_the_stages_that_name_it_alone(name: str, ex
                 x = stage.run(x, inputs)
             expected = model(inputs)
         assert changed == named, (weight, named, changed)
-        assert torch.equal(x, before[-1]) == (not named), weight  # some are never used
+        # Some are never used; and a bias of all keys is no more than rounding in a softmax.
+        if not weight.endswith("k_bias"):
+            assert torch.equal(x, before[-1]) == (not named), weight
         assert (x - expected).abs().max() <= (0 if exact else 1e-5) * expected.abs().max(), weight
         tensor.data.copy_(was)
 
