@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -89,7 +90,8 @@ class Alone:
             try:
                 took = self._worker.measure(piece, shared, sink)
             except Exception:
-                watch.spent(piece, perf_counter() - start, 0)
+                with suppress(OSError):  # the disk may be what failed
+                    watch.spent(piece, perf_counter() - start, 0)
                 raise
             watch.spent(piece, *took)
 

@@ -194,14 +194,16 @@ def test_a_cluster_that_is_named(zoo: Path, tmp_path: Path, alone: pd.DataFrame,
     ]
     command += [f"--ray-client-server-port={ports[1]}", "--disable-usage-stats"]
     ray = Path(sys.executable).with_name("ray")
-    head = subprocess.Popen([ray, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Newer versions of Ray want a token, which other clusters of this machine have, too.
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen([ray, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
     try:
         wait_for(ports, head)
         for number, address in enumerate((f"127.0.0.1:{ports[0]}", f"ray://127.0.0.1:{ports[1]}")):
             out = tmp_path / f"run-{number}"
             asked = [*own_models(zoo, "abc"), *BRIEF, "--workers", address, "--out", str(out)]
             command = [sys.executable, "-m", "rft_fast.sweep", *asked, "--quiet"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
             assert done.returncode == 0, done.stderr
             assert done.stdout == ""
             pd.testing.assert_frame_equal(rows_of(out), alone, check_exact=True)

@@ -62,7 +62,8 @@ def connect(workers: str) -> None:
     except Exception as error:  # Ray has many ways of not finding a cluster
         raise ValueError(
             f"argument --workers: no Ray cluster could be reached ({workers}): {reason(error)}; is it "
-            "running (ray start --head), and of the same version of Ray and Python?"
+            "running (ray start --head), of the same version of Ray and Python, and does this process have "
+            "its token, if it asks for one (RAY_AUTH_TOKEN)?"
         ) from error
     _ours = True
 
