@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -12,23 +12,25 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     return ", ".join(str(name) for name in names[:shown]) + more
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """How two nested tables differ, in words: one sentence for each entry. but: names that do not matter,
-    of tables at any depth and of their entries."""
-    a, b = dict(_flat(there, but)), dict(_flat(now, but))
-    nothing = "nothing"
+def differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], but: Callable[[tuple[str, ...]], bool] = lambda _: False
+) -> list[str]:
+    """How two nested tables differ, in words: one sentence for each entry.
+
+    but: whether an entry does not matter, by its names from the outermost table on.
+    """
+    a, b = dict(_flat(there)), dict(_flat(now))
     return [
-        f"{key} {a.get(key, nothing)} there, {b.get(key, nothing)} now"
-        for key in dict.fromkeys([*a, *b])
-        if a.get(key, nothing) != b.get(key, nothing)
+        f"{'.'.join(names)} {a.get(names, 'nothing')} there, {b.get(names, 'nothing')} now"
+        for names in dict.fromkeys([*a, *b])
+        if not but(names) and (names not in a or names not in b or a[names] != b[names])
     ]
 
 
-def _flat(table: Mapping[str, Any], but: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(table: Mapping[str, Any], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Entries that are no tables, or empty ones, by all their names: any of which may have a dot in it."""
     for key, value in table.items():
-        if key in but or prefix + key in but:
-            continue
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, but, f"{prefix}{key}.")
+            yield from _flat(value, (*outer, key))
         else:
-            yield prefix + key, value
+            yield (*outer, key), value

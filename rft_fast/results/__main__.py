@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .. import disk
-from .run import load, recorded, recover, write_csv
+from .run import load, recorded, recover, write_csv, write_parquet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.csv is not None:
             write_csv(asked.directory, asked.csv)
         if asked.parquet is not None:
-            write_parquet(asked.parquet, rows)
+            write_parquet(asked.directory, asked.parquet)
         for file in files:
             print(f"{len(rows)} rows in {file}")
     except (OSError, ValueError) as error:
@@ -64,13 +63,6 @@ def describe(directory: Path, rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def write_parquet(file: Path, rows: pd.DataFrame) -> None:
-    """The rows as Parquet, with the types of their columns. Raises ValueError without pyarrow."""
-    _check_pyarrow()
-    with disk.replacing(file) as temporary:
-        rows.to_parquet(temporary, index=False)
-
-
 def _check_pyarrow() -> None:
     if find_spec("pyarrow") is None:
         raise ValueError('results: Parquet needs pyarrow; pip install "rft-fast[huggingface]"')
@@ -81,6 +73,10 @@ def _check(file: Path, overwrite: bool) -> None:
         raise ValueError(f"results: cannot write {file}: it is a folder, or its folder does not exist")
     if file.exists() and not overwrite:
         raise ValueError(f"results: {file} exists; give another name, or --overwrite")
+    if file.exists():
+        with file.open("rb") as stream:
+            if stream.read(15) == b"SQLite format 3":
+                raise ValueError(f"results: {file} is a database, which may hold a run; give another name")
 
 
 if __name__ == "__main__":

@@ -301,10 +301,17 @@ def _stored(name: str, value: object) -> object:
     """A value as SQLite gives it back. It turns NaN into NULL, so NaN goes in as text; and -0.0 into 0.0."""
     if value is None:
         return None
-    value = _PYTHON[COLUMNS[name]](value)
-    if isinstance(value, float):
-        return "nan" if math.isnan(value) else value + 0.0
-    return int(value) if isinstance(value, bool) else value
+    try:
+        found: Any = _PYTHON[COLUMNS[name]](value)
+        # Nothing is rounded or cut: SQLite's integers have 64 bits.
+        fits = not isinstance(found, int) or (found == value and -(2**63) <= found < 2**63)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(f"results: expected {COLUMNS[name]} in the column {name}, got {value!r}")
+    if isinstance(found, float):
+        return "nan" if math.isnan(found) else found + 0.0
+    return int(found) if isinstance(found, bool) else found
 
 
 def _now() -> str:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -27,16 +28,17 @@ from . import database, salvage
 
 TABLE, CONFIG, FIGURES, LOG, LOCK = "rows.csv", "config.json", "figures", "run.log", ".lock"
 REPORTS = ("report.html", "comparison.html")  # as rft_fast.report names them, made of the rows
-# Entries of a configuration that the numbers do not depend on. Of files, the hash counts, not the path.
-ASIDE = ("command", "date", "platform", "threads", "versions.python", "path")
+# Entries of a configuration that the numbers do not depend on.
+ASIDE = {("command",), ("date",), ("platform",), ("threads",), ("versions", "python")}
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How two configurations differ in what rows depend on, in words.
 
-    Everything counts but command, date, platform, number of threads, version of Python, and where files lie.
+    Everything counts but command, date, platform, number of threads, version of Python, and where files lie:
+    any entry called ``path``, as their hashes count. A model or a data set may have any of these names.
     """
-    return words.differences(_plain(there), _plain(now), ASIDE)
+    return words.differences(_plain(there), _plain(now), lambda names: names in ASIDE or names[-1] == "path")
 
 
 def check(
@@ -126,14 +128,34 @@ def write_csv(directory: str | os.PathLike[str], file: Path) -> None:
         _write_csv(temporary, _stored(Path(directory)))
 
 
+def write_parquet(directory: str | os.PathLike[str], file: Path) -> None:
+    """Writes the rows that :func:`load` reads as Parquet, with their types; a measured NaN stays one.
+
+    Raises ModuleNotFoundError without pyarrow, else as :func:`load` does.
+    """
+    import pyarrow  # only some have it
+    import pyarrow.parquet
+
+    # pandas would write NaN as missing: it takes only the types from there.
+    schema = pyarrow.Schema.from_pandas(frame(()), preserve_index=False)
+    with disk.replacing(file) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+        for some in _batches(_stored(Path(directory)), 50_000):
+            rows = [database.values(row) for row in some]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
 def _stored(directory: Path) -> Iterator[tuple[Any, ...]]:
     """The rows of the run in a directory, if there is one."""
-    if not _is_begun(directory):
-        return
-    with _reading(directory) as base:
-        _check_version(directory, base)
-        database.check_pages(base)
-        yield from database.rows(base, _models(database.config(base)))
+    try:
+        if not _is_begun(directory):
+            return
+        with _reading(directory) as base:
+            _check_version(directory, base)
+            database.check_pages(base)
+            yield from database.rows(base, _models(database.config(base)))
+    except Damaged as error:
+        remedy = f"python -m rft_fast.results {shlex.quote(str(directory))} --recover"
+        raise Damaged(f"{error}; to save what can still be read: {remedy}") from error
 
 
 def recover(directory: str | os.PathLike[str]) -> str:
@@ -186,6 +208,7 @@ class Run:
     ) -> None:
         self.directory = Path(directory)
         self._file = self.directory / database.FILE
+        self._closed = False
         asked = _plain(config)
         try:
             check(self.directory, overwrite)
@@ -285,7 +308,10 @@ class Run:
         return self.directory / f"{study}.csv"
 
     def close(self) -> None:
-        """Writes ``rows.csv``, closes the database and lets go of the lock."""
+        """Writes ``rows.csv``, closes the database and lets go of the lock. Once; later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
         with self._told(), self._close:
             self._check_place()
             with disk.replacing(self.directory / TABLE) as temporary:
@@ -384,9 +410,9 @@ def frame(rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
     )
 
 
-def _batches(rows: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+def _batches(rows: Iterable[Sequence[Any]], size: int = 1000) -> Iterator[list[Sequence[Any]]]:
     left = iter(rows)
-    while some := list(islice(left, 1000)):
+    while some := list(islice(left, size)):
         yield some
 
 

@@ -54,7 +54,6 @@ def _read(
     file: Path, beside: Path
 ) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
     with closing(sqlite3.connect(file)) as base:
-        base.execute("PRAGMA writable_schema = ON")  # else a file that was cut short is not read at all
         size = sum(
             part.stat().st_size for part in (file, database.beside(file, database.LOG)) if part.exists()
         )
@@ -83,10 +82,13 @@ def _read(
 
 
 def _put_first_page(file: Path, fresh: Path) -> None:
-    """Says anew what tables there are, and where they begin, which is the same in every run."""
+    """Says anew what tables there are, and where they begin, which is the same in every run.
+
+    And no more how large the file is: SQLite does not read one that was cut short.
+    """
     database.create(fresh, {})
     page = bytearray(fresh.read_bytes()[:PAGE])
-    page[24:28], page[92:96] = b"\0\0\0\1", bytes(4)  # so that the size in the header does not count
+    page[24:28], page[92:96] = b"\0\0\0\1", bytes(4)  # changed since the size was noted
     with file.open("r+b") as stream:
         stream.write(page)
 
