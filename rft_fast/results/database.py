@@ -274,7 +274,7 @@ def check_pages(database: sqlite3.Connection) -> None:
     """Raises sqlite3.DatabaseError where tables and their indices do not fit together."""
     (answer,) = database.execute("PRAGMA integrity_check(1)").fetchone()
     if answer != "ok":
-        raise sqlite3.DatabaseError(str(answer))
+        raise sqlite3.DatabaseError(str(answer).removeprefix("*** in database main ***\n"))
 
 
 def verify(database: sqlite3.Connection) -> None:
