@@ -29,6 +29,7 @@ from rft_fast.cluster.driver import EACH
 from rft_fast.evaluate import Evaluator
 from rft_fast.pieces import Counter, Measurement, Piece
 from rft_fast.request import Request, Subset, read
+from rft_fast.running import PHASES
 from rft_fast.studies import Protocol
 
 SETS = {
@@ -39,7 +40,6 @@ SETS = {
     "sketch": (50_889, True),
     "objectnet": (18_574, True),
 }
-PHASES = (("interpolation",), ("layers", "sharpness", "layer-sharpness"), ("prune",))
 GPUS = (1, 8, 64, 512, 4096)
 
 
