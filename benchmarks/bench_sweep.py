@@ -475,7 +475,8 @@ def scaling(case: Case, options: Options) -> dict[str, Any]:
         key = tuple(sizes.values())
         if key in measured:
             continue
-        if options.on_gpu or not measured:  # on a CPU, what is made once serves all sizes
+        # On a CPU, what is made once serves all requests of so many images.
+        if options.on_gpu or sizes["samples"] not in request.evaluators:
             request.warm_up(**sizes)
         measured[key] = {"peer": [], "plain": [], "gradient": []}
         for _ in range(options.rounds):
