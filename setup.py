@@ -55,8 +55,16 @@ if X86:
 
 # The GPU generations that differ in machine code and in use: Ampere, Ada, Hopper, Blackwell.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-# No fused multiply-adds but those that are written out, as on the CPU; -v: registers and spills, for CI.
-NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+# No fused multiply-adds but those that are written out, as on the CPU. --threads: architectures side by side.
+# -v: registers and spills, for CI.
+NVCCFLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "--threads=0",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",
+]
 
 
 class NotBuilt(Exception):

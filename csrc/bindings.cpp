@@ -20,7 +20,7 @@ namespace py = pybind11;
 namespace rft {
 namespace {
 
-Isa find_isa(const std::string& name) {
+const Isa& find_isa(const std::string& name) {
   if (name.empty()) return usable_isas().back();
   std::string known;
   for (const Isa& isa : usable_isas()) {

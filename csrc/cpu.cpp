@@ -84,9 +84,7 @@ bool has_f16c() {  // Clang's __builtin_cpu_supports does not know it
 }
 #endif
 
-}  // namespace
-
-std::vector<Isa> usable_isas() {
+std::vector<Isa> find_isas() {
   std::vector<Isa> isas = {kBaseline};
 #if defined(RFT_X86)
   __builtin_cpu_init();
@@ -95,6 +93,14 @@ std::vector<Isa> usable_isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) isas.push_back(kAvx512);
   }
 #endif
+  return isas;
+}
+
+}  // namespace
+
+const std::vector<Isa>& usable_isas() {
+  // Asked once: in a virtual machine the question takes longer than the write of a small layer.
+  static const std::vector<Isa> isas = find_isas();
   return isas;
 }
 

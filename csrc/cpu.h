@@ -38,7 +38,7 @@ extern const Isa kAvx2, kAvx512;
 #endif
 
 // The instruction sets of this build that this machine can run, the fastest last.
-std::vector<Isa> usable_isas();
+const std::vector<Isa>& usable_isas();
 
 void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e, int threads, const Isa& isa);
 

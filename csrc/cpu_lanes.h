@@ -163,7 +163,8 @@ struct Lanes {
   static RFT_FN F mad(F x, F y, float z) { return x * y + z; }
   static RFT_FN F mad(F x, F y, F z) { return x * y + z; }
   static RFT_FN F select(I mask, F yes, F no) { return {mask.a ? yes.a : no.a, mask.b ? yes.b : no.b}; }
-  static RFT_FN F select_sign(I sign, F yes, F no) { return select(sign < 0, yes, no); }
+  static RFT_FN F select_bit30(I bits, F yes, F no) { return select(bits << 1 < 0, yes, no); }
+  static RFT_FN F add_one_below_zero(F x, I sign) { return x + as_float((sign >> 31) & 0x3f800000); }
   static RFT_FN F to_float(I x) { return {rft::to_float(x.a), rft::to_float(x.b)}; }
   static RFT_FN F sqrt(F x) { return {square_root(x.a), square_root(x.b)}; }
   static RFT_FN I pack(W x, W y) { return {rft::pack(x.a, y.a), rft::pack(x.b, y.b)}; }

@@ -2,9 +2,12 @@
 //
 // The table is cut into tiles of kTile elements; `tile_row` tells each tile's row. A thread block takes one tile, a
 // thread two Philox blocks of it: eight elements, whose loads are all under way before the first is used. A tile that
-// is whole, and whose row allows it, is read and written four elements (16 or 8 bytes) at a time; the last tile of a
-// row and rows of unaligned views go element by element. Storage types are data, not template parameters: a branch
-// that a whole thread block takes alike costs nothing beside the memory, and mixed models stay one launch.
+// is whole, and whose row allows it, is read and written 16 bytes at a time; the last tile of a row and rows of
+// unaligned views go element by element.
+//
+// With noise, weights of 16 bits are bound by instructions and not by memory, so nothing that is known beforehand is
+// asked on the way. What a launch knows (noise, mask, the usual forms of the formula) picks the kernel. What a row
+// knows (its storage types) is one branch that a whole thread block takes alike: mixed models stay one launch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -21,6 +24,16 @@ constexpr int kThreads = 256;
 constexpr int kUnroll = 2;  // Philox blocks of a thread
 constexpr int kTile = kThreads * kUnroll * kBlock;
 
+__device__ __forceinline__ float approximate_sqrt(float x) {
+#ifdef __CUDA_ARCH__
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
+#endif
+}
+
 // One element of a thread. See element.h for what is asked of lanes.
 struct Thread {
   using F = float;
@@ -36,9 +49,12 @@ struct Thread {
   static __device__ __forceinline__ F abs(F x) { return fabsf(x); }
   static __device__ __forceinline__ F mad(F x, F y, F z) { return fmaf(x, y, z); }
   static __device__ __forceinline__ F select(bool mask, F yes, F no) { return mask ? yes : no; }
-  static __device__ __forceinline__ F select_sign(I sign, F yes, F no) { return sign < 0 ? yes : no; }
+  static __device__ __forceinline__ F select_bit30(I bits, F yes, F no) { return bits & 0x40000000 ? yes : no; }
+  static __device__ __forceinline__ F add_one_below_zero(F x, I sign) { return sign < 0 ? x + 1.0f : x; }
   static __device__ __forceinline__ F to_float(I x) { return __int2float_rn(x); }
-  static __device__ __forceinline__ F sqrt(F x) { return __fsqrt_rn(x); }
+  // Within 2^-23 of the true root, and so a normal within 1.93e-6 of its own in the worst case; the correctly
+  // rounded root would give 1.57e-6 for three instructions more an element.
+  static __device__ __forceinline__ F sqrt(F x) { return approximate_sqrt(x); }
   // One wide multiplication; __umulhi beside x * m would be two.
   static __device__ __forceinline__ void multiply(W x, uint32_t m, W& hi, W& lo) {
     const uint64_t product = (uint64_t)x * m;
@@ -47,7 +63,17 @@ struct Thread {
   }
 };
 
-struct DeviceRow {
+// How the whole tiles of a row are read and written.
+enum Access : int32_t {
+  kSingly,      // element by element: an address is not a multiple of 16 bytes
+  kAllFloat32,  // the usual rows, of one storage type
+  kAllBFloat16,
+  kAllFloat16,
+  kMixed,
+};
+
+// Aligned, so that it is read 16 bytes at a time.
+struct alignas(16) DeviceRow {
   void* out;
   const void* zeroshot;
   const void* finetuned;
@@ -55,7 +81,7 @@ struct DeviceRow {
   uint64_t first_block;
   int64_t first_tile;
   int32_t out_dtype, zeroshot_dtype, finetuned_dtype;
-  int32_t aligned;  // every four elements can be accessed at once
+  Access access;
 };
 
 __device__ __forceinline__ float load(const void* from, int dtype, int64_t i) {
@@ -74,44 +100,114 @@ __device__ __forceinline__ void store(void* to, int dtype, int64_t i, float x) {
   }
 }
 
-__device__ __forceinline__ void load4(float (&x)[kBlock], const void* from, int dtype, int64_t i) {
-  if (dtype == kFloat32) {
-    const float4 v = __ldca((const float4*)((const float*)from + i));
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-    return;
-  }
-  const uint2 v = __ldca((const uint2*)((const uint16_t*)from + i));
+// Two weights of 16 bits, in one word.
+__device__ __forceinline__ void unpack(float* x, uint32_t word, int dtype) {
   if (dtype == kBFloat16) {  // the upper half of a float32
-    x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000u);
-    x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
+    x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
   } else {
-    const float2 low = __half22float2(*(const __half2*)&v.x), high = __half22float2(*(const __half2*)&v.y);
-    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+    const float2 pair = __half22float2(*(const __half2*)&word);
+    x[0] = pair.x, x[1] = pair.y;
   }
 }
 
-__device__ __forceinline__ void store4(void* to, int dtype, int64_t i, const float (&x)[kBlock]) {
+__device__ __forceinline__ uint32_t pack(const float* x, int dtype) {
+  uint32_t word;
+  if (dtype == kBFloat16) {
+    *(__nv_bfloat162*)&word = __floats2bfloat162_rn(x[0], x[1]);
+  } else {
+    *(__half2*)&word = __floats2half2_rn(x[0], x[1]);
+  }
+  return word;
+}
+
+__device__ __forceinline__ void load4(float* x, const void* from, int dtype, int64_t i) {
+  if (dtype == kFloat32) {
+    const float4 v = __ldca((const float4*)((const float*)from + i));
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  } else {
+    const uint2 v = __ldca((const uint2*)((const uint16_t*)from + i));
+    unpack(x, v.x, dtype), unpack(x + 2, v.y, dtype);
+  }
+}
+
+__device__ __forceinline__ void store4(void* to, int dtype, int64_t i, const float* x) {
   if (dtype == kFloat32) {
     __stwb((float4*)((float*)to + i), make_float4(x[0], x[1], x[2], x[3]));
-    return;
-  }
-  uint2 v;
-  if (dtype == kBFloat16) {
-    *(__nv_bfloat162*)&v.x = __floats2bfloat162_rn(x[0], x[1]);
-    *(__nv_bfloat162*)&v.y = __floats2bfloat162_rn(x[2], x[3]);
   } else {
-    *(__half2*)&v.x = __floats2half2_rn(x[0], x[1]);
-    *(__half2*)&v.y = __floats2half2_rn(x[2], x[3]);
+    __stwb((uint2*)((uint16_t*)to + i), make_uint2(pack(x, dtype), pack(x + 2, dtype)));
   }
-  __stwb((uint2*)((uint16_t*)to + i), v);
+}
+
+// A thread's two blocks of a whole tile. Where all weights have 16 bits they lie side by side and are one access;
+// else they are a stride apart, so that of float32, too, neighbouring threads access neighbouring 16 bytes.
+template <bool SIDE_BY_SIDE>
+struct Place {
+  static_assert(kUnroll == 2, "eight elements of 16 bits are 16 bytes");
+
+  static __device__ __forceinline__ int block(int u) {
+    return SIDE_BY_SIDE ? threadIdx.x * kUnroll + u : threadIdx.x + u * kThreads;
+  }
+
+  static __device__ __forceinline__ void read(float (&x)[kUnroll][kBlock], const void* tile, int dtype) {
+    if (SIDE_BY_SIDE) {
+      const uint4 v = __ldca((const uint4*)tile + threadIdx.x);
+      unpack(x[0], v.x, dtype), unpack(x[0] + 2, v.y, dtype), unpack(x[1], v.z, dtype), unpack(x[1] + 2, v.w, dtype);
+    } else {
+      load4(x[0], tile, dtype, block(0) * kBlock), load4(x[1], tile, dtype, block(1) * kBlock);
+    }
+  }
+
+  static __device__ __forceinline__ void write(const float (&x)[kUnroll][kBlock], void* tile, int dtype) {
+    if (SIDE_BY_SIDE) {
+      __stwb((uint4*)tile + threadIdx.x,
+             make_uint4(pack(x[0], dtype), pack(x[0] + 2, dtype), pack(x[1], dtype), pack(x[1] + 2, dtype)));
+    } else {
+      store4(tile, dtype, block(0) * kBlock, x[0]), store4(tile, dtype, block(1) * kBlock, x[1]);
+    }
+  }
+};
+
+// What one launch is told.
+struct Request {
+  Element e;
+  Keys<Thread> keys;
+};
+
+// The usual writes have kernels in which what they have in common is a constant: noise is normal, adaptive and on the
+// fine-tuned end, masked weights become 0. They differ in where they are on the path.
+enum Form : int {
+  kGeneral,
+  kNearZeroshot,   // lerp's base 0
+  kNearFinetuned,  // base 1
+  kFinetuned,      // alpha = 1: the zero-shot end is not read
+};
+
+Form form_of(const Element& e) {
+  const bool usual_noise = e.noise == kNoNoise || (e.noise == kNormal && e.adaptive && !e.interpolated);
+  const bool usual_mask = !e.masked || !e.fill_zeroshot;
+  if (!usual_noise || !usual_mask) return kGeneral;
+  if (e.k != 0.0f) return e.base ? kNearFinetuned : kNearZeroshot;
+  return e.base ? kFinetuned : kGeneral;
+}
+
+template <int FORM>
+__device__ __forceinline__ Element known(Element e) {
+  if (FORM == kGeneral) return e;
+  e.adaptive = true, e.interpolated = false, e.fill_zeroshot = false;
+  e.base = FORM != kNearZeroshot;
+  if (FORM == kFinetuned) {
+    e.k = 0.0f;
+  } else {
+    __builtin_assume(e.k != 0.0f);
+  }
+  return e;
 }
 
 // The four elements of one Philox block.
 template <int NOISE, bool MASKED>
 __device__ __forceinline__ void compute(float (&out)[kBlock], const float (&w0)[kBlock], const float (&w1)[kBlock],
-                                        uint64_t block, const Element& e) {
+                                        uint64_t block, const Element& e, const Keys<Thread>& keys) {
   using L = Thread;
-  const Keys<L> keys(e.key0, e.key1);
   const uint32_t low = (uint32_t)block, high = (uint32_t)(block >> 32);
   float eps[kBlock] = {};
   bool kept[kBlock] = {};
@@ -131,44 +227,37 @@ __device__ __forceinline__ void compute(float (&out)[kBlock], const float (&w0)[
   }
 }
 
-template <int NOISE, bool MASKED>
-__global__ void __launch_bounds__(kThreads)
-    write_rows(const DeviceRow* __restrict__ rows, const int32_t* __restrict__ tile_row, int64_t begin,
-               bool use_zeroshot, bool use_finetuned, const __grid_constant__ Element e) {
-  const int64_t tile = begin + blockIdx.x;
-  const DeviceRow row = rows[tile_row[tile]];
-  const int64_t start = (tile - row.first_tile) * kTile;
-  // The first element of each of this thread's Philox blocks: consecutive threads, consecutive blocks.
-  const int64_t first = start + threadIdx.x * kBlock;
-  constexpr int64_t kStride = kThreads * kBlock;
-  const uint64_t block = row.first_block + (uint64_t)(first / kBlock);
+// A tile of which every element is there. The types are constants but for kMixed.
+template <int NOISE, bool MASKED, bool SIDE_BY_SIDE>
+__device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start, const Element& e,
+                                            const Keys<Thread>& keys, int out_dtype, int zeroshot_dtype,
+                                            int finetuned_dtype) {
+  using P = Place<SIDE_BY_SIDE>;
+  const auto tile = [start](const void* row, int dtype) { return (char*)row + start * (dtype == kFloat32 ? 4 : 2); };
+  float w0[kUnroll][kBlock] = {}, w1[kUnroll][kBlock] = {}, out[kUnroll][kBlock];
+  if (e.needs_zeroshot()) P::read(w0, tile(row.zeroshot, zeroshot_dtype), zeroshot_dtype);
+  if (e.needs_finetuned()) P::read(w1, tile(row.finetuned, finetuned_dtype), finetuned_dtype);
+  const uint64_t block = row.first_block + (uint64_t)(start / kBlock);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) compute<NOISE, MASKED>(out[u], w0[u], w1[u], block + P::block(u), e, keys);
+  P::write(out, tile(row.out, out_dtype), out_dtype);
+}
 
-  if (row.aligned && start + kTile <= row.size) {
-    float w0[kUnroll][kBlock] = {}, w1[kUnroll][kBlock] = {};
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (use_zeroshot) load4(w0[u], row.zeroshot, row.zeroshot_dtype, first + u * kStride);
-      if (use_finetuned) load4(w1[u], row.finetuned, row.finetuned_dtype, first + u * kStride);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float out[kBlock];
-      compute<NOISE, MASKED>(out, w0[u], w1[u], block + u * kThreads, e);
-      store4(row.out, row.out_dtype, first + u * kStride, out);
-    }
-    return;
-  }
+// Any tile, element by element.
+template <int NOISE, bool MASKED>
+__device__ __forceinline__ void write_singly(const DeviceRow& row, int64_t start, const Element& e,
+                                             const Keys<Thread>& keys) {
 #pragma unroll 1
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t i = first + u * kStride;
+    const int64_t i = start + (threadIdx.x + u * kThreads) * kBlock;
     if (i >= row.size) return;
     float w0[kBlock] = {}, w1[kBlock] = {}, out[kBlock];
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
-      if (i + j < row.size && use_zeroshot) w0[j] = load(row.zeroshot, row.zeroshot_dtype, i + j);
-      if (i + j < row.size && use_finetuned) w1[j] = load(row.finetuned, row.finetuned_dtype, i + j);
+      if (i + j < row.size && e.needs_zeroshot()) w0[j] = load(row.zeroshot, row.zeroshot_dtype, i + j);
+      if (i + j < row.size && e.needs_finetuned()) w1[j] = load(row.finetuned, row.finetuned_dtype, i + j);
     }
-    compute<NOISE, MASKED>(out, w0, w1, block + u * kThreads, e);
+    compute<NOISE, MASKED>(out, w0, w1, row.first_block + (uint64_t)(i / kBlock), e, keys);
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       if (i + j < row.size) store(row.out, row.out_dtype, i + j, out[j]);
@@ -176,13 +265,51 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-const void* pick_kernel(const Element& e) {
-  switch (e.noise) {
-    case kNormal: return e.masked ? (const void*)write_rows<kNormal, true> : (const void*)write_rows<kNormal, false>;
-    case kUniform: return e.masked ? (const void*)write_rows<kUniform, true> : (const void*)write_rows<kUniform, false>;
-    case kRademacher:
-      return e.masked ? (const void*)write_rows<kRademacher, true> : (const void*)write_rows<kRademacher, false>;
-    default: return e.masked ? (const void*)write_rows<kNoNoise, true> : (const void*)write_rows<kNoNoise, false>;
+// Thread blocks that a multiprocessor shall be able to hold at once. Left to itself, the compiler saves registers for
+// one more and spills some.
+constexpr int resident(int noise) { return noise == kNoNoise ? 6 : 5; }
+
+template <int NOISE, bool MASKED, int FORM>
+__global__ void __launch_bounds__(kThreads, resident(NOISE))
+    write_rows(const DeviceRow* __restrict__ rows, const int32_t* __restrict__ tile_row, int64_t begin,
+               const __grid_constant__ Request request) {
+  const int64_t tile = begin + blockIdx.x;
+  const DeviceRow row = rows[tile_row[tile]];
+  const int64_t start = (tile - row.first_tile) * kTile;
+  const Element e = known<FORM>(request.e);
+  const Keys<Thread>& keys = request.keys;
+  if (row.access == kSingly || start + kTile > row.size) {
+    write_singly<NOISE, MASKED>(row, start, e, keys);
+  } else if (FORM == kGeneral || row.access == kMixed) {
+    write_whole<NOISE, MASKED, false>(row, start, e, keys, row.out_dtype, row.zeroshot_dtype, row.finetuned_dtype);
+  } else if (row.access == kAllFloat32) {
+    write_whole<NOISE, MASKED, false>(row, start, e, keys, kFloat32, kFloat32, kFloat32);
+  } else if (row.access == kAllBFloat16) {
+    write_whole<NOISE, MASKED, true>(row, start, e, keys, kBFloat16, kBFloat16, kBFloat16);
+  } else {
+    write_whole<NOISE, MASKED, true>(row, start, e, keys, kFloat16, kFloat16, kFloat16);
+  }
+}
+
+using Kernel = void(const DeviceRow*, const int32_t*, int64_t, Request);
+
+template <int NOISE, bool MASKED>
+Kernel* pick(Form form) {
+  constexpr bool kUsual = NOISE == kNoNoise || NOISE == kNormal;
+  switch (form) {
+    case kNearZeroshot: return write_rows < NOISE, MASKED, kUsual ? kNearZeroshot : kGeneral > ;
+    case kNearFinetuned: return write_rows < NOISE, MASKED, kUsual ? kNearFinetuned : kGeneral > ;
+    case kFinetuned: return write_rows < NOISE, MASKED, kUsual ? kFinetuned : kGeneral > ;
+    default: return write_rows<NOISE, MASKED, kGeneral>;
+  }
+}
+
+Kernel* pick(int noise, bool masked, Form form) {
+  switch (noise) {
+    case kNormal: return masked ? pick<kNormal, true>(form) : pick<kNormal, false>(form);
+    case kUniform: return masked ? pick<kUniform, true>(form) : pick<kUniform, false>(form);
+    case kRademacher: return masked ? pick<kRademacher, true>(form) : pick<kRademacher, false>(form);
+    default: return masked ? pick<kNoNoise, true>(form) : pick<kNoNoise, false>(form);
   }
 }
 
@@ -209,9 +336,13 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-int element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-bool is_aligned(const void* p, int dtype) { return (uintptr_t)p % (kBlock * element_size(dtype)) == 0; }
+Access access_of(const Row& row) {
+  for (const void* p : {(const void*)row.out, row.zeroshot, row.finetuned}) {
+    if ((uintptr_t)p % 16) return kSingly;
+  }
+  if (row.out_dtype != row.zeroshot_dtype || row.out_dtype != row.finetuned_dtype) return kMixed;
+  return row.out_dtype == kFloat32 ? kAllFloat32 : row.out_dtype == kBFloat16 ? kAllBFloat16 : kAllFloat16;
+}
 
 template <class T>
 T* upload(const std::vector<T>& values) {
@@ -232,12 +363,10 @@ CudaTable::CudaTable(const std::vector<Row>& rows, int device) : device_(device)
   std::vector<int32_t> tile_row;
   first_tile_ = {0};
   for (const Row& row : rows) {
-    const bool aligned = is_aligned(row.out, row.out_dtype) && is_aligned(row.zeroshot, row.zeroshot_dtype) &&
-                         is_aligned(row.finetuned, row.finetuned_dtype);
     const int64_t tiles = (row.size + kTile - 1) / kTile;
     tile_row.insert(tile_row.end(), tiles, (int32_t)there.size());
     there.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile_.back(), row.out_dtype,
-                     row.zeroshot_dtype, row.finetuned_dtype, aligned});
+                     row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
     first_tile_.push_back(first_tile_.back() + tiles);
   }
   rows_ = upload(there);
@@ -259,30 +388,38 @@ CudaTable::~CudaTable() {
   }
 }
 
-void CudaTable::write(const Runs& runs, const Element& given, void* stream) const {
+void CudaTable::write(const Runs& runs, const Element& e, void* stream) const {
   const DeviceGuard guard(device_);
-  Element e = given;
-  bool use_zeroshot = e.needs_zeroshot(), use_finetuned = e.needs_finetuned();
+  Kernel* const kernel = pick(e.noise, e.masked, form_of(e));
+  Request request = {e, Keys<Thread>(e.key0, e.key1)};
   const DeviceRow* rows = (const DeviceRow*)rows_;
   const int32_t* tile_row = tile_row_;
   for (const auto& run : runs) {
     int64_t begin = first_tile_[run.first];
     const int64_t tiles = first_tile_[run.second] - begin;
     if (tiles == 0) continue;
-    void* arguments[] = {&rows, &tile_row, &begin, &use_zeroshot, &use_finetuned, &e};
-    check(cudaLaunchKernel(pick_kernel(e), dim3((unsigned)tiles), dim3(kThreads), arguments, 0, (cudaStream_t)stream),
+    void* arguments[] = {&rows, &tile_row, &begin, &request};
+    check(cudaLaunchKernel(kernel, dim3((unsigned)tiles), dim3(kThreads), arguments, 0, (cudaStream_t)stream),
           "launching the kernel");
   }
 }
 
+// Asks every kernel, which loads them all: none is left to be loaded while a graph is captured.
 std::string why_not_cuda(int device) {
   try {
     const DeviceGuard guard(device);
-    cudaFuncAttributes attributes;
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, (const void*)write_rows<kNormal, true>);
-    if (status == cudaSuccess) return "";
-    cudaGetLastError();  // this question shall not fail the next call
-    return cudaGetErrorString(status);
+    for (int noise : {kNoNoise, kNormal, kUniform, kRademacher}) {
+      for (bool masked : {false, true}) {
+        for (Form form : {kGeneral, kNearZeroshot, kNearFinetuned, kFinetuned}) {
+          cudaFuncAttributes attributes;
+          const cudaError_t status = cudaFuncGetAttributes(&attributes, pick(noise, masked, form));
+          if (status == cudaSuccess) continue;
+          cudaGetLastError();  // this question shall not fail the next call
+          return cudaGetErrorString(status);
+        }
+      }
+    }
+    return "";
   } catch (const std::exception& error) {
     cudaGetLastError();
     return error.what();

@@ -5,8 +5,9 @@
 // word each, possibly with garbage above it) and the few operations that have no operator: see cpu_lanes.h.
 //
 // The formula's own multiplications and additions are never contracted into fused multiply-adds (the build says
-// -ffp-contract=off, nvcc -fmad=false), so that every backend rounds them alike. Only L::mad, used in the
-// polynomials below, may fuse: normals are specified to 2e-6, not to the bit.
+// -ffp-contract=off, nvcc -fmad=false), so that every backend rounds them alike. Only L::mad may fuse: it is used
+// where the product is exact (by a power of two), and in the polynomials, since normals are specified to 2e-6 and
+// not to the bit.
 #pragma once
 
 #include <cstdint>
@@ -42,9 +43,9 @@ struct Element {
   uint32_t draw;
 
   // At alpha = 1 the zero-shot weights need not be read.
-  bool needs_zeroshot() const { return base == 0 || k != 0.0f || (masked && fill_zeroshot); }
+  RFT_FN bool needs_zeroshot() const { return base == 0 || k != 0.0f || (masked && fill_zeroshot); }
   // At alpha = 0 the fine-tuned ones need not be.
-  bool needs_finetuned() const { return base == 1 || k != 0.0f; }
+  RFT_FN bool needs_finetuned() const { return base == 1 || k != 0.0f; }
 };
 
 template <class L>
@@ -91,8 +92,8 @@ template <class L>
 RFT_FN typename L::F radius(typename L::I x) {
   using F = typename L::F;
   using I = typename L::I;
-  const F g = (L::to_float(x) + 0.5f) * 0x1p-32f;
-  const F u = g + L::as_float((x >> 31) & 0x3f800000);  // + 1 where g is u - 1
+  const F g = L::mad(L::to_float(x), L::constant(0x1p-32f), 0x1p-33f);
+  const F u = L::add_one_below_zero(g, x);
   // u = 2^exponent * m with m in [sqrt(1/2), sqrt(2)).
   const I bits = L::as_int(u) - 0x3f3504f3;
   const I exponent = bits >> 23;
@@ -112,12 +113,12 @@ RFT_FN typename L::F radius(typename L::I x) {
 // (cos, sin) of a(x) = 2 pi (x + 1/2) / 2^32.
 //
 // The nearest quarter turn is in the top bits of x + 2^29; what remains, t in [-1/8, 1/8) turns, is the low 30
-// bits read as a signed number, exactly.
+// bits read as a signed number, exactly. (Moved up by two, they are one: four times as large.)
 template <class L>
 RFT_FN void turn(typename L::I x, typename L::F& cosine, typename L::F& sine) {
   using F = typename L::F;
   using I = typename L::I;
-  const F t = (L::to_float((x << 2) >> 2) + 0.5f) * 0x1p-32f;
+  const F t = L::mad(L::to_float(x << 2), L::constant(0x1p-34f), 0x1p-33f);
   const F z = t * t;
   // sin(2 pi t) / t and cos(2 pi t), minimax: 1.5e-9 and 2.8e-8.
   F s = L::constant(-75.264832f);
@@ -130,10 +131,10 @@ RFT_FN void turn(typename L::I x, typename L::F& cosine, typename L::F& sine) {
   c = L::mad(c, z, -19.739153f);
   c = L::mad(c, z, 1.0f);
   const I quarter = x + 0x20000000;  // top two bits: quarter turns
-  const I odd = quarter << 1;        // its sign: an odd number of them swaps cosine and sine
   const I top = L::constant_int(INT32_MIN);
-  cosine = L::as_float(L::as_int(L::select_sign(odd, s, c)) ^ ((quarter + 0x40000000) & top));
-  sine = L::as_float(L::as_int(L::select_sign(odd, c, s)) ^ (quarter & top));
+  // Bit 30: an odd number of them swaps cosine and sine.
+  cosine = L::as_float(L::as_int(L::select_bit30(quarter, s, c)) ^ ((quarter + 0x40000000) & top));
+  sine = L::as_float(L::as_int(L::select_bit30(quarter, c, s)) ^ (quarter & top));
 }
 
 // Two words to two noise values, in the order of their elements.
@@ -145,8 +146,8 @@ RFT_FN void noise_pair(typename L::I xa, typename L::I xb, typename L::F& a, typ
     a = a * r;
     b = b * r;
   } else if (NOISE == kUniform) {
-    a = (L::to_float(xa ^ INT32_MIN) + 0.5f) * 0x1p-31f;
-    b = (L::to_float(xb ^ INT32_MIN) + 0.5f) * 0x1p-31f;
+    a = L::mad(L::to_float(xa ^ INT32_MIN), L::constant(0x1p-31f), 0x1p-32f);
+    b = L::mad(L::to_float(xb ^ INT32_MIN), L::constant(0x1p-31f), 0x1p-32f);
   } else {
     // The sign of the uniform: +1 where the top bit is set.
     a = L::as_float((~xa & INT32_MIN) | 0x3f800000);

@@ -13,6 +13,7 @@ import threading
 
 import numpy as np
 import pytest
+import tiny_cuda
 import torch
 from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +26,7 @@ from rft_fast.kernels.contract import Row, capturing, first_blocks, make_rows
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IMPLS = ("reference", "native")
 ISAS = native.isas()
+GPUS = [device for device in env.devices() if device.type == "cuda"]
 SIZES = (0, 1, 3, 4, 7, 15, 16, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 4099)
 
 # Random123's kat_vectors for philox4x32-10: counter, key, words.
@@ -41,6 +43,13 @@ KNOWN = (
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cuda_on_cpu():
+    """impl=tiny_cuda.NAME: the CUDA kernels on the CPU. Built for the first test that writes with it."""
+    with tiny_cuda.offered():
+        yield
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -205,14 +214,15 @@ def test_write_is_the_formula(impl, noise, on):
         assert ((out.double() - truth).abs() <= 4e-7 * size * max(1, abs(alpha))).all()
 
 
-@pytest.mark.parametrize("target", [*ISAS, *(str(d) for d in env.devices() if d.type == "cuda")])
+@pytest.mark.parametrize("target", [*ISAS, *(map(str, GPUS) if GPUS else [tiny_cuda.NAME])])
 @pytest.mark.parametrize("dtypes", list(itertools.product((F32, BF16, F16), repeat=3)))
 def test_native_has_the_bits_of_the_reference(target, dtypes):
     """All that does not pass through a normal: interpolation, masks, uniform and Rademacher noise.
 
-    On every instruction set, and on the GPUs where there are some.
+    On every instruction set and every GPU; without one, the CUDA kernels run on the CPU.
     """
-    device, isa = ("cpu", target) if target in ISAS else (target, "")
+    device, isa = (target, ()) if target.startswith("cuda:") else ("cpu", (target,) if target in ISAS else ())
+    backend = registry.BACKENDS[tiny_cuda.NAME if target == tiny_cuda.NAME else "native"]
     out_dtype, dtype0, dtype1 = dtypes
     w0, w1 = (w.to(device) for w in ends(2051, dtype0, dtype1))
     for alpha, on, (keep, fill), (noise, rho, adaptive, sign) in itertools.product(
@@ -224,7 +234,7 @@ def test_native_has_the_bits_of_the_reference(target, dtypes):
         write = Write(alpha, rho, on, keep, fill, noise, adaptive, 7, 1, sign)
         outs = [torch.full((2051,), math.nan, dtype=out_dtype, device=device) for _ in range(2)]
         reference.Table(make_rows(outs[0], w0, w1)).write([(0, 1)], write)
-        native.Table(make_rows(outs[1], w0, w1)).write([(0, 1)], write, isa)
+        backend.table(make_rows(outs[1], w0, w1)).write([(0, 1)], write, *isa)
         same_bits(outs[1], outs[0])
 
 
@@ -441,15 +451,16 @@ def test_autograd_notices_a_write(impl):
 
 # ---------------------------------------------------------------- every backend on every device
 
-GPUS = [device for device in env.devices() if device.type == "cuda"]
 ON_GPU = [(device, impl) for device in GPUS for impl in ("native", "triton")]
-# Without a GPU, Triton is interpreted (see conftest.py), and the tests prove themselves on the CPU.
-EVERYWHERE = [(torch.device("cpu"), "native"), *(ON_GPU or [(torch.device("cpu"), "triton")])]
+# Without a GPU, Triton is interpreted (conftest.py), and the CUDA kernels run on the CPU (tiny_cuda.py).
+ON_CPU = [(torch.device("cpu"), impl) for impl in ("native", "triton", tiny_cuda.NAME)]
+EVERYWHERE = [ON_CPU[0], *ON_GPU] if GPUS else ON_CPU
 NO_GPU = [pytest.param(None, None, marks=pytest.mark.skip(reason="there is no GPU"))]
 
 FORMS = (
     {"alpha": 0.3},
     {"alpha": 0.7, "keep": 0.5, "fill": "zeroshot", "seed": 2**64 - 1},
+    {"alpha": 0.6, "rho": 0.1, "noise": "uniform"},
     {"alpha": 1.0, "rho": 0.1, "noise": "uniform", "keep": 0.5, "draw": 2**32 - 1},
     {"alpha": 0.4, "rho": 0.1, "noise": "rademacher", "on": "interpolated", "adaptive": False, "sign": -1},
 )
@@ -495,14 +506,32 @@ def test_normals_of_every_device_are_within_2e_6_of_float64(device, impl):
 
 
 @pytest.mark.parametrize("device, impl", EVERYWHERE)
-def test_normals_scale_the_weights_on_every_device(device, impl):
-    """Through the formula, in every storage type, given the very noise."""
-    out, w0, w1 = mixed(device)
-    eps = rft.noise_like(out, seed=5, impl=impl)
-    Plan(out, w0, w1, impl).write(0.3, rho=0.2, seed=5)
-    for got, a, b, e in zip(*(synchronised(t) for t in (out, w0, w1, eps)), strict=True):
-        truth = float64_write(a, b, 0.3, 0.2, "finetuned", 1, "zero", True, 1, e, torch.ones_like(b).bool())
-        size = (a.double().abs() + b.double().abs()) * (1 + e.double().abs()) + 1e-30
+@pytest.mark.parametrize(
+    "alpha, keep, fill, on, adaptive",
+    [
+        (0.3, 1, "zero", "finetuned", True),
+        (0.8, 0.5, "zero", "finetuned", True),
+        (1, 0.5, "zero", "finetuned", True),
+        (0.8, 0.5, "zeroshot", "finetuned", True),
+        (0.3, 1, "zero", "interpolated", True),
+        (0.3, 1, "zero", "finetuned", False),
+    ],
+)
+def test_normals_scale_the_weights_on_every_device(device, impl, alpha, keep, fill, on, adaptive):
+    """Through the formula, given the very noise: whole tiles and less, of one storage type and of several."""
+    out, w0, w1 = ([], [], [])
+    for dtypes, (size, offset) in itertools.product(
+        ((F32,) * 3, (BF16,) * 3, (F16,) * 3, (F32, BF16, F16)), ((2051, 0), (301, 1))
+    ):
+        for role, tensor in zip((w0, w1), ends(size + offset, *dtypes[1:]), strict=True):
+            role.append(tensor.to(device)[offset:])
+        out.append(torch.empty(size + offset, dtype=dtypes[0], device=device)[offset:])
+    eps, kept = rft.noise_like(out, seed=5, impl=impl), rft.keep_mask_like(out, keep, seed=5, impl=impl)
+    plan = Plan(out, w0, w1, impl)
+    plan.write(alpha, rho=0.2, keep=keep, fill=fill, on=on, adaptive=adaptive, seed=5)
+    for got, a, b, e, k in zip(*(synchronised(t) for t in (out, w0, w1, eps, kept)), strict=True):
+        truth = float64_write(a, b, alpha, 0.2, on, keep, fill, adaptive, 1, e, k)
+        size = (a.double().abs() + b.double().abs() + (0 if adaptive else 1)) * (1 + e.double().abs()) + 1e-30
         assert ((got.double() - truth).abs() <= torch.finfo(got.dtype).eps * size + 1e-7).all()
 
 

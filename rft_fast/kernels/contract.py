@@ -13,6 +13,7 @@ one table entry; both are complete and consistent once they exist, so backends c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import c_float
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -31,6 +32,9 @@ PURPOSE_MASK = 1
 # One Philox block of four words serves four consecutive elements.
 BLOCK = 4
 
+# A seed has 64 bits, the number of a draw 32.
+SEEDS, DRAWS = 2**64, 2**32
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -39,12 +43,17 @@ def _choice(name: str, value: object, offered: Sequence[str]) -> None:
         raise ValueError(f"write: {name} must be one of {', '.join(offered)}; got {value!r}")
 
 
-def _whole(name: str, value: object, bits: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+def _whole(name: str, value: object, limit: int) -> int:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise TypeError(f"write: {name} must be an integer; got {value!r} of type {type(value).__name__}")
-    if not 0 <= value < 2**bits:
-        raise ValueError(f"write: {name} must lie in [0, 2**{bits}); got {value}")
+    if not 0 <= value < limit:
+        raise ValueError(f"write: {name} must lie in [0, 2**{limit.bit_length() - 1}); got {value}")
     return int(value)
+
+
+def _float32(number: float) -> float:
+    """As ``float(np.float32(number))``, in a quarter of the time: every write needs two."""
+    return c_float(number).value
 
 
 def _finite(name: str, value: object) -> float:
@@ -127,12 +136,12 @@ class Write:
             alpha=alpha,
             rho=rho,
             keep=keep,
-            seed=_whole("seed", self.seed, 64),
-            draw=_whole("draw", self.draw, 32),
-            scale=float(np.float32(self.sign * rho)),
+            seed=_whole("seed", self.seed, SEEDS),
+            draw=_whole("draw", self.draw, DRAWS),
+            scale=_float32(self.sign * rho),
             threshold=threshold,
             base=base,
-            k=float(np.float32(alpha - base)),
+            k=_float32(alpha - base),
             noisy=rho > 0 and not (self.on == "finetuned" and alpha == 0),
             masked=threshold < 2**32 and alpha != 0,
         )

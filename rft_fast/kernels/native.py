@@ -40,6 +40,30 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOISE = {"normal": 1, "uniform": 2, "rademacher": 3}
 
 
+def as_entry(row: Row) -> tuple[int, ...]:
+    """A row as the compiled module takes it."""
+    tensors = (row.out, row.zeroshot, row.finetuned)
+    pointers, dtypes = (t.data_ptr() for t in tensors), (_DTYPE[t.dtype] for t in tensors)
+    return (*pointers, *dtypes, row.size, row.first_block)
+
+
+def as_numbers(write: Write) -> tuple[object, ...]:
+    """The arguments of the compiled module's ``Element``."""
+    return (
+        write.base,
+        write.k,
+        _NOISE[write.noise] if write.noisy else 0,
+        write.scale,
+        write.adaptive,
+        write.on == "interpolated",
+        write.masked,
+        write.threshold if write.masked else 0,
+        write.fill == "zeroshot",
+        write.seed,
+        write.draw,
+    )
+
+
 class Table:
     """Raw pointers of the rows. The tensors are kept, so their memory outlives the table.
 
@@ -55,10 +79,7 @@ class Table:
         refuse_capture("native", self._device)
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         self._element = _native.Element
-        entries = [
-            (*(t.data_ptr() for t in tensors), *(_DTYPE[t.dtype] for t in tensors), row.size, row.first_block)
-            for row, tensors in zip(rows, self._keep, strict=True)
-        ]
+        entries = [as_entry(row) for row in rows]
         if self._device.type == "cuda":
             self._table = _native.CudaTable(entries, self._device.index)
         else:
@@ -66,19 +87,7 @@ class Table:
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write, isa: str = "") -> None:
         """isa: the CPU's instruction set, for tests; empty: the fastest that this machine has."""
-        element = self._element(
-            write.base,
-            write.k,
-            _NOISE[write.noise] if write.noisy else 0,
-            write.scale,
-            write.adaptive,
-            write.on == "interpolated",
-            write.masked,
-            write.threshold if write.masked else 0,
-            write.fill == "zeroshot",
-            write.seed,
-            write.draw,
-        )
+        element = self._element(*as_numbers(write))
         if self._device.type == "cuda":
             self._table.write(runs, element, torch.cuda.current_stream(self._device).cuda_stream)
         else:
