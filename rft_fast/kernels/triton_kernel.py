@@ -59,7 +59,7 @@ def in_order(x0, x1, x2, x3):
 def radius(x):
     """sqrt(-2 ln((x + 1/2) / 2^32)), x: int32 words."""
     g = tl.fma(x.to(tl.float32), 2.0**-32, 2.0**-33)
-    u = g + ((x >> 31) & 0x3F800000).to(tl.float32, bitcast=True)
+    u = tl.where(x < 0, g + 1.0, g)
     bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = bits >> 23
     m = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
@@ -79,7 +79,7 @@ def radius(x):
 @triton.jit
 def turn(x):
     """(cos, sin) of 2 pi (x + 1/2) / 2^32, x: int32 words."""
-    t = tl.fma(((x << 2) >> 2).to(tl.float32), 2.0**-32, 2.0**-33)
+    t = tl.fma((x << 2).to(tl.float32), 2.0**-34, 2.0**-33)
     z = t * t
     s = tl.fma(z, -75.264832, 81.588852)
     s = tl.fma(s, z, -41.341633)
