@@ -9,12 +9,10 @@ from functools import cache
 
 import torch
 
-Clock = Callable[[], float]
 Run = Callable[[], object]
 
 
-@cache
-def clock(device: torch.device) -> Clock:
+class Clock:
     """A timer to be called before and after each round, as pytest-benchmark calls its timers.
 
     The first call of a pair empties the caches, and returns 0. On a GPU it does so by reading, which leaves
@@ -22,34 +20,46 @@ def clock(device: torch.device) -> Clock:
     then, and the time between the two events the device's alone. (A round of so many launches that the
     device catches up takes the host's time, as it would in use.)
     """
-    if device.type == "cuda":
-        large = torch.zeros(2**27, device=device)
-        started: list[torch.cuda.Event] = []
 
-        def seconds() -> float:
-            event = torch.cuda.Event(enable_timing=True)
-            if started:
-                event.record()
-                torch.cuda.synchronize(device)
-                return started.pop().elapsed_time(event) / 1e3
-            large.sum()
-            event.record()
-            started.append(event)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begun: torch.cuda.Event | float | None = None
+        self._large = torch.zeros(2**27 if device.type == "cuda" else 2**24, device=device)
+        self._sink = None if device.type == "cuda" else torch.empty_like(self._large)
+
+    def __call__(self) -> float:
+        begun, self._begun = self._begun, None
+        if begun is None:
+            self._begun = self._begin()
             return 0.0
+        if isinstance(begun, float):
+            return time.perf_counter() - begun
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        torch.cuda.synchronize(self._device)
+        return begun.elapsed_time(event) / 1e3
 
-        return seconds
+    def _begin(self) -> torch.cuda.Event | float:
+        if self._sink is not None:
+            self._sink.copy_(self._large)
+            return time.perf_counter()
+        self._large.sum()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    source, sink = torch.zeros(2**24), torch.empty(2**24)
-    begun: list[float] = []
+    def reset(self) -> None:
+        """Before a new row: the one before may have failed half-way, and a GPU's clock may have gone down."""
+        self._begun = None
+        if self._sink is None:
+            for _ in range(500):  # a tenth of a second
+                self._large.sum()
+            torch.cuda.synchronize(self._device)
 
-    def seconds() -> float:
-        if begun:
-            return time.perf_counter() - begun.pop()
-        sink.copy_(source)
-        begun.append(time.perf_counter())
-        return 0.0
 
-    return seconds
+@cache
+def clock(device: torch.device) -> Clock:
+    return Clock(device)
 
 
 def measure(device: torch.device, run: Run) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -11,6 +14,21 @@ from rft_fast.kernels import native
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="what to measure on: cpu, cuda, cuda:1, ...")
+
+
+def pytest_configure(config):
+    device = torch.device(config.getoption("device"))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose stream the clock's events are on
+
+
+_BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    """STOP_AFTER: seconds after which no row begins. A run that is ended from outside leaves no file."""
+    if time.monotonic() - _BEGUN > float(os.environ.get("STOP_AFTER", "inf")):
+        pytest.skip("the time was up")
 
 
 @pytest.fixture(scope="session")

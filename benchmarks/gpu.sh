@@ -7,6 +7,7 @@
 #   bash benchmarks/gpu.sh [--sweeps] --list
 #
 # OUT, by default benchmarks/results/<date>-<gpu>, gets summary.json, rows.json (every round), table.md and log.txt.
+# What matters most comes first: a step begins only while there is time left (GPU_SECONDS, by default 560, for all).
 # Needs Python with torch, triton, pytest, pytest-benchmark, scipy, pybind11 and ninja, and nvcc; installs nothing.
 # --device cpu runs the steps that need no GPU, to test this script.
 set -uo pipefail
@@ -25,10 +26,8 @@ while (($#)); do
 done
 
 # The whole run ends by then, whatever its steps' own limits allow.
-deadline=560
-raw=$(mktemp -d)
+deadline=${GPU_SECONDS:-560}
 steps=,
-trap 'rm -rf "$raw"' EXIT
 export PATH=$PATH:/usr/local/cuda/bin  # compute-sanitizer and nvcc, where they are not found otherwise
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 python=$(command -v python3 || command -v python)
@@ -37,6 +36,12 @@ if [[ ! $list && ! $out ]]; then
   name=$device
   [[ $device == cpu ]] || name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')
   out=benchmarks/results/$(date +%F)-${name:-gpu}${sweeps:+-sweeps}
+fi
+# What the steps leave lies in OUT, so that a run that is cut off leaves it, too.
+raw=$out/raw
+if [[ ! $list ]]; then
+  rm -rf "$raw"
+  mkdir -p "$raw"
 fi
 
 # step NAME SECONDS COMMAND...: runs, times and records one step.
@@ -54,7 +59,8 @@ step() {
     code=-1
   else
     printf '\n== %s: %s\n' "$name" "$*" >>"$raw/log.txt"
-    timeout --kill-after=5 "$limit" "$@" >"$raw/$name.out" 2>&1
+    # Interrupted, pytest still writes what it has.
+    STOP_AFTER=$((limit - 15)) timeout --signal=INT --kill-after=12 "$limit" "$@" >"$raw/$name.out" 2>&1
     code=$?
     cat "$raw/$name.out" >>"$raw/log.txt"
   fi
@@ -66,8 +72,8 @@ step() {
 tests() {
   local name=$1 limit=$2 workers=()
   # Most of the time goes into compiling hundreds of variants, which processes can share.
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-  step "$name" "$limit" "$python" -m pytest -q -rs -p no:cacheprovider "${workers[@]}" \
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
+  step "$name" "$limit" env OMP_NUM_THREADS=2 "$python" -m pytest -q -rs -p no:cacheprovider "${workers[@]}" \
     "--junitxml=$raw/$name.xml" "tests/test_$name.py"
 }
 
@@ -86,8 +92,9 @@ sweep_bench() {
 
 sanitize() {
   # Every tensor is an allocation of its own, so that an access beyond its end is one to unowned memory.
+  # Errors that a library asks for and handles are none.
   step "$1" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" benchmarks/gpu_program.py --device "$device"
+    --report-api-errors no "$python" benchmarks/gpu_program.py --device "$device"
 }
 
 cuda() { [[ $device != cpu || $list ]]; }
@@ -98,30 +105,30 @@ if cuda; then
   step build 200 env RFT_NATIVE=1 RFT_CUDA=1 "RFT_CUDA_ARCH=${arch% }" "$python" setup.py build_ext --inplace
 fi
 if [[ $sweeps ]]; then
-  tests evaluate 120
-  tests walk 120
   tests graphs 90
-  tests precision 90
   arch=ViT-B-32 large=ViT-L-14
   cuda || arch=tiny large=tiny
   sweep_bench sweep_b 130 --arch "$arch" --part layer-sharpness busy --draws 8 --layers 4 --rounds 2
   sweep_bench sweep_l 160 --arch "$large" --part layer-sharpness busy --draws 6 --rounds 2
   sweep_bench scaling 110 --arch "$arch" --part layers interpolation scaling --rounds 2 --figure "$raw/scaling.png"
+  tests evaluate 120
+  tests walk 120
+  tests precision 90
   step precisions 90 "$python" benchmarks/precision.py --device "$device" --out "$raw/precisions.json"
 else
-  step backends 30 "$python" benchmarks/gpu_program.py --device "$device" --backends
+  step backends 60 "$python" benchmarks/gpu_program.py --device "$device" --backends
   step program 60 "$python" benchmarks/gpu_program.py --device "$device"
-  tests kernels 90
-  tests triton 120
-  tests torch_library 120
-  tests path 60
+  bench host 40 host
+  bench large 150 64M
+  tests kernels 150
   if cuda; then
     sanitize memcheck
     sanitize racecheck
   fi
-  bench host 30 host
-  bench large 150 64M
+  tests triton 120
   bench vit_l 100 ViT-L-14
+  tests torch_library 120
+  tests path 60
   bench layer 60 'layer and not compile'
   bench vit_b 80 ViT-B-32
   step sweep 60 "$python" -m rft_fast.sweep interpolation --device "$device" --samples 200 --out "$raw/sweep"
@@ -131,7 +138,9 @@ fi
 for name in ${only//,/ }; do
   [[ $steps == *,$name,* ]] || { echo "gpu.sh: there is no step $name here; see --list" >&2 && exit 2; }
 done
-mkdir -p "$out"
-cp "$raw/log.txt" "$out/log.txt"
-[[ ! -e $raw/scaling.png ]] || cp "$raw/scaling.png" "$out/"
+mv "$raw/log.txt" "$out/log.txt"
+[[ ! -e $raw/scaling.png ]] || mv "$raw/scaling.png" "$out/"
 "$python" benchmarks/gpu_report.py "$raw" "$out"
+code=$?
+[[ ! -e $out/summary.json ]] || rm -rf "$raw"
+exit $code

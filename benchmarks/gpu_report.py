@@ -110,7 +110,7 @@ def main(raw: Path, out: Path) -> None:
     }
     runs = {name: run for name, run in measured.items() if "benchmarks" in run}
     sweeps = {name: run for name, run in measured.items() if "goals" in run}
-    rows = [row for run in runs.values() for row in run["benchmarks"]]
+    rows = [row for run in runs.values() for row in table.measured(run)]
     findings = [finding for step in steps for finding in of_step(step, raw)]
     if rows and next(iter(runs.values()))["machine_info"].get("cuda"):
         findings += of_goals(rows)

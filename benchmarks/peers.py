@@ -256,6 +256,9 @@ def foreach_folded(case: Case, op: Operation) -> Prepared:
 
 
 def compiled(case: Case, op: Operation) -> Prepared:
+    # All cases share the code below, of which it keeps few variants before it goes on uncompiled.
+    torch._dynamo.reset()
+
     @torch.compile(dynamic=False)
     def step(out: Tensor, a: Tensor, w: Tensor) -> None:
         if op.keep < 1:

@@ -29,6 +29,11 @@ def host_row(row: dict) -> str:
     return f"| {row['extra_info']['name']} | {median:.1f} ({q1:.1f} to {q3:.1f}) |"
 
 
+def measured(run: dict) -> list[dict]:
+    """The rows that are complete: one that failed after it was timed has no figures of its own."""
+    return [row for row in run["benchmarks"] if row["extra_info"]]
+
+
 def tables(path: str) -> str:
     with open(path) as file:
         run = json.load(file)
@@ -39,10 +44,10 @@ def tables(path: str) -> str:
         f"{machine['device']}, torch {versions['torch']}{cuda}, Triton {versions['triton']}, "
         f"Python {versions['python']}, {run['datetime'][:10]}"
     ]
-    if copies := [c for row in run["benchmarks"] if (c := row["extra_info"].get("copy_gb_per_s"))]:
+    if copies := [c for row in measured(run) if (c := row["extra_info"].get("copy_gb_per_s"))]:
         lines[0] += f"; copy {copies[0]:.1f} GB/s"
     groups: dict[str, list[dict]] = {}
-    for row in run["benchmarks"]:
+    for row in measured(run):
         groups.setdefault(row["group"], []).append(row)
     for group, rows in groups.items():
         host = "host_us" in rows[0]["extra_info"]

@@ -336,6 +336,19 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Lets memory be had and given back while somebody captures a graph: another thread, or a capture on whose way a
+// table happens to die. Neither has to do with what is captured, but by default both would end it.
+class OutsideOfCaptures {
+ public:
+  OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideOfCaptures(const OutsideOfCaptures&) = delete;
+  OutsideOfCaptures& operator=(const OutsideOfCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 Access access_of(const Row& row) {
   for (const void* p : {(const void*)row.out, row.zeroshot, row.finetuned}) {
     if ((uintptr_t)p % 16) return kSingly;
@@ -359,6 +372,7 @@ T* upload(const std::vector<T>& values) {
 
 CudaTable::CudaTable(const std::vector<Row>& rows, int device) : device_(device) {
   const DeviceGuard guard(device);
+  const OutsideOfCaptures outside;
   std::vector<DeviceRow> there;
   std::vector<int32_t> tile_row;
   first_tile_ = {0};
@@ -372,8 +386,11 @@ CudaTable::CudaTable(const std::vector<Row>& rows, int device) : device_(device)
   rows_ = upload(there);
   try {
     tile_row_ = upload(tile_row);
+    // The copies may still be under way, and a stream that waits for no other may be the first to write.
+    check(cudaStreamSynchronize(cudaStreamLegacy), "copying the table");
   } catch (...) {
     cudaFree(rows_);
+    cudaFree(tile_row_);
     throw;
   }
 }
@@ -381,6 +398,7 @@ CudaTable::CudaTable(const std::vector<Row>& rows, int device) : device_(device)
 CudaTable::~CudaTable() {
   try {
     const DeviceGuard guard(device_);
+    const OutsideOfCaptures outside;
     cudaFree(rows_);  // waits for the kernels that still read it
     cudaFree(tile_row_);
   } catch (const std::exception&) {

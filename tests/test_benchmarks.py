@@ -75,6 +75,14 @@ def test_the_clock_times_what_lies_between_two_calls() -> None:
     assert len(ratios) == 3 and all(1 < ratio < 25 for ratio in ratios)
 
 
+def test_a_round_that_failed_does_not_swap_start_and_end() -> None:
+    timer = clock.clock(CPU)
+    with pytest.raises(ZeroDivisionError):
+        clock.measure(CPU, lambda: 1 // 0)
+    timer.reset()
+    assert 0.02 <= clock.measure(CPU, lambda: time.sleep(0.02)) < 1
+
+
 def test_rows_cover_every_combination_and_run_on_one_device() -> None:
     rows = [row.values for row in bench_kernels.rows(CPU)]
     assert len(set(rows)) == len(rows)
@@ -102,6 +110,22 @@ def test_measured_rows_become_a_table(tmp_path: Path) -> None:
     text = table.tables(str(out))
     assert "**layer, bfloat16, both** (4.2 M elements)" in text and "| torch._foreach_* folded |" in text
     assert "**host time of Plan.write, 296 tensors, whole model**" in text
+    # A row that failed after it was timed costs no other row.
+    run = json.loads(out.read_text())
+    run["benchmarks"][0]["extra_info"] = {}
+    out.write_text(json.dumps(run))
+    assert len(table.tables(str(out)).splitlines()) == len(text.splitlines()) - 1
+
+
+def test_rows_that_come_too_late_are_left_out_and_the_others_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "benchmarks/bench_kernels.py",
+         "-k", "host and native", f"--benchmark-json={out}"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"STOP_AFTER": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "[2] benchmarks/conftest.py" in done.stdout, done.stdout
+    assert "the time was up" in done.stdout
 
 
 # ---------------------------------------------------------------- benchmarks/gpu.sh and its report

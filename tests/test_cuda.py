@@ -6,6 +6,7 @@ That they compute what every backend computes is shown in test_kernels.py, where
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny_cuda
@@ -52,6 +53,27 @@ def test_cudas_own_words_reach_the_caller(plain):
         plain.CudaTable(rows, 2)
     assert plain.why_not_cuda(2) == "write: CUDA failed while choosing the device: invalid device ordinal"
     assert plain.why_not_cuda(1) == ""
+
+
+def test_memory_that_torch_keeps_is_asked_back(monkeypatch):
+    given_back, answers = [], ["allocating the table: out of memory", None]
+
+    def table(rows, device):
+        if (refused := answers.pop(0)) is not None:
+            raise RuntimeError(f"write: CUDA failed while {refused}")
+        return rows, device
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    module = SimpleNamespace(CudaTable=table)
+    assert native.table_on_gpu(module, [(1,)], 3) == ([(1,)], 3)
+    assert given_back == [True]
+    answers = ["allocating the table: out of memory"] * 2
+    with pytest.raises(RuntimeError, match="out of memory"):
+        native.table_on_gpu(module, [], 0)
+    answers = ["copying the table: invalid argument"]
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        native.table_on_gpu(module, [], 0)
+    assert given_back == [True] * 2
 
 
 def test_runs_outside_of_the_table_are_refused(plain):

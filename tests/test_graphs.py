@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from rft_fast.evaluate import Evaluator
-from rft_fast.evaluate.graphs import WARM, Graphs
+from rft_fast.evaluate.graphs import WARM, Graphs, on
 from rft_fast.evaluate.precision import cast
 from rft_fast.stages import Stage, stages
 
@@ -247,6 +249,117 @@ def test_recordings_are_let_go_when_memory_runs_out() -> None:
     assert all(len(buffer) <= 8 for buffer in evaluator._graphs._buffers.values())
 
 
+class Cuda:
+    """As much of torch.cuda as a recording asks for. ``events``: what was asked, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.fail: list[str | None] = []  # of each capture to come: why it ends with an error
+        self.pools = 0
+        cuda = self
+
+        class Graph:
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                assert capture_error_mode == "thread_local"
+                cuda.events.append(f"begin {pool}")
+
+            def capture_end(self) -> None:
+                cuda.events.append("end")
+                if why := cuda.fail.pop(0) if cuda.fail else None:
+                    raise RuntimeError(why)
+
+            def replay(self) -> None:
+                cuda.events.append("replay")
+
+        def pool() -> int:
+            cuda.pools += 1
+            return cuda.pools
+
+        def debug(mode: object) -> None:
+            cuda.events.append(f"sync {mode}")
+
+        names = {
+            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: nullcontext(),
+            "device": lambda device: nullcontext(),
+            "current_device": lambda: 0,
+            "graph_pool_handle": pool,
+            "CUDAGraph": Graph,
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": debug,
+            "empty_cache": lambda: cuda.events.append("empty_cache"),
+        }
+        for name, stand_in in names.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.events.append(f"let go of {pool}"),
+            raising=False,
+        )  # fmt: skip
+        self.capture = on.__wrapped__(torch.device("cuda", 0))
+
+    def seen(self) -> list[str]:
+        events, self.events[:] = list(self.events), []
+        return events
+
+
+def body() -> None:
+    assert not gc.isenabled()
+
+
+def test_a_pool_lives_as_long_as_a_graph_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    first, second = cuda.capture(body), cuda.capture(body)
+    once = ["sync error", "sync 0", "begin 1", "end"]
+    assert cuda.seen() == once * 2 and gc.isenabled()
+    first()
+    assert cuda.seen() == ["replay"]
+    del first
+    third = cuda.capture(body)
+    assert "begin 1" in cuda.seen()
+    del second, third  # torch refuses a pool whose last graph is gone
+    kept = cuda.capture(body)
+    assert "begin 2" in cuda.seen()
+    del kept
+
+
+def test_a_capture_that_fails_is_ended_and_its_pool_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    kept = cuda.capture(body)
+    cuda.seen()
+    cuda.fail = ["capture invalidated", "it was ended before"]
+    with pytest.raises(RuntimeError, match="capture invalidated"):
+        cuda.capture(body)
+    assert cuda.seen()[2:] == ["begin 1", "end", "end", "let go of 1"] and gc.isenabled()
+    again = cuda.capture(body)
+    assert "begin 2" in cuda.seen()
+    del kept, again
+
+
+def test_a_capture_that_lacks_memory_is_tried_again_without_torchs_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Cuda(monkeypatch)
+    cuda.fail = ["CUDA out of memory", "it was ended before", None]
+    replay = cuda.capture(body)
+    assert cuda.seen()[2:] == ["begin 1", "end", "end", "let go of 1", "empty_cache", "begin 2", "end"]
+    replay()
+    cuda.fail = ["CUDA out of memory", "", "CUDA out of memory", ""]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cuda.capture(body)
+
+
+def test_what_waits_for_the_device_is_refused_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+
+    def waits() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        cuda.capture(waits)
+    assert cuda.seen() == ["sync error", "sync 0"] and gc.isenabled()
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -397,5 +510,11 @@ def test_memory_that_runs_out_on_a_gpu(graphs: bool) -> None:
     assert evaluator._size(50) == 8
     if evaluator._graphs is not None:
         assert all(len(buffer) <= 8 for buffer in evaluator._graphs._buffers.values())
+        with warnings.catch_warnings():  # none of which says that a stage runs without a graph
+            warnings.simplefilter("error")
+            for _ in range(4):
+                torch.testing.assert_close(evaluator.scores()["set"].losses, expected, rtol=1e-4, atol=1e-4)
+        assert any(record.replay is not None for record in evaluator._graphs._recorded.values())
+        torch.rand(1, device="cuda")  # nothing of torch believes that it is being captured
     with at_most(0, model.visual.conv1), pytest.raises(MemoryError, match="not even one image"):
         Evaluator(model, [data])

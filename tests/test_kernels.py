@@ -582,7 +582,7 @@ def test_a_captured_write_follows_the_weights(device, impl):
     plan = Plan(out, w0, w1, impl)
     plan.write(**request)  # Triton compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         plan.write(**request)
     for seed in range(3):
         a, b = ends(70_001, seed=seed)
@@ -593,6 +593,34 @@ def test_a_captured_write_follows_the_weights(device, impl):
         expected = torch.empty_like(a)
         rft.write_(expected, a, b, **request, impl="reference")
         same_bits(synchronised([out])[0], expected)
+
+
+@pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
+def test_a_table_may_die_while_a_graph_is_captured(device, impl):
+    out, w0, w1 = torch.zeros(3, 5000, device=device)
+    plan, dying = Plan(out, w0, w1, impl), Plan(w0, w1, w1, impl)
+    plan.write(0.25)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+        plan.write(0.25)
+        del dying
+    w1.fill_(4)
+    graph.replay()
+    assert out.unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
+def test_a_stream_that_waits_for_no_other_may_write_first(device, impl):
+    """Tables made and written on it at once, and dropped while their writes are on the way."""
+    stream = torch.cuda.Stream(device)
+    outs = [torch.zeros(50_000, device=device) for _ in range(50)]
+    ones = torch.ones(50_000, device=device)
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        for out in outs:
+            rft.interpolate_(out, out, ones, 0.25, impl=impl)
+    stream.synchronize()
+    assert all(out.unique().tolist() == [0.25] for out in outs)
 
 
 @pytest.mark.skipif(not GPUS, reason="there is no GPU")

@@ -717,6 +717,23 @@ def test_one_token_is_computed_where_one_is_needed(name: str) -> None:
     assert got[0] == 5 and (1 in got) == (1 in tokens), got
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_is_computed_in_half_precision_too(dtype: torch.dtype) -> None:
+    """Whose logits are in float32, as those of a live model are."""
+    torch.manual_seed(0)
+    visual = VisionTransformer(8, 4, 64, 2, 4, 4.0, output_dim=32)
+    model = shaken(ImageClassifier(visual, nn.Linear(32, CLASSES)).eval())
+    model.visual.to(dtype)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    chain = quietly(model, x, exact=False)
+    with torch.inference_mode():
+        logits = model(x)
+        assert logits.dtype == torch.float32
+        assert (run(chain, x) - logits).abs().max() <= 8 * torch.finfo(dtype).eps * logits.abs().max()
+        got = [y.shape[1] for y in boundaries(chain, x)[1:-1] if y.ndim == 3]
+    assert 5 in got and 1 in got, got
+
+
 @pytest.mark.parametrize(
     ("options", "late"),
     [

@@ -26,6 +26,8 @@ def device(workers: str, asked: str | None) -> torch.device:
     Raises ValueError where no cluster answers, or there is no such device.
     """
     if is_local(workers):
+        if asked == "cuda" and torch.cuda.is_available():
+            return torch.device(asked)  # trying it here would take a worker's memory
         return torch.device(env.device(asked).type)
     connect(workers)
     has = int(client().cluster_resources().get("GPU", 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -30,6 +29,7 @@ class Images:
         self.labels = dataset.labels.to(device)
         self.mean = torch.tensor(dataset.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(dataset.std, device=device).view(-1, 1, 1)
+        self.white = torch.tensor(255.0, device=device)  # by a number, CUDA multiplies with its reciprocal
         self.classes = None if dataset.classes is None else dataset.classes.to(device)
         # The label's place among the scored logits.
         self.targets = self.labels
@@ -61,14 +61,17 @@ class Images:
     def ahead(self, batch: slice) -> None:
         """Begins to bring a batch to the device, if it is not there and there is room for it."""
         if self._stream is not None:
-            with suppress(torch.OutOfMemoryError):
+            try:
                 self._stream.start(self.images, batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):  # it is fetched when it is needed, or halved then
+                    raise
 
     def prepare(self, batch: slice) -> Tensor:
         """The model's input: [n, 3, h, w]."""
         pixels = self.images[batch] if self._stream is None else self._stream.take(self.images, batch)
         # The operations and their order are torchvision's, in float32, so the model sees the same bits.
-        return pixels.float().div_(255).sub_(self.mean).div_(self.std).to(self.dtype)
+        return pixels.float().div_(self.white).sub_(self.mean).div_(self.std).to(self.dtype)
 
     def judge(self, logits: Tensor, batch: slice, normalize: bool) -> tuple[Tensor, Tensor]:
         """Losses and correctness of a batch, still on the device."""

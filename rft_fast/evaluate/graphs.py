@@ -1,19 +1,26 @@
 """CUDA graphs of stages: the launches of a stage recorded once, and replayed after every write.
 
-Weights are written in place, so a recorded stage reads the new ones.
+Weights are written in place, so a recorded stage reads the new ones. (A tensor that takes a weight's place in
+the module is not seen by a recording; Path.check refuses it, an Evaluator alone does not.)
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from ..stages import Stage
+from .batches import is_out_of_memory
 
 Body = Callable[[], None]
 Capture = Callable[[Body], Body]  # a callable that is recorded without taking effect -> what replays it
@@ -74,9 +81,10 @@ class Graphs:
 
     def _record(self, record: _Recorded, stage: Stage, index: int, x: Tensor) -> None:
         source = self._buffer(index % 2, x)
+        _put(source, x)
         # What the stage returns dies with the recording, so that later ones use its memory again. Its shape
-        # comes from one more run.
-        result = self._buffer(1 - index % 2, stage.run(x, x))
+        # comes from one more run, on the very memory that is recorded with.
+        result = self._buffer(1 - index % 2, stage.run(source, source))
 
         def body() -> None:
             result.copy_(stage.run(source, source))
@@ -105,22 +113,75 @@ def _put(buffer: Tensor, x: Tensor) -> None:
     buffer.copy_(x.clone() if shared else x)
 
 
+@cache
 def on(device: torch.device) -> Capture:
-    """Recordings on this CUDA device; all of them share one pool of memory for what is temporary."""
-    pool = torch.cuda.graph_pool_handle()
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """Recordings on this CUDA device; all of them share one pool of memory for what is temporary.
 
-    def capture(body: Body) -> Body:
+    One stream and one pool for all evaluators: torch keeps a workspace of cuBLAS for each stream, which lies
+    in the pool that was in use when it was made.
+    """
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+    pool: Any = None
+
+    def record(body: Body) -> Body:
+        nonlocal pool
+        if pool is None or not living:  # torch refuses a pool that no graph uses any more
+            pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        with torch.cuda.stream(side):
+            try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    body()
-                finally:
+                body()
+                graph.capture_end()
+            except BaseException:
+                # Some versions of torch leave it to us to end what a failed capture has begun. What of it has
+                # ended by itself says so.
+                with suppress(RuntimeError):
                     graph.capture_end()
-            torch.cuda.current_stream().wait_stream(side)
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                pool = None
+                raise
+        living.add(graph)
         return graph.replay
 
+    def capture(body: Body) -> Body:
+        with torch.cuda.device(device), _nothing_collected():
+            _refuse_waiting(body)
+            side.wait_stream(torch.cuda.current_stream())
+            try:
+                return record(body)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                torch.cuda.empty_cache()  # a capture can use nothing that torch keeps for others
+                return record(body)
+            finally:
+                torch.cuda.current_stream().wait_stream(side)
+
     return capture
+
+
+def _refuse_waiting(body: Body) -> None:
+    """Runs it once. Raises RuntimeError where the host waits for the device, which would spoil a capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            body()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No dead cycle is collected within: freeing memory of CUDA's own ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -274,7 +274,8 @@ def normalised(pixels: Tensor, preprocess: Preprocess | Dataset, device: torch.d
         pixels = pixels.pin_memory()
     mean = torch.tensor(preprocess.mean, device=device)[:, None, None]
     std = torch.tensor(preprocess.std, device=device)[:, None, None]
-    return (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
+    white = torch.tensor(255.0, device=device)  # by a number, CUDA multiplies with its reciprocal
+    return (pixels.to(device, non_blocking=True).float() / white - mean) / std
 
 
 def mixed(batch: Batch, alpha: float, rng: np.random.Generator) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -38,6 +39,9 @@ _native, _missing = _load()
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOISE = {"normal": 1, "uniform": 2, "rademacher": 3}
+
+# The GPUs on which every kernel has been loaded.
+_usable: set[torch.device] = set()
 
 
 def as_entry(row: Row) -> tuple[int, ...]:
@@ -81,7 +85,7 @@ class Table:
         self._element = _native.Element
         entries = [as_entry(row) for row in rows]
         if self._device.type == "cuda":
-            self._table = _native.CudaTable(entries, self._device.index)
+            self._table = table_on_gpu(_native, entries, self._device.index)
         else:
             self._table = _native.Table(entries)
 
@@ -92,6 +96,17 @@ class Table:
             self._table.write(runs, element, torch.cuda.current_stream(self._device).cuda_stream)
         else:
             self._table.write(runs, element, torch.get_num_threads(), isa)
+
+
+def table_on_gpu(module: ModuleType, entries: Sequence[tuple[int, ...]], device: int) -> Any:
+    """The compiled module's table on a GPU. Raises RuntimeError with CUDA's own words."""
+    try:
+        return module.CudaTable(entries, device)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+    torch.cuda.empty_cache()  # what torch keeps for its next tensors, nobody else can have
+    return module.CudaTable(entries, device)
 
 
 def isas() -> list[str]:
@@ -113,10 +128,13 @@ def why_not(device: torch.device) -> str | None:
             f"no CUDA kernels: {reason}; reinstall where nvcc is on the PATH: "
             "RFT_CUDA=1 pip install --force-reinstall --no-deps ."
         )
+    if device in _usable:
+        return None
     reason = _native.why_not_cuda(device.index or 0)
     if reason:
         return (
             f"CUDA says of {device}: {reason} (if no kernel image fits the device, reinstall with "
             "RFT_CUDA_ARCH set to its compute capability, e.g. 90)"
         )
+    _usable.add(device)
     return None

@@ -149,6 +149,7 @@ class Table:
         self._interpreted = _interpreted(kernel)
         self._device = rows[0].out.device if rows else torch.device("cpu")
         refuse_capture("triton", self._device)
+        self._streams: set[int] = set()  # on which it has been written
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         groups: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
         for index, row in enumerate(rows):
@@ -161,11 +162,23 @@ class Table:
     def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
         constants, arguments = form(write), numbers(write)
         with _lock, _current(self._device):
+            self._hold()
             for first, last in runs:
                 for group in self._groups:
                     begin, end = group.range(first, last)
                     if begin < end:
                         self._launch(group, begin, end, constants, arguments)
+
+    def _hold(self) -> None:
+        """The table's memory is given to nobody else before what the current stream reads of it is done."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream not in self._streams:
+            self._streams.add(stream.cuda_stream)
+            for group in self._groups:
+                group.tiles.record_stream(stream)
+                group.rows.record_stream(stream)
 
     def _launch(
         self, group: _Group, begin: int, end: int, constants: Form, arguments: tuple[float, ...]

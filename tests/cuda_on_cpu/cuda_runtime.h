@@ -90,7 +90,9 @@ void __stwb(T* p, T x) {
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidConfiguration };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 using cudaStream_t = void*;
+constexpr cudaStream_t cudaStreamLegacy = nullptr;
 struct cudaFuncAttributes {};
 
 namespace on_cpu {
@@ -123,6 +125,8 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 template <class T>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, T*) {
   return cudaSuccess;
