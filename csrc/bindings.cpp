@@ -102,7 +102,7 @@ py::array_t<float> noise_of_words(int kind, py::array_t<uint32_t, py::array::c_s
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The kernels of rft_fast in C++, on raw pointers.";
-  m.attr("VERSION") = 2;  // as in kernels/native.py
+  m.attr("VERSION") = 3;  // as in kernels/native.py
 
   py::class_<Element>(m, "Element")
       .def(py::init(&make_element), py::arg("base"), py::arg("k"), py::arg("noise"), py::arg("scale"),
@@ -128,6 +128,13 @@ PYBIND11_MODULE(_native, m) {
             table.write(runs, e, (void*)stream);
           },
           py::arg("runs"), py::arg("element"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "write_once",
+      [](const std::vector<Entry>& entries, const Element& e, int device, uintptr_t stream) {
+        write_once(make_rows(entries), e, device, (void*)stream);
+      },
+      py::arg("entries"), py::arg("element"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
   m.def("why_not_cuda", &why_not_cuda, "Why the kernels do not run on a device; empty where they do.",
         py::arg("device"));
 #else

@@ -357,15 +357,43 @@ Access access_of(const Row& row) {
   return row.out_dtype == kFloat32 ? kAllFloat32 : row.out_dtype == kBFloat16 ? kAllBFloat16 : kAllFloat16;
 }
 
-template <class T>
-T* upload(const std::vector<T>& values) {
-  if (values.empty()) return nullptr;
-  T* there = nullptr;
-  check(cudaMalloc(&there, values.size() * sizeof(T)), "allocating the table");
-  const cudaError_t status = cudaMemcpy(there, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
-  if (status != cudaSuccess) cudaFree(there);
-  check(status, "copying the table");
-  return there;
+// A table as it will lie on the device.
+struct Layout {
+  std::vector<DeviceRow> rows;
+  std::vector<int32_t> tile_row;
+  std::vector<int64_t> first_tile = {0};  // of each row, and behind the last
+
+  explicit Layout(const std::vector<Row>& given) {
+    for (const Row& row : given) {
+      const int64_t tiles = (row.size + kTile - 1) / kTile;
+      tile_row.insert(tile_row.end(), tiles, (int32_t)rows.size());
+      rows.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile.back(), row.out_dtype,
+                      row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
+      first_tile.push_back(first_tile.back() + tiles);
+    }
+  }
+
+  size_t row_bytes() const { return rows.size() * sizeof(DeviceRow); }
+  size_t bytes() const { return row_bytes() + tile_row.size() * sizeof(int32_t); }
+
+  // From pageable memory: the copies have been taken over when this returns, but may not have arrived.
+  cudaError_t copy(void* there, cudaStream_t stream) const {
+    const cudaError_t status = cudaMemcpyAsync(there, rows.data(), row_bytes(), cudaMemcpyHostToDevice, stream);
+    if (status != cudaSuccess) return status;
+    return cudaMemcpyAsync((char*)there + row_bytes(), tile_row.data(), bytes() - row_bytes(), cudaMemcpyHostToDevice,
+                           stream);
+  }
+};
+
+cudaError_t launch(const void* table, size_t row_bytes, int64_t begin, int64_t tiles, const Element& e,
+                   cudaStream_t stream) {
+  if (tiles == 0) return cudaSuccess;
+  const auto* rows = (const DeviceRow*)table;
+  const auto* tile_row = (const int32_t*)((const char*)table + row_bytes);
+  Request request = {e, Keys<Thread>(e.key0, e.key1)};
+  void* arguments[] = {&rows, &tile_row, &begin, &request};
+  return cudaLaunchKernel(pick(e.noise, e.masked, form_of(e)), dim3((unsigned)tiles), dim3(kThreads), arguments, 0,
+                          stream);
 }
 
 }  // namespace
@@ -373,34 +401,23 @@ T* upload(const std::vector<T>& values) {
 CudaTable::CudaTable(const std::vector<Row>& rows, int device) : device_(device) {
   const DeviceGuard guard(device);
   const OutsideOfCaptures outside;
-  std::vector<DeviceRow> there;
-  std::vector<int32_t> tile_row;
-  first_tile_ = {0};
-  for (const Row& row : rows) {
-    const int64_t tiles = (row.size + kTile - 1) / kTile;
-    tile_row.insert(tile_row.end(), tiles, (int32_t)there.size());
-    there.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile_.back(), row.out_dtype,
-                     row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
-    first_tile_.push_back(first_tile_.back() + tiles);
-  }
-  rows_ = upload(there);
-  try {
-    tile_row_ = upload(tile_row);
-    // The copies may still be under way, and a stream that waits for no other may be the first to write.
-    check(cudaStreamSynchronize(cudaStreamLegacy), "copying the table");
-  } catch (...) {
-    cudaFree(rows_);
-    cudaFree(tile_row_);
-    throw;
-  }
+  const Layout layout(rows);
+  first_tile_ = layout.first_tile;
+  row_bytes_ = layout.row_bytes();
+  if (layout.bytes() == 0) return;
+  check(cudaMalloc(&table_, layout.bytes()), "allocating the table");
+  cudaError_t status = layout.copy(table_, cudaStreamLegacy);
+  // A stream that waits for no other may be the first to write.
+  if (status == cudaSuccess) status = cudaStreamSynchronize(cudaStreamLegacy);
+  if (status != cudaSuccess) cudaFree(table_);
+  check(status, "copying the table");
 }
 
 CudaTable::~CudaTable() {
   try {
     const DeviceGuard guard(device_);
     const OutsideOfCaptures outside;
-    cudaFree(rows_);  // waits for the kernels that still read it
-    cudaFree(tile_row_);
+    cudaFree(table_);  // waits for the kernels that still read it
   } catch (const std::exception&) {
     // The device is gone, and the memory with it.
   }
@@ -408,18 +425,32 @@ CudaTable::~CudaTable() {
 
 void CudaTable::write(const Runs& runs, const Element& e, void* stream) const {
   const DeviceGuard guard(device_);
-  Kernel* const kernel = pick(e.noise, e.masked, form_of(e));
-  Request request = {e, Keys<Thread>(e.key0, e.key1)};
-  const DeviceRow* rows = (const DeviceRow*)rows_;
-  const int32_t* tile_row = tile_row_;
   for (const auto& run : runs) {
-    int64_t begin = first_tile_[run.first];
-    const int64_t tiles = first_tile_[run.second] - begin;
-    if (tiles == 0) continue;
-    void* arguments[] = {&rows, &tile_row, &begin, &request};
-    check(cudaLaunchKernel(kernel, dim3((unsigned)tiles), dim3(kThreads), arguments, 0, (cudaStream_t)stream),
+    const int64_t begin = first_tile_[run.first];
+    check(launch(table_, row_bytes_, begin, first_tile_[run.second] - begin, e, (cudaStream_t)stream),
           "launching the kernel");
   }
+}
+
+void write_once(const std::vector<Row>& rows, const Element& e, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const Layout layout(rows);
+  if (layout.tile_row.empty()) return;
+  const auto there = (cudaStream_t)stream;
+  void* table = nullptr;
+  const cudaError_t allocated = cudaMallocAsync(&table, layout.bytes(), there);
+  if (allocated == cudaErrorNotSupported) {  // by some virtual GPUs
+    cudaGetLastError();
+    return CudaTable(rows, device).write({{0, (int64_t)rows.size()}}, e, stream);
+  }
+  check(allocated, "allocating the table");
+  const cudaError_t copied = layout.copy(table, there);
+  cudaError_t launched = cudaSuccess;
+  if (copied == cudaSuccess) launched = launch(table, layout.row_bytes(), 0, layout.first_tile.back(), e, there);
+  const cudaError_t freed = cudaFreeAsync(table, there);
+  check(copied, "copying the table");
+  check(launched, "launching the kernel");
+  check(freed, "freeing the table");
 }
 
 // Asks every kernel, which loads them all: none is left to be loaded while a graph is captured.

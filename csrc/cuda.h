@@ -26,9 +26,12 @@ class CudaTable {
  private:
   int device_;
   std::vector<int64_t> first_tile_;  // of each row, and behind the last
-  void* rows_ = nullptr;
-  int32_t* tile_row_ = nullptr;
+  void* table_ = nullptr;            // the rows, and behind them each tile's row
+  size_t row_bytes_ = 0;
 };
+
+// As a table of these rows that is written once, in order with `stream`, and waits for nothing. Not to be captured.
+void write_once(const std::vector<Row>& rows, const Element& e, int device, void* stream);
 
 // Empty where the kernels of this build run on the device, else why they do not.
 std::string why_not_cuda(int device);

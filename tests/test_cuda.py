@@ -6,7 +6,6 @@ That they compute what every backend computes is shown in test_kernels.py, where
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import tiny_cuda
@@ -56,24 +55,49 @@ def test_cudas_own_words_reach_the_caller(plain):
 
 
 def test_memory_that_torch_keeps_is_asked_back(monkeypatch):
-    given_back, answers = [], ["allocating the table: out of memory", None]
-
-    def table(rows, device):
-        if (refused := answers.pop(0)) is not None:
-            raise RuntimeError(f"write: CUDA failed while {refused}")
-        return rows, device
-
+    given_back = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
-    module = SimpleNamespace(CudaTable=table)
-    assert native.table_on_gpu(module, [(1,)], 3) == ([(1,)], 3)
-    assert given_back == [True]
-    answers = ["allocating the table: out of memory"] * 2
+
+    def call(*answers: str):
+        left = list(answers)
+
+        def once() -> str:
+            if "error" in (answer := left.pop(0)):
+                raise RuntimeError(answer)
+            return answer
+
+        return once
+
+    memory = "error: write: CUDA failed while allocating the table: out of memory"
+    assert native.with_memory(call(memory, "done")) == "done"
+    assert native.with_memory(call("done")) == "done" and given_back == [True]
     with pytest.raises(RuntimeError, match="out of memory"):
-        native.table_on_gpu(module, [], 0)
-    answers = ["copying the table: invalid argument"]
+        native.with_memory(call(memory, memory))
     with pytest.raises(RuntimeError, match="invalid argument"):
-        native.table_on_gpu(module, [], 0)
+        native.with_memory(call("error: invalid argument"))
     assert given_back == [True] * 2
+
+
+def test_rows_that_are_written_once(plain):
+    """Without a table of their own: the same bits, and nothing for no rows and for empty ones."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (5000, 0, 3, 2048)
+    tensors = [[torch.randn(n, generator=generator) for n in sizes] for _ in range(3)]
+    firsts = (0, 1250, 1250, 1251)
+    rows = [Row(*parts, first, "w") for *parts, first in zip(*tensors, firsts, strict=True)]
+    element = plain.Element(*native.as_numbers(Write(0.3, 0.1, keep=0.5, seed=4)))
+    plain.write_once([], element, 0, 0)
+    plain.write_once([native.as_entry(rows[1])], element, 0, 0)
+    plain.write_once([native.as_entry(row) for row in rows], element, 0, 0)
+    once = [row.out.clone() for row in rows]
+    for row in rows:
+        row.out.fill_(float("nan"))
+    plain.CudaTable([native.as_entry(row) for row in rows], 0).write([(0, 4)], element, 0)
+    assert all(torch.equal(a, row.out) for a, row in zip(once, rows, strict=True))
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        plain.write_once([native.as_entry(row) for row in rows], element, 2, 0)
+    with pytest.raises(ValueError, match="null pointer"):
+        plain.write_once([(0, 0, 0, 0, 0, 0, 4, 0)], element, 0, 0)
 
 
 def test_runs_outside_of_the_table_are_refused(plain):

@@ -97,6 +97,12 @@ class Table:
         self._table.write(runs, self._element(*native.as_numbers(write)), 0)
 
 
+def write_once(module: ModuleType, rows: Sequence[Row], write: Write) -> None:
+    """As ``native.write_once`` on a GPU."""
+    entries = [native.as_entry(row) for row in rows]
+    module.write_once(entries, module.Element(*native.as_numbers(write)), 0, 0)
+
+
 @contextlib.contextmanager
 def offered(file: Callable[[], Path] = built) -> Iterator[None]:
     """Within, impl=NAME writes by the module in ``file``, which is asked for when it is first needed."""
@@ -106,6 +112,7 @@ def offered(file: Callable[[], Path] = built) -> Iterator[None]:
         "csrc/cuda.cu, for tests",
         lambda device: None if device.type == "cpu" else "it runs on the CPU only",
         lambda rows: Table(module(), rows),
+        lambda rows, write: write_once(module(), rows, write),
         on_request=("cpu", "cuda"),
     )
     before = registry.BACKENDS, registry.IMPLS

@@ -166,6 +166,11 @@ class Row:
         return self.out.numel()
 
 
+def device_of(rows: Sequence[Row]) -> torch.device:
+    """Where the rows of a table lie; the CPU where there are none."""
+    return rows[0].out.device if rows else torch.device("cpu")
+
+
 def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One tensor or a sequence of tensors, as a list. Raises TypeError for anything else."""
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)

@@ -100,8 +100,7 @@ def _write(
     request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
     rows = make_rows(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
     if rows:
-        table = registry.pick(impl, rows[0].out.device).table(rows)
-        table.write(((0, len(rows)),), request)
+        registry.pick(impl, rows[0].out.device).write(rows, request)
 
 
 @_write.register_fake

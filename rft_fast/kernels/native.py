@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from rft_fast.kernels.contract import Row, Write, refuse_capture
+from rft_fast.kernels.contract import Row, Write, device_of, refuse_capture
+
+T = TypeVar("T")
 
 # Changed together with VERSION in csrc/bindings.cpp whenever the two sides must change together.
-VERSION = 2
+VERSION = 3
 
 _REMEDY = (
     "reinstall where a C++17 compiler (g++ or clang++) is on the PATH: "
@@ -79,13 +82,13 @@ class Table:
     def __init__(self, rows: Sequence[Row]) -> None:
         if _native is None:
             raise RuntimeError(f"native: {_missing}")
-        self._device = rows[0].out.device if rows else torch.device("cpu")
+        self._device = device_of(rows)
         refuse_capture("native", self._device)
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         self._element = _native.Element
         entries = [as_entry(row) for row in rows]
         if self._device.type == "cuda":
-            self._table = table_on_gpu(_native, entries, self._device.index)
+            self._table = with_memory(partial(_native.CudaTable, entries, self._device.index))
         else:
             self._table = _native.Table(entries)
 
@@ -98,15 +101,27 @@ class Table:
             self._table.write(runs, element, torch.get_num_threads(), isa)
 
 
-def table_on_gpu(module: ModuleType, entries: Sequence[tuple[int, ...]], device: int) -> Any:
-    """The compiled module's table on a GPU. Raises RuntimeError with CUDA's own words."""
+def write_once(rows: Sequence[Row], write: Write) -> None:
+    """As ``Table(rows).write`` of all rows; on a GPU it waits for nothing, as ``Table`` does."""
+    device = device_of(rows)
+    if device.type != "cuda" or _native is None:
+        Table(rows).write(((0, len(rows)),), write)
+        return
+    refuse_capture("native", device)
+    entries, element = [as_entry(row) for row in rows], _native.Element(*as_numbers(write))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with_memory(partial(_native.write_once, entries, element, device.index, stream))
+
+
+def with_memory(call: Callable[[], T]) -> T:
+    """A call that allocates memory of CUDA's own. Raises RuntimeError with CUDA's own words."""
     try:
-        return module.CudaTable(entries, device)
+        return call()
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
     torch.cuda.empty_cache()  # what torch keeps for its next tensors, nobody else can have
-    return module.CudaTable(entries, device)
+    return call()
 
 
 def isas() -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rft_fast.kernels import library, registry
-from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, as_list, check_runs, make_rows
+from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, as_list, check_runs, device_of, make_rows
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -43,8 +43,7 @@ class Plan:
         names: Sequence[str] | None = None,
     ) -> None:
         rows = make_rows(out, zeroshot, finetuned, names)
-        device = rows[0].out.device if rows else torch.device("cpu")
-        backend = registry.pick(impl, device)
+        backend = registry.pick(impl, device_of(rows))
         self.impl = backend.name
         self._rows = rows
         self._outs = [row.out for row in rows]
@@ -125,8 +124,9 @@ def write_(
 
     Tensors as for :class:`Plan`, numbers as for :class:`~rft_fast.kernels.contract.Write`. Tensor t of a
     list draws its noise from position t, so a list and its tensors one by one differ. For tensors that
-    are written repeatedly, a ``Plan`` saves the checks. Differentiates nothing: the outputs' history is that
-    of a write under ``torch.no_grad``.
+    are written repeatedly, a ``Plan`` saves the checks and the table. On a GPU the call is in order with the
+    current stream and waits for nothing. Differentiates nothing: the outputs' history is that of a write
+    under ``torch.no_grad``.
     """
     numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
     if library.is_traced(out):
@@ -134,7 +134,9 @@ def write_(
         library.write_(*tensors, numbers, impl)
         return
     request = Write(*numbers)  # refused before anything is made
-    Plan(out, zeroshot, finetuned, impl).submit(request)
+    rows = make_rows(out, zeroshot, finetuned)
+    registry.pick(impl, device_of(rows)).write(rows, request)
+    torch.autograd.graph.increment_version([row.out for row in rows])
 
 
 def interpolate_(

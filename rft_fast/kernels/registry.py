@@ -24,6 +24,7 @@ class Table(Protocol):
 class Backend:
     """why_not(device): None where the backend works, else the reason and the remedy.
 
+    once: writes rows that are written but once, where that is cheaper than a table.
     on_request: the device types on which only an explicit impl= takes it, never "auto".
     """
 
@@ -31,16 +32,25 @@ class Backend:
     what: str
     why_not: Callable[[torch.device], str | None]
     table: Callable[[Sequence[Row]], Table]
+    once: Callable[[Sequence[Row], Write], None] | None = None
     on_request: tuple[str, ...] = ()
+
+    def write(self, rows: Sequence[Row], write: Write) -> None:
+        """All rows, once."""
+        if self.once is not None:
+            self.once(rows, write)
+        else:
+            self.table(rows).write(((0, len(rows)),), write)
 
 
 _ALL = (
-    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table),
+    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table, native.write_once),
     Backend(
         "triton",
         "Triton (NVIDIA and AMD GPUs)",
         triton.why_not,
         triton.Table,
+        triton.write_once,
         on_request=("cpu",),  # there it is interpreted, for tests
     ),
     Backend(

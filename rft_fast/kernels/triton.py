@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rft_fast.kernels.contract import BLOCK, Row, Write, capturing, refuse_capture
+from rft_fast.kernels.contract import BLOCK, Row, Write, capturing, device_of, refuse_capture
 
 # Elements and warps of a program: eight elements a thread, two blocks. A starting point for the H100
 # and H200, not yet measured there. ptxas gives sm_90 28 to 32 registers without noise, 45 to 50 with
@@ -107,8 +107,8 @@ def _aligned(row: Row) -> bool:
 class _Group:
     """Rows of the same storage types and alignment, and their table on the device."""
 
-    def __init__(self, rows: Sequence[tuple[int, Row]], kernel: ModuleType) -> None:
-        """rows: (index in the whole table, row), none of them empty."""
+    def __init__(self, rows: Sequence[tuple[int, Row]], kernel: ModuleType, wait: bool) -> None:
+        """rows: (index in the whole table, row), none of them empty. wait: for their arrival."""
         sample = rows[0][1]
         dtypes = (sample.out.dtype, sample.zeroshot.dtype, sample.finetuned.dtype)
         language = kernel.triton.language
@@ -124,8 +124,13 @@ class _Group:
         ]  # fmt: skip
         device = sample.out.device
         self.ready = _ready.setdefault((device, *self.constants), set())
-        self.tiles = torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles)).to(device)
-        self.rows = torch.tensor(records, dtype=torch.int64).to(device)
+        parts = [
+            torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles)),
+            torch.tensor(records, dtype=torch.int64),
+        ]
+        if device.type == "cuda" and not wait:
+            parts = [part.pin_memory() for part in parts]
+        self.tiles, self.rows = (part.to(device, non_blocking=not wait) for part in parts)
 
     def range(self, first: int, last: int) -> tuple[int, int]:
         """The tiles, half-open, of this group's share of the whole table's rows [first, last)."""
@@ -141,13 +146,14 @@ class Table:
     needs the table alive as long as it is replayed.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
+        """wait: until the table is on the device. Without, only the current stream may write it."""
         kernel, missing = _load()
         if kernel is None:
             raise RuntimeError(f"triton: {missing}")
         self._kernel = kernel
         self._interpreted = _interpreted(kernel)
-        self._device = rows[0].out.device if rows else torch.device("cpu")
+        self._device = device_of(rows)
         refuse_capture("triton", self._device)
         self._streams: set[int] = set()  # on which it has been written
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
@@ -157,7 +163,7 @@ class Table:
                 dtypes = (row.out.dtype, row.zeroshot.dtype, row.finetuned.dtype)
                 groups.setdefault((*dtypes, _aligned(row)), []).append((index, row))
         with _current(self._device):
-            self._groups = [_Group(members, kernel) for members in groups.values()]
+            self._groups = [_Group(members, kernel, wait) for members in groups.values()]
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
         constants, arguments = form(write), numbers(write)
@@ -194,6 +200,11 @@ class Table:
             num_warps=WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         group.ready.add(constants)
+
+
+def write_once(rows: Sequence[Row], write: Write) -> None:
+    """As ``Table(rows).write`` of all rows; on a GPU it waits for nothing, as ``Table`` does."""
+    Table(rows, wait=False).write(((0, len(rows)),), write)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
