@@ -40,8 +40,10 @@ fi
 # What the steps leave lies in OUT, so that a run that is cut off leaves it, too.
 raw=$out/raw
 if [[ ! $list ]]; then
-  rm -rf "$raw"
+  [[ ! -e $raw ]] || mv "$raw" "$raw-$(date +%s)"  # of a run that was cut off
   mkdir -p "$raw"
+  rm -f "$out/summary.json"
+  : >"$raw/log.txt"
 fi
 
 # step NAME SECONDS COMMAND...: runs, times and records one step.
@@ -59,8 +61,8 @@ step() {
     code=-1
   else
     printf '\n== %s: %s\n' "$name" "$*" >>"$raw/log.txt"
-    # Interrupted, pytest still writes what it has.
-    STOP_AFTER=$((limit - 15)) timeout --signal=INT --kill-after=12 "$limit" "$@" >"$raw/$name.out" 2>&1
+    # What comes too late is not begun, and what is interrupted still writes what it has.
+    STOP_AT=$(($(date +%s) + limit - 20)) timeout --signal=INT --kill-after=12 "$limit" "$@" >"$raw/$name.out" 2>&1
     code=$?
     cat "$raw/$name.out" >>"$raw/log.txt"
   fi

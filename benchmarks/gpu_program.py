@@ -18,6 +18,7 @@ from rft_fast.kernels.registry import BACKENDS
 
 SIZES = (0, 1, 3, 4, 5, 255, 1024, 2047, 2048, 2049, 4101)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# For both backends, of which Triton compiles a variant for each.
 FORMS = [
     {"alpha": 0.3},
     {"alpha": 0.7, "rho": 0.1, "noise": "normal", "seed": 5},
@@ -25,10 +26,27 @@ FORMS = [
     {"alpha": 0.4, "rho": 0.1, "noise": "rademacher", "on": "interpolated", "adaptive": False},
     {"alpha": 0.4, "rho": 0.1, "noise": "normal", "keep": 0.9, "fill": "zeroshot", "draw": 2},
 ]
+# With these, every kernel of csrc/cuda.cu runs: the usual forms with or without noise and mask, and the rest.
+MORE_FORMS = [
+    *(
+        {"alpha": alpha, "rho": rho, "keep": keep}
+        for alpha in (0.3, 0.7, 1.0)
+        for rho in (0.0, 0.1)
+        for keep in (1.0, 0.5)
+    ),
+    {"alpha": 0.0},
+    {"alpha": 0.3, "keep": 0.5, "fill": "zeroshot"},
+    {"alpha": 0.3, "rho": 0.1, "on": "interpolated"},
+    {"alpha": 0.3, "rho": 0.1, "noise": "uniform"},
+    {"alpha": 0.3, "rho": 0.1, "noise": "rademacher", "keep": 0.5},
+]
 
 
 def tensors(device: torch.device) -> list[list[torch.Tensor]]:
-    """out, zeroshot, finetuned: each size in each storage type, once aligned and once one element off."""
+    """out, zeroshot, finetuned: each size in each storage type, once aligned and once one element off.
+
+    And a few rows of several types, or aligned to eight bytes only.
+    """
     generator = torch.Generator().manual_seed(0)
     roles: list[list[torch.Tensor]] = [[], [], []]
     for size, dtype, offset in itertools.product(SIZES, DTYPES, (0, 1)):
@@ -36,6 +54,9 @@ def tensors(device: torch.device) -> list[list[torch.Tensor]]:
             # The view ends where its memory ends: an element too far is found.
             role.append(torch.randn(size + offset, generator=generator).to(device, dtype)[offset:])
     roles[0][::3] = roles[1][::3]  # in place
+    for role, dtype in zip(roles, DTYPES):
+        role.append(torch.randn(4101, generator=generator).to(device, dtype))
+        role.append(torch.randn(4101, generator=generator).to(device, torch.bfloat16)[4:])
     return roles
 
 
@@ -47,14 +68,15 @@ def written(impl: str, device: torch.device, form: dict) -> list[torch.Tensor]:
 
 
 def check(impl: str, device: torch.device) -> None:
-    for form in FORMS:
+    forms = FORMS if impl == "triton" else FORMS + MORE_FORMS
+    for form in forms:
         expected = written("reference", torch.device("cpu"), form)
         for got, wanted in zip(written(impl, device, form), expected):
             close = {"rtol": 1e-2, "atol": 1e-6} if got.element_size() == 2 else {"rtol": 1e-5, "atol": 1e-6}
-            if form.get("noise") != "normal":
+            if not form.get("rho") or form.get("noise", "normal") != "normal":
                 close = {"rtol": 0, "atol": 0}
             torch.testing.assert_close(got, wanted, **close)
-    print(f"{impl} on {device}: {len(FORMS)} forms of {len(SIZES) * 6} rows are right")
+    print(f"{impl} on {device}: {len(forms)} forms of {len(expected)} rows are right")
 
 
 def main() -> None:

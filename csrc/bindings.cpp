@@ -117,24 +117,21 @@ PYBIND11_MODULE(_native, m) {
 #if defined(RFT_CUDA)
   m.attr("CUDA") = true;
   py::class_<CudaTable>(m, "CudaTable")
-      .def(py::init([](const std::vector<Entry>& entries, int device) {
-             return std::make_unique<CudaTable>(make_rows(entries), device);
-           }),
-           py::arg("entries"), py::arg("device"), py::call_guard<py::gil_scoped_release>())
+      .def(py::init([](const std::vector<Entry>& entries) { return std::make_unique<CudaTable>(make_rows(entries)); }),
+           py::arg("entries"))
+      .def_property_readonly("bytes", &CudaTable::bytes)
+      .def(
+          "fill", [](const CudaTable& table, uintptr_t memory) { table.fill((void*)memory); }, py::arg("memory"))
       .def(
           "write",
-          [](const CudaTable& table, const Runs& runs, const Element& e, uintptr_t stream) {
+          [](const CudaTable& table, uintptr_t memory, const Runs& runs, const Element& e, int device,
+             uintptr_t stream) {
             check_runs(runs, table.size());
-            table.write(runs, e, (void*)stream);
+            if (memory % 16) throw std::invalid_argument("native: the table is not aligned to 16 bytes");
+            table.write((const void*)memory, runs, e, device, (void*)stream);
           },
-          py::arg("runs"), py::arg("element"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "write_once",
-      [](const std::vector<Entry>& entries, const Element& e, int device, uintptr_t stream) {
-        write_once(make_rows(entries), e, device, (void*)stream);
-      },
-      py::arg("entries"), py::arg("element"), py::arg("device"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
+          py::arg("memory"), py::arg("runs"), py::arg("element"), py::arg("device"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>());
   m.def("why_not_cuda", &why_not_cuda, "Why the kernels do not run on a device; empty where they do.",
         py::arg("device"));
 #else

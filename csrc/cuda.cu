@@ -12,7 +12,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
+#include <memory>
 #include <stdexcept>
+#include <string>
 
 #include "cuda.h"
 #include "element.h"
@@ -65,11 +68,11 @@ struct Thread {
 
 // How the whole tiles of a row are read and written.
 enum Access : int32_t {
-  kSingly,      // element by element: an address is not a multiple of 16 bytes
-  kAllFloat32,  // the usual rows, of one storage type
+  kSingly,      // element by element: some four elements cannot be accessed at once
+  kByFour,      // four elements at a time: storage types differ, or 16 bits are aligned to 8 bytes only
+  kAllFloat32,  // 16 bytes at a time: the usual rows, of one storage type
   kAllBFloat16,
   kAllFloat16,
-  kMixed,
 };
 
 // Aligned, so that it is read 16 bytes at a time.
@@ -227,7 +230,7 @@ __device__ __forceinline__ void compute(float (&out)[kBlock], const float (&w0)[
   }
 }
 
-// A tile of which every element is there. The types are constants but for kMixed.
+// A tile of which every element is there. The types are constants but for kByFour.
 template <int NOISE, bool MASKED, bool SIDE_BY_SIDE>
 __device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start, const Element& e,
                                             const Keys<Thread>& keys, int out_dtype, int zeroshot_dtype,
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, resident(NOISE))
   const Keys<Thread>& keys = request.keys;
   if (row.access == kSingly || start + kTile > row.size) {
     write_singly<NOISE, MASKED>(row, start, e, keys);
-  } else if (FORM == kGeneral || row.access == kMixed) {
+  } else if (FORM == kGeneral || row.access == kByFour) {
     write_whole<NOISE, MASKED, false>(row, start, e, keys, row.out_dtype, row.zeroshot_dtype, row.finetuned_dtype);
   } else if (row.access == kAllFloat32) {
     write_whole<NOISE, MASKED, false>(row, start, e, keys, kFloat32, kFloat32, kFloat32);
@@ -336,121 +339,65 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Lets memory be had and given back while somebody captures a graph: another thread, or a capture on whose way a
-// table happens to die. Neither has to do with what is captured, but by default both would end it.
-class OutsideOfCaptures {
- public:
-  OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  OutsideOfCaptures(const OutsideOfCaptures&) = delete;
-  OutsideOfCaptures& operator=(const OutsideOfCaptures&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 Access access_of(const Row& row) {
-  for (const void* p : {(const void*)row.out, row.zeroshot, row.finetuned}) {
-    if ((uintptr_t)p % 16) return kSingly;
-  }
-  if (row.out_dtype != row.zeroshot_dtype || row.out_dtype != row.finetuned_dtype) return kMixed;
+  bool by_sixteen = true, by_four = true;  // bytes; elements
+  const auto look = [&](const void* p, int dtype) {
+    by_sixteen &= (uintptr_t)p % 16 == 0;
+    by_four &= (uintptr_t)p % (dtype == kFloat32 ? 16 : 8) == 0;
+  };
+  look(row.out, row.out_dtype), look(row.zeroshot, row.zeroshot_dtype), look(row.finetuned, row.finetuned_dtype);
+  if (!by_four) return kSingly;
+  if (!by_sixteen || row.out_dtype != row.zeroshot_dtype || row.out_dtype != row.finetuned_dtype) return kByFour;
   return row.out_dtype == kFloat32 ? kAllFloat32 : row.out_dtype == kBFloat16 ? kAllBFloat16 : kAllFloat16;
-}
-
-// A table as it will lie on the device.
-struct Layout {
-  std::vector<DeviceRow> rows;
-  std::vector<int32_t> tile_row;
-  std::vector<int64_t> first_tile = {0};  // of each row, and behind the last
-
-  explicit Layout(const std::vector<Row>& given) {
-    for (const Row& row : given) {
-      const int64_t tiles = (row.size + kTile - 1) / kTile;
-      tile_row.insert(tile_row.end(), tiles, (int32_t)rows.size());
-      rows.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile.back(), row.out_dtype,
-                      row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
-      first_tile.push_back(first_tile.back() + tiles);
-    }
-  }
-
-  size_t row_bytes() const { return rows.size() * sizeof(DeviceRow); }
-  size_t bytes() const { return row_bytes() + tile_row.size() * sizeof(int32_t); }
-
-  // From pageable memory: the copies have been taken over when this returns, but may not have arrived.
-  cudaError_t copy(void* there, cudaStream_t stream) const {
-    const cudaError_t status = cudaMemcpyAsync(there, rows.data(), row_bytes(), cudaMemcpyHostToDevice, stream);
-    if (status != cudaSuccess) return status;
-    return cudaMemcpyAsync((char*)there + row_bytes(), tile_row.data(), bytes() - row_bytes(), cudaMemcpyHostToDevice,
-                           stream);
-  }
-};
-
-cudaError_t launch(const void* table, size_t row_bytes, int64_t begin, int64_t tiles, const Element& e,
-                   cudaStream_t stream) {
-  if (tiles == 0) return cudaSuccess;
-  const auto* rows = (const DeviceRow*)table;
-  const auto* tile_row = (const int32_t*)((const char*)table + row_bytes);
-  Request request = {e, Keys<Thread>(e.key0, e.key1)};
-  void* arguments[] = {&rows, &tile_row, &begin, &request};
-  return cudaLaunchKernel(pick(e.noise, e.masked, form_of(e)), dim3((unsigned)tiles), dim3(kThreads), arguments, 0,
-                          stream);
 }
 
 }  // namespace
 
-CudaTable::CudaTable(const std::vector<Row>& rows, int device) : device_(device) {
-  const DeviceGuard guard(device);
-  const OutsideOfCaptures outside;
-  const Layout layout(rows);
-  first_tile_ = layout.first_tile;
-  row_bytes_ = layout.row_bytes();
-  if (layout.bytes() == 0) return;
-  check(cudaMalloc(&table_, layout.bytes()), "allocating the table");
-  cudaError_t status = layout.copy(table_, cudaStreamLegacy);
-  // A stream that waits for no other may be the first to write.
-  if (status == cudaSuccess) status = cudaStreamSynchronize(cudaStreamLegacy);
-  if (status != cudaSuccess) cudaFree(table_);
-  check(status, "copying the table");
-}
+struct CudaTable::Layout {
+  std::vector<DeviceRow> rows;
+  std::vector<int32_t> tile_row;
+  std::vector<int64_t> first_tile = {0};  // of each row, and behind the last
 
-CudaTable::~CudaTable() {
-  try {
-    const DeviceGuard guard(device_);
-    const OutsideOfCaptures outside;
-    cudaFree(table_);  // waits for the kernels that still read it
-  } catch (const std::exception&) {
-    // The device is gone, and the memory with it.
+  size_t row_bytes() const { return rows.size() * sizeof(DeviceRow); }
+  size_t tile_bytes() const { return tile_row.size() * sizeof(int32_t); }
+};
+
+CudaTable::CudaTable(const std::vector<Row>& rows) : layout_(std::make_unique<Layout>()) {
+  auto& [there, tile_row, first_tile] = *layout_;
+  for (const Row& row : rows) {
+    const int64_t tiles = (row.size + kTile - 1) / kTile;
+    tile_row.insert(tile_row.end(), tiles, (int32_t)there.size());
+    there.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile.back(), row.out_dtype,
+                     row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
+    first_tile.push_back(first_tile.back() + tiles);
   }
 }
 
-void CudaTable::write(const Runs& runs, const Element& e, void* stream) const {
-  const DeviceGuard guard(device_);
+CudaTable::~CudaTable() = default;
+
+size_t CudaTable::size() const { return layout_->rows.size(); }
+
+size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->tile_bytes(); }
+
+void CudaTable::fill(void* memory) const {
+  std::memcpy(memory, layout_->rows.data(), layout_->row_bytes());
+  std::memcpy((char*)memory + layout_->row_bytes(), layout_->tile_row.data(), layout_->tile_bytes());
+}
+
+void CudaTable::write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const {
+  const DeviceGuard guard(device);
+  Kernel* const kernel = pick(e.noise, e.masked, form_of(e));
+  Request request = {e, Keys<Thread>(e.key0, e.key1)};
+  const auto* rows = (const DeviceRow*)memory;
+  const auto* tile_row = (const int32_t*)((const char*)memory + layout_->row_bytes());
   for (const auto& run : runs) {
-    const int64_t begin = first_tile_[run.first];
-    check(launch(table_, row_bytes_, begin, first_tile_[run.second] - begin, e, (cudaStream_t)stream),
+    int64_t begin = layout_->first_tile[run.first];
+    const int64_t tiles = layout_->first_tile[run.second] - begin;
+    if (tiles == 0) continue;
+    void* arguments[] = {&rows, &tile_row, &begin, &request};
+    check(cudaLaunchKernel(kernel, dim3((unsigned)tiles), dim3(kThreads), arguments, 0, (cudaStream_t)stream),
           "launching the kernel");
   }
-}
-
-void write_once(const std::vector<Row>& rows, const Element& e, int device, void* stream) {
-  const DeviceGuard guard(device);
-  const Layout layout(rows);
-  if (layout.tile_row.empty()) return;
-  const auto there = (cudaStream_t)stream;
-  void* table = nullptr;
-  const cudaError_t allocated = cudaMallocAsync(&table, layout.bytes(), there);
-  if (allocated == cudaErrorNotSupported) {  // by some virtual GPUs
-    cudaGetLastError();
-    return CudaTable(rows, device).write({{0, (int64_t)rows.size()}}, e, stream);
-  }
-  check(allocated, "allocating the table");
-  const cudaError_t copied = layout.copy(table, there);
-  cudaError_t launched = cudaSuccess;
-  if (copied == cudaSuccess) launched = launch(table, layout.row_bytes(), 0, layout.first_tile.back(), e, there);
-  const cudaError_t freed = cudaFreeAsync(table, there);
-  check(copied, "copying the table");
-  check(launched, "launching the kernel");
-  check(freed, "freeing the table");
 }
 
 // Asks every kernel, which loads them all: none is left to be loaded while a graph is captured.

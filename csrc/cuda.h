@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -9,29 +10,27 @@
 
 namespace rft {
 
-// The rows of one table, resident on one device. Immutable after construction, so it may be written from several
-// threads and on several streams. All functions throw std::runtime_error with CUDA's own words.
+// The rows of one table, for a device whose memory the caller manages: nothing is allocated or copied there.
+// Immutable after construction, so it may be written from several threads and on several streams.
 class CudaTable {
  public:
-  CudaTable(const std::vector<Row>& rows, int device);
+  explicit CudaTable(const std::vector<Row>& rows);
   ~CudaTable();
   CudaTable(const CudaTable&) = delete;
   CudaTable& operator=(const CudaTable&) = delete;
 
-  size_t size() const { return first_tile_.size() - 1; }
+  size_t size() const;            // rows
+  size_t bytes() const;           // of the table
+  void fill(void* memory) const;  // puts the table into so much memory of the host
 
-  // Launches one kernel per run on `stream` and waits for nothing.
-  void write(const Runs& runs, const Element& e, void* stream) const;
+  // Launches one kernel per run on `stream` of the device and waits for nothing. memory: the table, on the device,
+  // aligned to 16 bytes. Throws std::runtime_error with CUDA's own words.
+  void write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const;
 
  private:
-  int device_;
-  std::vector<int64_t> first_tile_;  // of each row, and behind the last
-  void* table_ = nullptr;            // the rows, and behind them each tile's row
-  size_t row_bytes_ = 0;
+  struct Layout;
+  std::unique_ptr<Layout> layout_;
 };
-
-// As a table of these rows that is written once, in order with `stream`, and waits for nothing. Not to be captured.
-void write_once(const std::vector<Row>& rows, const Element& e, int device, void* stream);
 
 // Empty where the kernels of this build run on the device, else why they do not.
 std::string why_not_cuda(int device);

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 VERSION: int
-CUDA: bool  # without it, CudaTable, write_once and why_not_cuda are not there
+CUDA: bool  # without it, CudaTable and why_not_cuda are not there
 
 class Element:
     def __init__(
@@ -29,17 +29,13 @@ class Table:
     ) -> None: ...
 
 class CudaTable:
-    def __init__(
-        self, entries: Sequence[tuple[int, int, int, int, int, int, int, int]], device: int
+    bytes: int
+    def __init__(self, entries: Sequence[tuple[int, int, int, int, int, int, int, int]]) -> None: ...
+    def fill(self, memory: int) -> None: ...
+    def write(
+        self, memory: int, runs: Sequence[tuple[int, int]], element: Element, device: int, stream: int
     ) -> None: ...
-    def write(self, runs: Sequence[tuple[int, int]], element: Element, stream: int) -> None: ...
 
-def write_once(
-    entries: Sequence[tuple[int, int, int, int, int, int, int, int]],
-    element: Element,
-    device: int,
-    stream: int,
-) -> None: ...
 def why_not_cuda(device: int) -> str: ...
 def philox(counter: Sequence[int], key: Sequence[int], isa: str = "") -> list[int]: ...
 def noise(kind: int, words: npt.NDArray[np.uint32], isa: str = "") -> npt.NDArray[np.float32]: ...

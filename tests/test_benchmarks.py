@@ -117,15 +117,38 @@ def test_measured_rows_become_a_table(tmp_path: Path) -> None:
     assert len(table.tables(str(out)).splitlines()) == len(text.splitlines()) - 1
 
 
-def test_rows_that_come_too_late_are_left_out_and_the_others_kept(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
+def bench(out: Path, *arguments: str) -> list[str]:
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    return [*pytest_command, *arguments, f"--benchmark-json={out}"]
+
+
+def test_rows_that_come_too_late_are_left_out(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "benchmarks/bench_kernels.py",
-         "-k", "host and native", f"--benchmark-json={out}"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"STOP_AFTER": "0"},
+        bench(tmp_path / "out.json", "benchmarks/bench_kernels.py", "-k", "host and native"),
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"STOP_AT": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and "[2] benchmarks/conftest.py" in done.stdout, done.stdout
     assert "the time was up" in done.stdout
+
+
+def test_an_interrupted_run_keeps_the_rows_that_it_has(tmp_path: Path) -> None:
+    test = ROOT / "benchmarks" / "bench_interrupted_for_a_test.py"
+    test.write_text(
+        "import os, signal\n"
+        "def test_first(benchmark): benchmark.pedantic(lambda: None, rounds=3)\n"
+        "def test_second(benchmark):\n"
+        "    benchmark.pedantic(lambda: os.kill(os.getpid(), signal.SIGINT), rounds=3)\n"
+    )
+    try:
+        done = subprocess.run(
+            bench(tmp_path / "out.json", str(test), f"--junitxml={tmp_path / 'out.xml'}"),
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        test.unlink()
+    assert done.returncode == 2, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert row["name"] == "test_first" and (tmp_path / "out.xml").exists()
 
 
 # ---------------------------------------------------------------- benchmarks/gpu.sh and its report

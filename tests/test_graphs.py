@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -256,12 +258,16 @@ class Cuda:
         self.events: list[str] = []
         self.fail: list[str | None] = []  # of each capture to come: why it ends with an error
         self.pools = 0
+        self.users: dict[int, WeakSet[Any]] = {}  # pool -> its graphs; as torch does, none without refuses
         cuda = self
 
         class Graph:
             def capture_begin(self, pool: int, capture_error_mode: str) -> None:
                 assert capture_error_mode == "thread_local"
                 cuda.events.append(f"begin {pool}")
+                if pool in cuda.users and not cuda.users[pool]:
+                    raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+                cuda.users.setdefault(pool, WeakSet()).add(self)
 
             def capture_end(self) -> None:
                 cuda.events.append("end")
@@ -336,9 +342,42 @@ def test_a_capture_that_fails_is_ended_and_its_pool_left(monkeypatch: pytest.Mon
     del kept, again
 
 
+def test_graphs_of_an_older_pool_do_not_keep_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    older = cuda.capture(body)
+    cuda.fail = ["capture invalidated", "it was ended before"]
+    with pytest.raises(RuntimeError, match="capture invalidated"):
+        cuda.capture(body)
+    newer = cuda.capture(body)
+    del newer
+    last = cuda.capture(body)
+    assert "begin 3" in cuda.seen()
+    del older, last
+
+
 def test_a_capture_that_lacks_memory_is_tried_again_without_torchs_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    cuda = Cuda(monkeypatch)
+    held: list[weakref.ref[Tensor]] = []
+
+    def lacking() -> None:
+        mine = torch.zeros(3)
+        assert not any(other() is not None for other in held)  # what the first attempt had is gone
+        if cuda.events[-1] == "begin 1":
+            held.append(weakref.ref(mine))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kept = cuda.capture(lacking)
+    assert len(held) == 1 and cuda.seen()[2:] == [
+        "begin 1",
+        "end",
+        "let go of 1",
+        "empty_cache",
+        "begin 2",
+        "end",
+    ]
+    del kept
     cuda = Cuda(monkeypatch)
     cuda.fail = ["CUDA out of memory", "it was ended before", None]
     replay = cuda.capture(body)
@@ -515,6 +554,33 @@ def test_memory_that_runs_out_on_a_gpu(graphs: bool) -> None:
             for _ in range(4):
                 torch.testing.assert_close(evaluator.scores()["set"].losses, expected, rtol=1e-4, atol=1e-4)
         assert any(record.replay is not None for record in evaluator._graphs._recorded.values())
-        torch.rand(1, device="cuda")  # nothing of torch believes that it is being captured
     with at_most(0, model.visual.conv1), pytest.raises(MemoryError, match="not even one image"):
         Evaluator(model, [data])
+
+
+@needs_cuda
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_capture_that_fails_on_a_gpu(error: type[BaseException]) -> None:
+    capture = on(torch.device("cuda", torch.cuda.current_device()))
+    x = torch.zeros(1000, device="cuda")
+    calls = 0
+
+    def fails() -> None:
+        nonlocal calls
+        calls += 1
+        x.add_(1)
+        if calls > 1:  # the first run only looks whether it waits
+            raise error("of the test")
+
+    with pytest.raises(error, match="of the test"):
+        capture(fails)
+    torch.rand(1, device="cuda")  # nothing of torch believes that it is being captured
+
+    def adds() -> None:
+        x.add_(1)
+
+    replay = capture(adds)
+    x.zero_()
+    replay()
+    replay()
+    assert x.unique().tolist() == [2.0]

@@ -610,15 +610,20 @@ def test_a_table_may_die_while_a_graph_is_captured(device, impl):
 
 
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
-def test_a_stream_that_waits_for_no_other_may_write_first(device, impl):
-    """Tables made and written on it at once, and dropped while their writes are on the way."""
+@pytest.mark.parametrize("single", [False, True])
+def test_a_stream_that_waits_for_no_other_may_write_first(device, impl, single):
+    """What was made on another stream, or in one call, and dropped while its writes are on the way."""
     stream = torch.cuda.Stream(device)
     outs = [torch.zeros(50_000, device=device) for _ in range(50)]
     ones = torch.ones(50_000, device=device)
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(stream):
-        for out in outs:
-            rft.interpolate_(out, out, ones, 0.25, impl=impl)
+    for out in outs:
+        plan = None if single else Plan(out, out, ones, impl)
+        with torch.cuda.stream(stream):
+            if plan is None:
+                rft.interpolate_(out, out, ones, 0.25, impl=impl)
+            else:
+                plan.write(0.25)
     stream.synchronize()
     assert all(out.unique().tolist() == [0.25] for out in outs)
 

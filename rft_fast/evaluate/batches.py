@@ -240,12 +240,7 @@ class Batches:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch ran out of memory; CPUs, and CUDA's libraries, have no type of their own for that."""
-    words = (
-        "can't allocate memory",
-        "out of memory",
-        "ALLOC_FAILED",
-        "unable to find an engine to execute",  # cuDNN, where no workspace fits
-    )
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -44,7 +44,8 @@ class Graphs:
     capture: makes the recordings, see :func:`on`.
 
     Results lie in buffers that the next run overwrites. Between stages there are two such buffers of each
-    shape and type, taken in turns. One thread and one stream at a time.
+    shape and type, taken in turns. One thread and one stream of a device at a time, whoever's recordings they
+    are: what they need for the moment lies in the same memory.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -121,13 +122,13 @@ def on(device: torch.device) -> Capture:
     in the pool that was in use when it was made.
     """
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+    living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of this pool
     pool: Any = None
 
     def record(body: Body) -> Body:
-        nonlocal pool
+        nonlocal pool, living
         if pool is None or not living:  # torch refuses a pool that no graph uses any more
-            pool = torch.cuda.graph_pool_handle()
+            pool, living = torch.cuda.graph_pool_handle(), WeakSet()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(side):
             try:
@@ -151,11 +152,14 @@ def on(device: torch.device) -> Capture:
             _refuse_waiting(body)
             side.wait_stream(torch.cuda.current_stream())
             try:
-                return record(body)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                torch.cuda.empty_cache()  # a capture can use nothing that torch keeps for others
+                try:
+                    return record(body)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # The error is gone, and with it what the attempt held. A capture can use nothing that torch
+                # keeps for others.
+                torch.cuda.empty_cache()
                 return record(body)
             finally:
                 torch.cuda.current_stream().wait_stream(side)

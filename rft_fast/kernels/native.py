@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib import resources
 from types import ModuleType
-from typing import TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rft_fast.kernels.contract import Row, Write, device_of, refuse_capture
-
-T = TypeVar("T")
+from rft_fast.kernels.resident import Resident
 
 # Changed together with VERSION in csrc/bindings.cpp whenever the two sides must change together.
 VERSION = 3
@@ -74,12 +73,12 @@ def as_numbers(write: Write) -> tuple[object, ...]:
 class Table:
     """Raw pointers of the rows. The tensors are kept, so their memory outlives the table.
 
-    On a GPU the rows lie on the device, in memory of the table's own. A write then is one launch per run on
-    the current stream of the tensors' device, waits for nothing, and may be captured in a CUDA graph, which
-    needs the table alive as long as it is replayed.
+    On a GPU the rows lie on the device. A write then is one launch per run on the current stream of the
+    tensors' device, waits for nothing, and may be captured in a CUDA graph, which needs the table alive as
+    long as it is replayed. wait: see :class:`Resident`.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
         if _native is None:
             raise RuntimeError(f"native: {_missing}")
         self._device = device_of(rows)
@@ -88,7 +87,8 @@ class Table:
         self._element = _native.Element
         entries = [as_entry(row) for row in rows]
         if self._device.type == "cuda":
-            self._table = with_memory(partial(_native.CudaTable, entries, self._device.index))
+            self._table = _native.CudaTable(entries)
+            self._there = Resident(self._device, [as_bytes(self._table)], wait)
         else:
             self._table = _native.Table(entries)
 
@@ -96,32 +96,17 @@ class Table:
         """isa: the CPU's instruction set, for tests; empty: the fastest that this machine has."""
         element = self._element(*as_numbers(write))
         if self._device.type == "cuda":
-            self._table.write(runs, element, torch.cuda.current_stream(self._device).cuda_stream)
+            memory, stream = self._there.parts[0].data_ptr(), self._there.stream()
+            self._table.write(memory, runs, element, self._device.index, stream)
         else:
             self._table.write(runs, element, torch.get_num_threads(), isa)
 
 
-def write_once(rows: Sequence[Row], write: Write) -> None:
-    """As ``Table(rows).write`` of all rows; on a GPU it waits for nothing, as ``Table`` does."""
-    device = device_of(rows)
-    if device.type != "cuda" or _native is None:
-        Table(rows).write(((0, len(rows)),), write)
-        return
-    refuse_capture("native", device)
-    entries, element = [as_entry(row) for row in rows], _native.Element(*as_numbers(write))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with_memory(partial(_native.write_once, entries, element, device.index, stream))
-
-
-def with_memory(call: Callable[[], T]) -> T:
-    """A call that allocates memory of CUDA's own. Raises RuntimeError with CUDA's own words."""
-    try:
-        return call()
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-    torch.cuda.empty_cache()  # what torch keeps for its next tensors, nobody else can have
-    return call()
+def as_bytes(table: Any) -> Tensor:
+    """A ``CudaTable`` as it shall lie on the device: uint8 [bytes], on the host."""
+    found = torch.empty(table.bytes, dtype=torch.uint8)
+    table.fill(found.data_ptr())
+    return found
 
 
 def isas() -> list[str]:

@@ -107,9 +107,9 @@ def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
 
 
 class Table:
-    """The rows, as they are: the reference needs no preparation."""
+    """The rows, as they are: the reference needs no preparation, and nothing that it would wait for."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
         self._rows = list(rows)
 
     @torch.no_grad()

@@ -24,33 +24,28 @@ class Table(Protocol):
 class Backend:
     """why_not(device): None where the backend works, else the reason and the remedy.
 
-    once: writes rows that are written but once, where that is cheaper than a table.
+    table(rows, wait=True): a table of them. wait: until other streams than the current one may write it, too.
     on_request: the device types on which only an explicit impl= takes it, never "auto".
     """
 
     name: str
     what: str
     why_not: Callable[[torch.device], str | None]
-    table: Callable[[Sequence[Row]], Table]
-    once: Callable[[Sequence[Row], Write], None] | None = None
+    table: Callable[..., Table]
     on_request: tuple[str, ...] = ()
 
     def write(self, rows: Sequence[Row], write: Write) -> None:
-        """All rows, once."""
-        if self.once is not None:
-            self.once(rows, write)
-        else:
-            self.table(rows).write(((0, len(rows)),), write)
+        """All rows, once, on the current stream. The host waits for nothing."""
+        self.table(rows, False).write(((0, len(rows)),), write)
 
 
 _ALL = (
-    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table, native.write_once),
+    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table),
     Backend(
         "triton",
         "Triton (NVIDIA and AMD GPUs)",
         triton.why_not,
         triton.Table,
-        triton.write_once,
         on_request=("cpu",),  # there it is interpreted, for tests
     ),
     Backend(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from rft_fast.kernels.contract import BLOCK, Row, Write, capturing, device_of, refuse_capture
+from rft_fast.kernels.resident import Resident
 
 # Elements and warps of a program: eight elements a thread, two blocks. A starting point for the H100
 # and H200, not yet measured there. ptxas gives sm_90 28 to 32 registers without noise, 45 to 50 with
@@ -108,7 +109,7 @@ class _Group:
     """Rows of the same storage types and alignment, and their table on the device."""
 
     def __init__(self, rows: Sequence[tuple[int, Row]], kernel: ModuleType, wait: bool) -> None:
-        """rows: (index in the whole table, row), none of them empty. wait: for their arrival."""
+        """rows: (index in the whole table, row), none of them empty."""
         sample = rows[0][1]
         dtypes = (sample.out.dtype, sample.zeroshot.dtype, sample.finetuned.dtype)
         language = kernel.triton.language
@@ -124,13 +125,8 @@ class _Group:
         ]  # fmt: skip
         device = sample.out.device
         self.ready = _ready.setdefault((device, *self.constants), set())
-        parts = [
-            torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles)),
-            torch.tensor(records, dtype=torch.int64),
-        ]
-        if device.type == "cuda" and not wait:
-            parts = [part.pin_memory() for part in parts]
-        self.tiles, self.rows = (part.to(device, non_blocking=not wait) for part in parts)
+        of_tile = torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles))
+        self.there = Resident(device, [of_tile, torch.tensor(records, dtype=torch.int64)], wait)
 
     def range(self, first: int, last: int) -> tuple[int, int]:
         """The tiles, half-open, of this group's share of the whole table's rows [first, last)."""
@@ -143,11 +139,10 @@ class Table:
 
     A write launches on the current stream of the tensors' device and waits for nothing. It can be
     captured in a CUDA graph once a write of the same form has run outside (which compiles it); the graph
-    needs the table alive as long as it is replayed.
+    needs the table alive as long as it is replayed. wait: see :class:`Resident`.
     """
 
     def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
-        """wait: until the table is on the device. Without, only the current stream may write it."""
         kernel, missing = _load()
         if kernel is None:
             raise RuntimeError(f"triton: {missing}")
@@ -155,7 +150,6 @@ class Table:
         self._interpreted = _interpreted(kernel)
         self._device = device_of(rows)
         refuse_capture("triton", self._device)
-        self._streams: set[int] = set()  # on which it has been written
         self._keep = [(r.out.detach(), r.zeroshot.detach(), r.finetuned.detach()) for r in rows]
         groups: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
         for index, row in enumerate(rows):
@@ -168,23 +162,11 @@ class Table:
     def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
         constants, arguments = form(write), numbers(write)
         with _lock, _current(self._device):
-            self._hold()
             for first, last in runs:
                 for group in self._groups:
                     begin, end = group.range(first, last)
                     if begin < end:
                         self._launch(group, begin, end, constants, arguments)
-
-    def _hold(self) -> None:
-        """The table's memory is given to nobody else before what the current stream reads of it is done."""
-        if self._device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self._device)
-        if stream.cuda_stream not in self._streams:
-            self._streams.add(stream.cuda_stream)
-            for group in self._groups:
-                group.tiles.record_stream(stream)
-                group.rows.record_stream(stream)
 
     def _launch(
         self, group: _Group, begin: int, end: int, constants: Form, arguments: tuple[float, ...]
@@ -194,17 +176,13 @@ class Table:
                 "triton: a write of this form has not run yet, and cannot be compiled while a CUDA "
                 "graph is captured; run it once before the capture"
             )
+        group.there.stream()  # Triton looks it up by itself
         self._kernel.write[(end - begin,)](
-            group.tiles, group.rows, begin, *arguments,
+            *group.there.parts, begin, *arguments,
             *group.constants, *constants, TILE, self._interpreted,
             num_warps=WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         group.ready.add(constants)
-
-
-def write_once(rows: Sequence[Row], write: Write) -> None:
-    """As ``Table(rows).write`` of all rows; on a GPU it waits for nothing, as ``Table`` does."""
-    Table(rows, wait=False).write(((0, len(rows)),), write)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -52,8 +52,9 @@ def _cut_model(
     model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Any], exact: bool
 ) -> tuple[Stage, ...]:
     pairs = list(zip(batches, expected, strict=True))
-    # The types of the weights, not of the logits: heads stay in float32.
-    steps = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    # Of the weights, too, not of the logits alone: heads stay in float32.
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *expected) if isinstance(tensor, Tensor)}
+    steps = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
     tolerance = max([TOLERANCE, *(8 * step for step in steps)])
     if not all(isinstance(y, Tensor) and y.shape[:1] == x.shape[:1] for x, y in pairs):
         raise Uncut("it does not return one tensor [n, ...]")

@@ -88,11 +88,8 @@ void __stwb(T* p, T x) {
 
 // ---- the runtime
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidConfiguration, cudaErrorNotSupported };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidConfiguration };
 using cudaStream_t = void*;
-constexpr cudaStream_t cudaStreamLegacy = nullptr;
 struct cudaFuncAttributes {};
 
 namespace on_cpu {
@@ -112,23 +109,6 @@ inline cudaError_t cudaSetDevice(int device) {
   on_cpu::device = device;
   return cudaSuccess;
 }
-template <class T>
-cudaError_t cudaMalloc(T** p, size_t bytes) {
-  *p = (T*)std::malloc(bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaFree(void* p) {
-  std::free(p);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
-inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 template <class T>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, T*) {
   return cudaSuccess;
