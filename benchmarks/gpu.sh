@@ -42,7 +42,6 @@ raw=$out/raw
 if [[ ! $list ]]; then
   [[ ! -e $raw ]] || mv "$raw" "$raw-$(date +%s)"  # of a run that was cut off
   mkdir -p "$raw"
-  rm -f "$out/summary.json"
   : >"$raw/log.txt"
 fi
 
@@ -138,11 +137,15 @@ fi
 
 [[ $list ]] && exit
 for name in ${only//,/ }; do
-  [[ $steps == *,$name,* ]] || { echo "gpu.sh: there is no step $name here; see --list" >&2 && exit 2; }
+  [[ $steps == *,$name,* ]] || {
+    [[ -e $raw/steps.jsonl ]] || rm -r "$raw"  # nothing ran
+    echo "gpu.sh: there is no step $name here; see --list" >&2 && exit 2
+  }
 done
 mv "$raw/log.txt" "$out/log.txt"
 [[ ! -e $raw/scaling.png ]] || mv "$raw/scaling.png" "$out/"
 "$python" benchmarks/gpu_report.py "$raw" "$out"
 code=$?
-[[ ! -e $out/summary.json ]] || rm -rf "$raw"
+# An older summary is no sign that this run's report was written.
+[[ ! $out/summary.json -nt $raw/steps.jsonl ]] || rm -rf "$raw"
 exit $code
