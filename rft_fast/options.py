@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,7 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         metavar="NAME=KIND",
         type=_named,
         nargs="+",
+        action="extend",
         default=[],
         help=f"what a data set is, where that is not found out: {', '.join(datasets.KINDS)}",
     )
@@ -121,6 +123,7 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         type=_named,
         nargs="+",
+        action="extend",
         default=[],
         help="which rows of the head a data set's classes are, where they cannot be told by their names",
     )
@@ -167,6 +170,7 @@ def _add_measured(top: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         type=_range,
         nargs="+",
+        action=_Once,
         default=[_range("0:1:11")],
         help="positions, as numbers or start:stop:count (default: 0:1:11)",
     )
@@ -205,12 +209,14 @@ def _add_layers(top: argparse.ArgumentParser) -> None:
         "--layers",
         metavar="NAME",
         nargs="+",
+        action=_Once,
         help="only these layers; re:PATTERN matches whole names (default: all)",
     )
     group.add_argument(
         "--models",
         metavar="NAME",
         nargs="+",
+        action=_Once,
         help="only these fine-tuned models (default: those with the highest and lowest gain in mean accuracy "
         "out of distribution, two for layers and prune, four for layer-sharpness; all for what correlation "
         "needs)",
@@ -219,6 +225,7 @@ def _add_layers(top: argparse.ArgumentParser) -> None:
         "--layer-data",
         metavar="NAME",
         nargs="+",
+        action=_Once,
         help="data sets of layers and prune (default: the first out-of-distribution one)",
     )
     group.add_argument(
@@ -233,6 +240,7 @@ def _add_layers(top: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         type=_range,
         nargs="+",
+        action=_Once,
         help="positions of layers (default: as --alphas)",
     )
     group.add_argument(
@@ -257,6 +265,7 @@ def _add_sharpness(top: argparse.ArgumentParser) -> None:
         metavar="RHO",
         type=_margin,
         nargs="+",
+        action=_Once,
         default=[1.0],
         help="noise in units of |w| (default: 1.0, the paper's)",
     )
@@ -269,12 +278,14 @@ def _add_sharpness(top: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         type=_range,
         nargs="+",
+        action=_Once,
         help="positions, some of --alphas (default: as --alphas)",
     )
     group.add_argument(
         "--sharpness-data",
         metavar="NAME",
         nargs="+",
+        action=_Once,
         help="data sets (default: the first in-distribution one, else the first)",
     )
     group.add_argument(
@@ -332,12 +343,17 @@ def _add_pruning(top: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--criteria",
         nargs="+",
+        action=_Once,
         choices=CRITERIA,
         default=list(CRITERIA),
         help="how stragglers are told: sharpness near zero (Algorithm 1), instability (default: both)",
     )
     group.add_argument(
-        "--prune-layers", metavar="NAME", nargs="+", help="prune these layers instead (re:PATTERN, too)"
+        "--prune-layers",
+        metavar="NAME",
+        nargs="+",
+        action=_Once,
+        help="prune these layers instead (re:PATTERN, too)",
     )
     group.add_argument(
         "--keep",
@@ -349,6 +365,7 @@ def _add_pruning(top: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--methods",
         nargs="+",
+        action=_Once,
         choices=METHODS,
         default=["zero"],
         help="what pruned weights become: zero (default), zeroshot, rescale (zeroshot, and the rest moves "
@@ -439,6 +456,7 @@ def _add_running(top: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--track",
         nargs="+",
+        action=_Once,
         choices=trackers.NAMES,
         default=[],
         help="also log measurements there, through its own client",
@@ -448,6 +466,21 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure nothing: tell forward passes, FLOPs, bytes, expected time and memory of this request",
     )
+
+
+class _Once(argparse.Action):
+    """All values stand behind one option. Given again, it would silently replace what it was given first."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not self.default:
+            raise argparse.ArgumentError(self, "given more than once; put all values behind one of it")
+        setattr(namespace, self.dest, values)
 
 
 # --- single values --------------------------------------------------------------------------------

@@ -101,7 +101,8 @@ def _notes(request: Request, sets: Sequence[datasets.Found]) -> list[str]:
     if images:
         kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"
         notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")
-    if request.models is None and len(request.zoo.finetuned) > 2:
+    by_layer = {"layers", "layer-sharpness", "prune"} & set(request.measured)
+    if by_layer and request.models is None and len(request.zoo.finetuned) > 2:
         notes.append("Which models are studied layer by layer, the interpolation will tell; they cost alike.")
     if "prune" in request.measured and not request.prune_layers:
         notes.append("Pruning: as if each criterion found stragglers in each model; without, it costs less.")

@@ -27,8 +27,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -661,6 +661,17 @@ def _columns(terminal: TextIO | None) -> int:
 
 
 # --- what belongs to the process -----------------------------------------------------------------
+
+
+@contextmanager
+def held_warnings() -> Iterator[list[str]]:
+    """Meanwhile Python's warnings become texts in the list, for a :class:`Progress` that is not there yet."""
+    texts: list[str] = []
+    restore = _redirect_warnings(texts.append)
+    try:
+        yield texts
+    finally:
+        restore()
 
 
 def _redirect_warnings(notice: Callable[[str], None]) -> Callable[[], None]:

@@ -105,6 +105,7 @@ def read(argv: Sequence[str]) -> Request:
     if its_zoo.options:
         of_zoo = parser(zoo=False)
         of_zoo.prog = f"options of the zoo {its_zoo.name!r}"
+        _check_names(of_zoo, its_zoo.options)
         options.set_defaults(**vars(of_zoo.parse_args(its_zoo.options)))
         arguments = options.parse_args(argv)
     return _request(arguments, its_zoo)
@@ -130,9 +131,9 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
                     + ", ".join(near)
                 )
         _distinct("--models", arguments.models)
-    if len(arguments.models or its_zoo.finetuned) < 3 and "correlation" in asked:
+    if "correlation" in asked and (lacking := lacks_for_correlation(its_zoo, arguments.models)):
         if named:
-            raise ValueError("correlation: it needs at least 3 fine-tuned models; name more, or leave it out")
+            raise ValueError(f"correlation: it needs {lacking}; leave it out, or name more")
         asked.remove("correlation")
     measured = _measured(asked, [] if arguments.prune_layers else arguments.criteria)
     extra = sorted(set(sharpness_alphas) - set(alphas))
@@ -140,7 +141,13 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         raise ValueError(
             f"argument --sharpness-alphas: {extra} are not among --alphas, where accuracies are measured"
         )
+    if not any(sharpness_alphas) and {"sharpness", "layer-sharpness"} & set(measured):
+        raise ValueError(
+            "argument --sharpness-alphas: expected at least one above 0; no fine-tuned weight matters at 0"
+        )
     device = _device(arguments)
+    if arguments.plan and arguments.json:
+        raise ValueError("argument --json: not together with --plan, which is a table to read")
     if arguments.quiet and arguments.json:
         raise ValueError("argument --json: not together with --quiet")
     trackers.check(arguments.track)
@@ -162,6 +169,11 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         for on, estimator in zip(("interpolated", "finetuned"), auto, strict=True)
     )
     layer_draws = arguments.layer_draws or arguments.draws
+    if arguments.goal_se is not None and arguments.max_draws < max(arguments.draws, layer_draws):
+        raise ValueError(
+            f"argument --max-draws: expected at least --draws and --layer-draws, got {arguments.max_draws} "
+            f"and {arguments.draws}, {layer_draws}"
+        )
     general.check_draws(arguments.draws)
     by_layer.check_draws(layer_draws)
     if len(set(arguments.rhos)) < len(arguments.rhos):
@@ -224,6 +236,13 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     )
 
 
+def lacks_for_correlation(its_zoo: zoo.Zoo, models: Sequence[str] | None) -> str:
+    """What of models and data the correlation needs and does not have; "" if nothing."""
+    if len(models or its_zoo.finetuned) < 3:
+        return "at least 3 fine-tuned models"
+    return "" if any(source.ood for source in its_zoo.data.values()) else "out-of-distribution data"
+
+
 def check_device(request: Request) -> None:
     """Raises ValueError for kernels and a precision that the device of the request does not offer."""
     _check_device(request.impl, request.precision, request.device)
@@ -250,6 +269,16 @@ def _device(arguments: argparse.Namespace) -> torch.device:
         )
     connection.check()
     return connection.device(arguments.workers, arguments.device)
+
+
+def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuses an unknown entry of a zoo's options in the words that other entries are refused with."""
+    known = sorted(name for action in options._actions for name in action.option_strings)
+    for word in words:
+        if word.startswith("--") and word not in known:
+            near = difflib.get_close_matches(word, known, n=1)
+            hint = f"did you mean {near[0][2:]}?" if near else "--help lists them"
+            raise ValueError(f"{options.prog}: there is no option {word[2:]}; {hint}")
 
 
 def _measured(asked: Sequence[str], criteria: Sequence[str]) -> list[str]:

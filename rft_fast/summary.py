@@ -12,7 +12,8 @@ from scipy.special import stdtrit
 
 from . import studies
 from .cost import duration
-from .request import Request
+from .request import Request, lacks_for_correlation
+from .studies.pruning import NAMED
 from .studies.rows import STUDIES
 from .words import some
 
@@ -74,7 +75,7 @@ def _deciding(rows: pd.DataFrame) -> str:
 def to_prune(request: Request, rows: pd.DataFrame, model: str) -> dict[str, list[str]]:
     """Criterion -> the stragglers of a model, by the rows so far."""
     if request.prune_layers is not None:
-        return {"named": request.prune_layers}
+        return {NAMED: request.prune_layers}
     rows = rows[rows["model"] == model]
     found = {}
     for criterion in request.criteria:
@@ -105,7 +106,7 @@ def report(request: Request, rows: pd.DataFrame, correlation: pd.DataFrame | Non
         "sharpness": lambda: _sharpness(rows, request),
         "layer-sharpness": lambda: _layer_sharpness(rows, request),
         "prune": lambda: _prune(rows, request),
-        "correlation": lambda: _correlation(correlation),
+        "correlation": lambda: _correlation(correlation, request),
     }
     lines = [line for study in STUDIES if study in shown for line in makers[study]()]
     lost = int((~np.isfinite(rows["loss"])).sum())
@@ -122,7 +123,10 @@ def _interpolation(rows: pd.DataFrame, xi: float) -> list[str]:
     for dataset, facts in studies.summarize(rows, xi).groupby("dataset", sort=False):
         first = facts.iloc[0]
         where = "out of" if first["ood"] else "in"
-        lines += [f"\n{dataset}: {where} distribution, {first['samples']:,} images, {first['alphas']} alphas"]
+        skipped = int(rows.loc[rows["dataset"] == dataset, "skipped"].max())
+        left_out = f" ({skipped:,} that cannot be read left out)" if skipped else ""
+        images = f"{first['samples']:,} images{left_out}"
+        lines += [f"\n{dataset}: {where} distribution, {images}, {first['alphas']} alphas"]
         lines += _table([*header, *map(_cells, facts.fillna({"mode": "-"}).to_dict("records"))], last=True)
     return [*lines, "", LEGEND.format(xi=100 * xi)]
 
@@ -136,11 +140,22 @@ def _cells(fact: dict[Any, Any]) -> list[str]:
         f"{100 * fact['fine_tuned']:.1f}",
         f"{fact['best_alpha']:g}",
         f"{gain:+.1f}{interval}" if gain else "0.0" + " " * len(interval),
-        f"{fact['barrier']:.3f}",
-        f"{fact['instability_loss']:.3f}",
+        _nats(fact["barrier"]),
+        _nats(fact["instability_loss"]),
         f"{100 * fact['instability_accuracy']:.1f}",
         fact["mode"],
     ]
+
+
+def _nats(value: float) -> str:
+    """Losses may overflow: nobody wants to read 38 digits."""
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _images(rows: pd.DataFrame) -> str:
+    """How many images of each data set the rows are of."""
+    counts = rows.groupby("dataset", sort=False)["samples"].max()
+    return ", ".join(f"{count:,} images of {name}" for name, count in counts.items())
 
 
 def _layers(rows: pd.DataFrame, request: Request) -> list[str]:
@@ -148,7 +163,7 @@ def _layers(rows: pd.DataFrame, request: Request) -> list[str]:
     first = facts.iloc[0]
     others = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}[request.others]
     lines = _words(
-        f"layers: each layer on the path, the others {others}; {first['samples']:,} images, "
+        f"layers: each layer on the path, the others {others}; {_images(rows[rows['study'] == 'layers'])}, "
         f"{first['alphas']} alphas. A straggler's instability lies above {request.straggler_margin:g} nats "
         "with 95 % confidence, Bonferroni-corrected for layers and alphas, and its loss above that at "
         "alpha = 0."
@@ -157,8 +172,8 @@ def _layers(rows: pd.DataFrame, request: Request) -> list[str]:
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
         lines.append(f"  {model} on {dataset}: {len(worst)} of {len(group)} layers are stragglers")
         lines += [
-            f"    {fact['layer']}: instability {fact['instability']:.3f} +- {fact['instability_se']:.3f} "
-            f"nats, {100 * fact['instability_accuracy']:.1f} points"
+            f"    {fact['layer']}: instability {_nats(fact['instability'])} "
+            f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points"
             for fact in worst.to_dict("records")
         ]
     return lines
@@ -225,9 +240,10 @@ def _value(row: Any) -> str:
 def _prune(rows: pd.DataFrame, request: Request) -> list[str]:
     part = rows[rows["study"] == "prune"]
     lines = _words(
-        f"prune: {100 * request.keep:g} % of the straggler layers' weights kept, {len(request.mask_seeds)} "
-        f"masks, {part['samples'].max():,} images. Change in accuracy against the unpruned path, mean over "
-        "alpha > 0, in points, +- standard error over masks; control: as many other layers at random."
+        f"prune: {100 * request.keep:g} % of the {_pruned(request)} layers' weights kept, "
+        f"{len(request.mask_seeds)} masks, {_images(part)}. Change in accuracy against the unpruned path, "
+        "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
+        "other layers at random."
     )
     effects = studies.pruning_effect(rows)
     table = [["model", "on", "criterion", "method", "layers", "pruned", "control"]]
@@ -241,6 +257,10 @@ def _prune(rows: pd.DataFrame, request: Request) -> list[str]:
     return [*lines, *_table(table)]
 
 
+def _pruned(request: Request) -> str:
+    return "straggler" if request.prune_layers is None else "named"
+
+
 def _change(group: pd.DataFrame) -> str:
     if group.empty:
         return "-"
@@ -249,21 +269,21 @@ def _change(group: pd.DataFrame) -> str:
     return f"{100 * fact['change']:+.1f}{error}"
 
 
-def _correlation(table: pd.DataFrame | None) -> list[str]:
+def _correlation(table: pd.DataFrame | None, request: Request) -> list[str]:
     if table is None:
-        return _words("correlation is left out: it needs at least 3 fine-tuned models.")
-    models = table["models"].max()
+        lacking = lacks_for_correlation(request.zoo, request.models)
+        return _words(f"correlation is left out: it needs {lacking}.")
     lines = _words(
-        f"correlation of sharpness with what happens out of distribution, over {models} models: Kendall's "
-        "tau [95 % interval]. All alphas and layers are in correlation.csv."
+        "correlation of sharpness with what happens out of distribution, over models: Kendall's tau "
+        "[95 % interval]. All alphas and layers are in correlation.csv."
     )
     shown = table[table["measure"] != "layer"]
     shown = shown[shown["alpha"] == shown["alpha"].max()]
-    cells = [["out of distribution", "outcome", "sharpness of", "at alpha", "rho", "tau"]]
+    cells = [["out of distribution", "outcome", "sharpness of", "on", "at alpha", "rho", "models", "tau"]]
     for fact in shown.to_dict("records"):
         what = "all weights" if fact["measure"] == "general" else "the stragglers"
-        where = [fact["dataset"], fact["outcome"], what, f"{fact['alpha']:g}", f"{fact['rho']:g}"]
-        cells.append([*where, _tau(fact)])
+        where = [fact["dataset"], fact["outcome"], what, fact["measured_on"], f"{fact['alpha']:g}"]
+        cells.append([*where, f"{fact['rho']:g}", str(fact["models"]), _tau(fact)])
     return [*lines, *_table(cells)]
 
 
@@ -314,9 +334,11 @@ def _found_pruning(rows: pd.DataFrame) -> list[str]:
         facts = {bool(fact["control"]): fact for fact in group.to_dict("records")}
         pruned = facts[False]
         gained = _verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
+        what, how = ("the named layers", f"({key[3]})")
+        if key[2] != NAMED:
+            what, how = "the stragglers", f"by {key[2]} ({key[3]})"
         line = (
-            f"- Pruning the stragglers of {key[0]} by {key[2]} ({key[3]}) {gained} on {key[1]}: "
-            f"{100 * pruned['change']:+.1f} points"
+            f"- Pruning {what} of {key[0]} {how} {gained} on {key[1]}: {100 * pruned['change']:+.1f} points"
         )
         if control := facts.get(True):
             more = pruned["change"] - control["change"]
@@ -329,8 +351,12 @@ def _found_pruning(rows: pd.DataFrame) -> list[str]:
 
 
 def _verdict(value: float, error: float, freedom: int, above: str, below: str) -> str:
-    """By a two-sided test at 5 %, with Student's t for the masks."""
-    bound = stdtrit(freedom, 0.975) * error if freedom > 0 else np.nan
+    """By a two-sided test at 5 %, with Student's t for the masks.
+
+    Accuracies move in steps of one image, so that a few masks may well change the very same ones: an error
+    of nothing is no certainty.
+    """
+    bound = stdtrit(freedom, 0.975) * error if freedom > 0 and error > 0 else np.nan
     if not abs(value) > bound:
         return {"helped": "neither helped nor hurt clearly"}.get(above, "not clearly different from")
     return above if value > 0 else below

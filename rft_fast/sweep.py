@@ -13,7 +13,7 @@ import pandas as pd
 from . import config, figures, planning, results, running, studies, summary, trackers
 from .cluster.driver import Cluster, Failed
 from .options import parser
-from .progress import Progress
+from .progress import Progress, held_warnings
 from .request import Request, read
 from .running import Interrupted, Pool
 
@@ -29,19 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: results.Run | None = None
     pool: Pool | None = None
     try:
-        try:
-            request = read(argv)
-            if request.plan:
-                print(planning.plan(request))
-                return 0
-            request = config.resumed(request)
-            pool = running.Alone(request) if request.workers is None else Cluster(request)
-            asked = config.dated(pool.config, argv)
-            run = results.Run(request.out, asked, overwrite=request.overwrite)
-        except (OSError, RuntimeError, ValueError) as error:
-            parser().error(str(error))
+        with held_warnings() as early:
+            try:
+                request = read(argv)
+                if request.plan:
+                    print(planning.plan(request))
+                    _tell(early)
+                    return 0
+                request = config.resumed(request)
+                pool = running.Alone(request) if request.workers is None else Cluster(request)
+                asked = config.dated(pool.config, argv)
+                run = results.Run(request.out, asked, overwrite=request.overwrite)
+                followers = trackers.open_trackers(
+                    request.track, run.directory, run.config, run.directory.name
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                if run is not None:
+                    run.close()
+                _tell(early)
+                parser().error(str(error))
         with run:
-            took = _measure(pool, request, run, argv)
+            took = _measure(pool, request, run, argv, followers, early)
             _draw(request, run.rows(), run, took)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
@@ -55,11 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(pool: Pool, request: Request, run: results.Run, argv: Sequence[str]) -> list[dict[str, object]]:
+def _tell(notices: Sequence[str]) -> None:
+    for text in notices:
+        print(text, file=sys.stderr)
+
+
+def _measure(
+    pool: Pool,
+    request: Request,
+    run: results.Run,
+    argv: Sequence[str],
+    followers: Sequence[trackers.Tracker],
+    early: Sequence[str],
+) -> list[dict[str, object]]:
     mode = "quiet" if request.quiet else "json" if request.json else "bar"
-    followers = trackers.open_trackers(request.track, run.directory, run.config, run.directory.name)
     with Progress(run.directory / "run.log", mode, followers) as progress:
         progress.start(config.command(argv), run.directory, run.resumed, pool.size)
+        for text in early:
+            progress.notice(text)
         try:
             with running.Stop(progress.notice) as stop:
                 took = running.measure(pool, request, run, progress, stop)
@@ -75,7 +96,6 @@ def _draw(
 ) -> None:
     table = None
     margins = {
-        "layers": {"margin": request.straggler_margin},
         "layer-sharpness": {
             "zero_margin": request.zero_margin,
             "straggler_margin": request.straggler_margin,
@@ -86,6 +106,8 @@ def _draw(
             table = studies.correlation(rows, margin=request.straggler_margin)
             table.to_csv(run.table(study), index=False)
             figures.correlation(table, run.figure(study))
+        elif study == "layers":
+            figures.layers(rows, run.figure(study), request.straggler_margin, request.models)
         else:
             draw = getattr(figures, study.replace("-", "_"))
             draw(rows, run.figure(study), **margins.get(study, {}))

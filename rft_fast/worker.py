@@ -11,6 +11,7 @@ from . import cost as costs
 from . import path as paths
 from .pieces import Counter, Measurement, Piece, Stragglers
 from .request import Request, check_device
+from .studies.pruning import NAMED
 from .studies.rows import Sink
 from .wiring import Models, Shared
 
@@ -67,7 +68,7 @@ class Worker:
     def some_stragglers(self, model: str) -> Stragglers:
         """Criterion -> a layer, to reckon with before it is known which layers are to be pruned."""
         if self.request.prune_layers is not None:
-            return {"named": self._on(model).select(self.request.prune_layers)}
+            return {NAMED: self._on(model).select(self.request.prune_layers)}
         return {criterion: self._models.layers[model][:1] for criterion in self.request.criteria}
 
     def cost(self, measurement: Measurement) -> float:

@@ -572,7 +572,7 @@ def test_a_forked_worker_warns_by_itself(tmp_path: Path) -> None:
         [sys.executable, "-W", "always::UserWarning", "-c", FORKED, str(log)],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert run.returncode == 0
     assert "UserWarning: from a worker" in run.stderr and "from the run" not in run.stderr
@@ -716,7 +716,7 @@ def test_the_line_goes_on_while_a_measurement_takes_long() -> None:
         assert look() == ["layers  m1  50 %  [60 s, 60 s left]  in all 50 %, 60 s left"]
         clock.seconds = 85
         wanted = ["layers  m1  50 %  [85 s, 35 s left]  in all 50 %, 35 s left"]
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while look() != wanted and time.monotonic() < until:
             time.sleep(0.05)
         assert look() == wanted

@@ -718,7 +718,7 @@ def test_weights_come_back_after_a_failure(
         ({"most": 0}, r"most must be a number of draws, at least 1; got 0"),
         ({"goal": 0.1, "estimator": "apgd-l2"}, r"a goal needs a standard error, and 'apgd-l2' has none"),
         ({"goal": 0.1, "estimator": "apgd-linf"}, r"a goal needs a standard error"),
-        ({"noise_batch": 8, "estimator": "hessian"}, r"'hessian' draws no such noise; leave noise_batch out"),
+        ({"noise_batch": 8, "estimator": "hessian"}, r"'hessian' draws no such noise; leave noise_batch \(--noise-batch\) out"),
         ({"noise_batch": 8, "estimator": "apgd-l2"}, r"'apgd-l2' draws no such noise"),
     ],
 )

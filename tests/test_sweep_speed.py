@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -85,8 +86,15 @@ def test_unreadable_images_are_refused_or_counted(
     bad = tmp_path / "zoo" / "near" / "1" / "4.png"
     bad.write_bytes(bad.read_bytes()[:40])
     refused(["interpolation", *own_models(tmp_path / "zoo")], "1 of 12 images cannot be read: ", capsys)
-    with pytest.warns(UserWarning, match="4.png"):
-        rows = run(tmp_path / "zoo", tmp_path / "out", "interpolation", "sharpness", "--skip-unreadable")
+    rows = run(tmp_path / "zoo", tmp_path / "out", "interpolation", "sharpness", "--skip-unreadable")
+    printed = capsys.readouterr()
+    assert "near: in distribution, 11 images (1 that cannot be read left out), 3 alphas" in printed.out
+    assert "far: out of distribution, 40 images, 3 alphas" in printed.out
+    assert "4.png" in printed.err  # as any other notice
+    assert re.search(r"  notice: UserWarning: .*4\.png", (tmp_path / "out" / "run.log").read_text())
+    run(tmp_path / "zoo", tmp_path / "quiet", "interpolation", "--skip-unreadable", "--quiet")
+    assert capsys.readouterr() == ("", "")
+    assert "4.png" in (tmp_path / "quiet" / "run.log").read_text()
     counts = rows.groupby("dataset")[["samples", "skipped"]].first()
     assert counts.loc["near"].tolist() == [11, 1] and counts.loc["far"].tolist() == [40, 0]
     assert rows["skipped"].notna().all()

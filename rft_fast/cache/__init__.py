@@ -241,7 +241,7 @@ class Images:
         remedy = "free some space, or name a larger place" if full else "name a place that can be written"
         warnings.warn(
             f"cache: {error}; {what}, and images of {self.source.folder} are decoded for this run alone. To "
-            f"decode them once for all runs, {remedy} in the environment variable RFT_CACHE",
+            f"decode them once for all runs, {remedy} (--cache, or the environment variable RFT_CACHE)",
             stacklevel=5,
         )
 

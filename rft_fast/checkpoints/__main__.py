@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,4 +98,6 @@ def _count(tensors: Iterable[Tensor]) -> str:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # ends quietly where nobody reads on, as in "| head"
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

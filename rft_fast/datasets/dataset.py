@@ -100,7 +100,10 @@ def choose(count: int, samples: int | None, seed: int, where: str) -> Tensor:
     if samples < 1:
         raise ValueError(f"{where}: samples must be at least 1, got {samples}")
     if samples > count:
-        raise ValueError(f"{where}: {samples} samples asked for, but it has only {count} images")
+        raise ValueError(
+            f"{where}: {samples} samples asked for, but it has only {count} images; ask for {count} or fewer "
+            "of every set, or for all (no number)"
+        )
     # RandomState's stream is frozen for good, so a seed means the same images everywhere.
     return torch.from_numpy(np.sort(np.random.RandomState(seed).permutation(count)[:samples]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,7 +204,9 @@ def _is_set(path: Path) -> bool:
 
 
 def _is_mappings(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (imagenet.FOLDER_NAMES, imagenet.TO_IMAGENET))
+    with suppress(PermissionError):  # said of the class folder by whoever lists its images
+        return any((folder / name).is_file() for name in (imagenet.FOLDER_NAMES, imagenet.TO_IMAGENET))
+    return False
 
 
 def _unfit(kind: str, root: Path, names: list[str]) -> list[str]:

@@ -35,7 +35,12 @@ _WORST = 3  # curves of each model
 _OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
 
 
-def layers(rows: pd.DataFrame, file: str | os.PathLike[str], margin: float = MARGIN) -> Figure:
+def layers(
+    rows: pd.DataFrame,
+    file: str | os.PathLike[str],
+    margin: float = MARGIN,
+    models: Sequence[str] | None = None,
+) -> Figure:
     """Figure 2: what each layer does to the loss on its own; one column per model and data set.
 
     On top, how far the loss rises above that at alpha = 0 (layers down, alpha across; the scale is
@@ -51,15 +56,22 @@ def layers(rows: pd.DataFrame, file: str | os.PathLike[str], margin: float = MAR
             which models fail.
         file: where the picture goes; its ending chooses the format.
         margin: of the stragglers, in nats.
+        models: those to show, however many; None: two, as said above.
 
     Returns:
         The figure, already saved.
 
     Raises:
-        ValueError: as :func:`rft_fast.studies.stragglers`.
+        ValueError: as :func:`rft_fast.studies.stragglers`; ``models`` of which there are no rows.
     """
     facts, gains = stragglers(rows, margin), ood_gains(rows)
-    models, choice = choose(list(facts["model"].unique()), gains, 2)
+    measured = list(facts["model"].unique())
+    if models is None:
+        models, choice = choose(measured, gains, 2)
+    else:
+        if strange := sorted(set(models) - set(measured)):
+            raise ValueError(f"layers: models without rows of the study: {', '.join(strange)}")
+        models, choice = [model for model in measured if model in models], ""
     rows = rows[(rows["study"] == STUDY) & rows["model"].isin(models)]
     facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])
     columns = [at for model in models for at in facts.loc[[model]].index.unique()]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..studies.path import Z95
-from ..studies.pruning import STUDY, pruning_effect
+from ..studies.pruning import NAMED, STUDY, pruning_effect
 from .style import (
     CURVES,
     SMALL,
@@ -89,7 +89,9 @@ def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         modes_explained(gains),
         lost(rows["accuracy"], "accuracies"),
     )
-    marks = [key("unpruned", _UNPRUNED), key("stragglers pruned", _STRAGGLERS)]
+    named = (effects["criterion"] == NAMED).all() and len(effects) > 0
+    marks = [key("unpruned", _UNPRUNED)]
+    marks.append(key("named layers pruned" if named else "stragglers pruned", _STRAGGLERS))
     marks.append(key("control: as many other layers, at random", _STRAGGLERS | _CONTROL))
     legends = legend(figure, "outside upper center", marks, note)
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
@@ -137,7 +139,8 @@ def _panel(
 def _label(effect: Mapping[str, Any], varying: Sequence[str]) -> str:
     """What was pruned and what came of it; how it was, as far as there are several ways."""
     count = len(effect["layers"])
-    who = f"{count} at random" if effect["control"] else f"{count} stragglers"
+    what = "named" if effect["criterion"] == NAMED else "stragglers"
+    who = f"{count} at random" if effect["control"] else f"{count} {what}"
     how = f" ({', '.join(several([effect[name]]) for name in varying)})" if varying else ""
     error = "(one seed)" if pd.isna(effect["change_se"]) else f"$\\pm$ {100 * effect['change_se']:.2f}"
     return f"{who}{how}: {100 * effect['change']:+.2f} {error}"

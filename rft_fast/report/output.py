@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from . import comparison, page, sections
@@ -106,5 +107,7 @@ def _replace(file: Path, text: str) -> Path:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OSError(f"report: cannot write {file}: {error}") from error
     return file

@@ -89,7 +89,9 @@ class Protocol:
                 f"sharpness: a goal needs a standard error, and {self.estimator!r} has none; leave it out"
             )
         if self.estimator not in SAMPLING and self.noise_batch is not None:
-            raise ValueError(f"sharpness: {self.estimator!r} draws no such noise; leave noise_batch out")
+            raise ValueError(
+                f"sharpness: {self.estimator!r} draws no such noise; leave noise_batch (--noise-batch) out"
+            )
 
     @property
     def where(self) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STUDY = "prune"
 CRITERIA = ("sharpness", "instability")
 METHODS = ("zero", "zeroshot", "rescale", "magnitude")
+NAMED = "named"  # in the place of a criterion, for layers that the caller chose
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def prune_stragglers(
     if layers is None:
         chosen = {criterion: _find(path, evaluator, grid, criterion, rho, draws, protocol)}
     else:
-        named = layers if isinstance(layers, Mapping) else {"named": layers}
+        named = layers if isinstance(layers, Mapping) else {NAMED: layers}
         chosen = {label: path.select(names) for label, names in named.items()}
     variants = [_Variant()]
     for label, names in chosen.items():
