@@ -131,7 +131,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
                     + ", ".join(near)
                 )
         _distinct("--models", arguments.models)
-    if "correlation" in asked and (lacking := lacks_for_correlation(its_zoo, arguments.models)):
+    if "correlation" in asked and (lacking := _lacks_for_correlation(its_zoo, arguments.models)):
         if named:
             raise ValueError(f"correlation: it needs {lacking}; leave it out, or name more")
         asked.remove("correlation")
@@ -236,13 +236,6 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     )
 
 
-def lacks_for_correlation(its_zoo: zoo.Zoo, models: Sequence[str] | None) -> str:
-    """What of models and data the correlation needs and does not have; "" if nothing."""
-    if len(models or its_zoo.finetuned) < 3:
-        return "at least 3 fine-tuned models"
-    return "" if any(source.ood for source in its_zoo.data.values()) else "out-of-distribution data"
-
-
 def check_device(request: Request) -> None:
     """Raises ValueError for kernels and a precision that the device of the request does not offer."""
     _check_device(request.impl, request.precision, request.device)
@@ -269,6 +262,13 @@ def _device(arguments: argparse.Namespace) -> torch.device:
         )
     connection.check()
     return connection.device(arguments.workers, arguments.device)
+
+
+def _lacks_for_correlation(its_zoo: zoo.Zoo, models: Sequence[str] | None) -> str:
+    """What of models and data the correlation needs and does not have; "" if nothing."""
+    if len(models or its_zoo.finetuned) < 3:
+        return "at least 3 fine-tuned models"
+    return "" if any(source.ood for source in its_zoo.data.values()) else "out-of-distribution data"
 
 
 def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None:

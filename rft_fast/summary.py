@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 
 from . import studies
 from .cost import duration
-from .request import Request, lacks_for_correlation
+from .request import Request
 from .studies.pruning import NAMED
 from .studies.rows import STUDIES
 from .words import some
@@ -106,7 +106,7 @@ def report(request: Request, rows: pd.DataFrame, correlation: pd.DataFrame | Non
         "sharpness": lambda: _sharpness(rows, request),
         "layer-sharpness": lambda: _layer_sharpness(rows, request),
         "prune": lambda: _prune(rows, request),
-        "correlation": lambda: _correlation(correlation, request),
+        "correlation": lambda: _correlation(correlation, rows),
     }
     lines = [line for study in STUDIES if study in shown for line in makers[study]()]
     lost = int((~np.isfinite(rows["loss"])).sum())
@@ -123,7 +123,7 @@ def _interpolation(rows: pd.DataFrame, xi: float) -> list[str]:
     for dataset, facts in studies.summarize(rows, xi).groupby("dataset", sort=False):
         first = facts.iloc[0]
         where = "out of" if first["ood"] else "in"
-        skipped = int(rows.loc[rows["dataset"] == dataset, "skipped"].max())
+        skipped = int(rows.loc[rows["dataset"] == dataset, "skipped"].fillna(0).max())
         left_out = f" ({skipped:,} that cannot be read left out)" if skipped else ""
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{dataset}: {where} distribution, {images}, {first['alphas']} alphas"]
@@ -269,9 +269,10 @@ def _change(group: pd.DataFrame) -> str:
     return f"{100 * fact['change']:+.1f}{error}"
 
 
-def _correlation(table: pd.DataFrame | None, request: Request) -> list[str]:
+def _correlation(table: pd.DataFrame | None, rows: pd.DataFrame) -> list[str]:
     if table is None:
-        lacking = lacks_for_correlation(request.zoo, request.models)
+        far = rows["ood"].fillna(False).any()
+        lacking = "at least 3 fine-tuned models" if far else "out-of-distribution data"
         return _words(f"correlation is left out: it needs {lacking}.")
     lines = _words(
         "correlation of sharpness with what happens out of distribution, over models: Kendall's tau "
@@ -333,7 +334,9 @@ def _found_pruning(rows: pd.DataFrame) -> list[str]:
     for key, group in effects.groupby(["model", "dataset", "criterion", "method"], sort=False):
         facts = {bool(fact["control"]): fact for fact in group.to_dict("records")}
         pruned = facts[False]
-        gained = _verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
+        gained = "came with one mask, without an error,"  # by magnitude, or one seed
+        if pruned["seeds"] > 1:
+            gained = _verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
         what, how = ("the named layers", f"({key[3]})")
         if key[2] != NAMED:
             what, how = "the stragglers", f"by {key[2]} ({key[3]})"
@@ -343,14 +346,25 @@ def _found_pruning(rows: pd.DataFrame) -> list[str]:
         if control := facts.get(True):
             more = pruned["change"] - control["change"]
             error = float(np.hypot(pruned["change_se"], control["change_se"]))
-            freedom = pruned["seeds"] + control["seeds"] - 2
-            against = _verdict(more, error, freedom, "better than", "worse than")
+            against = _verdict(more, error, _freedom(pruned, control), "better than", "worse than")
             line += f"; {against} the control: {100 * more:+.1f}"
         lines.append(f"{line}.")
     return lines
 
 
-def _verdict(value: float, error: float, freedom: int, above: str, below: str) -> str:
+def _freedom(*means: Mapping[str, Any]) -> float:
+    """Degrees of freedom of a difference of means whose variances differ (Welch and Satterthwaite).
+
+    A control varies much more than what it is for: it draws its layers, too.
+    """
+    variances = [fact["change_se"] ** 2 for fact in means]
+    if not sum(variances) > 0:
+        return np.nan
+    spread = sum(v**2 / (fact["seeds"] - 1) for v, fact in zip(variances, means, strict=True) if v)
+    return float(sum(variances) ** 2 / spread)
+
+
+def _verdict(value: float, error: float, freedom: float, above: str, below: str) -> str:
     """By a two-sided test at 5 %, with Student's t for the masks.
 
     Accuracies move in steps of one image, so that a few masks may well change the very same ones: an error
@@ -372,7 +386,9 @@ def _found_correlation(table: pd.DataFrame, where: str) -> list[str]:
     ):
         for fact in part[part["measure"] == measure].to_dict("records"):
             low, high = fact["kendall_low"], fact["kendall_high"]
-            if np.isnan(low):
+            if np.isnan(low) and abs(fact["kendall"]) == 1:  # for which there is no interval
+                verdict = f"orders all models {'as' if fact['kendall'] > 0 else 'against'}"
+            elif np.isnan(low):
                 verdict = "cannot be judged by"
             elif low <= 0 <= high:
                 verdict = "is not seen to go with"

@@ -315,6 +315,16 @@ def test_maps_are_the_rises_of_a_gain_and_a_failure_model(layers_figure: Figure)
     assert "1 of 30 losses are not finite" in note(layers_figure)
 
 
+def test_models_that_are_named_are_all_shown(tmp_path: Path) -> None:
+    rows = [row for model in "abc" for row in layer_curves(model, RISES)]
+    table, file = studies.frame(rows), tmp_path / "layers.png"
+    drawn = figures.layers(table, file, models=["c", "b", "a"])
+    assert [axis.get_title(loc="left").split("\n")[0] for axis in drawn.axes[:3]] == ["a", "b", "c"]
+    assert "Of 3 models" not in note(drawn) and "The first" not in note(drawn)
+    with pytest.raises(ValueError, match="models without rows of the study: d"):
+        figures.layers(table, file, models=["a", "d"])
+
+
 def test_stragglers_and_the_worst_layers_are_shown(layers_figure: Figure) -> None:
     calm, stormy, _, loss, _, accuracy = layers_figure.axes[:6]
     assert [y for _, y in places(stormy, "<")] == [0, 3]  # instabilities .85 and .2 above .1

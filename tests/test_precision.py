@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -248,6 +251,26 @@ def test_compiled_stages_give_the_same_numbers() -> None:
     plainly = Evaluator(model, sets, batch_size=8)
     weights = list(model.parameters())
     assert evaluator.gradient(weights)[0] == pytest.approx(plainly.gradient(weights)[0], rel=1e-6)
+
+
+def test_every_stage_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles one function eight times and no more, so no two stages may be one to it."""
+    torch.compiler.reset()
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, dynamic=False))
+    model, sets = transformer(3), [dataset("a", 8)]
+    evaluator = Evaluator(model, sets, batch_size=8, compile=True)
+    assert len(evaluator.stages.image) > 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_plain(evaluator.scores(), model, sets)
+    assert len(graphs) == len(evaluator.stages.image)
+    torch.compiler.reset()
 
 
 def test_the_package_offers_precision() -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 from tiny_report import ALPHAS, CONFIG, EVIL, LAYERS, MODELS, SETS, SHORT, make_other, make_rows, make_run
 
-from rft_fast import __version__, report, results
+from rft_fast import __version__, report, results, studies
 from rft_fast.report import comparison, runs, tables
 from rft_fast.report.__main__ import main
 
@@ -252,9 +254,11 @@ def test_places_that_cannot_be_written(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", _full)
         assert "No space left" in refused(capsys, short, "--out", tmp_path / "x.html")
+        assert not list(tmp_path.glob("x.html*"))  # which would keep the disk full
 
 
-def _full(*_: object, **__: object) -> int:
+def _full(file: Path, *_: object, **__: object) -> int:
+    file.write_bytes(b"a beginning")
     raise OSError(28, "No space left on device")
 
 
@@ -278,11 +282,34 @@ def test_differences(run: Path, pair: Path) -> None:
     assert set(apart["model"]) == {"bad"} and set(apart["alpha"]) == {1.0} and len(apart) == len(SETS)
     assert set(apart["value"]) == {"accuracy"}
     np.testing.assert_allclose(apart["difference"], 0.06)
-    np.testing.assert_allclose(apart["half"], 1.959964 * 0.02**0.5 / 10, rtol=1e-6)
+    freedom = apart["n_a"] + apart["n_b"] - 2  # of equal errors
+    np.testing.assert_allclose(apart["half"], stats.t.ppf(0.975, freedom) * 0.02**0.5 / 10, rtol=1e-6)
     counts = results.load(pair)["study"].value_counts()
     # Accuracy and loss, once for the zero-shot rows of both models; sharpness.
     expected = 2 * (counts["interpolation"] - len(SETS) + counts["layers"] + counts["prune"])
     assert len(found) == expected + counts["sharpness"] + counts["layer-sharpness"]
+
+
+@pytest.mark.parametrize(("estimator", "draws"), [("plain", 2), ("plain", 20), ("antithetic", 6)])
+def test_few_draws_of_the_same_differ_as_seldom_as_many(estimator: str, draws: int) -> None:
+    """About 5 % by chance, and none when corrected for all of them: the errors, too, are of few draws."""
+    rng = np.random.default_rng(0)
+    count = draws // 2 if estimator == "antithetic" else draws
+
+    def run() -> pd.DataFrame:
+        values = rng.normal(size=(2000, count))
+        return studies.frame(
+            {
+                **{"study": "sharpness", "model": f"m{k}", "dataset": "x", "ood": False, "alpha": 0.5},
+                **{"rho": 0.1, "estimator": estimator, "draws": draws, "samples": 1000},
+                **{"sharpness": own.mean(), "sharpness_se": own.std(ddof=1) / count**0.5},
+            }
+            for k, own in enumerate(values)
+        )
+
+    found = comparison.matched(run(), run())
+    assert len(found) == 2000 and 0.01 < found["apart"].mean() < 0.07
+    assert found["corrected"].sum() <= 1
 
 
 def test_the_comparison_page(run: Path, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

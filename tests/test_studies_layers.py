@@ -272,9 +272,9 @@ def curve(
 
 
 def test_stragglers_by_threshold() -> None:
-    """Three layers at three positions: nine chances, so z is the normal's quantile at 1 - .05 / 9."""
-    z = float(scipy.stats.norm.ppf(1 - 0.05 / 9))
-    above, below = (0.5 - 0.1 - 1e-9) / z, (0.5 - 0.1 + 1e-9) / z
+    """Three layers at three positions: nine chances, so t is the quantile of Student's at 1 - .05 / 9."""
+    t = float(scipy.stats.t.ppf(1 - 0.05 / 9, 100 - 1))  # of 100 images
+    above, below = (0.5 - 0.1 - 1e-9) / t, (0.5 - 0.1 + 1e-9) / t
     rows = studies.frame(
         curve("yes", [0.0, 0.5, 0.0], above)
         + curve("no", [0.0, 0.5, 0.0], below)
@@ -296,12 +296,12 @@ def test_stragglers_by_threshold() -> None:
 
 def test_a_straggler_must_be_worse_than_zero_shot_too() -> None:
     """Between ends of unequal loss, half of the improvement passes for instability."""
-    z = float(scipy.stats.norm.ppf(1 - 0.05 / 12))
+    t = float(scipy.stats.t.ppf(1 - 0.05 / 12, 100 - 1))
     edge = {"rise_se": 0.3}
     rows = studies.frame(
         curve("better", [0.5, -0.1, -0.5], 0.0, [0.0, -0.6, -1.0])
-        + curve("worse", [-0.1, 0.5, -0.1], 0.0, [0.0, 0.3 * z + 1e-9, 0.0], **edge)
-        + curve("unsure", [-0.1, 0.5, -0.1], 0.0, [0.0, 0.3 * z - 1e-9, 0.0], **edge)
+        + curve("worse", [-0.1, 0.5, -0.1], 0.0, [0.0, 0.3 * t + 1e-9, 0.0], **edge)
+        + curve("unsure", [-0.1, 0.5, -0.1], 0.0, [0.0, 0.3 * t - 1e-9, 0.0], **edge)
         + curve("finetuned is worse", [-1.0, 0.5, 1.0], 0.0, [0.0, 1.5, 2.0])
     )
     facts = stragglers(rows).set_index("layer")
@@ -317,6 +317,23 @@ def test_losses_that_are_not_finite_make_a_straggler(bad: float) -> None:
     facts = stragglers(rows).set_index("layer")
     assert facts["straggler"].to_dict() == {"burst": True, "calm": False}
     assert str(facts.loc["burst", "instability"]) == str(bad) and facts.loc["burst", "alpha"] == 0.5
+
+
+def test_few_images_seldom_make_a_straggler() -> None:
+    """Layers of true instability at the margin: 5 % of the families may have one, however few the images."""
+    rng = np.random.default_rng(0)
+    families = 80
+    for images in (3, 8):
+        wrong = 0
+        for _ in range(families):
+            values = MARGIN + rng.normal(size=(10, images))
+            rows: list[dict[str, object]] = []
+            for k, own in enumerate(values):
+                error = own.std(ddof=1) / images**0.5
+                peak = [0.0, own.mean(), 0.0]
+                rows += curve(f"layer {k}", peak, error, samples=images)
+            wrong += bool(stragglers(studies.frame(rows))["straggler"].any())
+        assert wrong / families < 0.15, images
 
 
 def test_one_image_tells_no_straggler() -> None:

@@ -23,7 +23,7 @@ ARCH: dict[str, Any] = {
 }
 CLASSES = 3
 # All studies in a few seconds.
-BRIEF = ["--alphas", "0:1:5", "--sharpness-alphas", "0", "0.5", "1", "--layer-samples", "9", "--draws",
+BRIEF = ["--alphas", "0:1:5", "--sharpness-alphas", "0", "0.5", "1", "--layer-samples", "39", "--draws",
          "4", "--rhos", "0.5", "1", "--straggler-margin", "1e-4", "--mask-seeds", "2", "--methods", "zero",
          "magnitude", "--device", "cpu"]  # fmt: skip
 

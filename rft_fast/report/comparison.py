@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from ..studies.path import Z95
 from ..words import some
@@ -28,6 +28,7 @@ _SCALE = {
     "loss": (1.0, "+.3f", "nats"),
     "sharpness": (1.0, "+.3g", "nats"),
 }
+_MANY = 1e9  # degrees of freedom: Student's t is the normal distribution then
 _SHOWN = 500  # rows of the table: those that differ most
 
 
@@ -82,27 +83,53 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """One row per value that both runs have: ``a``, ``b``, their standard errors, and whether they differ.
 
     Columns besides the keys: ``value`` (its name), ``a``, ``b``, ``a_se``, ``b_se``, ``difference``, ``half``
-    (half the 95 % interval of it, as of independent measurements), ``apart``, ``corrected`` (the same with
-    Bonferroni's correction), ``known`` (does the difference have a standard error?), ``n_a``, ``n_b``.
+    (half the 95 % interval of it by Student's t, as of independent measurements), ``apart``, ``corrected``
+    (the same with Bonferroni's correction), ``known`` (does the difference have a standard error?), ``n_a``,
+    ``n_b``.
     """
     sides = [_long(rows) for rows in (first, second)]
     both = sides[0].merge(sides[1], on=["place", "value"], suffixes=("", "_b"))
     both = both.rename(
-        columns={"x": "a", "x_b": "b", "se": "a_se", "se_b": "b_se", "samples": "n_a", "samples_b": "n_b"}
+        columns={
+            "x": "a",
+            "x_b": "b",
+            "se": "a_se",
+            "se_b": "b_se",
+            "samples": "n_a",
+            "samples_b": "n_b",
+            "count": "count_a",
+        }
     )
     difference = both["b"] - both["a"]
     error = np.hypot(both["a_se"], both["b_se"])
     known = error.notna()
-    bound = NormalDist().inv_cdf(1 - 0.025 / max(int(known.sum()), 1))
+    freedom = _freedom(both)
+    half = stdtrit(freedom, 0.975) * error
+    bound = stdtrit(freedom, 1 - 0.025 / max(int(known.sum()), 1))
     # Without a standard error nothing can be said, unless the values are the same or not finite on one side.
     lost = np.isfinite(both["a"]) != np.isfinite(both["b"])
     return both.assign(
         difference=difference,
-        half=Z95 * error,
+        half=half,
         known=known,
-        apart=(difference.abs() > Z95 * error) | lost,
+        apart=(difference.abs() > half) | lost,
         corrected=(difference.abs() > bound * error) | lost,
     )
+
+
+def _count(rows: pd.DataFrame) -> pd.Series:
+    """What a standard error is over: images, or draws, of which antithetic ones come in pairs."""
+    pairs = (rows["estimator"] == "antithetic").fillna(False)
+    draws = rows["draws"].astype(float) / np.where(pairs, 2, 1)
+    return draws.where(rows["study"].isin(_VALUES), rows["samples"].astype(float))
+
+
+def _freedom(both: pd.DataFrame) -> pd.Series:
+    """Degrees of freedom of the differences (Welch and Satterthwaite); many where no error is to be had."""
+    parts = [(both[f"{side}_se"] ** 2, both[f"count_{side}"] - 1) for side in "ab"]
+    spread = sum((variance**2 / freedom).where(freedom > 0, 0) for variance, freedom in parts)
+    found = sum(variance for variance, _ in parts) ** 2 / spread
+    return found.where(np.isfinite(found), _MANY)
 
 
 def _long(rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,6 +153,7 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
             facts.assign(
                 place=place[part.index], value=value,
                 x=part[value].astype(float), se=part[f"{value}_se"].astype(float),
+                count=_count(part),
             )
         )  # fmt: skip
     return pd.concat(parts).drop_duplicates(["place", "value"])

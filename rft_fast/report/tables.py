@@ -73,6 +73,8 @@ def gain_words(fact: Mapping[str, Any], furthest: float) -> Cell:
     """What the interval of a gain allows one to say; furthest: the highest end of one at any alpha > 0."""
     if fact["gain"] > 0:
         return Cell("gain", 2, "good") if fact["gain_low"] > 0 else Cell(WIDE, 1, "wide")
+    if math.isnan(furthest):  # of a single image
+        return Cell("no gain seen; no interval", 0, "wide")
     if furthest > 0:
         return Cell(f"no gain seen; {signed(f'{100 * furthest:+.1f}')} not excluded", 0, "wide")
     return Cell("no gain", 0, "bad")
@@ -113,7 +115,7 @@ def furthest(rows: pd.DataFrame, model: str, dataset: str) -> float:
     """The highest end of the pointwise 95 % intervals of A(alpha) - A(0), over alpha > 0."""
     curve = rows[(rows["study"] == "interpolation") & (rows["model"] == model) & (rows["alpha"] > 0)]
     curve = curve[curve["dataset"] == dataset]
-    return float((curve["gain"] + Z95 * curve["gain_se"]).max())
+    return float((curve["gain"] + Z95 * curve["gain_se"]).max(skipna=False))
 
 
 def layers(run: RunRead) -> Table:

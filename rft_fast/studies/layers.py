@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import closing
-from statistics import NormalDist
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from .path import check_alphas, check_evaluator
 from .rows import AT_ONCE, Measured, Row, Sink, chunks, only_one, scored, walk_to
@@ -147,9 +147,10 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     """Which layers are stragglers (Def. 1.2), by a stated rule.
 
     A layer's instability (Def. 1) is the largest of ``L(alpha) - (L(0) + L(1)) / 2`` over alpha. It is a
-    straggler when the lower end of its one-sided 95 % interval, Bonferroni-corrected for all layers
-    and positions of its model and data set, lies above ``margin``, and the loss there above the
-    loss at alpha = 0 by the same rule: Def. 1 alone would also count half of any *improvement*.
+    straggler when the lower end of its one-sided 95 % interval (Student's t over images,
+    Bonferroni-corrected for all layers and positions of its model and data set) lies above ``margin``,
+    and the loss there above the loss at alpha = 0 by the same rule: Def. 1 alone would also count half
+    of any *improvement*.
 
     Args:
         rows: of :func:`layerwise_interpolation`; rows of other studies among them are left aside.
@@ -172,25 +173,26 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         raise ValueError(f"stragglers: expected rows of the study {STUDY!r}, got none")
     found = []
     for (name, dataset, others), group in rows.groupby(["model", "dataset", "others"], sort=False):
-        z = NormalDist().inv_cdf(1 - 0.05 / len(group))
+        # Student's t over images: so far in its tail the normal one would find stragglers in any few.
+        t = float(stdtrit(group["samples"].iloc[0] - 1, 1 - 0.05 / len(group)))
         for layer, curve in group.groupby("layer", sort=False):
             try:
                 check_alphas(curve["alpha"])
             except ValueError as error:
                 raise ValueError(f"stragglers: {layer!r} of {name!r} on {dataset!r}: {error}") from None
-            fact = _straggler(curve.sort_values("alpha"), z, margin)
+            fact = _straggler(curve.sort_values("alpha"), t, margin)
             found.append({"model": name, "dataset": dataset, "others": others, "layer": layer, **fact})
     return pd.DataFrame(found).astype(
         {"model": "string", "dataset": "string", "others": "string", "layer": "string"}
     )
 
 
-def _straggler(curve: pd.DataFrame, z: float, margin: float) -> dict[str, object]:
+def _straggler(curve: pd.DataFrame, t: float, margin: float) -> dict[str, object]:
     at = int(np.argmax(curve["instability"].to_numpy()))  # argmax finds a NaN, max would hide it
     worst = curve.iloc[at]
     accuracy = curve.iloc[int(np.argmax(curve["instability_accuracy"].to_numpy()))]
-    low = worst["instability"] - z * worst["instability_se"]
-    rises = worst["rise"] - z * worst["rise_se"] > 0
+    low = worst["instability"] - t * worst["instability_se"]
+    rises = worst["rise"] - t * worst["rise_se"] > 0
     return {
         "ood": bool(worst["ood"]),
         "samples": int(worst["samples"]),
