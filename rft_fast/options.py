@@ -301,7 +301,7 @@ def _add_sharpness(top: argparse.ArgumentParser) -> None:
         default="auto",
         help="plain draws, antithetic pairs, draws less their linear term (gradient: the fewest draws where "
         "rho or the layer is small), hessian (the limit for small rho), or the worst case (apgd-...); auto, "
-        "the default: gradient, but plain for all weights at rho above 0.2, where it gains nothing",
+        "the default: gradient, but plain for all weights where a rho is above 0.2, where it gains nothing",
     )
     group.add_argument(
         "--on",
@@ -324,7 +324,10 @@ def _add_sharpness(top: argparse.ArgumentParser) -> None:
         help="centre the logits and divide them by their norm before the loss",
     )
     group.add_argument(
-        "--goal-se", metavar="NATS", type=_margin, help="go on drawing until the standard error is this small"
+        "--goal-se",
+        metavar="NATS",
+        type=_margin,
+        help="go on drawing until the standard error is this small (from 20 draws or more: docs/studies.md)",
     )
     group.add_argument(
         "--max-draws", metavar="N", type=_positive, default=1000, help="but no further (default: 1000)"
