@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import Any
+from operator import attrgetter
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from rft_fast.kernels import Plan, Write
-from rft_fast.kernels.contract import DTYPES
+from rft_fast.kernels.contract import DTYPES, lacks_memory
 from rft_fast.layers import group, layer_of, select
 from rft_fast.words import some
 
@@ -68,7 +69,8 @@ class Path:
 
     Raises ValueError, listing together all that does not fit: missing or unexpected names, shapes,
     dtypes, NaN or infinite weights, tied names that disagree, memory shared between the live model
-    and an end, tensors that are not contiguous or hold no data. TypeError for other types.
+    and an end, tensors that are not contiguous or hold no data. TypeError for other types, and for
+    copying or pickling a Path.
     """
 
     layers: list[str]
@@ -105,6 +107,7 @@ class Path:
             name: _Part(members, name) for name, members in layers.items() if name not in self.inert
         }
         self.layers = list(self._parts)
+        self._rest = len(slots) > sum(len(part.slots) for part in self._parts.values())
 
         # How the live weights came about: the last whole-model write, and the layers that have been
         # written otherwise since. None stands for a write that was begun but did not end.
@@ -112,10 +115,18 @@ class Path:
         self._apart: dict[str, Write | None] = {}
         self.write(0.0)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Path: it writes to the memory of one live model, so it cannot be copied or pickled; copy the "
+            "model (copy.deepcopy(path.model)), then make a Path of the copy and the two ends"
+        )
+
     @property
     def alpha(self) -> float | None:
-        """Where the live model is on the path; None when its layers differ in alpha."""
-        writes = (self._base, *self._apart.values())
+        """Where the live model is on the path; None when its layers, inert ones too, differ in alpha."""
+        writes = list(self._apart.values())
+        if self._rest or len(self._apart) < len(self._parts):  # something is as the whole was written
+            writes.append(self._base)
         alphas = {None if write is None else write.alpha for write in writes}
         return alphas.pop() if len(alphas) == 1 else None
 
@@ -141,8 +152,8 @@ class Path:
         when adaptive); keep in [0, 1].
 
         Raises ValueError or TypeError before anything is written: a bad number, an unknown layer
-        (with the nearest names), an inert one (with the reason). RuntimeError when a parameter of
-        the live model no longer is the one that this Path was made for.
+        (with the nearest names), an inert one (with the reason). RuntimeError when a tensor of the live
+        model or of an end no longer is where, and laid out as, this Path found it.
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         self._write(request, None if layers is None else self._select(layers))
@@ -165,13 +176,15 @@ class Path:
         """``write`` with the same arguments; on exit the weights are as before entry, bit for bit.
 
         Also after an exception, also after further writes inside, and nested to any depth. Nothing
-        is stored or subtracted: what has changed is written again from the two ends, as it was.
+        is stored or subtracted: ``layers``, whatever has become of them (in training, BatchNorm moves
+        its statistics), and what else was written inside are written again from the two ends, as
+        they were. Changes that are no writes are not seen in other layers: pass None where there may be some.
 
         Raises as ``write`` does.
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         parts = None if layers is None else self._select(layers)
-        with self._restored():
+        with self._restored(parts):
             self._write(request, parts)
             yield self
 
@@ -192,8 +205,7 @@ class Path:
         Raises as ``write`` does.
         """
         parts = None if layers is None else self._select(layers)
-        with self._restored():
-            (self._whole if parts is None else _join(parts)).check()
+        with self._restored(parts):
             self._forget(parts)
             yield self.weights(layers)
 
@@ -252,8 +264,8 @@ class Path:
 
     def _write(self, request: Write, parts: Sequence[_Part] | None) -> None:
         """``parts``: the layers to write, or None for the whole model."""
+        self._check_places(parts)
         part = self._whole if parts is None else _join(parts)
-        part.check()
         # An interrupted write must not pass for a finished one, so the state is unknown meanwhile.
         self._forget(parts)
 
@@ -272,6 +284,11 @@ class Path:
                 else:
                     self._apart[p.name] = request
 
+    def _check_places(self, parts: Sequence[_Part] | None) -> None:
+        """Raises RuntimeError unless all is where it was when this Path was made."""
+        for part in [self._whole] if parts is None else parts:
+            part.check()
+
     def _forget(self, parts: Sequence[_Part] | None) -> None:
         """From here on the weights of ``parts`` (None: all) come from no write that is known."""
         if parts is None:
@@ -280,7 +297,9 @@ class Path:
             self._apart.update((part.name, None) for part in parts)
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
+    def _restored(self, parts: Sequence[_Part] | None) -> Iterator[None]:
+        """On exit ``parts`` (None: all), and what was written inside, are as before entry."""
+        self._check_places(parts)
         base, apart = self._base, dict(self._apart)
         if base is None or None in apart.values():
             raise RuntimeError(
@@ -290,6 +309,7 @@ class Path:
         try:
             yield
         finally:
+            self._forget(parts)  # whatever was written there last, it may have been changed since
             self._restore(base, apart)
 
     def _restore(self, base: Write, apart: Mapping[str, Write | None]) -> None:
@@ -328,46 +348,64 @@ class _Slot:
         return self.tensor.is_floating_point() or self.tensor.is_complex()
 
 
-class _Part:
-    """Some slots as one write: rows of the two plans, integers, and what must hold still."""
+# What is asked of live tensors before every write: by map, since each question takes .1 us a tensor.
+_LIVE: tuple[Callable[[Tensor], object], ...] = (
+    Tensor.data_ptr, Tensor.is_contiguous, attrgetter("nbytes"), attrgetter("dtype"),
+)  # fmt: skip
 
-    def __init__(self, slots: Iterable[_Slot], name: str = "") -> None:
-        self.name = name
+
+class _Rows:
+    """Some slots as one write: rows of the two plans, and integers."""
+
+    def __init__(self, slots: Iterable[_Slot]) -> None:
         self.slots = list(slots)
         floats = [slot for slot in self.slots if slot.is_float]
         self.parameters = _runs(slot.row for slot in floats if slot.is_parameter)
         self.buffers = _runs(slot.row for slot in floats if not slot.is_parameter)
         self.integers = [slot for slot in self.slots if not slot.is_float]
+
+
+class _Part(_Rows):
+    """A layer, or the whole model, and what of it must hold still."""
+
+    def __init__(self, slots: Iterable[_Slot], name: str = "") -> None:
+        super().__init__(slots)
+        self.name = name
         homes = {(id(home[0]), home[1]): home for slot in self.slots for home in slot.homes}
         self._homes = list(homes.values())
-        self._addresses = [(slot.tensor, slot.tensor.data_ptr()) for slot in self.slots]
+        self._live = [slot.tensor for slot in self.slots]
+        self._ends = [[slot.ends[end].untyped_storage() for slot in self.slots] for end in (0, 1)]
+        self._found = self._look()
+
+    def _look(self) -> list[list[object]]:
+        """Where the live tensors and their ends are, and how they lie there: a list for each question."""
+        live = [list(map(question, self._live)) for question in _LIVE]
+        return live + [list(map(torch.UntypedStorage.data_ptr, end)) for end in self._ends]
 
     def check(self) -> None:
-        """Raises RuntimeError unless the live model still holds these tensors where they were."""
+        """Raises RuntimeError unless the live model still holds these tensors, and all are as they were."""
         for home, key, held in self._homes:
             if home.get(key) is not held:
                 break
         else:
-            for tensor, address in self._addresses:
-                if tensor.data_ptr() != address:
-                    break
-            else:
+            if self._look() == self._found:
                 return
+        now, before = (zip(*answers, strict=True) for answers in (self._look(), self._found))
         moved = [
             slot.name
-            for slot, (tensor, address) in zip(self.slots, self._addresses, strict=True)
-            if tensor.data_ptr() != address
-            or any(home.get(key) is not held for home, key, held in slot.homes)
+            for slot, answers, expected in zip(self.slots, now, before, strict=True)
+            if answers != expected or any(home.get(key) is not held for home, key, held in slot.homes)
         ]
         raise RuntimeError(
-            f"Path.write: {some(moved, 4)} of the live model are not where this Path found them any "
-            "more (model.to(), load_state_dict(assign=True) or replacing a module does that); move "
-            "and change the model first, then make a Path"
+            f"Path.write: {some(moved, 4)} of the live model, or of its ends, are not where this Path found "
+            "them any more, or not laid out so (model.to(), load_state_dict(assign=True), replacing a "
+            "module, another .data and FSDP's freeing of storages do that); move and change the models "
+            "first, then make a Path"
         )
 
 
-def _join(parts: Sequence[_Part]) -> _Part:
-    return parts[0] if len(parts) == 1 else _Part({s: None for part in parts for s in part.slots})
+def _join(parts: Sequence[_Part]) -> _Rows:
+    return parts[0] if len(parts) == 1 else _Rows({s: None for part in parts for s in part.slots})
 
 
 def _runs(rows: Iterable[int]) -> list[tuple[int, int]]:
@@ -517,6 +555,11 @@ def _unfit(tensor: Tensor, where: str, name: str, faults: _Faults) -> bool:
         what = (
             f"{where} has tensors that are not contiguous; replace them with tensor.contiguous(), "
             "or a channels-last module with module.to(memory_format=torch.contiguous_format)"
+        )
+    elif lacks_memory(tensor):
+        what = (
+            f"{where} has tensors whose storage was freed or cut short, as FSDP does between uses; gather "
+            "the full weights first"
         )
     elif floating and tensor.dtype not in DTYPES:
         name = f"{name} ({_dtype(tensor)})"

@@ -268,6 +268,24 @@ def test_losses_that_are_not_finite_stay_visible() -> None:
     assert mixed.nonfinite == 1 and mixed.loss == math.inf and mixed.accuracy == 0.5
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_logit_that_is_infinite_can_be_the_largest(normalize: bool, grouped: bool) -> None:
+    """The loss is NaN there, but which class is predicted is plain; only NaN predicts none."""
+    labels = torch.arange(CLASSES).repeat(7)[:37]
+    data = dataset(labels=labels)
+    if grouped:
+        data = replace(data, classes=torch.arange(CLASSES), groups=torch.arange(CLASSES))
+    model = toy()
+    evaluator = Evaluator(model, [data], normalize_logits=normalize)
+    for largest, expected in ((math.inf, labels == 2), (math.nan, labels == CLASSES)):
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.bias.copy_(torch.tensor([0.0, 1.0, largest, 2.0, -math.inf, 3.0]))
+        scores = evaluator.scores()["set"]
+        assert torch.equal(scores.correct, expected) and scores.losses[2].isnan()
+
+
 def test_standard_errors_by_hand() -> None:
     one = Scores(torch.tensor([1.0, 2.0, 4.0, 5.0]), torch.tensor([True, True, False, True]))
     two = Scores(torch.tensor([1.0, 3.0, 4.0, 8.0]), torch.tensor([True, False, False, False]))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import math
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -269,6 +272,18 @@ def test_ends_are_exact(impl):
     same_bits(out, w0)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_reference_keeps_every_bit_of_an_end(dtype):
+    """All of a half-precision type's patterns, among them every NaN: other backends may change those."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    w = (patterns.int() << 16 | 1).view(F32) if dtype == F32 else patterns.view(dtype)
+    other = torch.zeros_like(w)
+    for alpha, ends in ((0, (w, other)), (1, (other, w))):
+        out = torch.empty_like(w)
+        rft.interpolate_(out, *ends, alpha, impl="reference")
+        same_bits(out, w)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_interpolation_is_as_accurate_as_torch_lerp(impl):
     w0, w1 = ends(100_000)
@@ -391,6 +406,30 @@ def test_a_run_writes_its_rows_only_and_as_the_whole_would(impl):
     for runs in ([(0, 7)], [(-1, 2)], [(3, 2)]):
         with pytest.raises(ValueError, match="outside the table"):
             plan.write(0.3, tensors=runs)
+    plan.write(0.9, tensors=((i, i + 1) for i in (5, 0)), rho=0.1, seed=4)
+    plan.write(0.3, tensors=((i, i + 1) for i in (5, 3, 0)), rho=0.1, seed=4, draw=1)
+    for a, b in zip(part, whole, strict=True):
+        same_bits(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_row_is_written_twice_at_once(impl):
+    """In place, the second write would start from what the first one left."""
+    w = [torch.ones(3) for _ in range(4)]
+    plan = Plan(w, w, w, impl)
+    for runs, message in (
+        ([(0, 2), (1, 3)], r"runs \(0, 2\) and \(1, 3\) overlap"),
+        ([(3, 4), (1, 2), (0, 4)], r"runs \(0, 4\) and \(1, 2\) overlap"),
+        ([(1, 2), (1, 2)], r"runs \(1, 2\) and \(1, 2\) overlap"),
+    ):
+        with pytest.raises(ValueError, match=f"^write: {message}; name each tensor once"):
+            plan.write(1.0, tensors=runs, rho=0.1)
+    for runs in ((0, 1), [(0.0, 1)], [(0, 1, 2)], [("0", 1)], 3, "ab"):
+        with pytest.raises(TypeError, match=r"^write: tensors must be a list of runs, each a pair of int"):
+            plan.write(1.0, tensors=runs, rho=0.1)
+    assert all((tensor == 1).all() for tensor in w)
+    plan.write(1.0, tensors=[(2, 3), (1, 1), (0, 2), (1, 1)], rho=0.1)  # empty ones overlap nothing
+    assert [bool((tensor == 1).all()) for tensor in w] == [False, False, False, True]
 
 
 def test_equal_shapes_get_different_noise_and_positions_decide():
@@ -767,6 +806,13 @@ def test_a_mask_does_not_depend_on_the_draw():
         ({"alpha": math.nan}, ValueError, "alpha must be finite"),
         ({"alpha": math.inf}, ValueError, "alpha must be finite"),
         ({"alpha": "half"}, TypeError, "alpha must be a number; got 'half'"),
+        ({"alpha": "0.5"}, TypeError, "alpha must be a number; got '0.5' of type str"),
+        ({"alpha": 10**400}, ValueError, "alpha must be finite in float32; got a number beyond float64"),
+        ({"alpha": -(10**5000)}, ValueError, "alpha must be finite in float32"),
+        ({"rho": b"1"}, TypeError, "rho must be a number; got b'1' of type bytes"),
+        ({"rho": Fraction(10**400)}, ValueError, "rho must be finite in float32"),
+        ({"keep": "1"}, TypeError, "keep must be a number; got '1' of type str"),
+        ({"keep": 10**400}, ValueError, "keep must be finite in float32"),
         ({"rho": -0.1}, ValueError, "rho must be >= 0; got -0.1"),
         ({"rho": 1e39}, ValueError, "rho must be finite in float32"),
         ({"keep": 1.1}, ValueError, r"keep is a probability in \[0, 1\]; got 1.1"),
@@ -791,6 +837,84 @@ def test_bad_numbers_are_refused_and_nothing_is_written(arguments, error, messag
     with pytest.raises(error, match=message):
         rft.write_(out, w0, w1, **{"alpha": 0.5, **arguments})
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda w: rft.interpolate_(w, w, torch.zeros(4), 0.5), "interpolate_: shapes differ"),
+        (lambda w: rft.interpolate_(w, w, w, "half"), "interpolate_: alpha must be a number"),
+        (lambda w: rft.perturb_(w, -1), "perturb_: rho must be >= 0"),
+        (lambda w: rft.perturb_(w, 0.1, impl="cuda"), "perturb_: impl must be one of"),
+        (
+            lambda w: rft.perturb_(None, 0.1),
+            "perturb_: params must be a torch.Tensor or several.*; got NoneType",
+        ),
+        (
+            lambda w: rft.noise_like(None),
+            "noise_like: params must be a torch.Tensor or several.*got NoneType",
+        ),
+        (lambda w: rft.noise_like([w, 3]), r"noise_like: params\[1\] must be a torch.Tensor; got int"),
+        (lambda w: rft.noise_like(w, seed=-1), "noise_like: seed must lie"),
+        (lambda w: rft.keep_mask_like(None, 0.5), "keep_mask_like: params must be a torch.Tensor or several"),
+        (lambda w: rft.keep_mask_like(w, 2), "keep_mask_like: keep is a probability"),
+        (lambda w: rft.write_(w, None, w, 0.5), "write: zeroshot must be a torch.Tensor or several"),
+    ],
+)
+def test_errors_begin_with_the_name_of_the_function(call, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        call(torch.zeros(3))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tensors_may_come_in_any_iterable(impl):
+    model, same = (torch.nn.Linear(3, 5) for _ in range(2))
+    same.load_state_dict(model.state_dict())
+    rft.perturb_(model.parameters(), 0.5, seed=3, impl=impl)
+    rft.perturb_(list(same.parameters()), 0.5, seed=3, impl=impl)
+    assert not torch.equal(rft.noise_like(model.parameters())[0], torch.zeros(5, 3))
+    w1 = [torch.randn_like(p) for p in same.parameters()]
+    for write in (rft.interpolate_, rft.write_):
+        write(model.parameters(), model.parameters(), iter(w1), 0.3, impl=impl)
+        write(list(same.parameters()), tuple(same.parameters()), w1, 0.3, impl=impl)
+        for a, b in zip(model.parameters(), same.parameters(), strict=True):
+            same_bits(a.detach(), b.detach())
+    plan = Plan(model.parameters(), iter(w1), dict(enumerate(w1)).values(), impl, names=iter("ab"))
+    plan.write(0.5)
+    assert len(plan) == 2
+    for a, b in zip(model.parameters(), w1, strict=True):
+        same_bits(a.detach(), b)
+
+
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("impl", [*IMPLS, "triton"])
+@pytest.mark.parametrize("role", ["out", "zeroshot", "finetuned"])
+def test_memory_that_was_freed_is_refused(role, impl, left):
+    """As FSDP leaves its tensors between uses. The kernels would write into other people's memory."""
+    tensors = {name: [torch.ones(4), torch.ones(10)[3:]] for name in ("out", "zeroshot", "finetuned")}
+    tensors[role][1].untyped_storage().resize_(left)
+    message = rf"{role} of tensor 1, shape \(7,\), lies beyond its storage of {left} bytes, which was freed"
+    for make in (
+        lambda: Plan(*tensors.values(), impl),
+        lambda: rft.write_(*tensors.values(), 0.5, impl=impl),
+    ):
+        with pytest.raises(ValueError, match=f"^write: {message}"):
+            make()
+    with pytest.raises(ValueError, match=r"^perturb_: out of tensor 0.* beyond its storage"):
+        rft.perturb_(tensors[role][1], 0.1, impl=impl)
+    assert (tensors["out"][0] == 1).all()
+    empty = torch.zeros(0)
+    empty.untyped_storage().resize_(0)
+    rft.perturb_([empty, torch.ones(4)[2:]], 0.1, impl=impl)  # reaches its storage's very end
+
+
+def test_a_plan_cannot_be_copied():
+    w = torch.zeros(3)
+    for impl in IMPLS:
+        plan = Plan(w, w, w, impl)
+        for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"^Plan: .* cannot be copied or pickled; make a new Plan"):
+                duplicate(plan)
 
 
 def overlapping():

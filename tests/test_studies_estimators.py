@@ -710,6 +710,8 @@ def test_weights_come_back_after_a_failure(
         ({"on": "zeroshot"}, r"on must be one of finetuned, interpolated; got 'zeroshot'"),
         ({"noise": "cauchy"}, r"noise must be one of normal, uniform, rademacher; got 'cauchy'"),
         ({"seed": -1}, r"seed must lie in \[0, 2\*\*64\)"),
+        ({"seed": 2**63}, r"^sharpness: seed must lie in \[0, 2\*\*63\), since tables hold signed 64-bit"),
+        ({"seed": 2**64 - 1}, r"seed must lie in \[0, 2\*\*63\).*; got 18446744073709551615"),
         ({"noise_batch": 0}, r"noise_batch must be a number of images or None; got 0"),
         ({"noise_batch": 2.5}, r"noise_batch must be a number of images"),
         ({"goal": 0.0}, r"goal must be a standard error above 0"),
@@ -718,7 +720,10 @@ def test_weights_come_back_after_a_failure(
         ({"most": 0}, r"most must be a number of draws, at least 1; got 0"),
         ({"goal": 0.1, "estimator": "apgd-l2"}, r"a goal needs a standard error, and 'apgd-l2' has none"),
         ({"goal": 0.1, "estimator": "apgd-linf"}, r"a goal needs a standard error"),
-        ({"noise_batch": 8, "estimator": "hessian"}, r"'hessian' draws no such noise; leave noise_batch \(--noise-batch\) out"),
+        (
+            {"noise_batch": 8, "estimator": "hessian"},
+            r"'hessian' draws no such noise; leave noise_batch \(--noise-batch\) out",
+        ),
         ({"noise_batch": 8, "estimator": "apgd-l2"}, r"'apgd-l2' draws no such noise"),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -259,6 +260,68 @@ def test_fake_tensors() -> None:
         rft.write_(fake, fake, fake, 0.5, keep=2)
     with mode, pytest.raises(ValueError, match="shapes differ"):
         rft.interpolate_(fake, fake, torch.empty(3, dtype=BF16, device="cuda"), 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"seed": "1"}, {"seed": True}, {"seed": 2**64}, {"seed": -1}, {"seed": 1.0}, {"draw": 2**70},
+        {"draw": True}, {"adaptive": 2}, {"alpha": "0.5"}, {"alpha": 10**400}, {"rho": -1}, {"sign": 0},
+        {"keep": None}, {"on": 3}, {"impl": "cuda"},
+    ],
+)  # fmt: skip
+def test_numbers_are_refused_by_fake_tensors_as_by_real_ones(arguments: dict[str, Any]) -> None:
+    request = {"alpha": 0.5, **arguments}
+    with FakeTensorMode():
+        fake = torch.empty(3)
+    raised = []
+    for w in (torch.zeros(3), fake):
+        with pytest.raises((TypeError, ValueError), match=r"^write: ") as info:
+            rft.write_(w, w, w, **request)
+        raised.append((type(info.value), str(info.value)))
+    with pytest.raises(raised[0][0]) as info, FakeTensorMode():
+        rft.write_(torch.empty(3), torch.empty(3), torch.empty(3), **request)
+    assert raised == [(type(info.value), str(info.value))] * 2
+
+
+def test_numbers_of_other_types_mean_the_same_to_fake_tensors() -> None:
+    numbers = {"alpha": np.float32(0.5), "seed": np.int64(3), "adaptive": np.bool_(True), "sign": 1.0}
+    with FakeTensorMode():
+        fake = torch.empty(3)
+    for w in (torch.zeros(3), fake):
+        rft.write_(w, w, w, rho=1, **numbers)  # type: ignore[arg-type]
+    plan = Plan(w := random(9), w, w)
+    expected = w.clone()
+    rft.write_(expected, expected, expected, rho=1, **numbers)  # type: ignore[arg-type]
+    make_fx(lambda: plan.write(rho=1, **numbers))()  # type: ignore[arg-type]
+    same(w, expected)
+
+
+def test_a_generator_of_tensors() -> None:
+    model = nn.Linear(3, 5)
+    before = [p.detach().clone() for p in model.parameters()]
+    expected = [p.clone() for p in before]
+    rft.perturb_(expected, 0.1)
+    compiled(lambda: rft.perturb_(model.parameters(), 0.1))()
+    same([p.detach() for p in model.parameters()], expected)
+    with FakeTensorMode():
+        fakes = [torch.empty(3), torch.empty(4)]
+    assert [eps.shape for eps in rft.noise_like(fake for fake in fakes)] == [(3,), (4,)]
+    with pytest.raises(ValueError, match="shapes differ for tensor 1"):
+        rft.interpolate_(iter(fakes), iter(fakes), [fakes[0], fakes[0]], 0.5)
+
+
+def test_memory_that_was_freed_is_refused() -> None:
+    """Also by way of the operator, as for FSDP's parameters, whose class is their own."""
+
+    class Flat(nn.Parameter):
+        pass
+
+    flat = Flat(torch.ones(5))
+    rft.perturb_(flat, 0.1)
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"out of tensor 0.* beyond its storage of 0 bytes"):
+        rft.perturb_(flat, 0.1)
 
 
 def test_meta_tensors() -> None:

@@ -79,6 +79,7 @@ class Images:
         if self.classes is not None:
             logits = logits.index_select(1, self.classes)
         best = logits.argmax(1)
+        lost = logits.gather(1, best[:, None])[:, 0].isnan()  # argmax takes NaN for the largest
         if normalize:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
@@ -91,8 +92,7 @@ class Images:
             hits = self.groups[best] == labels
             others = self.groups != labels[:, None]
             losses = -logits.log_softmax(1).masked_fill(others, -torch.inf).logsumexp(1)
-        # argmax takes NaN for the largest; a sample without a loss is not a hit.
-        return losses, hits & ~losses.isnan()
+        return losses, hits & ~lost
 
     def check(self, model: Callable[[Tensor], Any]) -> Tensor:
         """Refuses a set that the model cannot score. Returns the logits of one image."""

@@ -43,7 +43,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of samples whose largest logit is their label's."""
+        """Fraction of samples whose largest logit, be it infinite, is their label's; of NaN, none is."""
         return _mean(self.correct)[0]
 
     @property

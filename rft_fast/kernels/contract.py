@@ -8,13 +8,17 @@ Every backend computes, for each element, in float32 whatever the storage types:
 
 and nothing else. ``Write`` holds the numbers of one such request, ``Row`` the three tensors of
 one table entry; both are complete and consistent once they exist, so backends check nothing.
+
+lerp's ends are exact: alpha = 0 gives the bits of zeroshot, alpha = 1 those of finetuned. Of a NaN in
+half precision only that it is one: what else its bits say may change on the way through float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field, fields
+from operator import index
 
 import numpy as np
 import torch
@@ -58,11 +62,15 @@ def _float32(number: float) -> float:
 
 def _finite(name: str, value: object) -> float:
     try:
+        if isinstance(value, (str, bytes, bytearray)):  # float() would read "0.5"
+            raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(
             f"write: {name} must be a number; got {value!r} of type {type(value).__name__}"
         ) from None
+    except OverflowError:  # an integer or a fraction, perhaps of more digits than can be shown
+        raise ValueError(f"write: {name} must be finite in float32; got a number beyond float64") from None
     # Beyond float32 the kernels would compute with infinity.
     if not abs(number) <= FLOAT32_MAX:
         raise ValueError(f"write: {name} must be finite in float32; got {number}")
@@ -136,6 +144,8 @@ class Write:
             alpha=alpha,
             rho=rho,
             keep=keep,
+            adaptive=bool(self.adaptive),
+            sign=int(self.sign),
             seed=_whole("seed", self.seed, SEEDS),
             draw=_whole("draw", self.draw, DRAWS),
             scale=_float32(self.sign * rho),
@@ -171,12 +181,18 @@ def device_of(rows: Sequence[Row]) -> torch.device:
     return rows[0].out.device if rows else torch.device("cpu")
 
 
-def as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One tensor or a sequence of tensors, as a list. Raises TypeError for anything else."""
-    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for index, tensor in enumerate(listed):
+def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """One tensor or several, also of a generator, as a list. Raises TypeError for anything else."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"write: {name} must be a torch.Tensor or several in a list; got {type(tensors).__name__}"
+        )
+    listed = list(tensors)
+    for place, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"write: {name}[{index}] must be a torch.Tensor; got {type(tensor).__name__}")
+            raise TypeError(f"write: {name}[{place}] must be a torch.Tensor; got {type(tensor).__name__}")
     return listed
 
 
@@ -190,9 +206,9 @@ def first_blocks(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def make_rows(
-    out: Tensor | Sequence[Tensor],
-    zeroshot: Tensor | Sequence[Tensor],
-    finetuned: Tensor | Sequence[Tensor],
+    out: Tensor | Iterable[Tensor],
+    zeroshot: Tensor | Iterable[Tensor],
+    finetuned: Tensor | Iterable[Tensor],
     names: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> list[Row]:
@@ -201,18 +217,20 @@ def make_rows(
     blocks: where each tensor's noise starts; None: that of a table of its own.
     """
     rows = lay_out(out, zeroshot, finetuned, names, blocks)
+    for row in rows:
+        _check_memory(row)
     _check_overlap(rows)
     return rows
 
 
 def lay_out(
-    out: Tensor | Sequence[Tensor],
-    zeroshot: Tensor | Sequence[Tensor],
-    finetuned: Tensor | Sequence[Tensor],
+    out: Tensor | Iterable[Tensor],
+    zeroshot: Tensor | Iterable[Tensor],
+    finetuned: Tensor | Iterable[Tensor],
     names: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> list[Row]:
-    """``make_rows`` for tensors that have no addresses: all of its checks but that nothing overlaps."""
+    """``make_rows`` for tensors that have no addresses: all of its checks but those of memory."""
     outs, w0s, w1s = (
         as_list("out", out),
         as_list("zeroshot", zeroshot),
@@ -233,9 +251,12 @@ def lay_out(
     return rows
 
 
+def _roles(row: Row) -> tuple[tuple[str, Tensor], ...]:
+    return ("out", row.out), ("zeroshot", row.zeroshot), ("finetuned", row.finetuned)
+
+
 def _check_row(row: Row, device: torch.device) -> None:
-    parts = (("out", row.out), ("zeroshot", row.zeroshot), ("finetuned", row.finetuned))
-    for role, tensor in parts:
+    for role, tensor in _roles(row):
         if tensor.dtype not in DTYPES:
             offered = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise TypeError(
@@ -258,6 +279,23 @@ def _check_row(row: Row, device: torch.device) -> None:
                 f"write: shapes differ for {row.name}: out {tuple(row.out.shape)}, "
                 f"{role} {tuple(tensor.shape)}"
             )
+
+
+def _check_memory(row: Row) -> None:
+    for role, tensor in _roles(row):
+        if lacks_memory(tensor):
+            raise ValueError(
+                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, lies beyond its storage of "
+                f"{tensor.untyped_storage().nbytes()} bytes, which was freed or cut short (as FSDP does "
+                "between uses); gather the full tensor first"
+            )
+
+
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a contiguous tensor reaches beyond its storage, which ``untyped_storage().resize_`` can cut."""
+    size = tensor.numel()
+    end = (tensor.storage_offset() + size) * tensor.element_size()
+    return size > 0 and bool(end > tensor.untyped_storage().nbytes())
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
@@ -297,11 +335,27 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + tensor.numel() * tensor.element_size()
 
 
-def check_runs(runs: Sequence[tuple[int, int]], rows: int) -> None:
-    """``runs`` are half-open (first, last) ranges of table rows. Raises ValueError."""
-    for first, last in runs:
+def check_runs(runs: Iterable[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
+    """Half-open (first, last) ranges of table rows, as a list in ascending order.
+
+    Raises TypeError or ValueError.
+    """
+    try:
+        found = sorted([(index(first), index(last)) for first, last in runs])
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"write: tensors must be a list of runs, each a pair of integers (first, last); got {runs!r}"
+        ) from None
+    before = (0, 0)
+    for first, last in found:
         if not 0 <= first <= last <= rows:
             raise ValueError(f"write: run ({first}, {last}) is outside the table's {rows} tensors")
+        if first == last:
+            continue
+        if first < before[1]:  # the second write of a row in place would start from the first one's
+            raise ValueError(f"write: runs {before} and ({first}, {last}) overlap; name each tensor once")
+        before = (first, last)
+    return found
 
 
 def capturing(device: torch.device) -> bool:

@@ -27,21 +27,22 @@ PLAIN = (Tensor, nn.Parameter)
 # The arguments of a Write, in their order.
 Numbers = tuple[Any, ...]
 
+# Numbers that get their values later.
+SYMBOLS = (torch.SymInt, torch.SymFloat)
+
 
 def is_tracing() -> bool:
     """Whether torch records what is called, and so must see a write."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-def is_traced(tensors: Tensor | Sequence[Tensor]) -> bool:
+def is_traced(tensors: Sequence[Tensor]) -> bool:
     """As ``is_tracing``, or whether the tensors may be fake."""
     if is_tracing():
         return True
-    if isinstance(tensors, Tensor):
-        return type(tensors) not in PLAIN
     for tensor in tensors:  # as any() would, in half the time
         if type(tensor) not in PLAIN:
-            return isinstance(tensor, Tensor)
+            return True
     return False
 
 
@@ -54,12 +55,22 @@ def write_(
     blocks: Sequence[int] | None = None,
 ) -> None:
     """The write by way of the operator. blocks: as for ``contract.make_rows``."""
+    if not torch.compiler.is_dynamo_compiling():  # which cannot look into Write; there _refuse checks
+        numbers = _checked(numbers)
     *others, seed, draw, sign = numbers
     with torch.no_grad():
         _write(
             out, _apart(zeroshot, out), _apart(finetuned, out),
             *others, seed // 2**32, seed % 2**32, draw, sign, impl, blocks,
         )  # fmt: skip
+
+
+def _checked(numbers: Numbers) -> Numbers:
+    """The numbers as a ``Write`` has them, which refuses what no write may have; symbols as they are."""
+    named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
+    known = {name: number for name, number in named.items() if not isinstance(number, SYMBOLS)}
+    request = Write(**{"alpha": 0.0, **known})
+    return tuple(getattr(request, name) if name in known else named[name] for name in named)
 
 
 def _apart(sources: Sequence[Tensor], out: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -122,10 +133,7 @@ def _refuse(
     impl: str,
     blocks: Sequence[int] | None = None,
 ) -> None:
-    """What ``_write`` would refuse, as far as it can be known: symbols get their values later."""
-    numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed_high * 2**32 + seed_low, draw, sign)
-    symbols = (torch.SymInt, torch.SymFloat)
-    named: dict[str, Any] = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
-    Write(**{"alpha": 0.0, **{name: n for name, n in named.items() if not isinstance(n, symbols)}})
+    """What ``_write`` would refuse, as far as it can be known."""
+    _checked((alpha, rho, on, keep, fill, noise, adaptive, seed_high * 2**32 + seed_low, draw, sign))
     registry.check_name(impl)
     lay_out(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+import functools
+from collections.abc import Callable, Iterable
+from typing import NoReturn, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -11,21 +12,25 @@ from torch import Tensor
 from rft_fast.kernels import library, registry
 from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, as_list, check_runs, device_of, make_rows
 
-Tensors = Tensor | Sequence[Tensor]
+Tensors = Tensor | Iterable[Tensor]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Plan:
     """A table of (output, zero-shot, fine-tuned) tensors, checked once and written many times.
 
-    out, zeroshot, finetuned: tensors or equally long sequences of tensors; the three of a row have
+    out, zeroshot, finetuned: tensors, or equally many in any iterable; the three of a row have
     equal shapes and each any of float32, bfloat16, float16; all are contiguous and on one device. An
     output may be its own source (in place) and may overlap nothing else.
     impl: "auto", "native", "triton" or "reference"; ``plan.impl`` tells which one was picked.
     names: what error messages call the rows.
 
     The plan keeps the tensors' memory alive and writes to the memory that it was made for: after
-    re-binding a parameter's ``.data``, make a new plan. One plan may be written from several threads as
-    long as their runs do not touch the same rows; two plans never share state.
+    re-binding a parameter's ``.data``, make a new plan. A write does not look whether the memory is still
+    there, so resize no storage under a plan, as FSDP does (a ``Path`` does look). One plan may be written
+    from several threads as long as their runs do not touch the same rows; two plans never share state.
 
     Best written outside of code that torch.compile compiles: the weights stay where they are, so a compiled
     model sees the new ones. Inside, a write is one operator of the graph with the same result, but makes
@@ -40,9 +45,9 @@ class Plan:
         zeroshot: Tensors,
         finetuned: Tensors,
         impl: str = "auto",
-        names: Sequence[str] | None = None,
+        names: Iterable[str] | None = None,
     ) -> None:
-        rows = make_rows(out, zeroshot, finetuned, names)
+        rows = make_rows(out, zeroshot, finetuned, None if names is None else list(names))
         backend = registry.pick(impl, device_of(rows))
         self.impl = backend.name
         self._rows = rows
@@ -52,11 +57,17 @@ class Plan:
     def __len__(self) -> int:
         return len(self._outs)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Plan: it writes to the memory that it was made for, so it cannot be copied or pickled; "
+            "make a new Plan of the copied tensors"
+        )
+
     def write(
         self,
         alpha: float,
         *,
-        tensors: Sequence[tuple[int, int]] | None = None,
+        tensors: Iterable[tuple[int, int]] | None = None,
         rho: float = 0.0,
         on: str = "finetuned",
         keep: float = 1.0,
@@ -69,6 +80,7 @@ class Plan:
     ) -> None:
         """Writes the rows in ``tensors``, half-open (first, last) runs of the table; None: all.
 
+        Runs may come in any order, and may not overlap.
         The other arguments are those of :class:`~rft_fast.kernels.contract.Write`. A row's noise and
         mask depend on (seed, draw) and its place in the table only, not on which rows are written.
         """
@@ -78,21 +90,20 @@ class Plan:
         else:
             self.submit(Write(*numbers), tensors)
 
-    def submit(self, write: Write, tensors: Sequence[tuple[int, int]] | None = None) -> None:
+    def submit(self, write: Write, tensors: Iterable[tuple[int, int]] | None = None) -> None:
         """As ``write``, with arguments that were validated before."""
         if library.is_tracing():
             self._write_traced(tensors, tuple(getattr(write, name) for name in WRITE_ARGUMENTS))
             return
-        runs = ((0, len(self._outs)),) if tensors is None else tensors
-        check_runs(runs, len(self._outs))
+        rows = len(self._outs)
+        runs = [(0, rows)] if tensors is None else check_runs(tensors, rows)
         self._table.write(runs, write)
         # Autograd must notice that saved tensors have changed, as after any in-place operation.
         for first, last in runs:
             torch.autograd.graph.increment_version(self._outs[first:last])
 
-    def _write_traced(self, tensors: Sequence[tuple[int, int]] | None, numbers: library.Numbers) -> None:
-        runs = ((0, len(self._rows)),) if tensors is None else tensors
-        check_runs(runs, len(self._rows))
+    def _write_traced(self, tensors: Iterable[tuple[int, int]] | None, numbers: library.Numbers) -> None:
+        runs = [(0, len(self._rows))] if tensors is None else check_runs(tensors, len(self._rows))
         rows = [row for first, last in runs for row in self._rows[first:last]]
         library.write_(
             [row.out for row in rows],
@@ -102,6 +113,21 @@ class Plan:
             self.impl,
             [row.first_block for row in rows],
         )
+
+
+def _says_its_name(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose errors begin with its own name instead of the contract's ``write``."""
+
+    @functools.wraps(function)
+    def named(*arguments: P.args, **others: P.kwargs) -> R:
+        try:
+            return function(*arguments, **others)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if str(error).startswith("write: "):
+                error.args = (str(error).replace("write", function.__name__, 1),)
+            raise
+
+    return named
 
 
 def write_(
@@ -129,16 +155,17 @@ def write_(
     under ``torch.no_grad``.
     """
     numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
-    if library.is_traced(out):
-        tensors = as_list("out", out), as_list("zeroshot", zeroshot), as_list("finetuned", finetuned)
+    tensors = as_list("out", out), as_list("zeroshot", zeroshot), as_list("finetuned", finetuned)
+    if library.is_traced(tensors[0]):
         library.write_(*tensors, numbers, impl)
         return
     request = Write(*numbers)  # refused before anything is made
-    rows = make_rows(out, zeroshot, finetuned)
+    rows = make_rows(*tensors)
     registry.pick(impl, device_of(rows)).write(rows, request)
     torch.autograd.graph.increment_version([row.out for row in rows])
 
 
+@_says_its_name
 def interpolate_(
     out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: str = "auto"
 ) -> None:
@@ -149,6 +176,7 @@ def interpolate_(
     write_(out, zeroshot, finetuned, alpha, impl=impl)
 
 
+@_says_its_name
 def perturb_(
     params: Tensors,
     rho: float,
@@ -164,10 +192,11 @@ def perturb_(
     There is no inverse: floating-point addition loses bits, so keep the weights and write them again
     (``Plan``, ``Path``) instead of subtracting.
     """
+    tensors = as_list("params", params)  # once: a generator gives them only once
     write_(
-        params,
-        params,
-        params,
+        tensors,
+        tensors,
+        tensors,
         1.0,
         rho,
         noise=noise,
@@ -185,18 +214,19 @@ def noise_like(
 ) -> Tensor: ...
 @overload
 def noise_like(
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     seed: int = 0,
     draw: int = 0,
     noise: str = "normal",
     impl: str = "auto",
 ) -> list[Tensor]: ...
+@_says_its_name
 def noise_like(
     params: Tensors, seed: int = 0, draw: int = 0, noise: str = "normal", impl: str = "auto"
 ) -> Tensor | list[Tensor]:
     """The noise eps that the kernels use for these tensors: float32, same shapes and device."""
-    like = _float32_like("noise_like", params, torch.zeros_like)
-    perturb_(like, 1.0, seed, draw, adaptive=False, noise=noise, impl=impl)
+    like = _float32_like(params, torch.zeros_like)
+    write_(like, like, like, 1.0, 1.0, noise=noise, adaptive=False, seed=seed, draw=draw, impl=impl)
     return like[0] if isinstance(params, Tensor) else like
 
 
@@ -204,18 +234,19 @@ def noise_like(
 def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: str = "auto") -> Tensor: ...
 @overload
 def keep_mask_like(
-    params: Sequence[Tensor], keep: float, seed: int = 0, impl: str = "auto"
+    params: Iterable[Tensor], keep: float, seed: int = 0, impl: str = "auto"
 ) -> list[Tensor]: ...
+@_says_its_name
 def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: str = "auto") -> Tensor | list[Tensor]:
     """The mask that the kernels use for these tensors: bool, True where the weight is kept."""
-    like = _float32_like("keep_mask_like", params, torch.ones_like)
+    like = _float32_like(params, torch.ones_like)
     write_(like, like, like, 1.0, keep=keep, seed=seed, impl=impl)
     masks = [tensor.bool() for tensor in like]
     return masks[0] if isinstance(params, Tensor) else masks
 
 
-def _float32_like(operation: str, params: Tensors, make: type | object) -> list[Tensor]:
+def _float32_like(params: Tensors, make: type | object) -> list[Tensor]:
     return [
         make(p, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)  # type: ignore[operator]
-        for p in as_list(operation, params)
+        for p in as_list("params", params)
     ]

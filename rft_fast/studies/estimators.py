@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels import noise_like
 from ..kernels.contract import NOISE, ON, Write
 from ..threads import few_threads
-from .rows import AT_ONCE, chunks, only_one, walk_to
+from .rows import AT_ONCE, SEEDS, chunks, only_one, walk_to
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Walk
@@ -38,7 +38,8 @@ class Protocol:
     on: which weights the noise is added to, ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1); None:
         where the study's definition has it.
     noise: ``"normal"``, ``"uniform"`` on (-1, 1) or ``"rademacher"``. adaptive: noise in units of |w|.
-    seed: of the noise; draw number d of seed s is the same noise everywhere, forever.
+    seed: of the noise, in [0, 2**63): tables hold no more. Draw number d of seed s is the same noise
+        everywhere, forever.
     noise_batch: noise anew for every so many images (m-sharpness: 128 in the published code); None:
         one draw serves the whole data set.
     goal: a wanted standard error in nats. Draws go on until each target has it, or ``most`` are made.
@@ -74,6 +75,11 @@ class Protocol:
                     f"got {getattr(self, name)!r}"
                 )
         Write(0.0, adaptive=self.adaptive, seed=self.seed)  # refuses what no write could do
+        if self.seed >= SEEDS:
+            raise ValueError(
+                "sharpness: seed must lie in [0, 2**63), since tables hold signed 64-bit integers; "
+                f"got {self.seed}"
+            )
         if self.noise_batch is not None and (not _is_int(self.noise_batch) or self.noise_batch < 1):
             raise ValueError(
                 f"sharpness: noise_batch must be a number of images or None; got {self.noise_batch!r}"
@@ -135,9 +141,11 @@ class Target:
 class Estimate:
     """Sharpness in nats, and the perturbed model's mean loss and accuracy, with standard errors.
 
-    The standard errors are those of the draws, for the images at hand; NaN for a single draw. draws:
-    how many were made. nonfinite: how many perturbed losses of single images were NaN or infinite. Of
-    products with the Hessian: accuracy is that of the clean model, nonfinite counts products.
+    loss is the clean model's plus the sharpness: the mean over draws that are ``"plain"`` or
+    ``"antithetic"``; over those of ``"gradient"``, each less <gradient, delta>. The standard errors
+    are those of the draws, for the images at hand; NaN for a single draw. draws: how many were
+    made. nonfinite: how many perturbed losses of single images were NaN or infinite. Of products with
+    the Hessian: accuracy is that of the clean model, nonfinite counts products.
     """
 
     sharpness: float

@@ -80,7 +80,8 @@ def prune_stragglers(
             ``"rescale"``: w0, and what survives moves 1 / keep as far from w0 (DARE, Yu et al. 2024).
             These three prune at random, each weight on its own. ``"magnitude"``: 0, for the smallest
             |w1| of each tensor.
-        seeds: of the random masks, and of the choice of layers for the control; one curve each.
+        seeds: of the random masks, and of the choice of layers for the control; one curve each. In
+            [0, 2**32), as numpy.random.RandomState takes them.
         control: also prune as many layers chosen at random among the others (all of them, with a warning,
             where they are fewer).
         rho: noise scale for the sharpness of each layer.
@@ -170,7 +171,10 @@ def _check(keep: float, criterion: str, methods: Sequence[str], seeds: Sequence[
         raise ValueError(f"prune: methods must be some of {', '.join(METHODS)}; got {methods!r}")
     wrong = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
-        raise ValueError(f"prune: seeds must be distinct integers in [0, 2**32), at least one; got {seeds}")
+        raise ValueError(
+            f"prune: seeds must be distinct integers in [0, 2**32), at least one; got {seeds} (the control's "
+            "layers are chosen by numpy.random.RandomState, which takes no others)"
+        )
 
 
 def _find(

@@ -71,6 +71,9 @@ COLUMNS: dict[str, str] = {
     "seconds": "float64",
 }
 
+# Seeds that rows can hold: integers of the table, and of the database, are signed and have 64 bits.
+SEEDS = 2**63
+
 
 def complete(row: Mapping[str, object]) -> Row:
     """The row with every column of :data:`COLUMNS` in order, ``None`` where it has no value.

@@ -58,9 +58,12 @@ def sharpness(
         sink: called with each measurement's number and rows as soon as it is made.
 
     Returns:
-        One row per (alpha, rho, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` and
-        ``accuracy`` are means over the draws. Standard errors are those of the draws, for the images
-        at hand. ``reached`` tells whether a wanted standard error was.
+        One row per (alpha, rho, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is
+        the clean loss plus ``sharpness``: of the estimators ``"plain"`` and ``"antithetic"`` that is the mean
+        over the draws, of ``"gradient"`` over draws less <gradient, delta>, of ``"hessian"`` the limit for
+        small rho, and of the worst case the loss there. ``accuracy`` is the mean over the draws; of
+        ``"hessian"`` that of the clean model. Standard errors are those of the draws, for the images at
+        hand. ``reached`` tells whether a wanted standard error was.
 
     Raises:
         ValueError: bad alphas, rhos or draws, an evaluator of another model, numbers that there are none of.
