@@ -386,7 +386,8 @@ def _found_correlation(table: pd.DataFrame, where: str) -> list[str]:
     ):
         for fact in part[part["measure"] == measure].to_dict("records"):
             low, high = fact["kendall_low"], fact["kendall_high"]
-            if np.isnan(low) and abs(fact["kendall"]) == 1:  # for which there is no interval
+            # For a perfect order there is no interval; of four models, one in 12 is perfect by chance.
+            if np.isnan(low) and abs(fact["kendall"]) == 1 and fact["models"] > 4:
                 verdict = f"orders all models {'as' if fact['kendall'] > 0 else 'against'}"
             elif np.isnan(low):
                 verdict = "cannot be judged by"

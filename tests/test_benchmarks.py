@@ -23,6 +23,12 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def not_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the processes started here: pytest-benchmark measures nothing in a worker of xdist."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14"])
 def test_shapes_are_those_of_the_image_towers(name: str) -> None:
     with torch.device("meta"):

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from tiny_zoo import BRIEF, own_models, refused
 
 from rft_fast import results, sweep
 from rft_fast.cluster import connection, driver
+from rft_fast.cluster.actor import Answer
+from rft_fast.pieces import Piece
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,6 +103,68 @@ def test_two_workers_one_killed_in_mid_run(
     assert not worker_processes()
     costs = pd.read_csv(out / "cost.csv")
     assert (costs["seconds"] > 0).all() and (costs["peak_memory"] > 1e6).all()
+
+
+@pytest.mark.parametrize("told", [[0], [0, 1], [0, 1, 2]])
+def test_what_a_dead_worker_has_told_is_not_made_again(
+    told: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all is told, and it dies before it says that it is done."""
+
+    class Lost(Exception):
+        pass
+
+    def answer(numbers: Sequence[int], done: bool) -> Answer:
+        found = Answer()
+        found.measured, found.spent = [(number, []) for number in numbers], (1.0, 1) if done else None
+        return found
+
+    class Fake:
+        """A worker whose answers are known, or that makes all that it is asked for."""
+
+        def __init__(self, *answers: Answer | Exception) -> None:
+            self.answers = deque(answers)
+            self.begin = self.more = self
+            self.asked: list[tuple[int, ...]] = []
+
+        def remote(self, piece: Piece | None = None, known: object = None) -> object:
+            if piece is not None:
+                self.asked.append(piece.numbers)
+            return self.answers.popleft() if self.answers else answer(self.asked[-1], True)
+
+    def get(reference: Any) -> Any:
+        if isinstance(reference, Exception):
+            raise reference
+        return reference
+
+    first, second = Fake(answer(told, False), Lost()), Fake()
+    ready, mourned = deque([first]), []
+
+    def mourn(place: str, error: Exception) -> None:
+        mourned.append(place)
+        ready.append(second)
+
+    cluster: Any = SimpleNamespace(
+        **{"size": 1, "_ready": ready, "_coming": {}, "_models": {}, "_mourn": mourn},
+        _more=lambda wanted: None,
+    )
+    ray = SimpleNamespace(
+        wait=lambda references, **_: (references[:1], references[1:]),
+        get=get,
+        exceptions=SimpleNamespace(RayError=Lost),
+    )
+    monkeypatch.setattr(driver, "client", lambda: ray)
+    kept: list[int] = []
+    watch: Any = SimpleNamespace(
+        begun=lambda piece: None,
+        measured=lambda piece, number, rows: kept.append(number),
+        spent=lambda piece, seconds, peak: None,
+    )
+    piece = Piece("layers", "a", (0, 1, 2), (1.0, 1.0, 1.0))
+    shared: Any = SimpleNamespace(scores=lambda of: {})
+    driver._Work(cluster, deque([piece]), shared, watch).run()
+    assert kept == [0, 1, 2] and len(mourned) == 1
+    assert second.asked == ([tuple(n for n in (0, 1, 2) if n not in told)] if len(told) < 3 else [])
 
 
 def test_a_stopped_run_of_workers_goes_on_alone_and_the_reverse(
@@ -209,7 +275,7 @@ def test_a_cluster_that_is_named(zoo: Path, tmp_path: Path, alone: pd.DataFrame,
             pd.testing.assert_frame_equal(rows_of(out), alone, check_exact=True)
     finally:
         head.terminate()
-        head.wait(30)
+        head.wait(120)
     gone = [*own_models(zoo), "--workers", f"ray://127.0.0.1:{ports[1]}", "--out", str(tmp_path / "gone")]
     refused(gone, "no Ray cluster could be reached", capsys)
     assert not (tmp_path / "gone").exists()

@@ -157,7 +157,7 @@ def test_what_has_changed_is_told_and_nothing_is_touched(
 
     before = contents()
     for more, message in (
-        (["--alphas", "0:1:3"], "alphas [0.0, 0.25, 0.5, 0.75, 1.0] there, [0.0, 0.5, 1.0] now"),
+        (["--layer-alphas", "0", "1"], "layer_alphas [0.0, 0.25, 0.5, 0.75, 1.0] there, [0.0, 1.0] now"),
         (["--draws", "6"], "draws 4 there, 6 now"),
         (["--seed", "1"], "seed 0 there, 1 now"),
         (["--batch-size", "5"], "batch_size None there, 5 now"),

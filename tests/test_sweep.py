@@ -320,8 +320,9 @@ def test_a_perfect_order_is_told_as_such() -> None:
     }
     line, _ = summary._found_correlation(pd.DataFrame([fact]), "far")
     assert "orders all models against accuracy on far: tau -1.00 over 9 models." in line
-    line, _ = summary._found_correlation(pd.DataFrame([{**fact, "kendall": np.nan}]), "far")
-    assert "cannot be judged by accuracy on far: tau -" in line
+    for change in ({"kendall": np.nan}, {"models": 4}):
+        line, _ = summary._found_correlation(pd.DataFrame([fact | change]), "far")
+        assert "cannot be judged by accuracy on far: tau -" in line
 
 
 def test_a_goal_that_is_not_reached_is_said(

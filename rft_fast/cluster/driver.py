@@ -290,7 +290,9 @@ class _Work:
                     table[key] = score
         done = {number for number, _ in answer.measured}
         for reference, (busy, at) in self._running.items():
-            if busy is worker and (left := at.without(done)) is not None:
+            if busy is worker:
+                # Nothing may be left, although the worker has not said yet that it is done.
+                left = at.without(done) or replace(at, numbers=(), costs=())
                 self._running[reference] = (busy, left)
         self._tell(answer, piece)
         if answer.problem is not None:
@@ -311,8 +313,11 @@ class _Work:
 
     def _again(self, piece: Piece, error: Exception) -> None:
         """What a dead worker left: to the front, for another one."""
-        self._waiting.appendleft(piece)
-        self._cluster._mourn(f"{piece.study} of {piece.model}, measurement {piece.numbers[0]}", error)
+        place = "after its last measurement"
+        if piece.numbers:
+            self._waiting.appendleft(piece)
+            place = f"measurement {piece.numbers[0]}"
+        self._cluster._mourn(f"{piece.study} of {piece.model}, {place}", error)
 
     def _stop(self) -> None:
         """Lets every worker finish what is in flight, and keeps it, where that can still be done."""
