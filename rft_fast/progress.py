@@ -665,11 +665,18 @@ def _columns(terminal: TextIO | None) -> int:
 
 @contextmanager
 def held_warnings() -> Iterator[list[str]]:
-    """Meanwhile Python's warnings become texts in the list, for a :class:`Progress` that is not there yet."""
+    """Meanwhile Python's warnings become texts in the list, for a :class:`Progress` that is not there yet.
+
+    Where that never comes, because of an error, they are printed on standard error.
+    """
     texts: list[str] = []
     restore = _redirect_warnings(texts.append)
     try:
         yield texts
+    except BaseException:
+        for text in texts:
+            print(text, file=sys.stderr)
+        raise
     finally:
         restore()
 

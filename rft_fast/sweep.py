@@ -29,13 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: results.Run | None = None
     pool: Pool | None = None
     try:
-        with held_warnings() as early:
-            try:
-                request = read(argv)
-                if request.plan:
-                    print(planning.plan(request))
-                    _tell(early)
-                    return 0
+        try:
+            request = read(argv)
+            if request.plan:
+                print(planning.plan(request))
+                return 0
+            with held_warnings() as early:
                 request = config.resumed(request)
                 pool = running.Alone(request) if request.workers is None else Cluster(request)
                 asked = config.dated(pool.config, argv)
@@ -43,11 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 followers = trackers.open_trackers(
                     request.track, run.directory, run.config, run.directory.name
                 )
-            except (OSError, RuntimeError, ValueError) as error:
-                if run is not None:
-                    run.close()
-                _tell(early)
-                parser().error(str(error))
+        except (OSError, RuntimeError, ValueError) as error:
+            if run is not None:
+                run.close()
+            parser().error(str(error))
         with run:
             took = _measure(pool, request, run, argv, followers, early)
             _draw(request, run.rows(), run, took)
@@ -61,11 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if pool is not None:
             pool.close()
     return 0
-
-
-def _tell(notices: Sequence[str]) -> None:
-    for text in notices:
-        print(text, file=sys.stderr)
 
 
 def _measure(

@@ -28,7 +28,7 @@ import pandas as pd
 import pytest
 import tqdm
 
-from rft_fast.progress import Progress
+from rft_fast.progress import Progress, held_warnings
 
 ROW = {"study": "layers", "model": "m1", "dataset": "far", "alpha": 0.5, "accuracy": 0.75}
 
@@ -566,6 +566,18 @@ with Progress(Path(sys.argv[1]), "quiet") as progress, progress._lock:  # as if 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_warnings_before_a_progress_are_held_and_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    with held_warnings() as texts:
+        warnings.warn("early", stacklevel=1)
+    assert len(texts) == 1 and texts[0].startswith("UserWarning: early (test_progress.py, line ")
+    assert capsys.readouterr().err == ""
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), held_warnings():
+            warnings.warn(f"in vain: {error}", stacklevel=1)
+            raise error
+        assert capsys.readouterr().err.startswith("UserWarning: in vain: ")
+
+
 def test_a_forked_worker_warns_by_itself(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     run = subprocess.run(
