@@ -262,6 +262,8 @@ def test_a_cluster_that_is_named(zoo: Path, tmp_path: Path, alone: pd.DataFrame,
     ray = Path(sys.executable).with_name("ray")
     # Newer versions of Ray want a token, which other clusters of this machine have, too.
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    # The head starts a process for each client, and gives up on it after 30 s: too little on a busy machine.
+    env["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "240"
     head = subprocess.Popen([ray, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
     try:
         wait_for(ports, head)
@@ -279,6 +281,22 @@ def test_a_cluster_that_is_named(zoo: Path, tmp_path: Path, alone: pd.DataFrame,
     gone = [*own_models(zoo), "--workers", f"ray://127.0.0.1:{ports[1]}", "--out", str(tmp_path / "gone")]
     refused(gone, "no Ray cluster could be reached", capsys)
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "ValueError"),
+        ("\n  it is gone \nat line 3\n", "it is gone"),
+        (
+            "Initialization failure from server:\nTraceback (most recent call last):\n  ...\nOSError: busy\n",
+            "Initialization failure from server: OSError: busy",
+        ),
+        ("nothing follows:\n", "nothing follows:"),
+    ],
+)
+def test_the_reason_of_an_error_is_told_in_one_line(text: str, told: str) -> None:
+    assert connection.reason(ValueError(text)) == told
 
 
 def free_port() -> int:

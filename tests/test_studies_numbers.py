@@ -334,6 +334,52 @@ def test_numbers_that_there_are_none_of(name: str, monkeypatch: pytest.MonkeyPat
     assert not known
 
 
+TABLE = studies.frame([])
+OF_WRONG_TYPES: dict[str, tuple[Callable[[Worker], object], str]] = {
+    "alphas, text": (lambda w: studies.interpolation(w.path, w.evaluator, "01"), "alphas: .* list"),
+    "alphas, none": (lambda w: studies.layerwise_interpolation(w.path, w.evaluator, None), "alphas: .* list"),
+    "alphas, texts": (lambda w: studies.prune_stragglers(w.path, w.evaluator, ["0", "1"]), "alphas: .* '0'"),
+    "alphas, digits": (lambda w: studies.interpolation(w.path, w.evaluator, [0, 10**400, 1]), "alphas: "),
+    "rhos, a number": (lambda w: studies.sharpness(w.path, w.evaluator, [0.5], 1.0), "rhos: .* list .* 1.0"),
+    "rhos, nothing": (
+        lambda w: studies.layerwise_sharpness(w.path, w.evaluator, [0.5], [None]),
+        "rhos: .*None",
+    ),
+    "no path": (
+        lambda w: studies.interpolation(w.evaluator, w.evaluator, ALPHAS),
+        "an rft_fast.Path, got Eval",
+    ),
+    "no evaluator": (lambda w: studies.sharpness(w.path, None, [0.5], [1.0]), "Evaluator, got NoneType"),
+    "no protocol": (
+        lambda w: studies.sharpness(w.path, w.evaluator, [0.5], [1.0], protocol="plain"),
+        "Protocol, got 'plain'",
+    ),
+    "keep": (lambda w: studies.prune_stragglers(w.path, w.evaluator, ALPHAS, "0.5"), "keep: .* '0.5'"),
+    "others": (lambda w: studies.layerwise_interpolation(w.path, w.evaluator, ALPHAS, others=[]), "others"),
+    "layers": (lambda w: studies.layerwise_interpolation(w.path, w.evaluator, ALPHAS, "0"), "list of names"),
+    "only, a number": (lambda w: studies.interpolation(w.path, w.evaluator, ALPHAS, only=3), "only: .* 3"),
+    "only, text": (lambda w: studies.interpolation(w.path, w.evaluator, ALPHAS, only="0"), "only: .* '0'"),
+    "only, a half": (lambda w: studies.interpolation(w.path, w.evaluator, ALPHAS, only=[0.5]), "only: .*0.5"),
+    "goal": (lambda w: Protocol(goal="small"), "goal: .* 'small'"),
+    "rows, a list": (lambda w: studies.summarize([]), "summarize: .* DataFrame .* got list"),
+    "rows, another table": (lambda w: studies.stragglers(pd.DataFrame({"a": [1]})), "COLUMNS"),
+    "xi": (lambda w: studies.summarize(TABLE, "2 %"), "xi: .* '2 %'"),
+    "a straggler's margin": (lambda w: studies.stragglers(TABLE, None), "margin: .* None"),
+    "a margin of zero": (lambda w: studies.near_zero(TABLE, None), "margin: .* None"),
+}
+
+
+@pytest.mark.parametrize("call", OF_WRONG_TYPES)
+def test_what_is_of_a_wrong_type_is_named_before_anything_runs(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, words = OF_WRONG_TYPES[call]
+    worker = Worker("convolutions")
+    idle(monkeypatch)
+    with pytest.raises((TypeError, ValueError), match=words):
+        make(worker)
+
+
 @EACH
 def test_none_of_them_is_nothing_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]

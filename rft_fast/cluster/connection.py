@@ -79,6 +79,11 @@ def disconnect() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error that says something."""
+    """The first line of an error that says something, and its last where the first ends in a colon.
+
+    Ray's client says "Initialization failure from server:" and then a traceback, whose reason is last.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from ..studies.path import Z95
+from ..studies.rows import of_study
 from ..studies.sharpness import STUDY
 from .style import (
     BEATS,
@@ -60,9 +61,7 @@ def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     Raises:
         ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
     """
-    measured = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
-    if measured.empty:
-        raise ValueError(f"figures.sharpness: expected rows of the study {STUDY!r}, got none")
+    measured = of_study(rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
     accuracies, facts = ood_rows(rows), ood_summary(rows)
     sets = list(facts["dataset"].unique())
     models = list(measured["model"].unique())

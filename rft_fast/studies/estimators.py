@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels import noise_like
 from ..kernels.contract import NOISE, ON, Write
 from ..threads import few_threads
-from .rows import AT_ONCE, SEEDS, chunks, only_one, walk_to
+from .rows import AT_ONCE, SEEDS, as_number, chunks, only_one, walk_to
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Walk
@@ -86,7 +86,7 @@ class Protocol:
             )
         if not _is_int(self.most) or self.most < 1:
             raise ValueError(f"sharpness: most must be a number of draws, at least 1; got {self.most!r}")
-        if self.goal is not None and not 0 < self.goal < math.inf:
+        if self.goal is not None and not 0 < as_number("sharpness: goal", self.goal) < math.inf:
             raise ValueError(
                 f"sharpness: goal must be a standard error above 0, in nats, or None; got {self.goal!r}"
             )

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from .path import check_alphas, check_evaluator
-from .rows import AT_ONCE, Measured, Row, Sink, chunks, only_one, scored, walk_to
+from .rows import AT_ONCE, Measured, Row, Sink, as_number, chunks, of_study, only_one, scored, walk_to
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -68,7 +68,7 @@ def layerwise_interpolation(
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
-    if others not in OTHERS:
+    if others not in tuple(OTHERS):
         raise ValueError(f"layers: others must be one of {', '.join(OTHERS)}; got {others!r}")
     rest = OTHERS[others]
     spans = {layer: evaluator.span(path.tensors(layer)) for layer in path.select(layers)}
@@ -166,11 +166,9 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     Raises:
         ValueError: no rows of the study, or a layer without both of its ends.
     """
-    if not margin >= 0:
+    if not as_number("stragglers: margin", margin) >= 0:
         raise ValueError(f"stragglers: expected a margin of at least 0 nats, got {margin}")
-    rows = rows[rows["study"] == STUDY]
-    if rows.empty:
-        raise ValueError(f"stragglers: expected rows of the study {STUDY!r}, got none")
+    rows = of_study(rows, STUDY, "stragglers")
     found = []
     for (name, dataset, others), group in rows.groupby(["model", "dataset", "others"], sort=False):
         # Student's t over images: so far in its tail the normal one would find stragglers in any few.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .rows import Measured, Sink, scored
+from .rows import Measured, Sink, as_number, ascending, of_study, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -32,10 +32,11 @@ def check_alphas(alphas: Iterable[float]) -> list[float]:
     """The positions in ascending order, once they are found fit for a study.
 
     Raises:
+        TypeError: something that is no number.
         ValueError: no positions, one that is not finite, outside [0, 1] or given twice, or 0 or 1
             missing: gain, barrier and instability are all measured from the two ends.
     """
-    grid = sorted(float(alpha) + 0.0 for alpha in alphas)  # + 0.0 turns -0.0 into 0.0
+    grid = ascending("alphas", alphas)
     outside = [alpha for alpha in grid if not 0 <= alpha <= 1]
     if outside:
         raise ValueError(f"alphas: expected finite numbers in [0, 1], got {outside}")
@@ -52,7 +53,10 @@ def check_alphas(alphas: Iterable[float]) -> list[float]:
 
 
 def check_evaluator(path: Path, evaluator: Evaluator, study: str) -> None:
-    """Raises ValueError for an evaluator of another model than the path's."""
+    """Raises ValueError for an evaluator of another model than the path's, TypeError for what is none."""
+    for value, method, kind in ((path, "at", "Path"), (evaluator, "scores", "evaluate.Evaluator")):
+        if not hasattr(value, method) or not hasattr(value, "model"):
+            raise TypeError(f"{study}: expected an rft_fast.{kind}, got {type(value).__name__}")
     if evaluator.model is not path.model:
         raise ValueError(
             f"{study}: expected an evaluator of the path's live model, got one of another "
@@ -185,11 +189,9 @@ def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
         ValueError: xi outside [0, 1), no rows of an interpolation, or a (model, data set) whose
             positions :func:`check_alphas` refuses, such as those of a run that was stopped.
     """
-    if not 0 <= xi < 1:
+    if not 0 <= as_number("summarize: xi", xi) < 1:
         raise ValueError(f"summarize: expected xi as a fraction in [0, 1), got {xi}; 2 % is 0.02")
-    rows = rows[rows["study"] == STUDY]
-    if rows.empty:
-        raise ValueError(f"summarize: expected rows of the study {STUDY!r}, got none")
+    rows = of_study(rows, STUDY, "summarize")
     groups = rows.groupby(["model", "dataset"], sort=False)
     facts = pd.DataFrame(
         [

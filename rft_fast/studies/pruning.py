@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .estimators import Protocol
 from .layers import layerwise_interpolation, stragglers
 from .path import check_alphas, check_evaluator
-from .rows import Measured, Sink, scored
+from .rows import Measured, Sink, as_number, of_study, scored
 from .sharpness import layerwise_sharpness, near_zero
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _unpruned(
 
 
 def _check(keep: float, criterion: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    if not 0 < keep < 1:
+    if not 0 < as_number("prune: keep", keep) < 1:
         raise ValueError(f"prune: keep must lie between 0 and 1, the fraction that survives; got {keep}")
     if criterion not in CRITERIA:
         raise ValueError(f"prune: criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")
@@ -282,9 +282,7 @@ def pruning_effect(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: no rows of the study.
     """
-    rows = rows[rows["study"] == STUDY]
-    if rows.empty:
-        raise ValueError(f"pruning_effect: expected rows of the study {STUDY!r}, got none")
+    rows = of_study(rows, STUDY, "pruning_effect")
     keys = ["model", "dataset", "criterion", "method", "keep", "control"]
     plain = rows[rows["method"].isna()].groupby(["model", "dataset"])["gain"].max()
     found = []

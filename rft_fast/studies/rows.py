@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
@@ -75,6 +76,36 @@ COLUMNS: dict[str, str] = {
 SEEDS = 2**63
 
 
+def as_number(name: str, value: object) -> float:
+    """The value as a float; text is none, even where it could be read as one. Raises TypeError."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}") from None
+
+
+def ascending(name: str, values: Iterable[float]) -> list[float]:
+    """The values in ascending order, once they are found to be numbers. Raises TypeError."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a list of numbers, got {values!r}")
+    return sorted(as_number(name, value) + 0.0 for value in values)  # + 0.0 turns -0.0 into 0.0
+
+
+def of_study(rows: pd.DataFrame, study: str, caller: str) -> pd.DataFrame:
+    """The rows of one study. Raises TypeError for what is no table of rows, ValueError without any."""
+    if not isinstance(rows, pd.DataFrame) or "study" not in rows:
+        raise TypeError(
+            f"{caller}: expected a DataFrame with the columns of rft_fast.studies.COLUMNS, as the studies "
+            f"and rft_fast.results.load return; got {type(rows).__name__}"
+        )
+    rows = rows[rows["study"] == study]
+    if rows.empty:
+        raise ValueError(f"{caller}: expected rows of the study {study!r}, got none")
+    return rows
+
+
 def complete(row: Mapping[str, object]) -> Row:
     """The row with every column of :data:`COLUMNS` in order, ``None`` where it has no value.
 
@@ -108,7 +139,11 @@ class Measured:
     """
 
     def __init__(self, study: str, count: int, only: Collection[int] | None, sink: Sink | None) -> None:
+        if isinstance(only, str) or not isinstance(only, Iterable | None):
+            raise TypeError(f"{study}: only: expected numbers of measurements, got {only!r}")
         self._only = range(count) if only is None else frozenset(only)
+        if wrong := [number for number in self._only if not isinstance(number, Integral)]:
+            raise TypeError(f"{study}: only: measurements have whole numbers; got {wrong}")
         if outside := sorted(number for number in self._only if not 0 <= number < count):
             raise ValueError(
                 f"{study}: only: measurements are numbered from 0 to {count - 1}; got {some(outside, 4)}"

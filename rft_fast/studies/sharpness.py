@@ -14,7 +14,7 @@ from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes te
 
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
 from .path import check_evaluator
-from .rows import Measured, Sink
+from .rows import Measured, Sink, as_number, ascending, of_study
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator
@@ -69,6 +69,7 @@ def sharpness(
         ValueError: bad alphas, rhos or draws, an evaluator of another model, numbers that there are none of.
     """
     protocol = _on(protocol, "interpolated")
+    check_evaluator(path, evaluator, STUDY)
     targets = [Target(None, 0, evaluator.stations - 1)]
     return _study(path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, only, sink)
 
@@ -120,7 +121,9 @@ def layerwise_sharpness(
 
 def _on(protocol: Protocol | None, default: str) -> Protocol:
     """The protocol with the study's own ``on`` where it has none."""
-    protocol = protocol or Protocol()
+    protocol = Protocol() if protocol is None else protocol
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"sharpness: protocol: expected a rft_fast.studies.Protocol, got {protocol!r}")
     return protocol if protocol.on else replace(protocol, on=default)
 
 
@@ -137,7 +140,6 @@ def _study(
     only: Collection[int] | None,
     sink: Sink | None,
 ) -> pd.DataFrame:
-    check_evaluator(path, evaluator, study)
     protocol.check_draws(draws)
     positions, scales = _numbers("alphas", alphas), _numbers("rhos", rhos)
     if not all(rho > 0 for rho in scales):
@@ -179,7 +181,7 @@ def _measured(found: Estimate) -> dict[str, object]:
 
 def _numbers(name: str, values: Iterable[float]) -> list[float]:
     """Finite numbers in ascending order, each once."""
-    numbers = sorted(float(value) + 0.0 for value in values)  # + 0.0 turns -0.0 into 0.0
+    numbers = ascending(name, values)
     if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
         raise ValueError(f"{name}: expected finite numbers, each once and at least one; got {numbers}")
     return numbers
@@ -205,9 +207,10 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     Raises:
         ValueError: no rows of the study with alpha > 0, a margin that is not above 0.
     """
-    if not margin > 0:
+    if not as_number("near_zero: margin", margin) > 0:
         raise ValueError(f"near_zero: expected a margin above 0 nats, got {margin}")
-    rows = rows[(rows["study"] == LAYER_STUDY) & (rows["alpha"] > 0)]
+    rows = of_study(rows, LAYER_STUDY, "near_zero")
+    rows = rows[rows["alpha"] > 0]
     if rows.empty:
         raise ValueError(f"near_zero: expected rows of the study {LAYER_STUDY!r} with alpha > 0, got none")
     keys = ["model", "dataset", "on", "rho", "estimator", "layer"]
