@@ -25,6 +25,8 @@ from torchvision.datasets import ImageFolder
 from rft_fast import cache, datasets
 from rft_fast.architectures import Preprocess
 from rft_fast.cache import __main__ as command
+from rft_fast.cache import disk
+from rft_fast.cache import file as cache_file
 
 RNG = np.random.default_rng(0)
 PREPROCESS = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -48,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """However full the disk that runs these tests is."""
-    monkeypatch.setattr(cache, "RESERVE", 0)
+    monkeypatch.setattr(disk, "RESERVE", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -302,8 +304,8 @@ def test_a_damaged_image_is_decoded_again(
 def test_a_damaged_mark_is_found_too(folder: Path, tmp_path: Path, decoded: list[str]) -> None:
     directory = tmp_path / "caches"
     quietly(folder, directory)
-    marks_at = cache.PAGE * 2  # after head and table, a page each
-    assert only(directory).stat().st_size == 3 * cache.PAGE + 10 * SLOT
+    marks_at = cache_file.PAGE * 2  # after head and table, a page each
+    assert only(directory).stat().st_size == 3 * cache_file.PAGE + 10 * SLOT
     damage(only(directory), marks_at + 8 * 6)
     with pytest.warns(UserWarning, match="1 of 10"):
         got = load(folder, directory)
@@ -317,17 +319,17 @@ def test_a_damaged_head_means_a_new_cache(
 ) -> None:
     directory = tmp_path / "caches"
     if how == "format":
-        monkeypatch.setattr(cache, "FORMAT", 99)
+        monkeypatch.setattr(cache_file, "FORMAT", 99)
         quietly(folder, directory)
         monkeypatch.undo()
-        monkeypatch.setattr(cache, "RESERVE", 0)
+        monkeypatch.setattr(disk, "RESERVE", 0)
         return_to = datasets.decoding.decode
         monkeypatch.setattr(datasets.decoding, "decode", lambda *a: decoded.append("") or return_to(*a))
     else:
         quietly(folder, directory)
         file = only(directory)
         content = file.read_bytes()
-        offsets = {"magic": 0, "length": 11, "head": 30, "table": cache.PAGE + 40}
+        offsets = {"magic": 0, "length": 11, "head": 30, "table": cache_file.PAGE + 40}
         if how in offsets:
             damage(file, offsets[how])
         else:
@@ -349,9 +351,9 @@ def test_a_mark_is_written_only_when_its_image_is_safely_on_disk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut after any call: what is marked by then was flushed by then."""
-    monkeypatch.setattr(cache, "CHUNK", 3)
+    monkeypatch.setattr(cache_file, "CHUNK", 3)
     events: list[tuple[str, int]] = []
-    write, flush, rename = os.pwrite, cache._flush, os.replace
+    write, flush, rename = os.pwrite, disk.flush, os.replace
 
     def pwrite(fd: int, data: Any, offset: int) -> int:
         written = write(fd, data, offset)
@@ -359,10 +361,10 @@ def test_a_mark_is_written_only_when_its_image_is_safely_on_disk(
         return written
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(cache, "_flush", lambda fd: (flush(fd), events.append(("flush", 0))))
+    monkeypatch.setattr(disk, "flush", lambda fd: (flush(fd), events.append(("flush", 0))))
     monkeypatch.setattr(os, "replace", lambda *names: (events.append(("name", 0)), rename(*names)))
     quietly(folder, tmp_path / "caches")
-    marks, slots = 2 * cache.PAGE, 3 * cache.PAGE
+    marks, slots = 2 * cache_file.PAGE, 3 * cache_file.PAGE
     safe: set[int] = set()
     unsafe: set[int] = set()
     marked = []
@@ -370,7 +372,7 @@ def test_a_mark_is_written_only_when_its_image_is_safely_on_disk(
         if what == "flush":
             safe |= unsafe
         elif what == "name":
-            assert {0, cache.PAGE} <= safe  # head and table
+            assert {0, cache_file.PAGE} <= safe  # head and table
         elif marks <= offset < slots:
             index = (offset - marks) // 8
             assert slots + index * SLOT in safe
@@ -384,9 +386,10 @@ def test_a_mark_is_written_only_when_its_image_is_safely_on_disk(
 FILL = """
     import os, sys, time, warnings
     from pathlib import Path
-    from rft_fast import cache, datasets
+    from rft_fast import datasets
+    from rft_fast.cache import disk, file as cache_file
     from rft_fast.architectures import Preprocess
-    cache.RESERVE = 0
+    disk.RESERVE = 0
     folder, directory, ready = map(Path, sys.argv[1:4])
     preprocess = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     warnings.simplefilter("error")
@@ -419,15 +422,15 @@ def test_a_process_killed_half_way_leaves_what_it_had_finished(
 ) -> None:
     process = script(
         """
-        cache.CHUNK = 2
-        write = cache._CacheFile.write
+        cache_file.CHUNK = 2
+        write = cache_file.CacheFile.write
         def stuck(self, index, pixels):
             if index == 7:  # 0 to 5 are marked, 6 is written
                 os.pwrite(self.fd, pixels.tobytes()[:100], self.head.slots_at + index * self.head.slot)
                 ready.touch()
                 time.sleep(600)
             write(self, index, pixels)
-        cache._CacheFile.write = stuck
+        cache_file.CacheFile.write = stuck
         datasets.load("set", folder, preprocess, cache=directory)
         """,
         folder,
@@ -492,7 +495,7 @@ def test_two_processes_at_once(folder: Path, tmp_path: Path, decoded: list[str])
         import random
         warnings.simplefilter("ignore")
         mine, other = ready, Path(sys.argv[4])
-        adopt, make, write = cache._adopt, cache._make, cache._CacheFile.write
+        adopt, make, write = cache_file._adopt, cache_file._make, cache_file.CacheFile.write
         def together(name):
             Path(f"{mine}.{name}").touch()
             deadline = time.monotonic() + 120
@@ -514,7 +517,7 @@ def test_two_processes_at_once(folder: Path, tmp_path: Path, decoded: list[str])
             together(f"{kind}{index}")
             time.sleep(random.random() / 100)
             write(self, index, pixels)
-        cache._adopt, cache._make, cache._CacheFile.write, cache.CHUNK = first, once, slowly, 3
+        cache_file._adopt, cache_file._make, cache_file.CacheFile.write, cache_file.CHUNK = first, once, slowly, 3
         for kind in ("new", "old"):
             got = datasets.load("set", folder, preprocess, cache=directory / kind)
             print(got.images.numpy().tobytes().hex())
@@ -552,7 +555,7 @@ def test_a_full_disk_is_said_and_the_cache_removed(
 ) -> None:
     """Full after any number of writes: head, table, images, a part of an image, marks."""
     directory, left, write = tmp_path / "caches", [calls], os.pwrite
-    monkeypatch.setattr(cache, "CHUNK", 4)
+    monkeypatch.setattr(cache_file, "CHUNK", 4)
 
     def pwrite(fd: int, data: Any, offset: int) -> int:
         left[0] -= 1
@@ -584,10 +587,10 @@ def test_a_disk_that_loses_what_it_took_is_found_out(
 
     def flush(fd: int) -> None:
         if decoded:
-            os.pwrite(fd, bytes(3 * SLOT), 3 * cache.PAGE)
+            os.pwrite(fd, bytes(3 * SLOT), 3 * cache_file.PAGE)
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(cache, "_flush", flush)
+    monkeypatch.setattr(disk, "flush", flush)
     with pytest.warns(UserWarning, match="is removed"):
         got = load(folder, tmp_path / "caches")
     assert torch.equal(normalised(got), truth(folder))
@@ -621,7 +624,7 @@ def test_too_little_room_is_seen_before(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage())
     written: list[int] = []
     with monkeypatch.context() as watched:
-        watched.setattr(cache._CacheFile, "write", lambda *_: written.append(1))
+        watched.setattr(cache_file.CacheFile, "write", lambda *_: written.append(1))
         with pytest.warns(UserWarning, match=r"17\.3 KB and 0 bytes to spare are needed, 17\.3 KB are free"):
             got = load(folder, directory)
     assert not written and not list(directory.glob("*.pixels*"))
@@ -691,7 +694,7 @@ def test_a_disk_that_cannot_be_mapped(
     def refuse(self: Any) -> torch.Tensor:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(cache._CacheFile, "map", refuse)
+    monkeypatch.setattr(cache_file.CacheFile, "map", refuse)
     with pytest.warns(UserWarning, match="No such device"):
         got = load(folder, tmp_path / "caches")
     assert torch.equal(normalised(got), truth(folder))
@@ -719,13 +722,13 @@ def test_a_disk_that_is_really_full_and_one_that_is_really_read_only(folder: Pat
                 got = datasets.load("set", folder, preprocess, cache=directory)
             assert got.images.equal(datasets.load("set", folder, preprocess).images)
             print(*(warning.message for warning in caught), sep=" | ", flush=True)
-        room = cache._check_room
-        cache._check_room = lambda *_: None
+        room = disk.check_room
+        disk.check_room = lambda *_: None
         directory.mkdir()
         mount("-t", "tmpfs", "-o", "size=24k", "none")  # head, table, marks; the images do not fit
         load()
         print(sorted(file.name for file in directory.iterdir()))
-        cache._check_room = room
+        disk.check_room = room
         load()
         mount("-o", "remount,size=1m")
         load()

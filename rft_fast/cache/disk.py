@@ -1,0 +1,85 @@
+"""What a cache asks of the disk: bytes read and written whole, room, and a lock."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RESERVE = 256 << 20  # bytes left free on the disk, for results and for others
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_if_allowed(path: Path, flags: int = 0) -> tuple[int, bool]:
+    """A descriptor for reading and writing or, where it must not be written, for reading; and which."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666), True
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+
+
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Held while a cache is made, so that one process makes it and the others find it made."""
+    import fcntl  # not on Windows, where nothing gets here
+
+    fd, _ = open_if_allowed(directory / ".lock", os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: at worst a cache is made twice and the last one stays
+        yield
+    finally:
+        os.close(fd)
+
+
+def check_room(directory: Path, wanted: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < wanted + RESERVE:
+        raise OSError(
+            errno.ENOSPC,
+            f"{size(wanted)} and {size(RESERVE)} to spare are needed, {size(free)} are free",
+            str(directory),
+        )
+
+
+def read(fd: int, length: int, offset: int) -> bytes:
+    """``length`` bytes or, at the end of the file, fewer; one call may give only 2 GB."""
+    data = os.pread(fd, length, offset)
+    while len(data) < length and (more := os.pread(fd, length - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:  # a disk that is almost full may take a part
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def flush(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def size(count: float) -> str:
+    """Bytes in words: ``1.5 GB``."""
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"

@@ -1,0 +1,80 @@
+"""How a sharpness is measured: draws of noise, products with the Hessian, or the worst case.
+
+Every estimator takes one data set, a position on the path, targets (the whole model, or layers) and
+radii rho, and gives an :class:`Estimate` for each target and rho.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from ...kernels.contract import Write
+from .estimates import Estimate, Results, Target, clean_scores
+from .hessian import curvature
+from .protocol import ESTIMATORS, SAMPLING, WORST_CASE, Protocol
+from .sampling import sample
+from .worst_case import worst_case
+
+if TYPE_CHECKING:
+    from ...evaluate import Evaluator
+    from ...path import Path
+
+__all__ = ["ESTIMATORS", "WORST_CASE", "Estimate", "Protocol", "Target", "estimate", "together"]
+
+
+def estimate(
+    path: Path,
+    parts: Sequence[Evaluator],
+    alpha: float,
+    targets: Sequence[Target],
+    rhos: Sequence[float],
+    draws: int,
+    protocol: Protocol,
+) -> Generator[Results]:
+    """Sharpness at ``alpha`` on one data set, which comes in one or more ``parts``.
+
+    Gives the results, for all rhos, of targets that are measured :func:`together` as soon as they are there,
+    in the order of the targets' stages. They do not depend on which other targets there are, except those
+    that are measured together. Close it if it is not taken to its end: the live model is at alpha meanwhile.
+
+    Noise on the fine-tuned weights does not reach alpha = 0, where sharpness is exactly zero.
+    """
+    if not targets:
+        return
+    if not Write(alpha, 1.0, protocol.where).noisy:
+        yield from _zeros(path, parts, alpha, targets, rhos, protocol)
+        return
+    with path.at(alpha):
+        if protocol.estimator in SAMPLING:
+            yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
+        elif protocol.estimator == "hessian":
+            yield curvature(path, parts, alpha, targets, rhos, draws, protocol)
+        else:
+            yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol)
+
+
+def together(targets: Sequence[Target], protocol: Protocol) -> list[list[Target]]:
+    """The targets, those that are measured together in one list: all of them for ``"hessian"``."""
+    if protocol.estimator == "hessian":
+        return [list(targets)] if targets else []
+    return [[target] for target in targets]
+
+
+def _zeros(
+    path: Path,
+    parts: Sequence[Evaluator],
+    alpha: float,
+    targets: Sequence[Target],
+    rhos: Sequence[float],
+    protocol: Protocol,
+) -> Iterator[Results]:
+    start = perf_counter()
+    with path.at(alpha):
+        loss, accuracy, lost = clean_scores(parts)
+    seconds = (perf_counter() - start) / (len(targets) * len(rhos))
+    reached = None if protocol.goal is None else True
+    found = Estimate(0.0, 0.0, loss, 0.0, accuracy, 0.0, 0, lost, reached, seconds)
+    for group in together(targets, protocol):
+        yield {(target, rho): found for target in group for rho in rhos}

@@ -1,0 +1,107 @@
+"""What is asked of an estimator: which one, of what noise, how many draws; checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...kernels.contract import NOISE, ON, Write
+from ..rows import SEEDS, as_number
+
+SAMPLING = ("plain", "antithetic", "gradient")
+WORST_CASE = {"apgd-l2": 2.0, "apgd-linf": math.inf}
+ESTIMATORS = (*SAMPLING, "hessian", *WORST_CASE)
+VARIANCE = {"normal": 1.0, "uniform": 1 / 3, "rademacher": 1.0}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured and how; the same noise serves every alpha, model and data set.
+
+    on: which weights the noise is added to, ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1); None:
+        where the study's definition has it.
+    noise: ``"normal"``, ``"uniform"`` on (-1, 1) or ``"rademacher"``. adaptive: noise in units of |w|.
+    seed: of the noise, in [0, 2**63): tables hold no more. Draw number d of seed s is the same noise
+        everywhere, forever.
+    noise_batch: noise anew for every so many images (m-sharpness: 128 in the published code); None:
+        one draw serves the whole data set.
+    goal: a wanted standard error in nats. Draws go on until each target has it, or ``most`` are made.
+    estimator:
+
+    - ``"plain"``: mean of L(w + delta) - L(w) over draws;
+    - ``"antithetic"``: draws in pairs +delta, -delta, so that odd terms cancel;
+    - ``"gradient"``: each draw less <gradient, delta>, whose mean is zero: one backward pass serves all
+      layers and draws. The strongest where rho is small; it never biases;
+    - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit for small rho (Prop. A.1), by
+      Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
+    - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho, c = |w|
+      when adaptive, by Auto-PGD in as many steps as ``draws``: a lower bound, without a standard
+      error. Holds five copies of the layer's weights.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    estimator: str = "gradient"
+    on: str | None = None
+    noise: str = "normal"
+    adaptive: bool = True
+    seed: int = 0
+    noise_batch: int | None = None
+    goal: float | None = None
+    most: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, offered in (("estimator", ESTIMATORS), ("on", (None, *ON)), ("noise", NOISE)):
+            if getattr(self, name) not in offered:
+                raise ValueError(
+                    f"sharpness: {name} must be one of {', '.join(filter(None, offered))}; "
+                    f"got {getattr(self, name)!r}"
+                )
+        Write(0.0, adaptive=self.adaptive, seed=self.seed)  # refuses what no write could do
+        if self.seed >= SEEDS:
+            raise ValueError(
+                "sharpness: seed must lie in [0, 2**63), since tables hold signed 64-bit integers; "
+                f"got {self.seed}"
+            )
+        if self.noise_batch is not None and (not _is_int(self.noise_batch) or self.noise_batch < 1):
+            raise ValueError(
+                f"sharpness: noise_batch must be a number of images or None; got {self.noise_batch!r}"
+            )
+        if not _is_int(self.most) or self.most < 1:
+            raise ValueError(f"sharpness: most must be a number of draws, at least 1; got {self.most!r}")
+        if self.goal is not None and not 0 < as_number("sharpness: goal", self.goal) < math.inf:
+            raise ValueError(
+                f"sharpness: goal must be a standard error above 0, in nats, or None; got {self.goal!r}"
+            )
+        if self.goal is not None and self.estimator in WORST_CASE:
+            raise ValueError(
+                f"sharpness: a goal needs a standard error, and {self.estimator!r} has none; leave it out"
+            )
+        if self.estimator not in SAMPLING and self.noise_batch is not None:
+            raise ValueError(
+                f"sharpness: {self.estimator!r} draws no such noise; leave noise_batch (--noise-batch) out"
+            )
+
+    @property
+    def where(self) -> str:
+        """``on``, or Eq. 3's where nothing is said."""
+        return self.on or "interpolated"
+
+    def check_draws(self, draws: int) -> None:
+        """Raises ValueError or TypeError for a number of draws that cannot be made."""
+        if not _is_int(draws):
+            raise TypeError(f"sharpness: draws must be an integer; got {draws!r}")
+        if draws < 1:
+            raise ValueError(f"sharpness: at least one draw is needed; got {draws}")
+        if self.estimator == "antithetic" and draws % 2:
+            raise ValueError(f"sharpness: antithetic draws come in pairs; got {draws}, use {draws + 1}")
+        if self.goal is not None and draws < 4:
+            raise ValueError(
+                f"sharpness: a standard error to compare with the goal needs 4 draws or more; got {draws}"
+            )
+        if self.goal is not None and self.most < draws:
+            raise ValueError(f"sharpness: most must be at least draws; got {self.most} and {draws}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,142 @@
+"""The worst case of a ball around the weights, by Auto-PGD (Croce & Hein 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...threads import few_threads
+from ..rows import only_one
+from .estimates import Estimate, Results, Target, clean_scores, spread
+from .protocol import WORST_CASE, Protocol
+
+if TYPE_CHECKING:
+    from ...evaluate import Evaluator
+    from ...path import Path, Weight
+
+
+def worst_case(
+    path: Path,
+    parts: Sequence[Evaluator],
+    alpha: float,
+    targets: Sequence[Target],
+    rhos: Sequence[float],
+    steps: int,
+    protocol: Protocol,
+) -> Iterator[Results]:
+    """One target and radius after the other, each from the clean weights."""
+    (part,) = parts
+    clean, _, _ = clean_scores(parts)
+    for target in targets:
+        results: Results = {}
+        for rho in rhos:
+            start = perf_counter()
+            with path.borrowed(target.layers) as weights:
+                climb = _Climb(part, weights, alpha, rho, protocol)
+                climb.run(steps)
+                score = only_one(part.scores())
+            results[target, rho] = Estimate(
+                score.loss - clean,
+                math.nan,
+                score.loss,
+                math.nan,
+                score.accuracy,
+                math.nan,
+                steps,
+                score.nonfinite,
+                None,
+                perf_counter() - start,
+            )
+        yield results
+
+
+class _Climb:
+    """Auto-PGD (Croce & Hein 2020) on the loss, in units of c: u = delta / c within a ball of radius rho.
+
+    Starts at u = 0, the clean weights, so that the same request gives the same answer.
+    """
+
+    def __init__(
+        self, part: Evaluator, weights: Sequence[Weight], alpha: float, rho: float, protocol: Protocol
+    ) -> None:
+        self._part, self._rho = part, rho
+        self._norm = WORST_CASE[protocol.estimator]
+        self._live = [weight.live for weight in weights]
+        self._clean = [weight.live.detach().clone() for weight in weights]
+        self._scale = [spread(weight, alpha, protocol) for weight in weights]
+
+    def run(self, steps: int) -> None:
+        """Leaves the live weights at the highest loss that was met."""
+        u = [torch.zeros_like(scale) for scale in self._scale]
+        before = u
+        loss, slope = self._look(u)
+        best, best_loss, best_slope = u, loss, slope
+        step = 2 * self._rho
+        checks = _checkpoints(steps)
+        rises, since, best_then, step_then = 0, 0, best_loss, step
+        for k in range(1, steps + 1):
+            z = self._project([a + step * b for a, b in zip(u, self._direction(slope), strict=True)])
+            # Momentum: three quarters of the new step, one of the last move. None on the first.
+            keep = 1.0 if k == 1 else 0.75
+            moved = self._project(
+                [a + keep * (c - a) + (1 - keep) * (a - b) for a, b, c in zip(u, before, z, strict=True)]
+            )
+            before, u, last = u, moved, loss
+            loss, slope = self._look(u)
+            rises, since = rises + (loss > last), since + 1
+            if loss > best_loss:
+                best, best_loss, best_slope = u, loss, slope
+            if k in checks:
+                # Too few steps went up, or neither step nor best loss changed: smaller steps, from the best.
+                stuck = step == step_then and best_loss == best_then
+                step_then, best_then = step, best_loss
+                if rises < 0.75 * since or stuck:
+                    step /= 2
+                    before = u = best
+                    loss, slope = best_loss, best_slope
+                rises, since = 0, 0
+        self._move(best)
+
+    @torch.no_grad()
+    def _move(self, u: Sequence[Tensor]) -> None:
+        for live, clean, scale, part in zip(self._live, self._clean, self._scale, u, strict=True):
+            live.copy_(clean + scale * part)
+
+    def _look(self, u: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Loss and its gradient in u."""
+        self._move(u)
+        loss, gradients = self._part.gradient(self._live)
+        for gradient, scale in zip(gradients, self._scale, strict=True):
+            gradient.mul_(scale)
+        return loss, gradients
+
+    def _direction(self, slope: Sequence[Tensor]) -> list[Tensor]:
+        if self._norm == math.inf:
+            return [part.sign() for part in slope]
+        norm = _norm(slope)
+        return [part / max(norm, 1e-30) for part in slope]
+
+    def _project(self, u: Sequence[Tensor]) -> list[Tensor]:
+        if self._norm == math.inf:
+            return [part.clamp(-self._rho, self._rho) for part in u]
+        norm = _norm(u)
+        return list(u) if norm <= self._rho else [part * (self._rho / norm) for part in u]
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    with few_threads():
+        return float(torch.stack([part.double().square().sum() for part in parts]).sum().sqrt())
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Where Auto-PGD looks back: after 22 % of the steps, then after ever shorter stretches."""
+    found, last, now = set(), 0.0, 0.22
+    while now < 1:
+        found.add(math.ceil(now * steps))
+        last, now = now, now + max(now - last - 0.03, 0.06)
+    return found
