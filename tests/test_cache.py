@@ -517,7 +517,8 @@ def test_two_processes_at_once(folder: Path, tmp_path: Path, decoded: list[str])
             together(f"{kind}{index}")
             time.sleep(random.random() / 100)
             write(self, index, pixels)
-        cache_file._adopt, cache_file._make, cache_file.CacheFile.write, cache_file.CHUNK = first, once, slowly, 3
+        cache_file._adopt, cache_file._make, cache_file.CHUNK = first, once, 3
+        cache_file.CacheFile.write = slowly
         for kind in ("new", "old"):
             got = datasets.load("set", folder, preprocess, cache=directory / kind)
             print(got.images.numpy().tobytes().hex())
