@@ -19,6 +19,13 @@ _CACHE = tempfile.TemporaryDirectory()
 os.environ["RFT_CACHE"] = _CACHE.name
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files in their order, where pytest-xdist deals them out: it would take those of the fewest tests last,
+    which are those that take longest, and one process would wait for the other."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Batches one after the other, for tests that count them in order."""

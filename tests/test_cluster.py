@@ -247,7 +247,9 @@ def test_refusals(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert not (tmp_path / "run").exists() and not worker_processes()
 
 
-def test_a_cluster_that_is_named(zoo: Path, tmp_path: Path, alone: pd.DataFrame, capsys: Any) -> None:
+def test_a_cluster_that_is_named(
+    zoo: Path, tmp_path: Path, alone: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """By its address, and through Ray's client; and one that is not there."""
     ports = [free_port() for _ in range(2)]
     command = [
@@ -278,6 +280,8 @@ def test_a_cluster_that_is_named(zoo: Path, tmp_path: Path, alone: pd.DataFrame,
     finally:
         head.terminate()
         head.wait(120)
+    for wait in ("INITIAL_TIMEOUT_SEC", "MAX_TIMEOUT_SEC"):  # 30 s in all, else
+        monkeypatch.setattr(f"ray.util.client.worker.{wait}", 1)
     gone = [*own_models(zoo), "--workers", f"ray://127.0.0.1:{ports[1]}", "--out", str(tmp_path / "gone")]
     refused(gone, "no Ray cluster could be reached", capsys)
     assert not (tmp_path / "gone").exists()

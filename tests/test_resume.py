@@ -54,7 +54,7 @@ def test_killed_at_random_moments(zoo: Path, undisturbed: tuple[Path, float], tm
     alone, seconds = undisturbed
     tally = Tally()
     for seed in range(12):
-        if tally.runs >= 3 and tally.kills >= 6:
+        if tally.runs >= 2 and tally.kills >= 6:
             break
         out = tmp_path / f"run-{seed}"
         own = arguments(zoo, out)[:-2]

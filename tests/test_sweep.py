@@ -525,7 +525,7 @@ def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
             "interpolation",
             *own_models(zoo),
             "--alphas",
-            "0:1:20001",
+            "0:1:2001",
             "--out",
             str(out),
         ],
