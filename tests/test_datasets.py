@@ -148,6 +148,8 @@ def test_order_and_nesting(tmp_path: Path) -> None:
     (tmp_path / "n02" / "deep").mkdir()
     picture(30, 30).save(tmp_path / "n02" / "deep" / "z.png")
     (tmp_path / "n02" / ".DS_Store").touch()
+    (tmp_path / "n02" / ".ipynb_checkpoints").mkdir()
+    picture(30, 30).save(tmp_path / "n02" / ".ipynb_checkpoints" / "z-checkpoint.png")
     (tmp_path / "README.txt").write_text("not an image, but no class either")
     got = datasets.load("set", tmp_path, PREPROCESS)
     assert got.class_names == ("N01", "n02", "n10")
@@ -163,7 +165,7 @@ def test_folder_traps_are_named(tmp_path: Path) -> None:
     refused("outside of any class: lost.png", path=tmp_path / "stray")
     tree(tmp_path / "foreign", ["cat"])
     (tmp_path / "foreign" / "cat" / "labels.csv").touch()
-    refused("no images: ", "labels.csv", path=tmp_path / "foreign")
+    refused("no images, which end in .jpg, ", "labels.csv", path=tmp_path / "foreign")
     (tmp_path / "bare").mkdir()
     refused("no class folders", path=tmp_path / "bare")
     refused("does not exist", path=tmp_path / "nowhere")
@@ -236,10 +238,25 @@ def test_nothing_readable_is_refused_all_the_same(tmp_path: Path) -> None:
         datasets.find("set", tmp_path, PREPROCESS).time_decoding()
 
 
-def test_a_link_to_nowhere_is_no_image(tmp_path: Path) -> None:
+def test_links(tmp_path: Path) -> None:
+    """To folders elsewhere they are followed; to nowhere, and round in a circle, they are refused."""
+    tree(tmp_path / "data", ["a", "b"], each=2)
+    tree(tmp_path / "more", ["c"], each=3)
+    (tmp_path / "data" / "a" / "c").symlink_to(tmp_path / "more" / "c")
+    (tmp_path / "data" / "a" / "d").symlink_to("../b")
+    found = datasets.load("set", tmp_path / "data", PREPROCESS)
+    assert found.labels.tolist() == [0] * 7 + [1] * 2
+    (tmp_path / "data" / "a" / "z.png").symlink_to(tmp_path / "nowhere.png")
+    refused("links to nowhere", "a/z.png", path=tmp_path / "data")
+    (tmp_path / "data" / "a" / "z.png").unlink()
+    (tmp_path / "data" / "b" / "up").symlink_to("..")
+    refused("links to folders that they lie in", "b/up", path=tmp_path / "data")
+
+
+def test_images_of_other_extensions_are_no_images(tmp_path: Path) -> None:
     tree(tmp_path, ["a"], each=2)
-    (tmp_path / "a" / "z.png").symlink_to(tmp_path / "nowhere.png")
-    refused("files that are no images", "z.png", path=tmp_path)
+    picture(9, 9).save(tmp_path / "a" / "z.gif")
+    refused("which end in .jpg, .jpeg, ", "z.gif", "convert", path=tmp_path)
 
 
 def test_found_counts_without_decoding_or_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +408,9 @@ def test_npz_traps_are_named(tmp_path: Path) -> None:
         refused(*words, path=save(file, **content))
     assert not marker.exists()
     file.write_bytes(save(file, **good).read_bytes()[:500])
-    refused("cannot be read", path=file)
+    refused("no .npz archive", "or not whole", path=file)
+    file.write_text("images, labels")
+    refused("no .npz archive", path=file)
 
 
 def test_samples_are_a_seeded_subset(tmp_path: Path) -> None:

@@ -20,6 +20,16 @@ def said(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) ->
     return out if status < 2 else err
 
 
+def test_no_path_is_not_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tree(tmp_path, ["cat", "dog"]))
+    with pytest.raises(SystemExit) as ended:
+        main([""])
+    assert ended.value.code == 2 and "expected a path, got nothing" in capsys.readouterr().err
+    assert "2 images" in said(capsys, 0, ".")
+
+
 def test_a_sound_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree(tmp_path, ["cat", "dog"], each=2)
     Image.new("L", (30, 20)).save(tmp_path / "dog" / "grey.png")
@@ -58,7 +68,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.Capture
         "8 problems:",
         "images outside of any class: lost.png",
         "empty class folders: empty",
-        "files that are no images: ",
+        "files that are no images, which end in .jpg, .jpeg, ",
         "notes.txt",
         "seem to be one, twice: Cat (1), cat",
         "lie in folders of their own name: owl",

@@ -159,7 +159,7 @@ def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
 
 
 def test_rows_are_checked() -> None:
-    with pytest.raises(ValueError, match="3 rows but 2 names"):
+    with pytest.raises(ValueError, match="got 3 rows and 2 names"):
         Rows(3, ("a", "b"))
     with pytest.raises(ValueError, match="0 rows"):
         Rows(0)

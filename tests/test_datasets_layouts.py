@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from rft_fast import datasets
 from rft_fast.architectures import Preprocess
+from rft_fast.datasets import doctor
 from rft_fast.evaluate import Evaluator
 
 PREPROCESS = Preprocess((8, 8), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -72,6 +73,32 @@ def test_parts_of_which_none_is_clear_are_refused(tmp_path: Path) -> None:
     tree(tmp_path / "test", wnids)
     refused(tmp_path, "several to evaluate on: test, val_in_folder")
     assert datasets.open_source("set", tmp_path / "train").path == tmp_path / "train"  # when asked for
+
+
+@pytest.mark.parametrize("names", [["ants", "bees"], ["0", "1"]])
+def test_of_parts_with_any_classes_the_one_to_evaluate_on_is_taken(tmp_path: Path, names: list[str]) -> None:
+    tree(tmp_path / "train", names, each=3)
+    tree(tmp_path / "val", names, each=2)
+    rows = datasets.Rows(2, ("bees", "ants")) if "ants" in names else datasets.Rows(2)
+    got = load(tmp_path, rows=rows)
+    assert got.class_names == (rows.names or tuple(names))
+    assert got.labels.tolist() == ([1, 1, 0, 0] if "ants" in names else [0, 0, 1, 1])
+    source = datasets.open_source("set", tmp_path)
+    assert source.path == tmp_path / "val" and any("the images are those of" in note for note in source.notes)
+    assert "4 images, 2 classes of 2 images each" in str(doctor.examine(tmp_path))
+
+
+def test_this_folder_is_what_its_name_and_neighbours_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "objectnet-1.0"
+    mappings(root / "mappings")
+    tree(root / "images", FOLDERS)
+    for path, there in ((".", root / "images"), ("..", root / "images" / "chair")):
+        monkeypatch.chdir(there)
+        source = datasets.open_source("set", path)
+        assert source.kind == datasets.detect(path) == "objectnet" and source.trim == 2
+        assert "ObjectNet" in doctor.examine(Path(path), quick=True).facts[0]
 
 
 def test_folders_named_as_parts_may_be_classes_when_said(tmp_path: Path) -> None:

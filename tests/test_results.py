@@ -1219,6 +1219,9 @@ def test_what_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.Captur
         )
         assert "is a folder" in refused(capsys, tmp_path / "run", option, tmp_path)
         assert "its folder does not exist" in refused(capsys, tmp_path / "run", option, tmp_path / "no" / "x")
+    both = ("--csv", tmp_path / "new", "--parquet", tmp_path / "run" / ".." / "new")
+    assert "name one file" in refused(capsys, tmp_path / "run", *both)
+    assert not (tmp_path / "new").exists()
     # One of two is wrong: none is written.
     refused(capsys, tmp_path / "run", "--csv", tmp_path / "new.csv", "--parquet", file)
     assert file.read_text() == "mine" and not (tmp_path / "new.csv").exists()

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Says what a data set is, how it would be scored, and all that is wrong with it. "
         "Exit status: 0 it is sound, 1 something is wrong, 2 it is no data set.",
     )
-    parser.add_argument("path", type=Path, help="a folder of class folders, an archive, a file of arrays")
+    parser.add_argument("path", type=_path, help="a folder of class folders, an archive, a file of arrays")
     parser.add_argument("--kind", choices=sorted(KINDS), help="what it is; else detected")
     parser.add_argument(
         "--rows",
@@ -47,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(report)
     return 1 if report.problems else 0
+
+
+def _path(text: str) -> Path:
+    if not text:  # as of a variable of the shell that is not set: no path would mean this folder
+        raise argparse.ArgumentTypeError("expected a path, got nothing; this folder is .")
+    return Path(text)
 
 
 def _rows(head: str) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def source(path: Path, where: str) -> Source:
 
     Raises ValueError for anything else: no images, labels that no head has or that are not of ``classes``.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):  # numpy would advise to unpickle it
+        raise ValueError(f"{where}: {path} is no .npz archive, as numpy.savez writes, or not whole")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}

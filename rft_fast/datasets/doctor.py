@@ -15,9 +15,8 @@ from rft_fast.words import some
 
 from . import decoding, folders, imagenet, kinds
 from .labels import LabelMap, Rows, assign, read_map
-from .source import FOLDERS, Source
+from .source import TREES, Source
 
-_TREES = (*FOLDERS, "objectnet")
 SHOWN = 20  # names in a line about what is wrong
 
 # Images in each class, where it is the same for all.
@@ -73,8 +72,8 @@ def examine(
     report = Report()
     if label_map is not None and not isinstance(label_map, Mapping):
         label_map = read_map(label_map)
-    kind = kinds.detect(path) if kind is None else kind
-    if kind in _TREES:
+    path = kinds.named(path)
+    if (kind or kinds.detect(path)) in TREES:
         listing = folders.look(path, kind)
         source = listing.source
         report.problems += listing.problems
@@ -84,7 +83,7 @@ def examine(
     report.facts.append(f"{source.path}: {title or 'a data set'}, kind {source.kind}")
     report.facts += source.notes
     _count(report, source, title)
-    if source.kind in _TREES:
+    if source.kind in TREES:
         _look_for_copies(report, source)
     _scored(report, source, rows or _default_rows(source), label_map)
     if not quick:
@@ -140,7 +139,7 @@ def _count(report: Report, source: Source, title: str) -> None:
     wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
     if len(wnids) < len(names) and (lost := imagenet.almost(wnids)[1]):  # else told of the rows
         report.problems.append(f"{len(lost)} of the classes of {title} are missing: {some(lost, SHOWN)}")
-    if source.kind not in _TREES:  # of those it is known already
+    if source.kind not in TREES:  # of those it is known already
         if empty := [name for name, count in counts.items() if not count]:
             report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")
     if source.kind == "objectnet" and len(names) != imagenet.OBJECTNET_FOLDERS:

@@ -52,8 +52,8 @@ def source(path: Path, where: str, kind: str | None = None) -> Source:
 
     path: the folder of class folders, or one above it, where there is no doubt: of ``imagenet/train`` and
         ``imagenet/val`` it is ``val``. Images lie in class folders at any depth. Names that are all numbers
-        sort as numbers (``10`` after ``9``) and must be consecutive. Hidden files, and notes beside the class
-        folders, are left alone.
+        sort as numbers (``10`` after ``9``) and must be consecutive. Hidden files and folders, and notes
+        beside the class folders, are left alone.
     kind: "folder" (as it is), "imagenet" (WordNet ids), "imagenet-v2" (0 to 999), "objectnet"; None: any.
 
     Raises ValueError for anything that would silently score wrong.
@@ -86,21 +86,31 @@ def look(path: Path, kind: str | None = None) -> Listing:
     labels: list[int] = []
     empty: list[str] = []
     foreign: list[str] = []
+    gone: list[str] = []
+    loops: list[str] = []
     for label, name in enumerate(names):
-        before, others = len(files), len(foreign)
-        for file in _files_below(root / name):
-            status = _status(file) if file.suffix.lower() in EXTENSIONS else None
-            if status is None:
+        before, others = len(files), len(foreign) + len(gone)
+        for file in _files_below(root / name, loops):
+            if file.suffix.lower() not in EXTENSIONS:
                 foreign.append(str(file))
+            elif (status := _status(file)) is None:
+                gone.append(str(file))
             else:
                 files.append(caches.File(str(file.relative_to(root)), status.st_size, status.st_mtime_ns))
-        if before == len(files) and others == len(foreign):
+        if before == len(files) and others == len(foreign) + len(gone):
             empty.append(name)
         labels += [label] * (len(files) - before)
     if empty:
         problems.append(f"{root} has empty class folders: {some(empty)}")
     if foreign:
-        problems.append(f"files that are no images: {some(foreign)}; move them elsewhere")
+        problems.append(
+            f"files that are no images, which end in {', '.join(EXTENSIONS)}: {some(foreign)}; move them "
+            "elsewhere, or convert what is an image"
+        )
+    if gone:
+        problems.append(f"links to nowhere, and what is no file: {some(gone)}; mend or remove them")
+    if loops:
+        problems.append(f"links to folders that they lie in, so that they have no end: {some(loops)}")
     scored = None
     if place.mappings is not None:
         known, scored = imagenet.objectnet(place.mappings)
@@ -247,9 +257,17 @@ def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files_below(folder: Path) -> Iterable[Path]:
+def _files_below(folder: Path, loops: list[str]) -> Iterable[Path]:
+    """All files, by their folders; ``loops`` gets the links that lead to a folder that they lie in."""
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+        within, inner = Path(parent).resolve(), []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            link = Path(parent, name)
+            if link.is_symlink() and within.is_relative_to(link.resolve()):
+                loops.append(str(link))
+            else:
+                inner.append(name)
+        folders[:] = inner
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 

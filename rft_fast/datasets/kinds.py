@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from . import arrays, arrow, cifar, folders, shards
-from .source import Source
+from .source import TREES, Source
 
 # Formats that know their files: before class folders, as some of them are folders, too.
 _FORMATS: dict[str, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
 
 KINDS: dict[str, Callable[[Path, str], Source]] = {
-    **{
-        kind: partial(folders.source, kind=kind)
-        for kind in ("folder", "imagenet", "imagenet-v2", "objectnet")
-    },
+    **{kind: partial(folders.source, kind=kind) for kind in TREES},
     **{kind: module.source for kind, module in _FORMATS.items()},
 }
 
@@ -28,7 +25,7 @@ def detect(path: str | PathLike[str]) -> str:
 
     Raises ValueError where there is nothing of a known kind, or no telling which.
     """
-    path = Path(path)
+    path = named(path)
     formats = [kind for kind, module in _FORMATS.items() if module.matches(path)]
     if path.is_dir():
         if not formats:
@@ -43,6 +40,12 @@ def detect(path: str | PathLike[str]) -> str:
         return formats[0]
     state = "is neither" if path.exists() else "does not exist"
     raise ValueError(f"expected a folder of classes or a file of kind {', '.join(_FORMATS)}; {path} {state}")
+
+
+def named(path: str | PathLike[str]) -> Path:
+    """The path, of ``.`` and ``..`` in full: a folder's name and what lies beside it may tell what it is."""
+    path = Path(path)
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _known_folders(path: Path) -> folders.Place | None:
@@ -60,12 +63,14 @@ def open_source(name: str, path: str | PathLike[str], kind: str | None = None) -
     name: of the set, for messages. kind: a key of :data:`KINDS`, None: detected. Raises ValueError as the
     kind's own reader does: for everything that would silently score wrong.
     """
-    where = f"datasets: {name!r}"
+    where, path = f"datasets: {name!r}", named(path)
     if kind is None:
         try:
             kind = detect(path)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        if kind in TREES:  # and not as if it had been said: the path may hold the folder that is meant
+            return folders.source(path, where)
     elif kind not in KINDS:
         raise ValueError(f"{where}: unknown kind {kind!r}; there are {', '.join(sorted(KINDS))}")
-    return KINDS[kind](Path(path), where)
+    return KINDS[kind](path, where)

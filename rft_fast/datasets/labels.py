@@ -39,7 +39,10 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.count < 1 or len(self.names) not in (0, self.count):
-            raise ValueError(f"Rows: {self.count} rows but {len(self.names)} names")
+            raise ValueError(
+                "Rows: expected at least one row, and a name for each or none; got "
+                f"{self.count} rows and {len(self.names)} names"
+            )
 
 
 @dataclass(frozen=True, eq=False)

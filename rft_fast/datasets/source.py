@@ -15,6 +15,7 @@ from rft_fast import cache as caches
 
 # The kinds that are a folder of class folders, with images as files.
 FOLDERS = ("folder", "imagenet", "imagenet-v2")
+TREES = (*FOLDERS, "objectnet")  # all of class folders
 
 MOST_ROWS = 1 << 24  # what is larger is no row of a head
 

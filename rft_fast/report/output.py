@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def _check(file: Path, directory: Path | None) -> Path:
 
 
 def _replace(file: Path, text: str) -> Path:
-    temporary = file.with_name(file.name + ".part")
+    # A name that nothing else has: whoever writes the same page meanwhile, or has a file of a like name.
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)

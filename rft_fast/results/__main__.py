@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = [file for file in (asked.csv, asked.parquet) if file is not None]
         for file in files:
             _check(file, asked.overwrite)
+        if len({file.resolve() for file in files}) < len(files):
+            raise ValueError(f"results: --csv and --parquet name one file, {files[0]}; give each its own")
         if asked.parquet is not None:
             _check_pyarrow()
         print(describe(asked.directory, rows))
