@@ -25,6 +25,7 @@ ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
 BATCH = 256  # prompts that are encoded at once
 
 _SCALE = "logit_scale"
+LARGEST_SCALE = 88.0  # e**88 is 1.7e38
 # The first words of a standard CLIP's text tower, which TextTransformer has below `text`.
 _BARE = ("ln_final", "positional_embedding", "text_projection", "token_embedding", "transformer")
 # With both towers live: the first word of a name -> why it cannot change the output.
@@ -391,6 +392,13 @@ def _check_scale(state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"the checkpoint has no {_SCALE!r} of one element, which gives the scale of a head that is made "
             "from prompts; give --head-scale (100 for models that descend from OpenAI's)"
+        )
+    # Its exponential is the factor of the logits: CLIP's is 4.6, the logarithm of 100.
+    scale = 0.0 if state[_SCALE].is_meta else float(state[_SCALE])
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(
+            f"the checkpoint's {_SCALE!r} is {scale:g}, whose exponential float32 cannot hold; is it the "
+            "factor itself, instead of its logarithm, or is the file damaged?"
         )
 
 

@@ -139,7 +139,7 @@ def read(path: str | PathLike[str]) -> Zoo:
     return Zoo(
         name=entries.get(table, "name", str),
         # A name that is no file beside the zoo is open_clip's to know: architectures.config decides.
-        arch=str(file.parent / arch) if (file.parent / arch).is_file() else arch,
+        arch=entries.file_or_name("arch", arch),
         zeroshot=entries.weights(table, "zeroshot", published=arch),
         finetuned={name: entries.weights(finetuned, name, "finetuned.") for name in finetuned},
         data={name: entries.data(source, f"data.{name}.") for name, source in data.items()},
@@ -260,8 +260,17 @@ class _Entries:
         """A file beside the zoo, or else the name of a built-in list."""
         if key not in table:
             return None
-        value: str = self.get(table, key, str)
-        return str(self.file.parent / value) if (self.file.parent / value).is_file() else value
+        return self.file_or_name(key, self.get(table, key, str))
+
+    def file_or_name(self, key: str, value: str) -> str:
+        """A file beside the zoo, or else a name, which others know; never a file that lies elsewhere."""
+        if (beside := self.file.parent / value).is_file():
+            return str(beside)
+        if Path(value).is_file():  # in the working directory, which a zoo does not depend on
+            raise self.error(
+                key, f"names no file beside it: {value} is relative to the working directory; move it there"
+            )
+        return value
 
 
 _HEAD = ("head", "towers", "class-names", "templates", "head-scale", "zeroshot-head")

@@ -46,7 +46,20 @@ def same_content(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "model.", "module.model.", "image_encoder.model.", "module._orig_mod."]
+    "prefix",
+    [
+        "",
+        "module.",
+        "model.",
+        "module.model.",
+        "image_encoder.model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.module.",
+        "module.module.model._orig_mod.",
+        "image_encoder.module.model.",
+        "module.image_encoder._orig_mod.model.",
+    ],
 )
 def test_every_prefix_and_both_formats(tmp_path: Path, prefix: str) -> None:
     state = prefixed(prefix)

@@ -60,7 +60,14 @@ def test_wiseft_without_normalisation_and_in_half_precision(tmp_path: Path) -> N
     got = checkpoints.read(file)
     same(got.tensors, {n.removeprefix("image_encoder.model."): t for n, t in state.items()})
     assert got.tensors["visual.conv1.weight"].dtype == torch.float16
-    assert any("classification_head does not normalise" in note for note in got.notes)
+    (doubt,) = got.doubts
+    assert doubt.startswith("classification_head does not normalise") and doubt in got.notes
+    for load in (checkpoints.load, checkpoints.load_head):
+        with pytest.warns(
+            UserWarning, match=r"a\.pt: classification_head does not normalise its input"
+        ) as told:
+            load(file)
+        assert [Path(warning.filename) for warning in told] == [Path(__file__)]
 
 
 @pytest.mark.parametrize("how", WRITERS)

@@ -260,6 +260,10 @@ def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert main([a, b]) == 0
     assert "they can be the ends of one path" in capsys.readouterr().out
+    assert main([a, b, "--format", "soup"]) == 0
+    torch.save({"state_dict": state(1), "epoch": 1}, tmp_path / "d")
+    assert main([a, str(tmp_path / "d"), "--format", "soup"]) == 0  # which is of the first alone
+    assert "d (open_clip)" in capsys.readouterr().out
     assert main([a, c]) == 1
     assert "heads are for 4 and 7 classes" in capsys.readouterr().out
 

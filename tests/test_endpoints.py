@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,11 @@ HEADLESS = without(soup(0), "classification_head")
         ({}, checkpoint(0), r"has no head.*give --class-names .*or give --zeroshot-head FILE"),
         ({"towers": "both", "prompts": PROMPTS}, HEADLESS, r"no text tower.*use --towers image"),
         ({"prompts": PROMPTS}, without(checkpoint(0), "logit_scale"), "give --head-scale"),
+        *(
+            (setup, {**checkpoint(0), "logit_scale": torch.tensor(scale)}, rf"'logit_scale' is {scale:g}")
+            for setup in ({"prompts": PROMPTS}, {"prompts": PROMPTS, "towers": "both"})
+            for scale in (100.0, 1000.0, math.inf, -math.inf, math.nan)
+        ),
         ({"prompts": PROMPTS}, without(checkpoint(0), "ln_final"), "missing: text.ln_final.weight"),
         ({"prompts": PROMPTS}, {**HEADLESS, **head(0, 4)}, "its head has 4 classes, but there are 3"),
         ({"zeroshot_head": {HEAD_WEIGHT: torch.ones(3, 5)}}, soup(0), r"\[classes, 12\], got \[3, 5\]"),

@@ -57,6 +57,24 @@ def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.Monkey
     assert list(got.finetuned) == ["z last", "a first"]
 
 
+@pytest.mark.parametrize("key", ["arch", "class-names", "templates"])
+def test_no_file_of_the_working_directory_is_taken(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder.parent / f"here-{key}"
+    here.mkdir()
+    (here / "mine.txt").write_text("a photo of a {}")
+    monkeypatch.chdir(here)
+    text = "\n".join(line for line in GOOD.splitlines() if not line.startswith(f"{key} ="))
+    file = write(folder, f'{key} = "mine.txt"\n{text}')
+    with pytest.raises(ValueError, match=rf"{key}.* names no file beside it: mine\.txt is relative"):
+        zoo.read(file)
+    (folder / "mine.txt").write_text("a photo of a {}")
+    taken = zoo.read(file)
+    found = {"arch": taken.arch, "class-names": taken.head.class_names, "templates": taken.head.templates}
+    assert found[key] == str(folder / "mine.txt")
+
+
 def test_a_model_name_stays_a_name(folder: Path) -> None:
     got = zoo.read(write(folder, GOOD.replace("model.json", "ViT-B-32-quickgelu")))
     assert got.arch == "ViT-B-32-quickgelu"

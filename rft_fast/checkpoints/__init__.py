@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -56,13 +57,15 @@ class Checkpoint:
     """What a file holds.
 
     file: where. format: one of ``FORMATS``. tensors: under canonical names, in the file's order, dtypes and
-    shapes as stored, on the CPU. notes: what was left out, and what to know, in words.
+    shapes as stored, on the CPU. notes: what was left out, and what to know, in words. doubts: those of them
+    that may make its numbers others here; :func:`load` and :func:`load_head` warn of them.
     """
 
     file: Path
     format: str
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
 
 
 def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
@@ -75,9 +78,9 @@ def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
     them), and ``logit_scale`` is 0-d or 1-d as stored. Where the format allows they are views of the
     memory-mapped file, read when first touched; writing to them never changes the file.
     Names: the wrappers ``module.``, ``_orig_mod.`` (torch.compile's), ``model.`` and ``image_encoder.model.``
-    in front are dropped, and those of Hugging Face become open_clip's (q, k and v joined, projections
-    transposed): the image tower is ``visual.*``, the head ``classification_head.weight`` and ``.bias``, the
-    text tower's names stand bare.
+    in front are dropped, in whatever order, and those of Hugging Face become open_clip's (q, k and v joined,
+    projections transposed): the image tower is ``visual.*``, the head ``classification_head.weight`` and
+    ``.bias``, the text tower's names stand bare.
 
     Nothing in the file is executed: pickles go through a reader of its own (:mod:`.pickles`), which builds
     tensors, plain values and inert shells of modules, and refuses all calls but those that tensors need.
@@ -139,12 +142,15 @@ def _read(path: str | PathLike[str], format: str | None, operation: str) -> Chec
         raise ValueError(f"{operation}: there is no format {format!r}; {hint}")
     file = _existing(path, operation)
     try:
-        found, tensors, notes = layouts.tensors(containers.read(file), format)
+        found, tensors, notes, doubts = layouts.tensors(containers.read(file), format)
     except (Unreadable, OSError) as error:
         raise ValueError(f"{operation}: {file} {error}") from error
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         notes.append(f"not floating-point, copied and never interpolated: {some(integers, 3)}")
-    return Checkpoint(file, found, tensors, tuple(notes))
+    if operation != "read":
+        for doubt in doubts:
+            warnings.warn(f"{file}: {doubt}, so its scores may differ from its own code's", stacklevel=3)
+    return Checkpoint(file, found, tensors, (*doubts, *notes), tuple(doubts))
 
 
 def _existing(path: str | PathLike[str], operation: str) -> Path:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.other is None:
             print(describe(first))
             return 0
-        second = read(options.other, options.format)
+        second = read(options.other)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

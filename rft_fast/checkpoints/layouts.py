@@ -32,7 +32,9 @@ TRAINING_FIELDS = frozenset(
     {"args", "arch", "epoch", "global_step", "name", "optimizer", "scaler", "scheduler", "step"}
 )
 
-_WRAPPER = re.compile(r"\A(?:module\.)?(?:_orig_mod\.)?(?:(?:image_encoder\.)?model\.)?")
+# What DataParallel and torch.compile put in front, in whatever order and place they were applied.
+_WRAPPED = r"(?:(?:module|_orig_mod)\.)*"
+_WRAPPER = re.compile(rf"\A{_WRAPPED}(?:(?:image_encoder\.{_WRAPPED})?model\.{_WRAPPED})?")
 _OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _TENSORS = (Tensor, Stored, Special)
 # Far beyond any model: what modules may unfold to, since one may stand at many places.
@@ -81,17 +83,19 @@ _FITS: Mapping[str, Callable[[_Layout], bool]] = {
 }
 
 
-def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor], list[str]]:
-    """The format, the tensors under canonical names in the file's order, and what was left out.
+def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor], list[str], list[str]]:
+    """The format, the tensors under canonical names in the file's order, what was left out, and what of the
+    model's computing the tensors do not tell, so that its numbers may be others here.
 
     Raises Unreadable for what holds no model's tensors, for names that become one, and for a format that
     does not fit.
     """
     notes: list[str] = []
+    doubts: list[str] = []
     value, kind, wrapped = content.value, None, False
     state: Mapping[str, Any]
     if isinstance(value, Shell) and not value.items:
-        kind, state = _inner_kind(value), _module(value, content, notes)
+        kind, state = _inner_kind(value), _module(value, content, doubts)
     else:
         state, wrapped = _state_dict(value.items if isinstance(value, Shell) else value, notes)
     state, origin = _unwrapped(state)
@@ -108,7 +112,7 @@ def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor
         made = _from_huggingface(made, notes)
     if not made:
         raise Unreadable("holds no tensors")
-    return chosen, made, notes
+    return chosen, made, notes, doubts
 
 
 # --- dicts ----------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ def _inner_kind(shell: Shell) -> str:
     return str(shell)
 
 
-def _module(root: Shell, content: Content, notes: list[str]) -> dict[str, Any]:
+def _module(root: Shell, content: Content, doubts: list[str]) -> dict[str, Any]:
     """A module's state dict: parameters, buffers that persist, and those of the modules in it."""
     script = content.container == "torchscript"
     result: dict[str, Any] = {}
@@ -209,7 +213,7 @@ def _module(root: Shell, content: Content, notes: list[str]) -> dict[str, Any]:
             raise Unreadable("holds modules within modules without end; nothing was executed")
         if shell.state.get("normalize") is False:
             where = prefix.removesuffix(".") or str(shell)
-            notes.append(f"{where} does not normalise its input (normalize=False); rft_fast does")
+            doubts.append(f"{where} does not normalise its input (normalize=False); rft_fast does")
         result.update((prefix + name, value) for name, value in own if value is not None)
         # The last comes off first: reversed, modules keep their order.
         waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]
