@@ -1,7 +1,7 @@
 """From files to figures as a reader of model-soups would: checkpoints, ImageNet-A's folders, a sweep.
 
-    python examples/soup_walkthrough.py DIR [--arch ViT-B-32-quickgelu] [--classes 200] [--images 2]
-    python -m rft_fast.sweep DIR
+    python examples/soup_walkthrough.py DIR [--arch ViT-B-32-quickgelu] [--classes 40] [--images 2]
+    python -m rft_fast.sweep DIR/zoo
 
 Nothing is downloaded, so that everything can be tried anywhere: the checkpoints have the architecture, the
 names and the layout of the published model-soups files and ImageNet's 1,000 rows in their head, but weights
@@ -9,8 +9,8 @@ of this script's making; the images are patterns, one for each class, in folders
 zero-shot model is a random image tower with a head fitted to its features by ridge regression; two models
 are fine-tuned from it by ``python -m rft_fast.finetune``. Accuracies say nothing about CLIP.
 
-On two cores it takes some four minutes with 40 classes, and the sweep ten. ``--arch`` may be a JSON file in
-open_clip's format: with the tiny model of tests/test_examples.py, all of it takes seconds.
+On two cores it takes some two minutes with 40 classes, and the sweep eight. ``--arch`` may be a JSON file
+in open_clip's format: with the tiny model of tests/test_examples.py, all of it takes seconds.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ studies (none named: all of them; what a study needs of others is measured, too)
   sharpness        how the loss rises when all weights are perturbed, along the path (Figure 3)
   layer-sharpness  the same for one layer at a time (Figure 4)
   prune            the path with straggler layers pruned at random, and a control (Figure 5)
-  correlation      over the models: does sharpness tell accuracy out of distribution?
+  correlation      over three models or more: does sharpness tell accuracy out of distribution?
 
 ZOO is a .toml file that names models and data, or a folder with a zoo.toml (docs/zoo.md); the
 options of "models and data" name them here instead; with neither, it is the digits zoo that comes
@@ -76,7 +76,7 @@ def parser(zoo: bool = True) -> argparse.ArgumentParser:
 
 def _add_models(top: argparse.ArgumentParser) -> None:
     group = top.add_argument_group(
-        "models and data", "the first four and some data, or a zoo, or none for the digits zoo"
+        "models and data", "the first three and some data, or a zoo, or none for the digits zoo"
     )
     group.add_argument(
         "--arch",

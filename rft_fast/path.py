@@ -70,7 +70,7 @@ class Path:
     Raises ValueError, listing together all that does not fit: missing or unexpected names, shapes,
     dtypes, NaN or infinite weights, tied names that disagree, memory shared between the live model
     and an end, tensors that are not contiguous or hold no data. TypeError for other types, and for
-    copying or pickling a Path.
+    copying or pickling a Path. RuntimeError for a backend that does not work here.
     """
 
     layers: list[str]
@@ -180,7 +180,8 @@ class Path:
         its statistics), and what else was written inside are written again from the two ends, as
         they were. Changes that are no writes are not seen in other layers: pass None where there may be some.
 
-        Raises as ``write`` does.
+        Raises as ``write`` does, and RuntimeError where there is no state to come back to, because weights
+        are borrowed or an earlier write was interrupted.
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         parts = None if layers is None else self._select(layers)

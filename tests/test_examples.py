@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_zoo
 import torch
 
 from rft_fast import checkpoints, results, sweep, zoo
 from rft_fast.finetune import __main__ as finetune
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 CLIP = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 2},
@@ -55,3 +59,26 @@ def test_the_soup_walkthrough_makes_a_zoo_that_the_sweep_reads(
     assert set(rows["dataset"]) == {"val", "imagenet-a"} and set(rows["samples"]) == {24}
     start = rows[(rows["alpha"] == 0) & (rows["dataset"] == "val")]["accuracy"]
     assert start.iloc[0] == pytest.approx(start.iloc[1]) and start.iloc[0] > 2 / 6  # the head was fitted
+
+
+def test_the_readme_goes_from_files_to_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own code, on small files."""
+    tiny_zoo.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (code,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+        if "checkpoints.load" in block
+    )
+    for old, new in (
+        ('"ViT-B-32"', '"tiny.json"'),
+        ("zeroshot.pt", "zeroshot.safetensors"),
+        ("finetuned.pt", "a.safetensors"),
+        ('"sketch", "sketch"', '"sketch", "near"'),
+        ("Rows(1000)", f"Rows({tiny_zoo.CLASSES})"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["rows"]["alpha"].tolist() == [0, 0.5, 1] and set(found["rows"]["dataset"]) == {"sketch"}

@@ -363,6 +363,8 @@ OF_WRONG_TYPES: dict[str, tuple[Callable[[Worker], object], str]] = {
     "goal": (lambda w: Protocol(goal="small"), "goal: .* 'small'"),
     "rows, a list": (lambda w: studies.summarize([]), "summarize: .* DataFrame .* got list"),
     "rows, another table": (lambda w: studies.stragglers(pd.DataFrame({"a": [1]})), "COLUMNS"),
+    "rows of a correlation": (lambda w: studies.correlation([1]), "correlation: .* got list"),
+    "rows of gains": (lambda w: studies.best_gains(None), "best_gains: .* got NoneType"),
     "xi": (lambda w: studies.summarize(TABLE, "2 %"), "xi: .* '2 %'"),
     "a straggler's margin": (lambda w: studies.stragglers(TABLE, None), "margin: .* None"),
     "a margin of zero": (lambda w: studies.near_zero(TABLE, None), "margin: .* None"),

@@ -19,7 +19,7 @@ from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
 from .path import STUDY as INTERPOLATION
 from .path import Z95, summarize
-from .rows import COLUMNS
+from .rows import COLUMNS, check_table
 
 # What tells one measurement of the models' sharpness from another; "dataset" is where it was made.
 SETTING = ["dataset", "rho", "on", "estimator"]
@@ -70,11 +70,13 @@ def correlation(
           ``spearman_high``.
 
     Raises:
+        TypeError: no table of rows.
         ValueError: no rows of an interpolation out of distribution or of a sharpness; a path that
             :func:`rft_fast.studies.summarize` refuses; a sharpness that mixes protocols, measured
             something twice, or was not measured at every layer and alpha for every model of it;
             a straggler whose sharpness was not measured; fewer than three models everywhere.
     """
+    check_table(rows, "correlation")
     # One grid may write 0.3 and another 0.30000000000000004.
     rows = rows.assign(alpha=rows["alpha"].round(9))
     outcomes = list(_outcomes(rows))

@@ -62,6 +62,7 @@ def layerwise_interpolation(
         over samples. The end at which the other layers are is measured once for all layers.
 
     Raises:
+        TypeError: arguments of other types.
         ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, an unknown layer
             (with the nearest names) or an inert one (with the reason), an evaluator of another model,
             numbers that there are none of.
@@ -164,6 +165,7 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         layer's instability not finite; such a layer is a straggler.
 
     Raises:
+        TypeError: no table of rows, a margin that is no number.
         ValueError: no rows of the study, or a layer without both of its ends.
     """
     if not as_number("stragglers: margin", margin) >= 0:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .rows import Measured, Sink, as_number, ascending, of_study, scored
+from .rows import Measured, Sink, as_number, ascending, check_table, of_study, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -96,6 +96,7 @@ def interpolation(
         ``seconds`` is the data set's share, by samples, of the time its position took.
 
     Raises:
+        TypeError: arguments of other types.
         ValueError: positions that :func:`check_alphas` refuses, an evaluator of another model, numbers
             that there are none of.
     """
@@ -186,6 +187,7 @@ def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
         A loss that is not finite at any alpha makes barrier and loss instability not finite too.
 
     Raises:
+        TypeError: no table of rows, xi that is no number.
         ValueError: xi outside [0, 1), no rows of an interpolation, or a (model, data set) whose
             positions :func:`check_alphas` refuses, such as those of a run that was stopped.
     """
@@ -207,11 +209,12 @@ def best_gains(rows: pd.DataFrame) -> pd.Series:
 
     That is the maximum over alpha > 0 of the mean over data sets of A(alpha) - A(0): negative where no
     alpha beats zero-shot, so that failures have an order, too. Models are in the order of measurement.
-    Where no data set is out of distribution, all of them count.
+    Where no data set is out of distribution, all of them count. Raises TypeError for no table of rows.
 
     Args:
         rows: of :func:`interpolation`; rows of other studies among them are left aside.
     """
+    check_table(rows, "best_gains")
     rows = rows[(rows["study"] == STUDY) & (rows["alpha"] > 0)]
     far = rows["ood"].fillna(False).astype(bool)
     means = rows[far if far.any() else ~far].groupby(["model", "alpha"], sort=False)["gain"].mean()

@@ -102,6 +102,7 @@ def prune_stragglers(
         warning says so and it has no rows.
 
     Raises:
+        TypeError: arguments of other types.
         ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, a bad keep, criterion,
             method or seed, an unknown or inert layer, an evaluator of another model, numbers that there are
             none of.
@@ -280,6 +281,7 @@ def pruning_effect(rows: pd.DataFrame) -> pd.DataFrame:
         both gains optimistic, the mean change not.
 
     Raises:
+        TypeError: no table of rows.
         ValueError: no rows of the study.
     """
     rows = of_study(rows, STUDY, "pruning_effect")

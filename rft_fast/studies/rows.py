@@ -93,13 +93,18 @@ def ascending(name: str, values: Iterable[float]) -> list[float]:
     return sorted(as_number(name, value) + 0.0 for value in values)  # + 0.0 turns -0.0 into 0.0
 
 
-def of_study(rows: pd.DataFrame, study: str, caller: str) -> pd.DataFrame:
-    """The rows of one study. Raises TypeError for what is no table of rows, ValueError without any."""
+def check_table(rows: object, caller: str) -> None:
+    """Raises TypeError for what is no table of rows."""
     if not isinstance(rows, pd.DataFrame) or "study" not in rows:
         raise TypeError(
             f"{caller}: expected a DataFrame with the columns of rft_fast.studies.COLUMNS, as the studies "
             f"and rft_fast.results.load return; got {type(rows).__name__}"
         )
+
+
+def of_study(rows: pd.DataFrame, study: str, caller: str) -> pd.DataFrame:
+    """The rows of one study. Raises TypeError for what is no table of rows, ValueError without any."""
+    check_table(rows, caller)
     rows = rows[rows["study"] == study]
     if rows.empty:
         raise ValueError(f"{caller}: expected rows of the study {study!r}, got none")

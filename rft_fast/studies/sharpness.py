@@ -66,6 +66,7 @@ def sharpness(
         hand. ``reached`` tells whether a wanted standard error was.
 
     Raises:
+        TypeError: arguments of other types; draws, alphas or rhos that are no numbers.
         ValueError: bad alphas, rhos or draws, an evaluator of another model, numbers that there are none of.
     """
     protocol = _on(protocol, "interpolated")
@@ -109,6 +110,7 @@ def layerwise_sharpness(
         One row per (alpha, data set, layer, rho), as :func:`sharpness`.
 
     Raises:
+        TypeError: as :func:`sharpness`.
         ValueError: as :func:`sharpness`, and an unknown layer (with the nearest names) or an inert one
             (with the reason).
     """
@@ -205,6 +207,7 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         end ``bound``, ``alpha``, ``draws``; and ``near_zero``, ``margin``.
 
     Raises:
+        TypeError: no table of rows, a margin that is no number.
         ValueError: no rows of the study with alpha > 0, a margin that is not above 0.
     """
     if not as_number("near_zero: margin", margin) > 0:
