@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,6 +149,9 @@ def load_images(request: Request, rows: datasets.Rows) -> list[datasets.Dataset]
     """The data sets, in the order of the zoo. All are looked at before the first is decoded."""
     sets = []
     for found in find_images(request, rows):
+        for note in found.source.notes:
+            if note.startswith(datasets.source.PART):
+                warnings.warn(f"{found.name}: {note}; name that folder to be sure", stacklevel=2)
         with tqdm(desc=f"reading {found.name}", disable=None, leave=False) as bar:
 
             def progress(done: int, total: int, bar: Any = bar) -> None:

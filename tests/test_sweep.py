@@ -242,6 +242,18 @@ def test_a_tracker_that_does_not_open_is_refused(
     assert sweep.main(own) == 0  # and it goes on without
 
 
+def test_a_part_that_was_chosen_is_said(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(zoo / "near", tmp_path / "data" / part)
+    own = [f"near={tmp_path / 'data'}" if word.startswith("near=") else word for word in own_models(zoo)]
+    assert sweep.main(["interpolation", *own, "--alphas", "0", "1", "--out", str(tmp_path / "run")]) == 0
+    told = f"near: the images are those of {tmp_path / 'data' / 'val'}; name that folder to be sure"
+    assert told in capsys.readouterr().err and told in (tmp_path / "run" / "run.log").read_text()
+    assert (results.load(tmp_path / "run").query("dataset == 'near'")["samples"] == 12).all()
+
+
 def test_several_sets_are_told_apart_in_words(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from rft_fast import cache as caches
 from rft_fast.words import some
 
 from . import imagenet
-from .source import Source, open_image
+from .source import PART, Source, open_image
 
 # What torchvision's ImageFolder takes for an image.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -194,9 +194,7 @@ def _split(path: Path, names: list[str]) -> Place:
 
 def _inside(path: Path, name: str) -> Place:
     place = _find(path / name)
-    return Place(
-        place.kind, place.path, place.mappings, (f"the images are those of {path / name}", *place.notes)
-    )
+    return Place(place.kind, place.path, place.mappings, (f"{PART} {path / name}", *place.notes))
 
 
 def _is_set(path: Path) -> bool:

@@ -17,6 +17,8 @@ from rft_fast import cache as caches
 FOLDERS = ("folder", "imagenet", "imagenet-v2")
 TREES = (*FOLDERS, "objectnet")  # all of class folders
 
+PART = "the images are those of"  # begins the note that of a folder only a part is taken
+
 MOST_ROWS = 1 << 24  # what is larger is no row of a head
 
 # What images are decoded from, by their content, whatever their names. Pillow knows others, of which one is a
