@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -442,6 +443,155 @@ def test_other_files_are_never_overwritten(
     (other / "zeroshot.safetensors").unlink()
     (other / "model.json").write_text("{}")
     refused(arguments(folder, other), "is there with another content and would be replaced", capsys)
+    (other / "model.json").unlink()
+    table = other / "lr0.01-ep2-warm1.csv"
+    table.write_text("precious")
+    refused(arguments(folder, other), f"{table} is there without a model or a state", capsys)
+    assert table.read_text() == "precious"
+
+
+def test_a_damaged_state_is_named_without_torch_s_advice(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lr0.01-ep2-warm1.resume").write_text("garbage")
+    with pytest.raises(SystemExit):
+        main(arguments(folder, tmp_path))
+    error = capsys.readouterr().err
+    assert "cannot be read as a state to go on from: damaged" in error and "remove it" in error
+    assert "weights_only" not in error and "arbitrary code" not in error
+
+
+def test_the_last_row_survives_an_end_between_state_and_table(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(out: Path) -> list[dict[str, str]]:
+        with (out / "lr0.01-ep2-warm1.csv").open() as stream:
+            return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+
+    assert main(arguments(folder, tmp_path / "whole")) == 0
+    write, calls = output.write_rows, 0
+
+    def ended(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        write(*given)
+
+    out = tmp_path / "ended"
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_rows", ended)
+        assert main(arguments(folder, out)) == 130
+    assert len(rows(out)) == 1
+    assert main(arguments(folder, out)) == 0
+    assert rows(out) == rows(tmp_path / "whole") and len(rows(out)) == 2
+
+
+def test_what_float16_cannot_hold_is_not_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--dtype", "float16", "--epochs", "1", "--batch-size", "12", "--warm-up", "0", "--no-clip")
+    assert main([*arguments(folder, tmp_path), *more, "--lr", "1e6"]) == 1
+    assert "is not finite in torch.float16" in capsys.readouterr().out
+    assert not list(tmp_path.glob("lr*.safetensors"))
+    (kept,) = tmp_path.glob("*.resume")
+    assert max(t.abs().max() for t in torch.load(kept)["model"].values()) > 65504
+
+
+# --- which rows the classes are ------------------------------------------------------------------------
+
+
+def called(big: Path, out: Path, names: dict[str, str]) -> Path:
+    """The images of "big", its classes cat, dog and fox called otherwise."""
+    for name, new in names.items():
+        shutil.copytree(big / name, out / new)
+    return out
+
+
+def test_a_label_map_is_for_what_is_out_of_distribution_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "map.json").write_text('{"cat": 2, "dog": 0, "fox": 1}')
+    shutil.copytree(folder / "big", tmp_path / "big")
+    argv = [
+        *("--arch", str(folder / "tiny.json"), "--zeroshot", str(folder / "zeroshot.safetensors")),
+        *("--train", str(folder / "big"), "--label-map", str(tmp_path / "map.json"), *TRAIN),
+        *("--val", f"v={folder / 'big'}", "--out", str(tmp_path / "zoo"), "--ood"),
+    ]
+    other = called(folder / "big", tmp_path / "w", {"cat": "ant", "dog": "bee", "fox": "cow"})
+    refused([*argv, f"w={other}"], "the rows of 'w'", capsys)
+    assert not (tmp_path / "zoo").exists()
+    assert main([*argv, f"w={tmp_path / 'big'}", f"far={folder / 'far.npz'}"]) == 0
+    made = zoo.read(tmp_path / "zoo")
+    assert {name: data.labels for name, data in made.data.items()} == {
+        **dict.fromkeys("vw", tmp_path / "map.json"),
+        "far": None,
+    }
+    assert (
+        sweep.main([str(tmp_path / "zoo"), "interpolation", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    )
+    scored = results.load(tmp_path / "run").pivot(index="alpha", columns="dataset", values="loss")
+    assert (scored["v"] == scored["w"]).all()
+
+
+def test_validation_images_of_other_classes_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many, but shifted by one: alphabetical order alone would say that cats are dogs."""
+    other = called(folder / "big", tmp_path / "x", {"fox": "ant", "cat": "cat", "dog": "dog"})
+    argv = arguments(folder, tmp_path / "zoo", "--val", f"x={other}", train="big")
+    refused(argv, "its classes are in another order than the head's, as cat, dog show", capsys)
+    assert not (tmp_path / "zoo").exists()
+    same = called(folder / "big", tmp_path / "y", {"cat": "Cat", "dog": "dog", "fox": "fox"})
+    assert main(arguments(folder, tmp_path / "zoo", "--val", f"x={same}", train="big")) == 0
+
+
+def residual(folder: Path) -> tuple[Path, Path]:
+    """An architecture with CLIP's own ResNet, and a checkpoint of it with a head for three classes."""
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
+    (folder / "rn.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 6, "vision_cfg": vision, "text_cfg": text}})
+    )
+    tower = architectures.visual(str(folder / "rn.json")).state_dict()
+    state = {f"model.visual.{name}": tensor for name, tensor in tower.items()}
+    state["classification_head.weight"] = torch.randn(3, 6)
+    tiny_zoo.save(state, folder / "rn.safetensors")
+    return folder / "rn.json", folder / "rn.safetensors"
+
+
+def test_towers_that_only_take_the_call_have_no_gradient_checkpointing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arch, start = residual(tmp_path)
+    argv = arguments(folder, tmp_path / "zoo", "--grad-checkpointing", train="big")
+    assert main(argv) == 0
+    argv = arguments(folder, tmp_path / "rn", "--grad-checkpointing", train="big")
+    argv[1], argv[3] = str(arch), str(start)
+    refused(argv, "offers no gradient checkpointing; take a higher --accumulate instead, which with", capsys)
+
+
+def test_parts_of_a_batch_are_warned_of_where_its_statistics_are_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    arch, start = residual(tmp_path)
+    argv = arguments(folder, tmp_path / "rn", "--accumulate", "2", "--batch-size", "6", train="big")
+    argv[1], argv[3] = str(arch), str(start)
+    with pytest.warns(UserWarning, match=r"the statistics of \d+ batch norms, such as visual\.bn1"):
+        assert main(argv) == 0
+
+
+def test_sixteen_bits_are_not_trained_on_as_black_and_white(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, name in enumerate("abc"):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        Image.fromarray(np.full((9, 9), 9000 * i, np.uint16)).save(tmp_path / "deep" / name / "0.png")
+    argv = arguments(folder, tmp_path / "zoo")
+    argv[argv.index("--train") + 1] = str(tmp_path / "deep")
+    refused(argv, "of mode I;16, which RGB bytes cannot hold", capsys)
+    assert main([*argv, "--no-check", "--warm-up", "0"]) == 1
+    assert "of mode I;16" in capsys.readouterr().err
 
 
 # --- refused before the first step --------------------------------------------------------------------

@@ -91,6 +91,15 @@ def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | None 
         raise ValueError(f"labels of {source.path}: {error}") from error
 
 
+def are_settled(source: Source, rows: Rows) -> bool:
+    """Whether labels, names or the kind of a source tell its rows, not their order alone."""
+    names = source.class_names
+    if not names or source.imagenet is not None or source.kind == "imagenet-v2":
+        return True
+    by_wnid = imagenet.are_wnids(names) and rows.count == imagenet.CLASSES
+    return by_wnid or sorted(map(_plain, names)) == sorted(map(_plain, rows.names))
+
+
 def _are_imagenets(names: Sequence[str]) -> bool:
     return bool(names) and {name.lower() for name in names} <= set(imagenet.synsets())
 

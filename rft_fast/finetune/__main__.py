@@ -110,7 +110,10 @@ def _add_models(top: argparse.ArgumentParser) -> None:
     add("--train", metavar="PATH", required=True, type=Path, help="images that are trained on")
     add("--kind", choices=sorted(KINDS), help="format of --train (default: as its files tell)")
     add(
-        "--label-map", metavar="FILE", type=Path, help="rows of the head for the classes of --train and --val"
+        "--label-map",
+        metavar="FILE",
+        type=Path,
+        help="rows of the head for the classes of --train, --val and --ood",
     )
     add(
         "--val",
@@ -184,7 +187,8 @@ def _add_training(top: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=1,
-        help="compute each batch in N parts: the same step in less memory (%(default)s)",
+        help="compute each batch in N parts: the same step in less memory, unless batch norm is trained "
+        "(%(default)s)",
     )
     add(
         "--clip",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rft_fast.architectures import Preprocess
 from rft_fast.classifier import ImageClassifier
-from rft_fast.datasets import Dataset, pixel_transform
+from rft_fast.datasets import Dataset, decoding, pixel_transform
 from rft_fast.datasets.source import Source
 from rft_fast.evaluate.precision import exact
 from rft_fast.words import some
@@ -153,9 +153,12 @@ class Images:
         return self._held[index]
 
     def _read(self, index: int) -> Image.Image:
-        """An image as RGB, its borders trimmed."""
+        """An image as RGB, its borders trimmed; of the modes that evaluation reads."""
         try:
-            image = self.source.open(index).convert("RGB")
+            image = self.source.open(index)
+            if image.mode not in decoding.MODES:
+                raise ValueError(decoding.loss(image.mode))
+            image = image.convert("RGB")
         except Exception as error:  # Pillow raises almost anything on damaged images
             raise ValueError(f"finetune: {self.where(index)} cannot be read: {error}") from error
         edge = self.source.trim
@@ -188,6 +191,8 @@ class Images:
         def problem(index: int) -> str | None:
             try:
                 with self.source.open(index) as image:
+                    if image.mode not in decoding.MODES:
+                        return decoding.loss(image.mode)
                     return None if min(image.size) > 2 * self.source.trim else f"its size is {image.size}"
             except Exception as error:  # as in _read
                 return str(error)

@@ -47,11 +47,15 @@ def write_model(
 
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A state dict as it is read back once it was stored in a type: its values, floats as float32."""
+    if lost := overflowing(state, dtype):
+        raise ValueError(f"finetune: {lost} of the zero-shot model is not finite in {dtype}")
     found = {name: _as(tensor, dtype) for name, tensor in state.items()}
-    found = {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
-    if lost := [name for name, tensor in found.items() if not bool(tensor.isfinite().all())]:
-        raise ValueError(f"finetune: {lost[0]} of the zero-shot model is not finite in {dtype}")
-    return found
+    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+
+
+def overflowing(state: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """The first tensor that a type cannot store without infinity or NaN; empty where there is none."""
+    return next((name for name, t in state.items() if not bool(_as(t, dtype).isfinite().all())), "")
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,9 +98,11 @@ class FileKeeper:
         except FileNotFoundError:  # another process has just finished the model
             return None
         except Exception as error:  # a damaged file surfaces as almost any exception
+            # Not torch's own words: they advise to run the code in it.
+            reason = f" ({error})" if isinstance(error, OSError) else ": damaged, or of another origin"
             raise ValueError(
-                f"finetune: {self.file} cannot be read as a state to go on from: {error}; remove it to start "
-                "that model anew"
+                f"finetune: {self.file} cannot be read as a state to go on from{reason}; remove it, and the "
+                "table beside it, to start that model anew"
             ) from error
         if different := "; ".join(differences(there, self.configuration)):
             raise ValueError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
+from rft_fast.datasets import labels
 from rft_fast.endpoints import Ends, Setup
 from rft_fast.words import differences
 
@@ -37,7 +39,8 @@ class Request:
 
     arch, zeroshot: an architecture, and a checkpoint file, a pretrained tag or ``hf-hub:org/name``, of it.
     train: images that are trained on (:func:`rft_fast.datasets.open_source`); kind: of those. label_map: rows
-        of the head for the classes of ``train`` and ``val`` (:func:`rft_fast.datasets.assign`).
+        of the head for the classes of ``train``, ``val`` and what of ``ood`` has the same classes; the others
+        must tell their rows by their names (:func:`rft_fast.datasets.assign`).
     out: the directory of the zoo. settings: name -> setting.
     val: data sets scored after every epoch; in the zoo in distribution. ood: those that are only named there.
     class_names: names of the head's rows (:mod:`rft_fast.prompts`). Classes of data sets that are called so
@@ -100,6 +103,7 @@ class Work:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.names: tuple[str, ...] = ()
+        self.mapped: set[str] = set()  # data sets out of distribution that the label map is for, too
         self.device = env.device(request.device)
         check_precision(request.precision, self.device)
         self._check_words()
@@ -116,6 +120,7 @@ class Work:
         ends = self._ends(state, made)
         rows = datasets.Rows(ends.classes, self.names)
         self.images = self._choose_images(source, rows)
+        self._map_ood(rows)
         for setting in request.settings.values():
             check_warmup(setting, len(ImageBatches(self.images, setting, self.device)))
         self.dtype = DTYPES[request.store]
@@ -125,6 +130,7 @@ class Work:
             raise ValueError(f"finetune: the head is to be trained first, but {HEAD_WEIGHT} is frozen")
         if request.checkpointing:
             self._checkpoint_gradients()
+        self._warn_of_parts()
         fixed = {
             "model": model_cfg,
             "zeroshot": _digest(state, made is not None and HEAD_WEIGHT not in state),
@@ -153,7 +159,7 @@ class Work:
                 self.preprocess,
                 ood=False,
                 cache=request.cache,
-                rows=rows,
+                rows=self._named(rows),
                 label_map=request.label_map,
             )
             for name, path in (request.val.items() if todo else ())
@@ -278,14 +284,69 @@ class Work:
         workers = request.workers or threads()
         return Images(source, found.images, found.labels, self.preprocess, workers, request.in_memory)
 
+    def _named(self, rows: datasets.Rows) -> datasets.Rows:
+        """The rows by the training images' classes, where nothing else names them and each has one of those:
+        in a data set with other classes, order alone would shift all that follow."""
+        source, known = self.images.source, dict[int, str]()
+        if rows.names or self.request.label_map is not None or not source.class_names:
+            return rows
+        for row, label in zip(
+            self.images.labels.tolist(), source.labels[self.images.chosen].tolist(), strict=True
+        ):
+            known[row] = source.class_names[label]
+        if len(known) < rows.count or len(set(known.values())) < rows.count:
+            return rows
+        return datasets.Rows(rows.count, tuple(known[row] for row in range(rows.count)))
+
+    def _map_ood(self, rows: datasets.Rows) -> None:
+        """Which data sets out of distribution the label map is for; refuses those that tell no rows."""
+        request = self.request
+        if request.label_map is None:
+            return
+        mapped = set(labels.read_map(request.label_map))
+        for name, path in request.ood.items():
+            source = datasets.open_source(name, path)
+            if set(source.class_names) == mapped:
+                self.mapped.add(name)
+            elif not labels.are_settled(source, rows):
+                raise ValueError(
+                    f"finetune: the rows of {name!r} ({path}) are not known: its classes are not those "
+                    f"that {request.label_map} names, and --ood takes no other map; leave it out here, and "
+                    "name it in the sweep, with --data and --data-labels"
+                )
+
     def _checkpoint_gradients(self) -> None:
-        switch = getattr(self.model.visual, "set_grad_checkpointing", None)
-        if switch is None:
+        visual = self.model.visual
+        # timm's own: open_clip's call of it would only log that it cannot.
+        tower = visual.trunk if isinstance(getattr(visual, "trunk", None), nn.Module) else visual
+        with suppress(Exception):
+            cast(Any, tower).set_grad_checkpointing(True)
+        # Some towers take the call and do nothing.
+        if not any(getattr(module, "grad_checkpointing", False) for module in visual.modules()):
             raise ValueError(
                 f"finetune: the image tower of {self.request.arch} offers no gradient checkpointing; "
                 "take a higher --accumulate instead"
+                + (", which with batch norm is another step" if self._norms() else "")
             )
-        switch(True)
+
+    def _norms(self) -> list[str]:
+        """Batch norms whose statistics the training moves."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and any(parameter.requires_grad for parameter in module.parameters())
+        ]
+
+    def _warn_of_parts(self) -> None:
+        if any(setting.accumulate > 1 for setting in self.request.settings.values()) and (
+            norms := self._norms()
+        ):
+            warnings.warn(
+                f"finetune: with --accumulate, the statistics of {len(norms)} batch norms, such as "
+                f"{norms[0]}, are those of parts of a batch, so the step is another one than without",
+                stacklevel=4,
+            )
 
     def _check_what_is_there(self) -> None:
         """Refuses files and states of another configuration, and files that would be replaced."""
@@ -299,8 +360,12 @@ class Work:
                 f"finetune: {request.out} has models but no {output.START}; choose another --out"
             )
         for name in request.settings:
-            if name not in there:
-                self.keeper(name).load()
+            table = request.out / f"{name}.csv"
+            if name not in there and self.keeper(name).load() is None and table.exists():
+                raise ValueError(
+                    f"finetune: {table} is there without a model or a state to go on from, and would be "
+                    "replaced; move it, or choose another --out"
+                )
 
     def _is_there(self, name: str) -> bool:
         """Whether a model is finished; refuses a file of another origin or configuration."""
@@ -397,6 +462,11 @@ class Work:
             finished=finished,
             label=name,
         )
+        if lost := output.overflowing(model.state_dict(), self.dtype):
+            raise Diverged(
+                f"finetune: {lost} is not finite in {self.dtype}, in which it was to be stored; train it "
+                f"with --dtype float32, in another --out ({keeper.file.name} keeps this one's weights)"
+            )
         output.write_model(self.file(name), model.state_dict(), self.configuration(name), self.dtype)
         self._write_zoo()
         keeper.file.unlink(missing_ok=True)
@@ -450,6 +520,7 @@ class Work:
             data[name] = {"path": str(path.resolve()), "ood": False, **of_training}
         for name, path in request.ood.items():
             data[name] = {"path": str(path.resolve()), "ood": True}
+            data[name] |= of_training if name in self.mapped else {}
         if not data:  # a zoo has data
             if request.kind is not None:
                 of_training["kind"] = request.kind

@@ -19,12 +19,13 @@ MAGNITUDES = 30  # of RandAugment, as in its paper
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is fine-tuned: AdamW, weight decay on matrices only.
+    """How a model is fine-tuned: AdamW, weight decay on what has two dimensions or more.
 
     lr: the learning rate's peak. epochs: passes over the data. warmup: optimizer steps over which it rises
     linearly, after which ``schedule`` holds. batch_size: images per optimizer step. accumulate: parts that a
-    batch is computed in, for memory; the step is the same but for rounding. clip: norm that gradients are
-    cut to, None for as they are. label_smoothing: in [0, 1). mixup: parameter of the Beta distribution, 0
+    batch is computed in, for memory; the step is the same but for rounding, and for batch norm that is
+    trained, whose statistics are then those of the parts. clip: norm that gradients are cut to, None for as
+    they are. label_smoothing: in [0, 1). mixup: parameter of the Beta distribution, 0
     for none. augment: ``none`` (the evaluation's transform), ``crop``, ``crop-flip`` or ``rand-mM-nN``
     (:func:`rft_fast.finetune.augmentation`). probe_epochs: of the head alone, first (LP-FT), with the
     learning rate ``probe_lr``. seed: decides order, crops, mixup and dropout.

@@ -105,7 +105,7 @@ def train(
         epoch's row.
     keeper: where the state is kept to go on from. With it, a run that is killed and started again ends with
         the same weights as one that was not, on the same machine.
-    finished: called with all rows after each epoch.
+    finished: called with all rows after each epoch, and with those that are kept, when it goes on from them.
     label: of the progress bar and of errors.
 
     Steps: the learning rate (:func:`learning_rate`) is set, the batch's mean loss is taken (cross-entropy
@@ -133,6 +133,8 @@ def train(
         _restore_random(kept["random"], device)
         rows, step = list(kept["rows"]), kept["step"]
         total, images, seconds = kept["total"], kept["images"], kept["seconds"]
+        if rows and finished is not None:
+            finished(rows)  # which the process that kept them may not have come to
     start = time.perf_counter() - seconds
 
     def keep() -> None:
@@ -214,7 +216,7 @@ def learning_rate(setting: Setting, step: int, steps: int) -> float:
 
 
 def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
-    """AdamW over what requires gradients; weight decay on matrices (two dimensions or more) only."""
+    """AdamW over what requires gradients; weight decay on what has two dimensions or more only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": setting.weight_decay},
