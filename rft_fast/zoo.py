@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, datasets, endpoints
+from . import checkpoints, datasets, endpoints, prompts
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -240,8 +240,8 @@ class _Entries:
         return Head(
             towers=self.one_of(table, "towers", endpoints.TOWERS) or usual.towers,
             choice=self.one_of(table, "head", endpoints.HEADS) or usual.choice,
-            class_names=self.list_or_file(table, "class-names"),
-            templates=self.list_or_file(table, "templates") or usual.templates,
+            class_names=self.list_or_file(table, "class-names", prompts.CLASS_NAMES),
+            templates=self.list_or_file(table, "templates", prompts.TEMPLATES) or usual.templates,
             scale=None if scale is None else float(scale),
             given=self.path(table, "zeroshot-head") if "zeroshot-head" in table else None,
         )
@@ -256,17 +256,19 @@ class _Entries:
             raise self.error(f"{prefix}{key}", f"must be one of {', '.join(names)}; got {value!r}")
         return value
 
-    def list_or_file(self, table: Mapping[str, Any], key: str) -> str | None:
+    def list_or_file(self, table: Mapping[str, Any], key: str, built_in: Collection[str]) -> str | None:
         """A file beside the zoo, or else the name of a built-in list."""
         if key not in table:
             return None
-        return self.file_or_name(key, self.get(table, key, str))
+        return self.file_or_name(key, self.get(table, key, str), built_in)
 
-    def file_or_name(self, key: str, value: str) -> str:
+    def file_or_name(self, key: str, value: str, built_in: Collection[str] = ()) -> str:
         """A file beside the zoo, or else a name, which others know; never a file that lies elsewhere."""
         if (beside := self.file.parent / value).is_file():
             return str(beside)
-        if Path(value).is_file():  # in the working directory, which a zoo does not depend on
+        if (
+            value not in built_in and Path(value).is_file()
+        ):  # in the working directory, which a zoo does not depend on
             raise self.error(
                 key, f"names no file beside it: {value} is relative to the working directory; move it there"
             )

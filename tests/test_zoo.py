@@ -73,6 +73,8 @@ def test_no_file_of_the_working_directory_is_taken(
     taken = zoo.read(file)
     found = {"arch": taken.arch, "class-names": taken.head.class_names, "templates": taken.head.templates}
     assert found[key] == str(folder / "mine.txt")
+    (here / "photo").write_text("what a built-in list is called")
+    assert zoo.read(write(folder, f'templates = "photo"\n{GOOD}')).head.templates == "photo"
 
 
 def test_a_model_name_stays_a_name(folder: Path) -> None:

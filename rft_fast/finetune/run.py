@@ -361,7 +361,9 @@ class Work:
             )
         for name in request.settings:
             table = request.out / f"{name}.csv"
-            if name not in there and self.keeper(name).load() is None and table.exists():
+            if name in there or self.keeper(name).load() is not None or not table.exists():
+                continue
+            if not self.file(name).exists():  # else another process has just finished it
                 raise ValueError(
                     f"finetune: {table} is there without a model or a state to go on from, and would be "
                     "replaced; move it, or choose another --out"
