@@ -1,0 +1,71 @@
+"""Measurements on disk the moment they are there, and the time that is left to make them.
+
+A program that is started by ``gpu.py`` finds in its environment where its rows go and when it will be killed:
+
+    ROWS      the file that every measurement is appended to, one JSON object a line
+    STEP      the name of the step that the rows belong to
+    DEADLINE  seconds since 1970 at which the step is killed
+
+Without them nothing is appended, and there is no end. ``start`` is called once the imports are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MARGIN = 20.0  # seconds at most that are kept free to finish what has begun
+
+_stop = float("inf")
+
+
+def margin(seconds: float) -> float:
+    """How much of so many seconds is kept free: a fifth, 20 s at most."""
+    return min(MARGIN, max(0.0, seconds) / 5)
+
+
+def start() -> None:
+    """Begins to count the margin: from now, when imports are done and what is left is for measurements."""
+    global _stop
+    deadline = float(os.environ.get("DEADLINE", "inf"))
+    _stop = deadline - margin(deadline - time.time())
+
+
+def time_is_up() -> bool:
+    """Whether no further measurement shall begin."""
+    return time.time() > _stop
+
+
+def row(kind: str, **facts: Any) -> None:
+    """Appends one measurement, and returns when it is on disk."""
+    if file := os.environ.get("ROWS"):
+        append(Path(file), {"step": os.environ.get("STEP", ""), "kind": kind, **facts})
+
+
+def append(file: Path, facts: Mapping[str, Any]) -> None:
+    """One line, written with one call and synced: several processes may append to the same file."""
+    line = json.dumps(facts, default=str) + "\n"
+    place = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(place, line.encode())
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """All rows of a file. A last line that was cut off by a kill is left out; another one that is broken raises."""
+    if not file.exists():
+        return []
+    *lines, last = file.read_text(errors="replace").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def left_out(what: str) -> None:
+    """Says that the time was up before this was measured."""
+    row("left out", what=what)
+    print(f"left out, the time was up: {what}", flush=True)
