@@ -6,8 +6,12 @@ how to change it. RFT_NATIVE=1 turns a failed build into a failed install, RFT_N
 Where nvcc is found, the CUDA kernels are built, too. RFT_CUDA=1 insists on them, RFT_CUDA=0 leaves them out.
 RFT_CUDA_ARCH names the architectures, e.g. "80 90"; by default those from Ampere on that nvcc knows, and PTX
 of the newest for what comes later.
+
+The source distribution (`python -m build --sdist`) is the same file, bit for bit, whenever and by whomever it is made
+from the same sources.
 """
 
+import gzip
 import os
 import platform
 import re
@@ -16,10 +20,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -216,7 +222,44 @@ class NativeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+# Seconds since 1970 of everything in the source distribution, unless SOURCE_DATE_EPOCH says otherwise: 1 January 2020.
+EPOCH = 1577836800
+# Bytes: larger results of benchmarks stay in the repository.
+LARGE_RESULT = 100_000
+
+
+class ReproducibleSdist(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        results = os.path.join("benchmarks", "results", "")
+        small = [f for f in files if not f.startswith(results) or os.path.getsize(f) <= LARGE_RESULT]
+        super().make_release_tree(base_dir, small)
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None) -> str:
+        """The archive without what depends on the checkout: times, owners, permissions, order."""
+        if format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+        epoch = int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH))
+
+        def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = epoch
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            return entry
+
+        top = Path(base_dir)
+        name = f"{base_name}.tar.gz"
+        with (
+            open(name, "wb") as file,
+            gzip.GzipFile("", "wb", 9, file, mtime=epoch) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT, dereference=True) as archive,
+        ):
+            for path in [top, *sorted(top.rglob("*"))]:
+                archive.add(path, recursive=False, filter=anonymous)
+        return name
+
+
 setup(
     ext_modules=[Extension("rft_fast._native", sources=[], optional=True)],
-    cmdclass={"build_ext": NativeBuild},
+    cmdclass={"build_ext": NativeBuild, "sdist": ReproducibleSdist},
 )
