@@ -4,24 +4,24 @@
     pytest benchmarks/bench_kernels.py --device cuda -k "ViT-L-14 and bfloat16"
 
 Each row first checks the contender's numbers, then is timed, then timed in turns with ours. It carries ns per
-element, GB/s of the bytes that the operation must move, and that as a share of the copy bandwidth measured
-in the same run.
+element, GB/s of the bytes that the operation must move, and that as a share of what torch's copy and triad
+(two reads, one write) reach on as many bytes in the same run.
 """
 
 from __future__ import annotations
 
 import math
-import time
 
 import clock
 import peers
 import pytest
+import record
 import torch
 
-from rft_fast.kernels import Plan
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHAPES = ("layer", "64M", "ViT-B-32", "ViT-L-14")
+SHAPES = ("layer", "64M", "256M", "ViT-B-32", "ViT-L-14")
+# Twelve tensors of 1 GB each, with the peers' scratch: what a large GPU has room for.
+GPU_ONLY = ("256M",)
 # A reference write of ViT-L/14 takes minutes on a CPU and proves nothing; compiling 160 shapes neither.
 ONE_TENSOR_ONLY = ("reference", "torch.compile")
 SLOW = ("reference", "torch.func._random", "torch.compile", "delta dict", "state dicts (WiSE-FT)")
@@ -37,6 +37,7 @@ def rows(device: torch.device) -> list[object]:
         for operation, op in peers.OPERATIONS.items()
         for name in peers.contenders(op, device)
         if not (name in ONE_TENSOR_ONLY and shape.startswith("ViT"))
+        and not (shape in GPU_ONLY and device.type != "cuda")
     ]
 
 
@@ -82,8 +83,14 @@ def test_write(benchmark, cases, device, shape, dtype, operation, name):
     if name != "native":
         turns = clock.in_turns(device, contenders["native"](case, op).run, contender.run, rounds)
     seconds = benchmark.stats.stats.median
-    moved = op.tensors * DTYPES[dtype].itemsize * case.elements / 1e9
-    copy = clock.copy_bandwidth(device)
+    moved = op.tensors * DTYPES[dtype].itemsize * case.elements
+    shares = {}
+    for yardstick, operands in (("copy", 2), ("triad", 3)):
+        gb_per_s = clock.bandwidth(device, moved, operands)
+        shares |= {
+            f"{yardstick}_gb_per_s": gb_per_s,
+            f"share_of_{yardstick}": moved / seconds / 1e9 / gb_per_s,
+        }
     benchmark.extra_info.update(
         name=name,
         shape=shape,
@@ -91,41 +98,18 @@ def test_write(benchmark, cases, device, shape, dtype, operation, name):
         operation=operation,
         elements=case.elements,
         ns_per_element=1e9 * seconds / case.elements,
-        gb_per_s=moved / seconds,
-        share_of_copy=moved / seconds / copy,
-        copy_gb_per_s=copy,
+        gb_per_s=moved / seconds / 1e9,
+        **shares,
         times_native=turns,
     )
+    stats = {name: getattr(benchmark.stats.stats, name) for name in ("median", "q1", "q3", "rounds")}
+    record.row("write", group=benchmark.group, extra_info=benchmark.extra_info, stats=stats)
 
 
 def turns_of(name: str, device: torch.device) -> int:
     if device.type == "cuda":
         return 3 if name == "reference" else 30  # thousands of launches
     return 3 if name in SLOW else 15
-
-
-@pytest.mark.benchmark(timer=time.perf_counter)
-@pytest.mark.parametrize("what", ["whole model", "two tensors"])
-@pytest.mark.parametrize("impl", ["native", "triton"])
-def test_host_time(benchmark, device, impl, what):
-    """What one Plan.write costs its caller: 296 tensors so small that the writing itself takes no time."""
-    if device.type != "cuda" and impl == "triton":
-        pytest.skip("on the CPU Triton is interpreted")
-    tensors = [torch.zeros(8, device=device) for _ in range(296)]
-    plan = Plan(tensors, [t.clone() for t in tensors], [t.clone() for t in tensors], impl)
-    runs = None if what == "whole model" else [(100, 102)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # waking others for 296 x 8 elements would be all that is measured
-    benchmark.group = f"host time of Plan.write, 296 tensors, {what}"
-    try:
-        benchmark.pedantic(
-            lambda: plan.write(0.3, rho=0.1, tensors=runs, draw=5), rounds=50, iterations=20, warmup_rounds=3
-        )
-    finally:
-        torch.set_num_threads(threads)
-    benchmark.extra_info.update(
-        name=impl, host_us=0 if benchmark.disabled else benchmark.stats.stats.median * 1e6
-    )
 
 
 def check_numbers(case: peers.Case, op: peers.Operation, drawn: object) -> None:

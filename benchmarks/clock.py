@@ -1,4 +1,4 @@
-"""Seconds of one round from cold caches, on the CPU or a GPU; and the copy bandwidth to compare with."""
+"""Seconds of one round from cold caches, on the CPU or a GPU; and the bandwidth to compare with."""
 
 from __future__ import annotations
 
@@ -81,9 +81,14 @@ def in_turns(device: torch.device, ours: Run, peer: Run, rounds: int) -> list[fl
 
 
 @cache
-def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of out.copy_(source), bytes read and written, median of 25. 64 M float32, on a GPU 256 M."""
-    elements = 2**28 if device.type == "cuda" else 2**26
-    source, out = torch.randn(elements, device=device), torch.empty(elements, device=device)
-    times = [measure(device, lambda: out.copy_(source)) for _ in range(26)]
-    return 2 * 4 * elements / statistics.median(times[1:]) / 1e9
+def bandwidth(device: torch.device, moved: int, operands: int) -> float:
+    """GB/s of plain torch moving ``moved`` bytes, read and written: the yardstick for a write.
+
+    operands: 2 for a copy (out.copy_(a)), 3 for a triad (torch.add(a, b, out=out)), in float32. Median of 25.
+    """
+    elements = moved // (4 * operands)
+    tensors = [torch.randn(elements, device=device) for _ in range(operands)]
+    out, *sources = tensors
+    run = (lambda: out.copy_(*sources)) if operands == 2 else (lambda: torch.add(*sources, out=out))
+    times = [measure(device, run) for _ in range(26)]
+    return 4 * operands * elements / statistics.median(times[1:]) / 1e9

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-
 import pytest
 import torch
 
@@ -20,12 +17,6 @@ def pytest_configure(config):
     device = torch.device(config.getoption("device"))
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose stream the clock's events are on
-
-
-def pytest_runtest_setup(item):
-    """STOP_AT: the time, in seconds since 1970, after which no row begins."""
-    if time.time() > float(os.environ.get("STOP_AT", "inf")):
-        pytest.skip("the time was up")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark's own

@@ -1,15 +1,20 @@
-"""A small program that runs every kernel, for compute-sanitizer.
+"""One process that says which backends work, runs every kernel, and measures the host's time of a write.
 
 Rows of sizes around the kernels' tiles, aligned and not, in all storage types, in place and out of place, in
 several forms of the write. Results are compared with the CPU's, bit for bit, but for normals.
+compute-sanitizer runs it, too. Each backend, form and time is a row (record.py) the moment it is known.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
+import time
+from collections.abc import Callable
 
+import record
 import torch
 
 from rft_fast import env
@@ -67,34 +72,91 @@ def written(impl: str, device: torch.device, form: dict) -> list[torch.Tensor]:
     return [t.cpu() for t in out]
 
 
-def check(impl: str, device: torch.device) -> None:
+def check(impl: str, device: torch.device) -> int:
+    """How many forms of the write are wrong. Each form is a row."""
     forms = FORMS if impl == "triton" else FORMS + MORE_FORMS
-    for form in forms:
-        expected = written("reference", torch.device("cpu"), form)
-        for got, wanted in zip(written(impl, device, form), expected):
-            close = {"rtol": 1e-2, "atol": 1e-6} if got.element_size() == 2 else {"rtol": 1e-5, "atol": 1e-6}
-            if not form.get("rho") or form.get("noise", "normal") != "normal":
-                close = {"rtol": 0, "atol": 0}
-            torch.testing.assert_close(got, wanted, **close)
-    print(f"{impl} on {device}: {len(forms)} forms of {len(expected)} rows are right")
+    wrong = most = 0
+    for number, form in enumerate(forms):
+        what = ", ".join(f"{name} {value}" for name, value in form.items())
+        if record.time_is_up():
+            record.left_out(f"{impl}: {len(forms) - number} of {len(forms)} forms, from {what} on")
+            break
+        try:
+            rows, why = compare(impl, device, form), ""
+        except (AssertionError, RuntimeError) as error:
+            rows, why = 0, str(error).strip()
+            wrong += 1
+            print(f"{impl} on {device}: {what}: {why}")
+        most = max(most, rows)
+        record.row("form", impl=impl, form=what, right=not why, why=why[:300], rows=rows)
+    else:
+        print(f"{impl} on {device}: {len(forms) - wrong} of {len(forms)} forms of {most} rows are right")
+    return wrong
 
 
-def main() -> None:
+def compare(impl: str, device: torch.device, form: dict) -> int:
+    """How many rows one form wrote. Raises AssertionError where one of them is not the reference's."""
+    expected = written("reference", torch.device("cpu"), form)
+    for got, wanted in zip(written(impl, device, form), expected):
+        close = {"rtol": 1e-2, "atol": 1e-6} if got.element_size() == 2 else {"rtol": 1e-5, "atol": 1e-6}
+        if not form.get("rho") or form.get("noise", "normal") != "normal":
+            close = {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(got, wanted, **close)
+    return len(expected)
+
+
+def host_time(impl: str, device: torch.device) -> None:
+    """What one Plan.write costs its caller, of 296 tensors so small that the writing itself takes no time."""
+    tensors = [torch.zeros(8, device=device) for _ in range(296)]
+    plan = Plan(tensors, [t.clone() for t in tensors], [t.clone() for t in tensors], impl)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waking others for 296 x 8 elements would be all that is measured
+    try:
+        for what, runs in (("whole model", None), ("two tensors", [(100, 102)])):
+            times = timed(lambda runs=runs: plan.write(0.3, rho=0.1, tensors=runs, draw=5))
+            q1, median, q3 = (1e6 * q for q in statistics.quantiles(times, n=4))
+            record.row("host", impl=impl, what=what, us=median, q1=q1, q3=q3, rounds=len(times))
+            print(f"{impl} on {device}: Plan.write, {what}: {median:.1f} us ({q1:.1f} to {q3:.1f})")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def timed(run: Callable[[], object], rounds: int = 50, iterations: int = 20) -> list[float]:
+    """Seconds of one call, round by round. Between rounds a GPU catches up, so that no call waits for it."""
+    times = []
+    for number in range(rounds + 3):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(iterations):
+            run()
+        if number >= 3:  # the first ones warm up
+            times.append((time.perf_counter() - begun) / iterations)
+    return times
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument(
-        "--backends", action="store_true", help="only tell which backends work; 1 if one does not"
-    )
+    parser.add_argument("--host", action="store_true", help="measure the host's time of a write, too")
     options = parser.parse_args()
+    record.start()
     device = torch.empty(0, device=options.device).device
     # On the CPU Triton is interpreted, for tests.
     impls = ("native",) if device.type == "cpu" else ("native", "triton")
-    if options.backends:
-        print(env.report())
-        sys.exit(any(BACKENDS[impl].why_not(device) for impl in impls))
+    print(env.report())
+    versions = {name: str(version) for name, version in env.versions().items()}
+    record.row("about", **versions, cuda=torch.version.cuda, threads=torch.get_num_threads())
+    faults = 0
     for impl in impls:
-        check(impl, device)
+        why = BACKENDS[impl].why_not(device)
+        record.row("backend", impl=impl, device=str(device), works=not why, why=why or "")
+        faults += bool(why)
+        if not why and options.host:
+            host_time(impl, device)
+    # The check takes longest, and compute-sanitizer runs it once more.
+    return faults + sum(check(impl, device) for impl in impls if not BACKENDS[impl].why_not(device))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bool(main()))

@@ -93,6 +93,7 @@ def vit(width: int, layers: int, patch: int, embed: int) -> list[tuple[int, ...]
 def shapes(name: str) -> list[tuple[int, ...]]:
     return {
         "64M": [(64 * 2**20,)],
+        "256M": [(256 * 2**20,)],
         "layer": [(4096, 1024), (4096,)],  # ViT-L/14's mlp.c_fc
         "ViT-B-32": vit(768, 12, 32, 512),
         "ViT-L-14": vit(1024, 24, 14, 768),

@@ -58,10 +58,10 @@ def append(file: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All rows of a file. A last line that was cut off by a kill is left out; another one that is broken raises."""
+    """All rows of a file. A last line that a kill cut off is left out; another broken line raises."""
     if not file.exists():
         return []
-    *lines, last = file.read_text(errors="replace").split("\n")
+    *lines, _cut_off = file.read_text(errors="replace").split("\n")
     return [json.loads(line) for line in lines if line]
 
 

@@ -7,10 +7,9 @@ import statistics
 import sys
 
 HEAD = (
-    "| | ns per element (quartiles) | GB/s | share of copy | times native, in turns (range) |\n"
-    "| --- | ---: | ---: | ---: | ---: |"
+    "| | ns per element (quartiles) | GB/s | share of copy | share of triad | times native (range) |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: |"
 )
-HOST_HEAD = "| | microseconds (quartiles) |\n| --- | ---: |"
 
 
 def write_row(row: dict) -> str:
@@ -18,20 +17,16 @@ def write_row(row: dict) -> str:
     ns = 1e9 / info["elements"]
     turns = info["times_native"]
     times = f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})" if turns else ""
+    triad = f"{info['share_of_triad']:.0%}" if "share_of_triad" in info else ""  # older rows have none
     return (
         f"| {info['name']} | {stats['median'] * ns:.4g} ({stats['q1'] * ns:.4g} to {stats['q3'] * ns:.4g}) | "
-        f"{info['gb_per_s']:.4g} | {info['share_of_copy']:.0%} | {times} |"
+        f"{info['gb_per_s']:.4g} | {info['share_of_copy']:.0%} | {triad} | {times} |"
     )
 
 
-def host_row(row: dict) -> str:
-    q1, median, q3 = (row["stats"][name] * 1e6 for name in ("q1", "median", "q3"))
-    return f"| {row['extra_info']['name']} | {median:.1f} ({q1:.1f} to {q3:.1f}) |"
-
-
 def measured(run: dict) -> list[dict]:
-    """The rows that are complete: one that failed after it was timed has no figures of its own."""
-    return [row for row in run["benchmarks"] if row["extra_info"]]
+    """The rows of writes that are complete: one that failed after it was timed has no figures of its own."""
+    return [row for row in run["benchmarks"] if "elements" in row["extra_info"]]
 
 
 def tables(path: str) -> str:
@@ -44,17 +39,30 @@ def tables(path: str) -> str:
         f"{machine['device']}, torch {versions['torch']}{cuda}, Triton {versions['triton']}, "
         f"Python {versions['python']}, {run['datetime'][:10]}"
     ]
-    if copies := [c for row in measured(run) if (c := row["extra_info"].get("copy_gb_per_s"))]:
-        lines[0] += f"; copy {copies[0]:.1f} GB/s"
+    return "\n".join([*lines, *grouped(measured(run))])
+
+
+def grouped(rows: list[dict]) -> list[str]:
+    """A table for each group of rows that compare, with the yardsticks of its bytes."""
     groups: dict[str, list[dict]] = {}
-    for row in measured(run):
+    for row in rows:
         groups.setdefault(row["group"], []).append(row)
-    for group, rows in groups.items():
-        host = "host_us" in rows[0]["extra_info"]
-        size = "" if host else f" ({rows[0]['extra_info']['elements'] / 1e6:.1f} M elements)"
-        lines += ["", f"**{group}**{size}", "", HOST_HEAD if host else HEAD]
-        lines += [host_row(row) if host else write_row(row) for row in rows]
-    return "\n".join(lines)
+    lines = []
+    for group, members in groups.items():
+        info = members[0]["extra_info"]
+        reached = [
+            f"{name} {info[f'{name}_gb_per_s']:.1f} GB/s"
+            for name in ("copy", "triad")
+            if f"{name}_gb_per_s" in info
+        ]
+        lines += [
+            "",
+            f"**{group}** ({info['elements'] / 1e6:.1f} M elements; {', '.join(reached)})",
+            "",
+            HEAD,
+        ]
+        lines += [write_row(row) for row in members]
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,337 @@
+"""Runs the steps of gpu.sh one after the other, each with a limit, and keeps the summary up to date.
+
+A step is a program of its own that appends its measurements to OUT/rows.jsonl (record.py). Nothing here
+imports torch: what is missing on the machine is named in the first second. No step stops the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import record
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = 570  # seconds of a whole quick run; a call on a lent machine ends after 600
+GRACE = 4  # seconds between asking a step to end and killing it
+LEAST = 12  # seconds below which no step begins: its imports alone take some eight
+KEPT = 10  # seconds of a run for what happens between steps
+
+PACKAGES = [
+    *"torch triton torchvision numpy pandas scipy matplotlib PIL safetensors timm tqdm".split(),
+    *"huggingface_hub open_clip ftfy wcwidth regex pytest pytest_benchmark".split(),
+]
+GOALS = "native or triton or lerp or foreach or _random or (compile and 64M and float32)"
+KERNEL_ROWS = f"(64M or 256M) and (float32 or bfloat16) and (interpolate or both) and ({GOALS})"
+KERNEL_TESTS = ("kernels", "triton", "torch_library", "path", "graphs")
+SWEEP_TESTS = ("evaluate", "walk", "stages", "precision")
+
+
+@dataclass(frozen=True)
+class Step:
+    """limit: seconds in this run. tool: a program that must be on the machine."""
+
+    name: str
+    limit: int
+    command: tuple[str, ...]
+    tool: str = ""
+
+
+def steps(device: str, quick: bool) -> Iterator[Step]:
+    """In the order of what matters most, so that a run that is cut off has it."""
+    python, cuda = sys.executable, device != "cpu"
+
+    def script(name: str, *words: str) -> tuple[str, ...]:
+        return (python, f"benchmarks/{name}.py", "--device", device, *words)
+
+    def pytest(*words: str) -> tuple[str, ...]:
+        # The project's own options are for developers: how many processes run is decided here.
+        return (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "gpu_rows",
+                "-o", "addopts=--import-mode=importlib", *words)  # fmt: skip
+
+    def tests(*names: str, words: Sequence[str] = ()) -> tuple[str, ...]:
+        # Most of the time goes into compiling hundreds of variants, which processes can share.
+        spread = ("-n", "8", "--dist", "worksteal") if cuda and importlib.util.find_spec("xdist") else ()
+        return pytest(*spread, *words, *(f"tests/test_{name}.py" for name in names))
+
+    def bench(rows: str) -> tuple[str, ...]:
+        return pytest("benchmarks/bench_kernels.py", "--device", device, "-k", rows)
+
+    def limit(quickly: int, fully: int) -> int:
+        return quickly if quick else fully
+
+    if not quick and cuda:
+        yield Step("build", 400, (python, "setup.py", "build_ext", "--inplace"), "nvcc")
+    yield Step("program", limit(45, 200), script("gpu_program", "--host"))
+    if not cuda:
+        sweep = ("--arch", "tiny", "--samples", "32", "--draws", "2", "--layers", "2", "--rounds", "1")
+        yield Step("device", 45, script("bench_sweep", *sweep, "--part", "stages", "graphs", "attention"))
+        yield Step("kernels", 60, bench("layer and bfloat16 and both and (native or folded)"))
+        yield Step("sweep", 60, script("bench_sweep", *sweep, "--part", "layer-sharpness", "busy"))
+        yield Step("tests", 60, tests("torch_library", words=("-k", "opcheck or trap or cpu")))
+        return
+    small, large = ("--arch", "ViT-B-32"), ("--arch", "ViT-L-14")
+    yield Step(
+        "device",
+        limit(45, 300),
+        script("bench_sweep", "--arch", "tiny", "ViT-B-32", "ViT-L-14",
+               "--part", "stages", "graphs", "attention", "--rounds", "2"),
+    )  # fmt: skip
+    yield Step("kernels", limit(75, 1500), bench(KERNEL_ROWS if quick else "not layer or not compile"))
+    few = (
+        "--samples",
+        "256",
+        "--layers",
+        "2",
+        "--draws",
+        "4",
+        "--rounds",
+        "1",
+        "--precisions",
+        "fp32",
+        "bf16",
+    )
+    yield Step(
+        "sweep_l",
+        limit(125, 900),
+        script("bench_sweep", *large, "--part", "layer-sharpness", "busy", *(few if quick else ())),
+    )
+    if quick:
+        yield Step("tests", 110, tests(*KERNEL_TESTS))
+    else:
+        yield Step("tests", 1200, tests(*KERNEL_TESTS, *SWEEP_TESTS))
+    yield Step(
+        "memcheck",
+        limit(55, 300),
+        # Every tensor is an allocation of its own, so that an access beyond its end is one to unowned memory.
+        # Errors that a library asks for and handles are none.
+        ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck",
+         "--error-exitcode", "9", "--report-api-errors", "no", *script("gpu_program")),
+        "compute-sanitizer",
+    )  # fmt: skip
+    few = ("--samples", "1024", "--rounds", "1", "--precisions", "fp32", "tf32")
+    yield Step(
+        "sweep_b",
+        limit(90, 900),
+        script("bench_sweep", *small, "--part", "layer-sharpness", "streaming", *(few if quick else ())),
+    )
+    if not quick:
+        parts = ("layers", "interpolation", "scaling")
+        yield Step("growth", 1200, script("bench_sweep", *small, "--part", *parts))
+        yield Step("precisions", 900, script("precision"))
+
+
+class Run:
+    """One run: its folder, its clock, and the step that is running."""
+
+    def __init__(self, out: Path, device: str, seconds: float) -> None:
+        self.out, self.device = out, device
+        self.rows, self.log = out / "rows.jsonl", out / "log.txt"
+        self.deadline = time.time() + seconds
+
+    def step(self, step: Step) -> None:
+        """Runs it, and appends what became of it: a row of kind "step"."""
+        begun = time.time()
+        limit = min(step.limit, self.deadline - begun)
+        if step.tool and not shutil.which(step.tool):
+            return self.done(step, "not begun", f"{step.tool} is not on the PATH", 0)
+        if limit < min(LEAST, step.limit):
+            return self.done(step, "not begun", f"too little time: {max(0, limit):.0f} s are left", 0)
+        measured = len(self.measured(step))
+        with open(self.log, "a") as log:
+            log.write(f"\n== {step.name}: {' '.join(step.command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=self.environment(step, begun + limit),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its workers end with it
+            )
+            ended = self.wait(process, begun + limit)
+        found = len(self.measured(step)) - measured
+        outcome, why = "done", f"{found} measurements"
+        if not ended:
+            outcome, why = "cut off", f"at its limit of {limit:.0f} s, after {found} measurements"
+        elif process.returncode:
+            outcome, why = "failed", f"exit status {process.returncode}: {last_line(self.log)}"
+        elif not found:
+            outcome, why = "failed", "it measured nothing"
+        self.done(step, outcome, why, time.time() - begun)
+
+    def wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        """Whether the process ended by itself. The summary is rewritten meanwhile."""
+        try:
+            while time.time() < deadline - GRACE:
+                try:
+                    process.wait(min(5.0, max(0.1, deadline - GRACE - time.time())))
+                    return True
+                except subprocess.TimeoutExpired:
+                    self.summarize()
+            kill(process, signal.SIGINT)
+            try:
+                process.wait(max(0.1, deadline - time.time()))
+            except subprocess.TimeoutExpired:
+                pass
+            return False
+        finally:
+            kill(process, signal.SIGKILL)  # the group: a step that ended may have left workers behind
+            process.wait()
+
+    def environment(self, step: Step, deadline: float) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+            "MPLBACKEND": "Agg",
+            "ROWS": str(self.rows),
+            "STEP": step.name,
+            "DEADLINE": str(deadline - GRACE),
+        }
+
+    def measured(self, step: Step) -> list[dict]:
+        """The rows of a step that are measurements."""
+        rows = (row for row in record.read(self.rows) if row["step"] == step.name)
+        rows = (row for row in rows if row.get("outcome") != "skipped")  # tests
+        return [row for row in rows if row["kind"] not in ("step", "left out")]
+
+    def done(self, step: Step, outcome: str, why: str, seconds: float) -> None:
+        facts = {"outcome": outcome, "why": why, "seconds": round(seconds, 1), "limit": step.limit}
+        record.append(self.rows, {"step": step.name, "kind": "step", **facts})
+        print(f"{step.name:<10} {seconds:5.0f} s  {outcome}: {why}", flush=True)
+        self.summarize()
+
+    def summarize(self) -> None:
+        """Rewrites summary.md. A fault of the report is printed and stops no measurement."""
+        import gpu_report
+
+        try:
+            text = gpu_report.summary(record.read(self.rows))
+            part = self.out / "summary.md.part"
+            part.write_text(text)
+            os.replace(part, self.out / "summary.md")
+        except Exception as error:
+            print(f"gpu.sh: summary.md was not rewritten: {error!r}", file=sys.stderr, flush=True)
+
+
+def kill(process: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the machine says of itself, without torch."""
+    facts: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "device": device,
+    }
+    if device != "cpu":
+        names = "name,driver_version,memory.total,compute_cap,clocks.max.sm"
+        query = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+        facts["gpu"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    facts["commit"] = commit.stdout.strip() or "not a git checkout"
+    return facts
+
+
+def problems(options: argparse.Namespace, names: Sequence[str]) -> Iterator[str]:
+    """Why this run cannot begin: all reasons at once."""
+    for name in options.only:
+        if name not in names:
+            yield f"there is no step {name!r} here; there are {', '.join(names)}"
+    if options.seconds < LEAST:
+        yield f"--seconds {options.seconds:g}: too little time for any step, which needs {LEAST}"
+    if options.out is None:
+        yield "name a folder OUT for rows.jsonl, summary.md and log.txt"
+    elif (options.out / "rows.jsonl").exists():
+        yield f"{options.out} holds a run already; choose another folder, or move its rows.jsonl away"
+    elif options.out.exists() and not options.out.is_dir():
+        yield f"{options.out} is not a folder"
+    if options.device != "cpu" and not shutil.which("nvidia-smi"):
+        yield "no NVIDIA GPU: nvidia-smi is not on the PATH; --device cpu tests this script on tiny models"
+    elif options.device != "cpu" and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode:
+        yield "no NVIDIA GPU: nvidia-smi -L fails; --device cpu tests this script on tiny models"
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        yield (
+            f"{sys.executable} lacks {', '.join(missing)}; install them, or carry them as wheels: "
+            "bash benchmarks/gpu_carry.sh"
+        )
+    module = ROOT / "rft_fast" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not module.exists() and (options.quick or options.device == "cpu"):
+        yield (
+            f"{module.name} is not in rft_fast/; carry it (bash benchmarks/gpu_carry.sh), or build it here: "
+            f"{Path(sys.executable).name} setup.py build_ext --inplace"
+        )
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="a folder that holds no run yet")
+    parser.add_argument("--quick", action="store_true", help=f"what matters most, in {QUICK} s at most")
+    parser.add_argument("--only", default="", metavar="STEP,...", help="only these steps")
+    parser.add_argument("--seconds", type=float, help="end by then; what does not fit is said")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--list", action="store_true", help="the steps, their limits and commands")
+    options = parser.parse_args(argv)
+    options.only = [name for name in options.only.split(",") if name]
+    if options.out is not None:
+        options.out = options.out.resolve()
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"  # compute-sanitizer and nvcc, where not on it
+    listed = list(steps(options.device, options.quick))
+    total = sum(step.limit for step in listed) + KEPT
+    if options.seconds is None:
+        options.seconds = QUICK if options.quick else total
+    if options.list:
+        for step in listed:
+            print(f"{step.name:<10} {step.limit:5} s  {' '.join(step.command)}")
+        print(f"{'in all':<10} {total:5} s  with {KEPT} s between the steps")
+        return 0
+    if why := list(problems(options, [step.name for step in listed])):
+        print("\n".join(f"gpu.sh: {problem}" for problem in why), file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options.out, options.device, options.seconds - 2)
+    record.append(run.rows, {"step": "machine", "kind": "machine", **machine(options.device)})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for step in listed:
+            if not options.only or step.name in options.only:
+                run.step(step)
+    except KeyboardInterrupt:
+        run.summarize()
+        print("gpu.sh: interrupted; what was measured is in rows.jsonl and summary.md", file=sys.stderr)
+        return 130
+    print((run.out / "summary.md").read_text())
+    outcomes = [row["outcome"] for row in record.read(run.rows) if row["kind"] == "step"]
+    return int(any(outcome != "done" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
