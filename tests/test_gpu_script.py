@@ -138,6 +138,25 @@ def test_rows_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
         assert 5 <= said <= len(kept) <= said + 1
 
 
+def test_the_cpu_version_keeps_what_it_measured_when_it_is_killed(tmp_path: Path) -> None:
+    command = ["bash", "benchmarks/gpu.sh", "--quick", "--device", "cpu", "--only", "program", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    rows = tmp_path / "rows.jsonl"
+    until = time.monotonic() + 120
+    while len(record.read(rows)) < 8 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    step = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(int(step), signal.SIGKILL)
+    process.wait()
+    kept = record.read(rows)
+    assert [row["kind"] for row in kept[:4]] == ["machine", "about", "backend", "host"]
+    assert len(kept) >= 8 and all(row["right"] for row in kept if row["kind"] == "form")
+    # Begun anew elsewhere: the same folder is refused, and its rows stay.
+    assert script("--quick", "--device", "cpu", str(tmp_path)).returncode == 2
+    assert record.read(rows) == kept
+
+
 def test_a_line_that_was_cut_off_is_left_out_and_a_broken_one_is_not(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     record.append(file, {"step": "a", "n": 1})
@@ -212,7 +231,10 @@ def test_outcomes_of_tests_are_rows_and_what_comes_too_late_is_left_out(tmp_path
 STEPS = {
     "done": ("import record; record.row('timing', seconds=1.0)", "1 measurements"),
     "measured nothing": ("print('fine')", "it measured nothing"),
-    "all skipped": ("import record; record.row('test', outcome='skipped', test='a::b', why='')", "measured nothing"),
+    "all skipped": (
+        "import record; record.row('test', outcome='skipped', test='a::b', why='')",
+        "measured nothing",
+    ),
     "all left out": ("import record; record.left_out('it')", "measured nothing"),
     "failed": (
         "import record; record.row('timing'); raise ValueError('the reason')",
