@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
+from .checkpoints.activation import NAMES, TOWERS, Activation, of_model_cfg
 from .words import some
 
 HUB = "hf-hub:"
@@ -233,6 +234,36 @@ def check_activation(arch: str | PathLike[str], pretrained: str) -> None:
         was = "with" if trained else "without"
         raise ValueError(
             f"arch: {pretrained!r} was trained {was} QuickGELU, and {name} is not; name {other} instead"
+        )
+
+
+def check_evidence(
+    arch: str | PathLike[str], activation: Mapping[str, Activation], towers: Collection[str] = TOWERS
+) -> None:
+    """Refuses an architecture with the other activation than what a checkpoint's file says of itself.
+
+    Args:
+        arch: as in :func:`config`.
+        activation: tower -> its activation (:class:`rft_fast.checkpoints.Tensors`).
+        towers: those that are used; others are not judged.
+
+    Raises:
+        ValueError: a contradiction, with the architecture to name instead.
+    """
+    label, model_cfg, _ = config(arch)
+    for tower, quick in of_model_cfg(model_cfg).items():
+        known = activation.get(tower)
+        if known is None or known.quick == quick or tower not in towers:
+            continue
+        other = label.removesuffix(QUICK) if label.endswith(QUICK) else label + QUICK
+        if _names([other]):
+            cure = f"name --arch {other} instead"
+        else:
+            cure = f'set "quick_gelu": {json.dumps(known.quick)} in its model_cfg'
+            if not Path(label).is_file():
+                cure = f"write its configuration to a JSON file, {cure}, and name that file (--arch)"
+        raise ValueError(
+            f"arch: the {tower} tower was trained with {known}, but {label} computes {NAMES[quick]}; {cure}"
         )
 
 

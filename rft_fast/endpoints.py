@@ -260,7 +260,14 @@ class Ends:
                 _check_scale(used)
         with _at(end):
             architectures.compare(self.setup.arch, self._shapes, used, state)
+            self._check_activation(state)
         return used, inert
+
+    def _check_activation(self, state: Mapping[str, Tensor]) -> None:
+        """Refuses a checkpoint that says of itself that it has another activation than the architecture."""
+        made = self.setup.prompts is not None and HEAD_WEIGHT not in state
+        towers = ("image", "text") if self._both or made else ("image",)
+        architectures.check_evidence(self.setup.arch, getattr(state, "activation", {}), towers)
 
     # --- heads ----------------------------------------------------------------------------------------
 

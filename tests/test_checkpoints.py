@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -139,10 +140,59 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty.safetensors").touch()
     refused(tmp_path / "empty.safetensors", "empty")
     (tmp_path / "notes.pt").write_text("these are not the weights you are looking for")
-    refused(tmp_path / "notes.pt", "no known format", "safetensors", "torch.save")
+    refused(tmp_path / "notes.pt", "text file", "these are not")
+    (tmp_path / "noise.pt").write_bytes(b"\x01\xff\x00\x02" * 9)
+    refused(tmp_path / "noise.pt", "no known format", "safetensors", "torch.save")
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("a/b.txt", "hello")
     refused(tmp_path / "images.zip", "not of torch.save")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 605143316\n"
+INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "m-1-of-2.bin", "b": "m-2-of-2.bin"}}).encode()
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LFS, ["Git LFS", "605,143,316", "git lfs pull"]),
+        (b"\xef\xbb\xbf" + LFS, ["Git LFS"]),
+        (b"/annex/objects/SHA256E-s605--1.pt\n", ["git-annex"]),
+        (b"<!DOCTYPE html><html><title>Sign in</title>", ["web page", "ownload"]),
+        (b"\n  <HTML lang='en'>", ["web page"]),
+        (b"<!-- cached --><html>", ["web page"]),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ["web page"]),
+        (INDEX, ["index", "2 files", "m-1-of-2.bin", "max_shard_size"]),
+        (b'{"mode":{"a":1}}', ["JSON"]),  # its ninth byte is that of a safetensors file
+        (b'{"error": "Repository not found\\u001b[2J"}', ["server", "Repository not found"]),
+        (b"[" * 5000, ["JSON"]),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), ["GGUF", "quantised"]),
+        (b"\x1f\x8b\x08\x00" + bytes(range(99)), ["gzip", "npack"]),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), ["HDF5"]),
+        (b"\x93NUMPY\x01\x00v\x00{'descr'", ["NumPy"]),
+        (b"model.pt" + bytes(249) + b"ustar\x00" + bytes(255), ["tar", "npack"]),
+        (bytes(4096), ["zero bytes", "ownload"]),
+        ("weights \u00fc\u00df are elsewhere".encode("utf-16"), ["text file"]),
+        (b"(dp0\nS'a'\n", ["protocol 0 or 1"]),
+    ],
+)  # fmt: skip
+def test_files_of_other_kinds_are_named(
+    tmp_path: Path, content: bytes, words: list[str], ending: str
+) -> None:
+    (tmp_path / f"a.{ending}").write_bytes(content)
+    assert refused(tmp_path / f"a.{ending}", *words).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [(["a.npy", "b.npy"], "npz"), (["x/model.pt"], "model.pt"), (["word/a.xml"], "torch.save")],
+)
+def test_zip_files_of_other_kinds_are_named(tmp_path: Path, names: list[str], word: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"1")
+    refused(tmp_path / "a.pt", word)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.3, 0.7, 0.999])

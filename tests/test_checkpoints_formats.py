@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -373,3 +375,146 @@ def test_text_tower_as_torch_module(tmp_path: Path) -> None:
     pickle.dump(tower, buffer)
     (tmp_path / "a.pkl").write_bytes(buffer.getvalue())
     same(checkpoints.load(tmp_path / "a.pkl"), tower.state_dict())
+
+
+# --- what a file says of its activation ---------------------------------------------------------------
+
+QUICK, PLAIN = "QuickGELU", "GELU"
+SMALL = {"embed_dim": 10, "vision_cfg": VISION, "text_cfg": TEXT}
+
+
+class Functional(nn.Module):
+    """A block whose activation is no module: only the archive's code has it."""
+
+    def __init__(self, quick: bool) -> None:
+        super().__init__()
+        self.visual = nn.Linear(4, 4)
+        self.quick = quick
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.visual(x)
+        return x * torch.sigmoid(1.702 * x) if self.quick else nn.functional.gelu(x)
+
+
+class FunctionalQuick(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.visual(x)
+        return x * torch.sigmoid(1.702 * x)
+
+
+class FunctionalPlain(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.visual(x))
+
+
+def whole(folder: Path, quick: bool) -> Path:
+    torch.save(clip(quick_gelu=quick), folder / "a.pt")
+    return folder / "a.pt"
+
+
+def encoder(folder: Path, quick: bool) -> Path:
+    class CLIPEncoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = clip(quick_gelu=quick)
+
+    CLIPEncoder.__qualname__ = "CLIPEncoder"
+    globals()["CLIPEncoder"], kept = CLIPEncoder, globals()["CLIPEncoder"]
+    torch.save(CLIPEncoder(), folder / "a.pt")
+    globals()["CLIPEncoder"] = kept
+    return folder / "a.pt"
+
+
+def traced(folder: Path, quick: bool) -> Path:
+    torch.jit.trace(clip(quick_gelu=quick).visual.eval(), torch.zeros(1, 3, 8, 8), check_trace=False)
+    script = torch.jit.trace_module(
+        clip(quick_gelu=quick).eval(), {"encode_image": torch.zeros(1, 3, 8, 8)}, check_trace=False
+    )
+    script.save(str(folder / "a.pt"))
+    return folder / "a.pt"
+
+
+def functional(folder: Path, quick: bool) -> Path:
+    torch.jit.trace(Functional(quick), torch.zeros(1, 4)).save(str(folder / "a.pt"))
+    return folder / "a.pt"
+
+
+def scripted(folder: Path, quick: bool) -> Path:
+    torch.jit.script((FunctionalQuick if quick else FunctionalPlain)(quick)).save(str(folder / "a.pt"))
+    return folder / "a.pt"
+
+
+def bare(name: str, metadata: dict[str, str] | None = None, **beside: Any) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        save_file(clip().state_dict(), folder / name, metadata)
+        for other, content in beside.items():
+            (folder / f"{other}.json").write_text(
+                content if isinstance(content, str) else json.dumps(content)
+            )
+        return folder / name
+
+    return write
+
+
+def hugging(folder: Path, config: Any, name: str = "model.safetensors") -> Path:
+    save_file({"vision_model.embeddings.class_embedding": torch.ones(2)}, folder / name)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / name
+
+
+@pytest.mark.parametrize("write", [whole, encoder, traced, functional, scripted])
+@pytest.mark.parametrize("quick", [True, False])
+def test_activations_in_a_file(tmp_path: Path, write: Callable[[Path, bool], Path], quick: bool) -> None:
+    got = checkpoints.read(write(tmp_path, quick))
+    found = got.tensors.activation["image"]
+    assert found.quick is quick
+    assert any((QUICK if quick else PLAIN) in note for note in got.notes)
+    assert checkpoints.load(got.file).activation == got.tensors.activation  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("write", "image"),
+    [
+        (bare("a.safetensors"), None),
+        (bare("a.safetensors", {"quick_gelu": "True"}), True),
+        (bare("a.safetensors", {"hidden_act": "gelu"}), False),
+        (bare("a.safetensors", {"hidden_act": "relu", "n": "{"}), None),
+        (bare("a.safetensors", {"config": json.dumps({"model_cfg": {**SMALL, "quick_gelu": True}})}), True),
+        (bare("a.safetensors", {"finetune": json.dumps({"configuration": {"model": SMALL}})}), False),
+        (bare("a.safetensors", open_clip_config={"model_cfg": {**SMALL, "quick_gelu": True}}), True),
+        (bare("a.safetensors", open_clip_config={"model_cfg": SMALL}), False),
+        (bare("a.safetensors", open_clip_config={**SMALL, "vision_cfg": {"timm_model_name": "x"}}), None),
+        (bare("a.safetensors", open_clip_config={**SMALL, "vision_cfg": {"layers": [1, 1, 1, 1]}}), None),
+        (bare("a.safetensors", open_clip_config="[" * 9999), None),
+        (bare("a.safetensors", config={"vision_config": {"hidden_act": "quick_gelu"}}), None),  # of another
+        (bare("model.safetensors", config={"vision_config": {"hidden_act": "quick_gelu"}}), True),
+        (bare("model.safetensors", config={"lr": 1e-5, "model": "x"}), None),
+        # Two that contradict each other are no evidence.
+        (bare("a.safetensors", {"quick_gelu": "true"}, open_clip_config={"model_cfg": SMALL}), None),
+        (lambda folder: hugging(folder, {"vision_config": {"hidden_act": "quick_gelu"}}, "x.bin"), True),
+        (lambda folder: hugging(folder, {"vision_config": {"hidden_act": "gelu"}}), False),
+        (lambda folder: hugging(folder, {"vision_config": {}}), None),
+        (lambda folder: hugging(folder, {"model_type": "clip", "vision_config": {}}), True),  # its default
+        (lambda folder: hugging(folder, {"model_type": "clip_vision_model", "hidden_act": "gelu"}), False),
+        (lambda folder: hugging(folder, ["vision_config"]), None),
+    ],
+)  # fmt: skip
+def test_activations_beside_weights(
+    tmp_path: Path, write: Callable[[Path], Path], image: bool | None
+) -> None:
+    found = checkpoints.read(write(tmp_path)).tensors.activation.get("image")
+    assert (found and found.quick) == image, found
+
+
+def test_activations_that_differ_between_the_towers(tmp_path: Path) -> None:
+    model = clip()
+    for block in model.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    torch.save(model, tmp_path / "a.pt")
+    found = checkpoints.read(tmp_path / "a.pt").tensors.activation
+    assert (found["image"].quick, found["text"].quick) == (False, True)
+    model.visual.transformer.resblocks[0].mlp.gelu = open_clip.transformer.QuickGELU()
+    torch.save(model, tmp_path / "b.pt")  # both in one tower: none
+    got = checkpoints.read(tmp_path / "b.pt")
+    assert list(got.tensors.activation) == ["text"]
+    assert any("neither is used" in note for note in got.notes)

@@ -16,7 +16,8 @@ from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from torch import Tensor, nn
 
 from rft_fast import Path as WeightPath
-from rft_fast import classifier
+from rft_fast import architectures, classifier
+from rft_fast.checkpoints import Activation, Tensors
 from rft_fast.endpoints import Ends, Setup, zeroshot_head
 from rft_fast.prompts import Prompts
 
@@ -465,3 +466,33 @@ def test_head_zeroshot_helps_where_it_is_said_to(arch: str) -> None:
         a, b = ends.pair(state)
         assert a[HEAD_WEIGHT] is b[HEAD_WEIGHT]
         WeightPath(ends.live, a, b)
+
+
+def test_an_architecture_with_the_other_activation_is_refused(tmp_path: Path) -> None:
+    for quick in (True, False):
+        (tmp_path / f"{quick}.json").write_text(json.dumps({**CONFIG, "quick_gelu": quick}))
+    state = soup(0)
+    for quick in (True, False):
+        told = {"image": Activation(quick, "its code")}
+        right, wrong = (Setup(str(tmp_path / f"{kind}.json"), head="zeroshot") for kind in (quick, not quick))
+        ends = Ends(right, Tensors(state, told))
+        ends.check(Tensors(state, told))
+        ends.check(state)  # says nothing of itself
+        with pytest.raises(ValueError, match=rf'^zero-shot end: .*"quick_gelu": {str(quick).lower()}'):
+            Ends(wrong, Tensors(state, told))
+        with pytest.raises(ValueError, match=r"^fine-tuned end: .*GELU"):
+            Ends(wrong, state).check(Tensors(state, told))
+        # Of a text tower that makes no head, nothing depends.
+        Ends(wrong, Tensors(state, {"text": told["image"]}))
+
+
+def test_the_architecture_to_name_instead() -> None:
+    quick = {"image": Activation(True, "its code")}
+    with pytest.raises(ValueError, match="--arch ViT-B-32-quickgelu instead"):
+        architectures.check_evidence("ViT-B-32", quick)
+    with pytest.raises(ValueError, match="--arch ViT-B-32 instead"):
+        architectures.check_evidence("ViT-B-32-quickgelu", {"image": Activation(False, "its code")})
+    with pytest.raises(ValueError, match=r'JSON.*"quick_gelu": true'):
+        architectures.check_evidence("ViT-B-32-256", quick)
+    architectures.check_evidence("RN50", quick)  # whose image tower has ReLU
+    architectures.check_evidence("ViT-B-16-SigLIP", quick)  # timm's, with an activation of its own

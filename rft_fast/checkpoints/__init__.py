@@ -5,7 +5,9 @@ module         holds
 =============  ==============================================================================
 ``values``     tensors that are not made yet, as pickles describe them
 ``pickles``    what pickles may call; the machine that reads them is :mod:`rft_fast.pickles`
+``foreign``    files that hold no weights: what they are, and what to do
 ``containers`` bytes of a file -> what it holds, memory-mapped
+``activation`` QuickGELU or GELU: what a file says of its model
 ``layouts``    what it holds -> the format, and tensors under canonical names
 ``lineage``    two checkpoints side by side
 ``sources``    files, open_clip's pretrained tags and Hugging Face repositories -> a file
@@ -29,6 +31,7 @@ from torch import Tensor
 from ..pickles import Unreadable
 from ..words import some
 from . import containers, layouts
+from .activation import Activation, Evidence, Tensors, beside, notes_of
 from .containers import SUPPORTED
 from .layouts import FORMATS, TRAINING_FIELDS
 from .lineage import Lineage, compare
@@ -38,8 +41,10 @@ __all__ = [
     "FORMATS",
     "SUPPORTED",
     "TRAINING_FIELDS",
+    "Activation",
     "Checkpoint",
     "Lineage",
+    "Tensors",
     "check_source",
     "compare",
     "fetch",
@@ -57,13 +62,14 @@ class Checkpoint:
     """What a file holds.
 
     file: where. format: one of ``FORMATS``. tensors: under canonical names, in the file's order, dtypes and
-    shapes as stored, on the CPU. notes: what was left out, and what to know, in words. doubts: those of them
-    that may make its numbers others here; :func:`load` and :func:`load_head` warn of them.
+    shapes as stored, on the CPU; ``tensors.activation`` is what the file, or a configuration beside it, says
+    of its activations. notes: what was left out, and what to know, in words. doubts: those of them that may
+    make its numbers others here; :func:`load` and :func:`load_head` warn of them.
     """
 
     file: Path
     format: str
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     notes: tuple[str, ...]
     doubts: tuple[str, ...] = ()
 
@@ -95,9 +101,14 @@ def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
 def load(
     path: str | PathLike[str], device: str | torch.device = "cpu", format: str | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, under canonical names; as :func:`read`, on ``device``."""
+    """The tensors of a checkpoint, under canonical names; as :func:`read`, on ``device``.
+
+    The dict has what the file says of its activations (``.activation``), by which
+    :class:`rft_fast.endpoints.Ends` judges the architecture.
+    """
     target = torch.device(device)
-    return {name: tensor.to(target) for name, tensor in _read(path, format, "load").tensors.items()}
+    found = _read(path, format, "load").tensors
+    return Tensors({name: tensor.to(target) for name, tensor in found.items()}, found.activation)
 
 
 def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -141,16 +152,20 @@ def _read(path: str | PathLike[str], format: str | None, operation: str) -> Chec
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
         raise ValueError(f"{operation}: there is no format {format!r}; {hint}")
     file = _existing(path, operation)
+    evidence = Evidence()
     try:
-        found, tensors, notes, doubts = layouts.tensors(containers.read(file), format)
+        found, tensors, notes, doubts = layouts.tensors(containers.read(file), format, evidence)
     except (Unreadable, OSError) as error:
         raise ValueError(f"{operation}: {file} {error}") from error
+    evidence.add_all(beside(file, found == "huggingface"))
+    activation, contradictions = evidence.judged()
+    notes += [*notes_of(activation), *contradictions]
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         notes.append(f"not floating-point, copied and never interpolated: {some(integers, 3)}")
     if operation != "read":
         for doubt in doubts:
             warnings.warn(f"{file}: {doubt}, so its scores may differ from its own code's", stacklevel=3)
-    return Checkpoint(file, found, tensors, (*doubts, *notes), tuple(doubts))
+    return Checkpoint(file, found, Tensors(tensors, activation), (*doubts, *notes), tuple(doubts))
 
 
 def _existing(path: str | PathLike[str], operation: str) -> Path:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..pickles import Global, Stream, Unreadable
+from . import activation, foreign
 from .pickles import unpickle
 from .values import Storage, Stored, storage
 
@@ -42,13 +43,17 @@ class Content:
     """What a file holds. container: "safetensors", "torch", "old torch", "pickle" or "torchscript".
 
     value: tensors by name (safetensors), else what the pickle describes, of the classes in values.py.
-    own: of the classes of a TorchScript archive, the names of their parameters and buffers.
+    own: of the classes of a TorchScript archive, the names of their parameters and buffers. metadata: of a
+    safetensors header. activations: whether QuickGELU (True) and GELU (False) are in a TorchScript archive's
+    code.
     """
 
     container: str
     value: Any
     size: int
     own: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    activations: frozenset[bool] = frozenset()
 
 
 def read(file: Path) -> Content:
@@ -58,16 +63,21 @@ def read(file: Path) -> Content:
     """
     size = file.stat().st_size
     if not size:
-        raise Unreadable("is empty; it may be the rest of an interrupted download")
+        raise Unreadable("is empty: the rest of an interrupted download, or of a full disk. Get it again")
     with file.open("rb") as stream:
-        head = stream.read(9)
-        if head[8:] == b"{" or (file.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
-            return Content("safetensors", _safetensors(file), size)
+        head = stream.read(foreign.FIRST)
+        # The length of the header comes first; in a text these eight bytes would be a huge number.
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+            return _safetensors(file, size)
+        if (reason := foreign.why(file, head)) is not None:
+            raise Unreadable(reason)
+        if file.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02"):
+            return _safetensors(file, size)
         data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
     if head.startswith(b"PK"):
         return _zip(file, data)
     if not head.startswith(b"\x80"):  # the opcode that opens every binary pickle
-        raise Unreadable(f"is in no known format (it starts with {head!r}). Supported: {SUPPORTED}")
+        raise Unreadable(f"is in no known format (it starts with {head[:9]!r}). Supported: {SUPPORTED}")
     position = Stream(data)
     value = unpickle(position, nested=_nested)
     if isinstance(value, int) and value == _MAGIC:
@@ -75,12 +85,15 @@ def read(file: Path) -> Content:
     return Content("pickle", value, size)
 
 
-def _safetensors(file: Path) -> dict[str, Tensor]:
+def _safetensors(file: Path, size: int) -> Content:
     try:
         with safe_open(file, framework="pt") as archive:
-            return {name: archive.get_tensor(name) for name in archive.keys()}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+            return Content("safetensors", tensors, size, metadata=archive.metadata() or {})
     except Exception as error:  # torch and safetensors have errors of many kinds
-        raise Unreadable(f"is not a whole safetensors file: {error}") from error
+        raise Unreadable(
+            f"is not a whole safetensors file: {error}. If it was downloaded, do so again"
+        ) from error
 
 
 # --- zip files of torch.save and torch.jit.save ---------------------------------------------------
@@ -91,13 +104,17 @@ def _zip(file: Path, data: memoryview) -> Content:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile lets almost anything through
-        raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
+        raise Unreadable(
+            f"is a damaged or truncated zip file: {error}. If it was downloaded, do so again"
+        ) from error
     found = {entry.filename: entry for entry in entries}
     if len(found) < len(entries):
         raise Unreadable("is a zip file with several entries of one name")
     tops = [name.removesuffix("data.pkl") for name in found if name.rpartition("/")[2] == "data.pkl"]
     if len(tops) != 1:
-        raise Unreadable(f"is a zip, but not of torch.save. Supported: {SUPPORTED}")
+        if tops:
+            raise Unreadable(f"is a zip, but not of torch.save: it holds {len(tops)} checkpoints")
+        raise Unreadable(f"{foreign.of_zip(list(found))}. Supported: {SUPPORTED}")
     parts = _Parts(tops[0], found, data)
     if (order := parts.get("byteorder")) is not None and bytes(order) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
@@ -105,16 +122,30 @@ def _zip(file: Path, data: memoryview) -> Content:
     value = unpickle(Stream(parts["data.pkl"]), parts.storage, None if script else _nested)
     if not script:
         return Content("torch", value, len(data))
-    return Content("torchscript", value, len(data), _own_names(file, f"{parts.top}code/"))
+    own, activations = _of_code(file, f"{parts.top}code/")
+    constants = (parts.get(name) for name in parts.inside("constants/"))
+    if any(map(_is_quick, constants)):
+        activations.add(True)
+    return Content("torchscript", value, len(data), own, activations=frozenset(activations))
 
 
-def _own_names(file: Path, top: str) -> dict[str, frozenset[str]]:
-    """The parameters and buffers of each class, as lists in an archive's code tell.
+def _is_quick(constant: memoryview | None) -> bool:
+    """Whether a constant is the 1.702 of QuickGELU."""
+    data = b"" if constant is None or len(constant) > 8 else bytes(constant)
+    if len(data) not in (4, 8):
+        return False
+    (value,) = struct.unpack("<f" if len(data) == 4 else "<d", data)
+    return bool(abs(value - 1.702) < 1e-6)
+
+
+def _of_code(file: Path, top: str) -> tuple[dict[str, frozenset[str]], set[bool]]:
+    """The parameters and buffers of each class, as lists in an archive's code tell; and which activations.
 
     A module's other tensors, such as an attention mask, lie beside them in the pickle. The code is text here,
     of which nothing else is read.
     """
     found: dict[str, frozenset[str]] = {}
+    activations: set[bool] = set()
     left = _MOST_CODE
     try:
         with zipfile.ZipFile(file) as archive:
@@ -127,13 +158,15 @@ def _own_names(file: Path, top: str) -> dict[str, frozenset[str]]:
                 if left < 0:
                     raise Unreadable(f"has more than {_MOST_CODE >> 20} MiB of code, which no model needs")
                 module = entry.filename[len(top) : -len(".py")].replace("/", ".")
-                for name, *lists in _CLASS.findall(text.decode("utf-8", "replace")):
+                code = text.decode("utf-8", "replace")
+                activations |= activation.of_code(code)
+                for name, *lists in _CLASS.findall(code):
                     found[f"{module}.{name}"] = frozenset(_QUOTED.findall(" ".join(lists)))
     except Unreadable:
         raise
     except Exception as error:  # as above
         raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
-    return found
+    return found, activations
 
 
 class _Parts:
@@ -158,6 +191,11 @@ class _Parts:
         if start + entry.compress_size > len(self.data):
             raise Unreadable(f"is a truncated zip: the entry {entry.filename!r} goes beyond its end")
         return start, start + entry.compress_size
+
+    def inside(self, folder: str) -> list[str]:
+        """The names of the entries in a folder, as :meth:`get` takes them."""
+        start = self.top + folder
+        return [name.removeprefix(self.top) for name in self.entries if name.startswith(start)]
 
     def get(self, name: str) -> memoryview | None:
         entry = self.entries.get(self.top + name)

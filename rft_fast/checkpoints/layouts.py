@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pickles import Shell, Unreadable, kind_of
+from ..pickles import Global, Shell, Unreadable, kind_of
 from ..words import some
+from .activation import TOWERS, Evidence, of_metadata
 from .containers import SUPPORTED, Content, Maker
 from .values import Special, Stored
 
@@ -83,9 +84,13 @@ _FITS: Mapping[str, Callable[[_Layout], bool]] = {
 }
 
 
-def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor], list[str], list[str]]:
+def tensors(
+    content: Content, format: str | None, evidence: Evidence
+) -> tuple[str, dict[str, Tensor], list[str], list[str]]:
     """The format, the tensors under canonical names in the file's order, what was left out, and what of the
     model's computing the tensors do not tell, so that its numbers may be others here.
+
+    evidence: takes what the content says of activations.
 
     Raises Unreadable for what holds no model's tensors, for names that become one, and for a format that
     does not fit.
@@ -95,9 +100,13 @@ def tensors(content: Content, format: str | None) -> tuple[str, dict[str, Tensor
     value, kind, wrapped = content.value, None, False
     state: Mapping[str, Any]
     if isinstance(value, Shell) and not value.items:
-        kind, state = _inner_kind(value), _module(value, content, doubts)
+        kind, state = _inner_kind(value), _module(value, content, doubts, evidence)
+        if not evidence and len(content.activations) == 1:
+            (quick,) = content.activations
+            evidence.add_all((tower, quick, "its TorchScript code") for tower in TOWERS)
     else:
         state, wrapped = _state_dict(value.items if isinstance(value, Shell) else value, notes)
+    evidence.add_all(of_metadata(content.metadata))
     state, origin = _unwrapped(state)
     layout = _Layout(content.container, kind, wrapped, frozenset(state))
     found = next(name for name, fits in _FITS.items() if fits(layout))
@@ -199,7 +208,7 @@ def _inner_kind(shell: Shell) -> str:
     return str(shell)
 
 
-def _module(root: Shell, content: Content, doubts: list[str]) -> dict[str, Any]:
+def _module(root: Shell, content: Content, doubts: list[str], evidence: Evidence) -> dict[str, Any]:
     """A module's state dict: parameters, buffers that persist, and those of the modules in it."""
     script = content.container == "torchscript"
     result: dict[str, Any] = {}
@@ -214,6 +223,9 @@ def _module(root: Shell, content: Content, doubts: list[str]) -> dict[str, Any]:
         if shell.state.get("normalize") is False:
             where = prefix.removesuffix(".") or str(shell)
             doubts.append(f"{where} does not normalise its input (normalize=False); rft_fast does")
+        where = _WRAPPER.sub("", prefix)
+        for named in (shell, *(value for value in shell.state.values() if isinstance(value, Global))):
+            evidence.add_class(str(named), where)
         result.update((prefix + name, value) for name, value in own if value is not None)
         # The last comes off first: reversed, modules keep their order.
         waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]

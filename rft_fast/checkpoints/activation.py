@@ -1,0 +1,217 @@
+"""QuickGELU or GELU: what a file, or a configuration beside it, says of the activation of its towers.
+
+Weights do not show which one they were trained with, and under the other one a model gives worse features
+without an error. Evidence, as far as there is any: classes named in a pickle or in a TorchScript archive, the
+code of such an archive, the header of a safetensors file, ``config.json`` or ``open_clip_config.json`` in the
+same folder. Evidence that contradicts itself counts as none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+TOWERS = ("image", "text")
+NAMES = {True: "QuickGELU", False: "GELU"}
+
+_LARGEST = 1 << 20  # bytes of JSON; a configuration takes a few KiB
+_OPEN_CLIP, _TRANSFORMERS = "open_clip_config.json", "config.json"
+# Names of weights that a config.json in their folder is about, by Hugging Face's convention.
+_CONVENTIONAL = re.compile(r"(?:open_clip_)?(?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:bin|safetensors)")
+_INNER = ("model_cfg", "model", "config", "configuration")
+# Constants of QuickGELU, x * sigmoid(1.702 x), and calls of GELU in the code of TorchScript.
+_QUICK_CODE = re.compile(r"\b1\.70(?:2|19999)\d*\b")
+_GELU_CODE = re.compile(r"\btorch\.gelu_?\(")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The activation of a tower. quick: QuickGELU, else GELU. source: what says so, in words."""
+
+    quick: bool
+    source: str
+
+    def __str__(self) -> str:
+        return f"{NAMES[self.quick]} ({self.source})"
+
+
+class Tensors(dict[str, Tensor]):
+    """Tensors by canonical name, with what their file says of its model.
+
+    activation: tower ("image", "text") -> its activation, as far as the file says.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], activation: Mapping[str, Activation] | None = None
+    ) -> None:
+        super().__init__(tensors)
+        self.activation: dict[str, Activation] = dict(activation or {})
+
+
+class Evidence:
+    """What was found on the way, tower by tower."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[bool, str]] = {tower: {} for tower in TOWERS}
+
+    def add(self, tower: str, quick: bool | None, source: str) -> None:
+        """Notes one piece of evidence; None for ``quick`` is none."""
+        if quick is not None:
+            self._found[tower].setdefault(quick, source)
+
+    def add_class(self, name: str, where: str) -> None:
+        """A class, or a function, of the module at ``where`` (canonical names)."""
+        first = where.partition(".")[0]
+        if first in ("visual", "vision_model"):
+            self.add("image", _of_class(name), f"the class {name} in it")
+        elif first in ("transformer", "text", "text_model"):
+            self.add("text", _of_class(name), f"the class {name} in it")
+
+    def add_all(self, found: Iterable[tuple[str, bool, str]]) -> None:
+        for one in found:
+            self.add(*one)
+
+    def __bool__(self) -> bool:
+        return any(self._found.values())
+
+    def judged(self) -> tuple[dict[str, Activation], list[str]]:
+        """Tower -> activation where all evidence agrees, and notes of where it does not."""
+        clear = {
+            tower: Activation(*next(iter(found.items())))
+            for tower, found in self._found.items()
+            if len(found) == 1
+        }
+        notes = [
+            f"activation of the {tower} tower: {found[True]} says QuickGELU, {found[False]} says GELU, so "
+            "neither is used"
+            for tower, found in self._found.items()
+            if len(found) == 2
+        ]
+        return clear, notes
+
+
+def notes_of(activation: Mapping[str, Activation]) -> list[str]:
+    """What is known, in words: one note where both towers agree."""
+    groups: dict[Activation, list[str]] = {}
+    for tower, found in activation.items():
+        groups.setdefault(found, []).append(tower)
+    return [f"activation of the {' and '.join(towers)} tower: {found}" for found, towers in groups.items()]
+
+
+def of_code(text: str) -> set[bool]:
+    """Which activations stand in the code of a TorchScript archive."""
+    return {quick for quick, pattern in ((True, _QUICK_CODE), (False, _GELU_CODE)) if pattern.search(text)}
+
+
+def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
+    """(tower, quick, source) of a safetensors header: entries of their own, or a configuration as JSON."""
+    for key, value in metadata.items():
+        source = f"the entry {key[:40]!a} of its header"
+        if key in ("hidden_act", "quick_gelu"):
+            quick = _of_name(value) if key == "hidden_act" else _BOOLEANS.get(value.strip().lower())
+            if quick is not None:
+                yield from ((tower, quick, source) for tower in TOWERS)
+        elif value[:1] == "{" and len(value) <= _LARGEST:
+            try:
+                content = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+            yield from of_config(content, source)
+
+
+def beside(file: Path, huggingface: bool) -> Iterator[tuple[str, bool, str]]:
+    """(tower, quick, source) of the configurations in a file's folder that are about this file.
+
+    ``open_clip_config.json`` is about all files but those of transformers with names of their own.
+    ``config.json`` is about transformers' files, and about those with conventional names.
+    """
+    conventional = _CONVENTIONAL.fullmatch(file.name) is not None
+    for name, applies in (
+        (_OPEN_CLIP, not huggingface or conventional),
+        (_TRANSFORMERS, huggingface or conventional),
+    ):
+        path = file.parent / name
+        try:
+            if not applies or not path.is_file() or path.stat().st_size > _LARGEST:
+                continue
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        yield from of_config(content, f"{name} beside it")
+
+
+def of_config(content: Any, source: str, depth: int = 3) -> Iterator[tuple[str, bool, str]]:
+    """(tower, quick, source) of a configuration of open_clip or of transformers, or one inside a table."""
+    if not isinstance(content, dict) or not depth:
+        return
+    if isinstance(content.get("vision_cfg"), dict):
+        yield from ((tower, quick, source) for tower, quick in of_model_cfg(content).items())
+    elif isinstance(quick := content.get("quick_gelu"), bool):
+        yield from ((tower, quick, source) for tower in TOWERS)
+    else:
+        yield from ((tower, quick, source) for tower, quick in _of_transformers(content))
+        for name in _INNER:
+            yield from of_config(content.get(name), source, depth - 1)
+
+
+def of_model_cfg(model_cfg: Mapping[str, Any]) -> dict[str, bool]:
+    """Tower -> whether open_clip makes it with QuickGELU; without towers that have neither of the two.
+
+    timm's image towers and Hugging Face's text towers have activations of their own, and a ModifiedResNet
+    has ReLU.
+    """
+    quick = model_cfg.get("quick_gelu", False)
+    vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
+    if not isinstance(quick, bool):
+        return {}
+    found = {}
+    if (
+        isinstance(vision, dict)
+        and not vision.get("timm_model_name")
+        and not isinstance(vision.get("layers"), (list, tuple))
+    ):
+        found["image"] = quick
+    if isinstance(text, dict) and not text.get("hf_model_name"):
+        found["text"] = quick
+    return found
+
+
+def _of_transformers(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    kind = str(content.get("model_type", ""))
+    for tower, part, alone in (
+        ("image", "vision_config", "clip_vision_model"),
+        ("text", "text_config", "clip_text_model"),
+    ):
+        inner = content.get(part, content.get(f"{part}_dict"))
+        if inner is None and kind == alone:
+            inner = content
+        if not isinstance(inner, dict):
+            continue
+        # What equals the default is not written: for CLIP it is quick_gelu.
+        default = "quick_gelu" if kind in ("clip", alone) else None
+        quick = _of_name(inner.get("hidden_act", default))
+        if quick is not None:
+            yield tower, quick
+
+
+def _of_name(name: object) -> bool | None:
+    """Of a transformers' ``hidden_act``."""
+    if not isinstance(name, str) or "gelu" not in name.lower():
+        return None
+    return "quick" in name.lower()
+
+
+def _of_class(name: str) -> bool | None:
+    last = name.rpartition(".")[2].lower()
+    if "gelu" not in last or "geglu" in last:
+        return None
+    return "quick" in last
+
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -1,0 +1,160 @@
+"""Files that hold no weights that are read here: what they are, by their first bytes, and what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+FIRST = 512  # bytes that decide
+_LARGEST_INDEX = 64 << 20  # bytes of JSON that are read to say what it is; an index takes some 100 KiB
+_AGAIN = "Download it again, and compare its size with the one that its page states"
+
+# First bytes -> what such a file is, and the cure.
+_BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (b"/annex/objects/", "is a git-annex pointer, not the weights. Fetch them: git annex get FILE"),
+    (b"../.git/annex/", "is a git-annex pointer, not the weights. Fetch them: git annex get FILE"),
+    *(
+        (
+            magic,
+            "is a GGUF or GGML file of llama.cpp, whose weights are quantised. Use the checkpoint that it "
+            "was converted from",
+        )
+        for magic in (b"GGUF", b"FUGG", b"ggml", b"lmgg", b"ggjt", b"tjgg", b"fmgg")
+    ),
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, TensorFlow). Convert it to PyTorch first"),
+    (b"\x93NUMPY", "is a single NumPy array, not the weights of a model"),
+    *(
+        (magic, f"is compressed ({how}). Unpack it, and name the checkpoint in it")
+        for magic, how in (
+            (b"\x1f\x8b", "gzip"),
+            (b"BZh", "bzip2"),
+            (b"\xfd7zXZ\x00", "xz"),
+            (b"\x28\xb5\x2f\xfd", "zstd"),
+            (b"\x04\x22\x4d\x18", "lz4"),
+            (b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+            (b"Rar!", "RAR"),
+        )
+    ),
+    (b"SQLite format 3\x00", "is an SQLite database, not weights"),
+    (b"%PDF", "is a PDF document, not weights"),
+    *((magic, "is an image, not weights") for magic in (b"\x89PNG", b"\xff\xd8\xff", b"GIF8")),
+    (b"\x7fELF", "is a program or a compiled library, not weights"),
+    *(
+        (
+            magic,
+            "is a pickle of protocol 0 or 1, which is not read here. Open it where it was made, and "
+            "torch.save(model.state_dict(), ...) from there",
+        )
+        for magic in (b"(dp", b"(lp", b"(i__", b"ccollections\n", b"ctorch", b"c__builtin__", b"ccopy_reg\n")
+    ),
+)
+_ENDINGS = {
+    ".msgpack": "is a Flax checkpoint. Load it with from_pretrained(..., from_flax=True), then save it",
+    ".onnx": "is an ONNX graph. Use the PyTorch checkpoint that it was exported from",
+    ".tflite": "is a TensorFlow Lite model. Use the PyTorch checkpoint that it was made from",
+    ".index": "is the index of a TensorFlow checkpoint. Convert it to PyTorch first",
+}
+_PAGE = re.compile(
+    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype|html|head|body|meta|title|script|\?xml|error)\b", re.I | re.S
+)
+_LFS = re.compile(rb"version https?://(?:git-lfs|hawser)")
+_LFS_SIZE = re.compile(rb"^size (\d{1,18})\s*$", re.M)
+
+
+def why(file: Path, head: bytes) -> str | None:
+    """What a file is that holds no weights, as the end of a sentence that its name begins.
+
+    Args:
+        file: for its ending, and for the entries of an index.
+        head: its first ``FIRST`` bytes, or all of a shorter file.
+
+    Returns:
+        What it is, and what to do; None for a file that is not recognised.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf")
+    if _LFS.match(text):
+        size = _LFS_SIZE.search(text)
+        stands_for = f" of {int(size[1]):,} bytes" if size else ""
+        return (
+            f"is a Git LFS pointer{stands_for}, not the weights. Fetch them: git lfs install && git lfs pull "
+            "in its repository, or download the file itself"
+        )
+    if _PAGE.match(text):
+        return (
+            "is a web page (HTML or XML), not weights: the download ended at a sign-in, a confirmation or "
+            "an error. Download the file itself (on Hugging Face and GitHub the link has /resolve/ or /raw/, "
+            "not /blob/)"
+        )
+    if text.lstrip()[:1] in (b"{", b"["):
+        return _json(file)
+    for magic, answer in _BEGINNINGS:
+        if head.startswith(magic):
+            return answer
+    if head[4:8] in (b"PTMF", b"TFL3"):
+        return (
+            "is a model for mobile devices, without names of its weights. Use the one that it was made from"
+        )
+    if head[257:262] == b"ustar" or head.startswith(b"sys_info"):
+        return (
+            "is a tar archive. Unpack it, and name the checkpoint in it (files of torch before 0.4 are such "
+            "archives, too: load and save them with a torch of that time)"
+        )
+    if not head.strip(b"\0"):
+        return f"begins with {len(head)} zero bytes: the rest of an interrupted download. {_AGAIN}"
+    if file.suffix.lower() in _ENDINGS and not head.startswith((b"PK", b"\x80")):
+        return _ENDINGS[file.suffix.lower()]
+    if _is_text(head):
+        return f"is a text file, not weights (it begins with {_quoted(text)})"
+    return None
+
+
+def of_zip(names: list[str]) -> str:
+    """What a zip file is that torch.save did not write, by the names of its entries."""
+    if names and all(name.endswith(".npy") for name in names):
+        return "is an .npz file of NumPy, not a checkpoint. Save a dict of torch tensors by name instead"
+    endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".tar")
+    if found := [name for name in names if name.endswith(endings)]:
+        return f"is a zip archive. Unpack it, and name the checkpoint in it, such as {_quoted(found[0])}"
+    first = f", but {_quoted(names[0])}" if names else ""
+    return f"is a zip archive, but not of torch.save: it has no data.pkl{first}"
+
+
+def _json(file: Path) -> str:
+    if file.stat().st_size <= _LARGEST_INDEX:
+        try:
+            content = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
+            parts = sorted({str(part) for part in content["weight_map"].values()})
+            first = f", from {_quoted(parts[0])} on" if parts else ""
+            return (
+                f"is the index of a sharded checkpoint, not the weights: they are in {len(parts)} files"
+                f"{first}. Save them as one file: from_pretrained(FOLDER).save_pretrained(NEW, "
+                'max_shard_size="100GB")'
+            )
+        if isinstance(content, dict) and (said := content.get("error") or content.get("message")):
+            return f"is the answer of a server, not weights: {_quoted(str(said))}. {_AGAIN}"
+    return "is a JSON file, not weights: a configuration, an index or the answer of a server"
+
+
+def _is_text(head: bytes) -> bool:
+    for encoding in ("utf-8", "utf-16"):
+        if encoding == "utf-16" and head[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+            continue
+        whole = len(head) - (len(head) % 2 if encoding == "utf-16" else 0)
+        # The last character may be cut off.
+        for cut in range(4):
+            try:
+                text = head[: whole - cut].decode(encoding)
+            except UnicodeDecodeError:
+                continue
+            return bool(text) and all(c.isprintable() or c.isspace() or c == "\ufeff" for c in text)
+    return False
+
+
+def _quoted(text: str | bytes) -> str:
+    """The first characters, with control characters escaped."""
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    return ascii(text[:40])
