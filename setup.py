@@ -12,6 +12,7 @@ from the same sources.
 """
 
 import gzip
+import importlib.util
 import os
 import platform
 import re
@@ -59,6 +60,9 @@ if X86:
     ]
 
 
+SOURCES = ("bindings.cpp", "cpu.cpp", "cpu.h", "cpu_lanes.h", "cpu_piece.cpp", "element.h")
+CUDA_SOURCES = ("cuda.cu", "cuda.h")
+
 # The GPU generations that differ in machine code and in use: Ampere, Ada, Hopper, Blackwell.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 # No fused multiply-adds but those that are written out, as on the CPU. --threads: architectures side by side.
@@ -74,7 +78,16 @@ NVCCFLAGS = [
 
 
 class NotBuilt(Exception):
-    """Why there will be no native module, in words for the user."""
+    """Why there will be no native module, and what would change that, in words for the user."""
+
+
+def check_sources(names: tuple[str, ...]) -> None:
+    """Raises NotBuilt where the sources are incomplete, as in a source distribution made without them."""
+    if missing := [name for name in names if not (CSRC / name).is_file()]:
+        raise NotBuilt(
+            f"the sources that it was installed from lack csrc/{', csrc/'.join(missing)}; install from a "
+            "clone or a complete source distribution"
+        )
 
 
 def compiler() -> str:
@@ -82,7 +95,10 @@ def compiler() -> str:
     for name in wanted:
         if shutil.which(name.split()[0]):
             return name
-    raise NotBuilt(f"no C++ compiler was found at install time (looked for {', '.join(wanted)})")
+    raise NotBuilt(
+        f"no C++ compiler was found at install time (looked for {', '.join(wanted)}); put g++ or clang++ "
+        "(C++17) on the PATH, or name one in CXX"
+    )
 
 
 def cuda_compiler() -> str:
@@ -171,14 +187,23 @@ class NativeBuild(build_ext):
         # What an earlier build left here would otherwise be packed again.
         for stale in (target, *notes.values()):
             stale.unlink(missing_ok=True)
+        try:
+            self.build_native(target, notes)
+        finally:
+            self.put_beside(target, notes)
+
+    def build_native(self, target: Path, notes: dict) -> None:
+        """The module at ``target``, or a note of why there is none; exits where one is insisted on."""
         native, cuda = switch("RFT_NATIVE"), switch("RFT_CUDA")
         try:
             if native == "0":
-                raise NotBuilt("RFT_NATIVE=0 was set at install time")
+                raise NotBuilt("RFT_NATIVE=0 was set at install time; unset it")
+            check_sources(SOURCES)
             cxx = compiler()
             try:
                 if cuda == "0":
                     raise NotBuilt("RFT_CUDA=0 was set at install time")
+                check_sources(CUDA_SOURCES)
                 self.compile(cxx, cuda_compiler(), target)
             except NotBuilt as error:
                 if cuda == "1":
@@ -190,11 +215,18 @@ class NativeBuild(build_ext):
                 raise SystemExit(f"rft_fast: RFT_NATIVE=1, but {error}") from None
             notes["native"].write_text(str(error))
             print(f"rft_fast: installing without the native kernels: {error}", file=sys.stderr)
-            return
-        # A checkout that was installed from is also what Python imports when it runs there: without this copy
-        # it would fall back to the slow backend.
+
+    def put_beside(self, target: Path, notes: dict) -> None:
+        """A checkout that was installed from is also what Python imports when it runs there, or is installed
+        as editable: without a copy it would fall back to the slow backend, and could not say why."""
         beside = ROOT / "rft_fast" / target.name
-        if beside != target:
+        if beside == target:
+            return
+        for note in notes.values():
+            (beside.parent / note.name).unlink(missing_ok=True)
+            if note.exists():
+                shutil.copy2(note, beside.parent)
+        if target.exists():
             # Replaced, not overwritten: a running Python may have the old one mapped.
             shutil.copy2(target, fresh := beside.with_suffix(".new"))
             os.replace(fresh, beside)
@@ -202,13 +234,15 @@ class NativeBuild(build_ext):
     def compile(self, cxx: str, nvcc: str, target: Path) -> None:
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(cxx, nvcc, build, target))
         try:
             import ninja
 
-            tool = str(Path(ninja.BIN_DIR) / "ninja")
+            tool: str | None = str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
-            tool = "ninja"
+            tool = shutil.which("ninja")
+        if not tool or not importlib.util.find_spec("pybind11"):
+            raise NotBuilt("ninja or pybind11 was missing at install time; install both, or let pip do it")
+        (build / "build.ninja").write_text(ninja_file(cxx, nvcc, build, target))
         done = subprocess.run(
             [tool, "-C", str(build)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -216,7 +250,10 @@ class NativeBuild(build_ext):
         (build / "build.log").write_text(done.stdout)
         if done.returncode:
             last = next((line for line in done.stdout.splitlines() if "error" in line), done.stdout[-300:])
-            raise NotBuilt(f"{nvcc or cxx} could not compile csrc at install time: {last.strip()}")
+            raise NotBuilt(
+                f"{nvcc or cxx} could not compile csrc at install time: {last.strip()}; "
+                "RFT_NATIVE=1 shows all of its output"
+            )
 
     def get_outputs(self) -> list:
         return [path for path in super().get_outputs() if Path(path).exists()]

@@ -33,6 +33,7 @@ constexpr int kBytes = 16;
 
 typedef float Vf __attribute__((vector_size(kBytes)));
 typedef int32_t Vi __attribute__((vector_size(kBytes)));
+typedef uint32_t Vu __attribute__((vector_size(kBytes)));
 typedef uint64_t Vw __attribute__((vector_size(kBytes)));
 
 template <class V>
@@ -40,36 +41,31 @@ struct Two {
   V a, b;
 };
 
-#define RFT_TWO(op)                               \
-  template <class V>                              \
-  RFT_FN Two<V> operator op(Two<V> x, Two<V> y) { \
-    return {x.a op y.a, x.b op y.b};              \
-  }                                               \
+// Signed lanes have no +, - and *, whose overflow is undefined: see Lanes::add.
+#define RFT_TWO_FLOAT(op)                                                               \
+  RFT_FN Two<Vf> operator op(Two<Vf> x, Two<Vf> y) { return {x.a op y.a, x.b op y.b}; } \
   RFT_FN Two<Vf> operator op(Two<Vf> x, float y) { return {x.a op y, x.b op y}; }
-#define RFT_TWO_INT(op)                           \
+#define RFT_TWO_BITS(op)                          \
   template <class V>                              \
   RFT_FN Two<V> operator op(Two<V> x, Two<V> y) { \
     return {x.a op y.a, x.b op y.b};              \
   }                                               \
+  RFT_TWO_INT(op)
+#define RFT_TWO_INT(op) \
   RFT_FN Two<Vi> operator op(Two<Vi> x, int32_t y) { return {x.a op y, x.b op y}; }
-#define RFT_TWO_ONLY_INT(op) \
-  RFT_FN Two<Vi> operator op(Two<Vi> x, int32_t y) { return {x.a op y, x.b op y}; }
-RFT_TWO(+)
-RFT_TWO(-)
-RFT_TWO(*)
-RFT_TWO_INT(&)
-RFT_TWO_INT(|)
-RFT_TWO_INT(^)
-RFT_TWO_ONLY_INT(+)
-RFT_TWO_ONLY_INT(-)
-RFT_TWO_ONLY_INT(<<)
-RFT_TWO_ONLY_INT(>>)
-RFT_TWO_ONLY_INT(==)
-RFT_TWO_ONLY_INT(<)
+RFT_TWO_FLOAT(+)
+RFT_TWO_FLOAT(-)
+RFT_TWO_FLOAT(*)
+RFT_TWO_BITS(&)
+RFT_TWO_BITS(|)
+RFT_TWO_BITS(^)
+RFT_TWO_INT(>>)
+RFT_TWO_INT(==)
+RFT_TWO_INT(<)
 RFT_FN Two<Vi> operator~(Two<Vi> x) { return {~x.a, ~x.b}; }
-#undef RFT_TWO
+#undef RFT_TWO_FLOAT
+#undef RFT_TWO_BITS
 #undef RFT_TWO_INT
-#undef RFT_TWO_ONLY_INT
 
 // What has no operator, for one vector.
 
@@ -159,11 +155,13 @@ struct Lanes {
   static RFT_FN W word(uint32_t x) { return {Vw{} + x, Vw{} + x}; }
   static RFT_FN F as_float(I x) { return {(Vf)x.a, (Vf)x.b}; }
   static RFT_FN I as_int(F x) { return {(Vi)x.a, (Vi)x.b}; }
+  static RFT_FN I add(I x, int32_t y) { return {(Vi)((Vu)x.a + (uint32_t)y), (Vi)((Vu)x.b + (uint32_t)y)}; }
+  static RFT_FN I shift_left(I x, int bits) { return {(Vi)((Vu)x.a << bits), (Vi)((Vu)x.b << bits)}; }
   static RFT_FN F abs(F x) { return as_float(as_int(x) & 0x7fffffff); }
   static RFT_FN F mad(F x, F y, float z) { return x * y + z; }
   static RFT_FN F mad(F x, F y, F z) { return x * y + z; }
   static RFT_FN F select(I mask, F yes, F no) { return {mask.a ? yes.a : no.a, mask.b ? yes.b : no.b}; }
-  static RFT_FN F select_bit30(I bits, F yes, F no) { return select(bits << 1 < 0, yes, no); }
+  static RFT_FN F select_bit30(I bits, F yes, F no) { return select(shift_left(bits, 1) < 0, yes, no); }
   static RFT_FN F add_one_below_zero(F x, I sign) { return x + as_float((sign >> 31) & 0x3f800000); }
   static RFT_FN F to_float(I x) { return {rft::to_float(x.a), rft::to_float(x.b)}; }
   static RFT_FN F sqrt(F x) { return {square_root(x.a), square_root(x.b)}; }

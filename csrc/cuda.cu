@@ -49,6 +49,8 @@ struct Thread {
   static RFT_FN W word(uint32_t x) { return x; }
   static __device__ __forceinline__ F as_float(I x) { return __int_as_float(x); }
   static __device__ __forceinline__ I as_int(F x) { return __float_as_int(x); }
+  static __device__ __forceinline__ I add(I x, int32_t y) { return (int32_t)((uint32_t)x + (uint32_t)y); }
+  static __device__ __forceinline__ I shift_left(I x, int bits) { return (int32_t)((uint32_t)x << bits); }
   static __device__ __forceinline__ F abs(F x) { return fabsf(x); }
   static __device__ __forceinline__ F mad(F x, F y, F z) { return fmaf(x, y, z); }
   static __device__ __forceinline__ F select(bool mask, F yes, F no) { return mask ? yes : no; }
@@ -322,22 +324,16 @@ void check(cudaError_t status, const char* what) {
   }
 }
 
-// Makes a device current, and the caller's one again.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "asking for the current device");
-    if (before_ != device) check(cudaSetDevice(device), "choosing the device");
-    changed_ = before_ != device;
+// The caller makes the device current, by torch: only torch knows which device its user chose, and going back to one
+// that has no context yet would create one there, some 0.5 GB (since CUDA 12, cudaSetDevice does).
+void check_current(int device) {
+  int current = -1;
+  check(cudaGetDevice(&current), "asking for the current device");
+  if (current != device) {
+    throw std::invalid_argument("native: the current device must be cuda:" + std::to_string(device) +
+                                ", it is cuda:" + std::to_string(current));
   }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
+}
 
 Access access_of(const Row& row) {
   bool by_sixteen = true, by_four = true;  // bytes; elements
@@ -385,7 +381,7 @@ void CudaTable::fill(void* memory) const {
 }
 
 void CudaTable::write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const {
-  const DeviceGuard guard(device);
+  check_current(device);
   Kernel* const kernel = pick(e.noise, e.masked, form_of(e));
   Request request = {e, Keys<Thread>(e.key0, e.key1)};
   const auto* rows = (const DeviceRow*)memory;
@@ -403,7 +399,7 @@ void CudaTable::write(const void* memory, const Runs& runs, const Element& e, in
 // Asks every kernel, which loads them all: none is left to be loaded while a graph is captured.
 std::string why_not_cuda(int device) {
   try {
-    const DeviceGuard guard(device);
+    check_current(device);
     for (int noise : {kNoNoise, kNormal, kUniform, kRademacher}) {
       for (bool masked : {false, true}) {
         for (Form form : {kGeneral, kNearZeroshot, kNearFinetuned, kFinetuned}) {

@@ -23,8 +23,9 @@ class CudaTable {
   size_t bytes() const;           // of the table
   void fill(void* memory) const;  // puts the table into so much memory of the host
 
-  // Launches one kernel per run on `stream` of the device and waits for nothing. memory: the table, on the device,
-  // aligned to 16 bytes. Throws std::runtime_error with CUDA's own words.
+  // Launches one kernel per run on `stream` of the device, which must be current, and waits for nothing. memory: the
+  // table, on the device, aligned to 16 bytes. Throws std::runtime_error with CUDA's own words, std::invalid_argument
+  // where another device is current.
   void write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const;
 
  private:
@@ -32,7 +33,7 @@ class CudaTable {
   std::unique_ptr<Layout> layout_;
 };
 
-// Empty where the kernels of this build run on the device, else why they do not.
+// Empty where the kernels of this build run on the device, which must be current, else why they do not.
 std::string why_not_cuda(int device);
 
 }  // namespace rft

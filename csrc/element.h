@@ -2,7 +2,8 @@
 //
 // Everything is a template over `L`, the lanes it runs on: a vector of an instruction set on the CPU, one scalar
 // per thread on a GPU. L provides the types F (float32 lanes), I (int32 lanes), W (lanes that hold one 32-bit
-// word each, possibly with garbage above it) and the few operations that have no operator: see cpu_lanes.h.
+// word each, possibly with garbage above it) and the few operations that have no operator: see cpu_lanes.h. Sums and
+// left shifts of I are L::add and L::shift_left, modulo 2^32: overflow of signed integers is undefined.
 //
 // The formula's own multiplications and additions are never contracted into fused multiply-adds (the build says
 // -ffp-contract=off, nvcc -fmad=false), so that every backend rounds them alike. Only L::mad may fuse: it is used
@@ -95,9 +96,9 @@ RFT_FN typename L::F radius(typename L::I x) {
   const F g = L::mad(L::to_float(x), L::constant(0x1p-32f), 0x1p-33f);
   const F u = L::add_one_below_zero(g, x);
   // u = 2^exponent * m with m in [sqrt(1/2), sqrt(2)).
-  const I bits = L::as_int(u) - 0x3f3504f3;
+  const I bits = L::add(L::as_int(u), -0x3f3504f3);
   const I exponent = bits >> 23;
-  const F m = L::as_float((bits & 0x007fffff) + 0x3f3504f3);
+  const F m = L::as_float(L::add(bits & 0x007fffff, 0x3f3504f3));
   const F f = L::select(exponent == 0, g, m - 1.0f);
   // -2 log1p(f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], minimax in relative error: 1.7e-7. In pairs (Estrin) rather
   // than one long chain (Horner): the loop around this is bound by latency.
@@ -118,7 +119,7 @@ template <class L>
 RFT_FN void turn(typename L::I x, typename L::F& cosine, typename L::F& sine) {
   using F = typename L::F;
   using I = typename L::I;
-  const F t = L::mad(L::to_float(x << 2), L::constant(0x1p-34f), 0x1p-33f);
+  const F t = L::mad(L::to_float(L::shift_left(x, 2)), L::constant(0x1p-34f), 0x1p-33f);
   const F z = t * t;
   // sin(2 pi t) / t and cos(2 pi t), minimax: 1.5e-9 and 2.8e-8.
   F s = L::constant(-75.264832f);
@@ -130,10 +131,10 @@ RFT_FN void turn(typename L::I x, typename L::F& cosine, typename L::F& sine) {
   c = L::mad(c, z, 64.92125f);
   c = L::mad(c, z, -19.739153f);
   c = L::mad(c, z, 1.0f);
-  const I quarter = x + 0x20000000;  // top two bits: quarter turns
+  const I quarter = L::add(x, 0x20000000);  // top two bits: quarter turns
   const I top = L::constant_int(INT32_MIN);
   // Bit 30: an odd number of them swaps cosine and sine.
-  cosine = L::as_float(L::as_int(L::select_bit30(quarter, s, c)) ^ ((quarter + 0x40000000) & top));
+  cosine = L::as_float(L::as_int(L::select_bit30(quarter, s, c)) ^ (L::add(quarter, 0x40000000) & top));
   sine = L::as_float(L::as_int(L::select_bit30(quarter, c, s)) ^ (quarter & top));
 }
 

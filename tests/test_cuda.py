@@ -5,12 +5,15 @@ That they compute what every backend computes is shown in test_kernels.py, where
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny_cuda
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rft_fast.kernels import native
 from rft_fast.kernels.contract import Row, Write
@@ -24,10 +27,10 @@ def plain():
 
 @pytest.fixture(scope="module")
 def watched():
-    """The module's file, with AddressSanitizer in it."""
+    """The module's file, with AddressSanitizer and UndefinedBehaviorSanitizer in it."""
     if sys.platform != "linux" or tiny_cuda.compiler() != ["g++"]:
-        pytest.skip("AddressSanitizer is taken from g++ on Linux")
-    return tiny_cuda.built("-fsanitize=address", "-g")
+        pytest.skip("the sanitizers are taken from g++ on Linux")
+    return tiny_cuda.built(*tiny_cuda.SANITIZERS)
 
 
 def entries(size: int) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
@@ -35,27 +38,116 @@ def entries(size: int) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
     return tensors, [native.as_entry(Row(*tensors, 0, "w"))]
 
 
-def test_no_kernel_leaves_its_tensors(watched):
-    """All kernels, types, sizes and alignments of the program that compute-sanitizer runs on a GPU."""
-    done = tiny_cuda.watch(watched)
+@pytest.mark.parametrize("kernels", ["gpus", "cpus"])
+def test_no_kernel_leaves_its_tensors_or_the_language(watched, kernels):
+    """All kernels, instruction sets, types, sizes and alignments: no stray access, no undefined behaviour."""
+    done = tiny_cuda.watch(watched, kernels)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "are right" in done.stdout
+    assert kernels == "gpus" or done.stdout.split("right: ")[1].split() == native.isas()
 
 
-def test_one_element_too_far_is_noticed(watched):
-    done = tiny_cuda.watch(watched, "--too-far")
-    assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr and "cuda.cu" in done.stderr
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("gpu-too-far", ("heap-buffer-overflow", "cuda.cu")),
+        ("cpu-too-far", ("heap-buffer-overflow", "cpu_piece.cpp")),
+        ("gpu-misaligned", ("misaligned address", "cuda.cu")),
+    ],
+)
+def test_what_the_sanitizers_are_there_for_is_noticed(watched, what, words):
+    done = tiny_cuda.watch(watched, what)
+    assert done.returncode != 0 and all(word in done.stderr for word in words), done.stderr[-3000:]
 
 
 def test_cudas_own_words_reach_the_caller(plain):
     _kept, rows = entries(8)
     table = plain.CudaTable(rows)
     memory, element = native.as_bytes(table), plain.Element(*native.as_numbers(Write(1)))
-    with pytest.raises(RuntimeError, match="CUDA failed while choosing the device: invalid device ordinal"):
-        table.write(memory.data_ptr(), [(0, 1)], element, 2, 0)
-    assert plain.why_not_cuda(2) == "write: CUDA failed while choosing the device: invalid device ordinal"
-    assert plain.why_not_cuda(1) == ""
+    with pytest.raises(RuntimeError, match="CUDA failed while launching the kernel: invalid resource handle"):
+        table.write(memory.data_ptr(), [(0, 1)], element, 0, 2**64 - 1)
+    assert plain.why_not_cuda(0) == ""
+
+
+def test_a_device_that_is_not_current_is_refused_not_chosen(plain):
+    _kept, rows = entries(8)
+    table = plain.CudaTable(rows)
+    memory, element = native.as_bytes(table), plain.Element(*native.as_numbers(Write(1)))
+    with pytest.raises(ValueError, match="must be cuda:1, it is cuda:0"):
+        table.write(memory.data_ptr(), [(0, 1)], element, 1, 0)
+    assert "must be cuda:1" in plain.why_not_cuda(1)
+    # cuda_on_cpu has no cudaSetDevice, so csrc/cuda.cu would not compile with a call of it.
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_write_runs_within_torchs_guard_of_its_device(monkeypatch, index):
+    """Only torch's guard knows whether going back to the caller's device would create a context there."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    writes = []
+
+    class CudaTable:
+        def __init__(self, rows):
+            pass
+
+        def write(self, memory, runs, element, device, stream):
+            writes.append((current[-1], device, stream))
+
+    module = SimpleNamespace(
+        CUDA=True,
+        CudaTable=CudaTable,
+        Element=lambda *numbers: numbers,
+        why_not_cuda=lambda i: f"{current[-1]}, {i}",
+    )
+    there = SimpleNamespace(parts=[torch.zeros(1)], stream=lambda: 7)
+    monkeypatch.setattr(native, "_native", module)
+    monkeypatch.setattr(native, "as_entry", lambda row: ())
+    monkeypatch.setattr(native, "as_bytes", lambda table: None)
+    monkeypatch.setattr(native, "Resident", lambda device, parts, wait: there)
+    monkeypatch.setattr(native, "refuse_capture", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        w = torch.empty(5, device=f"cuda:{index}")  # of a GPU that need not be there
+    native.Table([Row(w, w, w, 0, "w")]).write([(0, 1)], Write(0.5))
+    assert writes == [(index, index, 7)] and current == [0]
+    assert f"CUDA says of cuda:{index}: {index}, {index}" in str(native.why_not(torch.device("cuda", index)))
+
+
+CONTEXTS = """
+import ctypes, sys, torch, rft_fast as rft
+device, impl = "cuda:1", sys.argv[1]
+cuda, flags = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint()
+
+def contexts():
+    found = []
+    for index in (0, 1):
+        active = ctypes.c_int()
+        assert cuda.cuDevicePrimaryCtxGetState(index, ctypes.byref(flags), ctypes.byref(active)) == 0
+        found.append(active.value)
+    return found
+
+w = torch.ones(5000, device=device)
+before = contexts()
+plan = rft.kernels.Plan([w], [w], [w], impl)
+for _ in range(2):
+    plan.write(0.5, rho=0.1)
+rft.write_(w, w, w, 0.5, impl=impl)
+torch.cuda.synchronize(device)
+print(before, contexts(), torch.cuda.current_device())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_a_write_creates_no_context_on_another_gpu(impl):
+    done = subprocess.run([sys.executable, "-c", CONTEXTS, impl], capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == "[0, 1] [0, 1] 0", done.stderr[-2000:]
 
 
 def test_what_would_corrupt_memory_is_refused(plain):

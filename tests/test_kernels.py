@@ -7,11 +7,16 @@ import copy
 import gc
 import itertools
 import math
+import os
+import pathlib
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -974,9 +979,76 @@ def test_an_explicit_backend_that_cannot_work_fails_loudly(monkeypatch):
 
     monkeypatch.setattr(registry, "_warned", set())
     out = torch.empty(10)
-    with pytest.warns(RuntimeWarning, match="slow reference backend on cpu"):
-        rft.interpolate_(out, w0, w1, 0.5)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            rft.interpolate_(out, w0, w1, 0.5)
+            Plan(out, w0, w1).write(0.5)
     same_bits(out, torch.lerp(w0, w1, 0.5))
+    (once,) = said
+    assert issubclass(once.category, RuntimeWarning) and once.filename == __file__
+    assert all(
+        words in str(once.message) for words in ("slow reference", "cpu", "no C++ compiler", "reinstall")
+    )
+    assert "no: no compiled module: no C++ compiler was found; reinstall" in env.report()
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "words"),
+    [
+        ({}, ModuleNotFoundError("No module named 'rft_fast._native'"), "was never built"),
+        ({"_native_missing.txt": "RFT_NATIVE=0 was set\n"}, ModuleNotFoundError(), "RFT_NATIVE=0 was set"),
+        (
+            {"_native.cpython-39-x.so": ""},
+            ModuleNotFoundError(),
+            "_native.cpython-39-x.so in .* another Python",
+        ),
+        (
+            {"_native.abi.so": "", "_native_missing.txt": "old"},
+            ImportError("GLIBC_2.99 not found"),
+            "GLIBC_2.99",
+        ),
+    ],
+)
+def test_why_there_is_no_compiled_module(tmp_path, files, error, words):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert re.search(words, native.why_missing(error, tmp_path))
+
+
+SETUP = pathlib.Path(__file__).resolve().parents[1] / "setup.py"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "reason"),
+    [
+        ({"RFT_NATIVE": "0"}, (), "RFT_NATIVE=0 was set at install time; unset it"),
+        (
+            {},
+            ("bindings.cpp", "cpu.cpp", "cpu.h"),
+            "lack csrc/cpu_lanes.h, csrc/cpu_piece.cpp, csrc/element.h",
+        ),
+        ({"CXX": "no-such-compiler"}, None, "no C++ compiler was found at install time (looked for no-such-"),
+        ({"CXX": "false"}, None, "false could not compile csrc at install time"),
+    ],
+)
+def test_an_install_without_the_module_says_why(tmp_path, own, files, reason):
+    (tmp_path / "rft_fast").mkdir()
+    shutil.copy(SETUP, tmp_path)
+    sources = SETUP.parent / "csrc"
+    shutil.copytree(sources, tmp_path / "csrc")
+    for file in (tmp_path / "csrc").iterdir():
+        if files is not None and file.name not in files:
+            file.unlink()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RFT_")}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tmp_path, env=kept | own, capture_output=True, check=True)
+    note = (tmp_path / "rft_fast" / "_native_missing.txt").read_text()
+    assert reason in note and ";" in note
+    insisting = subprocess.run(
+        command, cwd=tmp_path, env=kept | {"RFT_NATIVE": "1"} | own, capture_output=True
+    )
+    assert own.get("RFT_NATIVE") == "0" or insisting.returncode != 0
 
 
 def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch):

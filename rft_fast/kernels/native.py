@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
-from importlib import resources
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +17,7 @@ from rft_fast.kernels.resident import Resident
 # Changed together with VERSION in csrc/bindings.cpp whenever the two sides must change together.
 VERSION = 3
 
-_REMEDY = (
-    "reinstall where a C++17 compiler (g++ or clang++) is on the PATH: "
-    "pip install --force-reinstall --no-deps ."
-)
+_REBUILD = "build it in the sources: pip install --force-reinstall --no-deps ."
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -27,14 +25,32 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         import rft_fast._native as module
     except ImportError as error:
-        note = resources.files("rft_fast") / "_native_missing.txt"
-        reason = note.read_text() if note.is_file() else f"it cannot be imported ({error})"
-        return None, f"no compiled module: {reason}; {_REMEDY}"
+        return None, f"no compiled module: {why_missing(error, Path(__file__).parents[1])}; {_REBUILD}"
     if module.VERSION != VERSION:
         return None, (
-            f"the compiled module has version {module.VERSION}, this package needs {VERSION}; " + _REMEDY
+            f"the compiled module has version {module.VERSION}, this package needs {VERSION}: it is of other "
+            f"sources than the Python files; {_REBUILD}"
         )
     return module, ""
+
+
+def why_missing(error: ImportError, package: Path) -> str:
+    """Why a package in that folder has no compiled module, and what to do before it is built again.
+
+    error: of importing it.
+    """
+    if not isinstance(error, ModuleNotFoundError):  # it is there: of another C library, for example
+        return f"it cannot be loaded on this machine ({error})"
+    note = package / "_native_missing.txt"
+    if note.is_file():
+        return note.read_text(errors="replace").strip()
+    if others := sorted(file.name for file in package.glob("_native.*") if file.suffix in (".so", ".pyd")):
+        return f"{', '.join(others)} in {package} was built for another Python than this one, {_python()}"
+    return f"{package} was never built: its files were copied or cloned, not installed"
+
+
+def _python() -> str:
+    return f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}"
 
 
 _native, _missing = _load()
@@ -97,7 +113,9 @@ class Table:
         element = self._element(*as_numbers(write))
         if self._device.type == "cuda":
             memory, stream = self._there.parts[0].data_ptr(), self._there.stream()
-            self._table.write(memory, runs, element, self._device.index, stream)
+            index = self._device.index
+            with torch.cuda.device(index):  # which goes back to no device that has no context yet
+                self._table.write(memory, runs, element, index, stream)
         else:
             self._table.write(runs, element, torch.get_num_threads(), isa)
 
@@ -114,6 +132,15 @@ def isas() -> list[str]:
     return [] if _native is None else list(_native.isas())
 
 
+def _why_not_on(module: ModuleType, index: int) -> str:
+    """Why the kernels do not run on that GPU, in CUDA's words; empty where they do."""
+    try:
+        with torch.cuda.device(index):
+            return str(module.why_not_cuda(index))
+    except (RuntimeError, AssertionError) as error:  # without a driver, or in a torch without CUDA
+        return str(error).partition("\n")[0]
+
+
 def why_not(device: torch.device) -> str | None:
     if _native is None:
         return _missing
@@ -122,15 +149,15 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the compiled module runs on CPUs and NVIDIA GPUs; the tensors are on {device}"
     if not _native.CUDA:
-        note = resources.files("rft_fast") / "_cuda_missing.txt"
-        reason = note.read_text() if note.is_file() else "it was built without CUDA"
+        note = Path(__file__).parents[1] / "_cuda_missing.txt"
+        reason = note.read_text(errors="replace").strip() if note.is_file() else "it was built without CUDA"
         return (
             f"no CUDA kernels: {reason}; reinstall where nvcc is on the PATH: "
             "RFT_CUDA=1 pip install --force-reinstall --no-deps ."
         )
     if device in _usable:
         return None
-    reason = _native.why_not_cuda(device.index or 0)
+    reason = _why_not_on(_native, device.index or 0)
     if reason:
         return (
             f"CUDA says of {device}: {reason} (if no kernel image fits the device, reinstall with "

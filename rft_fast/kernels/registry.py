@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,14 @@ def pick(impl: str, device: torch.device) -> Backend:
 
 
 def _warn_slow(device: torch.device, reasons: list[str]) -> None:
-    if device.type not in _warned:
-        _warned.add(device.type)
-        warnings.warn(
-            f"rft_fast: using the slow reference backend on {device.type}. " + "; ".join(reasons),
-            RuntimeWarning,
-            stacklevel=5,
-        )
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].startswith("rft_fast."):  # the caller's line is shown
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"rft_fast: using the slow reference backend on {device.type}. " + "; ".join(reasons),
+        RuntimeWarning,
+        stacklevel=level,
+    )

@@ -2,7 +2,7 @@
 //
 // So a C++ compiler alone can build the kernels, and tests can run them where there is no GPU. It is stricter than
 // a GPU where it can be: wide accesses must be aligned, assumptions must hold, and the approximate root is as wrong
-// as a GPU's may be. Two devices, 0 and 1, which share their memory.
+// as a GPU's may be.
 #pragma once
 
 #include <cmath>
@@ -88,25 +88,17 @@ void __stwb(T* p, T x) {
 
 // ---- the runtime
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidResourceHandle };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {};
 
-namespace on_cpu {
-inline int device = 0;
-}
-
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration argument";
+  return error == cudaErrorInvalidResourceHandle ? "invalid resource handle" : "invalid configuration argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// Device 0 is current. There is no cudaSetDevice, which creates contexts: devices are chosen by torch.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = on_cpu::device;
-  return cudaSuccess;
-}
-inline cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
-  on_cpu::device = device;
+  *device = 0;
   return cudaSuccess;
 }
 template <class T>
@@ -121,7 +113,8 @@ void run_thread(void (*kernel)(Parameters...), void** arguments, std::index_sequ
 
 template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t,
-                             cudaStream_t) {
+                             cudaStream_t stream) {
+  if (stream == (cudaStream_t)-1) return cudaErrorInvalidResourceHandle;
   if (grid.x == 0 || grid.x > 0x7fffffffu || block.x == 0 || block.x > 1024) return cudaErrorInvalidConfiguration;
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
