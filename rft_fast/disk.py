@@ -1,35 +1,134 @@
-"""Files that are whole or not there, on disk when that is said, and locks that a killed process loses."""
+"""Files that are whole or not there, on disk when that is said, and locks that a killed process loses.
+
+Nothing here writes through a link, or into what is no plain file: a folder may come from somebody else.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_KINDS = (
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def refuse_others(files: Iterable[Path], in_place: Iterable[Path] = (), folders: Iterable[Path] = ()) -> None:
+    """Checks the names that a process is about to write, before it writes any.
+
+    Args:
+        files: names that new files replace.
+        in_place: names of files that are changed where they are, so that a second name of one, elsewhere,
+            would change with it.
+        folders: names of directories that files are written into.
+
+    Raises:
+        ValueError: at one of the names is a link, a FIFO, a device, or a directory where a file belongs; for
+            ``in_place`` also a file with hard links.
+    """
+    alone = {*in_place}
+    for file in (*files, *alone, *(inside := {*folders})):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = os.lstat(file)
+            if found_kind := _other(found, file in inside):
+                where = f" to {os.readlink(file)}" if stat.S_ISLNK(found.st_mode) else ""
+                wanted = "a directory" if file in inside else "a file"
+                raise ValueError(
+                    f"{file} is {found_kind}{where}; expected {wanted} or nothing, as rft_fast writes there. "
+                    "Is the directory from somebody else? Remove it, or choose another directory"
+                )
+            if file in alone and found.st_nlink > 1:
+                raise ValueError(
+                    f"{file} is a hard link, so that writing to it would change the same file under another "
+                    "name; copy it (cp FILE COPY, mv COPY FILE), or choose another directory"
+                )
+
+
+def _other(found: os.stat_result, folder: bool = False) -> str:
+    """What is there, in words; empty for a plain file, and for a directory where one is expected."""
+    if stat.S_ISREG(found.st_mode) or (folder and stat.S_ISDIR(found.st_mode)):
+        return ""
+    return next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "a device")
+
+
+def open_plain(file: Path, flags: int) -> int:
+    """A descriptor of a plain file, as of :func:`os.open`; links are not followed, FIFOs not waited for.
+
+    Raises OSError, also for what is no plain file.
+    """
+    try:
+        handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and file.is_symlink():
+            raise OSError(errno.ELOOP, "a symbolic link, which is not followed", str(file)) from None
+        raise
+    found = os.fstat(handle)
+    if (kind := _other(found)) and not stat.S_ISCHR(found.st_mode):  # as /dev/null, which nobody can plant
+        os.close(handle)
+        raise OSError(errno.EINVAL, f"{kind}, expected a file", str(file))
+    return handle
+
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, empty: bool = False) -> Iterator[Path]:
     """A name to write to; what is there at the end takes the file's place, on disk and whole, at once.
 
-    Always the same name, so that what a killed process leaves is written over: the caller has the lock.
+    The name is a new empty file beside it, which nobody can foresee. What killed processes left of theirs is
+    removed. Raises FileNotFoundError where nothing was written, unless the file may be ``empty``.
     """
-    temporary = file.with_name(f".{file.name}.part")
+    _remove_left(file)
+    handle, temporary = _new_part(file)
     try:
         yield temporary
         with temporary.open("rb+") as stream:
+            if not (empty or os.fstat(stream.fileno()).st_size):
+                raise FileNotFoundError(errno.ENOENT, "nothing was written", str(temporary))
             os.fsync(stream.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
     sync_folder(file.parent)
+
+
+def _new_part(file: Path) -> tuple[int, Path]:
+    """A new file, locked as long as its descriptor is open."""
+    while True:
+        part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
+        handle = open_plain(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        with suppress(OSError):  # a file system without locks, where nothing that is left is removed
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else taken for one that is left, before it was locked
+            return handle, part
+        os.close(handle)
+
+
+def _remove_left(file: Path) -> None:
+    """Removes parts of a file that no process holds."""
+    prefix = f".{file.name}."
+    names = [n for n in os.listdir(file.parent) if n.startswith(prefix) and n.endswith(".part")]
+    for part in (file.with_name(n) for n in names if len(n) == len(prefix) + 16 + len(".part")):
+        with suppress(OSError):
+            handle = open_plain(part, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+            finally:
+                os.close(handle)
 
 
 def replace(file: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    with replacing(file) as temporary:
+    with replacing(file, empty=not content) as temporary:
         temporary.write_bytes(content)
 
 
@@ -52,7 +151,7 @@ def locked(file: Path, wait: bool = False) -> Iterator[bool]:
     A process that is killed loses its lock. On file systems without locks everyone gets it.
     """
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_plain(file, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

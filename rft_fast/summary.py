@@ -15,7 +15,7 @@ from .cost import duration
 from .request import Request
 from .studies.pruning import NAMED
 from .studies.rows import STUDIES
-from .words import some
+from .words import some, visible
 
 LEGEND = """\
 Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
@@ -126,7 +126,7 @@ def _interpolation(rows: pd.DataFrame, xi: float) -> list[str]:
         skipped = int(rows.loc[rows["dataset"] == dataset, "skipped"].fillna(0).max())
         left_out = f" ({skipped:,} that cannot be read left out)" if skipped else ""
         images = f"{first['samples']:,} images{left_out}"
-        lines += [f"\n{dataset}: {where} distribution, {images}, {first['alphas']} alphas"]
+        lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
         lines += _table([*header, *map(_cells, facts.fillna({"mode": "-"}).to_dict("records"))], last=True)
     return [*lines, "", LEGEND.format(xi=100 * xi)]
 
@@ -170,7 +170,8 @@ def _layers(rows: pd.DataFrame, request: Request) -> list[str]:
     )
     for (model, dataset), group in facts.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
-        lines.append(f"  {model} on {dataset}: {len(worst)} of {len(group)} layers are stragglers")
+        on = visible(f"{model} on {dataset}")
+        lines.append(f"  {on}: {len(worst)} of {len(group)} layers are stragglers")
         lines += [
             f"    {fact['layer']}: instability {_nats(fact['instability'])} "
             f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points"
@@ -210,8 +211,8 @@ def _layer_sharpness(rows: pd.DataFrame, request: Request) -> list[str]:
             top = own[own["alpha"] == own["alpha"].max()].nlargest(3, "sharpness")
             sharpest = ", ".join(f"{row['layer']} {_value(row)}" for row in top.to_dict("records"))
             lines += [
-                f"  {model}: {len(flat)} of {own['layer'].nunique()} layers near zero; sharpest at alpha = "
-                f"{own['alpha'].max():g}:",
+                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers near zero; "
+                f"sharpest at alpha = {own['alpha'].max():g}:",
                 f"    {sharpest}",
             ]
     return lines
@@ -409,7 +410,7 @@ def _words(text: str) -> list[str]:
 
 def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
     """Lines with columns that stand under each other: the first flush left, with ``last`` the last, too."""
-    cells = [list(row) for row in cells]
+    cells = [[visible(cell) for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:

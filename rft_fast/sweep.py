@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from . import config, figures, planning, results, running, studies, summary, trackers
+from . import config, disk, figures, planning, results, running, studies, summary, terminal, trackers
 from .cluster.driver import Cluster, Failed
 from .options import parser
 from .progress import Progress, held_warnings
@@ -18,6 +18,7 @@ from .request import Request, read
 from .running import Interrupted, Pool
 
 
+@terminal.escaped
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; ``argv`` without the program's name, None for the process's own.
 
@@ -97,7 +98,8 @@ def _draw(
     for study in request.measured:
         if study == "correlation":
             table = studies.correlation(rows, margin=request.straggler_margin)
-            table.to_csv(run.table(study), index=False)
+            with disk.replacing(run.table(study)) as temporary:
+                table.to_csv(temporary, index=False)
             figures.correlation(table, run.figure(study))
         elif study == "layers":
             figures.layers(rows, run.figure(study), request.straggler_margin, request.models)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from . import disk
 from .studies.rows import STUDIES
 
 NAMES = ("tensorboard", "wandb")
@@ -65,6 +66,10 @@ def open_trackers(
         ValueError: as :func:`check`; and a client that refuses to open, with its reason.
     """
     check(names)
+    try:
+        disk.refuse_others((), folders=[directory / name for name in names])
+    except ValueError as error:
+        raise ValueError(f"track: {error}") from None
     opened: list[Tracker] = []
     for which in dict.fromkeys(names):
         try:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+# C0, DEL, C1; marks that change the direction of text; line and paragraph separators; what is no character.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Text with its control characters written out (``\\u001b``, as JSON has them); other text is unchanged.
+
+    Args:
+        text: any, names that are other people's in it.
+        lines: keep line ends and tabs, as in a text of several lines; otherwise the result is one line.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        one = found[0]
+        return one if lines and one in "\n\t" else _SHORT.get(one, f"\\u{ord(one):04x}")
+
+    return _CONTROL.sub(escape, text)
 
 
 def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(str(name) for name in names[:shown]) + more
+    return ", ".join(visible(str(name)) for name in names[:shown]) + more
 
 
 def differences(

@@ -338,11 +338,12 @@ def test_stopped_between_a_model_and_its_zoo(
         patch.setattr(output, "write_zoo", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(argv) == 130
     assert (tmp_path / "lr0.01-ep2-warm1.resume").exists() and not (tmp_path / "zoo.toml").exists()
-    (tmp_path / ".lr0.01-ep2-warm1.safetensors.part").write_bytes(b"left by a killed process")
+    left = tmp_path / ".zoo.toml.0123456789abcdef.part"
+    left.write_bytes(b"left by a killed process")
     (tmp_path / ".lr0.01-ep2-warm1.lock").touch()
     (tmp_path / "other.safetensors").write_bytes(b"damaged, and none of ours")
     assert main(argv) == 0
-    assert "already there, skipped" in capsys.readouterr().out
+    assert "already there, skipped" in capsys.readouterr().out and not left.exists()
     assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1"]
     assert not list(tmp_path.glob("*.resume")) and not list(tmp_path.glob(".*.lock"))
 

@@ -406,7 +406,7 @@ def test_the_log(tmp_path: Path) -> None:
 12:01:12  layers  b  93 %  [72 s, 8.0 s left]  in all 87 %, 16 s left
 12:01:20  layers: b finished
 12:01:20  layers: finished in 80 s
-12:01:20  notice: a worker died: ?[31mkilled now
+12:01:20  notice: a worker died: \\u001b[31mkilled now
 12:01:20  prune: begun
 12:01:20  prune: b finished
 12:01:20  prune: finished in 0.0 s

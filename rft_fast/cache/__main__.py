@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rft_fast import cache
+from rft_fast.terminal import escaped
 
 
 def line(entry: cache.Entry) -> str:
@@ -20,6 +21,7 @@ def line(entry: cache.Entry) -> str:
     return f"{cache.size(entry.taken):>10}  {entry.path.name}\n{'':>12}{what}"
 
 
+@escaped
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rft_fast.cache",

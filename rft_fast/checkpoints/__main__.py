@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from .. import layers
+from .. import layers, terminal
+from ..words import visible
 from . import FORMATS, Checkpoint, compare, read
 
 _TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
 
+@terminal.escaped
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 for two files that cannot be ends of one path; 2 for one that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m rft_fast.checkpoints", description=__doc__)
@@ -74,7 +76,7 @@ def describe(checkpoint: Checkpoint) -> str:
             for i in indices
         )
         lines.append(f"  {layer}  {shapes}")
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def _part(name: str) -> str:

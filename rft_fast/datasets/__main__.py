@@ -10,10 +10,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rft_fast import prompts
+from rft_fast.terminal import escaped
 
 from . import KINDS, Rows, doctor
 
 
+@escaped
 def main(argv: Sequence[str] | None = None) -> int:
     """0: sound; 1: something is wrong with the data set; 2: there is none, or the request makes no sense."""
     parser = argparse.ArgumentParser(

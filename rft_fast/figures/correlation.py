@@ -12,7 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import heat
-from .style import CURVES, GREY, MUTED, SMALL, Style, canvas, key, legend, plain, several, short, stated, wrap
+from .style import (
+    CURVES,
+    GREY,
+    MUTED,
+    SMALL,
+    Style,
+    canvas,
+    drawing,
+    key,
+    legend,
+    plain,
+    save,
+    several,
+    short,
+    stated,
+    wrap,
+)
 
 _SETTING = ["rho", "measured_on", "estimator", "on"]
 _MEASURES = ["general", "stragglers", "layer"]
@@ -21,6 +37,7 @@ _SPEARMAN: Style = {"ls": "", "marker": "D", "ms": 3, "color": MUTED[1], "mfc": 
 _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 
 
+@drawing
 def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float | None = None) -> Figure:
     """Rank correlations of sharpness with accuracy and gain, one column per outcome and data set.
 
@@ -83,7 +100,7 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     marks += [key(name, style) for name, style in styles.items()]
     legends = legend(figure, "outside upper center", marks, note)
     figure.set_figheight(sum(heights) + 1.6 + legends)
-    figure.savefig(file)
+    save(figure, file)
     return figure
 
 

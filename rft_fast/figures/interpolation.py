@@ -14,7 +14,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..studies.path import STUDY, Z95, summarize
-from .style import BEATS, FAILS, SMALL, ZERO_SHOT, Style, canvas, colours, key, legend, lost, plain
+from .style import (
+    BEATS,
+    FAILS,
+    SMALL,
+    ZERO_SHOT,
+    Style,
+    canvas,
+    colours,
+    drawing,
+    key,
+    legend,
+    lost,
+    plain,
+    save,
+)
 
 _STAR: Style = {"ls": "", "marker": "*", "ms": 9, "mec": "black", "mew": 0.6}
 _TRIANGLE: Style = {"ls": "", "marker": "v", "ms": 6, "mec": "black", "mew": 0.6}
@@ -37,6 +51,7 @@ _ACCURACY = _Quantity("accuracy", "gain_se", "gain", "best_alpha", 100, 1, _STAR
 _LOSS = _Quantity("loss", "rise_se", "barrier", "barrier_alpha", 1, 2, _TRIANGLE)
 
 
+@drawing
 def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     """Figure 1: accuracy (top) and loss (bottom) over alpha, one column per data set.
 
@@ -84,7 +99,7 @@ def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     legends = legend(figure, "outside upper center", marks, _note(rows))
     legends += legend(figure, "outside lower center", names)
     figure.set_figheight(4.6 + legends)
-    figure.savefig(file)
+    save(figure, file)
     return figure
 
 

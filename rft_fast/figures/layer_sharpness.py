@@ -20,6 +20,7 @@ from .style import (
     Style,
     canvas,
     choose,
+    drawing,
     key,
     legend,
     lost,
@@ -29,6 +30,7 @@ from .style import (
     ood_gains,
     ood_summary,
     points,
+    save,
     setting,
     short,
     stated,
@@ -43,6 +45,7 @@ _BEST: Style = {"ls": "--", "lw": 1, "color": "black"}
 _STARS = "*^Dsv<>pPXhd8"  # one per out-of-distribution set, above the map
 
 
+@drawing
 def layer_sharpness(
     rows: pd.DataFrame,
     file: str | os.PathLike[str],
@@ -120,7 +123,7 @@ def layer_sharpness(
     marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
     legends = legend(figure, "outside upper center", marks, note)
     figure.set_figheight((heat.height(len(names)) + 0.6) * len(settings) + 0.6 + legends)
-    figure.savefig(file)
+    save(figure, file)
     return figure
 
 

@@ -19,6 +19,7 @@ from .style import (
     Style,
     canvas,
     choose,
+    drawing,
     key,
     legend,
     lost,
@@ -26,6 +27,7 @@ from .style import (
     modes_explained,
     ood_gains,
     plain,
+    save,
     several,
     short,
     wrap,
@@ -35,6 +37,7 @@ _WORST = 3  # curves of each model
 _OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
 
 
+@drawing
 def layers(
     rows: pd.DataFrame,
     file: str | os.PathLike[str],
@@ -122,7 +125,7 @@ def layers(
         figure, "outside lower center", [key(labels[name], style) for name, style in curves.items()]
     )
     figure.set_figheight(heat.height(len(names)) + 4.2 + legends)
-    figure.savefig(file)
+    save(figure, file)
     return figure
 
 

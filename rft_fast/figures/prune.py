@@ -18,6 +18,7 @@ from .style import (
     SMALL,
     Style,
     canvas,
+    drawing,
     key,
     legend,
     lost,
@@ -26,6 +27,7 @@ from .style import (
     ood_gains,
     plain,
     points,
+    save,
     several,
     wrap,
 )
@@ -37,6 +39,7 @@ _STRAGGLERS: Style = {"ls": "-", "marker": "o", "ms": 3, "lw": 1.2}
 _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 
 
+@drawing
 def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     """Figure 5: accuracy over alpha, unpruned and pruned; one column per model, one row per data set.
 
@@ -96,7 +99,7 @@ def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     legends = legend(figure, "outside upper center", marks, note)
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
     figure.set_figheight(0.6 + (2.5 + 0.16 * entries) * len(datasets) + legends)
-    figure.savefig(file)
+    save(figure, file)
     return figure
 
 

@@ -22,6 +22,7 @@ from .style import (
     Style,
     canvas,
     colours,
+    drawing,
     key,
     legend,
     lost,
@@ -30,6 +31,7 @@ from .style import (
     ood_rows,
     ood_summary,
     plain,
+    save,
     setting,
     stated,
     unknown_errors,
@@ -40,6 +42,7 @@ _ZERO: Style = {"ls": "", "marker": "+", "ms": 7, "mew": 1.2, "color": "black"}
 _END: Style = {"ls": "", "marker": "s", "ms": 5}
 
 
+@drawing
 def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     """Figure 3: general sharpness over alpha (left), and accuracy against it (right); one row per rho.
 
@@ -111,7 +114,7 @@ def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     names = [key(name, {"lw": 3}, color=palette[name]) for name in models]
     legends += legend(figure, "outside lower center", names)
     figure.set_figheight(0.3 + 2.6 * len(settings) + legends)
-    figure.savefig(file)
+    save(figure, file)
     return figure
 
 

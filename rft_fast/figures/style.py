@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec
 
 import numpy as np
 import pandas as pd
@@ -18,15 +22,18 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
+from .. import disk
 from ..studies.path import STUDY as INTERPOLATION
 from ..studies.path import best_gains, summarize
 from ..studies.sharpness import student_t
+from ..words import visible
 
 # Paul Tol's "muted" scheme: nine colours that stay apart under the common colour deficiencies.
 MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
 GREY = "0.3"
 SMALL = 7.5  # points
 
+_P = ParamSpec("_P")
 Style = dict[str, Any]
 Place = Literal["outside upper center", "outside lower center"]
 BEATS: Style = {"ls": "-", "lw": 1.2, "marker": "o", "ms": 3}
@@ -46,6 +53,51 @@ def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def drawing(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Makes a function draw any names: ``$`` begins no formula, and control characters are written out.
+
+    What the font lacks is drawn as a box, without a warning for each character.
+    """
+
+    @functools.wraps(draw)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        shown: dict[str, str] = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
+            changed: Any = [_shown(value, shown) for value in args]
+            named: Any = {
+                key: value if key == "file" else _shown(value, shown) for key, value in kwargs.items()
+            }
+            return draw(*changed, **named)
+
+    return run
+
+
+def _shown(value: Any, shown: dict[str, str]) -> Any:
+    """Tables, and lists of names, with the names as they are drawn."""
+
+    def name(text: Any) -> Any:
+        if not isinstance(text, str) or (new := visible(text).replace("$", r"\$")) == text:
+            return text
+        while text not in shown and new in shown.values():  # two names stay two
+            new += "'"
+        return shown.setdefault(text, new)
+
+    if isinstance(value, list | tuple):
+        return type(value)(map(name, value))
+    if isinstance(value, pd.DataFrame):
+        odd = [c for c in value if any(name(text) is not text for text in pd.unique(value[c]))]
+        return value.assign(**{column: value[column].map(name, na_action="ignore") for column in odd})
+    return value
+
+
+def save(figure: Figure, file: str | os.PathLike[str]) -> None:
+    """Writes a figure whole or not at all; the file's ending chooses the format."""
+    file = Path(file)
+    with disk.replacing(file) as temporary:
+        figure.savefig(temporary, format=file.suffix[1:] or "png")
 
 
 def plain(panel: Axes) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rft_fast import cache as caches
+from rft_fast import terminal
 from rft_fast.datasets import KINDS
 
 from .run import DTYPES, Request, Work
@@ -35,6 +36,7 @@ examples:
 """
 
 
+@terminal.escaped
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; ``argv`` without the program's name, None for the process's own.
 

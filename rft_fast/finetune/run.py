@@ -113,6 +113,7 @@ class Work:
         if tag is not None:
             architectures.check_activation(request.arch, tag)
         self.preprocess = architectures.preprocess(request.arch, tag)
+        self._refuse_links()
         output.check_zoo(request.out)
         made = self._prompts()
         source = self._open_train()
@@ -368,6 +369,17 @@ class Work:
                     f"finetune: {table} is there without a model or a state to go on from, and would be "
                     "replaced; move it, or choose another --out"
                 )
+
+    def _refuse_links(self) -> None:
+        """Refuses a directory in which a name that is written is a link; a finished model may be one."""
+        out, names = self.request.out, list(self.request.settings)
+        files = [out / f"{name}{end}" for name in names for end in (".csv", ".resume")]
+        files += [out / name for name in ("zoo.toml", "model.json", "classes.json")]
+        locks = [out / ".lock", *(out / f".{name}.lock" for name in names)]
+        try:
+            disk.refuse_others(files, locks)
+        except ValueError as error:
+            raise ValueError(f"finetune: {error}") from None
 
     def _is_there(self, name: str) -> bool:
         """Whether a model is finished; refuses a file of another origin or configuration."""

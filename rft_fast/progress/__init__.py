@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
+from .. import disk
 from ..cost.table import duration
 from .forecast import Forecast, Study, check_cost
 from .process import columns, discard, held_warnings, redirect_warnings
@@ -267,7 +268,8 @@ class Progress:
             return
         line = f"{self._now():%Y-%m-%d %H:%M:%S}  {plain(text)}\n"
         try:
-            with self._log.open("a+b") as file:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            with os.fdopen(disk.open_plain(self._log, flags), "a+b") as file:
                 # A process that died in the middle of a line has left it open.
                 if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
                     line = "\n" + line

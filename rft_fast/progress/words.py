@@ -11,6 +11,7 @@ import pandas as pd
 from tqdm.utils import disp_len, disp_trim
 
 from ..cost.table import duration
+from ..words import visible
 
 
 def percent(fraction: float | None) -> str:
@@ -42,8 +43,7 @@ def one_line(study: str, model: str, rest: str, width: int | None = None) -> str
 
 def plain(text: str) -> str:
     """Text as one line that does nothing to a terminal."""
-    text = re.sub(r"[^\S ]+", " ", text.strip())
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return visible(re.sub(r"[^\S ]+", " ", text.strip()))
 
 
 def rounded(seconds: float | None) -> float | None:

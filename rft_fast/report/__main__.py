@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rft_fast.terminal import escaped
+
 from . import compare, write
 
 
+@escaped
 def main(argv: Sequence[str] | None = None) -> int:
     """0: written; 2: refused, with the reason."""
     parser = argparse.ArgumentParser(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
-from contextlib import suppress
 from pathlib import Path
 
+from .. import disk
 from . import comparison, page, sections
 from .charts import colours
 from .runs import read
@@ -93,6 +92,10 @@ def _check(file: Path, directory: Path | None) -> Path:
         raise PermissionError(
             f"report: cannot write {file}: {file.absolute().parent} is not writable; use --out"
         )
+    try:
+        disk.refuse_others([file])
+    except ValueError as error:
+        raise ValueError(f"report: {error}") from None
     if file.exists():
         with file.open("rb") as old:
             if page.MARK.encode() not in old.read(1000):
@@ -103,13 +106,9 @@ def _check(file: Path, directory: Path | None) -> Path:
 
 
 def _replace(file: Path, text: str) -> Path:
-    # A name that nothing else has: whoever writes the same page meanwhile, or has a file of a like name.
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        with disk.replacing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OSError(f"report: cannot write {file}: {error}") from error
     return file

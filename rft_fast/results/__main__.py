@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..terminal import escaped
+from ..words import visible
 from .run import load, recorded, recover, write_csv, write_parquet
 
 
+@escaped
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line. Exits with 2 for what is refused; nothing is written then."""
     options = argparse.ArgumentParser(
@@ -62,7 +65,7 @@ def describe(directory: Path, rows: pd.DataFrame) -> str:
     for study, part in rows.groupby("study", sort=False):
         counts = part["model"].value_counts(sort=False)
         lines.append(f"  {study}: {len(part):,} rows of {len(counts)} models")
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def _check_pyarrow() -> None:

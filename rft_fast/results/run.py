@@ -53,9 +53,9 @@ def check(
         config: the configuration, as far as it is known; None: not yet.
 
     Raises:
-        ValueError: it is no directory, holds files under our names that are not ours, is in use by another
-            process, or holds a run of another configuration (with the differences), of a newer version,
-            or damaged.
+        ValueError: it is no directory, holds files under our names that are not ours (links and FIFOs among
+            them), is in use by another process, or holds a run of another configuration (with the
+            differences), of a newer version, or damaged.
         PermissionError: it cannot be written to.
     """
     directory = Path(directory)
@@ -70,6 +70,7 @@ def check(
         raise ValueError(f"results: expected a directory, got the file {directory}")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PermissionError(f"results: {directory} is not writable")
+    _refuse_links(directory)
     _refuse_in_use(directory)
     if not _is_begun(directory):
         # A kill while a run begins, or replaces one, leaves an empty database, and that folder.
@@ -216,6 +217,7 @@ class Run:
             with ExitStack() as stack:
                 self._lock = _lock(self.directory)
                 stack.callback(_unlock, self._lock)
+                _refuse_links(self.directory)
                 self._open(asked, overwrite, stack)
                 self._close = stack.pop_all()
         except Damaged as error:
@@ -301,11 +303,11 @@ class Run:
 
     def figure(self, study: str) -> Path:
         """Where the picture of a study belongs."""
-        return self.directory / FIGURES / f"{study}.png"
+        return _figure(self.directory, study)
 
     def table(self, study: str) -> Path:
         """Where a table that is made of the rows belongs."""
-        return self.directory / f"{study}.csv"
+        return _table(self.directory, study)
 
     def close(self) -> None:
         """Writes ``rows.csv``, closes the database and lets go of the lock. Once; later calls do nothing."""
@@ -355,8 +357,7 @@ class Run:
     def _remove_earlier(self) -> None:
         """The database last, all of it at once, and not its name: a kill meanwhile leaves no part of a run,
         nor files that seem to be of nobody."""
-        named = [make(name) for name in (*STUDIES, "cost") for make in (self.figure, self.table)]
-        for file in [*named, *map(self.directory.joinpath, (TABLE, CONFIG, LOG, *REPORTS))]:
+        for file in [*_replaced(self.directory), *map(self.directory.joinpath, (LOG, *REPORTS))]:
             file.unlink(missing_ok=True)
         disk.replace(self._file, b"")
         for end in database.BESIDE:  # of an empty database, SQLite removes them, too
@@ -436,6 +437,31 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- what is refused ------------------------------------------------------------------------------------
+
+
+def _figure(directory: Path, study: str) -> Path:
+    return directory / FIGURES / f"{study}.png"
+
+
+def _table(directory: Path, study: str) -> Path:
+    return directory / f"{study}.csv"
+
+
+def _replaced(directory: Path) -> list[Path]:
+    """The files of a run that new ones replace."""
+    named = [make(directory, name) for name in (*STUDIES, "cost") for make in (_figure, _table)]
+    return [*named, directory / TABLE, directory / CONFIG]
+
+
+def _refuse_links(directory: Path) -> None:
+    """Refuses a directory in which a name that a run writes is a link, or no plain file."""
+    base = directory / database.FILE
+    in_place = [base, *(database.beside(base, end) for end in database.BESIDE)]
+    in_place += [directory / LOCK, directory / LOG]
+    try:
+        disk.refuse_others(_replaced(directory), in_place, [directory / FIGURES])
+    except ValueError as error:
+        raise ValueError(f"results: {error}") from None
 
 
 class Damaged(ValueError):
@@ -524,7 +550,8 @@ def _check_version(directory: Path, base: sqlite3.Connection) -> None:
 
 def _lock(directory: Path) -> IO[str]:
     """Holds the lock until it is closed, or the process ends, however it does."""
-    stream = (directory / LOCK).open("a+", encoding="utf-8")
+    handle = disk.open_plain(directory / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    stream = os.fdopen(handle, "a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -550,7 +577,7 @@ def _refuse_in_use(directory: Path) -> None:
     file = directory / LOCK
     if not file.is_file():
         return
-    with file.open("r+", encoding="utf-8") as stream:
+    with os.fdopen(disk.open_plain(file, os.O_RDWR), "r+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
