@@ -7,8 +7,8 @@ Where nvcc is found, the CUDA kernels are built, too. RFT_CUDA=1 insists on them
 RFT_CUDA_ARCH names the architectures, e.g. "80 90"; by default those from Ampere on that nvcc knows, and PTX
 of the newest for what comes later.
 
-The source distribution (`python -m build --sdist`) is the same file, bit for bit, whenever and by whomever it is made
-from the same sources.
+The source distribution (`python -m build --sdist`) is the same file, bit for bit, whenever and by whomever it
+is made from the same sources.
 """
 
 import gzip
@@ -259,7 +259,7 @@ class NativeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-# Seconds since 1970 of everything in the source distribution, unless SOURCE_DATE_EPOCH says otherwise: 1 January 2020.
+# The time of everything in the source distribution, unless SOURCE_DATE_EPOCH gives another: 1 January 2020.
 EPOCH = 1577836800
 # Bytes: larger results of benchmarks stay in the repository.
 LARGE_RESULT = 100_000

@@ -1,8 +1,11 @@
 """Robust Fine-Tuning paths between CLIP models: interpolate, perturb, prune, in place and fast."""
 
+__version__ = "0.1.0"
+
 import importlib
 from types import ModuleType
 
+from rft_fast import program as _program  # noqa: F401  (first: refuses to start where torch would crash)
 from rft_fast import studies
 from rft_fast.kernels import (
     Plan,
@@ -13,8 +16,6 @@ from rft_fast.kernels import (
     write_,
 )
 from rft_fast.path import Path
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 
 import rft_fast
+from rft_fast import program
 from rft_fast.kernels import native
 from rft_fast.kernels.registry import BACKENDS
 
@@ -66,5 +69,13 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+@program.command("env")
+def main(argv: Sequence[str]) -> int:
+    """Print the report; returns 0."""
+    program.parser("env", description=__doc__).parse_args(argv)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoints, datasets, endpoints, studies, trackers
+from . import checkpoints, datasets, endpoints, program, studies, trackers
 from .evaluate.precision import PRECISIONS
 from .kernels import contract, registry
 from .layers import layer_of
@@ -54,13 +54,13 @@ examples:
 
 def parser(zoo: bool = True) -> argparse.ArgumentParser:
     """The options of the command line, with or without those that say what a zoo file has entries for."""
-    top = argparse.ArgumentParser(
-        prog="python -m rft_fast.sweep",
+    top = program.parser(
+        "sweep",
+        version=zoo,
         usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     if zoo:
         top.add_argument("words", nargs="*", metavar="STUDY", type=_study_or_zoo, help=argparse.SUPPRESS)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import pandas as pd
 
 from . import disk, results, summary
 from .pieces import Piece, Stragglers
+from .program import Stop
 from .progress import Progress
 from .request import Request
 from .studies.rows import Row
@@ -38,10 +36,6 @@ class Watch(Protocol):
 
     def spent(self, piece: Piece, seconds: float, peak: int) -> None:
         """It is done. peak: of memory, in bytes."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has: what was in flight is finished and kept."""
 
 
 class Pool(Protocol):
@@ -205,41 +199,3 @@ class _Books:
             dict(zip(self._COLUMNS, (study, count, *self._took.get(study, (0.0, 0))), strict=True))
             for study, count in self.models.items()
         ]
-
-
-class Stop:
-    """Ctrl-C or SIGTERM once: stop when the measurement in flight is there. Again: stop now.
-
-    A context manager, for the main thread; elsewhere signals are left as they are.
-    """
-
-    def __init__(self, notice: Callable[[str], object]) -> None:
-        self._notice = notice
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # One that is ignored, as in a background job of a shell, stays ignored.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        self._notice(f"stopping when the measurement in flight is there ({name} again: now)")
-
-    def check(self) -> None:
-        """Raises Interrupted if it was asked."""
-        if self.asked:
-            raise Interrupted

@@ -10,23 +10,23 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from . import config, disk, figures, planning, results, running, studies, summary, terminal, trackers
+from . import config, disk, figures, planning, program, results, running, studies, summary, trackers
 from .cluster.driver import Cluster, Failed
 from .options import parser
+from .program import Interrupted, Stop
 from .progress import Progress, held_warnings
 from .request import Request, read
-from .running import Interrupted, Pool
+from .running import Pool
 
 
-@terminal.escaped
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; ``argv`` without the program's name, None for the process's own.
+@program.command("sweep")
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line; ``argv`` without the program's name, left out for the process's own.
 
     Returns 0 when all is done, 1 when disk, memory or workers failed on the way, 130 when interrupted; what
     was measured until then is on disk, and the same command goes on from there. Exits with 2, as argparse
     does, for whatever is refused; that is always before the first measurement, with earlier rows untouched.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
     run: results.Run | None = None
     pool: Pool | None = None
     try:
@@ -76,7 +76,7 @@ def _measure(
         for text in early:
             progress.notice(text)
         try:
-            with running.Stop(progress.notice) as stop:
+            with Stop(progress.notice) as stop:
                 took = running.measure(pool, request, run, progress, stop)
         except Interrupted:
             progress.end("interrupted")

@@ -1,7 +1,8 @@
 """What leaves for the terminal: text that moves no cursor, hides nothing and reverses nothing.
 
 Names of models, classes and files come from other people, and reach messages, tables and warnings. So the two
-standard streams escape control characters, whoever writes to them: :func:`escaped` is for every ``main``.
+standard streams escape control characters, whoever writes to them: :func:`escaped`, which every command is
+given by :func:`rft_fast.program.command`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def differences(
 
     but: whether an entry does not matter, by its names from the outermost table on.
     """
-    a, b = dict(_flat(there)), dict(_flat(now))
+    a, b = dict(flat(there)), dict(flat(now))
     return [
         f"{'.'.join(names)} {a.get(names, 'nothing')} there, {b.get(names, 'nothing')} now"
         for names in dict.fromkeys([*a, *b])
@@ -47,10 +47,10 @@ def differences(
     ]
 
 
-def _flat(table: Mapping[str, Any], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def flat(table: Mapping[str, Any], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Entries that are no tables, or empty ones, by all their names: any of which may have a dot in it."""
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, (*outer, key))
+            yield from flat(value, (*outer, key))
         else:
             yield (*outer, key), value

@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, datasets, endpoints, prompts
+from . import checkpoints, datasets, endpoints, program, prompts
+from .words import flat
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -125,6 +126,10 @@ def read(path: str | PathLike[str]) -> Zoo:
         raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
 
     entries = _Entries(file)
+    for names, value in flat(table):
+        texts = [*names, *(value if isinstance(value, list) else [value])]
+        if any(isinstance(text, str) and program.nul(text) for text in texts):
+            raise entries.error(repr(".".join(names))[1:-1], f"holds a NUL byte, got {value!r}")
     entries.known(table, "", ("name", "arch", "zeroshot", *_HEAD, "finetuned", "data", "options"))
     arch = entries.get(table, "arch", str)
     finetuned = entries.get(table, "finetuned", dict)

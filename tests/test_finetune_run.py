@@ -31,7 +31,7 @@ from torchvision.transforms.autoaugment import _apply_op  # the other side of OP
 import rft_fast
 from rft_fast import architectures, checkpoints, datasets, disk, finetune, results, sweep, zoo
 from rft_fast.endpoints import Ends, Setup
-from rft_fast.finetune import Setting, images, output
+from rft_fast.finetune import Setting, images, output, training
 from rft_fast.finetune.__main__ import main
 
 CPU = torch.device("cpu")
@@ -382,6 +382,30 @@ def test_a_full_disk_ends_with_1_and_keeps_what_there_was(
     state = torch.load(tmp_path / "lr0.01-ep2-warm1.resume", weights_only=True)
     assert state["step"] == 1 and not list(tmp_path.glob(".*"))
     assert main(argv) == 0
+
+
+def test_signals_stop_after_the_step_and_lose_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after each of six steps, two of which end an epoch; the last finds the work complete."""
+    more = ("--augment", "none", "--mixup", "0.4")
+    whole, again = (arguments(folder, tmp_path / name, *more, train="big") for name in ("whole", "again"))
+    assert main(whole) == 0
+    real, numbers = training._backward, [signal.SIGTERM, signal.SIGHUP] * 3
+
+    def backward(*more: Any) -> float:
+        signal.raise_signal(numbers.pop())
+        return real(*more)
+
+    monkeypatch.setattr(training, "_backward", backward)
+    before = signal.getsignal(signal.SIGHUP)
+    assert [main(again) for _ in range(6)] == [130] * 5 + [0] and not numbers
+    assert signal.getsignal(signal.SIGHUP) == before
+    assert "Traceback" not in (printed := capsys.readouterr()).err and "SIGHUP" in printed.out
+    (file,) = (tmp_path / "whole").glob("lr*.safetensors")
+    assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    assert len(list(csv.DictReader((tmp_path / "again" / f"{file.stem}.csv").open()))) == 2
+    assert not list((tmp_path / "again").glob("*.resume"))
 
 
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:

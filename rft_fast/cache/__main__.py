@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from rft_fast import cache
-from rft_fast.terminal import escaped
+from rft_fast import cache, program
 
 
 def line(entry: cache.Entry) -> str:
@@ -21,10 +19,10 @@ def line(entry: cache.Entry) -> str:
     return f"{cache.size(entry.taken):>10}  {entry.path.name}\n{'':>12}{what}"
 
 
-@escaped
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rft_fast.cache",
+@program.command("cache")
+def main(argv: Sequence[str]) -> int:
+    parser = program.parser(
+        "cache",
         description="Lists the decoded images that are kept for later runs: in the directory $RFT_CACHE, "
         "else $XDG_CACHE_HOME/rft_fast, else ~/.cache/rft_fast.",
     )

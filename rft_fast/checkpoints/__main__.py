@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from .. import layers, terminal
+from .. import layers, program
 from ..words import visible
 from . import FORMATS, Checkpoint, compare, read
 
 _TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
 
-@terminal.escaped
-def main(arguments: Sequence[str] | None = None) -> int:
+@program.command("checkpoints")
+def main(arguments: Sequence[str]) -> int:
     """Exit status: 0; 1 for two files that cannot be ends of one path; 2 for one that cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m rft_fast.checkpoints", description=__doc__)
+    parser = program.parser("checkpoints", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="a checkpoint; what is in it")
     parser.add_argument("other", metavar="FILE2", nargs="?", help="another; whether a path can join them")
     parser.add_argument(
@@ -100,6 +98,4 @@ def _count(tensors: Iterable[Tensor]) -> str:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # ends quietly where nobody reads on, as in "| head"
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

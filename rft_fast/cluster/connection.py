@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,7 +62,8 @@ def connect(workers: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if is_local(workers):
-            ray.init(address="local", include_dashboard=False, configure_logging=False, **quiet)
+            with _hangup_ignored():  # its processes belong to this terminal
+                ray.init(address="local", include_dashboard=False, configure_logging=False, **quiet)
         else:
             ray.init(address=workers, **quiet)
     except Exception as error:  # Ray has many ways of not finding a cluster
@@ -68,6 +73,19 @@ def connect(workers: str) -> None:
             "its token, if it asks for one (RAY_AUTH_TOKEN)?"
         ) from error
     _ours = True
+
+
+@contextmanager
+def _hangup_ignored() -> Iterator[None]:
+    """Processes that are started meanwhile outlive their terminal, so that a run stops in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def disconnect() -> None:

@@ -9,17 +9,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rft_fast import prompts
-from rft_fast.terminal import escaped
+from rft_fast import program, prompts
 
 from . import KINDS, Rows, doctor
 
 
-@escaped
-def main(argv: Sequence[str] | None = None) -> int:
+@program.command("datasets")
+def main(argv: Sequence[str]) -> int:
     """0: sound; 1: something is wrong with the data set; 2: there is none, or the request makes no sense."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rft_fast.datasets",
+    parser = program.parser(
+        "datasets",
         description="Says what a data set is, how it would be scored, and all that is wrong with it. "
         "Exit status: 0 it is sound, 1 something is wrong, 2 it is no data set.",
     )

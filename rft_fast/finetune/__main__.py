@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rft_fast import cache as caches
-from rft_fast import terminal
+from rft_fast import program
 from rft_fast.datasets import KINDS
 
 from .run import DTYPES, Request, Work
@@ -36,9 +37,9 @@ examples:
 """
 
 
-@terminal.escaped
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; ``argv`` without the program's name, None for the process's own.
+@program.command("finetune")
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line; ``argv`` without the program's name, left out for the process's own.
 
     Returns 0 when all is done; 1 when a model diverged, or disk, memory or an image failed on the way; 130
     when interrupted. Exits with 2, as argparse does, for whatever is refused; that is always before the
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return _run(parser().parse_args(argv))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, program.Interrupted):
         print("\nfinetune: interrupted; the same command goes on from the last state kept", file=sys.stderr)
         return 130
 
@@ -65,7 +66,8 @@ def _run(options: argparse.Namespace) -> int:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser().error(str(error))
     try:
-        outcome = work.run()
+        with program.Stop(tqdm.write, "training step") as stop:
+            outcome = work.run(stop)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         print(f"finetune: error: {error}; the same command goes on from the last state kept", file=sys.stderr)
         return 1
@@ -85,12 +87,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m rft_fast.finetune",
+    top = program.parser(
+        "finetune",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_models(top)
     _add_grid(top)

@@ -24,6 +24,7 @@ from rft_fast.classifier import ImageClassifier
 from rft_fast.datasets import Dataset, decoding, pixel_transform
 from rft_fast.datasets.source import Source
 from rft_fast.evaluate.precision import exact
+from rft_fast.program import Stop
 from rft_fast.words import some
 
 from .settings import AUGMENT, MAGNITUDES, Setting
@@ -301,7 +302,7 @@ def _stream(setting: Setting, purpose: int, *place: int) -> np.random.Generator:
 
 
 @torch.no_grad()
-def features(model: ImageClassifier, images: Images, precision: str) -> Tensor:
+def features(model: ImageClassifier, images: Images, precision: str, stop: Stop | None = None) -> Tensor:
     """What the image tower makes of all images in order, unaugmented: float32 [n, d] on its device."""
     device = model.classification_head.weight.device
     augment, rng = augmentation("none", images.preprocess), np.random.default_rng(0)
@@ -310,6 +311,8 @@ def features(model: ImageClassifier, images: Images, precision: str) -> Tensor:
     bar = tqdm(loaded, "features for the head", len(batches), disable=None, leave=False)
     found = []
     for pixels in bar:
+        if stop is not None:
+            stop.check()
         with exact(precision), autocast(precision, device):
             found.append(model.visual(normalised(pixels, images.preprocess, device)).float())
     return torch.cat(found)

@@ -20,6 +20,7 @@ from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
 from rft_fast.datasets import labels
 from rft_fast.endpoints import Ends, Setup
+from rft_fast.program import Stop
 from rft_fast.words import differences
 
 from . import output
@@ -153,6 +154,7 @@ class Work:
         if request.check_images and todo:
             self.images.check()
         self._features: Tensor | None = None
+        self._stop: Stop | None = None
         self.val = {
             name: datasets.load(
                 name,
@@ -171,11 +173,14 @@ class Work:
             self.start = ends.zeroshot
         self.start = output.rounded(self.start, self.dtype)
 
-    def run(self) -> Outcome:
-        """Makes what is not there yet, and the zoo."""
+    def run(self, stop: Stop | None = None) -> Outcome:
+        """Makes what is not there yet, and the zoo. Raises Interrupted when ``stop`` was asked."""
+        self._stop = stop
         self._write_start()
         outcome = Outcome()
         for name, setting in self.request.settings.items():
+            if stop is not None:
+                stop.check()
             with disk.locked(self.request.out / f".{name}.lock") as ours:
                 if not ours:
                     tqdm.write(f"{name}: being made by another process, skipped")
@@ -475,6 +480,7 @@ class Work:
             keeper=keeper,
             finished=finished,
             label=name,
+            stop=self._stop,
         )
         if lost := output.overflowing(model.state_dict(), self.dtype):
             raise Diverged(
@@ -488,7 +494,7 @@ class Work:
     def _probe(self, name: str, setting: Setting) -> None:
         """The head alone, on features that are computed once for all settings."""
         if self._features is None:
-            self._features = features(self.model, self.images, self.request.precision)
+            self._features = features(self.model, self.images, self.request.precision, self._stop)
         head = replace(
             setting,
             lr=setting.probe_lr,
@@ -505,6 +511,7 @@ class Work:
             head,
             finished=lambda rows: _tell(f"{name}, head alone", rows[-1], head.epochs),
             label=f"{name}, head alone",
+            stop=self._stop,
         )
 
     def _write_zoo(self) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rft_fast.classifier import ImageClassifier
 from rft_fast.evaluate.precision import exact
+from rft_fast.program import Stop
 
 from .settings import Setting
 
@@ -95,6 +96,7 @@ def train(
     keeper: Keeper | None = None,
     finished: Callable[[Sequence[Row]], object] | None = None,
     label: str = "",
+    stop: Stop | None = None,
 ) -> list[Row]:
     """Trains, in place, the parameters of ``model`` that require gradients.
 
@@ -107,6 +109,7 @@ def train(
         the same weights as one that was not, on the same machine.
     finished: called with all rows after each epoch, and with those that are kept, when it goes on from them.
     label: of the progress bar and of errors.
+    stop: looked at after each step; when it was asked, the state is kept, and this raises Interrupted.
 
     Steps: the learning rate (:func:`learning_rate`) is set, the batch's mean loss is taken (cross-entropy
     with label smoothing; under mixup the two labels' losses weighted), gradients are cut to ``clip``, and
@@ -179,8 +182,12 @@ def train(
                 total, images = total + loss * len(batch.labels), images + len(batch.labels)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if keeper is not None and keeper.every and step % keeper.every == 0 and step % len(batches):
-                    keep()
+                if step % len(batches):  # at the end of an epoch its row is made, and kept, first
+                    asked = stop is not None and stop.asked
+                    if asked or (keeper is not None and keeper.every and step % keeper.every == 0):
+                        keep()
+                    if stop is not None:
+                        stop.check()
             if step % len(batches):
                 raise ValueError(
                     f"{where}: epoch {epoch + 1} ended after {step % len(batches)} of the {len(batches)} "
@@ -197,6 +204,8 @@ def train(
             keep()
             if finished is not None:
                 finished(rows)
+            if stop is not None and step < steps:
+                stop.check()
     model.eval()
     if lost := [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]:
         raise Diverged(f"{where}: {lost[0]} is not finite after the last step; {_REMEDY}")

@@ -21,6 +21,7 @@ from tqdm.utils import disp_len
 
 from .. import disk
 from ..cost.table import duration
+from ..program import broken
 from .forecast import Forecast, Study, check_cost
 from .process import columns, discard, held_warnings, redirect_warnings
 from .words import counted, json_row, one_line, outcome_of, percent, plain, rounded, said
@@ -289,6 +290,8 @@ class Progress:
         try:
             self._json.write(line + "\n")
             self._json.flush()
+            if (error := broken(self._json)) is not None:
+                raise error
         except (OSError, ValueError) as error:  # ValueError: closed on our side
             discard(self._json)
             self._json = None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft_fast.terminal import escaped
-
+from .. import program
 from . import compare, write
 
 
-@escaped
-def main(argv: Sequence[str] | None = None) -> int:
+@program.command("report")
+def main(argv: Sequence[str]) -> int:
     """0: written; 2: refused, with the reason."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rft_fast.report",
+    parser = program.parser(
+        "report",
         description="Writes a run as one HTML page that needs nothing else: words, figures to look into, "
         "tables to sort. With two runs, what they differ in.",
     )

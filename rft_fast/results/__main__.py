@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,17 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..terminal import escaped
+from .. import program
 from ..words import visible
 from .run import load, recorded, recover, write_csv, write_parquet
 
 
-@escaped
-def main(argv: Sequence[str] | None = None) -> int:
+@program.command("results")
+def main(argv: Sequence[str]) -> int:
     """Runs a command line. Exits with 2 for what is refused; nothing is written then."""
-    options = argparse.ArgumentParser(
-        prog="python -m rft_fast.results", description=__doc__, allow_abbrev=False
-    )
+    options = program.parser("results", description=__doc__)
     options.add_argument("directory", metavar="DIR", type=Path, help="of a run, also of one that goes on")
     options.add_argument("--csv", metavar="FILE", type=Path, help="write the rows there")
     options.add_argument(

@@ -1,0 +1,257 @@
+"""What the commands share as processes: version, arguments, working directory, output, signals to stop."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from .terminal import escaped
+
+# Command -> what it does; each is ``python -m rft_fast.NAME``.
+COMMANDS = {
+    "sweep": "measure fine-tuned models along their paths: tables, figures, a summary",
+    "finetune": "fine-tune a zero-shot CLIP model, once or in a grid, for the sweep",
+    "checkpoints": "say what a checkpoint holds, and whether two are the ends of one path",
+    "datasets": "say what a data set is, and what is wrong with it",
+    "results": "list what a run has measured, and export its rows",
+    "report": "write a run, or the differences of two, as one HTML page",
+    "cache": "list or remove the decoded images that are kept",
+    "env": "print versions, and which kernels work here",
+}
+REFUSED, INTERRUPTED = 2, 130  # exit statuses, as argparse and shells have them
+_GONE = "the working directory does not exist any more (deleted or renamed); change to one that does"
+
+
+def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentParser:
+    """The options of a command, without abbreviations: ``--help`` and ``--version``.
+
+    Args:
+        name: one of COMMANDS, or ``""`` for ``python -m rft_fast`` itself.
+        version: whether ``--version`` is one.
+        more: arguments of argparse.ArgumentParser.
+    """
+    from rft_fast import __version__
+
+    found = argparse.ArgumentParser(prog=called(name), allow_abbrev=False, **more)
+    if version:
+        text = f"rft_fast {__version__}"
+        found.add_argument("--version", action="version", version=text, help="show it and exit")
+    return found
+
+
+def called(name: str) -> str:
+    """How a command is called."""
+    return f"python -m rft_fast.{name}" if name else "python -m rft_fast"
+
+
+def command(name: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..., int]]:
+    """Make a ``main(argv)`` a command: ``main()`` then runs the process's own command line.
+
+    Control characters are escaped on their way to the terminal. Arguments with NUL bytes and a deleted
+    working directory are refused (exit status 2). For the process's own command line also: Ctrl-C ends it
+    with status 130, and output that cannot be written ends nothing (:func:`guard_output`).
+
+    Args:
+        name: as for :func:`parser`.
+    """
+
+    def decorate(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+        shown = escaped(main)
+
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None) -> int:
+            if argv is not None:
+                _check(name, argv)
+                return shown(list(argv))
+            guards = guard_output()
+            _check(name, sys.argv[1:])
+            try:
+                status = shown(sys.argv[1:])
+            except KeyboardInterrupt:
+                print(f"\n{name or 'rft_fast'}: interrupted", file=sys.stderr)
+                status = INTERRUPTED
+            for guard in guards:
+                guard.flush()
+                if (error := broken(guard)) is not None and not _reader_left(error):
+                    print(f"{called(name)}: error: output could not be written: {error}", file=sys.stderr)
+                    status = status or 1
+            return status
+
+        return run
+
+    return decorate
+
+
+def nul(text: str) -> bool:
+    """Whether a text holds a NUL byte, which no file name, and nothing else here, can."""
+    return "\0" in text
+
+
+def _check(name: str, argv: Sequence[str]) -> None:
+    prog = f"{called(name)}: error:"
+    for argument in argv:
+        if nul(argument):
+            print(f"{prog} argument {argument!r} holds a NUL byte; no file name does", file=sys.stderr)
+            raise SystemExit(REFUSED)
+    if not _has_directory():
+        print(f"{prog} {_GONE}", file=sys.stderr)
+        raise SystemExit(REFUSED)
+
+
+def _has_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_directory() -> None:
+    """Refuse to start where torch cannot: its import ends the process when the working directory is deleted.
+
+    Raises:
+        SystemExit: in a command.
+        FileNotFoundError: elsewhere, unless torch is there already.
+    """
+    if _has_directory():
+        return
+    if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]).startswith("rft-"):
+        print(f"rft_fast: error: {_GONE}", file=sys.stderr)
+        raise SystemExit(REFUSED)
+    if "torch" not in sys.modules:
+        raise FileNotFoundError(f"rft_fast: {_GONE}")
+
+
+# --- standard output and standard error -----------------------------------------------------------------
+
+
+class _Guarded(io.RawIOBase):
+    """A file descriptor to which every write succeeds. What failed first is in ``error``."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left and self.error is None:
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except OSError as error:
+                self.error = error
+        return size
+
+
+def guard_output() -> list[TextIO]:
+    """Let standard output and standard error fail without an exception from here on, and return the two.
+
+    A reader that has left (``| head``) or a terminal that was closed must not end a run that is measuring,
+    nor make a complete one fail. What cannot be written is dropped; :func:`broken` gives the reason.
+    """
+    for descriptor in range(3):  # one that is closed would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    guarded: list[TextIO] = []
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):
+                stream.flush()
+            raw = _Guarded(stream.fileno())
+            guard = io.TextIOWrapper(
+                raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[type-var]
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, guard)
+            guarded.append(guard)
+    return guarded
+
+
+def broken(stream: object) -> OSError | None:
+    """Why a stream of :func:`guard_output` drops what is written to it; None where it does not."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return raw.error if isinstance(raw, _Guarded) else None
+
+
+def _reader_left(error: OSError) -> bool:
+    return error.errno in (errno.EPIPE, errno.EIO)  # EIO: a terminal that was closed
+
+
+# --- signals --------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """The work was asked to stop, and has: what was in flight is finished and kept."""
+
+
+class Stop:
+    """Ctrl-C, SIGTERM or SIGHUP (a closed terminal) once: stop after the step in flight. Again: stop now.
+
+    A context manager, for the main thread; elsewhere signals are left as they are.
+
+    Args:
+        notice: called with a sentence for people at the first signal.
+        step: what is finished first, in that sentence.
+    """
+
+    def __init__(self, notice: Callable[[str], object], step: str = "measurement") -> None:
+        self._notice, self._step = notice, step
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # One that is ignored, as in a background job of a shell or under nohup, stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self._notice(f"stopping when the {self._step} in flight is there ({name} again: now)")
+
+    def check(self) -> None:
+        """Raises Interrupted if it was asked."""
+        if self.asked:
+            raise Interrupted
+
+
+check_directory()
