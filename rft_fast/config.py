@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, checkpoints, results, wiring, zoo
+from . import __version__, files, results, wiring, zoo
 from .evaluate import Evaluator
 from .kernels import registry
 from .request import Request
@@ -36,7 +35,7 @@ def asked(request: Request) -> dict[str, Any]:
     source = request.zoo
     # A file goes by its content, and not by where it lies.
     arch, file = source.arch, Path(source.arch)
-    content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    content = files.sha256(file) if file.is_file() else None
     known |= {"zoo": source.name, "options of the zoo": list(source.options)}
     known |= {"arch": file.name if content else arch, "sha256 of the architecture": content}
     found: dict[str, Any] = json.loads(json.dumps(known))
@@ -62,7 +61,7 @@ def complete(models: Models, work: Studies) -> dict[str, Any]:
         "finetuned": {name: content(weights) for name, weights in source.finetuned.items()},
         "head": {
             **asdict(source.head),
-            "given": _file(source.head.given),
+            "given": _file(models, source.head.given),
             "sha256 of the prompts": wiring.digest_prompts(models),
         },
         "data": {
@@ -133,10 +132,10 @@ def resumed(request: Request) -> Request:
     return replace(request, **sizes)
 
 
-def _file(file: Path | None) -> dict[str, str] | None:
+def _file(models: Models, file: Path | None) -> dict[str, str] | None:
     if file is None:
         return None
-    return {"path": str(file.absolute()), "sha256": checkpoints.sha256(file)}
+    return {"path": str(file.absolute()), "sha256": models.inputs.sha256(file)}
 
 
 def _labels(labels: Path | Mapping[str, object] | None) -> object:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from . import disk, results, summary
+from . import disk, files, results, summary
 from .pieces import Piece, Stragglers
 from .program import Stop
 from .progress import Progress
@@ -36,6 +36,9 @@ class Watch(Protocol):
 
     def spent(self, piece: Piece, seconds: float, peak: int) -> None:
         """It is done. peak: of memory, in bytes."""
+
+    def withdrawn(self, piece: Piece) -> None:
+        """What was measured of this study of the model is not to be kept: a file of it has changed."""
 
 
 class Pool(Protocol):
@@ -83,6 +86,9 @@ class Alone:
             start = perf_counter()
             try:
                 took = self._worker.measure(piece, shared, sink)
+            except files.Changed:
+                watch.withdrawn(piece)
+                raise
             except Exception:
                 with suppress(OSError):  # the disk may be what failed
                     watch.spent(piece, perf_counter() - start, 0)
@@ -193,6 +199,12 @@ class _Books:
         table = pd.DataFrame(self.rows(), columns=list(self._COLUMNS))
         with disk.replacing(self._run.table("cost")) as temporary:
             table.to_csv(temporary, index=False)
+
+    def withdrawn(self, piece: Piece) -> None:
+        count = self._run.withdraw(piece.study, piece.model)
+        self._progress.notice(
+            f"{count} measurements of {piece.study} of {piece.model} are removed: its file changed meanwhile"
+        )
 
     def rows(self) -> list[dict[str, object]]:
         return [

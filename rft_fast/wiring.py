@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import open_clip
 from torch import nn
 from tqdm import tqdm
 
-from . import architectures, checkpoints, datasets, prompts, studies, zoo
+from . import architectures, checkpoints, datasets, files, prompts, studies, zoo
 from . import path as paths
 from .classifier import HEAD_WEIGHT
 from .endpoints import Ends, Setup
@@ -26,11 +27,16 @@ Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it i
 
 @dataclass(frozen=True)
 class Models:
-    """The live model, the zero-shot end of its paths, and SHA-256 of every checkpoint by its source."""
+    """The live model, the zero-shot end of its paths, and SHA-256 of every checkpoint by its source.
+
+    inputs: the files of all this, which must stay as they are hashed.
+    """
 
     request: Request
     ends: Ends
     live: nn.Module
+    inputs: files.Inputs
+    common: tuple[Path, ...]  # those of all models
     hashes: dict[str, str] = field(default_factory=dict)
     layers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each fine-tuned model's path
 
@@ -40,23 +46,29 @@ class Models:
 
         Names, shapes and heads of all models are checked before the first prompt is encoded.
         """
-        source = request.zoo
-        setup = _setup(source)
+        source, inputs = request.zoo, files.Inputs()
         file = checkpoints.fetch(source.zeroshot.source, source.arch)
-        state = checkpoints.load(file, request.device, source.zeroshot.format)
+        common = (file, *_texts(source))
+        for each in (*common, *(Path(weights.source) for weights in source.finetuned.values())):
+            inputs.add(each)
+        for text in common[1:]:
+            inputs.sha256(text)
+        setup = _setup(source)
+        with inputs.reading(file):
+            state = checkpoints.load(file, request.device, source.zeroshot.format)
         with _at(file):
             ends = Ends(setup, state, _classes(source), request.device)
         for weights in source.finetuned.values():
-            with _at(weights.source):
-                ends.check(checkpoints.load(weights.source, format=weights.format))
+            with _at(weights.source), inputs.reading(weights.source):
+                ends.check(checkpoints.load(weights.source, "meta", weights.format))
         live = precision.cast(ends.live, request.precision).to(request.device)
-        models = cls(request, ends, live)
-        models.hashes[source.zeroshot.source] = checkpoints.sha256(file)
+        models = cls(request, ends, live, inputs, common)
+        models.hashes[source.zeroshot.source] = inputs.sha256(file)
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
+            models.hashes[weights.source] = inputs.sha256(weights.source)
             path = models.path(name)
             models._check_layers(path)
             models.layers[name] = tuple(path.layers)
-            models.hashes[weights.source] = checkpoints.sha256(weights.source)
         return models
 
     @property
@@ -69,8 +81,18 @@ class Models:
         """The live model on the way to this fine-tuned one."""
         weights = self.request.zoo.finetuned[name]
         with _at(weights.source):
-            ends = self.ends.pair(checkpoints.load(weights.source, format=weights.format), name)
+            with self.inputs.reading(weights.source):
+                state = checkpoints.load(weights.source, format=weights.format)
+            ends = self.ends.pair(state, name)
             return paths.Path(self.live, *ends, self.request.granularity, impl=self.request.impl)
+
+    @contextmanager
+    def unchanged(self, name: str) -> Iterator[None]:
+        """Raises files.Changed at the end, however it is reached, where a file of this model changed."""
+        try:
+            yield
+        finally:
+            self.inputs.check(*self.common, self.request.zoo.finetuned[name].source)
 
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
@@ -112,12 +134,24 @@ def _setup(source: zoo.Zoo) -> Setup:
     return Setup(source.arch, head.towers, head.choice, chosen, head.scale, given)
 
 
+def _texts(source: zoo.Zoo) -> list[Path]:
+    """The other files that models are made of: architecture, head, class names, templates."""
+    head = source.head
+    named = [
+        (source.arch, source.arch in open_clip.list_models()),
+        (head.class_names, head.class_names in prompts.CLASS_NAMES),
+        (head.templates, head.templates in prompts.TEMPLATES),
+        (head.given, False),
+    ]
+    return [Path(file) for file, built_in in named if file and not built_in and Path(file).is_file()]
+
+
 def _classes(source: zoo.Zoo) -> int | None:
     """Rows of the first fine-tuned head, where the zero-shot end may have none to tell."""
     if source.head.choice != "finetuned" or source.head.class_names is not None:
         return None
     weights = next(iter(source.finetuned.values()))
-    head = checkpoints.read(weights.source, weights.format).tensors.get(HEAD_WEIGHT)
+    head = checkpoints.load(weights.source, "meta", weights.format).get(HEAD_WEIGHT)
     return None if head is None else len(head)
 
 

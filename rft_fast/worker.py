@@ -31,6 +31,7 @@ class Worker:
         self._models = Models.load(request)
         self._studies = wiring.make(self._models, wiring.load_images(request, self._models.rows))
         self.config: dict[str, object] = config.complete(self._models, self._studies)
+        self._models.inputs.check()
         self._path: tuple[str, paths.Path] | None = None
         self._counted: dict[tuple[object, ...], list[Measurement]] = {}
 
@@ -38,9 +39,12 @@ class Worker:
         """Makes the measurements of a piece, and calls ``sink`` with each; what that raises ends the piece.
 
         Returns the seconds it took, and the peak of memory in bytes.
+
+        Raises files.Changed where a file of the model is no longer the one that was hashed: what came of the
+        piece is not to be kept.
         """
         start = perf_counter()
-        with meter.Peak(self.request.device) as peak:
+        with meter.Peak(self.request.device) as peak, self._models.unchanged(piece.model):
             path = self._on(piece.model)
             self._studies.run(
                 piece.study, path, piece.stragglers, shared, model=piece.model, only=piece.numbers, sink=sink

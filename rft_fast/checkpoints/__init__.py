@@ -6,7 +6,7 @@ module         holds
 ``values``     tensors that are not made yet, as pickles describe them
 ``pickles``    what pickles may call; the machine that reads them is :mod:`rft_fast.pickles`
 ``foreign``    files that hold no weights: what they are, and what to do
-``containers`` bytes of a file -> what it holds, memory-mapped
+``containers`` bytes of a file -> what it holds
 ``activation`` QuickGELU or GELU: what a file says of its model
 ``layouts``    what it holds -> the format, and tensors under canonical names
 ``lineage``    two checkpoints side by side
@@ -19,7 +19,6 @@ module         holds
 from __future__ import annotations
 
 import difflib
-import hashlib
 import warnings
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import files
 from ..pickles import Unreadable
 from ..words import some
 from . import containers, layouts
@@ -81,8 +81,8 @@ def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
     format: the format that it must have; None: whichever it is.
 
     Tensors are dense and contiguous, without gradients; integer ones are kept as they are (a Path copies
-    them), and ``logit_scale`` is 0-d or 1-d as stored. Where the format allows they are views of the
-    memory-mapped file, read when first touched; writing to them never changes the file.
+    them), and ``logit_scale`` is 0-d or 1-d as stored. They are in memory of their own: writing to them does
+    not change the file, nor what is written to the file them.
     Names: the wrappers ``module.``, ``_orig_mod.`` (torch.compile's), ``model.`` and ``image_encoder.model.``
     in front are dropped, in whatever order, and those of Hugging Face become open_clip's (q, k and v joined,
     projections transposed): the image tower is ``visual.*``, the head ``classification_head.weight`` and
@@ -105,9 +105,11 @@ def load(
 
     The dict has what the file says of its activations (``.activation``), by which
     :class:`rft_fast.endpoints.Ends` judges the architecture.
+
+    device: ``"meta"`` gives types and shapes alone, and reads no more than tells them.
     """
     target = torch.device(device)
-    found = _read(path, format, "load").tensors
+    found = _read(path, format, "load", target.type == "meta").tensors
     return Tensors({name: tensor.to(target) for name, tensor in found.items()}, found.activation)
 
 
@@ -139,14 +141,10 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
 
 def sha256(path: str | PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits: tells which weights a run used."""
-    digest = hashlib.sha256()
-    with _existing(path, "sha256").open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return files.sha256(_existing(path, "sha256"))
 
 
-def _read(path: str | PathLike[str], format: str | None, operation: str) -> Checkpoint:
+def _read(path: str | PathLike[str], format: str | None, operation: str, meta: bool = False) -> Checkpoint:
     if format is not None and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
@@ -154,7 +152,9 @@ def _read(path: str | PathLike[str], format: str | None, operation: str) -> Chec
     file = _existing(path, operation)
     evidence = Evidence()
     try:
-        found, tensors, notes, doubts = layouts.tensors(containers.read(file), format, evidence)
+        with files.opened(file) as stream:
+            content = containers.read(stream, file)
+            found, tensors, notes, doubts = layouts.tensors(content, format, evidence, meta)
     except (Unreadable, OSError) as error:
         raise ValueError(f"{operation}: {file} {error}") from error
     evidence.add_all(beside(file, found == "huggingface"))
@@ -172,6 +172,8 @@ def _existing(path: str | PathLike[str], operation: str) -> Path:
     file = Path(path)
     if file.is_dir():
         raise ValueError(f"{operation}: {file} is a directory, expected a checkpoint file in it")
+    if kind := files.special(file):
+        raise ValueError(f"{operation}: {file} is {kind}, expected a checkpoint file")
     if not file.is_file():
         raise ValueError(f"{operation}: there is no file {file}")
     return file

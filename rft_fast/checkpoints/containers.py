@@ -1,12 +1,14 @@
-"""Files of torch, of pickle and of safetensors -> what they hold, memory-mapped.
+"""Files of torch, of pickle and of safetensors -> what they hold.
 
-A file is mapped privately: tensors are views of it, read when first touched, and writing to them never
-changes it. Sizes that a file claims are compared with the bytes that are there before they are used.
+A tensor's bytes are read when it is made, into memory of its own. Nothing is memory-mapped, so that a file
+that is cut short meanwhile is an error and no signal. Sizes that a file claims are compared with the bytes
+that are there before they are used.
 """
 
 from __future__ import annotations
 
-import mmap
+import json
+import math
 import re
 import struct
 import zipfile
@@ -15,16 +17,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from .. import files
 from ..pickles import Global, Stream, Unreadable
 from . import activation, foreign
 from .pickles import unpickle
-from .values import Storage, Stored, storage
+from .values import SAFETENSORS, Span, Storage, Stored, natural, storage
 
 SUPPORTED = (
     "safetensors files, files of torch.save, old and new, pickles of whole modules, and TorchScript archives"
@@ -32,6 +34,8 @@ SUPPORTED = (
 _MAGIC = 0x1950A86A20F9469CFC6C  # how files of torch.save began before they were zip files
 _PROTOCOL = 1001
 _MOST_CODE = 16 << 20  # bytes; that of a CLIP takes some 100 KiB
+_MOST_SIDES = 64  # of a tensor, which torch has no more of
+_MOST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer ones
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M
 )
@@ -42,7 +46,7 @@ _QUOTED = re.compile(r'"([^"]*)"')
 class Content:
     """What a file holds. container: "safetensors", "torch", "old torch", "pickle" or "torchscript".
 
-    value: tensors by name (safetensors), else what the pickle describes, of the classes in values.py.
+    value: tensors by name (safetensors), else what the pickle describes, all of classes in values.py.
     own: of the classes of a TorchScript archive, the names of their parameters and buffers. metadata: of a
     safetensors header. activations: whether QuickGELU (True) and GELU (False) are in a TorchScript archive's
     code.
@@ -56,52 +60,87 @@ class Content:
     activations: frozenset[bool] = frozenset()
 
 
-def read(file: Path) -> Content:
-    """What a file holds; its first bytes decide how it is read, not its name.
+def read(stream: BinaryIO, file: Path) -> Content:
+    """What a file holds; its first bytes decide how it is read, and its name only where they do not.
 
-    Raises Unreadable for a file that is empty, damaged, hostile or in no known format.
+    stream: the file, open and without a buffer; it is needed until the last tensor is made.
+
+    Raises Unreadable for a file that is empty, damaged, hostile or in no known format; files.Changed for one
+    that becomes shorter meanwhile.
     """
-    size = file.stat().st_size
+    data = files.Content(stream)
+    size = len(data)
     if not size:
         raise Unreadable("is empty: the rest of an interrupted download, or of a full disk. Get it again")
-    with file.open("rb") as stream:
-        head = stream.read(foreign.FIRST)
-        # The length of the header comes first; in a text these eight bytes would be a huge number.
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-            return _safetensors(file, size)
-        if (reason := foreign.why(file, head)) is not None:
-            raise Unreadable(reason)
-        if file.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02"):
-            return _safetensors(file, size)
-        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+    head = bytes(data[: foreign.FIRST])
+    # The length of the header comes first; in a text these eight bytes would be a huge number.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return _safetensors(data)
+    if (reason := foreign.why(file, head)) is not None:
+        raise Unreadable(reason)
+    if file.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02"):
+        return _safetensors(data)
     if head.startswith(b"PK"):
-        return _zip(file, data)
+        return _zip(stream, data)
     if not head.startswith(b"\x80"):  # the opcode that opens every binary pickle
         raise Unreadable(f"is in no known format (it starts with {head[:9]!r}). Supported: {SUPPORTED}")
-    position = Stream(data)
+    position = Stream(data[:])
     value = unpickle(position, nested=_nested)
     if isinstance(value, int) and value == _MAGIC:
         return Content("old torch", _old_torch(position, nested=_nested), size)
     return Content("pickle", value, size)
 
 
-def _safetensors(file: Path, size: int) -> Content:
+# --- safetensors ----------------------------------------------------------------------------------
+
+
+def _safetensors(data: files.Content) -> Content:
+    """Eight bytes: the length of a JSON object, name -> type, shape and place; then the tensors, gapless."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start > min(len(data), 8 + _MOST_HEADER):
+        raise _not_whole("its header is longer than the file, or than any header")
     try:
-        with safe_open(file, framework="pt") as archive:
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
-            return Content("safetensors", tensors, size, metadata=archive.metadata() or {})
-    except Exception as error:  # torch and safetensors have errors of many kinds
-        raise Unreadable(
-            f"is not a whole safetensors file: {error}. If it was downloaded, do so again"
-        ) from error
+        header = json.loads(bytes(data[8:start]), object_pairs_hook=_distinct)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are no texts")
+        entries = [(*map(natural, entry["data_offsets"]), name, entry) for name, entry in header.items()]
+        found, end = {}, 0
+        for first, last, name, entry in sorted(entries, key=lambda entry: entry[:3]):
+            shape = tuple(map(natural, entry["shape"]))
+            if len(shape) > _MOST_SIDES:
+                raise ValueError(f"{name[:80]!r} has {len(shape)} dimensions")
+            if entry["dtype"] not in SAFETENSORS:
+                raise Unreadable(f"has {name[:80]!r} of type {entry['dtype']!r}, which is unknown here")
+            dtype = SAFETENSORS[entry["dtype"]]
+            if first != end or last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name[:80]!r} is not where, or not as large as, it says")
+            steps = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+            kept = Storage(dtype, last - first, Span(data, start + first, start + last))
+            found[name], end = Stored(kept, dtype, 0, shape, tuple(steps)), last
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _not_whole(f"{type(error).__name__}: {error}") from error
+    if start + end != len(data):
+        raise _not_whole(f"its tensors take {end:,} bytes, it has {len(data) - start:,} for them")
+    return Content("safetensors", found, len(data), metadata=metadata)
+
+
+def _not_whole(why: str) -> Unreadable:
+    return Unreadable(f"is not a whole safetensors file: {why}. If it was downloaded, do so again")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 # --- zip files of torch.save and torch.jit.save ---------------------------------------------------
 
 
-def _zip(file: Path, data: memoryview) -> Content:
+def _zip(stream: BinaryIO, data: files.Content) -> Content:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile lets almost anything through
         raise Unreadable(
@@ -116,29 +155,29 @@ def _zip(file: Path, data: memoryview) -> Content:
             raise Unreadable(f"is a zip, but not of torch.save: it holds {len(tops)} checkpoints")
         raise Unreadable(f"{foreign.of_zip(list(found))}. Supported: {SUPPORTED}")
     parts = _Parts(tops[0], found, data)
-    if (order := parts.get("byteorder")) is not None and bytes(order) != b"little":
+    if (order := parts.place("byteorder")) is not None and bytes(order.read()) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
     script = f"{parts.top}constants.pkl" in found
-    value = unpickle(Stream(parts["data.pkl"]), parts.storage, None if script else _nested)
+    value = unpickle(Stream(parts["data.pkl"].read()), parts.storage, None if script else _nested)
     if not script:
         return Content("torch", value, len(data))
-    own, activations = _of_code(file, f"{parts.top}code/")
-    constants = (parts.get(name) for name in parts.inside("constants/"))
+    own, activations = _of_code(stream, f"{parts.top}code/")
+    constants = (parts.place(name) for name in parts.inside("constants/"))
     if any(map(_is_quick, constants)):
         activations.add(True)
     return Content("torchscript", value, len(data), own, activations=frozenset(activations))
 
 
-def _is_quick(constant: memoryview | None) -> bool:
+def _is_quick(constant: Span | None) -> bool:
     """Whether a constant is the 1.702 of QuickGELU."""
-    data = b"" if constant is None or len(constant) > 8 else bytes(constant)
+    data = b"" if constant is None or len(constant) > 8 else bytes(constant.read())
     if len(data) not in (4, 8):
         return False
     (value,) = struct.unpack("<f" if len(data) == 4 else "<d", data)
     return bool(abs(value - 1.702) < 1e-6)
 
 
-def _of_code(file: Path, top: str) -> tuple[dict[str, frozenset[str]], set[bool]]:
+def _of_code(stream: BinaryIO, top: str) -> tuple[dict[str, frozenset[str]], set[bool]]:
     """The parameters and buffers of each class, as lists in an archive's code tell; and which activations.
 
     A module's other tensors, such as an attention mask, lie beside them in the pickle. The code is text here,
@@ -148,12 +187,12 @@ def _of_code(file: Path, top: str) -> tuple[dict[str, frozenset[str]], set[bool]
     activations: set[bool] = set()
     left = _MOST_CODE
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(stream) as archive:
             for entry in archive.infolist():
                 if not entry.filename.startswith(top) or not entry.filename.endswith(".py"):
                     continue
-                with archive.open(entry) as stream:  # compressed, so only so much of it is unfolded
-                    text = stream.read(left + 1)
+                with archive.open(entry) as packed:  # compressed, so only so much of it is unfolded
+                    text = packed.read(left + 1)
                 left -= len(text)
                 if left < 0:
                     raise Unreadable(f"has more than {_MOST_CODE >> 20} MiB of code, which no model needs")
@@ -170,9 +209,9 @@ def _of_code(file: Path, top: str) -> tuple[dict[str, frozenset[str]], set[bool]
 
 
 class _Parts:
-    """The entries of a torch archive, as views of the mapped file. Nothing is ever unpacked."""
+    """The entries of a torch archive, where they lie in the file. Nothing is ever unpacked."""
 
-    def __init__(self, top: str, entries: Mapping[str, zipfile.ZipInfo], data: memoryview) -> None:
+    def __init__(self, top: str, entries: Mapping[str, zipfile.ZipInfo], data: files.Content) -> None:
         self.top = top
         self.entries = entries
         self.data = data
@@ -193,11 +232,11 @@ class _Parts:
         return start, start + entry.compress_size
 
     def inside(self, folder: str) -> list[str]:
-        """The names of the entries in a folder, as :meth:`get` takes them."""
+        """The names of the entries in a folder, as :meth:`place` takes them."""
         start = self.top + folder
         return [name.removeprefix(self.top) for name in self.entries if name.startswith(start)]
 
-    def get(self, name: str) -> memoryview | None:
+    def place(self, name: str) -> Span | None:
         entry = self.entries.get(self.top + name)
         if entry is None:
             return None
@@ -205,15 +244,14 @@ class _Parts:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise Unreadable(
                 f"has compressed entries ({entry.filename!r}), which torch.save never writes and which "
-                "cannot be memory-mapped; save it again with torch.save"
+                "cannot be read where they lie; save it again with torch.save"
             )
         if entry.flag_bits & 1:
             raise Unreadable(f"has encrypted entries ({entry.filename!r})")
-        start, stop = self.span(entry)
-        return self.data[start:stop]
+        return Span(self.data, *self.span(entry))
 
-    def __getitem__(self, name: str) -> memoryview:
-        part = self.get(name)
+    def __getitem__(self, name: str) -> Span:
+        part = self.place(name)
         if part is None:
             raise Unreadable(f"is a damaged zip: it has no entry {self.top + name!r}; nothing was executed")
         return part
@@ -289,7 +327,7 @@ def _old_torch(stream: Stream, nested: Any) -> Any:
         root.data = stream.data[start : start + root.nbytes]
         stream.position = start + root.nbytes
     for view, root, offset in views:
-        if root.data is None or offset + view.nbytes > len(root.data):
+        if not isinstance(root.data, memoryview) or offset + view.nbytes > len(root.data):
             raise Unreadable(
                 "is damaged: a storage goes beyond the one that it is part of; nothing was executed"
             )
@@ -322,11 +360,12 @@ def _old_storage(roots: dict[str, Storage], views: list[tuple[Storage, Storage, 
 class Maker:
     """Makes tensors of what a file holds: dense, contiguous, each distinct one once.
 
-    size: the file's, in bytes. What cannot be a view of it is copied; all copies together may not take more.
+    size: the file's, in bytes. What cannot be a view of its bytes is copied; all copies together may not take
+        more. meta: tensors of the type and shape alone, on the device "meta"; their bytes are not read.
     """
 
-    def __init__(self, size: int) -> None:
-        self.budget = size
+    def __init__(self, size: int, meta: bool = False) -> None:
+        self.budget, self.meta = size, meta
         self.made: dict[Any, Tensor] = {}
 
     def tensor(self, stored: Stored) -> Tensor:
@@ -349,18 +388,22 @@ class Maker:
             if count >= 1 << 63:
                 break
         itemsize = stored.dtype.itemsize
-        if len(stored.size) > 64 or count * itemsize > len(data):
+        if len(stored.size) > _MOST_SIDES or count * itemsize > len(data):
             raise Unreadable(
                 f"claims shape {stored.size[:8]} but stores only {len(data)} bytes; "
                 "save it with .contiguous()"
             )
         if not count:
-            return torch.empty(stored.size, dtype=stored.dtype)
+            return torch.empty(stored.size, dtype=stored.dtype, device="meta" if self.meta else "cpu")
         last = stored.offset + sum(
             (side - 1) * step for side, step in zip(stored.size, stored.stride, strict=True)
         )
         if (last + 1) * itemsize > len(data):
             raise Unreadable(f"goes beyond its storage of {len(data)} bytes: it is damaged")
+        if self.meta:
+            return torch.empty(stored.size, dtype=stored.dtype, device="meta")
+        if isinstance(data, Span):
+            data = stored.storage.data = data.read()
         raw = torch.frombuffer(data, dtype=torch.uint8)
         raw = raw[stored.offset * itemsize : (last + 1) * itemsize]
         if raw.data_ptr() % itemsize:  # in a pickle, tensors begin anywhere

@@ -85,12 +85,13 @@ _FITS: Mapping[str, Callable[[_Layout], bool]] = {
 
 
 def tensors(
-    content: Content, format: str | None, evidence: Evidence
+    content: Content, format: str | None, evidence: Evidence, meta: bool = False
 ) -> tuple[str, dict[str, Tensor], list[str], list[str]]:
     """The format, the tensors under canonical names in the file's order, what was left out, and what of the
     model's computing the tensors do not tell, so that its numbers may be others here.
 
-    evidence: takes what the content says of activations.
+    evidence: takes what the content says of activations. meta: types and shapes are all that is wanted:
+    tensors are on the device "meta", and their bytes are not read.
 
     Raises Unreadable for what holds no model's tensors, for names that become one, and for a format that
     does not fit.
@@ -115,7 +116,7 @@ def tensors(
     chosen = format or found
     if chosen == "openai":
         state = _without(state, _OPENAI_NUMBERS, "sizes of the model", notes)
-    maker = Maker(content.size)
+    maker = Maker(content.size, meta)
     made = {name: _dense(value, origin[name], maker) for name, value in state.items()}
     if chosen == "huggingface":
         made = _from_huggingface(made, notes)
@@ -184,8 +185,6 @@ def _dense(value: Any, name: str, maker: Maker) -> Tensor:
             return maker.tensor(value)
         except Unreadable as error:
             raise Unreadable(f"has {name!r}, which {error}") from error
-    if isinstance(value, Tensor):
-        return value.detach().contiguous()
     raise Unreadable(f"has {name!r}, which must be a dense tensor; it is a {value}")
 
 

@@ -8,11 +8,28 @@ from typing import Any
 
 import torch
 
+from ..files import Content
 from ..pickles import Global, Opaque, Unreadable, kind_of
 
 
 class Special(Opaque):
     """A tensor that is not dense: an error only where a model's weights should be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Where bytes lie in a file; read when a tensor is made of them."""
+
+    content: Content
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> memoryview:
+        """The bytes, writable."""
+        return self.content[self.start : self.stop]
 
 
 @dataclass(eq=False)
@@ -24,7 +41,7 @@ class Storage:
 
     dtype: torch.dtype | None
     nbytes: int
-    data: memoryview | None = None
+    data: memoryview | Span | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +64,18 @@ DTYPES = {
         *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
     )
     if hasattr(torch, name)
+}
+
+# As files of safetensors name them.
+SAFETENSORS = {
+    name: getattr(torch, kind)
+    for name, kind in {
+        **{"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+        **{f"{sign}{bits}": f"{'u' * (sign == 'U')}int{bits}" for sign in "IU" for bits in (8, 16, 32, 64)},
+        **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+        "C64": "complex64",
+    }.items()
+    if hasattr(torch, kind)
 }
 
 _STORAGES: dict[str, torch.dtype | None] = {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rft_fast.evaluate import Scores
+from rft_fast.files import Changed
 from rft_fast.pieces import Piece
 from rft_fast.request import Request
 from rft_fast.studies.rows import Row
@@ -26,9 +27,13 @@ Known = dict[str, dict[tuple[str, float], Scores]]
 
 
 class Problem:
-    """What a worker could not do, in words: exceptions of other processes do not always travel well."""
+    """What a worker could not do, in words: exceptions of other processes do not always travel well.
+
+    changed: a file of the model has changed, so that what came of the piece is not to be kept.
+    """
 
     def __init__(self, error: BaseException) -> None:
+        self.changed = isinstance(error, Changed)
         self.text = f"worker on {socket.gethostname()}: {type(error).__name__}: {error}"
 
 

@@ -296,6 +296,8 @@ class _Work:
                 self._running[reference] = (busy, left)
         self._tell(answer, piece)
         if answer.problem is not None:
+            if answer.problem.changed:
+                self._watch.withdrawn(piece)
             raise Failed(f"cluster: {answer.problem.text}")
         if answer.spent is not None:
             self._watch.spent(piece, *answer.spent)
@@ -337,6 +339,8 @@ class _Work:
                             self._cluster._ready.append(worker)
                         with suppress(Exception):
                             self._tell(answer, piece)
+                        if answer.problem is not None and answer.problem.changed:
+                            self._watch.withdrawn(piece)
                         if answer.spent is not None:
                             self._watch.spent(piece, *answer.spent)
 

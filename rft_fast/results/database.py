@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timezone
 from operator import itemgetter
@@ -210,6 +210,25 @@ def add(
             (*measured, crc(*measured, *stored)),
         ).lastrowid
         database.executemany(INSERT_ROW, [(identity, *values) for values in stored])
+
+
+def remove(
+    database: sqlite3.Connection,
+    study: str,
+    model: str,
+    numbers: Iterable[int],
+    scores: Iterable[tuple[str, str, float]],
+) -> None:
+    """Removes measurements of a study of a model, and scores by (of, data set, alpha): all, or none."""
+    one = "(SELECT id FROM measurements WHERE study = ? AND model = ? AND number = ?)"
+    with transaction(database):
+        for number in numbers:
+            database.execute(f"DELETE FROM rows WHERE measurement = {one}", (study, model, number))
+            database.execute(f"DELETE FROM measurements WHERE id = {one}", (study, model, number))
+        database.executemany(
+            'DELETE FROM scores WHERE "of" = ? AND dataset = ? AND alpha = ?',
+            [(of, dataset, alpha + 0.0) for of, dataset, alpha in scores],
+        )
 
 
 def rows(database: sqlite3.Connection, models: Sequence[str]) -> Iterator[tuple[Any, ...]]:

@@ -210,6 +210,8 @@ class Run:
         self.directory = Path(directory)
         self._file = self.directory / database.FILE
         self._closed = False
+        self._added: dict[tuple[str, str], list[int]] = {}  # (study, model) -> numbers, by this process
+        self._put: set[tuple[str, str, float]] = set()  # of which scores, likewise
         asked = _plain(config)
         try:
             check(self.directory, overwrite)
@@ -277,6 +279,26 @@ class Run:
             raise ValueError(
                 f"results: measurement {number} of {study} of {model!r} is there already"
             ) from error
+        self._added.setdefault((study, model), []).append(int(number))
+
+    def withdraw(self, study: str, model: str) -> int:
+        """Removes what this process has measured in a study of a model, and every set of shared scores.
+
+        For what turns out to be of other weights than the configuration says. What earlier processes
+        measured stays, and so does everything else.
+
+        Returns:
+            How many measurements that were.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        self._check_place()
+        numbers = self._added.pop((study, model), [])
+        with self._told():
+            database.remove(self._database, study, model, numbers, self._put)
+        self._put.clear()
+        return len(numbers)
 
     def measurement(self, study: str, model: str, number: int) -> list[Row]:
         """The rows of a measurement, as they were added. Raises ValueError where it is not there."""
@@ -381,6 +403,7 @@ class _Scores(MutableMapping[tuple[str, float], Scores]):
         self._run._check_place()
         with self._run._told():
             database.put_scores(self._run._database, self._of, key, scores)
+        self._run._put.add((self._of, *key))
 
     def __delitem__(self, key: tuple[str, float]) -> None:
         raise TypeError("results: scores of a run are kept")

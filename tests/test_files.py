@@ -1,0 +1,264 @@
+"""Files that change while they are in use, and what is no file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_zoo
+import torch
+from safetensors.torch import load_file
+
+from rft_fast import checkpoints, figures, files, results, sweep
+from rft_fast.results.run import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Act = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
+    for name in "abc":  # long enough ago that nothing can write there any more at the same time
+        os.utime(folder / f"{name}.safetensors", ns=(10**18, 10**18))
+    return folder
+
+
+def overwrite(file: Path) -> None:
+    """Other weights in place, of the same size."""
+    data = bytearray(file.read_bytes())
+    data[-4:] = bytes(byte ^ 1 for byte in data[-4:])
+    with file.open("r+b") as stream:
+        stream.write(data)
+
+
+def overwrite_and_set_time_back(file: Path) -> None:
+    status = file.stat()
+    overwrite(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def truncate(size: int) -> Act:
+    return lambda file: os.truncate(file, size)
+
+
+def replace(change: Act) -> Act:
+    def act(file: Path) -> None:
+        other = shutil.copy(file, file.with_name("new"))
+        change(Path(other))
+        os.replace(other, file)
+
+    return act
+
+
+def replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def nothing(file: Path) -> None:
+    pass
+
+
+def rewrite(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.write(file.read_bytes())
+
+
+def retype(file: Path) -> None:
+    file.write_text(file.read_text().replace('"mean": [0.5', '"mean": [0.25'))
+
+
+def run(zoo: Path, monkeypatch: pytest.MonkeyPatch, file: str, act: Act, during: str) -> tuple[int, Any]:
+    """An interpolation of two models; something happens to a file after a measurement of one of them."""
+    add = Run.add
+
+    def hooked(self: Run, study: str, model: str, number: int, rows: Any) -> None:
+        add(self, study, model, number, rows)
+        if model == during and number == 1:
+            act(zoo / file)
+
+    monkeypatch.setattr(Run, "add", hooked)
+    monkeypatch.setattr(figures, "interpolation", lambda *_: None)
+    status = sweep.main(
+        ["interpolation", "--arch", str(zoo / "tiny.json"), "--zeroshot", str(zoo / "zeroshot.safetensors"),
+         "--zeroshot-head", str(zoo / "head.safetensors"), "--head", "zeroshot", "--finetuned",
+         *(str(zoo / f"{name}.safetensors") for name in "ab"), "--data", f"far={zoo / 'far.npz'}",
+         "--alphas", "0:1:4", "--device", "cpu", "--quiet", "--out", str(zoo / "run")]
+    )  # fmt: skip
+    monkeypatch.setattr(Run, "add", add)
+    return status, results.load(zoo / "run")
+
+
+@pytest.fixture
+def zoo(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "zoo")
+    state = load_file(made / "zeroshot.safetensors")
+    tiny_zoo.save({key: state[key] for key in state if "head" in key}, tmp_path / "zoo" / "head.safetensors")
+    return tmp_path / "zoo"
+
+
+CHANGES: dict[str, tuple[str, Act]] = {
+    "overwritten": ("a.safetensors", overwrite),
+    "overwritten, its time set back": ("a.safetensors", overwrite_and_set_time_back),
+    "emptied": ("a.safetensors", truncate(0)),
+    "cut short": ("a.safetensors", truncate(3000)),
+    "longer": ("a.safetensors", truncate(1 << 20)),
+    "replaced": ("a.safetensors", replace(overwrite)),
+    "deleted": ("a.safetensors", os.unlink),
+    "replaced by a FIFO": ("a.safetensors", replace_by_fifo),
+    "zero-shot": ("zeroshot.safetensors", overwrite),
+    "head": ("head.safetensors", replace(overwrite)),
+    "architecture": ("tiny.json", retype),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_file_that_changes_ends_the_run(
+    how: str, zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, act = CHANGES[how]
+    status, rows = run(zoo, monkeypatch, file, act, during="a")
+    assert status == 1 and len(rows) == 0
+    assert f"{zoo / file} changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("during, kept", [("a", ["a"]), ("b", ["a"])])
+@pytest.mark.parametrize("act", [overwrite, truncate(100), os.unlink])
+def test_models_before_the_one_whose_file_changes_stay(
+    act: Act, during: str, kept: list[str], zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(zoo / "b.safetensors", zoo / "before")
+    status, rows = run(zoo, monkeypatch, "b.safetensors", act, during)
+    assert status == 1 and rows["model"].unique().tolist() == kept and len(rows) == 4
+    # With the file back, the same command ends with the rows of a run in which nothing happened.
+    os.replace(zoo / "before", zoo / "b.safetensors")
+    status, rows = run(zoo, monkeypatch, "b.safetensors", nothing, "b")
+    shutil.rmtree(zoo / "run")
+    again, undisturbed = run(zoo, monkeypatch, "b.safetensors", nothing, "b")
+    assert status == again == 0
+    assert rows.drop(columns="seconds").equals(undisturbed.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("act", [os.utime, rewrite, replace(nothing)])
+def test_the_same_bytes_are_no_change(act: Act, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(zoo, monkeypatch, "a.safetensors", act, "a")[0] == 0
+
+
+def test_a_change_before_the_first_measurement_is_refused(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between hashing a model and loading it again."""
+    hashed = files.sha256
+
+    def hash_and_change(path: Any) -> str:
+        found = hashed(path)
+        if Path(path).name == "b.safetensors":
+            overwrite(zoo / "b.safetensors")
+        return found
+
+    monkeypatch.setattr(files, "sha256", hash_and_change)
+    with pytest.raises(SystemExit):
+        run(zoo, monkeypatch, "a.safetensors", nothing, "a")
+    assert "b.safetensors changed" in capsys.readouterr().err
+    assert not (zoo / "run").exists()
+
+
+def test_inputs(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    inputs = files.Inputs()
+    assert (
+        inputs.sha256(file) == "cba06b5736faf67e54b07b561eae94395e774c517a7d910a54369e1263ccfbd4"
+    )  # sha256sum
+    os.utime(file, ns=(0, 0))
+    inputs.check()
+    file.rename(tmp_path / "away")
+    with pytest.raises(files.Changed, match="file changed"):
+        inputs.check()
+    (tmp_path / "away").rename(file)
+    inputs.check()
+    with pytest.raises(files.Changed, match="3 to 4 bytes"), inputs.reading(file):
+        file.write_bytes(b"more")
+        raise ValueError("what a reader makes of it")
+    unhashed = files.Inputs()
+    unhashed.add(file)
+    file.write_bytes(b"other")
+    with pytest.raises(files.Changed):
+        unhashed.sha256(file)
+
+
+def test_bytes_written_within_one_tick_of_the_clock_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system whose times stand still: a young file is read again, not believed."""
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    status = os.stat(file)
+    now = status.st_mtime_ns + files.YOUNG - 1
+    monkeypatch.setattr(files.time, "time_ns", lambda: now)
+    inputs = files.Inputs()
+    inputs.sha256(file)
+    file.write_bytes(b"two")
+    stat = os.stat
+    monkeypatch.setattr(files.os, "stat", lambda path: status if Path(path) == file else stat(path))
+    with pytest.raises(files.Changed):
+        inputs.check()
+
+
+@pytest.mark.parametrize("how", ["fifo", "socket", "device", "folder", "link to a fifo"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    holder = socket.socket(socket.AF_UNIX)
+    match how:
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            holder.bind(str(path))
+        case "device":
+            path = Path("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case _:
+            os.mkfifo(tmp_path / "fifo")
+            path.symlink_to(tmp_path / "fifo")
+    with holder:
+        for read in (files.read_bytes, files.read_text, files.sha256, checkpoints.load, checkpoints.sha256):
+            with pytest.raises(ValueError, match="expected a"):
+                read(path)
+
+
+@pytest.mark.parametrize("write", ["zip", "old", "safetensors"])
+def test_tensors_are_apart_from_the_file(write: str, tmp_path: Path) -> None:
+    """A mapped file that is cut short would end the process, by SIGBUS."""
+    state = {"visual.a": torch.arange(1 << 16, dtype=torch.float32), "visual.b": torch.ones(3)}
+    file = tmp_path / "a.safetensors"
+    if write == "safetensors":
+        tiny_zoo.save(state, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=write == "zip")
+    loaded = checkpoints.load(file)
+    shapes = checkpoints.load(file, "meta")
+    os.truncate(file, 0)
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor)
+        assert shapes[name].is_meta and shapes[name].shape == tensor.shape
+        assert shapes[name].dtype == tensor.dtype
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    with files.opened(tmp_path / "a") as stream:
+        content = files.Content(stream)
+        assert bytes(content[10:12]) == b"\x0a\x0b" and len(content[95:200]) == 5
+        np.frombuffer(content[:4], np.uint8)[0] = 9  # writable, and of its own
+        os.truncate(tmp_path / "a", 50)
+        with pytest.raises(files.Changed, match="shorter"):
+            content[40:60]
