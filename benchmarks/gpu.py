@@ -78,7 +78,7 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
         yield Step("device", 45, script("bench_sweep", *sweep, "--part", "stages", "graphs", "attention"))
         yield Step("kernels", 60, bench("layer and bfloat16 and both and (native or folded)"))
         yield Step("sweep", 60, script("bench_sweep", *sweep, "--part", "layer-sharpness", "busy"))
-        yield Step("tests", 60, tests("torch_library", words=("-k", "opcheck or trap or cpu")))
+        yield Step("tests", 60, tests("kernels", words=("-k", "known_answers or documented_counter")))
         return
     small, large = ("--arch", "ViT-B-32"), ("--arch", "ViT-L-14")
     yield Step(
