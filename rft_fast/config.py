@@ -138,6 +138,6 @@ def _file(models: Models, file: Path | None) -> dict[str, str] | None:
     return {"path": str(file.absolute()), "sha256": models.inputs.sha256(file)}
 
 
-def _labels(labels: Path | Mapping[str, object] | None) -> object:
+def _labels(labels: Path | Mapping[str, object] | str | None) -> object:
     """What they come to is in the hash of the data."""
     return {"path": str(labels.absolute())} if isinstance(labels, Path) else labels

@@ -125,7 +125,8 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="which rows of the head a data set's classes are, where they cannot be told by their names",
+        help="which rows of the head a data set's classes are, where their names do not show it: a label map "
+        "(docs/data.md), or the word order: class i is row i",
     )
 
 
@@ -144,8 +145,8 @@ def _add_head(top: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--class-names",
         metavar="LIST",
-        help="imagenet, cifar10, cifar100, stl10, or a file with one name a line: makes the head of a "
-        "checkpoint without one, from its text tower",
+        help="names of the head's rows: imagenet, cifar10, cifar100, stl10, or a file with one name a line; "
+        "data sets go to rows by them, and a checkpoint without a head gets one from its text tower",
     )
     group.add_argument(
         "--templates",

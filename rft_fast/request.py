@@ -14,6 +14,7 @@ import torch
 
 from . import architectures, cache, checkpoints, datasets, env, prompts, studies, trackers, zoo
 from .cluster import connection
+from .datasets.labels import as_given
 from .evaluate import precision
 from .kernels import registry
 from .options import parser
@@ -397,9 +398,10 @@ def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
             )
         data[name] = replace(data[name], kind=kind)
     for name, file in arguments.data_labels:
-        if not Path(file).is_file():
+        labels = as_given(file)
+        if isinstance(labels, Path) and not labels.is_file():
             raise ValueError(f"argument --data-labels: {name}: there is no file {file}")
-        data[name] = replace(data[name], labels=Path(file))
+        data[name] = replace(data[name], labels=labels)
     finetuned = its_zoo.finetuned
     if arguments.format is not None:
         finetuned = {name: replace(w, format=arguments.format) for name, w in finetuned.items()}

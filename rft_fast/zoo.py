@@ -37,13 +37,14 @@ class DataSource:
     """Where a data set lies, and how it is read (:func:`rft_fast.datasets.load`).
 
     ood: out of distribution for the fine-tuned models. kind: one of ``datasets.KINDS``; None: detected.
-    labels: which rows of the head its classes are, a file or class -> row; None: found out by itself.
+    labels: which rows of the head its classes are: a file, class -> row, or "order" (class i is row i); None:
+        as their names show.
     """
 
     path: Path
     ood: bool = True
     kind: str | None = None
-    labels: Path | Mapping[str, Any] | None = None
+    labels: Path | Mapping[str, Any] | str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         imagenet = { path = "imagenet/val", ood = false }
         sketch = { path = "sketch" }    # ood = true unless said otherwise
         stl10 = { path = "stl10_binary", kind = "cifar", labels = "stl10.json" }
+        pets = { path = "pets", labels = "order" }      # class i is row i of the head
         [options]                       # may be left out: how it is studied, as sweep's options
         layer-draws = 5                 # --layer-draws 5
         layer-data = ["sketch"]         # --layer-data sketch
@@ -225,8 +227,8 @@ class _Entries:
         return Weights(source, format)
 
     def data(self, source: Mapping[str, Any], prefix: str) -> DataSource:
-        labels: Path | Mapping[str, Any] | None = None
-        if isinstance(source.get("labels"), dict):
+        labels: Path | Mapping[str, Any] | str | None = None
+        if isinstance(source.get("labels"), dict) or source.get("labels") == datasets.ORDER:
             labels = source["labels"]
         elif "labels" in source:
             labels = self.path(source, "labels", prefix)

@@ -33,17 +33,37 @@ def test_no_path_is_not_this_folder(
 def test_a_sound_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree(tmp_path, ["cat", "dog"], each=2)
     Image.new("L", (30, 20)).save(tmp_path / "dog" / "grey.png")
-    out = said(capsys, 0, tmp_path, "--rows", 2)
+    (names := tmp_path.with_suffix(".txt")).write_text("Dog\ncat\n")
+    out = said(capsys, 0, tmp_path, "--rows", names)
     assert out.splitlines() == [
         f"{tmp_path}: a data set, kind folder",
         "5 images, 2 classes of 2 (cat) to 3 (dog) images",
-        "scored: 5 images of 2 classes, among all of the head's 2 rows",
+        "scored: 5 images of 2 classes, among all of the head's 2 rows; by name",
         "modes: RGB 4, L 1; width x height: 12 x 9 to 30 x 20",
         "sound",
     ]
     assert "modes" not in said(capsys, 0, tmp_path, "--quick")
     assert "the head has 3 rows" in said(capsys, 1, tmp_path, "--rows", 3)
     assert "the head has 1000 rows" in said(capsys, 1, tmp_path, "--rows", "imagenet")
+
+
+def test_what_could_not_be_checked_is_not_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree(tmp_path / "named", ["cat", "dog"])
+    tree(tmp_path / "numbered", ["0", "1"])
+    named, numbered = tmp_path / "named", tmp_path / "numbered"
+    assert "cat -> 0, dog -> 1" in said(capsys, 1, named, "--rows", 2)
+    for arguments in ([named], [numbered], [named, "--rows", 2, "--labels", "order"]):
+        out = said(capsys, 0, *arguments)
+        assert "not checked" in out and "sound" not in out
+    assert "by number" in (out := said(capsys, 0, numbered, "--rows", 2)) and out.endswith("sound\n")
+    assert "another order" in said(
+        capsys, 1, numbered, "--rows", _names(tmp_path, "1", "0"), "--labels", "order"
+    )
+
+
+def _names(folder: Path, *names: str) -> Path:
+    (file := folder / "names.txt").write_text("\n".join(names))
+    return file
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from tiny_trees import ids
 
 from rft_fast.datasets import Assignment, Rows, Source, assign
 
+INFO = Path(str(resources.files("timm"))) / "data" / "_info"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
@@ -65,13 +71,115 @@ def test_the_names_of_imagenet_although_two_come_twice() -> None:
     assert rows_of(assign(source(names), Rows(1000, tuple(names)), None)) == list(range(1000))
 
 
-def test_places_count_where_names_tell_nothing() -> None:
-    letters = [chr(ord("a") + i) for i in range(10)]
-    assert rows_of(assign(source(letters), Rows(10, CIFAR10), None)) == list(range(10))
-    assert rows_of(assign(source(letters), Rows(10), None)) == list(range(10))
-    # one class under another name, at its place
-    other = [name.replace("automobile", "car") for name in CIFAR10]
-    assert rows_of(assign(source(other), Rows(10, CIFAR10), None)) == list(range(10))
+NFD = partial(unicodedata.normalize, "NFD")
+LETTERS = tuple("abcdefghij")
+SYNSETS = ids()
+WORDS = dict(zip(SYNSETS, open_clip.IMAGENET_CLASSNAMES, strict=True))
+LEMMAS = [
+    dict(line.split("\t") for line in (INFO / "imagenet_synset_to_lemma.txt").read_text().splitlines())[wnid]
+    for wnid in SYNSETS
+]
+# ImageNet's, as far as nobody calls two classes so.
+CLEAR = [row for row, name in enumerate(open_clip.IMAGENET_CLASSNAMES) if row not in (657, 744, 836, 837)]
+
+RENDITIONS = sorted((LEMMAS[SYNSETS.index(wnid)], SYNSETS.index(wnid)) for wnid in ids("r"))
+BIRDS = range(133, -1, -1)
+
+# Names of a data set; names of the head, or how many rows; the row of each class.
+BY_EVIDENCE: list[tuple[Sequence[str], Sequence[str] | int, Sequence[int]]] = [
+    (["CAFÉ", NFD("naïve"), "u\u0308ber"], ["über", NFD("Café"), "NAÏVE"], [1, 2, 0]),
+    (["straße", "Ⅳ", "ﬁre"], ["fire", "STRASSE", "iv"], [1, 2, 0]),
+    (["boeing 737 200", "boeing 737_2"], ["Boeing_737_2", "boeing737 200"], [1, 0]),
+    (["007", "08", "9"], ["9", "8", "7"], [2, 1, 0]),
+    ([str(i) for i in range(10)], CIFAR10, range(10)),
+    (["10", "9", "8"], 3, [2, 1, 0]),
+    (["01", "2", "003"], 3, [0, 1, 2]),
+    (["\u0661", "\u0660", "\uff12"], 3, [1, 0, 2]),  # Arabic digits, and a wide one
+    (CIFAR10[::-1], 10, range(9, -1, -1)),
+    (["the one"], 1, [0]),
+    (SYNSETS[::-1], 1000, range(999, -1, -1)),
+    (SYNSETS, [WORDS[wnid] for wnid in SYNSETS], range(1000)),
+    ([name for name, _ in RENDITIONS], 1000, [row for _, row in RENDITIONS]),
+    ([LEMMAS[row].replace(", ", ",_").replace(" ", "_") for row in BIRDS], 1000, BIRDS),
+    (["n01443537_goldfish", "000 tench", "n03126707-crane", "134.crane"], 1000, [1, 0, 517, 134]),
+    (["n02504458", "n02510455"], ["giant panda", "African bush elephant"], [1, 0]),
+    (["African bush elephant", "giant_panda"], ["n02510455", "n02504458"], [1, 0]),
+    (open_clip.IMAGENET_CLASSNAMES, 1000, range(1000)),  # as a list in the head's order
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "head", "truth"), BY_EVIDENCE, ids=range(len(BY_EVIDENCE)))
+def test_rows_are_found_by_evidence(
+    names: Sequence[str], head: Sequence[str] | int, truth: Sequence[int]
+) -> None:
+    rows = Rows(head) if isinstance(head, int) else Rows(len(head), tuple(head))
+    found = assign(source(names), rows)
+    assert rows_of(found) == list(truth) and found.groups is None and found.how
+    scored = None if len(truth) == rows.count else sorted(truth)
+    assert (found.classes if found.classes is None else found.classes.tolist()) == scored
+
+
+# Names of a data set; names of the head, or how many rows; what is said.
+WITHOUT: list[tuple[Sequence[str], Sequence[str] | int, tuple[str, ...]]] = [
+    (LETTERS, CIFAR10, ("none of its classes", "a, b, c", "airplane, automobile", "label map", '"order"')),
+    (LETTERS, 10, ("not known", "a -> 0, b -> 1", '"order"', "--class-names")),
+    (STL10, 10, ("not known", "bird -> 1")),
+    (["car" if name == "automobile" else name for name in CIFAR10], CIFAR10, ("1 of its 10", "car")),
+    (["dogs", "cat"], ["cat", "dog"], ("1 of its 2", "dogs")),
+    (["a", "B"], ["b", "\uff21", "c"], ("2 classes, but the head has 3 rows",)),
+    (["Cat", "cat"], ["cat", "dog"], ("one by their names", "Cat, cat")),
+    (["dog", "CAT", "owl"], ["Cat", "cat", "dog"], ("1 of its 3", "owl")),
+    (["Cat", "cat"], ["cat", "Cat"], ("several rows of the head", "Cat, cat")),
+    (["cat", "Cat"], ["cat", "Cat"], ("several rows of the head",)),
+    (["1 1", "2"], ["11", "2"], ("1 of its 2",)),
+    (["0", "1", "cat"], 3, ("not known",)),
+    (["1", "2", "3"], ["0", "1", "2"], ("1 of its 3", "3")),
+    (["0", "2", "3"], 3, ("not known",)),
+    (ids("r"), 200, ("WordNet ids", "not ImageNet's", "-> 0")),
+    (SYNSETS[:10], CIFAR10, ("WordNet ids", "not ImageNet's", "airplane")),
+    (SYNSETS, [f"thing {i}" for i in range(1000)], ("WordNet ids", "not ImageNet's", "thing 0")),
+    (sorted(WORDS[SYNSETS[row]] for row in CLEAR), 1000, ("4 of the classes of ImageNet-1k are missing",)),
+    (["crane", "tench", "goldfish"], 1000, ("several of ImageNet's", "crane (rows 134, 517)")),
+    (["tench", "Tinca tinca".replace(" ", "_"), *SYNSETS[1:120]], 1000, ("one class of ImageNet",)),
+    (["n01443537 (1)", "n01443537", "n01440764"], 1000, ("n01443537 (1)",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "head", "words"), WITHOUT, ids=range(len(WITHOUT)))
+def test_without_evidence_nothing_is_assigned(
+    names: Sequence[str], head: Sequence[str] | int, words: tuple[str, ...]
+) -> None:
+    refused(names, Rows(head) if isinstance(head, int) else Rows(len(head), tuple(head)), *words)
+
+
+def test_the_order_is_taken_where_it_is_asked_for() -> None:
+    for names, rows in ((LETTERS, Rows(10, CIFAR10)), (LETTERS, Rows(10)), (STL10, Rows(10))):
+        assert rows_of(assign(source(names), rows, "order")) == list(range(10))
+    assert rows_of(assign(source(["10", "9"]), Rows(2), "order")) == [1, 0]
+    renamed = ["car" if name == "automobile" else name for name in CIFAR10]
+    assert rows_of(assign(source(renamed), Rows(10, CIFAR10), "order")) == list(range(10))
+    refused(STL10, Rows(10, CIFAR10), "another order", "bird", label_map="order")
+    refused(["ab", "cd"], Rows(3), "2 classes, but the head has 3 rows", label_map="order")
+    words = [WORDS[wnid] for wnid in SYNSETS]
+    refused(SYNSETS, Rows(1000, tuple(words[::-1])), "another order", label_map="order")
+
+
+def test_a_head_of_imagenet_in_another_order() -> None:
+    """By devkit's order, say: ids and the numbers of ImageNetV2 go to the rows that are named so."""
+    turned = [WORDS[SYNSETS[row]] for row in CLEAR][::-1]
+    head = Rows(len(turned), tuple(turned))
+    assert rows_of(assign(source([SYNSETS[row] for row in CLEAR]), head)) == list(range(len(turned)))[::-1]
+    names = [f"{wnid} {word}" for wnid, word in WORDS.items()][::-1]
+    v2 = source([str(i) for i in range(1000)])
+    assert (
+        rows_of(assign(replace(v2, kind="imagenet-v2"), Rows(1000, tuple(names)))) == list(range(1000))[::-1]
+    )
+    assert rows_of(assign(v2, Rows(1000, tuple(names)))) == list(range(1000))  # any other numbers
+    thing = Rows(1000, tuple(f"thing {i}" for i in range(1000)))
+    objects = replace(source(["chair"]), imagenet={"chair": (423, 559)})
+    with pytest.raises(ValueError, match="other classes"):
+        assign(objects, thing)
+    assert assign(objects, Rows(1000, tuple(names))).labels.tolist() == [999 - 559] * 2
 
 
 def test_names_in_another_order_are_not_taken_by_place() -> None:
@@ -100,10 +208,18 @@ def test_label_maps() -> None:
     assert rows_of(found) == [1, 0] and found.classes is None and found.groups is None
 
 
+def test_label_maps_compare_names_as_folders_do() -> None:
+    cafe = source([NFD("café"), "Dog", "dog"])
+    label_map = {"CAFÉ": "Über", "dog": 0, "Dog": 1}
+    assert rows_of(assign(cafe, Rows(3, ("a", "b", NFD("über"))), label_map)) == [2, 1, 0]
+    refused(["Dog", "dog"], Rows(2), "may be several classes", label_map={"DOG": 0})
+
+
 def test_label_maps_that_do_not_fit() -> None:
     head = Rows(6, ("cat", "dog", "big dog", "bird", "fish", "fish"))
     cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"a": 0}, ("does not name 1 of 2 classes: b",)),
+        ({"a": 0, "B": 1, "\uff42": 1}, ("may be several classes", "B")),
         ({"a": 0, "b": 1, "c": 2}, ("does not have: c",)),
         ({"a": 0, "b": 6}, ("beyond the head, which are 0 to 5: b = 6",)),
         ({"a": 0, "b": -1}, ("b = -1",)),

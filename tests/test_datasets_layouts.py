@@ -140,7 +140,9 @@ def test_a_part_of_imagenet_is_scored_among_itself(tmp_path: Path) -> None:
 def test_wnids_that_imagenet_does_not_have_are_listed(tmp_path: Path) -> None:
     tree(tmp_path, [ids()[0], "n00000001", "n99999999"])
     refused(tmp_path, "2 of 3 classes are not among ImageNet's 1,000: n00000001, n99999999", rows=IMAGENET)
-    assert load(tmp_path, rows=datasets.Rows(3)).labels.tolist() == [0, 1, 2]  # a head of their own
+    refused(tmp_path, "WordNet ids", "n00000001 -> 0, n01440764 -> 1", '"order"', rows=datasets.Rows(3))
+    own = load(tmp_path, rows=datasets.Rows(3), label_map="order")  # a head of their own
+    assert own.labels.tolist() == [0, 1, 2]
     mapped = {"n00000001": None, "n99999999": [], ids()[0]: 0}
     got = load(tmp_path, rows=IMAGENET, label_map=mapped)
     assert got.labels.tolist() == [0]

@@ -19,11 +19,13 @@ from . import decoding
 from .dataset import Dataset, choose, subset
 from .decoding import Progress, pixel_transform
 from .kinds import KINDS, detect, open_source
-from .labels import Assignment, LabelMap, Rows, assign
+from .labels import ORDER, Assignment, Rows, assign
+from .maps import LabelMap
 from .source import Source
 
 __all__ = [
     "KINDS",
+    "ORDER",
     "Assignment",
     "Dataset",
     "Found",
@@ -140,7 +142,7 @@ def find(
     *,
     kind: str | None = None,
     rows: Rows | None = None,
-    label_map: LabelMap | Path | None = None,
+    label_map: LabelMap | Path | str | None = None,
 ) -> Found:
     """What :func:`load` with these arguments reads, listed once and not decoded.
 
@@ -182,7 +184,7 @@ def load(
     skip_unreadable: bool = False,
     kind: str | None = None,
     rows: Rows | None = None,
-    label_map: LabelMap | Path | None = None,
+    label_map: LabelMap | Path | str | None = None,
 ) -> Dataset:
     """Read a data set, its images decoded to the bytes that open_clip's evaluation transform makes.
 

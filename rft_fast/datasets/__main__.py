@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
         help="the rows of the head: imagenet, cifar10, ... or a file of class names, or their number",
     )
     parser.add_argument(
-        "--labels", type=Path, metavar="FILE", help="class -> row of the head: .json, .toml or .csv"
+        "--labels",
+        metavar="FILE",
+        help="class -> row of the head: .json, .toml or .csv; or the word order: class i is row i",
     )
     parser.add_argument("--quick", action="store_true", help="list the files, decode none")
     options = parser.parse_args(argv)

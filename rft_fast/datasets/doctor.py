@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,8 @@ from pathlib import Path
 from rft_fast.words import some
 
 from . import decoding, folders, imagenet, kinds
-from .labels import LabelMap, Rows, assign, read_map
+from .labels import ORDER, Rows, assign
+from .maps import LabelMap, read_map
 from .source import TREES, Source
 
 SHOWN = 20  # names in a line about what is wrong
@@ -41,23 +42,26 @@ _COPY = re.compile(r"[\s_-]*(\(\d+\)|copy(\s*\d+)?|\d*~)$", re.IGNORECASE)
 
 @dataclass
 class Report:
-    """facts: lines to read. problems: what would make scores wrong, or stop a sweep."""
+    """facts: lines to read. problems: what would make scores wrong, or stop a sweep. unchecked: what could
+    not be checked, so that a set without problems is not sound yet."""
 
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        end = f"{len(self.problems)} problems:" if len(self.problems) > 1 else "1 problem:"
-        return "\n".join(
-            [*self.facts, *([end, *(f"- {p}" for p in self.problems)] if self.problems else ["sound"])]
-        )
+        count = len(self.problems)
+        end = [f"{count} problems:" if count > 1 else "1 problem:", *(f"- {p}" for p in self.problems)]
+        if not self.problems:
+            end = ["nothing wrong was found, but:"] if self.unchecked else ["sound"]
+        return "\n".join([*self.facts, *end, *(f"- not checked: {text}" for text in self.unchecked)])
 
 
 def examine(
     path: Path,
     kind: str | None = None,
     rows: Rows | None = None,
-    label_map: LabelMap | Path | None = None,
+    label_map: LabelMap | Path | str | None = None,
     quick: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Report:
@@ -70,8 +74,8 @@ def examine(
     no label map.
     """
     report = Report()
-    if label_map is not None and not isinstance(label_map, Mapping):
-        label_map = read_map(label_map)
+    if isinstance(label_map, Path) or (isinstance(label_map, str) and label_map != ORDER):
+        label_map = read_map(Path(label_map))
     path = kinds.named(path)
     if (kind or kinds.detect(path)) in TREES:
         listing = folders.look(path, kind)
@@ -190,17 +194,30 @@ def _same(firsts: Sequence[tuple[str, Path]]) -> list[list[str]]:
 
 
 def _default_rows(source: Source) -> Rows | None:
-    if source.kind in ("imagenet", "imagenet-v2", "objectnet") or imagenet.are_wnids(source.class_names):
+    names = source.class_names
+    known = source.kind in ("imagenet", "imagenet-v2", "objectnet") or imagenet.are_wnids(names)
+    if known or (
+        len(names) == imagenet.CLASSES and 2 * sum(map(bool, imagenet.candidates(names))) > len(names)
+    ):
         return Rows(imagenet.CLASSES)
     return None
 
 
-def _scored(report: Report, source: Source, rows: Rows | None, label_map: LabelMap | Path | None) -> None:
+def _scored(
+    report: Report, source: Source, rows: Rows | None, label_map: LabelMap | Path | str | None
+) -> None:
     try:
         found = assign(source, rows, label_map)
     except ValueError as error:
         report.problems.append(str(error))
         return
+    if rows is None:
+        report.unchecked.append(
+            "which rows of a head its classes are, as no head was named; give --rows (imagenet, cifar10, "
+            "..., a file of class names, or a number)"
+        )
+    elif label_map == ORDER and not rows.names:
+        report.unchecked.append("whether its classes are in the head's order, as the word order says")
     classes = len(set(found.labels.tolist()))
     rows_of = f"the head's {rows.count:,} rows" if rows is not None else "a head's rows, class i being row i"
     if rows is None and (found.classes is not None or source.imagenet or label_map is not None):
@@ -211,7 +228,7 @@ def _scored(report: Report, source: Source, rows: Rows | None, label_map: LabelM
         right = Counter(found.groups.tolist())
         several = f"; for {sum(n > 1 for n in right.values())} classes several rows are right"
     report.facts.append(
-        f"scored: {_images(len(found.images))} of {classes:,} classes, among {among}{several}"
+        f"scored: {_images(len(found.images))} of {classes:,} classes, among {among}{several}; {found.how}"
     )
     if source.kind == "objectnet" and label_map is None and len(found.images) != imagenet.OBJECTNET_SCORED:
         report.problems.append(

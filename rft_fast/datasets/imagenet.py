@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
+
+from rft_fast import prompts
+
+from .naming import fold, loose
 
 _Value = TypeVar("_Value")
 
@@ -27,14 +31,87 @@ LINES = "imagenet_to_label_2012_v2"
 def synsets(variant: str = "") -> tuple[str, ...]:
     """The WordNet ids of ImageNet-1k in the order of its heads; variant "a" or "r": the 200 of that set."""
     name = f"imagenet_{variant}_synsets.txt" if variant else "imagenet_synsets.txt"
-    text = resources.files("timm") / "data" / "_info" / name
-    return tuple(text.read_text("utf-8").split())
+    return tuple(_info(name).split())
+
+
+def _info(name: str) -> str:
+    return (resources.files("timm") / "data" / "_info" / name).read_text("utf-8")
 
 
 def are_wnids(names: Iterable[str]) -> bool:
     """Whether all of some class names, and at least one, are WordNet ids."""
     names = list(names)
     return bool(names) and all(WNID.fullmatch(name) for name in names)
+
+
+def is_imagenets(wnid: str) -> bool:
+    """Whether a WordNet id is one of ImageNet-1k's."""
+    return fold(wnid) in set(synsets())
+
+
+def candidates(names: Sequence[str]) -> list[set[int]]:
+    """For each of some class names the classes of ImageNet-1k that it may be, by their usual rows.
+
+    Known are WordNet ids, the names of OpenAI and open_clip, and WordNet's synonyms: the first one, all of
+    them, and in large sets any one; whatever stands between their words. An id or a row before such a name
+    (``n01440764_tench``) counts with it. Where a large set is written in one of these vocabularies, that one
+    decides what a name of several classes means, such as ``cardigan``, a jacket and a dog.
+    """
+    vocabularies = _vocabularies()
+    if len(names) < _LARGE:
+        vocabularies = vocabularies[:-1]
+    found = [_any_of(name, vocabularies) for name in names]
+    if len(names) < _LARGE or not any(len(rows) > 1 for rows in found):
+        return found
+    readings = [[known.get(loose(name), frozenset()) for name in names] for known in vocabularies[1:]]
+    known = [sum(map(bool, rows)) for rows in readings]
+    best = [rows for rows, count in zip(readings, known, strict=True) if count == max(known)]
+    if max(known) < _WRITTEN * len(names) or any(rows != best[0] for rows in best):
+        return found
+    return [set(rows) if rows and len(of) > 1 else of for rows, of in zip(best[0], found, strict=True)]
+
+
+_WRITTEN = 0.95  # of the names of a set in a vocabulary show that it is written in that
+_LARGE = 100  # classes: so many are in a known vocabulary by no accident
+
+
+def _any_of(name: str, vocabularies: Sequence[Mapping[str, frozenset[int]]]) -> set[int]:
+    def meant(text: str) -> set[int]:
+        key = loose(text)
+        return {row for known in vocabularies for row in known.get(key, ())}
+
+    if rows := meant(name):
+        return rows
+    numbered = _NUMBERED.fullmatch(name.strip())
+    if numbered is None:
+        return set()
+    wnid, row, rest = numbered.group("wnid", "row", "name")
+    return meant(rest) & (meant(wnid) if wnid else {int(row)})
+
+
+_NUMBERED = re.compile(r"(?:(?P<wnid>[nN]\d{8})|(?P<row>[0-9]{1,4}))[\W_]+(?P<name>.+)", re.DOTALL)
+
+
+@cache
+def _vocabularies() -> tuple[Mapping[str, frozenset[int]], ...]:
+    """Name -> rows: of WordNet ids, of open_clip's names, of all synonyms, of the first one, of each."""
+    lemmas = dict(line.split("\t", 1) for line in _info("imagenet_synset_to_lemma.txt").splitlines())
+    synonyms = [lemmas[wnid].split(",") for wnid in synsets()]
+    tables: tuple[Sequence[Sequence[str]], ...] = (
+        [[wnid] for wnid in synsets()],
+        [[name] for name in prompts.CLASS_NAMES["imagenet"]],
+        [[",".join(names)] for names in synonyms],
+        [names[:1] for names in synonyms],
+        synonyms,
+    )
+    found = []
+    for table in tables:
+        rows: dict[str, set[int]] = {}
+        for row, names in enumerate(table):
+            for name in names:
+                rows.setdefault(loose(name), set()).add(row)
+        found.append({name: frozenset(of) for name, of in rows.items()})
+    return tuple(found)
 
 
 def title(names: Iterable[str]) -> str:

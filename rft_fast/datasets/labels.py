@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rft_fast import prompts
 from rft_fast.words import some
 
-from . import imagenet
+from . import imagenet, maps
+from .maps import Answers, LabelMap
+from .naming import composed, fold, numbers, places
 from .source import MOST_ROWS, Source
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+ORDER = "order"  # instead of a label map: class i is row i
+CURE = (
+    'give a label map or, if class i is row i, the word "order" instead (--data-labels NAME=order, '
+    'labels = "order" in a zoo, label_map="order" in Python; docs/data.md)'
+)
+_NAME_HEAD = ", or name the head's rows (--class-names)"
+_ALIKE = "case, spaces and Unicode forms do not count"
 
-LabelMap = Mapping[str, int | str | Sequence[int | str] | None]
+# Heads of so many unnamed rows are taken to be in the order of these classes. STL-10 is not among them: its
+# ten classes are others than CIFAR-10's, and in another order.
+_BUILT_IN = {"CIFAR-10": prompts.CLASS_NAMES["cifar10"], "CIFAR-100": prompts.CLASS_NAMES["cifar100"]}
+_IN_PLACE = 0.95  # of a list's names at their own place show that the list is in the head's order
 
-_Answers = list[tuple[int, ...]]  # for each class the rows that are right; none: not scored
+_Candidates = Sequence[Collection[int]]  # for each class the rows that it may be
 
 
 @dataclass(frozen=True)
@@ -52,214 +55,324 @@ class Assignment:
     images: int64 [m], positions in the source's files. labels: int64 [m], rows of the head.
     classes: int64 [k], the distinct rows scored among, in order, None for all. groups: int64 [k], the row
     that each of ``classes`` counts as where several are right for one class, else None.
+    how: by which evidence, in words.
     """
 
     images: Tensor
     labels: Tensor
     classes: Tensor | None
     groups: Tensor | None
+    how: str = ""
 
 
-def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | None = None) -> Assignment:
+def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | str | None = None) -> Assignment:
     """The rows of a head that the classes of a source are.
 
-    rows: the head's. None: ImageNet's for ObjectNet, and where all classes are WordNet ids of ImageNet; else
-        class i is row i, whatever the head.
-    label_map: for each class of the source its row, as a number or by the name of the head's class; a list of
-        those, of which each is right; or None, so that it is not scored. A mapping, or a file: ``.json`` and
-        ``.toml`` hold one (TOML writes [] for None), ``.csv`` has the columns ``class,row`` and a line for
-        each row that is right, or one with an empty row. It must name the source's classes, all and no
-        others. None: classes named as the head's go to those rows; WordNet ids under a head of 1,000 rows to
-        ImageNet's, and parts of them are scored among their rows alone; as many classes as rows go to the
-        rows in order.
+    Without a label map they are found by evidence: the same names on both sides; WordNet ids or names of
+    ImageNet, for a head of ImageNet's classes (or of 1,000 unnamed rows); numbers, which have an order of
+    their own; the names of CIFAR-10 and CIFAR-100, for as many unnamed rows; labels without names, which are
+    rows. Names are compared by :func:`rft_fast.datasets.naming.fold`. Classes that are parts of ImageNet are
+    scored among their rows alone.
 
-    Raises ValueError for anything else, listing what does not fit.
+    Args:
+        source: the data set.
+        rows: the head's. None: there is no head yet. Rows are ImageNet's for ObjectNet, and where all classes
+            are WordNet ids of ImageNet, or its 1,000 names; else class i is row i of a head that is still to
+            be made.
+        label_map: for each class of the source its row, as a number or by the name of the head's class; a
+            list of those, of which each is right; or None, so that it is not scored. A mapping, or a file:
+            ``.json`` and ``.toml`` hold one (TOML writes [] for None), ``.csv`` has the columns ``class,row``
+            and a line for each row that is right, or one with an empty row. It must name the source's
+            classes, all and no others. Or ``"order"``: class i is row i, numbers as numbers, of a head with
+            as many rows. None: by evidence.
+
+    Raises:
+        ValueError: the evidence is missing, contradicts itself or the label map, or rows are not the head's;
+            the message lists what does not fit.
     """
     try:
-        if rows is None and label_map is None and _are_imagenets(source.class_names):
+        if rows is None and label_map is None and _are_imagenets(source):
             rows = Rows(imagenet.CLASSES)
+        if label_map == ORDER:
+            return _in_order(source, rows)
         if label_map is not None:
-            answers = _given(source, rows, label_map)
-        elif source.imagenet is not None and (rows is None or rows.count != len(source.class_names)):
-            answers = _objectnet(source, rows)
-        elif rows is None or not source.class_names:
-            return _as_told(source, rows)
-        else:
-            answers = _automatic(source.class_names, rows)
-        return _assignment(source, answers, rows)
+            names = source.class_names or [str(label) for label in range(int(source.labels.max()) + 1)]
+            given = label_map if isinstance(label_map, Mapping) else maps.read_map(Path(label_map))
+            head, most = ((), MOST_ROWS) if rows is None else (rows.names, rows.count)
+            return _assignment(source, maps.answers(names, head, most, given), rows, "by the label map")
+        if not source.class_names:
+            return _as_labelled(source, rows, "labels are rows of the head")
+        if source.imagenet is not None and (rows is None or rows.count != len(source.class_names)):
+            return _assignment(source, _objectnet(source, rows), rows, "by ObjectNet's mappings")
+        if rows is None:
+            return _as_labelled(source, rows, "class i is row i, as no head is known")
+        answers, how = _by_evidence(source, rows)
+        return _assignment(source, answers, rows, how)
     except ValueError as error:
         raise ValueError(f"labels of {source.path}: {error}") from error
 
 
-def are_settled(source: Source, rows: Rows) -> bool:
-    """Whether labels, names or the kind of a source tell its rows, not their order alone."""
-    names = source.class_names
-    if not names or source.imagenet is not None or source.kind == "imagenet-v2":
-        return True
-    by_wnid = imagenet.are_wnids(names) and rows.count == imagenet.CLASSES
-    return by_wnid or sorted(map(_plain, names)) == sorted(map(_plain, rows.names))
+def as_given(text: str) -> Path | str:
+    """What stands on a command line for a label map: its file, or the word order."""
+    return ORDER if text == ORDER else Path(text)
 
 
-def _are_imagenets(names: Sequence[str]) -> bool:
-    return bool(names) and {name.lower() for name in names} <= set(imagenet.synsets())
-
-
-def read_map(file: Path) -> dict[str, Any]:
-    """A label map from a file, as :func:`assign` describes. Raises ValueError for what is none."""
+def is_settled(source: Source, rows: Rows) -> bool:
+    """Whether :func:`assign` finds the rows of a source without a label map."""
     try:
-        if file.suffix == ".csv":
-            return _read_csv(file)
-        if file.suffix == ".toml":
-            found: Any = tomllib.loads(file.read_text("utf-8"))
-        elif file.suffix == ".json":
-            found = json.loads(file.read_text("utf-8"), object_pairs_hook=_distinct)
-        else:
-            raise ValueError("expected a .json, .toml or .csv")
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise ValueError(f"label map {file}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"label map {file}: expected a table of classes, got {type(found).__name__}")
-    return found
+        assign(source, rows)
+    except ValueError:
+        return False
+    return True
 
 
-def _read_csv(file: Path) -> dict[str, Any]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        head, *lines = [line for line in csv.reader(stream) if line] or [[]]
-    if head != ["class", "row"]:
-        raise ValueError(f"the first line must be class,row, got {','.join(head)!r}")
-    found: dict[str, list[int | str]] = {}
-    for line in lines:
-        if len(line) != 2:
-            raise ValueError(f"expected two columns, got {','.join(line)!r}")
-        name, row = line[0], line[1].strip()
-        if name in found and not (found[name] and row):
-            raise ValueError(f"class {name!r} is both scored and not, or twice not")
-        found.setdefault(name, [])
-        if row:
-            found[name].append(int(row) if row.isdecimal() else row)
-    return dict(found)
+def _are_imagenets(source: Source) -> bool:
+    names = source.class_names
+    if imagenet.are_wnids(names):
+        return all(map(imagenet.is_imagenets, names))
+    return len(names) == imagenet.CLASSES and _matched(imagenet.candidates(names)) is not None
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"classes {some(twice)} are named twice")
-    return dict(pairs)
+# --- evidence -----------------------------------------------------------------------------------------
 
 
-def _given(source: Source, rows: Rows | None, label_map: LabelMap | Path) -> _Answers:
-    given = label_map if isinstance(label_map, Mapping) else read_map(Path(label_map))
-    names = source.class_names or [str(label) for label in range(int(source.labels.max()) + 1)]
-    if lost := [name for name in names if name not in given]:
-        raise ValueError(f"the label map does not name {len(lost)} of {len(names)} classes: {some(lost)}")
-    if strange := [str(name) for name in given if name not in set(names)]:
-        raise ValueError(f"the label map names classes that the data set does not have: {some(strange)}")
-    places = _places(rows.names if rows is not None else ())
-    most = MOST_ROWS if rows is None else rows.count
-    wrong = []
-    answers: _Answers = []
-    for name in names:
-        answer: Any = given[name]
-        listed = isinstance(answer, Sequence) and not isinstance(answer, str)
-        parts = answer if listed else [] if answer is None else [answer]
-        found = []
-        for part in parts:
-            if isinstance(part, str):
-                found.append(_row_named(part, name, places))
-            elif isinstance(part, bool) or not isinstance(part, int):
-                raise ValueError(f"class {name!r}: expected a row or the name of one, got {part!r}")
-            else:
-                found.append(part)
-        wrong += [f"{name} = {row}" for row in found if not 0 <= row < most]
-        answers.append(tuple(found))
-    if wrong:
-        raise ValueError(f"rows beyond the head, which are 0 to {most - 1}: {some(wrong)}")
-    return answers
+def _by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
+    """The rows of classes that have names, and what shows them."""
+    names = source.class_names
+    own = _own_rows(names, rows)
+    if len(names) == rows.count and (found := _matched(own, _is_list(names, rows, own))):
+        return _single(found), "by name"
+    wnids = imagenet.are_wnids(names)
+    of_head = _imagenet_rows(rows)
+    if of_head is not None and (rows.count == imagenet.CLASSES or len(names) == rows.count):
+        classes = imagenet.candidates(names)
+        if source.kind == "imagenet-v2":
+            classes = [{int(fold(name))} for name in names]
+        if found := _matched(classes, in_place=len(names) == imagenet.CLASSES):
+            return _single(_of_head(found, names, of_head)), _how(source)
+        if rows.count == imagenet.CLASSES and (wnids or 2 * sum(map(bool, classes)) > len(names)):
+            raise ValueError(_unclear_imagenet(names, classes))
+    if len(names) != rows.count:
+        raise ValueError(_other_count(names, rows))
+    if not any(own) and numbers(names):
+        return _single(_order(names)), "by number"
+    if rows.names:
+        raise ValueError(_other_names(names, rows, own, wnids))
+    if built_in := _built_in(names):
+        return _single(built_in[1]), f"by the names of {built_in[0]}, in whose order the head is taken to be"
+    if rows.count == 1:
+        return [(0,)], "the only class is the only row"
+    table = some([f"{name} -> {row}" for row, name in enumerate(names)], 10)
+    ids = "; its classes are WordNet ids, and the head is not ImageNet's" if wnids else ""
+    raise ValueError(
+        f"the names of the head's {rows.count} rows are not known, so nothing shows which class is which row"
+        f"{ids}; in order they would be {table}; {CURE}{_NAME_HEAD}"
+    )
 
 
-def _row_named(part: str, name: str, places: Mapping[str, list[int]]) -> int:
-    found = places.get(_plain(part), [])
-    if len(found) == 1:
-        return found[0]
-    if not places:
+def _matched(candidates: _Candidates, in_place: bool = False) -> list[int] | None:
+    """A row for each class, none twice, where there is no doubt.
+
+    in_place: a few names may be unknown, or those of several rows, in a list that is otherwise in the rows'
+    order.
+    """
+    found = [next(iter(rows)) for rows in candidates if len(rows) == 1]
+    if len(found) == len(candidates):
+        return found if len(set(found)) == len(found) else None
+    sure = sum(rows == {place} for place, rows in enumerate(map(set, candidates)))
+    fits = all(not rows or place in rows for place, rows in enumerate(candidates))
+    if in_place and fits and sure >= _IN_PLACE * len(candidates):
+        return list(range(len(candidates)))
+    return None
+
+
+def _own_rows(names: Sequence[str], rows: Rows) -> _Candidates:
+    """The rows that are named as each class."""
+    named = places(rows.names)
+    return [named.get(fold(name), ()) for name in names]
+
+
+def _is_list(names: Sequence[str], rows: Rows, own: _Candidates) -> bool:
+    """Whether nothing speaks against names being the very list of the head's: all known, none of them written
+    exactly as that of another row alone."""
+    for place, (name, alike) in enumerate(zip(names, own, strict=True)):
+        exact = {row for row in alike if composed(rows.names[row]) == composed(name)}
+        if not alike or (exact and place not in exact):
+            return False
+    return True
+
+
+def _imagenet_rows(rows: Rows) -> dict[int, int] | None:
+    """ImageNet's class -> the row of a head; None for a head of other classes.
+
+    Of 1,000 rows without names it is taken that they are in ImageNet's order.
+    """
+    if not rows.names:
+        found = list(range(imagenet.CLASSES)) if rows.count == imagenet.CLASSES else None
+    else:
+        found = _matched(imagenet.candidates(rows.names), in_place=rows.count == imagenet.CLASSES)
+    return None if found is None else {row: place for place, row in enumerate(found)}
+
+
+def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, int]) -> list[int]:
+    """The rows of ImageNet's classes, of which a published set must not lack a few."""
+    if lost := [name for name, row in zip(names, classes, strict=True) if row not in row_of]:
         raise ValueError(
-            f"class {name!r}: {part!r} is a name, but the head's are not known here; give the row"
+            f"{len(lost)} of {len(names)} classes are not among the head's: {some(lost)}; {CURE}"
         )
-    state = f"are those of rows {some(found)}; give one's number" if found else "is no class of the head"
-    raise ValueError(f"class {name!r}: {part!r} {state}")
-
-
-def _objectnet(source: Source, rows: Rows | None) -> _Answers:
-    known = source.imagenet or {}
-    if rows is not None and rows.count != imagenet.CLASSES:
+    wnids = imagenet.synsets()
+    title, missing = imagenet.almost(wnids[row] for row in classes)
+    if missing and len(row_of) == imagenet.CLASSES:
         raise ValueError(
-            f"its mappings are to ImageNet's {imagenet.CLASSES} classes, the head has {rows.count}; "
+            f"{len(missing)} of the classes of {title} are missing, so it would score too high: "
+            f"{some(missing)}; complete it, or give a label map if these are meant"
+        )
+    return [row_of[row] for row in classes]
+
+
+def _how(source: Source) -> str:
+    if source.kind == "imagenet-v2":
+        return "by the numbers of ImageNetV2"
+    return "by WordNet id" if imagenet.are_wnids(source.class_names) else "by the names of ImageNet"
+
+
+def _built_in(names: Sequence[str]) -> tuple[str, list[int]] | None:
+    folded = [fold(name) for name in names]
+    for title, known in _BUILT_IN.items():
+        row_of = {fold(name): row for row, name in enumerate(known)}
+        if len(names) == len(known) and set(folded) == set(row_of):
+            return title, [row_of[name] for name in folded]
+    return None
+
+
+def _objectnet(source: Source, rows: Rows | None) -> Answers:
+    known = source.imagenet or {}
+    row_of = _imagenet_rows(rows or Rows(imagenet.CLASSES))
+    if row_of is None or len(row_of) != imagenet.CLASSES:
+        count = 0 if rows is None else rows.count
+        what = "rows of other classes" if count == imagenet.CLASSES else "rows"
+        raise ValueError(
+            f"its mappings are to ImageNet's {imagenet.CLASSES} classes, the head has {count} {what}; "
             "give a label map"
         )
-    return [known.get(name, ()) for name in source.class_names]
+    return [tuple(row_of[row] for row in known.get(name, ())) for name in source.class_names]
 
 
-def _as_told(source: Source, rows: Rows | None) -> Assignment:
+# --- as the user or the file says ---------------------------------------------------------------------
+
+
+def _in_order(source: Source, rows: Rows | None) -> Assignment:
+    """Class i as row i, as the user says; refused where names of the head show another order."""
+    names, how = source.class_names, "in order, as requested"
+    if not names or rows is None:
+        return _as_labelled(source, rows, how)
+    order = _order(names)
+    if len(names) != rows.count:
+        raise ValueError(_other_count(names, rows))
+    moved = _moved(names, order, _own_rows(names, rows))
+    if rows.names:  # the same class of ImageNet, by another name
+        classes = imagenet.candidates(rows.names)
+        row_of = {next(iter(of)): row for row, of in enumerate(classes) if len(of) == 1}
+        of_head = [[row_of[row] for row in of if row in row_of] for of in imagenet.candidates(names)]
+        moved += [name for name in _moved(names, order, of_head) if name not in moved]
+    if moved:
+        raise ValueError(
+            f'"order" was requested, but its classes are in another order than the head\'s, as {some(moved)} '
+            f"show; give a label map; {_both(names, rows)}"
+        )
+    return _assignment(source, _single(order), rows, how)
+
+
+def _moved(names: Sequence[str], order: Sequence[int], own: _Candidates) -> list[str]:
+    """The classes whose names are those of other rows than their order says."""
+    return [name for name, row, of in zip(names, order, own, strict=True) if len(of) == 1 and row not in of]
+
+
+def _as_labelled(source: Source, rows: Rows | None, how: str) -> Assignment:
     """Labels as the source has them: rows of the head."""
     labels, classes = source.labels, source.classes
     if source.class_names:
-        labels = torch.tensor(_in_order(source.class_names), dtype=torch.int64)[labels]
+        labels = torch.tensor(_order(source.class_names), dtype=torch.int64)[labels]
     highest = max((int(t.max()) for t in (labels, classes) if t is not None and len(t)), default=0)
     if rows is not None and highest >= rows.count:
         raise ValueError(f"it has label {highest}, the head has {rows.count} rows; give a label map")
-    return Assignment(torch.arange(len(labels)), labels, classes, None)
+    return Assignment(torch.arange(len(labels)), labels, classes, None, how)
 
 
-def _automatic(names: Sequence[str], rows: Rows) -> _Answers:
-    ours, theirs = [_plain(name) for name in names], [_plain(name) for name in rows.names]
-    places = _places(rows.names)
-    if sorted(ours) == sorted(theirs) and (ours == theirs or len(set(theirs)) == len(theirs)):
-        return [(row,) for row in (range(len(ours)) if ours == theirs else (places[n][0] for n in ours))]
-    if imagenet.are_wnids(names) and rows.count == imagenet.CLASSES:
-        return _by_wnid(names)
-    if len(names) != rows.count:
-        raise ValueError(
-            f"{len(names)} classes, but the head has {rows.count} rows; give a label map (class of the data "
-            "set -> row of the head), or the head that belongs to this data set"
+def _order(names: Sequence[str]) -> list[int]:
+    """The row of each class by its place, or by its number if all are consecutive numbers."""
+    found = numbers(names)
+    return [number - min(found) for number in found] or list(range(len(names)))
+
+
+def _single(rows: Sequence[int]) -> Answers:
+    return [(row,) for row in rows]
+
+
+# --- what is refused ----------------------------------------------------------------------------------
+
+
+def _both(names: Sequence[str], rows: Rows) -> str:
+    return f"its classes: {some(names, 10)}; the head's: {some(rows.names, 10)}"
+
+
+def _other_count(names: Sequence[str], rows: Rows) -> str:
+    lists = f"; {_both(names, rows)}" if rows.names else f": {some(names)}"
+    return (
+        f"{len(names)} classes, but the head has {rows.count} rows; give a label map (class of the data "
+        f"set -> row of the head), or the head that belongs to this data set{lists}"
+    )
+
+
+def _other_names(names: Sequence[str], rows: Rows, own: _Candidates, wnids: bool) -> str:
+    unknown = [name for name, of in zip(names, own, strict=True) if not of]
+    unclear = [name for name, of in zip(names, own, strict=True) if len(of) > 1]
+    cure = CURE
+    if wnids:
+        what = "its classes are WordNet ids, and the head's are not ImageNet's"
+    elif len(unknown) == len(names):
+        what = "none of its classes is named as one of the head's"
+    elif unknown:
+        what = f"{len(unknown)} of its {len(names)} classes are not named as the head's: {some(unknown)}"
+        if moved := _moved(names, _order(names), own):
+            cure = f"others are in another order than there, such as {some(moved)}; give a label map"
+    elif unclear:
+        what = f"several rows of the head have the name of {some(unclear)} ({_ALIKE})"
+    else:
+        by_name = places(names)
+        twice = [", ".join(names[place] for place in of) for of in by_name.values() if len(of) > 1]
+        what = f"classes that are one by their names: {some(twice)} ({_ALIKE})"
+    return f"{what}; {cure}; {_both(names, rows)}"
+
+
+def _unclear_imagenet(names: Sequence[str], classes: _Candidates) -> str:
+    unknown = [name for name, of in zip(names, classes, strict=True) if not of]
+    unclear = [
+        f"{name} (rows {', '.join(map(str, sorted(of)))})"
+        for name, of in zip(names, classes, strict=True)
+        if len(of) > 1
+    ]
+    holders: dict[int, list[str]] = {}
+    for name, of in zip(names, classes, strict=True):
+        for row in of if len(of) == 1 else ():
+            holders.setdefault(row, []).append(name)
+    twice = [" and ".join(of) for of in holders.values() if len(of) > 1]
+    parts = [
+        f"{len(found)} of {len(names)} classes {what}: {some(found, 10)}"
+        for found, what in (
+            (unknown, "are not among ImageNet's 1,000"),
+            (unclear, "may be several of ImageNet's"),
+            (twice, "are of one class of ImageNet"),
         )
-    order = _in_order(names)
-    # A name that comes twice, such as ImageNet's cardigan (a dog, and a jacket), tells nothing.
-    alike = {name for name, count in Counter(ours).items() if count == 1 and len(places.get(name, ())) == 1}
-    if moved := [names[i] for i, name in enumerate(ours) if name in alike and places[name] != [order[i]]]:
-        raise ValueError(
-            f"its classes are in another order than the head's, as {some(moved)} show, and not all are "
-            f"named alike: {some([n for n in names if _plain(n) not in places])}; give a label map"
-        )
-    return [(row,) for row in order]
+        if found
+    ]
+    return f"{'; '.join(parts)}; give a label map in which they have rows, or none"
 
 
-def _by_wnid(names: Sequence[str]) -> _Answers:
-    row_of = {wnid: row for row, wnid in enumerate(imagenet.synsets())}
-    found = [name.lower() for name in names]
-    if unknown := [name for name in found if name not in row_of]:
-        raise ValueError(
-            f"{len(unknown)} of {len(names)} classes are not among ImageNet's 1,000: {some(unknown)}; give a "
-            "label map in which they have rows, or none"
-        )
-    title, lost = imagenet.almost(found)
-    if lost:
-        raise ValueError(
-            f"{len(lost)} of the classes of {title} are missing, so it would score too high: {some(lost)}; "
-            "complete it, or give a label map if these are meant"
-        )
-    return [(row_of[name],) for name in found]
+# --- the result ---------------------------------------------------------------------------------------
 
 
-def _in_order(names: Sequence[str]) -> list[int]:
-    """The row of each class by its place, or by its number if all are numbers without a gap."""
-    if all(re.fullmatch(r"[0-9]+", name) for name in names):
-        numbers = [int(name) for name in names]
-        if sorted(numbers) == list(range(min(numbers), min(numbers) + len(names))):
-            return [number - min(numbers) for number in numbers]
-    return list(range(len(names)))
-
-
-def _assignment(source: Source, answers: _Answers, rows: Rows | None) -> Assignment:
+def _assignment(source: Source, answers: Answers, rows: Rows | None, how: str) -> Assignment:
     owner: dict[int, frozenset[int]] = {}
     if twice := [answer for answer in answers if len(set(answer)) != len(answer)]:
         raise ValueError(f"a class has a row twice: {some(twice[0])}")
@@ -281,17 +394,5 @@ def _assignment(source: Source, answers: _Answers, rows: Rows | None) -> Assignm
         labels[images],
         None if every and not grouped else torch.tensor(used),
         torch.tensor([min(owner[row]) for row in used]) if grouped else None,
+        how,
     )
-
-
-def _places(names: Sequence[str]) -> dict[str, list[int]]:
-    """Rows of the classes of each name: a head may have two of one name."""
-    found: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        found.setdefault(_plain(name), []).append(row)
-    return found
-
-
-def _plain(name: str) -> str:
-    """A name without its case, underscores and spaces."""
-    return re.sub(r"[_\s]+", "", name).casefold()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rft_fast import cache as caches
 from rft_fast import program
 from rft_fast.datasets import KINDS
+from rft_fast.datasets.labels import as_given
 
 from .run import DTYPES, Request, Work
 from .settings import SCHEDULES, SHORT, Setting, at_random, grid
@@ -115,8 +116,9 @@ def _add_models(top: argparse.ArgumentParser) -> None:
     add(
         "--label-map",
         metavar="FILE",
-        type=Path,
-        help="rows of the head for the classes of --train, --val and --ood",
+        type=as_given,
+        help="rows of the head for the classes of --train, --val and --ood, where their names do not show "
+        "them; or the word order: class i is row i",
     )
     add(
         "--val",
@@ -138,7 +140,9 @@ def _add_models(top: argparse.ArgumentParser) -> None:
     )
     add("--out", metavar="DIR", required=True, type=Path, help="directory of the zoo")
     head = top.add_argument_group(
-        "classes of the head", "a checkpoint without a head gets one, made from the names in the templates"
+        "classes of the head",
+        "names of its rows, by which data sets go to them; a checkpoint without a head gets one, made of the "
+        "names in the templates",
     )
     head.add_argument("--class-names", metavar="WHAT", help="imagenet, cifar10, ... or a file, one per line")
     head.add_argument("--templates", metavar="WHAT", help="openai (default), simple, photo, or a file")

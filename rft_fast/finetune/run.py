@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
-from rft_fast.datasets import labels
+from rft_fast.datasets import imagenet, labels, maps, naming
 from rft_fast.endpoints import Ends, Setup
 from rft_fast.program import Stop
 from rft_fast.words import differences
@@ -41,7 +41,8 @@ class Request:
     arch, zeroshot: an architecture, and a checkpoint file, a pretrained tag or ``hf-hub:org/name``, of it.
     train: images that are trained on (:func:`rft_fast.datasets.open_source`); kind: of those. label_map: rows
         of the head for the classes of ``train``, ``val`` and what of ``ood`` has the same classes; the others
-        must tell their rows by their names (:func:`rft_fast.datasets.assign`).
+        must show their rows by their names (:func:`rft_fast.datasets.assign`). ``"order"``: class i of
+        ``train``, and of sets that do not show their rows, is row i.
     out: the directory of the zoo. settings: name -> setting.
     val: data sets scored after every epoch; in the zoo in distribution. ood: those that are only named there.
     class_names: names of the head's rows (:mod:`rft_fast.prompts`). Classes of data sets that are called so
@@ -60,7 +61,7 @@ class Request:
     val: Mapping[str, Path] = field(default_factory=dict)
     ood: Mapping[str, Path] = field(default_factory=dict)
     kind: str | None = None
-    label_map: Path | None = None
+    label_map: Path | str | None = None
     class_names: str | None = None
     templates: str | None = None
     head_scale: float | None = None
@@ -104,7 +105,7 @@ class Work:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.names: tuple[str, ...] = ()
-        self.mapped: set[str] = set()  # data sets out of distribution that the label map is for, too
+        self.label_maps: dict[str, Path | str | None] = {}  # data set -> what tells its rows
         self.device = env.device(request.device)
         check_precision(request.precision, self.device)
         self._check_words()
@@ -122,7 +123,10 @@ class Work:
         ends = self._ends(state, made)
         rows = datasets.Rows(ends.classes, self.names)
         self.images = self._choose_images(source, rows)
-        self._map_ood(rows)
+        self.rows = self._named(rows)
+        self.label_maps = {
+            name: self._label_map(name, path) for name, path in {**request.val, **request.ood}.items()
+        }
         for setting in request.settings.values():
             check_warmup(setting, len(ImageBatches(self.images, setting, self.device)))
         self.dtype = DTYPES[request.store]
@@ -162,8 +166,8 @@ class Work:
                 self.preprocess,
                 ood=False,
                 cache=request.cache,
-                rows=self._named(rows),
-                label_map=request.label_map,
+                rows=self.rows,
+                label_map=self.label_maps[name],
             )
             for name, path in (request.val.items() if todo else ())
         }
@@ -285,6 +289,7 @@ class Work:
             raise ValueError(
                 f"finetune: labels go up to {int(found.labels.max())}, but the head has {rows.count} classes"
             )
+        tqdm.write(f"train: {found.how}")
         for note in source.notes:
             tqdm.write(f"train: {note}")
         workers = request.workers or threads()
@@ -294,32 +299,33 @@ class Work:
         """The rows by the training images' classes, where nothing else names them and each has one of those:
         in a data set with other classes, order alone would shift all that follow."""
         source, known = self.images.source, dict[int, str]()
-        if rows.names or self.request.label_map is not None or not source.class_names:
+        if rows.names or self.request.label_map not in (None, datasets.ORDER) or not source.class_names:
             return rows
         for row, label in zip(
             self.images.labels.tolist(), source.labels[self.images.chosen].tolist(), strict=True
         ):
             known[row] = source.class_names[label]
-        if len(known) < rows.count or len(set(known.values())) < rows.count:
+        if len(known) < rows.count or len(set(map(naming.fold, known.values()))) < rows.count:
             return rows
         return datasets.Rows(rows.count, tuple(known[row] for row in range(rows.count)))
 
-    def _map_ood(self, rows: datasets.Rows) -> None:
-        """Which data sets out of distribution the label map is for; refuses those that tell no rows."""
-        request = self.request
-        if request.label_map is None:
-            return
-        mapped = set(labels.read_map(request.label_map))
-        for name, path in request.ood.items():
-            source = datasets.open_source(name, path)
-            if set(source.class_names) == mapped:
-                self.mapped.add(name)
-            elif not labels.are_settled(source, rows):
-                raise ValueError(
-                    f"finetune: the rows of {name!r} ({path}) are not known: its classes are not those "
-                    f"that {request.label_map} names, and --ood takes no other map; leave it out here, and "
-                    "name it in the sweep, with --data and --data-labels"
-                )
+    def _label_map(self, name: str, path: Path) -> Path | str | None:
+        """What tells the rows of a data set, here and in the zoo; None where its classes show them."""
+        given = self.request.label_map
+        source = datasets.open_source(name, path)
+        if given == datasets.ORDER:
+            named = self.rows.names or not source.class_names or labels.is_settled(source, self.rows)
+            given = None if named else given
+        elif given is not None and name in self.request.ood:
+            given = given if maps.covers(source.class_names, maps.read_map(Path(given))) else None
+        try:
+            datasets.assign(source, self.rows, given)
+        except ValueError as error:
+            more = ""
+            if name in self.request.ood:
+                more = "; or leave it out here, and name it in the sweep, with --data and --data-labels"
+            raise ValueError(f"finetune: {name!r}: {error}{more}") from error
+        return given
 
     def _checkpoint_gradients(self) -> None:
         visual = self.model.visual
@@ -428,9 +434,11 @@ class Work:
             }
         if request.class_names is not None:
             entries["class-names"] = request.class_names
-            if request.class_names not in prompts.CLASS_NAMES:
-                entries["class-names"] = "classes.json"
-                beside["classes.json"] = list(self.names)
+        names = self.rows.names
+        shown = naming.numbers(names) or (len(names) == imagenet.CLASSES and imagenet.are_wnids(names))
+        if names and request.class_names not in prompts.CLASS_NAMES and (self.names or not shown):
+            entries["class-names"] = "classes.json"
+            beside["classes.json"] = list(names)
         return entries, beside
 
     def _whole_folder(self) -> AbstractContextManager[bool]:
@@ -533,19 +541,17 @@ class Work:
 
     def _data(self) -> dict[str, dict[str, object]]:
         request = self.request
-        of_training: dict[str, object] = {}
-        if request.label_map is not None:
-            of_training["labels"] = str(request.label_map.resolve())
+        sets = {**request.val, **request.ood}
+        label_maps, kind = self.label_maps, None
+        if not sets:  # a zoo has data
+            sets, label_maps, kind = {"train": request.train}, {"train": request.label_map}, request.kind
         data: dict[str, dict[str, object]] = {}
-        for name, path in request.val.items():
-            data[name] = {"path": str(path.resolve()), "ood": False, **of_training}
-        for name, path in request.ood.items():
-            data[name] = {"path": str(path.resolve()), "ood": True}
-            data[name] |= of_training if name in self.mapped else {}
-        if not data:  # a zoo has data
-            if request.kind is not None:
-                of_training["kind"] = request.kind
-            data["train"] = {"path": str(request.train.resolve()), "ood": False, **of_training}
+        for name, path in sets.items():
+            data[name] = {"path": str(path.resolve()), "ood": name in request.ood}
+            if (given := label_maps.get(name)) is not None:
+                data[name]["labels"] = given if given == datasets.ORDER else str(Path(given).resolve())
+            if kind is not None:
+                data[name]["kind"] = kind
         return data
 
 

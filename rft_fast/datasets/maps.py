@@ -1,0 +1,152 @@
+"""Label maps: for each class of a data set the rows of a head that are right, as people write it down."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rft_fast.words import some
+
+from .naming import fold, places
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LabelMap = Mapping[str, int | str | Sequence[int | str] | None]
+Answers = list[tuple[int, ...]]  # for each class the rows that are right; none: not scored
+
+
+def read_map(file: Path) -> dict[str, Any]:
+    """A label map from a file, as :func:`rft_fast.datasets.assign` describes.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no label map.
+    """
+    try:
+        if file.suffix == ".csv":
+            return _read_csv(file)
+        if file.suffix == ".toml":
+            found: Any = tomllib.loads(file.read_text("utf-8-sig"))
+        elif file.suffix == ".json":
+            found = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_distinct)
+        else:
+            raise ValueError('expected a .json, .toml or .csv, or the word "order"')
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"label map {file}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"label map {file}: expected a table of classes, got {type(found).__name__}")
+    return found
+
+
+def _read_csv(file: Path) -> dict[str, Any]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        head, *lines = [line for line in csv.reader(stream) if line] or [[]]
+    if head != ["class", "row"]:
+        raise ValueError(f"the first line must be class,row, got {','.join(head)!r}")
+    found: dict[str, list[int | str]] = {}
+    for line in lines:
+        if len(line) != 2:
+            raise ValueError(f"expected two columns, got {','.join(line)!r}")
+        name, row = line[0], line[1].strip()
+        if name in found and not (found[name] and row):
+            raise ValueError(f"class {name!r} is both scored and not, or twice not")
+        found.setdefault(name, [])
+        if row:
+            found[name].append(int(row) if row.isdecimal() else row)
+    return dict(found)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"classes {some(twice)} are named twice")
+    return dict(pairs)
+
+
+def of_classes(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Class name -> its entry of a label map: by the very name, else by its folded form.
+
+    Raises:
+        ValueError: a class without an entry, an entry without a class, or one that fits several.
+    """
+    entries = {name: given[name] for name in names if name in given}
+    keys = [key for key in given if key not in entries]
+    rest = [name for name in names if name not in entries]
+    by_fold, wanted = places(keys), places(rest)
+    unclear = [keys[of[0]] for key, of in by_fold.items() if key in wanted and len(of) + len(wanted[key]) > 2]
+    if unclear:
+        raise ValueError(
+            f"the label map's {some(unclear)} may be several classes, or are there twice, since case, spaces "
+            "and Unicode forms do not count; write these as the data set does"
+        )
+    entries |= {name: given[keys[by_fold[fold(name)][0]]] for name in rest if fold(name) in by_fold}
+    if missing := [name for name in names if name not in entries]:
+        raise ValueError(
+            f"the label map does not name {len(missing)} of {len(names)} classes: {some(missing)}"
+        )
+    if strange := [key for key in keys if fold(key) not in wanted]:
+        raise ValueError(f"the label map names classes that the data set does not have: {some(strange)}")
+    return entries
+
+
+def covers(names: Iterable[str], given: Mapping[str, Any]) -> bool:
+    """Whether a label map is for exactly these classes."""
+    try:
+        of_classes(list(names), given)
+    except ValueError:
+        return False
+    return True
+
+
+def answers(names: Sequence[str], head: Sequence[str], most: int, given: Mapping[str, Any]) -> Answers:
+    """The rows of each class by a label map.
+
+    Args:
+        names: of the data set's classes.
+        head: names of the head's rows, empty where they are not known.
+        most: how many rows there are.
+        given: the label map.
+
+    Raises:
+        ValueError: for entries that are no rows of the head, and as :func:`of_classes`.
+    """
+    entries = of_classes(names, given)
+    rows_of = places(head)
+    wrong = []
+    found: Answers = []
+    for name in names:
+        answer: Any = entries[name]
+        listed = isinstance(answer, Sequence) and not isinstance(answer, str)
+        parts = answer if listed else [] if answer is None else [answer]
+        rows = []
+        for part in parts:
+            if isinstance(part, str):
+                rows.append(_row_named(part, name, rows_of))
+            elif isinstance(part, bool) or not isinstance(part, int):
+                raise ValueError(f"class {name!r}: expected a row or the name of one, got {part!r}")
+            else:
+                rows.append(part)
+        wrong += [f"{name} = {row}" for row in rows if not 0 <= row < most]
+        found.append(tuple(rows))
+    if wrong:
+        raise ValueError(f"rows beyond the head, which are 0 to {most - 1}: {some(wrong)}")
+    return found
+
+
+def _row_named(part: str, name: str, rows_of: Mapping[str, list[int]]) -> int:
+    found = rows_of.get(fold(part), [])
+    if len(found) == 1:
+        return found[0]
+    if not rows_of:
+        raise ValueError(
+            f"class {name!r}: {part!r} is a name, but the head's are not known here; give the row"
+        )
+    state = f"are those of rows {some(found)}; give one's number" if found else "is no class of the head"
+    raise ValueError(f"class {name!r}: {part!r} {state}")
