@@ -1,4 +1,4 @@
-"""How many processes pytest takes: pyproject.toml has two by default, which some runs must not, or cannot, have."""
+"""How many processes pytest takes: two by pyproject.toml, but not where that is wrong or impossible."""
 
 from __future__ import annotations
 

@@ -24,7 +24,13 @@ SHAPES = ("layer", "64M", "256M", "ViT-B-32", "ViT-L-14")
 GPU_ONLY = ("256M",)
 # A reference write of ViT-L/14 takes minutes on a CPU and proves nothing; compiling 160 shapes neither.
 ONE_TENSOR_ONLY = ("reference", "torch.compile")
-SLOW = ("reference", "torch.func._random", "torch.compile", "delta dict", "state dicts (WiSE-FT)")
+SLOW = (
+    "reference",
+    "torch.func._random",
+    "torch.compile",
+    "delta dict (written by us)",
+    "state dicts (WiSE-FT)",
+)
 
 
 def rows(device: torch.device) -> list[object]:

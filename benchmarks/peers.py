@@ -1,8 +1,9 @@
-"""The operations, what people run today to do them, written out, and the shapes they run them on.
+"""The operations, what people run today to do them, and the shapes they run them on.
 
 A contender takes a ``Case`` and an ``Operation`` and returns a ``Prepared``: a callable that performs one
 write, and one that tells which random numbers the last write used. What can be allocated before is allocated
-before, unless allocating is the practice being measured ("state dicts", "delta dict").
+before, unless allocating is the practice being measured ("state dicts", "published loop", "delta dict"). A
+peer is called published only where it does, call for call, what published code does.
 """
 
 from __future__ import annotations
@@ -150,8 +151,41 @@ def state_dicts(case: Case, op: Operation) -> Prepared:
     return Prepared(run)
 
 
+def published_loop(case: Case, op: Operation) -> Prepared:
+    """The published loop of average adaptive sharpness: one draw of it, without the forward pass.
+
+    github.com/tml-epfl/sharpness-vs-generalization at 6d73be94, sharpness.py: eval_average_sharpness with
+    random_init_lw, norm="l2", adaptive=True. Once for all draws: a clone of the parameters, a deep copy of
+    the model, a dict of deltas. For each draw: noise for every tensor; |w|, times rho, times the noise; a new
+    tensor for every parameter. It interpolates nothing.
+    """
+    if op != Operation(alpha=1.0, rho=op.rho):
+        raise ValueError(f"the published loop perturbs and does nothing else, got {op}")
+    model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.finetuned)
+    original = {name: p.clone() for name, p in model.named_parameters()}
+    noisy = copy.deepcopy(model)
+    deltas = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def run() -> None:
+        for name in deltas:
+            deltas[name] = torch.randn_like(deltas[name])
+        for name in deltas:
+            deltas[name] *= op.rho * original[name].abs()
+        for (name, _), (_, p) in zip(deltas.items(), noisy.named_parameters()):
+            p.data = original[name] + deltas[name]
+        case.out[:] = [p.data for p in noisy.parameters()]  # for the check: the loop has tensors of its own
+
+    def drawn() -> Drawn:
+        w = first(case.finetuned).float()
+        noise = first(list(deltas.values())).float() / (op.rho * w.abs())
+        return Drawn(torch.where(w == 0, 0, noise))
+
+    return Prepared(run, drawn)
+
+
 def delta_dict(case: Case, op: Operation) -> Prepared:
-    """As published sharpness code perturbs: a copy of the weights, a dict of deltas, new tensors."""
+    """Written out by us: a deep copy of the weights and a dict of deltas for every draw, then loaded."""
     model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.out)
     noise: list[Tensor] = []
 
@@ -305,5 +339,7 @@ def contenders(op: Operation, device: torch.device) -> dict[str, Contender]:
             "torch.func._random": partial(in_place, stateless=True),
         }
     if op.rho > 0 and op.keep == 1:
-        peers |= {"torch._foreach_* folded": foreach_folded, "delta dict": delta_dict}
+        peers |= {"torch._foreach_* folded": foreach_folded, "delta dict (written by us)": delta_dict}
+    if op == Operation(alpha=1.0, rho=op.rho) and random:
+        peers["published loop"] = published_loop
     return peers | {"torch.compile": compiled}

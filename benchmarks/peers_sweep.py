@@ -77,13 +77,15 @@ def layer_sharpness(
     draw: Draw,
     noise_batch: bool,
 ) -> dict[tuple[str, float], list[float]]:
-    """Sharpness of each layer at each alpha, draw by draw, as published code measures it.
+    """Sharpness of each layer at each alpha, draw by draw, written out by us: no published code measures it.
 
-    That code keeps an original clone and makes every draw from it: a dict of deltas, one for each tensor of
-    the layer, a perturbed state dict, which is interpolated and loaded, and a full forward pass. The value
-    is the mean over images of perturbed less clean loss.
+    As published code for whole models does, it keeps an original clone and makes every draw from it: a dict
+    of deltas, one for each tensor of the layer. Then, as people merge models: a perturbed state dict, which
+    is interpolated and loaded, and a full forward pass. The value is the mean over images of perturbed less
+    clean loss.
 
-    layers: name -> its parameters. noise_batch: a draw for every batch, as published, instead of one for all.
+    layers: name -> its parameters. noise_batch: a draw for every batch, as in published code for whole
+        models, instead of one for all.
     """
     original = {name: tensor.clone() for name, tensor in finetuned.items()}
     parts = [[batch] for batch in batches] if noise_batch else [list(batches)]
