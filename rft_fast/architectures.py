@@ -16,6 +16,7 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
+from . import files
 from .checkpoints.activation import NAMES, TOWERS, Activation, of_model_cfg
 from .words import some
 
@@ -84,7 +85,7 @@ def config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, An
             f"arch: {label!r} is neither an open_clip model, nor a JSON file, nor 'hf-hub:org/name'; {hint}"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(files.read_text(file))
     except ValueError as error:
         raise ValueError(f"arch: {label} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -115,17 +115,22 @@ class Stamp:
 
     @classmethod
     def of(cls, path: str | PathLike[str]) -> Stamp:
-        """Raises Changed where there is no regular file."""
+        """Raises as :func:`opened` does."""
         now = time.time_ns()
-        try:
-            status = os.stat(path)
-            _refuse(status, path)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise Changed(f"{path} changed while it was in use: {reason}") from error
+        status = os.stat(path)
+        _refuse(status, path)
         times = (status.st_mtime_ns, status.st_ctime_ns)
         identity = (status.st_dev, status.st_ino, status.st_size, *times)
         return cls(identity, now - max(times) < YOUNG)
+
+    @classmethod
+    def again(cls, path: Path) -> Stamp:
+        """As :meth:`of`, but of a file that was there before; raises Changed where it is no more."""
+        try:
+            return cls.of(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise Changed(f"{path} changed while it was in use: {reason}") from error
 
     def is_of(self, other: Stamp) -> bool:
         """Whether the bytes are the same for sure."""
@@ -143,7 +148,7 @@ class Inputs:
         self._known: dict[Path, tuple[Stamp, str | None]] = {}
 
     def add(self, file: str | PathLike[str]) -> None:
-        """From now on this file must not change."""
+        """From now on this file must not change. Raises as :func:`opened` does."""
         if (path := Path(file)) not in self._known:
             self._known[path] = (Stamp.of(path), None)
 
@@ -170,18 +175,24 @@ class Inputs:
         """
         self.add(file)
         self.check(file)
+        with self.unchanged(file):
+            yield
+
+    @contextmanager
+    def unchanged(self, *files: str | PathLike[str]) -> Iterator[None]:
+        """Raises Changed at the end, instead of any other error, where one of these files has changed."""
         try:
             yield
-        except (OSError, ValueError):
-            self.check(file)
+        except Exception:
+            self.check(*files)
             raise
-        self.check(file)
+        self.check(*files)
 
     def check(self, *files: str | PathLike[str]) -> None:
         """Raises Changed, naming the file, where one of these has changed; none named: one of all."""
         for path in map(Path, files) if files else list(self._known):
             before, known = self._known[path]
-            now = Stamp.of(path)
+            now = Stamp.again(path)
             if before.is_of(now) or (known is None and before.identity == now.identity):
                 continue
             if known is None:  # what it held is not known
@@ -194,9 +205,9 @@ class Inputs:
 
 def _hashed(path: Path) -> tuple[Stamp, str]:
     """The SHA-256 of a file that does not change meanwhile, and its stamp."""
-    before = Stamp.of(path)
+    before = Stamp.again(path)
     found = sha256(path)
-    after = Stamp.of(path)
+    after = Stamp.again(path)
     if before.identity != after.identity:
         raise _changed(path, before, after)
     return before, found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import architectures
+from . import architectures, files
 from .words import some
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -150,7 +150,7 @@ def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"{what}: {source!r} is neither a known name nor a file; {hint}")
     try:
-        text = file.read_text(encoding="utf-8-sig")  # with universal newlines
+        text = files.read_text(file, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{what}: {source} is not text in UTF-8: {error}") from error
     if file.suffix == ".json":

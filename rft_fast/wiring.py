@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,13 +86,9 @@ class Models:
             ends = self.ends.pair(state, name)
             return paths.Path(self.live, *ends, self.request.granularity, impl=self.request.impl)
 
-    @contextmanager
-    def unchanged(self, name: str) -> Iterator[None]:
-        """Raises files.Changed at the end, however it is reached, where a file of this model changed."""
-        try:
-            yield
-        finally:
-            self.inputs.check(*self.common, self.request.zoo.finetuned[name].source)
+    def unchanged(self, name: str) -> AbstractContextManager[None]:
+        """Raises files.Changed at the end where a file of this model has changed meanwhile."""
+        return self.inputs.unchanged(*self.common, self.request.zoo.finetuned[name].source)
 
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
@@ -179,8 +175,13 @@ def find_images(request: Request, rows: datasets.Rows) -> list[datasets.Found]:
     ]
 
 
-def load_images(request: Request, rows: datasets.Rows) -> list[datasets.Dataset]:
-    """The data sets, in the order of the zoo. All are looked at before the first is decoded."""
+def load_images(
+    request: Request, rows: datasets.Rows, stored: list[files.Inputs] | None = None
+) -> list[datasets.Dataset]:
+    """The data sets, in the order of the zoo. All are looked at before the first is decoded.
+
+    stored: takes the files that they were read from.
+    """
     sets = []
     for found in find_images(request, rows):
         for note in found.source.notes:
@@ -194,6 +195,8 @@ def load_images(request: Request, rows: datasets.Rows) -> list[datasets.Dataset]
 
             ood, skip = request.zoo.data[found.name].ood, request.skip_unreadable
             sets.append(found.load(ood, progress, cache=request.cache, skip_unreadable=skip))
+        if stored is not None:
+            stored.append(found.source.stored)
     return sets
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from time import perf_counter
 
-from . import config, meter, wiring
+from . import config, files, meter, wiring
 from . import cost as costs
 from . import path as paths
 from .pieces import Counter, Measurement, Piece, Stragglers
@@ -29,7 +30,9 @@ class Worker:
         check_device(request)
         self.request = request
         self._models = Models.load(request)
-        self._studies = wiring.make(self._models, wiring.load_images(request, self._models.rows))
+        self._stored: list[files.Inputs] = []
+        sets = wiring.load_images(request, self._models.rows, self._stored)
+        self._studies = wiring.make(self._models, sets)
         self.config: dict[str, object] = config.complete(self._models, self._studies)
         self._models.inputs.check()
         self._path: tuple[str, paths.Path] | None = None
@@ -49,7 +52,18 @@ class Worker:
             self._studies.run(
                 piece.study, path, piece.stragglers, shared, model=piece.model, only=piece.numbers, sink=sink
             )
+        self._notice_other_images()
         return perf_counter() - start, peak.bytes
+
+    def _notice_other_images(self) -> None:
+        """Images are in memory, by a hash of their own: rows are of those, whatever is in the file now."""
+        for stored in list(self._stored):
+            try:
+                stored.check()
+            except files.Changed as error:
+                self._stored.remove(stored)
+                what = str(error).partition(", so")[0]
+                warnings.warn(f"{what}; results are of the images as they were read before", stacklevel=2)
 
     def plan(
         self, study: str, models: Sequence[str], stragglers: Mapping[str, Stragglers]

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, datasets, endpoints, program, prompts
+from . import checkpoints, datasets, endpoints, files, program, prompts
 from .words import flat
 
 if sys.version_info >= (3, 11):
@@ -123,7 +123,7 @@ def read(path: str | PathLike[str]) -> Zoo:
     if not file.is_file():
         raise ValueError(f"zoo: there is no file {file}")
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        table = tomllib.loads(files.read_text(file, "utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
 

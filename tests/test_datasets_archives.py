@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 from tiny_sources import encoded, holds, pictures, refused, scored
 
+from rft_fast import files
 from rft_fast.datasets import arrow, shards
 from rft_fast.datasets.source import Source
 
@@ -180,7 +181,7 @@ def test_a_shard_that_changes_is_not_read_on(tmp_path: Path) -> None:
     path = tar(tmp_path / "x.tar", {"1.png": PNG, "1.cls": b"0"})
     source = shards.source(path, "")
     os.utime(path, ns=(0, 1))
-    with pytest.raises(ValueError, match="changed"):
+    with pytest.raises(files.Changed):
         source.open(0)
 
 
@@ -269,12 +270,49 @@ def test_parquet_of_the_hub_is_read_by_row_groups(tmp_path: Path) -> None:
 
 def test_images_by_path_have_to_be_there(tmp_path: Path) -> None:
     pixels, told = pictures(2), features(["a"])
-    (tmp_path / "there.png").write_bytes(encoded(pixels[1]))
-    rows = [*embedded(pixels[:1]), {"bytes": None, "path": str(tmp_path / "there.png")}]
-    holds(arrow.source(saved(tmp_path / "a", [table(rows, [0, 0], told)], told), ""), pixels, [0, 0])
-    rows += [{"bytes": None, "path": "/gone/x.png"}, None]
+    rows = [*embedded(pixels[:1]), {"bytes": None, "path": "images/there.png"}]
+    folder = saved(tmp_path / "a", [table(rows, [0, 0], told)], told)
+    (folder / "images").mkdir()
+    (folder / "images" / "there.png").write_bytes(encoded(pixels[1]))
+    holds(arrow.source(folder, ""), pixels, [0, 0])
+    rows += [{"bytes": None, "path": "gone/x.png"}, None]
     folder = saved(tmp_path / "b", [table(rows, [0] * 4, told)], told)
-    refused(arrow.source, folder, "2 images", "row 2 (/gone/x.png)", "row 3 (no path)")
+    refused(arrow.source, folder, "3 images", "row 2 ('gone/x.png')", "row 3 (no path)")
+
+
+@pytest.mark.parametrize("how", ["arrow", "parquet"])
+@pytest.mark.parametrize(
+    "path",
+    ["{outside}/x.png", "../x.png", "link.png", "links/x.png", "a/../../x.png", "../set2/x.png", "fifo.png",
+     "/dev/zero", "/proc/self/environ", "", ".", "\0", "a" * 5000, "file://x.png", "~/x.png"],
+)  # fmt: skip
+def test_images_by_path_stay_inside_the_data_set(tmp_path: Path, path: str, how: str) -> None:
+    """Of a data set from elsewhere: no other file is read, nothing is waited for."""
+    pixels, told = pictures(1), features(["a"])
+    rows = table([{"bytes": None, "path": path.format(outside=tmp_path)}], [0], told)
+    folder = saved(tmp_path / "set", [rows], told)
+    if how == "parquet":
+        (folder / "state.json").unlink()
+        parquet.write_table(rows, folder / "test.parquet")
+    for other in (tmp_path, tmp_path / "set2"):
+        other.mkdir(exist_ok=True)
+        (other / "x.png").write_bytes(encoded(pixels[0]))
+    (folder / "link.png").symlink_to(tmp_path / "x.png")
+    (folder / "links").symlink_to(tmp_path)
+    os.mkfifo(folder / "fifo.png")
+    with pytest.raises((ValueError, OSError)):
+        arrow.source(folder, "data: 'set'").open(0)
+
+
+def test_large_arrow_files_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, told = pictures(9), features(["a"])
+    folder = saved(tmp_path / "set", [table(embedded(pixels), [0] * 9, told)], told)
+    monkeypatch.setattr(arrow, "IN_MEMORY", 0)
+    source = arrow.source(folder, "")
+    holds(source, pixels, [0] * 9)
+    os.truncate(folder / "data-00000-of-00001.arrow", 100)
+    with pytest.raises(files.Changed):  # and no SIGBUS
+        source.open(8)
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import socket
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny_zoo
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
+from tiny_sources import encoded
 
-from rft_fast import checkpoints, figures, files, results, sweep
+from rft_fast import checkpoints, datasets, figures, files, results, sweep
+from rft_fast.architectures import Preprocess
 from rft_fast.results.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -262,3 +268,63 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
         os.truncate(tmp_path / "a", 50)
         with pytest.raises(files.Changed, match="shorter"):
             content[40:60]
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+def images_of(kind: str, folder: Path) -> tuple[Path, Path]:
+    """A data set of 12 images of 32 x 32, and the file of it that changes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(12) % 3
+    pngs = [encoded(image) for image in pixels]
+    match kind:
+        case "npz":
+            np.savez(folder / "set.npz", images=pixels, labels=labels)
+            return folder / "set.npz", folder / "set.npz"
+        case "cifar":
+            records = np.c_[labels, pixels.transpose(0, 3, 1, 2).reshape(12, -1)].astype(np.uint8)
+            (folder / "test_batch.bin").write_bytes(records.tobytes())
+            return folder, folder / "test_batch.bin"
+        case "webdataset":
+            with tarfile.open(folder / "set.tar", "w") as archive:
+                for number, (png, label) in enumerate(zip(pngs, labels, strict=True)):
+                    for name, data in ((f"{number}.png", png), (f"{number}.cls", b"%d" % label)):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(data)
+                        archive.addfile(info, io.BytesIO(data))
+            return folder / "set.tar", folder / "set.tar"
+        case "folder":
+            for number, (png, label) in enumerate(zip(pngs, labels, strict=True)):
+                (folder / str(label)).mkdir(exist_ok=True)
+                (folder / str(label) / f"{number}.png").write_bytes(png)
+            return folder, folder / "2" / "11.png"
+        case "parquet":
+            table = pa.table({"image": [{"bytes": png, "path": None} for png in pngs], "label": labels})
+            parquet.write_table(table.cast(pa.schema([
+                ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())
+            ])), folder / "set.parquet", row_group_size=4)  # fmt: skip
+            return folder / "set.parquet", folder / "set.parquet"
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("kind", ["npz", "cifar", "webdataset", "folder", "parquet"])
+@pytest.mark.parametrize("act", [overwrite, truncate(0), truncate(200), replace(overwrite), os.unlink])
+def test_a_data_set_that_changes_between_listing_and_decoding(kind: str, act: Act, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    path, file = images_of(kind, tmp_path / "set")
+    listed = datasets.find("set", path, Preprocess((32, 32)))
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(files.Changed, match="changed"):  # by its time alone, it may be another
+        listed.load(cache=tmp_path / "cache", skip_unreadable=True)
+    listed = datasets.find("set", path, Preprocess((32, 32)))
+    act(file)
+    with pytest.raises(files.Changed):
+        listed.load(cache=tmp_path / "cache", skip_unreadable=True)
+
+
+def test_images_that_change_later_are_said_to(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in memory, under a hash of their own: the rows stay right, and people are told."""
+    status, rows = run(zoo, monkeypatch, "far.npz", truncate(0), "a")
+    log = (zoo / "run" / "run.log").read_text()
+    assert status == 0 and len(rows) == 8 and log.count("far.npz changed") == 1

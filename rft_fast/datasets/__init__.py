@@ -84,9 +84,11 @@ class Found:
         if pixels is None:
             where = f"datasets: {self.name!r}"
             arguments = (chosen.tolist(), self.preprocess, cache, progress, skip_unreadable, where)
-            images, readable = decoding.read(self.source, *arguments)
+            with self.source.stored.unchanged():
+                images, readable = decoding.read(self.source, *arguments)
             labels, skipped = labels[readable], len(chosen) - len(readable)
         else:
+            self.source.stored.check()
             images = pixels if len(chosen) == len(pixels) else pixels[chosen]
         return Dataset(
             self.name,

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rft_fast import cache as caches
+from rft_fast import files
 from rft_fast.words import some
 
 from .source import MOST_ROWS, Source
@@ -28,11 +29,16 @@ def source(path: Path, where: str) -> Source:
 
     Raises ValueError for anything else: no images, labels that no head has or that are not of ``classes``.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):  # numpy would advise to unpickle it
-        raise ValueError(f"{where}: {path} is no .npz archive, as numpy.savez writes, or not whole")
+    stored = files.Inputs()
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+        with stored.reading(path), files.opened(path) as stream:
+            if not zipfile.is_zipfile(stream):  # numpy would advise to unpickle it
+                raise ValueError("it is no .npz archive, as numpy.savez writes, or not whole")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                arrays = {key: archive[key] for key in archive.files}
+    except files.Changed:
+        raise
     except Exception as error:  # a damaged archive surfaces as almost any exception
         raise ValueError(f"{where}: {path} cannot be read as arrays: {error}") from error
     for key in ("images", "labels"):
@@ -73,6 +79,7 @@ def source(path: Path, where: str) -> Source:
         open=lambda index: Image.fromarray(pixels[index].permute(1, 2, 0).contiguous().numpy()),
         pixels=pixels,
         classes=classes,
+        stored=stored,
     )
 
 

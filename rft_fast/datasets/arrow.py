@@ -19,11 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from rft_fast import cache as caches
+from rft_fast import files as on_disk
+from rft_fast import meter
 from rft_fast.words import some
 
-from .source import MOST_ROWS, Source, open_image
+from .source import MOST_ROWS, Source, open_file, open_image
 
 LABELS = ("label", "labels", "fine_label")  # which ClassLabel counts where there are several
+IN_MEMORY = 0.1  # of the free memory: larger Arrow files are mapped
 GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a time
 
 _PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
@@ -43,7 +46,8 @@ def source(path: Path, where: str) -> Source:
     a Parquet file, or a folder of ``<split>-00000-of-00001.parquet`` files (or with those in ``data/``),
     likewise. There must be one Image column, and one ClassLabel or one named ``label``, ``labels`` or
     ``fine_label``; without a ClassLabel, integers under these names are rows of the head. Arrow files are
-    mapped, of Parquet a few row groups are held.
+    in memory, large ones mapped; of Parquet a few row groups are held. Images that are not embedded are files
+    below the data set's folder, named relative to the file that lists them.
 
     Raises ValueError, naming the file, for files that are missing or damaged, columns that are not so,
     labels that are unknown (-1) or beyond the names, and images that are neither embedded nor files.
@@ -55,10 +59,10 @@ def source(path: Path, where: str) -> Source:
             f"{where}: {path} needs pyarrow to be read; pip install 'rft-fast[huggingface]'"
         ) from error
     if path.suffix == ".parquet" or not _saved(path):
-        parts: list[_Part] = [_ParquetPart(file, where) for file in _parquet_split(path, where)]
+        parts: list[_Part] = [_ParquetPart(file, where, path) for file in _parquet_split(path, where)]
     else:
         folder = _saved_split(path, where)
-        parts = [_ArrowPart(file, where) for file in _saved_files(folder, where)]
+        parts = [_ArrowPart(file, where, path) for file in _saved_files(folder, where)]
     features = parts[0].features
     try:
         image, label = _columns(features, parts[0].schema, f"{where}: {parts[0].file}")
@@ -66,7 +70,9 @@ def source(path: Path, where: str) -> Source:
         raise ValueError(f"{where}: {parts[0].file} is damaged: names of columns are no texts") from error
     files: list[caches.File] = []
     labels: list[Tensor] = []
+    stored = on_disk.Inputs()
     for part in parts:
+        stored.add(part.file)
         if not part.schema.equals(parts[0].schema):
             raise ValueError(f"{where}: {part.file} has other columns than {parts[0].file}")
         status = part.file.stat()
@@ -97,14 +103,17 @@ def source(path: Path, where: str) -> Source:
         class_names=tuple(str(name) for name in names),
         open=open_image,
         notes=(f"columns {image!r} and {label!r} of {', '.join(parts[0].schema.names)}",),
+        stored=stored,
     )
 
 
 class _Part(ABC):
     """One file of a data set: what Arrow and Parquet have in common."""
 
-    def __init__(self, file: Path, where: str, schema: Any, rows: int) -> None:
+    def __init__(self, file: Path, where: str, data_set: Path, schema: Any, rows: int) -> None:
+        """data_set: its path, as it was named; images that are not embedded lie below that folder."""
         self.file = file
+        self.folder = (data_set if data_set.is_dir() else file.parent).resolve()
         self.where = f"{where}: {file}"
         self.schema = schema
         self.rows = rows
@@ -137,13 +146,29 @@ class _Part(ABC):
         for row, entry in enumerate(entry for chunk in column.chunks for entry in chunk):
             if not entry.is_valid or (_is_struct(column.type) and not entry["bytes"].is_valid):
                 path = entry.as_py()["path"] if entry.is_valid and _is_struct(column.type) else None
-                if path is None or not Path(path).is_file():
-                    lost.append(f"row {row} ({path or 'no path'})")
+                try:
+                    if not self.beside(path).is_file():
+                        lost.append(f"row {row} ({path!r})")
+                except (OSError, ValueError) as error:
+                    lost.append(f"row {row} ({error})")
         if lost:
             raise ValueError(
                 f"{self.where} has {len(lost)} images that are neither embedded nor files here: "
                 f"{some(lost)}; save it again where the files are, with save_to_disk"
             )
+
+    def beside(self, path: str | None) -> Path:
+        """The file of an image that is not embedded.
+
+        Raises ValueError where there is no path, or one that leads out of the data set's folder, as by links:
+        whoever made the data set does not choose which other files are read.
+        """
+        if not path:
+            raise ValueError("no path")
+        found = Path(self.file.parent, path).resolve()
+        if not found.is_relative_to(self.folder):
+            raise ValueError(f"{path!r} is outside of the data set's folder, {self.folder}")
+        return found
 
     def open(self, name: str, row: int) -> Image.Image:
         chunk, at = self.chunk(name, row)
@@ -151,24 +176,32 @@ class _Part(ABC):
         data, path = (entry["bytes"], entry["path"]) if isinstance(entry, dict) else (entry, None)
         if data is not None:
             return open_image(io.BytesIO(data))
-        if path is None:
-            raise ValueError(f"row {row} of {self.file} holds no image")
-        return open_image(Path(path))
+        return open_file(self.beside(path))
 
 
 class _ArrowPart(_Part):
-    """A mapped file of the Arrow IPC stream format."""
+    """A file of the Arrow IPC stream format: in memory where it fits well, else mapped."""
 
-    def __init__(self, file: Path, where: str) -> None:
+    def __init__(self, file: Path, where: str, data_set: Path) -> None:
         import pyarrow as pa
 
+        self._mapped = on_disk.Inputs()
         try:
-            with pa.memory_map(str(file)) as content:
-                self.table = pa.ipc.open_stream(content).read_all()
+            with on_disk.opened(file) as stream:
+                content = on_disk.Content(stream)
+                if len(content) <= IN_MEMORY * meter.available("cpu"):
+                    source = pa.BufferReader(pa.py_buffer(content[:]))
+                else:
+                    self._mapped.add(file)
+                    source = pa.memory_map(str(file))
+            with source:
+                self.table = pa.ipc.open_stream(source).read_all()
             rows = self.table.num_rows
+        except on_disk.Changed:
+            raise
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"{where}: {file} is truncated or no Arrow stream: {error}") from error
-        super().__init__(file, where, self.table.schema, rows)
+        super().__init__(file, where, data_set, self.table.schema, rows)
         self._columns: dict[str, tuple[Any, list[int]]] = {}
 
     def column(self, name: str) -> Any:
@@ -184,6 +217,7 @@ class _ArrowPart(_Part):
         return self._columns[name][0]
 
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
+        self._mapped.check()  # before use: of a file that is cut short, the process would die by a signal
         column, starts = self._columns[name]
         index = bisect.bisect_right(starts, row) - 1
         return column.chunk(index), row - starts[index]
@@ -192,13 +226,15 @@ class _ArrowPart(_Part):
 class _ParquetPart(_Part):
     """A Parquet file. Rows are read by groups, of which the last few are kept."""
 
-    def __init__(self, file: Path, where: str) -> None:
+    def __init__(self, file: Path, where: str, data_set: Path) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
+        if kind := on_disk.special(file):
+            raise ValueError(f"{where}: {file} is {kind}, expected a file")
         try:
-            self.parquet = parquet.ParquetFile(file)
-            super().__init__(file, where, self.parquet.schema_arrow, self.parquet.metadata.num_rows)
+            self.parquet = parquet.ParquetFile(file)  # read, not mapped
+            super().__init__(file, where, data_set, self.parquet.schema_arrow, self.parquet.metadata.num_rows)
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"{where}: {file} is truncated or no Parquet: {error}") from error
         metadata = self.parquet.metadata
@@ -241,7 +277,7 @@ def _features(schema: Any, file: Path, where: str) -> dict[str, Any]:
         if told is not None:
             features = json.loads(told)["info"]["features"]
         elif beside.is_file():
-            features = json.loads(beside.read_bytes())["features"]
+            features = json.loads(on_disk.read_bytes(beside))["features"]
         else:
             return {}
         known = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -324,7 +360,7 @@ def _saved_files(folder: Path, where: str) -> list[Path]:
 
 def _json(file: Path, where: str) -> dict[str, Any]:
     try:
-        held = json.loads(file.read_bytes())
+        held = json.loads(on_disk.read_bytes(file))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {file} cannot be read: {error}") from error
     if not isinstance(held, dict):

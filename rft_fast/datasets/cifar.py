@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from rft_fast import cache as caches
+from rft_fast import files as on_disk
 from rft_fast import prompts
 from rft_fast.words import some
 
@@ -86,10 +87,14 @@ def source(path: Path, where: str) -> Source:
     images: list[Array] = []
     labels: list[Array] = []
     files: list[caches.File] = []
+    stored = on_disk.Inputs()
     for file in paths:
         try:
-            pixels, numbers = layout.read(file)
+            with stored.reading(file):
+                pixels, numbers = layout.read(file)
             _check(pixels, numbers, len(layout.names))
+        except on_disk.Changed:
+            raise
         except (OSError, ValueError) as error:
             raise ValueError(f"{where}: {file} is not a file of {layout.title}: {error}") from error
         size, time = file.stat().st_size, file.stat().st_mtime_ns
@@ -104,6 +109,7 @@ def source(path: Path, where: str) -> Source:
         class_names=_class_names(layout, paths[0].parent, where),
         open=lambda index: Image.fromarray(np.ascontiguousarray(images[index])),
         notes=(f"{layout.title}: {', '.join(file.name for file in paths)}",),
+        stored=stored,
     )
 
 
@@ -145,9 +151,9 @@ def _class_names(layout: _Layout, folder: Path, where: str) -> tuple[str, ...]:
     file, key = folder / layout.meta[0], layout.meta[1]
     try:
         if key is None:
-            names = file.read_text("utf-8").split()
+            names = on_disk.read_text(file).split()
         else:
-            names = [_text(name) for name in _list(_entries(pickles.read(file.read_bytes()))[key])]
+            names = [_text(name) for name in _list(_entries(pickles.read(on_disk.read_bytes(file)))[key])]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{where}: {file} does not tell class names: {error}") from error
     if len(names) != len(layout.names):
@@ -159,7 +165,7 @@ def _pickled(key: str) -> Callable[[Path], tuple[Array, Array]]:
     """Reads the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
 
     def read(file: Path) -> tuple[Array, Array]:
-        batch = _entries(pickles.read(file.read_bytes()))
+        batch = _entries(pickles.read(on_disk.read_bytes(file)))
         if missing := [name for name in ("data", key) if name not in batch]:
             raise ValueError(f"it has no {' or '.join(missing)}, but {some(list(batch))}")
         if not isinstance(batch["data"], pickles.Array):
@@ -177,7 +183,7 @@ def _records(head: int) -> Callable[[Path], tuple[Array, Array]]:
     of pixels, by planes."""
 
     def read(file: Path) -> tuple[Array, Array]:
-        records = _mapped(file, head + 3072)
+        records = _whole_records(file, head + 3072)
         return records[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(records[:, head - 1])
 
     return read
@@ -185,9 +191,9 @@ def _records(head: int) -> Callable[[Path], tuple[Array, Array]]:
 
 def _stl10(file: Path) -> tuple[Array, Array]:
     """Reads STL-10: planes of 96 x 96, column by column; labels from 1 in another file."""
-    pixels = _mapped(file, 3 * 96 * 96).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+    pixels = _whole_records(file, 3 * 96 * 96).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     labels = _beside(file, file.name.replace("_X", "_y"))
-    numbers = np.frombuffer(labels.read_bytes(), np.uint8).astype(np.int64)
+    numbers = np.frombuffer(on_disk.read_bytes(labels), np.uint8).astype(np.int64)
     if numbers.size and not (numbers.min() >= 1 and numbers.max() <= len(STL10)):
         raise ValueError(
             f"{labels.name} has labels from {numbers.min()} to {numbers.max()}, expected 1 to 10"
@@ -205,11 +211,11 @@ def _cifar102(file: Path) -> tuple[Array, Array]:
     """Reads CIFAR-10.2: an ``.npz``, or as it was first published a dict in an ``.npy``."""
     if file.suffix == ".npz":
         try:
-            with zipfile.ZipFile(file) as archive:
+            with on_disk.opened(file) as stream, zipfile.ZipFile(stream) as archive:
                 return _member(archive, "images"), _member(archive, "labels")
         except Exception as error:  # a damaged archive surfaces as almost any exception
             raise ValueError(f"no archive with images and labels: {error}") from error
-    with file.open("rb") as stream:
+    with on_disk.opened(file) as stream:
         shape, _, dtype = _header(stream)
         if shape != () or not dtype.hasobject:
             raise ValueError(f"it holds {dtype} {list(shape)}, expected a dict of images and labels")
@@ -222,18 +228,21 @@ def _cifar102(file: Path) -> tuple[Array, Array]:
     return entries["images"].numpy(), _integers(entries["labels"])
 
 
-def _mapped(file: Path, record: int) -> Array:
-    size = file.stat().st_size
-    if size == 0 or size % record:
-        raise ValueError(f"it has {size} bytes, which are not whole images of {record} bytes; fetch it again")
-    return np.asarray(np.memmap(file, np.uint8, "r")).reshape(-1, record)
+def _whole_records(file: Path, record: int) -> Array:
+    data = on_disk.read_bytes(file)
+    if not data or len(data) % record:
+        raise ValueError(
+            f"it has {len(data)} bytes, which are not whole images of {record} bytes; fetch it again"
+        )
+    return np.frombuffer(data, np.uint8).reshape(-1, record)
 
 
 def _npy(file: Path) -> Array:
-    with file.open("rb") as stream:
+    with on_disk.opened(file) as stream:
         shape, fortran, dtype = _header(stream)
-        _sized(file.name, shape, dtype, file.stat().st_size - stream.tell())
-        return np.asarray(np.memmap(file, dtype, "r", stream.tell(), shape, "F" if fortran else "C"))
+        data = stream.read()
+    _sized(file.name, shape, dtype, len(data))
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Array:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms import ToTensor
 
 from rft_fast import cache as caches
+from rft_fast import files
 from rft_fast.architectures import Preprocess
 from rft_fast.words import some
 
@@ -117,6 +118,8 @@ def decode(
             if image.mode not in MODES:
                 return f"{source.place(index)} ({loss(image.mode)})"
             pixels = np.asarray(transform(_trimmed(image, source.trim).convert("RGB")))
+    except files.Changed:
+        raise
     except Exception as error:  # Pillow raises almost anything on damaged images
         return f"{source.place(index)} ({error})"
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -17,7 +17,7 @@ from rft_fast import cache as caches
 from rft_fast.words import some
 
 from . import imagenet
-from .source import PART, Source, open_image
+from .source import PART, Source, open_file
 
 # What torchvision's ImageFolder takes for an image.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -248,7 +248,7 @@ def _gaps(numbers: list[int], folder: Path) -> list[str]:
 
 
 def _open(root: Path, files: list[caches.File], index: int) -> Image.Image:
-    return open_image(root / files[index].name)
+    return open_file(root / files[index].name, files[index])
 
 
 def _folders(path: Path) -> list[str]:

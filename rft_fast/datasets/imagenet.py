@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from rft_fast import prompts
+from rft_fast import files, prompts
 
 from .naming import fold, loose
 
@@ -150,8 +150,8 @@ def objectnet(folder: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
     line_of = {int(row): line for row, line in _object(folder / ROW_TO_LINE, int).items()}
     file = folder / LINES
     try:
-        lines = (file if file.is_file() else file.with_suffix(".txt")).read_text("utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
+        lines = files.read_text(file if file.is_file() else file.with_suffix(".txt")).splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if sorted(line_of.values()) != list(range(len(lines))):
         raise ValueError(
@@ -177,7 +177,7 @@ def objectnet(folder: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
 def _object(file: Path, of: type[_Value]) -> dict[str, _Value]:
     """A JSON object whose values are all of one type."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = json.loads(files.read_text(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}; it ships with ObjectNet") from error
     if not isinstance(found, dict) or not found or not all(type(value) is of for value in found.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rft_fast import files
 from rft_fast.words import some
 
 from .naming import fold, places
@@ -33,9 +35,9 @@ def read_map(file: Path) -> dict[str, Any]:
         if file.suffix == ".csv":
             return _read_csv(file)
         if file.suffix == ".toml":
-            found: Any = tomllib.loads(file.read_text("utf-8-sig"))
+            found: Any = tomllib.loads(files.read_text(file, "utf-8-sig"))
         elif file.suffix == ".json":
-            found = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_distinct)
+            found = json.loads(files.read_text(file, "utf-8-sig"), object_pairs_hook=_distinct)
         else:
             raise ValueError('expected a .json, .toml or .csv, or the word "order"')
     except (OSError, ValueError, csv.Error, RecursionError) as error:
@@ -46,8 +48,8 @@ def read_map(file: Path) -> dict[str, Any]:
 
 
 def _read_csv(file: Path) -> dict[str, Any]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        head, *lines = [line for line in csv.reader(stream) if line] or [[]]
+    text = files.read_bytes(file).decode("utf-8-sig")
+    head, *lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line] or [[]]
     if head != ["class", "row"]:
         raise ValueError(f"the first line must be class,row, got {','.join(head)!r}")
     found: dict[str, list[int | str]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import os
 import re
 import tarfile
@@ -15,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from rft_fast import cache as caches
+from rft_fast import files as on_disk
 from rft_fast.words import some
 
 from .source import MOST_ROWS, Source, open_image
@@ -81,10 +81,12 @@ def source(path: Path, where: str) -> Source:
     files: list[caches.File] = []
     labels: list[int] = []
     ignored: list[str] = []
+    stored = on_disk.Inputs()
     for archive in archives:
+        stored.add(archive)
         samples, others = _samples(archive, f"{where}: {archive}")
         ignored += others
-        with archive.open("rb") as stream:
+        with on_disk.opened(archive) as stream:
             status = os.fstat(stream.fileno())
             shard = _Shard(archive, status.st_size, status.st_mtime_ns)
             for key, sample in samples.items():
@@ -111,6 +113,7 @@ def source(path: Path, where: str) -> Source:
         class_names=names,
         open=lambda index: open_image(io.BytesIO(_read(*images[index]))),
         notes=(f"{len(archives)} shards", *note),
+        stored=stored,
     )
 
 
@@ -146,7 +149,7 @@ def _counted(archives: list[Path], path: Path, where: str) -> None:
     file = archives[0].parent / "nshards.txt"
     if path.is_file() or not file.is_file():
         return
-    text = file.read_text("utf-8", errors="replace").strip()
+    text = on_disk.read_bytes(file).decode("utf-8", "replace").strip()
     if text != str(len(archives)):
         raise ValueError(
             f"{where}: {file} tells of {text[:20]!r} shards, {len(archives)} are there; fetch the others, "
@@ -159,7 +162,7 @@ def _class_names(folder: Path, where: str) -> tuple[str, ...]:
     for file in (among / name for name in NAMES for among in folders):
         if file.is_file():
             try:
-                names = file.read_text("utf-8").rstrip().split("\n")
+                names = on_disk.read_text(file).rstrip().split("\n")
             except (OSError, UnicodeError) as error:
                 raise ValueError(f"{where}: {file} cannot be read: {error}") from error
             names = [name.strip() for name in names]
@@ -191,14 +194,12 @@ def _samples(archive: Path, where: str) -> tuple[dict[str, dict[str, Member]], l
 
 def _members(archive: Path, where: str) -> Iterator[Member]:
     """The files of a tar archive; their contents are not read."""
-    try:
-        with archive.open("rb") as stream:
-            # A mapped file never gives more than it has, whatever a header says of sizes.
-            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise ValueError(f"{where} cannot be read: {error}") from error
-    with content:
-        if kind := next((kind for magic, kind in _COMPRESSED.items() if content[:4].startswith(magic)), None):
+    with on_disk.opened(archive) as stream:
+        content = _Content(stream)
+        if not len(content):
+            raise ValueError(f"{where} is empty; fetch it again")
+        first = bytes(content[:4])
+        if kind := next((kind for magic, kind in _COMPRESSED.items() if first.startswith(magic)), None):
             raise ValueError(f"{where} is compressed ({kind}), so images cannot be read singly; unpack it")
         end = yield from _listed(content, where)
         # tarfile takes damage for the end.
@@ -207,21 +208,39 @@ def _members(archive: Path, where: str) -> Iterator[Member]:
                 f"{where} is truncated: the blocks that end an archive are missing; fetch it again"
             )
         for start in range(end, len(content), 1 << 20):
-            if content[start : start + (1 << 20)].strip(b"\0"):
+            if bytes(content[start : start + (1 << 20)]).strip(b"\0"):
                 raise ValueError(f"{where} goes on behind its end at {end}: damaged, or two archives joined")
 
 
-def _listed(content: mmap.mmap, where: str) -> Generator[Member, None, int]:
+class _Content(on_disk.Content):
+    """A file as tarfile reads it, which gives no more than it has, whatever a header says of sizes."""
+
+    _place = 0
+
+    def read(self, count: int = -1) -> bytes:
+        data = bytes(self[self._place : len(self) if count < 0 else self._place + count])
+        self._place += len(data)
+        return data
+
+    def seek(self, place: int) -> int:
+        self._place = place
+        return place
+
+    def tell(self) -> int:
+        return self._place
+
+
+def _listed(content: _Content, where: str) -> Generator[Member, None, int]:
     """Yields the files, returns where the archive ends."""
     tar = None
     while True:
         try:
-            tar = tar or tarfile.open(fileobj=content, mode="r:")
+            tar = tar or tarfile.open(fileobj=content, mode="r:")  # type: ignore[call-overload]
             info = tar.next()
         except Exception as error:  # tarfile lets almost anything through on damaged headers
             raise ValueError(f"{where} is truncated or no tar archive: {error}; fetch it again") from error
         if info is None:
-            return tar.offset
+            return int(tar.offset)
         name = _shown(info.name)
         if info.size < 0 or info.offset_data + info.size > len(content):
             raise ValueError(
@@ -271,12 +290,13 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
 
 def _read(shard: _Shard, member: Member) -> bytes:
     # Opened anew each time, for any thread: there may be more shards than a process may have files open.
-    with shard.path.open("rb", buffering=0) as stream:
-        status = os.fstat(stream.fileno())
-        if (status.st_size, status.st_mtime_ns) != (shard.size, shard.time):
-            raise ValueError(f"{shard.path} has changed since it was listed")
+    with on_disk.opened(shard.path) as stream:
         stream.seek(member.offset)
-        return stream.read(member.size)
+        data = stream.read(member.size)
+        status = os.fstat(stream.fileno())
+    if (status.st_size, status.st_mtime_ns) != (shard.size, shard.time):
+        raise on_disk.Changed(f"{shard.path} changed while it was in use; start again")
+    return data
 
 
 def _shown(name: str) -> str:

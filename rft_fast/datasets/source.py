@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rft_fast import cache as caches
+from rft_fast import files as on_disk
 
 # The kinds that are a folder of class folders, with images as files.
 FOLDERS = ("folder", "imagenet", "imagenet-v2")
@@ -43,6 +46,8 @@ class Source:
     classes: int64 [k], distinct rows of the head to score among, where the format says so.
     imagenet: rows of an ImageNet head that are right for each class, where the format says so (ObjectNet);
         classes that it leaves out are not scored.
+    stored: the files that hold the images, where an image is not a file of its own; they must not change
+        until the images are read.
     """
 
     kind: str
@@ -56,6 +61,7 @@ class Source:
     pixels: Tensor | None = None
     classes: Tensor | None = None
     imagenet: Mapping[str, tuple[int, ...]] | None = None
+    stored: on_disk.Inputs = field(default_factory=on_disk.Inputs)
 
     def place(self, index: int) -> str:
         """Where an image lies, in words."""
@@ -63,9 +69,27 @@ class Source:
         return str(self.path / name) if self.path.is_dir() else f"{name} of {self.path}"
 
 
-def open_image(file: Path | IO[bytes]) -> Image.Image:
+def open_image(file: IO[bytes]) -> Image.Image:
     """An image in one of :data:`FORMATS`. Raises anything for what is none, or damaged."""
     return Image.open(file, formats=_formats())
+
+
+def open_file(path: Path, listed: caches.File | None = None) -> Image.Image:
+    """An image file, read into memory: Pillow maps some, and would die by a signal of one that is cut short.
+
+    Raises files.Changed where it is not as it was listed, and else as :func:`open_image` does.
+    """
+    try:
+        with on_disk.opened(path) as stream:
+            data = stream.read()
+            status = os.fstat(stream.fileno())
+    except FileNotFoundError:
+        if listed is None:
+            raise
+        raise on_disk.Changed(f"{path} changed while it was in use: it is no longer there") from None
+    if listed is not None and (status.st_size, status.st_mtime_ns) != (listed.size, listed.time):
+        raise on_disk.Changed(f"{path} changed while it was in use: it is not as it was listed; start again")
+    return open_image(io.BytesIO(data))
 
 
 @cache
