@@ -6,6 +6,8 @@ Trained weights: the first few of nine models. Along the path, every precision t
 compared with fp32 on the same images, and fp32 with float64 on the same (float32) weights. Sharpness, general
 and layer by layer, is compared with fp32's for the same draws of noise, and the difference set beside the
 standard error of as many draws: a precision is good enough where that ratio stays well below one.
+
+What is measured is written as it goes: --out is a whole file after every measurement, whatever ends the run.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
+from itertools import product
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import bench_sweep
 import pandas as pd
+import record
 import sweep_case
 import torch
 from sweep_case import Digits
 
 import rft_fast as rft
-from rft_fast import datasets
+from rft_fast import datasets, disk
 from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.evaluate.precision import PRECISIONS, check
 from rft_fast.studies import Protocol, layerwise_sharpness, sharpness
@@ -35,6 +41,7 @@ POSITIONS = [0.5, 1.0]  # of the sharpness
 RHOS = [0.02, 0.05, 0.1, 0.5, 1.0]
 LAYERS = 6
 ESTIMATORS = ("plain", "gradient")
+STUDIES = {"sharpness": sharpness, "layer-sharpness": layerwise_sharpness}
 KEYS = ["model", "study", "layer", "alpha", "rho", "estimator"]
 
 
@@ -50,30 +57,60 @@ def offered(device: torch.device) -> list[str]:
     return found
 
 
-def along_the_path(source: Digits, precisions: Sequence[str]) -> pd.DataFrame:
+class Findings:
+    """What is measured so far: rows of both tables, on disk after every measurement.
+
+    out: a JSON file that always holds what is known.
+    """
+
+    def __init__(self, about: dict[str, Any], out: Path | None) -> None:
+        self.about, self.out, self.measurements = about, out, 0
+        self.path = pd.DataFrame()
+        self.sharpness = pd.DataFrame()
+
+    def measured(self, part: str, seconds: float, **facts: Any) -> None:
+        """One measurement whose rows are in the tables by now."""
+        self.measurements += 1
+        record.row("timing", part=part, seconds=seconds, **facts)
+        if self.out:
+            tables = {"path": self.path, "sharpness": self.sharpness}
+            found = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+            disk.replace(self.out, (json.dumps({"about": self.about, **found}, indent=1) + "\n").encode())
+
+
+def along_the_path(source: Digits, precisions: Sequence[str], findings: Findings) -> None:
     """One row per (model, data set, alpha, precision): differences to fp32, and of fp32 to float64.
 
     loss, accuracy: of the whole set. image: the largest difference of one image's loss.
     """
-    rows = []
     for model in source.finetuned:
-        scores = {precision: of_path(source, model, precision) for precision in [*precisions, "fp64"]}
-        for precision in scores:
-            # fp64's own row says how far fp32 is from it.
-            base, other = ("fp64", "fp32") if precision == "fp64" else ("fp32", precision)
-            if other == base:
-                continue
-            for key, got in scores[other].items():
-                wanted = scores[base][key]
-                moved = (got.losses.double() - wanted.losses.double()).abs()
-                rows.append(
-                    {"model": model, "alpha": key[0], "dataset": key[1]}
-                    | {"precision": "fp32" if precision == "fp64" else precision, "against": base}
-                    | {"loss": abs(got.loss - wanted.loss), "image": float(moved.max())}
-                    | {"accuracy": abs(got.accuracy - wanted.accuracy), "loss_se": wanted.loss_se}
-                    | {"accuracy_se": wanted.accuracy_se}
-                )
-    return pd.DataFrame(rows)
+        scores: dict[str, dict[tuple[float, str], Scores]] = {}
+        for precision in ["fp32", "fp64", *(p for p in precisions if p != "fp32")]:
+            if record.time_is_up():
+                record.left_out(f"losses along the path of {model} from {precision} on")
+                return
+            start = perf_counter()
+            scores[precision] = of_path(source, model, precision)
+            if precision != "fp32":
+                rows = pd.DataFrame(differences(model, precision, scores))
+                findings.path = pd.concat([findings.path, rows], ignore_index=True)
+            findings.measured("path", perf_counter() - start, model=model, precision=precision)
+
+
+def differences(
+    model: str, precision: str, scores: Mapping[str, Mapping[tuple[float, str], Scores]]
+) -> Iterator[dict[str, Any]]:
+    """Of a precision to fp32; fp64's own rows say how far fp32 is from it."""
+    base, other = ("fp64", "fp32") if precision == "fp64" else ("fp32", precision)
+    for (alpha, dataset), got in scores[other].items():
+        wanted = scores[base][alpha, dataset]
+        moved = (got.losses.double() - wanted.losses.double()).abs()
+        yield (
+            {"model": model, "alpha": alpha, "dataset": dataset, "precision": other, "against": base}
+            | {"loss": abs(got.loss - wanted.loss), "image": float(moved.max())}
+            | {"accuracy": abs(got.accuracy - wanted.accuracy), "loss_se": wanted.loss_se}
+            | {"accuracy_se": wanted.accuracy_se}
+        )
 
 
 def of_path(source: Digits, model: str, precision: str) -> dict[tuple[float, str], Scores]:
@@ -105,46 +142,60 @@ def in_float64(path: rft.Path, data: Sequence[datasets.Dataset]) -> dict[str, Sc
     return found
 
 
-def of_sharpness(source: Digits, precisions: Sequence[str], draws: int) -> pd.DataFrame:
+def of_sharpness(source: Digits, precisions: Sequence[str], draws: int, findings: Findings) -> None:
     """One row per (model, study, layer, alpha, rho, estimator, precision), with fp32's of the same draws."""
-    rows = []
+    layers: list[str] = []
     for model in source.finetuned:
-        layers = None
         for precision in precisions:
+            if record.time_is_up():
+                record.left_out(f"sharpness of {model} from {precision} on")
+                return
             path = source.path(model, precision)
             evaluator = Evaluator(path.model, source.data[:1], precision=precision)
-            if layers is None:
-                layers = sweep_case.spread(sweep_case.in_order(path, evaluator), LAYERS)
-            for estimator in ESTIMATORS:
-                options = {"protocol": Protocol(estimator), "model": model}
-                rows += [
-                    sharpness(path, evaluator, POSITIONS, RHOS, draws, **options),
-                    layerwise_sharpness(path, evaluator, POSITIONS, RHOS, draws, layers, **options),
-                ]
-    columns = [*KEYS, "precision", "sharpness", "sharpness_se", "seconds"]
-    table = pd.concat([part[columns] for part in rows], ignore_index=True).fillna({"layer": "all"})
-    base = table[table["precision"] == "fp32"].set_index(KEYS)
-    matching = base.loc[pd.MultiIndex.from_frame(table[KEYS])]
-    table["fp32"] = matching["sharpness"].to_numpy()
-    table["fp32_se"] = matching["sharpness_se"].to_numpy()
-    return table.assign(error=(table["sharpness"] - table["fp32"]).abs())
+            layers = layers or sweep_case.spread(sweep_case.in_order(path, evaluator), LAYERS)
+            for estimator, (study, measure) in product(ESTIMATORS, STUDIES.items()):
+                if record.time_is_up():
+                    record.left_out(f"{study} of {model} from {precision}, {estimator} on")
+                    return
+                start = perf_counter()
+                which = [layers] if study == "layer-sharpness" else []
+                rows = measure(
+                    path, evaluator, POSITIONS, RHOS, draws, *which, protocol=Protocol(estimator), model=model
+                )
+                seconds = perf_counter() - start
+                rows = rows[[*KEYS, "precision", "sharpness", "sharpness_se", "seconds"]]
+                rows = beside_fp32(rows.fillna({"layer": "all"}), findings.sharpness)
+                findings.sharpness = pd.concat([findings.sharpness, rows], ignore_index=True)
+                facts = {"model": model, "precision": precision, "estimator": estimator}
+                findings.measured(study, seconds, **facts)
 
 
-def tables(path_rows: pd.DataFrame, sharpness_rows: pd.DataFrame, draws: int) -> Iterator[str]:
+def beside_fp32(rows: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one precision with what fp32's are, which come before those of all others."""
+    base = rows if (rows["precision"] == "fp32").all() else before[before["precision"] == "fp32"]
+    matching = base.set_index(KEYS).loc[pd.MultiIndex.from_frame(rows[KEYS])]
+    rows = rows.assign(fp32=matching["sharpness"].to_numpy(), fp32_se=matching["sharpness_se"].to_numpy())
+    return rows.assign(error=(rows["sharpness"] - rows["fp32"]).abs())
+
+
+def path_table(rows: pd.DataFrame) -> Iterator[str]:
     yield (
         "| along the path | loss: median (largest) | one image's loss: largest | accuracy: median (largest), "
         "points | standard errors of loss, accuracy |"
     )
     yield "| --- | ---: | ---: | ---: | ---: |"
-    for (precision, against), rows in path_rows.groupby(["precision", "against"], sort=False):
-        accuracy = 100 * rows["accuracy"]
+    for (precision, against), group in rows.groupby(["precision", "against"], sort=False):
+        accuracy = 100 * group["accuracy"]
         yield (
             f"| {precision} against {'float64' if against == 'fp64' else against} | "
-            f"{rows['loss'].median():.1e} ({rows['loss'].max():.1e}) | {rows['image'].max():.1e} | "
+            f"{group['loss'].median():.1e} ({group['loss'].max():.1e}) | {group['image'].max():.1e} | "
             f"{accuracy.median():.2g} ({accuracy.max():.2g}) | "
-            f"{rows['loss_se'].median():.1e}, {100 * rows['accuracy_se'].median():.2g} points |"
+            f"{group['loss_se'].median():.1e}, {100 * group['accuracy_se'].median():.2g} points |"
         )
-    few = [p for p in sharpness_rows["precision"].unique() if p != "fp32"]
+
+
+def sharpness_table(table: pd.DataFrame, draws: int) -> Iterator[str]:
+    few = [p for p in table["precision"].unique() if p != "fp32"]
     if not few:
         return
     heads = [f"{p}: {what}" for p in few for what in ("plain", "gradient")]
@@ -155,20 +206,47 @@ def tables(path_rows: pd.DataFrame, sharpness_rows: pd.DataFrame, draws: int) ->
         + " |"
     )
     yield "| --- |" + " ---: |" * (3 + len(heads))
-    for (study, rho), rows in sharpness_rows.groupby(["study", "rho"], sort=False):
+    for (study, rho), rows in table.groupby(["study", "rho"], sort=False):
         by = dict(list(rows.groupby(["precision", "estimator"], sort=False)))
-        cells = [f"{by['fp32', 'gradient']['sharpness'].median():.1e}"]
-        cells += [f"{by['fp32', estimator]['sharpness_se'].median():.1e}" for estimator in ESTIMATORS]
-        for precision in few:
-            for estimator in ESTIMATORS:
-                group = by[precision, estimator]
-                ratio = group["error"] / group["fp32_se"]
-                cells.append(
-                    f"{group['error'].median():.1e} ({group['error'].max():.1e}), "
-                    f"{ratio.median():.2g} ({ratio.max():.2g}) se"
-                )
+
+        def cell(precision: str, estimator: str, say: Callable[[pd.DataFrame], str], by: Any = by) -> str:
+            group = by.get((precision, estimator))
+            return "–" if group is None else say(group)
+
+        cells = [cell("fp32", "gradient", lambda group: f"{group['sharpness'].median():.1e}")]
+        cells += [
+            cell("fp32", estimator, lambda group: f"{group['sharpness_se'].median():.1e}")
+            for estimator in ESTIMATORS
+        ]
+        cells += [cell(precision, estimator, errors) for precision in few for estimator in ESTIMATORS]
         name = "general" if study == "sharpness" else "layer-wise"
         yield f"| {name}, rho = {rho:g} | {' | '.join(cells)} |"
+
+
+def errors(group: pd.DataFrame) -> str:
+    """Median and largest, as numbers and in standard errors."""
+    ratio = group["error"] / group["fp32_se"]
+    return (
+        f"{group['error'].median():.1e} ({group['error'].max():.1e}), "
+        f"{ratio.median():.2g} ({ratio.max():.2g}) se"
+    )
+
+
+def results(findings: Findings) -> Iterator[dict[str, Any]]:
+    """The facts of a row for each median that the tables show."""
+    if len(findings.path):
+        for (precision, against), rows in findings.path.groupby(["precision", "against"], sort=False):
+            for name in ("loss", "image", "accuracy"):
+                what = f"{name} against {against}"
+                yield {"part": "path", "precision": precision, "name": what, "value": rows[name].median()}
+    if len(findings.sharpness):
+        for (study, rho, precision, estimator), rows in findings.sharpness.groupby(
+            ["study", "rho", "precision", "estimator"], sort=False
+        ):
+            if precision != "fp32":
+                value = (rows["error"] / rows["fp32_se"]).median()
+                name = f"error over the standard error, {estimator}, rho {rho:g}"
+                yield {"part": study, "precision": precision, "name": name, "value": value}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,26 +259,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of those that the device offers")
     parser.add_argument("--out", type=Path)
+    record.start()
     options = parser.parse_args(argv)
     wanted = ["fp32", *(options.precisions or PRECISIONS)]
     precisions = [precision for precision in offered(options.device) if precision in wanted]
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"{options.out}: there is no folder {options.out.parent}")
     source = Digits(options.device, options.samples, options.models)
-    path_rows = along_the_path(source, precisions)
-    sharpness_rows = of_sharpness(source, precisions, options.draws)
     about = bench_sweep.about(options.device)
     about |= {"draws": options.draws, "samples": options.samples, "models": list(source.finetuned)}
+    findings, interrupted = Findings(about, options.out), False
+    try:
+        along_the_path(source, precisions, findings)
+        of_sharpness(source, precisions, options.draws, findings)
+    except KeyboardInterrupt:
+        interrupted = True
     print(
         f"digits zoo on {about['device']}, {date.today()}; fine-tuned models: {len(source.finetuned)}, "
         f"images of each set: {options.samples}\n"
         "medians (largest) of absolute differences to fp32; of a sharpness with the same "
         f"{options.draws} draws,\nalso in units of the standard error of the estimator of its column\n"
     )
-    print("\n".join(tables(path_rows, sharpness_rows, options.draws)))
-    if options.out:
-        found: dict[str, Any] = {"about": about}
-        found["path"] = json.loads(path_rows.to_json(orient="records"))
-        found["sharpness"] = json.loads(sharpness_rows.to_json(orient="records"))
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    if len(findings.path):
+        print("\n".join(path_table(findings.path)))
+    if len(findings.sharpness):
+        print("\n".join(sharpness_table(findings.sharpness, options.draws)))
+    for facts in results(findings):
+        record.row("result", **facts)
+    if interrupted:
+        sys.exit(130)
+    if not findings.measurements:
+        sys.exit("precision: nothing was measured")
 
 
 if __name__ == "__main__":

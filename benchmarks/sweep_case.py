@@ -6,11 +6,13 @@ the patterns that the images are made of, and its scale gives logits the spread 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
 
 import numpy as np
 import open_clip
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 import rft_fast as rft
 from rft_fast import architectures, checkpoints, datasets, zoo
+from rft_fast.classifier import ImageClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.endpoints import Ends, Setup
 from rft_fast.evaluate import Evaluator
@@ -29,33 +32,69 @@ ARCHS = ("ViT-B-32", "ViT-L-14", "tiny")
 PATTERNS = 32  # classes that have images; tiny has 10
 SPREAD = 3.0  # standard deviation of a CLIP's logits over ImageNet's classes, roughly
 DISTANCE = 0.02  # of the fine-tuned weights from the zero-shot ones, relative to each weight
+TUNED = 2**40  # seed of that distance, far from those of the draws
 
 State = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Both ends as float32 state dicts on the device, and images to score."""
+    """Both ends as float32 state dicts on the device, and images to score.
+
+    Of each precision there is one live model, one path and one evaluator, which all contenders share: every
+    study, and every peer, writes the whole model before it reads it.
+
+    patterns: classes that have images. batch: images of an evaluator's batch; None: it chooses.
+    """
 
     arch: str
     zeroshot: State
     finetuned: State
     data: Dataset
     device: torch.device
+    patterns: int
+    batch: int | None = None
+    # Precision -> seconds that cutting its model in stages took, and why it was not cut.
+    cut: dict[str, tuple[float, str | None]] = field(default_factory=dict)
+    _made: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     def live(self, precision: str = "fp32") -> nn.Module:
-        """A model of its own for each caller."""
-        model = Ends(Setup(file_of(self.arch)), self.zeroshot).live
-        return cast(model.to(self.device), precision)
+        """The model of a precision; at the zero-shot end, unless it has been written since."""
+        return self._once(("live", precision), lambda: live(self.arch, self.zeroshot, precision))
 
     def path(self, precision: str = "fp32") -> rft.Path:
-        return rft.Path(self.live(precision), self.zeroshot, self.finetuned)
+        def make() -> rft.Path:
+            return rft.Path(self.live(precision), self.zeroshot, self.finetuned)
+
+        return self._once(("path", precision), make)
+
+    def evaluator(self, precision: str = "fp32") -> Evaluator:
+        """Of all images."""
+
+        def make() -> Evaluator:
+            model, start = self.path(precision).model, perf_counter()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = Evaluator(model, [self.data], self.batch, precision)
+            why = [str(warning.message) for warning in caught if len(found.stages.image) == 1]
+            self.cut[precision] = perf_counter() - start, "; ".join(why) or None
+            for warning in caught:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            return found
+
+        return self._once(("evaluator", precision), make)
+
+    def _once(self, key: tuple[str, str], make: Callable[[], T]) -> T:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
     def layers(self) -> dict[str, list[str]]:
         """All layers in the order in which the model runs them, and the parameters of each."""
         path = self.path()
-        names = in_order(path, Evaluator(path.model, [cut(self.data, 1)]))
+        names = in_order(path, self.evaluator())
         return {name: [weight.name for weight in path.weights([name])] for name in names}
 
     def some_layers(self, count: int) -> dict[str, list[str]]:
@@ -114,26 +153,41 @@ def cut(data: Dataset, samples: int) -> Dataset:
     return replace(data, images=data.images[:samples], labels=data.labels[:samples])
 
 
-def make_case(arch: str, samples: int, device: torch.device, seed: int = 0) -> Case:
-    """The same weights and images wherever it is made, but for the head's rounding."""
+def make_case(arch: str, samples: int, device: torch.device, batch: int | None = None, seed: int = 0) -> Case:
+    """The same weights and images each time on a device; all that is large is made there.
+
+    batch: images of the evaluators' batches; None: they choose.
+    """
     classes = 10 if arch == "tiny" else 1000
+    patterns = min(samples, 10 if arch == "tiny" else PATTERNS)
     preprocess = architectures.preprocess(file_of(arch))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    labels = torch.arange(samples) % patterns
+    images = torch.stack([torch.from_numpy(p) for p in pictures(labels.tolist(), *preprocess.size)])
+    data = Dataset("images", images.permute(0, 3, 1, 2).contiguous(), labels, preprocess.mean, preprocess.std)
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(seed)
         visual = tower(arch)
-        labels = torch.arange(samples) % patterns_of(arch)
-        images = torch.stack([torch.from_numpy(p) for p in pictures(labels.tolist(), *preprocess.size)])
-        data = Dataset(
-            "images", images.permute(0, 3, 1, 2).contiguous(), labels, preprocess.mean, preprocess.std
-        )
-        weight, bias = head(visual.to(device), data, classes, patterns_of(arch))
-        zeroshot = {f"visual.{name}": tensor.detach().cpu() for name, tensor in visual.state_dict().items()}
-        zeroshot |= {"classification_head.weight": weight, "classification_head.bias": bias}
-        finetuned = {
-            name: tensor * (1 + DISTANCE * torch.randn_like(tensor)) for name, tensor in zeroshot.items()
-        }
-    ends = ({name: tensor.to(device) for name, tensor in end.items()} for end in (zeroshot, finetuned))
-    return Case(arch, *ends, data, device)
+    weight, bias = head(visual, data, classes, patterns)
+    zeroshot = {f"visual.{name}": tensor.detach() for name, tensor in visual.state_dict().items()}
+    zeroshot |= {"classification_head.weight": weight.to(device), "classification_head.bias": bias.to(device)}
+    finetuned = {name: torch.empty_like(tensor) for name, tensor in zeroshot.items()}
+    # Each weight times a normal number around one: what noise relative to the weights is.
+    ends = list(finetuned.values()), list(zeroshot.values()), list(zeroshot.values())
+    rft.write_(*ends, alpha=1.0, rho=DISTANCE, seed=TUNED)
+    return Case(arch, zeroshot, finetuned, data, device, patterns, batch)
+
+
+def live(arch: str, state: State, precision: str) -> nn.Module:
+    """A model in the type of a precision, on the device of these weights, without random ones before them."""
+    weight = state["classification_head.weight"]
+    with torch.device("meta"):
+        model = ImageClassifier(architectures.visual(file_of(arch)), nn.Linear(*reversed(weight.shape)))
+    lost = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    if lost:
+        raise ValueError(f"sweep_case: {arch} has buffers that no state dict holds: {sorted(lost)}")
+    model = cast(model, precision).to_empty(device=weight.device)
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def file_of(arch: str) -> str:
@@ -141,24 +195,24 @@ def file_of(arch: str) -> str:
     return zoo.digits().arch if arch == "tiny" else arch
 
 
-def patterns_of(arch: str) -> int:
-    return 10 if arch == "tiny" else PATTERNS
-
-
 def tower(arch: str) -> nn.Module:
     """open_clip's image tower with its random weights."""
-    if arch == "tiny":
-        config = json.loads(Path(file_of(arch)).read_text())["model_cfg"]
-    else:
-        config = open_clip.get_model_config(arch)
+    config = architectures.config(file_of(arch))[1]
     text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
     return clip.visual.eval()
 
 
+def attention_of(arch: str) -> tuple[int, int, int]:
+    """Heads, tokens and the size of a head in the image tower."""
+    vision = architectures.config(file_of(arch))[1]["vision_cfg"]
+    size = vision.get("head_width", 64)
+    return vision["width"] // size, (vision["image_size"] // vision["patch_size"]) ** 2 + 1, size
+
+
 @torch.inference_mode()
 def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear head that tells the patterns apart, on the CPU.
+    """Weight and bias of a linear head that tells the patterns apart, on the CPU, the same each time.
 
     Its rows are the patterns' features less their mean, of length one, and random mixtures of these
     for classes without images.
@@ -170,7 +224,8 @@ def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple
     features = nn.functional.normalize(visual(inputs), dim=-1).cpu()
     mean = features.mean(0)
     centred = nn.functional.normalize(features - mean, dim=-1)
-    mixed = nn.functional.normalize(torch.randn(classes - patterns, patterns) @ centred, dim=-1)
+    mixtures = torch.randn(classes - patterns, patterns, generator=torch.Generator().manual_seed(1))
+    mixed = nn.functional.normalize(mixtures @ centred, dim=-1)
     rows = torch.cat([centred, mixed])
     scale = SPREAD / ((features - mean) @ rows.T).std()
     # Clones: what is made in inference mode cannot be written by kernels outside of it.
@@ -192,9 +247,9 @@ def pictures(labels: list[int], height: int, width: int, own: float = 0.3) -> It
         yield np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def write_folder(folder: Path, arch: str, count: int, height: int, width: int) -> None:
+def write_folder(folder: Path, patterns: int, count: int, height: int, width: int) -> None:
     """A tree of JPEG files as an ImageFolder, of the size of photographs."""
-    labels = [index % patterns_of(arch) for index in range(count)]
+    labels = [index % patterns for index in range(count)]
     for index, (label, picture) in enumerate(zip(labels, pictures(labels, height, width))):
         file = folder / f"class{label:02}" / f"{index:05}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)

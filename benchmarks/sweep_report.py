@@ -12,11 +12,14 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from rft_fast.figures.style import CURVES, canvas, key, legend, plain, wrap
 
+MISSING = "–"  # the time was up before it was measured
 NAMES = {"peer": "state dict for every draw", "plain": "plain draws", "gradient": "gradient control variate"}
 
 
 def ratio(values: Sequence[float]) -> str:
     """Median and quartiles."""
+    if not values:
+        return MISSING
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return f"{statistics.median(values):.3g} ({q1:.3g} to {q3:.3g})"
 
@@ -30,8 +33,14 @@ def text(run: Mapping[str, Any]) -> str:
         f"{options['draws']} draws at rho = {options['rho']:g}, {options['layers']} layers, "
         f"{options['rounds']} rounds in turns; median (quartiles)"
     )
-    parts = [lines for part, found in run["parts"].items() for lines in WRITERS[part](found, options)]
-    return "\n".join([head, *parts, *goals(run)])
+    parts: list[str] = []
+    for part, found in run["parts"].items():
+        if "not measured" in found:
+            parts.append(f"\n**{part}**: not measured: {found['not measured']}")
+        else:
+            parts += WRITERS[part](found, options)
+    failed = [f"FAILED: {failure['part']}: {failure['why']}" for failure in run.get("failed", [])]
+    return "\n".join([head, *parts, *goals(run), *failed])
 
 
 def sharpness(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
@@ -42,8 +51,12 @@ def sharpness(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
     )
     yield "| --- |" + " ---: |" * 6
     for precision, mode in found["modes"].items():
-        cells = [ratio(mode["equal_draws"]), ratio(mode["equal_draws_published"]), f"{mode['worth']:.3g}"]
-        cells += [ratio(mode["equal_se"]), str(mode["draws_needed"]), ratio(mode["request"])]
+        cells = [ratio(mode["equal_draws"]), ratio(mode["equal_draws_published"])]
+        if "worth" in mode:
+            cells += [f"{mode['worth']:.3g}", ratio(mode["equal_se"])]
+            cells += [str(mode["draws_needed"]), ratio(mode["request"])]
+        else:
+            cells += [MISSING] * 4
         yield f"| {precision} | {' | '.join(cells)} |"
     yield "\nWorth: by variances on trained weights, the digits zoo's layers, the median of these."
     for precision, mode in found["modes"].items():
@@ -53,7 +66,7 @@ def sharpness(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
             f"{mode['error_over_se']:.2g} in the median layer, "
             f"{mode['error_over_se_largest']:.2g} in the worst, below one in {mode['layers_below_se']:.0%}"
         )
-    yield f"fastest with an error below the standard error: {found['fastest']}"
+    yield f"fastest with an error below the standard error: {found['fastest'] or 'not known'}"
     yield "seconds: " + ", ".join(f"{name} {ratio(s)}" for name, s in found["seconds"].items())
     yield f"largest difference between numbers of ours and of the peer: {largest(found)}"
 
@@ -77,17 +90,53 @@ def scaling(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[st
     yield "| | " + " | ".join(NAMES.values()) + " |\n| --- |" + " ---: |" * len(NAMES)
     for axis, points in found["axes"].items():
         for value, seconds in points.items():
-            cells = [f"{statistics.median(seconds[name]):.3g}" for name in NAMES]
+            cells = [f"{statistics.median(seconds[n]):.3g}" if n in seconds else MISSING for n in NAMES]
             yield f"| {value} {axis} | {' | '.join(cells)} |"
 
 
 def busy(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
     yield "\n**GPU busy**, gradient control variate\n"
-    if "not measured" in found:
-        yield f"not measured: {found['not measured']}"
-        return
     for precision, share in found.items():
-        yield f"{precision}: {share['busy']:.1%} ({share['busy_profiled']:.1%} under the profiler)"
+        if "busy" in share:
+            yield f"{precision}: {share['busy']:.1%} ({share['busy_profiled']:.1%} under the profiler)"
+
+
+def graphs(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n**CUDA graphs**, plain draws of {options['few']} images: times faster with than without\n"
+    yield from in_turns(found)
+
+
+def streaming(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"\n**images on the device**, interpolation of {options['alphas']} positions: times faster than "
+        "streamed from the host\n"
+    )
+    yield from in_turns(found)
+
+
+def stages(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    yield "\n**stages** that the model is cut into\n"
+    for precision, cut in found.items():
+        why = f": {cut['why']}" if "why" in cut else ""
+        yield f"{precision}: {cut['stages']} in {cut['seconds']:.2g} s{why}"
+
+
+def attention(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    for _, facts in found.items():
+        shape = "x".join(map(str, facts["shape"]))
+        yield (
+            f"\n**attention** in float32, {shape}: torch's choice ({facts['backend']}), times faster than "
+            "its plain products\n"
+        )
+        yield f"ratio: {ratio(facts['times_faster'])}"
+        yield from seconds_of(facts["rounds"])
+        for name in ("default", "math"):
+            if f"{name}_error_largest" in facts:
+                errors = [facts[f"{name}_error_{what}"] for what in ("largest", "mean")]
+                yield (
+                    f"{name}: error against float64, over its root mean square: {errors[0]:.1e} at most, "
+                    f"{errors[1]:.1e} in the mean"
+                )
 
 
 WRITERS = {
@@ -96,24 +145,42 @@ WRITERS = {
     "interpolation": whole_path,
     "scaling": scaling,
     "busy": busy,
+    "graphs": graphs,
+    "stages": stages,
+    "streaming": streaming,
+    "attention": attention,
 }
 
 
+def in_turns(found: Mapping[str, Any]) -> Iterator[str]:
+    """Two contenders in each precision."""
+    for precision, facts in found.items():
+        yield f"{precision}: {ratio(facts['times_faster'])}"
+        yield from seconds_of(facts["rounds"])
+
+
 def seconds_of(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    names = rounds[0]["seconds"]
-    yield "seconds: " + ", ".join(f"{name} {ratio([r['seconds'][name] for r in rounds])}" for name in names)
-    yield f"largest difference of a loss: {max(r['largest_difference'] for r in rounds):.1e}"
+    """Of all contenders. Of the last round there may be less than of the others."""
+    times: dict[str, list[float]] = {}
+    for this in rounds:
+        for name, seconds in this["seconds"].items():
+            times.setdefault(name, []).append(seconds)
+    yield "seconds: " + ", ".join(f"{name} {ratio(seconds)}" for name, seconds in times.items())
+    differences = [this["largest_difference"] for this in rounds if "largest_difference" in this]
+    if differences:
+        yield f"largest difference of a loss: {max(differences):.1e}"
 
 
 def largest(found: Mapping[str, Any]) -> str:
-    precisions = found["modes"]
-    return ", ".join(
-        f"{p} {max(r['largest_difference'][p] for r in found['rounds']):.1e}" for p in precisions
-    )
+    said = []
+    for precision in found["modes"]:
+        differences = [r["largest_difference"].get(precision, 0.0) for r in found["rounds"]]
+        said.append(f"{precision} {max(differences):.1e}")
+    return ", ".join(said) or MISSING
 
 
 def goals(run: Mapping[str, Any]) -> Iterator[str]:
-    yield "\ngoals:" if run["goals"] else "\ngoals: none for this device and architecture"
+    yield "\ngoals:" if run["goals"] else "\ngoals: none for what was measured here"
     for goal in run["goals"]:
         verdict = "met" if goal["met"] else "MISSED"
         yield f"  {goal['what']}: {goal['got']:.3g}, goal {goal['goal']:g}: {verdict}"
@@ -122,10 +189,14 @@ def goals(run: Mapping[str, Any]) -> Iterator[str]:
 def figure(run: Mapping[str, Any], file: str | os.PathLike[str]) -> Figure:
     """Seconds of layer-wise sharpness against layers, draws, alphas and images, a panel each."""
     found, about, options = (run["parts"]["scaling"], run["about"], run["options"])
+    whole = {
+        axis: {size: seconds for size, seconds in points.items() if set(seconds) >= set(NAMES)}
+        for axis, points in found["axes"].items()
+    }
     styles = dict(zip(NAMES, [CURVES[1], CURVES[0], CURVES[2]]))
     picture = canvas(7.0, 2.5)
-    panels = picture.subplots(1, len(found["axes"]), sharey=True)
-    for panel, (axis, points) in zip(panels, found["axes"].items()):
+    panels = picture.subplots(1, len(whole), sharey=True)
+    for panel, (axis, points) in zip(panels, whole.items()):
         sizes = [int(value) for value in points]
         for name, style in styles.items():
             rounds = [seconds[name] for seconds in points.values()]

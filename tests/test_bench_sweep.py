@@ -3,69 +3,322 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import bench_sweep
+import pandas as pd
 import peers_sweep
 import precision
 import pytest
+import record
+import sweep_bench
 import sweep_case
+import sweep_device
+import sweep_goals
+import sweep_options
+import sweep_parts
 import sweep_report
+import sweep_sharpness
 import torch
-from bench_sweep import Options
+from sweep_bench import Bench
+from sweep_options import Options
 
 import rft_fast as rft
+from rft_fast.endpoints import Ends, Setup
 
 CPU = torch.device("cpu")
 SMALL = replace(
-    bench_sweep.defaults("cpu", "tiny"), samples=24, batch=10, draws=3, layers=2, rounds=2, files=8
+    sweep_options.defaults("cpu", "tiny"), samples=24, batch=10, draws=3, layers=2, rounds=2, files=8
 )
+WORDS = "--arch tiny --samples 24 --batch 10 --draws 3 --layers 2 --rounds 1 --files 8 --alphas 3".split()
 
 
 @pytest.fixture(scope="module")
 def case() -> sweep_case.Case:
-    return sweep_case.make_case("tiny", SMALL.samples, CPU)
+    return sweep_case.make_case("tiny", SMALL.samples, CPU, SMALL.batch_size)
 
 
-def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, figure = tmp_path / "run.json", tmp_path / "run.png"
-    words = "--arch tiny --samples 24 --batch 10 --draws 3 --layers 2 --rounds 2 --files 8 --alphas 3".split()
-    bench_sweep.main([*words, "--out", str(out), "--figure", str(figure)])
-    printed = capsys.readouterr().out
-    run = json.loads(out.read_text())
+@pytest.fixture(autouse=True)
+def no_deadline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test makes of the time, the next has as much as it wants."""
+    for name in ("ROWS", "STEP", "DEADLINE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    monkeypatch.undo()
+    record.start()
+
+
+@dataclass
+class Whole:
+    """What the whole script left: its file, its figure, its rows, and the file after every measurement."""
+
+    out: Path
+    figure: Path
+    rows: list[dict[str, Any]]
+    states: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    out, rows, figure = (folder / name for name in ("run.json", "rows.jsonl", "run.png"))
+    states: list[dict[str, Any]] = []
+    right = sweep_bench.Log.save
+
+    def save(log: sweep_bench.Log, done: bool = False) -> None:
+        right(log, done)
+        states.append(json.loads(out.read_text()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROWS", str(rows))
+        patch.setattr(sweep_bench.Log, "save", save)
+        bench_sweep.main([*WORDS, "--out", str(out), "--figure", str(figure)])
+    return Whole(out, figure, record.read(rows), states)
+
+
+def test_the_whole_script(whole: Whole, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = json.loads(whole.out.read_text())
     assert set(run["parts"]) == set(bench_sweep.PARTS) and run["goals"] == []
     assert {"date", "device", "versions", "threads"} <= set(run["about"])
 
     sharp = run["parts"]["layer-sharpness"]
-    assert [r["seed"] for r in sharp["rounds"]] == [0, 1]
+    assert [r["seed"] for r in sharp["rounds"]] == [0]
     assert all(r["largest_difference"]["fp32"] < 1e-4 for r in sharp["rounds"])
     assert all(len(r["sharpness"]["plain fp32"]) == 2 for r in sharp["rounds"])
     # The control variate takes most of the variance, on random and on trained weights.
     assert min(sharp["modes"]["fp32"]["worth_here"]) > 2 and sharp["modes"]["fp32"]["worth"] > 2
-    assert len(sharp["worth"]["fp32"]) == 3 * 10
+    assert len(sharp["worth"]["fp32"]) == 10
     assert sharp["fastest"] == "fp32" and sharp["modes"]["fp32"]["draws_needed"] >= 2
-    assert len(run["parts"]["layers"]["ratio"]) == 2
+    assert len(run["parts"]["layers"]["ratio"]) == 1
     assert set(run["parts"]["interpolation"]) == {"60x45", "400x300"}
     for sweep in run["parts"]["interpolation"].values():
         assert all(set(r["seconds"]) == {"cold", "peer", "warm"} for r in sweep["rounds"])
     axes = run["parts"]["scaling"]["axes"]
-    assert list(axes) == ["layers", "draws", "alphas", "samples"] and "not measured" in run["parts"]["busy"]
+    assert list(axes) == ["layers", "draws", "alphas", "samples"]
+    assert all(set(seconds) == set(sweep_report.NAMES) for p in axes.values() for seconds in p.values())
+    for part in ("busy", "graphs", "streaming"):
+        assert run["parts"][part] == {"not measured": "there is no GPU"}
+    stages = run["parts"]["stages"]["fp32"]
+    assert stages["stages"] > 4 and stages["seconds"] > 0 and "why" not in stages
+    attention = run["parts"]["attention"]["fp32"]
+    assert attention["shape"] == [8, 2, 17, 32]
+    for name in ("default", "math"):
+        assert 0 < attention[f"{name}_error_mean"] < attention[f"{name}_error_largest"] < 1e-4
+
+    # From the JSON alone: a table and the same picture.
+    again = tmp_path / "again.png"
+    bench_sweep.main(["--redraw", str(whole.out), "--figure", str(again)])
+    assert again.read_bytes() == whole.figure.read_bytes()
+    printed = capsys.readouterr().out
     for words in ("**layer-wise sharpness**", "warm", "| 4 layers |", "not measured: there is no GPU"):
         assert words in printed
 
-    # From the JSON alone: the same table and the same picture.
-    again = tmp_path / "again.png"
-    bench_sweep.main(["--redraw", str(out), "--figure", str(again)])
-    assert capsys.readouterr().out == printed
-    assert again.read_bytes() == figure.read_bytes()
+
+def test_the_file_says_all_that_is_known_after_every_measurement(whole: Whole) -> None:
+    """A run that is killed ends between two of these."""
+    assert all(sweep_report.text(state) for state in whole.states)  # in words, whatever is missing
+    rounds = [state["parts"]["layer-sharpness"]["rounds"] for state in whole.states]
+    assert [sum(len(r["seconds"]) for r in state) for state in rounds[:5]] == [1, 2, 3, 4, 4]
+    assert whole.states[-1] == json.loads(whole.out.read_text())
+
+
+def test_every_timing_is_a_row_and_so_is_every_result(whole: Whole) -> None:
+    timings = [row for row in whole.rows if row["kind"] == "timing"]
+    assert all(row["seconds"] > 0 and row["arch"] == "tiny" for row in timings)
+    contenders = [row["contender"] for row in timings if row["part"] == "layer-sharpness"]
+    assert contenders == ["peer", "plain", "two", "gradient", "worth"]
+    assert all(row["largest_difference"] < 1e-4 for row in timings if row["contender"] == "plain")
+    assert {row["part"] for row in whole.rows if row["kind"] == "not measured"} == {
+        "busy", "graphs", "streaming"
+    }  # fmt: skip
+    results = {(r["part"], r["name"]): r["value"] for r in whole.rows if r["kind"] == "result"}
+    run = json.loads(whole.out.read_text())
+    mode = run["parts"]["layer-sharpness"]["modes"]["fp32"]
+    assert results["layer-sharpness", "request"] == pytest.approx(statistics.median(mode["request"]))
+    assert results["layer-sharpness", "worth"] == mode["worth"]
+    assert results["stages", "stages"] == run["parts"]["stages"]["fp32"]["stages"]
+    assert {part for part, _ in results} == set(run["parts"]) - {"busy", "graphs", "streaming"}
+    assert all(len(json.dumps(row)) < 1000 for row in whole.rows)
+
+
+@pytest.mark.parametrize("checks", [0, 1, 3, 4, 6, 8, 13])
+def test_nothing_begins_when_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], checks: int
+) -> None:
+    """The time is up after so many checks, each right before something that takes long."""
+    left, begun = [checks], []
+
+    def time_is_up() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    def ours(self: Any, estimator: str, seed: int, **other: Any) -> Any:
+        begun.append(left[0])
+        losses = {"layer": ["a", "b"], "alpha": 0.5, "sharpness": [0.1, 0.2], "sharpness_se": [0.1, 0.2]}
+        return pd.DataFrame({**losses, "loss": 1.0})
+
+    def peer(self: Any, seed: int, **other: Any) -> Any:
+        begun.append(left[0])
+        spread = [-(1.5**0.5), 0.0, 1.5**0.5]  # of three draws, whose standard error is 1 / sqrt(2)
+        return {(n, 0.5): [m * (1 + 2**0.5 * x) for x in spread] for n, m in (("a", 0.1), ("b", 0.2))}
+
+    monkeypatch.setattr(record, "time_is_up", time_is_up)
+    monkeypatch.setattr(sweep_sharpness.Sharpness, "ours", ours)
+    monkeypatch.setattr(sweep_sharpness.Sharpness, "peer", peer)
+    monkeypatch.setenv("ROWS", str(tmp_path / "rows"))
+    out = tmp_path / "out.json"
+    words = "--part layer-sharpness layers --precisions bf16 --out".split()
+    try:
+        bench_sweep.main([*WORDS, *words, str(out)])
+    except SystemExit as error:
+        assert "nothing was measured" in str(error.code) and not record_of(tmp_path, "timing")
+    else:
+        assert record_of(tmp_path, "timing")
+    assert min(begun, default=0) >= 0  # nothing that takes long begins later
+    timings = [f"{row['contender']} {row['precision']}" for row in record_of(tmp_path, "timing")]
+    order = [f"{c} {p}" for p in ("fp32", "bf16") for c in ("peer", "plain", "two", "gradient")]
+    assert timings == [*order, "worth fp32", "worth bf16"][: len(timings)] and len(timings) < 9
+    said = [row["what"] for row in record_of(tmp_path, "left out")]
+    assert [what.split(", ")[1].partition(":")[0] for what in said] == ["layer-sharpness", "layers"]
+    assert capsys.readouterr().out.count("left out") >= 2
+    modes = json.loads(out.read_text())["parts"]["layer-sharpness"]["modes"] if timings else {}
+    assert list(modes) == [p for n, p in ((4, "fp32"), (8, "bf16")) if len(timings) >= n]
+
+
+def record_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in record.read(folder / "rows") if row["kind"] == kind]
+
+
+def test_a_signal_leaves_what_was_measured(tmp_path: Path) -> None:
+    """Of 400 rounds some are there, in the rows and in a file that can be read, whatever ends the run."""
+    script = Path(bench_sweep.__file__)
+    running = {}
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        folder = tmp_path / sent.name
+        folder.mkdir()
+        words = "--arch tiny --samples 4 --draws 2 --layers 1 --rounds 400 --part layers --out".split()
+        environment = {**os.environ, "ROWS": str(folder / "rows"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), *words, str(folder / "out.json")]
+        running[sent] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    waiting = dict(running)
+    while waiting:
+        for sent, process in list(waiting.items()):
+            assert process.poll() is None
+            if len(record_of(tmp_path / sent.name, "timing")) >= 5:
+                waiting.pop(sent).send_signal(sent)
+        time.sleep(0.02)
+    for sent, process in running.items():
+        printed, _ = process.communicate(timeout=60)
+        rows = record_of(tmp_path / sent.name, "timing")
+        found = json.loads((tmp_path / sent.name / "out.json").read_text())
+        rounds = found["parts"]["layers"]["rounds"]
+        # Of the one that was in flight there may be the row alone.
+        assert len(rows) - 1 <= sum(len(r["seconds"]) for r in rounds) <= len(rows) < 800
+        assert "layer-wise interpolation" in sweep_report.text(found)
+        assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+        assert ("layer-wise interpolation" in printed) == (sent == signal.SIGINT)
+
+
+def test_several_architectures_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = sweep_case.file_of("tiny")
+    monkeypatch.setattr(sweep_case, "file_of", lambda arch: file)  # another name for a small model
+    monkeypatch.setenv("ROWS", str(tmp_path / "rows"))
+    out = tmp_path / "out.json"
+    words = "--arch tiny ViT-B-32 --part stages attention --samples 4 --rounds 1 --out".split()
+    bench_sweep.main([*words, str(out)])
+    assert [run["options"]["arch"] for run in json.loads(out.read_text())["runs"]] == ["tiny", "ViT-B-32"]
+    assert {row["arch"] for row in record_of(tmp_path, "timing")} == {"tiny", "ViT-B-32"}
+    printed = capsys.readouterr().out
+    bench_sweep.main(["--redraw", str(out)])
+    assert capsys.readouterr().out == printed and printed.count("**attention**") == 2
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--rounds 0", "--rounds"),
+        ("--draws 1", "--draws"),
+        ("--alphas 1", "--alphas"),
+        ("--samples -3", "--samples"),
+        ("--rho nan", "--rho"),
+        ("--device cpu --precisions tf32", "tf32"),
+        ("--device nothing", "device"),
+        ("--arch ViT", "--arch"),
+        ("--out nowhere/out.json", "nowhere"),
+        ("--arch tiny ViT-B-32 --figure x.png", "--figure"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(
+    capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_sweep.main(words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, which has no graphs and from which nothing is streamed: the numbers are the same."""
+    monkeypatch.setattr(Options, "on_gpu", True)
+    profile, cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=cpu))
+    about = bench_sweep.about(CPU)
+    bench = Bench(case, replace(SMALL, rounds=1, noise_batch=True, precisions=("fp32", "bf16")), about=about)
+    for part in ("graphs", "streaming"):
+        found = bench.measure(part, bench_sweep.PARTS[part])
+        assert set(found) == {"fp32", "bf16"}
+        assert all(facts["times_faster"] and facts["rounds"][0]["largest_difference"] == 0
+                   for facts in found.values())  # fmt: skip
+    found = bench.measure("busy", sweep_device.busy)
+    assert all(facts["kernels"] == 0 and len(facts["seconds"]) == 1 for facts in found.values())
+    assert sweep_report.text(bench.run).count("times faster") == 2
+
+
+def test_models_are_made_once_and_without_random_weights(
+    case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(3, 3, 28, 28)
+    ours = sweep_case.live("tiny", case.zeroshot, "fp32")
+    theirs = Ends(Setup(sweep_case.file_of("tiny")), case.zeroshot).live
+    theirs.load_state_dict(case.zeroshot)
+    assert torch.equal(ours(images), theirs(images)) and not ours.training
+    assert case.path().model is case.live() and case.evaluator().model is case.live()
+    half = case.path("bf16").model
+    assert half is not case.live() and half.visual.conv1.weight.dtype == torch.bfloat16
+    assert half.classification_head.weight.dtype == torch.float32
+
+
+def test_a_difference_in_one_precision_does_not_stop_the_others(
+    case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = sweep_sharpness.Sharpness.check
+
+    def check(self: Any, *sides: Any) -> float:
+        if self.precision == "fp32":
+            raise AssertionError("other numbers")
+        return right(self, *sides)
+
+    monkeypatch.setattr(sweep_sharpness.Sharpness, "check", check)
+    bench = Bench(case, replace(SMALL, rounds=1, precisions=("fp32", "bf16")))
+    with pytest.raises(AssertionError, match="other numbers"):
+        bench.measure("layer-sharpness", sweep_sharpness.layer_sharpness)
+    (this,) = bench.run["parts"]["layer-sharpness"]["rounds"]
+    assert list(this["seconds"]) == ["peer fp32", *(f"{c} bf16" for c in sweep_sharpness.CONTENDERS)]
 
 
 def test_noise_for_every_batch_is_the_same_on_both_sides(case: sweep_case.Case) -> None:
     each = replace(SMALL, noise_batch=True)
-    once, anew = (bench_sweep.Sharpness(case, options) for options in (SMALL, each))
+    once, anew = (sweep_sharpness.Sharpness(Bench(case, options)) for options in (SMALL, each))
     for request in (once, anew):
         assert request.check(request.ours("plain", 5), request.peer(5)) < 1e-5
     with pytest.raises(AssertionError, match="layer-wise sharpness in fp32"):
@@ -111,13 +364,14 @@ def wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_ours(study: str, column: str, factor: float) -> Callable[[pytest.MonkeyPatch], None]:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = getattr(bench_sweep, study)
+        module = sweep_sharpness if study == "layerwise_sharpness" else sweep_parts
+        right = getattr(module, study)
 
         def wrong(*arguments: Any, **options: Any) -> Any:
             table = right(*arguments, **options)
             return table.assign(**{column: table[column] * factor})
 
-        monkeypatch.setattr(bench_sweep, study, wrong)
+        monkeypatch.setattr(module, study, wrong)
 
     return patch
 
@@ -127,15 +381,31 @@ def wrong_ours(study: str, column: str, factor: float) -> Callable[[pytest.Monke
     [
         ("layer-sharpness", wrong_noise, "layer-wise sharpness in fp32"),
         ("layer-sharpness", wrong_merge, "layer-wise sharpness in fp32"),
-        ("layer-sharpness", wrong_ours("layerwise_sharpness", "sharpness", 1.1), "layer-wise sharpness"),
-        ("layer-sharpness", wrong_ours("layerwise_sharpness", "sharpness_se", 2), "layer-wise sharpness"),
+        (
+            "layer-sharpness",
+            wrong_ours("layerwise_sharpness", "sharpness", 1.1),
+            "layer-wise sharpness",
+        ),
+        (
+            "layer-sharpness",
+            wrong_ours("layerwise_sharpness", "sharpness_se", 2),
+            "layer-wise sharpness",
+        ),
         ("scaling", wrong_noise, "layer-wise sharpness in fp32"),
         ("layers", wrong_layer, "layer-wise interpolation: "),
         ("layers", wrong_ours("layerwise_interpolation", "loss", 1.0001), "interpolation: loss"),
-        ("layers", wrong_ours("layerwise_interpolation", "accuracy", 0.8), "interpolation: accuracy"),
+        (
+            "layers",
+            wrong_ours("layerwise_interpolation", "accuracy", 0.8),
+            "interpolation: accuracy",
+        ),
         ("interpolation", wrong_images, "interpolation, cold: "),
         ("interpolation", wrong_merge, "interpolation, cold: "),
-        ("interpolation", wrong_ours("interpolation", "loss", float("nan")), "interpolation, cold: loss"),
+        (
+            "interpolation",
+            wrong_ours("interpolation", "loss", float("nan")),
+            "interpolation, cold: loss",
+        ),
     ],
 )
 def test_other_numbers_are_refused(
@@ -143,19 +413,19 @@ def test_other_numbers_are_refused(
 ) -> None:
     broken(monkeypatch)
     with pytest.raises(AssertionError, match=message):
-        bench_sweep.PARTS[part](case, replace(SMALL, rounds=1))
+        Bench(case, replace(SMALL, rounds=1)).measure(part, bench_sweep.PARTS[part])
 
 
 def test_same_means_the_same_keys_and_finite_numbers() -> None:
     ours = {"a": (1.0, 2.0), "b": (3.0, 4.0)}
-    assert bench_sweep.check_same("x", ours, {"a": (1.0, 2.5), "b": (3.0, 4.0)}, 0.6) == 0.5
+    assert sweep_bench.check_same("x", ours, {"a": (1.0, 2.5), "b": (3.0, 4.0)}, 0.6) == 0.5
     for peer, message in (
         ({"a": (1.0, 2.0)}, "x: ours and the peer measured different things: {'b'}"),
         ({"a": (1.0, float("nan")), "b": (3.0, 4.0)}, "x: a: ours 2.0, the peer's nan"),
         ({"a": (1.0, 2.0), "b": (3.0, 4.7)}, "x: b: ours 4.0, the peer's 4.7, allowed 6.0e-01"),
     ):
         with pytest.raises(AssertionError, match=message):
-            bench_sweep.check_same("x", ours, peer, 0.6)
+            sweep_bench.check_same("x", ours, peer, 0.6)
 
 
 # ---------------------------------------------------------------- peers, case, arithmetic
@@ -173,12 +443,12 @@ def test_the_peers_noise_is_that_of_the_kernels(case: sweep_case.Case) -> None:
 
 
 def test_the_case_is_the_same_each_time_and_sane(case: sweep_case.Case) -> None:
-    again = sweep_case.make_case("tiny", SMALL.samples, CPU)
+    again = sweep_case.make_case("tiny", SMALL.samples, CPU, SMALL.batch_size)
     for first, second in ((case.zeroshot, again.zeroshot), (case.finetuned, again.finetuned)):
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(case.data.images, again.data.images)
-    path = case.path()
-    scores = bench_sweep.Evaluator(path.model, [case.data]).scores()["images"]
+    case.path().write(0.0)
+    scores = case.evaluator().scores()["images"]
     # Chance is a tenth, and log(10) nats.
     assert scores.accuracy > 0.4 and scores.loss < 2.3
     names = list(case.layers)
@@ -195,7 +465,7 @@ def test_time_counts_once_where_kernels_overlap() -> None:
 
     events = [event(100, 50), event(120, 10), event(140, 30, "gpu_memcpy"), event(300, 5, "gpu_memset")]
     events += [event(0, 1e6, "cpu_op"), {"ph": "M", "name": "process_name"}]
-    assert bench_sweep.working({"traceEvents": events}) == pytest.approx(75e-6)
+    assert sweep_device.working({"traceEvents": events}) == pytest.approx(75e-6)
 
 
 def made_rounds() -> list[dict[str, Any]]:
@@ -213,7 +483,7 @@ TWO = Options(draws=20, precisions=("fp32", "bf16"))
 
 
 def test_ratios_at_equal_standard_error() -> None:
-    found = bench_sweep.compare_sharpness(made_rounds(), TWO, WORTH)
+    found = sweep_sharpness.compare_sharpness(made_rounds(), TWO, WORTH)
     modes = found["modes"]
     assert modes["fp32"]["equal_draws"] == [2.5] and modes["bf16"]["equal_draws"] == [4.0]
     assert modes["bf16"]["equal_draws_published"] == [20.0]
@@ -234,18 +504,18 @@ def test_ratios_at_equal_standard_error() -> None:
 
     off = made_rounds()
     off[0]["sharpness"]["gradient bf16"] = [2.0, 2.3]
-    assert bench_sweep.compare_sharpness(off, TWO, WORTH)["fastest"] == "fp32"
+    assert sweep_sharpness.compare_sharpness(off, TWO, WORTH)["fastest"] == "fp32"
 
 
 def test_as_many_published_draws_are_compared_as_were_published() -> None:
     """A run of ten draws stands for twenty: the peer's time doubles, the variance is ten squared errors."""
-    half = bench_sweep.compare_sharpness(made_rounds(), replace(TWO, draws=10), WORTH)
+    half = sweep_sharpness.compare_sharpness(made_rounds(), replace(TWO, draws=10), WORTH)
     assert half["modes"]["bf16"]["request"] == pytest.approx([2 * 20 / 0.2])
     assert half["standard_error_of_20_draws"] == pytest.approx([0.4 / 2**0.5, 0.2 / 2**0.5])
 
 
 def test_goals_are_met_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sharp = bench_sweep.compare_sharpness(made_rounds(), TWO, WORTH)
+    sharp = sweep_sharpness.compare_sharpness(made_rounds(), TWO, WORTH)
     parts = {
         "layer-sharpness": sharp,
         "layers": {"ratio": [1.0, 1.8, 2.5]},
@@ -253,7 +523,7 @@ def test_goals_are_met_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
         "busy": {"fp32": {"busy": 0.95}, "bf16": {"busy": 0.5}},
     }
     run: dict[str, Any] = {"options": {"arch": "ViT-B-32", "device": "cpu"}, "parts": parts}
-    got = {goal["what"].partition(", ")[2]: goal["met"] for goal in bench_sweep.goals(run)}
+    got = {goal["what"].partition(", ")[2]: goal["met"] for goal in sweep_goals.goals(run)}
     assert got == {
         "layer-wise sharpness, equal draws, fp32": True,
         "layer-wise sharpness, equal standard error, fp32": True,
@@ -262,10 +532,10 @@ def test_goals_are_met_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
         "interpolation of 500x375 images, cold": True,
         "interpolation of 500x375 images, warm cache": False,
     }
-    run["goals"] = list(bench_sweep.goals(run))
+    run["goals"] = list(sweep_goals.goals(run))
     assert "layer-wise interpolation: 1.8, goal 1.9: MISSED" in "\n".join(sweep_report.goals(run))
     run["options"] = {"arch": "ViT-L-14", "device": "cuda"}
-    got = {goal["what"].partition(", ")[2]: goal["met"] for goal in bench_sweep.goals(run)}
+    got = {goal["what"].partition(", ")[2]: goal["met"] for goal in sweep_goals.goals(run)}
     assert got["layer-wise sharpness, equal standard error, bf16"]
     assert got["layer-wise sharpness, 2 draws for 20, bf16"]
     assert not got["layer-wise sharpness, equal standard error, fp32"]

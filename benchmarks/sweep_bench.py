@@ -1,0 +1,213 @@
+"""What a run measures, kept as it goes: each timing is on disk before the next begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import record
+import sweep_case
+import sweep_goals
+import torch
+from sweep_case import Case
+from sweep_options import Options
+
+from rft_fast import disk
+from rft_fast.evaluate import Evaluator
+from rft_fast.evaluate.precision import PRECISIONS
+
+T = TypeVar("T")
+# Largest difference of two losses that are the same number, as a share of 1 + loss: batches of other
+# sizes round differently. In fewer bits that is all that can be expected.
+SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+class TimeIsUp(Exception):
+    """No further measurement begins."""
+
+
+class Log:
+    """The runs of a call, one for each architecture. ``out``: a JSON file that always holds what is known.
+
+    Attributes:
+        runs: as the JSON file holds them: about, options, parts, goals, and failures where there are some.
+        timings: how many there are.
+    """
+
+    def __init__(self, out: Path | None = None) -> None:
+        self.out, self.timings = out, 0
+        self.runs: list[dict[str, Any]] = []
+        self._said: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def begin(self, about: Mapping[str, Any], options: Options) -> dict[str, Any]:
+        """A new run, empty."""
+        run = {"about": about, "options": asdict(options), "parts": {}, "goals": []}
+        self.runs.append(run)
+        return run
+
+    def save(self, done: bool = False) -> None:
+        """Writes the JSON file, and a row for each result that is new or another one.
+
+        done: with a part, whose goals are judged: a row for each of them, too.
+        """
+        run = self.runs[-1]
+        run["goals"] = list(sweep_goals.goals(run))
+        if self.out:
+            whole = run if len(self.runs) == 1 else {"runs": self.runs}
+            disk.replace(self.out, (json.dumps(whole, indent=1) + "\n").encode())
+        for key, facts in sweep_goals.rows(run):
+            if self._said.get(key) != facts and (done or key[0] != "goal"):
+                self._said[key] = facts
+                record.row(key[0], **facts)
+
+
+class Bench:
+    """One architecture: its case, and what the parts find of it.
+
+    case: made already, or what makes it when the first part begins.
+    """
+
+    def __init__(
+        self, case: Case | Callable[[], Case], options: Options, log: Log | None = None, about: Any = None
+    ) -> None:
+        self._make, self.options = case, options
+        self.log = Log() if log is None else log
+        self.run = self.log.begin(about or {}, options)
+        self.failures: list[AssertionError] = []
+        self._part, self._found = "", {}
+        self._shared: dict[Any, Any] = {}
+
+    @property
+    def case(self) -> Case:
+        if not isinstance(self._make, Case):
+            self.check_time("making weights and images")
+            self._make = self._make()
+        return self._make
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def shared(self, key: Any, make: Callable[[], T]) -> T:
+        """What several parts use, made by the first."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def measure(self, part: str, run: Callable[[Bench], None]) -> dict[str, Any]:
+        """One part. Returns what it found, all that there was time for.
+
+        Raises AssertionError where two contenders have not the same numbers, once the rest is measured.
+        """
+        self._part, self._found, self.failures = part, {}, []
+        try:
+            run(self)
+        except TimeIsUp as up:
+            record.left_out(f"{self.options.arch}, {part}: {up} and what follows")
+        finally:
+            self.log.save(done=True)
+        if self.failures:
+            raise self.failures[0]
+        return self._found
+
+    def begin(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What the part fills in as it measures; it counts from its first timing on."""
+        self._found = found
+        return found
+
+    def not_measured(self, why: str) -> None:
+        """The part says why it cannot be measured here."""
+        self.begin({"not measured": why})
+        self.run["parts"][self._part] = self._found
+        record.row("not measured", arch=self.options.arch, part=self._part, why=why)
+        self.log.save()
+
+    def check_time(self, what: str) -> None:
+        """Raises TimeIsUp where ``what`` shall not begin any more."""
+        if record.time_is_up():
+            raise TimeIsUp(what)
+
+    def timed(self, what: str, run: Callable[[], T]) -> tuple[T, float]:
+        """What it returns, and the seconds until the device is done.
+
+        Raises TimeIsUp where it is too late to begin.
+        """
+        self.check_time(what)
+        self._synchronize()
+        start = perf_counter()
+        found = run()
+        self._synchronize()
+        return found, perf_counter() - start
+
+    def timing(self, contender: str, seconds: float, precision: str = "fp32", **facts: Any) -> None:
+        """A timing whose numbers are found right, and which the part has filled in: on disk on return."""
+        self.log.timings += 1
+        self.run["parts"][self._part] = self._found
+        where = {"arch": self.options.arch, "part": self._part, "contender": contender}
+        record.row("timing", **where, precision=precision, seconds=seconds, **facts)
+        self.log.save()
+
+    def failed(self, error: AssertionError) -> None:
+        """Numbers that differ. The part goes on, and fails at its end."""
+        self.failures.append(error)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def evaluator(self, precision: str = "fp32", samples: int | None = None) -> Evaluator:
+        """Of the first images, in our batches; the model is cut in stages once for all."""
+        case = self.case
+        if samples in (None, len(case.data.labels)):
+            return case.evaluator(precision)
+        key = ("evaluator", precision, samples)
+        return self.shared(key, lambda: case.evaluator(precision).on([sweep_case.cut(case.data, samples)]))
+
+
+def allowed(precision: str, loss: float) -> float:
+    """How far two losses of about this size may be apart, and be the same number."""
+    return (1 + loss) * (2e-3 if precision == "tf32" else SAME[PRECISIONS[precision]])
+
+
+def turns(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """For each round, how many times longer the peer took; the last round may be without one of them."""
+    return [theirs / mine for theirs, mine in zip(peer, ours)]
+
+
+def check_same(
+    what: str, ours: Mapping[Any, Sequence[float]], peer: Mapping[Any, Sequence[float]], allowed: float
+) -> float:
+    """The largest difference between numbers under the same keys.
+
+    Raises AssertionError where one is larger than allowed or not finite, and for other keys.
+    """
+    if set(ours) != set(peer):
+        raise AssertionError(f"{what}: ours and the peer measured different things: {set(ours) ^ set(peer)}")
+    largest = 0.0
+    for key in ours:
+        for mine, theirs in zip(ours[key], peer[key], strict=True):
+            if not abs(mine - theirs) <= allowed:  # a NaN is not
+                raise AssertionError(
+                    f"{what}: {key}: ours {mine}, the peer's {theirs}, allowed {allowed:.1e}"
+                )
+            largest = max(largest, abs(mine - theirs))
+    return largest
+
+
+def check_scores(
+    what: str,
+    ours: Mapping[Any, Sequence[float]],
+    peer: Mapping[Any, Sequence[float]],
+    samples: int,
+    precision: str = "fp32",
+) -> float:
+    """Losses must agree; of the accuracies one image may be a tie that rounds either way."""
+    losses, peers = ({key: value[:1] for key, value in side.items()} for side in (ours, peer))
+    hits, peers_hits = ({key: value[1:] for key, value in side.items()} for side in (ours, peer))
+    largest = max((value[0] for value in ours.values()), default=0.0)
+    check_same(f"{what}: accuracy", hits, peers_hits, 1.001 / samples)
+    return check_same(f"{what}: loss", losses, peers, allowed(precision, largest))

@@ -1,0 +1,219 @@
+"""What only a device can tell: graphs, stages, streamed images, attention, how busy a GPU is."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import sweep_case
+import torch
+from sweep_bench import Bench, allowed, check_same, turns
+from sweep_sharpness import request
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from rft_fast.evaluate import Evaluator, evaluator
+from rft_fast.evaluate.graphs import WARM
+from rft_fast.evaluate.precision import exact
+from rft_fast.studies import interpolation, layerwise_sharpness
+
+NO_GPU = "there is no GPU"
+
+
+def graphs(bench: Bench) -> None:
+    """CUDA graphs on against off: plain draws of layer-wise sharpness, of few images, where launches show."""
+    o, case = bench.options, bench.case
+    if not o.on_gpu:
+        return bench.not_measured(NO_GPU)
+    found = bench.begin({})
+    data = [sweep_case.cut(case.data, o.few)]
+    layers = list(case.some_layers(2))
+    draws = min(4, o.draws)
+    for precision in o.types:
+        path = case.path(precision)
+        bench.check_time(f"recordings in {precision}")
+        sides = {
+            name: Evaluator(path.model, data, None, precision, graphs=name == "on") for name in ("on", "off")
+        }
+
+        def run(name: str, path: Any = path, sides: Any = sides) -> pd.DataFrame:
+            protocol = o.protocol("plain", 0)
+            return layerwise_sharpness(
+                path, sides[name], [o.alpha], [o.rho], draws, layers, protocol=protocol
+            )
+
+        for _ in range(WARM + 1):  # then all is recorded
+            for name in sides:
+                bench.check_time(f"recordings in {precision}")
+                run(name)
+        found[precision] = {"rounds": [], "times_faster": []}
+        compare(bench, found[precision], precision, {name: lambda n=name: run(n) for name in sides})
+    return None
+
+
+def compare(
+    bench: Bench, found: dict[str, Any], precision: str, runs: Mapping[str, Callable[[], pd.DataFrame]]
+) -> None:
+    """Two contenders in turns, whose numbers must agree: how many times faster the first is."""
+    fast, slow = runs
+    for number in range(bench.options.rounds):
+        this: dict[str, Any] = {"seconds": {}}
+        found["rounds"].append(this)
+        tables = {}
+        for name, run in runs.items():
+            tables[name], seconds = bench.timed(f"{name}, {precision}, round {number},", run)
+            facts = {}
+            if name == slow:
+                ours, peer = ({i: (loss,) for i, loss in enumerate(tables[n]["loss"])} for n in runs)
+                most = allowed(precision, max(loss for (loss,) in ours.values()))
+                largest = check_same(f"{fast} and {slow} in {precision}", ours, peer, most)
+                facts["largest_difference"] = this["largest_difference"] = largest
+            this["seconds"][name] = seconds
+            if name == slow:
+                found["times_faster"] += turns([seconds], [this["seconds"][fast]])
+            bench.timing(name, seconds, precision, round=number, **facts)
+
+
+def stages(bench: Bench) -> None:
+    """How many stages the model is cut into here; on another device products may have other bits.
+
+    One precision of each type of weights is looked at: how products are taken changes nothing.
+    """
+    found = bench.begin({})
+    for precision in bench.options.types:
+        bench.check_time(f"stages in {precision}")
+        count = len(bench.evaluator(precision).stages.image)
+        seconds, why = bench.case.cut[precision]
+        found[precision] = {"stages": count, "one_stage": count == 1, "seconds": seconds}
+        found[precision] |= {"why": why} if why else {}
+        bench.timing("cutting", seconds, precision, stages=count)
+
+
+def streaming(bench: Bench) -> None:
+    """Interpolation with images that are streamed from the host against images on the device, in turns."""
+    o, case = bench.options, bench.case
+    if not o.on_gpu:
+        return bench.not_measured(NO_GPU)
+    found = bench.begin({})
+    for precision in o.precisions:
+        bench.check_time(f"warm-up in {precision}")
+        path = case.path(precision)
+        resident = bench.evaluator(precision)
+        # The same batches and stages; only the room for images on the device is none.
+        with mock.patch.object(evaluator, "RESIDENT", 0):
+            streamed = resident.on([case.data])
+        places = [e._feeds[0].images.device.type for e in (resident, streamed)]
+        if places != [bench.device.type, "cpu"]:
+            raise RuntimeError(f"streaming: expected images on the device and on the host, found {places}")
+
+        def run(mine: Evaluator, path: Any = path) -> pd.DataFrame:
+            return interpolation(path, mine, o.grid)
+
+        runs = {"resident": lambda e=resident: run(e), "streamed": lambda e=streamed: run(e)}
+        for warm in runs.values():
+            warm()
+        found[precision] = {"rounds": [], "times_faster": []}
+        compare(bench, found[precision], precision, runs)
+    return None
+
+
+def attention(bench: Bench) -> None:
+    """Attention in float32 as torch chooses to compute it, and its plain products, beside float64.
+
+    At the shapes of the architecture, on unit normals. Errors are relative to the root mean square of the
+    float64 result.
+    """
+    o, device = bench.options, bench.device
+    heads, tokens, size = sweep_case.attention_of(o.arch)
+    shape = (o.few, heads, tokens, size)
+    generator = torch.Generator().manual_seed(0)
+    exactly = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for _ in range(3)]
+    q, k, v = (tensor.float() for tensor in exactly)
+    bench.check_time("attention in float64")
+    with torch.inference_mode(), exact("fp32"):
+        with sdpa_kernel(SDPBackend.MATH):
+            wanted = scaled_dot_product_attention(*(tensor.double() for tensor in (q, k, v)))
+        found = bench.begin({"fp32": {"shape": list(shape), "backend": backend(q, k, v)}})["fp32"]
+        found |= {"rounds": [], "times_faster": []}
+
+        def math_only() -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return scaled_dot_product_attention(q, k, v)
+
+        runs = {"default": lambda: scaled_dot_product_attention(q, k, v), "math": math_only}
+        for run in runs.values():
+            run()
+        for number in range(o.rounds):
+            seconds: dict[str, float] = {}
+            found["rounds"].append({"seconds": seconds})
+            for name, run in runs.items():
+                got, seconds[name] = bench.timed(f"attention, {name}, round {number},", run)
+                error = (got.double() - wanted).abs() / wanted.square().mean().sqrt()
+                facts = {"error_largest": float(error.max()), "error_mean": float(error.mean())}
+                found |= {f"{name}_{what}": value for what, value in facts.items()}
+                if name == "math":
+                    found["times_faster"] += turns([seconds["math"]], [seconds["default"]])
+                bench.timing(name, seconds[name], round=number, **facts)
+
+
+def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The name of what torch chooses here, where this version of torch says so."""
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    return "unknown" if choose is None else SDPBackend(choose(q, k, v)).name.lower()
+
+
+def busy(bench: Bench) -> None:
+    """Share of a request's time in which the GPU works, in each precision.
+
+    The time in which at least one kernel, copy or fill runs is what the profiler saw. The time of the request
+    is that of runs without it, since it slows the host but not the kernels; the share under the profiler, a
+    lower bound, is given too.
+    """
+    if not bench.options.on_gpu:
+        return bench.not_measured(NO_GPU)
+    found = bench.begin({})
+    for precision in bench.options.precisions:
+        mine = request(bench, precision)
+        mine.warm_up()
+
+        def run(mine: Any = mine) -> pd.DataFrame:
+            return mine.ours("gradient", 0)
+
+        walls: list[float] = []
+        for number in range(bench.options.rounds):
+            walls.append(bench.timed(f"GPU busy, {precision}, round {number},", run)[1])
+            found[precision] = {"seconds": walls}
+            bench.timing("gradient", walls[-1], precision, round=number)
+        bench.check_time(f"GPU busy, {precision}, profiled")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            _, profiled = bench.timed(f"GPU busy, {precision}, profiled,", run)
+        with tempfile.TemporaryDirectory() as scratch:
+            trace = Path(scratch, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            kernels = working(json.loads(trace.read_text()))
+        shares = {"busy": kernels / statistics.median(walls), "busy_profiled": kernels / profiled}
+        found[precision] |= {"kernels": kernels, **shares}
+        bench.timing("gradient, profiled", profiled, precision, kernels=kernels)
+    return None
+
+
+def working(trace: Mapping[str, Any]) -> float:
+    """Seconds of a profiler's trace in which something ran on the GPU; overlaps count once."""
+    spans = sorted(
+        (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        for event in trace["traceEvents"]
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
+    total, reached = 0.0, -math.inf
+    for start, stop in spans:
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total / 1e6

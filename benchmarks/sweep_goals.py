@@ -1,0 +1,120 @@
+"""What a run of bench_sweep.py comes to: goals, met or missed, and a row for each result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+STAGES = 41  # of ViT-L/14 on a GPU: less than that, and what was cut on the CPU was not cut there
+SOME = 10  # so many numbers at most are listed in a row
+
+
+def goals(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What was promised of this device and architecture, what was got, and whether that is enough.
+
+    Without what is not measured.
+    """
+    options, parts = run["options"], run["parts"]
+    on_gpu = torch.device(options["device"]).type == "cuda"
+    if options["arch"] == "tiny" or (not on_gpu and options["arch"] != "ViT-B-32"):
+        return
+
+    def goal(what: str, got: Sequence[float] | float | None, least: float) -> Iterator[dict[str, Any]]:
+        if got is None or got == []:
+            return
+        value = statistics.median(got) if isinstance(got, Sequence) else got
+        yield {"what": f"{options['arch']}, {what}", "got": value, "goal": least, "met": value >= least}
+
+    sharp = parts.get("layer-sharpness", {"modes": {}})
+    wanted = [("fp32", 20 if on_gpu else 10)]
+    if "fp32" in sharp["modes"]:
+        equal = sharp["modes"]["fp32"]["equal_draws"]
+        yield from goal("layer-wise sharpness, equal draws, fp32", equal, 2.5 if on_gpu else 1.9)
+        wanted += [(sharp["fastest"], 50)] if on_gpu and sharp["fastest"] else []
+    for precision, least in wanted:
+        mode = sharp["modes"].get(precision, {})
+        what = f"layer-wise sharpness, equal standard error, {precision}"
+        yield from goal(what, mode.get("equal_se"), least)
+        what = f"layer-wise sharpness, {mode.get('draws_needed')} draws for 20, {precision}"
+        yield from goal(what, mode.get("request"), least)
+    if "layers" in parts and not on_gpu:
+        yield from goal("layer-wise interpolation", parts["layers"]["ratio"], 1.9)
+    for size, sweep in parts.get("interpolation", {}).items():
+        yield from goal(f"interpolation of {size} images, cold", sweep["cold"], 1.0)
+        yield from goal(f"interpolation of {size} images, warm cache", sweep["warm"], 2.0)
+    if on_gpu:
+        for precision, share in parts.get("busy", {}).items():
+            yield from goal(f"GPU busy, {precision}", share.get("busy"), 0.9)
+        for precision, cut in parts.get("stages", {}).items():
+            if options["arch"] == "ViT-L-14":
+                yield from goal(f"stages, {precision}", cut["stages"], STAGES)
+
+
+def rows(run: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """(key, facts) of each result and goal; the key begins with the kind.
+
+    A later row with the same key takes the place of an earlier one.
+    """
+    arch = run["options"]["arch"]
+    for part, found in run["parts"].items():
+        for precision, name, value in RESULTS[part](found):
+            facts: dict[str, Any] = {"arch": arch, "part": part, "precision": precision, "name": name}
+            if isinstance(value, list) and not value:
+                continue
+            facts["value"] = statistics.median(value) if isinstance(value, list) else value
+            if isinstance(value, list) and len(value) > 1:
+                facts["values"] = value[:SOME]
+            yield ("result", arch, part, precision, name), facts
+    for goal in run["goals"]:
+        yield ("goal", goal["what"]), {"arch": arch, **goal}
+
+
+Result = tuple[str, str, Any]  # precision, name, a number or one for each round
+
+
+def sharpness(found: Mapping[str, Any]) -> Iterator[Result]:
+    for precision, mode in found["modes"].items():
+        for name, value in mode.items():
+            yield precision, name, statistics.median(value) if name == "worth_here" else value
+    if found["fastest"]:
+        yield found["fastest"], "fastest", found["fastest"]
+
+
+def layers(found: Mapping[str, Any]) -> Iterator[Result]:
+    yield "fp32", "ratio", found["ratio"]
+
+
+def interpolation(found: Mapping[str, Any]) -> Iterator[Result]:
+    for size, sweep in found.items():
+        for name in ("cold", "warm"):
+            yield "fp32", f"{size}, {name}", sweep[name]
+
+
+def scaling(found: Mapping[str, Any]) -> Iterator[Result]:
+    for axis, points in found["axes"].items():
+        for size, seconds in points.items():
+            for contender, values in seconds.items():
+                yield "fp32", f"{size} {axis}, {contender}, seconds", values
+
+
+def by_precision(found: Mapping[str, Any]) -> Iterator[Result]:
+    """Numbers and words that a part found in each precision, without its rounds."""
+    for precision, facts in found.items():
+        if precision != "not measured":
+            yield from ((precision, name, fact) for name, fact in facts.items() if name != "rounds")
+
+
+RESULTS = {
+    "layer-sharpness": sharpness,
+    "layers": layers,
+    "interpolation": interpolation,
+    "scaling": scaling,
+    "busy": by_precision,
+    "graphs": by_precision,
+    "stages": by_precision,
+    "streaming": by_precision,
+    "attention": by_precision,
+}

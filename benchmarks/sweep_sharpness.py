@@ -1,0 +1,349 @@
+"""Layer-wise sharpness beside the published practice: equal draws, and equal standard error.
+
+At equal standard error, a contender costs (seconds per draw) x (variance of one draw). Seconds are those of
+the whole request, with the clean pass and, for the gradient control variate, the backward pass. Since fewer
+than two draws have no standard error, the request that needs as many draws as it takes is timed, too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import peers_sweep
+import sweep_case
+from sweep_bench import Bench, allowed, check_same, turns
+from sweep_options import PUBLISHED_DRAWS, Options
+
+from rft_fast.evaluate import Evaluator
+from rft_fast.evaluate.precision import PRECISIONS, exact
+from rft_fast.studies import Protocol, layerwise_sharpness
+
+CONTENDERS = ("peer", "plain", "two", "gradient")  # what matters most first
+
+
+class Sharpness:
+    """One request for layer-wise sharpness, of both sides, in one precision.
+
+    Both write the same live model: a study writes all of it before it reads any, and so does the peer.
+    """
+
+    def __init__(self, bench: Bench, precision: str = "fp32", options: Options | None = None) -> None:
+        self.bench, self.precision = bench, precision
+        self.options = bench.options if options is None else options
+        case = bench.case
+        self.path, self.model = case.path(precision), case.live(precision)
+        dtype = PRECISIONS[precision]
+        size = self.options.batch
+        self.batches = bench.shared(("batches", dtype, size), lambda: case.batches(size, dtype))
+        weights = {w.name: w.finetuned for w in self.path.weights()}
+        self.draw = bench.shared("noise", lambda: peers_sweep.noise(weights))
+        self._warm: set[tuple[Any, ...]] = set()
+
+    def ours(self, estimator: str, seed: int, **other: Any) -> pd.DataFrame:
+        o = replace(self.options, **other)
+        return layerwise_sharpness(
+            self.path,
+            self.bench.evaluator(self.precision, o.samples),
+            o.positions,
+            [o.rho],
+            o.draws,
+            list(self.bench.case.some_layers(o.layers)),
+            protocol=o.protocol(estimator, seed),
+        )
+
+    def peer(self, seed: int, **other: Any) -> dict[tuple[str, float], list[float]]:
+        o = replace(self.options, **other)
+        with exact(self.precision):
+            return peers_sweep.layer_sharpness(
+                self.model,
+                self.bench.case.zeroshot,
+                self.bench.case.finetuned,
+                first(self.batches, o.samples),
+                self.bench.case.some_layers(o.layers),
+                o.positions,
+                o.rho,
+                o.draws,
+                seed,
+                self.draw,
+                o.noise_batch,
+            )
+
+    def warm_up(self, **other: Any) -> None:
+        """What is made once: workspaces on either side and, on a GPU, recordings, for each request.
+
+        Raises TimeIsUp where it is too late to begin.
+        """
+        on_gpu = self.options.on_gpu
+        few = other if on_gpu else {**other, "draws": 2}
+        key = tuple(sorted(other.items())) if on_gpu else (other.get("samples"),)
+        if key in self._warm:
+            return
+        for estimator in ("plain", "gradient"):
+            self.bench.check_time(f"warm-up in {self.precision}")
+            self.ours(estimator, 0, **few)
+        if not self._warm:
+            self.peer(0, layers=1, draws=2)
+        self._warm.add(key)
+
+    def check(self, ours: pd.DataFrame, peer: dict[tuple[str, float], list[float]]) -> float:
+        """ours: of the plain estimator with the peer's draws. Means and standard errors must agree."""
+        mine = {(r.layer, r.alpha): (r.sharpness, r.sharpness_se) for r in ours.itertuples()}
+        theirs = {key: (float(np.mean(values)), se(values)) for key, values in peer.items()}
+        most = allowed(self.precision, float(ours["loss"].max()))
+        return check_same(f"layer-wise sharpness in {self.precision}", mine, theirs, most)
+
+
+def request(bench: Bench, precision: str) -> Sharpness:
+    """The same for all parts of a run."""
+    return bench.shared(("sharpness", precision), lambda: Sharpness(bench, precision))
+
+
+def first(batches: Sequence[peers_sweep.Batch], samples: int) -> list[peers_sweep.Batch]:
+    """The batches of the first images, the last of them cut."""
+    found, left = [], samples
+    for images, labels in batches:
+        if left > 0:
+            found.append((images[:left], labels[:left]))
+        left -= len(labels)
+    return found
+
+
+def se(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def layer_sharpness(bench: Bench) -> None:
+    """Rounds of the peer, plain draws and the control variate in every precision, each with a new seed.
+
+    How many plain draws one with the control variate is worth depends on the weights, so it is measured on
+    trained ones, of the digits zoo, once the rounds are done, and only stated for the random ones here.
+    """
+    o = bench.options
+    found = bench.begin(
+        {"layers": list(bench.case.some_layers(o.layers)), "worth": {}, "rounds": []}
+        | compare_sharpness([], o, {})
+    )
+    for seed in range(o.rounds):
+        this = {"seed": seed, "seconds": {}, "largest_difference": {}, "sharpness": {}, "sharpness_se": {}}
+        found["rounds"].append(this)
+        for precision in o.precisions:
+            try:
+                one_round(bench, found, this, precision)
+            except AssertionError as error:  # the other precisions are still measured
+                bench.failed(error)
+    worth_on_digits(bench, found)
+
+
+def one_round(bench: Bench, found: dict[str, Any], this: dict[str, Any], precision: str) -> None:
+    """All contenders in one precision, once."""
+    o, seed = bench.options, this["seed"]
+    mine = request(bench, precision)
+    mine.warm_up()
+    mine.warm_up(draws=2)
+    runs = {
+        "peer": lambda: mine.peer(seed),
+        "plain": lambda: mine.ours("plain", seed),
+        "two": lambda: mine.ours("gradient", seed, draws=2),
+        "gradient": lambda: mine.ours("gradient", seed),
+    }
+    peer: Any = None
+    for contender in CONTENDERS:
+        name = f"{contender} {precision}"
+        got, seconds = bench.timed(f"{name}, round {seed},", runs[contender])
+        facts = {}
+        if contender == "peer":
+            peer = got
+        if contender == "plain":
+            facts["largest_difference"] = this["largest_difference"][precision] = mine.check(got, peer)
+        if contender in ("plain", "gradient"):
+            this["sharpness"][name] = column(got, "sharpness")
+            this["sharpness_se"][name] = column(got, "sharpness_se")
+        this["seconds"][name] = seconds
+        found |= compare_sharpness(found["rounds"], o, medians(found["worth"]))
+        bench.timing(contender, seconds, precision, round=seed, **facts)
+
+
+def column(table: pd.DataFrame, name: str) -> list[float]:
+    return [float(value) for value in table[name]]
+
+
+def medians(worth: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {precision: statistics.median(values) for precision, values in worth.items()}
+
+
+def worth_on_digits(bench: Bench, found: dict[str, Any]) -> None:
+    """Plain fp32 draws that one with the control variate is worth, for layers of trained models.
+
+    It is what is known of the weights, and hardly of the device: a GPU takes one model, to save its time.
+    """
+    o = bench.options
+    bench.check_time("what a draw is worth")
+    digits = sweep_case.Digits(bench.device, samples=64, models=1 if o.on_gpu or o.arch == "tiny" else 3)
+
+    def variances(precision: str, estimator: str) -> np.ndarray:
+        squares: list[float] = []
+        for model in digits.finetuned:
+            path = digits.path(model, precision)
+            evaluator = Evaluator(path.model, digits.data[:1], precision=precision)
+            layers = sweep_case.spread(sweep_case.in_order(path, evaluator), 10)
+            table = layerwise_sharpness(
+                path, evaluator, [o.alpha], [o.rho], o.draws, layers, protocol=Protocol(estimator)
+            )
+            squares += column(table, "sharpness_se")
+        return np.square(squares)
+
+    plain, _ = bench.timed("what a draw is worth", lambda: variances("fp32", "plain"))
+    for precision in o.precisions:
+        what = f"what a draw is worth in {precision}"
+        here, seconds = bench.timed(what, lambda p=precision: variances(p, "gradient"))
+        found["worth"][precision] = (plain / here).tolist()
+        found |= compare_sharpness(found["rounds"], o, medians(found["worth"]))
+        bench.timing("worth", seconds, precision)
+
+
+def compare_sharpness(
+    rounds: Sequence[dict[str, Any]], options: Options, worth: Mapping[str, float]
+) -> dict[str, Any]:
+    """The ratios that the rounds show; lists have a number for each round.
+
+    A round counts for a precision where all contenders of it, and of fp32, are there.
+
+    worth: for each precision, the plain fp32 draws that one with the control variate is worth. Without it
+    the ratios at equal standard error are left out.
+    """
+    names = list(dict.fromkeys(name for r in rounds for name in r["seconds"]))
+    every = {name: [r["seconds"][name] for r in rounds if name in r["seconds"]] for name in names}
+    fp32 = [r for r in rounds if complete(r, "fp32")]
+    if not fp32:
+        return {"seconds": every, "standard_error_of_20_draws": [], "modes": {}, "fastest": None}
+    plain = variance(fp32, "plain fp32", options)
+    yardstick = np.sqrt(plain / PUBLISHED_DRAWS)
+    modes = {}
+    for precision in options.precisions:
+        whole = [r for r in fp32 if complete(r, precision)]
+        if whole:
+            modes[precision] = mode(whole, options, precision, yardstick, worth.get(precision))
+    able = [p for p in modes if modes[p]["error_over_se"] < 1 and "request" in modes[p]]
+    fastest = max(able, key=lambda p: statistics.median(modes[p]["request"]), default=None)
+    return {
+        "seconds": every,
+        "standard_error_of_20_draws": yardstick.tolist(),
+        "modes": modes,
+        "fastest": fastest,
+    }
+
+
+def complete(this: Mapping[str, Any], precision: str) -> bool:
+    return all(f"{contender} {precision}" in this["seconds"] for contender in CONTENDERS)
+
+
+def variance(rounds: Sequence[Mapping[str, Any]], name: str, options: Options) -> np.ndarray:
+    """Of one draw, for each layer, over all rounds."""
+    return np.mean([np.square(r["sharpness_se"][name]) for r in rounds], axis=0) * options.draws
+
+
+def mode(
+    rounds: Sequence[dict[str, Any]],
+    options: Options,
+    precision: str,
+    yardstick: np.ndarray,
+    worth: float | None,
+) -> dict[str, Any]:
+    """What one precision's complete rounds show."""
+
+    def seconds(name: str) -> np.ndarray:
+        return np.array([r["seconds"][name] for r in rounds])
+
+    published, peer = seconds("peer fp32"), seconds(f"peer {precision}")
+    plain, two, ours = (seconds(f"{name} {precision}") for name in ("plain", "two", "gradient"))
+    here = variance(rounds, "plain fp32", options) / variance(rounds, f"gradient {precision}", options)
+    relative = precision_errors(rounds, precision) / yardstick
+    found = {
+        "equal_draws": turns(peer.tolist(), plain.tolist()),
+        "equal_draws_published": turns(published.tolist(), plain.tolist()),
+        "worth_here": here.tolist(),
+        "equal_se_here": (published / ours * np.median(here)).tolist(),
+        "error_over_se": float(np.median(relative)),
+        "error_over_se_largest": float(relative.max()),
+        "layers_below_se": float(np.mean(relative < 1)),
+    }
+    if worth is None:
+        return found
+    # A request takes some time, and more for each draw. Fewer than two have no standard error.
+    needed = max(2, math.ceil(PUBLISHED_DRAWS / worth))
+    request = two + (needed - 2) * (ours - two) / max(options.draws - 2, 1)
+    return found | {
+        "worth": worth,
+        "equal_se": (published / ours * worth).tolist(),
+        "draws_needed": needed,
+        "request": (published / options.draws * PUBLISHED_DRAWS / request).tolist(),
+    }
+
+
+def precision_errors(rounds: Sequence[dict[str, Any]], precision: str) -> np.ndarray:
+    """How far from fp32's each layer's sharpness is, with the same draws: root mean square over rounds."""
+    moved = [
+        np.subtract(r["sharpness"][f"gradient {precision}"], r["sharpness"]["gradient fp32"]) for r in rounds
+    ]
+    return np.sqrt(np.mean(np.square(moved), axis=0))
+
+
+def scaling(bench: Bench) -> None:
+    """Seconds of layer-wise sharpness against each of its four sizes, the others as in ``base``."""
+    o = bench.options
+    most = o.samples
+    base = {"layers": 2, "draws": 4, "alphas": 1, "samples": max(most // 2, o.batch)}
+    axes = {
+        "layers": [1, 2, 4],
+        "draws": [2, 4, 8],
+        "alphas": [1, 2, 4],
+        "samples": sorted({max(most // 4, o.batch), base["samples"], most}),
+    }
+    found = bench.begin({"base": base, "axes": {axis: {} for axis in axes}})
+    mine = Sharpness(bench, "fp32", replace(o, alpha=0.0))
+    measured: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    for axis, values in axes.items():
+        for value in values:
+            sizes = {**base, axis: value}
+            key = tuple(sizes.values())
+            new = key not in measured
+            found["axes"][axis][str(value)] = seconds = measured.setdefault(key, {})
+            if not new:
+                continue
+            mine.warm_up(**sizes)
+            for number in range(o.rounds):
+                one_size(bench, mine, number, sizes, seconds)
+            said = ", ".join(f"{name} {statistics.median(times):.1f} s" for name, times in seconds.items())
+            print(f"scaling, {sizes}: {said}", file=sys.stderr, flush=True)
+
+
+def one_size(
+    bench: Bench,
+    mine: Sharpness,
+    number: int,
+    sizes: Mapping[str, int],
+    measured: dict[str, list[float]],
+) -> None:
+    """One round of all contenders at these sizes."""
+    runs = {
+        "peer": lambda: mine.peer(0, **sizes),
+        "plain": lambda: mine.ours("plain", 0, **sizes),
+        "gradient": lambda: mine.ours("gradient", 0, **sizes),
+    }
+    peer: Any = None
+    for name, run in runs.items():
+        got, seconds = bench.timed(f"{name} of {dict(sizes)}, round {number},", run)
+        facts = {}
+        if name == "peer":
+            peer = got
+        if name == "plain":
+            facts["largest_difference"] = mine.check(got, peer)
+        measured.setdefault(name, []).append(seconds)
+        bench.timing(name, seconds, round=number, **sizes, **facts)
