@@ -42,6 +42,8 @@ def findings(rows: list[Row]) -> Iterator[Finding]:
             yield ("proven" if row["met"] else "failed"), told
         elif row["kind"] == "left out":
             yield "not tried", f"{row['step']}: {row['what']}: the time was up"
+        elif row["kind"] == "not measured":
+            yield "not tried", f"{row['step']}: {row['part']} of {row['arch']}: {row['why']}"
 
 
 def of_steps(rows: list[Row]) -> Iterator[Finding]:
@@ -143,18 +145,20 @@ def kernels(rows: list[Row]) -> Iterator[str]:
 
 
 def sweeps(rows: list[Row]) -> Iterator[str]:
-    """Timings and results of whole sweeps, as their rows tell them."""
+    """Results and timings of whole sweeps: a table each, with the columns that its rows have."""
     for kind, title in (("result", "Results of sweeps"), ("timing", "Timings of sweeps")):
-        members = [row for row in rows if row["kind"] == kind]
+        members = [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
+        columns = list(dict.fromkeys(column for row in members for column in row))
         if members:
-            yield f"\n## {title}\n"
+            yield f"\n## {title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}"
         for row in members:
-            facts = (f"{k} {short(v)}" for k, v in row.items() if k not in ("kind", "step") and v is not None)
-            yield f"- {row['step']}: " + ", ".join(facts)
+            yield "| " + " | ".join(short(row.get(column)) for column in columns) + " |"
 
 
 def short(value: object) -> str:
-    """Numbers with four digits, lists in brackets."""
+    """Numbers with four digits, lists in brackets, nothing for None."""
+    if value is None:
+        return ""
     if isinstance(value, list):
         return "[" + ", ".join(map(short, value)) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

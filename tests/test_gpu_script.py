@@ -354,6 +354,7 @@ def test_the_report_tells_proven_failed_and_not_tried_apart() -> None:
             "q3": 33,
         },
         {"step": "s", "kind": "goal", "what": "GPU busy", "got": 0.8, "goal": 0.9, "met": False},
+        {"step": "s", "kind": "not measured", "part": "busy", "arch": "tiny", "why": "there is no GPU"},
         {"step": "s", "kind": "result", "part": "stages", "value": 51.123456},
         {"step": "t", "kind": "step", "outcome": "failed", "why": "exit 1", "seconds": 3, "limit": 9},
     ]
@@ -376,6 +377,7 @@ def test_the_report_tells_proven_failed_and_not_tried_apart() -> None:
         ],
         "not tried": [
             "t: t.py::c: the time was up",
+            "s: busy of tiny: there is no GPU",
             "goal: triton, float32, both, 256M: share of triad: not measured",
         ],
     }.items():
@@ -383,7 +385,7 @@ def test_the_report_tells_proven_failed_and_not_tried_apart() -> None:
         assert set(expected) <= set(whats), whats
         assert kind != "failed" or len(whats) == len(expected)
     text = gpu_report.summary(rows)
-    assert "| torch._foreach_* |" in text and "value 51.12" in text and "gpu H200, 580" in text
+    assert "| torch._foreach_* |" in text and "| s | stages | 51.12 |" in text and "gpu H200, 580" in text
     # On a CPU nothing was promised of a GPU's kernels.
     rows[0]["device"] = "cpu"
     assert not any("share of triad" in what for _, what in gpu_report.findings(rows))
