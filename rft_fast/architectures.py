@@ -16,24 +16,13 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
-from . import files
+from . import allowed, files
 from .checkpoints.activation import NAMES, TOWERS, Activation, of_model_cfg
 from .words import some
 
 HUB = "hf-hub:"
 QUICK = "-quickgelu"
 
-_MODEL_KEYS = (
-    "custom_text",
-    "embed_dim",
-    "init_logit_bias",
-    "init_logit_scale",
-    "multimodal_cfg",
-    "nonscalar_logit_scale",
-    "quick_gelu",
-    "text_cfg",
-    "vision_cfg",
-)
 _PREPROCESS_KEYS = ("fill_color", "interpolation", "mean", "mode", "resize_mode", "size", "std")
 _PREPROCESS_VALUES = {
     "mode": ("RGB",),
@@ -91,13 +80,13 @@ def config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, An
     if not isinstance(content, dict):
         raise ValueError(f"arch: {label} must hold an object, got {type(content).__name__}")
     if "model_cfg" in content:
-        _known(content, ("model_cfg", "preprocess_cfg"), f"arch: {label}:")
+        allowed.known(content, ("model_cfg", "preprocess_cfg"), f"arch: {label}:")
         model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
     else:
         model_cfg, preprocess_cfg = content, {}
     if not isinstance(model_cfg, dict) or not isinstance(preprocess_cfg, dict):
         raise ValueError(f"arch: {label}: model_cfg and preprocess_cfg must be objects")
-    _known(model_cfg, _MODEL_KEYS, f"arch: {label}: model_cfg")
+    allowed.check(model_cfg, f"arch: {label}:")
     if not isinstance(model_cfg.get("embed_dim"), int):
         raise ValueError(f"arch: {label}: model_cfg needs an integer embed_dim")
     if not isinstance(model_cfg.get("vision_cfg"), dict):
@@ -124,7 +113,7 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
             f"preprocess: pretrained tags belong to open_clip's model names, and {label} is none; "
             f"leave the tag {pretrained!r} out, and write its settings into preprocess_cfg"
         )
-    _known(cfg, _PREPROCESS_KEYS, f"preprocess: {label}: preprocess_cfg")
+    allowed.known(cfg, _PREPROCESS_KEYS, f"preprocess: {label}: preprocess_cfg")
     image_size = _pair(model_cfg["vision_cfg"].get("image_size", 224))
     size = _pair(cfg.get("size", image_size))
     if size != image_size:
@@ -158,8 +147,7 @@ def visual(arch: str | PathLike[str]) -> nn.Module:
     """
     label, model_cfg, _ = config(arch)
     vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}  # pooled features alone
-    if vision_cfg.get("timm_model_name"):
-        vision_cfg["timm_model_pretrained"] = False  # never download
+    vision_cfg["timm_model_pretrained"] = False  # never download
     tower: nn.Module = _make(label, model_cfg, vision_cfg, _NO_TEXT).visual
     return tower
 
@@ -182,26 +170,25 @@ def text(arch: str | PathLike[str]) -> nn.Module:
     return tower
 
 
-def tokenizer(arch: str | PathLike[str]) -> Any:
-    """open_clip's tokenizer of an architecture (as in :func:`config`): strings -> int64 [n, context].
+def tokenizer(arch: str | PathLike[str], network: bool = False) -> Any:
+    """open_clip's tokenizer of an architecture: strings -> int64 [n, context].
 
-    Raises ValueError where the tokenizer is not to be had (Hugging Face's need the package transformers,
-    and a download), or is not the one of the model's vocabulary.
+    Args:
+        arch: as in :func:`config`.
+        network: whether a tokenizer of Hugging Face that a *file* names, or the configuration of another
+            repository, may be downloaded. Those of open_clip's own names always may.
+
+    Raises:
+        ValueError: the tokenizer is not to be had (Hugging Face's need the package transformers, and a
+            download), is not the one of the model's vocabulary, or is not one that a file may name
+            (:func:`rft_fast.allowed.tokenizer`).
     """
     label, model_cfg, _ = config(arch)
     text_cfg = _text_cfg(label, model_cfg)
     context = text_cfg.get("context_length", 77)
     options = text_cfg.get("tokenizer_kwargs") or {}
     if name := text_cfg.get("hf_tokenizer_name"):
-        try:
-            mode = text_cfg.get("tokenizer_mode")
-            return open_clip.tokenizer.HFTokenizer(name, context, tokenizer_mode=mode, **options)
-        except Exception as error:  # of the network, of the hub, of transformers, or that it is missing
-            raise ValueError(
-                f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: "
-                f"{error}. Install transformers and download it once while online, or give a head that "
-                "was made elsewhere (--zeroshot-head FILE)"
-            ) from error
+        return _of_hugging_face(label, name, context, text_cfg.get("tokenizer_mode"), options, network)
     try:
         simple = open_clip.SimpleTokenizer(context_length=context, **options)
     except Exception as error:  # whatever a configuration's words do to it
@@ -214,6 +201,45 @@ def tokenizer(arch: str | PathLike[str]) -> Any:
             "elsewhere (--zeroshot-head FILE)"
         )
     return simple
+
+
+def _of_hugging_face(
+    label: str, name: str, context: int, mode: str | None, options: Mapping[str, Any], network: bool
+) -> Any:
+    """A tokenizer of transformers, from the local cache first."""
+    repository, _, revision = label.removeprefix(HUB).partition("@")
+    if label in open_clip.list_models():
+        network, local = True, False
+    else:
+        beside = None if label.startswith(HUB) else Path(label).parent
+        name, local = allowed.tokenizer(name, beside, f"arch: {label}:")
+        # Who names a repository means its tokenizer, too.
+        network = (network or (label.startswith(HUB) and name == repository)) and not local
+    pinned = {"revision": revision} if label.startswith(HUB) and revision and name == repository else {}
+    problem: Exception | None = None
+    for offline in (True, False) if network else (True,):
+        try:
+            return open_clip.tokenizer.HFTokenizer(
+                name,
+                context,
+                tokenizer_mode=mode,
+                **options,
+                **pinned,
+                local_files_only=offline,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # of the network, of the hub, of transformers, or that it is missing
+            problem = error
+    remedy = "Install transformers and download it once while online"
+    if not network and not local:
+        remedy = (
+            f"A file starts no download: install transformers and download it (hf download {name}), or give "
+            "--fetch to the sweep"
+        )
+    raise ValueError(
+        f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: {problem}. "
+        f"{remedy}, or give a head that was made elsewhere (--zeroshot-head FILE)"
+    ) from problem
 
 
 def check_activation(arch: str | PathLike[str], pretrained: str) -> None:
@@ -436,14 +462,6 @@ def _text_cfg(label: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names(candidates: Iterable[str]) -> list[str]:
     return [name for name in candidates if name in open_clip.list_models()]
-
-
-def _known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-            raise ValueError(f"{where} has no entry {key!r}; {hint}")
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -53,10 +53,15 @@ examples:
 
 
 def parser(zoo: bool = True) -> argparse.ArgumentParser:
-    """The options of the command line, with or without those that say what a zoo file has entries for."""
+    """The options of the command line; without ``zoo``, those that a zoo file may have in ``[options]``.
+
+    These say what is measured. Where it is written, who computes, what is fetched and what is printed is for
+    the user's own command (:func:`refused_in_zoo`); models, data and head have entries of their own.
+    """
     top = program.parser(
         "sweep",
         version=zoo,
+        add_help=zoo,
         usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -70,8 +75,35 @@ def parser(zoo: bool = True) -> argparse.ArgumentParser:
     _add_layers(top)
     _add_sharpness(top)
     _add_pruning(top)
-    _add_running(top)
+    _add_numbers(top)
+    if zoo:
+        _add_running(top)
     return top
+
+
+_REASONS = {
+    "where results are written": "out overwrite",
+    "which files are kept where": "cache no-cache",
+    "who computes, and with how much": "device workers memory-limit compile",
+    "what is downloaded": "fetch",
+    "to whom results are sent": "track",
+    "what is printed": "quiet json help version",
+    "whether anything is measured": "plan",
+}
+
+
+def refused_in_zoo(name: str) -> str:
+    """Why an option of the command line may not stand in a zoo file; empty where there is no such option.
+
+    Args:
+        name: without dashes.
+    """
+    if f"--{name}" not in parser()._option_string_actions:
+        return ""
+    whose = next((what for what, names in _REASONS.items() if name in names.split()), "")
+    if whose:
+        return f"{whose} is for the user's own command to say, and no zoo file; leave it out"
+    return "it belongs to the zoo's other entries (docs/zoo.md), or to the command line; leave it out"
 
 
 def _add_models(top: argparse.ArgumentParser) -> None:
@@ -383,21 +415,8 @@ def _add_pruning(top: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_running(top: argparse.ArgumentParser) -> None:
-    group = top.add_argument_group("how it runs")
-    group.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="directory for rows and figures; the same command goes on with the run that is there "
-        "(default: a new one in rft-runs/)",
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the run in DIR, rather than go on with it"
-    )
-    group.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
+def _add_numbers(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("how it is computed")
     group.add_argument(
         "--impl",
         choices=registry.IMPLS,
@@ -419,14 +438,36 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         "has what the others cost in accuracy: bf16 and fp16 spoil sharpness near zero)",
     )
     group.add_argument(
+        "--no-graphs", action="store_true", help="on a GPU, do not record launches as CUDA graphs"
+    )
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read, and count them in the rows, rather than refuse",
+    )
+
+
+def _add_running(top: argparse.ArgumentParser) -> None:
+    group = top.add_argument_group("how it runs")
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="directory for rows and figures; the same command goes on with the run that is there "
+        "(default: a new one in rft-runs/)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the run in DIR, rather than go on with it"
+    )
+    group.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    group.add_argument(
         "--memory-limit",
         metavar="GIB",
         type=_margin,
         help="memory for images, held activations and batches (default: of what is free, 80 %% on a GPU, "
         "half on the CPU)",
-    )
-    group.add_argument(
-        "--no-graphs", action="store_true", help="on a GPU, do not record launches as CUDA graphs"
     )
     group.add_argument(
         "--compile",
@@ -442,16 +483,17 @@ def _add_running(top: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-cache", action="store_true", help="decode images anew, keep nothing")
     group.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave out images that cannot be read, and count them in the rows, rather than refuse",
-    )
-    group.add_argument(
         "--workers",
         metavar="N",
         type=_workers,
         help="measure on several GPUs or machines with Ray (docs/cluster.md): a number, auto for one to a "
         "GPU (or 8 cores) of this machine, or ray://HOST:PORT of a cluster",
+    )
+    group.add_argument(
+        "--fetch",
+        action="store_true",
+        help="download what a zoo file names and this machine has not (hf-hub:..., published weights, "
+        "tokenizers); with --plan, anything. What this command line names itself is downloaded without it",
     )
     group.add_argument("--quiet", action="store_true", help="say nothing but errors; run.log has it all")
     group.add_argument(

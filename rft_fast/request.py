@@ -17,7 +17,7 @@ from .cluster import connection
 from .datasets.labels import as_given
 from .evaluate import precision
 from .kernels import registry
-from .options import parser
+from .options import parser, refused_in_zoo
 from .studies.estimators import Protocol
 from .studies.rows import STUDIES
 
@@ -277,6 +277,8 @@ def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None
     known = sorted(name for action in options._actions for name in action.option_strings)
     for word in words:
         if word.startswith("--") and word not in known:
+            if reason := refused_in_zoo(word[2:]):
+                raise ValueError(f"{options.prog}: {word[2:]} is refused here: {reason}")
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"did you mean {near[0][2:]}?" if near else "--help lists them"
             raise ValueError(f"{options.prog}: there is no option {word[2:]}; {hint}")

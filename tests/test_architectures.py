@@ -225,7 +225,7 @@ def test_quick_gelu_goes_with_the_weights(tmp_path: Path) -> None:
         (changed(quickgelu=True), ("did you mean 'quick_gelu'?",)),
         ({"model_cfg": {"vision_cfg": CONFIG["vision_cfg"]}}, ("embed_dim",)),
         ({"embed_dim": 16}, ("vision_cfg",)),
-        (changed(vision_cfg={**CONFIG["vision_cfg"], "depth": 3}), ("depth", "cannot make the tower")),
+        (changed(vision_cfg={**CONFIG["vision_cfg"], "depth": 3}), ("depth", "has no entry")),
     ],
 )
 def test_bad_config_files(tmp_path: Path, content: Any, words: tuple[str, ...]) -> None:

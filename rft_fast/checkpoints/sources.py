@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 _HUB = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -49,19 +50,60 @@ def check_source(source: str, arch: str) -> None:
     )
 
 
-def fetch(source: str, arch: str) -> Path:
-    """The local file of a source (as in :func:`check_source`); downloads it when it is none and not cached.
+def fetch(source: str, arch: str, network: bool = True) -> Path:
+    """The local file of a source (as in :func:`check_source`).
 
-    Raises ValueError as :func:`check_source` does, and when the download fails, with what to do offline.
+    Args:
+        network: download it when it is no file, and ask whether what is cached is still current.
+
+    Raises:
+        ValueError: as :func:`check_source` does; the download fails, with what to do offline; without
+            ``network``, it is not on this machine.
     """
     check_source(source, arch)
     if Path(source).is_file():
         return Path(source)
+    if not network:
+        if (there := cached(source, arch)) is None:
+            raise ValueError(f"fetch: {source!r} of {arch} is not on this machine; --fetch downloads it")
+        return there
     hub = _HUB.fullmatch(source)
     file = _from_hub(hub[1], hub[2]) if hub else _from_open_clip(source, arch)
     if not file.is_file():
         raise ValueError(f"fetch: {source!r} of {arch} was fetched to {file}, but there is no such file")
     return file
+
+
+def cached(source: str, arch: str) -> Path | None:
+    """The local file of a source, without asking the network; None where there is none."""
+    if Path(source).is_file():
+        return Path(source)
+    if hub := _HUB.fullmatch(source):
+        return in_cache(hub[1], _HUB_FILES, hub[2])
+    import open_clip
+
+    known = open_clip.get_pretrained_cfg(arch, source)
+    repository, _, name = known.get("hf_hub", "").rpartition("/")
+    if repository:  # as open_clip does: safetensors first
+        name = name or _HUB_FILES[1]
+        safe = _HUB_FILES[0] if name == _HUB_FILES[1] else str(Path(name).with_suffix(".safetensors"))
+        return in_cache(repository, (safe, name))
+    file = Path("~/.cache/clip", known.get("url", "").rpartition("/")[2]).expanduser()
+    return file if file.is_file() else None
+
+
+def in_cache(repository: str, names: Sequence[str], revision: str | None = None) -> Path | None:
+    """The first of a repository's files that the local cache of huggingface_hub has; None: it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
+    return next((Path(file) for file in found if isinstance(file, str)), None)
+
+
+def commit(file: Path) -> str | None:
+    """The commit that a file in the cache of huggingface_hub is of; None for another file."""
+    whole = file.parent.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", file.parent.name)
+    return file.parent.name if whole else None
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:

@@ -1,0 +1,215 @@
+"""What an architecture file may say: an allow-list, as its entries become arguments of other libraries.
+
+A file comes from anybody. It describes shapes; it starts no download, names no code and reads no file of the
+user's. open_clip's own configurations all pass (a test sees to that).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _sizes(value: Any) -> bool:
+    return _number(value) or (isinstance(value, list) and 0 < len(value) < 10 and all(map(_number, value)))
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w-]*", value, re.ASCII) is not None
+
+
+def _timm(value: Any) -> bool:
+    return isinstance(value, str) and (
+        value == "" or (re.fullmatch(r"[\w.]+", value, re.ASCII) is not None and timm.is_model(value))
+    )
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _within(known: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(k in known and known[k](v) for k, v in value.items())
+
+
+# What a value must be -> in words.
+_WORDS: dict[Any, str] = {
+    _number: "a finite number",
+    _flag: "true or false",
+    _sizes: "a number, or a list of numbers",
+    _word: "a word",
+    _timm: "the name of a model of timm's own (timm.list_models()), from no hub and no folder",
+    _text: "a string",
+}
+_CLEAN = re.compile("lower|canonicalize|whitespace")
+_ACTIVATION = _within({"approximate": _word})
+_NORM = _within({"eps": _number, "elementwise_affine": _flag, "bias": _flag})
+_TOKENIZER = _within(
+    {
+        "clean": lambda value: _word(value) and _CLEAN.fullmatch(value) is not None,
+        "strip_sep_token": _flag,
+        "language": _word,
+        "reduction_mask": _word,
+    }
+)
+_WORDS[_ACTIVATION] = "an object with nothing but approximate"
+_WORDS[_NORM] = "an object with nothing but eps, elementwise_affine and bias"
+_WORDS[_TOKENIZER] = (
+    "an object with nothing but clean (lower, canonicalize, whitespace), strip_sep_token, language and "
+    "reduction_mask"
+)
+
+
+def _table(**kinds: str) -> dict[str, Callable[[Any], bool]]:
+    by_kind = {"numbers": _number, "flags": _flag, "words": _word, "sizes": _sizes}
+    return {name: by_kind[kind] for kind, names in kinds.items() for name in names.split()}
+
+
+_BLOCKS = "qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc"
+_VISION = {
+    **_table(
+        sizes="image_size layers patch_size",
+        numbers="width head_width mlp_ratio ls_init_value patch_dropout attn_pooler_queries "
+        "attn_pooler_heads timm_drop timm_drop_path",
+        flags="attentional_pool no_ln_pre final_ln_after_pool output_tokens timm_model_pretrained "
+        f"timm_proj_bias {_BLOCKS}",
+        words="pos_embed_type pool_type block_type timm_pool timm_proj",
+    ),
+    "timm_model_name": _timm,
+    "act_kwargs": _ACTIVATION,
+    "norm_kwargs": _NORM,
+}
+_TEXT = {
+    **_table(
+        numbers="context_length vocab_size width heads layers mlp_ratio ls_init_value pad_id eos_id",
+        flags="embed_cls no_causal_mask final_ln_after_pool proj_bias output_tokens hf_model_pretrained "
+        + _BLOCKS,
+        words="pool_type proj_type block_type tokenizer_mode hf_proj_type hf_pooler_type",
+    ),
+    "hf_tokenizer_name": _text,  # tokenizer() says which
+    "hf_model_name": _text,  # never made: architectures.text refuses it
+    "tokenizer_kwargs": _TOKENIZER,
+    "act_kwargs": _ACTIVATION,
+    "norm_kwargs": _NORM,
+}
+_MODEL = {
+    **_table(
+        numbers="embed_dim init_logit_bias init_logit_scale",
+        flags="custom_text quick_gelu nonscalar_logit_scale",
+    ),
+    "vision_cfg": _within(dict.fromkeys(_VISION, lambda _: True)),
+    "text_cfg": _within(dict.fromkeys(_TEXT, lambda _: True)),
+    "multimodal_cfg": lambda value: isinstance(value, dict),  # never made
+}
+
+
+def check(model_cfg: Mapping[str, Any], where: str) -> None:
+    """Refuses a model_cfg with an entry, or a value, that is not on the list.
+
+    Args:
+        where: begins the message.
+
+    Raises:
+        ValueError: the entry, and what it may be; for an unknown one the nearest.
+    """
+    known(model_cfg, tuple(_MODEL), f"{where} model_cfg")
+    tables = (("vision_cfg", _VISION), ("text_cfg", _TEXT))
+    for name, table in tables:
+        if isinstance(model_cfg.get(name), dict):
+            known(model_cfg[name], tuple(table), f"{where} {name}")
+    for name, table in (("model_cfg", _MODEL), *tables):
+        entries = model_cfg if name == "model_cfg" else model_cfg.get(name)
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            allowed = table[key]
+            if value is not None and not allowed(value):
+                wanted = _WORDS.get(allowed, "an object of such entries")
+                raise ValueError(f"{where} {name}.{key} must be {wanted}; got {_brief(value)}")
+
+
+def known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
+    """Refuses entries that are not among the names, with the nearest. Raises ValueError."""
+    for key in table:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+            raise ValueError(f"{where} has no entry {key!r}; {hint}")
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def tokenizer(name: str, beside: Path | None, where: str) -> tuple[str, bool]:
+    """Where a tokenizer that a configuration names is: a folder beside it, or a repository of Hugging Face.
+
+    Args:
+        name: as the configuration has it.
+        beside: the folder of the file; None: the configuration is no file of this machine.
+        where: begins the message.
+
+    Returns:
+        The real path of the folder, or the repository; and whether it is a folder.
+
+    Raises:
+        ValueError: a path that leaves the folder, also through a link; links or special files in it; a
+            tokenizer that wants to import Python; what is neither a folder nor the name of a repository.
+    """
+    if beside is not None and (os.path.lexists(beside / name) or not _HUB_NAME.fullmatch(name)):
+        base, folder = beside.resolve(), (beside / name).resolve()
+        if not folder.is_relative_to(base) or folder == base:
+            raise ValueError(
+                f"{where} the tokenizer {name!r} lies in {folder}, outside the folder of the file, {base}; "
+                "put its folder there"
+            )
+        if not folder.is_dir():
+            raise ValueError(f"{where} the tokenizer {name!r}: there is no folder {folder}")
+        _check_folder(folder, where)
+        return str(folder), True
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise ValueError(f"{where} the tokenizer {name!r} is neither a folder beside the file nor ORG/NAME")
+    if os.path.lexists(name):  # transformers would take it
+        raise ValueError(
+            f"{where} the tokenizer {name!r} is a repository of Hugging Face, but the working directory has "
+            "something of that name, which would be taken for it; run this elsewhere"
+        )
+    return name, False
+
+
+def _check_folder(folder: Path, where: str) -> None:
+    for file in sorted(folder.rglob("*")):
+        mode = file.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(
+                f"{where} the tokenizer's folder has {file}, a link or no file; put the file there"
+            )
+        if file.suffix == ".json" and stat.S_ISREG(mode):
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):
+                continue  # transformers says what is wrong with it, if it matters
+            if isinstance(content, dict) and "auto_map" in content:
+                raise ValueError(
+                    f"{where} {file} asks to import Python (auto_map), which never happens; remove that "
+                    "entry, or make the head elsewhere (--zeroshot-head FILE)"
+                )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
