@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from . import allowed, files
 from .checkpoints.activation import NAMES, TOWERS, Activation, of_model_cfg
+from .checkpoints.sources import commit, in_cache
 from .words import some
 
 HUB = "hf-hub:"
+_CONFIG = "open_clip_config.json"  # of a repository
 QUICK = "-quickgelu"
 
 _PREPROCESS_KEYS = ("fill_color", "interpolation", "mean", "mode", "resize_mode", "size", "std")
@@ -170,18 +172,22 @@ def text(arch: str | PathLike[str]) -> nn.Module:
     return tower
 
 
-def tokenizer(arch: str | PathLike[str], network: bool = False) -> Any:
+class NotHere(ValueError):
+    """A tokenizer that is not on this machine, where nothing may be downloaded."""
+
+
+def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
     """open_clip's tokenizer of an architecture: strings -> int64 [n, context].
 
     Args:
         arch: as in :func:`config`.
-        network: whether a tokenizer of Hugging Face that a *file* names, or the configuration of another
-            repository, may be downloaded. Those of open_clip's own names always may.
+        network: whether a tokenizer of Hugging Face may be downloaded. None: that of an open_clip model name,
+            and one in the repository that ``arch`` is, but not one that only a file names.
 
     Raises:
-        ValueError: the tokenizer is not to be had (Hugging Face's need the package transformers, and a
-            download), is not the one of the model's vocabulary, or is not one that a file may name
-            (:func:`rft_fast.allowed.tokenizer`).
+        NotHere: it would have to be downloaded, and may not.
+        ValueError: it is not to be had (Hugging Face's need the package transformers), is not the one of the
+            model's vocabulary, or is not one that a file may name (:func:`rft_fast.allowed.tokenizer`).
     """
     label, model_cfg, _ = config(arch)
     text_cfg = _text_cfg(label, model_cfg)
@@ -204,17 +210,19 @@ def tokenizer(arch: str | PathLike[str], network: bool = False) -> Any:
 
 
 def _of_hugging_face(
-    label: str, name: str, context: int, mode: str | None, options: Mapping[str, Any], network: bool
+    label: str, name: str, context: int, mode: str | None, options: Mapping[str, Any], network: bool | None
 ) -> Any:
     """A tokenizer of transformers, from the local cache first."""
     repository, _, revision = label.removeprefix(HUB).partition("@")
-    if label in open_clip.list_models():
-        network, local = True, False
-    else:
+    own, local = label in open_clip.list_models(), False
+    if not own:
         beside = None if label.startswith(HUB) else Path(label).parent
         name, local = allowed.tokenizer(name, beside, f"arch: {label}:")
-        # Who names a repository means its tokenizer, too.
-        network = (network or (label.startswith(HUB) and name == repository)) and not local
+        own = label.startswith(HUB) and name == repository
+    if local:
+        network = False
+    elif network is None:
+        network = own
     pinned = {"revision": revision} if label.startswith(HUB) and revision and name == repository else {}
     problem: Exception | None = None
     for offline in (True, False) if network else (True,):
@@ -230,15 +238,17 @@ def _of_hugging_face(
             )
         except Exception as error:  # of the network, of the hub, of transformers, or that it is missing
             problem = error
-    remedy = "Install transformers and download it once while online"
-    if not network and not local:
-        remedy = (
-            f"A file starts no download: install transformers and download it (hf download {name}), or give "
-            "--fetch to the sweep"
-        )
-    raise ValueError(
-        f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: {problem}. "
-        f"{remedy}, or give a head that was made elsewhere (--zeroshot-head FILE)"
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    said = f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: {reason}."
+    other = "or give a head that was made elsewhere (--zeroshot-head FILE)"
+    if local:
+        raise ValueError(f"{said} Install transformers, {other}") from problem
+    if network:
+        remedy = "Install transformers and download it once while online"
+        raise ValueError(f"{said} {remedy}, {other}") from problem
+    raise NotHere(
+        f"{said} Nothing downloads it unless you say so: install transformers, then hf download {name}, or "
+        f"--fetch, {other}"
     ) from problem
 
 
@@ -414,14 +424,36 @@ def _seen(state: Mapping[str, Tensor]) -> dict[str, object]:
 def _from_hub(arch: str) -> Path:
     repository, _, revision = arch.removeprefix(HUB).partition("@")
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(repository, "open_clip_config.json", revision=revision or None)
-        )
+        return Path(huggingface_hub.hf_hub_download(repository, _CONFIG, revision=revision or None))
     except Exception as error:  # of the network, of the hub, or a bad name
         raise ValueError(
             f"arch: the open_clip_config.json of {arch} could not be had: {error}. Offline, fetch it once "
             "where there is a network, and name that file as the arch"
         ) from error
+
+
+def pin(arch: str, network: bool) -> str:
+    """A repository with the commit that its configuration is of: ``hf-hub:org/name@commit``.
+
+    Args:
+        network: ask Hugging Face for the newest one; otherwise the local cache alone.
+
+    Returns:
+        ``arch`` itself where the cache does not tell the commit; empty where nothing is in it and nothing may
+        be downloaded.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    repository, _, revision = arch.removeprefix(HUB).partition("@")
+    if network:
+        file: Path | None = _from_hub(arch)
+    else:
+        file = in_cache(repository, [_CONFIG], revision or None)
+    if file is None:
+        return ""
+    found = commit(file)
+    return f"{HUB}{repository}@{found}" if found else arch
 
 
 def _of_tags(name: str, pretrained: str | None) -> dict[str, Any]:

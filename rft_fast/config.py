@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, files, results, wiring, zoo
+from . import __version__, architectures, checkpoints, files, results, wiring, zoo
 from .evaluate import Evaluator
 from .kernels import registry
 from .request import Request
@@ -22,8 +23,8 @@ from .wiring import Models, Studies
 
 # Of a request: what has an entry of its own, or does not matter for the numbers.
 _ELSEWHERE = (
-    "zoo device impl out overwrite layer_images sharpness_images batch_size memory_limit cache plan workers "
-    "quiet json track"
+    "zoo device impl out overwrite layer_images sharpness_images batch_size memory_limit cache plan fetch "
+    "workers quiet json track"
 ).split()
 
 
@@ -38,6 +39,10 @@ def asked(request: Request) -> dict[str, Any]:
     content = files.sha256(file) if file.is_file() else None
     known |= {"zoo": source.name, "options of the zoo": list(source.options)}
     known |= {"arch": file.name if content else arch, "sha256 of the architecture": content}
+    if arch.startswith(architectures.HUB):
+        # A repository goes by its configuration: the commit, which may change another file, is only recorded.
+        pinned = {"path": arch, "sha256": _digest(architectures.config(arch)[1:])}
+        known |= {"arch": arch.partition("@")[0], "repository of the architecture": pinned}
     found: dict[str, Any] = json.loads(json.dumps(known))
     return found
 
@@ -45,16 +50,19 @@ def asked(request: Request) -> dict[str, Any]:
 def complete(models: Models, work: Studies) -> dict[str, Any]:
     """The complete request, with what it runs on; neither command nor date."""
     request = models.request
+    source = request.zoo
 
     def content(weights: zoo.Weights) -> dict[str, object]:
         file = Path(weights.source)
         where = str(file.absolute()) if file.is_file() else weights.source
+        if weights is source.zeroshot and (commit := checkpoints.commit(models.common[0])):
+            where = f"{where.partition('@')[0]}@{commit}"
         return {"path": where, "format": weights.format, "sha256": models.hashes[weights.source]}
 
     def images(evaluator: Evaluator) -> dict[str, int]:
         return {data.name: len(data.labels) for data in evaluator.datasets}
 
-    source, device = request.zoo, request.device
+    device = request.device
     found: dict[str, Any] = {
         **asked(request),
         "zeroshot": content(source.zeroshot),
@@ -130,6 +138,10 @@ def resumed(request: Request) -> Request:
         return request
     sizes = {name: there[name] for name in ("batch_size", "memory_limit") if getattr(request, name) is None}
     return replace(request, **sizes)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _file(models: Models, file: Path | None) -> dict[str, str] | None:

@@ -51,6 +51,7 @@ class Setup:
         whose text tower makes it.
     zeroshot_head: ``classification_head.weight`` [classes, d], and ``.bias`` where there is one, which
         count instead of the zero-shot checkpoint's own (:func:`rft_fast.checkpoints.load_head`).
+    network: whether a tokenizer may be downloaded (:func:`rft_fast.architectures.tokenizer`).
 
     Raises ValueError for values that are none of these, and for some that make no sense together.
     """
@@ -61,6 +62,7 @@ class Setup:
     prompts: Prompts | None = None
     scale: float | None = None
     zeroshot_head: Mapping[str, Tensor] | None = None
+    network: bool | None = None
 
     def __post_init__(self) -> None:
         for what, value, known in (("towers", self.towers, TOWERS), ("head", self.head, HEADS)):
@@ -275,7 +277,7 @@ class Ends:
     def _tokens(self) -> Tensor:
         if self.setup.prompts is None:
             raise ValueError("ends: there are no prompts to make a head from; give --class-names")
-        return tokenise(self.setup.arch, self.setup.prompts)
+        return tokenise(self.setup.arch, self.setup.prompts, self.setup.network)
 
     def _told(self, zeroshot: Mapping[str, Tensor], classes: int | None) -> int:
         """How many classes there are, where the zero-shot end has no head of its own."""

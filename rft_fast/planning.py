@@ -8,12 +8,20 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from . import cost, datasets, summary, wiring
+from . import architectures, cost, datasets, summary, wiring
 from . import path as paths
 from .evaluate import Evaluator
 from .pieces import Counter, total
-from .request import Request
+from .request import NotFetched, Request
 from .wiring import Counts, Models
+
+
+def unfetched(what: object) -> str:
+    """What is printed instead of a plan, where something would have to be downloaded first."""
+    return (
+        f"would be downloaded: {what}\nNothing was. The same command with --fetch downloads it and says what "
+        "the run costs."
+    )
 
 
 def plan(request: Request) -> str:
@@ -22,9 +30,18 @@ def plan(request: Request) -> str:
     Loads the models, lists the images, counts what the studies would do and times what one of each thing
     takes, on random pixels, in about ten seconds. Decodes and measures nothing.
 
-    Raises ValueError for what a run would refuse, unreadable images apart.
+    Raises NotFetched for a tokenizer that would have to be downloaded, and ValueError for what a run would
+    refuse, unreadable images apart.
     """
-    models = Models.load(request)
+    try:
+        models = Models.load(request)
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, architectures.NotHere):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise NotFetched(f"a tokenizer ({cause})") from error
     sets = wiring.find_images(request, models.rows)
     whole = {found.name: (found.count, request.zoo.data[found.name].ood) for found in sets}
     start = perf_counter()

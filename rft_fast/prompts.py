@@ -113,15 +113,15 @@ def templates(source: str) -> tuple[str, ...]:
         raise ValueError(f"templates: {source}: {error}") from None
 
 
-def tokens(arch: str | PathLike[str], prompts: Prompts) -> Tensor:
+def tokens(arch: str | PathLike[str], prompts: Prompts, network: bool | None = None) -> Tensor:
     """The prompts as the text tower of an architecture takes them: int64 [classes, templates, context].
 
-    arch: as in :func:`rft_fast.architectures.config`.
+    arch, network: as in :func:`rft_fast.architectures.tokenizer`.
 
     Raises ValueError where the architecture's tokenizer is not to be had, or a prompt is longer than the
     context (open_clip would cut it off).
     """
-    tokenizer = architectures.tokenizer(arch)
+    tokenizer = architectures.tokenizer(arch, network)
     rows = []
     for index in tqdm(range(len(prompts.class_names)), "tokenising prompts", disable=None, leave=False):
         texts = prompts.of(index)

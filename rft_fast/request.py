@@ -87,18 +87,27 @@ class Request:
     cache: Path | None  # None: none
     skip_unreadable: bool
     plan: bool
+    fetch: bool | None  # what may be downloaded: anything, nothing; None: what the command line names
     workers: str | None  # a number, "auto", or where a Ray cluster is; None: this process alone
     quiet: bool
     json: bool
     track: list[str]
 
 
+class NotFetched(Exception):
+    """What a plan needs is not on this machine yet; says what would be downloaded."""
+
+
 def read(argv: Sequence[str]) -> Request:
     """The request of a command line, checked as far as is possible without loading anything.
 
-    The options of a zoo file stand before those of the command line, which override them.
+    The options of a zoo file stand before those of the command line, which override them. Repositories of
+    Hugging Face are pinned to the commit that they are at.
 
-    Raises ValueError for what argparse cannot check; exits with 2, as argparse does, for the rest.
+    Raises:
+        ValueError: what argparse cannot check.
+        NotFetched: ``--plan``, and something would have to be downloaded first.
+        SystemExit: with 2, as argparse does, for the rest.
     """
     options = parser()
     arguments = options.parse_args(argv)
@@ -152,6 +161,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     if arguments.quiet and arguments.json:
         raise ValueError("argument --json: not together with --quiet")
     trackers.check(arguments.track)
+    its_zoo, fetch = _sources(its_zoo, arguments)
     if arguments.cache is not None and arguments.no_cache:
         raise ValueError("argument --no-cache: not together with --cache")
     _check_models(its_zoo)
@@ -230,6 +240,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         cache=None if arguments.no_cache else arguments.cache or cache.directory(),
         skip_unreadable=arguments.skip_unreadable,
         plan=arguments.plan,
+        fetch=fetch,
         workers=arguments.workers,
         quiet=arguments.quiet,
         json=arguments.json,
@@ -278,7 +289,7 @@ def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None
     for word in words:
         if word.startswith("--") and word not in known:
             if reason := refused_in_zoo(word[2:]):
-                raise ValueError(f"{options.prog}: {word[2:]} is refused here: {reason}")
+                raise ValueError(f"{options.prog}: there is no option {word[2:]} here: {reason}")
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"did you mean {near[0][2:]}?" if near else "--help lists them"
             raise ValueError(f"{options.prog}: there is no option {word[2:]}; {hint}")
@@ -409,6 +420,31 @@ def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
         finetuned = {name: replace(w, format=arguments.format) for name, w in finetuned.items()}
     changes = {name: value for name, value in head.items() if value is not None}
     return replace(its_zoo, finetuned=finetuned, data=data, head=replace(its_zoo.head, **changes))
+
+
+def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, bool | None]:
+    """The zoo with its architecture pinned to a commit, and what of it may be downloaded.
+
+    The command line may start a download, by naming what it takes; a zoo file may not, and no plan does.
+    """
+    file = next((word for word in arguments.words if isinstance(word, Path)), None)
+    fetch = True if arguments.fetch else None if file is None and not arguments.plan else False
+    missing = []
+    if its_zoo.arch.startswith(architectures.HUB):
+        pinned = architectures.pin(its_zoo.arch, fetch is not False)
+        missing += [] if pinned else [f"the configuration of {its_zoo.arch}"]
+        its_zoo = replace(its_zoo, arch=pinned or its_zoo.arch)
+    source = its_zoo.zeroshot.source
+    if fetch is False and checkpoints.cached(source, its_zoo.arch) is None:
+        missing.append(f"the zero-shot weights {source}")
+    if missing and arguments.plan:
+        raise NotFetched("; ".join(missing))
+    if missing:
+        raise ValueError(
+            f"{file} names what is not on this machine: {'; '.join(missing)}. A zoo file starts no download; "
+            "--fetch does"
+        )
+    return its_zoo, fetch
 
 
 def _check_models(its_zoo: zoo.Zoo) -> None:

@@ -15,7 +15,7 @@ from .cluster.driver import Cluster, Failed
 from .options import parser
 from .program import Interrupted, Stop
 from .progress import Progress, held_warnings
-from .request import Request, read
+from .request import NotFetched, Request, read
 from .running import Pool
 
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str]) -> int:
                 followers = trackers.open_trackers(
                     request.track, run.directory, run.config, run.directory.name
                 )
+        except NotFetched as error:
+            print(planning.unfetched(error))
+            return 0
         except (OSError, RuntimeError, ValueError) as error:
             if run is not None:
                 run.close()

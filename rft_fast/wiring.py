@@ -36,7 +36,7 @@ class Models:
     ends: Ends
     live: nn.Module
     inputs: files.Inputs
-    common: tuple[Path, ...]  # those of all models
+    common: tuple[Path, ...]  # those of all models, the zero-shot checkpoint first
     hashes: dict[str, str] = field(default_factory=dict)
     layers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each fine-tuned model's path
 
@@ -47,13 +47,13 @@ class Models:
         Names, shapes and heads of all models are checked before the first prompt is encoded.
         """
         source, inputs = request.zoo, files.Inputs()
-        file = checkpoints.fetch(source.zeroshot.source, source.arch)
+        file = checkpoints.fetch(source.zeroshot.source, source.arch, request.fetch is not False)
         common = (file, *_texts(source))
         for each in (*common, *(Path(weights.source) for weights in source.finetuned.values())):
             inputs.add(each)
         for text in common[1:]:
             inputs.sha256(text)
-        setup = _setup(source)
+        setup = _setup(source, request.fetch)
         with inputs.reading(file):
             state = checkpoints.load(file, request.device, source.zeroshot.format)
         with _at(file):
@@ -121,13 +121,13 @@ def _at(file: str | Path) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _setup(source: zoo.Zoo) -> Setup:
+def _setup(source: zoo.Zoo, network: bool | None) -> Setup:
     head = source.head
     chosen = None
     if head.class_names is not None:
         chosen = prompts.Prompts(prompts.class_names(head.class_names), prompts.templates(head.templates))
     given = None if head.given is None else checkpoints.load_head(head.given)
-    return Setup(source.arch, head.towers, head.choice, chosen, head.scale, given)
+    return Setup(source.arch, head.towers, head.choice, chosen, head.scale, given, network)
 
 
 def _texts(source: zoo.Zoo) -> list[Path]:

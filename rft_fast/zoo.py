@@ -108,6 +108,9 @@ def read(path: str | PathLike[str]) -> Zoo:
         layer-data = ["sketch"]         # --layer-data sketch
         no-control = true               # --no-control
 
+    Paths may also be absolute, or lead out of the folder: what is there is read, and nothing is written. The
+    options are checked where they are used (:func:`rft_fast.options.parser` without ``zoo``).
+
     Raises ValueError, naming the file and the entry, for a file or a path in it that does not
     exist, invalid TOML, a missing or unknown entry (with the nearest known one), or a value of
     another type.

@@ -161,7 +161,7 @@ def test_a_tokenizer_of_hugging_face_gets_its_settings(monkeypatch: pytest.Monke
     monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", record)
     assert architectures.tokenizer("ViT-H-14-CLIPA") == "tokenizer"
     expected = {"name": "bert-base-uncased", "context": 32, "tokenizer_mode": None, "strip_sep_token": True}
-    assert seen == expected
+    assert seen == expected | {"trust_remote_code": False, "local_files_only": True}
 
 
 # --- preprocessing and activation ---------------------------------------------------------------------

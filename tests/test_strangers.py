@@ -10,11 +10,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
+import open_clip
 import pandas as pd
 import pytest
+import tiny_zoo
+from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
-from rft_fast import disk, figures, results, terminal, words
+from rft_fast import allowed, architectures, disk, figures, options, request, results, sweep, terminal, words
 from rft_fast.studies.rows import COLUMNS
 
 # --- files --------------------------------------------------------------------------------------------
@@ -167,3 +171,249 @@ def test_any_name_can_be_drawn(tmp_path: Path) -> None:
     texts = " ".join(t.get_text() for legend in figure.legends for t in legend.get_texts())
     assert "\\u001b" in texts and r"\$" in texts and not {"\x1b", "\u202e"} & set(texts)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and len(os.listdir(tmp_path)) == 1
+
+
+# --- what a file may say ------------------------------------------------------------------------------
+
+VISION = {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1, "mlp_ratio": 2.0}
+TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+
+
+def architecture(folder: Path, vision: object = None, text: object = None, **model: object) -> Path:
+    file = folder / "model.json"
+    cfg = {"embed_dim": 6, "vision_cfg": VISION | (vision or {}), "text_cfg": TEXT | (text or {})}  # type: ignore[operator]
+    file.write_text(json.dumps({"model_cfg": cfg | model}))
+    return file
+
+
+def test_every_architecture_of_open_clip_is_on_the_list() -> None:
+    for name in open_clip.list_models():
+        allowed.check(open_clip.get_model_config(name), name)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "model"),
+    [
+        *(
+            ({"timm_model_name": name}, None, {})
+            for name in (
+                *("hf-hub:evil/model", "hf_hub:evil/model", "local-dir:/tmp/evil", "local-dir:.", "timm/x"),
+                *("../evil", "/tmp/evil", "no_such_model", "resnet18\n", ["resnet18"], 3, "hf-hub:", "x:y"),
+            )
+        ),
+        *(
+            ({name: value}, None, {})
+            for name in ("act_kwargs", "norm_kwargs")
+            for value in ({"device": "cuda"}, {"cls": "os.system"}, {"eps": "1"}, {"approximate": ["x"]}, "x")
+        ),
+        *(
+            (None, {"tokenizer_kwargs": {name: value}}, {})
+            for name, value in {
+                **dict.fromkeys(("trust_remote_code", "use_auth_token", "force_download", "proxies"), True),
+                **dict.fromkeys(
+                    ("bpe_path", "cache_dir", "vocab_file", "gguf_file", "revision"), "/etc/passwd"
+                ),
+                **{
+                    "tokenizer_file": "x",
+                    "config": {},
+                    "clean": "__import__",
+                    "language": "a b",
+                    "token": "x",
+                },
+            }.items()
+        ),
+        *((None, {name: "x y"}, {}) for name in ("pool_type", "proj_type", "tokenizer_mode", "block_type")),
+        *((None, {name: 1}, {}) for name in ("hf_tokenizer_name", "hf_model_name")),
+        *(({name: {"a": 1}}, None, {}) for name in ("layers", "width", "image_size", "timm_pool")),
+        ({"weights": "evil.pt"}, None, {}),
+        (None, {"pretrained": "hf-hub:evil"}, {}),
+        (None, None, {"pretrained": "openai"}),
+        (None, None, {"quick_gelu": "no"}),
+        (None, None, {"text_cfg": "evil"}),
+        (None, None, {"multimodal_cfg": [1]}),
+    ],
+)
+def test_options_of_other_libraries_are_refused(
+    tmp_path: Path, vision: object, text: object, model: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=r"^arch: .*(_cfg|quick_gelu|has no entry|timm)"):
+        architectures.config(architecture(tmp_path, vision, text, **model))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What would be handed to transformers, which has nothing in its cache."""
+    asked: list[dict[str, object]] = []
+
+    def load(name: str, context: int, **options: object) -> str:
+        asked.append({"name": name, **options})
+        if options["local_files_only"] and not Path(name).is_dir():
+            raise OSError("not in the cache")
+        return "a tokenizer"
+
+    monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", load)
+    return asked
+
+
+def test_tokenizers_lie_beside_their_file(tmp_path: Path, loaded: list[dict[str, object]]) -> None:
+    zoo, outside = tmp_path / "zoo", tmp_path / "outside"
+    for folder in (zoo / "tok", outside, zoo / "auto", zoo / "linked", zoo / "fifo"):
+        folder.mkdir(parents=True)
+        (folder / "tokenizer_config.json").write_text("{}")
+    (zoo / "link").symlink_to(outside)
+    (zoo / "linked" / "tokenizer.json").symlink_to(outside / "tokenizer_config.json")
+    os.mkfifo(zoo / "fifo" / "tokenizer.json")
+    (zoo / "auto" / "config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    for name in ("tok", "./tok", "tok/../tok"):
+        assert architectures.tokenizer(architecture(zoo, text={"hf_tokenizer_name": name})) == "a tokenizer"
+        assert loaded[-1]["name"] == str(zoo / "tok") and loaded[-1]["trust_remote_code"] is False
+    count = len(loaded)
+    for name in (
+        *(
+            "../outside",
+            str(outside),
+            "link",
+            "linked",
+            "auto",
+            "fifo",
+            ".",
+            "",
+            "tok/../../outside",
+            "/",
+            "~",
+        ),
+        *("http://evil", "hf-hub:evil/x", "evil/x/y", "a b", "-x", "x\n", "file:///etc"),
+    ):
+        file = architecture(zoo, text={"hf_tokenizer_name": name or "./"})
+        with pytest.raises(ValueError, match=r"tokenizer|link|auto_map"):
+            architectures.tokenizer(file)
+    assert len(loaded) == count
+
+
+def test_a_file_downloads_no_tokenizer(
+    tmp_path: Path, loaded: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = architecture(tmp_path, text={"hf_tokenizer_name": "org/name"})
+    for network in (None, False):
+        with pytest.raises(architectures.NotHere, match="hf download org/name"):
+            architectures.tokenizer(file, network)
+    assert all(asked["local_files_only"] for asked in loaded)
+    assert architectures.tokenizer(file, network=True) == "a tokenizer"
+    assert architectures.tokenizer("ViT-B-16-SigLIP") == "a tokenizer"  # open_clip's own word for it
+    with pytest.raises(architectures.NotHere):
+        architectures.tokenizer("ViT-B-16-SigLIP", network=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arch").mkdir()
+    (tmp_path / "org" / "name").mkdir(parents=True)  # transformers would take it for the repository
+    with pytest.raises(ValueError, match="working directory"):
+        architectures.tokenizer(architecture(tmp_path / "arch", text={"hf_tokenizer_name": "org/name"}))
+
+
+# --- zoo files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
+
+
+def zoo_file(folder: Path, options: str = "seed = 0", **entries: str) -> Path:
+    entries = {"arch": "tiny.json", "zeroshot": "zeroshot.safetensors"} | entries
+    lines = ['name = "z"', *(f"{name} = {json.dumps(value)}" for name, value in entries.items())]
+    lines += ["[finetuned]", 'a = "a.safetensors"', "[data.near]", 'path = "near"', "[options]", options]
+    file = folder / f"zoo{len(list(folder.glob('zoo*.toml')))}.toml"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_options_say_what_is_measured_and_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    every = {name[2:] for name in options.parser()._option_string_actions if name.startswith("--")}
+    may = {name[2:] for name in options.parser(zoo=False)._option_string_actions}
+    assert {"samples", "rhos", "precision", "seed", "layers"} < may < every
+    never = every - may
+    assert {
+        *"out overwrite workers cache no-cache track device quiet json memory-limit fetch plan".split()
+    } < never
+    words = [f'{name} = "{tmp_path / "planted"}"' for name in never] + [f"{name} = true" for name in never]
+    words += ['layers = ["--out", "planted"]', 'layers = ["-h"]', '"out=planted" = true', '"" = true']
+    for line in words:
+        tiny_zoo.refused([str(zoo_file(folder, line))], "options of the zoo", capsys)
+    assert not list(tmp_path.iterdir())
+    asked = request.read([str(zoo_file(folder, 'samples = 5\nalphas = "0:1:3"\nbatch-size = 7'))])
+    assert (asked.samples, asked.alphas, asked.batch_size) == (5, [0, 0.5, 1], 7)
+
+
+# --- the hub ------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Hugging Face, and a local cache of it: repository -> its commits, each with files."""
+
+    def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache, self.commits, self.downloads = cache, ["a" * 40], []
+        self.files: dict[str, Path] = {}
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+
+    def download(self, repository: str, name: str, revision: str | None = None) -> str:
+        commit = revision if revision in self.commits else self.commits[-1]
+        self.downloads.append(name)
+        if name not in self.files:
+            error = EntryNotFoundError.__new__(EntryNotFoundError)
+            Exception.__init__(error, "not there")
+            raise error
+        base = self.cache / f"models--{repository.replace('/', '--')}"
+        there = base / "snapshots" / commit / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        (base / "refs").mkdir(exist_ok=True)
+        (base / "refs" / "main").write_text(self.commits[-1])
+        there.write_bytes(self.files[name].read_bytes())
+        return str(there)
+
+
+def test_repositories_are_fetched_when_the_user_says_so_and_pinned(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    hub.files = {
+        "open_clip_config.json": folder / "tiny.json",
+        "model.safetensors": folder / "zeroshot.safetensors",
+    }
+    zoo = str(zoo_file(folder, arch="hf-hub:org/name", zeroshot="hf-hub:org/name@main"))
+    words = ["interpolation", "--alphas", "0", "1", "--device", "cpu", "--no-cache", "--quiet"]
+    # A zoo file starts no download, nor does a plan, whoever names the source.
+    tiny_zoo.refused([zoo, *words, "--out", "run"], "--fetch", capsys)
+    hub_named = ["--arch", "hf-hub:org/name", "--zeroshot", "hf-hub:org/name"]
+    named = [*tiny_zoo.own_models(folder, "a"), *hub_named]
+    for arguments in ([zoo], named):
+        assert sweep.main([*arguments, *words[1:-1], "--plan"]) == 0
+        out = capsys.readouterr().out
+        assert "would be downloaded" in out and "configuration of hf-hub:org/name" in out and "weights" in out
+    assert not hub.downloads and not (tmp_path / "hub").exists()
+    # --fetch does, and the command line by naming it.
+    assert sweep.main([zoo, *words, "--out", "run", "--fetch"]) == 0
+    assert {*hub.downloads} >= {*hub.files}
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    pinned = f"hf-hub:org/name@{'a' * 40}"
+    assert told["repository of the architecture"]["path"] == told["zeroshot"]["path"] == pinned
+    assert request.read([*words, *named]).zoo.arch == pinned
+    # What is cached is used as it is, without a word to the hub, and a run is resumed with it.
+    hub.commits.append("b" * 40)
+    hub.downloads.clear()
+    hub.files = {}
+    before = (tmp_path / "run" / "rows.csv").read_bytes()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", _cached_alone)
+    assert sweep.main([zoo, *words, "--out", "run"]) == 0
+    assert (tmp_path / "run" / "rows.csv").read_bytes() == before and not hub.downloads
+
+
+def _cached_alone(repository: str, name: str, revision: str | None = None) -> str:
+    """As huggingface_hub does for a commit that it has: without the network."""
+    assert revision == "a" * 40, "the hub was asked"
+    found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+    assert isinstance(found, str)
+    return found

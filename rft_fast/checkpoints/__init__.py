@@ -35,7 +35,7 @@ from .activation import Activation, Evidence, Tensors, beside, notes_of
 from .containers import SUPPORTED
 from .layouts import FORMATS, TRAINING_FIELDS
 from .lineage import Lineage, compare
-from .sources import check_source, fetch
+from .sources import cached, check_source, commit, fetch, in_cache
 
 __all__ = [
     "FORMATS",
@@ -45,9 +45,12 @@ __all__ = [
     "Checkpoint",
     "Lineage",
     "Tensors",
+    "cached",
     "check_source",
+    "commit",
     "compare",
     "fetch",
+    "in_cache",
     "load",
     "load_head",
     "read",

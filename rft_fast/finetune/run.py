@@ -426,7 +426,8 @@ class Work:
         request = self.request
         entries: dict[str, str] = {"arch": request.arch}
         beside: dict[str, object] = {}
-        if Path(request.arch).is_file() or architectures.preprocess(request.arch) != self.preprocess:
+        known = not Path(request.arch).is_file() and not request.arch.startswith(architectures.HUB)
+        if not known or architectures.preprocess(request.arch) != self.preprocess:
             entries["arch"] = "model.json"
             beside["model.json"] = {
                 "model_cfg": self.fixed["model"],
