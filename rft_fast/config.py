@@ -19,6 +19,7 @@ from . import __version__, architectures, checkpoints, files, results, wiring, z
 from .evaluate import Evaluator
 from .kernels import registry
 from .request import Request
+from .studies.chance import AMONG
 from .wiring import Models, Studies
 
 # Of a request: what has an entry of its own, or does not matter for the numbers.
@@ -84,6 +85,7 @@ def complete(models: Models, work: Studies) -> dict[str, Any]:
             }
             for data in work.whole.datasets
         },
+        AMONG: {data.name: wiring.scored_among(data, models.rows.count) for data in work.whole.datasets},
         "layer images": images(work.by_layer),
         "sharpness images": images(work.sharpness),
         "batch_size": request.batch_size,

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from . import disk, files, results, summary
+from . import disk, files, results, studies, summary
 from .pieces import Piece, Stragglers
 from .program import Stop
 from .progress import Progress
 from .request import Request
+from .studies.chance import among
 from .studies.rows import Row
 from .wiring import Shared
 from .worker import Worker
@@ -109,7 +110,7 @@ def measure(
 
     Raises Interrupted when it was asked to stop; OSError where the disk fails; MemoryError.
     """
-    books = _Books(run, progress, stop)
+    books = _Books(run, progress, stop, among(pool.config))
     chosen = {"interpolation": list(request.zoo.finetuned)}
     progress.expect(_foretold(pool, request))
     for phase in PHASES:
@@ -173,8 +174,9 @@ class _Books:
 
     _COLUMNS = ("study", "models", "seconds", "peak_memory")
 
-    def __init__(self, run: results.Run, progress: Progress, stop: Stop) -> None:
-        self._run, self._progress, self._stop = run, progress, stop
+    def __init__(self, run: results.Run, progress: Progress, stop: Stop, classes: Mapping[str, int]) -> None:
+        self._run, self._progress, self._stop, self._classes = run, progress, stop, classes
+        self._said: set[str] = set()
         self.models: dict[str, int] = {}
         self._took: dict[str, tuple[float, int]] = {}
         file = run.table("cost")
@@ -191,7 +193,18 @@ class _Books:
     def measured(self, piece: Piece, number: int, rows: list[Row]) -> None:
         self._run.add(piece.study, piece.model, number, rows)
         self._progress.measured(piece.study, piece.model, number, rows, piece.cost_of[number])
+        if piece.study == "interpolation":
+            self._compare_with_chance(rows)
         self._stop.check()
+
+    def _compare_with_chance(self, rows: list[Row]) -> None:
+        """Says at once where a zero-shot end is no better than guessing."""
+        for row in rows:
+            if row["alpha"] == 0 and (classes := self._classes.get(str(row["dataset"]))):
+                text = studies.against_chance(row, classes).text
+                if text and text not in self._said:
+                    self._said.add(text)
+                    self._progress.notice(text)
 
     def spent(self, piece: Piece, seconds: float, peak: int) -> None:
         before, most = self._took.get(piece.study, (0.0, 0))

@@ -93,10 +93,16 @@ def to_prune(request: Request, rows: pd.DataFrame, model: str) -> dict[str, list
 # --- the report ---------------------------------------------------------------------------------
 
 
-def report(request: Request, rows: pd.DataFrame, correlation: pd.DataFrame | None = None) -> str:
+def report(
+    request: Request,
+    rows: pd.DataFrame,
+    correlation: pd.DataFrame | None = None,
+    classes: Mapping[str, int] | None = None,
+) -> str:
     """A run in words and numbers: a section for each study, then what it comes to.
 
-    correlation: the table of :func:`rft_fast.studies.correlation`, if there is one.
+    correlation: the table of :func:`rft_fast.studies.correlation`, if there is one. classes: data set -> how
+    many classes it is scored among.
     """
     # Asked for all of them, people are told why one is left out.
     shown = {*request.measured, *(("correlation",) if request.everything else ())}
@@ -111,7 +117,7 @@ def report(request: Request, rows: pd.DataFrame, correlation: pd.DataFrame | Non
     lines = [line for study in STUDIES if study in shown for line in makers[study]()]
     lost = int((~np.isfinite(rows["loss"])).sum())
     lines += [f"\n{lost} mean losses are not finite; nothing was left out of them."] if lost else []
-    return "\n".join([*lines, *_findings(rows, request, correlation)])
+    return "\n".join([*lines, *_findings(rows, request, correlation, classes or {})])
 
 
 def _interpolation(rows: pd.DataFrame, xi: float) -> list[str]:
@@ -297,11 +303,13 @@ def _tau(fact: dict[Any, Any]) -> str:
     return f"{fact['kendall']:+.2f} [{fact['kendall_low']:+.2f}, {fact['kendall_high']:+.2f}]"
 
 
-def _findings(rows: pd.DataFrame, request: Request, correlation: pd.DataFrame | None) -> list[str]:
+def _findings(
+    rows: pd.DataFrame, request: Request, correlation: pd.DataFrame | None, classes: Mapping[str, int]
+) -> list[str]:
     """What was found, in sentences, whether or not it agrees with the paper."""
     where = _deciding(rows)
     facts = studies.summarize(rows, request.xi).query("dataset == @where")
-    lines: list[str] = []
+    lines = [f"- {end.text}" for end in studies.zeroshot_chances(rows, classes) if end.text]
     if facts["mode"].notna().all():
         failing = list(facts.loc[facts["mode"] == "failure", "model"])
         lines.append(

@@ -17,6 +17,7 @@ from .program import Interrupted, Stop
 from .progress import Progress, held_warnings
 from .request import NotFetched, Request, read
 from .running import Pool
+from .studies.chance import among
 
 
 @program.command("sweep")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             parser().error(str(error))
         with run:
             took = _measure(pool, request, run, argv, followers, early)
-            _draw(request, run.rows(), run, took)
+            _draw(request, run.rows(), run, took, among(pool.config))
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
@@ -89,7 +90,11 @@ def _measure(
 
 
 def _draw(
-    request: Request, rows: pd.DataFrame, run: results.Run, took: Sequence[Mapping[str, object]]
+    request: Request,
+    rows: pd.DataFrame,
+    run: results.Run,
+    took: Sequence[Mapping[str, object]],
+    classes: Mapping[str, int],
 ) -> None:
     table = None
     margins = {
@@ -111,7 +116,7 @@ def _draw(
             draw(rows, run.figure(study), **margins.get(study, {}))
     if request.quiet or request.json:
         return
-    print(summary.report(request, rows, table))
+    print(summary.report(request, rows, table, classes))
     print("\n" + summary.took(took))
     print(
         f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"

@@ -208,6 +208,13 @@ def digest_prompts(models: Models) -> str | None:
     return hashlib.sha256(repr((prompts.class_names, prompts.templates)).encode()).hexdigest()
 
 
+def scored_among(data: datasets.Dataset, rows: int) -> int:
+    """How many classes a data set is scored among. rows: of the head."""
+    if data.groups is not None:
+        return len(set(data.groups.tolist()))
+    return rows if data.classes is None else len(data.classes)
+
+
 def digest(data: datasets.Dataset) -> str:
     """SHA-256 of the images that are scored, of their labels, and of the classes scored among."""
     found = hashlib.sha256()

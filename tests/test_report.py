@@ -17,7 +17,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from tiny_report import ALPHAS, CONFIG, EVIL, LAYERS, MODELS, SETS, SHORT, make_other, make_rows, make_run
+from tiny_report import (
+    ALPHAS,
+    CONFIG,
+    EVIL,
+    FAR,
+    LAYERS,
+    MODELS,
+    SETS,
+    SHORT,
+    make_other,
+    make_rows,
+    make_run,
+)
 
 from rft_fast import __version__, report, results, studies
 from rft_fast.report import comparison, runs, tables
@@ -69,6 +81,22 @@ def test_the_summary_is_the_sweeps(run: Path, page: str) -> None:
     assert plain(html.escape(CONFIG["command"])) in plain(page)
     for text in ("0" * 64, "1" * 64, "d" * 64, __version__, "n = 1,234", "n = 77 images"):
         assert text in plain(page)
+
+
+def test_a_zero_shot_end_that_guesses_is_reported(tmp_path: Path) -> None:
+    among = {FAR: 2, "near": 2}  # .5 and .8 of 1,234 images
+    read = runs.read(make_run(tmp_path / "run", SHORT, measured=["interpolation"], **{"scored among": among}))
+    found = [finding for finding in read.findings() if "chance" in finding]
+    ends = [end for end in studies.zeroshot_chances(read.rows, among) if end.text]
+    assert [end.dataset for end in ends] == [FAR]
+    assert found == [" ".join(end.text.split()) for end in ends] and "is near chance" in found[0]
+    report.write(tmp_path / "run")
+    assert (
+        html.escape("near chance: 50.0 % of 1,234 images") in (tmp_path / "run" / "report.html").read_text()
+    )
+    earlier = {name: {**data, "classes": 2 if name == FAR else None} for name, data in CONFIG["data"].items()}
+    read = runs.read(make_run(tmp_path / "earlier", SHORT, measured=["interpolation"], data=earlier))
+    assert [finding for finding in read.findings() if "chance" in finding] == found
 
 
 def test_findings_that_were_broken_after_a_hyphen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from tiny_models import Told
 from torch import Tensor, nn
 
@@ -311,3 +312,56 @@ def test_what_cannot_be_summarized_is_refused() -> None:
 def test_unknown_columns_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got \['accurcy'\]"):
         studies.frame([{"accurcy": 0.5}])
+
+
+# --- against guessing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "samples", "classes", "verdict"),
+    [
+        (100, 1000, 10, "near"),
+        (118, 1000, 10, "near"),
+        (121, 1000, 10, "above"),
+        (80, 1000, 10, "below"),
+        (0, 200, 10, "below"),  # as of labels that are none in place: as telling as chance
+        (0, 20, 10, "near"),
+        (3, 3, 10, "above"),
+        (2, 2, 2, "near"),
+        (56, 50_000, 1000, "near"),
+        (700, 50_000, 1000, "above"),
+        (1, 1, 10, "unknown"),
+        (40, 40, 1, "unknown"),
+    ],
+)
+def test_a_zero_shot_end_against_guessing(right: int, samples: int, classes: int, verdict: str) -> None:
+    row = {"dataset": "x", "accuracy": right / samples, "samples": samples}
+    end = studies.against_chance(row, classes)
+    truth = stats.binomtest(right, samples).proportion_ci(0.95, "exact")
+    assert (end.low, end.high) == pytest.approx((truth.low, truth.high), abs=1e-9)
+    assert end.verdict == verdict and end.chance == 1 / classes
+    said = {
+        "near": "near chance",
+        "below": "below chance",
+        "unknown": "nothing can be concluded",
+        "above": "",
+    }
+    assert said[verdict] in end.text and bool(end.text) == (verdict != "above")
+
+
+def test_ends_of_their_own_are_compared_with_guessing_one_by_one() -> None:
+    columns = ("study", "model", "dataset", "alpha", "accuracy", "samples")
+    rows = studies.frame(
+        dict(zip(columns, (*values, 500), strict=True))
+        for values in [
+            ("interpolation", "a", "own", 0.0, 0.1), ("interpolation", "b", "own", 0.0, 0.9),
+            ("interpolation", "a", "all", 0.0, 0.1), ("interpolation", "b", "all", 0.0, 0.1),
+            ("interpolation", "a", "own", 1.0, 0.1), ("layers", "a", "own", 0.0, 0.2),
+            ("interpolation", "a", "other", 0.0, 0.1),
+        ]
+    )  # fmt: skip
+    found = studies.zeroshot_chances(rows, {"own": 10, "all": 10, "absent": 2})
+    assert [(end.dataset, end.models, end.verdict) for end in found] == [
+        ("own", ("a",), "near"), ("own", ("b",), "above"), ("all", (), "near"),
+    ]  # fmt: skip
+    assert "of a is near chance" in found[0].text

@@ -41,6 +41,31 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
 
 
+def test_a_zero_shot_end_that_guesses_is_said_at_once(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the terminal, in run.log and in the summary, once each; and what nothing can be concluded from."""
+    images = np.random.default_rng(1).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "even.npz", images=images, labels=np.arange(60) % 3)
+    np.savez(tmp_path / "one.npz", images=images[:1], labels=[2])
+    out = tmp_path / "run"
+    more = ["--data", f"even={tmp_path / 'even.npz'}", f"one={tmp_path / 'one.npz'}", "--out", str(out)]
+    alphas = ["--alphas", "0:1:2", "--device", "cpu"]
+    assert sweep.main(["interpolation", *own_models(zoo), *more, *alphas]) == 0
+    rows = results.load(out)
+    (end, *_) = (e for e in studies.zeroshot_chances(rows, {"even": 3}))
+    assert end.verdict == "near" and end.classes == 3
+    config = json.loads((out / "config.json").read_text())
+    assert config["scored among"] == {"near": 3, "far": 3, "even": 3, "one": 3}
+    printed = capsys.readouterr()
+    for text in (printed.err, (out / "run.log").read_text(), printed.out):
+        assert " ".join(text.split()).count(end.text) == 1
+        assert text.count("On one, only one image is scored") == 1
+    # Runs of earlier versions, whose configuration does not know the number of classes, go on.
+    del config["scored among"]
+    assert not results.differences(config, {**config, "scored among": {"even": 3}})
+
+
 def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["interpolation", *own_models(zoo), "--alphas", "0:1:3", "0.1", "--samples", "10",
@@ -67,7 +92,7 @@ def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert set(config["versions"]) >= {"python", "torch", "rft_fast", "open_clip"}
 
     printed = capsys.readouterr()
-    assert printed.err == ""  # no progress bar where there is no terminal
+    assert all("is near chance" in line for line in printed.err.splitlines())  # no progress bar
     for fact in studies.summarize(rows, 0.05).to_dict("records"):
         mode = "-" if pd.isna(fact["mode"]) else fact["mode"]
         (line,) = (

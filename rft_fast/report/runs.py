@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import __version__, results, studies, summary
 from ..request import Request
+from ..studies.chance import among
 from ..studies.rows import STUDIES
 
 # What the summary and the sections read of the request.
@@ -49,7 +50,7 @@ class RunRead:
         recorded["measured"] = list(only) or self.studies
         recorded["everything"] = recorded["everything"] and not only
         request = cast(Request, SimpleNamespace(**recorded))
-        return summary.report(request, self.rows, self.correlation)
+        return summary.report(request, self.rows, self.correlation, among(self.config))
 
     def findings(self) -> list[str]:
         """The sentences under the summary's last heading, as paragraphs."""

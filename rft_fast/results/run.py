@@ -29,6 +29,7 @@ from . import database, salvage
 TABLE, CONFIG, FIGURES, LOG, LOCK = "rows.csv", "config.json", "figures", "run.log", ".lock"
 REPORTS = ("report.html", "comparison.html")  # as rft_fast.report names them, made of the rows
 # Entries of a configuration that the numbers do not depend on.
+DERIVED = ("scored among",)  # from others, and not there in runs of earlier versions
 ASIDE = {("command",), ("date",), ("platform",), ("threads",), ("versions", "python")}
 
 
@@ -38,7 +39,11 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Everything counts but command, date, platform, number of threads, version of Python, and where files lie:
     any entry called ``path``, as their hashes count. A model or a data set may have any of these names.
     """
-    return words.differences(_plain(there), _plain(now), lambda names: names in ASIDE or names[-1] == "path")
+
+    def aside(names: tuple[str, ...]) -> bool:
+        return names in ASIDE or names[0] in DERIVED or names[-1] == "path"
+
+    return words.differences(_plain(there), _plain(now), aside)
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .chance import Chance, against_chance, zeroshot_chances
 from .correlation import correlation
 from .estimators import ESTIMATORS, Protocol
 from .layers import layerwise_interpolation, stragglers
@@ -14,7 +15,9 @@ __all__ = [
     "COLUMNS",
     "ESTIMATORS",
     "XI",
+    "Chance",
     "Protocol",
+    "against_chance",
     "best_gains",
     "check_alphas",
     "correlation",
@@ -28,4 +31,5 @@ __all__ = [
     "sharpness",
     "stragglers",
     "summarize",
+    "zeroshot_chances",
 ]
