@@ -434,8 +434,9 @@ def _add_numbers(top: argparse.ArgumentParser) -> None:
         "--precision",
         choices=tuple(PRECISIONS),
         default="fp32",
-        help="number format of weights and activations of the live model (default: fp32; docs/speed.md "
-        "has what the others cost in accuracy: bf16 and fp16 spoil sharpness near zero)",
+        help="number format of weights and activations of the live model (default: fp32; ieee is fp32 with "
+        "attention by plain float32 products, where a GPU's own kernel takes three TF32 products for one; "
+        "docs/speed.md has what the others cost in accuracy: bf16 and fp16 spoil sharpness near zero)",
     )
     group.add_argument(
         "--no-graphs", action="store_true", help="on a GPU, do not record launches as CUDA graphs"

@@ -569,4 +569,4 @@ def test_precisions_beside_the_standard_error(
 
 
 def test_a_device_offers_what_it_can() -> None:
-    assert precision.offered(CPU) == ["fp32", "bf16", "fp16"]
+    assert precision.offered(CPU) == ["fp32", "ieee", "bf16", "fp16"]

@@ -344,7 +344,7 @@ def test_bad_arguments() -> None:
         ({"batch_size": 2.0}, "batch_size must be an int of at least 1"),
         ({"datasets": []}, "no data set"),
         ({"datasets": [dataset(), dataset()]}, "distinct names"),
-        ({"precision": "int8"}, "precision must be one of fp32, tf32, bf16, fp16"),
+        ({"precision": "int8"}, "precision must be one of fp32, ieee, tf32, bf16, fp16"),
         (
             {"precision": "bf16"},
             r"in bfloat16, this one has float32; call .*cast\(model, 'bf16'\)",

@@ -29,7 +29,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from rft_fast.evaluate import Evaluator
-from rft_fast.evaluate.graphs import WARM, Graphs, on
+from rft_fast.evaluate.graphs import SHORT, WARM, Graphs, on
 from rft_fast.evaluate.precision import cast
 from rft_fast.stages import Stage, stages
 
@@ -138,6 +138,30 @@ def test_stages_that_look_at_the_input_are_not_recorded() -> None:
         x = torch.rand(2, 3)
         assert recorded.run(chain, 1, 3, x, inputs).equal(x * inputs - 3)
     assert recorder.recorded == 2
+
+
+def test_only_short_stages_are_recorded() -> None:
+    """By the bytes that go in and come out together, at each shape anew; the numbers are the same."""
+    wide = SHORT // 8 - 512  # numbers of float32 that fill half of it, with 512 left in each half
+    chain = (
+        Stage(lambda x, _: x + 1),
+        Stage(lambda x, _: x.repeat(1, wide // 4)),  # from few to many: just short
+        Stage(lambda x, _: x * 2),  # from many to many: long for two samples, short for one
+        Stage(lambda x, _: x[:, :4] - 3),  # from many to few
+        Stage(lambda x, _: x * x),
+    )
+    expected = {1: {0, 1, 2, 3, 4}, 2: {0, 1, 3, 4}, 3: {0, 4}}
+    for samples, short in expected.items():
+        recorder = Recorder()
+        recorded = Graphs(recorder)
+        for turn in range(6):
+            x = torch.rand(samples, 4) + turn
+            want = ((x + 1) * 2 - 3) ** 2
+            assert torch.equal(recorded.run(chain, 0, 5, x, None), want)
+        assert recorder.recorded == len(short) and recorder.replayed == len(short) * (6 - WARM)
+        ran = {chain.index(key[0]) for key, record in recorded._recorded.items() if record.replay}  # type: ignore[arg-type]
+        assert ran == short
+        assert all(buffer.nbytes <= SHORT for buffer in recorded._buffers.values())
 
 
 def test_views_of_a_buffer_do_not_pass_for_the_buffer() -> None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import assert_plain, dataset, deep, linears, plain, shaken, toy, transformer, two_towers
+from tiny_models import (
+    CLASSES,
+    assert_plain,
+    dataset,
+    deep,
+    linears,
+    plain,
+    shaken,
+    toy,
+    transformer,
+    two_towers,
+)
 from torch import Tensor, nn
 
 import rft_fast as rft
@@ -106,7 +117,7 @@ def test_studies_run_in_half_precision() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of fp32, tf32, bf16, fp16; got 'int8'"):
+    with pytest.raises(ValueError, match="one of fp32, ieee, tf32, bf16, fp16; got 'int8'"):
         check("int8", torch.device("cpu"))
     with pytest.raises(ValueError, match="got 'int8'"):
         cast(toy(), "int8")
@@ -132,8 +143,16 @@ def switches() -> tuple[Any, ...]:
         backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         backends.cuda.matmul.allow_tf32,
         backends.cudnn.allow_tf32,
+        attention_kernels(),
     ]
     return (*found, *operations())
+
+
+def attention_kernels() -> dict[str, bool]:
+    cuda: Any = torch.backends.cuda
+    return {
+        name: getattr(cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "cudnn", "math")
+    }
 
 
 def operations() -> list[str]:
@@ -148,7 +167,7 @@ def operations() -> list[str]:
 
 @pytest.mark.parametrize("matmul", ["highest", "high", "medium"])
 @pytest.mark.parametrize("reduced", [False, True])
-@pytest.mark.parametrize("name", ["fp32", "tf32"])
+@pytest.mark.parametrize("name", ["fp32", "ieee", "tf32"])
 def test_switches_are_set_and_given_back(matmul: str, reduced: bool, name: str) -> None:
     backends: Any = torch.backends
     was = switches()
@@ -166,7 +185,9 @@ def test_switches_are_set_and_given_back(matmul: str, reduced: bool, name: str) 
         # Torch's older and newer names agree, else it would refuse to answer by the older ones.
         tf32 = name == "tf32"
         assert inside[:5] == ("high" if tf32 else "highest", False, False, tf32, tf32)
-        assert set(inside[5:]) <= {"tf32" if tf32 else "ieee"}
+        assert set(inside[6:]) <= {"tf32" if tf32 else "ieee"}
+        kernels = dict.fromkeys(before[5], False) | {"math": True} if name == "ieee" else before[5]
+        assert inside[5] == kernels
     finally:
         torch.set_float32_matmul_precision(was[0])
         backends.cuda.matmul.allow_bf16_reduced_precision_reduction = was[1]
@@ -215,6 +236,109 @@ def test_switches_are_given_back_after_errors_of_the_model() -> None:
         assert not any(p.grad is not None for p in model.parameters())
 
 
+class Attending(nn.Module):
+    """Three tokens of 64 numbers that attend to each other by torch's own function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.maps = nn.ModuleList(nn.Linear(64, 16) for _ in range(3))
+        self.head = nn.Linear(48, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        q, k, v = (map(images.flatten(2)).view(-1, 3, 2, 8).transpose(1, 2) for map in self.maps)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v)
+        logits: Tensor = self.head(heads.transpose(1, 2).flatten(1))
+        return logits
+
+    def written_out(self, images: Tensor) -> Tensor:
+        """In float64: softmax(Q K^T / sqrt(8)) V, head by head."""
+        maps = [(m.weight.double(), m.bias.double()) for m in self.maps]
+        q, k, v = ((images.double().flatten(2) @ w.T + b).unflatten(2, (2, 8)) for w, b in maps)
+        found = []
+        for head in range(2):
+            weights = (q[:, :, head] @ k[:, :, head].mT / 8**0.5).exp()
+            found.append(weights / weights.sum(2, keepdim=True) @ v[:, :, head])
+        return torch.stack(found, 2).flatten(1) @ self.head.weight.double().T + self.head.bias.double()
+
+
+def kernels_of(call: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        call()
+    return {event.key.removeprefix("aten::") for event in seen.key_averages()}
+
+
+@pytest.mark.parametrize("make", [Attending, partial(transformer, 2)])
+def test_ieee_takes_no_fused_attention_kernel(make: Callable[[], Any]) -> None:
+    """A GPU's would take products of float32 as three of TF32; on the CPU it is known by its name."""
+    model, data = make().eval(), dataset(count=2)
+    weights = list(model.parameters())
+    for name in ("fp32", "ieee"):
+        evaluator = Evaluator(model, [data], precision=name)
+        for call in (evaluator.scores, partial(evaluator.gradient, weights)):
+            kernels = kernels_of(call)
+            assert ("_scaled_dot_product_flash_attention_for_cpu" in kernels) == (name == "fp32")
+            assert name == "fp32" or kernels & {"_scaled_dot_product_attention_math", "bmm"}
+
+
+def test_ieee_is_float32s_own_attention() -> None:
+    model, data = Attending().eval(), dataset(count=40)
+    evaluator = Evaluator(model, [data], precision="ieee")
+    assert evaluator.stations > 2
+    with torch.no_grad():
+        logits = model.written_out(evaluator._feeds[0].prepare(slice(0, 40)))
+        expected = nn.functional.cross_entropy(logits, data.labels, reduction="none")
+    losses = evaluator.scores()["set"].losses
+    assert (losses - expected).abs().max() < 4e-7 * expected.abs().max()
+
+
+def test_rows_under_ieee_are_those_of_float64() -> None:
+    zeroshot, finetuned, data = transformer(2), shaken(transformer(2), 0.2), dataset(count=30)
+    path = Path(transformer(2), zeroshot, finetuned)
+    evaluator = Evaluator(path.model, [data], precision="ieee")
+    rows = rft.studies.interpolation(path, evaluator, [0, 0.3, 1])
+    assert set(rows["precision"]) == {"ieee"}
+    images = evaluator._feeds[0].prepare(slice(0, 30)).double()
+    for alpha, loss in zip(rows["alpha"], rows["loss"], strict=True):
+        truth: Any = transformer(2).double()
+        ends = (zeroshot.parameters(), finetuned.parameters())
+        with torch.no_grad():
+            for weight, w0, w1 in zip(truth.parameters(), *ends, strict=True):
+                weight.copy_((1 - alpha) * w0.double() + alpha * w1.double())
+            expected = nn.functional.cross_entropy(truth(images), data.labels)
+        assert loss == pytest.approx(float(expected), rel=2e-6)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiler_puts_no_fused_attention_in_the_place_of_ieees() -> None:
+    model, data = Attending().eval(), dataset(count=9)
+    evaluator = Evaluator(model, [data], precision="ieee", compile=True)
+    losses = evaluator.scores()["set"].losses
+    kernels = kernels_of(evaluator.scores)
+    assert "bmm" in kernels and not any("_attention" in name for name in kernels)
+    eager = Evaluator(model, [data], precision="ieee").scores()["set"].losses
+    torch.testing.assert_close(losses, eager, rtol=2e-6, atol=0)
+
+
+@cache
+def compiles() -> str:
+    """Why torch.compile does not work here; empty where it does."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.rand(4))
+    except Exception as error:  # no compiler for C++ on this machine
+        return f"torch.compile does not work here: {error}"
+    return ""
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    if why := compiles():
+        pytest.skip(why)
+    yield
+    torch.compiler.reset()
+
+
 def test_scores_may_be_asked_for_in_any_mode() -> None:
     model, sets = deep(), [dataset(count=9)]
     evaluator = Evaluator(model, sets, batch_size=4)
@@ -228,13 +352,9 @@ def test_scores_may_be_asked_for_in_any_mode() -> None:
         assert_plain(scores, model, sets)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_stages_give_the_same_numbers() -> None:
-    torch.compiler.reset()
     model, sets = deep(), [dataset("a", 21), dataset("b", 5)]
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.rand(4))
-    except Exception as error:  # no compiler for C++ on this machine
-        pytest.skip(f"torch.compile does not work here: {error}")
     evaluator = Evaluator(model, sets, batch_size=8, compile=True)
     assert evaluator.stations == 4 and evaluator.span(linears(model)[1].parameters()) == (1, 1)
     for _ in range(2):
@@ -274,5 +394,5 @@ def test_every_stage_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_package_offers_precision() -> None:
-    assert set(precision.PRECISIONS) == {"fp32", "tf32", "bf16", "fp16"}
+    assert set(precision.PRECISIONS) == {"fp32", "ieee", "tf32", "bf16", "fp16"}
     assert isinstance(cast(nn.Linear(2, 2), "fp16"), nn.Linear)

@@ -17,9 +17,11 @@ from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from rft_fast.classifier import ImageClassifier, ZeroShotClassifier
-from rft_fast.stages import Stage, stages, tokens
+from rft_fast.stages import Stage, chains, stages, tokens
 
 CLASSES = 5
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 def shaken(model: nn.Module, seed: int = 0) -> Any:
@@ -546,6 +548,63 @@ def test_stages_that_compute_other_numbers_are_refused(back: bool) -> None:
     with pytest.warns(UserWarning, match="computes other numbers"):
         (only,) = stages(model, torch.randn(2, 3, 2, 2)).image
     assert only.tensors == ()
+
+
+class OtherKernels(nn.Module):
+    """Its forward pass is a little off from what it is when traced, as if by a library's other kernels."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.GELU(), nn.Linear(8, CLASSES))
+        self.off = off
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y if isinstance(x, torch.fx.Proxy) else y * (1 + self.off)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "near"),
+    [
+        (torch.float32, 5e-7, True),
+        (torch.float32, 5e-6, True),
+        (torch.float32, 5e-5, False),
+        (torch.bfloat16, 2e-2, True),
+        (torch.bfloat16, 0.2, False),
+        (torch.float16, 5e-3, True),
+        (torch.float16, 5e-2, False),
+    ],
+)
+def test_a_gpus_stages_may_be_rounded_otherwise_a_cpus_may_not(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, off: float, near: bool
+) -> None:
+    model, images = shaken(OtherKernels(off)).to(dtype), torch.rand(2, 3, 8, 8).to(dtype)
+    with pytest.warns(UserWarning, match="computes other numbers"):
+        assert len(stages(model, images).image) == 1
+    monkeypatch.setattr(chains, "EXACT", ())  # as if the CPU were another kind of device
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = stages(model, images).image
+    assert (len(found), len(said)) == ((2, 0) if near else (1, 1))
+
+
+NARROW = {"image_size": 8, "patch_size": 2, "width": 32, "heads": 2, "output_dim": 8}
+VIT_L = {"image_size": 224, "patch_size": 14, "width": 1024, "heads": 16, "output_dim": 768}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_a_vit_l_has_more_than_40_stages(device: str, dtype: torch.dtype) -> None:
+    """On a GPU in full size; one bit of difference used to make it one stage, at half the speed."""
+    size = VIT_L if device == "cuda" else NARROW
+    torch.manual_seed(0)
+    with torch.device(device):
+        visual = VisionTransformer(layers=24, mlp_ratio=4.0, **size)
+        model = ImageClassifier(visual.to(dtype), nn.Linear(size["output_dim"], CLASSES)).eval()
+        images = torch.rand(2, 3, size["image_size"], size["image_size"]).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(stages(model, images).image) > 40
 
 
 def test_a_model_that_changes_itself_is_one_stage() -> None:

@@ -44,9 +44,10 @@ class Evaluator:
         128, whose activations stay in its caches, and 64 for sets of fewer than 512 images, so that
         there are batches for several cores; less where the memory limit asks for it. A batch that
         does not fit is halved, with a warning, from then on.
-    precision: "fp32"; "tf32" (NVIDIA GPUs); "bf16" or "fp16", activations and weights alike. Logits are
-        normalised and judged in float32. Shortcuts that torch is set to take are off while scoring, and as
-        they were afterwards; these switches are global, so score from one thread at a time.
+    precision: "fp32"; "ieee", the same with attention by ordinary float32 products (see
+        :mod:`rft_fast.evaluate.precision`); "tf32" (NVIDIA GPUs); "bf16" or "fp16", activations and weights
+        alike. Logits are normalised and judged in float32. Shortcuts that torch is set to take are off while
+        scoring, and as they were afterwards; these switches are global, so score from one thread at a time.
     normalize_logits: centre the logits of each image and divide them by their l2 norm (at least
         1e-10) before the loss, so that it does not change with the scale of the logits.
     memory_limit: bytes for images, held activations and batches; None: 80 % of what is free on a GPU, half of
@@ -103,7 +104,7 @@ class Evaluator:
             self._graphs = recordings.Graphs(recordings.on(self.device))
         self._plan_batches(compile)
         if compile:
-            self.stages = _compiled(self.stages)
+            self.stages = _compiled(self.stages, precision)
         images, text = len(self.stages.image), len(self.stages.text)
         self.stations = images + text + 2 if text else images
 
@@ -332,7 +333,7 @@ class Evaluator:
             self._holds_prompts = held * len(chains.prompts) <= HELD * self.memory_limit
             logits = chains.join(logits, chains.head(features.expand(len(chains.prompts), -1)))
         error = (logits - expected).float().abs().max()
-        tolerance = 1e-3 if self.precision == "fp32" else 0.05
+        tolerance = 1e-3 if self.precision in ("fp32", "ieee") else 0.05
         if error > tolerance * expected.float().abs().max():
             raise RuntimeError(
                 f"Evaluator: on {feed.name!r} the model's stages do not compute what its forward pass "
@@ -379,9 +380,12 @@ def _watched(stages: tuple[Stage, ...], sample: Tensor) -> tuple[Tensor, int]:
     return x, sum(sorted(sizes.values())[-2:])
 
 
-def _compiled(chains: Stages) -> Stages:
+def _compiled(chains: Stages, precision: str) -> Stages:
+    # The compiler's patterns would find plain attention, and put the kernel in its place that "ieee" avoids.
+    options: dict[str, Any] | None = {"pattern_matcher": False} if precision == "ieee" else None
+
     def compiled(chain: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        return tuple(replace(stage, run=torch.compile(stage.run)) for stage in chain)
+        return tuple(replace(stage, run=torch.compile(stage.run, options=options)) for stage in chain)
 
     return replace(chains, image=compiled(chains.image), text=compiled(chains.text))
 

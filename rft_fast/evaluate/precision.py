@@ -1,4 +1,11 @@
-"""The number format of the forward pass: what the live weights are stored in, and how products are taken."""
+"""The number format of the forward pass: what the live weights are stored in, and how products are taken.
+
+Under "fp32" all matrix products and convolutions are float32's own, but for attention on a GPU. There torch
+picks the fastest kernel, and its memory-efficient one takes each product of float32 as three of TF32 (3xTF32,
+as CUTLASS calls it): about as exact, but not the same bits. No switch of torch reaches inside that kernel.
+"ieee" is "fp32" with torch's plain attention (``SDPBackend.MATH``): softmax(Q K^T) V by ordinary products. It
+is slower, and holds the whole attention matrix.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Name -> the type of the live weights and of the activations.
 PRECISIONS = {
     "fp32": torch.float32,
+    "ieee": torch.float32,  # attention by ordinary products, too
     "tf32": torch.float32,  # products of values rounded to 10 bits, on tensor cores
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -52,6 +61,7 @@ def cast(model: nn.Module, precision: str) -> nn.Module:
 def exact(precision: str) -> Iterator[None]:
     """Products in full float32, or for "tf32" on TF32; sums of half precision products in float32.
 
+    For "ieee" attention is made of such products; for the others by the kernel that torch picks (see above).
     These switches of torch are global, and as they were afterwards.
     """
     backends: Any = torch.backends
@@ -62,6 +72,8 @@ def exact(precision: str) -> Iterator[None]:
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
 
+        if precision == "ieee":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         put(backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
         put(backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
         operations = []

@@ -9,17 +9,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..classifier import ZeroShotClassifier
-from .chains import TOLERANCE, chain, evaluating
+from .chains import TOLERANCE, UNITS, chain, evaluating
 from .contract import Stage, Stages
 
-__all__ = ["TOLERANCE", "Stage", "Stages", "evaluating", "stages"]
+__all__ = ["TOLERANCE", "UNITS", "Stage", "Stages", "evaluating", "stages"]
 
 
 def stages(model: nn.Module, images: Tensor, exact: bool = False) -> Stages:
     """The model in stages that, run one after the other, compute what ``model(images)`` computes.
 
     images: an example of the model's input, float [2 or more, 3, h, w]; at most three are looked at.
-    exact: the same bits as the forward pass on the same batch. Otherwise, where a transformer's last
+    exact: the same bits as the forward pass on the same batch; on a GPU, whose libraries may round the same
+        products differently, within ``UNITS`` in the last place. Otherwise, where a transformer's last
         block is pooled by taking one token, only that token is computed as far as possible: the same
         numbers up to rounding (checked: within ``TOLERANCE`` of the largest output; for types of lower
         precision than float32, within eight of their steps).
