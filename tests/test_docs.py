@@ -45,7 +45,7 @@ def anchors(page: Path) -> set[str]:
         plain = re.sub(r"\]\([^)]*\)", "]", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
-    return set(found)
+    return {*found, *re.findall(r'<a id="([^"]+)">', text(page))}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
