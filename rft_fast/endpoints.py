@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import architectures
+from . import architectures, checkpoints
 from .classifier import HEAD_BIAS, HEAD_WEIGHT, INERT, ImageClassifier, ZeroShotClassifier, directions
+from .parametrised import factors
 from .prompts import Prompts
 from .prompts import tokens as tokenise
 from .words import some
@@ -227,6 +228,31 @@ class Ends:
                 "the same classes"
             )
 
+    def check_lineage(self, finetuned: Mapping[str, Tensor], unrelated: bool = False) -> None:
+        """Refuses a fine-tuned end that is the zero-shot one, or that was not fine-tuned from it.
+
+        Reads all weights once. A linear probe, with the same tower and another head, is accepted.
+
+        Args:
+            finetuned: a checkpoint that :meth:`check` accepts.
+            unrelated: whether it may be of another training (``--unrelated``).
+
+        Raises:
+            ValueError: the same weights; or a cosine between the matrices of the image towers below
+                :data:`rft_fast.checkpoints.lineage.UNRELATED`.
+        """
+        tower = self._towers(finetuned, FINETUNED)[0]
+        found = checkpoints.kinship(self._tower, tower, _is_visual)
+        why = found.identical()
+        if why is not None and (self._both or self.setup.head == "interpolate"):
+            a, b = self.pair(finetuned)
+            if not checkpoints.kinship(a, b, lambda name: not _is_visual(name)).same:
+                why = None
+        if why is None and not unrelated:
+            why = found.unrelated()
+        if why is not None:
+            raise ValueError(f"{FINETUNED}: it has {why}")
+
     # --- towers ---------------------------------------------------------------------------------------
 
     def _towers(self, state: Mapping[str, Tensor], end: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -234,6 +260,8 @@ class Ends:
         used: dict[str, Tensor] = {}
         inert: dict[str, str] = {}
         unknown = []
+        for what, names in factors(state).items():
+            raise ValueError(f"{end}: the checkpoint holds {what} ({some(names, 3)})")
         reasons = _INERT_BOTH if self._both else INERT
         for name, tensor in state.items():
             first = name.partition(".")[0]
@@ -430,6 +458,10 @@ def _filled(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weight = head[HEAD_WEIGHT]
     bias = head[HEAD_BIAS] if HEAD_BIAS in head else weight.new_zeros(len(weight))
     return {HEAD_WEIGHT: weight, HEAD_BIAS: bias}
+
+
+def _is_visual(name: str) -> bool:
+    return name.startswith("visual.")
 
 
 def _below_text(name: str) -> str:

@@ -134,6 +134,11 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         choices=tuple(checkpoints.FORMATS),
         help="format of the fine-tuned checkpoints (default: found out; docs/checkpoints.md)",
     )
+    group.add_argument(
+        "--unrelated",
+        action="store_true",
+        help="also walk to weights that were not fine-tuned from the zero-shot ones (docs/checkpoints.md)",
+    )
     for option, what in (
         ("--data", "out-of-distribution data: a folder of class folders, or another kind (docs/data.md)"),
         ("--id-data", "in-distribution data, shown beside the others; no mode is given there"),

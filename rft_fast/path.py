@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from rft_fast.kernels import Plan, Write
 from rft_fast.kernels.contract import DTYPES, lacks_memory
 from rft_fast.layers import group, layer_of, select
+from rft_fast.parametrised import factors
 from rft_fast.words import some
 
 
@@ -62,14 +66,16 @@ class Path:
     - non-persistent buffers, which state dicts do not hold, are left alone.
 
     ``path.layers`` lists the layers in parameter order; ``path.inert`` maps what is left out of it
-    to the reason. Whole-model writes reach inert layers too.
+    to the reason. Whole-model writes reach inert layers too. ``path.unchanged`` lists those of
+    ``path.layers`` that are the same at both ends; where that is the whole model, a warning says so.
 
     Noise depends on seed, draw and a weight's place among the model's float parameters, not on
     which layers are written together. Not for several threads at once: they would share one model.
 
     Raises ValueError, listing together all that does not fit: missing or unexpected names, shapes,
-    dtypes, NaN or infinite weights, tied names that disagree, memory shared between the live model
-    and an end, tensors that are not contiguous or hold no data. TypeError for other types, and for
+    dtypes, NaN or infinite weights, and those that the live model's dtype cannot hold, tied names that
+    disagree, memory shared between the live model and an end, tensors that are not contiguous or hold
+    no data, adapters that are not merged (LoRA) and parametrised weights. TypeError for other types, and for
     copying or pickling a Path. RuntimeError for a backend that does not work here.
     """
 
@@ -92,9 +98,9 @@ class Path:
         slots = _slots(model)
         layers, self.inert = _layers(slots, granularity)
         unwanted = select([*layers, *self.inert], inert, operation="Path: inert")
-        zeros = _check(slots, ends)
+        _check(slots, ends)
         for name, members in layers.items():
-            if all(slot.name in zeros for slot in members if slot.is_float):
+            if all(slot.largest == (0, 0) for slot in members if slot.is_float):
                 self.inert[name] = "it is zero at both ends, and so is its adaptive noise"
         self.inert.update(dict.fromkeys(unwanted, "left out by inert="))
 
@@ -114,6 +120,12 @@ class Path:
         self._base: Write | None = None
         self._apart: dict[str, Write | None] = {}
         self.write(0.0)
+        if all(map(_is_unchanged, slots)):
+            warnings.warn(
+                "Path: the two ends are the same weights, so nothing changes along this path; is the "
+                "fine-tuned end the right file?",
+                stacklevel=2,
+            )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -130,6 +142,14 @@ class Path:
         alphas = {None if write is None else write.alpha for write in writes}
         return alphas.pop() if len(alphas) == 1 else None
 
+    @cached_property
+    def unchanged(self) -> tuple[str, ...]:
+        """The layers whose tensors, buffers among them, all have the same values at both ends.
+
+        Interpolating them changes nothing; perturbing and pruning do.
+        """
+        return tuple(name for name, part in self._parts.items() if all(map(_is_unchanged, part.slots)))
+
     def write(
         self,
         alpha: float,
@@ -143,20 +163,26 @@ class Path:
         noise: str = "normal",
         adaptive: bool = True,
         sign: int = 1,
+        *,
+        buffers: bool = True,
     ) -> None:
         """Writes the live weights anew from the two ends.
 
         layers: None writes the whole model; a list of names or ``re:`` patterns writes those layers
         and leaves the rest as they are (an empty list writes nothing). The numbers are those of
         :class:`rft_fast.kernels.Write`: alpha any finite number; rho >= 0 (relative to the weights
-        when adaptive); keep in [0, 1].
+        when adaptive); keep in [0, 1]. buffers: False leaves all buffers as they are, as suits an alpha
+        beyond the ends that is meant for weights; until these layers are written again with them,
+        ``path.alpha`` is None, and ``at`` and ``perturbed`` have nothing to come back to.
 
         Raises ValueError or TypeError before anything is written: a bad number, an unknown layer
-        (with the nearest names), an inert one (with the reason). RuntimeError when a tensor of the live
+        (with the nearest names), an inert one (with the reason), an alpha outside [0, 1] at which a
+        variance (``running_var``) would be negative. ValueError, with the weights as before, where the result
+        is beyond what a live tensor's dtype holds. RuntimeError when a tensor of the live
         model or of an end no longer is where, and laid out as, this Path found it.
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
-        self._write(request, None if layers is None else self._select(layers))
+        self._write(request, None if layers is None else self._select(layers), buffers)
 
     @contextmanager
     def perturbed(
@@ -263,18 +289,32 @@ class Path:
                     raise ValueError(f"Path.write: {name!r} is left out of path.layers: {reason}") from None
         return [self._parts[name] for name in select(self.layers, layers, operation="Path.write")]
 
-    def _write(self, request: Write, parts: Sequence[_Part] | None) -> None:
+    def _write(self, request: Write, parts: Sequence[_Part] | None, buffers: bool = True) -> None:
         """``parts``: the layers to write, or None for the whole model."""
         self._check_places(parts)
         part = self._whole if parts is None else _join(parts)
+        if buffers and not 0 <= request.alpha <= 1:
+            _refuse_negative(part.variances, request.alpha)
+        before = self._base, dict(self._apart)
         # An interrupted write must not pass for a finished one, so the state is unknown meanwhile.
         self._forget(parts)
 
         self._parameters.submit(request, part.parameters)
-        if part.buffers:
+        if part.buffers and buffers:
             self._buffers.submit(Write(request.alpha), part.buffers)
         for slot in part.integers:
-            slot.tensor.copy_(slot.ends[0 if request.alpha < 0.5 else 1])
+            if buffers or slot.is_parameter:
+                slot.tensor.copy_(slot.ends[0 if request.alpha < 0.5 else 1])
+        if part.may_overflow(request) and (lost := part.not_finite()):
+            base, apart = before
+            if base is not None and None not in apart.values():
+                self._restore(base, apart)
+            raise ValueError(
+                f"Path.write: alpha = {request.alpha:g} and rho = {request.rho:g} take {some(lost, 4)} "
+                "beyond what their dtypes hold; choose smaller ones, or a wider dtype"
+            )
+        if not buffers:
+            return  # these layers are of no single alpha now
 
         if parts is None:
             self._base = request
@@ -338,6 +378,8 @@ class _Slot:
     # (dictionary of a module, key, what it must still hold) for the tensor and the modules above it
     homes: list[tuple[dict[str, Any], str, object]] = field(default_factory=list)
     ends: tuple[Tensor, ...] = ()  # zero-shot, fine-tuned; once they are checked
+    largest: tuple[float, ...] = ()  # magnitudes at either end, likewise; of floats
+    shares: tuple[float, float, float] = (0.0, 0.0, 0.0)  # these, and 1, as shares of the dtype's largest
     row: int = -1  # in its Plan
 
     @property
@@ -364,6 +406,26 @@ class _Rows:
         self.parameters = _runs(slot.row for slot in floats if slot.is_parameter)
         self.buffers = _runs(slot.row for slot in floats if not slot.is_parameter)
         self.integers = [slot for slot in self.slots if not slot.is_float]
+        self.variances = [slot for slot in floats if not slot.is_parameter and _VARIANCE.search(slot.name)]
+
+    @cached_property
+    def _shares(self) -> tuple[float, ...]:
+        """The largest magnitudes at either end, and of unit noise, as shares of what the live dtype holds."""
+        found = [(0.0, 0.0, 0.0), *(slot.shares for slot in self.slots if slot.is_float)]
+        return tuple(map(max, zip(*found, strict=True)))
+
+    def may_overflow(self, request: Write) -> bool:
+        """Whether a write could leave the range of a live dtype, by the largest magnitudes; rarely true."""
+        zeroshot, finetuned, one = self._shares
+        noise = request.rho * _LARGEST_NOISE
+        reached = abs(1 - request.alpha) * zeroshot + abs(request.alpha) * finetuned
+        reached += noise * (reached if request.adaptive else one * max(1.0, abs(request.alpha)))
+        return max(reached, zeroshot + finetuned) > 0.99
+
+    def not_finite(self) -> list[str]:
+        """The live float tensors that hold NaN or infinity, with their dtypes."""
+        lost = [s for s in self.slots if s.is_float and not bool(s.tensor.isfinite().all())]
+        return [f"{slot.name} ({_dtype(slot.tensor)})" for slot in lost]
 
 
 class _Part(_Rows):
@@ -506,19 +568,18 @@ def _state(end: object, label: str) -> Mapping[str, Tensor]:
     return end
 
 
-def _check(slots: Sequence[_Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
-    """Refuses, all together, what a write could not do right; else gives the slots their ends.
-
-    Returns the names of the float tensors that are zero at both ends.
-    """
+def _check(slots: Sequence[_Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuses, all together, what a write could not do right; else gives the slots their ends."""
     faults = _Faults()
+    for what, names in factors(name for slot in slots if slot.is_float for name in slot.names).items():
+        faults[f"the live model has {what}"] = names
     live = [slot for slot in slots if not _unfit(slot.tensor, "the live model", slot.name, faults)]
     devices = {slot.tensor.device: slot.name for slot in reversed(live) if slot.is_float}
     if len(devices) > 1:
         for device, name in devices.items():
             faults.note("the live model is on several devices; move it to one", f"{name}: {device}")
 
-    zeros: list[set[str]] = []
+    largest: dict[str, list[float]] = {slot.name: [] for slot in slots}
     fits: dict[str, dict[str, Tensor]] = {}
     known = {name for slot in slots for name in slot.names}
     for label, end in ends.items():
@@ -531,8 +592,10 @@ def _check(slots: Sequence[_Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> 
             for name in slot.names
             if not _unlike(slot, name, end, label, faults)
         }
-        zeros.append({name for name, tensor in fit.items() if _scan(name, tensor, label, faults)})
         for slot in slots:
+            for name in slot.names:
+                if name in fit:
+                    largest[slot.name].append(_scan(name, slot.tensor, fit[name], label, faults))
             for first, name in pairwise(name for name in slot.names if name in fit):
                 if not _same(fit[first], fit[name]):
                     what = f"{label} differs between names that are tied in the live model"
@@ -542,7 +605,10 @@ def _check(slots: Sequence[_Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> 
 
     for slot in slots:
         slot.ends = tuple(end[slot.name].detach().to(slot.tensor.device) for end in ends.values())
-    return set.intersection(*zeros)
+        slot.largest = tuple(largest[slot.name][:: len(slot.names)])
+        if slot.is_float:
+            zeroshot, finetuned, one = (v / torch.finfo(slot.tensor.dtype).max for v in (*slot.largest, 1.0))
+            slot.shares = (zeroshot, finetuned, one)
 
 
 def _unfit(tensor: Tensor, where: str, name: str, faults: _Faults) -> bool:
@@ -598,17 +664,57 @@ def _unlike(slot: _Slot, name: str, end: Mapping[str, Tensor], label: str, fault
     return False
 
 
-def _scan(name: str, tensor: Tensor, label: str, faults: _Faults) -> bool:
-    """Notes NaN and infinity. Returns whether a float tensor is zero throughout."""
-    if not tensor.is_floating_point():
-        return False
-    if tensor.numel() == 0:
-        return True
+def _scan(name: str, live: Tensor, tensor: Tensor, label: str, faults: _Faults) -> float:
+    """Notes NaN, infinity and what the live tensor cannot hold. Returns the largest magnitude of floats."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0.0
     # One pass without temporaries; a NaN anywhere makes both of them NaN.
     low, high = (float(extreme) for extreme in tensor.detach().aminmax())
+    largest = max(abs(low), abs(high))
     if not (math.isfinite(low) and math.isfinite(high)):
         faults.note(f"{label} has NaN or infinite weights", name)
-    return low == high == 0
+    elif live.dtype in DTYPES and not bool(torch.tensor(largest).to(live.dtype).isfinite()):
+        faults.note(f"{label} has weights beyond what the live model's {_dtype(live)} holds", name)
+    return largest
+
+
+# Noise reaches sqrt(-2 ln(2**-33)) = 6.8 at most.
+_LARGEST_NOISE = 6.8
+# Buffers that are variances or standard deviations, by the last part of their names.
+_VARIANCE = re.compile(r"(?:^|[._])(?:var|variance|std|stddev|sigma)$")
+_PIECE = 1 << 20
+
+
+def _is_unchanged(slot: _Slot) -> bool:
+    """Whether both ends have the same values. Ends of two dtypes are compared in float32, piece by piece."""
+    zeroshot, finetuned = slot.ends
+    if zeroshot.dtype == finetuned.dtype:
+        return zeroshot.data_ptr() == finetuned.data_ptr() or torch.equal(zeroshot, finetuned)
+    parts = (torch.split(end.reshape(-1), _PIECE) for end in slot.ends)
+    return all(torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def _refuse_negative(slots: Sequence[_Slot], alpha: float) -> None:
+    """Refuses an alpha at which a variance that is not negative at the ends would be."""
+    low, high, names = -math.inf, math.inf, []
+    for slot in slots:
+        w0, w1 = (end.float() for end in slot.ends)
+        change = w1 - w0
+        if not slot.tensor.numel() or bool((w0 < 0).any() or (w1 < 0).any()):
+            continue
+        if bool((w0 + change * alpha < 0).any()):
+            names.append(slot.name)
+        # w0 + alpha * change is zero there.
+        root = -w0 / change
+        low = max(low, float(root.where(change > 0, -math.inf).max()))
+        high = min(high, float(root.where(change < 0, math.inf).min()))
+    if names:
+        raise ValueError(
+            f"Path.write: at alpha = {alpha:g}, {some(names, 4)} would be negative, and a variance cannot "
+            f"be: the model would give NaN. None is negative for alpha between {low:.4g} and {high:.4g}; "
+            "stay within, or leave the buffers as they are (buffers=False)"
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

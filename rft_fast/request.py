@@ -418,6 +418,8 @@ def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
     finetuned = its_zoo.finetuned
     if arguments.format is not None:
         finetuned = {name: replace(w, format=arguments.format) for name, w in finetuned.items()}
+    if arguments.unrelated:
+        finetuned = {name: replace(w, unrelated=True) for name, w in finetuned.items()}
     changes = {name: value for name, value in head.items() if value is not None}
     return replace(its_zoo, finetuned=finetuned, data=data, head=replace(its_zoo.head, **changes))
 

@@ -177,7 +177,9 @@ def _layers(rows: pd.DataFrame, request: Request) -> list[str]:
     for (model, dataset), group in facts.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
         on = visible(f"{model} on {dataset}")
-        lines.append(f"  {on}: {len(worst)} of {len(group)} layers are stragglers")
+        same = int(group["unchanged"].sum())
+        left_out = f"; {same} more are the same at both ends" if same else ""
+        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}")
         lines += [
             f"    {fact['layer']}: instability {_nats(fact['instability'])} "
             f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points"

@@ -39,6 +39,7 @@ class Models:
     common: tuple[Path, ...]  # those of all models, the zero-shot checkpoint first
     hashes: dict[str, str] = field(default_factory=dict)
     layers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each fine-tuned model's path
+    frozen: dict[str, tuple[str, ...]] = field(default_factory=dict)  # those that are the same at both ends
 
     @classmethod
     def load(cls, request: Request) -> Models:
@@ -69,6 +70,7 @@ class Models:
             path = models.path(name)
             models._check_layers(path)
             models.layers[name] = tuple(path.layers)
+            models.frozen[name] = path.unchanged
         return models
 
     @property
@@ -83,6 +85,8 @@ class Models:
         with _at(weights.source):
             with self.inputs.reading(weights.source):
                 state = checkpoints.load(weights.source, format=weights.format)
+            if name not in self.layers:  # when it is loaded for the first time
+                self.ends.check_lineage(state, weights.unrelated)
             ends = self.ends.pair(state, name)
             return paths.Path(self.live, *ends, self.request.granularity, impl=self.request.impl)
 

@@ -72,16 +72,21 @@ class Worker:
         found = {}
         for model in models:
             chosen = stragglers.get(model)
-            layers = self._models.layers[model]
+            layers = self._layers(study, model)
             key = (study, layers, None if chosen is None else repr(sorted(chosen.items())))
             if key not in self._counted:
                 # Any model with the same layers will do: the one at hand, or else this one.
                 at_hand = None if self._path is None else self._path[0]
-                same = at_hand is not None and self._models.layers[at_hand] == layers
+                same = at_hand is not None and self._layers(study, at_hand) == layers
                 path = self._on(at_hand if same and at_hand is not None else model)
                 self._counted[key] = self._counter.count(study, path, chosen)
             found[model] = self._counted[key]
         return found
+
+    def _layers(self, study: str, model: str) -> tuple[tuple[str, ...], ...]:
+        """What decides how much is measured: the layers, and for ``layers`` those that do not change."""
+        unchanged = self._models.frozen[model] if study == "layers" else ()
+        return self._models.layers[model], unchanged
 
     def some_stragglers(self, model: str) -> Stragglers:
         """Criterion -> a layer, to reckon with before it is known which layers are to be pruned."""

@@ -26,10 +26,12 @@ class Weights:
 
     source: an absolute path, a pretrained tag of open_clip, or ``hf-hub:org/name``
         (:func:`rft_fast.checkpoints.fetch`). format: one of ``checkpoints.FORMATS``; None: detected.
+        unrelated: of a fine-tuned end, whether it may be of another training than the zero-shot end.
     """
 
     source: str
     format: str | None = None
+    unrelated: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         [finetuned]
         "lr 1e-5" = "model_1.pt"
         "lr 3e-5" = { path = "model_2.pt", format = "wiseft" }
+        "other" = { path = "model_3.pt", unrelated = true }  # not fine-tuned from zeroshot: --unrelated
         [data]
         imagenet = { path = "imagenet/val", ood = false }
         sketch = { path = "sketch" }    # ood = true unless said otherwise
@@ -213,14 +216,15 @@ class _Entries:
         entry = table.get(key)
         if isinstance(entry, dict):
             prefix, table, key = f"{prefix}{key}.", entry, "path"
-            self.known(entry, prefix, ("path", "format"))
+            self.known(entry, prefix, ("path", "format", *(["unrelated"] if published is None else [])))
+        unrelated = key == "path" and self.get({"unrelated": False, **table}, "unrelated", bool, prefix)
         format = self.one_of(table, "format", checkpoints.FORMATS, prefix) if key == "path" else None
         source = self.get(table, key, str, prefix)
         if published is None or (self.file.parent / source).exists():
             file = self.path(table, key, prefix)
             if file.is_dir():
                 raise self.error(f"{prefix}{key}", f"names {file}, a directory; expected a checkpoint in it")
-            return Weights(str(file), format)
+            return Weights(str(file), format, unrelated)
         try:
             if Path(source).exists():  # in the working directory, which a zoo does not depend on
                 raise ValueError(f"{source} is relative to the working directory")

@@ -299,3 +299,17 @@ def test_names_that_collide(tmp_path: Path) -> None:
     state = {"visual.proj": torch.ones(1), "model.visual.proj": torch.zeros(1)}
     save_file(state, tmp_path / "a.safetensors")
     refused(tmp_path / "a.safetensors", "'model.visual.proj'", "'visual.proj'")
+
+
+def test_unmerged_adapters_are_named(tmp_path: Path) -> None:
+    q = "base_model.model.vision_model.encoder.layers.0.self_attn.q_proj."
+    save_file({f"{q}lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, tmp_path / "adapter_model.safetensors")
+    torch.save(
+        {**STATE, "visual.conv1.weight_g": torch.ones(1), "visual.conv1.weight_v": torch.ones(1)},
+        tmp_path / "b",
+    )
+    save_file({"vision_model.a.lora_A.weight": torch.ones(2)}, tmp_path / "c")
+    (adapter,) = checkpoints.read(tmp_path / "adapter_model.safetensors").notes
+    assert "LoRA" in adapter and "merge" in adapter and f"{q}lora_A.weight" in adapter
+    assert "remove_weight_norm" in "".join(checkpoints.read(tmp_path / "b").notes)
+    refused(tmp_path / "c", "LoRA", "merge")

@@ -35,7 +35,7 @@ def state(seed: int = 0, classes: int = 4) -> State:
         "model.visual.transformer.resblocks.0.attn.in_proj_bias": randn(18),
         "model.visual.proj": randn(6, 5).half(),
         "model.positional_embedding": randn(3, 4),
-        "model.steps": torch.tensor(seed),
+        "model.visual.steps": torch.tensor(seed),
         "classification_head.weight": randn(classes, 5),
         "classification_head.bias": randn(classes),
     }
@@ -91,11 +91,11 @@ def test_lineage_of_two(tmp_path: Path) -> None:
     a, b = state(0), state(0)
     b["model.visual.conv1.weight"] = b["model.visual.conv1.weight"] + 0.25
     b["model.visual.proj"] = b["model.visual.proj"].float()  # the same numbers in another type
-    b["model.steps"] = torch.tensor(9)
+    b["model.visual.steps"] = torch.tensor(9)
     del b["model.positional_embedding"]
     b["model.logit_scale"] = torch.tensor(1.0)
     lineage = checkpoints.compare(wrote(tmp_path, "a", a), wrote(tmp_path, "b", b))
-    assert lineage.differing == ("visual.conv1.weight", "visual.proj", "steps")
+    assert lineage.differing == ("visual.conv1.weight", "visual.proj", "visual.steps")
     assert lineage.only_a == ("positional_embedding",) and lineage.only_b == ("logit_scale",)
     assert lineage.other_shape == () and lineage.problems == () and not lineage.identical
     floats = [n for n in a if n in b and a[n].is_floating_point()]
@@ -109,11 +109,57 @@ def test_lineage_of_two(tmp_path: Path) -> None:
 def test_lineage_of_one(tmp_path: Path) -> None:
     a = wrote(tmp_path, "a", state())
     lineage = checkpoints.compare(a, wrote(tmp_path, "b", state()))
-    assert lineage.identical and lineage.distance == 0 == lineage.relative and not lineage.problems
+    assert lineage.identical and lineage.distance == 0 == lineage.relative
     assert math.isclose(lineage.cosine, 1)
-    assert "the same weights" in str(lineage)
-    other = checkpoints.compare(a, wrote(tmp_path, "c", state(1)))
-    assert abs(other.cosine) < 0.5 and "unrelated?" in str(other) and not other.problems
+    assert "the same weights" in lineage.problems[0]
+    half = {name: t.half() if t.is_floating_point() else t for name, t in state().items()}
+    rounded = checkpoints.compare(a, wrote(tmp_path, "h", half))
+    assert not rounded.identical and "the same weights" in rounded.problems[0]
+    other = wrote(tmp_path, "c", state(1))
+    assert ["unrelated" in problem for problem in checkpoints.compare(a, other).problems] == [True]
+    assert checkpoints.compare(a, other, unrelated=True).problems == ()
+
+
+def difference(a: State, b: State) -> State:
+    return {n: b[n].float() - a[n].float() if b[n].is_floating_point() else b[n] for n in b}
+
+
+def moved(size: float) -> State:
+    """The state with noise on all of its floats."""
+    noise = state(7)
+    return {n: t + size * noise[n] if t.is_floating_point() else t for n, t in state().items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda a: moved(0.5), ""),
+        (lambda a: {**a, **{n: t for n, t in state(3).items() if "head" in n}}, ""),  # a linear probe
+        (lambda a: {n: t for n, t in a.items() if "head" not in n}, ""),  # a head that is made
+        (lambda a: moved(8.0), "unrelated"),
+        (lambda a: {n: -t if t.is_floating_point() else t for n, t in a.items()}, "unrelated"),
+        (lambda a: difference(a, moved(0.1)), "task vector"),
+        (lambda a: {n: torch.zeros_like(t) for n, t in a.items()}, "unrelated"),
+        (lambda a: {**a, "model.positional_embedding": torch.ones(5, 4)}, "same weights"),  # inert
+        (lambda a: {**moved(0.5), "model.positional_embedding": torch.ones(5, 4)}, ""),
+        (lambda a: {**moved(0.5), "model.positional_embedding": torch.ones(3, 4).double()}, ""),
+        (lambda a: {**moved(0.5), "model.extra": torch.ones(3)}, "extra"),
+    ],
+)
+def test_kinship(tmp_path: Path, change: Any, word: str) -> None:
+    a = {**state(), "model.visual.ln_pre.weight": torch.full((999,), 5.0)}
+    share = 0.0 if word == "task vector" else 1.0
+    b = {**change(a), "model.visual.ln_pre.weight": share * a["model.visual.ln_pre.weight"]}
+    problems = checkpoints.compare(wrote(tmp_path, "a", a), wrote(tmp_path, "b", b)).problems
+    assert len(problems) == bool(word) and word in "".join(problems), problems
+
+
+def test_two_activations(tmp_path: Path) -> None:
+    for name, quick in (("a", "true"), ("b", "false")):
+        content = {n.removeprefix("model."): t.contiguous() for n, t in moved(ord(name) / 1e3).items()}
+        save_file(content, tmp_path / name, {"quick_gelu": quick})
+    a, b = (checkpoints.read(tmp_path / name) for name in "ab")
+    assert "other activations" in checkpoints.compare(a, b).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +175,7 @@ def test_lineage_of_one(tmp_path: Path) -> None:
         (lambda s: {**s, "model.visual.proj": torch.ones(6, 4)}, r"visual.proj \[6, 5\] and \[6, 4\]"),
         (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).double()}, "other than float32"),
         (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).long()}, "of another kind"),
-        (lambda s: {**s, "model.steps": torch.tensor(0, dtype=torch.int32)}, "of another kind"),
+        (lambda s: {**s, "model.visual.steps": torch.tensor(0, dtype=torch.int32)}, "of another kind"),
         (lambda s: {**s, "model.visual.proj": torch.full((6, 5), torch.nan)}, "NaN or infinity"),
     ],
 )
@@ -234,19 +280,19 @@ def test_fetch_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(state(), tmp_path / "model_0.pt")
+    torch.save({**state(), "model.extra": torch.ones(1)}, tmp_path / "model_0.pt")
     assert main([str(tmp_path / "model_0.pt")]) == 0
     shown = capsys.readouterr().out
     for words in (
         "soup: model-soups",
-        "265 in 8 tensors, 6 layers",
-        "float32 (6), float16 (1), int64 (1)",
-        "image tower   228 in 4 tensors",
+        "266 in 9 tensors, 7 layers",
+        "float32 (7), float16 (1), int64 (1)",
+        "image tower   229 in 5 tensors",
         "text tower    12 in 1 tensors",
         "head          24 in 2 tensors, 4 classes",
         "other         1 in 1 tensors",
         "likely arch",
-        "not floating-point, copied and never interpolated: steps",
+        "not floating-point, copied and never interpolated: visual.steps",
         "visual.transformer.resblocks.0.attn.in_proj  weight [18, 6], bias [18]",
         "visual.conv1  weight [6, 3, 2, 2]",
         "visual.proj  [6, 5]",
@@ -255,17 +301,19 @@ def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("a", state()), ("b", state(1)), ("c", state(1, 7))):
+    for name, content in (("a", state()), ("b", moved(0.3)), ("c", state(1, 7))):
         torch.save(content, tmp_path / name)
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert main([a, b]) == 0
     assert "they can be the ends of one path" in capsys.readouterr().out
     assert main([a, b, "--format", "soup"]) == 0
-    torch.save({"state_dict": state(1), "epoch": 1}, tmp_path / "d")
+    torch.save({"state_dict": moved(0.4), "epoch": 1}, tmp_path / "d")
     assert main([a, str(tmp_path / "d"), "--format", "soup"]) == 0  # which is of the first alone
     assert "d (open_clip)" in capsys.readouterr().out
     assert main([a, c]) == 1
     assert "heads are for 4 and 7 classes" in capsys.readouterr().out
+    torch.save(state(1), tmp_path / "e")
+    assert main([a, str(tmp_path / "e")]) == 1 and main([a, str(tmp_path / "e"), "--unrelated"]) == 0
 
 
 def test_errors_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -496,3 +496,10 @@ def test_the_architecture_to_name_instead() -> None:
         architectures.check_evidence("ViT-B-32-256", quick)
     architectures.check_evidence("RN50", quick)  # whose image tower has ReLU
     architectures.check_evidence("ViT-B-16-SigLIP", quick)  # timm's, with an activation of its own
+
+
+def test_unmerged_adapters_are_no_ends(arch: str) -> None:
+    unmerged = {**soup(1), "visual.transformer.resblocks.0.attn.out_proj.lora_A.weight": torch.ones(2, 2)}
+    for make in (lambda: Ends(Setup(arch), unmerged), lambda: Ends(Setup(arch), soup(0)).check(unmerged)):
+        with pytest.raises(ValueError, match=r"LoRA.*merge"):
+            make()

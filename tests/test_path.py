@@ -6,12 +6,14 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from rft_fast.kernels import Write, keep_mask_like, noise_like
 from rft_fast.path import Path
@@ -891,3 +893,113 @@ def test_no_copy_of_the_model_is_made() -> None:
     # The reference computes a million elements at a time, in some 100 bytes each.
     limit = 110 if impl == "reference" else 20
     assert float(growth) < limit, done.stdout
+
+
+# --- numbers outside their domain, and what is no weight ----------------------------------------------
+
+
+def positive(seed: int) -> State:
+    state = copy.deepcopy(fill(Net(), seed).state_dict())
+    return {name: tensor.abs() + 0.1 if name.endswith("_var") else tensor for name, tensor in state.items()}
+
+
+def test_variances_do_not_become_negative() -> None:
+    zeroshot, finetuned = positive(1), positive(2)
+    path = Path(Net(), zeroshot, finetuned)
+    names = [name for name in zeroshot if name.endswith("running_var")]
+    w0, w1 = (torch.cat([state[name] for name in names]).double() for state in (zeroshot, finetuned))
+    roots = w0 / (w0 - w1)
+    low, high = float(roots[roots < 0].max()), float(roots[roots > 1].min())
+    for alpha in (0.99 * low, 0.99 * high):
+        path.write(alpha)
+        assert_close(path.model, between(alpha, zeroshot, finetuned))
+    before = path.checksum()
+    for alpha in (1.01 * low, 1.01 * high, -50.0, 50.0):
+        for refusing in (
+            lambda alpha=alpha: path.write(alpha),
+            lambda alpha=alpha: path.at(alpha).__enter__(),
+        ):
+            with pytest.raises(ValueError, match=rf"running_var.*between {low:.4g} and {high:.4g}"):
+                refusing()
+    assert path.checksum() == before
+    path.write(50.0, layers=["head", "embed"])  # which have none
+    # For weights alone, statistics stay where they are.
+    path.write(0.5)
+    path.write(50.0, buffers=False)
+    expected = between(50.0, zeroshot, finetuned)
+    kept = between(0.5, zeroshot, finetuned)
+    buffers = {name for name, _ in path.model.named_buffers()}
+    assert_close(path.model, {name: (kept if name in buffers else expected)[name] for name in expected})
+    assert path.alpha is None
+    with pytest.raises(RuntimeError, match="no known state"):
+        path.at(0.5).__enter__()
+    path.write(0.5)
+    assert_close(path.model, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_a_dtype_cannot_hold_is_refused_and_undone(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    ends = [{"weight": torch.tensor([[-1.0, share * most]]), "bias": torch.ones(1)} for share in (0.5, 0.75)]
+    path = Path(nn.Linear(2, 1).to(dtype), *ends)
+    path.write(1.5)  # to 0.875
+    before = snapshot(path.model)
+    for write in ({"alpha": 2.5}, {"alpha": -9.0}, {"alpha": 1.0, "rho": 99.0}, {"alpha": 0.5, "rho": 1e9}):
+        with pytest.raises(ValueError, match=r"weight \(float"):
+            path.write(**write)  # type: ignore[arg-type]
+        assert same_bits(snapshot(path.model), before) and path.alpha == 1.5
+    with pytest.raises(ValueError, match=r"weight \(float"), path.at(9.0):
+        pass
+    assert same_bits(snapshot(path.model), before)
+    path.write(9.0, layers=["bias"]) if "bias" in path.layers else path.write(0.0)
+    if dtype == torch.float16:
+        large = {"weight": torch.tensor([[1.0, 7e4]]), "bias": torch.ones(1)}
+        with pytest.raises(ValueError, match=r"finetuned has weights beyond what .*float16.*weight"):
+            Path(nn.Linear(2, 1).to(dtype), ends[0], large)
+
+
+class Lora(nn.Module):
+    def __init__(self, name: str = "lora") -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(3, 3)
+        self.register_module(f"{name}_A", nn.Linear(3, 2, bias=False))
+        self.register_module(f"{name}_B", nn.Linear(2, 3, bias=False))
+
+
+class Named(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.ones(2, 2)))
+
+
+def normed(new: bool) -> nn.Module:
+    if new:
+        return torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Lora, "LoRA.*merge.*lora_A.weight, lora_B.weight"),
+        (lambda: nn.ModuleDict({"lora": nn.Linear(2, 2)}), "LoRA"),
+        (lambda: Named("q_proj_lora_A", "q_proj_lora_B"), "LoRA"),
+        (lambda: Lora("hada_w1"), "peft"),
+        (lambda: Named("ia3_l"), "peft"),
+        (lambda: normed(True), r"remove_parametrizations.*original0"),
+        (lambda: normed(False), r"remove_weight_norm.*0.weight_g, 0.weight_v"),
+        (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "remove_parametrizations"),
+        (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), r"prune.remove"),
+    ],
+)
+def test_factors_of_weights_are_refused_by_name(make: Callable[[], nn.Module], words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        Path(make(), fill(make(), 1), fill(make(), 2))
+
+
+def test_other_names_are_no_factors() -> None:
+    make = lambda: Named("flora", "explorative", "weight_v", "loraine", "kernel_g", "kernel_v", "weight_orig")  # noqa: E731
+    Path(make(), fill(make(), 1), fill(make(), 2))

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
-from tiny_models import MEAN, STD, Told, normalised, pictures, random_state
+from tiny_models import MEAN, STD, Told, counted, normalised, pictures, random_state
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -407,3 +407,54 @@ def test_what_holds_no_stragglers_is_refused() -> None:
         stragglers(rows.iloc[:-1])  # a run that was stopped
     with pytest.raises(ValueError, match="more than once"):
         stragglers(pd.concat([rows, rows]))
+
+
+# --- layers that are the same at both ends ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("others", ["zeroshot", "finetuned"])
+def test_layers_that_are_the_same_at_both_ends_take_no_forward_pass(others: str) -> None:
+    model = Norms()
+    zero, one = random_state(model, 1), random_state(model, 2)
+    one = {name: one[name] if name.startswith("head") else tensor for name, tensor in zero.items()}
+    path = Path(model, zero, one)
+    assert path.unchanged == ("conv", "norm")
+    evaluator = Evaluator(model, [pictures("far", 41, True), pictures("near", 15, False)], batch_size=16)
+    with pytest.warns(UserWarning, match=r"2 of 3 layers of m are the same at both ends.*conv, norm"):
+        found = studies.layerwise_interpolation(path, evaluator, ALPHAS, others=others, model="m")
+    assert list(found["layer"].unique()) == ["conv", "norm", "head"]
+    still = found[found["layer"] != "head"]
+    assert (still[["rise", "rise_se", "gain", "instability", "instability_se"]] == 0).all(axis=None)
+    # Numbers stay those of all layers, so that runs can be resumed, and each measurement alone is the same.
+    told = Told()
+    with pytest.warns(UserWarning), counted(model.conv) as (passes,):
+        studies.layerwise_interpolation(
+            path, evaluator, ALPHAS, others=others, model="m", only=[1, 3], sink=told
+        )
+    assert told.numbers == [1, 3] and sum(passes) == 41 + 15  # of the model where all are at one end
+    expected = found.iloc[[*range(4, 8), *range(12, 16)]]
+    assert [row["loss"] for row in told.rows] == list(expected["loss"])
+    facts = stragglers(found, margin=0.0).set_index(["dataset", "layer"])
+    assert list(facts["unchanged"]) == [True, True, False] * 2
+    assert not facts["straggler"][facts["unchanged"]].any()
+    # They are no tests that the correction has to count.
+    alone = stragglers(found[found["layer"] == "head"], margin=0.0)
+    assert list(alone["instability_low"]) == list(facts["instability_low"][~facts["unchanged"]])
+    # What does change is measured as ever.
+    every = studies.layerwise_interpolation(path, evaluator, ALPHAS, ["head"], others=others, model="m")
+    same = [name for name in every if name != "seconds"]
+    pd.testing.assert_frame_equal(every[same], found[found["layer"] == "head"][same].reset_index(drop=True))
+
+
+def test_statistics_that_move_make_a_layer_move() -> None:
+    model = Norms()
+    zero = random_state(model, 1)
+    moved = {**zero, "norm.running_mean": zero["norm.running_mean"] + 1}
+    assert Path(model, zero, moved).unchanged == ("conv", "head")
+    counted_on = {**zero, "norm.num_batches_tracked": zero["norm.num_batches_tracked"] + 1}
+    assert Path(model, zero, counted_on).unchanged == ("conv", "head")
+    half = {name: t.half().to(t.dtype if "conv" in name else t.half().dtype) if t.is_floating_point() else t
+            for name, t in zero.items()}  # fmt: skip
+    rounded = {name: t.float() if t.is_floating_point() else t for name, t in half.items()}
+    with pytest.warns(UserWarning, match="same weights"):
+        assert Path(model, half, rounded).unchanged == ("conv", "norm", "head")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tiny_zoo import ARCH, refused, save
 from torch import Tensor
 
-from rft_fast import request, results, sweep, zoo
+from rft_fast import checkpoints, request, results, sweep, zoo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in tuned.items()}}, made / "clip1.pt"
         )
         head = {HEAD: torch.randn(3, 6), "classification_head.bias": torch.randn(3)}
-        save({f"model.{k}": v for k, v in clip.items() if k.startswith("visual.")} | head, made / "tuned.st")
+        tower = {f"model.{k}": 1.01 * v for k, v in clip.items() if k.startswith("visual.")}
+        save(tower | head, made / "tuned.st")
     return made
 
 
@@ -189,17 +190,18 @@ def _soup(file: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("choice", ["zeroshot", "finetuned"])
 def test_one_head_joins_models_of_other_classes(folder: Path, tmp_path: Path, choice: str) -> None:
-    soup = torch.load(folder / "clip0.pt", weights_only=True)["state_dict"]
     three, five = tmp_path / "three.st", tmp_path / "five.st"
+    zeroshot, tuned = (three, five) if choice == "zeroshot" else (five, three)
+    ends = clips(folder)
     for file, rows in ((three, 3), (five, 5)):
+        soup = ends[file == tuned]
         head = {HEAD: torch.randn(rows, 6), "classification_head.bias": torch.randn(rows)}
         save({f"model.{k}": v for k, v in soup.items() if k.startswith("visual.")} | head, file)
-    zeroshot, tuned = (three, five) if choice == "zeroshot" else (five, three)
     words = ["--arch", folder / "clip.json", "--zeroshot", zeroshot, "--finetuned", tuned, "--head", choice]
     found = run(tmp_path / "run", *words, "--data", f"far={folder / 'far.npz'}")
     state = _soup(three)
-    expected = truth(load_clip(soup), state[HEAD], state["classification_head.bias"], folder / "far.npz")
-    same(found, dict.fromkeys((0, 0.4, 1), expected))
+    fixed = (state[HEAD], state["classification_head.bias"], folder / "far.npz")
+    same(found, {alpha: truth(load_clip(mix(*ends, alpha)), *fixed) for alpha in (0, 0.4, 1)})
 
 
 def test_all_models_are_checked_before_a_prompt_is_encoded(
@@ -357,3 +359,43 @@ def test_published_weights_are_fetched_once_and_read_like_a_file(
     with pytest.raises(SystemExit):  # the tiny file is not of this architecture
         sweep.main([*words, "--out", str(tmp_path / "run")])
     assert len(asked) == 1
+
+
+def test_ends_that_are_no_ends_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = _soup(folder / "zeroshot.safetensors")
+    torch.save({name: tensor.half() for name, tensor in start.items()}, tmp_path / "rounded.pt")
+    other = {n: torch.randn_like(t) if "visual" in n and t.ndim > 1 else t for n, t in start.items()}
+    save(other, tmp_path / "other.st")
+    save({n: 0.01 * torch.randn_like(t) for n, t in start.items()}, tmp_path / "vector.st")
+    probe = {n: t + 1 if "head" in n else t for n, t in start.items()}
+    save(probe, tmp_path / "probe.st")
+    base = ["interpolation", "--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors",
+            "--data", f"far={folder / 'far.npz'}", "--device", "cpu", "--no-cache"]  # fmt: skip
+
+    def words(file: Path, *more: str) -> list[str]:
+        return [str(word) for word in (*base, "--finetuned", file, "--out", tmp_path / "run", *more)]
+
+    for file, message in (
+        (folder / "zeroshot.safetensors", "same weights"),
+        (tmp_path / "rounded.pt", "same weights"),
+        (tmp_path / "other.st", "--unrelated"),
+        (tmp_path / "vector.st", "task vector"),
+    ):
+        refused(words(file), f"{file}: fine-tuned end: it has", capsys)
+        refused(words(file), message, capsys)
+        # As `checkpoints A B` says.
+        ends = (folder / "zeroshot.safetensors", file)
+        assert message in str(checkpoints.compare(*map(checkpoints.read, ends)))
+    refused(words(folder / "zeroshot.safetensors", "--unrelated"), "same weights", capsys)
+    refused(words(tmp_path / "probe.st", "--head", "zeroshot"), "same weights", capsys)
+    assert not (tmp_path / "run").exists()
+    assert sweep.main(words(tmp_path / "probe.st", "--alphas", "0", "1")) == 0
+    assert sweep.main(words(tmp_path / "other.st", "--alphas", "0", "1", "--unrelated", "--overwrite")) == 0
+    lines = ['name = "z"', f'arch = "{folder / "tiny.json"}"', f'zeroshot = "{base[4]}"', "[finetuned]",
+             f'x = {{ path = "{tmp_path / "other.st"}", unrelated = true }}',
+             "[data]", f'far = {{ path = "{folder / "far.npz"}" }}']  # fmt: skip
+    (tmp_path / "zoo.toml").write_text("\n".join(lines))
+    assert zoo.read(tmp_path / "zoo.toml").finetuned["x"].unrelated
+    run(tmp_path / "zoo run", tmp_path / "zoo.toml")

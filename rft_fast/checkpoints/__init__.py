@@ -34,7 +34,7 @@ from . import containers, layouts
 from .activation import Activation, Evidence, Tensors, beside, notes_of
 from .containers import SUPPORTED
 from .layouts import FORMATS, TRAINING_FIELDS
-from .lineage import Lineage, compare
+from .lineage import Kinship, Lineage, compare, kinship
 from .sources import cached, check_source, commit, fetch, in_cache
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "TRAINING_FIELDS",
     "Activation",
     "Checkpoint",
+    "Kinship",
     "Lineage",
     "Tensors",
     "cached",
@@ -51,6 +52,7 @@ __all__ = [
     "compare",
     "fetch",
     "in_cache",
+    "kinship",
     "load",
     "load_head",
     "read",

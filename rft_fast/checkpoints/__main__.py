@@ -24,6 +24,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--format", choices=tuple(FORMATS), help="the format that FILE must have; default: any"
     )
+    parser.add_argument(
+        "--unrelated",
+        action="store_true",
+        help="neither of two needs to be fine-tuned from the other, as with the sweep's --unrelated",
+    )
     options = parser.parse_args(arguments)
     try:
         first = read(options.file, options.format)
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    lineage = compare(first, second)
+    lineage = compare(first, second, options.unrelated)
     for letter, checkpoint in (("a", first), ("b", second)):
         print(f"{letter}           {checkpoint.file} ({checkpoint.format})")
     print(lineage)

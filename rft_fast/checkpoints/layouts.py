@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parametrised import factors
 from ..pickles import Global, Shell, Unreadable, kind_of
 from ..words import some
 from .activation import TOWERS, Evidence, of_metadata
@@ -114,6 +115,10 @@ def tensors(
     if format is not None and not _FITS[format](layout):
         raise Unreadable(f"is not in the format {format!r} but {found!r} ({FORMATS[found]})")
     chosen = format or found
+    unmerged = [f"holds {what} ({some(names, 3)})" for what, names in factors(state).items()]
+    notes += unmerged
+    if unmerged and chosen == "huggingface":
+        raise Unreadable(unmerged[0])
     if chosen == "openai":
         state = _without(state, _OPENAI_NUMBERS, "sizes of the model", notes)
     maker = Maker(content.size, meta)

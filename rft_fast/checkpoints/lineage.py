@@ -1,21 +1,113 @@
-"""Two checkpoints side by side: what they share, how far apart they are, and whether a path joins them."""
+"""Two checkpoints side by side: what they share, how far apart they are, and whether a path joins them.
+
+``python -m rft_fast.checkpoints A B`` and the sweep judge by the same rules, which are here.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..classifier import HEAD_BIAS, HEAD_WEIGHT, INERT
 from ..words import some
+from .activation import NAMES
 
 if TYPE_CHECKING:
     from . import Checkpoint
 
-_CHUNK = 1 << 22  # float64 copies of one chunk at a time: 64 MiB for both sides
+UNRELATED = 0.3
+"""Cosine between the matrices of two image towers below which neither was fine-tuned from the other.
+
+Of matrices alone: the gains of LayerNorms begin at 1 in every training, so that whole towers of two trainings
+have a cosine of .43. Tried on the digits zoo (see docs/checkpoints.md): fine-tuned .95 to 1.00; at learning
+rates that destroy the model .77; other trainings, random weights and task vectors -.04 to .01.
+"""
+
+_CHUNK = 1 << 16  # elements whose float64 copies fit into a CPU's cache
+_CHUNK_GPU = 1 << 24
+_HEAD = "classification_head."
 _PATH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """How two sets of weights lie to each other, by those that :func:`kinship` was given.
+
+    same: equal values, or values that one file has rounded to a coarser type. cosine: between the matrices
+    (all tensors with two or more dimensions); nan where there are none. ratio: norm of b's by that of a's.
+    """
+
+    same: bool
+    cosine: float
+    ratio: float
+
+    def identical(self) -> str | None:
+        """What is wrong with ends that are the same weights; None where they are not."""
+        if not self.same:
+            return None
+        return "the same weights: nothing changes along the path between them; is it the right file?"
+
+    def unrelated(self) -> str | None:
+        """What is wrong with ends of which neither was fine-tuned from the other; None where that can be."""
+        if not self.cosine < UNRELATED:
+            return None
+        why = (
+            f"unrelated weights: the cosine between their matrices is {self.cosine:.2f}, where fine-tuned "
+            f"ones stay close to where they began (expected: at least {UNRELATED:g})"
+        )
+        if self.ratio < 0.5:
+            return (
+                f"{why}; its norm is {self.ratio:.2g} of the other's, so it may be a difference (a task "
+                "vector): add it to the zero-shot weights first. --unrelated measures the path all the same"
+            )
+        return (
+            f"{why}. Is it fine-tuned from another zero-shot model, or another training? --unrelated "
+            "measures the path all the same"
+        )
+
+
+def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[str], bool]) -> Kinship:
+    """How the tensors of two checkpoints whose ``names`` count lie to each other, in float64.
+
+    Tensors of other shapes, and such as only one has, are different; they do not count for the cosine.
+    """
+    same = True
+    sums = torch.zeros(4, dtype=torch.float64)  # of squares of b - a, a, b; of a * b
+    for name in dict.fromkeys(filter(names, (*a, *b))):
+        x, y = a.get(name), b.get(name)
+        if x is None or y is None or x.shape != y.shape:
+            same = False
+            continue
+        floats = x.is_floating_point() and y.is_floating_point()
+        if floats and x.ndim > 1:
+            found = _sums(x, y)
+            sums += found
+            same = same and (float(found[0]) == 0 or (x.dtype != y.dtype and _same_rounded(x, y)))
+        else:
+            same = same and _same_rounded(x, y)
+    _, squares_a, squares_b, product = sums.tolist()
+    norms = math.sqrt(squares_a) * math.sqrt(squares_b)
+    return Kinship(
+        same,
+        product / norms if norms else 0.0 if squares_a or squares_b else math.nan,
+        math.sqrt(squares_b / squares_a) if squares_a else math.nan,
+    )
+
+
+def _same_rounded(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal in the coarser one of their types."""
+    y = y.to(x.device)
+    if x.dtype == y.dtype:
+        return torch.equal(x, y)
+    if not (x.is_floating_point() and y.is_floating_point()):
+        return False
+    coarser = max(x.dtype, y.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(x.to(coarser), y.to(coarser))
 
 
 @dataclass(frozen=True)
@@ -27,8 +119,10 @@ class Lineage:
     distance: l2 norm of b - a over the floating-point tensors of one shape, in float64; 0 if there are none.
     relative: distance divided by the l2 norm of a (nan where that is 0). cosine: of the angle between a and b
         over the same tensors (nan where one is 0).
-    identical: same names, types and bits. problems: why they cannot be the ends of one path, in words; none
-        when they can.
+    identical: same names, types and bits. kinship: of the image towers; ``same`` counts the heads, too, or
+        what makes them. problems: why they cannot be the ends of one path, in words; none when they can.
+    inert: shared names of the text side whose shapes or types differ, which does not matter beside a head
+        (``--towers image``).
     """
 
     shared: tuple[str, ...]
@@ -40,7 +134,9 @@ class Lineage:
     relative: float
     cosine: float
     identical: bool
+    kinship: Kinship
     problems: tuple[str, ...]
+    inert: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -48,31 +144,33 @@ class Lineage:
             f"only in a   {some(self.only_a) or '-'}",
             f"only in b   {some(self.only_b) or '-'}",
             f"distance    {self.distance:.6g} (l2), {self.relative:.4g} of a's norm",
-            f"cosine      {self.cosine:.6f}",
+            f"cosine      {self.cosine:.6f}; between the matrices of the image towers "
+            f"{self.kinship.cosine:.6f}",
         ]
-        if self.identical:
-            lines.append("identical   the same weights: nothing changes along the path between them")
-        elif self.cosine < 0.5:
-            lines.append(
-                "unrelated?  fine-tuned weights stay close to where they began; these point elsewhere"
-            )
+        if self.inert:
+            lines.append(f"inert       text side of another shape or type: {some(self.inert)}")
         if self.problems:
             lines.append("they cannot be the ends of one path:")
             return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
         return "\n".join([*lines, "they can be the ends of one path"])
 
 
-def compare(a: Checkpoint, b: Checkpoint) -> Lineage:
+def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
     """What two checkpoints share, how far apart they are, and why they cannot be ends of one path, if so.
 
-    A text tower that only one of them has is no problem, nor is a head: the other's can be made from prompts.
+    A text tower that only one of them has, or that has other shapes, is no problem, nor is a head that only
+    one has: the other's can be made from prompts.
+
+    Args:
+        a: the zero-shot end.
+        b: the fine-tuned one.
+        unrelated: whether neither needs to be fine-tuned from the other, as ``--unrelated``.
     """
     shared = [name for name in a.tensors if name in b.tensors]
     only_a = [name for name in a.tensors if name not in b.tensors]
     only_b = [name for name in b.tensors if name not in a.tensors]
     other_shape, other_kind, unfit, not_finite, differing = [], [], [], [], []
-    squares = torch.zeros(3, dtype=torch.float64)  # of b - a, a, b
-    product = 0.0
+    sums = torch.zeros(4, dtype=torch.float64)  # of squares of b - a, a, b; of a * b
     for name in shared:
         x, y = a.tensors[name], b.tensors[name]
         if x.shape != y.shape:
@@ -88,20 +186,28 @@ def compare(a: Checkpoint, b: Checkpoint) -> Lineage:
             continue
         if not {x.dtype, y.dtype} <= set(_PATH_DTYPES):
             unfit.append(name)
-        sums, dot = _sums(x, y)
-        if not torch.isfinite(sums).all():
+        found = _sums(x, y)
+        if not torch.isfinite(found).all():
             not_finite.append(name)
-        squares += sums
-        product += dot
-    distance, norm_a, norm_b = squares.sqrt().tolist()
-    problems = _problems(a, b, shared, [*only_a, *only_b], other_shape)
+        sums += found
+    distance, norm_a, norm_b = sums[:3].sqrt().tolist()
+    product = float(sums[3])
+    related = kinship(a.tensors, b.tensors, _is_visual)
+    if related.same:  # a linear probe has another head
+        heads = HEAD_WEIGHT in a.tensors and HEAD_WEIGHT in b.tensors
+        beside = {HEAD_WEIGHT, HEAD_BIAS}.__contains__ if heads else lambda name: not _is_visual(name)
+        related = replace(related, same=kinship(a.tensors, b.tensors, beside).same)
+    problems = _problems(a, b, shared, [*only_a, *only_b], [name for name in other_shape if _on_path(name)])
     for what, names in (
         ("are numbers of another kind, float against integer or integers of two types", other_kind),
         ("are of a type other than float32, bfloat16 and float16", unfit),
         ("hold NaN or infinity in one of them", not_finite),
     ):
-        if names:
+        if names := list(filter(_on_path, names)):
             problems.append(f"{len(names)} tensors {what}: {some(names)}")
+    if not problems:
+        strange = related.identical() or (None if unrelated else related.unrelated())
+        problems += [strange] if strange else []
     return Lineage(
         tuple(shared),
         tuple(differing),
@@ -112,8 +218,19 @@ def compare(a: Checkpoint, b: Checkpoint) -> Lineage:
         distance / norm_a if norm_a else math.nan,
         product / (norm_a * norm_b) if norm_a and norm_b else math.nan,
         not (differing or only_a or only_b),
+        related,
         tuple(problems),
+        tuple(name for name in (*other_shape, *other_kind) if not _on_path(name)),
     )
+
+
+def _on_path(name: str) -> bool:
+    """Whether a tensor is on the path of an image tower and a head, or its name is not known."""
+    return name.partition(".")[0] not in INERT
+
+
+def _is_visual(name: str) -> bool:
+    return name.startswith("visual.")
 
 
 def _problems(
@@ -122,7 +239,7 @@ def _problems(
     if not shared:
         return [f"they share nothing: no name of {a.file.name} is in {b.file.name}"]
     problems = []
-    heads = [name for name in other_shape if name.startswith("classification_head.")]
+    heads = [name for name in other_shape if name.startswith(_HEAD)]
     if heads:
         counts = [len(x.tensors[heads[0]]) if x.tensors[heads[0]].ndim else 0 for x in (a, b)]
         problems.append(
@@ -139,17 +256,33 @@ def _problems(
         problems.append("they share no image tower ('visual.*')")
     if images := [name for name in alone if name.startswith("visual.")]:
         problems.append(f"{len(images)} tensors of the image tower are in one of them only: {some(images)}")
+    for checkpoint in (a, b):
+        unknown = [n for n in checkpoint.tensors if _on_path(n) and not n.startswith(("visual.", _HEAD))]
+        if unknown:
+            problems.append(
+                f"{some(unknown)} of {checkpoint.file.name} belong neither to an image tower, a head nor a "
+                "text tower"
+            )
+    told = [x.tensors.activation.get("image") for x in (a, b)]
+    if told[0] is not None and told[1] is not None and told[0].quick != told[1].quick:
+        problems.append(
+            f"their image towers have other activations: {NAMES[told[0].quick]} ({told[0].source}) and "
+            f"{NAMES[told[1].quick]} ({told[1].source})"
+        )
     return problems
 
 
-def _sums(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
-    """Sums of squares of y - x, x and y, and of x * y, in float64."""
-    sums, product = torch.zeros(3, dtype=torch.float64), 0.0
-    for left, right in zip(*(torch.split(t.reshape(-1), _CHUNK) for t in (x, y)), strict=True):
-        one, other = left.double().cpu(), right.double().cpu()
-        sums += torch.stack([v.square().sum() for v in (other - one, one, other)])
-        product += float(one @ other)
-    return sums, product
+def _sums(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of squares of y - x, x and y, and of x * y, in float64: on the CPU."""
+    gpu = x.device.type != "cpu"
+    total = torch.zeros(4, dtype=torch.float64, device=x.device)
+    size = _CHUNK_GPU if gpu else _CHUNK
+    parts = (torch.split(t.detach().to(x.device).reshape(-1), size) for t in (x, y))
+    for left, right in zip(*parts, strict=True):
+        one, other = left.double(), right.double()
+        change = other - one
+        total += torch.stack([change @ change, one @ one, other @ other, one @ other])
+    return total.cpu()
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:

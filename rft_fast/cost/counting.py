@@ -129,7 +129,7 @@ class CountedPath(Path):
             self._work.borrowed = max(self._work.borrowed, sum(_elements(w.live) for w in weights))
             yield weights
 
-    def _write(self, request: Write, parts: Sequence[Any] | None) -> None:
+    def _write(self, request: Write, parts: Sequence[Any] | None, buffers: bool = True) -> None:
         size = sum(map(self._size, [self._whole] if parts is None else parts))
         self._work.writes += 1
         if request.noisy or request.masked:

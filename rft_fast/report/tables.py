@@ -149,6 +149,8 @@ def straggler_words(fact: Mapping[str, Any]) -> Cell:
     """Straggler or not; a layer above the margin whose interval reaches below it is neither."""
     if fact["straggler"]:
         return Cell("straggler", 2, "bad")
+    if fact["unchanged"]:
+        return Cell("same at both ends", 0)
     half = Z95 * fact["instability_se"]
     if fact["instability"] + half > fact["margin"] and fact["rise"] + Z95 * fact["rise_se"] > 0:
         return Cell(WIDE, 1, "wide")

@@ -5,8 +5,10 @@ Its loss along alpha tells stragglers (Def. 1.2): single layers that spoil the i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import closing
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ..words import some
 from .path import check_alphas, check_evaluator
 from .rows import AT_ONCE, Measured, Row, Sink, as_number, chunks, of_study, only_one, scored, walk_to
 
@@ -41,7 +44,9 @@ def layerwise_interpolation(
     """Scores each layer at alpha with all other layers zero-shot, on every data set (Def. 1.1).
 
     Layers are taken in the order in which the model runs them, so that what comes before a layer runs
-    once for all of its positions. The live model is as it was before once the study ends, also
+    once for all of its positions. Layers that are the same at both ends (``path.unchanged``) are not
+    measured: their scores are those of the model with all layers at the end of the others, and a warning
+    names them. The live model is as it was before once the study ends, also
     when it fails.
 
     Args:
@@ -76,6 +81,14 @@ def layerwise_interpolation(
     ordered = sorted(spans, key=spans.__getitem__)
     record = Measured(STUDY, len(ordered) * len(evaluator.datasets), only, sink)
     known = {} if zeroshot is None or rest != 0 else zeroshot
+    unchanged = [layer for layer in ordered if layer in set(path.unchanged)]
+    if unchanged:
+        of = f" of {model}" if model else ""
+        warnings.warn(
+            f"layers: {len(unchanged)} of {len(ordered)} layers{of} are the same at both ends, so nothing is "
+            f"to be measured: their instability is 0 ({some(unchanged, 3)})",
+            stacklevel=2,
+        )
     for place, data in enumerate(evaluator.datasets):
         numbers = {layer: n for n, layer in enumerate(ordered, place * len(ordered)) if record.wants(n)}
         if not numbers:
@@ -85,9 +98,13 @@ def layerwise_interpolation(
             with path.at(rest):
                 known[data.name] = evaluator.among([data.name]).scores()[data.name]
         once = perf_counter() - start  # counts in the first row
-        curves = _curves(path, evaluator.among([data.name]), grid, rest, {n: spans[n] for n in numbers})
+        moved = {layer: spans[layer] for layer in numbers if layer not in unchanged}
+        curves = _curves(path, evaluator.among([data.name]), grid, rest, moved)
+        still = (
+            (layer, dict.fromkeys(grid, known[data.name]), 0.0) for layer in numbers if layer not in moved
+        )
         with closing(curves):
-            for layer, scores, seconds in curves:
+            for layer, scores, seconds in chain(still, curves):
                 at = {alpha: (score, seconds) for alpha, score in scores.items()}
                 at[rest], once = (known[data.name], once), 0.0
                 rows = [_row(evaluator, data.name, at, alpha) for alpha in grid]
@@ -100,6 +117,8 @@ def _curves(
     path: Path, evaluator: Evaluator, grid: Sequence[float], rest: float, spans: Mapping[str, tuple[int, int]]
 ) -> Generator[tuple[str, dict[float, Scores], float]]:
     """Each layer, its scores on one data set where it is not with the rest, and how long one of them took."""
+    if not spans:
+        return
     moves = [alpha for alpha in grid if alpha != rest]
     pieces = evaluator.pieces()
     with path.at(rest):
@@ -151,7 +170,8 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     straggler when the lower end of its one-sided 95 % interval (Student's t over images,
     Bonferroni-corrected for all layers and positions of its model and data set) lies above ``margin``,
     and the loss there above the loss at alpha = 0 by the same rule: Def. 1 alone would also count half
-    of any *improvement*.
+    of any *improvement*. Layers at which no loss of any image changes, as where both ends are the same
+    weights, are none, and are not counted by the correction.
 
     Args:
         rows: of :func:`layerwise_interpolation`; rows of other studies among them are left aside.
@@ -161,8 +181,8 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         One row per (model, data set, others, layer) in the order of measurement: ``instability``,
         ``instability_se``, ``instability_low`` and the ``alpha`` where it is reached, ``rise`` and
         ``rise_se`` there, ``instability_accuracy`` (largest over alpha, with ``_se``), ``straggler``,
-        ``margin``, ``ood``, ``samples``, ``alphas`` (how many). Losses that are not finite make a
-        layer's instability not finite; such a layer is a straggler.
+        ``unchanged`` (no loss changes), ``margin``, ``ood``, ``samples``, ``alphas`` (how many). Losses that
+        are not finite make a layer's instability not finite; such a layer is a straggler.
 
     Raises:
         TypeError: no table of rows, a margin that is no number.
@@ -173,8 +193,10 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     rows = of_study(rows, STUDY, "stragglers")
     found = []
     for (name, dataset, others), group in rows.groupby(["model", "dataset", "others"], sort=False):
+        moving = (group["rise"] != 0) | (group["rise_se"] != 0)
+        tests = int(moving.groupby(group["layer"]).transform("any").sum())
         # Student's t over images: so far in its tail the normal one would find stragglers in any few.
-        t = float(stdtrit(group["samples"].iloc[0] - 1, 1 - 0.05 / len(group)))
+        t = float(stdtrit(group["samples"].iloc[0] - 1, 1 - 0.05 / max(1, tests)))
         for layer, curve in group.groupby("layer", sort=False):
             try:
                 check_alphas(curve["alpha"])
@@ -206,5 +228,6 @@ def _straggler(curve: pd.DataFrame, t: float, margin: float) -> dict[str, object
         "instability_accuracy": accuracy["instability_accuracy"],
         "instability_accuracy_se": accuracy["instability_accuracy_se"],
         "straggler": bool((low > margin and rises) or not np.isfinite(worst["instability"])),
+        "unchanged": bool(((curve["rise"] == 0) & (curve["rise_se"] == 0)).all()),
         "margin": margin,
     }

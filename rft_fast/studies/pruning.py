@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .estimators import Protocol
 from .layers import layerwise_interpolation, stragglers
@@ -246,11 +246,8 @@ def _pruned(path: Path, alpha: float, keep: float, variant: _Variant) -> Iterato
         # (1 - alpha) w0 + alpha (w0 + mask (w1 - w0) / keep) is the masked path at alpha / keep.
         at = alpha / keep if variant.method == "rescale" else alpha
         fill = "zero" if variant.method == "zero" else "zeroshot"
-        buffers = [t for layer in layers for t in path.tensors(layer) if not isinstance(t, nn.Parameter)]
-        there = [buffer.clone() for buffer in buffers]  # at alpha, and they stay there
-        path.write(at, layers=layers, keep=keep, fill=fill, seed=variant.seed or 0)
-        for buffer, value in zip(buffers, there, strict=True):
-            buffer.copy_(value)
+        # Buffers are at alpha, and stay there.
+        path.write(at, layers=layers, keep=keep, fill=fill, seed=variant.seed or 0, buffers=False)
         yield
 
 

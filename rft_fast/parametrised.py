@@ -1,0 +1,70 @@
+"""Names of tensors that are no weights of a model, but factors from which it computes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_MERGE = (
+    "merge them into their layers in both models first (peft: model.merge_and_unload()), and name the merged "
+    "weights"
+)
+# A component of a dotted name -> what it says.
+_COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "unmerged low-rank adapters (LoRA): interpolating both factors is no straight line of weights; "
+        f"{_MERGE}",
+        re.compile(r"(?:.*_)?(?:lora|Lora|LoRA)(?:_.*|[A-Z0-9].*)?"),
+    ),
+    (
+        f"unmerged adapters of peft: interpolating their factors is no straight line of weights; {_MERGE}",
+        re.compile(
+            r"(?:ia3_l|hada_[wt]\d?|lokr_[wt]\d?|(?:oft|boft)_[rRs]|vera_lambda|vera_[AB]|fourierft)(?:_.*)?"
+        ),
+    ),
+    (
+        "parametrised weights: interpolating what they are computed from is no straight line of weights; "
+        'remove_parametrizations(module, "weight") of torch.nn.utils.parametrize in both models first',
+        re.compile(r"parametrizations"),
+    ),
+)
+# Pairs of endings that torch's older functions leave in the place of a weight.
+_PAIRS: tuple[tuple[str, tuple[str, str]], ...] = (
+    (
+        "weight_norm's factors: interpolating them is no straight line of weights; "
+        "torch.nn.utils.remove_weight_norm(module) in both models first",
+        ("_g", "_v"),
+    ),
+    (
+        "pruned weights and their masks: torch.nn.utils.prune.remove(module, name) in both models first",
+        ("_orig", "_mask"),
+    ),
+    (
+        "spectral_norm's factors: interpolating them is no straight line of weights; "
+        "torch.nn.utils.remove_spectral_norm(module) in both models first",
+        ("_orig", "_u"),
+    ),
+)
+_WEIGHT = re.compile(r"(?:.*\.)?(?:weight|bias)\w*")
+
+
+def factors(names: Iterable[str]) -> dict[str, list[str]]:
+    """What is wrong, and what to do -> the names that show it; empty where all are weights.
+
+    Args:
+        names: of parameters and buffers, dotted.
+    """
+    known = dict.fromkeys(names)
+    found: dict[str, list[str]] = {}
+    for name in known:
+        parts = name.split(".")
+        for what, pattern in _COMPONENTS:
+            if any(map(pattern.fullmatch, parts)):
+                found.setdefault(what, []).append(name)
+                break
+    for what, (first, second) in _PAIRS:
+        for name in known:
+            stem = name.removesuffix(first)
+            if stem != name and _WEIGHT.fullmatch(stem) and stem + second in known:
+                found.setdefault(what, []).extend((name, stem + second))
+    return found
