@@ -15,6 +15,7 @@ import tiny_cuda
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rft_fast.evaluate import feed
 from rft_fast.kernels import native
 from rft_fast.kernels.contract import Row, Write
 from rft_fast.kernels.resident import Resident
@@ -119,9 +120,37 @@ def test_a_write_runs_within_torchs_guard_of_its_device(monkeypatch, index):
     assert f"CUDA says of cuda:{index}: {index}, {index}" in str(native.why_not(torch.device("cuda", index)))
 
 
+def test_streams_are_left_within_torchs_guard_of_their_device(monkeypatch):
+    """Going back from a stream, torch chooses the device that was current before, which creates a context."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def device(other):
+        current.append(other.index)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def stream(side):
+        before = current[-1]
+        yield
+        seen.append((before, side))
+
+    side = SimpleNamespace(record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    pinned = SimpleNamespace(to=lambda device, non_blocking: None)
+    feed._Stream(torch.device("cuda", 1)).start({0: SimpleNamespace(pin_memory=lambda: pinned)}, 0)
+    assert seen == [(1, side)] and current == [0]
+
+
 CONTEXTS = """
 import ctypes, sys, torch, rft_fast as rft
-device, impl = "cuda:1", sys.argv[1]
+sys.path.insert(0, sys.argv[2])
+from tiny_models import dataset, transformer
+from rft_fast.evaluate import Evaluator
+device, what = "cuda:1", sys.argv[1]
 cuda, flags = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint()
 
 def contexts():
@@ -132,21 +161,34 @@ def contexts():
         found.append(active.value)
     return found
 
+def write():
+    plan = rft.kernels.Plan([w], [w], [w], what)
+    for _ in range(2):
+        plan.write(0.5, rho=0.1)
+    rft.write_(w, w, w, 0.5, impl=what)
+
+def evaluate():
+    model, data = transformer(2).to(device), dataset(count=300)
+    for limit in (None, 2 * data.images.nbytes):  # images on the device, then streamed
+        evaluator = Evaluator(model, [data], batch_size=16, memory_limit=limit)
+        for _ in range(4):
+            evaluator.scores()
+        evaluator.gradient(list(model.parameters()))
+        evaluator._images._relieve()
+
 w = torch.ones(5000, device=device)
 before = contexts()
-plan = rft.kernels.Plan([w], [w], [w], impl)
-for _ in range(2):
-    plan.write(0.5, rho=0.1)
-rft.write_(w, w, w, 0.5, impl=impl)
+evaluate() if what == "evaluator" else write()
 torch.cuda.synchronize(device)
 print(before, contexts(), torch.cuda.current_device())
 """
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("impl", ["native", "triton"])
-def test_a_write_creates_no_context_on_another_gpu(impl):
-    done = subprocess.run([sys.executable, "-c", CONTEXTS, impl], capture_output=True, text=True)
+@pytest.mark.parametrize("what", ["native", "triton", "evaluator"])
+def test_no_context_is_created_on_another_gpu(what):
+    command = [sys.executable, "-c", CONTEXTS, what, str(tiny_cuda.HERE)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == "[0, 1] [0, 1] 0", done.stderr[-2000:]
 
 

@@ -281,6 +281,25 @@ def test_ieee_takes_no_fused_attention_kernel(make: Callable[[], Any]) -> None:
             assert name == "fp32" or kernels & {"_scaled_dot_product_attention_math", "bmm"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_ieee_on_a_gpu(graphs: bool) -> None:
+    """No fused attention; nearer to float64 than products of TF32 (2**-11) by far."""
+    model, data = Attending().eval(), dataset(count=40)
+    live: Any = Attending().eval().to("cuda")
+    evaluator = Evaluator(live, [data], precision="ieee", graphs=graphs)
+    kernels = kernels_of(evaluator.scores)
+    assert "_scaled_dot_product_attention_math" in kernels
+    assert not any(
+        name in kernel for kernel in kernels for name in ("efficient_att", "flash_att", "cudnn_att")
+    )
+    images = evaluator._feeds[0].prepare(slice(0, 40)).cpu()
+    expected = nn.functional.cross_entropy(model.written_out(images), data.labels, reduction="none")
+    for _ in range(4):  # recorded from the third time on
+        losses = evaluator.scores()["set"].losses
+        assert (losses - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 def test_ieee_is_float32s_own_attention() -> None:
     model, data = Attending().eval(), dataset(count=40)
     evaluator = Evaluator(model, [data], precision="ieee")

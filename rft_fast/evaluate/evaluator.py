@@ -276,7 +276,8 @@ class Evaluator:
             if recorded is not None:
                 recorded.clear()
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                with torch.cuda.device(device):
+                    torch.cuda.empty_cache()
 
         def batches(side: int, need: Callable[[], Need], sample: str = "image") -> Batches:
             room = int(WORKING * self.memory_limit)

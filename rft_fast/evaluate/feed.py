@@ -156,7 +156,9 @@ class _Stream:
             return
         # The pinned copy returns to torch's allocator, which keeps it until the transfer has ended.
         pinned = images[batch].pin_memory()
-        with torch.cuda.stream(self._side):
+        # Of a stream on another device than the current one, torch would go back by choosing that one, and so
+        # create a context there.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
             there = pinned.to(self._device, non_blocking=True)
             self._coming = (batch, there, self._side.record_event())
 
