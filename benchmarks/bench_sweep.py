@@ -25,6 +25,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,14 +56,17 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "streaming": sweep_device.streaming,
     "busy": sweep_device.busy,
 }
+FEW = {"stages", "attention", "graphs"}  # do with a few images
 
 
 def measure(options: Options, parts: Sequence[str], log: Log) -> bool:
     """All parts of one architecture. Returns whether none of them failed; one that does not stop the next."""
     device = torch.device(options.device)
 
+    images = options.few if set(parts) <= FEW else options.samples
+
     def case() -> sweep_case.Case:
-        return sweep_case.make_case(options.arch, options.samples, device, options.batch_size)
+        return sweep_case.make_case(options.arch, images, device, options.batch_size)
 
     bench = Bench(case, options, log, about(device))
     for part in parts:
@@ -85,10 +89,12 @@ def about(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True)
+        driver = "unknown"
+        with suppress(OSError):
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
         properties = torch.cuda.get_device_properties(device)
         facts["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
-        facts |= {"driver": done.stdout.split("\n")[0], "cuda": torch.version.cuda}
+        facts |= {"driver": driver, "cuda": torch.version.cuda}
     else:
         isa = (native.isas() or ["no compiled kernels"])[-1]
         facts["device"] = f"{processor()}, {torch.get_num_threads()} threads, {isa}"

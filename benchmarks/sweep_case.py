@@ -103,11 +103,11 @@ class Case:
 
     def batches(self, size: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
         """The images as peers take them: normalised on the device, once."""
-        pixels = ((normalised(part, self.data), labels) for part, labels in self._split(size))
-        return [(images.to(self.device, dtype), labels.to(self.device)) for images, labels in pixels]
-
-    def _split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.data.images.split(size), self.data.labels.split(size))
+        parts = zip(self.data.images.split(size), self.data.labels.split(size))
+        return [
+            (normalised(images.to(self.device), self.data).to(dtype), labels.to(self.device))
+            for images, labels in parts
+        ]
 
 
 class Digits:
@@ -144,8 +144,8 @@ def spread(names: Sequence[str], count: int) -> list[str]:
 
 
 def normalised(images: Tensor, data: Dataset) -> Tensor:
-    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (data.mean, data.std))
-    return images.float().div_(255).sub_(mean).div_(std)
+    mean, std, white = (torch.tensor(n, device=images.device) for n in (data.mean, data.std, 255.0))
+    return images.float().div_(white).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
 def cut(data: Dataset, samples: int) -> Dataset:
@@ -167,9 +167,10 @@ def make_case(arch: str, samples: int, device: torch.device, batch: int | None =
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(seed)
         visual = tower(arch)
-    weight, bias = head(visual, data, classes, patterns)
+    # Clones: what is made in inference mode is of no use to kernels outside of it.
+    weight, bias = (tensor.clone().to(device) for tensor in head(visual, data, classes, patterns))
     zeroshot = {f"visual.{name}": tensor.detach() for name, tensor in visual.state_dict().items()}
-    zeroshot |= {"classification_head.weight": weight.to(device), "classification_head.bias": bias.to(device)}
+    zeroshot |= {"classification_head.weight": weight, "classification_head.bias": bias}
     finetuned = {name: torch.empty_like(tensor) for name, tensor in zeroshot.items()}
     # Each weight times a normal number around one: what noise relative to the weights is.
     ends = list(finetuned.values()), list(zeroshot.values()), list(zeroshot.values())
@@ -220,7 +221,7 @@ def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple
     device = next(visual.parameters()).device
     height, width = data.images.shape[2:]
     clean = np.stack(list(pictures(list(range(patterns)), height, width, own=0.0)))
-    inputs = normalised(torch.from_numpy(clean).permute(0, 3, 1, 2), data).to(device)
+    inputs = normalised(torch.from_numpy(clean).permute(0, 3, 1, 2).to(device), data)
     features = nn.functional.normalize(visual(inputs), dim=-1).cpu()
     mean = features.mean(0)
     centred = nn.functional.normalize(features - mean, dim=-1)
@@ -228,8 +229,7 @@ def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple
     mixed = nn.functional.normalize(mixtures @ centred, dim=-1)
     rows = torch.cat([centred, mixed])
     scale = SPREAD / ((features - mean) @ rows.T).std()
-    # Clones: what is made in inference mode cannot be written by kernels outside of it.
-    return (scale * rows).clone(), (-scale * (rows @ mean)).clone()
+    return scale * rows, -scale * (rows @ mean)
 
 
 def pictures(labels: list[int], height: int, width: int, own: float = 0.3) -> Iterator[np.ndarray]:

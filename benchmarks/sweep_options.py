@@ -80,5 +80,5 @@ def defaults(device: str, arch: str) -> Options:
     base = replace(base, noise_batch=True, precisions=tuple(PRECISIONS), few=64)
     if arch == "tiny":
         return base
-    base = replace(base, samples=1024, batch=128, files=128)
-    return replace(base, samples=512, draws=8, layers=3) if arch == "ViT-L-14" else base
+    base = replace(base, samples=1024, batch=128, draws=8, files=128)
+    return replace(base, samples=512, layers=3) if arch == "ViT-L-14" else base

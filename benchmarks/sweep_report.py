@@ -123,10 +123,9 @@ def stages(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str
 
 def attention(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
     for _, facts in found.items():
-        shape = "x".join(map(str, facts["shape"]))
         yield (
-            f"\n**attention** in float32, {shape}: torch's choice ({facts['backend']}), times faster than "
-            "its plain products\n"
+            f"\n**attention** in float32, {facts['shape']}: torch's choice ({facts['backend']}), times "
+            "faster than its plain products\n"
         )
         yield f"ratio: {ratio(facts['times_faster'])}"
         yield from seconds_of(facts["rounds"])

@@ -46,7 +46,10 @@ class Sharpness:
         self.draw = bench.shared("noise", lambda: peers_sweep.noise(weights))
         self._warm: set[tuple[Any, ...]] = set()
 
-    def ours(self, estimator: str, seed: int, **other: Any) -> pd.DataFrame:
+    def ours(
+        self, estimator: str, seed: int, names: Sequence[str] | None = None, **other: Any
+    ) -> pd.DataFrame:
+        """names: of layers; None: as many as there shall be."""
         o = replace(self.options, **other)
         return layerwise_sharpness(
             self.path,
@@ -54,7 +57,7 @@ class Sharpness:
             o.positions,
             [o.rho],
             o.draws,
-            list(self.bench.case.some_layers(o.layers)),
+            list(self.bench.case.some_layers(o.layers) if names is None else names),
             protocol=o.protocol(estimator, seed),
         )
 
@@ -85,9 +88,11 @@ class Sharpness:
         key = tuple(sorted(other.items())) if on_gpu else (other.get("samples"),)
         if key in self._warm:
             return
+        # The first layer is followed by all stages, the last has all of the others before it.
+        names = list(self.bench.case.some_layers(few.get("layers", self.options.layers)))
         for estimator in ("plain", "gradient"):
             self.bench.check_time(f"warm-up in {self.precision}")
-            self.ours(estimator, 0, **few)
+            self.ours(estimator, 0, names=list(dict.fromkeys([names[0], names[-1]])), **few)
         if not self._warm:
             self.peer(0, layers=1, draws=2)
         self._warm.add(key)

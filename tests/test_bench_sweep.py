@@ -110,7 +110,7 @@ def test_the_whole_script(whole: Whole, capsys: pytest.CaptureFixture[str], tmp_
     stages = run["parts"]["stages"]["fp32"]
     assert stages["stages"] > 4 and stages["seconds"] > 0 and "why" not in stages
     attention = run["parts"]["attention"]["fp32"]
-    assert attention["shape"] == [8, 2, 17, 32]
+    assert attention["shape"] == "8x2x17x32"
     for name in ("default", "math"):
         assert 0 < attention[f"{name}_error_mean"] < attention[f"{name}_error_largest"] < 1e-4
 
