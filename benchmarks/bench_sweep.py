@@ -123,7 +123,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=at_least(1))
     parser.add_argument("--rho", type=float)
     parser.add_argument("--files", type=at_least(1), help="JPEG images of each size for the interpolation")
-    parser.add_argument("--few", type=at_least(1), help="images of the parts graphs and attention")
+    parser.add_argument("--few", type=at_least(1), help="images of the part graphs")
     parser.add_argument("--precisions", nargs="+", choices=formats.PRECISIONS)
     parser.add_argument("--out", type=Path, help="JSON with every round, whole after each timing")
     parser.add_argument("--figure", type=Path, help="how the cost grows, of the part scaling")

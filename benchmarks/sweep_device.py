@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from rft_fast.evaluate import Evaluator, evaluator
-from rft_fast.evaluate.graphs import WARM
+from rft_fast.evaluate import graphs as recordings
 from rft_fast.evaluate.precision import exact
 from rft_fast.studies import interpolation, layerwise_sharpness
 
@@ -30,7 +31,10 @@ REPEATS = 10  # of one attention, which is over before a clock has seen it
 
 
 def graphs(bench: Bench) -> None:
-    """CUDA graphs on against off: plain draws of layer-wise sharpness, of few images, where launches show."""
+    """CUDA graphs of short stages ("on") and of all stages against none ("off").
+
+    The request is plain draws of layer-wise sharpness, of few images, where launches show.
+    """
     o, case = bench.options, bench.case
     if not o.on_gpu:
         return bench.not_measured(NO_GPU)
@@ -41,46 +45,51 @@ def graphs(bench: Bench) -> None:
     for precision in o.types:
         path = case.path(precision)
         bench.check_time(f"recordings in {precision}")
-        sides = {
-            "on": bench.evaluator(precision).on(data),
-            "off": Evaluator(path.model, data, o.batch_size, precision, graphs=False),
+        made = {
+            name: Evaluator(path.model, data, o.batch_size, precision, graphs=name == "all")
+            for name in ("all", "off")
         }
+        sides = {"on": bench.evaluator(precision).on(data), **made}
 
         def run(name: str, path: Any = path, sides: Any = sides) -> pd.DataFrame:
-            protocol = o.protocol("plain", 0)
-            return layerwise_sharpness(
-                path, sides[name], [o.alpha], [o.rho], draws, layers, protocol=protocol
-            )
+            longest = sys.maxsize if name == "all" else recordings.SHORT
+            with mock.patch.object(recordings, "SHORT", longest):
+                return layerwise_sharpness(
+                    path, sides[name], [o.alpha], [o.rho], draws, layers, protocol=o.protocol("plain", 0)
+                )
 
-        for _ in range(WARM + 1):  # then all is recorded
-            for name in sides:
-                bench.check_time(f"recordings in {precision}")
-                run(name)
-        found[precision] = {"rounds": [], "times_faster": []}
-        compare(bench, found[precision], precision, {name: lambda n=name: run(n) for name in sides})
+        for name in (recordings.WARM + 1) * list(sides):  # then all is recorded
+            bench.check_time(f"recordings in {precision}")
+            run(name)
+        found[precision] = {"rounds": []}
+        in_turns(bench, found[precision], precision, {name: lambda n=name: run(n) for name in sides})
     return None
 
 
-def compare(
+def in_turns(
     bench: Bench, found: dict[str, Any], precision: str, runs: Mapping[str, Callable[[], pd.DataFrame]]
 ) -> None:
-    """Two contenders in turns, whose numbers must agree: how many times faster the first is."""
-    fast, slow = runs
+    """Contenders whose numbers must agree: how many times faster each is than the last of them."""
+    *others, base = runs
+    found |= {f"{name}_times_faster": [] for name in others}
     for number in range(bench.options.rounds):
         this: dict[str, Any] = {"seconds": {}}
         found["rounds"].append(this)
-        tables = {}
+        losses = {}
         for name, run in runs.items():
-            tables[name], seconds = bench.timed(f"{name}, {precision}, round {number},", run)
-            facts = {}
-            if name == slow:
-                ours, peer = ({i: (loss,) for i, loss in enumerate(tables[n]["loss"])} for n in runs)
-                most = allowed(precision, max(loss for (loss,) in ours.values()))
-                largest = check_same(f"{fast} and {slow} in {precision}", ours, peer, most)
-                facts["largest_difference"] = this["largest_difference"] = largest
+            table, seconds = bench.timed(f"{name}, {precision}, round {number},", run)
+            losses[name] = {i: (float(loss),) for i, loss in enumerate(table["loss"])}
             this["seconds"][name] = seconds
-            if name == slow:
-                found["times_faster"] += turns([seconds], [this["seconds"][fast]])
+            facts = {}
+            if name == base:
+                most = allowed(precision, float(table["loss"].max()))
+                same = [
+                    check_same(f"{n} and {base} in {precision}", losses[n], losses[base], most)
+                    for n in others
+                ]
+                facts["largest_difference"] = this["largest_difference"] = max(same)
+                for n in others:
+                    found[f"{n}_times_faster"] += turns([seconds], [this["seconds"][n]])
             bench.timing(name, seconds, precision, round=number, **facts)
 
 
@@ -122,8 +131,8 @@ def streaming(bench: Bench) -> None:
         runs = {"resident": lambda e=resident: run(e), "streamed": lambda e=streamed: run(e)}
         for warm in runs.values():
             warm()
-        found[precision] = {"rounds": [], "times_faster": []}
-        compare(bench, found[precision], precision, runs)
+        found[precision] = {"rounds": []}
+        in_turns(bench, found[precision], precision, runs)
     return None
 
 
@@ -135,7 +144,7 @@ def attention(bench: Bench) -> None:
     """
     o, device = bench.options, bench.device
     heads, tokens, size = sweep_case.attention_of(o.arch)
-    shape = (o.few, heads, tokens, size)
+    shape = (min(o.batch, 64), heads, tokens, size)
     bench.check_time("attention in float64")
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator, device=device) for _ in range(3))

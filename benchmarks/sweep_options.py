@@ -18,7 +18,7 @@ class Options:
     that size on the CPU, and on a GPU chooses. draws, rho, alpha: of the sharpness. layers: how many, evenly
     spread over the model. alphas: positions of the interpolations. noise_batch: noise anew for every batch,
     as published. files: JPEG images of each size for the interpolation. precisions: fp32 first. few: images
-    of the parts that show an overhead, graphs and attention.
+    of the part graphs, where launches show.
     """
 
     arch: str = "ViT-B-32"
@@ -77,7 +77,7 @@ def defaults(device: str, arch: str) -> Options:
         base = replace(base, samples=40, batch=16, draws=4, layers=3, rounds=2, alphas=3, files=12)
     if not base.on_gpu:
         return base
-    base = replace(base, noise_batch=True, precisions=tuple(PRECISIONS), few=64)
+    base = replace(base, noise_batch=True, precisions=tuple(PRECISIONS))
     if arch == "tiny":
         return base
     base = replace(base, samples=1024, batch=128, draws=8, files=128)

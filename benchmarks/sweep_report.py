@@ -102,7 +102,10 @@ def busy(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def graphs(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
-    yield f"\n**CUDA graphs**, plain draws of {options['few']} images: times faster with than without\n"
+    yield (
+        f"\n**CUDA graphs** of short stages (on) and of all, plain draws of {options['few']} images: times "
+        "faster than without\n"
+    )
     yield from in_turns(found)
 
 
@@ -152,9 +155,10 @@ WRITERS = {
 
 
 def in_turns(found: Mapping[str, Any]) -> Iterator[str]:
-    """Two contenders in each precision."""
+    """Contenders in each precision, beside the last of them."""
     for precision, facts in found.items():
-        yield f"{precision}: {ratio(facts['times_faster'])}"
+        ratios = {name.partition("_")[0]: values for name, values in facts.items() if name != "rounds"}
+        yield f"{precision}: " + ", ".join(f"{name} {ratio(values)}" for name, values in ratios.items())
         yield from seconds_of(facts["rounds"])
 
 

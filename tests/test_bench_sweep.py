@@ -110,7 +110,7 @@ def test_the_whole_script(whole: Whole, capsys: pytest.CaptureFixture[str], tmp_
     stages = run["parts"]["stages"]["fp32"]
     assert stages["stages"] > 4 and stages["seconds"] > 0 and "why" not in stages
     attention = run["parts"]["attention"]["fp32"]
-    assert attention["shape"] == "8x2x17x32"
+    assert attention["shape"] == "10x2x17x32"
     for name in ("default", "math"):
         assert 0 < attention[f"{name}_error_mean"] < attention[f"{name}_error_largest"] < 1e-4
 
@@ -274,11 +274,13 @@ def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=cpu))
     about = bench_sweep.about(CPU)
     bench = Bench(case, replace(SMALL, rounds=1, noise_batch=True, precisions=("fp32", "bf16")), about=about)
-    for part in ("graphs", "streaming"):
+    contenders = {"graphs": ("on", "all"), "streaming": ("resident",)}
+    for part, names in contenders.items():
         found = bench.measure(part, bench_sweep.PARTS[part])
         assert set(found) == {"fp32", "bf16"}
-        assert all(facts["times_faster"] and facts["rounds"][0]["largest_difference"] == 0
-                   for facts in found.values())  # fmt: skip
+        for facts in found.values():
+            assert facts["rounds"][0]["largest_difference"] == 0
+            assert all(len(facts[f"{name}_times_faster"]) == 1 for name in names)
     found = bench.measure("busy", sweep_device.busy)
     assert all(facts["kernels"] == 0 and len(facts["seconds"]) == 1 for facts in found.values())
     assert sweep_report.text(bench.run).count("times faster") == 2
@@ -309,6 +311,7 @@ def test_a_difference_in_one_precision_does_not_stop_the_others(
         return right(self, *sides)
 
     monkeypatch.setattr(sweep_sharpness.Sharpness, "check", check)
+    monkeypatch.setattr(sweep_sharpness, "worth_on_digits", lambda *_: None)
     bench = Bench(case, replace(SMALL, rounds=1, precisions=("fp32", "bf16")))
     with pytest.raises(AssertionError, match="other numbers"):
         bench.measure("layer-sharpness", sweep_sharpness.layer_sharpness)
@@ -566,6 +569,38 @@ def test_precisions_beside_the_standard_error(
     printed = capsys.readouterr().out
     assert "| bf16 against fp32 |" in printed and "| fp32 against float64 |" in printed
     assert "| layer-wise, rho = 0.5 |" in printed
+
+
+@pytest.mark.parametrize("ended", ["interrupted", "out of time", "out of time at once"])
+def test_precisions_that_were_measured_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ended: str
+) -> None:
+    right, asked = precision.of_path, []
+
+    def of_path(source: Any, model: str, name: str) -> Any:
+        asked.append(name)
+        if ended == "interrupted" and name == "bf16":
+            raise KeyboardInterrupt
+        return right(source, model, name)
+
+    monkeypatch.setattr(precision, "of_path", of_path)
+    monkeypatch.setattr(precision, "ALPHAS", [0.0])
+    limit = {"interrupted": 9, "out of time": 2, "out of time at once": 0}[ended]
+    monkeypatch.setattr(record, "time_is_up", lambda: len(asked) >= limit)
+    monkeypatch.setenv("ROWS", str(tmp_path / "rows"))
+    out = tmp_path / "out.json"
+    words = "--samples 8 --models 1 --precisions bf16 --out".split()
+    try:
+        precision.main([*words, str(out)])
+    except SystemExit as error:
+        assert error.code == (130 if ended == "interrupted" else "precision: nothing was measured")
+    timings = [row["precision"] for row in record_of(tmp_path, "timing")]
+    assert timings == (["fp32", "fp64"] if limit else []) and out.exists() == bool(limit)
+    if limit:
+        rows = json.loads(out.read_text())["path"]
+        assert {(row["precision"], row["against"]) for row in rows} == {("fp32", "fp64")}
+        assert "| fp32 against float64 |" in capsys.readouterr().out
+    assert bool(record_of(tmp_path, "left out")) == ended.startswith("out of time")
 
 
 def test_a_device_offers_what_it_can() -> None:
