@@ -75,10 +75,10 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
     yield Step("program", limit(45, 200), script("gpu_program", "--host"))
     if not cuda:
         sweep = ("--arch", "tiny", "--samples", "32", "--draws", "2", "--layers", "2", "--rounds", "1")
-        yield Step("device", 45, script("bench_sweep", *sweep, "--part", "stages", "graphs", "attention"))
-        yield Step("kernels", 60, bench("layer and bfloat16 and both and (native or folded)"))
-        yield Step("sweep", 60, script("bench_sweep", *sweep, "--part", "layer-sharpness", "busy"))
-        yield Step("tests", 60, tests("kernels", words=("-k", "known_answers or documented_counter")))
+        yield Step("device", 100, script("bench_sweep", *sweep, "--part", "stages", "graphs", "attention"))
+        yield Step("kernels", 100, bench("layer and bfloat16 and both and (native or folded)"))
+        yield Step("sweep", 150, script("bench_sweep", *sweep, "--part", "layer-sharpness", "busy"))
+        yield Step("tests", 100, tests("kernels", words=("-k", "known_answers or documented_counter")))
         return
     small, large = ("--arch", "ViT-B-32"), ("--arch", "ViT-L-14")
     yield Step(
