@@ -182,10 +182,12 @@ def guard_output() -> list[TextIO]:
             with suppress(OSError):
                 stream.flush()
             raw = _Guarded(stream.fileno())
+            # No io.BufferedWriter, which a signal handler cannot write to while it writes: the wrapper has a
+            # buffer of its own. Characters that the encoding lacks must not end a run, either.
             guard = io.TextIOWrapper(
-                raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[type-var]
+                raw,  # type: ignore[type-var]
                 encoding=stream.encoding,
-                errors=stream.errors,
+                errors="backslashreplace" if stream.errors == "strict" else stream.errors,
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
@@ -196,8 +198,7 @@ def guard_output() -> list[TextIO]:
 
 def broken(stream: object) -> OSError | None:
     """Why a stream of :func:`guard_output` drops what is written to it; None where it does not."""
-    buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)
+    raw = getattr(stream, "buffer", None)
     return raw.error if isinstance(raw, _Guarded) else None
 
 
@@ -214,6 +215,8 @@ class Interrupted(Exception):
 
 class Stop:
     """Ctrl-C, SIGTERM or SIGHUP (a closed terminal) once: stop after the step in flight. Again: stop now.
+
+    SIGHUP is never an "again": shell and kernel may each send one for the same terminal.
 
     A context manager, for the main thread; elsewhere signals are left as they are.
 
@@ -243,10 +246,13 @@ class Stop:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         self.asked = True
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self._notice(f"stopping when the {self._step} in flight is there ({name} again: now)")
+        what = {signal.SIGINT: "Ctrl-C again: now", signal.SIGTERM: "SIGTERM again: now"}
+        again = what.get(signal.Signals(number), "after SIGHUP; SIGTERM: now")
+        self._notice(f"stopping when the {self._step} in flight is there ({again})")
 
     def check(self) -> None:
         """Raises Interrupted if it was asked."""

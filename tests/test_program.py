@@ -106,6 +106,32 @@ def test_output_that_does_not_fit_is_an_error_after_the_work(tmp_path: Path, unb
     assert (tmp_path / "done").exists()
 
 
+def test_what_the_encoding_lacks_is_written_out() -> None:
+    process = start(
+        '    print("\u03b1 = 1")\n    return 0\n', stdout=-1, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert process.communicate(timeout=60)[0] == b"\\u03b1 = 1\n" and process.returncode == 0
+
+
+def test_signal_handlers_can_write_while_the_command_does() -> None:
+    body = """
+    count = 0
+    def handler(*_):
+        nonlocal count
+        count += 1
+        print("handler", flush=True)
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+    while count < 100:
+        print("a line", flush=True)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return 0
+"""
+    process = start(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == b"" and out.count(b"handler") >= 100
+
+
 def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
     """A file that is opened as number 2 would get the warnings of every library."""
     body = f"""
@@ -160,8 +186,9 @@ def test_signals_stop_after_the_step_and_then_at_once(number: signal.Signals) ->
             signal.raise_signal(number)
             with pytest.raises(program.Interrupted):
                 stop.check()
+            signal.raise_signal(signal.SIGHUP)  # the shell's, after the kernel's
             with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(number)
+                signal.raise_signal(signal.SIGTERM if number == signal.SIGHUP else number)
         assert signal.getsignal(number) is signal.default_int_handler
         assert len(texts) == 1 and "epoch" in texts[0]
         signal.signal(number, signal.SIG_IGN)  # as under nohup
