@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,30 @@ def worker_processes(loaded: bool = False) -> list[int]:
     return found
 
 
+def listening() -> set[str]:
+    """The addresses at which this process, and those that it has started, take connections."""
+    parents, sockets = {}, {}
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdecimal():
+                parents[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                for handle in (folder / "fd").iterdir():
+                    sockets[os.readlink(handle)] = folder.name
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            process = sockets.get(f"socket:[{inode}]", "")
+            while process not in ("", str(os.getpid())):
+                process = parents.get(process, "")
+            if state == "0A" and process:
+                words = [local[i : i + 8] for i in range(0, len(local.partition(":")[0]), 8)]
+                packed = b"".join(bytes.fromhex(word)[::-1] for word in words)
+                address = ipaddress.ip_address(packed)
+                found.add(str(getattr(address, "ipv4_mapped", None) or address))
+    return found
+
+
 def arguments(zoo: Path, out: Path, workers: str = "2") -> list[str]:
     return [*own_models(zoo, "abc"), *BRIEF, "--workers", workers, "--out", str(out)]
 
@@ -91,6 +117,7 @@ def test_two_workers_one_killed_in_mid_run(
         if count == 40:
             processes = worker_processes()
             assert len(processes) == 2
+            assert listening() == {"127.0.0.1"}
             killed.append(processes[0])
             os.kill(processes[0], signal.SIGKILL)
 
@@ -244,6 +271,9 @@ def test_refusals(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(connection, "find_spec", lambda name: None)
         refused([*own, "--workers", "2"], 'pip install "rft-fast[cluster]"', capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "version", lambda name: "2.58.1")
+        refused([*own, "--workers", "2"], "2.59 or later", capsys)
     assert not (tmp_path / "run").exists() and not worker_processes()
 
 

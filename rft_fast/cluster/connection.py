@@ -8,20 +8,33 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
+from ipaddress import ip_address
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from rft_fast import env
 
 _ours = False  # whether this process has made the connection that there is
 
 
+OLDEST = "2.59"  # of Ray's versions: the first whose local clusters ask for a token by default
+# Ray's name for "no other machines": nodes then have the loopback address, and servers listen there alone.
+_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
 def check() -> None:
-    """Raises ValueError where Ray is not installed."""
+    """Raises ValueError where Ray is not installed, or is too old."""
     if find_spec("ray") is None:
         raise ValueError('argument --workers: Ray is not installed; pip install "rft-fast[cluster]"')
+    if Version(found := version("ray")) < Version(OLDEST):
+        raise ValueError(
+            f"argument --workers: Ray {found} obeys anybody who reaches its ports; {OLDEST} or later "
+            'is needed, which asks for a token: pip install -U "rft-fast[cluster]"'
+        )
 
 
 def device(workers: str, asked: str | None) -> torch.device:
@@ -62,8 +75,15 @@ def connect(workers: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if is_local(workers):
-            with _hangup_ignored():  # its processes belong to this terminal
-                ray.init(address="local", include_dashboard=False, configure_logging=False, **quiet)
+            with _hangup_ignored(), _on_loopback():  # its processes belong to this terminal
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    dashboard_host="127.0.0.1",
+                    configure_logging=False,
+                    **quiet,
+                )
+            _check_loopback()
         else:
             ray.init(address=workers, **quiet)
     except Exception as error:  # Ray has many ways of not finding a cluster
@@ -73,6 +93,29 @@ def connect(workers: str) -> None:
             "its token, if it asks for one (RAY_AUTH_TOKEN)?"
         ) from error
     _ours = True
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started meanwhile listens on 127.0.0.1 alone."""
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    before, was = os.environ.get(_ALONE), constants.ENABLE_RAY_CLUSTER
+    os.environ[_ALONE], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:  # another cluster may be reached later
+        constants.ENABLE_RAY_CLUSTER = was
+        del os.environ[_ALONE]
+        if before is not None:
+            os.environ[_ALONE] = before
+
+
+def _check_loopback() -> None:
+    """Raises RuntimeError, and ends the cluster, where this version of Ray does not keep to that."""
+    addresses = [node["NodeManagerAddress"] for node in client().nodes()]
+    if not all(ip_address(address).is_loopback for address in addresses):
+        client().shutdown()
+        raise RuntimeError(f"it listens on {', '.join(addresses)}, which other machines can reach")
 
 
 @contextmanager
