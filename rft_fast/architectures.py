@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -24,6 +26,7 @@ from .words import some
 HUB = "hf-hub:"
 _CONFIG = "open_clip_config.json"  # of a repository
 QUICK = "-quickgelu"
+POSITIONS = "visual.positional_embedding"
 
 _PREPROCESS_KEYS = ("fill_color", "interpolation", "mean", "mode", "resize_mode", "size", "std")
 _PREPROCESS_VALUES = {
@@ -353,7 +356,49 @@ def compare(
         fits = likely(whole)
         known = fits and str(arch) not in fits
         advice = f"They fit {' or '.join(fits[:4])}" if known else "Name their own arch"
+        if _differ_in_number(state.get(POSITIONS), shapes.get(POSITIONS)):
+            here, wanted = len(state[POSITIONS]) - 1, shapes[POSITIONS][0] - 1
+            advice += (
+                f". The positions are those of another image size ({here} cells instead of {wanted}): "
+                f"--resize-positions resamples them to that of {arch}, at either end (in Python: "
+                "Setup(resize_positions=True), or open_clip.model.resize_pos_embed beforehand)"
+            )
         raise ValueError(f"arch: the weights are not those of {arch}: {found}. {advice}")
+
+
+def _differ_in_number(table: Tensor | None, wanted: torch.Size | None) -> bool:
+    """Whether a table of positions has another number of them, of the same width."""
+    if table is None or wanted is None or not table.ndim == len(wanted) == 2:
+        return False
+    return table.shape[1] == wanted[1] and table.shape[0] != wanted[0]
+
+
+def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The positions of an image tower resampled for another image size, by open_clip's own function.
+
+    Args:
+        positions: float [1 + cells, width], that of the class token first; the cells form a square.
+        grid: rows and columns of cells that are wanted.
+
+    Returns:
+        The positions [1 + rows * columns, width], in the same dtype: resampled in float32, bicubic with
+        antialiasing, but for that of the class token; the very same where their number is as wanted.
+
+    Raises:
+        ValueError: cells that form no square.
+    """
+    if positions.ndim != 2 or len(positions) == 1 + grid[0] * grid[1]:
+        return positions
+    cells = len(positions) - 1
+    if cells < 1 or math.isqrt(cells) ** 2 != cells:
+        raise ValueError(
+            f"arch: {POSITIONS!r} has {cells} cells, which form no square: they cannot be resampled"
+        )
+    if positions.is_meta:
+        return positions.new_empty(1 + grid[0] * grid[1], positions.shape[1])
+    state = {POSITIONS: positions.detach().float()}
+    open_clip.model.resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=grid)))
+    return state[POSITIONS].to(positions.dtype)
 
 
 def _facts(model_cfg: Mapping[str, Any]) -> dict[str, object]:

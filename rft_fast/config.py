@@ -66,6 +66,7 @@ def complete(models: Models, work: Studies) -> dict[str, Any]:
     device = request.device
     found: dict[str, Any] = {
         **asked(request),
+        **({"resize_positions": True} if source.resize_positions else {}),
         "zeroshot": content(source.zeroshot),
         "finetuned": {name: content(weights) for name, weights in source.finetuned.items()},
         "head": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ class Setup:
         count instead of the zero-shot checkpoint's own (:func:`rft_fast.checkpoints.load_head`).
     network: whether a tokenizer may be downloaded (:func:`rft_fast.architectures.tokenizer`).
 
+    resize_positions: whether the positions of an image tower for another image size are resampled to the
+        architecture's (:func:`rft_fast.architectures.resized`), with a warning.
+
     Raises ValueError for values that are none of these, and for some that make no sense together.
     """
 
@@ -64,6 +68,7 @@ class Setup:
     scale: float | None = None
     zeroshot_head: Mapping[str, Tensor] | None = None
     network: bool | None = None
+    resize_positions: bool = False
 
     def __post_init__(self) -> None:
         for what, value, known in (("towers", self.towers, TOWERS), ("head", self.head, HEADS)):
@@ -133,7 +138,9 @@ class Ends:
         self._made: dict[str, dict[str, Tensor]] = {}
         self._features: int = architectures.config(setup.arch)[1]["embed_dim"]
         with torch.device("meta"):  # names and shapes without memory
-            self._shapes = _shapes("visual", architectures.visual(setup.arch))
+            visual = architectures.visual(setup.arch)
+            self._grid: tuple[int, int] | None = getattr(visual, "grid_size", None)
+            self._shapes = _shapes("visual", visual)
             if self._both:
                 self._shapes |= _shapes("text", architectures.text(setup.arch)) | {_SCALE: torch.Size(())}
         self._tower, self.inert = self._towers(zeroshot, ZEROSHOT)
@@ -289,9 +296,24 @@ class Ends:
             with _at(end):
                 _check_scale(used)
         with _at(end):
+            if self.setup.resize_positions:
+                self._resize(used, end)
             architectures.compare(self.setup.arch, self._shapes, used, state)
             self._check_activation(state)
         return used, inert
+
+    def _resize(self, used: dict[str, Tensor], end: str) -> None:
+        """Resamples the positions of another image size, in place, and warns of it."""
+        positions = used.get(architectures.POSITIONS)
+        if positions is None or self._grid is None:
+            return
+        used[architectures.POSITIONS] = resized = architectures.resized(positions, self._grid)
+        if resized is not positions:
+            warnings.warn(
+                f"{end}: its positions were resampled from {len(positions) - 1} cells to {self._grid[0]} x "
+                f"{self._grid[1]}, the image size of {self.setup.arch}",
+                stacklevel=2,
+            )
 
     def _check_activation(self, state: Mapping[str, Tensor]) -> None:
         """Refuses a checkpoint that says of itself that it has another activation than the architecture."""

@@ -135,6 +135,11 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         help="format of the fine-tuned checkpoints (default: found out; docs/checkpoints.md)",
     )
     group.add_argument(
+        "--resize-positions",
+        action="store_true",
+        help="resample the positions of image towers for another image size to that of --arch",
+    )
+    group.add_argument(
         "--unrelated",
         action="store_true",
         help="also walk to weights that were not fine-tuned from the zero-shot ones (docs/checkpoints.md)",

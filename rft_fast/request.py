@@ -421,7 +421,9 @@ def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
     if arguments.unrelated:
         finetuned = {name: replace(w, unrelated=True) for name, w in finetuned.items()}
     changes = {name: value for name, value in head.items() if value is not None}
-    return replace(its_zoo, finetuned=finetuned, data=data, head=replace(its_zoo.head, **changes))
+    resize = its_zoo.resize_positions or arguments.resize_positions
+    its_zoo = replace(its_zoo, finetuned=finetuned, data=data, resize_positions=resize)
+    return replace(its_zoo, head=replace(its_zoo.head, **changes))
 
 
 def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, bool | None]:

@@ -131,7 +131,9 @@ def _setup(source: zoo.Zoo, network: bool | None) -> Setup:
     if head.class_names is not None:
         chosen = prompts.Prompts(prompts.class_names(head.class_names), prompts.templates(head.templates))
     given = None if head.given is None else checkpoints.load_head(head.given)
-    return Setup(source.arch, head.towers, head.choice, chosen, head.scale, given, network)
+    return Setup(
+        source.arch, head.towers, head.choice, chosen, head.scale, given, network, source.resize_positions
+    )
 
 
 def _texts(source: zoo.Zoo) -> list[Path]:

@@ -73,7 +73,7 @@ class Zoo:
     arch: an open_clip model name, the path of a JSON file or ``hf-hub:org/name``
     (:func:`rft_fast.architectures.config`). finetuned: display name -> checkpoint, in the file's order. data:
     name -> source, likewise. options: how it is studied, as options of ``python -m rft_fast.sweep``; its
-    command line overrides them.
+    command line overrides them. resize_positions: as in :class:`rft_fast.endpoints.Setup`.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Zoo:
     data: dict[str, DataSource]
     head: Head = Head()
     options: tuple[str, ...] = ()
+    resize_positions: bool = False
 
 
 def read(path: str | PathLike[str]) -> Zoo:
@@ -91,6 +92,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         name = "soup"
         arch = "ViT-B-32-quickgelu"     # an open_clip model name, or a JSON file in its format
         zeroshot = "zeroshot.pt"        # or { path = ..., format = ... }, "openai", "hf-hub:org/name"
+        resize-positions = true         # may be left out: --resize-positions
         head = "interpolate"            # this and the next six may be left out: --head
         towers = "image"                # --towers
         class-names = "imagenet"        # --class-names: a built-in list, or a file
@@ -138,7 +140,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         texts = [*names, *(value if isinstance(value, list) else [value])]
         if any(isinstance(text, str) and program.nul(text) for text in texts):
             raise entries.error(repr(".".join(names))[1:-1], f"holds a NUL byte, got {value!r}")
-    entries.known(table, "", ("name", "arch", "zeroshot", *_HEAD, "finetuned", "data", "options"))
+    entries.known(table, "", ("name", "arch", "zeroshot", *_HEAD, _RESIZE, "finetuned", "data", "options"))
     arch = entries.get(table, "arch", str)
     finetuned = entries.get(table, "finetuned", dict)
     data = entries.get(table, "data", dict)
@@ -158,6 +160,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         data={name: entries.data(source, f"data.{name}.") for name, source in data.items()},
         head=entries.head(table),
         options=tuple(options),
+        resize_positions=entries.get({_RESIZE: False, **table}, _RESIZE, bool),
     )
 
 
@@ -289,5 +292,6 @@ class _Entries:
         return value
 
 
+_RESIZE = "resize-positions"
 _HEAD = ("head", "towers", "class-names", "templates", "head-scale", "zeroshot-head")
 _TOML = {str: "string", dict: "table", bool: "boolean (true or false)", (int, float): "number"}

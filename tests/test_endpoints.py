@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -503,3 +504,49 @@ def test_unmerged_adapters_are_no_ends(arch: str) -> None:
     for make in (lambda: Ends(Setup(arch), unmerged), lambda: Ends(Setup(arch), soup(0)).check(unmerged)):
         with pytest.raises(ValueError, match=r"LoRA.*merge"):
             make()
+
+
+# --- other image sizes --------------------------------------------------------------------------------
+
+LARGER = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": 32}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positions_of_another_image_size_are_resampled_as_open_clip_does(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    (tmp_path / "larger.json").write_text(json.dumps(LARGER))
+    setup = Setup(str(tmp_path / "larger.json"), head="zeroshot")
+    small, large = soup(0), {**clip(1, LARGER).state_dict(), **head(1)}
+    small["visual.positional_embedding"] = small["visual.positional_embedding"].to(dtype)
+    with pytest.raises(ValueError, match=r"4 cells instead of 16.*--resize-positions"):
+        Ends(setup, small)
+    with pytest.warns(UserWarning, match="resampled from 4 cells to 4 x 4"):
+        ends = Ends(replace(setup, resize_positions=True), small)
+    ends.check(large)
+    start, _ = ends.pair(large)
+    model = clip(2, LARGER)
+    expected = {name: tensor.float() for name, tensor in small.items() if not name.startswith("class")}
+    open_clip.model.resize_pos_embed(expected, model)
+    model.load_state_dict(expected, strict=False)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tower = ends.live
+    tower.load_state_dict({name: tensor.float() for name, tensor in start.items()})
+    with torch.no_grad():
+        got, want = tower.visual(images), model.visual(images)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    # A fine-tuned end, too; and in the other direction.
+    (tmp_path / "smaller.json").write_text(json.dumps(CONFIG))
+    shrink = Ends(Setup(str(tmp_path / "smaller.json"), head="zeroshot", resize_positions=True), small)
+    with pytest.warns(UserWarning, match="fine-tuned end: .* to 2 x 2"):
+        assert shrink.pair(large)[1]["visual.positional_embedding"].shape == (5, 32)
+    odd = {**small, "visual.positional_embedding": torch.ones(7, 32)}
+    with pytest.raises(ValueError, match="no square"):
+        Ends(replace(setup, resize_positions=True), odd)
+
+
+def test_shapes_alone_can_be_checked_for_another_image_size(tmp_path: Path) -> None:
+    (tmp_path / "larger.json").write_text(json.dumps(LARGER))
+    meta = {name: tensor.to("meta") for name, tensor in soup(0).items()}
+    with pytest.warns(UserWarning, match="4 x 4"):
+        Ends(Setup(str(tmp_path / "larger.json"), head="zeroshot", resize_positions=True), meta)

@@ -399,3 +399,28 @@ def test_ends_that_are_no_ends_are_refused(
     (tmp_path / "zoo.toml").write_text("\n".join(lines))
     assert zoo.read(tmp_path / "zoo.toml").finetuned["x"].unrelated
     run(tmp_path / "zoo run", tmp_path / "zoo.toml")
+
+
+def test_another_image_size_by_option_and_by_zoo(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = _soup(folder / "zeroshot.safetensors")
+    name = "model.visual.positional_embedding"
+    larger = {**state, name: torch.randn(10, 8), "model.visual.proj": state["model.visual.proj"] * 1.1}
+    save(larger, tmp_path / "larger.st")
+    base = ["--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors",
+            "--finetuned", tmp_path / "larger.st", "--data", f"far={folder / 'far.npz'}"]  # fmt: skip
+    refused(["interpolation", *map(str, base), "--out", str(tmp_path / "no")], "--resize-positions", capsys)
+    found = run(tmp_path / "run", *base, "--resize-positions")
+    assert "resampled" in (tmp_path / "run" / "run.log").read_text()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["resize_positions"] is True
+    lines = ['name = "z"', f'arch = "{base[1]}"', f'zeroshot = "{base[3]}"', "resize-positions = true",
+             "[finetuned]", f'x = "{base[5]}"',
+             "[data]", f'far = {{ path = "{folder / "far.npz"}" }}']  # fmt: skip
+    (tmp_path / "zoo.toml").write_text("\n".join(lines))
+    assert run(tmp_path / "zoo run", tmp_path / "zoo.toml") == found
+    assert (
+        checkpoints.compare(*map(checkpoints.read, (base[3], base[5])))
+        .problems[0]
+        .count("--resize-positions")
+    )

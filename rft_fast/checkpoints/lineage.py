@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -72,31 +72,42 @@ class Kinship:
 
 
 def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[str], bool]) -> Kinship:
-    """How the tensors of two checkpoints whose ``names`` count lie to each other, in float64.
+    """How the tensors of two checkpoints whose ``names`` count lie to each other.
 
     Tensors of other shapes, and such as only one has, are different; they do not count for the cosine.
     """
     same = True
-    sums = torch.zeros(4, dtype=torch.float64)  # of squares of b - a, a, b; of a * b
+    sums = torch.zeros(3, dtype=torch.float64)  # of squares of a and b; of a * b
     for name in dict.fromkeys(filter(names, (*a, *b))):
         x, y = a.get(name), b.get(name)
         if x is None or y is None or x.shape != y.shape:
             same = False
             continue
-        floats = x.is_floating_point() and y.is_floating_point()
-        if floats and x.ndim > 1:
-            found = _sums(x, y)
-            sums += found
-            same = same and (float(found[0]) == 0 or (x.dtype != y.dtype and _same_rounded(x, y)))
-        else:
-            same = same and _same_rounded(x, y)
-    _, squares_a, squares_b, product = sums.tolist()
+        same = same and _same_rounded(x, y)
+        if x.is_floating_point() and y.is_floating_point() and x.ndim > 1:
+            sums += _products(x, y)
+    squares_a, squares_b, product = sums.tolist()
     norms = math.sqrt(squares_a) * math.sqrt(squares_b)
     return Kinship(
         same,
         product / norms if norms else 0.0 if squares_a or squares_b else math.nan,
         math.sqrt(squares_b / squares_a) if squares_a else math.nan,
     )
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of squares of x and y, and of x * y: in float32 within a chunk, which suffices for a cosine."""
+    total = torch.zeros(3, dtype=torch.float64, device=x.device)
+    for left, right in _chunks(x, y):
+        one, other = left.float(), right.float()
+        total += torch.stack([one @ one, other @ other, one @ other])
+    return total.cpu()
+
+
+def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors in pieces, on the device of the first."""
+    size = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
+    return zip(*(torch.split(t.detach().to(x.device).reshape(-1), size) for t in (x, y)), strict=True)
 
 
 def _same_rounded(x: Tensor, y: Tensor) -> bool:
@@ -252,6 +263,8 @@ def _problems(
     ]
     if towers:
         problems.append(f"{len(towers)} tensors are of other shapes: {some(towers)}")
+        if [name for name in other_shape if _is_visual(name)] == ["visual.positional_embedding"]:
+            problems[-1] += " (the sweep's --resize-positions resamples them for one image size)"
     if not any(name.startswith("visual.") for name in shared):
         problems.append("they share no image tower ('visual.*')")
     if images := [name for name in alone if name.startswith("visual.")]:
@@ -274,11 +287,8 @@ def _problems(
 
 def _sums(x: Tensor, y: Tensor) -> Tensor:
     """Sums of squares of y - x, x and y, and of x * y, in float64: on the CPU."""
-    gpu = x.device.type != "cpu"
     total = torch.zeros(4, dtype=torch.float64, device=x.device)
-    size = _CHUNK_GPU if gpu else _CHUNK
-    parts = (torch.split(t.detach().to(x.device).reshape(-1), size) for t in (x, y))
-    for left, right in zip(*parts, strict=True):
+    for left, right in _chunks(x, y):
         one, other = left.double(), right.double()
         change = other - one
         total += torch.stack([change @ change, one @ one, other @ other, one @ other])
