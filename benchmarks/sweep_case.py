@@ -159,7 +159,7 @@ def make_case(arch: str, samples: int, device: torch.device, batch: int | None =
     batch: images of the evaluators' batches; None: they choose.
     """
     classes = 10 if arch == "tiny" else 1000
-    patterns = min(samples, 10 if arch == "tiny" else PATTERNS)
+    patterns = max(2, min(samples, 10 if arch == "tiny" else PATTERNS))  # one has nothing to be told from
     preprocess = architectures.preprocess(file_of(arch))
     labels = torch.arange(samples) % patterns
     images = torch.stack([torch.from_numpy(p) for p in pictures(labels.tolist(), *preprocess.size)])

@@ -10,6 +10,7 @@ from rft_fast.evaluate.precision import PRECISIONS
 from rft_fast.studies import Protocol
 
 PUBLISHED_DRAWS = 20
+FIRST = ("fp32", "bf16")  # of the precisions: what is measured before the time may be up
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Options:
     @property
     def types(self) -> list[str]:
         """A precision of each type of weights, for what does not depend on how products are taken."""
-        return [precision for precision in ("fp32", "bf16") if precision in self.precisions]
+        return [precision for precision in FIRST if precision in self.precisions]
 
     @property
     def batch_size(self) -> int | None:
@@ -77,7 +78,7 @@ def defaults(device: str, arch: str) -> Options:
         base = replace(base, samples=40, batch=16, draws=4, layers=3, rounds=2, alphas=3, files=12)
     if not base.on_gpu:
         return base
-    base = replace(base, noise_batch=True, precisions=tuple(PRECISIONS))
+    base = replace(base, noise_batch=True, precisions=(*FIRST, *(p for p in PRECISIONS if p not in FIRST)))
     if arch == "tiny":
         return base
     base = replace(base, samples=1024, batch=128, draws=8, files=128)

@@ -450,6 +450,8 @@ def test_the_case_is_the_same_each_time_and_sane(case: sweep_case.Case) -> None:
     for first, second in ((case.zeroshot, again.zeroshot), (case.finetuned, again.finetuned)):
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(case.data.images, again.data.images)
+    one = sweep_case.make_case("tiny", 1, CPU)
+    assert all(tensor.isfinite().all() for tensor in one.zeroshot.values())
     case.path().write(0.0)
     scores = case.evaluator().scores()["images"]
     # Chance is a tenth, and log(10) nats.
