@@ -1588,8 +1588,8 @@ def test_no_room_for_what_is_saved(tmp_path: Path, whole: Path, monkeypatch: pyt
     before = files(tmp_path)
     make = database.connect
 
-    def small(file: Path, *how: str) -> sqlite3.Connection:
-        base = make(file, *how)
+    def small(file: Path, *how: str, **more: Any) -> sqlite3.Connection:
+        base = make(file, *how, **more)
         base.execute("PRAGMA max_page_count = 100")
         return base
 

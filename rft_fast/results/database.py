@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import disk, files
 from ..evaluate import Scores
 from ..studies.rows import COLUMNS, STUDIES, Row, complete
 
@@ -27,6 +29,7 @@ FILE = "rows.sqlite"
 FORMAT = 1  # PRAGMA user_version
 APPLICATION = 0x7266745F  # PRAGMA application_id: "rft_"
 
+LOCK = ".lock"  # beside it, held by the process that writes
 LOG, JOURNAL = "-wal", "-journal"  # beside the database: what is not in it yet, or not for good
 BESIDE = (LOG, JOURNAL, "-shm")
 
@@ -35,6 +38,7 @@ _NETWORK = (
     *("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse.", "glusterfs", "afs"),
     *("orangefs", "panfs", "wekafs", "virtiofs", "vboxsf"),
 )
+_KEPT = {"string": (str,), "float64": (float, int), "Int64": (int,), "boolean": (int,)}  # types in SQLite
 _SQL = {"string": "TEXT", "float64": "REAL", "Int64": "INTEGER", "boolean": "INTEGER"}
 _PYTHON = {"string": str, "float64": float, "Int64": int, "boolean": bool}
 NAMES = ", ".join(f'"{name}"' for name in COLUMNS)
@@ -54,40 +58,107 @@ CREATE TABLE scores (
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {FORMAT};
 """
+_LIMIT_LENGTH = 0  # SQLite's number of it
+_MOST_OBJECTS = 100
+_STATISTICS = (
+    "sqlite_sequence",
+    *(f"sqlite_stat{number}" for number in range(1, 5)),
+)  # as ANALYZE makes them
 
 
-def connect(file: Path, how: str = "mode=rw") -> sqlite3.Connection:
-    """Opens a database that is there."""
+def _made() -> dict[tuple[str, str], re.Pattern[str]]:
+    """(type, name) -> how its SQL is written. Earlier versions had fewer columns in the table of rows."""
+    found = {}
+    for statement in _SCHEMA.split(";")[:5]:
+        sql = " ".join(statement.split())
+        _, kind, name, *_ = sql.split()
+        pattern = re.escape(sql)
+        if name == "rows":
+            first = sql[: sql.index(', "')]
+            pattern = re.escape(first) + r'(?:, "[a-z_]{1,40}" (?:TEXT|REAL|INTEGER))+\)'
+        found[kind.lower(), name] = re.compile(pattern)
+    return found
+
+
+_MADE = _made()
+
+
+def connect(file: Path, how: str = "mode=rw", bounded: bool = False) -> sqlite3.Connection:
+    """Opens a database that is there, which may come from somebody else.
+
+    bounded: to read it. Values larger than the file, and work that a file of its size cannot need, are
+        errors: pages in a circle have no end.
+
+    Raises ValueError where it, or what SQLite keeps beside it, is no plain file.
+    """
+    _refuse_others(file)
     address = f"{file.absolute().as_uri()}?{how}"
-    return sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)
+    database = sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)
+    try:
+        database.execute("PRAGMA trusted_schema = OFF")
+        database.execute("PRAGMA cell_size_check = ON")
+        if bounded:
+            size = sum(path.stat().st_size for path in (file, beside(file, LOG)) if path.exists())
+            if (limit := getattr(database, "setlimit", None)) is not None:  # from Python 3.11 on
+                limit(_LIMIT_LENGTH, min(max(size, 1 << 20), 1_000_000_000))
+            # Of an honest file a byte takes some two of SQLite's steps.
+            steps = iter(range(20 + size // 50_000))
+            database.set_progress_handler(lambda: next(steps, None) is None, 1_000_000)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _refuse_others(file: Path) -> None:
+    for path in (file, *(beside(file, end) for end in BESIDE)):
+        if kind := files.special(path) or (path != file and path.is_symlink() and "a link"):
+            raise ValueError(f"results: {path} is {kind}, expected a file of SQLite")
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[sqlite3.Connection]:
     """Opens a database to read it as it is at this moment, also while somebody writes, and where nobody may.
 
-    The files stay as they are, but for what a killed process left in a rollback journal.
+    Nothing is written there, neither to the database nor beside it: what a killed process left is put right
+    in a copy. (Of a database that a process writes, readers share SQLite's index of the log.)
     """
     with ExitStack() as stack:
-        try:
-            database = _snapshot(file, "immutable=1" if has_stray_log(file) else "mode=ro")
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise
-            # What a killed process left is to be put right first: here, or where we may not, in a copy.
-            if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                file = copy(file, Path(folder, file.name))
-            database = _snapshot(file, "mode=rw")
+        database = None
+        _refuse_others(file)
+        if not _is_left(file):
+            try:
+                database = _snapshot(file, "immutable=1" if has_stray_log(file) else "mode=ro")
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise
+        if database is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            database = _snapshot(copy(file, Path(folder, file.name)), "mode=rw")
         with closing(database):
             yield database
 
 
+def _is_left(file: Path) -> bool:
+    """Whether a process that is gone left logs beside a database."""
+    if not any(beside(file, end).exists() for end in (LOG, JOURNAL)) or has_stray_log(file):
+        return False
+    with suppress(FileNotFoundError):
+        handle = disk.open_plain(file.with_name(LOCK), os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False  # somebody writes, or may do so
+        finally:
+            os.close(handle)
+    return True
+
+
 def _snapshot(file: Path, how: str) -> sqlite3.Connection:
-    database = connect(file, how)
+    database = connect(file, how, bounded=True)
     try:
         database.execute("BEGIN")
-        database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        database.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     except BaseException:
         database.close()
         raise
@@ -181,17 +252,42 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
     database.execute("COMMIT")
 
 
+def check_schema(database: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError for anything but the tables of a run, as rft_fast makes them.
+
+    Views, triggers, virtual tables, other indices and generated columns are programs of whoever made the
+    file, which SQLite would run while it reads.
+    """
+    found = database.execute("SELECT type, name, sql FROM sqlite_master").fetchmany(_MOST_OBJECTS + 1)
+    if len(found) > _MOST_OBJECTS:
+        raise sqlite3.DatabaseError("it holds more tables than a run has")
+    for kind, name, sql in found:
+        if sql is None and kind == "index" and str(name).startswith("sqlite_autoindex_"):
+            continue
+        if kind == "table" and str(name) in _STATISTICS:
+            continue
+        if (made := _MADE.get((kind, name))) is None or not made.fullmatch(" ".join(str(sql).split())):
+            raise sqlite3.DatabaseError(
+                f"it holds the {str(kind)[:20]} {str(name)[:80]!r}, which rft_fast does not make so"
+            )
+
+
 def is_empty(database: sqlite3.Connection) -> bool:
     """Whether there is nothing in a database. A kill while it was made leaves one like that."""
-    return not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    return database.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
 
 
 def config(database: sqlite3.Connection) -> dict[str, Any]:
     """What the run is."""
     text, *more, kept = database.execute("SELECT config, begun, crc FROM run").fetchone() or (None, None)
-    if text is None or crc(text, *more) != kept:
+    if not isinstance(text, str) or crc(text, *more) != kept:
         raise sqlite3.DatabaseError("what it says of the run is not what was written")
-    found: dict[str, Any] = json.loads(text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise sqlite3.DatabaseError(f"what it says of the run is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise sqlite3.DatabaseError("what it says of the run is no table of entries")
     return found
 
 
@@ -241,9 +337,10 @@ def rows(database: sqlite3.Connection, models: Sequence[str]) -> Iterator[tuple[
     order = {model: place for place, model in enumerate(models)}
     query = "SELECT id, study, model, number, finished, crc FROM measurements ORDER BY id"
     found = []
+    kinds: set[tuple[type, ...]] = set()
     for identity, study, model, number, *more in database.execute(query).fetchall():
-        if not isinstance(number, int):
-            raise sqlite3.DatabaseError(f"{number!r} is no number of a measurement")
+        if not (isinstance(number, int) and isinstance(study, str) and isinstance(model, str)):
+            raise sqlite3.DatabaseError(f"{study!r}, {model!r}, {number!r} is no measurement")
         place = places.setdefault(study, len(places))
         found.append((place, order.setdefault(model, len(order)), number, study, model, identity, *more))
     for _, _, number, study, model, identity, finished, kept in sorted(found, key=itemgetter(0, 1, 2)):
@@ -252,7 +349,26 @@ def rows(database: sqlite3.Connection, models: Sequence[str]) -> Iterator[tuple[
             raise sqlite3.DatabaseError(
                 f"measurement {number} of {study} of {model!r} is not what was written"
             )
+        for row in own:
+            _check_kinds(row, kinds)
         yield from own
+
+
+def _check_kinds(row: tuple[Any, ...], known: set[tuple[type, ...]]) -> None:
+    """Raises sqlite3.DatabaseError for a row of other types than its columns. known: types that are right."""
+    if (types := tuple(map(type, row))) in known:
+        return
+    for (name, kind), value in zip(COLUMNS.items(), row, strict=True):
+        if (
+            value is not None
+            and type(value) not in _KEPT[kind]
+            and not (kind == "float64" and value == "nan")
+        ):
+            raise sqlite3.DatabaseError(f"the column {name} holds a {type(value).__name__}, not {kind}")
+    if str not in (
+        type(value) for value, kind in zip(row, COLUMNS.values(), strict=True) if kind == "float64"
+    ):
+        known.add(types)
 
 
 def rows_of(database: sqlite3.Connection, identity: int) -> list[tuple[Any, ...]]:
@@ -285,6 +401,8 @@ def get_scores(database: sqlite3.Connection, of: str, key: tuple[str, float]) ->
     found = database.execute(query, (of, *key)).fetchone()
     if found is None:
         return None
+    if not all(isinstance(part, bytes) for part in found) or len(found[0]) != 4 * len(found[1]):
+        raise sqlite3.DatabaseError(f"scores of {of} are not what was written")
     losses, hits = np.frombuffer(found[0], "<f4").astype("f4"), np.frombuffer(found[1], np.uint8).astype(bool)
     return Scores(torch.from_numpy(losses), torch.from_numpy(hits))
 

@@ -26,7 +26,7 @@ from ..evaluate import Scores
 from ..studies.rows import COLUMNS, STUDIES, Row
 from . import database, salvage
 
-TABLE, CONFIG, FIGURES, LOG, LOCK = "rows.csv", "config.json", "figures", "run.log", ".lock"
+TABLE, CONFIG, FIGURES, LOG, LOCK = "rows.csv", "config.json", "figures", "run.log", database.LOCK
 REPORTS = ("report.html", "comparison.html")  # as rft_fast.report names them, made of the rows
 # Entries of a configuration that the numbers do not depend on.
 DERIVED = ("scored among",)  # from others, and not there in runs of earlier versions
@@ -538,16 +538,16 @@ def _is_begun(directory: Path) -> bool:
 def _refuse_stranger(directory: Path, base: sqlite3.Connection) -> None:
     """Refuses a database that is not of a run; earlier versions kept rows alone."""
     if base.execute("PRAGMA application_id").fetchone()[0] == database.APPLICATION:
+        if base.execute("PRAGMA user_version").fetchone()[0] <= database.FORMAT:  # else as that has it
+            database.check_schema(base)
         return
-    try:
-        base.execute("SELECT study, model, dataset, alpha, loss FROM rows LIMIT 1").fetchone()
-    except sqlite3.OperationalError as error:
-        if "no such" not in str(error):
-            raise
+    kinds = [kind for (kind,) in base.execute("SELECT type FROM sqlite_master WHERE name = 'rows'")]
+    columns = {column for _, column, *_ in base.execute("PRAGMA table_info(rows)")}
+    if kinds != ["table"] or not {"study", "model", "dataset", "alpha", "loss"} <= columns:
         raise ValueError(
-            f"results: {directory / database.FILE} is a database of another program ({error}); choose "
-            "another directory"
-        ) from error
+            f"results: {directory / database.FILE} is a database of another program (no table of rows with "
+            "study, model, dataset, alpha and loss); choose another directory"
+        )
 
 
 def _check_version(directory: Path, base: sqlite3.Connection) -> None:

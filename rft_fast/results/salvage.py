@@ -53,7 +53,11 @@ Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # of the table measure
 def _read(
     file: Path, beside: Path
 ) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
-    with closing(sqlite3.connect(file)) as base:
+    with closing(database.connect(file, bounded=True)) as base:
+        try:
+            database.check_schema(base)
+        except sqlite3.Error:  # damaged, or of somebody who would have views and the like run
+            return None, [], [], 0
         size = sum(
             part.stat().st_size for part in (file, database.beside(file, database.LOG)) if part.exists()
         )
