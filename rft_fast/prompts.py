@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,11 @@ def class_names(source: str) -> tuple[str, ...]:
     if source in CLASS_NAMES:
         return CLASS_NAMES[source]
     names = _read("class names", source, tuple(CLASS_NAMES))
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    twice = sorted(
+        name
+        for name, count in Counter(unicodedata.normalize("NFKC", name) for name in names).items()
+        if count > 1
+    )
     if twice:
         raise ValueError(
             f"class names: {source} has {some(twice)} more than once; give every class a name of its own"

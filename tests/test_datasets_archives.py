@@ -43,7 +43,7 @@ def clip_benchmark(root: Path, pixels: np.ndarray, labels: list[int], per_shard:
         members = {name: data for s in samples[start : start + per_shard] for name, data in s.items()}
         tar(root / "test" / f"{start // per_shard}.tar", members)
     (root / "test" / "nshards.txt").write_text(f"{-(-len(samples) // per_shard)}\n")
-    (root / "classnames.txt").write_text("cat\nsea dog\ncow\n")
+    (root / "classnames.txt").write_text("cat\nsea dog\ncow\n", "utf-8-sig")
     (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
     return root
 

@@ -84,6 +84,10 @@ CLEAR = [row for row, name in enumerate(open_clip.IMAGENET_CLASSNAMES) if row no
 
 RENDITIONS = sorted((LEMMAS[SYNSETS.index(wnid)], SYNSETS.index(wnid)) for wnid in ids("r"))
 BIRDS = range(133, -1, -1)
+# As folders must be called: each name once.
+EXPORTED = [
+    f"{name} 2" if row in (744, 837) else name for row, name in enumerate(open_clip.IMAGENET_CLASSNAMES)
+]
 
 # Names of a data set; names of the head, or how many rows; the row of each class.
 BY_EVIDENCE: list[tuple[Sequence[str], Sequence[str] | int, Sequence[int]]] = [
@@ -99,6 +103,7 @@ BY_EVIDENCE: list[tuple[Sequence[str], Sequence[str] | int, Sequence[int]]] = [
     (["the one"], 1, [0]),
     (SYNSETS[::-1], 1000, range(999, -1, -1)),
     (SYNSETS, [WORDS[wnid] for wnid in SYNSETS], range(1000)),
+    (SYNSETS[7:9], [f"a {word}" if i % 50 == 7 else word for i, word in enumerate(WORDS.values())], [7, 8]),
     ([name for name, _ in RENDITIONS], 1000, [row for _, row in RENDITIONS]),
     ([LEMMAS[row].replace(", ", ",_").replace(" ", "_") for row in BIRDS], 1000, BIRDS),
     (["n01443537_goldfish", "000 tench", "n03126707-crane", "134.crane"], 1000, [1, 0, 517, 134]),
@@ -142,6 +147,8 @@ WITHOUT: list[tuple[Sequence[str], Sequence[str] | int, tuple[str, ...]]] = [
     (["crane", "tench", "goldfish"], 1000, ("several of ImageNet's", "crane (rows 134, 517)")),
     (["tench", "Tinca tinca".replace(" ", "_"), *SYNSETS[1:120]], 1000, ("one class of ImageNet",)),
     (["n01443537 (1)", "n01443537", "n01440764"], 1000, ("n01443537 (1)",)),
+    ([*SYNSETS[:-1], "thing"], 1000, ("1 of 1000 classes are not among", "thing")),
+    (sorted(EXPORTED), 1000, ("4 of 1000", "missile (rows 657, 744)", "missile 2 (rows 657, 744)")),
 ]  # fmt: skip
 
 

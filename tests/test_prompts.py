@@ -60,6 +60,7 @@ def test_names_from_json_and_templates_from_a_file(tmp_path: Path) -> None:
         ("a.txt", " \n\n", "is empty"),
         ("a.txt", "a\n\nb\n", "entry 2 is empty"),
         ("a.txt", "a\nb\na\n", "has a more than once"),
+        ("a.txt", "caf\u00e9\nb\ncafe\u0301\n", "more than once"),
         ("a.txt", b"\xff\xfe", "is not text in UTF-8"),
         ("a.json", "[", "is not valid JSON"),
         ("a.json", '{"a": 1}', "must hold a list of strings"),

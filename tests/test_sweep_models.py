@@ -267,6 +267,34 @@ def test_a_label_map_scores_as_it_says(folder: Path, tmp_path: Path) -> None:
     assert mapped != run(tmp_path / "c", *zeroshot, "--data", f"near={folder / 'near'}")
 
 
+def test_names_of_folders_are_rows_by_the_heads_names_or_by_a_word(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes 0, 1, 2 by names that sort otherwise: right with the head's names, refused without; with the
+    word order as if they were numbers."""
+    words = ["--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors"]
+    words += ["--finetuned", folder / "a.safetensors"]
+    for number, name in enumerate(("Owl", "ant", "CAFE\u0301")):
+        (tmp_path / "named" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "named" / name).symlink_to(folder / "near" / str(number))
+    near = [*words, "--data", f"near={tmp_path / 'named'}"]
+    (tmp_path / "names.txt").write_text("owl\nAnt\ncaf\u00e9\n", "utf-8")
+    refused([str(word) for word in ("interpolation", *near)], "CAFE\u0301 -> 0, Owl -> 1, ant -> 2", capsys)
+    named = run(tmp_path / "a", *near, "--class-names", tmp_path / "names.txt")
+    numbers = run(tmp_path / "b", *words, "--data", f"near={folder / 'near'}")
+    assert sorted(results.load(tmp_path / "a")["accuracy"]) == sorted(
+        results.load(tmp_path / "b")["accuracy"]
+    )
+    (tmp_path / "turned").mkdir()
+    for number, name in enumerate(("2", "0", "1")):
+        (tmp_path / "turned" / str(number)).symlink_to(folder / "near" / name)
+    in_order = run(tmp_path / "c", *near, "--data-labels", "near=order")
+    same(in_order, run(tmp_path / "d", *words, "--data", f"near={tmp_path / 'turned'}"))
+    assert named and numbers and in_order != named
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert config["data"]["near"]["labels"] == "order"
+
+
 def test_a_part_of_the_classes_is_scored_among_its_rows(folder: Path, tmp_path: Path) -> None:
     (folder / "part.toml").write_text("0 = 1\n1 = []\n2 = [0]\n")
     out = tmp_path / "run"

@@ -57,6 +57,15 @@ def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.Monkey
     assert list(got.finetuned) == ["z last", "a first"]
 
 
+def test_the_order_is_said_by_a_word_and_by_no_other(folder: Path) -> None:
+    (folder / "order").touch()  # a label map ends in .json, .toml or .csv
+    write(folder, GOOD + 'labels = "order"')
+    assert zoo.read(folder).data["sketch"].labels == "order"
+    write(folder, GOOD + 'labels = "ordr"')
+    with pytest.raises(ValueError, match="ordr"):
+        zoo.read(folder)
+
+
 @pytest.mark.parametrize("key", ["arch", "class-names", "templates"])
 def test_no_file_of_the_working_directory_is_taken(
     folder: Path, key: str, monkeypatch: pytest.MonkeyPatch

@@ -151,7 +151,7 @@ def _class_names(layout: _Layout, folder: Path, where: str) -> tuple[str, ...]:
     file, key = folder / layout.meta[0], layout.meta[1]
     try:
         if key is None:
-            names = on_disk.read_text(file).split()
+            names = on_disk.read_text(file, "utf-8-sig").split()
         else:
             names = [_text(name) for name in _list(_entries(pickles.read(on_disk.read_bytes(file)))[key])]
     except (OSError, KeyError, ValueError) as error:

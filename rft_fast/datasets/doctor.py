@@ -16,6 +16,7 @@ from rft_fast.words import some
 from . import decoding, folders, imagenet, kinds
 from .labels import ORDER, Rows, assign
 from .maps import LabelMap, read_map
+from .naming import fold
 from .source import TREES, Source
 
 SHOWN = 20  # names in a line about what is wrong
@@ -156,7 +157,7 @@ def _look_for_copies(report: Report, source: Source) -> None:
     """Class folders that are copies of others, by their names or their files."""
     alike: dict[str, list[str]] = {}
     for name in source.class_names:
-        alike.setdefault(_COPY.sub("", name).casefold(), []).append(name)
+        alike.setdefault(fold(_COPY.sub("", name)), []).append(name)
     for group in alike.values():
         if len(group) > 1:
             report.problems.append(f"class folders that seem to be one, twice: {some(group, SHOWN)}")

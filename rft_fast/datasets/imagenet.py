@@ -83,8 +83,9 @@ def _any_of(name: str, vocabularies: Sequence[Mapping[str, frozenset[int]]]) -> 
     if rows := meant(name):
         return rows
     numbered = _NUMBERED.fullmatch(name.strip())
-    if numbered is None:
-        return set()
+    if numbered is None:  # such as "crane 2": one of several that are called so
+        rows = meant(loose(name).rstrip("0123456789"))
+        return rows if len(rows) > 1 else set()
     wnid, row, rest = numbered.group("wnid", "row", "name")
     return meant(rest) & (meant(wnid) if wnid else {int(row)})
 

@@ -170,17 +170,17 @@ def _by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
     )
 
 
-def _matched(candidates: _Candidates, in_place: bool = False) -> list[int] | None:
+def _matched(candidates: _Candidates, in_place: bool = False, unknown: bool = False) -> list[int] | None:
     """A row for each class, none twice, where there is no doubt.
 
-    in_place: a few names may be unknown, or those of several rows, in a list that is otherwise in the rows'
-    order.
+    in_place: a few names may be those of several rows, in a list that is otherwise in the rows' order.
+    unknown: or of none.
     """
     found = [next(iter(rows)) for rows in candidates if len(rows) == 1]
     if len(found) == len(candidates):
         return found if len(set(found)) == len(found) else None
     sure = sum(rows == {place} for place, rows in enumerate(map(set, candidates)))
-    fits = all(not rows or place in rows for place, rows in enumerate(candidates))
+    fits = all(place in rows or (unknown and not rows) for place, rows in enumerate(candidates))
     if in_place and fits and sure >= _IN_PLACE * len(candidates):
         return list(range(len(candidates)))
     return None
@@ -193,11 +193,11 @@ def _own_rows(names: Sequence[str], rows: Rows) -> _Candidates:
 
 
 def _is_list(names: Sequence[str], rows: Rows, own: _Candidates) -> bool:
-    """Whether nothing speaks against names being the very list of the head's: all known, none of them written
-    exactly as that of another row alone."""
+    """Whether nothing speaks against names being the very list of the head's: none of them is written exactly
+    as that of another row alone."""
     for place, (name, alike) in enumerate(zip(names, own, strict=True)):
         exact = {row for row in alike if composed(rows.names[row]) == composed(name)}
-        if not alike or (exact and place not in exact):
+        if exact and place not in exact:
             return False
     return True
 
@@ -210,7 +210,8 @@ def _imagenet_rows(rows: Rows) -> dict[int, int] | None:
     if not rows.names:
         found = list(range(imagenet.CLASSES)) if rows.count == imagenet.CLASSES else None
     else:
-        found = _matched(imagenet.candidates(rows.names), in_place=rows.count == imagenet.CLASSES)
+        whole = rows.count == imagenet.CLASSES  # people improve on a few names
+        found = _matched(imagenet.candidates(rows.names), in_place=whole, unknown=whole)
     return None if found is None else {row: place for place, row in enumerate(found)}
 
 

@@ -162,7 +162,7 @@ def _class_names(folder: Path, where: str) -> tuple[str, ...]:
     for file in (among / name for name in NAMES for among in folders):
         if file.is_file():
             try:
-                names = on_disk.read_text(file).rstrip().split("\n")
+                names = on_disk.read_text(file, "utf-8-sig").rstrip().split("\n")
             except (OSError, UnicodeError) as error:
                 raise ValueError(f"{where}: {file} cannot be read: {error}") from error
             names = [name.strip() for name in names]

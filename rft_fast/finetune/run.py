@@ -305,7 +305,8 @@ class Work:
             self.images.labels.tolist(), source.labels[self.images.chosen].tolist(), strict=True
         ):
             known[row] = source.class_names[label]
-        if len(known) < rows.count or len(set(map(naming.fold, known.values()))) < rows.count:
+        different = set(map(naming.fold, known.values())) - {""}
+        if len(known) < rows.count or len(different) < rows.count:
             return rows
         return datasets.Rows(rows.count, tuple(known[row] for row in range(rows.count)))
 
