@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from . import disk, files, results, studies, summary
+from . import disk, files, results, studies, summary, words
 from .pieces import Piece, Stragglers
 from .program import Stop
 from .progress import Progress
@@ -211,7 +211,7 @@ class _Books:
         self._took[piece.study] = (before + seconds, max(most, peak))
         table = pd.DataFrame(self.rows(), columns=list(self._COLUMNS))
         with disk.replacing(self._run.table("cost")) as temporary:
-            table.to_csv(temporary, index=False)
+            table.map(words.cell).to_csv(temporary, index=False)
 
     def withdrawn(self, piece: Piece) -> None:
         count = self._run.withdraw(piece.study, piece.model)

@@ -18,6 +18,7 @@ from .progress import Progress, held_warnings
 from .request import NotFetched, Request, read
 from .running import Pool
 from .studies.chance import among
+from .words import cell
 
 
 @program.command("sweep")
@@ -107,7 +108,7 @@ def _draw(
         if study == "correlation":
             table = studies.correlation(rows, margin=request.straggler_margin)
             with disk.replacing(run.table(study)) as temporary:
-                table.to_csv(temporary, index=False)
+                table.map(cell).to_csv(temporary, index=False)
             figures.correlation(table, run.figure(study))
         elif study == "layers":
             figures.layers(rows, run.figure(study), request.straggler_margin, request.models)

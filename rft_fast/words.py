@@ -26,6 +26,24 @@ def visible(text: str, lines: bool = False) -> str:
     return _CONTROL.sub(escape, text)
 
 
+# What spreadsheets take for the beginning of a formula, with their wide forms, behind spaces and quotes.
+_FORMULA = re.compile(r"[\s']*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\s']*[\t\r\n]")
+
+
+def cell(value: Any) -> Any:
+    """A value as a cell of CSV that people open in a spreadsheet: no text becomes a formula there.
+
+    Text that a spreadsheet might compute, such as ``=1+1``, gets an apostrophe in front, as people type it
+    there; numbers stay as they are. :func:`from_cell` takes the apostrophe away.
+    """
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def from_cell(text: str) -> str:
+    """The text that :func:`cell` made this of."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
+
+
 def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import shutil
@@ -11,10 +12,12 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from rft_fast import results
 from rft_fast.results import database
+from rft_fast.words import cell, from_cell
 
 CONFIG: dict[str, Any] = {"finetuned": {"m": {"sha256": "1"}}}
 Change = Callable[[sqlite3.Connection], object]
@@ -197,3 +200,33 @@ def test_pages_in_disorder_end(out: Path) -> None:
         except (ValueError, OSError):
             refused += 1
     assert 30 < refused < 150
+
+
+NAMES = ["=1+1", "+1", "-1.5", "@SUM(A1)", "\t=1", "\r\n", "'=1", "''@x", " =1", "\uff1d1", "plain", "'plain",
+         "a=1", "", "-", "nan", "é=", "=cmd|' /C calc'!A0", '"=1"', "'", "\n-2"]  # fmt: skip
+
+
+def test_no_name_is_a_formula_in_a_spreadsheet(tmp_path: Path) -> None:
+    with results.Run(tmp_path / "run", {"finetuned": {}}) as run:
+        for number, name in enumerate(NAMES):
+            found = {"study": "interpolation", "model": name, "dataset": name, "alpha": -1.5, "loss": -0.25}
+            run.add("interpolation", name, number, [found])
+    with (tmp_path / "run" / "rows.csv").open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    cells = [line["model"] for line in lines]
+    assert [from_cell(text) for text in cells] == NAMES == results.load(tmp_path / "run")["model"].tolist()
+    for name, text in zip(NAMES, cells, strict=True):
+        assert not text.lstrip(" \t\r\n'").startswith(("=", "+", "-", "@", "\uff1d")) or text.startswith("'")
+        assert text[:1] not in ("\t", "\r", "\n", "=", "+", "-", "@", " ") and (
+            text == name or text[0] == "'"
+        )
+    assert cells[10:14] == NAMES[10:14]
+    assert {(line["alpha"], line["loss"]) for line in lines} == {("-1.5", "-0.25")}
+
+
+def test_tables_of_numbers_are_as_before() -> None:
+    table = pd.DataFrame({
+        "model": pd.Series(["a", pd.NA], dtype="string"), "r": [-0.1, float("nan")], "n": [-3, 1 << 60],
+        "few": pd.Series([-1, pd.NA], dtype="Int64"), "yes": pd.Series([True, pd.NA], dtype="boolean"),
+    })  # fmt: skip
+    assert table.map(cell).to_csv(index=False) == table.to_csv(index=False)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rft_fast import __version__, disk
-from rft_fast.words import differences
+from rft_fast.words import cell, differences
 
 START = "zeroshot.safetensors"
 HEADER = "finetune"  # the entry of a file's header that tells, as JSON, how it was made
@@ -126,9 +126,9 @@ class FileKeeper:
 def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """A row per epoch as CSV."""
     with disk.replacing(file) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(stream)
+        writer.writerow(map(cell, rows[0]))
+        writer.writerows(row.values() for row in rows)
 
 
 def write_zoo(

@@ -446,11 +446,11 @@ def _batches(rows: Iterable[Sequence[Any]], size: int = 1000) -> Iterator[list[S
 
 
 def _write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Stored rows as CSV; a missing value is empty, one that is not a number ``nan``."""
+    """Stored rows as CSV: a missing value is empty, a NaN is ``nan``. No text is a formula."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(COLUMNS)
-        table.writerows(database.values(row).values() for row in rows)
+        table.writerows(map(words.cell, database.values(row).values()) for row in rows)
 
 
 def _models(config: Mapping[str, Any]) -> list[str]:
