@@ -29,6 +29,7 @@ HOST_US = 25.0
 Row = dict
 Finding = tuple[str, str]  # "proven", "failed" or "not tried", and what
 KINDS = ("proven", "failed", "not tried")
+RESULT = ("step", "arch", "part", "precision", "name")  # what a result is of
 
 
 def findings(rows: list[Row]) -> Iterator[Finding]:
@@ -42,8 +43,9 @@ def findings(rows: list[Row]) -> Iterator[Finding]:
             yield ("proven" if row["met"] else "failed"), told
         elif row["kind"] == "left out":
             yield "not tried", f"{row['step']}: {row['what']}: the time was up"
-        elif row["kind"] == "not measured":
-            yield "not tried", f"{row['step']}: {row['part']} of {row['arch']}: {row['why']}"
+        elif row["kind"] in ("not measured", "failed"):
+            kind = "failed" if row["kind"] == "failed" else "not tried"
+            yield kind, f"{row['step']}: {row['part']} of {row['arch']}: {row['why']}"
 
 
 def of_steps(rows: list[Row]) -> Iterator[Finding]:
@@ -145,9 +147,14 @@ def kernels(rows: list[Row]) -> Iterator[str]:
 
 
 def sweeps(rows: list[Row]) -> Iterator[str]:
-    """Results and timings of whole sweeps: a table each, with the columns that its rows have."""
-    for kind, title in (("result", "Results of sweeps"), ("timing", "Timings of sweeps")):
-        members = [{k: v for k, v in row.items() if k != "kind"} for row in rows if row["kind"] == kind]
+    """Results and timings of whole sweeps: a table each, with the columns that its rows have.
+
+    A result is written anew after each round: the last one of its name counts.
+    """
+    last = {tuple(row.get(k) for k in RESULT): row for row in rows if row["kind"] == "result"}
+    timings = [row for row in rows if row["kind"] == "timing"]
+    for title, found in (("Results of sweeps", last.values()), ("Timings of sweeps", timings)):
+        members = [{k: v for k, v in row.items() if k != "kind"} for row in found]
         columns = list(dict.fromkeys(column for row in members for column in row))
         if members:
             yield f"\n## {title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}"

@@ -355,6 +355,8 @@ def test_the_report_tells_proven_failed_and_not_tried_apart() -> None:
         },
         {"step": "s", "kind": "goal", "what": "GPU busy", "got": 0.8, "goal": 0.9, "met": False},
         {"step": "s", "kind": "not measured", "part": "busy", "arch": "tiny", "why": "there is no GPU"},
+        {"step": "s", "kind": "failed", "part": "layers", "arch": "tiny", "why": "losses differ"},
+        {"step": "s", "kind": "result", "part": "stages", "value": 50.0},
         {"step": "s", "kind": "result", "part": "stages", "value": 51.123456},
         {"step": "t", "kind": "step", "outcome": "failed", "why": "exit 1", "seconds": 3, "limit": 9},
     ]
@@ -374,6 +376,7 @@ def test_the_report_tells_proven_failed_and_not_tried_apart() -> None:
             "goal: native: host time of Plan.write, 296 tensors: 31 us, goal 25 us",
             "goal: GPU busy: 0.8, goal 0.9",
             "t: failed: exit 1",
+            "s: layers of tiny: losses differ",
         ],
         "not tried": [
             "t: t.py::c: the time was up",
@@ -385,7 +388,12 @@ def test_the_report_tells_proven_failed_and_not_tried_apart() -> None:
         assert set(expected) <= set(whats), whats
         assert kind != "failed" or len(whats) == len(expected)
     text = gpu_report.summary(rows)
-    assert "| torch._foreach_* |" in text and "| s | stages | 51.12 |" in text and "gpu H200, 580" in text
+    assert (
+        "| torch._foreach_* |" in text
+        and "| s | stages | 51.12 |" in text
+        and "50" not in text
+        and "gpu H200, 580" in text
+    )
     # On a CPU nothing was promised of a GPU's kernels.
     rows[0]["device"] = "cpu"
     assert not any("share of triad" in what for _, what in gpu_report.findings(rows))
