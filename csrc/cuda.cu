@@ -376,8 +376,11 @@ size_t CudaTable::size() const { return layout_->rows.size(); }
 size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->tile_bytes(); }
 
 void CudaTable::fill(void* memory) const {
-  std::memcpy(memory, layout_->rows.data(), layout_->row_bytes());
-  std::memcpy((char*)memory + layout_->row_bytes(), layout_->tile_row.data(), layout_->tile_bytes());
+  // Of nothing there is no address, which memcpy may not be given.
+  if (layout_->row_bytes()) std::memcpy(memory, layout_->rows.data(), layout_->row_bytes());
+  if (layout_->tile_bytes()) {
+    std::memcpy((char*)memory + layout_->row_bytes(), layout_->tile_row.data(), layout_->tile_bytes());
+  }
 }
 
 void CudaTable::write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const {

@@ -178,8 +178,11 @@ def _check(file: Path, isa: str = "") -> None:
 
 
 def check_gpus(file: Path) -> None:
-    """What compute-sanitizer runs on a GPU: all kernels, types, sizes and alignments."""
+    """What compute-sanitizer runs on a GPU: all kernels, types, sizes, alignments; and empty tables."""
     _check(file)
+    module = load(file)
+    for rows in ([], [Row(*(torch.zeros(0),) * 3, 0, "empty")]):
+        Table(module, rows).write([(0, len(rows))], Write(0.5))
 
 
 def check_cpus(file: Path) -> None:
