@@ -150,6 +150,10 @@ class Path:
         """
         return tuple(name for name, part in self._parts.items() if all(map(_is_unchanged, part.slots)))
 
+    def warn(self, text: str) -> None:
+        """Warns of what a study found out about this path."""
+        warnings.warn(text, stacklevel=3)
+
     def write(
         self,
         alpha: float,

@@ -166,7 +166,13 @@ INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "m-1-of-2.bin", "b": "m-
         (INDEX, ["index", "2 files", "m-1-of-2.bin", "max_shard_size"]),
         (b'{"mode":{"a":1}}', ["JSON"]),  # its ninth byte is that of a safetensors file
         (b'{"error": "Repository not found\\u001b[2J"}', ["server", "Repository not found"]),
-        (b"[" * 5000, ["JSON"]),
+        (b'{"a":' * 5000, ["JSON"]),
+        ("<!DOCTYPE html>".encode("utf-16"), ["web page"]),
+        (b"<center>403 Forbidden</center>", ["web page"]),
+        (b"# xet version 0\nfilesize = 12\n", ["Xet"]),
+        (b"outs:\n- md5: abc\n", ["dvc pull"]),
+        (b"\x08\x07\x12\x07pytorch\x1a" + bytes(99), ["ONNX"]),
+        (b"\x82\xa6params\x81\xa1a\x01", ["Flax"]),
         (b"GGUF\x03\x00\x00\x00" + bytes(64), ["GGUF", "quantised"]),
         (b"\x1f\x8b\x08\x00" + bytes(range(99)), ["gzip", "npack"]),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), ["HDF5"]),
@@ -175,6 +181,7 @@ INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "m-1-of-2.bin", "b": "m-
         (bytes(4096), ["zero bytes", "ownload"]),
         ("weights \u00fc\u00df are elsewhere".encode("utf-16"), ["text file"]),
         (b"(dp0\nS'a'\n", ["protocol 0 or 1"]),
+        (b"}q\x00X\x01\x00\x00\x00aq\x01K\x01s.", ["protocol 0 or 1"]),
     ],
 )  # fmt: skip
 def test_files_of_other_kinds_are_named(

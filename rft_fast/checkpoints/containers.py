@@ -76,7 +76,7 @@ def read(stream: BinaryIO, file: Path) -> Content:
     # The length of the header comes first; in a text these eight bytes would be a huge number.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return _safetensors(data)
-    if (reason := foreign.why(file, head)) is not None:
+    if (reason := foreign.why(stream, file, head)) is not None:
         raise Unreadable(reason)
     if file.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02"):
         return _safetensors(data)

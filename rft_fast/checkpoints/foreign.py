@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import IO
 
 FIRST = 512  # bytes that decide
 _LARGEST_INDEX = 64 << 20  # bytes of JSON that are read to say what it is; an index takes some 100 KiB
@@ -13,7 +14,11 @@ _AGAIN = "Download it again, and compare its size with the one that its page sta
 # First bytes -> what such a file is, and the cure.
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"/annex/objects/", "is a git-annex pointer, not the weights. Fetch them: git annex get FILE"),
-    (b"../.git/annex/", "is a git-annex pointer, not the weights. Fetch them: git annex get FILE"),
+    (b"# xet version", "is a pointer of Hugging Face's Xet, not the weights. Download the file itself"),
+    *(
+        (key, "is a pointer of DVC, not the weights. Fetch them: dvc pull FILE")
+        for key in (b"outs:\n", b"outs:\r\n", b"md5: ")
+    ),
     *(
         (
             magic,
@@ -39,14 +44,17 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"SQLite format 3\x00", "is an SQLite database, not weights"),
     (b"%PDF", "is a PDF document, not weights"),
     *((magic, "is an image, not weights") for magic in (b"\x89PNG", b"\xff\xd8\xff", b"GIF8")),
-    (b"\x7fELF", "is a program or a compiled library, not weights"),
+    *((magic, "is a program or a compiled library, not weights") for magic in (b"\x7fELF", b"MZ\x90\x00")),
     *(
         (
             magic,
             "is a pickle of protocol 0 or 1, which is not read here. Open it where it was made, and "
             "torch.save(model.state_dict(), ...) from there",
         )
-        for magic in (b"(dp", b"(lp", b"(i__", b"ccollections\n", b"ctorch", b"c__builtin__", b"ccopy_reg\n")
+        for magic in (
+            *(b"(dp", b"(lp", b"(i__", b"}q\x00", b"]q\x00"),
+            *(b"ccollections\n", b"ctorch", b"c__builtin__\n", b"ccopy_reg\n"),
+        )
     ),
 )
 _ENDINGS = {
@@ -55,24 +63,24 @@ _ENDINGS = {
     ".tflite": "is a TensorFlow Lite model. Use the PyTorch checkpoint that it was made from",
     ".index": "is the index of a TensorFlow checkpoint. Convert it to PyTorch first",
 }
-_PAGE = re.compile(
-    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype|html|head|body|meta|title|script|\?xml|error)\b", re.I | re.S
-)
+_PAGE = re.compile(rb"<[a-z!?]", re.I)
+_ONNX = re.compile(rb"\x08[\x01-\x1f]\x12.{1,2}(?:pytorch|onnx|tf2onnx|keras2onnx|skl2onnx)", re.S)
 _LFS = re.compile(rb"version https?://(?:git-lfs|hawser)")
 _LFS_SIZE = re.compile(rb"^size (\d{1,18})\s*$", re.M)
 
 
-def why(file: Path, head: bytes) -> str | None:
+def why(stream: IO[bytes], file: Path, head: bytes) -> str | None:
     """What a file is that holds no weights, as the end of a sentence that its name begins.
 
     Args:
-        file: for its ending, and for the entries of an index.
+        stream: the file, of which the entries of an index are read.
+        file: for its ending.
         head: its first ``FIRST`` bytes, or all of a shorter file.
 
     Returns:
         What it is, and what to do; None for a file that is not recognised.
     """
-    text = head.removeprefix(b"\xef\xbb\xbf")
+    text = _without_mark(head).lstrip()
     if _LFS.match(text):
         size = _LFS_SIZE.search(text)
         stands_for = f" of {int(size[1]):,} bytes" if size else ""
@@ -86,15 +94,19 @@ def why(file: Path, head: bytes) -> str | None:
             "an error. Download the file itself (on Hugging Face and GitHub the link has /resolve/ or /raw/, "
             "not /blob/)"
         )
-    if text.lstrip()[:1] in (b"{", b"["):
-        return _json(file)
+    if text[:1] == b"{":
+        return _json(stream)
     for magic, answer in _BEGINNINGS:
-        if head.startswith(magic):
+        if head.startswith(magic) or text.startswith(magic):
             return answer
     if head[4:8] in (b"PTMF", b"TFL3"):
         return (
             "is a model for mobile devices, without names of its weights. Use the one that it was made from"
         )
+    if _ONNX.match(head):
+        return _ENDINGS[".onnx"]
+    if head[1:8] == b"\xa6params":  # a table with that key, in MessagePack
+        return _ENDINGS[".msgpack"]
     if head[257:262] == b"ustar" or head.startswith(b"sys_info"):
         return (
             "is a tar archive. Unpack it, and name the checkpoint in it (files of torch before 0.4 are such "
@@ -120,19 +132,28 @@ def of_zip(names: list[str]) -> str:
     return f"is a zip archive, but not of torch.save: it has no data.pkl{first}"
 
 
-def _json(file: Path) -> str:
-    if file.stat().st_size <= _LARGEST_INDEX:
+def _without_mark(head: bytes) -> bytes:
+    """A text without its byte order mark, as UTF-8."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return head.decode("utf-16", "replace").encode("utf-8", "replace")
+    return head.removeprefix(b"\xef\xbb\xbf")
+
+
+def _json(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    text = stream.read(_LARGEST_INDEX + 1)
+    if len(text) <= _LARGEST_INDEX:
         try:
-            content = json.loads(file.read_bytes())
+            content = json.loads(text)
         except (ValueError, RecursionError):
             content = None
         if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
             parts = sorted({str(part) for part in content["weight_map"].values()})
             first = f", from {_quoted(parts[0])} on" if parts else ""
             return (
-                f"is the index of a sharded checkpoint, not the weights: they are in {len(parts)} files"
-                f"{first}. Save them as one file: from_pretrained(FOLDER).save_pretrained(NEW, "
-                'max_shard_size="100GB")'
+                f"is the index of a sharded checkpoint, not the weights: they are in {len(parts)} "
+                f"file{'' if len(parts) == 1 else 's'}{first}. Save them as one file: "
+                'from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="100GB")'
             )
         if isinstance(content, dict) and (said := content.get("error") or content.get("message")):
             return f"is the answer of a server, not weights: {_quoted(str(said))}. {_AGAIN}"

@@ -111,6 +111,9 @@ class CountedPath(Path):
         self._sizes: dict[int, int] = {}
         self._stand_ins: dict[str, Weight] = {}
 
+    def warn(self, text: str) -> None:
+        """Nothing: the study itself will warn."""
+
     def weights(self, layers: Sequence[str] | None = None) -> list[Weight]:
         """As :meth:`rft_fast.Path.weights`, without elements, of which the number is known."""
         found = []

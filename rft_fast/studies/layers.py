@@ -5,7 +5,6 @@ Its loss along alpha tells stragglers (Def. 1.2): single layers that spoil the i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from itertools import chain
@@ -84,10 +83,9 @@ def layerwise_interpolation(
     unchanged = [layer for layer in ordered if layer in set(path.unchanged)]
     if unchanged:
         of = f" of {model}" if model else ""
-        warnings.warn(
+        path.warn(
             f"layers: {len(unchanged)} of {len(ordered)} layers{of} are the same at both ends, so nothing is "
-            f"to be measured: their instability is 0 ({some(unchanged, 3)})",
-            stacklevel=2,
+            f"to be measured: their instability is 0 ({some(unchanged, 3)})"
         )
     for place, data in enumerate(evaluator.datasets):
         numbers = {layer: n for n, layer in enumerate(ordered, place * len(ordered)) if record.wants(n)}
