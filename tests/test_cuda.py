@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rft_fast.evaluate import feed
-from rft_fast.kernels import native
+from rft_fast.kernels import native, registry
 from rft_fast.kernels.contract import Row, Write
 from rft_fast.kernels.resident import Resident
 
@@ -190,6 +190,16 @@ def test_no_context_is_created_on_another_gpu(what):
     command = [sys.executable, "-c", CONTEXTS, what, str(tiny_cuda.HERE)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == "[0, 1] [0, 1] 0", done.stderr[-2000:]
+
+
+def test_a_gpu_that_is_not_there_is_no_error(plain, monkeypatch):
+    """Torch's guard refuses it, in words that change from one version and build to another."""
+    monkeypatch.setattr(native, "_native", plain)
+    missing = torch.device("cuda", torch.cuda.device_count())
+    reason = native.why_not(missing)
+    assert reason is not None and reason.startswith(f"CUDA says of {missing}: ") and "\n" not in reason
+    with pytest.raises(RuntimeError, match=f"no backend for {missing} .* CUDA says of {missing}"):
+        registry.pick("native", missing)
 
 
 def test_what_would_corrupt_memory_is_refused(plain):
