@@ -20,7 +20,7 @@ import timm
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def _flag(value: Any) -> bool:
@@ -48,6 +48,14 @@ def _text(value: Any) -> bool:
 def _within(known: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(k in known and known[k](v) for k, v in value.items())
 
+
+# Far beyond any model; a file may ask for more memory, or time, than any machine has.
+_MOST = {
+    **dict.fromkeys(("width", "head_width", "embed_dim", "attn_pooler_queries"), 1 << 14),
+    **dict.fromkeys(("image_size", "patch_size", "context_length"), 1 << 13),
+    **dict.fromkeys(("heads", "attn_pooler_heads"), 1 << 10),
+    **{"layers": 500, "mlp_ratio": 100, "vocab_size": 1 << 22},
+}
 
 # What a value must be -> in words.
 _WORDS: dict[Any, str] = {
@@ -138,9 +146,16 @@ def check(model_cfg: Mapping[str, Any], where: str) -> None:
         entries = model_cfg if name == "model_cfg" else model_cfg.get(name)
         for key, value in entries.items() if isinstance(entries, dict) else ():
             allowed = table[key]
-            if value is not None and not allowed(value):
+            most = _MOST.get(key, math.inf)
+            if value is not None and not (allowed(value) and _largest(value) <= most):
                 wanted = _WORDS.get(allowed, "an object of such entries")
+                wanted += f" up to {most}" if key in _MOST else ""
                 raise ValueError(f"{where} {name}.{key} must be {wanted}; got {_brief(value)}")
+
+
+def _largest(value: Any) -> float:
+    numbers = value if isinstance(value, list) else [value]
+    return max((number for number in numbers if _number(number)), default=0)
 
 
 def known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:

@@ -26,6 +26,7 @@ from .words import some
 HUB = "hf-hub:"
 _CONFIG = "open_clip_config.json"  # of a repository
 QUICK = "-quickgelu"
+MOST_JSON = 1 << 20  # bytes of an architecture's file; open_clip's take some hundred
 POSITIONS = "visual.positional_embedding"
 
 _PREPROCESS_KEYS = ("fill_color", "interpolation", "mean", "mode", "resize_mode", "size", "std")
@@ -78,9 +79,13 @@ def config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, An
         raise ValueError(
             f"arch: {label!r} is neither an open_clip model, nor a JSON file, nor 'hf-hub:org/name'; {hint}"
         )
+    if file.stat().st_size > MOST_JSON:
+        raise ValueError(
+            f"arch: {label} has {file.stat().st_size:,} bytes, more than any architecture's file"
+        )
     try:
         content = json.loads(files.read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"arch: {label} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"arch: {label} must hold an object, got {type(content).__name__}")
@@ -127,8 +132,8 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
         if cfg.get(key, values[0]) not in values:
             raise ValueError(f"preprocess: {label}: {key} must be one of {values}, got {cfg[key]!r}")
     fill_color = cfg.get("fill_color", 0)
-    if not isinstance(fill_color, int):
-        raise ValueError(f"preprocess: {label}: fill_color must be an integer, got {fill_color!r}")
+    if not isinstance(fill_color, int) or not 0 <= fill_color <= 255:
+        raise ValueError(f"preprocess: {label}: fill_color must be an integer, 0 to 255, got {fill_color!r}")
     mean = _triple(cfg.get("mean", OPENAI_DATASET_MEAN), f"preprocess: {label}: mean")
     std = _triple(cfg.get("std", OPENAI_DATASET_STD), f"preprocess: {label}: std")
     if min(std) <= 0:
@@ -550,6 +555,6 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _triple(value: Any, where: str) -> tuple[float, float, float]:
     values = value if isinstance(value, (list, tuple)) else (value,) * 3
-    if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-        raise ValueError(f"{where} must be one or three numbers, got {value!r}")
+    if len(values) != 3 or not all(isinstance(v, (int, float)) and -1e30 < v < 1e30 for v in values):
+        raise ValueError(f"{where} must be one or three numbers, finite ones, got {value!r}")
     return (float(values[0]), float(values[1]), float(values[2]))

@@ -161,7 +161,7 @@ def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
     if file.suffix == ".json":
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{what}: {source} is not valid JSON: {error}") from error
         if not isinstance(content, list) or not all(isinstance(entry, str) for entry in content):
             raise ValueError(f"{what}: {source} must hold a list of strings")

@@ -132,7 +132,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         raise ValueError(f"zoo: there is no file {file}")
     try:
         table = tomllib.loads(files.read_text(file, "utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
 
     entries = _Entries(file)

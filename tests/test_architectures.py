@@ -293,3 +293,49 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(ValueError, match=r"hf-hub:some/model could not be had: no network\. Offline, fetch"):
         architectures.config("hf-hub:some/model")
+
+
+VISION = {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1}
+HUGE = 10**9
+SIZES: list[dict[str, object]] = [
+    {"embed_dim": HUGE}, {"embed_dim": 10**400}, {"embed_dim": 1e9},
+    *({"vision_cfg": {**VISION, name: value}} for name, value in (
+        ("width", HUGE), ("width", 10**400), ("layers", 10**6), ("layers", [3, 4, 6, 10**6]),
+        ("image_size", HUGE), ("image_size", [16, HUGE]), ("patch_size", HUGE), ("head_width", HUGE), ("mlp_ratio", 1e9),
+        ("mlp_ratio", float("inf")), ("width", float("nan")), ("attn_pooler_queries", HUGE),
+    )),
+    *({"text_cfg": {name: value}} for name, value in (
+        ("width", HUGE), ("layers", 10**6), ("context_length", HUGE), ("vocab_size", HUGE), ("heads", HUGE),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SIZES, ids=repr)
+def test_sizes_that_no_model_has_are_refused_before_memory_is_taken(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    file = tmp_path / "arch.json"
+    file.write_text(json.dumps({"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {}, **change}))
+    for ask in (architectures.config, architectures.preprocess, architectures.visual, architectures.text):
+        with pytest.raises(ValueError, match=r"must be|not valid JSON"):
+            ask(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, " " * (2 << 20), "1" * 5000, '{"embed_dim": ' + "9" * 5000 + "}"],
+    ids=["lists", "objects", "long", "digits", "digits of a size"],
+)
+def test_files_that_are_no_architecture_end_in_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "arch.json").write_text(text)
+    with pytest.raises(ValueError, match="arch"):
+        architectures.config(tmp_path / "arch.json")
+
+
+@pytest.mark.parametrize("entry", ['"mean": NaN', '"mean": Infinity', '"std": 1e999', '"fill_color": -1',
+                                   '"fill_color": 256', '"mean": 1' + "0" * 400])  # fmt: skip
+def test_preprocessing_takes_finite_numbers(entry: str, tmp_path: Path) -> None:
+    model = json.dumps({"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {}})
+    (tmp_path / "arch.json").write_text(f'{{"model_cfg": {model}, "preprocess_cfg": {{{entry}}}}}')
+    with pytest.raises(ValueError, match="must be"):
+        architectures.preprocess(tmp_path / "arch.json")
