@@ -61,6 +61,24 @@ def test_what_could_not_be_checked_is_not_sound(tmp_path: Path, capsys: pytest.C
     )
 
 
+def test_a_label_map_is_begun_for_people_to_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree(tmp_path / "set", ["crane", "crane 2", "goldfish", "=tench", "tench"])
+    file = tmp_path / "map.csv"
+    arguments = (tmp_path / "set", "--rows", 1000)
+    assert "--write-labels" in said(capsys, 1, *arguments)
+    assert "4 are question marks" in said(capsys, 0, *arguments, "--write-labels", file)
+    assert file.read_text().split("\n")[1:-1] == ["=tench,?", "crane,?", "crane 2,?", "goldfish,1", "tench,?"]
+    assert "is a name, but the head's are not known" in said(capsys, 1, *arguments, "--labels", file)
+    file.write_text(file.read_text().replace("=tench,?", "=tench,").replace("crane,?", "crane,134"))
+    file.write_text(file.read_text().replace("crane 2,?", "crane 2,517").replace("tench,?", "tench,0"))
+    assert said(capsys, 0, *arguments, "--labels", file).endswith("sound\n")
+    before = file.read_bytes()
+    assert "exists" in said(capsys, 2, *arguments, "--write-labels", file) and file.read_bytes() == before
+    assert "give --rows" in said(capsys, 2, tmp_path / "set", "--write-labels", tmp_path / "other.csv")
+
+
 def _names(folder: Path, *names: str) -> Path:
     (file := folder / "names.txt").write_text("\n".join(names))
     return file

@@ -18,8 +18,9 @@ from rft_fast.architectures import Preprocess
 from . import decoding
 from .dataset import Dataset, choose, subset
 from .decoding import Progress, pixel_transform
+from .evidence import Rows
 from .kinds import KINDS, detect, open_source
-from .labels import ORDER, Assignment, Rows, assign
+from .labels import ORDER, Assignment, assign
 from .maps import LabelMap
 from .source import Source
 

@@ -16,11 +16,12 @@ from . import KINDS, Rows, doctor
 
 @program.command("datasets")
 def main(argv: Sequence[str]) -> int:
-    """0: sound; 1: something is wrong with the data set; 2: there is none, or the request makes no sense."""
+    """0: nothing wrong was found; 1: something is wrong with the data set; 2: there is none, or the request
+    makes no sense."""
     parser = program.parser(
         "datasets",
         description="Says what a data set is, how it would be scored, and all that is wrong with it. "
-        "Exit status: 0 it is sound, 1 something is wrong, 2 it is no data set.",
+        "Exit status: 0 nothing wrong was found, 1 something is wrong, 2 it is no data set.",
     )
     parser.add_argument("path", type=_path, help="a folder of class folders, an archive, a file of arrays")
     parser.add_argument("--kind", choices=sorted(KINDS), help="what it is; else detected")
@@ -35,9 +36,18 @@ def main(argv: Sequence[str]) -> int:
         help="class -> row of the head: .json, .toml or .csv; or the word order: class i is row i",
     )
     parser.add_argument("--quick", action="store_true", help="list the files, decode none")
+    parser.add_argument(
+        "--write-labels",
+        metavar="FILE.csv",
+        type=Path,
+        help="only begin a label map, with the rows that the classes' names show, for you to complete",
+    )
     options = parser.parse_args(argv)
     try:
         rows = None if options.rows is None else _rows(options.rows)
+        if options.write_labels is not None:
+            print(doctor.write_labels(options.path, options.write_labels, options.kind, rows))
+            return 0
         with tqdm(desc="decoding", disable=None, leave=False) as bar:
 
             def progress(done: int, total: int) -> None:

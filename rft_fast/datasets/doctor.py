@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rft_fast.words import some
 
-from . import decoding, folders, imagenet, kinds
-from .labels import ORDER, Rows, assign
+from . import decoding, folders, imagenet, kinds, maps
+from .evidence import Rows, proposed
+from .labels import ORDER, assign
 from .maps import LabelMap, read_map
 from .naming import fold
 from .source import TREES, Source
@@ -94,6 +95,39 @@ def examine(
     if not quick:
         _decode(report, source, progress)
     return report
+
+
+def write_labels(path: Path, file: Path, kind: str | None = None, rows: Rows | None = None) -> str:
+    """Begins a label map: the rows that are known, and a question mark for each class whose row is not.
+
+    Args:
+        path, kind, rows: as :func:`examine` has them.
+        file: a new ``.csv``.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: no data set with named classes, no head, or a file of another name.
+        FileExistsError: the file is there.
+    """
+    path = kinds.named(path)
+    source = kinds.open_source(path.name, path, kind)
+    rows = rows or _default_rows(source)
+    if not source.class_names or rows is None:
+        what = "labels without names are rows" if not source.class_names else "which head? give --rows"
+        raise ValueError(f"no label map can be begun for {path}: {what}")
+    if file.suffix != ".csv":
+        raise ValueError(f"a label map is written as .csv, got {file}")
+    found = proposed(source, rows)
+    maps.write_csv(file, {name: [maps.UNKNOWN if row is None else row] for name, row in found.items()})
+    unknown = sum(row is None for row in found.values())
+    state = (
+        f"{unknown} are question marks, to be replaced by rows or left empty"
+        if unknown
+        else "none is left open"
+    )
+    return f"{file}: {len(found)} classes; {state}"
 
 
 def _title(source: Source) -> str:

@@ -47,6 +47,17 @@ def read_map(file: Path) -> dict[str, Any]:
     return found
 
 
+UNKNOWN = "?"  # where a row is to be filled in; no head has a class of that name
+
+
+def write_csv(file: Path, label_map: Mapping[str, Sequence[int | str]]) -> None:
+    """Writes a label map as :func:`read_map` reads it. Raises FileExistsError where the file is there."""
+    with file.open("x", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("class", "row"))
+        writer.writerows((name, row) for name, rows in label_map.items() for row in rows or [""])
+
+
 def _read_csv(file: Path) -> dict[str, Any]:
     text = files.read_bytes(file).decode("utf-8-sig")
     head, *lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line] or [[]]
