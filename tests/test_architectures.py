@@ -301,8 +301,9 @@ SIZES: list[dict[str, object]] = [
     {"embed_dim": HUGE}, {"embed_dim": 10**400}, {"embed_dim": 1e9},
     *({"vision_cfg": {**VISION, name: value}} for name, value in (
         ("width", HUGE), ("width", 10**400), ("layers", 10**6), ("layers", [3, 4, 6, 10**6]),
-        ("image_size", HUGE), ("image_size", [16, HUGE]), ("patch_size", HUGE), ("head_width", HUGE), ("mlp_ratio", 1e9),
-        ("mlp_ratio", float("inf")), ("width", float("nan")), ("attn_pooler_queries", HUGE),
+        ("image_size", HUGE), ("image_size", [16, HUGE]), ("patch_size", HUGE), ("head_width", HUGE),
+        ("mlp_ratio", 1e9), ("mlp_ratio", float("inf")), ("width", float("nan")),
+        ("attn_pooler_queries", HUGE),
     )),
     *({"text_cfg": {name: value}} for name, value in (
         ("width", HUGE), ("layers", 10**6), ("context_length", HUGE), ("vocab_size", HUGE), ("heads", HUGE),

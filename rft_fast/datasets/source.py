@@ -68,6 +68,14 @@ class Source:
         name = self.files[index].name
         return str(self.path / name) if self.path.is_dir() else f"{name} of {self.path}"
 
+    def mode_and_size(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Of an image as it is stored, (width, height); a file is read no further than tells them."""
+        if self.kind not in TREES:
+            with self.open(index) as image:
+                return image.mode, image.size
+        with on_disk.opened(self.path / self.files[index].name) as stream, open_image(stream) as image:
+            return image.mode, image.size
+
 
 def open_image(file: IO[bytes]) -> Image.Image:
     """An image in one of :data:`FORMATS`. Raises anything for what is none, or damaged."""

@@ -191,10 +191,10 @@ class Images:
 
         def problem(index: int) -> str | None:
             try:
-                with self.source.open(index) as image:
-                    if image.mode not in decoding.MODES:
-                        return decoding.loss(image.mode)
-                    return None if min(image.size) > 2 * self.source.trim else f"its size is {image.size}"
+                mode, size = self.source.mode_and_size(index)
+                if mode not in decoding.MODES:
+                    return decoding.loss(mode)
+                return None if min(size) > 2 * self.source.trim else f"its size is {size}"
             except Exception as error:  # as in _read
                 return str(error)
 

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from .. import disk
+from .. import disk, files
 from . import database
 
 
@@ -101,8 +101,8 @@ def _config(base: sqlite3.Connection, beside: Path) -> dict[str, Any] | None:
     """The configuration; where that is damaged, the copy of it in config.json."""
     with suppress(sqlite3.Error):
         return database.config(base)
-    with suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(beside.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(files.read_text(beside)))
     return None
 
 
