@@ -319,17 +319,21 @@ def likely(state: Mapping[str, Tensor]) -> list[str]:
     """The open_clip names that weights under canonical names fit, best first; empty when none is known.
 
     Judged by what shapes tell: feature size, width, depth, patches, image size, pooling, text tower.
-    Whether QuickGELU was used cannot be seen, so both names are given. timm's image towers are not
+    Whether QuickGELU was used is known where the file says so (:class:`rft_fast.checkpoints.Tensors`); else
+    both names are given. timm's image towers are not
     recognised. No model is made.
     """
     seen = _seen(state)
     if "width" not in seen:
         return []
+    told = {tower: known.quick for tower, known in getattr(state, "activation", {}).items()}
     fits = []
     for name in open_clip.list_models():
         model_cfg = open_clip.get_model_config(name)
         facts = _facts(model_cfg)
-        if all(facts.get(key) == value for key, value in seen.items()):
+        quick = of_model_cfg(model_cfg)
+        contradicts = any(quick.get(tower, value) != value for tower, value in told.items())
+        if not contradicts and all(facts.get(key) == value for key, value in seen.items()):
             exotic = "hf_model_name" in model_cfg["text_cfg"] or "multimodal_cfg" in model_cfg
             fits.append((exotic, len(name), name))
     return [name for *_, name in sorted(fits)]

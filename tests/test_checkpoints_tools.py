@@ -255,13 +255,16 @@ def test_fetch_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def download(repository: str, name: str, revision: str | None = None) -> str:
         asked.append((repository, name, revision))
-        if name != "model.safetensors":
+        if name == "config.json":
+            (tmp_path / name).write_text('{"model_type": "clip", "vision_config": {}}')
+        elif name != "model.safetensors":
             raise error(EntryNotFoundError)
-        return str(file)
+        return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert checkpoints.fetch("hf-hub:org/name@v1", "ViT-B-32") == file
-    assert asked[0] == ("org/name", "open_clip_model.safetensors", "v1") and len(asked) == 3
+    assert asked[0] == ("org/name", "open_clip_model.safetensors", "v1") and len(asked) == 4
+    assert checkpoints.load(file).activation["image"].quick  # type: ignore[attr-defined]
     for kind, words in (
         (EntryNotFoundError, "hf-hub:org/name has none of open_clip_model.safetensors"),
         (LocalEntryNotFoundError, "hf-hub:org/name is not on this machine.*HF_HOME"),

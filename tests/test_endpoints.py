@@ -496,6 +496,10 @@ def test_the_architecture_to_name_instead() -> None:
     with pytest.raises(ValueError, match=r'JSON.*"quick_gelu": true'):
         architectures.check_evidence("ViT-B-32-256", quick)
     architectures.check_evidence("RN50", quick)  # whose image tower has ReLU
+    with torch.device("meta"):
+        tower = {f"visual.{n}": t for n, t in architectures.visual("ViT-B-32").state_dict().items()}
+    assert architectures.likely(tower)[:2] == ["ViT-B-32", "ViT-B-32-quickgelu"]
+    assert architectures.likely(Tensors(tower, quick))[:1] == ["ViT-B-32-quickgelu"]
     architectures.check_evidence("ViT-B-16-SigLIP", quick)  # timm's, with an activation of its own
 
 

@@ -21,7 +21,7 @@ TOWERS = ("image", "text")
 NAMES = {True: "QuickGELU", False: "GELU"}
 
 _LARGEST = 1 << 20  # bytes of JSON; a configuration takes a few KiB
-_OPEN_CLIP, _TRANSFORMERS = "open_clip_config.json", "config.json"
+OPEN_CLIP, TRANSFORMERS = "open_clip_config.json", "config.json"
 # Names of weights that a config.json in their folder is about, by Hugging Face's convention.
 _CONVENTIONAL = re.compile(r"(?:open_clip_)?(?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:bin|safetensors)")
 _INNER = ("model_cfg", "model", "config", "configuration")
@@ -133,8 +133,8 @@ def beside(file: Path, huggingface: bool) -> Iterator[tuple[str, bool, str]]:
     """
     conventional = _CONVENTIONAL.fullmatch(file.name) is not None
     for name, applies in (
-        (_OPEN_CLIP, not huggingface or conventional),
-        (_TRANSFORMERS, huggingface or conventional),
+        (OPEN_CLIP, not huggingface or conventional),
+        (TRANSFORMERS, huggingface or conventional),
     ):
         path = file.parent / name
         try:

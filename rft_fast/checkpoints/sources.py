@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from .activation import OPEN_CLIP, TRANSFORMERS
 
 _HUB = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # In the order of preference: open_clip's own files, then those of transformers.
@@ -113,13 +116,19 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     missing: Exception | None = None
     for name in _HUB_FILES:
         try:
-            return Path(hf_hub_download(repository, name, revision=revision))
+            file = Path(hf_hub_download(repository, name, revision=revision))
         except LocalEntryNotFoundError as error:  # offline: another of the files may be in the cache
             missing = error
+            continue
         except EntryNotFoundError:
             continue
         except Exception as error:  # the client's and the network's errors are of many kinds
             raise ValueError(_offline(f"hf-hub:{repository}", error)) from error
+        # What the repository says of its model lies beside the file then; not all have it.
+        beside = OPEN_CLIP if name.startswith("open_clip") else TRANSFORMERS
+        with suppress(Exception):
+            hf_hub_download(repository, beside, revision=commit(file) or revision)
+        return file
     if missing is not None:
         raise ValueError(_offline(f"hf-hub:{repository}", missing)) from missing
     raise ValueError(
