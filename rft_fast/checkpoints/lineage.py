@@ -83,6 +83,7 @@ def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[s
         if x is None or y is None or x.shape != y.shape:
             same = False
             continue
+        y = y.to(x.device)
         same = same and _same_rounded(x, y)
         if x.is_floating_point() and y.is_floating_point() and x.ndim > 1:
             sums += _products(x, y)
@@ -112,7 +113,6 @@ def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _same_rounded(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are equal in the coarser one of their types."""
-    y = y.to(x.device)
     if x.dtype == y.dtype:
         return torch.equal(x, y)
     if not (x.is_floating_point() and y.is_floating_point()):
