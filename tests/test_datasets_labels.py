@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import open_clip
@@ -286,3 +287,43 @@ def test_rows_are_checked() -> None:
         Rows(3, ("a", "b"))
     with pytest.raises(ValueError, match="0 rows"):
         Rows(0)
+
+
+ODD = "cat dog fox owl élan café straße Ångström ﬁre 東京 サクラ αβγ ёж m² t-shirt c++ c# a.b".split()
+
+
+def plainly(name: str) -> str:
+    """What a name comes to, by the definition: NFKC, case folded, without spaces and underscores."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return "".join(letter for letter in text if not letter.isspace() and letter != "_")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_odd_names_are_assigned_right_or_not_at_all(seed: int) -> None:
+    random = Random(seed)
+    pool = [*ODD, *(f"{a} {b}" for a in ODD for b in ODD[:6])]
+    classes = random.sample(pool, random.choice([1, 2, 3, 10, 50]))
+    row_of = {plainly(name): row for row, name in enumerate(classes)}
+
+    def same(name: str) -> str:
+        form = random.choice(["NFC", "NFD", "NFKC", "NFKD"])
+        name = random.choice([name, name.casefold(), name.replace(" ", "_"), name.replace(" ", "")])
+        return unicodedata.normalize(form, name)
+
+    def other(name: str) -> str:
+        return random.choice([f"{name}s", f"{name} 2", f"the {name}", f"{name}-", f"{name} (1)"])
+
+    head = Rows(len(classes), tuple(map(same, classes)))
+    names = sorted(map(same, classes))
+    assert rows_of(assign(source(names), head)) == [row_of[plainly(name)] for name in names]
+    changed = random.randint(1, len(classes))
+    for wrong in (
+        sorted([*map(other, classes[:changed]), *map(same, classes[changed:])]),
+        sorted([*names, random.choice(names).upper()]),
+    ):
+        refused(wrong, head)
+    if len(classes) > 1:
+        refused(names, Rows(len(classes)), "not known")
+        refused(names[1:], head, "but the head has")
+    by_name = {same(name): same(classes[row_of[plainly(name)]]) for name in names}
+    assert rows_of(assign(source(names), head, by_name)) == [row_of[plainly(name)] for name in names]

@@ -136,7 +136,7 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="out-of-distribution data, which is only named in the zoo: fine-tuning never looks at it",
+        help="out-of-distribution data, which is only named in the zoo: no image is opened",
     )
     add("--out", metavar="DIR", required=True, type=Path, help="directory of the zoo")
     head = top.add_argument_group(

@@ -313,13 +313,13 @@ class Work:
     def _label_map(self, name: str, path: Path) -> Path | str | None:
         """What tells the rows of a data set, here and in the zoo; None where its classes show them."""
         given = self.request.label_map
-        source = datasets.open_source(name, path)
-        if given == datasets.ORDER:
-            named = self.rows.names or not source.class_names or labels.is_settled(source, self.rows)
-            given = None if named else given
-        elif given is not None and name in self.request.ood:
-            given = given if maps.covers(source.class_names, maps.read_map(Path(given))) else None
         try:
+            source = datasets.open_source(name, path)
+            if given == datasets.ORDER:
+                named = self.rows.names or not source.class_names or labels.is_settled(source, self.rows)
+                given = None if named else given
+            elif given is not None and name in self.request.ood:
+                given = given if maps.covers(source.class_names, maps.read_map(Path(given))) else None
             datasets.assign(source, self.rows, given)
         except ValueError as error:
             more = ""
