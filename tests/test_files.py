@@ -7,9 +7,11 @@ import os
 import shutil
 import socket
 import tarfile
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,9 @@ from tiny_sources import encoded
 
 from rft_fast import checkpoints, datasets, figures, files, results, sweep
 from rft_fast.architectures import Preprocess
+from rft_fast.cluster.actor import Answer, Problem
+from rft_fast.cluster.driver import Failed, _Work
+from rft_fast.pieces import Piece
 from rft_fast.results.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,6 +222,38 @@ def test_bytes_written_within_one_tick_of_the_clock_are_seen(
     monkeypatch.setattr(files.os, "stat", lambda path: status if Path(path) == file else stat(path))
     with pytest.raises(files.Changed):
         inputs.check()
+    # Also between the first look and the hash.
+    inputs = files.Inputs()
+    inputs.add(file)
+    with pytest.raises(files.Changed), inputs.reading(file):
+        file.write_bytes(b"ten")
+
+
+def test_a_time_in_the_future_is_no_reason_to_hash_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    os.utime(file, ns=(1 << 62, 1 << 62))
+    inputs = files.Inputs()
+    inputs.sha256(file)
+    monkeypatch.setattr(files, "sha256", None)
+    inputs.check()
+    with inputs.reading(file):
+        pass
+
+
+def test_a_worker_whose_file_changed_keeps_nothing_of_the_piece() -> None:
+    piece = Piece("interpolation", "m", (0, 1), (1.0, 1.0))
+    answer = Answer()
+    answer.measured = [(0, [])]
+    answer.problem = Problem(files.Changed("m.pt changed"))
+    watch, cluster = Mock(), Mock()
+    work = _Work(cluster, deque(), Mock(), watch)
+    with pytest.raises(Failed, match=r"m\.pt changed"):
+        work._keep(answer, piece, Mock())
+    assert [call[0] for call in watch.method_calls] == ["measured", "withdrawn"]
+    assert not Problem(OSError("another")).changed
 
 
 @pytest.mark.parametrize("how", ["fifo", "socket", "device", "folder", "link to a fifo"])

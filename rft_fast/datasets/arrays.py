@@ -31,7 +31,8 @@ def source(path: Path, where: str) -> Source:
     """
     stored = files.Inputs()
     try:
-        with stored.reading(path), files.opened(path) as stream:
+        stored.add(path)
+        with stored.unchanged(path), files.opened(path) as stream:
             if not zipfile.is_zipfile(stream):  # numpy would advise to unpickle it
                 raise ValueError("it is no .npz archive, as numpy.savez writes, or not whole")
             stream.seek(0)

@@ -90,7 +90,8 @@ def source(path: Path, where: str) -> Source:
     stored = on_disk.Inputs()
     for file in paths:
         try:
-            with stored.reading(file):
+            stored.add(file)
+            with stored.unchanged(file):
                 pixels, numbers = layout.read(file)
             _check(pixels, numbers, len(layout.names))
         except on_disk.Changed:
