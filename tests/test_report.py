@@ -7,9 +7,11 @@ import gzip
 import html
 import json
 import os
+import random
 import re
 import runpy
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,59 @@ def test_names_are_escaped(page: str) -> None:
     shell = re.sub(r'<script type="application/octet-stream".*?</script>', "", page, flags=re.S)
     assert not re.findall(r"""(?:src|href)=["']?(?!#|data:,)[^"'> ]+""", shell)
     assert "http" not in shell and "@import" not in shell
+
+
+class _Tags(HTMLParser):
+    """The tags of a page with their attributes' names, and the values of those that could act."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[object, ...]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        acting = {name: value for name, value in attributes if name in ("id", "href", "src", "style", "type")}
+        if tag != "wbr":
+            self.found.append((tag, [name for name, _ in attributes], acting))
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_names_add_no_tag(tmp_path: Path, seed: int) -> None:
+    """A page of hostile names has the tags of one with plain names, in their order."""
+    rng = random.Random(seed)
+    words = [
+        *("</script>", "<img src=x onerror=alert(1)>", "' onmouseover='x", '" autofocus onfocus="x', "<!--"),
+        *(
+            "-->",
+            "]]>",
+            "&lt;",
+            "\x1b[31m",
+            "\u202e",
+            "</pre></title>",
+            "<svg/onload=x>",
+            "`",
+            "\\u003c",
+            "$",
+        ),
+        *("<a href='javascript:x'>", "%{x}", "<style>*{}</style>", "\n"),
+    ]
+    names = [*MODELS, *SETS, *LAYERS]
+    evil = {name: "".join(rng.choices(words, k=4)) + str(i) for i, name in enumerate(names)}
+    pages = {}
+    for which, called in (("plain", {name: f"name{i}" for i, name in enumerate(names)}), ("evil", evil)):
+        rows = [
+            {key: called.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+            for row in make_rows()
+        ]
+        changes = {
+            part: {called[name]: entry for name, entry in CONFIG[part].items()}
+            for part in ("finetuned", "data")
+        }
+        title = "zoo" if which == "plain" else f"zoo {evil['good']}"
+        made = make_run(tmp_path / which, rows, **changes, zoo=title, command=title)
+        pages[which] = report.write(made).read_text()
+    assert _Tags(pages["plain"]).found == _Tags(pages["evil"]).found
+    assert not {"\x1b", "\u202e"} & set(pages["evil"])
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..words import visible
+
 ALL = "*"
 Trace = dict[str, Any]
 SYMBOLS = "circle square triangle-up triangle-down diamond cross x triangle-left triangle-right".split()
@@ -71,7 +73,7 @@ def choices(key: str, label: str, values: Iterable[Any], everything: str = "") -
 
 def safe(text: object) -> str:
     """Text for plotly, which reads a little HTML in what it draws."""
-    return html.escape(str(text), quote=False)
+    return html.escape(visible(str(text), lines=True), quote=False)
 
 
 def layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import functools
 import gzip
+import html
 import importlib
 import json
 import math
 import re
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from typing import Any
 
@@ -19,9 +19,16 @@ from matplotlib.colors import to_hex
 
 from .. import __version__
 from ..figures import style
+from ..words import visible
 from .drawing import Chart, Control, Key
 from .sections import Section
 from .tables import Cell, Table
+
+
+def escape(text: str) -> str:
+    """Text for HTML; control characters, and those that turn its direction, are written out."""
+    return html.escape(visible(text, lines=True))
+
 
 MARK = '<meta name="generator" content="rft_fast.report'
 # style.MUTED, lightened so that lines stand out on a dark ground (contrast of at least 4.5 to 1).
