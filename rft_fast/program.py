@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
+from . import words
 from .terminal import escaped
 
 # Command -> what it does; each is ``python -m rft_fast.NAME``.
@@ -32,6 +33,11 @@ REFUSED, INTERRUPTED = 2, 130  # exit statuses, as argparse and shells have them
 _GONE = "the working directory does not exist any more (deleted or renamed); change to one that does"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(words.message(message))
+
+
 def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentParser:
     """The options of a command, without abbreviations: ``--help`` and ``--version``.
 
@@ -42,7 +48,7 @@ def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentPar
     """
     from rft_fast import __version__
 
-    found = argparse.ArgumentParser(prog=called(name), allow_abbrev=False, **more)
+    found = _Parser(prog=called(name), allow_abbrev=False, **more)
     if version:
         text = f"rft_fast {__version__}"
         found.add_argument("--version", action="version", version=text, help="show it and exit")

@@ -18,7 +18,7 @@ from .progress import Progress, held_warnings
 from .request import NotFetched, Request, read
 from .running import Pool
 from .studies.chance import among
-from .words import cell
+from .words import cell, message
 
 
 @program.command("sweep")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
     except (OSError, MemoryError, Failed) as error:
-        print(f"\nsweep: error: {error}; {_kept(run, argv)}", file=sys.stderr)
+        print(f"\nsweep: error: {message(error)}; {_kept(run, argv)}", file=sys.stderr)
         return 1
     finally:
         if pool is not None:

@@ -44,6 +44,11 @@ def from_cell(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
 
 
+def message(error: object) -> str:
+    """An error as text in which no name can pose as a line: only indented lines begin anew."""
+    return re.sub(r"\n(?!  )", r"\\n", str(error))
+
+
 def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

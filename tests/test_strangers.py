@@ -116,6 +116,7 @@ def test_visible_text() -> None:
     assert words.visible(FINE) == words.visible(FINE, lines=True) == FINE
     assert words.visible("a\nb\tc", lines=True) == "a\nb\tc"
     assert words.some(["a\nb", "c"]) == "a\\nb, c"
+    assert words.message(ValueError("a\nerror: b\n  c")) == "a\\nerror: b\n  c"
 
 
 @terminal.escaped

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from .. import layers, program
-from ..words import visible
+from ..words import message, visible
 from . import FORMATS, Checkpoint, compare, read
 
 _TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         second = read(options.other)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(message(error), file=sys.stderr)
         return 2
     lineage = compare(first, second, options.unrelated)
     for letter, checkpoint in (("a", first), ("b", second)):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from rft_fast import program, prompts
 
+from ..words import message
 from . import KINDS, Rows, doctor
 
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
             report = doctor.examine(options.path, options.kind, rows, options.labels, options.quick, progress)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {message(error)}", file=sys.stderr)
         return 2
     print(report)
     return 1 if report.problems else 0

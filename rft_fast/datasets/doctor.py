@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from rft_fast.words import some
+from rft_fast.words import message, some
 
 from . import decoding, folders, imagenet, kinds, maps
 from .evidence import Rows, proposed
@@ -56,7 +56,8 @@ class Report:
         end = [f"{count} problems:" if count > 1 else "1 problem:", *(f"- {p}" for p in self.problems)]
         if not self.problems:
             end = ["nothing wrong was found, but:"] if self.unchecked else ["sound"]
-        return "\n".join([*self.facts, *end, *(f"- not checked: {text}" for text in self.unchecked)])
+        lines = [*self.facts, *end, *(f"- not checked: {text}" for text in self.unchecked)]
+        return "\n".join(map(message, lines))
 
 
 def examine(

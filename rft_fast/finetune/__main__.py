@@ -18,6 +18,7 @@ from rft_fast import program
 from rft_fast.datasets import KINDS
 from rft_fast.datasets.labels import as_given
 
+from ..words import message
 from .run import DTYPES, Request, Work
 from .settings import SCHEDULES, SHORT, Setting, at_random, grid
 from .training import AUTOCAST
@@ -70,7 +71,10 @@ def _run(options: argparse.Namespace) -> int:
         with program.Stop(tqdm.write, "training step") as stop:
             outcome = work.run(stop)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        print(f"finetune: error: {error}; the same command goes on from the last state kept", file=sys.stderr)
+        print(
+            f"finetune: error: {message(error)}; the same command goes on from the last state kept",
+            file=sys.stderr,
+        )
         return 1
     made = options.out / "zoo.toml"
     print(

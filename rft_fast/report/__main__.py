@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import program
+from ..words import message
 from . import compare, write
 
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             file = compare(options.run, options.other, options.out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {message(error)}", file=sys.stderr)
         return 2
     print(f"report   {file} ({file.stat().st_size / 1e6:.1f} MB, opens without a network)")
     return 0
