@@ -26,7 +26,7 @@ from rft_fast.words import some
 from .source import MOST_ROWS, Source, open_file, open_image
 
 LABELS = ("label", "labels", "fine_label")  # which ClassLabel counts where there are several
-IN_MEMORY = 0.1  # of the free memory: larger Arrow files are mapped
+IN_MEMORY = 0.1  # of the free memory: Arrow files that take more are mapped
 GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a time
 
 _PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
@@ -62,7 +62,9 @@ def source(path: Path, where: str) -> Source:
         parts: list[_Part] = [_ParquetPart(file, where, path) for file in _parquet_split(path, where)]
     else:
         folder = _saved_split(path, where)
-        parts = [_ArrowPart(file, where, path) for file in _saved_files(folder, where)]
+        saved = _saved_files(folder, where)
+        held = sum(file.stat().st_size for file in saved) <= IN_MEMORY * meter.available("cpu")
+        parts = [_ArrowPart(file, where, path, held) for file in saved]
     features = parts[0].features
     try:
         image, label = _columns(features, parts[0].schema, f"{where}: {parts[0].file}")
@@ -180,17 +182,16 @@ class _Part(ABC):
 
 
 class _ArrowPart(_Part):
-    """A file of the Arrow IPC stream format: in memory where it fits well, else mapped."""
+    """A file of the Arrow IPC stream format. held: in memory, else mapped."""
 
-    def __init__(self, file: Path, where: str, data_set: Path) -> None:
+    def __init__(self, file: Path, where: str, data_set: Path, held: bool) -> None:
         import pyarrow as pa
 
         self._mapped = on_disk.Inputs()
         try:
             with on_disk.opened(file) as stream:
-                content = on_disk.Content(stream)
-                if len(content) <= IN_MEMORY * meter.available("cpu"):
-                    source = pa.BufferReader(pa.py_buffer(content[:]))
+                if held:
+                    source = pa.BufferReader(pa.py_buffer(on_disk.Content(stream)[:]))
                 else:
                     self._mapped.add(file)
                     source = pa.memory_map(str(file))
