@@ -20,6 +20,7 @@ from .kernels import registry
 from .options import parser, refused_in_zoo
 from .studies.estimators import Protocol
 from .studies.rows import STUDIES
+from .words import visible
 
 # Study -> the other studies whose rows it, its figure or its choice of models needs.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -194,7 +195,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     if arguments.workers is None:
         _check_device(arguments.impl, arguments.precision, device)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = arguments.out or Path("rft-runs", f"{its_zoo.name.replace('/', '-')}-{stamp}")
+    out = arguments.out or Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
     return Request(
         everything=not named,
         studies=asked,

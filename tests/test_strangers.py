@@ -5,20 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import open_clip
 import pandas as pd
 import pytest
 import tiny_zoo
+import torch
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
 from rft_fast import allowed, architectures, disk, figures, options, request, results, sweep, terminal, words
+from rft_fast.finetune import output
+from rft_fast.finetune.run import Request, Work
+from rft_fast.finetune.settings import Setting
 from rft_fast.studies.rows import COLUMNS
 
 # --- files --------------------------------------------------------------------------------------------
@@ -96,6 +102,38 @@ def test_locks_do_not_follow_links(tmp_path: Path, planted: str) -> None:
     with pytest.raises(OSError, match=r"\.lock"), disk.locked(tmp_path / ".lock"):
         pass
     assert not (tmp_path / "victim").exists() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", [".lock", ".lr0.01.lock", "lr0.01.resume", "lr0.01.csv", "zoo.toml"])
+def test_fine_tuning_writes_through_no_link(tmp_path: Path, name: str) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    out.mkdir()
+    victim.write_text("precious")
+    (out / name).symlink_to(victim)
+    asked = Request("none", "none", tmp_path, out, {"lr0.01": Setting()})
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        Work._refuse_links(SimpleNamespace(request=asked))  # type: ignore[arg-type]
+    assert victim.read_text() == "precious"
+
+
+class _Runs:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> object:
+        return (Path.touch, (self.file,))
+
+
+def test_a_state_of_fine_tuning_runs_nothing(tmp_path: Path) -> None:
+    for number, save in enumerate((torch.save, lambda what, file: file.write_bytes(pickle.dumps(what)))):
+        file = tmp_path / f"{number}.resume"
+        save({"configuration": _Runs(tmp_path / "RAN")}, file)
+        with pytest.raises(ValueError, match="cannot be read as a state"):
+            output.FileKeeper(file, {}).load()
+    assert not (tmp_path / "RAN").exists()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no file"):
+        output.configuration_of(tmp_path / "model.safetensors")
 
 
 # --- the terminal -------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def configuration_of(file: Path) -> Configuration | None:
     """What a model's file was made with, None for a file of another origin."""
+    if not file.is_file():
+        raise ValueError(f"finetune: {file} is no file")  # a FIFO, say, which would be waited for
     try:
         with safe_open(file, "pt") as archive:
             text = (archive.metadata() or {}).get(HEADER)

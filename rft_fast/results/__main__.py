@@ -73,6 +73,8 @@ def _check_pyarrow() -> None:
 def _check(file: Path, overwrite: bool) -> None:
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"results: cannot write {file}: it is a folder, or its folder does not exist")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"results: cannot write {file}: expected a file, or nothing of that name")
     if file.exists() and not overwrite:
         raise ValueError(f"results: {file} exists; give another name, or --overwrite")
     if file.exists():
