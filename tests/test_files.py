@@ -26,6 +26,7 @@ from rft_fast import checkpoints, datasets, figures, files, results, sweep
 from rft_fast.architectures import Preprocess
 from rft_fast.cluster.actor import Answer, Problem
 from rft_fast.cluster.driver import Failed, _Work
+from rft_fast.evaluate import Scores
 from rft_fast.pieces import Piece
 from rft_fast.results.run import Run
 
@@ -180,6 +181,34 @@ def test_a_change_before_the_first_measurement_is_refused(
         run(zoo, monkeypatch, "a.safetensors", nothing, "a")
     assert "b.safetensors changed" in capsys.readouterr().err
     assert not (zoo / "run").exists()
+
+
+def test_only_what_this_process_measured_is_withdrawn(tmp_path: Path) -> None:
+    def row(study: str, model: str) -> dict[str, object]:
+        return {"study": study, "model": model, "dataset": "d", "alpha": 0.5}
+
+    config: dict[str, object] = {"finetuned": {"a": {}, "b": {}}}
+    some = Scores(torch.ones(3), torch.ones(3, dtype=torch.bool))
+    with Run(tmp_path, config) as earlier:
+        earlier.add("layers", "a", 0, [row("layers", "a")])
+        earlier.scores("z")["d", 0.0] = some
+    with Run(tmp_path, config) as run:
+        for study, model, number in (
+            ("layers", "a", 1),
+            ("layers", "a", 2),
+            ("layers", "b", 1),
+            ("prune", "a", 1),
+        ):
+            run.add(study, model, number, [row(study, model)] * 2)
+        run.scores("z")["d", 1.0] = some
+        assert run.withdraw("layers", "a") == 2 and run.withdraw("layers", "a") == 0
+        assert run.done("layers", "a") == {0} and set(run.scores("z")) == {("d", 0.0)}
+        run.add("layers", "a", 2, [row("layers", "a")])
+    with Run(tmp_path, config) as again:  # which verifies all of it
+        assert again.resumed == 4
+        assert again.rows().groupby(["study", "model"]).size().to_dict() == {
+            ("layers", "a"): 2, ("layers", "b"): 2, ("prune", "a"): 2,
+        }  # fmt: skip
 
 
 def test_inputs(tmp_path: Path) -> None:
