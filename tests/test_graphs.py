@@ -186,6 +186,31 @@ def test_views_of_a_buffer_do_not_pass_for_the_buffer() -> None:
     assert recorder.replayed == 4 * 2 + 2 * 6 and recorder.recorded == 4
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_view_of_the_buffer_that_is_recorded_with_is_copied_once(fails: bool) -> None:
+    """Copied once more, or used after the copy, square activations would be turned back."""
+    recorder = Recorder()
+
+    def capture(body: Callable[[], None]) -> Callable[[], None]:
+        if fails and recorder.recorded == 1:
+            raise RuntimeError("of the test")
+        return recorder(body)
+
+    recorded = Graphs(capture)
+    first, last = Stage(lambda x, _: x + 1), Stage(lambda x, _: x * torch.arange(3.0))
+    for _ in range(WARM):
+        recorded.run(
+            (first, Stage(lambda x, _: x), Stage(lambda x, _: x), last), 0, 4, torch.rand(2, 3, 3), None
+        )
+    young = (Stage(lambda x, _: x.transpose(1, 2)), Stage(lambda x, _: x))
+    x = torch.rand(2, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = recorded.run((first, *young, last), 0, 4, x, None)
+    assert recorder.recorded == (1 if fails else 2)
+    assert torch.equal(got, (x + 1).transpose(1, 2) * torch.arange(3.0))
+
+
 def test_a_capture_that_fails_falls_back_with_one_warning() -> None:
     model = deep().eval()
     chain = stages(model, torch.rand(2, 3, 8, 8)).image

@@ -75,7 +75,7 @@ class Graphs:
             record = self._recorded.setdefault(key, _Recorded())
             record.runs += 1
             if record.replay is None and record.short and record.runs > WARM:
-                self._record(record, stage, index, x)
+                x = self._record(record, stage, index, x)
             if record.replay is None or record.source is None or record.result is None:
                 before = x.nbytes
                 x = stage.run(x, x if inputs is None else inputs)
@@ -92,7 +92,8 @@ class Graphs:
         self._recorded.clear()
         self._buffers.clear()
 
-    def _record(self, record: _Recorded, stage: Stage, index: int, x: Tensor) -> None:
+    def _record(self, record: _Recorded, stage: Stage, index: int, x: Tensor) -> Tensor:
+        """Returns x where it now lies: in the buffer, of whose memory it may have been a view until now."""
         source = self._buffer(index % 2, x)
         _put(source, x)
         # What the stage returns dies with the recording, so that later ones use its memory again. Its shape
@@ -110,6 +111,7 @@ class Graphs:
             warnings.warn(f"Evaluator: a stage runs without a CUDA graph: {reason}", stacklevel=2)
         else:
             record.source, record.result = source, result
+        return source
 
     def _buffer(self, turn: int, like: Tensor) -> Tensor:
         key = (turn, like.shape, like.dtype, like.device)
