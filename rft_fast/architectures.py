@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import allowed, files
 from .checkpoints.activation import NAMES, TOWERS, Activation, of_model_cfg
-from .checkpoints.sources import commit, in_cache
+from .checkpoints.sources import commit, in_cache, repository
 from .words import some
 
 HUB = "hf-hub:"
@@ -221,17 +221,17 @@ def _of_hugging_face(
     label: str, name: str, context: int, mode: str | None, options: Mapping[str, Any], network: bool | None
 ) -> Any:
     """A tokenizer of transformers, from the local cache first."""
-    repository, _, revision = label.removeprefix(HUB).partition("@")
+    of, revision = repository(label) or ("", None)
     own, local = label in open_clip.list_models(), False
     if not own:
         beside = None if label.startswith(HUB) else Path(label).parent
         name, local = allowed.tokenizer(name, beside, f"arch: {label}:")
-        own = label.startswith(HUB) and name == repository
+        own = name == of
     if local:
         network = False
     elif network is None:
         network = own
-    pinned = {"revision": revision} if label.startswith(HUB) and revision and name == repository else {}
+    pinned = {"revision": revision} if revision and name == of else {}
     problem: Exception | None = None
     for offline in (True, False) if network else (True,):
         try:
@@ -475,10 +475,16 @@ def _seen(state: Mapping[str, Tensor]) -> dict[str, object]:
 # --- helpers ------------------------------------------------------------------------------------------
 
 
+def _repository(arch: str) -> tuple[str, str | None]:
+    if (found := repository(arch)) is None:
+        raise ValueError(f"arch: {arch!r} must be hf-hub:org/name or hf-hub:org/name@revision")
+    return found
+
+
 def _from_hub(arch: str) -> Path:
-    repository, _, revision = arch.removeprefix(HUB).partition("@")
+    name, revision = _repository(arch)
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, _CONFIG, revision=revision or None))
+        return Path(huggingface_hub.hf_hub_download(name, _CONFIG, revision=revision))
     except Exception as error:  # of the network, of the hub, or a bad name
         raise ValueError(
             f"arch: the open_clip_config.json of {arch} could not be had: {error}. Offline, fetch it once "
@@ -499,15 +505,12 @@ def pin(arch: str, network: bool) -> str:
     Raises:
         ValueError: it cannot be had.
     """
-    repository, _, revision = arch.removeprefix(HUB).partition("@")
-    if network:
-        file: Path | None = _from_hub(arch)
-    else:
-        file = in_cache(repository, [_CONFIG], revision or None)
+    name, revision = _repository(arch)
+    file = _from_hub(arch) if network else in_cache(name, [_CONFIG], revision)
     if file is None:
         return ""
     found = commit(file)
-    return f"{HUB}{repository}@{found}" if found else arch
+    return f"{HUB}{name}@{found}" if found else arch
 
 
 def _of_tags(name: str, pretrained: str | None) -> dict[str, Any]:

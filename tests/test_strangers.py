@@ -456,3 +456,52 @@ def _cached_alone(repository: str, name: str, revision: str | None = None) -> st
     found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
     assert isinstance(found, str)
     return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            "hf-hub:../../evil",
+            "hf-hub:org/..",
+            "hf-hub:/etc/x",
+            "hf-hub:org/name@../../x",
+            "hf-hub:org/name@/x",
+        ),
+        *(
+            "hf-hub:org/name@",
+            "hf-hub:org/name/x",
+            "hf-hub:org",
+            "hf-hub:",
+            "hf-hub:o/n@a/../b",
+            "hf-hub:.x/n",
+        ),
+    ],
+)
+def test_repositories_stay_in_their_cache(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("was asked"))
+    for call in (
+        lambda: architectures.config(source),
+        lambda: request.read([str(zoo_file(folder, arch=source))]),
+        lambda: request.read([str(zoo_file(folder, zeroshot=source)), "--fetch"]),
+    ):
+        with pytest.raises(ValueError, match="hf-hub:org/name"):
+            call()
+
+
+def test_a_plan_says_that_a_tokenizer_would_be_downloaded(
+    tmp_path: Path, loaded: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_zoo.make(tmp_path)
+    text = TEXT | {"vocab_size": 64}
+    for name in ("zeroshot", "a"):
+        tiny_zoo.save(open_clip.CLIP(6, VISION, text).state_dict(), tmp_path / f"{name}.safetensors")
+    architecture(tmp_path, text={**text, "hf_tokenizer_name": "org/name"})
+    (tmp_path / "names.txt").write_text("0\n1\n2")
+    entries = {"arch": "model.json", "class-names": "names.txt", "templates": "photo"}
+    zoo = str(zoo_file(tmp_path, **entries))
+    assert sweep.main([zoo, "interpolation", "--plan", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "would be downloaded: a tokenizer" in out and "org/name" in out
+    tiny_zoo.refused([zoo, "interpolation", "--device", "cpu"], "hf download org/name", capsys)
+    assert loaded and all(asked["local_files_only"] for asked in loaded)

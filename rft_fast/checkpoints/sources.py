@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .activation import OPEN_CLIP, TRANSFORMERS
 
-_HUB = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# Neither may lead out of the cache's folders.
+_HUB = re.compile(r"hf-hub:(\w[\w.-]*/\w[\w.-]*)(?:@((?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 # In the order of preference: open_clip's own files, then those of transformers.
 _HUB_FILES = (
     "open_clip_model.safetensors",
@@ -51,6 +52,12 @@ def check_source(source: str, arch: str) -> None:
         f"check_source: {source!r} is neither a file nor a pretrained tag of {arch}; did you mean "
         f"{', '.join(near)}? open_clip.list_pretrained_tags_by_model({arch!r}) lists all {len(tags)}"
     )
+
+
+def repository(source: str) -> tuple[str, str | None] | None:
+    """The name and the revision of ``hf-hub:org/name@revision``; None for what is not of this form."""
+    found = _HUB.fullmatch(source)
+    return (found[1], found[2]) if found else None
 
 
 def fetch(source: str, arch: str, network: bool = True) -> Path:
