@@ -150,8 +150,9 @@ def test_kinship(tmp_path: Path, change: Any, word: str) -> None:
     a = {**state(), "model.visual.ln_pre.weight": torch.full((999,), 5.0)}
     share = 0.0 if word == "task vector" else 1.0
     b = {**change(a), "model.visual.ln_pre.weight": share * a["model.visual.ln_pre.weight"]}
-    problems = checkpoints.compare(wrote(tmp_path, "a", a), wrote(tmp_path, "b", b)).problems
-    assert len(problems) == bool(word) and word in "".join(problems), problems
+    ends = wrote(tmp_path, "a", a), wrote(tmp_path, "b", b)
+    for problems in (checkpoints.compare(*ends).problems, checkpoints.compare(*reversed(ends)).problems):
+        assert len(problems) == bool(word) and word in "".join(problems), problems
 
 
 def test_two_activations(tmp_path: Path) -> None:

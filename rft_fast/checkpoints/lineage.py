@@ -60,10 +60,12 @@ class Kinship:
             f"unrelated weights: the cosine between their matrices is {self.cosine:.2f}, where fine-tuned "
             f"ones stay close to where they began (expected: at least {UNRELATED:g})"
         )
-        if self.ratio < 0.5:
+        if not 0.5 <= self.ratio <= 2:
+            smaller, share = ("fine-tuned", self.ratio) if self.ratio < 1 else ("zero-shot", 1 / self.ratio)
             return (
-                f"{why}; its norm is {self.ratio:.2g} of the other's, so it may be a difference (a task "
-                "vector): add it to the zero-shot weights first. --unrelated measures the path all the same"
+                f"{why}; the norm of the {smaller} ones is only {share:.2g} of the others', so they may be a "
+                "difference (a task vector): add it to the weights that it was taken from first. --unrelated "
+                "measures the path all the same"
             )
         return (
             f"{why}. Is it fine-tuned from another zero-shot model, or another training? --unrelated "
@@ -92,7 +94,7 @@ def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[s
     return Kinship(
         same,
         product / norms if norms else 0.0 if squares_a or squares_b else math.nan,
-        math.sqrt(squares_b / squares_a) if squares_a else math.nan,
+        math.sqrt(squares_b / squares_a) if squares_a else math.inf if squares_b else math.nan,
     )
 
 
