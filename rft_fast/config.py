@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -140,6 +141,11 @@ def resumed(request: Request) -> Request:
     if there is None:
         return request
     sizes = {name: there[name] for name in ("batch_size", "memory_limit") if getattr(request, name) is None}
+    for name, size in sizes.items():
+        if not (size is None or (type(size) is int and 0 < size < sys.maxsize)):
+            raise ValueError(
+                f"results: the run in {request.out} has {name} {size!r}; expected a number above 0"
+            )
     return replace(request, **sizes)
 
 

@@ -21,6 +21,7 @@ from .endpoints import Ends, Setup
 from .evaluate import Evaluator, Scores, precision
 from .request import Request
 from .studies.rows import Sink
+from .words import visible
 
 Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
 
@@ -193,7 +194,7 @@ def load_images(
         for note in found.source.notes:
             if note.startswith(datasets.source.PART):
                 warnings.warn(f"{found.name}: {note}; name that folder to be sure", stacklevel=2)
-        with tqdm(desc=f"reading {found.name}", disable=None, leave=False) as bar:
+        with tqdm(desc=f"reading {visible(found.name)}", disable=None, leave=False) as bar:
 
             def progress(done: int, total: int, bar: Any = bar) -> None:
                 bar.total = total

@@ -21,7 +21,19 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
-from rft_fast import allowed, architectures, disk, figures, options, request, results, sweep, terminal, words
+from rft_fast import (
+    allowed,
+    architectures,
+    config,
+    disk,
+    figures,
+    options,
+    request,
+    results,
+    sweep,
+    terminal,
+    words,
+)
 from rft_fast.finetune import output
 from rft_fast.finetune.run import Request, Work
 from rft_fast.finetune.settings import Setting
@@ -383,6 +395,21 @@ def test_options_say_what_is_measured_and_nothing_else(
     assert not list(tmp_path.iterdir())
     asked = request.read([str(zoo_file(folder, 'samples = 5\nalphas = "0:1:3"\nbatch-size = 7'))])
     assert (asked.samples, asked.alphas, asked.batch_size) == (5, [0, 0.5, 1], 7)
+
+
+@pytest.mark.parametrize("size", ["9", -1, 0, True, 1e9, [1], 2**70])
+def test_sizes_of_a_run_that_is_resumed_are_numbers(
+    folder: Path, tmp_path: Path, size: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request.read([str(zoo_file(folder)), "--out", str(tmp_path)])
+    monkeypatch.setattr(results, "check", lambda *_: None)
+    for name in ("batch_size", "memory_limit"):
+        there = {"batch_size": None, "memory_limit": 2**30}
+        monkeypatch.setattr(results, "recorded", lambda _, there=there, name=name: there | {name: size})
+        with pytest.raises(ValueError, match=name):
+            config.resumed(asked)
+        monkeypatch.setattr(results, "recorded", lambda _, there=there: there)
+        assert config.resumed(asked).memory_limit == 2**30
 
 
 # --- the hub ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
 from rft_fast.datasets import imagenet, labels, maps, naming
 from rft_fast.endpoints import Ends, Setup
 from rft_fast.program import Stop
-from rft_fast.words import differences
+from rft_fast.words import differences, visible
 
 from . import output
 from .images import FeatureBatches, ImageBatches, Images, accuracy, features, threads
@@ -289,9 +289,9 @@ class Work:
             raise ValueError(
                 f"finetune: labels go up to {int(found.labels.max())}, but the head has {rows.count} classes"
             )
-        tqdm.write(f"train: {found.how}")
+        tqdm.write(visible(f"train: {found.how}"))
         for note in source.notes:
-            tqdm.write(f"train: {note}")
+            tqdm.write(visible(f"train: {note}"))
         workers = request.workers or threads()
         return Images(source, found.images, found.labels, self.preprocess, workers, request.in_memory)
 

@@ -12,6 +12,8 @@ from typing import TextIO
 
 from tqdm import TqdmWarning
 
+from ..words import message
+
 _WIDTH = 80  # of a terminal that does not tell
 
 
@@ -27,7 +29,7 @@ def held_warnings() -> Iterator[list[str]]:
         yield texts
     except BaseException:
         for text in texts:
-            print(text, file=sys.stderr)
+            print(message(text), file=sys.stderr)
         raise
     finally:
         restore()
