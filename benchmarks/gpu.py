@@ -33,8 +33,17 @@ PACKAGES = [
 ]
 GOALS = "native or triton or lerp or foreach or _random or (compile and 64M and float32)"
 KERNEL_ROWS = f"(64M or 256M) and (float32 or bfloat16) and (interpolate or both) and ({GOALS})"
-KERNEL_TESTS = ("kernels", "triton", "torch_library", "path", "graphs")
-SWEEP_TESTS = ("evaluate", "walk", "stages", "precision")
+KERNEL_TESTS = (
+    *(f"kernels/test_{name}" for name in ("kernels", "triton", "torch_library")),
+    "path/test_path",
+    "evaluate/test_graphs",
+)
+SWEEP_TESTS = (
+    "evaluate/test_evaluate",
+    "evaluate/test_walk",
+    "stages/test_stages",
+    "evaluate/test_precision",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
     def tests(*names: str, words: Sequence[str] = ()) -> tuple[str, ...]:
         # Most of the time goes into compiling hundreds of variants, which processes can share.
         spread = ("-n", "8", "--dist", "worksteal") if cuda and importlib.util.find_spec("xdist") else ()
-        return pytest(*spread, *words, *(f"tests/test_{name}.py" for name in names))
+        return pytest(*spread, *words, *(f"tests/{name}.py" for name in names))
 
     def bench(rows: str) -> tuple[str, ...]:
         return pytest("benchmarks/bench_kernels.py", "--device", device, "-k", rows)
@@ -78,7 +87,9 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
         yield Step("device", 100, script("bench_sweep", *sweep, "--part", "stages", "graphs", "attention"))
         yield Step("kernels", 100, bench("layer and bfloat16 and both and (native or folded)"))
         yield Step("sweep", 150, script("bench_sweep", *sweep, "--part", "layer-sharpness", "busy"))
-        yield Step("tests", 100, tests("kernels", words=("-k", "known_answers or documented_counter")))
+        yield Step(
+            "tests", 100, tests("kernels/test_kernels", words=("-k", "known_answers or documented_counter"))
+        )
         return
     small, large = ("--arch", "ViT-B-32"), ("--arch", "ViT-L-14")
     yield Step(

@@ -10,7 +10,7 @@ zero-shot model is a random image tower with a head fitted to its features by ri
 are fine-tuned from it by ``python -m rft_fast.finetune``. Accuracies say nothing about CLIP.
 
 On two cores it takes some two minutes with 40 classes, and the sweep eight. ``--arch`` may be a JSON file
-in open_clip's format: with the tiny model of tests/test_examples.py, all of it takes seconds.
+in open_clip's format: with the tiny model of tests/project/test_examples.py, all of it takes seconds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,329 @@
+"""Which rows of a head the classes of a data set are: by name, by id, by place, or as told."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from support.tiny_trees import ids
+
+from rft_fast.datasets import Assignment, Rows, Source, assign
+
+INFO = Path(str(resources.files("timm"))) / "data" / "_info"
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+def source(names: Sequence[str], each: int = 2) -> Source:
+    labels = torch.arange(len(names)).repeat_interleave(each)
+    return Source("folder", Path("data"), [], labels, tuple(names), lambda index: Image.new("RGB", (8, 8)))
+
+
+def rows_of(found: Assignment, each: int = 2) -> list[int]:
+    """The row of each class, where all are scored."""
+    assert len(found.images) == len(found.labels)
+    labels: list[int] = found.labels[::each].tolist()
+    assert labels == found.labels[each - 1 :: each].tolist()
+    return labels
+
+
+def refused(names: Sequence[str], rows: Rows | None, *words: str, label_map: Any = None) -> None:
+    with pytest.raises(ValueError, match=r"^labels of data: ") as caught:
+        assign(source(names), rows, label_map)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+def test_without_rows_a_class_is_its_place() -> None:
+    found = assign(source(["b", "n01440764", "a"]), None, None)
+    assert rows_of(found) == [0, 1, 2] and found.classes is None and found.groups is None
+    assert found.images.tolist() == list(range(6))
+
+
+def test_without_rows_ids_of_imagenet_are_its_rows() -> None:
+    """As class 0 and 1 they would be scored as a tench and a goldfish."""
+    found = assign(source(["n01443537", "N01498041"]), None, None)
+    assert rows_of(found) == [1, 6] and found.classes is not None and found.classes.tolist() == [1, 6]
+    found = assign(source(["n01443537", "n99999999"]), None, None)
+    assert rows_of(found) == [0, 1] and found.classes is None
+
+
+def test_classes_go_to_the_rows_of_their_names() -> None:
+    names = ["Ship", "frog", "TRUCK", "dog", "horse", "deer", "cat", "bird", "auto_mobile", "air plane"]
+    found = assign(source(names), Rows(10, CIFAR10), None)
+    assert rows_of(found) == [8, 6, 9, 5, 7, 4, 3, 2, 1, 0]
+    assert found.classes is None and found.groups is None
+
+
+def test_the_names_of_imagenet_although_two_come_twice() -> None:
+    names = open_clip.IMAGENET_CLASSNAMES
+    assert len(set(names)) < 1000
+    assert rows_of(assign(source(names), Rows(1000, tuple(names)), None)) == list(range(1000))
+
+
+NFD = partial(unicodedata.normalize, "NFD")
+LETTERS = tuple("abcdefghij")
+SYNSETS = ids()
+WORDS = dict(zip(SYNSETS, open_clip.IMAGENET_CLASSNAMES, strict=True))
+LEMMAS = [
+    dict(line.split("\t") for line in (INFO / "imagenet_synset_to_lemma.txt").read_text().splitlines())[wnid]
+    for wnid in SYNSETS
+]
+# ImageNet's, as far as nobody calls two classes so.
+CLEAR = [row for row, name in enumerate(open_clip.IMAGENET_CLASSNAMES) if row not in (657, 744, 836, 837)]
+
+RENDITIONS = sorted((LEMMAS[SYNSETS.index(wnid)], SYNSETS.index(wnid)) for wnid in ids("r"))
+BIRDS = range(133, -1, -1)
+# As folders must be called: each name once.
+EXPORTED = [
+    f"{name} 2" if row in (744, 837) else name for row, name in enumerate(open_clip.IMAGENET_CLASSNAMES)
+]
+
+# Names of a data set; names of the head, or how many rows; the row of each class.
+BY_EVIDENCE: list[tuple[Sequence[str], Sequence[str] | int, Sequence[int]]] = [
+    (["CAFÉ", NFD("naïve"), "u\u0308ber"], ["über", NFD("Café"), "NAÏVE"], [1, 2, 0]),
+    (["straße", "Ⅳ", "ﬁre"], ["fire", "STRASSE", "iv"], [1, 2, 0]),
+    (["boeing 737 200", "boeing 737_2"], ["Boeing_737_2", "boeing737 200"], [1, 0]),
+    (["007", "08", "9"], ["9", "8", "7"], [2, 1, 0]),
+    ([str(i) for i in range(10)], CIFAR10, range(10)),
+    (["10", "9", "8"], 3, [2, 1, 0]),
+    (["01", "2", "003"], 3, [0, 1, 2]),
+    (["\u0661", "\u0660", "\uff12"], 3, [1, 0, 2]),  # Arabic digits, and a wide one
+    (CIFAR10[::-1], 10, range(9, -1, -1)),
+    (["the one"], 1, [0]),
+    (SYNSETS[::-1], 1000, range(999, -1, -1)),
+    (SYNSETS, [WORDS[wnid] for wnid in SYNSETS], range(1000)),
+    (SYNSETS[7:9], [f"a {word}" if i % 50 == 7 else word for i, word in enumerate(WORDS.values())], [7, 8]),
+    ([name for name, _ in RENDITIONS], 1000, [row for _, row in RENDITIONS]),
+    ([LEMMAS[row].replace(", ", ",_").replace(" ", "_") for row in BIRDS], 1000, BIRDS),
+    (["n01443537_goldfish", "000 tench", "n03126707-crane", "134.crane"], 1000, [1, 0, 517, 134]),
+    (["n02504458", "n02510455"], ["giant panda", "African bush elephant"], [1, 0]),
+    (["African bush elephant", "giant_panda"], ["n02510455", "n02504458"], [1, 0]),
+    (open_clip.IMAGENET_CLASSNAMES, 1000, range(1000)),  # as a list in the head's order
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "head", "truth"), BY_EVIDENCE, ids=range(len(BY_EVIDENCE)))
+def test_rows_are_found_by_evidence(
+    names: Sequence[str], head: Sequence[str] | int, truth: Sequence[int]
+) -> None:
+    rows = Rows(head) if isinstance(head, int) else Rows(len(head), tuple(head))
+    found = assign(source(names), rows)
+    assert rows_of(found) == list(truth) and found.groups is None and found.how
+    scored = None if len(truth) == rows.count else sorted(truth)
+    assert (found.classes if found.classes is None else found.classes.tolist()) == scored
+
+
+# Names of a data set; names of the head, or how many rows; what is said.
+WITHOUT: list[tuple[Sequence[str], Sequence[str] | int, tuple[str, ...]]] = [
+    (LETTERS, CIFAR10, ("none of its classes", "a, b, c", "airplane, automobile", "label map", '"order"')),
+    (LETTERS, 10, ("not known", "a -> 0, b -> 1", '"order"', "--class-names")),
+    (STL10, 10, ("not known", "bird -> 1")),
+    (["car" if name == "automobile" else name for name in CIFAR10], CIFAR10, ("1 of its 10", "car")),
+    (["dogs", "cat"], ["cat", "dog"], ("1 of its 2", "dogs")),
+    (["a", "B"], ["b", "\uff21", "c"], ("2 classes, but the head has 3 rows",)),
+    (["Cat", "cat"], ["cat", "dog"], ("one by their names", "Cat, cat")),
+    (["dog", "CAT", "owl"], ["Cat", "cat", "dog"], ("1 of its 3", "owl")),
+    (["Cat", "cat"], ["cat", "Cat"], ("several rows of the head", "Cat, cat")),
+    (["cat", "Cat"], ["cat", "Cat"], ("several rows of the head",)),
+    (["1 1", "2"], ["11", "2"], ("1 of its 2",)),
+    (["0", "1", "cat"], 3, ("not known",)),
+    (["1", "2", "3"], ["0", "1", "2"], ("1 of its 3", "3")),
+    (["0", "2", "3"], 3, ("not known",)),
+    (ids("r"), 200, ("WordNet ids", "not ImageNet's", "-> 0")),
+    (SYNSETS[:10], CIFAR10, ("WordNet ids", "not ImageNet's", "airplane")),
+    (SYNSETS, [f"thing {i}" for i in range(1000)], ("WordNet ids", "not ImageNet's", "thing 0")),
+    (sorted(WORDS[SYNSETS[row]] for row in CLEAR), 1000, ("4 of the classes of ImageNet-1k are missing",)),
+    (["crane", "tench", "goldfish"], 1000, ("several of ImageNet's", "crane (rows 134, 517)")),
+    (["tench", "Tinca tinca".replace(" ", "_"), *SYNSETS[1:120]], 1000, ("one class of ImageNet",)),
+    (["n01443537 (1)", "n01443537", "n01440764"], 1000, ("n01443537 (1)",)),
+    ([*SYNSETS[:-1], "thing"], 1000, ("1 of 1000 classes are not among", "thing")),
+    (sorted(EXPORTED), 1000, ("4 of 1000", "missile (rows 657, 744)", "missile 2 (rows 657, 744)")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "head", "words"), WITHOUT, ids=range(len(WITHOUT)))
+def test_without_evidence_nothing_is_assigned(
+    names: Sequence[str], head: Sequence[str] | int, words: tuple[str, ...]
+) -> None:
+    refused(names, Rows(head) if isinstance(head, int) else Rows(len(head), tuple(head)), *words)
+
+
+def test_the_order_is_taken_where_it_is_asked_for() -> None:
+    for names, rows in ((LETTERS, Rows(10, CIFAR10)), (LETTERS, Rows(10)), (STL10, Rows(10))):
+        assert rows_of(assign(source(names), rows, "order")) == list(range(10))
+    assert rows_of(assign(source(["10", "9"]), Rows(2), "order")) == [1, 0]
+    renamed = ["car" if name == "automobile" else name for name in CIFAR10]
+    assert rows_of(assign(source(renamed), Rows(10, CIFAR10), "order")) == list(range(10))
+    refused(STL10, Rows(10, CIFAR10), "another order", "bird", label_map="order")
+    refused(["ab", "cd"], Rows(3), "2 classes, but the head has 3 rows", label_map="order")
+    words = [WORDS[wnid] for wnid in SYNSETS]
+    refused(SYNSETS, Rows(1000, tuple(words[::-1])), "another order", label_map="order")
+
+
+def test_a_head_of_imagenet_in_another_order() -> None:
+    """By devkit's order, say: ids and the numbers of ImageNetV2 go to the rows that are named so."""
+    turned = [WORDS[SYNSETS[row]] for row in CLEAR][::-1]
+    head = Rows(len(turned), tuple(turned))
+    assert rows_of(assign(source([SYNSETS[row] for row in CLEAR]), head)) == list(range(len(turned)))[::-1]
+    names = [f"{wnid} {word}" for wnid, word in WORDS.items()][::-1]
+    v2 = source([str(i) for i in range(1000)])
+    assert (
+        rows_of(assign(replace(v2, kind="imagenet-v2"), Rows(1000, tuple(names)))) == list(range(1000))[::-1]
+    )
+    assert rows_of(assign(v2, Rows(1000, tuple(names)))) == list(range(1000))  # any other numbers
+    thing = Rows(1000, tuple(f"thing {i}" for i in range(1000)))
+    objects = replace(source(["chair"]), imagenet={"chair": (423, 559)})
+    with pytest.raises(ValueError, match="other classes"):
+        assign(objects, thing)
+    assert assign(objects, Rows(1000, tuple(names))).labels.tolist() == [999 - 559] * 2
+
+
+def test_names_in_another_order_are_not_taken_by_place() -> None:
+    """STL-10 under a head of CIFAR-10: ten classes each, and only half of them at their place."""
+    refused(STL10, Rows(10, CIFAR10), "in another order", "bird", "car, monkey", "give a label map")
+
+
+def test_counts_that_differ() -> None:
+    refused(["a", "b"], Rows(10), "2 classes, but the head has 10 rows", "label map")
+    refused(list("abc"), Rows(2, ("a", "b")), "3 classes, but the head has 2 rows")
+
+
+def test_label_maps() -> None:
+    head = Rows(6, ("cat", "dog", "big dog", "bird", "fish", "fish"))
+    names = ["kitten", "puppy", "sparrow", "stone"]
+    found = assign(source(names), head, {"kitten": "Cat", "puppy": ["dog", 2], "sparrow": 3, "stone": None})
+    assert found.images.tolist() == list(range(6))
+    assert found.labels.tolist() == [0, 0, 1, 1, 3, 3]
+    assert found.classes is not None and found.classes.tolist() == [0, 1, 2, 3]
+    assert found.groups is not None and found.groups.tolist() == [0, 1, 1, 3]
+    # several classes may be one row, or the same rows in any order
+    found = assign(source(names), head, {"kitten": 0, "puppy": [2, 1], "sparrow": 0, "stone": [1, 2]})
+    assert found.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert found.groups is not None and found.groups.tolist() == [0, 1, 1]
+    found = assign(source(["a", "b"]), Rows(2), {"a": 1, "b": 0})
+    assert rows_of(found) == [1, 0] and found.classes is None and found.groups is None
+
+
+def test_label_maps_compare_names_as_folders_do() -> None:
+    cafe = source([NFD("café"), "Dog", "dog"])
+    label_map = {"CAFÉ": "Über", "dog": 0, "Dog": 1}
+    assert rows_of(assign(cafe, Rows(3, ("a", "b", NFD("über"))), label_map)) == [2, 1, 0]
+    refused(["Dog", "dog"], Rows(2), "may be several classes", label_map={"DOG": 0})
+
+
+def test_label_maps_that_do_not_fit() -> None:
+    head = Rows(6, ("cat", "dog", "big dog", "bird", "fish", "fish"))
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"a": 0}, ("does not name 1 of 2 classes: b",)),
+        ({"a": 0, "B": 1, "\uff42": 1}, ("may be several classes", "B")),
+        ({"a": 0, "b": 1, "c": 2}, ("does not have: c",)),
+        ({"a": 0, "b": 6}, ("beyond the head, which are 0 to 5: b = 6",)),
+        ({"a": 0, "b": -1}, ("b = -1",)),
+        ({"a": 0, "b": "horse"}, ("class 'b': 'horse' is no class of the head",)),
+        ({"a": 0, "b": "fish"}, ("'fish' are those of rows 4, 5; give one's number",)),
+        ({"a": 0, "b": True}, ("expected a row or the name of one, got True",)),
+        ({"a": 0, "b": 1.5}, ("'b'", "1.5")),
+        ({"a": 0, "b": {"x": 1}}, ("'b'", "{'x': 1}")),
+        ({"a": [0, 1], "b": [1, 2]}, ("row 1 is right for classes that differ",)),
+        ({"a": 0, "b": [0, 1]}, ("row 0 is right for classes that differ",)),
+        ({"a": [0, 0], "b": 1}, ("has a row twice: 0, 0",)),
+        ({"a": None, "b": []}, ("none of its images is scored",)),
+    ]
+    for label_map, words in cases:
+        refused(["a", "b"], head, *words, label_map=label_map)
+    refused(["a", "b"], None, "the head's are not known here", label_map={"a": 0, "b": "dog"})
+    refused(["a"], None, "beyond the head", label_map={"a": -2})
+    refused(["a"], None, "beyond the head", label_map={"a": 10**30})
+
+
+def test_label_maps_in_files(tmp_path: Path) -> None:
+    truth = {"a b": 3, "c": ["dog", 1], "d": [], "7": "cat"}
+    (tmp_path / "m.json").write_text(json.dumps({**truth, "d": None}))
+    (tmp_path / "m.toml").write_text('"a b" = 3\nc = ["dog", 1]\nd = []\n7 = "cat"\n')
+    (tmp_path / "m.csv").write_text("class,row\r\na b,3\r\nc,dog\r\nc,1\r\n\r\nd,\r\n7,cat\r\n", newline="")
+    (tmp_path / "bom.csv").write_text("class,row\na b,3\nc,dog\nc,1\nd,\n7,cat\n", "utf-8-sig")
+    head = Rows(5, ("cat", "cow", "dog", "hen", "owl"))
+    for file in ("m.json", "m.toml", "m.csv", "bom.csv"):
+        found = assign(source(["7", "a b", "c", "d"], each=1), head, tmp_path / file)
+        assert found.labels.tolist() == [0, 3, 1], file
+        assert found.groups is not None and found.groups.tolist() == [0, 1, 1, 3], file
+
+
+def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
+    cases = {
+        "x.json": ('{"a": 0, "a": 1}', "named twice"),
+        "y.json": ("[1, 2]", "expected a table of classes, got list"),
+        "z.json": ("{", "label map"),
+        "x.toml": ("a = = 1", "label map"),
+        "x.csv": ("a,0\n", "the first line must be class,row"),
+        "y.csv": ("class,row\na,0,1\n", "expected two columns"),
+        "z.csv": ("class,row\na,0\na,\n", "both scored and not"),
+        "e.csv": ("", "the first line must be class,row"),
+        "deep.json": ("[" * 100_000, "recursion"),
+        "deep.toml": ("a = " + "[" * 100_000, "recursion"),
+        "long.csv": ("class,row\n" + "x" * 200_000 + ",1\n", "larger than field limit"),
+        "x.txt": ("a 0", "expected a .json, .toml or .csv"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_text(content)
+        refused(["a"], Rows(2), name, words, label_map=tmp_path / name)
+    refused(["a"], Rows(2), "nowhere.json", label_map=tmp_path / "nowhere.json")
+
+
+def test_rows_are_checked() -> None:
+    with pytest.raises(ValueError, match="got 3 rows and 2 names"):
+        Rows(3, ("a", "b"))
+    with pytest.raises(ValueError, match="0 rows"):
+        Rows(0)
+
+
+ODD = "cat dog fox owl élan café straße Ångström ﬁre 東京 サクラ αβγ ёж m² t-shirt c++ c# a.b".split()
+
+
+def plainly(name: str) -> str:
+    """What a name comes to, by the definition: NFKC, case folded, without spaces and underscores."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return "".join(letter for letter in text if not letter.isspace() and letter != "_")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_odd_names_are_assigned_right_or_not_at_all(seed: int) -> None:
+    random = Random(seed)
+    pool = [*ODD, *(f"{a} {b}" for a in ODD for b in ODD[:6])]
+    classes = random.sample(pool, random.choice([1, 2, 3, 10, 50]))
+    row_of = {plainly(name): row for row, name in enumerate(classes)}
+
+    def same(name: str) -> str:
+        form = random.choice(["NFC", "NFD", "NFKC", "NFKD"])
+        name = random.choice([name, name.casefold(), name.replace(" ", "_"), name.replace(" ", "")])
+        return unicodedata.normalize(form, name)
+
+    def other(name: str) -> str:
+        return random.choice([f"{name}s", f"{name} 2", f"the {name}", f"{name}-", f"{name} (1)"])
+
+    head = Rows(len(classes), tuple(map(same, classes)))
+    names = sorted(map(same, classes))
+    assert rows_of(assign(source(names), head)) == [row_of[plainly(name)] for name in names]
+    changed = random.randint(1, len(classes))
+    for wrong in (
+        sorted([*map(other, classes[:changed]), *map(same, classes[changed:])]),
+        sorted([*names, random.choice(names).upper()]),
+    ):
+        refused(wrong, head)
+    if len(classes) > 1:
+        refused(names, Rows(len(classes)), "not known")
+        refused(names[1:], head, "but the head has")
+    by_name = {same(name): same(classes[row_of[plainly(name)]]) for name in names}
+    assert rows_of(assign(source(names), head, by_name)) == [row_of[plainly(name)] for name in names]

@@ -1,0 +1,838 @@
+"""Fine-tuning from files to a zoo: batches and augmentations, going on after a kill, the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support import tiny_zoo
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import _apply_op  # the other side of OPERATIONS
+
+import rft_fast
+from rft_fast import architectures, checkpoints, datasets, disk, finetune, prompts, results, sweep, zoo
+from rft_fast.endpoints import Ends, Setup
+from rft_fast.finetune import Setting, images, output, training
+from rft_fast.finetune.__main__ import main
+
+CPU = torch.device("cpu")
+TRAIN = ("--batch-size", "5", "--warm-up", "1", "--lr", "1e-2", "--epochs", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_zoo's, and `open.safetensors`: both towers and no head, as open_clip writes it."""
+    made = tiny_zoo.make(tmp_path_factory.mktemp("finetune"))
+    rng = np.random.default_rng(1)
+    for i in range(12):
+        path = made / "big" / "cat dog fox".split()[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 17, 3), dtype=np.uint8)).save(path)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def threads(one_thread: None) -> None:
+    """Tiny models suffer from more, and rounding depends on the number."""
+
+
+def arguments(folder: Path, out: Path, *more: str, train: str = "near") -> list[str]:
+    """train: "near", with numbers as classes, or "big", whose names say nothing of the head's rows."""
+    if train == "big" and "--class-names" not in more:
+        more = ("--label-map", "order", *more)
+    return [
+        *("--arch", str(folder / "tiny.json"), "--zeroshot", str(folder / "zeroshot.safetensors")),
+        *("--train", str(folder / train), "--out", str(out), "--val", f"near={folder / 'near'}"),
+        *("--ood", f"far={folder / 'far.npz'}", *TRAIN, *more),
+    ]
+
+
+def refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def listed(folder: Path, train: str = "big", in_memory: bool = False) -> finetune.Images:
+    source = datasets.open_source("train", folder / train)
+    preprocess = architectures.preprocess(str(folder / "tiny.json"))
+    return finetune.Images(source, torch.arange(12), source.labels, preprocess, 3, in_memory)
+
+
+def decoded(file: Path) -> tuple[Tensor, Tensor]:
+    with np.load(file) as archive:
+        pixels = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
+        return pixels, torch.from_numpy(archive["labels"])
+
+
+# --- the whole of it --------------------------------------------------------------------------------
+
+
+def test_the_command_line_makes_a_zoo_that_the_sweep_reads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path, "--seed", "0", "1")) == 0
+    out = capsys.readouterr().out
+    assert "lr0.01-ep2-warm1-seed1: epoch 2 of 2, loss " in out and "near " in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["model.json", "zeroshot.safetensors", "zoo.toml"]
+        + [f"lr0.01-ep2-warm1{seed}.{kind}" for seed in ("", "-seed1") for kind in ("csv", "safetensors")]
+    )
+    made = zoo.read(tmp_path / "zoo.toml")
+    assert list(made.finetuned) == ["lr0.01-ep2-warm1", "lr0.01-ep2-warm1-seed1"]
+    assert {name: data.ood for name, data in made.data.items()} == {"near": False, "far": True}
+
+    start, given = load_file(tmp_path / "zeroshot.safetensors"), load_file(folder / "zeroshot.safetensors")
+    assert set(start) == set(given) - {"model.logit_scale"}
+    assert all(torch.equal(tensor, given[name]) for name, tensor in start.items())
+    ends = Ends(Setup(made.arch), checkpoints.load(made.zeroshot.source))
+    live = ends.live
+    for file in made.finetuned.values():
+        path = rft_fast.Path(live, *ends.pair(checkpoints.load(file.source)))
+        path.write(0.5)
+        assert path.layers
+
+    with safe_open(made.finetuned["lr0.01-ep2-warm1-seed1"].source, "pt") as archive:
+        metadata = archive.metadata()
+    made_by = json.loads(metadata["finetune"])
+    assert made_by["configuration"]["setting"]["seed"] == 1 and made_by["configuration"]["images"] == 12
+    assert made_by["rft_fast"] == rft_fast.__version__
+    with (tmp_path / "lr0.01-ep2-warm1.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
+    assert all(0 <= float(row["near"]) <= 1 and float(row["loss"]) > 0 for row in rows)
+
+    # The last accuracy is that of the stored model, by another path through the package.
+    data = datasets.load("near", folder / "near", architectures.preprocess(made.arch))
+    live.load_state_dict(checkpoints.load(made.finetuned["lr0.01-ep2-warm1"].source))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
+    with torch.no_grad():
+        right = live((data.images.float() / 255 - mean) / std).argmax(1) == data.labels
+    assert float(rows[-1]["near"]) == pytest.approx(float(right.float().mean()))
+
+
+def test_finished_models_are_skipped_and_others_are_added(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path)) == 0
+    file = tmp_path / "lr0.01-ep2-warm1.safetensors"
+    before = (file.stat().st_mtime_ns, file.read_bytes())
+    capsys.readouterr()
+    assert main(arguments(folder, tmp_path, "--seed", "0", "3")) == 0
+    assert "lr0.01-ep2-warm1: already there, skipped" in capsys.readouterr().out
+    assert (file.stat().st_mtime_ns, file.read_bytes()) == before
+    assert main(arguments(folder, tmp_path, "--seed", "4")) == 0
+    seeds = ("-seed4", "-seed3", "")
+    assert list(zoo.read(tmp_path / "zoo.toml").finetuned) == [f"lr0.01-ep2-warm1{seed}" for seed in seeds]
+
+
+def test_equal_requests_give_equal_files_whatever_the_threads(folder: Path, tmp_path: Path) -> None:
+    more = ("--augment", "rand-m9-n2", "--mixup", "0.3", "--label-smoothing", "0.1")
+    for name, workers in (("a", "1"), ("b", "4")):
+        extra = ("--workers", workers, *(("--in-memory",) if name == "b" else ()))
+        assert main(arguments(folder, tmp_path / name, *more, *extra, train="big")) == 0
+    (file,) = (tmp_path / "a").glob("lr*.safetensors")
+    assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_float16_files_start_from_the_rounded_zeroshot_model(folder: Path, tmp_path: Path) -> None:
+    head = r"classification_head\..*"
+    argv = arguments(folder, tmp_path, "--dtype", "float16", "--freeze", head, "--freeze-blocks", "1")
+    assert main(argv) == 0
+    start = load_file(tmp_path / "zeroshot.safetensors")
+    tuned = load_file(tmp_path / "lr0.01-ep2-warm1.safetensors")
+    assert {tensor.dtype for tensor in (*start.values(), *tuned.values())} == {torch.float16}
+    changed = {name for name in start if not torch.equal(start[name], tuned[name])}
+    assert changed == {"model.visual.ln_post.weight", "model.visual.ln_post.bias", "model.visual.proj"}
+
+
+def test_a_checkpoint_without_a_head_gets_one_from_class_names(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    config = {**tiny_zoo.ARCH["model_cfg"], "text_cfg": text}
+    arch = tmp_path / "both.json"
+    arch.write_text(json.dumps({**tiny_zoo.ARCH, "model_cfg": config}))
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**config).eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    (tmp_path / "names.txt").write_text("fox\ncat\ndog\n")
+    argv = arguments(folder, tmp_path / "zoo", "--class-names", str(tmp_path / "names.txt"), train="big")
+    argv[1], argv[3] = str(arch), str(tmp_path / "clip.pt")
+    del argv[argv.index("--val") : argv.index("--val") + 2]
+    seen: list[Tensor] = []
+    real = images.ImageBatches.epoch
+
+    def spied(self: images.ImageBatches, *more: int) -> Any:
+        seen.append(self.images.labels)
+        return real(self, *more)
+
+    monkeypatch.setattr(images.ImageBatches, "epoch", spied)
+    assert main([*argv, "--templates", "photo", "--head-scale", "7"]) == 0
+    with torch.no_grad():
+        tokens = open_clip.tokenize([f"a photo of a {name}." for name in ("fox", "cat", "dog")], 16)
+        features = clip.encode_text(tokens, normalize=True)
+    head = load_file(tmp_path / "zoo" / "zeroshot.safetensors")["classification_head.weight"]
+    torch.testing.assert_close(head, 7 * features, rtol=1e-4, atol=1e-5)
+    # The folders cat, dog, fox are rows 1, 2, 0 of this head; the zoo tells the sweep so.
+    assert seen[0].tolist() == [1] * 4 + [2] * 4 + [0] * 4
+    named = zoo.read(tmp_path / "zoo").head.class_names
+    assert named is not None and json.loads(Path(named).read_text()) == ["fox", "cat", "dog"]
+
+    # The zoo has all that the sweep needs.
+    words = ["interpolation", str(tmp_path / "zoo"), "--alphas", "0", "1", "--device", "cpu", "--no-cache"]
+    assert sweep.main([*words, "--out", str(tmp_path / "run")]) == 0
+    rows = results.load(tmp_path / "run").set_index("alpha")
+    pixels, labels = decoded(folder / "far.npz")
+    with torch.no_grad():
+        logits = clip.encode_image((pixels.float() / 255 - 0.5) / 0.25, normalize=True) @ head.T
+    expected = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert rows.loc[0, "loss"] == pytest.approx(expected, abs=1e-5)
+    assert rows.loc[1, "loss"] != pytest.approx(expected, abs=1e-5)
+
+    # Another model starts from the head that is there, which may have been made on another machine.
+    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    assert main([*argv, "--templates", "photo", "--head-scale", "7", "--seed", "1"]) == 0
+    other = [*argv, "--templates", "simple", "--head-scale", "7", "--seed", "2"]
+    refused(other, "was made with another configuration (head.templates ", capsys)
+
+
+def test_names_that_toml_has_to_escape(tmp_path: Path) -> None:
+    names = ['say "x"', "tab\t, line\n, \x7f, \\ and ä", "a.b"]
+    for name in (*names, output.START):
+        (tmp_path / f"{name}.safetensors" if name in names else tmp_path / name).touch()
+    data = {name: {"path": str(tmp_path), "ood": True} for name in names}
+    output.write_zoo(tmp_path, {"arch": "ViT-B-32"}, names, data)
+    assert list(zoo.read(tmp_path).finetuned) == list(zoo.read(tmp_path).data) == names
+
+
+def test_preprocessing_that_the_name_does_not_tell_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pretrained tag may have another mean than its architecture, and the zoo is read without the tag."""
+    monkeypatch.setattr(checkpoints, "check_source", lambda *_: None)
+    monkeypatch.setattr(architectures, "check_activation", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "fetch", lambda *_: folder / "zeroshot.safetensors")
+    real = architectures.preprocess
+
+    def of_tag(arch: str, tag: str | None = None) -> architectures.Preprocess:
+        return replace(real(arch), mean=(0.1, 0.2, 0.3)) if tag == "mine" else real(arch)
+
+    monkeypatch.setattr(architectures, "preprocess", of_tag)
+    argv = arguments(folder, tmp_path)
+    argv[3] = "mine"
+    assert main(argv) == 0
+    assert real(zoo.read(tmp_path).arch) == replace(real(argv[1]), mean=(0.1, 0.2, 0.3))
+
+
+# --- LP-FT ------------------------------------------------------------------------------------------
+
+
+def test_the_head_is_first_trained_on_features(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the probe, the head is that of plain training on features of plain forward passes."""
+    stages: list[dict[str, Tensor]] = []
+    real = finetune.run.__globals__["train"]
+
+    def spied(model: torch.nn.Module, *args: Any, **more: Any) -> Any:
+        rows = real(model, *args, **more)
+        stages.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return rows
+
+    monkeypatch.setitem(finetune.run.__globals__, "train", spied)
+    argv = arguments(folder, tmp_path, "--probe-epochs", "3", "--probe-lr", "0.05", train="big")
+    assert main([*argv, "--no-clip"]) == 0
+
+    listed_images = listed(folder)
+    state = checkpoints.load(folder / "zeroshot.safetensors")
+    ends = Ends(Setup(str(folder / "tiny.json")), state)
+    model = ends.live
+    model.load_state_dict(ends.zeroshot)
+    data = datasets.load("big", folder / "big", listed_images.preprocess)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
+    with torch.no_grad():
+        features = model.visual((data.images.float() / 255 - mean) / std)
+        features = features / features.norm(dim=1, keepdim=True)
+    head = model.classification_head
+    optimizer = torch.optim.AdamW(
+        [{"params": [head.weight], "weight_decay": 0.1}, {"params": [head.bias], "weight_decay": 0}]
+    )
+    step = 0
+    for epoch in range(3):
+        order = torch.from_numpy(np.random.default_rng([0, 0, epoch]).permutation(12))
+        for chosen in order.split(5):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * (1 + np.cos(np.pi * step / 9)) / 2
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(features[chosen]), data.labels[chosen]).backward()
+            optimizer.step()
+            step += 1
+    assert set(stages[0]) == {"classification_head.weight", "classification_head.bias"}
+    for name, tensor in head.state_dict().items():
+        torch.testing.assert_close(stages[0][f"classification_head.{name}"], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(stages[1]["classification_head.weight"], stages[0]["classification_head.weight"])
+
+
+# --- going on ---------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL in the middle of step 5; states are those of steps 2, 3 (the epoch's end) and 4."""
+    more = ("--augment", "rand-m5-n1", "--mixup", "0.4", "--probe-epochs", "1", "--keep-every", "2")
+    whole, again = (arguments(folder, tmp_path / name, *more, train="big") for name in ("whole", "again"))
+    assert main(whole) == 0
+    kill = """
+import os, signal, sys, torch
+from rft_fast.finetune import training
+from rft_fast.finetune.__main__ import main
+torch.set_num_threads(1)
+real, calls = training._backward, []
+def backward(model, *more):
+    if hasattr(model, "visual"):
+        calls.append(0)
+    if len(calls) > 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, *more)
+training._backward = backward
+main(sys.argv[1:])
+"""
+    result = subprocess.run([sys.executable, "-c", kill, *again], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    (file,) = (tmp_path / "whole").glob("lr*.safetensors")
+    assert not (tmp_path / "again" / file.name).exists()
+    state = torch.load(tmp_path / "again" / f"{file.stem}.resume", weights_only=True)
+    assert state["step"] == 4
+    assert main(again) == 0
+    assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    assert not list((tmp_path / "again").glob("*.resume")) and not list((tmp_path / "again").glob(".*"))
+    epochs = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open())]
+        for path in (file.with_suffix(".csv"), tmp_path / "again" / f"{file.stem}.csv")
+    ]
+    assert epochs[0] == epochs[1] and len(epochs[0]) == 2
+
+
+def test_stopped_between_a_model_and_its_zoo(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_zoo", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(argv) == 130
+    assert (tmp_path / "lr0.01-ep2-warm1.resume").exists() and not (tmp_path / "zoo.toml").exists()
+    left = tmp_path / ".zoo.toml.0123456789abcdef.part"
+    left.write_bytes(b"left by a killed process")
+    (tmp_path / ".lr0.01-ep2-warm1.lock").touch()
+    (tmp_path / "other.safetensors").write_bytes(b"damaged, and none of ours")
+    assert main(argv) == 0
+    assert "already there, skipped" in capsys.readouterr().out and not left.exists()
+    assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1"]
+    assert not list(tmp_path.glob("*.resume")) and not list(tmp_path.glob(".*.lock"))
+
+
+def test_what_another_process_makes_is_left_to_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path, "--seed", "0", "1")
+    with disk.locked(tmp_path / ".lr0.01-ep2-warm1.lock") as ours:
+        assert ours and main(argv) == 0
+    assert "lr0.01-ep2-warm1: being made by another process" in capsys.readouterr().out
+    assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1-seed1"]
+    assert main(argv) == 0
+    assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1", "lr0.01-ep2-warm1-seed1"]
+
+
+def test_a_full_disk_ends_with_1_and_keeps_what_there_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(folder, tmp_path, "--keep-every", "1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, saved = output.FileKeeper.save, []
+
+    def save(self: output.FileKeeper, state: Any) -> None:
+        saved.append(state["step"])
+        if len(saved) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        real(self, state)
+
+    monkeypatch.setattr(output.FileKeeper, "save", save)
+    try:
+        assert main(argv) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "is the disk full?" in capsys.readouterr().err
+    state = torch.load(tmp_path / "lr0.01-ep2-warm1.resume", weights_only=True)
+    assert state["step"] == 1 and not list(tmp_path.glob(".*"))
+    assert main(argv) == 0
+
+
+def test_signals_stop_after_the_step_and_lose_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after each of six steps, two of which end an epoch; the last finds the work complete."""
+    more = ("--augment", "none", "--mixup", "0.4")
+    whole, again = (arguments(folder, tmp_path / name, *more, train="big") for name in ("whole", "again"))
+    assert main(whole) == 0
+    real, numbers = training._backward, [signal.SIGTERM, signal.SIGHUP] * 3
+
+    def backward(*more: Any) -> float:
+        signal.raise_signal(numbers.pop())
+        return real(*more)
+
+    monkeypatch.setattr(training, "_backward", backward)
+    before = signal.getsignal(signal.SIGHUP)
+    assert [main(again) for _ in range(6)] == [130] * 5 + [0] and not numbers
+    assert signal.getsignal(signal.SIGHUP) == before
+    assert "Traceback" not in (printed := capsys.readouterr()).err and "SIGHUP" in printed.out
+    (file,) = (tmp_path / "whole").glob("lr*.safetensors")
+    assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    assert len(list(csv.DictReader((tmp_path / "again" / f"{file.stem}.csv").open()))) == 2
+    assert not list((tmp_path / "again").glob("*.resume"))
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    """What is random in the model itself: torch's generator is part of the state."""
+    setting = Setting(lr=0.1, epochs=2, warmup=0, batch_size=4)
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(5)
+        return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Dropout(0.5), torch.nn.Linear(5, 3))
+
+    torch.manual_seed(0)
+    batches = images.FeatureBatches(torch.randn(10, 6), torch.arange(10) % 3, setting)
+
+    class Stopped(Exception):
+        pass
+
+    class Stopping(output.FileKeeper):
+        def save(self, state: Any) -> None:
+            super().save(state)
+            if state["step"] == 4:
+                raise Stopped
+
+    whole, again = model(), model()
+    finetune.train(whole, batches, setting)
+    again = model()
+    with pytest.raises(Stopped):
+        finetune.train(again, batches, setting, keeper=Stopping(tmp_path / "state", {"a": 1}, 1))
+    torch.manual_seed(99)
+    again = model()
+    finetune.train(again, batches, setting, keeper=output.FileKeeper(tmp_path / "state", {"a": 1}, 1))
+    for tensor, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(tensor, other)
+    with pytest.raises(ValueError, match="of another configuration \\(a 1 there, 2 now\\)"):
+        output.FileKeeper(tmp_path / "state", {"a": 2}).load()
+    (tmp_path / "state").write_bytes(b"PK rest")
+    with pytest.raises(ValueError, match="cannot be read as a state to go on from"):
+        output.FileKeeper(tmp_path / "state", {"a": 1}).load()
+
+
+def test_other_files_are_never_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path)) == 0
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    message = "was made with another configuration (setting.batch_size 5 there, 6 now)"
+    refused(arguments(folder, tmp_path, "--batch-size", "6"), message, capsys)
+    refused(arguments(folder, tmp_path, train="big"), "was made with another configuration (data ", capsys)
+    argv = arguments(folder, tmp_path)
+    argv[3] = str(folder / "a.safetensors")
+    refused(argv, "zeroshot.safetensors was made with another configuration (zeroshot ", capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+
+    (tmp_path / "zoo.toml").write_text("name = 'mine'\n")
+    refused(arguments(folder, tmp_path), "was not written by fine-tuning", capsys)
+    other = tmp_path / "other"
+    other.mkdir()
+    tiny_zoo.save({"a": torch.zeros(1)}, other / "zeroshot.safetensors")
+    refused(arguments(folder, other), "was not made by fine-tuning", capsys)
+    (other / "zeroshot.safetensors").unlink()
+    (other / "model.json").write_text("{}")
+    refused(arguments(folder, other), "is there with another content and would be replaced", capsys)
+    (other / "model.json").unlink()
+    table = other / "lr0.01-ep2-warm1.csv"
+    table.write_text("precious")
+    refused(arguments(folder, other), f"{table} is there without a model or a state", capsys)
+    assert table.read_text() == "precious"
+
+
+def test_a_damaged_state_is_named_without_torch_s_advice(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lr0.01-ep2-warm1.resume").write_text("garbage")
+    with pytest.raises(SystemExit):
+        main(arguments(folder, tmp_path))
+    error = capsys.readouterr().err
+    assert "cannot be read as a state to go on from: damaged" in error and "remove it" in error
+    assert "weights_only" not in error and "arbitrary code" not in error
+
+
+def test_the_last_row_survives_an_end_between_state_and_table(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(out: Path) -> list[dict[str, str]]:
+        with (out / "lr0.01-ep2-warm1.csv").open() as stream:
+            return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+
+    assert main(arguments(folder, tmp_path / "whole")) == 0
+    write, calls = output.write_rows, 0
+
+    def ended(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        write(*given)
+
+    out = tmp_path / "ended"
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_rows", ended)
+        assert main(arguments(folder, out)) == 130
+    assert len(rows(out)) == 1
+    assert main(arguments(folder, out)) == 0
+    assert rows(out) == rows(tmp_path / "whole") and len(rows(out)) == 2
+
+
+def test_what_float16_cannot_hold_is_not_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--dtype", "float16", "--epochs", "1", "--batch-size", "12", "--warm-up", "0", "--no-clip")
+    assert main([*arguments(folder, tmp_path), *more, "--lr", "1e6"]) == 1
+    assert "is not finite in torch.float16" in capsys.readouterr().out
+    assert not list(tmp_path.glob("lr*.safetensors"))
+    (kept,) = tmp_path.glob("*.resume")
+    assert max(t.abs().max() for t in torch.load(kept)["model"].values()) > 65504
+
+
+# --- which rows the classes are ------------------------------------------------------------------------
+
+
+def called(big: Path, out: Path, names: dict[str, str]) -> Path:
+    """The images of "big", its classes cat, dog and fox called otherwise."""
+    for name, new in names.items():
+        shutil.copytree(big / name, out / new)
+    return out
+
+
+def test_a_label_map_is_for_what_is_out_of_distribution_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "map.json").write_text('{"cat": 2, "dog": 0, "fox": 1}')
+    shutil.copytree(folder / "big", tmp_path / "big")
+    argv = [
+        *("--arch", str(folder / "tiny.json"), "--zeroshot", str(folder / "zeroshot.safetensors")),
+        *("--train", str(folder / "big"), "--label-map", str(tmp_path / "map.json"), *TRAIN),
+        *("--val", f"v={folder / 'big'}", "--out", str(tmp_path / "zoo"), "--ood"),
+    ]
+    other = called(folder / "big", tmp_path / "w", {"cat": "ant", "dog": "bee", "fox": "cow"})
+    refused([*argv, f"w={other}"], "'w'", capsys)
+    assert not (tmp_path / "zoo").exists()
+    assert main([*argv, f"w={tmp_path / 'big'}", f"far={folder / 'far.npz'}"]) == 0
+    made = zoo.read(tmp_path / "zoo")
+    assert {name: data.labels for name, data in made.data.items()} == {
+        **dict.fromkeys("vw", tmp_path / "map.json"),
+        "far": None,
+    }
+    assert (
+        sweep.main([str(tmp_path / "zoo"), "interpolation", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    )
+    scored = results.load(tmp_path / "run").pivot(index="alpha", columns="dataset", values="loss")
+    assert (scored["v"] == scored["w"]).all()
+
+
+def test_validation_images_of_other_classes_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many, but shifted by one: alphabetical order alone would say that cats are dogs."""
+    other = called(folder / "big", tmp_path / "x", {"fox": "ant", "cat": "cat", "dog": "dog"})
+    argv = arguments(folder, tmp_path / "zoo", "--val", f"x={other}", train="big")
+    refused(argv, "another order than there, such as cat, dog", capsys)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_classes_of_unnamed_rows_need_a_word_and_the_zoo_names_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What trains in the order of its folders is scored by their names, whatever their order elsewhere."""
+    out = tmp_path / "zoo"
+    turned = called(folder / "big", tmp_path / "y", {"cat": "Cat", "dog": "dog", "fox": "FOX"})
+    assert sorted(path.name for path in turned.iterdir()) == ["Cat", "FOX", "dog"]
+    argv = arguments(folder, out, "--val", f"x={turned}", "--ood", f"y={turned}", train="big")
+    refused([word for word in argv if word not in ("--label-map", "order")], "cat -> 0, dog -> 1", capsys)
+    assert not out.exists()
+    assert main(argv) == 0
+    made = zoo.read(out)
+    assert prompts.class_names(made.head.class_names or "") == ("cat", "dog", "fox")
+    assert not any(data.labels for data in made.data.values())
+    assert sweep.main([str(out), "interpolation", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    scored = results.load(tmp_path / "run").pivot(index="alpha", columns="dataset", values="accuracy")
+    with (out / "lr0.01-ep2-warm1.csv").open() as stream:
+        *_, last = csv.DictReader(stream)
+    assert scored.loc[1.0, "x"] == scored.loc[1.0, "y"] == pytest.approx(float(last["x"]))
+
+
+def residual(folder: Path) -> tuple[Path, Path]:
+    """An architecture with CLIP's own ResNet, and a checkpoint of it with a head for three classes."""
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 2, "layers": 1}
+    (folder / "rn.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 6, "vision_cfg": vision, "text_cfg": text}})
+    )
+    tower = architectures.visual(str(folder / "rn.json")).state_dict()
+    state = {f"model.visual.{name}": tensor for name, tensor in tower.items()}
+    state["classification_head.weight"] = torch.randn(3, 6)
+    tiny_zoo.save(state, folder / "rn.safetensors")
+    return folder / "rn.json", folder / "rn.safetensors"
+
+
+def test_towers_that_only_take_the_call_have_no_gradient_checkpointing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arch, start = residual(tmp_path)
+    argv = arguments(folder, tmp_path / "zoo", "--grad-checkpointing", train="big")
+    assert main(argv) == 0
+    argv = arguments(folder, tmp_path / "rn", "--grad-checkpointing", train="big")
+    argv[1], argv[3] = str(arch), str(start)
+    refused(argv, "offers no gradient checkpointing; take a higher --accumulate instead, which with", capsys)
+
+
+def test_parts_of_a_batch_are_warned_of_where_its_statistics_are_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    arch, start = residual(tmp_path)
+    argv = arguments(folder, tmp_path / "rn", "--accumulate", "2", "--batch-size", "6", train="big")
+    argv[1], argv[3] = str(arch), str(start)
+    with pytest.warns(UserWarning, match=r"the statistics of \d+ batch norms, such as visual\.bn1"):
+        assert main(argv) == 0
+
+
+def test_sixteen_bits_are_not_trained_on_as_black_and_white(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, name in enumerate("012"):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        Image.fromarray(np.full((9, 9), 9000 * i, np.uint16)).save(tmp_path / "deep" / name / "0.png")
+    argv = arguments(folder, tmp_path / "zoo")
+    argv[argv.index("--train") + 1] = str(tmp_path / "deep")
+    refused(argv, "of mode I;16, which RGB bytes cannot hold", capsys)
+    assert main([*argv, "--no-check", "--warm-up", "0"]) == 1
+    assert "of mode I;16" in capsys.readouterr().err
+
+
+# --- refused before the first step --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--precision", "fp16"), "precision 'fp16' needs CUDA"),
+        (("--warm-up", "6"), "a warm-up of 6 steps does not fit into 2 epochs of 3 steps"),
+        (("--lr", "-1"), "lr must be finite and not negative"),
+        (("--augment", "strong"), "augment must be none, crop, crop-flip or rand-mM-nN"),
+        (("--freeze", "nothing"), "matches no parameter's whole name"),
+        (("--train", "nowhere"), "nowhere"),
+        (("--val", "x=nowhere"), "there is no nowhere"),
+        (("--ood", "near=nowhere"), "names a data set in distribution and one out of it"),
+        (("--val", "loss=."), "'loss' is a column of the tables"),
+        (("--out", f"{__file__}/zoo"), "is a file, expected a directory"),
+        (("--random", "2", "--search-seed", "-1"), "must not be negative"),
+        (("--zeroshot", "nowhere"), "nowhere"),
+        (("--arch", "nowhere"), "nowhere"),
+        (("--head-scale", "3"), "are of a head made from --class-names"),
+        (("--probe-epochs", "1", "--freeze", "classification_head.*"), "the head is to be trained first"),
+        (("--workers", "0"), "workers must be at least 1"),
+        (("--seed", "0", "0"), "is asked for twice"),
+        (("--unknown",), "unrecognized arguments: --unknown"),
+        (("--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--device", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_are_refused(
+    folder: Path, tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(arguments(folder, tmp_path / "zoo", *more), message, capsys)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_images_that_do_not_fit_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        (tmp_path / "four" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "four" / name / "0.png")
+    argv = arguments(folder, tmp_path / "zoo")
+    argv[argv.index("--train") + 1] = str(tmp_path / "four")
+    refused(argv, "4 classes", capsys)
+    for i in range(3):
+        (tmp_path / "three" / str(i)).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "three" / str(i) / "fine.png")
+    (tmp_path / "three" / "1" / "bad.png").write_bytes(b"no image")
+    argv[argv.index("--train") + 1] = str(tmp_path / "three")
+    refused(argv, "1 of 4 images cannot be read: ", capsys)
+    assert not (tmp_path / "zoo").exists()
+    (tmp_path / "three" / "0" / "more.png").symlink_to(tmp_path / "three" / "0" / "fine.png")
+    assert main([*argv, "--batch-size", "2", "--no-check"]) == 1  # what is found on the way is no usage error
+    error = capsys.readouterr().err
+    assert "bad.png" in error and "cannot be read" in error and "usage:" not in error
+
+
+def test_a_diverging_model_is_left_out_and_the_others_are_made(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path, "--lr", "1e35", "1e-3", "--no-clip")) == 1
+    streams = capsys.readouterr()
+    assert "is nan at step" in streams.out or "is inf at step" in streams.out or "not finite" in streams.out
+    assert "1 diverged: lr1e35-ep2-warm1" in streams.err
+    assert list(zoo.read(tmp_path / "zoo.toml").finetuned) == ["lr1e-3-ep2-warm1"]
+
+
+def test_a_dry_run_lists_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--arch", "a", "--zeroshot", "z", "--train", "t", "--out", str(tmp_path / "o"), "--dry-run"]
+    assert main([*argv, "--lr", "1e-5", "2e-5", "--epochs", "4", "--warm-up", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["lr1e-5-ep4-warm7", "lr2e-5-ep4-warm7", "2"]
+    assert main([*argv, "--random", "5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "5 models"
+    assert not (tmp_path / "o").exists()
+
+
+# --- batches and augmentations ------------------------------------------------------------------------
+
+
+def test_batches_hold_every_image_once_as_the_evaluation_reads_it(folder: Path) -> None:
+    found = listed(folder)
+    setting = Setting(batch_size=5, augment="none", seed=3)
+    batches = images.ImageBatches(found, setting, CPU)
+    whole = list(batches.epoch(1))
+    assert len(batches) == 3 and [len(batch.labels) for batch in whole] == [5, 5, 2]
+    order = torch.from_numpy(np.random.default_rng([3, 0, 1]).permutation(12))
+    data = datasets.load("big", folder / "big", found.preprocess)
+    expected = (data.images[order].float() / 255 - 0.5) / 0.25
+    assert torch.equal(torch.cat([batch.images for batch in whole]), expected)
+    assert torch.equal(torch.cat([batch.labels for batch in whole]), data.labels[order])
+    late = list(batches.epoch(1, first=1))
+    assert len(late) == 2 and all(
+        torch.equal(a.images, b.images) for a, b in zip(late, whole[1:], strict=True)
+    )
+    other = torch.cat([batch.images for batch in batches.epoch(0)])
+    assert not torch.equal(other, expected)
+
+
+def test_mixup_blends_images_and_labels_alike() -> None:
+    batch = finetune.Batch(torch.arange(6.0)[:, None, None, None].expand(6, 3, 2, 2), torch.arange(6))
+    made = images.mixed(batch, 0.5, np.random.default_rng(0))
+    assert made.others is not None and sorted(made.others.tolist()) == list(range(6)) and 0 < made.share < 1
+    blended = made.share * made.labels + (1 - made.share) * made.others
+    torch.testing.assert_close(made.images[:, 0, 0, 0], blended)
+    shares = [images.mixed(batch, 0.5, np.random.default_rng(seed)).share for seed in range(400)]
+    assert abs(np.mean(shares) - 0.5) < 0.06 and abs(np.var(shares) - 1 / 8) < 0.02  # of Beta(.5, .5)
+    assert images.mixed(batch, 0, np.random.default_rng(0)) is batch
+
+
+def test_crops_have_the_area_and_shape_that_they_should() -> None:
+    boxes = np.array([images.crop_box(200, 260, np.random.default_rng(seed)) for seed in range(500)])
+    top, left, height, width = boxes.T
+    area, ratio = height * width / (200 * 260), width / height
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 200).all() and (left + width <= 260).all()
+    assert area.min() > 0.89 and area.max() <= 1 and ratio.min() > 0.74 and ratio.max() < 1.35
+    assert images.crop_box(10, 1000, np.random.default_rng(0)) == (0, 493, 10, 13)
+
+
+def test_a_crop_is_torchvision_s_of_the_same_box(folder: Path) -> None:
+    preprocess = architectures.preprocess(str(folder / "tiny.json"))
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    rng = np.random.default_rng(7)
+    top, left, height, width = images.crop_box(30, 40, np.random.default_rng(7))
+    expected = torchvision.transforms.functional.resized_crop(
+        image, top, left, height, width, [8, 8], InterpolationMode.BICUBIC
+    )
+    assert np.array_equal(images.augmentation("crop", preprocess)(image, rng), expected)
+    flipped = [
+        np.array(images.augmentation("crop-flip", preprocess)(image, np.random.default_rng(7)))
+        for _ in range(2)
+    ]
+    assert np.array_equal(*flipped)
+    assert any(np.array_equal(flipped[0], side) for side in (expected, np.array(expected)[:, ::-1]))
+
+
+@pytest.mark.parametrize("name", list(images.OPERATIONS))
+@pytest.mark.parametrize("magnitude", [0, 7, 30])
+def test_operations_of_randaugment_are_torchvision_s(name: str, magnitude: int) -> None:
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    space = torchvision.transforms.RandAugment()._augmentation_space(31, (24, 32))
+    assert list(space) == list(images.OPERATIONS)
+    values, signed = space[name]
+    value = float(values[magnitude]) if values.ndim else 0.0
+    for sign in (1, -1) if signed else (1,):
+        expected = _apply_op(image, name, sign * value, InterpolationMode.BILINEAR, None)
+        found = images.OPERATIONS[name](image, magnitude / 30, sign)
+        assert np.abs(np.array(found).astype(int) - np.array(expected)).max() <= 1
+
+
+def test_randaugment_applies_as_many_operations_as_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess = architectures.preprocess(str(folder / "tiny.json"))
+    seen: list[tuple[float, float]] = []
+
+    def spy(image: Image.Image, share: float, sign: float) -> Image.Image:
+        seen.append((share, sign))
+        return image
+
+    spies: dict[str, Callable[..., Image.Image]] = dict.fromkeys(images.OPERATIONS, spy)
+    monkeypatch.setattr(images, "OPERATIONS", spies)
+    image = Image.new("RGB", (12, 12))
+    for seed in range(20):
+        images.augmentation("rand-m6-n3", preprocess)(image, np.random.default_rng(seed))
+    assert len(seen) == 60 and {share for share, _ in seen} == {0.2} and {sign for _, sign in seen} == {1, -1}
+    images.augmentation("rand-m6-n0", preprocess)(image, np.random.default_rng(0))
+    assert len(seen) == 60
+
+
+def test_decoded_images_are_trained_on_as_they_are(folder: Path) -> None:
+    source = datasets.open_source("train", folder / "far.npz")
+    preprocess = architectures.preprocess(str(folder / "tiny.json"))
+    found = finetune.Images(source, torch.arange(40), source.labels, preprocess, 2)
+    batches = images.ImageBatches(found, Setting(batch_size=40, augment="none"), CPU)
+    (batch,) = batches.epoch(0)
+    pixels, _ = decoded(folder / "far.npz")
+    order = torch.from_numpy(np.random.default_rng([0, 0, 0]).permutation(40))
+    assert torch.equal(batch.images, (pixels[order].float() / 255 - 0.5) / 0.25)
+
+
+def test_a_truncated_image_stops_training_by_name(folder: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+            tmp_path / str(i) / "a.jpg"
+        )
+    damaged = tmp_path / "1" / "a.jpg"
+    damaged.write_bytes(damaged.read_bytes()[: os.path.getsize(damaged) // 2])
+    source = datasets.open_source("train", tmp_path)
+    preprocess = architectures.preprocess(str(folder / "tiny.json"))
+    found = finetune.Images(source, torch.arange(3), source.labels, preprocess, 2)
+    with pytest.raises(ValueError, match=r"1/a\.jpg.* cannot be read: "):
+        list(images.ImageBatches(found, Setting(batch_size=3), CPU).epoch(0))

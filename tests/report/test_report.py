@@ -1,0 +1,426 @@
+"""The page of a run: what it says, read back, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import os
+import random
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from support.tiny_report import (
+    ALPHAS,
+    CONFIG,
+    EVIL,
+    FAR,
+    LAYERS,
+    MODELS,
+    SETS,
+    SHORT,
+    make_other,
+    make_rows,
+    make_run,
+)
+
+from rft_fast import __version__, report, results, studies
+from rft_fast.report import comparison, runs, tables
+from rft_fast.report.__main__ import main
+
+pytest.importorskip("plotly", reason="the report needs plotly: pip install 'rft-fast[report]'")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    assert report.write(run) == run / "report.html"
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_other(tmp_path_factory.mktemp("other") / "run")
+
+
+def plain(text: str) -> str:
+    """The words of HTML, its spaces made one."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", text.replace("<wbr>", ""))).split())
+
+
+def charts(page: str) -> dict[str, Any]:
+    (packed,) = re.findall(r'id="data">([^<]+)</script>', page)
+    return dict(json.loads(gzip.decompress(base64.b64decode(packed)))["charts"])
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+def test_the_summary_is_the_sweeps(run: Path, page: str) -> None:
+    read = runs.read(run)
+    printed = read.printed()
+    for study in read.studies:
+        section = read.printed(study).partition("\nIn short\n")[0].strip("\n")
+        assert section in printed
+        assert html.escape(section) in page
+    found = read.findings()
+    assert found and all(plain(html.escape(finding)) in plain(page) for finding in found)
+    flat = " ".join(printed.split())
+    assert all(" ".join(finding.split()) in flat.replace("- ", "") or finding in flat for finding in found)
+    assert plain(html.escape(CONFIG["command"])) in plain(page)
+    for text in ("0" * 64, "1" * 64, "d" * 64, __version__, "n = 1,234", "n = 77 images"):
+        assert text in plain(page)
+
+
+def test_a_zero_shot_end_that_guesses_is_reported(tmp_path: Path) -> None:
+    among = {FAR: 2, "near": 2}  # .5 and .8 of 1,234 images
+    read = runs.read(make_run(tmp_path / "run", SHORT, measured=["interpolation"], **{"scored among": among}))
+    found = [finding for finding in read.findings() if "chance" in finding]
+    ends = [end for end in studies.zeroshot_chances(read.rows, among) if end.text]
+    assert [end.dataset for end in ends] == [FAR]
+    assert found == [" ".join(end.text.split()) for end in ends] and "is near chance" in found[0]
+    report.write(tmp_path / "run")
+    assert (
+        html.escape("near chance: 50.0 % of 1,234 images") in (tmp_path / "run" / "report.html").read_text()
+    )
+    earlier = {name: {**data, "classes": 2 if name == FAR else None} for name, data in CONFIG["data"].items()}
+    read = runs.read(make_run(tmp_path / "earlier", SHORT, measured=["interpolation"], data=earlier))
+    assert [finding for finding in read.findings() if "chance" in finding] == found
+
+
+def test_findings_that_were_broken_after_a_hyphen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = runs.read(run)
+    text = "x\n\nIn short\n- Model lr1e-3-\n  ep5 fails\n  often.\n- Two."
+    monkeypatch.setattr(runs.summary, "report", lambda *_: text)
+    assert read.findings() == ["Model lr1e-3-ep5 fails often.", "Two."]
+
+
+def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:
+    read = runs.read(run)
+    said = {(row[0].text, row[1].text): row[3].text for row in tables.path(read).rows}
+    assert said["good", "fog"] == "gain"  # +10 +- 2 points
+    assert said[MODELS[2], "fog"] == tables.WIDE  # +1 +- 2
+    assert said["bad", "fog"] == "no gain"  # -10 +- 2 at best
+    verdicts = {(row[7].text, row[0].text): row[2].text for row in tables.layers(read).rows}
+    assert verdicts["bad", LAYERS[2]] == "straggler"
+    assert verdicts["bad", LAYERS[1]] == tables.WIDE  # 0.3 +- 0.2, corrected: below the margin of 0.1
+    assert set(verdicts["good", layer] for layer in (LAYERS[0], LAYERS[2])) == {"not one"}
+    words = {row[4].text for row in tables.prune(read).rows}
+    assert words == {"helped", "hurt"}
+    assert "the 95 % interval of the gain includes 0 for <b>c&amp;%{x}" in plain(page)
+
+
+def test_a_small_gain_that_is_not_excluded() -> None:
+    fact = {"gain": 0.0, "gain_low": 0.0}
+    assert tables.gain_words(fact, 0.013).text == "no gain seen; +1.3 not excluded"
+    assert tables.gain_words(fact, -0.001).text == "no gain"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("-0.000", "0.000"), ("+0.0", "0.0"), ("-0", "0"), ("-1.50", "−1.50"), ("-0.05", "−0.05"),
+     ("+0.1 [-0.0, +0.2]", "+0.1 [0.0, +0.2]"), ("-10", "−10")],
+)  # fmt: skip
+def test_zeros_have_no_sign(text: str, expected: str) -> None:
+    assert tables.signed(text) == expected
+
+
+def test_intervals_are_those_of_the_rows(run: Path) -> None:
+    rows = results.load(run)
+    (row,) = (r for r in tables.path(runs.read(run)).rows if (r[0].text, r[1].text) == ("good", "fog"))
+    assert row[2].text == "+10.0 [+8.0, +12.0]" and row[2].value == pytest.approx(0.1)
+    shown = {
+        (r[0].text, r[1].text, r[2].text): r[3].text
+        for r in tables.sharpness(runs.read(run), "layer-sharpness").rows
+    }
+    assert len(shown) == len(MODELS) * len(LAYERS) * 2  # nothing is perturbed at alpha = 0
+    value = rows.query(
+        "study == 'layer-sharpness' and model == 'good' and layer == @LAYERS[1] and alpha == 1"
+    )
+    half = 2.7764451 * float(value["sharpness_se"].iloc[0])  # Student's t, four degrees of freedom
+    centre = float(value["sharpness"].iloc[0])
+    expected = f"{centre:+.3g} [{centre - half:+.3g}, {centre + half:+.3g}]"
+    assert shown[LAYERS[1], "good", "1"] == expected
+
+
+def test_charts_have_the_numbers(page: str) -> None:
+    found = charts(page)
+    assert set(found) == {
+        "path-accuracy", "path-loss", "layers-map", "layers-dots", "layers-loss", "layers-accuracy",
+        "sharpness-along", "sharpness-against", "layer-sharpness-map", "layer-sharpness-dots", "prune-pruned",
+        "correlation-forest",
+    }  # fmt: skip
+    (good,) = (t for t in found["path-accuracy"]["traces"]
+               if t["show"] == {"dataset": ["fog"], "model": ["*", "good"]})  # fmt: skip
+    assert good["x"] == ALPHAS and good["y"] == pytest.approx([50, 60, 55])
+    assert "against zero-shot +10.0 ± 2.0 (95 %)" in good["hovertext"][1]
+    heats = [
+        t for t in found["layers-map"]["traces"] if t["type"] == "heatmap" and t["show"]["model"] == ["bad"]
+    ]
+    assert np.array(heats[0]["z"]).shape == (3, 3) and np.argmax(heats[0]["z"]) == 7
+    assert f"<b>{LAYERS[2]}</b> (straggler), α = 0.5" in heats[0]["hovertext"][2][1]
+
+
+def test_names_are_escaped(page: str) -> None:
+    assert EVIL not in page and "<b>c" not in page
+    assert html.escape(EVIL) in page
+    drawn = json.dumps(
+        [{**trace, "show": {}} for chart in charts(page).values() for trace in chart["traces"]]
+    )
+    assert "<script" not in drawn and "&lt;script" in drawn and "<b>c&" not in drawn
+    # Nothing is asked of others: no address of one outside of the library and of what is said.
+    shell = re.sub(r'<script type="application/octet-stream".*?</script>', "", page, flags=re.S)
+    assert not re.findall(r"""(?:src|href)=["']?(?!#|data:,)[^"'> ]+""", shell)
+    assert "http" not in shell and "@import" not in shell
+
+
+class _Tags(HTMLParser):
+    """The tags of a page with their attributes' names, and the values of those that could act."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[object, ...]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        acting = {name: value for name, value in attributes if name in ("id", "href", "src", "style", "type")}
+        if tag != "wbr":
+            self.found.append((tag, [name for name, _ in attributes], acting))
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_names_add_no_tag(tmp_path: Path, seed: int) -> None:
+    """A page of hostile names has the tags of one with plain names, in their order."""
+    rng = random.Random(seed)
+    words = [
+        *("</script>", "<img src=x onerror=alert(1)>", "' onmouseover='x", '" autofocus onfocus="x', "<!--"),
+        *(
+            "-->",
+            "]]>",
+            "&lt;",
+            "\x1b[31m",
+            "\u202e",
+            "</pre></title>",
+            "<svg/onload=x>",
+            "`",
+            "\\u003c",
+            "$",
+        ),
+        *("<a href='javascript:x'>", "%{x}", "<style>*{}</style>", "\n"),
+    ]
+    names = [*MODELS, *SETS, *LAYERS]
+    evil = {name: "".join(rng.choices(words, k=4)) + str(i) for i, name in enumerate(names)}
+    pages = {}
+    for which, called in (("plain", {name: f"name{i}" for i, name in enumerate(names)}), ("evil", evil)):
+        rows = [
+            {key: called.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+            for row in make_rows()
+        ]
+        changes = {
+            part: {called[name]: entry for name, entry in CONFIG[part].items()}
+            for part in ("finetuned", "data")
+        }
+        title = "zoo" if which == "plain" else f"zoo {evil['good']}"
+        made = make_run(tmp_path / which, rows, **changes, zoo=title, command=title)
+        pages[which] = report.write(made).read_text()
+    assert _Tags(pages["plain"]).found == _Tags(pages["evil"]).found
+    assert not {"\x1b", "\u202e"} & set(pages["evil"])
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    rows = [dict(row) for row in make_rows()]
+    for row in rows:
+        if (
+            row["study"] in ("layers", "layer-sharpness")
+            and row["layer"] == LAYERS[0]
+            and row["alpha"] == 0.5
+        ):
+            row |= {
+                name: float("nan") for name in ("loss", "rise", "instability", "sharpness") if name in row
+            }
+    text = report.write(make_run(tmp_path / "run", rows)).read_text()
+    assert "mean losses are not finite" in plain(text)
+    heats = [t for t in charts(text)["layers-map"]["traces"] if t["type"] == "heatmap"]
+    assert heats[0]["z"][0][1] is None
+
+
+def test_an_interrupted_run(tmp_path: Path) -> None:
+    rows = list(make_rows())
+    cut = next(i for i, row in enumerate(rows) if row["study"] == "layers" and row["model"] == "bad") + 4
+    text = report.write(make_run(tmp_path / "run", rows[:cut])).read_text()
+    assert "layers was not finished for bad: its 4 rows are left out." in plain(text)
+    assert "Asked for, and without rows: sharpness, layer-sharpness, prune." in plain(text)
+    assert "The correlation is left out" in plain(text) and 'id="layers"' in text and 'id="prune"' not in text
+    only_a_part = runs.read(make_run(tmp_path / "short", rows[:10]))
+    assert "interpolation was not finished for bad: its 1 rows are left out." in only_a_part.notes
+    with pytest.raises(ValueError, match="no model whose path was measured to its end"):
+        runs.read(make_run(tmp_path / "shorter", rows[:2]))
+
+
+def test_many_models_have_colours_of_their_own() -> None:
+    from rft_fast.report import page as pages
+
+    for count in (1, 9, 10, 40):
+        found = pages.palette(count)
+        for colours in found.values():
+            assert len(set(colours)) == len(colours) >= count
+            assert all(re.fullmatch(r"#[0-9A-Fa-f]{6}", colour) for colour in colours)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("python -m rft_fast.report: report: ")
+    return said.err
+
+
+def test_bad_input(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "got nothing at" in refused(capsys, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "no run in" in refused(capsys, tmp_path / "empty")
+    assert "got a file" in refused(capsys, run / "config.json")
+    assert "has no rows yet" in refused(capsys, make_run(tmp_path / "fresh", []))
+    only_rows = make_run(tmp_path / "rows")
+    config = only_rows / "config.json"
+    whole = config.read_text()
+    config.unlink()
+    assert "rows.sqlite but no config.json" in refused(capsys, only_rows)
+    for text, message in [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected an object"),
+        ("{}", "does not say which version"),
+        (whole.replace(f'"rft_fast": "{__version__}"', '"rft_fast": "99.0"'), "was made by rft_fast 99.0"),
+        (whole.replace('"xi"', '"psi"'), "lacks xi"),
+    ]:
+        config.write_text(text)
+        assert message in refused(capsys, only_rows)
+    config.write_text(whole)
+    (only_rows / "rows.sqlite").write_bytes(b"not a database" * 100)
+    assert "not a readable table" in main_error(capsys, only_rows)
+    assert not list(tmp_path.rglob("*.html*"))
+
+
+def main_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_places_that_cannot_be_written(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is no directory" in refused(capsys, run, "--out", tmp_path / "none" / "x.html")
+    assert "got the directory" in refused(capsys, run, "--out", tmp_path)
+    short = make_run(tmp_path / "short", SHORT)
+    csv = run / "rows.csv"
+    before = csv.read_bytes()
+    assert "is no report; it is left alone" in refused(capsys, run, "--out", csv)
+    assert csv.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert "is not writable" in refused(capsys, run, "--out", tmp_path / "x.html")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", _full)
+        assert "No space left" in refused(capsys, short, "--out", tmp_path / "x.html")
+        assert not list(tmp_path.glob("x.html*"))  # which would keep the disk full
+
+
+def _full(file: Path, *_: object, **__: object) -> int:
+    file.write_bytes(b"a beginning")
+    raise OSError(28, "No space left on device")
+
+
+def test_without_plotly(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rft_fast.report import page as pages
+
+    pages.library.cache_clear()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert "pip install 'rft-fast[report]'" in refused(capsys, run)
+    pages.library.cache_clear()
+
+
+# --- two runs ---------------------------------------------------------------------------------------
+
+
+def test_differences(run: Path, pair: Path) -> None:
+    found = comparison.matched(results.load(run), results.load(pair))
+    apart = found[found["apart"]]
+    assert set(apart["model"]) == {"bad"} and set(apart["alpha"]) == {1.0} and len(apart) == len(SETS)
+    assert set(apart["value"]) == {"accuracy"}
+    np.testing.assert_allclose(apart["difference"], 0.06)
+    freedom = apart["n_a"] + apart["n_b"] - 2  # of equal errors
+    np.testing.assert_allclose(apart["half"], stats.t.ppf(0.975, freedom) * 0.02**0.5 / 10, rtol=1e-6)
+    counts = results.load(pair)["study"].value_counts()
+    # Accuracy and loss, once for the zero-shot rows of both models; sharpness.
+    expected = 2 * (counts["interpolation"] - len(SETS) + counts["layers"] + counts["prune"])
+    assert len(found) == expected + counts["sharpness"] + counts["layer-sharpness"]
+
+
+@pytest.mark.parametrize(("estimator", "draws"), [("plain", 2), ("plain", 20), ("antithetic", 6)])
+def test_few_draws_of_the_same_differ_as_seldom_as_many(estimator: str, draws: int) -> None:
+    """About 5 % by chance, and none when corrected for all of them: the errors, too, are of few draws."""
+    rng = np.random.default_rng(0)
+    count = draws // 2 if estimator == "antithetic" else draws
+
+    def run() -> pd.DataFrame:
+        values = rng.normal(size=(2000, count))
+        return studies.frame(
+            {
+                **{"study": "sharpness", "model": f"m{k}", "dataset": "x", "ood": False, "alpha": 0.5},
+                **{"rho": 0.1, "estimator": estimator, "draws": draws, "samples": 1000},
+                **{"sharpness": own.mean(), "sharpness_se": own.std(ddof=1) / count**0.5},
+            }
+            for k, own in enumerate(values)
+        )
+
+    found = comparison.matched(run(), run())
+    assert len(found) == 2000 and 0.01 < found["apart"].mean() < 0.07
+    assert found["corrected"].sum() <= 1
+
+
+def test_the_comparison_page(run: Path, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), str(pair)]) == 0
+    assert "comparison.html" in capsys.readouterr().out
+    text = plain((pair / "comparison.html").read_text())
+    assert "Settings that differ" in text and "seed 0 7" in plain(text.replace("seed07", "seed 0 7"))
+    assert "Only A has the models <b>c&amp;%{x}." in text
+    assert "differ beyond their error bars" in text
+    nothing = make_run(pair.parent / "nothing", [{**row, "dataset": "x"} for row in SHORT])
+    assert "no measurement in common" in refused(capsys, run, nothing)
+
+
+def test_a_run_against_itself(run: Path) -> None:
+    rows = results.load(run)
+    found = comparison.matched(rows, rows)
+    assert not found["apart"].any() and (found["difference"] == 0).all()
+    lost = rows.assign(loss=rows["loss"].where(rows["alpha"] < 1, np.inf))
+    assert comparison.matched(rows, lost)["apart"].any()  # not finite on one side
+
+
+def test_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["report", str(make_run(tmp_path / "run", SHORT)), "--out", str(out)])
+    monkeypatch.delitem(sys.modules, "rft_fast.report.__main__")
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("rft_fast.report", run_name="__main__")
+    assert done.value.code == 0
+    assert f"{out} (2.0 MB, opens without a network)" in capsys.readouterr().out

@@ -1,0 +1,588 @@
+"""The command line, on a tiny zoo made here: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support import tiny_zoo
+from support.tiny_zoo import BRIEF, own_models, refused, save
+
+from rft_fast import checkpoints, request, results, studies, summary, sweep, trackers, wiring
+from rft_fast import zoo as zoos
+from rft_fast.studies.rows import STUDIES
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
+
+
+def test_a_zero_shot_end_that_guesses_is_said_at_once(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the terminal, in run.log and in the summary, once each; and what nothing can be concluded from."""
+    images = np.random.default_rng(1).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "even.npz", images=images, labels=np.arange(60) % 3)
+    np.savez(tmp_path / "one.npz", images=images[:1], labels=[2])
+    out = tmp_path / "run"
+    more = ["--data", f"even={tmp_path / 'even.npz'}", f"one={tmp_path / 'one.npz'}", "--out", str(out)]
+    alphas = ["--alphas", "0:1:2", "--device", "cpu"]
+    assert sweep.main(["interpolation", *own_models(zoo), *more, *alphas]) == 0
+    rows = results.load(out)
+    (end, *_) = (e for e in studies.zeroshot_chances(rows, {"even": 3}))
+    assert end.verdict == "near" and end.classes == 3
+    config = json.loads((out / "config.json").read_text())
+    assert config["scored among"] == {"near": 3, "far": 3, "even": 3, "one": 3}
+    printed = capsys.readouterr()
+    for text in (printed.err, (out / "run.log").read_text(), printed.out):
+        assert " ".join(text.split()).count(end.text) == 1
+        assert text.count("On one, only one image is scored") == 1
+    # Runs of earlier versions, whose configuration does not know the number of classes, go on.
+    del config["scored among"]
+    assert not results.differences(config, {**config, "scored among": {"even": 3}})
+
+
+def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["interpolation", *own_models(zoo), "--alphas", "0:1:3", "0.1", "--samples", "10",
+                 "--seed", "3", "--xi", "0.05", "--device", "cpu", "--impl", "reference",
+                 "--batch-size", "7", "--out", str(out)]  # fmt: skip
+    assert sweep.main(arguments) == 0
+    rows = results.load(out)
+    assert len(rows) == 2 * 2 * 4
+    assert rows["model"].unique().tolist() == ["a", "b"]
+    assert rows["dataset"].unique().tolist() == ["near", "far"]
+    assert sorted(rows["alpha"].unique()) == [0, 0.1, 0.5, 1]
+    assert set(rows["samples"]) == {10}
+    assert rows.groupby("dataset")["ood"].first().to_dict() == {"near": False, "far": True}
+    csv = pd.read_csv(out / "rows.csv")
+    np.testing.assert_allclose(csv["loss"], rows["loss"], rtol=1e-14)
+    assert (out / "figures" / "interpolation.png").stat().st_size > 10_000
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["alphas"] == [0, 0.1, 0.5, 1] and config["impl"] == "reference"
+    assert (config["samples"], config["seed"], config["batch_size"]) == (10, 3, 7)
+    assert config["finetuned"]["b"]["sha256"] == checkpoints.sha256(zoo / "b.safetensors")
+    assert config["zeroshot"]["path"] == str(zoo / "zeroshot.safetensors")
+    assert config["data"]["far"]["samples"] == 10 and config["data"]["near"]["ood"] is False
+    assert set(config["versions"]) >= {"python", "torch", "rft_fast", "open_clip"}
+
+    printed = capsys.readouterr()
+    assert all("is near chance" in line for line in printed.err.splitlines())  # no progress bar
+    for fact in studies.summarize(rows, 0.05).to_dict("records"):
+        mode = "-" if pd.isna(fact["mode"]) else fact["mode"]
+        (line,) = (
+            line.split()
+            for part in printed.out.split("\n\n")
+            if part.strip().startswith(fact["dataset"] + ":")
+            for line in part.splitlines()
+            if line.split()[:1] == [fact["model"]]
+        )
+        assert line[1] == f"{100 * fact['zero_shot']:.1f}"
+        assert line[2] == f"{100 * fact['fine_tuned']:.1f}"
+        assert float(line[3]) == fact["best_alpha"]
+        assert float(line[4]) == pytest.approx(100 * fact["gain"], abs=0.051)
+        assert " ".join(line).endswith(mode)
+    assert "near: in distribution, 10 images" in printed.out
+    assert "high gain from 5 points on" in printed.out and "optimistic" in printed.out
+    assert str(out / "rows.csv") in printed.out
+
+    # The same directory for something else: refused, and nothing in it changes; then replaced on purpose.
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    other = [*arguments, "--xi", "0.06"]
+    refused(other, "asked for something else (xi 0.05 there, 0.06 now); ask for the same", capsys)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    short = ["interpolation", *own_models(zoo), "--alphas", "0", "1"]
+    assert sweep.main([*short, "--out", str(out), "--overwrite"]) == 0
+    assert len(results.load(out)) == 2 * 2 * 2
+
+
+@pytest.fixture(scope="module")
+def everything(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory and the output of a run of all studies."""
+    out = tmp_path_factory.mktemp("all") / "run"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert sweep.main([*own_models(zoo, "abc"), *BRIEF, "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def test_all_studies(everything: tuple[Path, str]) -> None:
+    out, printed = everything
+    rows = results.load(out)
+    layers = list(rows.loc[rows["study"] == "layers", "layer"].unique())
+    assert len(layers) == 13 and set(layers) == set(
+        rows.loc[rows["study"] == "layer-sharpness", "layer"].unique()
+    )
+    counts = rows["study"].value_counts()
+    assert counts["interpolation"] == 3 * 5 * 2  # models, alphas, data sets
+    assert counts["layers"] == 2 * 13 * 5  # the paper's two models
+    assert counts["sharpness"] == 3 * 3 * 2  # models, alphas, rhos
+    assert counts["layer-sharpness"] == 3 * 13 * 3 * 2
+    part = {study: rows[rows["study"] == study] for study in counts.index}
+    assert set(part["layers"]["dataset"]) == set(part["prune"]["dataset"]) == {"far"}
+    assert set(part["sharpness"]["dataset"]) == set(part["layer-sharpness"]["dataset"]) == {"near"}
+    assert set(part["layers"]["samples"]) == {39} and set(part["sharpness"]["samples"]) == {12}
+    assert set(part["sharpness"]["on"]) == {"interpolated"}
+    assert set(part["layer-sharpness"]["on"]) == {"finetuned"}
+    assert set(part["layer-sharpness"]["draws"]) == {0, 4} and set(part["prune"]["keep"]) == {0.5, 1.0}
+    # The models of highest and lowest best gain; there is one out-of-distribution set.
+    far = part["interpolation"].query("dataset == 'far' and alpha > 0")
+    best = far.groupby("model")["gain"].max().sort_values()
+    assert {best.index[0], best.index[-1]} == set(part["layers"]["model"]) == set(part["prune"]["model"])
+
+    for study in (*counts.index, "correlation"):
+        assert (out / "figures" / f"{study}.png").stat().st_size > 10_000
+    table = pd.read_csv(out / "correlation.csv")
+    assert set(table["measure"]) >= {"general", "layer"} and set(table["models"]) == {3}
+    # --straggler-margin reaches the correlation, too.
+    unstable = studies.stragglers(rows, 1e-4).query("straggler")["layer"].unique()
+    assert len(unstable) and list(studies.stragglers(rows).query("straggler")["layer"].unique()) != list(
+        unstable
+    )
+    assert set(table.loc[table["measure"] == "stragglers", "layer"]) == {", ".join(unstable)}
+    config = json.loads((out / "config.json").read_text())
+    assert config["sharpness images"] == {"near": 12} and config["layer images"] == {"far": 39}
+    assert config["general"]["estimator"] == "plain" and config["rhos"] == [0.5, 1.0]
+    assert config["measured"] == list(STUDIES)
+
+    # Every number of the report is one of the rows.
+    facts = studies.stragglers(rows, 1e-4)
+    for model, group in facts.groupby("model"):
+        found = int(group["straggler"].sum())
+        assert f"{model} on far: {found} of 13 layers are stragglers" in printed
+    flat = studies.near_zero(rows)
+    for (model, _), group in flat.groupby(["model", "rho"]):
+        assert f"{model}: {int(group['near_zero'].sum())} of 13 layers near zero" in printed
+    for fact in studies.pruning_effect(rows).to_dict("records"):
+        assert f"{100 * fact['change']:+.1f}" in printed
+    one = table.query("measure == 'general' and dataset == 'far' and outcome == 'accuracy' and alpha == 1")
+    assert all(f"{tau:+.2f}" in printed for tau in one["kendall"].dropna())
+    assert "In short" in printed and "no alpha beats zero-shot" in printed
+
+
+def test_rows_do_not_depend_on_which_other_studies_run(
+    everything: tuple[Path, str], zoo: Path, tmp_path: Path
+) -> None:
+    whole = results.load(everything[0])
+    for study, with_it in (
+        ("sharpness", {"interpolation"}),
+        ("layer-sharpness", {"interpolation"}),
+        ("prune", {"interpolation", "layers", "layer-sharpness"}),
+    ):
+        out = tmp_path / study
+        assert sweep.main([study, *own_models(zoo, "abc"), *BRIEF, "--out", str(out)]) == 0
+        rows = results.load(out)
+        assert set(rows["study"]) == {study, *with_it}
+        for name in rows["study"].unique():
+            models = rows.loc[rows["study"] == name, "model"].unique()
+            then = whole[(whole["study"] == name) & whole["model"].isin(models)]
+            pd.testing.assert_frame_equal(
+                rows[rows["study"] == name].drop(columns="seconds").reset_index(drop=True),
+                then.drop(columns="seconds").reset_index(drop=True),
+            )
+
+
+def test_named_models_and_layers(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    named = ["visual.conv1", r"re:.*\.mlp\..*"]
+    arguments = ["prune", *own_models(zoo, "abc"), *BRIEF, "--models", "b", "--prune-layers", *named]
+    assert sweep.main([*arguments, "--no-control", "--out", str(out)]) == 0
+    rows = results.load(out)
+    assert set(rows["study"]) == {"interpolation", "prune"}
+    pruned = rows[rows["method"].notna()]
+    block = "visual.transformer.resblocks.0.mlp"
+    assert set(pruned["layer"]) == {f"visual.conv1, {block}.c_fc, {block}.c_proj"}
+    assert set(pruned["model"]) == {"b"} and set(pruned["criterion"]) == {"named"}
+    assert not pruned["control"].any()
+    own = own_models(zoo)
+    refused([*own, "--layers", "visual.conv2"], "the nearest are 'visual.conv1'", capsys)
+    refused([*own, "--prune-layers", "conv1"], "the nearest are 'visual.conv1'", capsys)
+
+
+def test_two_models_have_no_correlation(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["correlation", *own_models(zoo)], "at least 3 fine-tuned models", capsys)
+    out = tmp_path / "run"
+    assert sweep.main([*own_models(zoo), *BRIEF, "--layers", "visual.conv1", "--out", str(out)]) == 0
+    assert not (out / "correlation.csv").exists()
+    assert "correlation is left out: it needs at least 3 fine-tuned models" in capsys.readouterr().out
+
+
+def test_nothing_out_of_distribution_has_no_correlation(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [word for word in own_models(zoo, "abc") if word != "--data" and not word.startswith("far=")]
+    refused(["correlation", *own], "it needs out-of-distribution data; leave it out", capsys)
+    out = tmp_path / "run"
+    assert sweep.main([*own, *BRIEF, "--layers", "visual.conv1", "--out", str(out)]) == 0
+    assert not (out / "correlation.csv").exists()
+    assert "correlation is left out: it needs out-of-distribution data." in capsys.readouterr().out
+
+
+def test_options_that_take_lists_add_up_or_are_refused(zoo: Path) -> None:
+    """None of them silently replaces what it was given before."""
+    kinds = ["--data-kind", "near=folder", "--data-kind", "far=npz"]
+    asked = request.read(["interpolation", *own_models(zoo), *kinds])
+    assert {name: source.kind for name, source in asked.zoo.data.items()} == {"near": "folder", "far": "npz"}
+    # A zoo's own options are no first time.
+    assert request.read(["--layer-data", "uci"]).layer_images.names == ["uci"]
+
+
+def test_a_tracker_that_does_not_open_is_refused(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(*_: object) -> None:
+        raise RuntimeError("no key")
+
+    monkeypatch.setattr(trackers, "WeightsAndBiases", closed)
+    own = ["interpolation", *own_models(zoo), "--alphas", "0", "1", "--out", str(tmp_path / "run")]
+    refused([*own, "--track", "wandb"], "wandb does not open: RuntimeError: no key; log in", capsys)
+    assert results.load(tmp_path / "run").empty
+    assert sweep.main(own) == 0  # and it goes on without
+
+
+def test_a_part_that_was_chosen_is_said(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(zoo / "near", tmp_path / "data" / part)
+    own = [f"near={tmp_path / 'data'}" if word.startswith("near=") else word for word in own_models(zoo)]
+    assert sweep.main(["interpolation", *own, "--alphas", "0", "1", "--out", str(tmp_path / "run")]) == 0
+    told = f"near: the images are those of {tmp_path / 'data' / 'val'}; name that folder to be sure"
+    assert told in capsys.readouterr().err and told in (tmp_path / "run" / "run.log").read_text()
+    assert (results.load(tmp_path / "run").query("dataset == 'near'")["samples"] == 12).all()
+
+
+def test_several_sets_are_told_apart_in_words(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*own_models(zoo, "abc"), "--alphas", "0", "1", "--draws", "2", "--mask-seeds", "2"]
+    both = ["--layer-data", "near", "far", "--sharpness-data", "near", "far", "--layers", "visual.conv1"]
+    asked = ["layers", "correlation", "prune", "--prune-layers", "visual.conv1", "--models", *"abc"]
+    assert sweep.main([*asked, *own, *both, "--out", str(tmp_path / "run")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "others zero-shot; 12 images of near, 40 images of far, 2 alphas" in printed
+    assert "50 % of the named layers' weights kept, 2 masks, 12 images of near, 40 images of far" in printed
+    assert "Pruning the named layers of a (zero)" in printed and "Pruning the stragglers" not in printed
+    table = pd.read_csv(tmp_path / "run" / "correlation.csv").query("measure == 'general' and alpha == 1")
+    for fact in table.to_dict("records"):
+        tau = "-" if np.isnan(fact["kendall"]) else f"{fact['kendall']:+.2f}"
+        where = f"{fact['dataset']} {fact['outcome']} all weights {fact['measured_on']} 1 1 3 {tau}"
+        assert where in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "verdict"),
+    [
+        (0.02, 0.0, "neither helped nor hurt clearly"),  # all masks changed the same image
+        (0.02, 0.001, "helped"),
+        (-0.02, 0.001, "hurt"),
+        (0.02, 0.01, "neither helped nor hurt clearly"),
+        (0.02, np.nan, "neither helped nor hurt clearly"),
+    ],
+)
+def test_a_verdict_needs_an_error_that_is_known(change: float, error: float, verdict: str) -> None:
+    assert summary._verdict(change, error, 2, "helped", "hurt") == verdict
+
+
+def effect(change: float, error: float, seeds: int, control: bool, method: str = "zero") -> dict[str, Any]:
+    """Rows of one way of pruning whose changes have this mean and standard error over the masks."""
+    about = {"model": "m", "dataset": "far", "criterion": "sharpness", "method": method, "control": control}
+    return {**about, "change": change, "change_se": error, "seeds": seeds}
+
+
+@pytest.mark.parametrize("sds", [(1.0, 1.0), (0.1, 1.0), (0.01, 1.0), (1.0, 0.1)])
+@pytest.mark.parametrize("masks", [2, 3])
+def test_a_control_that_is_no_different_is_seldom_called_so(
+    sds: tuple[float, float], masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About 5 % of the time, however different the variances."""
+    rng, trials = np.random.default_rng(0), 1000
+    wrong = 0
+    for _ in range(trials):
+        facts = []
+        for sd, control in zip(sds, (False, True), strict=True):
+            changes = rng.normal(0, sd, masks)
+            error = float(changes.std(ddof=1) / masks**0.5)
+            facts.append(effect(float(changes.mean()), error, masks, control))
+        monkeypatch.setattr(studies, "pruning_effect", lambda rows, facts=facts: pd.DataFrame(facts))
+        (line,) = summary._found_pruning(pd.DataFrame())
+        wrong += "better than the control" in line or "worse than the control" in line
+    assert wrong / trials < 0.085
+
+
+def test_one_mask_has_no_error_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = [effect(-0.6, np.nan, 1, False, "magnitude"), effect(0.1, np.nan, 1, True, "magnitude")]
+    monkeypatch.setattr(studies, "pruning_effect", lambda rows: pd.DataFrame(facts))
+    assert summary._found_pruning(pd.DataFrame()) == [
+        "- Pruning the stragglers of m by sharpness (magnitude) came with one mask, without an error, on "
+        "far: -60.0 points; not clearly different from the control: -70.0."
+    ]
+
+
+def test_a_perfect_order_is_told_as_such() -> None:
+    fact = {"measure": "general", "dataset": "far", "outcome": "accuracy", "alpha": 1.0, "rho": 0.5}
+    fact |= {
+        "measured_on": "near",
+        "models": 9,
+        "kendall": -1.0,
+        "kendall_low": np.nan,
+        "kendall_high": np.nan,
+    }
+    line, _ = summary._found_correlation(pd.DataFrame([fact]), "far")
+    assert "orders all models against accuracy on far: tau -1.00 over 9 models." in line
+    for change in ({"kendall": np.nan}, {"models": 4}):
+        line, _ = summary._found_correlation(pd.DataFrame([fact | change]), "far")
+        assert "cannot be judged by accuracy on far: tau -" in line
+
+
+def test_a_goal_that_is_not_reached_is_said(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    goal = ["--goal-se", "1e-9", "--max-draws", "8", "--estimator", "plain"]
+    assert sweep.main(["sharpness", *own_models(zoo), *BRIEF, *goal, "--out", str(out)]) == 0
+    rows = results.load(out).query("study == 'sharpness'")
+    assert len(rows) == 2 * 3 * 2 and not rows["reached"].any() and set(rows["draws"]) == {8}
+    assert "6 rows missed the wanted standard error" in capsys.readouterr().out
+
+
+def test_the_digits_zoo_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(["interpolation", "--alphas", "0:1:6", "--samples", "16"]) == 0
+    (out,) = (tmp_path / "rft-runs").iterdir()
+    assert out.name.startswith("digits-")
+    rows = results.load(out)
+    assert rows["model"].nunique() == 9 and len(rows) == 9 * 6 * rows["dataset"].nunique()
+    assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_options_of_a_zoo_are_defaults(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = zoos.digits()
+    assert "--layer-draws" in ours.options
+    asked = request.read(["--out", "nowhere"])
+    assert (asked.layer_draws, asked.layer_images.names, asked.draws) == (5, ["rotated"], 20)
+    asked = request.read(["--out", "nowhere", "--layer-draws", "7", "--layer-data", "uci"])
+    assert (asked.layer_draws, asked.layer_images.names) == (7, ["uci"])
+    wrong = dataclasses.replace(ours, options=("--layer-drawz", "5"))
+    monkeypatch.setattr(zoos, "digits", lambda: wrong)
+    refused(
+        [], "options of the zoo 'digits': there is no option layer-drawz; did you mean layer-draws?", capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["interpolatoin"], "did you mean 'interpolation'?"),
+        (["layer-sharpnes"], "did you mean 'layer-sharpness'?"),
+        (["xyz"], "choose from interpolation"),
+        (["--alphas"], "expected at least one argument"),
+        (["--alphas", "0:1"], "expected a number, or start:stop:count"),
+        (["--alphas", "0:1:1"], "expected a number, or start:stop:count"),
+        (["--alphas", "half"], "expected a number, or start:stop:count"),
+        (["--alphas", "0", "nan", "1"], "expected finite numbers in [0, 1], got [nan]"),
+        (["--alphas", "-1", "0", "1"], "expected finite numbers in [0, 1], got [-1.0]"),
+        (["--alphas", "0.5"], "add [0.0, 1.0]"),
+        (["--alphas", "0:1:3", "0.5"], "[0.5] more than once"),
+        (["--samples", "0"], "expected an integer from 1"),
+        (["--samples", "2.5"], "expected an integer from 1"),
+        (["--batch-size", "-1"], "expected an integer from 1"),
+        (["--seed", "4294967296"], "expected an integer from 0 to 4294967295"),
+        (["--xi", "2"], "two points of accuracy are 0.02"),
+        (["--xi", "nan"], "two points of accuracy are 0.02"),
+        (["--layer-alphas", "0.5"], "--layer-alphas: alphas: expected the ends"),
+        (["--sharpness-alphas", "0.55"], "[0.55] are not among --alphas"),
+        (["--granularity", "atom"], "must be 'module', 'block'"),
+        (["--models", "lr4e-3"], "the nearest are"),
+        (["--layer-data", "rotatde"], "there is no data set 'rotatde'; there are mnist, rotated"),
+        (["--sharpness-data", "mnist", "mnist"], "given more than once: mnist"),
+        (["--rhos", "0"], "expected a number above 0, got '0'"),
+        (["--rhos", "1", "1"], "expected each once"),
+        (["--draws", "0"], "expected an integer from 1"),
+        (["--draws", "5", "--estimator", "antithetic"], "come in pairs; got 5, use 6"),
+        (["--estimator", "best"], "invalid choice: 'best'"),
+        (["--estimator", "apgd-l2", "--goal-se", "0.1"], "leave it out"),
+        (
+            ["--goal-se", "0.1", "--max-draws", "10"],
+            "--max-draws: expected at least --draws and --layer-draws, got 10",
+        ),
+        (["--sharpness-alphas", "0"], "--sharpness-alphas: expected at least one above 0"),
+        (["--plan", "--json"], "--json: not together with --plan"),
+        (["--layers", "visual.proj", "--layers", "visual.conv1"], "--layers: given more than once"),
+        (["--rhos", "1", "--seed", "1", "--rhos", "2"], "--rhos: given more than once"),
+        (["--data-kind", "uci=npz", "--data-kind", "uci=wds"], "--data-kind: given more than once: uci"),
+        (["--estimator", "hessian", "--noise-batch", "8"], "leave noise_batch (--noise-batch) out"),
+        (["--keep", "0"], "expected a fraction above 0"),
+        (["--keep", "1"], "expected a fraction"),
+        (["--criteria", "luck"], "invalid choice: 'luck'"),
+        (["--zero-margin", "-1"], "expected a number above 0"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["--device", "gpu"], "'gpu' cannot be used"),
+        (["--device", "meta"], "'meta' cannot be used"),
+        (["--impl", "magic"], "invalid choice: 'magic'"),
+        (["--arch", "ViT-B-32"], "missing: --zeroshot, --finetuned, --data or --id-data"),
+        (["--data", "x"], "expected NAME=VALUE, got 'x'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wiring.Models, "load", forbidden)
+    refused(arguments, message, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def forbidden(*_: Any) -> None:
+    raise AssertionError("something was loaded")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--zeroshot", "{zoo}/none.pt"], "there is no file"),
+        (["--finetuned", "{zoo}/none.pt"], "there is no file"),
+        (["--finetuned", "{zoo}/near"], "there is no file"),
+        (["--finetuned", "{zoo}/a.safetensors"], "--finetuned: given more than once: "),
+        (["--data", "off={zoo}/none.npz"], "off: there is no"),
+        (["--data", "near={zoo}/far.npz"], "--id-data: given more than once: near"),
+        (["--arch", "ViT-B-23"], "did you mean"),
+        (["--out", "{zoo}/tiny.json"], "expected a directory, got the file"),
+        (["--out", "{zoo}/tiny.json/run"], "expected a directory, got the file"),
+    ],
+)
+def test_bad_paths_are_refused_before_anything_is_loaded(
+    change: list[str],
+    message: str,
+    zoo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(wiring.Models, "load", forbidden)
+    out = [] if "--out" in change else ["--out", str(zoo / "never")]
+    refused([*own_models(zoo), *out, *(x.format(zoo=zoo) for x in change)], message, capsys)
+    assert not (zoo / "never").exists()
+
+
+def test_what_cannot_be_scored_is_refused_and_earlier_rows_stay(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    short = ["--alphas", "0", "1", "--out", str(out), "--overwrite"]
+    own = ["interpolation", *own_models(zoo)]
+    assert sweep.main([*own, *short]) == 0
+    capsys.readouterr()
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    sound = checkpoints.load(zoo / "b.safetensors")
+    name = "classification_head.weight"
+    save({**sound, name: sound[name] * float("nan")}, tmp_path / "nan.safetensors")
+    save({**sound, name: sound[name][:, :5]}, tmp_path / "narrow.safetensors")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for bad in ("nan.safetensors", "narrow.safetensors", "empty.pt"):
+        refused([*own, *short, "--finetuned", str(tmp_path / bad)], bad, capsys)
+    refused([*own, *short, "--samples", "41"], "only 12 images", capsys)
+    shutil.copytree(zoo / "near", tmp_path / "more")
+    (tmp_path / "more" / "1" / "cut.png").write_bytes(b"\x89PNG cut off")
+    refused([*own, *short, "--data", f"m={tmp_path / 'more'}"], "cut.png", capsys)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_models_of_the_same_file_name_are_told_apart(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins = []
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        twins.append(str(shutil.copy(zoo / "a.safetensors", tmp_path / run / "final.safetensors")))
+    own = ["interpolation", *own_models(zoo)]
+    own[own.index("--finetuned") + 1 : own.index("--data")] = twins
+    assert sweep.main([*own, "--alphas", "0", "1", "--out", str(tmp_path / "run")]) == 0
+    assert results.load(tmp_path / "run")["model"].unique().tolist() == twins
+
+
+def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        sweep.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for word in ("examples:", "--alphas", *STUDIES, "digits", "--overwrite", "0:1:11"):
+        assert word in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # Python ignores SIGINT where its parent does (a shell's background job), so it is set here.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from rft_fast.sweep import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "interpolation",
+            *own_models(zoo),
+            "--alphas",
+            "0:1:2001",
+            "--out",
+            str(out),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (out / "config.json").exists() or len(results.load(out)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    rows = results.load(out)
+    assert 3 <= len(rows) == len(pd.read_csv(out / "rows.csv"))
+    assert f"interrupted; the {len(rows)} rows so far are in {out}; to go on:\n  python -m rft_fast" in errors
+    assert "Traceback" not in errors and printed == ""
+    assert rows["alpha"].is_monotonic_increasing and rows["alpha"].iloc[0] == 0
