@@ -128,22 +128,25 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
 def beside(file: Path, huggingface: bool) -> Iterator[tuple[str, bool, str]]:
     """(tower, quick, source) of the configurations in a file's folder that are about this file.
 
-    ``open_clip_config.json`` is about all files but those of transformers with names of their own.
-    ``config.json`` is about transformers' files, and about those with conventional names.
+    Of a link, also those beside what it leads to. ``open_clip_config.json`` is about all files but those of
+    transformers with names of their own. ``config.json`` is about transformers' files, and about those with
+    conventional names.
     """
-    conventional = _CONVENTIONAL.fullmatch(file.name) is not None
-    for name, applies in (
-        (OPEN_CLIP, not huggingface or conventional),
-        (TRANSFORMERS, huggingface or conventional),
-    ):
-        path = file.parent / name
-        try:
-            if not applies or not path.is_file() or path.stat().st_size > _LARGEST:
+    places = {place.parent.resolve(): place for place in (file.resolve(), file)}
+    for place in places.values():
+        conventional = _CONVENTIONAL.fullmatch(place.name) is not None
+        for name, applies in (
+            (OPEN_CLIP, not huggingface or conventional),
+            (TRANSFORMERS, huggingface or conventional),
+        ):
+            path = place.parent / name
+            try:
+                if not applies or not path.is_file() or path.stat().st_size > _LARGEST:
+                    continue
+                content = json.loads(path.read_bytes())
+            except (OSError, ValueError, RecursionError):
                 continue
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        yield from of_config(content, f"{name} beside it")
+            yield from of_config(content, f"{name} beside it")
 
 
 def of_config(content: Any, source: str, depth: int = 3) -> Iterator[tuple[str, bool, str]]:

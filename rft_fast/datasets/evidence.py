@@ -52,6 +52,8 @@ def by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
         return single(found), "by name"
     wnids = imagenet.are_wnids(names)
     of_head = imagenet_rows(rows)
+    if of_head is None and wnids and len(names) == rows.count:
+        of_head = imagenet_rows(rows, set().union(*imagenet.candidates(names)))
     if of_head is not None and (rows.count == imagenet.CLASSES or len(names) == rows.count):
         classes = imagenet.candidates(names)
         if source.kind == "imagenet-v2":
@@ -62,7 +64,12 @@ def by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
             raise ValueError(_unclear_imagenet(names, classes))
     if len(names) != rows.count:
         raise ValueError(other_count(names, rows))
-    if not any(own) and numbers(names):
+    if not any(own) and (found := numbers(names)):
+        if of_head is not None and rows.count == imagenet.CLASSES and min(found) == 1:
+            raise ValueError(
+                "its classes are numbers from 1 on, and the head is ImageNet's: as ILSVRC2012_ID of the "
+                f"published archives they are in another order than the head's rows; {CURE}"
+            )
         return single(ordered(names)), "by number"
     if rows.names:
         raise ValueError(_other_names(names, rows, own, wnids))
@@ -119,16 +126,22 @@ def _is_list(names: Sequence[str], rows: Rows, own: _Candidates) -> bool:
     return True
 
 
-def imagenet_rows(rows: Rows) -> dict[int, int] | None:
+def imagenet_rows(rows: Rows, among: Collection[int] = ()) -> dict[int, int] | None:
     """ImageNet's class -> the row of a head; None for a head of other classes.
 
     Of 1,000 rows without names it is taken that they are in ImageNet's order.
+
+    Args:
+        among: the only classes that the rows can be, which decides what ``missile`` is where that is known.
     """
+    whole = rows.count == imagenet.CLASSES
     if not rows.names:
-        found = list(range(imagenet.CLASSES)) if rows.count == imagenet.CLASSES else None
+        found = list(range(imagenet.CLASSES)) if whole else None
     else:
-        whole = rows.count == imagenet.CLASSES  # people improve on a few names
-        found = matched(imagenet.candidates(rows.names), in_place=whole, unknown=whole)
+        classes = imagenet.candidates(rows.names)
+        if among:
+            classes = [of.intersection(among) for of in classes]
+        found = matched(classes, in_place=whole, unknown=whole)  # people improve on a few names
     return None if found is None else {row: place for place, row in enumerate(found)}
 
 

@@ -72,8 +72,12 @@ def _read_csv(file: Path) -> dict[str, Any]:
             raise ValueError(f"class {name!r} is both scored and not, or twice not")
         found.setdefault(name, [])
         if row:
-            found[name].append(int(row) if row.isdecimal() else row)
+            found[name].append(_Written(row) if row.isdecimal() else row)
     return dict(found)
+
+
+class _Written(int):
+    """A number in a cell of CSV, which does not show whether a row or a name is meant."""
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,6 +146,11 @@ def answers(names: Sequence[str], head: Sequence[str], most: int, given: Mapping
         for part in parts:
             if isinstance(part, str):
                 rows.append(_row_named(part, name, rows_of))
+            elif isinstance(part, _Written) and rows_of.get(fold(str(part)), [part]) != [part]:
+                raise ValueError(
+                    f"class {name!r}: {part} is a row, and the name of row {some(rows_of[fold(str(part))])}; "
+                    "give a map in .json, where names are in quotes and rows are not"
+                )
             elif isinstance(part, bool) or not isinstance(part, int):
                 raise ValueError(f"class {name!r}: expected a row or the name of one, got {part!r}")
             else:

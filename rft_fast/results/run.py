@@ -79,12 +79,12 @@ def check(
     _refuse_in_use(directory)
     if not _is_begun(directory):
         # A kill while a run begins, or replaces one, leaves an empty database, and that folder.
-        ours = (FIGURES,) if (directory / database.FILE).exists() else ()
-        names = [name for name in (TABLE, CONFIG, FIGURES) if (directory / name).exists()]
-        if names := [name for name in names if name not in ours]:
+        ours = [directory / FIGURES] if (directory / database.FILE).exists() else []
+        written = dict.fromkeys([*_replaced(directory), *(directory / name for name in (FIGURES, LOG))])
+        if names := [f.relative_to(directory) for f in written if f not in ours and f.exists()]:
             raise ValueError(
-                f"results: {directory} holds {', '.join(names)} but no {database.FILE} with a run, so they "
-                "are not from one; choose another directory"
+                f"results: {directory} holds {', '.join(map(str, names))} but no {database.FILE} with a run, "
+                "so they are not from one; choose another directory"
             )
         return
     if overwrite:

@@ -502,8 +502,12 @@ def test_activations_in_a_file(tmp_path: Path, write: Callable[[Path, bool], Pat
 def test_activations_beside_weights(
     tmp_path: Path, write: Callable[[Path], Path], image: bool | None
 ) -> None:
-    found = checkpoints.read(write(tmp_path)).tensors.activation.get("image")
-    assert (found and found.quick) == image, found
+    file = write(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (link := tmp_path / "elsewhere" / "zeroshot.pt").symlink_to(file)
+    for name in (file, link):
+        found = checkpoints.read(name).tensors.activation.get("image")
+        assert (found and found.quick) == image, found
 
 
 def test_activations_that_differ_between_the_towers(tmp_path: Path) -> None:

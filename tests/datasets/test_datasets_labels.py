@@ -327,3 +327,28 @@ def test_odd_names_are_assigned_right_or_not_at_all(seed: int) -> None:
         refused(names[1:], head, "but the head has")
     by_name = {same(name): same(classes[row_of[plainly(name)]]) for name in names}
     assert rows_of(assign(source(names), head, by_name)) == [row_of[plainly(name)] for name in names]
+
+
+def test_an_id_decides_between_two_classes_of_one_name() -> None:
+    """Of ImageNet's two missiles (and cranes) only one is in this part."""
+    part = [SYNSETS.index(wnid) for wnid in ("n02012849", "n03773504", "n01440764")]
+    rows = Rows(3, ("tench", "crane", "missile"))
+    wnids = sorted(SYNSETS[row] for row in part)
+    assert rows_of(assign(source(wnids), rows)) == [0, 1, 2]
+    refused([*wnids, "n04008634"], Rows(4, (*rows.names, "missile")), "n04008634")
+
+
+def test_numbers_from_1_are_not_taken_for_the_order_of_a_head_of_imagenet() -> None:
+    """ILSVRC2012_ID 1 is the kit fox, row 278."""
+    numbers = sorted(map(str, range(1, 1001)))
+    for names in ((), tuple(open_clip.IMAGENET_CLASSNAMES)):
+        refused(numbers, Rows(1000, names), "ILSVRC2012_ID")
+        assert rows_of(assign(source(numbers), Rows(1000, names), "order"))[:2] == [0, 9]
+        assert rows_of(assign(source(sorted(map(str, range(1000)))), Rows(1000, names)))[:3] == [0, 1, 10]
+
+
+def test_a_number_in_csv_is_no_name_of_another_row(tmp_path: Path) -> None:
+    file = tmp_path / "map.csv"
+    file.write_text("class,row\na,1\nb,0\n")
+    assert rows_of(assign(source("ab"), Rows(2, ("x", "1")), file)) == [1, 0]
+    refused("ab", Rows(2, ("1", "0")), "1 is a row", label_map=file)

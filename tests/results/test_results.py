@@ -704,7 +704,7 @@ def test_a_run_is_replaced_only_on_purpose(tmp_path: Path) -> None:
     assert {name: files(out)[name] for name in theirs} == {name: name.encode() for name in theirs}
 
 
-@pytest.mark.parametrize("name", ["config.json", "rows.csv", "figures"])
+@pytest.mark.parametrize("name", ["config.json", "rows.csv", "figures", "cost.csv", "run.log"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_others_under_our_names_are_left_alone(tmp_path: Path, name: str, overwrite: bool) -> None:
     (tmp_path / name).write_text("theirs")
