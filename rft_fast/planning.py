@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from . import architectures, cost, datasets, summary, wiring
+from . import architectures, cost, datasets, selection, wiring
 from . import path as paths
 from .evaluate import Evaluator
 from .pieces import Counter, total
@@ -48,7 +48,7 @@ def plan(request: Request) -> str:
     path = models.path(next(iter(request.zoo.finetuned)))
     loading = perf_counter() - start
     evaluator = models.evaluator([_noise(request, 8)])
-    takes = summary.how_many(request)
+    takes = selection.how_many(request)
     counter = Counter(request, evaluator, whole)
     works = {
         study: _count(request, study, takes[study], path, evaluator, counter)

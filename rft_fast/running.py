@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from . import disk, files, results, studies, summary, words
+from . import disk, files, results, selection, studies, words
 from .pieces import Piece, Stragglers
 from .program import Stop
 from .progress import Progress
 from .request import Request
 from .studies.chance import among
+from .studies.facts import Facts, Settings
 from .studies.rows import Row
 from .wiring import Shared
 from .worker import Worker
@@ -134,22 +135,22 @@ def measure(
         for study, copied in copies.items():
             _copy(run, study, copied)
         if "interpolation" in phase:
-            chosen |= summary.choose(request, run.rows())
+            chosen |= selection.choose(request, run.rows())
         stop.check()
     return books.rows()
 
 
 def _stragglers(request: Request, run: results.Run, models: Sequence[str]) -> dict[str, Stragglers]:
     """Model -> criterion -> layers to prune, by the rows so far."""
-    rows = run.rows()
-    found = {model: summary.to_prune(request, rows, model) for model in models}
+    facts = Facts(run.rows(), Settings.of(vars(request)))
+    found = {model: facts.to_prune(model) for model in models}
     return {model: {c: names for c, names in of.items() if names} for model, of in found.items()}
 
 
 def _foretold(pool: Pool, request: Request) -> dict[str, float]:
     """Study -> about what it will cost, before it is known which models and layers it takes."""
     found = {}
-    for study, count in summary.how_many(request).items():
+    for study, count in selection.how_many(request).items():
         if study in request.measured:
             models = list(request.zoo.finetuned)[:count]
             stragglers = {}

@@ -8,9 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-import pandas as pd
-
-from . import config, disk, figures, planning, program, results, running, studies, summary, trackers
+from . import config, disk, figures, planning, program, results, running, summary, trackers
 from .cluster.driver import Cluster, Failed
 from .options import parser
 from .program import Interrupted, Stop
@@ -18,6 +16,7 @@ from .progress import Progress, held_warnings
 from .request import NotFetched, Request, read
 from .running import Pool
 from .studies.chance import among
+from .studies.facts import Facts, Settings
 from .words import cell, message
 
 
@@ -54,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
             parser().error(str(error))
         with run:
             took = _measure(pool, request, run, argv, followers, early)
-            _draw(request, run.rows(), run, took, among(pool.config))
+            facts = Facts(run.rows(), Settings.of(vars(request)), among(pool.config))
+            _draw(request, facts, run, took)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
@@ -90,34 +90,20 @@ def _measure(
     return took
 
 
-def _draw(
-    request: Request,
-    rows: pd.DataFrame,
-    run: results.Run,
-    took: Sequence[Mapping[str, object]],
-    classes: Mapping[str, int],
-) -> None:
-    table = None
-    margins = {
-        "layer-sharpness": {
-            "zero_margin": request.zero_margin,
-            "straggler_margin": request.straggler_margin,
-        },
-    }
+def _draw(request: Request, facts: Facts, run: results.Run, took: Sequence[Mapping[str, object]]) -> None:
     for study in request.measured:
+        file = run.figure(study)
         if study == "correlation":
-            table = studies.correlation(rows, margin=request.straggler_margin)
             with disk.replacing(run.table(study)) as temporary:
-                table.map(cell).to_csv(temporary, index=False)
-            figures.correlation(table, run.figure(study))
+                facts.correlation.map(cell).to_csv(temporary, index=False)
+            figures.correlation(facts.correlation, file)
         elif study == "layers":
-            figures.layers(rows, run.figure(study), request.straggler_margin, request.models)
+            figures.layers(facts, file, models=request.models)
         else:
-            draw = getattr(figures, study.replace("-", "_"))
-            draw(rows, run.figure(study), **margins.get(study, {}))
+            getattr(figures, study.replace("-", "_"))(facts, file)
     if request.quiet or request.json:
         return
-    print(summary.report(request, rows, table, classes))
+    print(summary.report(facts))
     print("\n" + summary.took(took))
     print(
         f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"

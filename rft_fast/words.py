@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # C0, DEL, C1; marks that change the direction of text; line and paragraph separators; what is no character.
@@ -53,6 +54,27 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(visible(str(name)) for name in names[:shown]) + more
+
+
+def paragraph(text: str, names: Iterable[str] = (), bullet: str = "") -> list[str]:
+    """A text as lines of up to 100 characters, longer where a name is: each name stands in one line, whole.
+
+    Args:
+        text: one that :func:`visible` made one line of.
+        names: those that may stand in it.
+        bullet: before the first line; the others are indented by as much.
+    """
+    for name in sorted(map(visible, names), key=len, reverse=True):  # some are parts of others
+        text = text.replace(name, name.translate(_FIRM))
+    lines = textwrap.wrap(
+        text, 100, break_long_words=False, initial_indent=bullet, subsequent_indent=" " * len(bullet)
+    )
+    return [line.translate(_LOOSE) for line in lines]
+
+
+# What lines are broken at, and characters that visible() leaves in no text, which stand for it meanwhile.
+_FIRM = {ord(" "): 0x80, ord("-"): 0x81}
+_LOOSE = {stand_in: character for character, stand_in in _FIRM.items()}
 
 
 def differences(

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..studies.path import STUDY, Z95, summarize
+from ..studies.facts import Facts, as_facts
+from ..studies.path import STUDY, Z95
 from .style import (
     BEATS,
     FAILS,
@@ -52,7 +53,7 @@ _LOSS = _Quantity("loss", "rise_se", "barrier", "barrier_alpha", 1, 2, _TRIANGLE
 
 
 @drawing
-def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     """Figure 1: accuracy (top) and loss (bottom) over alpha, one column per data set.
 
     One colour per model; dashed with open markers where no alpha beats zero-shot. A star marks the
@@ -62,7 +63,7 @@ def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     over samples. Losses that are not finite leave gaps, and are counted below the figure.
 
     Args:
-        rows: of :func:`rft_fast.studies.interpolation`, for complete paths.
+        rows: of :func:`rft_fast.studies.interpolation`, for complete paths; or their facts.
         file: where the picture goes; its ending chooses the format.
 
     Returns:
@@ -71,8 +72,8 @@ def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     Raises:
         ValueError: as :func:`rft_fast.studies.summarize`.
     """
-    summary = summarize(rows)
-    rows = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
+    facts = as_facts(rows)
+    summary, rows = facts.path, facts.part(STUDY).sort_values("alpha", kind="stable")
     models, datasets = list(summary["model"].unique()), list(summary["dataset"].unique())
     palette = dict(zip(models, colours(len(models)), strict=True))
 
@@ -80,12 +81,12 @@ def interpolation(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
     for (top, bottom), dataset in zip(panels.T, datasets, strict=True):
         curves = rows[rows["dataset"] == dataset]
-        facts = summary[summary["dataset"] == dataset]
-        where = "" if facts["ood"].iloc[0] else "in distribution, "
-        top.set_title(f"{dataset}\n({where}{facts['samples'].iloc[0]:,} images)", fontsize=9)
+        here = summary[summary["dataset"] == dataset]
+        where = "" if here["ood"].iloc[0] else "in distribution, "
+        top.set_title(f"{dataset}\n({where}{here['samples'].iloc[0]:,} images)", fontsize=9)
         bottom.set_xlabel(r"$\alpha$", fontsize=9)
-        _draw(top, curves, facts, palette, _ACCURACY)
-        _draw(bottom, curves, facts, palette, _LOSS)
+        _draw(top, curves, here, palette, _ACCURACY)
+        _draw(bottom, curves, here, palette, _LOSS)
     panels[0, 0].set_ylabel("accuracy (%)", fontsize=9)
     panels[1, 0].set_ylabel("loss", fontsize=9)
     marks = [

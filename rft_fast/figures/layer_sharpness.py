@@ -10,10 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..studies.layers import MARGIN as STRAGGLER_MARGIN
-from ..studies.layers import STUDY as LAYERS
-from ..studies.layers import stragglers
-from ..studies.sharpness import LAYER_STUDY, MARGIN, near_zero
+from ..studies.facts import Facts, as_facts
+from ..studies.sharpness import LAYER_STUDY
 from . import heat
 from .style import (
     SETTING,
@@ -27,8 +25,6 @@ from .style import (
     margin,
     mode,
     modes_explained,
-    ood_gains,
-    ood_summary,
     points,
     save,
     setting,
@@ -47,10 +43,10 @@ _STARS = "*^Dsv<>pPXhd8"  # one per out-of-distribution set, above the map
 
 @drawing
 def layer_sharpness(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame | Facts,
     file: str | os.PathLike[str],
-    zero_margin: float = MARGIN,
-    straggler_margin: float = STRAGGLER_MARGIN,
+    zero_margin: float | None = None,
+    straggler_margin: float | None = None,
 ) -> Figure:
     """Figure 4: sharpness of each layer (down) at each alpha (across); one column per model.
 
@@ -64,9 +60,10 @@ def layer_sharpness(
     such as rho or the data set, have rows of their own. What is not finite is crossed out and counted.
 
     Args:
-        rows: of :func:`rft_fast.studies.layerwise_sharpness`, and of the studies named above.
+        rows: of :func:`rft_fast.studies.layerwise_sharpness`, and of the studies named above; or their facts.
         file: where the picture goes; its ending chooses the format.
-        zero_margin, straggler_margin: of the near-zero layers and of the stragglers, in nats.
+        zero_margin, straggler_margin: of the near-zero layers and of the stragglers, in nats; None: the
+            default ones, or those of the facts.
 
     Returns:
         The figure, already saved.
@@ -75,9 +72,11 @@ def layer_sharpness(
         ValueError: as :func:`rft_fast.studies.near_zero`, :func:`rft_fast.studies.summarize` and
             :func:`rft_fast.studies.stragglers`.
     """
-    near_zero(rows, zero_margin)  # refuses rows that are not there
-    gains, best, unstable = ood_gains(rows), ood_summary(rows), _stragglers(rows, straggler_margin)
-    rows = rows[rows["study"] == LAYER_STUDY]
+    facts = as_facts(rows, zero_margin=zero_margin, straggler_margin=straggler_margin)
+    flat = facts.near_zero[facts.near_zero["near_zero"]]
+    gains, best, unstable = facts.ood_gains, facts.ood_path, facts.unstable
+    edge = facts.settings.zero_margin
+    rows = facts.part(LAYER_STUDY)
     models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
     rows = rows[rows["model"].isin(models)]
     names = list(rows["layer"].unique())
@@ -87,15 +86,14 @@ def layer_sharpness(
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
     panels = figure.subplots(len(settings), len(models), squeeze=False, sharex=True)
     for line, part in zip(panels, settings, strict=True):
-        near = near_zero(part, zero_margin)
+        near = flat.merge(part[SETTING].drop_duplicates())
         curves = [part[part["model"] == model] for model in models]
         maps = [heat.grid(curve, "sharpness", names) for curve in curves]
-        norm = heat.scale(maps, near["margin"].iloc[0])
+        norm = heat.scale(maps, edge)
         for panel, model, curve, values in zip(line, models, curves, maps, strict=True):
             mesh = heat.draw(panel, values, norm)
             _uncertain(panel, curve, names)
-            zero = near[(near["model"] == model) & near["near_zero"]]
-            heat.mark(panel, names, set(zero["layer"]), _NEAR_ZERO)
+            heat.mark(panel, names, set(near.loc[near["model"] == model, "layer"]), _NEAR_ZERO)
             heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
             _positions(panel, best[best["model"] == model], stars)
             title = "\n".join(filter(None, [model, mode(model, gains)]))
@@ -112,7 +110,7 @@ def layer_sharpness(
         choice,
         modes_explained(gains),
         "Dots: the 95 % interval over draws, with Student's t, includes zero. Near zero: that interval lies",
-        f"within {near['margin'].iloc[0]:g} nats of zero at every $\\alpha$ > 0.",
+        f"within {edge:g} nats of zero at every $\\alpha$ > 0.",
         "Stragglers: of the layer-wise interpolation, on any data set." if unstable else "",
         r"$\alpha$*: the best position of the whole path; 0 where none beats zero-shot." if stars else "",
         lost(rows["sharpness"], "values"),
@@ -125,16 +123,6 @@ def layer_sharpness(
     figure.set_figheight((heat.height(len(names)) + 0.6) * len(settings) + 0.6 + legends)
     save(figure, file)
     return figure
-
-
-def _stragglers(rows: pd.DataFrame, margin: float) -> dict[str, set[str]]:
-    """The stragglers of each model that has rows of the layer-wise interpolation."""
-    if not (rows["study"] == LAYERS).any():
-        return {}
-    found = stragglers(rows, margin)
-    return {
-        str(model): set(facts.loc[facts["straggler"], "layer"]) for model, facts in found.groupby("model")
-    }
 
 
 def _uncertain(panel: Axes, curve: pd.DataFrame, names: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..studies.layers import MARGIN, STUDY, stragglers
+from ..studies.facts import Facts, as_facts
+from ..studies.layers import STUDY
 from ..studies.path import Z95
 from . import heat
 from .style import (
@@ -25,7 +26,6 @@ from .style import (
     lost,
     mode,
     modes_explained,
-    ood_gains,
     plain,
     save,
     several,
@@ -39,9 +39,9 @@ _OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
 
 @drawing
 def layers(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame | Facts,
     file: str | os.PathLike[str],
-    margin: float = MARGIN,
+    margin: float | None = None,
     models: Sequence[str] | None = None,
 ) -> Figure:
     """Figure 2: what each layer does to the loss on its own; one column per model and data set.
@@ -56,9 +56,9 @@ def layers(
 
     Args:
         rows: of :func:`rft_fast.studies.layerwise_interpolation`; those of the interpolation tell
-            which models fail.
+            which models fail. Or facts of such rows.
         file: where the picture goes; its ending chooses the format.
-        margin: of the stragglers, in nats.
+        margin: of the stragglers, in nats; None: the default one, or that of the facts.
         models: those to show, however many; None: two, as said above.
 
     Returns:
@@ -67,7 +67,8 @@ def layers(
     Raises:
         ValueError: as :func:`rft_fast.studies.stragglers`; ``models`` of which there are no rows.
     """
-    facts, gains = stragglers(rows, margin), ood_gains(rows)
+    known = as_facts(rows, straggler_margin=margin)
+    facts, gains = known.stragglers, known.ood_gains
     measured = list(facts["model"].unique())
     if models is None:
         models, choice = choose(measured, gains, 2)
@@ -75,7 +76,8 @@ def layers(
         if strange := sorted(set(models) - set(measured)):
             raise ValueError(f"layers: models without rows of the study: {', '.join(strange)}")
         models, choice = [model for model in measured if model in models], ""
-    rows = rows[(rows["study"] == STUDY) & rows["model"].isin(models)]
+    rows = known.part(STUDY)
+    rows = rows[rows["model"].isin(models)]
     facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])
     columns = [at for model in models for at in facts.loc[[model]].index.unique()]
     names = list(rows["layer"].unique())
@@ -108,7 +110,6 @@ def layers(
     panels[1, 0].set_ylabel("loss", fontsize=9)
     panels[2, 0].set_ylabel("accuracy (%)", fontsize=9)
 
-    margin = facts["margin"].iloc[0]
     note = wrap(
         figure,
         choice,
@@ -116,7 +117,7 @@ def layers(
         r"Colour: loss minus that at $\alpha$ = 0. Curves: the layers of largest instability in loss,",
         f"{_WORST} of each model; bands: pointwise 95 % intervals of the difference to $\\alpha$ = 0, paired",
         "over images. Stragglers: lower end of the one-sided 95 % interval of the instability in loss,",
-        f"Bonferroni-corrected for layers and positions, above {margin:g} nats. No noise.",
+        f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats. No noise.",
         lost(rows["loss"], "losses"),
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]

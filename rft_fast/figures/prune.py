@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..studies.facts import Facts, as_facts
 from ..studies.path import Z95
-from ..studies.pruning import NAMED, STUDY, pruning_effect
+from ..studies.pruning import NAMED, STUDY
 from .style import (
     CURVES,
     SMALL,
@@ -24,7 +25,6 @@ from .style import (
     lost,
     mode,
     modes_explained,
-    ood_gains,
     plain,
     points,
     save,
@@ -40,7 +40,7 @@ _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 
 
 @drawing
-def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     """Figure 5: accuracy over alpha, unpruned and pruned; one column per model, one row per data set.
 
     One colour and marker per way of pruning: solid and filled for the stragglers, dotted and open for
@@ -51,7 +51,7 @@ def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
 
     Args:
         rows: of :func:`rft_fast.studies.prune_stragglers`; those of the interpolation tell which
-            models fail.
+            models fail. Or facts of such rows.
         file: where the picture goes; its ending chooses the format.
 
     Returns:
@@ -60,8 +60,9 @@ def prune(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     Raises:
         ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
     """
-    effects, gains = pruning_effect(rows), ood_gains(rows)
-    rows = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
+    facts = as_facts(rows)
+    effects, gains = facts.pruning, facts.ood_gains
+    rows = facts.part(STUDY).sort_values("alpha", kind="stable")
     models, datasets = list(rows["model"].unique()), list(rows["dataset"].unique())
     variants = effects[_VARIANT].drop_duplicates().itertuples(index=False, name=None)
     styles = dict(zip(variants, cycle(CURVES)))

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from ..studies.facts import Facts, as_facts
 from ..studies.path import Z95
 from ..studies.rows import of_study
 from ..studies.sharpness import STUDY
@@ -27,9 +28,6 @@ from .style import (
     legend,
     lost,
     margin,
-    ood_gains,
-    ood_rows,
-    ood_summary,
     plain,
     save,
     setting,
@@ -43,7 +41,7 @@ _END: Style = {"ls": "", "marker": "s", "ms": 5}
 
 
 @drawing
-def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     """Figure 3: general sharpness over alpha (left), and accuracy against it (right); one row per rho.
 
     One colour per model. On the left, dashed with open markers where no alpha beats zero-shot in mean
@@ -55,7 +53,8 @@ def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
 
     Args:
         rows: of :func:`rft_fast.studies.sharpness`; those of the interpolation at the same alphas
-            give the accuracies, and without them there is only the left panel, and it says so.
+            give the accuracies, and without them there is only the left panel, and it says so. Or facts of
+            such rows.
         file: where the picture goes; its ending chooses the format.
 
     Returns:
@@ -64,9 +63,10 @@ def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     Raises:
         ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
     """
-    measured = of_study(rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
-    accuracies, facts = ood_rows(rows), ood_summary(rows)
-    sets = list(facts["dataset"].unique())
+    facts = as_facts(rows)
+    measured = of_study(facts.rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
+    accuracies, far, gains = facts.ood_rows, facts.ood_path, facts.ood_gains
+    sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
     palette = dict(zip(models, colours(len(models)), strict=True))
     settings = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
@@ -76,7 +76,6 @@ def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         len(settings), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets)
     )
     unmatched = 0
-    gains = ood_gains(rows)
     for (left, *others), part in zip(panels, settings, strict=True):
         _along(left, part, palette, set(gains.index[gains <= 0]))
         left.set_title(setting(part), fontsize=9)
@@ -84,7 +83,7 @@ def sharpness(rows: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         for panel, dataset in zip(others, sets, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
-            here = facts[facts["dataset"] == dataset]
+            here = far[far["dataset"] == dataset]
             _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
             panel.set_title(dataset, fontsize=9)
     for panel, dataset in zip(panels[-1], ["", *sets], strict=True):

@@ -23,8 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from .. import disk
-from ..studies.path import STUDY as INTERPOLATION
-from ..studies.path import best_gains, summarize
+from ..studies.facts import Facts
 from ..studies.sharpness import student_t
 from ..words import visible
 
@@ -76,7 +75,7 @@ def drawing(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 def _shown(value: Any, shown: dict[str, str]) -> Any:
-    """Tables, and lists of names, with the names as they are drawn."""
+    """Facts, tables, and lists of names, with the names as they are drawn."""
 
     def name(text: Any) -> Any:
         if not isinstance(text, str) or (new := visible(text).replace("$", r"\$")) == text:
@@ -85,10 +84,15 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
             new += "'"
         return shown.setdefault(text, new)
 
+    if isinstance(value, Facts):
+        rows = _shown(value.rows, shown)
+        return value if rows is value.rows else Facts(rows, value.settings)
     if isinstance(value, list | tuple):
         return type(value)(map(name, value))
     if isinstance(value, pd.DataFrame):
         odd = [c for c in value if any(name(text) is not text for text in pd.unique(value[c]))]
+        if not odd:
+            return value
         return value.assign(**{column: value[column].map(name, na_action="ignore") for column in odd})
     return value
 
@@ -230,24 +234,6 @@ def short(names: Sequence[str]) -> dict[str, str]:
     tails = [re.sub(r"^.*?(?<![^.])(?=\d+(\.|$))", "", name) for name in rest]
     unique = next(texts for texts in (tails, rest, names) if len(set(texts)) == len(names))
     return dict(zip(names, unique, strict=True))
-
-
-def ood_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Those of the interpolation on out-of-distribution data, which may be none."""
-    return rows[(rows["study"] == INTERPOLATION) & rows["ood"].fillna(False)]
-
-
-def ood_summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """:func:`rft_fast.studies.summarize` of those rows; without any, an empty one."""
-    rows = ood_rows(rows)
-    return pd.DataFrame(columns=["model", "dataset", "gain", "best_alpha"]) if rows.empty else summarize(rows)
-
-
-def ood_gains(rows: pd.DataFrame) -> pd.Series:
-    """What :func:`best_gains` gives for the out-of-distribution sets; empty without them."""
-    ood_summary(rows)  # refuses an incomplete path
-    far = ood_rows(rows)
-    return pd.Series(dtype=float) if far.empty else best_gains(far)
 
 
 def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[str], str]:

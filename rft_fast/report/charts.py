@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .. import studies
 from ..figures.style import margin, short
+from ..studies.facts import Facts
 from ..studies.path import Z95
-from ..studies.pruning import pruning_effect
 from .drawing import (
     ALL,
     SYMBOLS,
@@ -29,15 +28,14 @@ from .drawing import (
     rule,
     safe,
 )
-from .runs import RunRead
 from .tables import setting, signed
 
 ALPHA = "α (0 zero-shot, 1 fine-tuned)"
 
 
-def colours(run: RunRead) -> dict[str, int]:
+def colours(facts: Facts) -> dict[str, int]:
     """Model -> its number, which is its colour and its symbol, in the order of measurement."""
-    return {model: place for place, model in enumerate(run.rows["model"].unique())}
+    return {model: place for place, model in enumerate(facts.rows["model"].unique())}
 
 
 def model_keys(numbers: Mapping[str, int]) -> list[Key]:
@@ -50,11 +48,11 @@ def points(value: float, half: float, scale: float = 100, form: str = ".1f") -> 
     return text if pd.isna(half) or not half else f"{text} ± {scale * half:{form.lstrip('+')}}"
 
 
-def path(run: RunRead) -> Picture:
+def path(facts: Facts) -> Picture:
     """Accuracy and loss along the path."""
-    part = run.rows[run.rows["study"] == "interpolation"].sort_values("alpha", kind="stable")
-    numbers = colours(run)
-    gains = studies.summarize(run.rows, run.config["xi"]).set_index(["model", "dataset"])["gain"]
+    part = facts.part("interpolation").sort_values("alpha", kind="stable")
+    numbers = colours(facts)
+    gains = facts.path.set_index(["model", "dataset"])["gain"]
     accuracy: list[Trace] = []
     loss: list[Trace] = []
     for (model, dataset), curve in part.groupby(["model", "dataset"], sort=False):
@@ -117,12 +115,12 @@ def path(run: RunRead) -> Picture:
     )
 
 
-def sharpness(run: RunRead) -> Picture:
+def sharpness(facts: Facts) -> Picture:
     """General sharpness over alpha, and accuracy against it."""
-    part = run.rows[run.rows["study"] == "sharpness"].sort_values("alpha", kind="stable")
+    part = facts.part("sharpness").sort_values("alpha", kind="stable")
     part = part.assign(setting=[setting(row) for row in part.to_dict("records")], half=margin(part))
-    numbers = colours(run)
-    path_rows = run.rows[(run.rows["study"] == "interpolation")]
+    numbers = colours(facts)
+    path_rows = facts.part("interpolation")
     path_rows = path_rows.assign(position=path_rows["alpha"].round(9)).set_index(
         ["model", "dataset", "position"]
     )
@@ -188,9 +186,9 @@ def sharpness(run: RunRead) -> Picture:
     )
 
 
-def prune(run: RunRead) -> Picture:
+def prune(facts: Facts) -> Picture:
     """Accuracy along the path, unpruned, pruned and with other layers pruned."""
-    part = run.rows[run.rows["study"] == "prune"].sort_values("alpha", kind="stable")
+    part = facts.part("prune").sort_values("alpha", kind="stable")
     variants = {
         key: n
         for n, key in enumerate(
@@ -246,7 +244,7 @@ def prune(run: RunRead) -> Picture:
         keys.append(Key(f"stragglers by {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9]))
         keys.append(Key(f"its control, {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot"))
     # First those of which something was pruned.
-    found = [*pruning_effect(run.rows)["model"], *part["model"]]
+    found = [*facts.pruning["model"], *part["model"]]
     return Picture(
         [choices("model", "Model", found), choices("dataset", "Data set", part["dataset"])], [chart], keys
     )

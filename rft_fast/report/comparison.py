@@ -38,7 +38,7 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     Raises:
         ValueError: the runs have no measurement in common.
     """
-    found = matched(first.rows, second.rows)
+    found = matched(first.facts.rows, second.facts.rows)
     if found.empty:
         raise ValueError(
             f"report: {first.directory} and {second.directory} have no measurement in common: no model, data "
@@ -162,9 +162,11 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
 def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str]:
     for name, run in (("A", first), ("B", second)):
         yield from (f"{name}: {note}" for note in run.notes)
-        others = (second if run is first else first).rows
+        others = (second if run is first else first).facts.rows
         for column, what in (("model", "models"), ("dataset", "data sets"), ("study", "studies")):
-            if alone := [str(x) for x in run.rows[column].unique() if x not in set(others[column].unique())]:
+            if alone := [
+                str(x) for x in run.facts.rows[column].unique() if x not in set(others[column].unique())
+            ]:
                 yield f"Only {name} has the {what} {some(alone)}."
     if count := int((~found["known"]).sum()):
         yield f"{count} values have no standard error: nothing is said of them."

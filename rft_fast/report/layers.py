@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from ..figures.style import margin, short
-from ..studies.layers import stragglers
+from ..studies.facts import Facts
 from ..studies.path import Z95
-from ..studies.sharpness import near_zero
 from .charts import points
 from .drawing import (
     ALL,
@@ -30,26 +29,24 @@ from .drawing import (
     rule,
     safe,
 )
-from .runs import RunRead
 from .tables import setting, signed, straggler_words
 
 _WORST = 3
 
 
-def interpolation(run: RunRead) -> Picture:
+def interpolation(facts: Facts) -> Picture:
     """What each layer does to the loss on its own: a map, instabilities with intervals, curves."""
-    part = run.rows[run.rows["study"] == "layers"].sort_values("alpha", kind="stable")
-    facts = stragglers(run.rows, run.config["straggler_margin"])
-    layers = list(run.rows.loc[run.rows["study"] == "layers", "layer"].unique())
+    part = facts.part("layers").sort_values("alpha", kind="stable")
+    layers = list(facts.part("layers")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
-    edge = run.config["straggler_margin"]
+    known, edge = facts.stragglers, facts.settings.straggler_margin
     largest = _largest(part["rise"], edge)
     maps: list[Trace] = []
     dots: list[Trace] = [rule([edge, edge], [-0.5, len(layers) - 0.5])]
     curves: dict[str, list[Trace]] = {"loss": [], "accuracy": []}
     for (model, dataset), group in part.groupby(["model", "dataset"], sort=False):
-        found = facts[(facts["model"] == model) & (facts["dataset"] == dataset)]
+        found = known[(known["model"] == model) & (known["dataset"] == dataset)]
         show = {"model": [model], "dataset": [dataset]}
         worst = set(found[found["straggler"]]["layer"])
         maps += _map(group, "rise", "rise_se", layers, edge, largest, "rise in loss", worst, show)
@@ -126,24 +123,22 @@ def interpolation(run: RunRead) -> Picture:
     )
 
 
-def sharpness(run: RunRead) -> Picture:
+def sharpness(facts: Facts) -> Picture:
     """The sharpness of each layer along the path: a map, and the values with intervals at one alpha."""
-    part = run.rows[run.rows["study"] == "layer-sharpness"].sort_values("alpha", kind="stable")
+    part = facts.part("layer-sharpness").sort_values("alpha", kind="stable")
     part = part.assign(setting=[setting(row) for row in part.to_dict("records")], half=margin(part))
-    layers = list(run.rows.loc[run.rows["study"] == "layer-sharpness", "layer"].unique())
+    layers = list(facts.part("layer-sharpness")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
-    edge = run.config["zero_margin"]
-    facts = near_zero(part, edge)
-    facts = facts.assign(setting=[setting(row) for row in facts.to_dict("records")])
+    edge = facts.settings.zero_margin
+    flat_ones = facts.near_zero[facts.near_zero["near_zero"]]
+    flat_ones = flat_ones.assign(setting=[setting(row) for row in flat_ones.to_dict("records")])
     maps: list[Trace] = []
     dots: list[Trace] = [rule([x, x], [-0.5, len(layers) - 0.5]) for x in (-edge, edge)]
     for (model, where), group in part.groupby(["model", "setting"], sort=False):
         largest = _largest(part.loc[part["setting"] == where, "sharpness"], edge)
         show = {"model": [model], "setting": [where]}
-        flat = set(
-            facts.loc[(facts["model"] == model) & (facts["setting"] == where) & facts["near_zero"], "layer"]
-        )
+        flat = set(flat_ones.loc[(flat_ones["model"] == model) & (flat_ones["setting"] == where), "layer"])
         group = group.assign(sharpness_half=group["half"])
         maps += _map(
             group, "sharpness", "sharpness_half", layers, edge, largest, "sharpness", flat, show,

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from .. import disk
+from ..findings import findings
+from ..words import visible
 from . import comparison, page, sections
 from .charts import colours
 from .runs import read
@@ -43,10 +45,10 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         about=f"{config['date'][:10]} · {arch} · rft_fast {config['versions']['rft_fast']}",
         commands=[config["command"]],
         tiles=sections.tiles(run),
-        findings=run.findings(),
+        findings=[visible(finding.text) for finding in findings(run.facts)],
         notes=run.notes,
-        parts=[*sections.studied(run), sections.provenance(run)],
-        models=len(colours(run)),
+        parts=[*sections.studied(run.facts), sections.provenance(run)],
+        models=len(colours(run.facts)),
     )
     return _replace(file, text)
 

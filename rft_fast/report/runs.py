@@ -4,64 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 from packaging.version import InvalidVersion, Version
 
-from .. import __version__, results, studies, summary
-from ..request import Request
+from .. import __version__, results
 from ..studies.chance import among
-from ..studies.rows import STUDIES
+from ..studies.facts import Facts, Settings
 
-# What the summary and the sections read of the request.
-_ASKED = (
-    "everything measured alphas xi others straggler_margin zero_margin keep criteria prune_layers mask_seeds"
-).split()
-_NEEDED = [*_ASKED, "command", "date", "zoo", "arch", "zeroshot", "finetuned", "data", "versions"]
+_NEEDED = [
+    *(field.name for field in fields(Settings)),
+    *("command", "date", "zoo", "arch", "zeroshot", "finetuned", "data", "versions"),
+]
 
 
 @dataclass(frozen=True)
 class RunRead:
-    """What a run left behind: its request, the rows that are complete, and what was left out of them."""
+    """What a run left behind: its request, the facts of the rows that are complete, and what is missing."""
 
     directory: Path
     config: dict[str, Any]
-    rows: pd.DataFrame  # without the models of a study that it did not finish
+    facts: Facts  # of rows without the models of a study that it did not finish
     count: int  # of all rows
-    correlation: pd.DataFrame | None
     costs: pd.DataFrame | None  # what each study took
     notes: list[str]  # what is missing, as sentences
-
-    @property
-    def studies(self) -> list[str]:
-        """Those with rows, and the correlation where there is one, in the paper's order."""
-        found, made = set(self.rows["study"].unique()), self.correlation is not None
-        return [name for name in STUDIES if name in found or (name == "correlation" and made)]
-
-    def printed(self, *only: str) -> str:
-        """The summary as the sweep prints it, or its part on some of the studies."""
-        # summary reads nothing of a request but what was recorded.
-        recorded = {name: self.config[name] for name in _ASKED}
-        recorded["measured"] = list(only) or self.studies
-        recorded["everything"] = recorded["everything"] and not only
-        request = cast(Request, SimpleNamespace(**recorded))
-        return summary.report(request, self.rows, self.correlation, among(self.config))
-
-    def findings(self) -> list[str]:
-        """The sentences under the summary's last heading, as paragraphs."""
-        lines = self.printed().partition("\nIn short\n")[2].splitlines()
-        found: list[str] = []
-        for line in lines:
-            if line.startswith("- "):
-                found.append(line[2:])
-            elif found:  # it may have been broken after a hyphen
-                found[-1] += ("" if re.search(r"\w-$", found[-1]) else " ") + line.strip()
-        return found
 
 
 def read(directory: str | os.PathLike[str]) -> RunRead:
@@ -94,16 +63,15 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), "correlation"}]
     if missing:
         notes.append(f"Asked for, and without rows: {', '.join(missing)}.")
-    table = None
-    if "correlation" in config["measured"]:
+    facts = Facts(rows, Settings.of(config), among(config))
+    if "correlation" in facts.studies:
         try:
-            table = studies.correlation(rows, margin=config["straggler_margin"])
+            _ = facts.correlation
         except ValueError as error:
             notes.append(f"The correlation is left out: {error}.")
+            facts = Facts(rows, replace(facts.settings, measured=facts.studies[:-1]), facts.classes)
     costs = directory / "cost.csv"
-    return RunRead(
-        directory, config, rows, count, table, pd.read_csv(costs) if costs.is_file() else None, notes
-    )
+    return RunRead(directory, config, facts, count, pd.read_csv(costs) if costs.is_file() else None, notes)
 
 
 def _config(directory: Path) -> dict[str, Any]:

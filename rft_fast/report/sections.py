@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from .. import studies
 from ..cost import duration
+from ..studies.facts import Facts
+from ..summary import sections
 from ..words import some
 from . import charts, layers, tables
 from .drawing import Picture
@@ -31,27 +32,18 @@ class Section:
     printed: str = ""
 
 
-def studied(run: RunRead) -> list[Section]:
+def studied(facts: Facts) -> list[Section]:
     """A section for each study that has rows."""
-    makers: dict[str, Callable[[RunRead], Section]] = {
-        "interpolation": _path,
-        "layers": _layers,
-        "sharpness": _sharpness,
-        "layer-sharpness": _layer_sharpness,
-        "prune": _prune,
-    }
-    found = [makers[study](run) for study in run.studies if study in makers]
-    if run.correlation is not None:
-        found.append(_correlation(run, run.correlation))
-    return found
+    return [_MAKERS[study](facts) for study in facts.studies]
 
 
-def _text(run: RunRead, study: str) -> str:
-    return run.printed(study).partition("\nIn short\n")[0].strip("\n")
+def _text(facts: Facts, study: str) -> str:
+    """A study as the sweep prints it."""
+    return sections(facts, [study]).strip("\n")
 
 
-def _path(run: RunRead) -> Section:
-    table = tables.path(run)
+def _path(facts: Facts) -> Section:
+    table = tables.path(facts)
     wide = [(row[0].text, row[1].text, row[3].text) for row in table.wide()]
     warnings = []
     for dataset in dict.fromkeys(row[1].text for row in table.rows):
@@ -75,15 +67,15 @@ def _path(run: RunRead) -> Section:
         "Accuracy and loss on the straight line from zero-shot to fine-tuned. Choose one model to see its "
         "pointwise 95 % interval, which is that of the difference to zero-shot, paired over images. The "
         "gain is the best position against zero-shot on the same images, which makes it optimistic.",
-        charts.path(run),
+        charts.path(facts),
         [table],
         warnings,
-        _text(run, "interpolation"),
+        _text(facts, "interpolation"),
     )
 
 
-def _layers(run: RunRead) -> Section:
-    table = tables.layers(run)
+def _layers(facts: Facts) -> Section:
+    table = tables.layers(facts)
     warnings = []
     found: dict[tuple[str, str], list[str]] = {}
     for row in table.wide():
@@ -91,21 +83,21 @@ def _layers(run: RunRead) -> Section:
     for (model, dataset), names in found.items():
         warnings.append(
             f"{model} on {dataset}: it cannot be told whether the instability of {len(names)} layers exceeds "
-            f"{run.config['straggler_margin']:g} nats: {some(names, 4)}."
+            f"{facts.settings.straggler_margin:g} nats: {some(names, 4)}."
         )
-    part = run.rows[run.rows["study"] == "layers"]
+    part = facts.part("layers")
     return Section(
         "layers",
         "Figure 2 · Def. 1.1 and 1.2",
         "Layer by layer",
-        f"Each layer on the path alone, the others {_OTHERS[run.config['others']]}; {_images(part)}. A "
+        f"Each layer on the path alone, the others {_OTHERS[facts.settings.others]}; {_images(part)}. A "
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
         "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
         "corrected.",
-        layers.interpolation(run),
+        layers.interpolation(facts),
         [table],
         warnings,
-        _text(run, "layers"),
+        _text(facts, "layers"),
     )
 
 
@@ -132,42 +124,42 @@ def _drawn(part: pd.DataFrame) -> str:
     return f"{count} draws, {_images(part)}"
 
 
-def _sharpness(run: RunRead) -> Section:
-    part = run.rows[run.rows["study"] == "sharpness"]
-    table = tables.sharpness(run, "sharpness")
+def _sharpness(facts: Facts) -> Section:
+    part = facts.part("sharpness")
+    table = tables.sharpness(facts, "sharpness")
     return Section(
         "sharpness",
         "Figure 3 · Eq. 3",
         "Sharpness of all weights",
         f"The mean rise of the loss under noise on every weight; {_drawn(part)}. Bars are pointwise 95 % "
         "intervals: of sharpness over draws (Student's t), of accuracy over images.",
-        charts.sharpness(run),
+        charts.sharpness(facts),
         [table],
         _unclear(table),
-        _text(run, "sharpness"),
+        _text(facts, "sharpness"),
     )
 
 
-def _layer_sharpness(run: RunRead) -> Section:
-    part = run.rows[run.rows["study"] == "layer-sharpness"]
-    table = tables.sharpness(run, "layer-sharpness")
+def _layer_sharpness(facts: Facts) -> Section:
+    part = facts.part("layer-sharpness")
+    table = tables.sharpness(facts, "layer-sharpness")
     return Section(
         "layer-sharpness",
         "Figure 4 · Sec. 3.1",
         "Sharpness of each layer",
         f"The same for one layer at a time; {_drawn(part)}. A layer is near zero when its 95 % interval lies "
-        f"within {run.config['zero_margin']:g} nats at every α above 0. A wide interval is no evidence of "
+        f"within {facts.settings.zero_margin:g} nats at every α above 0. A wide interval is no evidence of "
         "that.",
-        layers.sharpness(run),
+        layers.sharpness(facts),
         [table],
         _unclear(table),
-        _text(run, "layer-sharpness"),
+        _text(facts, "layer-sharpness"),
     )
 
 
-def _prune(run: RunRead) -> Section:
-    part = run.rows[run.rows["study"] == "prune"]
-    table = tables.prune(run)
+def _prune(facts: Facts) -> Section:
+    part, settings = facts.part("prune"), facts.settings
+    table = tables.prune(facts)
     warnings = [
         f"{row[0].text} on {row[-1].text}, {row[1].text} ({row[2].text}): mean change {row[3].text} points "
         f"over {row[5].text} masks; {row[4].text}."
@@ -177,18 +169,19 @@ def _prune(run: RunRead) -> Section:
         "prune",
         "Figure 5 · Algorithm 1",
         "Pruning the stragglers",
-        f"{100 * run.config['keep']:g} % of the straggler layers' weights kept, "
-        f"{len(run.config['mask_seeds'])} masks; {_images(part)}. Bands reach from the lowest to the highest "
+        f"{100 * settings.keep:g} % of the straggler layers' weights kept, "
+        f"{len(settings.mask_seeds)} masks; {_images(part)}. Bands reach from the lowest to the highest "
         "mask, for the unpruned path it is the pointwise 95 % interval of its difference to zero-shot. The "
         "control prunes as many other layers, at random.",
-        charts.prune(run),
+        charts.prune(facts),
         [table],
         warnings,
-        _text(run, "prune"),
+        _text(facts, "prune"),
     )
 
 
-def _correlation(run: RunRead, found: pd.DataFrame) -> Section:
+def _correlation(facts: Facts) -> Section:
+    found = facts.correlation
     picture, names = charts.correlation(found)
     table = tables.correlation(found, names)
     models = int(found["models"].max())
@@ -208,9 +201,18 @@ def _correlation(run: RunRead, found: pd.DataFrame) -> Section:
         ]
         if wide
         else [],
-        _text(run, "correlation"),
+        _text(facts, "correlation"),
     )
 
+
+_MAKERS: dict[str, Callable[[Facts], Section]] = {
+    "interpolation": _path,
+    "layers": _layers,
+    "sharpness": _sharpness,
+    "layer-sharpness": _layer_sharpness,
+    "prune": _prune,
+    "correlation": _correlation,
+}
 
 # --- what was run -------------------------------------------------------------------------------
 
@@ -314,12 +316,12 @@ def _cost(costs: pd.DataFrame) -> Table:
 
 def tiles(run: RunRead) -> list[tuple[str, str]]:
     """A few numbers that say how large the run is and what it comes to."""
-    facts = studies.summarize(run.rows, run.config["xi"])
-    far = facts[facts["ood"]]
-    images = facts.drop_duplicates("dataset")["samples"].sum()
+    path = run.facts.path
+    far = path[path["ood"]]
+    images = path.drop_duplicates("dataset")["samples"].sum()
     found = [
-        (f"{facts['model'].nunique()}", "fine-tuned models"),
-        (f"{facts['dataset'].nunique()}", f"image sets, {far['dataset'].nunique()} out of distribution"),
+        (f"{path['model'].nunique()}", "fine-tuned models"),
+        (f"{path['dataset'].nunique()}", f"image sets, {far['dataset'].nunique()} out of distribution"),
         (f"{images:,}", "images scored at every position"),
         (f"{run.count:,}", "measurements"),
     ]

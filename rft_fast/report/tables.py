@@ -12,13 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from .. import studies
 from ..figures.style import margin
-from ..studies.layers import stragglers
+from ..studies.facts import Facts
 from ..studies.path import Z95
-from ..studies.pruning import pruning_effect
-from ..studies.sharpness import near_zero
-from .runs import RunRead
 
 WIDE = "too wide to conclude"
 
@@ -80,10 +76,10 @@ def gain_words(fact: Mapping[str, Any], furthest: float) -> Cell:
     return Cell("no gain", 0, "bad")
 
 
-def path(run: RunRead) -> Table:
+def path(facts: Facts) -> Table:
     """A row per model and data set: :func:`rft_fast.studies.summarize`, and what can be concluded."""
     rows, chosen = [], []
-    for fact in studies.summarize(run.rows, run.config["xi"]).to_dict("records"):
+    for fact in facts.path.to_dict("records"):
         fact["mode"] = "–" if pd.isna(fact["mode"]) else fact["mode"]
         looks = {"failure": "bad", "gain": "good", "high gain": "good"}
         gain = interval(fact["gain"], fact["gain_low"], fact["gain_high"], scale=100)
@@ -92,7 +88,7 @@ def path(run: RunRead) -> Table:
                 Cell(fact["model"]),
                 Cell(fact["dataset"]),
                 gain if fact["gain"] else Cell("0.0", 0.0, "n"),
-                gain_words(fact, furthest(run.rows, fact["model"], fact["dataset"])),
+                gain_words(fact, furthest(facts.rows, fact["model"], fact["dataset"])),
                 Cell(fact["mode"], None, looks.get(fact["mode"], "")),
                 number(fact["best_alpha"], "g"),
                 number(fact["zero_shot"], ".1f", 100),
@@ -118,10 +114,10 @@ def furthest(rows: pd.DataFrame, model: str, dataset: str) -> float:
     return float((curve["gain"] + Z95 * curve["gain_se"]).max(skipna=False))
 
 
-def layers(run: RunRead) -> Table:
+def layers(facts: Facts) -> Table:
     """A row per layer: :func:`rft_fast.studies.stragglers`."""
     rows, chosen = [], []
-    for fact in stragglers(run.rows, run.config["straggler_margin"]).to_dict("records"):
+    for fact in facts.stragglers.to_dict("records"):
         half = Z95 * fact["instability_se"]
         rows.append(
             [
@@ -157,13 +153,13 @@ def straggler_words(fact: Mapping[str, Any]) -> Cell:
     return Cell("not one", 0)
 
 
-def sharpness(run: RunRead, study: str) -> Table:
+def sharpness(facts: Facts, study: str) -> Table:
     """A row per measurement of a sharpness, general or by layer."""
-    part = run.rows[run.rows["study"] == study]
+    part = facts.part(study)
     halves = margin(part)
     near = set()
     if study == "layer-sharpness":
-        found = near_zero(run.rows, run.config["zero_margin"])
+        found = facts.near_zero
         near = set(
             found.loc[found["near_zero"], ["model", "dataset", "rho", "layer"]].itertuples(
                 index=False, name=None
@@ -215,10 +211,10 @@ def setting(row: Mapping[str, Any]) -> str:
     return f"ρ = {row['rho']:g}, {row['dataset']}, {row['on']} weights, {row['estimator']}"
 
 
-def prune(run: RunRead) -> Table:
+def prune(facts: Facts) -> Table:
     """A row per way of pruning: :func:`rft_fast.studies.pruning_effect` with its interval over masks."""
     rows, chosen = [], []
-    for fact in pruning_effect(run.rows).to_dict("records"):
+    for fact in facts.pruning.to_dict("records"):
         seeds, change, error = int(fact["seeds"]), fact["change"], fact["change_se"]
         half = float(stdtrit(seeds - 1, 0.975)) * error if seeds > 1 else math.nan
         if np.isnan(half):

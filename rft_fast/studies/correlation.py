@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,13 +77,29 @@ def correlation(
             a straggler whose sharpness was not measured; fewer than three models everywhere.
     """
     check_table(rows, "correlation")
-    # One grid may write 0.3 and another 0.30000000000000004.
-    rows = rows.assign(alpha=rows["alpha"].round(9))
-    outcomes = list(_outcomes(rows))
+    rows = _rounded(rows)
+    return correlate(rows, lambda: summarize(_ood(rows)), lambda: find_stragglers(rows, margin), stragglers)
+
+
+def correlate(
+    rows: pd.DataFrame,
+    path: Callable[[], pd.DataFrame],
+    unstable: Callable[[], pd.DataFrame],
+    stragglers: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """:func:`correlation` of what is known already.
+
+    Args:
+        rows, stragglers: as there.
+        path: gives :func:`rft_fast.studies.summarize` of the rows, at least of those out of distribution.
+        unstable: gives :func:`rft_fast.studies.stragglers`; called where rows of layers tell them.
+    """
+    rows = _rounded(rows)
+    outcomes = list(_outcomes(rows, path))
     table = pd.DataFrame(
         [
             {"dataset": dataset, "outcome": outcome, **measure, **facts}
-            for measure, x in _measures(rows, stragglers, margin)
+            for measure, x in _measures(rows, stragglers, unstable)
             for dataset, outcome, y in outcomes
             for facts in _associations(x, y)
         ]
@@ -106,27 +122,36 @@ _TYPES = {name: COLUMNS[name] for name in _COLUMNS if name in COLUMNS and name !
 _TYPES |= dict.fromkeys(["outcome", "measured_on", "measure"], "string")
 
 
-def _outcomes(rows: pd.DataFrame) -> Iterator[tuple[str, str, Any]]:
+def _rounded(rows: pd.DataFrame) -> pd.DataFrame:
+    # One grid may write 0.3 and another 0.30000000000000004.
+    return rows.assign(alpha=rows["alpha"].round(9))
+
+
+def _ood(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[(rows["study"] == INTERPOLATION) & rows["ood"].fillna(False)]
+
+
+def _outcomes(rows: pd.DataFrame, path: Callable[[], pd.DataFrame]) -> Iterator[tuple[str, str, Any]]:
     """Data set, outcome, and its values by model: at each alpha for accuracy, one for the gain."""
-    rows = rows[(rows["study"] == INTERPOLATION) & rows["ood"].fillna(False)]
+    rows = _ood(rows)
     if rows.empty:
         raise ValueError(
             f"correlation: expected rows of the study {INTERPOLATION!r} on out-of-distribution data, got none"
         )
-    gains = summarize(rows).set_index(["dataset", "model"])["gain"]
+    gains = path().set_index(["dataset", "model"])["gain"]
     for dataset, group in rows.groupby("dataset", sort=False):
         yield str(dataset), "accuracy", group.pivot(index="model", columns="alpha", values="accuracy")
         yield str(dataset), "gain", gains[dataset]
 
 
 def _measures(
-    rows: pd.DataFrame, stragglers: Sequence[str] | None, margin: float
+    rows: pd.DataFrame, stragglers: Sequence[str] | None, unstable: Callable[[], pd.DataFrame]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """What identifies a measure of sharpness, and its values: a row per model, a column per alpha."""
     measured = rows[rows["study"].isin(_STUDIES) & (rows["alpha"] > 0)]
     if measured.empty:
         raise ValueError(f"correlation: expected rows of the study {' or '.join(_STUDIES)}, got none")
-    names = _straggler_layers(rows, measured["layer"].dropna().unique(), stragglers, margin)
+    names = _straggler_layers(rows, measured["layer"].dropna().unique(), stragglers, unstable)
     for (dataset, *setting), group in measured.groupby([*SETTING, "study"], sort=False, dropna=False):
         _check(group, f"correlation: {setting.pop()} on {dataset!r} at rho={setting[0]:g}")
         stated = {
@@ -155,7 +180,10 @@ def _measures(
 
 
 def _straggler_layers(
-    rows: pd.DataFrame, layers: Sequence[str], stragglers: Sequence[str] | None, margin: float
+    rows: pd.DataFrame,
+    layers: Sequence[str],
+    stragglers: Sequence[str] | None,
+    unstable: Callable[[], pd.DataFrame],
 ) -> list[str]:
     """Those given, checked against the measured layers, else those found in any model, else none."""
     if stragglers is not None:
@@ -169,7 +197,7 @@ def _straggler_layers(
         return list(dict.fromkeys(stragglers))
     if not len(layers) or not (rows["study"] == LAYERS).any():
         return []
-    found = find_stragglers(rows, margin)
+    found = unstable()
     return list(found.loc[found["straggler"], "layer"].unique())
 
 

@@ -14,7 +14,7 @@ from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes te
 
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
 from .path import check_evaluator
-from .rows import Measured, Sink, as_number, ascending, of_study
+from .rows import COLUMNS, Measured, Sink, as_number, ascending, of_study
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator
@@ -202,9 +202,10 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         margin: in nats.
 
     Returns:
-        One row per (model, data set, on, rho, estimator, layer) in the order of measurement, with what
-        was found where the interval reaches furthest from zero: ``sharpness``, ``sharpness_se``, its far
-        end ``bound``, ``alpha``, ``draws``; and ``near_zero``, ``margin``.
+        One row per (model, data set, on, rho, estimator, noise, adaptive, noise_batch, normalized, layer) in
+        the order of measurement, with what was found where the interval reaches furthest from zero:
+        ``sharpness``, ``sharpness_se``, its far end ``bound``, ``alpha``, ``draws``; and ``near_zero``,
+        ``margin``.
 
     Raises:
         TypeError: no table of rows, a margin that is no number.
@@ -216,9 +217,9 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     rows = rows[rows["alpha"] > 0]
     if rows.empty:
         raise ValueError(f"near_zero: expected rows of the study {LAYER_STUDY!r} with alpha > 0, got none")
-    keys = ["model", "dataset", "on", "rho", "estimator", "layer"]
+    keys = "model dataset on rho estimator noise adaptive noise_batch normalized layer".split()
     found = []
-    for key, group in rows.groupby(keys, sort=False):
+    for key, group in rows.groupby(keys, sort=False, dropna=False):
         bounds = group["sharpness"].abs() + student_t(group) * group["sharpness_se"]
         bounds = bounds.to_numpy(dtype=float, na_value=np.nan)
         at = int(np.argmax(bounds))  # argmax finds a NaN, max would hide it
@@ -226,7 +227,7 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         fact = {name: worst[name] for name in ("sharpness", "sharpness_se", "alpha", "draws")}
         near = bool(bounds[at] < margin)
         found.append({**dict(zip(keys, key, strict=True)), **fact, "bound": bounds[at], "near_zero": near})
-    return pd.DataFrame(found).assign(margin=margin)
+    return pd.DataFrame(found).assign(margin=margin).astype({name: COLUMNS[name] for name in keys})
 
 
 def student_t(rows: pd.DataFrame) -> pd.Series:

@@ -33,7 +33,8 @@ from support.tiny_report import (
     make_run,
 )
 
-from rft_fast import __version__, report, results, studies
+from rft_fast import __version__, report, results, studies, summary
+from rft_fast.findings import findings
 from rft_fast.report import comparison, runs, tables
 from rft_fast.report.__main__ import main
 
@@ -71,15 +72,14 @@ def charts(page: str) -> dict[str, Any]:
 
 def test_the_summary_is_the_sweeps(run: Path, page: str) -> None:
     read = runs.read(run)
-    printed = read.printed()
-    for study in read.studies:
-        section = read.printed(study).partition("\nIn short\n")[0].strip("\n")
+    printed = summary.report(read.facts)
+    for study in read.facts.studies:
+        section = summary.sections(read.facts, [study]).strip("\n")
         assert section in printed
         assert html.escape(section) in page
-    found = read.findings()
-    assert found and all(plain(html.escape(finding)) in plain(page) for finding in found)
-    flat = " ".join(printed.split())
-    assert all(" ".join(finding.split()) in flat.replace("- ", "") or finding in flat for finding in found)
+    found = [finding.text for finding in findings(read.facts)]
+    items = re.findall(r"<li>(.*?)</li>", page.replace("<wbr>", ""))
+    assert found and [html.unescape(item) for item in items][: len(found)] == found
     assert plain(html.escape(CONFIG["command"])) in plain(page)
     for text in ("0" * 64, "1" * 64, "d" * 64, __version__, "n = 1,234", "n = 77 images"):
         assert text in plain(page)
@@ -88,37 +88,30 @@ def test_the_summary_is_the_sweeps(run: Path, page: str) -> None:
 def test_a_zero_shot_end_that_guesses_is_reported(tmp_path: Path) -> None:
     among = {FAR: 2, "near": 2}  # .5 and .8 of 1,234 images
     read = runs.read(make_run(tmp_path / "run", SHORT, measured=["interpolation"], **{"scored among": among}))
-    found = [finding for finding in read.findings() if "chance" in finding]
-    ends = [end for end in studies.zeroshot_chances(read.rows, among) if end.text]
+    found = [finding.text for finding in findings(read.facts) if "chance" in finding.text]
+    ends = [end for end in studies.zeroshot_chances(read.facts.rows, among) if end.text]
     assert [end.dataset for end in ends] == [FAR]
-    assert found == [" ".join(end.text.split()) for end in ends] and "is near chance" in found[0]
+    assert found == [end.text for end in ends] and "is near chance" in found[0]
     report.write(tmp_path / "run")
     assert (
         html.escape("near chance: 50.0 % of 1,234 images") in (tmp_path / "run" / "report.html").read_text()
     )
     earlier = {name: {**data, "classes": 2 if name == FAR else None} for name, data in CONFIG["data"].items()}
     read = runs.read(make_run(tmp_path / "earlier", SHORT, measured=["interpolation"], data=earlier))
-    assert [finding for finding in read.findings() if "chance" in finding] == found
-
-
-def test_findings_that_were_broken_after_a_hyphen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = runs.read(run)
-    text = "x\n\nIn short\n- Model lr1e-3-\n  ep5 fails\n  often.\n- Two."
-    monkeypatch.setattr(runs.summary, "report", lambda *_: text)
-    assert read.findings() == ["Model lr1e-3-ep5 fails often.", "Two."]
+    assert [finding.text for finding in findings(read.facts) if "chance" in finding.text] == found
 
 
 def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:
     read = runs.read(run)
-    said = {(row[0].text, row[1].text): row[3].text for row in tables.path(read).rows}
+    said = {(row[0].text, row[1].text): row[3].text for row in tables.path(read.facts).rows}
     assert said["good", "fog"] == "gain"  # +10 +- 2 points
     assert said[MODELS[2], "fog"] == tables.WIDE  # +1 +- 2
     assert said["bad", "fog"] == "no gain"  # -10 +- 2 at best
-    verdicts = {(row[7].text, row[0].text): row[2].text for row in tables.layers(read).rows}
+    verdicts = {(row[7].text, row[0].text): row[2].text for row in tables.layers(read.facts).rows}
     assert verdicts["bad", LAYERS[2]] == "straggler"
     assert verdicts["bad", LAYERS[1]] == tables.WIDE  # 0.3 +- 0.2, corrected: below the margin of 0.1
     assert set(verdicts["good", layer] for layer in (LAYERS[0], LAYERS[2])) == {"not one"}
-    words = {row[4].text for row in tables.prune(read).rows}
+    words = {row[4].text for row in tables.prune(read.facts).rows}
     assert words == {"helped", "hurt"}
     assert "the 95 % interval of the gain includes 0 for <b>c&amp;%{x}" in plain(page)
 
@@ -140,11 +133,11 @@ def test_zeros_have_no_sign(text: str, expected: str) -> None:
 
 def test_intervals_are_those_of_the_rows(run: Path) -> None:
     rows = results.load(run)
-    (row,) = (r for r in tables.path(runs.read(run)).rows if (r[0].text, r[1].text) == ("good", "fog"))
+    (row,) = (r for r in tables.path(runs.read(run).facts).rows if (r[0].text, r[1].text) == ("good", "fog"))
     assert row[2].text == "+10.0 [+8.0, +12.0]" and row[2].value == pytest.approx(0.1)
     shown = {
         (r[0].text, r[1].text, r[2].text): r[3].text
-        for r in tables.sharpness(runs.read(run), "layer-sharpness").rows
+        for r in tables.sharpness(runs.read(run).facts, "layer-sharpness").rows
     }
     assert len(shown) == len(MODELS) * len(LAYERS) * 2  # nothing is perturbed at alpha = 0
     value = rows.query(

@@ -23,7 +23,7 @@ import torch
 from support import tiny_zoo
 from support.tiny_zoo import BRIEF, own_models, refused, save
 
-from rft_fast import checkpoints, request, results, studies, summary, sweep, trackers, wiring
+from rft_fast import checkpoints, request, results, studies, sweep, trackers, wiring
 from rft_fast import zoo as zoos
 from rft_fast.studies.rows import STUDIES
 
@@ -295,71 +295,6 @@ def test_several_sets_are_told_apart_in_words(
         tau = "-" if np.isnan(fact["kendall"]) else f"{fact['kendall']:+.2f}"
         where = f"{fact['dataset']} {fact['outcome']} all weights {fact['measured_on']} 1 1 3 {tau}"
         assert where in printed
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "verdict"),
-    [
-        (0.02, 0.0, "neither helped nor hurt clearly"),  # all masks changed the same image
-        (0.02, 0.001, "helped"),
-        (-0.02, 0.001, "hurt"),
-        (0.02, 0.01, "neither helped nor hurt clearly"),
-        (0.02, np.nan, "neither helped nor hurt clearly"),
-    ],
-)
-def test_a_verdict_needs_an_error_that_is_known(change: float, error: float, verdict: str) -> None:
-    assert summary._verdict(change, error, 2, "helped", "hurt") == verdict
-
-
-def effect(change: float, error: float, seeds: int, control: bool, method: str = "zero") -> dict[str, Any]:
-    """Rows of one way of pruning whose changes have this mean and standard error over the masks."""
-    about = {"model": "m", "dataset": "far", "criterion": "sharpness", "method": method, "control": control}
-    return {**about, "change": change, "change_se": error, "seeds": seeds}
-
-
-@pytest.mark.parametrize("sds", [(1.0, 1.0), (0.1, 1.0), (0.01, 1.0), (1.0, 0.1)])
-@pytest.mark.parametrize("masks", [2, 3])
-def test_a_control_that_is_no_different_is_seldom_called_so(
-    sds: tuple[float, float], masks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """About 5 % of the time, however different the variances."""
-    rng, trials = np.random.default_rng(0), 1000
-    wrong = 0
-    for _ in range(trials):
-        facts = []
-        for sd, control in zip(sds, (False, True), strict=True):
-            changes = rng.normal(0, sd, masks)
-            error = float(changes.std(ddof=1) / masks**0.5)
-            facts.append(effect(float(changes.mean()), error, masks, control))
-        monkeypatch.setattr(studies, "pruning_effect", lambda rows, facts=facts: pd.DataFrame(facts))
-        (line,) = summary._found_pruning(pd.DataFrame())
-        wrong += "better than the control" in line or "worse than the control" in line
-    assert wrong / trials < 0.085
-
-
-def test_one_mask_has_no_error_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = [effect(-0.6, np.nan, 1, False, "magnitude"), effect(0.1, np.nan, 1, True, "magnitude")]
-    monkeypatch.setattr(studies, "pruning_effect", lambda rows: pd.DataFrame(facts))
-    assert summary._found_pruning(pd.DataFrame()) == [
-        "- Pruning the stragglers of m by sharpness (magnitude) came with one mask, without an error, on "
-        "far: -60.0 points; not clearly different from the control: -70.0."
-    ]
-
-
-def test_a_perfect_order_is_told_as_such() -> None:
-    fact = {"measure": "general", "dataset": "far", "outcome": "accuracy", "alpha": 1.0, "rho": 0.5}
-    fact |= {
-        "measured_on": "near",
-        "models": 9,
-        "kendall": -1.0,
-        "kendall_low": np.nan,
-        "kendall_high": np.nan,
-    }
-    line, _ = summary._found_correlation(pd.DataFrame([fact]), "far")
-    assert "orders all models against accuracy on far: tau -1.00 over 9 models." in line
-    for change in ({"kendall": np.nan}, {"models": 4}):
-        line, _ = summary._found_correlation(pd.DataFrame([fact | change]), "far")
-        assert "cannot be judged by accuracy on far: tau -" in line
 
 
 def test_a_goal_that_is_not_reached_is_said(

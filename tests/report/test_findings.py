@@ -1,0 +1,218 @@
+"""What a run found, as data; and that summary, figures and page draw it from the same facts."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from support.tiny_report import CONFIG, FAR, LAYERS, MODELS, make_rows, make_run
+
+from rft_fast import figures, studies, summary, words
+from rft_fast.findings import Finding, findings, of_correlation, of_pruning
+from rft_fast.findings import verdict as verdict_of
+from rft_fast.report import runs
+from rft_fast.studies.facts import Facts, Settings, as_facts
+
+ANALYSES = (studies.summarize, studies.stragglers, studies.near_zero, studies.pruning_effect,
+            studies.best_gains, studies.correlation, studies.zeroshot_chances)  # fmt: skip
+
+
+def draw_all(facts: Facts, folder: Path) -> None:
+    """The figures of a run."""
+    for study in facts.studies:
+        if study == "correlation":
+            figures.correlation(facts.correlation, folder / "correlation.png")
+        else:
+            getattr(figures, study.replace("-", "_"))(facts, folder / f"{study}.png")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each analysis is called, by whatever name and module."""
+    calls = Counter[str]()
+
+    def counting(analysis: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            calls[analysis.__name__] += 1
+            return analysis(*arguments, **more)
+
+        return call
+
+    both = (*ANALYSES, sys.modules["rft_fast.studies.correlation"].correlate)
+    for analysis in both:
+        new = counting(analysis)
+        for module in [m for name, m in sys.modules.items() if name.startswith("rft_fast")]:
+            for name in [name for name, value in vars(module).items() if value is analysis]:
+                monkeypatch.setattr(module, name, new)
+    return calls
+
+
+def test_each_analysis_is_made_once_for_words_figures_and_page(tmp_path: Path, counted: Counter[str]) -> None:
+    report = pytest.importorskip("rft_fast.report.output")
+    pytest.importorskip("plotly", reason="the page needs plotly")
+    facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 2})
+    assert summary.report(facts) and not counted["best_gains"]
+    draw_all(facts, tmp_path)
+    once = {analysis.__name__ for analysis in ANALYSES} - {"correlation"} | {"correlate"}
+    assert counted == dict.fromkeys(once, 1)
+    counted.clear()
+    report.write(make_run(tmp_path / "run"))
+    assert counted == dict.fromkeys(once - {"best_gains"}, 1)
+
+
+def test_facts_are_the_analyses() -> None:
+    rows = studies.frame(make_rows())
+    facts = as_facts(Facts(rows, Settings.of(CONFIG)), straggler_margin=0.4, zero_margin=None)
+    assert facts.settings == dataclasses.replace(Settings.of(CONFIG), straggler_margin=0.4)
+    assert as_facts(facts) is facts and as_facts(rows).settings == Settings()
+    for found, expected in (
+        (facts.path, studies.summarize(rows, CONFIG["xi"])),
+        (facts.stragglers, studies.stragglers(rows, 0.4)),
+        (facts.near_zero, studies.near_zero(rows, CONFIG["zero_margin"])),
+        (facts.pruning, studies.pruning_effect(rows)),
+        (facts.correlation, studies.correlation(rows, margin=0.4)),
+    ):
+        pd.testing.assert_frame_equal(found, expected)
+    assert facts.stragglers["straggler"].sum() == 1 and facts.to_prune("bad") == {"instability": [LAYERS[2]]}
+    assert facts.to_prune("good") == {"instability": []}
+    assert facts.names == {*MODELS, *LAYERS, "near", FAR, "fog"}
+    # What is measured in several ways stays apart.
+    part = rows[rows["study"] == "layer-sharpness"]
+    noisy = part.assign(noise="uniform", sharpness=5.0)
+    alone = studies.near_zero(part, 0.5)
+    both = studies.near_zero(pd.concat([part, noisy]), 0.5)
+    assert alone["near_zero"].any()
+    pd.testing.assert_frame_equal(both[both["noise"] == "normal"].reset_index(drop=True), alone)
+
+
+def test_findings_are_sentences_with_what_they_are_about() -> None:
+    facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 2})
+    found = findings(facts)
+    assert [(one.study, one.dataset, one.model) for one in found] == [
+        ("interpolation", FAR, None),  # chance
+        ("interpolation", FAR, None),  # failures
+        ("layers", FAR, "good"),
+        ("layers", FAR, "bad"),
+        ("prune", FAR, "bad"),
+        ("correlation", FAR, None),
+        ("correlation", FAR, None),
+        ("correlation", None, None),
+    ]
+    assert [one.paper for one in found] == [False] * 7 + [True]
+    assert all("\n" not in one.text for one in found)
+    printed = " ".join(summary.report(facts).partition("In short")[2].split())
+    assert printed == " ".join(one.text if one.paper else f"- {one.text}" for one in found)
+    assert not [Finding("x", "layers")] == found
+    without = Facts(facts.rows, dataclasses.replace(facts.settings, measured=["layers"], everything=False))
+    assert {one.study for one in findings(without)} == {"interpolation", "layers", "prune"}
+    assert "correlation" not in summary.report(without)
+
+
+LONG = [
+    "/a/" + "runs-of-seeds/lr1e-3_wd" * 8 + "/end-00000000",  # breaks after hyphens
+    "/b/" + "runs of seeds/lr1e 3 wd " * 8 + "end",  # at spaces
+    "c" * 200,  # nowhere
+]
+assert all(len(name) >= 198 for name in LONG)
+
+
+@pytest.mark.parametrize("name", [*LONG, "x - y", "a-b", "-", "m\u00a0\u2003n"])
+def test_a_long_name_stands_whole_in_words_and_page(name: str, tmp_path: Path) -> None:
+    """As it is named, in one line, in every text that has room for it."""
+    report = pytest.importorskip("rft_fast.report.output")
+    pytest.importorskip("plotly", reason="the page needs plotly")
+    rows = [row | {"model": name if row["model"] == "bad" else row["model"]} for row in make_rows()]
+    run = make_run(tmp_path / "run", rows, finetuned={**CONFIG["finetuned"], name: {"path": "/x"}})
+    facts = runs.read(run).facts
+    about = [finding.text for finding in findings(facts) if finding.model == name]
+    assert len(about) == 2 and all(name in text for text in about)
+    text = summary.report(facts)
+    lines = text.partition("In short")[2].splitlines()
+    assert sum(name in line for line in lines) >= 3  # it fails, has a straggler, is pruned
+    rest = [line for line in lines if name not in line]
+    assert all(len(line) <= 100 for line in rest)
+    page = report.write(run).read_text().replace("<wbr>", "")
+    items = re.findall(r"<li>(.*?)</li>", page)
+    for finding in findings(facts):
+        assert html.escape(finding.text) in items
+    assert html.escape(text.partition("\n\nlayers:")[0].strip()) in page
+
+
+def test_names_within_names_and_of_data_sets_are_not_broken() -> None:
+    names = ["a-b", "x a-b y", "a\tb", ""]
+    text = "word " * 18 + "x a-b y, word-word " + "word " * 15 + words.visible("a\tb") + " a-b."
+    lines = words.paragraph(text, names, "- ")
+    assert lines[0].startswith("- word") and all(line.startswith("  ") for line in lines[1:])
+    assert any("x a-b y" in line for line in lines) and max(map(len, lines)) <= 100
+    assert " ".join(" ".join(lines).split())[2:] == " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "verdict"),
+    [
+        (0.02, 0.0, "neither helped nor hurt clearly"),  # all masks changed the same image
+        (0.02, 0.001, "helped"),
+        (-0.02, 0.001, "hurt"),
+        (0.02, 0.01, "neither helped nor hurt clearly"),
+        (0.02, np.nan, "neither helped nor hurt clearly"),
+    ],
+)
+def test_a_verdict_needs_an_error_that_is_known(change: float, error: float, verdict: str) -> None:
+    assert verdict_of(change, error, 2, "helped", "hurt") == verdict
+
+
+def effect(change: float, error: float, seeds: int, control: bool, method: str = "zero") -> dict[str, Any]:
+    """Rows of one way of pruning whose changes have this mean and standard error over the masks."""
+    about = {"model": "m", "dataset": "far", "criterion": "sharpness", "method": method, "control": control}
+    return {**about, "change": change, "change_se": error, "seeds": seeds}
+
+
+@pytest.mark.parametrize("sds", [(1.0, 1.0), (0.1, 1.0), (0.01, 1.0), (1.0, 0.1)])
+@pytest.mark.parametrize("masks", [2, 3])
+def test_a_control_that_is_no_different_is_seldom_called_so(sds: tuple[float, float], masks: int) -> None:
+    """About 5 % of the time, however different the variances."""
+    rng, trials = np.random.default_rng(0), 1000
+    wrong = 0
+    for _ in range(trials):
+        facts = []
+        for sd, control in zip(sds, (False, True), strict=True):
+            changes = rng.normal(0, sd, masks)
+            error = float(changes.std(ddof=1) / masks**0.5)
+            facts.append(effect(float(changes.mean()), error, masks, control))
+        (found,) = of_pruning(pd.DataFrame(facts))
+        wrong += "better than the control" in found.text or "worse than the control" in found.text
+    assert wrong / trials < 0.085
+
+
+def test_one_mask_has_no_error_and_no_verdict() -> None:
+    facts = [effect(-0.6, np.nan, 1, False, "magnitude"), effect(0.1, np.nan, 1, True, "magnitude")]
+    (found,) = of_pruning(pd.DataFrame(facts))
+    assert (found.study, found.dataset, found.model) == ("prune", "far", "m")
+    assert "came with one mask, without an error" in found.text and "not clearly different" in found.text
+    assert "-60.0 points" in found.text and "-70.0" in found.text
+
+
+def test_a_perfect_order_is_told_as_such() -> None:
+    fact = {"measure": "general", "dataset": "far", "outcome": "accuracy", "alpha": 1.0, "rho": 0.5}
+    fact |= {
+        "measured_on": "near",
+        "models": 9,
+        "kendall": -1.0,
+        "kendall_low": np.nan,
+        "kendall_high": np.nan,
+    }
+    found, _ = of_correlation(pd.DataFrame([fact]), "far")
+    assert "orders all models against accuracy on far: tau -1.00 over 9 models." in found.text
+    for change in ({"kendall": np.nan}, {"models": 4}):
+        found, paper = of_correlation(pd.DataFrame([fact | change]), "far")
+        assert "cannot be judged by accuracy on far: tau -" in found.text
+        assert (found.dataset, found.paper, paper.paper) == ("far", False, True)
