@@ -2,29 +2,26 @@
 
 __version__ = "0.1.0"
 
-import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
-from rft_fast import program as _program  # noqa: F401  (first: refuses to start where torch would crash)
-from rft_fast import studies
-from rft_fast.kernels import (
-    Plan,
-    interpolate_,
-    keep_mask_like,
-    noise_like,
-    perturb_,
-    write_,
-)
-from rft_fast.path import Path
+from rft_fast import lazy as _lazy
+from rft_fast import program as _program  # noqa: F401  (refuses to start where torch would crash)
 
-
-def __getattr__(name: str) -> ModuleType:
-    """``rft_fast.results``, loaded when asked for: it brings image sets and models along, which those who
-    want the kernels alone need not wait for."""
-    if name == "results":
-        return importlib.import_module("rft_fast.results")
-    raise AttributeError(f"module 'rft_fast' has no attribute {name!r}")
-
+if TYPE_CHECKING:
+    from rft_fast import results, studies
+    from rft_fast.kernels import (
+        Plan,
+        interpolate_,
+        keep_mask_like,
+        noise_like,
+        perturb_,
+        write_,
+    )
+    from rft_fast.path import Path
+else:
+    __getattr__, __dir__ = _lazy.face(
+        __name__, kernels="Plan interpolate_ keep_mask_like noise_like perturb_ write_", path="Path"
+    )
 
 __all__ = [
     "Path",

@@ -15,13 +15,11 @@ from tqdm import tqdm
 
 from . import architectures, checkpoints
 from .classifier import HEAD_BIAS, HEAD_WEIGHT, INERT, ImageClassifier, ZeroShotClassifier, directions
+from .names import HEADS, TOWERS
 from .parametrised import factors
 from .prompts import Prompts
 from .prompts import tokens as tokenise
 from .words import some
-
-HEADS = ("interpolate", "zeroshot", "finetuned")
-TOWERS = ("image", "both")
 
 ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
 BATCH = 256  # prompts that are encoded at once

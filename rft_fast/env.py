@@ -6,13 +6,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-
-import torch
+from typing import TYPE_CHECKING
 
 import rft_fast
 from rft_fast import program
-from rft_fast.kernels import native
-from rft_fast.kernels.registry import BACKENDS
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "numpy", "pandas", "safetensors")
 
@@ -30,6 +30,8 @@ def versions() -> dict[str, str]:
 
 def devices() -> list[torch.device]:
     """The CPU and every CUDA device that torch sees."""
+    import torch
+
     return [
         torch.device("cpu"),
         *(torch.device("cuda", index) for index in range(torch.cuda.device_count())),
@@ -38,6 +40,8 @@ def devices() -> list[torch.device]:
 
 def device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU if there is one. Raises ValueError for one that cannot be used."""
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -50,6 +54,12 @@ def device(name: str | None) -> torch.device:
 
 
 def report() -> str:
+    """What ``python -m rft_fast.env`` prints."""
+    import torch
+
+    from rft_fast.kernels import native
+    from rft_fast.kernels.registry import BACKENDS
+
     lines = [f"{name:<16} {version}" for name, version in versions().items()]
     lines += [
         f"{'platform':<16} {platform.platform()}",

@@ -12,16 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoints, datasets, endpoints, program, studies, trackers
-from .evaluate.precision import PRECISIONS
-from .kernels import contract, registry
+from . import names, program
 from .layers import layer_of
-from .studies.estimators import ESTIMATORS
-from .studies.layers import MARGIN as STRAGGLER_MARGIN
-from .studies.layers import OTHERS
-from .studies.pruning import CRITERIA, METHODS
-from .studies.rows import STUDIES
-from .studies.sharpness import MARGIN as ZERO_MARGIN
+from .names import ESTIMATORS, STUDIES
 
 DESCRIPTION = """\
 Walk the straight line in weight space from a zero-shot CLIP model (alpha = 0) to models fine-tuned
@@ -131,7 +124,7 @@ def _add_models(top: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--format",
-        choices=tuple(checkpoints.FORMATS),
+        choices=tuple(names.FORMATS),
         help="format of the fine-tuned checkpoints (default: found out; docs/checkpoints.md)",
     )
     group.add_argument(
@@ -158,7 +151,7 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help=f"what a data set is, where that is not found out: {', '.join(datasets.KINDS)}",
+        help=f"what a data set is, where that is not found out: {', '.join(names.KINDS)}",
     )
     group.add_argument(
         "--data-labels",
@@ -176,12 +169,12 @@ def _add_head(top: argparse.ArgumentParser) -> None:
     group = top.add_argument_group("head (docs/endpoints.md)")
     group.add_argument(
         "--head",
-        choices=endpoints.HEADS,
+        choices=names.HEADS,
         help="interpolate the head with the rest (default), or keep that of one end",
     )
     group.add_argument(
         "--towers",
-        choices=endpoints.TOWERS,
+        choices=names.TOWERS,
         help="image: a linear head (default); both: text tower, too, prompts encoded again at every alpha",
     )
     group.add_argument(
@@ -234,7 +227,7 @@ def _add_measured(top: argparse.ArgumentParser) -> None:
         "--xi",
         metavar="X",
         type=_fraction,
-        default=studies.XI,
+        default=names.XI,
         help="gain in accuracy that counts as high, as a fraction (default: %(default)s)",
     )
 
@@ -288,7 +281,7 @@ def _add_layers(top: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--others",
-        choices=tuple(OTHERS),
+        choices=tuple(names.OTHERS),
         default="zeroshot",
         help="where the other layers are in layers (default: zeroshot)",
     )
@@ -296,7 +289,7 @@ def _add_layers(top: argparse.ArgumentParser) -> None:
         "--straggler-margin",
         metavar="NATS",
         type=_margin,
-        default=STRAGGLER_MARGIN,
+        default=names.STRAGGLER_MARGIN,
         help="instability beyond which a layer is a straggler (default: %(default)s)",
     )
 
@@ -348,10 +341,10 @@ def _add_sharpness(top: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--on",
-        choices=contract.ON,
+        choices=names.ON,
         help="which weights are perturbed (default: interpolated, layer by layer finetuned)",
     )
-    group.add_argument("--noise", choices=contract.NOISE, default="normal", help="(default: normal)")
+    group.add_argument("--noise", choices=names.NOISE, default="normal", help="(default: normal)")
     group.add_argument(
         "--no-adaptive", action="store_true", help="noise of the same size for every weight, not of |w|"
     )
@@ -379,7 +372,7 @@ def _add_sharpness(top: argparse.ArgumentParser) -> None:
         "--zero-margin",
         metavar="NATS",
         type=_margin,
-        default=ZERO_MARGIN,
+        default=names.ZERO_MARGIN,
         help="layer-wise sharpness within which a layer is near zero (default: %(default)s)",
     )
 
@@ -390,8 +383,8 @@ def _add_pruning(top: argparse.ArgumentParser) -> None:
         "--criteria",
         nargs="+",
         action=_Once,
-        choices=CRITERIA,
-        default=list(CRITERIA),
+        choices=names.CRITERIA,
+        default=list(names.CRITERIA),
         help="how stragglers are told: sharpness near zero (Algorithm 1), instability (default: both)",
     )
     group.add_argument(
@@ -412,7 +405,7 @@ def _add_pruning(top: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         action=_Once,
-        choices=METHODS,
+        choices=names.METHODS,
         default=["zero"],
         help="what pruned weights become: zero (default), zeroshot, rescale (zeroshot, and the rest moves "
         "further: DARE); magnitude: zero, for the smallest",
@@ -429,7 +422,7 @@ def _add_numbers(top: argparse.ArgumentParser) -> None:
     group = top.add_argument_group("how it is computed")
     group.add_argument(
         "--impl",
-        choices=registry.IMPLS,
+        choices=names.IMPLS,
         default="auto",
         help="kernels that write the weights (default: auto, the fastest that works)",
     )
@@ -442,7 +435,7 @@ def _add_numbers(top: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=tuple(PRECISIONS),
+        choices=names.PRECISIONS,
         default="fp32",
         help="number format of weights and activations of the live model (default: fp32; ieee is fp32 with "
         "attention by plain float32 products, where a GPU's own kernel takes three TF32 products for one; "
@@ -514,7 +507,7 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         "--track",
         nargs="+",
         action=_Once,
-        choices=trackers.NAMES,
+        choices=names.TRACKERS,
         default=[],
         help="also log measurements there, through its own client",
     )

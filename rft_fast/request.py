@@ -14,12 +14,11 @@ import torch
 
 from . import architectures, cache, checkpoints, datasets, env, prompts, studies, trackers, zoo
 from .cluster import connection
-from .datasets.labels import as_given
 from .evaluate import precision
 from .kernels import registry
+from .names import STUDIES, as_given
 from .options import parser, refused_in_zoo
 from .studies.estimators import Protocol
-from .studies.rows import STUDIES
 from .words import visible
 
 # Study -> the other studies whose rows it, its figure or its choice of models needs.

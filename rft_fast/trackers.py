@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import pandas as pd
 
 from . import disk
-from .studies.rows import STUDIES
+from .names import STUDIES
+from .names import TRACKERS as NAMES
 
-NAMES = ("tensorboard", "wandb")
 VALUES = ("accuracy", "loss", "sharpness", "gain", "change")  # the columns that are logged
 STEPS = 1000  # TensorBoard's steps are whole numbers: thousandths of alpha
 

@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, datasets, endpoints, files, program, prompts
+from . import checkpoints, datasets, files, program, prompts
+from .names import HEADS, TOWERS
 from .words import flat
 
 if sys.version_info >= (3, 11):
@@ -255,8 +256,8 @@ class _Entries:
         if scale is not None and not 0 < scale < math.inf:
             raise self.error("head-scale", f"must be a positive number, got {scale!r}")
         return Head(
-            towers=self.one_of(table, "towers", endpoints.TOWERS) or usual.towers,
-            choice=self.one_of(table, "head", endpoints.HEADS) or usual.choice,
+            towers=self.one_of(table, "towers", TOWERS) or usual.towers,
+            choice=self.one_of(table, "head", HEADS) or usual.choice,
             class_names=self.list_or_file(table, "class-names", prompts.CLASS_NAMES),
             templates=self.list_or_file(table, "templates", prompts.TEMPLATES) or usual.templates,
             scale=None if scale is None else float(scale),

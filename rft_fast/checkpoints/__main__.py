@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from .. import layers, program
+from .. import checkpoints, layers, program
+from ..names import FORMATS
 from ..words import message, visible
-from . import FORMATS, Checkpoint, compare, read
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
@@ -31,22 +33,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        first = read(options.file, options.format)
+        first = checkpoints.read(options.file, options.format)
         if options.other is None:
             print(describe(first))
             return 0
-        second = read(options.other)
+        second = checkpoints.read(options.other)
     except (OSError, ValueError) as error:
         print(message(error), file=sys.stderr)
         return 2
-    lineage = compare(first, second, options.unrelated)
+    lineage = checkpoints.compare(first, second, options.unrelated)
     for letter, checkpoint in (("a", first), ("b", second)):
         print(f"{letter}           {checkpoint.file} ({checkpoint.format})")
     print(lineage)
     return 1 if lineage.problems else 0
 
 
-def describe(checkpoint: Checkpoint) -> str:
+def describe(checkpoint: checkpoints.Checkpoint) -> str:
     """What is in a checkpoint, in lines: format, sizes, towers, head, layers with shapes, notes."""
     from .. import architectures  # open_clip takes seconds to import, and comparing needs none of it
 

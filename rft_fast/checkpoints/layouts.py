@@ -11,23 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..names import FORMATS
 from ..parametrised import factors
 from ..pickles import Global, Shell, Unreadable, kind_of
 from ..words import some
 from .activation import TOWERS, Evidence, of_metadata
 from .containers import SUPPORTED, Content, Maker
 from .values import Special, Stored
-
-FORMATS: dict[str, str] = {
-    "soup": "model-soups: a state dict, 'model.*' and 'classification_head.*'",
-    "wiseft": "WiSE-FT: a pickled ImageClassifier, image encoder and head",
-    "flyp": "FLYP: a pickled CLIPEncoder, both towers, no head",
-    "task-vector": "task vectors, patching: any other module pickled whole",
-    "open_clip": "open_clip: a CLIP state dict, bare or under 'state_dict' beside the training's state",
-    "openai": "OpenAI: a TorchScript archive of CLIP",
-    "huggingface": "Hugging Face transformers: CLIP's state dict under its names ('vision_model.*')",
-    "state-dict": "any other dict of tensors by name",
-}
 
 # What may stand beside 'state_dict' in a checkpoint: it describes the training, not the model.
 TRAINING_FIELDS = frozenset(

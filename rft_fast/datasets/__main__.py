@@ -7,12 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from rft_fast import program, prompts
-
+from .. import datasets, names, program
 from ..words import message
-from . import KINDS, Rows, doctor
 
 
 @program.command("datasets")
@@ -25,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         "Exit status: 0 nothing wrong was found, 1 something is wrong, 2 it is no data set.",
     )
     parser.add_argument("path", type=_path, help="a folder of class folders, an archive, a file of arrays")
-    parser.add_argument("--kind", choices=sorted(KINDS), help="what it is; else detected")
+    parser.add_argument("--kind", choices=sorted(names.KINDS), help="what it is; else detected")
     parser.add_argument(
         "--rows",
         metavar="HEAD",
@@ -44,6 +40,10 @@ def main(argv: Sequence[str]) -> int:
         help="only begin a label map, with the rows that the classes' names show, for you to complete",
     )
     options = parser.parse_args(argv)
+    from tqdm import tqdm
+
+    from . import doctor
+
     try:
         rows = None if options.rows is None else _rows(options.rows)
         if options.write_labels is not None:
@@ -69,11 +69,13 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _rows(head: str) -> Rows:
+def _rows(head: str) -> datasets.Rows:
     if head.isdecimal():
-        return Rows(int(head))
-    names = prompts.class_names(head)
-    return Rows(len(names), names)
+        return datasets.Rows(int(head))
+    from .. import prompts
+
+    classes = prompts.class_names(head)
+    return datasets.Rows(len(classes), classes)
 
 
 if __name__ == "__main__":

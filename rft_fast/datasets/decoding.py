@@ -23,9 +23,10 @@ from torchvision.transforms import ToTensor
 from rft_fast import cache as caches
 from rft_fast import files
 from rft_fast.architectures import Preprocess
+from rft_fast.names import FOLDERS
 from rft_fast.words import some
 
-from .source import FOLDERS, Source
+from .source import Source
 
 # Images that may be decoded ahead of the one that is written: the disk's pauses do not stop decoding, and
 # a slow disk does not fill the memory.

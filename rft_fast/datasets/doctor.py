@@ -11,14 +11,15 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
+from rft_fast.names import ORDER, TREES
 from rft_fast.words import message, some
 
 from . import decoding, folders, imagenet, kinds, maps
 from .evidence import Rows, proposed
-from .labels import ORDER, assign
+from .labels import assign
 from .maps import LabelMap, read_map
 from .naming import fold
-from .source import TREES, Source
+from .source import Source
 
 SHOWN = 20  # names in a line about what is wrong
 

@@ -8,15 +8,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rft_fast import names
+from rft_fast.names import TREES
+
 from . import arrays, arrow, cifar, folders, shards
-from .source import TREES, Source
+from .source import Source
 
 # Formats that know their files: before class folders, as some of them are folders, too.
 _FORMATS: dict[str, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
 
 KINDS: dict[str, Callable[[Path, str], Source]] = {
-    **{kind: partial(folders.source, kind=kind) for kind in TREES},
-    **{kind: module.source for kind, module in _FORMATS.items()},
+    kind: partial(folders.source, kind=kind) if kind in TREES else _FORMATS[kind].source
+    for kind in names.KINDS
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rft_fast.names import ORDER
 from rft_fast.words import some
 
 from . import imagenet, maps
@@ -26,8 +27,6 @@ from .evidence import (
 )
 from .maps import Answers, LabelMap
 from .source import MOST_ROWS, Source
-
-ORDER = "order"  # instead of a label map: class i is row i
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +91,6 @@ def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | str |
         return _assignment(source, answers, rows, how)
     except ValueError as error:
         raise ValueError(f"labels of {source.path}: {error}") from error
-
-
-def as_given(text: str) -> Path | str:
-    """What stands on a command line for a label map: its file, or the word order."""
-    return ORDER if text == ORDER else Path(text)
 
 
 def is_settled(source: Source, rows: Rows) -> bool:

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from rft_fast import cache as caches
 from rft_fast import files as on_disk
-
-# The kinds that are a folder of class folders, with images as files.
-FOLDERS = ("folder", "imagenet", "imagenet-v2")
-TREES = (*FOLDERS, "objectnet")  # all of class folders
+from rft_fast.names import TREES
 
 PART = "the images are those of"  # begins the note that of a folder only a part is taken
 

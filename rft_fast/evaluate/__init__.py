@@ -1,7 +1,14 @@
 """Loss and accuracy of the live model, fast: what a change left as it was is not computed again."""
 
-from .evaluator import Evaluator
-from .scores import Scores
-from .walk import Walk
+from typing import TYPE_CHECKING
+
+from rft_fast import lazy
+
+if TYPE_CHECKING:
+    from .evaluator import Evaluator
+    from .scores import Scores
+    from .walk import Walk
+else:
+    __getattr__, __dir__ = lazy.face(__name__, evaluator="Evaluator", scores="Scores", walk="Walk")
 
 __all__ = ["Evaluator", "Scores", "Walk"]

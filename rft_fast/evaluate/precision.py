@@ -17,14 +17,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import names
+
 # Name -> the type of the live weights and of the activations.
-PRECISIONS = {
-    "fp32": torch.float32,
-    "ieee": torch.float32,  # attention by ordinary products, too
-    "tf32": torch.float32,  # products of values rounded to 10 bits, on tensor cores
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+# ieee: attention by ordinary products, too. tf32: products of values rounded to 10 bits, on tensor cores.
+PRECISIONS = dict.fromkeys(names.PRECISIONS, torch.float32)
+PRECISIONS |= {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(precision: str, device: torch.device) -> None:

@@ -4,19 +4,39 @@
 classifier on any batches.
 """
 
-from .images import ImageBatches as ImageBatches
-from .images import Images as Images
-from .images import augmentation as augmentation
-from .run import Outcome as Outcome
-from .run import Request as Request
-from .run import run as run
-from .settings import Setting as Setting
-from .settings import at_random as at_random
-from .settings import grid as grid
-from .training import Batch as Batch
-from .training import Batches as Batches
-from .training import Diverged as Diverged
-from .training import adamw as adamw
-from .training import freeze as freeze
-from .training import learning_rate as learning_rate
-from .training import train as train
+from typing import TYPE_CHECKING
+
+from rft_fast import lazy
+
+if TYPE_CHECKING:
+    from .images import ImageBatches, Images, augmentation
+    from .settings import Setting, at_random, grid
+    from .training import Batch, Batches, Diverged, adamw, freeze, learning_rate, train
+    from .work import Outcome, Request, run
+else:
+    __getattr__, __dir__ = lazy.face(
+        __name__,
+        images="ImageBatches Images augmentation",
+        settings="Setting at_random grid",
+        training="Batch Batches Diverged adamw freeze learning_rate train",
+        work="Outcome Request run",
+    )
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Diverged",
+    "ImageBatches",
+    "Images",
+    "Outcome",
+    "Request",
+    "Setting",
+    "adamw",
+    "at_random",
+    "augmentation",
+    "freeze",
+    "grid",
+    "learning_rate",
+    "run",
+    "train",
+]

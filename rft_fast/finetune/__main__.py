@@ -8,20 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from rft_fast import cache as caches
-from rft_fast import program
-from rft_fast.datasets import KINDS
-from rft_fast.datasets.labels import as_given
+from rft_fast import names, program
 
 from ..words import message
-from .run import DTYPES, Request, Work
-from .settings import SCHEDULES, SHORT, Setting, at_random, grid
-from .training import AUTOCAST
+from .settings import SHORT, Setting, at_random, grid
+
+if TYPE_CHECKING:
+    from . import Request
 
 DESCRIPTION = """\
 Fine-tune the image encoder and head of a zero-shot CLIP model, once for every combination of the values
@@ -60,6 +56,11 @@ def _run(options: argparse.Namespace) -> int:
         if options.dry_run:
             _list(settings)
             return 0
+        import torch
+        from tqdm import tqdm
+
+        from .work import Work
+
         if options.deterministic:
             # cuBLAS reads this when it is first used, and torch refuses without it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -116,11 +117,11 @@ def _add_models(top: argparse.ArgumentParser) -> None:
         help="checkpoint to start from: a file, a pretrained tag of open_clip, or hf-hub:org/name",
     )
     add("--train", metavar="PATH", required=True, type=Path, help="images that are trained on")
-    add("--kind", choices=sorted(KINDS), help="format of --train (default: as its files tell)")
+    add("--kind", choices=sorted(names.KINDS), help="format of --train (default: as its files tell)")
     add(
         "--label-map",
         metavar="FILE",
-        type=as_given,
+        type=names.as_given,
         help="rows of the head for the classes of --train, --val and --ood, where their names do not show "
         "them; or the word order: class i is row i",
     )
@@ -209,7 +210,7 @@ def _add_training(top: argparse.ArgumentParser) -> None:
         help="largest norm of the gradient (%(default)s)",
     )
     add("--no-clip", dest="clip", action="store_const", const=None, help="leave gradients as they are")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="after the warm-up (%(default)s)")
+    add("--schedule", choices=names.SCHEDULES, default="cosine", help="after the warm-up (%(default)s)")
     add(
         "--probe-epochs",
         metavar="N",
@@ -228,7 +229,7 @@ def _add_training(top: argparse.ArgumentParser) -> None:
     add(
         "--freeze-blocks", metavar="N", type=int, default=0, help="the first N blocks and what is before stay"
     )
-    add("--precision", choices=tuple(AUTOCAST), default="fp32", help="bf16, fp16: mixed (%(default)s)")
+    add("--precision", choices=names.MIXED, default="fp32", help="bf16, fp16: mixed (%(default)s)")
     add("--grad-checkpointing", action="store_true", help="compute activations twice: less memory")
     add("--deterministic", action="store_true", help="on a GPU, only kernels that always sum in one order")
 
@@ -246,7 +247,7 @@ def _add_running(top: argparse.ArgumentParser) -> None:
         default=500,
         help="steps between two states that a killed run goes on from (%(default)s; also every epoch)",
     )
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights in the files (%(default)s)")
+    add("--dtype", choices=names.STORED, default="float32", help="of the weights in the files (%(default)s)")
     add("--cache", metavar="DIR", type=Path, help="where decoded images of --val are kept")
     add("--no-cache", action="store_true", help="keep none")
 
@@ -269,6 +270,8 @@ def _list(settings: dict[str, Setting]) -> None:
 
 
 def _request(options: argparse.Namespace, settings: dict[str, Setting]) -> Request:
+    from .work import Request
+
     named = {name: dict(getattr(options, name)) for name in ("val", "ood")}
     for name, paths in named.items():
         if len(paths) != len(getattr(options, name)):

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-SCHEDULES = ("cosine", "constant")
+from rft_fast.names import SCHEDULES
+
 AUGMENT = re.compile(r"none|crop|crop-flip|rand-m(?P<m>\d{1,2})-n(?P<n>\d)")
 MAGNITUDES = 30  # of RandAugment, as in its paper
 

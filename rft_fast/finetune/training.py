@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from rft_fast.classifier import ImageClassifier
 from rft_fast.evaluate.precision import exact
+from rft_fast.names import MIXED
 from rft_fast.program import Stop
 
 from .settings import Setting
 
-AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = dict(zip(MIXED, (None, None, torch.bfloat16, torch.float16), strict=True))
 
 # Where the blocks of image towers are, and what stands before the first of them.
 _BLOCKS = re.compile(

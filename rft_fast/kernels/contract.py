@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ON = ("finetuned", "interpolated")
-FILL = ("zero", "zeroshot")
-NOISE = ("normal", "uniform", "rademacher")
+from rft_fast.names import FILL, NOISE, ON
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The last word of the Philox counter: noise and mask never share a random bit.

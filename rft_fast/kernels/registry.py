@@ -13,6 +13,7 @@ import torch
 
 from rft_fast.kernels import native, reference, triton
 from rft_fast.kernels.contract import Row, Write
+from rft_fast.names import IMPLS
 
 
 class Table(Protocol):
@@ -57,10 +58,8 @@ _ALL = (
     ),
 )
 
-# In the order in which "auto" prefers them.
+# In the order in which "auto" prefers them, that of IMPLS.
 BACKENDS = MappingProxyType({backend.name: backend for backend in _ALL})
-
-IMPLS = ("auto", *BACKENDS)
 
 _warned: set[str] = set()
 

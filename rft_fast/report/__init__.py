@@ -5,6 +5,13 @@ Data walks one way: a run's directory (:mod:`.runs`) -> tables and charts, plain
 page (:mod:`.page`), the only place where HTML is made of texts, and where they are escaped.
 """
 
-from .output import compare, write
+from typing import TYPE_CHECKING
+
+from rft_fast import lazy
+
+if TYPE_CHECKING:
+    from .output import compare, write
+else:
+    __getattr__, __dir__ = lazy.face(__name__, output="compare write")
 
 __all__ = ["compare", "write"]

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import program
+from .. import program, report
 from ..words import message
-from . import compare, write
 
 
 @program.command("report")
@@ -30,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         if options.other is None:
-            file = write(options.run, options.out)
+            file = report.write(options.run, options.out)
         else:
-            file = compare(options.run, options.other, options.out)
+            file = report.compare(options.run, options.other, options.out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {message(error)}", file=sys.stderr)
         return 2

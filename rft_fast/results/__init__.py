@@ -14,7 +14,16 @@
 ``python -m rft_fast.results DIR`` says what is there, and exports it. docs/results.md
 """
 
-from ..studies.rows import COLUMNS
-from .run import Damaged, Run, check, differences, load, recorded, recover
+from typing import TYPE_CHECKING
+
+from rft_fast import lazy
+
+if TYPE_CHECKING:
+    from ..studies.rows import COLUMNS
+    from .run import Damaged, Run, check, differences, load, recorded, recover
+else:
+    __getattr__, __dir__ = lazy.face(
+        __name__, database="COLUMNS", run="Damaged Run check differences load recorded recover"
+    )
 
 __all__ = ["COLUMNS", "Damaged", "Run", "check", "differences", "load", "recorded", "recover"]

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from .. import program
+from .. import program, results
 from ..words import visible
-from .run import load, recorded, recover, write_csv, write_parquet
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @program.command("results")
@@ -30,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
     asked = options.parse_args(argv)
     try:
         if asked.recover:
-            print(recover(asked.directory))
+            print(results.recover(asked.directory))
             return 0
-        rows = load(asked.directory)
+        rows = results.load(asked.directory)
         files = [file for file in (asked.csv, asked.parquet) if file is not None]
         for file in files:
             _check(file, asked.overwrite)
@@ -42,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
             _check_pyarrow()
         print(describe(asked.directory, rows))
         if asked.csv is not None:
-            write_csv(asked.directory, asked.csv)
+            results.run.write_csv(asked.directory, asked.csv)
         if asked.parquet is not None:
-            write_parquet(asked.directory, asked.parquet)
+            results.run.write_parquet(asked.directory, asked.parquet)
         for file in files:
             print(f"{len(rows)} rows in {file}")
     except (OSError, ValueError) as error:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(directory: Path, rows: pd.DataFrame) -> str:
     """What a run is, and how many rows it has of each study and model."""
-    config = recorded(directory) or {}
+    config = results.recorded(directory) or {}
     lines = [
         f"{config.get('command', 'an unknown command')}",
         f"begun {config.get('date', 'at an unknown time')}, {len(rows):,} rows",

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ..names import OTHERS, STRAGGLER_MARGIN
 from ..words import some
 from .path import check_alphas, check_evaluator
 from .rows import AT_ONCE, Measured, Row, Sink, as_number, chunks, of_study, only_one, scored, walk_to
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from ..path import Path
 
 STUDY = "layers"
-MARGIN = 0.1  # nats: instability that makes a straggler
-OTHERS = {"zeroshot": 0.0, "finetuned": 1.0}
+MARGIN = STRAGGLER_MARGIN
 
 
 def layerwise_interpolation(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..names import XI as XI
 from .rows import Measured, Sink, as_number, ascending, check_table, of_study, scored
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ..path import Path
 
 STUDY = "interpolation"
-XI = 0.02  # a gain of two points of accuracy counts as high
 Z95 = NormalDist().inv_cdf(0.975)
 TOGETHER = 4096  # images of data sets that are scored together
 

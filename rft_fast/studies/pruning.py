@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..names import CRITERIA, METHODS
 from .estimators import Protocol
 from .layers import layerwise_interpolation, stragglers
 from .path import check_alphas, check_evaluator
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from ..path import Path
 
 STUDY = "prune"
-CRITERIA = ("sharpness", "instability")
-METHODS = ("zero", "zeroshot", "rescale", "magnitude")
 NAMED = "named"  # in the place of a criterion, for layers that the caller chose
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 
+from ..names import STUDIES as STUDIES
 from ..words import some
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ Row = dict[str, object]
 # measurements of a model are numbered from 0 in an order that its arguments alone decide, so that any of
 # them can be made at any time, anywhere, and put together.
 Sink = Callable[[int, list[Row]], object]
-
-STUDIES = ("interpolation", "layers", "sharpness", "layer-sharpness", "prune", "correlation")
 
 # Column -> pandas type. Every study fills what it measures; the rest is missing. Losses and what is
 # made of them are in nats; accuracies and what is made of them are fractions. <name>_se is the

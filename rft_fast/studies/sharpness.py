@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
 
+from ..names import ZERO_MARGIN
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
 from .path import check_evaluator
 from .rows import COLUMNS, Measured, Sink, as_number, ascending, of_study
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 STUDY = "sharpness"
 LAYER_STUDY = "layer-sharpness"
-MARGIN = 0.02  # nats: sharpness that counts as zero
+MARGIN = ZERO_MARGIN
 
 
 def sharpness(

@@ -317,7 +317,7 @@ def test_time_decoding_is_a_share_of_the_time_that_passed(
         return clock[0]
 
     monkeypatch.setattr(datasets.decoding, "decode", decode)
-    monkeypatch.setattr(datasets.time, "perf_counter", perf_counter)
+    monkeypatch.setattr(datasets.finding.time, "perf_counter", perf_counter)
     # The clock is read at the beginning, after each image handed out, and at the end.
     assert datasets.find("set", tmp_path / "data", PREPROCESS).time_decoding(2.0) == 9 * 0.25 / 8
     assert decoded == [8]

@@ -35,8 +35,8 @@ from rft_fast import (
     words,
 )
 from rft_fast.finetune import output
-from rft_fast.finetune.run import Request, Work
 from rft_fast.finetune.settings import Setting
+from rft_fast.finetune.work import Request, Work
 from rft_fast.studies.rows import COLUMNS
 
 # --- files --------------------------------------------------------------------------------------------

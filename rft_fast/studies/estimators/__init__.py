@@ -11,9 +11,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ...kernels.contract import Write
+from ...names import ESTIMATORS, SAMPLING, WORST_CASE
 from .estimates import Estimate, Results, Target, clean_scores
 from .hessian import curvature
-from .protocol import ESTIMATORS, SAMPLING, WORST_CASE, Protocol
+from .protocol import Protocol
 from .sampling import sample
 from .worst_case import worst_case
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...kernels.contract import NOISE, ON, Write
+from ...kernels.contract import Write
+from ...names import ESTIMATORS, NOISE, ON, SAMPLING, WORST_CASE
 from ..rows import SEEDS, as_number
 
-SAMPLING = ("plain", "antithetic", "gradient")
-WORST_CASE = {"apgd-l2": 2.0, "apgd-linf": math.inf}
-ESTIMATORS = (*SAMPLING, "hessian", *WORST_CASE)
 VARIANCE = {"normal": 1.0, "uniform": 1 / 3, "rademacher": 1.0}
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...names import WORST_CASE
 from ...threads import few_threads
 from ..rows import only_one
 from .estimates import Estimate, Results, Target, clean_scores, spread
-from .protocol import WORST_CASE, Protocol
+from .protocol import Protocol
 
 if TYPE_CHECKING:
     from ...evaluate import Evaluator

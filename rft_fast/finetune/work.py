@@ -20,6 +20,7 @@ from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
 from rft_fast.datasets import imagenet, labels, maps, naming
 from rft_fast.endpoints import Ends, Setup
+from rft_fast.names import STORED
 from rft_fast.program import Stop
 from rft_fast.words import differences, visible
 
@@ -28,7 +29,7 @@ from .images import FeatureBatches, ImageBatches, Images, accuracy, features, th
 from .settings import Setting, as_json
 from .training import COLUMNS, Diverged, Row, check_precision, check_warmup, freeze, train
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in STORED}
 RESERVED = "zeroshot"
 # What all models of a directory have in common.
 SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored")
