@@ -20,6 +20,8 @@ from .style import (
     Style,
     canvas,
     drawing,
+    extra,
+    fold,
     key,
     legend,
     plain,
@@ -74,10 +76,11 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     figure = canvas(max(7.0, 1.8 + 1.7 * len(columns)), 5)
     heights = [1.5, heat.height(len(names))] if styles else [heat.height(len(names))]
     panels = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
-    for column, outcome in zip(panels.T, columns, strict=True):
+    titles = [fold(dataset, (figure.get_figwidth() - 1.8) / len(columns), 8) for dataset, _ in columns]
+    for column, outcome, title in zip(panels.T, columns, titles, strict=True):
         here = parts.get_group(outcome)
         models = several(here["models"].unique())
-        column[0].set_title(f"{outcome[1]} on\n{outcome[0]}\n{models} models", fontsize=8)
+        column[0].set_title(f"{outcome[1]} on\n{title}\n{models} models", fontsize=8)
         if here["kendall"].isna().all():
             column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize=SMALL)
         for panel in column[:-1]:
@@ -99,7 +102,7 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     marks = [key("Kendall", _KENDALL), key("Spearman", _SPEARMAN)]
     marks += [key(name, style) for name, style in styles.items()]
     legends = legend(figure, "outside upper center", marks, note)
-    figure.set_figheight(sum(heights) + 1.6 + legends)
+    figure.set_figheight(sum(heights) + 1.6 + extra(titles) + legends)
     save(figure, file)
     return figure
 

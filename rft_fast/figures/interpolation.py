@@ -24,6 +24,8 @@ from .style import (
     canvas,
     colours,
     drawing,
+    extra,
+    fold,
     key,
     legend,
     lost,
@@ -79,11 +81,12 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
 
     figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
     panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
-    for (top, bottom), dataset in zip(panels.T, datasets, strict=True):
+    titles = [fold(name, (figure.get_figwidth() - 0.7) / len(datasets), 9) for name in datasets]
+    for (top, bottom), dataset, title in zip(panels.T, datasets, titles, strict=True):
         curves = rows[rows["dataset"] == dataset]
         here = summary[summary["dataset"] == dataset]
         where = "" if here["ood"].iloc[0] else "in distribution, "
-        top.set_title(f"{dataset}\n({where}{here['samples'].iloc[0]:,} images)", fontsize=9)
+        top.set_title(f"{title}\n({where}{here['samples'].iloc[0]:,} images)", fontsize=9)
         bottom.set_xlabel(r"$\alpha$", fontsize=9)
         _draw(top, curves, here, palette, _ACCURACY)
         _draw(bottom, curves, here, palette, _LOSS)
@@ -99,7 +102,7 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
     names = [Line2D([], [], label=name, color=palette[name], lw=3) for name in models]
     legends = legend(figure, "outside upper center", marks, _note(rows))
     legends += legend(figure, "outside lower center", names)
-    figure.set_figheight(4.6 + legends)
+    figure.set_figheight(4.6 + extra(titles) + legends)
     save(figure, file)
     return figure
 

@@ -19,6 +19,8 @@ from .style import (
     canvas,
     choose,
     drawing,
+    extra,
+    fold,
     key,
     legend,
     lost,
@@ -85,18 +87,19 @@ def layer_sharpness(
 
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
     panels = figure.subplots(len(settings), len(models), squeeze=False, sharex=True)
+    titles = [fold(model, (figure.get_figwidth() - 2.2) / len(models), 8) for model in models]
     for line, part in zip(panels, settings, strict=True):
         near = flat.merge(part[SETTING].drop_duplicates())
         curves = [part[part["model"] == model] for model in models]
         maps = [heat.grid(curve, "sharpness", names) for curve in curves]
         norm = heat.scale(maps, edge)
-        for panel, model, curve, values in zip(line, models, curves, maps, strict=True):
+        for panel, model, name, curve, values in zip(line, models, titles, curves, maps, strict=True):
             mesh = heat.draw(panel, values, norm)
             _uncertain(panel, curve, names)
             heat.mark(panel, names, set(near.loc[near["model"] == model, "layer"]), _NEAR_ZERO)
             heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
             _positions(panel, best[best["model"] == model], stars)
-            title = "\n".join(filter(None, [model, mode(model, gains)]))
+            title = "\n".join(filter(None, [name, mode(model, gains)]))
             panel.set_title(title, fontsize=8, pad=6 + 8 * len(stars))
         heat.label(line[0], list(short(names).values()))
         line[0].set_ylabel(setting(part), fontsize=9)
@@ -120,7 +123,7 @@ def layer_sharpness(
     marks += [key("straggler", heat.STRAGGLER)] if unstable else []
     marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
     legends = legend(figure, "outside upper center", marks, note)
-    figure.set_figheight((heat.height(len(names)) + 0.6) * len(settings) + 0.6 + legends)
+    figure.set_figheight((heat.height(len(names)) + 0.6 + extra(titles)) * len(settings) + 0.6 + legends)
     save(figure, file)
     return figure
 

@@ -21,6 +21,8 @@ from .style import (
     canvas,
     choose,
     drawing,
+    extra,
+    fold,
     key,
     legend,
     lost,
@@ -87,7 +89,9 @@ def layers(
     panels = figure.subplots(
         3, len(columns), squeeze=False, sharex=True, height_ratios=[heat.height(len(names)), 1.5, 1.5]
     )
+    room = (figure.get_figwidth() - 2.2) / len(columns)
     parts = [_part(rows, *at) for at in columns]
+    headers = []
     maps = [heat.grid(part, "rise", names) for part in parts]
     norm = heat.scale(maps, facts["margin"].iloc[0])
     for at, part, values, (top, *below) in zip(columns, parts, maps, panels.T, strict=True):
@@ -95,15 +99,17 @@ def layers(
         found = facts.loc[[at]]
         unstable = set(found.loc[found["straggler"], "layer"])
         heat.mark(top, names, unstable, heat.STRAGGLER)
-        top.set_title(_title(at, part, len(unstable)), fontsize=8)
+        top.set_title(_title(at, part, len(unstable), room), fontsize=8)
         _curves(below[0], part, curves, "loss", "rise_se", 1)
         _curves(below[1], part, curves, "accuracy", "gain_se", 100)
         below[1].set_xlabel(r"$\alpha$ of the layer", fontsize=9)
     for model in models:
         first = [at[0] for at in columns].index(model)
-        # Above the titles of its columns, which have four lines.
-        header = "\n".join(filter(None, [model, mode(model, gains)])) + 4 * "\n"
-        panels[0, first].set_title(header, fontsize=8, fontweight="bold", loc="left")
+        # Above the titles of its columns, which have four lines, or more.
+        lines = max(panel.get_title().count("\n") + 1 for panel in panels[0])
+        name = fold(model, room * sum(at[0] == model for at in columns), 9)
+        headers.append("\n".join(filter(None, [name, mode(model, gains)])) + lines * "\n")
+        panels[0, first].set_title(headers[-1], fontsize=8, fontweight="bold", loc="left")
     labels = short(names)
     heat.label(panels[0, 0], list(labels.values()))
     heat.colorbar(figure, mesh, panels, "rise in loss")
@@ -125,7 +131,7 @@ def layers(
     legends += legend(
         figure, "outside lower center", [key(labels[name], style) for name, style in curves.items()]
     )
-    figure.set_figheight(heat.height(len(names)) + 4.2 + legends)
+    figure.set_figheight(heat.height(len(names)) + 4.2 + extra(headers, 6) + legends)
     save(figure, file)
     return figure
 
@@ -146,10 +152,10 @@ def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int) -> str:
+def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int, room: float) -> str:
     _, others, dataset = at
     images = several(part["samples"].unique())
-    return f"{dataset}\n{images} images\nothers {_OTHERS[others]}\n{unstable} stragglers"
+    return f"{fold(dataset, room, 8)}\n{images} images\nothers {_OTHERS[others]}\n{unstable} stragglers"
 
 
 def _curves(

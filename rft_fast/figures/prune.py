@@ -20,6 +20,8 @@ from .style import (
     Style,
     canvas,
     drawing,
+    extra,
+    fold,
     key,
     legend,
     lost,
@@ -77,9 +79,10 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
             found = (effects["model"] == model) & (effects["dataset"] == dataset)
             _panel(panel, rows[here], effects[found], styles, varying)
         images = several(rows.loc[rows["dataset"] == dataset, "samples"].unique())
-        line[0].set_ylabel(f"{dataset}\n{images} images\naccuracy (%)", fontsize=9)
-    for panel, model in zip(panels[0], models, strict=True):
-        panel.set_title("\n".join(filter(None, [model, mode(model, gains)])), fontsize=9)
+        line[0].set_ylabel(f"{fold(dataset, 2, 9)}\n{images} images\naccuracy (%)", fontsize=9)
+    titles = [fold(model, (figure.get_figwidth() - 1.5) / len(models), 9) for model in models]
+    for panel, model, name in zip(panels[0], models, titles, strict=True):
+        panel.set_title("\n".join(filter(None, [name, mode(model, gains)])), fontsize=9)
 
     pruned = rows[rows["method"].notna()]
     note = wrap(
@@ -99,7 +102,7 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     marks.append(key("control: as many other layers, at random", _STRAGGLERS | _CONTROL))
     legends = legend(figure, "outside upper center", marks, note)
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
-    figure.set_figheight(0.6 + (2.5 + 0.16 * entries) * len(datasets) + legends)
+    figure.set_figheight(0.6 + (2.5 + 0.16 * entries) * len(datasets) + extra(titles) + legends)
     save(figure, file)
     return figure
 

@@ -24,6 +24,8 @@ from .style import (
     canvas,
     colours,
     drawing,
+    extra,
+    fold,
     key,
     legend,
     lost,
@@ -76,16 +78,17 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         len(settings), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets)
     )
     unmatched = 0
+    titles = [fold(name, 2.2, 9) for name in sets]
     for (left, *others), part in zip(panels, settings, strict=True):
         _along(left, part, palette, set(gains.index[gains <= 0]))
         left.set_title(setting(part), fontsize=9)
         left.set_ylabel("general sharpness", fontsize=9)
-        for panel, dataset in zip(others, sets, strict=True):
+        for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
             _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
-            panel.set_title(dataset, fontsize=9)
+            panel.set_title(name, fontsize=9)
     for panel, dataset in zip(panels[-1], ["", *sets], strict=True):
         panel.set_xlabel("general sharpness" if dataset else r"$\alpha$", fontsize=9)
     for panel in panels[:, 1:2].flat:
@@ -112,7 +115,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     legends = legend(figure, "outside upper center", marks, note)
     names = [key(name, {"lw": 3}, color=palette[name]) for name in models]
     legends += legend(figure, "outside lower center", names)
-    figure.set_figheight(0.3 + 2.6 * len(settings) + legends)
+    figure.set_figheight(0.3 + (2.6 + extra(titles)) * len(settings) + legends)
     save(figure, file)
     return figure
 

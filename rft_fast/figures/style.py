@@ -31,6 +31,7 @@ from ..words import visible
 MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
 GREY = "0.3"
 SMALL = 7.5  # points
+LINE = 0.15  # inches, of a line of a title
 
 _P = ParamSpec("_P")
 Style = dict[str, Any]
@@ -129,6 +130,8 @@ def key(label: str, style: Style, **other: Any) -> Line2D:
 
 def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str = "") -> float:
     """Adds a legend in as few lines as the figure's width allows; returns its height in inches."""
+    for handle in handles:
+        handle.set_label(fold(str(handle.get_label()), figure.get_figwidth() - 0.6))
 
     def make(columns: int) -> Legend:
         legend: Legend = figure.legend(
@@ -154,6 +157,19 @@ def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str =
 def wrap(figure: Figure, *sentences: str) -> str:
     """The sentences as lines that fit the figure's width; empty ones are left out."""
     return textwrap.fill(" ".join(filter(None, sentences)), int(18 * figure.get_figwidth()))
+
+
+def fold(name: str, inches: float, size: float = SMALL) -> str:
+    """A name on as many lines as a width needs, broken at its separators if possible; nothing is left out."""
+    most = max(8, int(110 * inches / size))
+    one = r"(?:\\\$|\\(?!\$)|[^\\])"  # an escaped dollar stays one character
+    pattern = rf"{one}{{1,{most}}}\Z|{one}{{{most // 2},{most}}}(?<=[/ _.-])|{one}{{1,{most}}}"
+    return name if len(name) <= most else "\n".join(re.findall(pattern, name))
+
+
+def extra(names: Iterable[str], lines: int = 1) -> float:
+    """Inches that the longest of some folded names needs beyond so many lines."""
+    return LINE * max(0, max((name.count("\n") + 1 for name in names), default=0) - lines)
 
 
 def lost(values: Iterable[float], what: str) -> str:
@@ -206,7 +222,8 @@ def stated(rows: pd.DataFrame) -> str:
 def setting(rows: pd.DataFrame) -> str:
     """What one measurement of sharpness is told by at a glance."""
     first = rows.iloc[0]
-    return f"$\\rho$ = {first['rho']:g} on {first['dataset']}\n{first['estimator']}, {first['on']} weights"
+    where = fold(first["dataset"], 2, 9)
+    return f"$\\rho$ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
 
 
 def several(values: Iterable[Any]) -> str:

@@ -16,9 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from support.tiny_report import make_rows as make_run_rows
 
 from rft_fast import figures, studies
 from rft_fast.figures import heat, style
+from rft_fast.studies.facts import Facts, Settings
+from rft_fast.studies.rows import STUDIES
 
 ALPHAS = np.array([0.0, 0.5, 1.0])
 # model, data set -> accuracy and loss at ALPHAS
@@ -610,3 +614,47 @@ def test_the_alpha_of_the_forest_is_settable(table: pd.DataFrame, tmp_path: Path
     np.testing.assert_allclose(lines(forest)["kendall"].get_xdata()[:2], [0.0, 0.2])
     with pytest.raises(ValueError, match=r"alpha among \[0\.5, 1\.0\], got 0\.3"):
         figures.correlation(table, tmp_path / "no.png", alpha=0.3)
+
+
+# --- long names -----------------------------------------------------------------------------------
+
+LONG = {"bad": "$/a/" + "runs of-seeds/lr1e-3_wd" * 8 + "/end-00", "fog": "x" * 200}
+
+
+@pytest.fixture(scope="module")
+def long_names() -> Facts:
+    rows = ({key: LONG.get(str(value), value) for key, value in row.items()} for row in make_run_rows())
+    return Facts(studies.frame(rows), Settings(measured=["correlation"]))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_long_names_stand_whole_within_the_figure(study: str, long_names: Facts, tmp_path: Path) -> None:
+    about = long_names.correlation if study == "correlation" else long_names
+    drawn = getattr(figures, study.replace("-", "_"))(about, tmp_path / "x.png")
+    ticks = {
+        id(text)
+        for panel in drawn.axes
+        for axis in (panel.xaxis, panel.yaxis)
+        for text in axis.get_ticklabels()
+    }  # some are not drawn
+    found = [text for text in drawn.findobj(Text) if text.get_text() and id(text) not in ticks]
+    edge = 2  # pixels
+    for text in found:
+        box = text.get_window_extent()
+        assert box.x0 >= -edge and box.x1 <= drawn.bbox.x1 + edge, text.get_text()
+        assert box.y0 >= -edge and box.y1 <= drawn.bbox.y1 + edge, text.get_text()
+    shown = [text.get_text().replace("\n", "").replace(r"\$", "$") for text in found]
+    expected = {"correlation": ["fog"], "interpolation": ["bad", "fog"], "sharpness": ["bad", "fog"]}
+    for name in expected.get(study, ["bad"]):
+        assert any(LONG[name] in text for text in shown)
+
+
+def test_folding_leaves_nothing_out() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        signs = rng.choice(["a", "W", "/", " ", "-", ".", r"\$", "\\", "é"], rng.integers(0, 90))
+        text, inches = "".join(signs), float(rng.uniform(0, 3))
+        lines = style.fold(text, inches).split("\n")
+        assert "".join(lines) == text and not any(line.startswith("$") for line in lines)
+        assert max(len(line.replace(r"\$", "$")) for line in lines) <= max(8, 110 * inches / style.SMALL)
+    assert style.fold("runs/one/two", 0) == "runs/\none/two"
