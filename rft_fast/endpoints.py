@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -111,6 +112,8 @@ class Ends:
     classes: how many classes the fine-tuned heads have. Only needed with ``head="finetuned"`` where neither
         prompts nor the zero-shot checkpoint tell.
     device: where heads are made from prompts; many prompts are slow on a CPU.
+    stand_ins: encode no prompts. A head that would be made from them is random numbers of its shape, the same
+        ones for the same text tower: enough to check and to time what a run does, and nothing else.
 
     Attributes:
         classes: rows of the head.
@@ -130,8 +133,10 @@ class Ends:
         zeroshot: Mapping[str, Tensor],
         classes: int | None = None,
         device: str | torch.device = "cpu",
+        *,
+        stand_ins: bool = False,
     ) -> None:
-        self.setup, self._device = setup, device
+        self.setup, self._device, self._stand_ins = setup, device, stand_ins
         self._both = setup.towers == "both"
         self._made: dict[str, dict[str, Tensor]] = {}
         self._features: int = architectures.config(setup.arch)[1]["embed_dim"]
@@ -181,6 +186,11 @@ class Ends:
         head = self._own(self._owner)
         self._owner = None  # a text tower is not kept longer than it is needed
         return {**self._tower, **head}
+
+    @property
+    def heads(self) -> int:
+        """How many heads were made from prompts, each from all of them."""
+        return len(self._made) + int(self._scaled and not self._both and self._owner is None)
 
     def pair(
         self, finetuned: Mapping[str, Tensor], name: str | None = None
@@ -377,6 +387,8 @@ class Ends:
         if HEAD_WEIGHT in state:
             return _filled(state)
         weights, scale = _text_weights(self.setup.arch, state), _factor(state, self.setup.scale)
+        if self._stand_ins:
+            return _filled({HEAD_WEIGHT: scale * _stand_in(weights, len(self._tokens), self._features)})
         return _filled({HEAD_WEIGHT: _encode(self.setup.arch, weights, self._tokens, scale, self._device)})
 
 
@@ -418,6 +430,15 @@ def _encode(
             head.append(directions(tower(part.flatten(0, 1).to(device)), templates).cpu())
             bar.update(len(part))
     return scale * torch.cat(head)
+
+
+def _stand_in(weights: Mapping[str, Tensor], classes: int, features: int) -> Tensor:
+    """Rows of length 1 at random, the same for the same text tower: float32 [classes, features]."""
+    found = hashlib.blake2b(digest_size=7)
+    for _, tensor in sorted(weights.items()):
+        found.update(tensor.float().cpu().contiguous().numpy().data.cast("B"))
+    generator = torch.Generator().manual_seed(int.from_bytes(found.digest(), "big"))
+    return nn.functional.normalize(torch.randn(classes, features, generator=generator))
 
 
 def _text_weights(arch: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,7 +29,7 @@ def plan(request: Request) -> str:
     """Forward passes, FLOPs, bytes, time and memory of a request, to read.
 
     Loads the models, lists the images, counts what the studies would do and times what one of each thing
-    takes, on random pixels, in about ten seconds. Decodes and measures nothing.
+    takes, on random pixels, in about ten seconds. Decodes and measures nothing, and encodes no prompts.
 
     Raises NotFetched for a tokenizer that would have to be downloaded, and ValueError for what a run would
     refuse, unreadable images apart.
@@ -68,10 +69,29 @@ def plan(request: Request) -> str:
         cost.Line(study, takes[study], work, rates[sizes[study]], takes[study] * loading)
         for study, work in works.items()
     ]
+    encoding = _encoding(models, next(iter(rates.values())), costs)
     images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
     resident = sum(count for counts in images for count, _ in counts.values())
     peak = cost.memory(everything, evaluator, path, resident)
-    return cost.table(lines, costs, peak, path, _notes(request, sets))
+    return cost.table(lines, costs, peak, path, _notes(request, sets), encoding)
+
+
+def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Encoding | None:
+    """What the text tower does before the first measurement; None where no head is made from prompts.
+
+    Counted by the tower's shapes: of its weights, only matrices inside blocks work on every token.
+    """
+    ends = models.ends
+    if not ends.heads or ends.setup.prompts is None:
+        return None
+    with torch.device("meta"):
+        tower: Any = architectures.text(ends.setup.arch)
+    tokens: int = tower.context_length
+    matrices: int = sum(p.numel() for p in tower.transformer.parameters() if p.ndim > 1)
+    widths: int = sum(m.embed_dim for m in tower.modules() if isinstance(m, torch.nn.MultiheadAttention))
+    prompts = ends.heads * len(ends.setup.prompts.class_names) * len(ends.setup.prompts.templates)
+    flops = prompts * (2 * tokens * matrices + 4 * tokens**2 * widths)
+    return cost.Encoding(ends.heads, prompts, flops, flops * sum(rates.images) / costs.forward)
 
 
 def _at_once(request: Request, study: str, whole: Counts) -> int:

@@ -46,7 +46,8 @@ class Models:
     def load(cls, request: Request) -> Models:
         """Puts the live model on the way to each fine-tuned one once, so that none fails later.
 
-        Names, shapes and heads of all models are checked before the first prompt is encoded.
+        Names, shapes and heads of all models are checked before the first prompt is encoded. A plan encodes
+        none: it needs the shapes of heads alone.
         """
         source, inputs = request.zoo, files.Inputs()
         file = checkpoints.fetch(source.zeroshot.source, source.arch, request.fetch is not False)
@@ -59,7 +60,7 @@ class Models:
         with inputs.reading(file):
             state = checkpoints.load(file, request.device, source.zeroshot.format)
         with _at(file):
-            ends = Ends(setup, state, _classes(source), request.device)
+            ends = Ends(setup, state, _classes(source), request.device, stand_ins=request.plan)
         for weights in source.finetuned.values():
             with _at(weights.source), inputs.reading(weights.source):
                 ends.check(checkpoints.load(weights.source, "meta", weights.format))

@@ -1,4 +1,4 @@
-"""What packages load, and that commands read their arguments before they load anything large."""
+"""What packages load, what commands load before they read arguments, and plans, which encode nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import pytest
+import torch
+from support import tiny_zoo
 
 import rft_fast
-from rft_fast import names, program
+from rft_fast import checkpoints, cost, meter, names, program, prompts, sweep
+from rft_fast.endpoints import Ends, Setup
 from rft_fast.options import parser
 
 PACKAGE = Path(rft_fast.__file__).parent
@@ -154,3 +159,109 @@ def test_names_are_those_that_something_is_done_for() -> None:
     assert tuple(KINDS) == names.KINDS
     assert tuple(AUTOCAST) == names.MIXED and tuple(DTYPES) == names.STORED
     assert choices["track"] == tuple(trackers._CLIENTS)
+
+
+# --- a plan needs the shapes of heads alone ---------------------------------------------------------------
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2}
+MODEL = {"embed_dim": 6, "vision_cfg": tiny_zoo.ARCH["model_cfg"]["vision_cfg"], "text_cfg": TEXT}
+CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIPs without a head: two fine-tuned from one, one of another text tower alone; and one with a head."""
+    folder = tiny_zoo.make(tmp_path_factory.mktemp("clips"))
+    (folder / "clip.json").write_text(json.dumps({**tiny_zoo.ARCH, "model_cfg": MODEL}))
+    (folder / "names.txt").write_text("cat\ndog\nfish\n")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        base = open_clip.CLIP(**MODEL).state_dict()
+        states = {"zero": base, "one": moved(base), "two": moved(base)}
+        states["text"] = base | {k: v for k, v in moved(base).items() if k.startswith("transformer.")}
+        states["headed"] = moved(base) | {"classification_head.weight": torch.randn(CLASSES, 6)}
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pt")
+    return folder
+
+
+def moved(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v + 0.1 * torch.randn_like(v) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def planned(folder: Path, finetuned: list[str], *more: str) -> list[str]:
+    models = [str(folder / f"{name}.pt") for name in finetuned]
+    return [
+        *("interpolation", "--arch", str(folder / "clip.json"), "--zeroshot", str(folder / "zero.pt")),
+        *("--finetuned", *models, "--data", f"far={folder / 'far.npz'}", "--alphas", "0", "1"),
+        *("--class-names", str(folder / "names.txt"), "--templates", "simple", "--device", "cpu", *more),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "head", "heads"),
+    [
+        (["one", "two"], "interpolate", 3),
+        (["one", "two", "headed"], "interpolate", 3),
+        (["text"], "interpolate", 2),  # the image towers are the same, the heads are not
+        (["one", "two"], "zeroshot", 1),
+        (["one", "two", "headed"], "finetuned", 2),
+    ],
+)
+def test_a_plan_encodes_no_prompts_and_counts_them(
+    clips: Path,
+    finetuned: list[str],
+    head: str,
+    heads: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = planned(clips, finetuned, "--head", head)
+    monkeypatch.setattr(open_clip.transformer.TextTransformer, "forward", lambda *_: pytest.fail("it ran"))
+    assert sweep.main([*words, "--plan"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("prompts"))
+    assert line.split()[:3] == [
+        "prompts",
+        str(heads),
+        f"{heads * CLASSES * len(prompts.TEMPLATES['simple'])}",
+    ]
+
+
+def test_the_count_is_what_a_run_encodes(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, tables = planned(clips, ["one", "headed"]), []
+    table = cost.table
+    monkeypatch.setattr(cost, "table", lambda *rest: tables.append(rest[-1]) or table(*rest))
+    assert sweep.main([*words, "--plan"]) == 0
+    encode, encoded, flops = open_clip.transformer.TextTransformer.forward, [], []
+
+    def forward(tower: Any, tokens: torch.Tensor) -> Any:
+        encoded.append(len(tokens))
+        flops.append(meter.measure(lambda: encode(tower, tokens)).flops)
+        return encode(tower, tokens)
+
+    monkeypatch.setattr(open_clip.transformer.TextTransformer, "forward", forward)
+    assert sweep.main([*words, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert tables[0].prompts == sum(encoded) and tables[0].heads == 2
+    # All but the projection of a prompt's last token, which is small in any tower but this one.
+    projections = 2 * sum(encoded) * TEXT["width"] * MODEL["embed_dim"]
+    assert tables[0].flops == pytest.approx(sum(flops) - projections, rel=0.01)
+
+
+def test_a_plan_refuses_what_a_run_refuses(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fine-tuned end that is the zero-shot one, text tower and all, which stand-ins must not hide."""
+    tiny_zoo.refused([*planned(clips, ["zero"]), "--plan"], "same weights", capsys)
+
+
+def test_the_same_text_tower_has_the_same_stand_in(clips: Path) -> None:
+    chosen = prompts.Prompts(("cat", "dog"), prompts.templates("photo"))
+    states = {name: checkpoints.load(clips / f"{name}.pt") for name in ("zero", "one")}
+    ends = Ends(Setup(str(clips / "clip.json"), prompts=chosen), states["zero"], stand_ins=True)
+    (a, b), (_, c) = ends.pair(states["one"]), ends.pair(states["zero"])
+    first, last, again = (state["classification_head.weight"] for state in (a, b, c))
+    assert first.shape == (2, 6) and torch.equal(first, again) and not torch.equal(first, last)
+    real = Ends(Setup(str(clips / "clip.json"), prompts=chosen), states["zero"]).pair(states["one"])[0]
+    assert real["classification_head.weight"].dtype == first.dtype
+    norms = [head.norm(dim=1) for head in (real["classification_head.weight"], first)]
+    torch.testing.assert_close(*norms)

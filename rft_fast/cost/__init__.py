@@ -12,11 +12,12 @@ each counted thing takes on this machine::
 
 from .counting import CountedEvaluator, CountedPath, Work, count
 from .rates import Flops, Memory, Rates, calibrate, flops, forecast, images_wanted, memory
-from .table import Line, duration, table
+from .table import Encoding, Line, duration, table
 
 __all__ = [
     "CountedEvaluator",
     "CountedPath",
+    "Encoding",
     "Flops",
     "Line",
     "Memory",
