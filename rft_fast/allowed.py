@@ -20,7 +20,11 @@ import timm
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+
+
+def _signed(value: Any) -> bool:
+    return _number(-value if isinstance(value, int | float) and value < 0 else value)
 
 
 def _flag(value: Any) -> bool:
@@ -59,9 +63,10 @@ _MOST = {
 
 # What a value must be -> in words.
 _WORDS: dict[Any, str] = {
-    _number: "a finite number",
+    _number: "a finite number from 0 on",
+    _signed: "a finite number",
     _flag: "true or false",
-    _sizes: "a number, or a list of numbers",
+    _sizes: "a number from 0 on, or a list of such numbers",
     _word: "a word",
     _timm: "the name of a model of timm's own (timm.list_models()), from no hub and no folder",
     _text: "a string",
@@ -86,7 +91,7 @@ _WORDS[_TOKENIZER] = (
 
 
 def _table(**kinds: str) -> dict[str, Callable[[Any], bool]]:
-    by_kind = {"numbers": _number, "flags": _flag, "words": _word, "sizes": _sizes}
+    by_kind = {"numbers": _number, "signed": _signed, "flags": _flag, "words": _word, "sizes": _sizes}
     return {name: by_kind[kind] for kind, names in kinds.items() for name in names.split()}
 
 
@@ -119,7 +124,8 @@ _TEXT = {
 }
 _MODEL = {
     **_table(
-        numbers="embed_dim init_logit_bias init_logit_scale",
+        numbers="embed_dim",
+        signed="init_logit_bias init_logit_scale",
         flags="custom_text quick_gelu nonscalar_logit_scale",
     ),
     "vision_cfg": _within(dict.fromkeys(_VISION, lambda _: True)),

@@ -539,7 +539,8 @@ def _make(
     try:
         return open_clip.CustomTextCLIP(model_cfg["embed_dim"], {**vision}, {**text}, quick_gelu=quick_gelu)
     except Exception as error:  # open_clip and timm check with asserts and errors of all kinds
-        raise ValueError(f"arch: open_clip cannot make the tower of {label}: {error}") from error
+        what = str(error) or type(error).__name__  # an assert says nothing
+        raise ValueError(f"arch: open_clip cannot make the tower of {label}: {what}") from error
 
 
 def _text_cfg(label: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:

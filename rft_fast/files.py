@@ -58,7 +58,12 @@ def opened(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     with os.fdopen(handle, "rb", buffering=0) as stream:
         _refuse(os.fstat(handle), path)
-        yield stream
+        try:
+            yield stream
+        except OSError as error:  # such as of a disk that fails, which names no file
+            if error.errno is not None and error.filename is None:
+                error.filename = os.fspath(path)
+            raise
 
 
 def read_bytes(path: str | PathLike[str]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -184,8 +185,12 @@ class _Books:
         if run.resumed and file.is_file():
             try:
                 for row in pd.read_csv(file).to_dict("records"):
-                    self._took[row["study"]] = (float(row["seconds"]), int(row["peak_memory"]))
-            except (ValueError, KeyError) as error:
+                    seconds, peak = float(row["seconds"]), int(row["peak_memory"])
+                    if not 0 <= seconds < math.inf:
+                        raise ValueError(f"{seconds} seconds")
+                    self._took[row["study"]] = (seconds, peak)
+            except (ValueError, KeyError, OverflowError) as error:
+                self._took.clear()
                 progress.notice(f"{file} cannot be read ({error}): it will lack what earlier processes took")
 
     def begun(self, piece: Piece) -> None:

@@ -150,7 +150,9 @@ def read(path: str | PathLike[str]) -> Zoo:
             raise entries.error(f"data.{name}", f"must be a table with a path, got {source!r}")
         entries.known(source, f"data.{name}.", ("path", "ood", "kind", "labels"))
     options: list[str] = []
-    for name, value in (entries.get(table, "options", dict) if "options" in table else {}).items():
+    for name, value in (
+        entries.get(table, "options", dict) if table.get("options", {}) != {} else {}
+    ).items():
         options += entries.option(name, value)
     return Zoo(
         name=entries.get(table, "name", str),

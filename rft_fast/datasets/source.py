@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from rft_fast import cache as caches
@@ -76,7 +76,10 @@ class Source:
 
 def open_image(file: IO[bytes]) -> Image.Image:
     """An image in one of :data:`FORMATS`. Raises anything for what is none, or damaged."""
-    return Image.open(file, formats=_formats())
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError:  # which would name the object in memory
+        raise UnidentifiedImageError(f"no image in one of the formats {', '.join(_formats())}") from None
 
 
 def open_file(path: Path, listed: caches.File | None = None) -> Image.Image:

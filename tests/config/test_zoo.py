@@ -55,6 +55,8 @@ def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.Monkey
         },
     )
     assert list(got.finetuned) == ["z last", "a first"]
+    write(folder, GOOD + "[options]")
+    assert zoo.read(folder) == got
 
 
 def test_the_order_is_said_by_a_word_and_by_no_other(folder: Path) -> None:

@@ -385,7 +385,9 @@ def test_images_that_are_programs_are_not_run(tmp_path: Path, monkeypatch: pytes
     Image.new("RGB", (9, 9)).save(tmp_path / "data" / "a" / "x.jpg", "EPS")
     with pytest.raises(pytest.fail.Exception), Image.open(tmp_path / "data" / "a" / "x.jpg") as image:
         image.load()
-    with pytest.raises(ValueError, match=r"1 of 2 images cannot be read: .*x\.jpg \(cannot identify"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 images cannot be read: .*x\.jpg \(no image in one of .*JPEG"
+    ):
         load(tmp_path / "data")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -394,3 +395,10 @@ def test_images_that_change_later_are_said_to(zoo: Path, monkeypatch: pytest.Mon
     status, rows = run(zoo, monkeypatch, "far.npz", truncate(0), "a")
     log = (zoo / "run" / "run.log").read_text()
     assert status == 0 and len(rows) == 8 and log.count("far.npz changed") == 1
+
+
+def test_a_disk_that_fails_is_said_to_be_that_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    file.touch()
+    with pytest.raises(OSError, match="weights.pt"), files.opened(file):
+        raise OSError(errno.EIO, "Input/output error")

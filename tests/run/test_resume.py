@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from support import tiny_kills, tiny_zoo
 from support.tiny_kills import Tally, attempt, kill_until_done, rows_of
 from support.tiny_zoo import BRIEF, own_models, refused
 
-from rft_fast import results, sweep
+from rft_fast import results, running, sweep
 from rft_fast.evaluate import Evaluator
+from rft_fast.program import Stop
 from rft_fast.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,6 +145,20 @@ def test_finished_runs_are_only_drawn_again(
     assert (out / "figures" / "layers.png").stat().st_size > 10_000
     pd.testing.assert_frame_equal(pd.read_csv(out / "cost.csv"), costs)
     assert "In short" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", ["layers,1,nan,5", "layers,1,2.0,inf", "layers,1,-1,5", "layers,1,x,5", "\xff"]
+)
+def test_costs_that_are_no_numbers_are_left_out_and_said_to_be(tmp_path: Path, line: str) -> None:
+    (tmp_path / "cost.csv").write_text("study,models,seconds,peak_memory\n" + line, "latin-1")
+    said: list[str] = []
+    run: Any = SimpleNamespace(resumed=1, table=lambda name: tmp_path / f"{name}.csv")
+    progress: Any = SimpleNamespace(notice=said.append)
+    books = running._Books(run, progress, Stop(said.append), {})
+    books.models["layers"] = 1
+    assert books.rows() == [{"study": "layers", "models": 1, "seconds": 0.0, "peak_memory": 0}]
+    assert len(said) == 1 and "cost.csv" in said[0]
 
 
 def test_what_has_changed_is_told_and_nothing_is_touched(

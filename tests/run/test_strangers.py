@@ -276,6 +276,8 @@ def test_every_architecture_of_open_clip_is_on_the_list() -> None:
         *((None, {name: "x y"}, {}) for name in ("pool_type", "proj_type", "tokenizer_mode", "block_type")),
         *((None, {name: 1}, {}) for name in ("hf_tokenizer_name", "hf_model_name")),
         *(({name: {"a": 1}}, None, {}) for name in ("layers", "width", "image_size", "timm_pool")),
+        *(({name: -1}, None, {}) for name in ("layers", "width", "patch_size", "mlp_ratio", "ls_init_value")),
+        ({"norm_kwargs": {"eps": -1.0}}, {"heads": -2}, {"embed_dim": -6}),
         ({"weights": "evil.pt"}, None, {}),
         (None, {"pretrained": "hf-hub:evil"}, {}),
         (None, None, {"pretrained": "openai"}),
