@@ -400,5 +400,5 @@ def test_images_that_change_later_are_said_to(zoo: Path, monkeypatch: pytest.Mon
 def test_a_disk_that_fails_is_said_to_be_that_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     file.touch()
-    with pytest.raises(OSError, match="weights.pt"), files.opened(file):
+    with pytest.raises(OSError, match=r"weights\.pt"), files.opened(file):
         raise OSError(errno.EIO, "Input/output error")
