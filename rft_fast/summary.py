@@ -10,7 +10,7 @@ import pandas as pd
 
 from .cost import duration
 from .findings import findings, tau
-from .studies.facts import Facts
+from .studies.facts import ENDS, Facts
 from .words import paragraph, visible
 
 LEGEND = """\
@@ -85,13 +85,12 @@ def _images(rows: pd.DataFrame) -> str:
 
 
 def _layers(facts: Facts) -> list[str]:
-    others = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}[facts.settings.others]
     lines = _words(
         facts,
-        f"layers: each layer on the path, the others {others}; {_images(facts.part('layers'))}, "
-        f"{facts.stragglers.iloc[0]['alphas']} alphas. A straggler's instability lies above "
-        f"{facts.settings.straggler_margin:g} nats with 95 % confidence, Bonferroni-corrected for layers and "
-        "alphas, and its loss above that at alpha = 0.",
+        f"layers: each layer on the path, the others {ENDS[facts.settings.others]}; "
+        f"{_images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
+        f"instability lies above {facts.settings.straggler_margin:g} nats with 95 % confidence, "
+        "Bonferroni-corrected for layers and alphas, and its loss above that at alpha = 0.",
     )
     for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)

@@ -24,15 +24,14 @@ from .style import (
     fold,
     key,
     legend,
+    measures,
     plain,
     save,
     several,
-    short,
     stated,
     wrap,
 )
 
-_SETTING = ["rho", "measured_on", "estimator", "on"]
 _MEASURES = ["general", "stragglers", "layer"]
 _KENDALL: Style = {"ls": "", "marker": "o", "ms": 3.5, "color": MUTED[0]}
 _SPEARMAN: Style = {"ls": "", "marker": "D", "ms": 3, "color": MUTED[1], "mfc": "white"}
@@ -66,7 +65,7 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     alpha = alpha if alpha is not None else 1.0 if 1.0 in alphas else alphas[-1]
     if alpha not in alphas:
         raise ValueError(f"figures.correlation: expected an alpha among {alphas}, got {alpha:g}")
-    table = table.assign(name=_names(table)).sort_values("alpha", kind="stable")
+    table = table.assign(name=measures(table)).sort_values("alpha", kind="stable")
     at = table[table["alpha"] == alpha]
     names = [name for measure in _MEASURES for name in at.loc[at["measure"] == measure, "name"].unique()]
     styles = dict(zip(table.loc[table["measure"] != "layer", "name"].unique(), cycle(CURVES)))
@@ -105,21 +104,6 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     figure.set_figheight(sum(heights) + 1.6 + extra(titles) + legends)
     save(figure, file)
     return figure
-
-
-def _names(table: pd.DataFrame) -> pd.Series:
-    """What each row measures, with the settings where there is more than one of its measure."""
-    layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
-    names = table["layer"].map(layers).where(table["measure"] == "layer", table["measure"])
-    for measure in _MEASURES:
-        rows = table["measure"] == measure
-        settings = table.loc[rows, _SETTING]
-        varying = [column for column in _SETTING if settings[column].nunique(dropna=False) > 1]
-        for column in varying:
-            mark = r"$\rho$ = " if column == "rho" else ""
-            texts = settings[column].map(lambda value, mark=mark: f", {mark}{several([value])}")
-            names = names.where(~rows, names + texts.reindex(names.index, fill_value=""))
-    return names
 
 
 def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:

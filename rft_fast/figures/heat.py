@@ -79,15 +79,19 @@ def scale(values: Sequence[pd.DataFrame], small: float) -> AsinhNorm:
     return AsinhNorm(linear_width=min(small, largest) / 2, vmin=-largest, vmax=largest)
 
 
-def colorbar(figure: Figure, mesh: ScalarMappable, panels: np.ndarray, text: str) -> None:
-    """The legend of the colours, right of the panels: zero, the powers of ten, and the ends."""
-    norm: Any = mesh.norm
-    width, largest = norm.linear_width, norm.vmax
+def ticks(width: float, largest: float) -> np.ndarray:
+    """Of a scale that is about linear up to a width: zero, the powers of ten, and the ends."""
     tens = 10.0 ** np.arange(np.ceil(np.log10(width)), np.log10(largest / 1.7))
     up = np.append(tens, largest)
-    ticks = np.concatenate([-up[::-1], [0], up])
-    bar = figure.colorbar(mesh, ax=panels, aspect=30, shrink=0.5, pad=0.02, anchor=(0, 1), ticks=ticks)
-    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
+    return np.concatenate([-up[::-1], [0], up])
+
+
+def colorbar(figure: Figure, mesh: ScalarMappable, panels: np.ndarray, text: str) -> None:
+    """The legend of the colours, right of the panels."""
+    norm: Any = mesh.norm
+    marks = ticks(norm.linear_width, norm.vmax)
+    bar = figure.colorbar(mesh, ax=panels, aspect=30, shrink=0.5, pad=0.02, anchor=(0, 1), ticks=marks)
+    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in marks])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8)
     bar.set_label(text, fontsize=9)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..studies.facts import Facts, as_facts
+from ..studies.facts import ENDS, Facts, as_facts
 from ..studies.layers import STUDY
 from ..studies.path import Z95
 from . import heat
@@ -36,7 +36,6 @@ from .style import (
 )
 
 _WORST = 3  # curves of each model
-_OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
 
 
 @drawing
@@ -155,7 +154,7 @@ def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
 def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int, room: float) -> str:
     _, others, dataset = at
     images = several(part["samples"].unique())
-    return f"{fold(dataset, room, 8)}\n{images} images\nothers {_OTHERS[others]}\n{unstable} stragglers"
+    return f"{fold(dataset, room, 8)}\n{images} images\nothers {ENDS[others]}\n{unstable} stragglers"
 
 
 def _curves(

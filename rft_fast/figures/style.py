@@ -8,7 +8,7 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
@@ -251,6 +251,27 @@ def short(names: Sequence[str]) -> dict[str, str]:
     tails = [re.sub(r"^.*?(?<![^.])(?=\d+(\.|$))", "", name) for name in rest]
     unique = next(texts for texts in (tails, rest, names) if len(set(texts)) == len(names))
     return dict(zip(names, unique, strict=True))
+
+
+def measures(
+    table: pd.DataFrame, said: Mapping[str, str] | None = None, rho: str = r"$\rho$ = "
+) -> pd.Series:
+    """What each row of a correlation measures, with its settings where its measure has several.
+
+    Args:
+        table: of :func:`rft_fast.studies.correlation`.
+        said: measure -> its words, where they are others than its name.
+        rho: what stands before a scale of noise.
+    """
+    layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
+    words = table["measure"].map(lambda measure: (said or {}).get(measure, measure))
+    names = table["layer"].map(layers).where(table["measure"] == "layer", words)
+    for column in ("rho", "measured_on", "estimator", "on"):
+        varies = table.groupby("measure")[column].transform(lambda own: own.nunique(dropna=False)) > 1
+        mark = rho if column == "rho" else ""
+        texts = table[column].map(lambda value, mark=mark: f", {mark}{several([value])}")
+        names = names.where(~varies, names + texts)
+    return names
 
 
 def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[str], str]:

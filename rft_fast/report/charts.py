@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from ..figures.style import margin, short
+from ..figures.style import margin, measures
 from ..studies.facts import Facts
 from ..studies.path import Z95
 from .drawing import (
@@ -252,7 +250,8 @@ def prune(facts: Facts) -> Picture:
 
 def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     """Rank correlations as a forest plot; and what each row of the table measures, in words."""
-    labels = names(table)
+    said = {"general": "all weights", "stragglers": "the stragglers"}
+    labels = list(measures(table, said, "ρ = "))
     table = table.assign(name=labels)
     order = [*dict.fromkeys(table.sort_values("measure", key=lambda m: m.map(_ORDER), kind="stable")["name"])]
     place = {name: row for row, name in enumerate(order)}
@@ -306,21 +305,3 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
 
 
 _ORDER = {"general": 0, "stragglers": 1, "layer": 2}
-_SAID = {"general": "all weights", "stragglers": "the stragglers"}
-
-
-def names(table: pd.DataFrame) -> list[str]:
-    """What each row of a correlation measures, with its setting where there are several."""
-    layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
-    said = [_SAID.get(str(row["measure"]), layers.get(row["layer"], "")) for row in table.to_dict("records")]
-    for column, mark in (("rho", "ρ = "), ("measured_on", ""), ("estimator", ""), ("on", "")):
-        varies = table.groupby("measure")[column].transform("nunique") > 1
-        said = [
-            f"{name}, {mark}{_plain(value)}" if more else name
-            for name, value, more in zip(said, table[column], varies, strict=True)
-        ]
-    return said
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..studies.path import Z95
-from ..words import some
+from ..words import flat, some
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
 from .runs import RunRead
@@ -174,17 +174,9 @@ def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Keys of config.json whose values differ, with both."""
-    a, b = (dict(_flat(config)) for config in (first, second))
+    a, b = ({" › ".join(names): said(value) for names, value in flat(config)} for config in (first, second))
     names = dict.fromkeys([*a, *b])
     return [(name, a.get(name, "–"), b.get(name, "–")) for name in names if a.get(name) != b.get(name)]
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name} › {key}" if name else str(key))
-    else:
-        yield name, said(value)
 
 
 def _configuration(settings: list[tuple[str, str, str]]) -> Section:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..figures.heat import ticks
 from ..words import visible
 
 ALL = "*"
@@ -167,9 +168,7 @@ def heat(values: pd.DataFrame, small: float, largest: float, hover: list[list[st
     """Layers down, alphas across; about linear up to a small value, logarithmic beyond, centred at zero."""
     width = min(small, largest) / 2
     top = math.asinh(largest / width)
-    tens = 10.0 ** np.arange(math.ceil(math.log10(width)), math.log10(largest / 1.7))
-    ticks = [0.0, *tens, largest]
-    ticks = [-tick for tick in ticks[:0:-1]] + ticks
+    stops = ticks(width, largest)
     return {
         "type": "heatmap",
         "z": np.arcsinh(values.to_numpy(dtype=float) / width).tolist(),
@@ -182,8 +181,8 @@ def heat(values: pd.DataFrame, small: float, largest: float, hover: list[list[st
         "hovertext": hover,
         "colorbar": {
             "title": {"text": what, "side": "right"},
-            "tickvals": [math.asinh(tick / width) for tick in ticks],
-            "ticktext": [f"{tick:.2g}".replace("-", "\N{MINUS SIGN}") for tick in ticks],
+            "tickvals": [math.asinh(tick / width) for tick in stops],
+            "ticktext": [f"{tick:.2g}".replace("-", "\N{MINUS SIGN}") for tick in stops],
             "thickness": 10,
             "len": min(1.0, 300 / rows_height(len(values))),
             "y": 1,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from ..cost import duration
-from ..studies.facts import Facts
+from ..studies.facts import ENDS, Facts
 from ..summary import sections
 from ..words import some
 from . import charts, layers, tables
@@ -33,13 +33,9 @@ class Section:
 
 
 def studied(facts: Facts) -> list[Section]:
-    """A section for each study that has rows."""
-    return [_MAKERS[study](facts) for study in facts.studies]
-
-
-def _text(facts: Facts, study: str) -> str:
-    """A study as the sweep prints it."""
-    return sections(facts, [study]).strip("\n")
+    """A section for each study that has rows, with its summary as the sweep prints it."""
+    printed = {study: sections(facts, [study]).strip("\n") for study in facts.studies}
+    return [replace(_MAKERS[study](facts), printed=text) for study, text in printed.items()]
 
 
 def _path(facts: Facts) -> Section:
@@ -70,7 +66,6 @@ def _path(facts: Facts) -> Section:
         charts.path(facts),
         [table],
         warnings,
-        _text(facts, "interpolation"),
     )
 
 
@@ -90,18 +85,14 @@ def _layers(facts: Facts) -> Section:
         "layers",
         "Figure 2 · Def. 1.1 and 1.2",
         "Layer by layer",
-        f"Each layer on the path alone, the others {_OTHERS[facts.settings.others]}; {_images(part)}. A "
+        f"Each layer on the path alone, the others {ENDS[facts.settings.others]}; {_images(part)}. A "
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
         "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
         "corrected.",
         layers.interpolation(facts),
         [table],
         warnings,
-        _text(facts, "layers"),
     )
-
-
-_OTHERS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}
 
 
 def _images(part: pd.DataFrame) -> str:
@@ -136,7 +127,6 @@ def _sharpness(facts: Facts) -> Section:
         charts.sharpness(facts),
         [table],
         _unclear(table),
-        _text(facts, "sharpness"),
     )
 
 
@@ -153,7 +143,6 @@ def _layer_sharpness(facts: Facts) -> Section:
         layers.sharpness(facts),
         [table],
         _unclear(table),
-        _text(facts, "layer-sharpness"),
     )
 
 
@@ -176,7 +165,6 @@ def _prune(facts: Facts) -> Section:
         charts.prune(facts),
         [table],
         warnings,
-        _text(facts, "prune"),
     )
 
 
@@ -201,7 +189,6 @@ def _correlation(facts: Facts) -> Section:
         ]
         if wide
         else [],
-        _text(facts, "correlation"),
     )
 
 

@@ -157,43 +157,34 @@ def sharpness(facts: Facts, study: str) -> Table:
     """A row per measurement of a sharpness, general or by layer."""
     part = facts.part(study)
     halves = margin(part)
-    near = set()
-    if study == "layer-sharpness":
-        found = facts.near_zero
-        near = set(
-            found.loc[found["near_zero"], ["model", "dataset", "rho", "layer"]].itertuples(
-                index=False, name=None
-            )
-        )
+    by_layer = study == "layer-sharpness"
+    keys = ["model", "dataset", "rho", "layer"]
+    flat = facts.near_zero[facts.near_zero["near_zero"]] if by_layer else part[:0]
+    near = set(flat[keys].itertuples(index=False, name=None))
     rows, chosen = [], []
     for row, half in zip(part.to_dict("records"), halves, strict=True):
         if not row["alpha"] and not row["draws"]:
             continue  # nothing is perturbed there
         value = row["sharpness"]
-        name = (row["model"], row["dataset"], row["rho"], row.get("layer"))
-        layer = [Cell(row["layer"], None, "code")] if study == "layer-sharpness" else []
         rows.append(
             [
-                *layer,
+                *([Cell(row["layer"], None, "code")] if by_layer else []),
                 Cell(row["model"]),
                 number(row["alpha"], "g"),
                 interval(value, value - half, value + half, "+.3g"),
-                sharpness_words(value, half, name in near),
+                sharpness_words(value, half, tuple(row[key] for key in keys) in near),
                 number(row["draws"], ",.0f"),
                 number(row["rho"], "g"),
                 Cell(row["dataset"]),
                 number(row["samples"], ",.0f"),
             ]
         )
-        chosen.append(
-            {"model": row["model"], "setting": setting(row), "alpha": f"{row['alpha']:g}"}
-            if layer
-            else {"model": row["model"], "setting": setting(row)}
-        )
-    head = ["layer"] if study == "layer-sharpness" else []
+        alpha = {"alpha": f"{row['alpha']:g}"} if by_layer else {}
+        chosen.append({"model": row["model"], "setting": setting(row), **alpha})
+    head = ["layer"] if by_layer else []
     head += "model|α|sharpness in nats [95 %]|what the interval says|draws|ρ|measured on|n".split("|")
-    words = "every value" if study == "layer-sharpness" else ""
-    return Table("Sharpness, with Student's t over draws", head, rows, chosen, words and f"Show {words}")
+    folded = "Show every value" if by_layer else ""
+    return Table("Sharpness, with Student's t over draws", head, rows, chosen, folded)
 
 
 def sharpness_words(value: float, half: float, near: bool) -> Cell:

@@ -12,18 +12,18 @@ from typing import Any
 
 import pandas as pd
 
+from ..names import STRAGGLER_MARGIN, STUDIES, XI, ZERO_MARGIN
 from .chance import Chance, zeroshot_chances
 from .correlation import correlate
-from .layers import MARGIN as STRAGGLER_MARGIN
 from .layers import STUDY as LAYERS
 from .layers import stragglers
 from .path import STUDY as INTERPOLATION
-from .path import XI, best_gains, summarize
+from .path import best_gains, summarize
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
-from .rows import STUDIES
-from .sharpness import MARGIN as ZERO_MARGIN
 from .sharpness import near_zero
+
+ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}  # in words
 
 
 @dataclass(frozen=True)
