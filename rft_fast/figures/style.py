@@ -87,7 +87,7 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
 
     if isinstance(value, Facts):
         rows = _shown(value.rows, shown)
-        return value if rows is value.rows else Facts(rows, value.settings)
+        return value if rows is value.rows else value.renamed(rows)
     if isinstance(value, list | tuple):
         return type(value)(map(name, value))
     if isinstance(value, pd.DataFrame):

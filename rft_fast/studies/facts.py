@@ -71,10 +71,17 @@ class Facts:
         self.rows = rows
         self.settings = settings or Settings()
         self.classes = classes or {}
+        self._renamed: Facts | None = None
 
     def part(self, study: str) -> pd.DataFrame:
         """The rows of one study, which may be none."""
         return self.rows[self.rows["study"] == study]
+
+    def renamed(self, rows: pd.DataFrame) -> Facts:
+        """Facts of these rows with other names in them, always the same ones; they are made once."""
+        if self._renamed is None:
+            self._renamed = Facts(rows, self.settings, self.classes)
+        return self._renamed
 
     @cached_property
     def studies(self) -> list[str]:

@@ -69,6 +69,23 @@ def test_each_analysis_is_made_once_for_words_figures_and_page(tmp_path: Path, c
     assert counted == dict.fromkeys(once - {"best_gains"}, 1)
 
 
+def test_figures_of_names_that_are_written_out_share_their_facts(
+    tmp_path: Path, counted: Counter[str]
+) -> None:
+    """A dollar begins no formula, and the facts with it escaped are made once for all figures."""
+    rows = studies.frame(row | {"model": f"${row['model']}\t"} for row in make_rows())
+    facts = Facts(rows, Settings.of(CONFIG | {"measured": ["layers"]}))
+    draw_all(facts, tmp_path)
+    assert facts.studies == ["interpolation", "layers", "sharpness", "layer-sharpness", "prune"]
+    made = ("summarize", "best_gains", "stragglers", "near_zero", "pruning_effect")
+    assert counted == dict.fromkeys(made, 1)
+    figure = figures.prune(
+        facts,
+        tmp_path / "x.png",
+    )
+    assert "\\$bad\\t" in figure.axes[0].get_title()
+
+
 def test_facts_are_the_analyses() -> None:
     rows = studies.frame(make_rows())
     facts = as_facts(Facts(rows, Settings.of(CONFIG)), straggler_margin=0.4, zero_margin=None)
