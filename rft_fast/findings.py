@@ -39,8 +39,9 @@ def findings(facts: Facts) -> list[Finding]:
     Raises:
         ValueError: as the analyses of :class:`rft_fast.studies.facts.Facts`.
     """
-    found = [Finding(end.text, "interpolation", end.dataset) for end in facts.chances if end.text]
-    found += of_path(facts.deciding)
+    ends = [Finding(end.text, "interpolation", end.dataset) for end in facts.chances if end.text]
+    nothing = {end.dataset for end in facts.chances if end.verdict == "unknown"}
+    found = [*of_path(facts.deciding)]
     where = facts.deciding["dataset"].iloc[0]
     if "layers" in facts.studies:
         found += of_layers(facts.stragglers, facts.deciding)
@@ -48,7 +49,7 @@ def findings(facts: Facts) -> list[Finding]:
         found += of_pruning(facts.pruning)
     if "correlation" in facts.studies:
         found += of_correlation(facts.correlation, where)
-    return found
+    return ends + [one for one in found if one.dataset not in nothing]
 
 
 def of_path(path: pd.DataFrame) -> Iterator[Finding]:

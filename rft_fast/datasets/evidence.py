@@ -15,8 +15,9 @@ from .naming import composed, fold, numbers, places
 from .source import Source
 
 CURE = (
-    'give a label map or, if class i is row i, the word "order" instead (--data-labels NAME=order, '
-    'labels = "order" in a zoo, label_map="order" in Python; docs/data.md)'
+    'give a label map or, if class i is row i, the word "order" instead (--data-labels NAME=order of the '
+    'sweep, --label-map order of finetune, labels = "order" in a zoo, label_map="order" in Python; '
+    "docs/data.md)"
 )
 _NAME_HEAD = ", or name the head's rows (--class-names)"
 _ALIKE = "case, spaces and Unicode forms do not count"

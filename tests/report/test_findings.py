@@ -233,3 +233,10 @@ def test_a_perfect_order_is_told_as_such() -> None:
         found, paper = of_correlation(pd.DataFrame([fact | change]), "far")
         assert "cannot be judged by accuracy on far: tau -" in found.text
         assert (found.dataset, found.paper, paper.paper) == ("far", False, True)
+
+
+def test_a_set_of_one_class_or_one_image_is_no_evidence() -> None:
+    facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 1})
+    (said, *others) = findings(facts)
+    assert "nothing can be concluded" in said.text
+    assert all(one.dataset != FAR for one in others)
