@@ -1,4 +1,4 @@
-"""How many processes pytest takes: two by pyproject.toml, but not where that is wrong or impossible."""
+"""How many processes pytest takes, and which tests: what pyproject.toml says, but for some arguments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's, which starts them
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """One process for benchmarks, which nothing may run beside, and for one file, which is not divided."""
+    """One process for benchmarks and for one file; all tests, also slow ones, where some are named."""
     if hasattr(config, "workerinput"):
         return
+
+    def given(*options: str) -> bool:
+        return any(str(word).startswith(options) for word in config.invocation_params.args)
+
     files = {Path(config.invocation_params.dir, argument.partition("::")[0]) for argument in config.args}
     benchmarks = any((config.rootpath / "benchmarks") in (file, *file.parents) for file in files)
-    said = any(word.startswith(("-n", "--numprocesses")) for word in config.invocation_params.args)
-    if benchmarks or (len(files) == 1 and all(file.is_file() for file in files) and not said):
+    one = len(files) == 1 and all(file.is_file() for file in files)
+    if benchmarks or (one and not given("-n", "--numproc")):
         config.option.numprocesses = 0
+    if any("::" in argument for argument in config.args) and not given("-m"):
+        config.option.markexpr = ""

@@ -29,6 +29,7 @@ import sweep_parts
 import sweep_report
 import sweep_sharpness
 import torch
+from support import PATIENCE
 from sweep_bench import Bench
 from sweep_options import Options
 
@@ -85,6 +86,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(out, figure, record.read(rows), states)
 
 
+@pytest.mark.slow
 def test_the_whole_script(whole: Whole, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = json.loads(whole.out.read_text())
     assert set(run["parts"]) == set(bench_sweep.PARTS) and run["goals"] == []
@@ -123,6 +125,7 @@ def test_the_whole_script(whole: Whole, capsys: pytest.CaptureFixture[str], tmp_
         assert words in printed
 
 
+@pytest.mark.slow
 def test_the_file_says_all_that_is_known_after_every_measurement(whole: Whole) -> None:
     """A run that is killed ends between two of these."""
     assert all(sweep_report.text(state) for state in whole.states)  # in words, whatever is missing
@@ -131,6 +134,7 @@ def test_the_file_says_all_that_is_known_after_every_measurement(whole: Whole) -
     assert whole.states[-1] == json.loads(whole.out.read_text())
 
 
+@pytest.mark.slow
 def test_every_timing_is_a_row_and_so_is_every_result(whole: Whole) -> None:
     timings = [row for row in whole.rows if row["kind"] == "timing"]
     assert all(row["seconds"] > 0 and row["arch"] == "tiny" for row in timings)
@@ -150,6 +154,7 @@ def test_every_timing_is_a_row_and_so_is_every_result(whole: Whole) -> None:
     assert all(len(json.dumps(row)) < 1000 for row in whole.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checks", [0, 1, 3, 4, 6, 8, 13])
 def test_nothing_begins_when_the_time_is_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], checks: int
@@ -198,6 +203,7 @@ def record_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in record.read(folder / "rows") if row["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_what_was_measured(tmp_path: Path) -> None:
     """Of 400 rounds some are there, in the rows and in a file that can be read, whatever ends the run."""
     script = Path(bench_sweep.__file__)
@@ -217,7 +223,7 @@ def test_a_signal_leaves_what_was_measured(tmp_path: Path) -> None:
                 waiting.pop(sent).send_signal(sent)
         time.sleep(0.02)
     for sent, process in running.items():
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=PATIENCE)
         rows = record_of(tmp_path / sent.name, "timing")
         found = json.loads((tmp_path / sent.name / "out.json").read_text())
         rounds = found["parts"]["layers"]["rounds"]
@@ -228,6 +234,7 @@ def test_a_signal_leaves_what_was_measured(tmp_path: Path) -> None:
         assert ("layer-wise interpolation" in printed) == (sent == signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_several_architectures_in_one_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +274,7 @@ def test_a_request_that_makes_no_sense_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, which has no graphs and from which nothing is streamed: the numbers are the same."""
     monkeypatch.setattr(Options, "on_gpu", True)
@@ -300,6 +308,7 @@ def test_models_are_made_once_and_without_random_weights(
     assert half.classification_head.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_difference_in_one_precision_does_not_stop_the_others(
     case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +328,7 @@ def test_a_difference_in_one_precision_does_not_stop_the_others(
     assert list(this["seconds"]) == ["peer fp32", *(f"{c} bf16" for c in sweep_sharpness.CONTENDERS)]
 
 
+@pytest.mark.slow
 def test_noise_for_every_batch_is_the_same_on_both_sides(case: sweep_case.Case) -> None:
     each = replace(SMALL, noise_batch=True)
     once, anew = (sweep_sharpness.Sharpness(Bench(case, options)) for options in (SMALL, each))
@@ -379,6 +389,13 @@ def wrong_ours(study: str, column: str, factor: float) -> Callable[[pytest.Monke
     return patch
 
 
+@pytest.mark.slow(
+    but="^("
+    "layers-wrong_layer-layer-wise interpolation: "
+    "|layers-patch-interpolation: loss"
+    "|interpolation-wrong_merge-interpolation, cold: "
+    ")$"
+)
 @pytest.mark.parametrize(
     "part, broken, message",
     [
@@ -550,6 +567,7 @@ def test_goals_are_met_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- benchmarks/precision.py
 
 
+@pytest.mark.slow
 def test_precisions_beside_the_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -573,6 +591,7 @@ def test_precisions_beside_the_standard_error(
     assert "| layer-wise, rho = 0.5 |" in printed
 
 
+@pytest.mark.slow(only="^interrupted$")
 @pytest.mark.parametrize("ended", ["interrupted", "out of time", "out of time at once"])
 def test_precisions_that_were_measured_are_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ended: str

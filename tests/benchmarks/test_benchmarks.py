@@ -43,6 +43,7 @@ def made(op: peers.Operation, name: str = "native", dtype: torch.dtype = torch.f
     return case, contender
 
 
+@pytest.mark.slow(only="perturb|mask|all")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", peers.OPERATIONS)
 def test_wrong_numbers_are_found(operation: str, dtype: torch.dtype) -> None:
@@ -115,6 +116,7 @@ def test_rows_cover_every_combination_and_run_on_one_device() -> None:
     assert {"native", "triton", "reference", "torch._foreach_*", "torch.compile"} <= set(on_gpu)
 
 
+@pytest.mark.slow
 def test_measured_rows_become_a_table(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = subprocess.run(
@@ -148,6 +150,7 @@ def bench(out: Path, *arguments: str) -> list[str]:
     return [*pytest_command, *arguments, f"--benchmark-json={out}"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_the_rows_that_it_has(tmp_path: Path) -> None:
     test = ROOT / "benchmarks" / "bench_interrupted_for_a_test.py"
     test.write_text(

@@ -20,6 +20,7 @@ import gpu_report
 import pytest
 import record
 import torch
+from support import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[d
     return lambda: record.read(file)
 
 
-def stepped(out: Path, *steps: gpu.Step, seconds: float = 60) -> list[dict]:
+def stepped(out: Path, *steps: gpu.Step, seconds: float = 600) -> list[dict]:
     """The rows of a run of these steps."""
     run = gpu.Run(out, "cpu", seconds)
     for step in steps:
@@ -122,7 +123,7 @@ def test_rows_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
         out.mkdir()
         process = subprocess.Popen([*python(driver), str(out)], start_new_session=True)
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + PATIENCE
             while len(record.read(out / "rows.jsonl")) < 5 and time.monotonic() < until:
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.4))
@@ -142,7 +143,7 @@ def test_the_cpu_version_keeps_what_it_measured_when_it_is_killed(tmp_path: Path
     command = ["bash", "benchmarks/gpu.sh", "--quick", "--device", "cpu", "--only", "program", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
     rows = tmp_path / "rows.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while len(record.read(rows)) < 8 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     step = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
@@ -168,6 +169,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_broken_one_is_not(tmp_path: P
         record.read(file)
 
 
+@pytest.mark.slow
 def test_each_form_is_a_row_before_the_next_one_runs(
     rows: Callable[[], list[dict]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,11 +249,12 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_done_only_if_it_measured_and_ended_well(name: str, tmp_path: Path) -> None:
     code, why = STEPS[name]
-    step = stepped(tmp_path, gpu.Step("x", 40, python(code)))[-1]
+    step = stepped(tmp_path, gpu.Step("x", 400, python(code)))[-1]
     assert step["kind"] == "step" and step["outcome"] == ("done" if name == "done" else "failed")
     assert why in step["why"] and why in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_step_ends_at_its_limit_with_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +268,9 @@ def test_a_step_ends_at_its_limit_with_all_its_processes(
         record.row("timing", child=child.pid)
         time.sleep(600)
     """
-    found = stepped(tmp_path, gpu.Step("x", 4, python(stubborn)), gpu.Step("y", 30, python(STEPS["done"][0])))
+    found = stepped(
+        tmp_path, gpu.Step("x", 10, python(stubborn)), gpu.Step("y", 300, python(STEPS["done"][0]))
+    )
     assert [row.get("outcome") for row in found] == [None, "cut off", None, "done"]
     assert "after 1 measurements" in found[1]["why"]
     state = subprocess.run(

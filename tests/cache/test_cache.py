@@ -20,6 +20,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from support import PATIENCE
 from torchvision.datasets import ImageFolder
 
 from rft_fast import cache, datasets
@@ -409,7 +410,7 @@ def script(body: str, *arguments: Path, prefix: tuple[str, ...] = ()) -> subproc
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not file.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -417,6 +418,7 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_process_killed_half_way_leaves_what_it_had_finished(
     folder: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
@@ -461,6 +463,7 @@ def test_an_interrupt_or_error_keeps_what_was_decoded(
     assert sorted(decoded) == ["6.png", "7.png", "8.png", "9.png"]
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_makes_the_file(folder: Path, tmp_path: Path, decoded: list[str]) -> None:
     process = script(
         """
@@ -485,6 +488,7 @@ def test_a_process_killed_while_it_makes_the_file(folder: Path, tmp_path: Path, 
     assert only(tmp_path / "caches").suffix == ".pixels"  # the rest of the dead one is swept up
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(folder: Path, tmp_path: Path, decoded: list[str]) -> None:
     """Both begin before there is a cache, or with an old one; both write all images, interleaved."""
     directory = tmp_path / "caches"
@@ -498,7 +502,7 @@ def test_two_processes_at_once(folder: Path, tmp_path: Path, decoded: list[str])
         adopt, make, write = cache_file._adopt, cache_file._make, cache_file.CacheFile.write
         def together(name):
             Path(f"{mine}.{name}").touch()
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 900
             while not Path(f"{other}.{name}").exists():
                 assert time.monotonic() < deadline, name
                 time.sleep(0.001)
@@ -526,7 +530,7 @@ def test_two_processes_at_once(folder: Path, tmp_path: Path, decoded: list[str])
     """
     one, two = tmp_path / "one", tmp_path / "two"
     processes = [script(body, folder, directory, one, two), script(body, folder, directory, two, one)]
-    outputs = [process.communicate(timeout=240) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     expected = load(folder, None).images.numpy().tobytes().hex()
     made = []
     for process, (out, err) in zip(processes, outputs, strict=True):
@@ -710,6 +714,7 @@ def mounts() -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="needs unshare(1) and user namespaces")
 def test_a_disk_that_is_really_full_and_one_that_is_really_read_only(folder: Path, tmp_path: Path) -> None:
     process = script(
@@ -743,7 +748,7 @@ def test_a_disk_that_is_really_full_and_one_that_is_really_read_only(folder: Pat
         tmp_path,
         prefix=("unshare", "-rm"),
     )
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     full, names, little, enough, read_only, stale = out.splitlines()
     assert "[Errno 28] No space left on device; " in full and "is removed" in full and "|" not in full
@@ -815,6 +820,7 @@ def test_the_command_lists_and_clears_only_what_is_ours(
     assert len(got.images) == 4
 
 
+@pytest.mark.slow
 def test_the_command_runs_without_a_word_from_python() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "rft_fast.cache", "--help"], capture_output=True, text=True

@@ -41,11 +41,12 @@ def canary(tmp_path: Path) -> Iterator[Path]:
     assert not file.exists(), "code in a file ran"
 
 
-def refused(file: Path, *words: str, seconds: float = 10.0) -> str:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+def refused(file: Path, *words: str) -> str:
+    """With no more than a gigabyte of memory, and not after hours."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError) as caught:
         checkpoints.load(file)
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < 60  # of CPU: most take a hundredth of a second
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
     message = str(caught.value)
     assert message.startswith("load: ") and file.name in message
@@ -424,7 +425,7 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs(tmp_path: Path, bomb: str) -> None:
     (tmp_path / "a.pt").write_bytes(BOMBS[bomb])
-    refused(tmp_path / "a.pt", seconds=20)
+    refused(tmp_path / "a.pt")
 
 
 def test_more_steps_than_any_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +445,7 @@ def module(children: bytes, parameters: bytes = b"}") -> bytes:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_modules_without_end(tmp_path: Path) -> None:
     doubled = module(b"}")
     for _ in range(60):  # each holds the one before at two places

@@ -331,6 +331,7 @@ def test_errors_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "'openai' but 'soup'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rft_fast.checkpoints", str(tmp_path / "missing.pt")]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -201,6 +201,7 @@ def test_wise_ft(arch: str) -> None:
     check_path(ends, ends.pair(tuned), along(wrapper, start, tuned, "image_encoder.model."))
 
 
+@pytest.mark.slow
 def test_flyp(arch: str) -> None:
     """Both towers on the path: the truth encodes the prompts anew with interpolated weights."""
     zero, tuned = checkpoint(0), checkpoint(3)
@@ -225,6 +226,7 @@ def test_flyp_with_fixed_heads(arch: str) -> None:
     check_path(ends, ends.pair(tuned), along(wrapper, a, b, "model."))
 
 
+@pytest.mark.slow
 def test_custom_text_models(arch: str, tmp_path: Path) -> None:
     """open_clip's layout `text.*`, and with it pooling, masks and a projection with a bias."""
     text = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "norm_kwargs": {"eps": 1e-6}}

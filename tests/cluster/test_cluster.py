@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from support import tiny_zoo
+from support import PATIENCE, tiny_zoo
 from support.tiny_zoo import BRIEF, own_models, refused
 
 from rft_fast import results, sweep
@@ -99,7 +99,7 @@ def on_each_row(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object], w
         add(run, *measurement)
         count += 1
         if count == 1:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE
             while len(worker_processes(loaded=True)) < workers:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
@@ -108,6 +108,8 @@ def on_each_row(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object], w
     monkeypatch.setattr(results.Run, "add", then)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_two_workers_one_killed_in_mid_run(
     zoo: Path, tmp_path: Path, alone: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,8 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
     assert second.asked == ([tuple(n for n in (0, 1, 2) if n not in told)] if len(told) < 3 else [])
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_stopped_run_of_workers_goes_on_alone_and_the_reverse(
     zoo: Path, tmp_path: Path, alone: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -213,6 +217,8 @@ def test_a_stopped_run_of_workers_goes_on_alone_and_the_reverse(
     pd.testing.assert_frame_equal(rows_of(out), alone, check_exact=True)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_workers_without_the_data_are_told(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -248,6 +254,8 @@ def test_workers_without_the_data_are_told(
     assert "the workers are not alike" in errors and "data.far.sha256" in errors
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_measurement_that_kills_every_worker_ends_the_run(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -261,6 +269,7 @@ def test_a_measurement_that_kills_every_worker_ends_the_run(
     assert len(results.load(out)) >= 1
 
 
+@pytest.mark.slow
 def test_refusals(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     own = [*own_models(zoo), "--out", str(tmp_path / "run")]
     refused([*own, "--workers", "none"], "expected a number of workers, auto, or ray://HOST:PORT", capsys)
@@ -277,6 +286,8 @@ def test_refusals(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert not (tmp_path / "run").exists() and not worker_processes()
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_cluster_that_is_named(
     zoo: Path, tmp_path: Path, alone: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -303,13 +314,13 @@ def test_a_cluster_that_is_named(
             out = tmp_path / f"run-{number}"
             asked = [*own_models(zoo, "abc"), *BRIEF, "--workers", address, "--out", str(out)]
             command = [sys.executable, "-m", "rft_fast.sweep", *asked, "--quiet"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=env)
             assert done.returncode == 0, done.stderr
             assert done.stdout == ""
             pd.testing.assert_frame_equal(rows_of(out), alone, check_exact=True)
     finally:
         head.terminate()
-        head.wait(120)
+        head.wait(PATIENCE)
     for wait in ("INITIAL_TIMEOUT_SEC", "MAX_TIMEOUT_SEC"):  # 30 s in all, else
         monkeypatch.setattr(f"ray.util.client.worker.{wait}", 1)
     gone = [*own_models(zoo), "--workers", f"ray://127.0.0.1:{ports[1]}", "--out", str(tmp_path / "gone")]
@@ -340,7 +351,7 @@ def free_port() -> int:
 
 
 def wait_for(ports: list[int], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     for port in ports:
         while True:
             assert process.poll() is None and time.monotonic() < deadline

@@ -153,6 +153,7 @@ CASES += [(model, study) for model in MODELS for study in list(STUDIES)[1::3] if
 CASES += [("two towers", study) for study in STUDIES if study.startswith("some")]
 
 
+@pytest.mark.slow(but="one stage|convolutions")
 @pytest.mark.parametrize(("model", "study"), dict.fromkeys(CASES))
 def test_counts_are_those_of_the_run(model: str, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_size = 8 if len(study) % 2 else None
@@ -161,6 +162,7 @@ def test_counts_are_those_of_the_run(model: str, study: str, monkeypatch: pytest
     assert_counted(study, *made, monkeypatch)
 
 
+@pytest.mark.slow(but="^some of the layers$")
 @pytest.mark.parametrize(
     "study", ["layers", "plain", "layer-wise gradient", "some of the layers", "some of layer-wise"]
 )

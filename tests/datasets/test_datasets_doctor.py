@@ -132,6 +132,7 @@ def test_published_counts_of_imagenet(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"1 of the classes of ImageNet-1k are missing, so it would score too high: {wnids[3]}" in out
 
 
+@pytest.mark.slow
 def test_whole_sets_are_sound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -618,6 +618,7 @@ def test_curvature_is_that_of_the_exact_hessian() -> None:
     assert all(w.grad is None and w.requires_grad for w in weights)
 
 
+@pytest.mark.slow(only="^2$")
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_batches_side_by_side_change_no_bit(threads: int) -> None:
     """Also where there are more threads than batches, and more than one thread for each."""

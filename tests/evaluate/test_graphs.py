@@ -84,6 +84,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow(only="^a transformer$")
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_recorded_stages_follow_writes_shapes_and_starts(make: Callable[[], nn.Module]) -> None:
     model, recorder = make().eval(), Recorder()
@@ -238,6 +239,7 @@ def test_a_capture_that_fails_falls_back_with_one_warning() -> None:
             interrupted.run(chain, 0, 4, torch.rand(4, 3, 8, 8), None)
 
 
+@pytest.mark.slow(only="^True$")
 @pytest.mark.parametrize("text", [False, True])
 def test_walks_hold_copies_of_what_recordings_return(text: bool) -> None:
     model: Any = two_towers() if text else deep()
@@ -474,6 +476,7 @@ def at_most(images: int, module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_cuda_graphs_compute_what_the_model_computes(make: Callable[[], nn.Module]) -> None:
@@ -516,6 +519,7 @@ def exact(model: nn.Module, data: Any) -> Tensor:
     return nn.functional.cross_entropy(logits, data.labels, reduction="none")
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_two_towers_on_a_gpu() -> None:
     model, sets = two_towers(), [dataset("a", 20)]
@@ -528,6 +532,7 @@ def test_two_towers_on_a_gpu() -> None:
             torch.testing.assert_close(walk.scores()["a"].losses, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_streamed_images_are_those_that_stay() -> None:
     model, sets = on_gpu(transformer(layers=2)), [dataset("a", 203), dataset("b", 9)]
@@ -548,6 +553,7 @@ def test_streamed_images_are_those_that_stay() -> None:
         torch.testing.assert_close(got, truth, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize(("precision", "steps"), [("tf32", 2**-10), ("bf16", 2**-8), ("fp16", 2**-10)])
 def test_other_precisions_on_a_gpu(precision: str, steps: float) -> None:
@@ -565,6 +571,7 @@ def test_other_precisions_on_a_gpu(precision: str, steps: float) -> None:
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_full_precision_is_full_on_a_gpu() -> None:
     """The products of TF32 would be off by a thousandth."""
@@ -580,6 +587,7 @@ def test_full_precision_is_full_on_a_gpu() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5 * float(expected.max()))
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("graphs", [False, True])
 def test_memory_that_runs_out_on_a_gpu(graphs: bool) -> None:
@@ -607,6 +615,7 @@ def test_memory_that_runs_out_on_a_gpu(graphs: bool) -> None:
         Evaluator(model, [data])
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_capture_that_fails_on_a_gpu(error: type[BaseException]) -> None:

@@ -129,6 +129,7 @@ def test_flops_of_the_attention_pool_of_resnets() -> None:
     assert forward(pool, torch.zeros(3, 8, 4, 4)).flops == 3 * once
 
 
+@pytest.mark.slow
 def test_flops_of_timm_trunks() -> None:
     timm = pytest.importorskip("timm")
     trunk = timm.create_model("convnext_atto", num_classes=0).eval()
@@ -278,6 +279,7 @@ def test_tensors_are_real_again_afterwards() -> None:
 # --- the peak of a process ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @linux
 def test_peak_is_that_of_its_stretch_alone() -> None:
     size = 1 << 27

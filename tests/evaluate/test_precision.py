@@ -268,6 +268,7 @@ def kernels_of(call: Callable[[], object]) -> set[str]:
     return {event.key.removeprefix("aten::") for event in seen.key_averages()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Attending, partial(transformer, 2)])
 def test_ieee_takes_no_fused_attention_kernel(make: Callable[[], Any]) -> None:
     """A GPU's would take products of float32 as three of TF32; on the CPU it is known by its name."""
@@ -281,6 +282,7 @@ def test_ieee_takes_no_fused_attention_kernel(make: Callable[[], Any]) -> None:
             assert name == "fp32" or kernels & {"_scaled_dot_product_attention_math", "bmm"}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_ieee_on_a_gpu(graphs: bool) -> None:
@@ -328,6 +330,8 @@ def test_rows_under_ieee_are_those_of_float64() -> None:
         assert loss == pytest.approx(float(expected), rel=2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.usefixtures("compiler")
 def test_a_compiler_puts_no_fused_attention_in_the_place_of_ieees() -> None:
     model, data = Attending().eval(), dataset(count=9)
@@ -392,6 +396,7 @@ def test_compiled_stages_give_the_same_numbers() -> None:
     assert evaluator.gradient(weights)[0] == pytest.approx(plainly.gradient(weights)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_every_stage_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch compiles one function eight times and no more, so no two stages may be one to it."""
     torch.compiler.reset()

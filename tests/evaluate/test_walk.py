@@ -328,6 +328,7 @@ def shake(tensors: list[Tensor], k: int = 0) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.4)
 
 
+@pytest.mark.slow
 def test_both_towers_at_every_station() -> None:
     model, sets = two_towers(), [dataset("a", 11), dataset("b", 4)]
     evaluator = Evaluator(model, sets, batch_size=5)
@@ -499,6 +500,7 @@ STUDIES: dict[str, Callable[..., pd.DataFrame]] = {
 }
 
 
+@pytest.mark.slow(but="^antithetic, until$")
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_pieces_change_no_row(study: Callable[..., pd.DataFrame]) -> None:
     rows, told = [], []
@@ -792,6 +794,7 @@ def test_automatic_batches_fit_the_memory_limit() -> None:
     close(scores["set"].losses, plain(wide, data))
 
 
+@pytest.mark.slow
 def test_derivatives_have_smaller_batches_where_memory_is_scarce() -> None:
     model, data = transformer(layers=2), dataset(count=600)
     tight = Evaluator(model, [data], memory_limit=3_000_000)

@@ -457,6 +457,7 @@ def layer_sharpness_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
     return figures.layer_sharpness(studies.frame(rows), tmp_path_factory.mktemp("figure") / "layers.png")
 
 
+@pytest.mark.slow
 def test_four_of_many_models_are_chosen_by_gain(layer_sharpness_figure: Figure) -> None:
     titles = [panel.get_title() for panel in layer_sharpness_figure.axes[:4]]
     assert titles == ["b\ngain +40.0", "f\ngain +20.0", "c\nfailure", "e\nfailure"]

@@ -172,6 +172,7 @@ def test_accumulated_parts_make_the_same_step(parts: int) -> None:
     assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_gradient_checkpointing_changes_no_gradient(blocks: int) -> None:
     plain, model = classifier(), classifier()

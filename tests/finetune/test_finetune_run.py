@@ -166,6 +166,7 @@ def test_float16_files_start_from_the_rounded_zeroshot_model(folder: Path, tmp_p
     assert changed == {"model.visual.ln_post.weight", "model.visual.ln_post.bias", "model.visual.proj"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_head_gets_one_from_class_names(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +298,7 @@ def test_the_head_is_first_trained_on_features(
 # --- going on ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
     """Killed with SIGKILL in the middle of step 5; states are those of steps 2, 3 (the epoch's end) and 4."""
     more = ("--augment", "rand-m5-n1", "--mixup", "0.4", "--probe-epochs", "1", "--keep-every", "2")
@@ -572,6 +574,7 @@ def test_validation_images_of_other_classes_are_refused(
     assert not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.slow
 def test_classes_of_unnamed_rows_need_a_word_and_the_zoo_names_them(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

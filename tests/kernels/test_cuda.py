@@ -20,6 +20,9 @@ from rft_fast.kernels import native, registry
 from rft_fast.kernels.contract import Row, Write
 from rft_fast.kernels.resident import Resident
 
+# The kernels are built first.
+pytestmark = [pytest.mark.emulated, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def plain():
@@ -184,6 +187,7 @@ print(before, contexts(), torch.cuda.current_device())
 """
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("what", ["native", "triton", "evaluator"])
 def test_no_context_is_created_on_another_gpu(what):

@@ -222,6 +222,7 @@ def test_write_is_the_formula(impl, noise, on):
         assert ((out.double() - truth).abs() <= 4e-7 * size * max(1, abs(alpha))).all()
 
 
+@pytest.mark.slow(only="cuda-on-cpu")
 @pytest.mark.parametrize("target", [*ISAS, *(map(str, GPUS) if GPUS else [tiny_cuda.NAME])])
 @pytest.mark.parametrize("dtypes", list(itertools.product((F32, BF16, F16), repeat=3)))
 def test_native_has_the_bits_of_the_reference(target, dtypes):
@@ -364,6 +365,7 @@ def test_every_size_and_alignment(size):
         same_bits(outs[1], outs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 1])
 def test_writes_larger_than_the_caches(offset):
     """From 2**25 elements on, aligned outputs are stored past the caches."""
@@ -497,7 +499,12 @@ def test_autograd_notices_a_write(impl):
 
 ON_GPU = [(device, impl) for device in GPUS for impl in ("native", "triton")]
 # Without a GPU, Triton is interpreted (conftest.py), and the CUDA kernels run on the CPU (tiny_cuda.py).
-ON_CPU = [(torch.device("cpu"), impl) for impl in ("native", "triton", tiny_cuda.NAME)]
+EMULATED = [
+    pytest.param(torch.device("cpu"), "triton", marks=pytest.mark.emulated),
+    # It is built first.
+    pytest.param(torch.device("cpu"), tiny_cuda.NAME, marks=[pytest.mark.emulated, pytest.mark.slow]),
+]
+ON_CPU = [(torch.device("cpu"), "native"), *EMULATED]
 EVERYWHERE = [ON_CPU[0], *ON_GPU] if GPUS else ON_CPU
 NO_GPU = [pytest.param(None, None, marks=pytest.mark.skip(reason="there is no GPU"))]
 
@@ -528,6 +535,7 @@ def synchronised(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.cpu() for tensor in tensors]
 
 
+@pytest.mark.slow(only="form[1-4]-.*triton")
 @pytest.mark.parametrize("device, impl", EVERYWHERE)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_device_has_the_bits_of_the_reference_on_the_cpu(device, impl, form):
@@ -549,6 +557,7 @@ def test_normals_of_every_device_are_within_2e_6_of_float64(device, impl):
     assert np.abs(got - truth).max() < 2e-6
 
 
+@pytest.mark.slow(only="True-device1-triton")
 @pytest.mark.parametrize("device, impl", EVERYWHERE)
 @pytest.mark.parametrize(
     "alpha, keep, fill, on, adaptive",
@@ -579,6 +588,7 @@ def test_normals_scale_the_weights_on_every_device(device, impl, alpha, keep, fi
         assert ((got.double() - truth).abs() <= torch.finfo(got.dtype).eps * size + 1e-7).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
 def test_a_write_is_on_the_current_stream(device, impl):
     """What the stream does before is seen, however late; another stream would read zeros."""
@@ -604,6 +614,7 @@ def test_a_write_is_on_the_current_stream(device, impl):
     same_bits(copy.cpu(), expected)
 
 
+@pytest.mark.gpu
 def test_a_second_gpu():
     if len(GPUS) < 2:
         pytest.skip(f"there are {len(GPUS)} GPUs, and two are needed")
@@ -619,6 +630,7 @@ def test_a_second_gpu():
             assert torch.cuda.current_device() == GPUS[0].index
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
 def test_a_captured_write_follows_the_weights(device, impl):
     request = {"alpha": 0.3, "rho": 0.1, "noise": "uniform", "keep": 0.5, "seed": 6}
@@ -639,6 +651,7 @@ def test_a_captured_write_follows_the_weights(device, impl):
         same_bits(synchronised([out])[0], expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
 def test_a_table_may_die_while_a_graph_is_captured(device, impl):
     out, w0, w1 = torch.zeros(3, 5000, device=device)
@@ -653,6 +666,7 @@ def test_a_table_may_die_while_a_graph_is_captured(device, impl):
     assert out.unique().tolist() == [1.0]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
 @pytest.mark.parametrize("single", [False, True])
 def test_a_stream_that_waits_for_no_other_may_write_first(device, impl, single):
@@ -672,6 +686,7 @@ def test_a_stream_that_waits_for_no_other_may_write_first(device, impl, single):
     assert all(out.unique().tolist() == [0.25] for out in outs)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPUS, reason="there is no GPU")
 def test_the_first_write_of_a_process_can_be_captured():
     """CUDA loads a kernel when it is first used, here in the capture."""
@@ -691,6 +706,7 @@ def test_the_first_write_of_a_process_can_be_captured():
     assert done.stdout.strip() == "[1.0]", done.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
 def test_what_cannot_be_captured_is_refused(device, impl):
     w = torch.zeros(100, device=device)
@@ -711,6 +727,7 @@ def test_what_cannot_be_captured_is_refused(device, impl):
     torch.cuda.synchronize(device)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device, impl", ON_GPU or NO_GPU)
 def test_more_elements_than_32_bits_count(device, impl):
     size = 2**32 + 4101
@@ -725,6 +742,7 @@ def test_more_elements_than_32_bits_count(device, impl):
         same_bits(got, reference.noise(words, "uniform")[: len(got)].to(BF16))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("device", GPUS or [pytest.param(None, marks=pytest.mark.skip(reason="no GPU"))])
 def test_tensors_on_two_devices_are_refused(device):
     w = torch.zeros(3, device=device)

@@ -21,6 +21,8 @@ import rft_fast as rft
 from rft_fast.kernels import Plan, Write, library
 from rft_fast.kernels.contract import DTYPES
 
+pytestmark = pytest.mark.compile
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 F32, BF16, F16 = DTYPES
 OPERATOR = torch.ops.rft_fast.write_.default
@@ -96,6 +98,7 @@ def everything(out: list[Tensor], w0: list[Tensor], w1: list[Tensor], seed: int)
     return before, between, view, after, rft.noise_like(w0, seed=seed), rft.keep_mask_like(w0[1], 0.5, seed)
 
 
+@pytest.mark.slow(only="^(inductor-dtype0-cpu|inductor-dtype1-cpu|inductor-dtype2-cpu)$")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -111,6 +114,7 @@ def test_compiled_code_does_what_eager_code_does(backend: str, dtype: torch.dtyp
         same((got, got_values), (expected, expected_values))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICES == ["cpu"], reason="there is no GPU")
 def test_compiled_code_that_is_captured_in_cuda_graphs() -> None:
     """The compiler must keep the operator out of its graphs, whose capture would refuse it."""
@@ -382,6 +386,7 @@ def test_eager_calls_go_straight_to_the_backend(monkeypatch: pytest.MonkeyPatch)
     plan.submit(Write(0.5))
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch, rft_fast\n"

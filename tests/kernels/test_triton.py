@@ -27,6 +27,8 @@ from rft_fast.kernels import Plan, reference, registry, triton_kernel
 from rft_fast.kernels import triton as backend
 from rft_fast.kernels.contract import DTYPES, Row, Write
 
+pytestmark = pytest.mark.emulated
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, BF16, F16 = DTYPES
 SIZES = (0, 1, 7, 255, 256, 257, backend.TILE - 1, backend.TILE, 4099)
@@ -220,6 +222,7 @@ def test_float32_subnormals_and_negative_zero_survive() -> None:
     same_bits(out, expected)
 
 
+@pytest.mark.slow
 def test_unaligned_views() -> None:
     """Every offset of each tensor, all in one table: aligned rows and others."""
     offsets = list(itertools.product((0, 1, 2, 4), repeat=3))
@@ -399,6 +402,7 @@ def in_new_process(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_works() -> None:
     printed = in_new_process(
         """
@@ -414,6 +418,7 @@ def test_without_triton_the_package_works() -> None:
     assert "cannot be imported" in printed and "pip install" in printed
 
 
+@pytest.mark.slow
 def test_compiled_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """Through Table and Triton's own launcher, up to the launch; for Hopper, by the bundled ptxas."""
     printed = in_new_process(

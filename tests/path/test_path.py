@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import PATIENCE
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -883,10 +884,11 @@ print(path.impl, before, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_no_copy_of_the_model_is_made() -> None:
     """Peak resident memory, in MiB, over the two ends and the live model."""
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=240
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     impl, before, growth = done.stdout.split()
     assert float(before) > 600  # three models of 200 MiB

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tqdm
+from support import PATIENCE
 
 from rft_fast.progress import Progress, held_warnings
 
@@ -359,6 +360,7 @@ with Progress(Path(sys.argv[1]), "json") as progress:
 """
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", BROKEN, str(tmp_path / "run.log")], stdin=subprocess.PIPE,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -578,13 +580,14 @@ def test_warnings_before_a_progress_are_held_and_not_lost(capsys: pytest.Capture
         assert capsys.readouterr().err.startswith("UserWarning: in vain: ")
 
 
+@pytest.mark.slow
 def test_a_forked_worker_warns_by_itself(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     run = subprocess.run(
         [sys.executable, "-W", "always::UserWarning", "-c", FORKED, str(log)],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0
     assert "UserWarning: from a worker" in run.stderr and "from the run" not in run.stderr
@@ -728,7 +731,7 @@ def test_the_line_goes_on_while_a_measurement_takes_long() -> None:
         assert look() == ["layers  m1  50 %  [60 s, 60 s left]  in all 50 %, 60 s left"]
         clock.seconds = 85
         wanted = ["layers  m1  50 %  [85 s, 35 s left]  in all 50 %, 35 s left"]
-        until = time.monotonic() + 240
+        until = time.monotonic() + PATIENCE
         while look() != wanted and time.monotonic() < until:
             time.sleep(0.05)
         assert look() == wanted

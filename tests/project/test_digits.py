@@ -179,6 +179,7 @@ def test_id_accuracy_is_sane() -> None:
     assert int((accuracy > accuracy[0]).sum()) >= 7
 
 
+@pytest.mark.slow
 def test_some_models_gain_and_some_fail_on_rotated_images() -> None:
     # Gains are read at alpha=.5, fixed beforehand: the best alpha gains no less.
     right = scores("rotated", [weights("zeroshot"), *(between(0.5, m) for m in MODELS[1:])])
@@ -270,6 +271,7 @@ def test_warped_turns_by_the_angle(script: ModuleType) -> None:
 # ------------------------------------------------------------------------------------ fine-tuning
 
 
+@pytest.mark.slow
 def test_fine_tuning_remakes_a_stored_model(script: ModuleType, splits: Any) -> None:
     """To the bit where it was made; other machines round differently, and training amplifies that."""
     name = "finetuned_4"

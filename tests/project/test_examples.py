@@ -39,6 +39,7 @@ def run(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_soup_walkthrough_makes_a_zoo_that_the_sweep_reads(
     tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
+@pytest.mark.slow
 def test_each_analysis_is_made_once_for_words_figures_and_page(tmp_path: Path, counted: Counter[str]) -> None:
     report = pytest.importorskip("rft_fast.report.output")
     pytest.importorskip("plotly", reason="the page needs plotly")
@@ -193,6 +194,7 @@ def effect(change: float, error: float, seeds: int, control: bool, method: str =
     return {**about, "change": change, "change_se": error, "seeds": seeds}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sds", [(1.0, 1.0), (0.1, 1.0), (0.01, 1.0), (1.0, 0.1)])
 @pytest.mark.parametrize("masks", [2, 3])
 def test_a_control_that_is_no_different_is_seldom_called_so(sds: tuple[float, float], masks: int) -> None:

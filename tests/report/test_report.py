@@ -194,6 +194,7 @@ class _Tags(HTMLParser):
             self.found.append((tag, [name for name, _ in attributes], acting))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_names_add_no_tag(tmp_path: Path, seed: int) -> None:
     """A page of hostile names has the tags of one with plain names, in their order."""
@@ -366,6 +367,7 @@ def test_differences(run: Path, pair: Path) -> None:
     assert len(found) == expected + counts["sharpness"] + counts["layer-sharpness"]
 
 
+@pytest.mark.slow(only="^plain-20$")
 @pytest.mark.parametrize(("estimator", "draws"), [("plain", 2), ("plain", 20), ("antithetic", 6)])
 def test_few_draws_of_the_same_differ_as_seldom_as_many(estimator: str, draws: int) -> None:
     """About 5 % by chance, and none when corrected for all of them: the errors, too, are of few draws."""

@@ -13,6 +13,8 @@ from support.tiny_report import LAYERS, MODELS, make_other, make_run
 
 from rft_fast import report
 
+pytestmark = pytest.mark.browser
+
 pytest.importorskip("plotly", reason="the report needs plotly: pip install 'rft-fast[report]'")
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import PATIENCE
 
 import rft_fast
 from rft_fast import program, zoo
@@ -88,7 +89,7 @@ def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, stream: str, unbuffer
     os.close(write)
     os.read(read, 10)
     os.close(read)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out or b"", errors or b"") == (0, b"", b"") and done.exists()
 
 
@@ -101,7 +102,7 @@ def test_output_that_does_not_fit_is_an_error_after_the_work(tmp_path: Path, unb
 """
     with open("/dev/full", "w") as full:
         process = start(body, *["-u"] * unbuffered, stdout=full, stderr=subprocess.PIPE)
-        errors = process.communicate(timeout=60)[1].decode()
+        errors = process.communicate(timeout=PATIENCE)[1].decode()
     assert process.returncode == 1 and "No space left" in errors and errors.count("\n") == 1
     assert (tmp_path / "done").exists()
 
@@ -110,7 +111,7 @@ def test_what_the_encoding_lacks_is_written_out() -> None:
     process = start(
         '    print("\u03b1 = 1")\n    return 0\n', stdout=-1, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )
-    assert process.communicate(timeout=60)[0] == b"\\u03b1 = 1\n" and process.returncode == 0
+    assert process.communicate(timeout=PATIENCE)[0] == b"\\u03b1 = 1\n" and process.returncode == 0
 
 
 def test_signal_handlers_can_write_while_the_command_does() -> None:
@@ -128,7 +129,7 @@ def test_signal_handlers_can_write_while_the_command_does() -> None:
     return 0
 """
     process = start(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and errors == b"" and out.count(b"handler") >= 100
 
 
@@ -142,10 +143,13 @@ def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
 """
     program_ = START + body + END
     (tmp_path / "main.py").write_text(program_)
-    done = subprocess.run(["bash", "-c", f"{sys.executable} {tmp_path}/main.py <&- >&- 2>&-"], timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {tmp_path}/main.py <&- >&- 2>&-"], timeout=PATIENCE
+    )
     assert done.returncode == 0 and int((tmp_path / "file").read_text()) > 2
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_stops_the_work_in_order(tmp_path: Path) -> None:
     ready, kept = tmp_path / "ready", tmp_path / "kept"
     body = f"""
@@ -165,7 +169,7 @@ def test_a_terminal_that_is_closed_stops_the_work_in_order(tmp_path: Path) -> No
     os.close(theirs)
     wait_for(ready)
     os.close(ours)
-    assert process.wait(60) == 130 and kept.read_text() == "all of it"
+    assert process.wait(PATIENCE) == 130 and kept.read_text() == "all of it"
 
 
 def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
@@ -173,7 +177,7 @@ def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
     process = start(
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n" + body, stderr=subprocess.PIPE
     )
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130 and errors == b"\nsweep: interrupted\n"
 
 
@@ -210,7 +214,7 @@ def test_a_deleted_working_directory_is_named(tmp_path: Path, command: str) -> N
         ["bash", "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
     )
     assert done.returncode == 2 and done.stdout == ""

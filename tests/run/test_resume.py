@@ -51,6 +51,7 @@ def arguments(zoo: Path, out: Path) -> list[str]:
     return [*own_models(zoo, "abc"), *BRIEF, "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(zoo: Path, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
     alone, seconds = undisturbed
     tally = Tally()
@@ -81,6 +82,7 @@ def on_each(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> No
     monkeypatch.setattr(results.Run, "add", then)
 
 
+@pytest.mark.slow
 def test_stopped_after_every_study_and_in_the_midst(
     zoo: Path, undisturbed: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -112,6 +114,7 @@ def test_stopped_after_every_study_and_in_the_midst(
     assert len(re.findall(r"; \d+ measurements? there already", log)) == 6
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -133,6 +136,7 @@ def test_a_second_signal_stops_at_once(
     assert sweep.main(arguments(zoo, out)) == 0
 
 
+@pytest.mark.slow
 def test_finished_runs_are_only_drawn_again(
     zoo: Path, undisturbed: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -161,6 +165,7 @@ def test_costs_that_are_no_numbers_are_left_out_and_said_to_be(tmp_path: Path, l
     assert len(said) == 1 and "cost.csv" in said[0]
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_told_and_nothing_is_touched(
     zoo: Path, undisturbed: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -206,6 +211,7 @@ def test_what_has_changed_is_told_and_nothing_is_touched(
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_saved_and_can_go_on(
     zoo: Path, undisturbed: tuple[Path, float], tmp_path: Path, capsys: Any
 ) -> None:
@@ -224,6 +230,7 @@ def test_a_damaged_run_is_saved_and_can_go_on(
     pd.testing.assert_frame_equal(rows_of(out), rows_of(undisturbed[0]), check_exact=True)
 
 
+@pytest.mark.slow
 def test_a_directory_that_vanishes(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -235,6 +242,7 @@ def test_a_directory_that_vanishes(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     assert sweep.main(["interpolation", *arguments(zoo, out)]) == 0
@@ -249,6 +257,7 @@ def test_two_processes_on_one_run(zoo: Path, tmp_path: Path, capsys: Any) -> Non
     assert sweep.main(["interpolation", *arguments(zoo, out)]) == 0
 
 
+@pytest.mark.slow
 def test_json_lines_and_quiet(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     brief = ["interpolation", *own_models(zoo), "--alphas", "0", "1", "--device", "cpu"]
     assert sweep.main([*brief, "--out", str(tmp_path / "json"), "--json"]) == 0
@@ -266,6 +275,7 @@ def test_json_lines_and_quiet(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     refused([*brief, "--quiet", "--json"], "--json: not together with --quiet", capsys)
 
 
+@pytest.mark.slow
 def test_trackers_get_the_rows(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -204,6 +204,7 @@ def test_progress_bars_draw_as_without() -> None:
 # --- pictures -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_name_can_be_drawn(tmp_path: Path) -> None:
     names = ["$", "$\\frac{$", "a\x1b[31m\nb", "\u202egnp", "漢字", "</script><img onerror=x>"]
     rows = [
@@ -442,6 +443,7 @@ class Hub:
         return str(there)
 
 
+@pytest.mark.slow
 def test_repositories_are_fetched_when_the_user_says_so_and_pinned(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support import tiny_zoo
+from support import PATIENCE, tiny_zoo
 from support.tiny_zoo import BRIEF, own_models, refused, save
 
 from rft_fast import checkpoints, request, results, studies, sweep, trackers, wiring
@@ -41,6 +41,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.mark.slow
 def test_a_zero_shot_end_that_guesses_is_said_at_once(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_zero_shot_end_that_guesses_is_said_at_once(
     assert not results.differences(config, {**config, "scored among": {"even": 3}})
 
 
+@pytest.mark.slow
 def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["interpolation", *own_models(zoo), "--alphas", "0:1:3", "0.1", "--samples", "10",
@@ -131,6 +133,7 @@ def everything(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return out, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_all_studies(everything: tuple[Path, str]) -> None:
     out, printed = everything
     rows = results.load(out)
@@ -185,6 +188,7 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
     assert "In short" in printed and "no alpha beats zero-shot" in printed
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_which_other_studies_run(
     everything: tuple[Path, str], zoo: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +211,7 @@ def test_rows_do_not_depend_on_which_other_studies_run(
             )
 
 
+@pytest.mark.slow
 def test_named_models_and_layers(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     named = ["visual.conv1", r"re:.*\.mlp\..*"]
@@ -224,6 +229,7 @@ def test_named_models_and_layers(zoo: Path, tmp_path: Path, capsys: pytest.Captu
     refused([*own, "--prune-layers", "conv1"], "the nearest are 'visual.conv1'", capsys)
 
 
+@pytest.mark.slow
 def test_two_models_have_no_correlation(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +240,7 @@ def test_two_models_have_no_correlation(
     assert "correlation is left out: it needs at least 3 fine-tuned models" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_out_of_distribution_has_no_correlation(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +261,7 @@ def test_options_that_take_lists_add_up_or_are_refused(zoo: Path) -> None:
     assert request.read(["--layer-data", "uci"]).layer_images.names == ["uci"]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_does_not_open_is_refused(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +287,7 @@ def test_a_part_that_was_chosen_is_said(
     assert (results.load(tmp_path / "run").query("dataset == 'near'")["samples"] == 12).all()
 
 
+@pytest.mark.slow
 def test_several_sets_are_told_apart_in_words(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +306,7 @@ def test_several_sets_are_told_apart_in_words(
         assert where in printed
 
 
+@pytest.mark.slow
 def test_a_goal_that_is_not_reached_is_said(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +318,7 @@ def test_a_goal_that_is_not_reached_is_said(
     assert "6 rows missed the wanted standard error" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_digits_zoo_is_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,6 +493,7 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, printed.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     # Python ignores SIGINT where its parent does (a shell's background job), so it is set here.
@@ -507,12 +519,12 @@ def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not (out / "config.json").exists() or len(results.load(out)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=120)
+        printed, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -105,6 +105,7 @@ def two(folder: Path) -> list[str | Path]:
 PROMPTED = ["--class-names", "names.txt", "--templates", "photo"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["interpolate", "zeroshot", "finetuned"])
 @pytest.mark.parametrize("scale", [None, 30.0])
 def test_heads_made_from_each_ends_own_text_tower(
@@ -126,6 +127,7 @@ def test_heads_made_from_each_ends_own_text_tower(
     )
 
 
+@pytest.mark.slow
 def test_both_towers_encode_the_prompts_again_at_every_alpha(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,7 @@ def test_both_towers_encode_the_prompts_again_at_every_alpha(
     assert config["head"]["towers"] == "both" and len(config["head"]["sha256 of the prompts"]) == 64
 
 
+@pytest.mark.slow
 def test_a_zoo_file_says_the_same_as_options(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ def test_a_zoo_file_says_the_same_as_options(
     assert run(tmp_path / "folder", folder, "--head", "finetuned") == by_options
 
 
+@pytest.mark.slow
 def test_with_finetuned_heads_no_models_share_a_zero_shot_end(folder: Path, tmp_path: Path) -> None:
     # Two models of equal towers but other heads, whose rows would be alike if one's end served the other.
     out, st = tmp_path / "run", folder / "tuned.st"
@@ -188,6 +192,7 @@ def _soup(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["zeroshot", "finetuned"])
 def test_one_head_joins_models_of_other_classes(folder: Path, tmp_path: Path, choice: str) -> None:
     three, five = tmp_path / "three.st", tmp_path / "five.st"
@@ -251,6 +256,7 @@ def test_options_of_a_zoo_are_no_entries(
     assert asked_for.samples == 7 and asked_for.out.parent == Path("rft-runs")
 
 
+@pytest.mark.slow
 def test_a_label_map_scores_as_it_says(folder: Path, tmp_path: Path) -> None:
     # The folder's classes 0, 1, 2 are the head's 2, 0, 1; the same as relabelling by hand.
     zeroshot = ["--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors"]
@@ -267,6 +273,7 @@ def test_a_label_map_scores_as_it_says(folder: Path, tmp_path: Path) -> None:
     assert mapped != run(tmp_path / "c", *zeroshot, "--data", f"near={folder / 'near'}")
 
 
+@pytest.mark.slow
 def test_names_of_folders_are_rows_by_the_heads_names_or_by_a_word(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,6 +396,7 @@ def test_published_weights_are_fetched_once_and_read_like_a_file(
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_ends_that_are_no_ends_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def run(zoo: Path, out: Path, *options: str) -> pd.DataFrame:
     return results.load(out)
 
 
+@pytest.mark.slow
 def test_half_precision_is_near_and_said(zoo: Path, tmp_path: Path) -> None:
     exact = run(zoo, tmp_path / "fp32", "interpolation", "layers")
     for name, most in (("bf16", 0.1), ("fp16", 0.01)):
@@ -41,6 +42,7 @@ def test_half_precision_is_near_and_said(zoo: Path, tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "config.json").read_text())["precision"] == name
 
 
+@pytest.mark.slow
 def test_a_memory_limit_changes_no_number(zoo: Path, tmp_path: Path) -> None:
     options = ["interpolation", "layers", "sharpness", "layer-sharpness"]
     free = run(zoo, tmp_path / "free", *options)
@@ -51,6 +53,7 @@ def test_a_memory_limit_changes_no_number(zoo: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_images_are_decoded_once(
     zoo: Path,
     tmp_path: Path,
@@ -77,6 +80,7 @@ def test_images_are_decoded_once(
     pd.testing.assert_frame_equal(first.drop(columns="seconds"), again.drop(columns="seconds"))
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_refused_or_counted(
     zoo: Path,
     tmp_path: Path,
@@ -100,6 +104,7 @@ def test_unreadable_images_are_refused_or_counted(
     assert rows["skipped"].notna().all()
 
 
+@pytest.mark.slow
 def test_what_a_run_took(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(zoo, tmp_path / "out", "interpolation", "layers")
     took = pd.read_csv(tmp_path / "out" / "cost.csv")
@@ -110,6 +115,7 @@ def test_what_a_run_took(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "took     interpolation " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_a_run_and_keeps_its_rows(
     zoo: Path,
     tmp_path: Path,
@@ -130,6 +136,7 @@ def test_out_of_memory_ends_a_run_and_keeps_its_rows(
     assert len(results.load(tmp_path / "out")) == 12
 
 
+@pytest.mark.slow
 def test_zero_shot_points_are_measured_once_per_run(
     zoo: Path,
     tmp_path: Path,
@@ -163,6 +170,7 @@ def test_bad_options(options: list[str], words: str, capsys: pytest.CaptureFixtu
         refused(["interpolation", *options], words, capsys)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_and_measures_nothing(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

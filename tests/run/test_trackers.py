@@ -187,6 +187,7 @@ def history(records: list[Any]) -> list[dict[str, float]]:
     return entries
 
 
+@pytest.mark.slow
 def test_wandb_has_the_rows(offline: Path) -> None:
     directory = offline / "run"
     directory.mkdir()

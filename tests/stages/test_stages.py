@@ -169,6 +169,7 @@ def boundaries(chain: Sequence[Stage], inputs: Tensor) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow(only="^(modified resnet|timm resnet|timm fastvit)$")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_bits_as_the_forward_pass(name: str) -> None:
     model, inputs = family(name)
@@ -186,6 +187,7 @@ def test_the_same_bits_as_the_forward_pass(name: str) -> None:
         assert torch.equal(run(chain, inputs[:1]), model(inputs[:1]))
 
 
+@pytest.mark.slow(only="^(timm in open_clip|timm vit|timm efficientnet|timm eva02|timm fastvit)$")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_by_default_the_same_numbers_up_to_rounding(name: str) -> None:
     model, inputs = family(name)
@@ -201,6 +203,7 @@ def test_by_default_the_same_numbers_up_to_rounding(name: str) -> None:
             assert x.nbytes >= x.untyped_storage().nbytes()
 
 
+@pytest.mark.slow(but="^(vit (sine|patch)|timm vit-|sequential|text class)")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_changed_weight_is_seen_by_the_stages_that_name_it_alone(name: str, exact: bool) -> None:
@@ -592,6 +595,7 @@ NARROW = {"image_size": 8, "patch_size": 2, "width": 32, "heads": 2, "output_dim
 VIT_L = {"image_size": 224, "patch_size": 14, "width": 1024, "heads": 16, "output_dim": 768}
 
 
+@pytest.mark.slow(only="^cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_a_vit_l_has_more_than_40_stages(device: str, dtype: torch.dtype) -> None:
@@ -685,6 +689,7 @@ def test_hooks_are_part_of_the_model() -> None:
     assert torch.equal(run(chain, images), model(images)) and not torch.equal(model(images), plain)
 
 
+@pytest.mark.slow(only="^modified resnet$")
 @pytest.mark.parametrize("name", ["vit", "text padding mask", "modified resnet"])
 def test_threads_do_not_disturb_each_other(name: str) -> None:
     model, inputs = family(name)
@@ -705,6 +710,7 @@ def test_made_under_inference_mode() -> None:
     assert run(chain, images).requires_grad
 
 
+@pytest.mark.slow(only="^(timm resnet-True|timm resnet-False)$")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", ["vit layer scale", "vit quick_gelu", "timm vit", "timm resnet"])
 def test_gradients_once_and_twice(name: str, exact: bool) -> None:
@@ -776,6 +782,7 @@ def test_one_token_is_computed_where_one_is_needed(name: str) -> None:
     assert got[0] == 5 and (1 in got) == (1 in tokens), got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_token_is_computed_in_half_precision_too(dtype: torch.dtype) -> None:
     """Whose logits are in float32, as those of a live model are."""
@@ -834,6 +841,7 @@ def test_attention_for_one_token_is_attention() -> None:
     torch.testing.assert_close(tokens.attend(x[:, 2:3], x, *weights, 3), expected)
 
 
+@pytest.mark.slow(only="^<lambda>0$")
 @pytest.mark.parametrize("wrong", [lambda q, *rest: q * 0.5, lambda *all: 1 / 0])
 def test_a_shortcut_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
     model, images = family("vit")
@@ -853,6 +861,7 @@ def both(visual: nn.Module | None = None, text: nn.Module | None = None) -> Zero
     return shaken(ZeroShotClassifier(*towers, prompts, nn.Parameter(torch.tensor(1.0))))
 
 
+@pytest.mark.slow(only="^False$")
 @pytest.mark.parametrize("exact", [True, False])
 def test_both_towers_are_chains_that_join(exact: bool) -> None:
     model = both()
@@ -877,6 +886,7 @@ def test_both_towers_are_chains_that_join(exact: bool) -> None:
         torch.testing.assert_close(torch.cat(parts), text)
 
 
+@pytest.mark.slow
 def test_a_change_in_one_tower_leaves_the_other_alone() -> None:
     model = both()
     images = torch.randn(4, 3, 8, 8)
@@ -908,6 +918,7 @@ def test_a_change_in_one_tower_leaves_the_other_alone() -> None:
         tensor.data.copy_(was)
 
 
+@pytest.mark.slow
 def test_one_tower_may_be_one_stage() -> None:
     model = both(text=Opaque(text_tower()))
     images = torch.randn(4, 3, 8, 8)

@@ -96,6 +96,7 @@ def test_brute_force_over_pairs_and_scipy_agree(seed: int) -> None:
     assert row["spearman"] == pytest.approx(spearmanr(x, y).statistic)
 
 
+@pytest.mark.slow
 def test_gain_is_the_largest_over_alpha_at_every_alpha_of_sharpness() -> None:
     # gains .3, .2, .1, 0, 0: the best alpha is 0.5, 1, 1, 0 and 0
     curves = [[0.5, 0.8, 0.1], [0.5, 0.6, 0.7], [0.5, 0.1, 0.6], [0.5, 0.4, 0.3], [0.5, 0.2, 0.5]]
@@ -109,6 +110,7 @@ def test_gain_is_the_largest_over_alpha_at_every_alpha_of_sharpness() -> None:
         assert row["kendall"] == pytest.approx(brute_tau_b(x, np.array([3, 2, 1, 0, 0])))
 
 
+@pytest.mark.slow(but=r"^30-0\.8$")
 @pytest.mark.parametrize(("n", "r"), [(9, 0.0), (9, 0.6), (30, 0.0), (30, 0.8)])
 def test_intervals_cover_the_truth(n: int, r: float) -> None:
     """Each layer of the zoo is one repetition: a sample of n models from a bivariate normal."""

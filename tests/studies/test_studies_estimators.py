@@ -169,6 +169,7 @@ def repeated() -> dict[str, list[Estimate]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLING)
 def test_unbiased_for_all_sign_patterns(name: str, repeated: dict[str, list[Estimate]]) -> None:
     truth = enumerated(linear(), 0.6, RHO, "interpolated").mean()

@@ -319,6 +319,7 @@ def test_losses_that_are_not_finite_make_a_straggler(bad: float) -> None:
     assert str(facts.loc["burst", "instability"]) == str(bad) and facts.loc["burst", "alpha"] == 0.5
 
 
+@pytest.mark.slow
 def test_few_images_seldom_make_a_straggler() -> None:
     """Layers of true instability at the margin: 5 % of the families may have one, however few the images."""
     rng = np.random.default_rng(0)

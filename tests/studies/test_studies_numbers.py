@@ -25,6 +25,10 @@ from rft_fast.studies import ESTIMATORS, Protocol
 from rft_fast.studies import path as along
 from rft_fast.studies.rows import AT_ONCE, Measured
 
+# Of CASES.
+some_slow = pytest.mark.slow(
+    only="resnet|towers|goal|prune|pieces|around|gradient|path|^(layers|layer-wise|hessian|worst case)$"
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALPHAS = [0.0, 0.4, 1.0]
@@ -206,6 +210,7 @@ def assert_same(rows: pd.DataFrame, expected: pd.DataFrame) -> None:
 # --- any of them, anywhere ------------------------------------------------------------------------
 
 
+@some_slow
 @EACH
 def test_one_at_a_time_in_any_order(name: str) -> None:
     case, all_of_it = CASES[name], whole(name)
@@ -219,6 +224,7 @@ def test_one_at_a_time_in_any_order(name: str) -> None:
     assert_same(found.frame(), all_of_it.told.frame(numbers))
 
 
+@some_slow
 @EACH
 def test_ranges_split_over_two_workers(name: str) -> None:
     """Each keeps its own known scores from range to range."""
@@ -239,6 +245,7 @@ def test_ranges_split_over_two_workers(name: str) -> None:
     assert_same(rows, all_of_it.told.frame(some))
 
 
+@pytest.mark.slow
 def test_there_is_something_to_tell_apart() -> None:
     """So that the tests above could fail: pieces, chunks of layers, draws that differ, sets of all kinds."""
     for name, case in CASES.items():
@@ -318,6 +325,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, call, lambda *_, call=call, **__: pytest.fail(call))
 
 
+@pytest.mark.slow(only="two towers|goal")
 @EACH
 def test_numbers_that_there_are_none_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, count = CASES[name], whole(name).count
@@ -416,6 +424,7 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+@some_slow
 @EACH
 @pytest.mark.usefixtures("no_collector")
 def test_a_sink_that_fails_leaves_the_model_and_the_rest_can_be_made(name: str) -> None:
@@ -553,6 +562,7 @@ def test_layers_around_the_fine_tuned_have_no_use_for_them() -> None:
     assert_same(rows, layers("finetuned")(worker.path, worker.evaluator))
 
 
+@pytest.mark.slow
 def test_pruning_reads_and_fills_the_unpruned_scores(scored: Counter[str]) -> None:
     worker, truth = Worker("transformer"), right("transformer")
     taken(scored)
@@ -581,6 +591,7 @@ def test_pruning_reads_and_fills_the_unpruned_scores(scored: Counter[str]) -> No
 # --- together or alone ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow(only="^resnet$")
 @pytest.mark.parametrize("kind", ["transformer", "convolutions", "resnet", "two towers"])
 def test_data_sets_scored_together_or_alone_give_the_same_bits(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -607,6 +618,7 @@ def test_data_sets_scored_together_or_alone_give_the_same_bits(
 # --- what else a measurement does not depend on ---------------------------------------------------
 
 
+@pytest.mark.slow(but="^None-antithetic$")
 @pytest.mark.parametrize("estimator", ["plain", "antithetic", "gradient"])
 @pytest.mark.parametrize("limit", [None, 8_000])
 def test_draws_until_a_goal_are_those_of_the_layer_alone(estimator: str, limit: int | None) -> None:
@@ -625,6 +637,7 @@ def test_draws_until_a_goal_are_those_of_the_layer_alone(estimator: str, limit: 
         assert_same(alone, rows[rows["layer"].isin(chosen)].reset_index(drop=True))
 
 
+@pytest.mark.slow(only="resnet|two towers")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("batch_size", "frozen"), [(7, False), (7, True), (None, False)])
 def test_gradients_do_not_depend_on_which_others_are_asked_for(

@@ -355,6 +355,7 @@ def test_bad_requests(change: dict[str, Any], words: str) -> None:
     assert s.path.checksum() == before
 
 
+@pytest.mark.slow
 def test_inert_layers_and_other_evaluators_are_refused() -> None:
     s, other = Setting(), Setting()
     path = Path(s.model, s.zero, s.one, inert=["5"])

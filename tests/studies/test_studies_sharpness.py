@@ -308,6 +308,7 @@ def vision_model() -> ImageClassifier:
     return ImageClassifier(tower, nn.Linear(6, 4)).eval()
 
 
+@pytest.mark.slow
 def test_layers_of_a_vision_transformer_come_in_the_order_in_which_it_runs() -> None:
     """``visual.proj`` is the third of its parameters, and the last to run before the head."""
     staged, whole = vision_model(), Whole(vision_model())

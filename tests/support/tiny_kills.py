@@ -23,8 +23,10 @@ import torch
 from rft_fast import results, sweep
 from support import tiny_zoo
 
-# So that most of the time goes into measurements, and not into loading and drawing.
-LONGER = ["--alphas", "0:1:21", "--sharpness-alphas", "0:1:21", "--mask-seeds", "6"]
+# tiny_zoo.BRIEF, but most of the time goes into measurements, and not into loading and drawing.
+LONGER = ["--alphas", "0:1:21", "--sharpness-alphas", "0:1:21", "--layer-samples", "39", "--draws", "4",
+          "--rhos", "0.5", "1", "--straggler-margin", "1e-4", "--mask-seeds", "6", "--methods", "zero",
+          "magnitude", "--device", "cpu"]  # fmt: skip
 
 
 @dataclass
@@ -118,7 +120,7 @@ def main() -> None:
     random_, tally = random.Random(asked.seed), Tally()
     with tempfile.TemporaryDirectory() as folder:
         zoo = tiny_zoo.make(Path(folder))
-        arguments = [*tiny_zoo.own_models(zoo, "abc"), *tiny_zoo.BRIEF, *LONGER, "--cache", f"{folder}/cache"]
+        arguments = [*tiny_zoo.own_models(zoo, "abc"), *LONGER, "--cache", f"{folder}/cache"]
         attempt(["--help"], Path(folder, "alone.log"), None)  # everything is imported
         start = time.monotonic()
         if attempt([*arguments, "--out", f"{folder}/alone"], Path(folder, "alone.log"), None):

@@ -66,6 +66,7 @@ def test_the_package_loads_nothing_large_and_shows_what_is_public() -> None:
     assert not loaded(code) & (HEAVY | {"numpy"})
 
 
+@pytest.mark.slow
 def test_kernels_load_torch_and_numpy_alone_and_register_their_operator() -> None:
     use = "rft.write_, rft.Plan, torch.ops.rft_fast.write_.default"
     modules, torchs = (
@@ -76,6 +77,7 @@ def test_kernels_load_torch_and_numpy_alone_and_register_their_operator() -> Non
     assert {name.partition(".")[0] for name in modules - torchs} - sys.stdlib_module_names == {"rft_fast"}
 
 
+@pytest.mark.slow
 def test_rows_are_read_without_models_or_images() -> None:
     code = "import rft_fast.results as results\nresults.load, results.recover, results.Run, results.Damaged"
     modules = loaded(code)
@@ -227,6 +229,7 @@ def test_a_plan_encodes_no_prompts_and_counts_them(
     ]
 
 
+@pytest.mark.slow
 def test_the_count_is_what_a_run_encodes(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
