@@ -35,6 +35,8 @@ PRECISIONS = ("fp32", "ieee", "tf32", "bf16", "fp16")
 
 # --- models and data ----------------------------------------------------------------------------------
 
+CLASS_LISTS = ("imagenet", "cifar10", "cifar100", "stl10")
+TEMPLATE_LISTS = ("openai", "simple", "photo")
 HEADS = ("interpolate", "zeroshot", "finetuned")
 TOWERS = ("image", "both")
 FORMATS = {

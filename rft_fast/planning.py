@@ -17,14 +17,6 @@ from .request import NotFetched, Request
 from .wiring import Counts, Models
 
 
-def unfetched(what: object) -> str:
-    """What is printed instead of a plan, where something would have to be downloaded first."""
-    return (
-        f"would be downloaded: {what}\nNothing was. The same command with --fetch downloads it and says what "
-        "the run costs."
-    )
-
-
 def plan(request: Request) -> str:
     """Forward passes, FLOPs, bytes, time and memory of a request, to read.
 

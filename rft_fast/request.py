@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from . import architectures, cache, checkpoints, datasets, env, prompts, studies, trackers, zoo
-from .cluster import connection
-from .evaluate import precision
-from .kernels import registry
-from .names import STUDIES, as_given
+from . import cache, checkpoints, env, zoo
+from .names import KINDS, STUDIES, as_given
+from .numeric import check_alphas
 from .options import parser, refused_in_zoo
-from .studies.estimators import Protocol
 from .words import visible
+
+if TYPE_CHECKING:  # what can be refused without them is refused before they are imported
+    import torch
+
+    from .studies.estimators import Protocol
 
 # Study -> the other studies whose rows it, its figure or its choice of models needs.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -98,6 +99,14 @@ class NotFetched(Exception):
     """What a plan needs is not on this machine yet; says what would be downloaded."""
 
 
+def unfetched(what: object) -> str:
+    """What is printed instead of a plan, where something would have to be downloaded first."""
+    return (
+        f"would be downloaded: {what}\nNothing was. The same command with --fetch downloads it and says what "
+        "the run costs."
+    )
+
+
 def read(argv: Sequence[str]) -> Request:
     """The request of a command line, checked as far as is possible without loading anything.
 
@@ -122,10 +131,10 @@ def read(argv: Sequence[str]) -> Request:
 
 
 def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
-    alphas = _checked("--alphas", studies.check_alphas, _flat(arguments.alphas))
+    alphas = _checked("--alphas", check_alphas, _flat(arguments.alphas))
     layer_alphas = alphas
     if arguments.layer_alphas is not None:
-        layer_alphas = _checked("--layer-alphas", studies.check_alphas, _flat(arguments.layer_alphas))
+        layer_alphas = _checked("--layer-alphas", check_alphas, _flat(arguments.layer_alphas))
     sharpness_alphas = alphas
     if arguments.sharpness_alphas is not None:
         sharpness_alphas = sorted(set(_flat(arguments.sharpness_alphas)))
@@ -155,16 +164,31 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         raise ValueError(
             "argument --sharpness-alphas: expected at least one above 0; no fine-tuned weight matters at 0"
         )
-    device = _device(arguments)
     if arguments.plan and arguments.json:
         raise ValueError("argument --json: not together with --plan, which is a table to read")
     if arguments.quiet and arguments.json:
         raise ValueError("argument --json: not together with --quiet")
-    trackers.check(arguments.track)
-    its_zoo, fetch = _sources(its_zoo, arguments)
     if arguments.cache is not None and arguments.no_cache:
         raise ValueError("argument --no-cache: not together with --cache")
+    layer_draws = arguments.layer_draws or arguments.draws
+    if arguments.goal_se is not None and arguments.max_draws < max(arguments.draws, layer_draws):
+        raise ValueError(
+            f"argument --max-draws: expected at least --draws and --layer-draws, got {arguments.max_draws} "
+            f"and {arguments.draws}, {layer_draws}"
+        )
+    if len(set(arguments.rhos)) < len(arguments.rhos):
+        raise ValueError(f"argument --rhos: expected each once, got {arguments.rhos}")
+    if not arguments.keep:
+        raise ValueError("argument --keep: expected a fraction above 0")
+    if arguments.track:
+        from . import trackers
+
+        trackers.check(arguments.track)
+    device = _device(arguments)
+    its_zoo, fetch = _sources(its_zoo, arguments)
     _check_models(its_zoo)
+    from .studies.estimators import Protocol
+
     auto = ("plain" if max(arguments.rhos) > 0.2 else "gradient", "gradient")
     general, by_layer = (
         Protocol(
@@ -179,18 +203,8 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         )
         for on, estimator in zip(("interpolated", "finetuned"), auto, strict=True)
     )
-    layer_draws = arguments.layer_draws or arguments.draws
-    if arguments.goal_se is not None and arguments.max_draws < max(arguments.draws, layer_draws):
-        raise ValueError(
-            f"argument --max-draws: expected at least --draws and --layer-draws, got {arguments.max_draws} "
-            f"and {arguments.draws}, {layer_draws}"
-        )
     general.check_draws(arguments.draws)
     by_layer.check_draws(layer_draws)
-    if len(set(arguments.rhos)) < len(arguments.rhos):
-        raise ValueError(f"argument --rhos: expected each once, got {arguments.rhos}")
-    if not arguments.keep:
-        raise ValueError("argument --keep: expected a fraction above 0")
     if arguments.workers is None:
         _check_device(arguments.impl, arguments.precision, device)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -254,6 +268,9 @@ def check_device(request: Request) -> None:
 
 
 def _check_device(impl: str, wanted: str, device: torch.device) -> None:
+    from .evaluate import precision
+    from .kernels import registry
+
     try:
         registry.pick(impl, device)
     except RuntimeError as error:
@@ -272,6 +289,8 @@ def _device(arguments: argparse.Namespace) -> torch.device:
         raise ValueError(
             f"argument --device: each worker has one device of its own: cpu or cuda; got {arguments.device!r}"
         )
+    from .cluster import connection
+
     connection.check()
     return connection.device(arguments.workers, arguments.device)
 
@@ -405,10 +424,8 @@ def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
                     f"argument {option}: there is no data set {name!r}; there are {', '.join(data)}"
                 )
     for name, kind in arguments.data_kind:
-        if kind not in datasets.KINDS:
-            raise ValueError(
-                f"argument --data-kind: {name}: no kind {kind!r}; known are {', '.join(datasets.KINDS)}"
-            )
+        if kind not in KINDS:
+            raise ValueError(f"argument --data-kind: {name}: no kind {kind!r}; known are {', '.join(KINDS)}")
         data[name] = replace(data[name], kind=kind)
     for name, file in arguments.data_labels:
         labels = as_given(file)
@@ -431,6 +448,8 @@ def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, 
 
     The command line may start a download, by naming what it takes; a zoo file may not, and no plan does.
     """
+    from . import architectures
+
     file = next((word for word in arguments.words if isinstance(word, Path)), None)
     fetch = True if arguments.fetch else None if file is None and not arguments.plan else False
     missing = []
@@ -453,6 +472,8 @@ def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, 
 
 def _check_models(its_zoo: zoo.Zoo) -> None:
     """Refuses architectures, published weights and lists of names that are not known."""
+    from . import architectures, prompts
+
     source, head = its_zoo.zeroshot.source, its_zoo.head
     published = None if Path(source).is_file() or source.startswith("hf-hub:") else source
     architectures.preprocess(its_zoo.arch, published)

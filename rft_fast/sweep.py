@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import options, program
+from . import program
+from .options import parser
+from .request import NotFetched, read, unfetched
 
 
 @program.command("sweep")
@@ -16,10 +18,18 @@ def main(argv: Sequence[str]) -> int:
     was measured until then is on disk, and the same command goes on from there. Exits with 2, as argparse
     does, for whatever is refused; that is always before the first measurement, with earlier rows untouched.
     """
-    options.parser().parse_args(argv)  # help and typos do not wait for torch and the rest
-    from .sweeping import sweep
-
-    return sweep(argv)
+    try:
+        request = read(argv)
+        from .sweeping import sweep  # torch and the rest take seconds, which most mistakes need not wait for
+    except NotFetched as error:
+        print(unfetched(error))
+        return 0
+    except (OSError, RuntimeError, ValueError) as error:
+        parser().error(str(error))
+    except KeyboardInterrupt:
+        print("\nsweep: interrupted; nothing was measured yet", file=sys.stderr)
+        return program.INTERRUPTED
+    return sweep(request, argv)
 
 
 if __name__ == "__main__":

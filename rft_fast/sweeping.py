@@ -13,20 +13,24 @@ from .cluster.driver import Cluster, Failed
 from .options import parser
 from .program import Interrupted, Stop
 from .progress import Progress, held_warnings
-from .request import NotFetched, Request, read
+from .request import NotFetched, Request, unfetched
 from .running import Pool
 from .studies.chance import among
 from .studies.facts import Facts, Settings
 from .words import cell, message
 
 
-def sweep(argv: Sequence[str]) -> int:
-    """Runs a command line that the parser takes; returns and raises as :func:`rft_fast.sweep.main`."""
+def sweep(request: Request, argv: Sequence[str]) -> int:
+    """Does what a command line asks for; returns and raises as :func:`rft_fast.sweep.main`.
+
+    Args:
+        request: what was read of it.
+        argv: the command line itself, to be recorded.
+    """
     run: results.Run | None = None
     pool: Pool | None = None
     try:
         try:
-            request = read(argv)
             if request.plan:
                 print(planning.plan(request))
                 return 0
@@ -39,7 +43,7 @@ def sweep(argv: Sequence[str]) -> int:
                     request.track, run.directory, run.config, run.directory.name
                 )
         except NotFetched as error:
-            print(planning.unfetched(error))
+            print(unfetched(error))
             return 0
         except (OSError, RuntimeError, ValueError) as error:
             if run is not None:

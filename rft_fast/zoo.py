@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, datasets, files, program, prompts
-from .names import HEADS, TOWERS
+from . import checkpoints, files, program
+from .names import CLASS_LISTS, FORMATS, HEADS, KINDS, ORDER, TEMPLATE_LISTS, TOWERS
 from .words import flat
 
 if sys.version_info >= (3, 11):
@@ -224,7 +224,7 @@ class _Entries:
             prefix, table, key = f"{prefix}{key}.", entry, "path"
             self.known(entry, prefix, ("path", "format", *(["unrelated"] if published is None else [])))
         unrelated = key == "path" and self.get({"unrelated": False, **table}, "unrelated", bool, prefix)
-        format = self.one_of(table, "format", checkpoints.FORMATS, prefix) if key == "path" else None
+        format = self.one_of(table, "format", FORMATS, prefix) if key == "path" else None
         source = self.get(table, key, str, prefix)
         if published is None or (self.file.parent / source).exists():
             file = self.path(table, key, prefix)
@@ -241,14 +241,14 @@ class _Entries:
 
     def data(self, source: Mapping[str, Any], prefix: str) -> DataSource:
         labels: Path | Mapping[str, Any] | str | None = None
-        if isinstance(source.get("labels"), dict) or source.get("labels") == datasets.ORDER:
+        if isinstance(source.get("labels"), dict) or source.get("labels") == ORDER:
             labels = source["labels"]
         elif "labels" in source:
             labels = self.path(source, "labels", prefix)
         return DataSource(
             path=self.path(source, "path", prefix),
             ood=self.get({"ood": True, **source}, "ood", bool, prefix),
-            kind=self.one_of(source, "kind", datasets.KINDS, prefix),
+            kind=self.one_of(source, "kind", KINDS, prefix),
             labels=labels,
         )
 
@@ -260,8 +260,8 @@ class _Entries:
         return Head(
             towers=self.one_of(table, "towers", TOWERS) or usual.towers,
             choice=self.one_of(table, "head", HEADS) or usual.choice,
-            class_names=self.list_or_file(table, "class-names", prompts.CLASS_NAMES),
-            templates=self.list_or_file(table, "templates", prompts.TEMPLATES) or usual.templates,
+            class_names=self.list_or_file(table, "class-names", CLASS_LISTS),
+            templates=self.list_or_file(table, "templates", TEMPLATE_LISTS) or usual.templates,
             scale=None if scale is None else float(scale),
             given=self.path(table, "zeroshot-head") if "zeroshot-head" in table else None,
         )

@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOWERS = ("image", "text")
 NAMES = {True: "QuickGELU", False: "GELU"}
@@ -41,7 +42,7 @@ class Activation:
         return f"{NAMES[self.quick]} ({self.source})"
 
 
-class Tensors(dict[str, Tensor]):
+class Tensors(dict[str, "Tensor"]):
     """Tensors by canonical name, with what their file says of its model.
 
     activation: tower ("image", "text") -> its activation, as far as the file says.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, MutableMapping
-from itertools import pairwise
 from statistics import NormalDist
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..names import XI as XI
-from .rows import Measured, Sink, as_number, ascending, check_table, of_study, scored
+from ..numeric import check_alphas as check_alphas
+from .rows import Measured, Sink, as_number, check_table, of_study, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -26,30 +26,6 @@ if TYPE_CHECKING:
 STUDY = "interpolation"
 Z95 = NormalDist().inv_cdf(0.975)
 TOGETHER = 4096  # images of data sets that are scored together
-
-
-def check_alphas(alphas: Iterable[float]) -> list[float]:
-    """The positions in ascending order, once they are found fit for a study.
-
-    Raises:
-        TypeError: something that is no number.
-        ValueError: no positions, one that is not finite, outside [0, 1] or given twice, or 0 or 1
-            missing: gain, barrier and instability are all measured from the two ends.
-    """
-    grid = ascending("alphas", alphas)
-    outside = [alpha for alpha in grid if not 0 <= alpha <= 1]
-    if outside:
-        raise ValueError(f"alphas: expected finite numbers in [0, 1], got {outside}")
-    twice = sorted({a for a, b in pairwise(grid) if a == b})
-    if twice:
-        raise ValueError(f"alphas: expected each position once, got {twice} more than once")
-    missing = sorted({0.0, 1.0} - set(grid))
-    if missing:
-        raise ValueError(
-            f"alphas: expected the ends 0 and 1 among them, got {grid}; add {missing}, since gain, "
-            "barrier and instability are measured from the ends"
-        )
-    return grid
 
 
 def check_evaluator(path: Path, evaluator: Evaluator, study: str) -> None:

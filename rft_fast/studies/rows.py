@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import pandas as pd
 
 from ..names import STUDIES as STUDIES
+from ..numeric import as_number as as_number
+from ..numeric import ascending as ascending
 from ..words import some
 
 if TYPE_CHECKING:
@@ -73,23 +75,6 @@ COLUMNS: dict[str, str] = {
 
 # Seeds that rows can hold: integers of the table, and of the database, are signed and have 64 bits.
 SEEDS = 2**63
-
-
-def as_number(name: str, value: object) -> float:
-    """The value as a float; text is none, even where it could be read as one. Raises TypeError."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}") from None
-
-
-def ascending(name: str, values: Iterable[float]) -> list[float]:
-    """The values in ascending order, once they are found to be numbers. Raises TypeError."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected a list of numbers, got {values!r}")
-    return sorted(as_number(name, value) + 0.0 for value in values)  # + 0.0 turns -0.0 into 0.0
 
 
 def check_table(rows: object, caller: str) -> None:

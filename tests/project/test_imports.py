@@ -97,9 +97,21 @@ def test_commands_answer_before_they_load_anything_large(name: str, word: str, s
         ("sweep", "--samples x"),
         ("sweep", "--rhos -1"),
         ("sweep", "--alphas 0:1:1"),
+        ("sweep", "--alphas 0 2"),
+        ("sweep", "--alphas .5 1"),
+        ("sweep", "--rhos .1 .1"),
+        ("sweep", "--keep 0"),
+        ("sweep", "--goal-se .1 --max-draws 3"),
+        ("sweep", "--quiet --json"),
+        ("sweep", "--models nobody"),
+        ("sweep", "--head-scale 0"),
         ("sweep", "interpolatoin"),
+        ("sweep", "--arch ViT-B-32"),
+        ("sweep", "--arch ViT-B-32 --zeroshot nowhere.pt --finetuned nowhere.pt --data a=nowhere"),
+        ("sweep", "nowhere.toml"),
         ("sweep", "--precision fp8"),
         ("finetune", "--lr x"),
+        ("finetune", "--arch a --zeroshot b --train c --out d --lr -1"),
         ("datasets", ""),
         ("results", ""),
         ("report", ""),
@@ -159,6 +171,8 @@ def test_names_are_those_that_something_is_done_for() -> None:
     assert choices["precision"] == tuple(PRECISIONS) == names.PRECISIONS
     assert choices["estimator"] == ("auto", *studies.ESTIMATORS)
     assert tuple(KINDS) == names.KINDS
+    assert tuple(prompts.CLASS_NAMES) == names.CLASS_LISTS
+    assert tuple(prompts.TEMPLATES) == names.TEMPLATE_LISTS
     assert tuple(AUTOCAST) == names.MIXED and tuple(DTYPES) == names.STORED
     assert choices["track"] == tuple(trackers._CLIENTS)
 
