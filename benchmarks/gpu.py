@@ -27,6 +27,7 @@ GRACE = 4  # seconds between asking a step to end and killing it
 LEAST = 12  # seconds below which no step begins: its imports alone take some eight
 KEPT = 10  # seconds of a run for what happens between steps
 
+FILES = ("rows.jsonl", "summary.md", "log.txt")  # of a run
 PACKAGES = [
     *"torch triton torchvision numpy pandas scipy matplotlib PIL safetensors timm tqdm".split(),
     *"huggingface_hub open_clip ftfy wcwidth regex pytest pytest_benchmark".split(),
@@ -275,8 +276,9 @@ def problems(options: argparse.Namespace, names: Sequence[str]) -> Iterator[str]
         yield f"--seconds {options.seconds:g}: too little time for any step, which needs {LEAST}"
     if options.out is None:
         yield "name a folder OUT for rows.jsonl, summary.md and log.txt"
-    elif (options.out / "rows.jsonl").exists():
-        yield f"{options.out} holds a run already; choose another folder, or move its rows.jsonl away"
+    elif there := [name for name in FILES if (options.out / name).exists()]:
+        which = "rows.jsonl" if "rows.jsonl" in there else ", ".join(there)
+        yield f"{options.out} holds a run already; choose another folder, or move its {which} away"
     elif options.out.exists() and not options.out.is_dir():
         yield f"{options.out} is not a folder"
     if options.device != "cpu" and not shutil.which("nvidia-smi"):
@@ -327,7 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := list(problems(options, [step.name for step in listed])):
         print("\n".join(f"gpu.sh: {problem}" for problem in why), file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu.sh: {options.out} cannot be made: {error}", file=sys.stderr)
+        return 2
     run = Run(options.out, options.device, options.seconds - 2)
     record.append(run.rows, {"step": "machine", "kind": "machine", **machine(options.device)})
     signal.signal(signal.SIGTERM, signal.default_int_handler)

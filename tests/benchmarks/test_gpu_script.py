@@ -302,6 +302,10 @@ def test_a_request_that_cannot_be_met_is_refused_at_once(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
     assert (tmp_path / "rows.jsonl").read_text() == "precious"
     assert "name a folder OUT" in script("--quick").stderr
+    (tmp_path / "rows.jsonl").rename(tmp_path / "summary.md")
+    assert "summary.md away" in script("--quick", "--device", "cpu", str(tmp_path)).stderr
+    done = script("--quick", "--device", "cpu", "/proc/nowhere")
+    assert done.returncode == 2 and "cannot be made" in done.stderr
 
 
 def test_missing_packages_are_named_without_importing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
