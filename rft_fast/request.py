@@ -184,6 +184,10 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         from . import trackers
 
         trackers.check(arguments.track)
+    layer_images = _subset("--layer-data", arguments.layer_data, arguments.layer_samples, its_zoo)
+    sharpness_images = _subset(
+        "--sharpness-data", arguments.sharpness_data, arguments.sharpness_samples, its_zoo
+    )
     device = _device(arguments)
     its_zoo, fetch = _sources(its_zoo, arguments)
     _check_models(its_zoo)
@@ -227,13 +231,11 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
         layers=arguments.layers,
         models=arguments.models,
         layer_alphas=layer_alphas,
-        layer_images=_subset("--layer-data", arguments.layer_data, arguments.layer_samples, its_zoo),
+        layer_images=layer_images,
         others=arguments.others,
         straggler_margin=arguments.straggler_margin,
         sharpness_alphas=sharpness_alphas,
-        sharpness_images=_subset(
-            "--sharpness-data", arguments.sharpness_data, arguments.sharpness_samples, its_zoo
-        ),
+        sharpness_images=sharpness_images,
         rhos=sorted(arguments.rhos),
         draws=arguments.draws,
         layer_draws=layer_draws,

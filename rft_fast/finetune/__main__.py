@@ -56,6 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.dry_run:
             _list(settings)
             return 0
+        named = _named_paths(options)
         import torch
         from tqdm import tqdm
 
@@ -65,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
             # cuBLAS reads this when it is first used, and torch refuses without it.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        work = Work(_request(options, settings))
+        work = Work(_request(options, settings, named))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser().error(str(error))
     try:
@@ -269,13 +270,20 @@ def _list(settings: dict[str, Setting]) -> None:
     print(f"{len(settings)} models")
 
 
-def _request(options: argparse.Namespace, settings: dict[str, Setting]) -> Request:
-    from .work import Request
-
+def _named_paths(options: argparse.Namespace) -> dict[str, dict[str, Path]]:
+    """The data sets of --val and of --ood, by name."""
     named = {name: dict(getattr(options, name)) for name in ("val", "ood")}
     for name, paths in named.items():
         if len(paths) != len(getattr(options, name)):
             raise ValueError(f"--{name}: two data sets have the same name")
+    return named
+
+
+def _request(
+    options: argparse.Namespace, settings: dict[str, Setting], named: dict[str, dict[str, Path]]
+) -> Request:
+    from .work import Request
+
     return Request(
         arch=options.arch,
         zeroshot=options.zeroshot,
