@@ -253,8 +253,8 @@ class Ends:
             unrelated: whether it may be of another training (``--unrelated``).
 
         Raises:
-            ValueError: the same weights; or a cosine between the matrices of the image towers below
-                :data:`rft_fast.checkpoints.lineage.UNRELATED`.
+            ValueError: the same weights; the zero-shot head's rows in another order; or a cosine between the
+                matrices of the image towers below :data:`rft_fast.checkpoints.lineage.UNRELATED`.
         """
         tower = self._towers(finetuned, FINETUNED)[0]
         found = checkpoints.kinship(self._tower, tower, _is_visual)
@@ -263,6 +263,9 @@ class Ends:
             a, b = self.pair(finetuned)
             if not checkpoints.kinship(a, b, lambda name: not _is_visual(name)).same:
                 why = None
+        known = not (self._stand_ins and self._scaled)  # the zero-shot head, which else is random numbers
+        if why is None and self.setup.head == "interpolate" and HEAD_WEIGHT in finetuned and known:
+            why = checkpoints.moved_rows(self.zeroshot, finetuned)
         if why is None and not unrelated:
             why = found.unrelated()
         if why is not None:

@@ -67,8 +67,14 @@ class Models:
         live = precision.cast(ends.live, request.precision).to(request.device)
         models = cls(request, ends, live, inputs, common)
         models.hashes[source.zeroshot.source] = inputs.sha256(file)
+        first: dict[str, str] = {}  # SHA-256 -> the first model of that file
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
-            models.hashes[weights.source] = inputs.sha256(weights.source)
+            models.hashes[weights.source] = found = inputs.sha256(weights.source)
+            if (other := first.setdefault(found, name)) != name:
+                text = (
+                    f"{visible(other)} and {visible(name)} are the same file: as two models they count twice"
+                )
+                warnings.warn(text, stacklevel=2)
             path = models.path(name)
             models._check_layers(path)
             models.layers[name] = tuple(path.layers)

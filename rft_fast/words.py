@@ -7,8 +7,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-# C0, DEL, C1; marks that change the direction of text; line and paragraph separators; what is no character.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+# C0, DEL, C1; marks that change the direction of text; line and paragraph separators; what is no character;
+# what takes no room, so that two names look like one (joiners stay: some scripts, and emoji, need them).
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\ufffb]"
+)
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 

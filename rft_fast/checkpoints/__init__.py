@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .activation import Activation, Tensors
     from .containers import SUPPORTED
     from .layouts import TRAINING_FIELDS
-    from .lineage import Kinship, Lineage, compare, kinship
+    from .lineage import Kinship, Lineage, compare, kinship, moved_rows
     from .reading import Checkpoint, load, load_head, read, sha256
     from .sources import cached, check_source, commit, fetch, in_cache
 else:
@@ -35,7 +35,7 @@ else:
         activation="Activation Tensors",
         containers="SUPPORTED",
         layouts="TRAINING_FIELDS",
-        lineage="Kinship Lineage compare kinship",
+        lineage="Kinship Lineage compare kinship moved_rows",
         reading="Checkpoint load load_head read sha256",
         sources="cached check_source commit fetch in_cache",
     )
@@ -58,6 +58,7 @@ __all__ = [
     "kinship",
     "load",
     "load_head",
+    "moved_rows",
     "read",
     "sha256",
 ]

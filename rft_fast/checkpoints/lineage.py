@@ -98,6 +98,32 @@ def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[s
     )
 
 
+def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with two heads whose rows are in another order; None where nothing shows that.
+
+    A row counts as moved where it points along another one of ``a`` (cosine above .9, after each head's mean
+    is taken off) and not along its own (below .5).
+    """
+    x, y = a.get(HEAD_WEIGHT), b.get(HEAD_WEIGHT)
+    if x is None or y is None or x.shape != y.shape or x.ndim != 2:
+        return None
+    rows = [t.detach().float() - t.detach().float().mean(0) for t in (x, y.to(x.device))]
+    there, here = (torch.nn.functional.normalize(t, dim=1) for t in rows)
+    moved = []
+    for part in torch.arange(len(here)).split(1024):
+        near, best = (here[part] @ there.T).max(1)
+        own = (here[part] * there[part]).sum(1)
+        moved += [(int(part[i]), int(best[i])) for i in torch.nonzero((near > 0.9) & (own < 0.5)).flatten()]
+    if len(moved) < 2:
+        return None
+    pairs = some([f"row {place} is row {other} there" for place, other in moved], 3)
+    return (
+        f"a head with {len(moved)} of {len(here)} rows in another order than the zero-shot end's ({pairs}), "
+        "so that classes would be mixed on the way; put its rows into that order, or use one head for both "
+        "ends (--head zeroshot)"
+    )
+
+
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """Sums of squares of x and y, and of x * y: in float32 within a chunk, which suffices for a cosine."""
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
@@ -219,7 +245,8 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         if names := list(filter(_on_path, names)):
             problems.append(f"{len(names)} tensors {what}: {some(names)}")
     if not problems:
-        strange = related.identical() or (None if unrelated else related.unrelated())
+        strange = related.identical() or moved_rows(a.tensors, b.tensors)
+        strange = strange or (None if unrelated else related.unrelated())
         problems += [strange] if strange else []
     return Lineage(
         tuple(shared),

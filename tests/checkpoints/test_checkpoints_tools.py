@@ -136,6 +136,10 @@ def moved(size: float) -> State:
         (lambda a: moved(0.5), ""),
         (lambda a: {**a, **{n: t for n, t in state(3).items() if "head" in n}}, ""),  # a linear probe
         (lambda a: {n: t for n, t in a.items() if "head" not in n}, ""),  # a head that is made
+        (
+            lambda a: {n: t[[0, 2, 1, 3]] if "head" in n else t for n, t in moved(0.05).items()},
+            "row 1 is row 2",
+        ),
         (lambda a: moved(8.0), "unrelated"),
         (lambda a: {n: -t if t.is_floating_point() else t for n, t in a.items()}, "unrelated"),
         (lambda a: difference(a, moved(0.1)), "task vector"),

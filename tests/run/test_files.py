@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 from support import tiny_zoo
 from support.tiny_sources import encoded
 
-from rft_fast import checkpoints, datasets, figures, files, results, sweep
+from rft_fast import checkpoints, datasets, figures, files, request, results, sweep
 from rft_fast.architectures import Preprocess
 from rft_fast.cluster.actor import Answer, Problem
 from rft_fast.cluster.driver import Failed, _Work
 from rft_fast.evaluate import Scores
 from rft_fast.pieces import Piece
 from rft_fast.results.run import Run
+from rft_fast.wiring import Models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -402,3 +403,10 @@ def test_a_disk_that_fails_is_said_to_be_that_of_the_file(tmp_path: Path) -> Non
     file.touch()
     with pytest.raises(OSError, match=r"weights\.pt"), files.opened(file):
         raise OSError(errno.EIO, "Input/output error")
+
+
+def test_one_file_as_two_models_is_said_to_count_twice(tmp_path: Path) -> None:
+    tiny_zoo.make(tmp_path)
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+    with pytest.warns(UserWarning, match="a and c are the same file"):
+        Models.load(request.read(tiny_zoo.own_models(tmp_path, "abc")))

@@ -154,6 +154,7 @@ EVIL = [
     *(chr(c) for c in range(0x20)),
     *(chr(c) for c in range(0x7F, 0xA0)),
     *"\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\udc80\udcff",
+    *"\u00ad\u200b\u2060\ufeff",  # two names that differ by these look like one
 ]
 FINE = "abc ÅÉ 漢字 \u00a0 👩\u200d🔬 ~ \\x1b $x$ <b> — e\u0301"
 

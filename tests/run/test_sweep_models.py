@@ -407,6 +407,9 @@ def test_ends_that_are_no_ends_are_refused(
     save({n: 0.01 * torch.randn_like(t) for n, t in start.items()}, tmp_path / "vector.st")
     probe = {n: t + 1 if "head" in n else t for n, t in start.items()}
     save(probe, tmp_path / "probe.st")
+    tuned = _soup(folder / "a.safetensors")  # its classes in another order, as of another class list
+    save({n: t + 0.01 if "visual" in n else start[n][[1, 0, 2]] if "head" in n else t
+          for n, t in tuned.items()}, tmp_path / "moved.st")  # fmt: skip
     base = ["interpolation", "--arch", folder / "tiny.json", "--zeroshot", folder / "zeroshot.safetensors",
             "--data", f"far={folder / 'far.npz'}", "--device", "cpu", "--no-cache"]  # fmt: skip
 
@@ -418,6 +421,7 @@ def test_ends_that_are_no_ends_are_refused(
         (tmp_path / "rounded.pt", "same weights"),
         (tmp_path / "other.st", "--unrelated"),
         (tmp_path / "vector.st", "task vector"),
+        (tmp_path / "moved.st", "another order"),
     ):
         refused(words(file), message, capsys)
         # As `checkpoints A B` says.
