@@ -71,10 +71,8 @@ class Models:
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
             models.hashes[weights.source] = found = inputs.sha256(weights.source)
             if (other := first.setdefault(found, name)) != name:
-                text = (
-                    f"{visible(other)} and {visible(name)} are the same file: as two models they count twice"
-                )
-                warnings.warn(text, stacklevel=2)
+                both = f"{visible(other)} and {visible(name)}"
+                warnings.warn(f"{both} are the same file: as two models they count twice", stacklevel=2)
             path = models.path(name)
             models._check_layers(path)
             models.layers[name] = tuple(path.layers)

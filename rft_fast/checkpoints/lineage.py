@@ -110,7 +110,7 @@ def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
     rows = [t.detach().float() - t.detach().float().mean(0) for t in (x, y.to(x.device))]
     there, here = (torch.nn.functional.normalize(t, dim=1) for t in rows)
     moved = []
-    for part in torch.arange(len(here)).split(1024):
+    for part in torch.split(torch.arange(len(here)), 1024):
         near, best = (here[part] @ there.T).max(1)
         own = (here[part] * there[part]).sum(1)
         moved += [(int(part[i]), int(best[i])) for i in torch.nonzero((near > 0.9) & (own < 0.5)).flatten()]
