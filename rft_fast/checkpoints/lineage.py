@@ -55,7 +55,13 @@ class Kinship:
     def unrelated(self) -> str | None:
         """What is wrong with ends of which neither was fine-tuned from the other; None where that can be."""
         if not self.cosine < UNRELATED:
-            return None
+            if not (self.ratio < 0.5 or self.ratio > 2):
+                return None
+            return (
+                f"weights of another size: the norm of their matrices is {self.ratio:.2g} times that of the "
+                "zero-shot ones, where fine-tuning keeps it (0.5 to 2). Is it a sum of models that was not "
+                "divided? --unrelated measures the path all the same"
+            )
         why = (
             f"unrelated weights: the cosine between their matrices is {self.cosine:.2f}, where fine-tuned "
             f"ones stay close to where they began (expected: at least {UNRELATED:g})"

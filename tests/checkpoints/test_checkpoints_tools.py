@@ -141,6 +141,7 @@ def moved(size: float) -> State:
             "row 1 is row 2",
         ),
         (lambda a: moved(8.0), "unrelated"),
+        (lambda a: {n: 3 * t for n, t in moved(0.1).items()}, "sum of models"),
         (lambda a: {n: -t if t.is_floating_point() else t for n, t in a.items()}, "unrelated"),
         (lambda a: difference(a, moved(0.1)), "task vector"),
         (lambda a: {n: torch.zeros_like(t) for n, t in a.items()}, "unrelated"),
