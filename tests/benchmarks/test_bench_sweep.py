@@ -389,13 +389,7 @@ def wrong_ours(study: str, column: str, factor: float) -> Callable[[pytest.Monke
     return patch
 
 
-@pytest.mark.slow(
-    but="^("
-    "layers-wrong_layer-layer-wise interpolation: "
-    "|layers-patch-interpolation: loss"
-    "|interpolation-wrong_merge-interpolation, cold: "
-    ")$"
-)
+@pytest.mark.slow(but="^layers-patch")
 @pytest.mark.parametrize(
     "part, broken, message",
     [

@@ -43,7 +43,7 @@ def made(op: peers.Operation, name: str = "native", dtype: torch.dtype = torch.f
     return case, contender
 
 
-@pytest.mark.slow(only="perturb|mask|all")
+@pytest.mark.slow(but="^interpolate-dtype0$")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", peers.OPERATIONS)
 def test_wrong_numbers_are_found(operation: str, dtype: torch.dtype) -> None:

@@ -48,11 +48,27 @@ def rows_of(out: Path) -> pd.DataFrame:
     return results.load(out).drop(columns="seconds")
 
 
+def started() -> Callable[[str], bool]:
+    """Whether a process was started by this one, or by one that was."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdecimal():
+                parents[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+
+    def ours(process: str) -> bool:
+        while process not in ("", str(os.getpid())):
+            process = parents.get(process, "")
+        return process != ""
+
+    return ours
+
+
 def worker_processes(loaded: bool = False) -> list[int]:
     """The processes of this test's workers: Ray names them after what they do."""
-    found = []
+    ours, found = started(), []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
+        if folder.name.isdecimal() and ours(folder.name):
             try:
                 name = (folder / "cmdline").read_bytes()
             except OSError:
@@ -64,21 +80,17 @@ def worker_processes(loaded: bool = False) -> list[int]:
 
 def listening() -> set[str]:
     """The addresses at which this process, and those that it has started, take connections."""
-    parents, sockets = {}, {}
+    ours, sockets = started(), {}
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
             if folder.name.isdecimal():
-                parents[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
                 for handle in (folder / "fd").iterdir():
                     sockets[os.readlink(handle)] = folder.name
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
-            process = sockets.get(f"socket:[{inode}]", "")
-            while process not in ("", str(os.getpid())):
-                process = parents.get(process, "")
-            if state == "0A" and process:
+            if state == "0A" and ours(sockets.get(f"socket:[{inode}]", "")):
                 words = [local[i : i + 8] for i in range(0, len(local.partition(":")[0]), 8)]
                 packed = b"".join(bytes.fromhex(word)[::-1] for word in words)
                 address = ipaddress.ip_address(packed)

@@ -185,6 +185,7 @@ def test_gradient_checkpointing_changes_no_gradient(blocks: int) -> None:
         assert torch.equal(tensor, weights(model)[name]), name
 
 
+@pytest.mark.slow
 def test_bfloat16_training_stays_near_float32() -> None:
     exact, model = classifier(), classifier()
     finetune.train(exact, batches(3, 8, 8), replace(PLAIN, lr=1e-3))

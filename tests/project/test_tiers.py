@@ -11,9 +11,10 @@ from support import tiers
 
 ROOT = Path(__file__).parents[2]
 CONFTEST = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from support import tiers
+os.getloadavg = lambda: (0.0, 0.0, 0.0)
 
 def pytest_configure(config):
     config.pluginmanager.register(tiers.Guard(limit=0.1, shared=0.2), "tiers")
@@ -86,7 +87,10 @@ def test_the_guard_fails_what_takes_long_and_is_not_marked(outcomes: tuple[dict[
 def test_a_slow_machine_has_a_longer_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As slow as it was at the start, or is when a test is over the limit; a fast one has the same limit."""
     slowness = 1.0
+    load = 0.0
     monkeypatch.setattr(tiers, "loop", lambda: slowness * tiers.REFERENCE)
+    monkeypatch.setattr(tiers.os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(tiers.os, "cpu_count", lambda: 2)
     guard = tiers.Guard(limit=2.0)
     guard._cost.own = 5.9
     assert "limit 2.0 s" in guard._excess()
@@ -97,6 +101,9 @@ def test_a_slow_machine_has_a_longer_limit(monkeypatch: pytest.MonkeyPatch) -> N
     fast = tiers.Guard(limit=2.0)
     fast._cost.own = 2.1
     assert "limit 2.0 s" in fast._excess()
+    load = 10.0
+    fast._cost.own = 9.9
+    assert fast._excess() == ""
 
 
 @pytest.mark.slow

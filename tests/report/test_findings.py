@@ -70,6 +70,7 @@ def test_each_analysis_is_made_once_for_words_figures_and_page(tmp_path: Path, c
     assert counted == dict.fromkeys(once - {"best_gains"}, 1)
 
 
+@pytest.mark.slow
 def test_figures_of_names_that_are_written_out_share_their_facts(
     tmp_path: Path, counted: Counter[str]
 ) -> None:

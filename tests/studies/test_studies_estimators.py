@@ -179,6 +179,7 @@ def test_unbiased_for_all_sign_patterns(name: str, repeated: dict[str, list[Esti
     assert error < truth / 10  # so that was a test
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLING)
 def test_standard_errors_are_those_that_seeds_show(name: str, repeated: dict[str, list[Estimate]]) -> None:
     values = np.array([found.sharpness for found in repeated[name]])

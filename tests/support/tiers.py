@@ -2,8 +2,8 @@
 
 CPU seconds of this process, all its threads, and the child processes that it waited for. Other load makes
 them longer, too: the limit is scaled by a loop of known length, timed at the start of the session and again
-before a test fails. Not counted: fixtures that several tests share, which have a limit of their own, and a
-test in which modules are imported for the first time.
+before a test fails, and by the load average per core. Not counted: fixtures that several tests share, which
+have a limit of their own, and a test in which modules are imported for the first time.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ class Guard:
 
     @staticmethod
     def _measured() -> float:
-        """How much slower than the reference machine this one is now, and never faster."""
-        return max(1.0, max(loop() for _ in range(3)) / REFERENCE)
+        """How much slower than the reference machine this one is now, by a loop and its load; never faster.
+
+        Threads of busy processes wait for each other, some of them spinning: CPU time grows with the load.
+        """
+        load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+        return max(1.0, load, max(loop() for _ in range(3)) / REFERENCE)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
