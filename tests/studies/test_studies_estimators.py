@@ -196,6 +196,7 @@ def test_standard_errors_are_those_that_seeds_show(name: str, repeated: dict[str
     assert 0.89 < np.mean(np.abs(values - truth) < t * told) < 0.995
 
 
+@pytest.mark.slow
 def test_the_variance_falls_as_it_must(repeated: dict[str, list[Estimate]]) -> None:
     s = linear()
     values = enumerated(s, 0.6, RHO, "interpolated")
