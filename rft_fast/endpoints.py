@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import architectures, checkpoints
 from .classifier import HEAD_BIAS, HEAD_WEIGHT, INERT, ImageClassifier, ZeroShotClassifier, directions
-from .names import HEADS, TOWERS
+from .names import HEADS, TOWERS, HeadChoice, Towers
 from .parametrised import factors
 from .prompts import Prompts
 from .prompts import tokens as tokenise
@@ -61,8 +61,8 @@ class Setup:
     """
 
     arch: str
-    towers: str = "image"
-    head: str = "interpolate"
+    towers: Towers = "image"
+    head: HeadChoice = "interpolate"
     prompts: Prompts | None = None
     scale: float | None = None
     zeroshot_head: Mapping[str, Tensor] | None = None

@@ -29,6 +29,8 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from rft_fast.names import Names
+
 _SUFFIX = re.compile(r"(?<=[^._])[._]+(?:weight|bias)$")
 _BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?:\.(?:(?:blocks|layers)\.)?\d+)*(?![^.])")
 
@@ -74,7 +76,7 @@ def group(parameter_names: Sequence[str], granularity: str = "module") -> dict[s
     return layers
 
 
-def select(names: Iterable[str], patterns: Iterable[str], *, operation: str = "layers.select") -> list[str]:
+def select(names: Iterable[str], patterns: Names, *, operation: str = "layers.select") -> list[str]:
     """Those of ``names`` that ``patterns`` ask for, in the order of ``names``, each once.
 
     A pattern is an exact name, or ``re:`` and a regular expression that must match a whole name.

@@ -1,45 +1,78 @@
 """Names that people choose by, and numbers that options start from: in one place that loads nothing.
 
 The command line is parsed with these before torch and the rest are imported. What each name stands for is
-defined where it is computed.
+defined where it is computed. A closed list of names stands in its ``Literal``, from which the tuple is read:
+type checkers, the command line and the checks at run time know the same names.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal, NoReturn, TypeAlias, get_args
+
+# Names where a list of them is expected: a lone string, which is a sequence of strings as well, is none.
+Names: TypeAlias = list[str] | tuple[str, ...]
+
+
+def never(name: NoReturn) -> NoReturn:
+    """Where no name is left: mypy sees to it that every one has its branch.
+
+    Raises:
+        ValueError: always, for what a program without a type checker gave.
+    """
+    raise ValueError(f"{name!r} is not one of the names that may stand here")
+
 
 # --- what is measured ---------------------------------------------------------------------------------
 
-STUDIES = ("interpolation", "layers", "sharpness", "layer-sharpness", "prune", "correlation")
+Study = Literal["interpolation", "layers", "sharpness", "layer-sharpness", "prune", "correlation"]
+STUDIES: tuple[Study, ...] = get_args(Study)
 XI = 0.02  # a gain of two points of accuracy counts as high
 
-OTHERS = {"zeroshot": 0.0, "finetuned": 1.0}  # where the other layers are -> the alpha that they have
+Others = Literal["zeroshot", "finetuned"]
+# Where the other layers are -> the alpha that they have.
+OTHERS: dict[Others, float] = {"zeroshot": 0.0, "finetuned": 1.0}
 STRAGGLER_MARGIN = 0.1  # nats: instability that makes a straggler
 
-SAMPLING = ("plain", "antithetic", "gradient")
-WORST_CASE = {"apgd-l2": 2.0, "apgd-linf": math.inf}  # -> the norm that bounds the perturbation
-ESTIMATORS = (*SAMPLING, "hessian", *WORST_CASE)
+Sampling = Literal["plain", "antithetic", "gradient"]
+WorstCase = Literal["apgd-l2", "apgd-linf"]
+Estimator = Literal[Sampling, "hessian", WorstCase]
+SAMPLING: tuple[Sampling, ...] = get_args(Sampling)
+# -> the norm that bounds the perturbation.
+WORST_CASE: dict[Estimator, float] = {"apgd-l2": 2.0, "apgd-linf": math.inf}
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 ZERO_MARGIN = 0.02  # nats: sharpness that counts as zero
 
-CRITERIA = ("sharpness", "instability")
-METHODS = ("zero", "zeroshot", "rescale", "magnitude")
+Criterion = Literal["sharpness", "instability"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+Method = Literal["zero", "zeroshot", "rescale", "magnitude"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 # --- how weights are written --------------------------------------------------------------------------
 
-ON = ("finetuned", "interpolated")
-FILL = ("zero", "zeroshot")
-NOISE = ("normal", "uniform", "rademacher")
-IMPLS = ("auto", "native", "triton", "reference")  # the backends in the order in which "auto" prefers them
-PRECISIONS = ("fp32", "ieee", "tf32", "bf16", "fp16")
+On = Literal["finetuned", "interpolated"]
+ON: tuple[On, ...] = get_args(On)
+Fill = Literal["zero", "zeroshot"]
+FILL: tuple[Fill, ...] = get_args(Fill)
+Noise = Literal["normal", "uniform", "rademacher"]
+NOISE: tuple[Noise, ...] = get_args(Noise)
+# The backends in the order in which "auto" prefers them.
+Impl = Literal["auto", "native", "triton", "reference"]
+IMPLS: tuple[Impl, ...] = get_args(Impl)
+Precision = Literal["fp32", "ieee", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # --- models and data ----------------------------------------------------------------------------------
 
 CLASS_LISTS = ("imagenet", "cifar10", "cifar100", "stl10")
 TEMPLATE_LISTS = ("openai", "simple", "photo")
-HEADS = ("interpolate", "zeroshot", "finetuned")
-TOWERS = ("image", "both")
-FORMATS = {
+HeadChoice = Literal["interpolate", "zeroshot", "finetuned"]
+HEADS: tuple[HeadChoice, ...] = get_args(HeadChoice)
+Towers = Literal["image", "both"]
+TOWERS: tuple[Towers, ...] = get_args(Towers)
+Format = Literal["soup", "wiseft", "flyp", "task-vector", "open_clip", "openai", "huggingface", "state-dict"]
+FORMATS: dict[Format, str] = {
     "soup": "model-soups: a state dict, 'model.*' and 'classification_head.*'",
     "wiseft": "WiSE-FT: a pickled ImageClassifier, image encoder and head",
     "flyp": "FLYP: a pickled CLIPEncoder, both towers, no head",
@@ -49,9 +82,12 @@ FORMATS = {
     "huggingface": "Hugging Face transformers: CLIP's state dict under its names ('vision_model.*')",
     "state-dict": "any other dict of tensors by name",
 }
-FOLDERS = ("folder", "imagenet", "imagenet-v2")  # a folder of class folders, with images as files
-TREES = (*FOLDERS, "objectnet")  # all of class folders
-KINDS = (*TREES, "cifar", "webdataset", "arrow", "npz")
+Folder = Literal["folder", "imagenet", "imagenet-v2"]  # a folder of class folders, with images as files
+Tree = Literal[Folder, "objectnet"]  # all of class folders
+Kind = Literal[Tree, "cifar", "webdataset", "arrow", "npz"]
+FOLDERS: tuple[Folder, ...] = get_args(Folder)
+TREES: tuple[Tree, ...] = get_args(Tree)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 ORDER = "order"  # instead of a label map: class i is row i
 
 
@@ -62,10 +98,14 @@ def as_given(text: str) -> Path | str:
 
 # --- where results go ---------------------------------------------------------------------------------
 
-TRACKERS = ("tensorboard", "wandb")
+TrackerName = Literal["tensorboard", "wandb"]
+TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 
 # --- fine-tuning --------------------------------------------------------------------------------------
 
-SCHEDULES = ("cosine", "constant")
-MIXED = ("fp32", "tf32", "bf16", "fp16")  # precisions of training
-STORED = ("float32", "float16")  # types of the weights in the files
+Schedule = Literal["cosine", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Mixed = Literal["fp32", "tf32", "bf16", "fp16"]  # precisions of training
+MIXED: tuple[Mixed, ...] = get_args(Mixed)
+Stored = Literal["float32", "float16"]  # types of the weights in the files
+STORED: tuple[Stored, ...] = get_args(Stored)

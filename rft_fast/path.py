@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rft_fast.kernels import Plan, Write
 from rft_fast.kernels.contract import DTYPES, lacks_memory
 from rft_fast.layers import group, layer_of, select
+from rft_fast.names import Fill, Impl, Names, Noise, On
 from rft_fast.parametrised import factors
 from rft_fast.words import some
 
@@ -88,8 +89,8 @@ class Path:
         zeroshot: Mapping[str, Tensor] | nn.Module,
         finetuned: Mapping[str, Tensor] | nn.Module,
         granularity: str = "module",
-        impl: str = "auto",
-        inert: Iterable[str] = (),
+        impl: Impl = "auto",
+        inert: Names = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Path: model must be an nn.Module, got {type(model).__name__}")
@@ -107,7 +108,7 @@ class Path:
         self.model = model
         self._parameters = _plan([s for s in slots if s.is_float and s.is_parameter], impl)
         self._buffers = _plan([s for s in slots if s.is_float and not s.is_parameter], impl)
-        self.impl: str = self._parameters.impl
+        self.impl: Impl = self._parameters.impl
         self._whole = _Part(slots)
         self._parts = {
             name: _Part(members, name) for name, members in layers.items() if name not in self.inert
@@ -158,13 +159,13 @@ class Path:
         self,
         alpha: float,
         rho: float = 0.0,
-        layers: Sequence[str] | None = None,
+        layers: Names | None = None,
         seed: int = 0,
         draw: int = 0,
-        on: str = "finetuned",
+        on: On = "finetuned",
         keep: float = 1.0,
-        fill: str = "zero",
-        noise: str = "normal",
+        fill: Fill = "zero",
+        noise: Noise = "normal",
         adaptive: bool = True,
         sign: int = 1,
         *,
@@ -193,13 +194,13 @@ class Path:
         self,
         alpha: float,
         rho: float,
-        layers: Sequence[str] | None = None,
+        layers: Names | None = None,
         seed: int = 0,
         draw: int = 0,
-        on: str = "finetuned",
+        on: On = "finetuned",
         keep: float = 1.0,
-        fill: str = "zero",
-        noise: str = "normal",
+        fill: Fill = "zero",
+        noise: Noise = "normal",
         adaptive: bool = True,
         sign: int = 1,
     ) -> Iterator[Path]:
@@ -219,7 +220,7 @@ class Path:
             self._write(request, parts)
             yield self
 
-    def at(self, alpha: float, layers: Sequence[str] | None = None) -> AbstractContextManager[Path]:
+    def at(self, alpha: float, layers: Names | None = None) -> AbstractContextManager[Path]:
         """``with path.at(alpha):`` the model, or only ``layers``, at alpha; restored on exit.
 
         As :meth:`perturbed` with rho = 0.
@@ -227,7 +228,7 @@ class Path:
         return self.perturbed(alpha, 0.0, layers)
 
     @contextmanager
-    def borrowed(self, layers: Sequence[str] | None = None) -> Iterator[list[Weight]]:
+    def borrowed(self, layers: Names | None = None) -> Iterator[list[Weight]]:
         """The weights of ``layers`` (None: all), whose live tensors may be changed at will, in place.
 
         For what :meth:`write` cannot express. On exit the live model is as before entry, bit for bit;
@@ -240,7 +241,7 @@ class Path:
             self._forget(parts)
             yield self.weights(layers)
 
-    def weights(self, layers: Sequence[str] | None = None) -> list[Weight]:
+    def weights(self, layers: Names | None = None) -> list[Weight]:
         """The float parameters of ``layers``, in the model's order; None: all, those of inert layers too.
 
         That is the order of their noise: ``noise_like([w.live for w in path.weights()], ...)`` is what
@@ -250,7 +251,7 @@ class Path:
         slots = sorted((s for s in part.slots if s.is_float and s.is_parameter), key=lambda s: s.row)
         return [Weight(slot.name, slot.tensor, *slot.ends) for slot in slots]
 
-    def select(self, layers: Sequence[str] | None) -> list[str]:
+    def select(self, layers: Names | None) -> list[str]:
         """The names of ``layers`` (names or ``re:`` patterns; None: all), as ``write`` reads them.
 
         Raises as ``write`` does.
@@ -542,7 +543,7 @@ def _layers(slots: Sequence[_Slot], granularity: str) -> tuple[dict[str, list[_S
     return layers, inert
 
 
-def _plan(slots: Sequence[_Slot], impl: str) -> Plan:
+def _plan(slots: Sequence[_Slot], impl: Impl) -> Plan:
     for row, slot in enumerate(slots):
         slot.row = row
     zeroshot, finetuned = ([slot.ends[end] for slot in slots] for end in (0, 1))

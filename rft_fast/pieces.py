@@ -9,11 +9,12 @@ from functools import cached_property
 from . import cost, wiring
 from . import path as paths
 from .evaluate import Evaluator
+from .names import Names, Study
 from .request import Request
 from .studies.rows import Row
 from .wiring import Counts, Studies
 
-Stragglers = Mapping[str, Sequence[str]]
+Stragglers = Mapping[str, Names]  # criterion -> layers to prune
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Piece:
         other pieces need what it finds.
     """
 
-    study: str
+    study: Study
     model: str
     numbers: tuple[int, ...]
     costs: tuple[float, ...]
@@ -94,7 +95,9 @@ class Counter:
         self._sets = (whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole))
         self._shared = wiring.InMemory()
 
-    def count(self, study: str, path: paths.Path, stragglers: Stragglers | None = None) -> list[Measurement]:
+    def count(
+        self, study: Study, path: paths.Path, stragglers: Stragglers | None = None
+    ) -> list[Measurement]:
         """The measurements of a study of a model. The first that is asked for makes what all models share."""
         work = cost.Work.none(self._evaluator)
         counted = cost.CountedPath(path, work)

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from . import architectures, cost, datasets, selection, wiring
 from . import path as paths
 from .evaluate import Evaluator
-from .pieces import Counter, total
+from .names import Study, never
+from .pieces import Counter, Stragglers, total
 from .request import NotFetched, Request
 from .wiring import Counts, Models
 
@@ -86,22 +87,28 @@ def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Enco
     return cost.Encoding(ends.heads, prompts, flops, flops * sum(rates.images) / costs.forward)
 
 
-def _at_once(request: Request, study: str, whole: Counts) -> int:
+def _at_once(request: Request, study: Study, whole: Counts) -> int:
     """Images of the largest set that a study scores between two writes."""
     if study == "interpolation":
         return max(count for count, _ in whole.values())
-    if study in ("layers", "prune"):
+    if study == "layers" or study == "prune":
         return max(count for count, _ in wiring.by_layer(request, whole).values())
-    protocol = request.general if study == "sharpness" else request.layerwise
-    largest = max(count for count, _ in wiring.of_sharpness(request, whole).values())
-    return min(largest, protocol.noise_batch or largest)
+    if study == "sharpness" or study == "layer-sharpness":
+        protocol = request.general if study == "sharpness" else request.layerwise
+        largest = max(count for count, _ in wiring.of_sharpness(request, whole).values())
+        return min(largest, protocol.noise_batch or largest)
+    if study == "correlation":
+        return 0  # made of rows
+    never(study)
 
 
 def _count(
-    request: Request, study: str, models: int, path: paths.Path, evaluator: Evaluator, counter: Counter
+    request: Request, study: Study, models: int, path: paths.Path, evaluator: Evaluator, counter: Counter
 ) -> cost.Work:
     """The work of a study on so many models. The first one measures what the others share."""
-    stragglers = {criterion: path.layers[:1] for criterion in request.criteria} if study == "prune" else None
+    stragglers: Stragglers | None = (
+        {criterion: path.layers[:1] for criterion in request.criteria} if study == "prune" else None
+    )
     first = total(counter.count(study, path, stragglers), evaluator)
     if models == 1:
         return first

@@ -12,7 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cache, checkpoints, env, zoo
-from .names import KINDS, STUDIES, as_given
+from .names import (
+    KINDS,
+    STUDIES,
+    Criterion,
+    Estimator,
+    Impl,
+    Method,
+    On,
+    Others,
+    Precision,
+    Study,
+    TrackerName,
+    as_given,
+)
 from .numeric import check_alphas
 from .options import parser, refused_in_zoo
 from .words import visible
@@ -47,15 +60,15 @@ class Request:
     """What the command line asks for, found valid. Nothing is loaded yet."""
 
     everything: bool  # no study was named: all of them
-    studies: list[str]  # those asked for
-    measured: list[str]  # these, and what they need, in order
+    studies: list[Study]  # those asked for
+    measured: list[Study]  # these, and what they need, in order
     zoo: zoo.Zoo
     alphas: list[float]
     samples: int | None
     batch_size: int | None
     seed: int
     device: torch.device
-    impl: str
+    impl: Impl
     xi: float
     out: Path
     overwrite: bool
@@ -64,7 +77,7 @@ class Request:
     models: list[str] | None
     layer_alphas: list[float]
     layer_images: Subset
-    others: str
+    others: Others
     straggler_margin: float
     sharpness_alphas: list[float]
     sharpness_images: Subset
@@ -76,12 +89,12 @@ class Request:
     layerwise: Protocol
     zero_margin: float
     keep: float
-    criteria: list[str]
+    criteria: list[Criterion]
     prune_layers: list[str] | None
-    methods: list[str]
+    methods: list[Method]
     mask_seeds: list[int]
     control: bool
-    precision: str
+    precision: Precision
     memory_limit: int | None  # bytes
     graphs: bool
     compile: bool
@@ -92,7 +105,7 @@ class Request:
     workers: str | None  # a number, "auto", or where a Ray cluster is; None: this process alone
     quiet: bool
     json: bool
-    track: list[str]
+    track: list[TrackerName]
 
 
 class NotFetched(Exception):
@@ -138,8 +151,8 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     sharpness_alphas = alphas
     if arguments.sharpness_alphas is not None:
         sharpness_alphas = sorted(set(_flat(arguments.sharpness_alphas)))
-    named = [word for word in arguments.words if isinstance(word, str)]
-    asked = list(dict.fromkeys(named)) or list(STUDIES)
+    named = [study for study in arguments.words if study in STUDIES]
+    asked: list[Study] = list(dict.fromkeys(named)) or list(STUDIES)
     if arguments.models is not None:
         for name in arguments.models:
             if name not in its_zoo.finetuned:
@@ -193,7 +206,8 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     _check_models(its_zoo)
     from .studies.estimators import Protocol
 
-    auto = ("plain" if max(arguments.rhos) > 0.2 else "gradient", "gradient")
+    auto: tuple[Estimator, Estimator] = ("plain" if max(arguments.rhos) > 0.2 else "gradient", "gradient")
+    own: tuple[On, On] = ("interpolated", "finetuned")
     general, by_layer = (
         Protocol(
             estimator=estimator if arguments.estimator == "auto" else arguments.estimator,
@@ -205,7 +219,7 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
             goal=arguments.goal_se,
             most=arguments.max_draws,
         )
-        for on, estimator in zip(("interpolated", "finetuned"), auto, strict=True)
+        for on, estimator in zip(own, auto, strict=True)
     )
     general.check_draws(arguments.draws)
     by_layer.check_draws(layer_draws)
@@ -269,7 +283,7 @@ def check_device(request: Request) -> None:
     _check_device(request.impl, request.precision, request.device)
 
 
-def _check_device(impl: str, wanted: str, device: torch.device) -> None:
+def _check_device(impl: Impl, wanted: Precision, device: torch.device) -> None:
     from .evaluate import precision
     from .kernels import registry
 
@@ -316,7 +330,7 @@ def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None
             raise ValueError(f"{options.prog}: there is no option {word[2:]}; {hint}")
 
 
-def _measured(asked: Sequence[str], criteria: Sequence[str]) -> list[str]:
+def _measured(asked: Sequence[Study], criteria: Sequence[Criterion]) -> list[Study]:
     """The studies asked for and those that they need, in order."""
     found = {*asked, *(need for study in asked for need in NEEDS[study])}
     if "prune" in asked:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from . import disk, files, results, selection, studies, words
+from .names import Study
 from .pieces import Piece, Stragglers
 from .program import Stop
 from .progress import Progress
@@ -23,7 +24,11 @@ from .wiring import Shared
 from .worker import Worker
 
 # Studies that can run side by side; those of a phase need rows of the phases before.
-PHASES = (("interpolation",), ("layers", "sharpness", "layer-sharpness"), ("prune",))
+PHASES: tuple[tuple[Study, ...], ...] = (
+    ("interpolation",),
+    ("layers", "sharpness", "layer-sharpness"),
+    ("prune",),
+)
 
 Copies = Mapping[str, Sequence[tuple[int, str]]]
 
@@ -51,7 +56,7 @@ class Pool(Protocol):
     size: int  # how many measure at a time
 
     def pieces(
-        self, study: str, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+        self, study: Study, models: Sequence[str], stragglers: Mapping[str, Stragglers]
     ) -> tuple[list[Piece], Copies]:
         """As :meth:`rft_fast.worker.Worker.pieces`."""
 
@@ -113,11 +118,11 @@ def measure(
     Raises Interrupted when it was asked to stop; OSError where the disk fails; MemoryError.
     """
     books = _Books(run, progress, stop, among(pool.config))
-    chosen = {"interpolation": list(request.zoo.finetuned)}
+    chosen: dict[Study, list[str]] = {"interpolation": list(request.zoo.finetuned)}
     progress.expect(_foretold(pool, request))
     for phase in PHASES:
         todo: list[Piece] = []
-        copies: dict[str, Copies] = {}
+        copies: dict[Study, Copies] = {}
         for study in (name for name in phase if name in request.measured):
             models = chosen[study]
             stragglers = _stragglers(request, run, models) if study == "prune" else {}
@@ -150,7 +155,7 @@ def _stragglers(request: Request, run: results.Run, models: Sequence[str]) -> di
 
 def _foretold(pool: Pool, request: Request) -> dict[str, float]:
     """Study -> about what it will cost, before it is known which models and layers it takes."""
-    found = {}
+    found: dict[str, float] = {}
     for study, count in selection.how_many(request).items():
         if study in request.measured:
             models = list(request.zoo.finetuned)[:count]
@@ -161,7 +166,7 @@ def _foretold(pool: Pool, request: Request) -> dict[str, float]:
     return found
 
 
-def _copy(run: results.Run, study: str, copies: Copies) -> None:
+def _copy(run: results.Run, study: Study, copies: Copies) -> None:
     """What is the same for several models was measured for one of them."""
     for model, same in copies.items():
         done = run.done(study, model)

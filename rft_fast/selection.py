@@ -5,10 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from . import studies
+from .names import Study
 from .request import Request
 
 
-def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
+def choose(request: Request, rows: pd.DataFrame) -> dict[Study, list[str]]:
     """Study -> the models that it takes, by the rows of the interpolation.
 
     Those that gain most and least (:func:`rft_fast.studies.best_gains`), as many as :func:`how_many` has.
@@ -26,7 +27,7 @@ def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
     return {study: chosen(count) for study, count in how_many(request).items()}
 
 
-def how_many(request: Request) -> dict[str, int]:
+def how_many(request: Request) -> dict[Study, int]:
     """Study -> how many models it takes.
 
     As many as the paper shows: all for the path and general sharpness, four layer by layer (all where the
@@ -36,9 +37,8 @@ def how_many(request: Request) -> dict[str, int]:
     layerwise = 4 if "layer-sharpness" in request.studies else 2
     if "correlation" in request.studies:
         layerwise = everyone
-    few = {"layers": 2, "layer-sharpness": layerwise, "prune": 2}
+    few: dict[Study, int] = {"layers": 2, "layer-sharpness": layerwise, "prune": 2}
     if request.models is not None:
         few = dict.fromkeys(few, len(request.models))
-    return {"interpolation": everyone, "sharpness": everyone} | {
-        study: min(count, everyone) for study, count in few.items()
-    }
+    every: dict[Study, int] = {"interpolation": everyone, "sharpness": everyone}
+    return every | {study: min(count, everyone) for study, count in few.items()}

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from . import disk
-from .names import STUDIES
+from .names import STUDIES, TrackerName, never
 from .names import TRACKERS as NAMES
 
 VALUES = ("accuracy", "loss", "sharpness", "gain", "change")  # the columns that are logged
@@ -37,7 +37,7 @@ class Tracker(Protocol):
         """Hands over what is still to be logged. May be called more than once."""
 
 
-def check(names: Sequence[str]) -> None:
+def check(names: Sequence[TrackerName]) -> None:
     """Finds out early whether trackers can be opened; changes nothing.
 
     Raises:
@@ -50,7 +50,7 @@ def check(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], directory: Path, config: Mapping[str, object], name: str
+    names: Sequence[TrackerName], directory: Path, config: Mapping[str, object], name: str
 ) -> list[Tracker]:
     """Opens trackers for a run.
 
@@ -75,8 +75,10 @@ def open_trackers(
         try:
             if which == "tensorboard":
                 opened.append(TensorBoard(directory, config))
-            else:
+            elif which == "wandb":
                 opened.append(WeightsAndBiases(directory, config, name))
+            else:
+                never(which)
         except Exception as error:  # whatever the clients raise
             for tracker in opened:
                 tracker.close()

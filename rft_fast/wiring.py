@@ -19,6 +19,7 @@ from . import path as paths
 from .classifier import HEAD_WEIGHT
 from .endpoints import Ends, Setup
 from .evaluate import Evaluator, Scores, precision
+from .names import Names, Study, never
 from .request import Request
 from .studies.rows import Sink
 from .words import visible
@@ -285,9 +286,9 @@ class Studies:
 
     def run(
         self,
-        study: str,
+        study: Study,
         path: paths.Path,
-        stragglers: Mapping[str, Sequence[str]] | None,
+        stragglers: Mapping[str, Names] | None,
         shared: Shared,
         *,
         model: str = "",
@@ -316,7 +317,7 @@ class Studies:
                 only=only,
                 sink=sink,
             )
-        elif study in SHARPNESS:
+        elif study == "sharpness" or study == "layer-sharpness":
             where = (path, self.sharpness, request.sharpness_alphas, request.rhos)
             common: dict[str, Any] = {"model": model, "only": only, "sink": sink}
             if study == "sharpness":
@@ -340,6 +341,10 @@ class Studies:
                 only=only,
                 sink=sink,
             )
+        elif study == "correlation":  # made of rows
+            raise ValueError("studies: the correlation is made of rows; it measures nothing")
+        else:
+            never(study)
 
     def _of(self, images: str, model: str, alpha: float) -> str:
         """What scores are of: at alpha = 0 of all models, unless these have heads of their own there."""

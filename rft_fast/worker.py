@@ -10,6 +10,7 @@ from time import perf_counter
 from . import config, files, meter, wiring
 from . import cost as costs
 from . import path as paths
+from .names import Study
 from .pieces import Counter, Measurement, Piece, Stragglers
 from .request import Request, check_device
 from .studies.pruning import NAMED
@@ -66,7 +67,7 @@ class Worker:
                 warnings.warn(f"{what}; results are of the images as they were read before", stacklevel=2)
 
     def plan(
-        self, study: str, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+        self, study: Study, models: Sequence[str], stragglers: Mapping[str, Stragglers]
     ) -> dict[str, list[Measurement]]:
         """Model -> its measurements of a study. stragglers: model -> criterion -> layers, of ``prune``."""
         found = {}
@@ -83,7 +84,7 @@ class Worker:
             found[model] = self._counted[key]
         return found
 
-    def _layers(self, study: str, model: str) -> tuple[tuple[str, ...], ...]:
+    def _layers(self, study: Study, model: str) -> tuple[tuple[str, ...], ...]:
         """What decides how much is measured: the layers, and for ``layers`` those that do not change."""
         unchanged = self._models.frozen[model] if study == "layers" else ()
         return self._models.layers[model], unchanged
@@ -99,7 +100,7 @@ class Worker:
         return float(self._flops.of(measurement.work))
 
     def pieces(
-        self, study: str, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+        self, study: Study, models: Sequence[str], stragglers: Mapping[str, Stragglers]
     ) -> tuple[list[Piece], dict[str, list[tuple[int, str]]]]:
         """All of a study: a piece for each model, and model -> (number, model) of what need not be measured.
 
@@ -126,7 +127,7 @@ class Worker:
                 found.append(Piece(study, model, numbers, costs, stragglers.get(model), ahead=zero is True))
         return found, copies
 
-    def _shares(self, study: str, measurement: Measurement) -> bool:
+    def _shares(self, study: Study, measurement: Measurement) -> bool:
         return measurement.zero and study in wiring.SHARPNESS and not self._own_heads
 
     @property

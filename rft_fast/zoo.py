@@ -9,11 +9,25 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import checkpoints, files, program
-from .names import CLASS_LISTS, FORMATS, HEADS, KINDS, ORDER, TEMPLATE_LISTS, TOWERS
+from .names import (
+    CLASS_LISTS,
+    FORMATS,
+    HEADS,
+    KINDS,
+    ORDER,
+    TEMPLATE_LISTS,
+    TOWERS,
+    Format,
+    HeadChoice,
+    Kind,
+    Towers,
+)
 from .words import flat
+
+_Name = TypeVar("_Name", bound=str)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +45,7 @@ class Weights:
     """
 
     source: str
-    format: str | None = None
+    format: Format | None = None
     unrelated: bool = False
 
 
@@ -46,7 +60,7 @@ class DataSource:
 
     path: Path
     ood: bool = True
-    kind: str | None = None
+    kind: Kind | None = None
     labels: Path | Mapping[str, Any] | str | None = None
 
 
@@ -59,8 +73,8 @@ class Head:
     given: a file with the zero-shot head.
     """
 
-    towers: str = "image"
-    choice: str = "interpolate"
+    towers: Towers = "image"
+    choice: HeadChoice = "interpolate"
     class_names: str | None = None
     templates: str = "openai"
     scale: float | None = None
@@ -267,14 +281,15 @@ class _Entries:
         )
 
     def one_of(
-        self, table: Mapping[str, Any], key: str, known: Iterable[str], prefix: str = ""
-    ) -> str | None:
+        self, table: Mapping[str, Any], key: str, known: Iterable[_Name], prefix: str = ""
+    ) -> _Name | None:
         if key not in table:
             return None
         value: str = self.get(table, key, str, prefix)
-        if value not in (names := list(known)):
+        names = {str(name): name for name in known}
+        if value not in names:
             raise self.error(f"{prefix}{key}", f"must be one of {', '.join(names)}; got {value!r}")
-        return value
+        return names[value]
 
     def list_or_file(self, table: Mapping[str, Any], key: str, built_in: Collection[str]) -> str | None:
         """A file beside the zoo, or else the name of a built-in list."""

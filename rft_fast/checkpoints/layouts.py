@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..names import FORMATS
+from ..names import FORMATS, Format
 from ..parametrised import factors
 from ..pickles import Global, Shell, Unreadable, kind_of
 from ..words import some
@@ -59,7 +59,7 @@ def _is_kind(layout: _Layout, name: str) -> bool:
 
 
 # In the order of detection: the first that fits. A format that is asked for must fit as well.
-_FITS: Mapping[str, Callable[[_Layout], bool]] = {
+_FITS: Mapping[Format, Callable[[_Layout], bool]] = {
     "openai": lambda of: of.container == "torchscript",
     "wiseft": lambda of: _is_kind(of, "ImageClassifier"),
     "flyp": lambda of: _is_kind(of, "CLIPEncoder"),
@@ -76,8 +76,8 @@ _FITS: Mapping[str, Callable[[_Layout], bool]] = {
 
 
 def tensors(
-    content: Content, format: str | None, evidence: Evidence, meta: bool = False
-) -> tuple[str, dict[str, Tensor], list[str], list[str]]:
+    content: Content, format: Format | None, evidence: Evidence, meta: bool = False
+) -> tuple[Format, dict[str, Tensor], list[str], list[str]]:
     """The format, the tensors under canonical names in the file's order, what was left out, and what of the
     model's computing the tensors do not tell, so that its numbers may be others here.
 

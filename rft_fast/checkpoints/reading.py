@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..names import FORMATS
+from ..names import FORMATS, Format
 from ..pickles import Unreadable
 from ..words import some
 from . import containers, layouts
@@ -32,13 +32,13 @@ class Checkpoint:
     """
 
     file: Path
-    format: str
+    format: Format
     tensors: Tensors
     notes: tuple[str, ...]
     doubts: tuple[str, ...] = ()
 
 
-def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
+def read(path: str | PathLike[str], format: Format | None = None) -> Checkpoint:
     """What a checkpoint holds, under canonical names.
 
     path: a file in one of the formats in ``FORMATS``; its content decides, not its name.
@@ -63,7 +63,7 @@ def read(path: str | PathLike[str], format: str | None = None) -> Checkpoint:
 
 
 def load(
-    path: str | PathLike[str], device: str | torch.device = "cpu", format: str | None = None
+    path: str | PathLike[str], device: str | torch.device = "cpu", format: Format | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint, under canonical names; as :func:`read`, on ``device``.
 
@@ -108,7 +108,7 @@ def sha256(path: str | PathLike[str]) -> str:
     return files.sha256(_existing(path, "sha256"))
 
 
-def _read(path: str | PathLike[str], format: str | None, operation: str, meta: bool = False) -> Checkpoint:
+def _read(path: str | PathLike[str], format: Format | None, operation: str, meta: bool = False) -> Checkpoint:
     if format is not None and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"

@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from rft_fast.evaluate import Scores
 from rft_fast.files import Changed
+from rft_fast.names import never
 from rft_fast.pieces import Piece
 from rft_fast.request import Request
 from rft_fast.studies.rows import Row
@@ -64,12 +65,15 @@ class _Table(dict[tuple[str, float], Scores]):
         self._tell(key, scores)
 
 
+_Note = Literal["measured", "known", "notice", "spent", "problem"]
+
+
 class Actor:
     """A worker: it measures in a thread of its own, and answers in between."""
 
     def __init__(self, request: Request, folder: str, threads: int | None) -> None:
         self._problem: Problem | None = None
-        self._found: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[_Note, Any]] = queue.SimpleQueue()
         self._tables: dict[str, _Table] = {}
         self._stopping = threading.Event()
         if threads is not None:
@@ -119,7 +123,7 @@ class Actor:
                 self._note(answer, *self._found.get_nowait())
         return answer
 
-    def _note(self, answer: Answer, kind: str, found: Any) -> None:
+    def _note(self, answer: Answer, kind: _Note, found: Any) -> None:
         if kind == "measured":
             answer.measured.append(found)
         elif kind == "known":
@@ -129,8 +133,10 @@ class Actor:
             answer.notices.append(found)
         elif kind == "spent":
             answer.spent = found
-        else:
+        elif kind == "problem":
             answer.problem = found
+        else:
+            never(kind)
 
     def _measure(self, piece: Piece) -> None:
         def sink(number: int, rows: list[Row]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rft_fast import meter, pieces, results
+from rft_fast.names import Study
 from rft_fast.pieces import Piece, Stragglers
 from rft_fast.request import Request
 from rft_fast.running import Copies, Watch
@@ -72,7 +73,7 @@ class Cluster:
             raise
 
     def pieces(
-        self, study: str, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+        self, study: Study, models: Sequence[str], stragglers: Mapping[str, Stragglers]
     ) -> tuple[list[Piece], Copies]:
         """As :meth:`rft_fast.worker.Worker.pieces`, by one of the workers."""
         found: tuple[list[Piece], Copies] = self._ask("pieces", study, list(models), dict(stragglers))

@@ -16,6 +16,7 @@ from ..evaluate import Evaluator, Scores, Walk
 from ..evaluate.batches import Batches
 from ..evaluate.feed import Images
 from ..kernels import Write
+from ..names import Names
 from ..path import Path, Weight
 
 Study = Callable[[Path, Evaluator], object]
@@ -114,7 +115,7 @@ class CountedPath(Path):
     def warn(self, text: str) -> None:
         """Nothing: the study itself will warn."""
 
-    def weights(self, layers: Sequence[str] | None = None) -> list[Weight]:
+    def weights(self, layers: Names | None = None) -> list[Weight]:
         """As :meth:`rft_fast.Path.weights`, without elements, of which the number is known."""
         found = []
         for weight in super().weights(layers):
@@ -127,7 +128,7 @@ class CountedPath(Path):
         return found
 
     @contextmanager
-    def borrowed(self, layers: Sequence[str] | None = None) -> Iterator[list[Weight]]:
+    def borrowed(self, layers: Names | None = None) -> Iterator[list[Weight]]:
         with super().borrowed(layers) as weights:
             self._work.borrowed = max(self._work.borrowed, sum(_elements(w.live) for w in weights))
             yield weights

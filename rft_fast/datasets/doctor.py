@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from rft_fast.names import ORDER, TREES
+from rft_fast.names import ORDER, TREES, Kind
 from rft_fast.words import message, some
 
 from . import decoding, folders, imagenet, kinds, maps
@@ -63,7 +63,7 @@ class Report:
 
 def examine(
     path: Path,
-    kind: str | None = None,
+    kind: Kind | None = None,
     rows: Rows | None = None,
     label_map: LabelMap | Path | str | None = None,
     quick: bool = False,
@@ -99,7 +99,7 @@ def examine(
     return report
 
 
-def write_labels(path: Path, file: Path, kind: str | None = None, rows: Rows | None = None) -> str:
+def write_labels(path: Path, file: Path, kind: Kind | None = None, rows: Rows | None = None) -> str:
     """Begins a label map: the rows that are known, and a question mark for each class whose row is not.
 
     Args:

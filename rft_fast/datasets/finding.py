@@ -14,6 +14,7 @@ import numpy as np
 
 from rft_fast import cache as caches
 from rft_fast.architectures import Preprocess
+from rft_fast.names import Kind
 
 from . import decoding
 from .dataset import Dataset, choose
@@ -124,7 +125,7 @@ def find(
     samples: int | None = None,
     seed: int = 0,
     *,
-    kind: str | None = None,
+    kind: Kind | None = None,
     rows: Rows | None = None,
     label_map: LabelMap | Path | str | None = None,
 ) -> Found:
@@ -166,7 +167,7 @@ def load(
     *,
     cache: Path | None = None,
     skip_unreadable: bool = False,
-    kind: str | None = None,
+    kind: Kind | None = None,
     rows: Rows | None = None,
     label_map: LabelMap | Path | str | None = None,
 ) -> Dataset:

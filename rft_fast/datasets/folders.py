@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from rft_fast import cache as caches
+from rft_fast.names import Kind
 from rft_fast.words import some
 
 from . import imagenet
@@ -33,7 +34,7 @@ V2 = {str(number) for number in range(imagenet.CLASSES)}
 class Place:
     """Where the class folders are. kind: what they are; mappings: ObjectNet's; notes: how they were found."""
 
-    kind: str
+    kind: Kind
     path: Path
     mappings: Path | None = None
     notes: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class Listing:
     problems: list[str]
 
 
-def source(path: Path, where: str, kind: str | None = None) -> Source:
+def source(path: Path, where: str, kind: Kind | None = None) -> Source:
     """The images of a folder, label i being its i-th class folder in order.
 
     path: the folder of class folders, or one above it, where there is no doubt: of ``imagenet/train`` and
@@ -68,7 +69,7 @@ def source(path: Path, where: str, kind: str | None = None) -> Source:
     return listing.source
 
 
-def look(path: Path, kind: str | None = None) -> Listing:
+def look(path: Path, kind: Kind | None = None) -> Listing:
     """As :func:`source`, but what is wrong with the classes and files is collected."""
     place = find(path, kind)
     root = place.path
@@ -133,7 +134,7 @@ def look(path: Path, kind: str | None = None) -> Listing:
     return Listing(found, problems)
 
 
-def find(path: Path, kind: str | None = None) -> Place:
+def find(path: Path, kind: Kind | None = None) -> Place:
     """Where the class folders are and what they are. Raises ValueError where that is not clear."""
     if not path.is_dir():
         raise ValueError(f"{path} {'is no folder' if path.exists() else 'does not exist'}")
@@ -217,7 +218,7 @@ def _is_mappings(folder: Path) -> bool:
     return False
 
 
-def _unfit(kind: str, root: Path, names: list[str]) -> list[str]:
+def _unfit(kind: Kind, root: Path, names: list[str]) -> list[str]:
     """What is wrong with the classes of a known kind."""
     if kind != "imagenet":
         return []

@@ -15,29 +15,30 @@ from . import arrays, arrow, cifar, folders, shards
 from .source import Source
 
 # Formats that know their files: before class folders, as some of them are folders, too.
-_FORMATS: dict[str, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
+_FORMATS: dict[names.Kind, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
 
-KINDS: dict[str, Callable[[Path, str], Source]] = {
+KINDS: dict[names.Kind, Callable[[Path, str], Source]] = {
     kind: partial(folders.source, kind=kind) if kind in TREES else _FORMATS[kind].source
     for kind in names.KINDS
 }
 
 
-def detect(path: str | PathLike[str]) -> str:
+def detect(path: str | PathLike[str]) -> names.Kind:
     """The kind of what lies at a path, a key of :data:`KINDS`.
 
     Raises ValueError where there is nothing of a known kind, or no telling which.
     """
     path = named(path)
     formats = [kind for kind, module in _FORMATS.items() if module.matches(path)]
+    readings: list[str] = list(formats)
     if path.is_dir():
         if not formats:
             return folders.find(path).kind
         if place := _known_folders(path):
-            formats.append(f"{place.kind} in {place.path}")
-    if len(formats) > 1 and formats != ["cifar", "npz"]:  # an .npz may be CIFAR's by its name
+            readings.append(f"{place.kind} in {place.path}")
+    if len(readings) > 1 and readings != ["cifar", "npz"]:  # an .npz may be CIFAR's by its name
         raise ValueError(
-            f"{path} may be read as {' or as '.join(formats)}; say which kind, or name one of them"
+            f"{path} may be read as {' or as '.join(readings)}; say which kind, or name one of them"
         )
     if formats:
         return formats[0]
@@ -60,7 +61,7 @@ def _known_folders(path: Path) -> folders.Place | None:
     return None if place.kind == "folder" else place
 
 
-def open_source(name: str, path: str | PathLike[str], kind: str | None = None) -> Source:
+def open_source(name: str, path: str | PathLike[str], kind: names.Kind | None = None) -> Source:
     """Lists the images of a data set; decodes nothing.
 
     name: of the set, for messages. kind: a key of :data:`KINDS`, None: detected. Raises ValueError as the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rft_fast import cache as caches
 from rft_fast import files as on_disk
-from rft_fast.names import TREES
+from rft_fast.names import TREES, Kind
 
 PART = "the images are those of"  # begins the note that of a folder only a part is taken
 
@@ -47,7 +47,7 @@ class Source:
         until the images are read.
     """
 
-    kind: str
+    kind: Kind
     path: Path
     files: list[caches.File]
     labels: Tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..names import Precision
 from .batches import Batches, Need
 from .feed import Images, total
 from .modes import differentiating
@@ -89,7 +90,7 @@ def _attention(order: int) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if order == 2 else nullcontext()
 
 
-def need(model: nn.Module, precision: str, example: Callable[[int], Tensor], order: int) -> Need:
+def need(model: nn.Module, precision: Precision, example: Callable[[int], Tensor], order: int) -> Need:
     """What a batch takes for the gradient (order 1) or the curvature (2) at all weights.
 
     example: number of images -> something of their shape.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import meter
 from ..classifier import ImageClassifier, ZeroShotClassifier
 from ..datasets import Dataset
+from ..names import Precision
 from ..stages import Stage, Stages, stages
 from ..threads import threads_of_a_batch
 from . import derivatives, modes
@@ -71,7 +72,7 @@ class Evaluator:
         model: nn.Module,
         datasets: Sequence[Dataset],
         batch_size: int | None = None,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         normalize_logits: bool = False,
         *,
         memory_limit: int | None = None,
@@ -381,7 +382,7 @@ def _watched(stages: tuple[Stage, ...], sample: Tensor) -> tuple[Tensor, int]:
     return x, sum(sorted(sizes.values())[-2:])
 
 
-def _compiled(chains: Stages, precision: str) -> Stages:
+def _compiled(chains: Stages, precision: Precision) -> Stages:
     # The compiler's patterns would find plain attention, and put the kernel in its place that "ieee" avoids.
     options: dict[str, Any] | None = {"pattern_matcher": False} if precision == "ieee" else None
 

@@ -8,19 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..names import Precision
 from ..stages import evaluating
 from . import precision as formats
 
 
 @contextmanager
-def scoring(model: nn.Module, precision: str) -> Iterator[None]:
+def scoring(model: nn.Module, precision: Precision) -> Iterator[None]:
     """Eval mode and exact products, without gradients."""
     with evaluating(model), torch.inference_mode(), formats.exact(precision):
         yield
 
 
 @contextmanager
-def differentiating(model: nn.Module, precision: str, weights: Sequence[Tensor]) -> Iterator[None]:
+def differentiating(model: nn.Module, precision: Precision, weights: Sequence[Tensor]) -> Iterator[None]:
     """Eval mode and exact products, with gradients at these weights.
 
     All others take part as well: which kernels torch takes depends on whether a weight asks for a gradient

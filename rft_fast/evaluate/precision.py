@@ -25,7 +25,7 @@ PRECISIONS = dict.fromkeys(names.PRECISIONS, torch.float32)
 PRECISIONS |= {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check(precision: str, device: torch.device) -> None:
+def check(precision: names.Precision, device: torch.device) -> None:
     """Raises ValueError for a precision that is not offered, or not on this device."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
@@ -35,7 +35,7 @@ def check(precision: str, device: torch.device) -> None:
         )
 
 
-def cast(model: nn.Module, precision: str) -> nn.Module:
+def cast(model: nn.Module, precision: names.Precision) -> nn.Module:
     """Turns the live model's weights into the type of a precision, in place, before a Path is made of it.
 
     The linear head and what scales the logits stay float32: they cost nothing, and a logit of 30 in
@@ -56,7 +56,7 @@ def cast(model: nn.Module, precision: str) -> nn.Module:
 
 
 @contextmanager
-def exact(precision: str) -> Iterator[None]:
+def exact(precision: names.Precision) -> Iterator[None]:
     """Products in full float32, or for "tf32" on TF32; sums of half precision products in float32.
 
     For "ieee" attention is made of such products; for the others by the kernel that torch picks (see above).

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..names import Names
 from ..studies.facts import ENDS, Facts, as_facts
 from ..studies.layers import STUDY
 from ..studies.path import Z95
@@ -43,7 +44,7 @@ def layers(
     rows: pd.DataFrame | Facts,
     file: str | os.PathLike[str],
     margin: float | None = None,
-    models: Sequence[str] | None = None,
+    models: Names | None = None,
 ) -> Figure:
     """Figure 2: what each layer does to the loss on its own; one column per model and data set.
 

@@ -24,6 +24,7 @@ from rft_fast.classifier import ImageClassifier
 from rft_fast.datasets import Dataset, decoding, pixel_transform
 from rft_fast.datasets.source import Source
 from rft_fast.evaluate.precision import exact
+from rft_fast.names import Mixed
 from rft_fast.program import Stop
 from rft_fast.words import some
 
@@ -302,7 +303,7 @@ def _stream(setting: Setting, purpose: int, *place: int) -> np.random.Generator:
 
 
 @torch.no_grad()
-def features(model: ImageClassifier, images: Images, precision: str, stop: Stop | None = None) -> Tensor:
+def features(model: ImageClassifier, images: Images, precision: Mixed, stop: Stop | None = None) -> Tensor:
     """What the image tower makes of all images in order, unaugmented: float32 [n, d] on its device."""
     device = model.classification_head.weight.device
     augment, rng = augmentation("none", images.preprocess), np.random.default_rng(0)
@@ -319,7 +320,7 @@ def features(model: ImageClassifier, images: Images, precision: str, stop: Stop 
 
 
 @torch.no_grad()
-def accuracy(model: ImageClassifier, dataset: Dataset, batch_size: int, precision: str) -> float:
+def accuracy(model: ImageClassifier, dataset: Dataset, batch_size: int, precision: Mixed) -> float:
     """The fraction of a data set's images that a model in eval mode gets right, among the set's classes."""
     device = model.classification_head.weight.device
     right = 0

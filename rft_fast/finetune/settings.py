@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rft_fast.names import SCHEDULES
+from rft_fast.names import SCHEDULES, Schedule
 
 AUGMENT = re.compile(r"none|crop|crop-flip|rand-m(?P<m>\d{1,2})-n(?P<n>\d)")
 MAGNITUDES = 30  # of RandAugment, as in its paper
@@ -46,7 +46,7 @@ class Setting:
     accumulate: int = 1
     clip: float | None = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     probe_epochs: int = 0
     probe_lr: float = 1e-3
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rft_fast.classifier import ImageClassifier
 from rft_fast.evaluate.precision import exact
-from rft_fast.names import MIXED
+from rft_fast.names import MIXED, Mixed, Names, never
 from rft_fast.program import Stop
 
 from .settings import Setting
@@ -92,7 +92,7 @@ def train(
     batches: Batches,
     setting: Setting,
     *,
-    precision: str = "fp32",
+    precision: Mixed = "fp32",
     metrics: Metrics | None = None,
     keeper: Keeper | None = None,
     finished: Callable[[Sequence[Row]], object] | None = None,
@@ -222,7 +222,11 @@ def learning_rate(setting: Setting, step: int, steps: int) -> float:
         return setting.lr * (step + 1) / setting.warmup
     if setting.schedule == "constant":
         return setting.lr
-    return setting.lr * (0.5 * (1 + math.cos(math.pi * (step - setting.warmup) / (steps - setting.warmup))))
+    if setting.schedule == "cosine":
+        return setting.lr * (
+            0.5 * (1 + math.cos(math.pi * (step - setting.warmup) / (steps - setting.warmup)))
+        )
+    never(setting.schedule)
 
 
 def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
@@ -235,7 +239,7 @@ def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=setting.lr, betas=setting.betas)
 
 
-def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> list[str]:
+def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]:
     """Makes parameters of a classifier ones that are not trained, and all others ones that are.
 
     patterns: regular expressions that match whole names, such as ``visual\\.ln_pre\\..*``. blocks: how many
@@ -277,7 +281,7 @@ def _backward(
     model: nn.Module,
     batch: Batch,
     setting: Setting,
-    precision: str,
+    precision: Mixed,
     device: torch.device,
     scaler: torch.amp.GradScaler,
 ) -> float:
@@ -297,7 +301,7 @@ def _backward(
     return float(found)
 
 
-def logits(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+def logits(model: nn.Module, images: Tensor, precision: Mixed) -> Tensor:
     """[n, classes], float32, by a model with weights in float32."""
     if AUTOCAST[precision] is None:
         found: Tensor = model(images)
@@ -311,13 +315,15 @@ def logits(model: nn.Module, images: Tensor, precision: str) -> Tensor:
     return model.classify(features)
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
+def autocast(precision: Mixed, device: torch.device) -> torch.autocast:
     """torch's, switched off for fp32 and tf32."""
     kind = AUTOCAST[precision]
     return torch.autocast(device.type, kind, enabled=kind is not None)
 
 
-def _check(model: nn.Module, batches: Batches, setting: Setting, precision: str, where: str) -> torch.device:
+def _check(
+    model: nn.Module, batches: Batches, setting: Setting, precision: Mixed, where: str
+) -> torch.device:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{where}: no parameter of the model requires gradients")
@@ -334,7 +340,7 @@ def _check(model: nn.Module, batches: Batches, setting: Setting, precision: str,
     return device
 
 
-def check_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: Mixed, device: torch.device) -> None:
     """Raises ValueError for a precision that is not offered, or not on this device."""
     if precision not in AUTOCAST:
         raise ValueError(f"finetune: precision must be one of {', '.join(AUTOCAST)}; got {precision!r}")

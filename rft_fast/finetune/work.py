@@ -20,7 +20,7 @@ from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
 from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
 from rft_fast.datasets import imagenet, labels, maps, naming
 from rft_fast.endpoints import Ends, Setup
-from rft_fast.names import STORED
+from rft_fast.names import STORED, Kind, Mixed, Names, Stored
 from rft_fast.program import Stop
 from rft_fast.words import differences, visible
 
@@ -61,16 +61,16 @@ class Request:
     settings: Mapping[str, Setting]
     val: Mapping[str, Path] = field(default_factory=dict)
     ood: Mapping[str, Path] = field(default_factory=dict)
-    kind: str | None = None
+    kind: Kind | None = None
     label_map: Path | str | None = None
     class_names: str | None = None
     templates: str | None = None
     head_scale: float | None = None
-    freeze: Sequence[str] = ()
+    freeze: Names = ()
     freeze_blocks: int = 0
-    precision: str = "fp32"
+    precision: Mixed = "fp32"
     checkpointing: bool = False
-    store: str = "float32"
+    store: Stored = "float32"
     device: str | None = None
     workers: int | None = None
     in_memory: bool = False

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft_fast.names import FILL, NOISE, ON
+from rft_fast.names import FILL, NOISE, ON, Fill, Noise, On
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,10 +92,10 @@ class Write:
 
     alpha: float
     rho: float = 0.0
-    on: str = "finetuned"
+    on: On = "finetuned"
     keep: float = 1.0
-    fill: str = "zero"
-    noise: str = "normal"
+    fill: Fill = "zero"
+    noise: Noise = "normal"
     adaptive: bool = True
     seed: int = 0
     draw: int = 0

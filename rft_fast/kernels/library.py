@@ -12,7 +12,7 @@ tensors it checks its arguments and does nothing else, as torch's own operators 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rft_fast.kernels import registry
 from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, lay_out, make_rows
+from rft_fast.names import Impl
 
 # What holds its own data; a subclass of Tensor may be anything.
 PLAIN = (Tensor, nn.Parameter)
@@ -51,7 +52,7 @@ def write_(
     zeroshot: Sequence[Tensor],
     finetuned: Sequence[Tensor],
     numbers: Numbers,
-    impl: str,
+    impl: Impl,
     blocks: Sequence[int] | None = None,
 ) -> None:
     """The write by way of the operator. blocks: as for ``contract.make_rows``."""
@@ -108,10 +109,11 @@ def _write(
     blocks: Sequence[int] | None = None,
 ) -> None:
     seed = seed_high * 2**32 + seed_low
-    request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+    numbers: Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+    request = Write(*numbers)
     rows = make_rows(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
     if rows:
-        registry.pick(impl, rows[0].out.device).write(rows, request)
+        registry.pick(cast(Impl, impl), rows[0].out.device).write(rows, request)
 
 
 @_write.register_fake

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rft_fast.kernels import library, registry
 from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, as_list, check_runs, device_of, make_rows
+from rft_fast.names import Fill, Impl, Names, Noise, On
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -44,8 +45,8 @@ class Plan:
         out: Tensors,
         zeroshot: Tensors,
         finetuned: Tensors,
-        impl: str = "auto",
-        names: Iterable[str] | None = None,
+        impl: Impl = "auto",
+        names: Names | None = None,
     ) -> None:
         rows = make_rows(out, zeroshot, finetuned, None if names is None else list(names))
         backend = registry.pick(impl, device_of(rows))
@@ -69,10 +70,10 @@ class Plan:
         *,
         tensors: Iterable[tuple[int, int]] | None = None,
         rho: float = 0.0,
-        on: str = "finetuned",
+        on: On = "finetuned",
         keep: float = 1.0,
-        fill: str = "zero",
-        noise: str = "normal",
+        fill: Fill = "zero",
+        noise: Noise = "normal",
         adaptive: bool = True,
         seed: int = 0,
         draw: int = 0,
@@ -136,15 +137,15 @@ def write_(
     finetuned: Tensors,
     alpha: float,
     rho: float = 0.0,
-    on: str = "finetuned",
+    on: On = "finetuned",
     keep: float = 1.0,
-    fill: str = "zero",
-    noise: str = "normal",
+    fill: Fill = "zero",
+    noise: Noise = "normal",
     adaptive: bool = True,
     seed: int = 0,
     draw: int = 0,
     sign: int = 1,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> None:
     """Interpolates, perturbs and masks in one pass, in place into ``out``.
 
@@ -167,7 +168,7 @@ def write_(
 
 @_says_its_name
 def interpolate_(
-    out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: str = "auto"
+    out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: Impl = "auto"
 ) -> None:
     """out = (1 - alpha) * zeroshot + alpha * finetuned, exact at alpha = 0 and 1.
 
@@ -183,9 +184,9 @@ def perturb_(
     seed: int = 0,
     draw: int = 0,
     adaptive: bool = True,
-    noise: str = "normal",
+    noise: Noise = "normal",
     sign: int = 1,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> None:
     """params += sign * rho * (|params| if adaptive else 1) * eps, in place (Eq. 3's delta).
 
@@ -210,19 +211,19 @@ def perturb_(
 
 @overload
 def noise_like(
-    params: Tensor, seed: int = 0, draw: int = 0, noise: str = "normal", impl: str = "auto"
+    params: Tensor, seed: int = 0, draw: int = 0, noise: Noise = "normal", impl: Impl = "auto"
 ) -> Tensor: ...
 @overload
 def noise_like(
     params: Iterable[Tensor],
     seed: int = 0,
     draw: int = 0,
-    noise: str = "normal",
-    impl: str = "auto",
+    noise: Noise = "normal",
+    impl: Impl = "auto",
 ) -> list[Tensor]: ...
 @_says_its_name
 def noise_like(
-    params: Tensors, seed: int = 0, draw: int = 0, noise: str = "normal", impl: str = "auto"
+    params: Tensors, seed: int = 0, draw: int = 0, noise: Noise = "normal", impl: Impl = "auto"
 ) -> Tensor | list[Tensor]:
     """The noise eps that the kernels use for these tensors: float32, same shapes and device."""
     like = _float32_like(params, torch.zeros_like)
@@ -231,13 +232,13 @@ def noise_like(
 
 
 @overload
-def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: str = "auto") -> Tensor: ...
+def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: Impl = "auto") -> Tensor: ...
 @overload
 def keep_mask_like(
-    params: Iterable[Tensor], keep: float, seed: int = 0, impl: str = "auto"
+    params: Iterable[Tensor], keep: float, seed: int = 0, impl: Impl = "auto"
 ) -> list[Tensor]: ...
 @_says_its_name
-def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: str = "auto") -> Tensor | list[Tensor]:
+def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: Impl = "auto") -> Tensor | list[Tensor]:
     """The mask that the kernels use for these tensors: bool, True where the weight is kept."""
     like = _float32_like(params, torch.ones_like)
     write_(like, like, like, 1.0, keep=keep, seed=seed, impl=impl)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rft_fast.kernels.contract import BLOCK, PURPOSE_MASK, PURPOSE_NOISE, Row, Write
+from rft_fast.names import Noise, never
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -55,7 +56,7 @@ def words(seed: int, first_block: int, blocks: int, draw: int, purpose: int, dev
     return philox(counter, seed)
 
 
-def noise(x: Tensor, kind: str) -> Tensor:
+def noise(x: Tensor, kind: Noise) -> Tensor:
     """Maps words int64 [blocks, 4] to noise float32 [4 * blocks].
 
     normal: Box-Muller on the pairs (x0, x1) and (x2, x3), computed in float64 and rounded once.
@@ -71,7 +72,9 @@ def noise(x: Tensor, kind: str) -> Tensor:
     centred = (x - 2**31).flatten()
     if kind == "uniform":
         return (centred.to(torch.float32) + 0.5) * 2.0**-31
-    return torch.where(centred >= 0, 1.0, -1.0)
+    if kind == "rademacher":
+        return torch.where(centred >= 0, 1.0, -1.0)
+    never(kind)
 
 
 def _lerp(w0: Tensor, w1: Tensor, write: Write) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from rft_fast.kernels import native, reference, triton
 from rft_fast.kernels.contract import Row, Write
-from rft_fast.names import IMPLS
+from rft_fast.names import IMPLS, Impl
 
 
 class Table(Protocol):
@@ -30,7 +30,7 @@ class Backend:
     on_request: the device types on which only an explicit impl= takes it, never "auto".
     """
 
-    name: str
+    name: Impl
     what: str
     why_not: Callable[[torch.device], str | None]
     table: Callable[..., Table]
@@ -70,7 +70,7 @@ def check_name(impl: str) -> None:
         raise ValueError(f"write: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
 
 
-def pick(impl: str, device: torch.device) -> Backend:
+def pick(impl: Impl, device: torch.device) -> Backend:
     """The backend that ``impl`` names, or the fastest one that works on ``device`` for "auto".
 
     Raises ValueError for an unknown name, RuntimeError (reason and remedy) for one that does not

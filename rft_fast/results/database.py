@@ -333,7 +333,7 @@ def rows(database: sqlite3.Connection, models: Sequence[str]) -> Iterator[tuple[
 
     Raises sqlite3.DatabaseError for a measurement that is not what was written.
     """
-    places = {study: place for place, study in enumerate(STUDIES)}
+    places: dict[str, int] = {study: place for place, study in enumerate(STUDIES)}
     order = {model: place for place, model in enumerate(models)}
     query = "SELECT id, study, model, number, finished, crc FROM measurements ORDER BY id"
     found = []

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..names import Names
 from .layers import MARGIN
 from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
@@ -28,9 +29,7 @@ PROTOCOL = ["noise", "adaptive", "noise_batch", "normalized"]
 _STUDIES = ["sharpness", "layer-sharpness"]
 
 
-def correlation(
-    rows: pd.DataFrame, stragglers: Sequence[str] | None = None, margin: float = MARGIN
-) -> pd.DataFrame:
+def correlation(rows: pd.DataFrame, stragglers: Names | None = None, margin: float = MARGIN) -> pd.DataFrame:
     """Rank correlations, over models, of sharpness with what happens out of distribution.
 
     One of the two is the accuracy at the same alpha, or the gain (Eq. 2), on an out-of-distribution
@@ -85,7 +84,7 @@ def correlate(
     rows: pd.DataFrame,
     path: Callable[[], pd.DataFrame],
     unstable: Callable[[], pd.DataFrame],
-    stragglers: Sequence[str] | None = None,
+    stragglers: Names | None = None,
 ) -> pd.DataFrame:
     """:func:`correlation` of what is known already.
 
@@ -145,7 +144,7 @@ def _outcomes(rows: pd.DataFrame, path: Callable[[], pd.DataFrame]) -> Iterator[
 
 
 def _measures(
-    rows: pd.DataFrame, stragglers: Sequence[str] | None, unstable: Callable[[], pd.DataFrame]
+    rows: pd.DataFrame, stragglers: Names | None, unstable: Callable[[], pd.DataFrame]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """What identifies a measure of sharpness, and its values: a row per model, a column per alpha."""
     measured = rows[rows["study"].isin(_STUDIES) & (rows["alpha"] > 0)]
@@ -182,7 +181,7 @@ def _measures(
 def _straggler_layers(
     rows: pd.DataFrame,
     layers: Sequence[str],
-    stragglers: Sequence[str] | None,
+    stragglers: Names | None,
     unstable: Callable[[], pd.DataFrame],
 ) -> list[str]:
     """Those given, checked against the measured layers, else those found in any model, else none."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..names import STRAGGLER_MARGIN, STUDIES, XI, ZERO_MARGIN
+from ..names import STRAGGLER_MARGIN, STUDIES, XI, ZERO_MARGIN, Criterion, Others, never
 from .chance import Chance, zeroshot_chances
 from .correlation import correlate
 from .layers import STUDY as LAYERS
@@ -33,11 +33,11 @@ class Settings:
     everything: bool = False  # were all studies requested?
     measured: Sequence[str] = ()
     xi: float = XI
-    others: str = "zeroshot"
+    others: Others = "zeroshot"
     straggler_margin: float = STRAGGLER_MARGIN
     zero_margin: float = ZERO_MARGIN
     keep: float = 0.5
-    criteria: Sequence[str] = ("sharpness",)
+    criteria: Sequence[Criterion] = ("sharpness",)
     prune_layers: Sequence[str] | None = None
     mask_seeds: Sequence[int] = ()
 
@@ -162,16 +162,18 @@ class Facts:
         """Criterion -> the layers of a model that pruning takes."""
         if self.settings.prune_layers is not None:
             return {NAMED: list(self.settings.prune_layers)}
-        found = {}
+        found: dict[str, list[str]] = {}
         for criterion in self.settings.criteria:
             if criterion == "instability":
                 own = self.stragglers[self.stragglers["model"] == model]
                 found[criterion] = list(own.loc[own["straggler"], "layer"].unique())
-            else:
+            elif criterion == "sharpness":
                 # At every rho and on every data set of the sharpness.
                 own = self.near_zero[self.near_zero["model"] == model]
                 everywhere = own.groupby("layer", sort=False)["near_zero"].all()
                 found[criterion] = list(everywhere.index[everywhere])
+            else:
+                never(criterion)
         return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ..names import OTHERS, STRAGGLER_MARGIN
+from ..names import OTHERS, STRAGGLER_MARGIN, Names, Others
 from ..words import some
 from .path import check_alphas, check_evaluator
 from .rows import AT_ONCE, Measured, Row, Sink, as_number, chunks, of_study, only_one, scored, walk_to
@@ -32,9 +32,9 @@ def layerwise_interpolation(
     path: Path,
     evaluator: Evaluator,
     alphas: Iterable[float],
-    layers: Sequence[str] | None = None,
+    layers: Names | None = None,
     *,
-    others: str = "zeroshot",
+    others: Others = "zeroshot",
     model: str = "",
     zeroshot: MutableMapping[str, Scores] | None = None,
     only: Collection[int] | None = None,

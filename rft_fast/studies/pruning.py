@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..names import CRITERIA, METHODS
+from ..names import CRITERIA, METHODS, Criterion, Fill, Method, Names, never
 from .estimators import Protocol
 from .layers import layerwise_interpolation, stragglers
 from .path import check_alphas, check_evaluator
@@ -33,7 +33,7 @@ NAMED = "named"  # in the place of a criterion, for layers that the caller chose
 class _Variant:
     """One way of pruning. No method: the path as it is."""
 
-    method: str | None = None
+    method: Method | None = None
     criterion: str | None = None
     layers: tuple[str, ...] = ()
     seed: int | None = None
@@ -45,11 +45,11 @@ def prune_stragglers(
     evaluator: Evaluator,
     alphas: Iterable[float],
     keep: float = 0.5,
-    criterion: str = "sharpness",
+    criterion: Criterion = "sharpness",
     draws: int = 5,
-    layers: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    layers: Names | Mapping[str, Names] | None = None,
     *,
-    methods: Sequence[str] = ("zero",),
+    methods: list[Method] | tuple[Method, ...] = ("zero",),
     seeds: Sequence[int] = (0, 1, 2),
     control: bool = True,
     rho: float = 1.0,
@@ -110,7 +110,9 @@ def prune_stragglers(
     check_evaluator(path, evaluator, STUDY)
     _check(keep, criterion, methods, seeds)
     if layers is None:
-        chosen = {criterion: _find(path, evaluator, grid, criterion, rho, draws, protocol)}
+        chosen: dict[str, list[str]] = {
+            criterion: _find(path, evaluator, grid, criterion, rho, draws, protocol)
+        }
     else:
         named = layers if isinstance(layers, Mapping) else {NAMED: layers}
         chosen = {label: path.select(names) for label, names in named.items()}
@@ -162,7 +164,7 @@ def _unpruned(
     return {name: known[name, alpha] for name in names}
 
 
-def _check(keep: float, criterion: str, methods: Sequence[str], seeds: Sequence[int]) -> None:
+def _check(keep: float, criterion: Criterion, methods: Sequence[Method], seeds: Sequence[int]) -> None:
     if not 0 < as_number("prune: keep", keep) < 1:
         raise ValueError(f"prune: keep must lie between 0 and 1, the fraction that survives; got {keep}")
     if criterion not in CRITERIA:
@@ -181,7 +183,7 @@ def _find(
     path: Path,
     evaluator: Evaluator,
     grid: Sequence[float],
-    criterion: str,
+    criterion: Criterion,
     rho: float,
     draws: int,
     protocol: Protocol | None,
@@ -189,16 +191,18 @@ def _find(
     if criterion == "instability":
         facts = stragglers(layerwise_interpolation(path, evaluator, grid))
         return list(facts.loc[facts["straggler"], "layer"].unique())
-    facts = near_zero(layerwise_sharpness(path, evaluator, grid, [rho], draws, protocol=protocol))
-    everywhere = facts.groupby("layer", sort=False)["near_zero"].all()
-    return list(everywhere.index[everywhere])
+    if criterion == "sharpness":
+        facts = near_zero(layerwise_sharpness(path, evaluator, grid, [rho], draws, protocol=protocol))
+        everywhere = facts.groupby("layer", sort=False)["near_zero"].all()
+        return list(everywhere.index[everywhere])
+    never(criterion)
 
 
 def _variants(
     layers: Sequence[str],
     criterion: str,
     chosen: Sequence[str],
-    methods: Sequence[str],
+    methods: Sequence[Method],
     seeds: Sequence[int],
     control: bool,
 ) -> list[_Variant]:
@@ -241,13 +245,15 @@ def _pruned(path: Path, alpha: float, keep: float, variant: _Variant) -> Iterato
             for weight in weights:
                 _interpolate(weight.live, weight.zeroshot, _largest(weight.finetuned, keep), alpha)
             yield
-    else:
+    elif variant.method == "zero" or variant.method == "zeroshot" or variant.method == "rescale":
         # (1 - alpha) w0 + alpha (w0 + mask (w1 - w0) / keep) is the masked path at alpha / keep.
         at = alpha / keep if variant.method == "rescale" else alpha
-        fill = "zero" if variant.method == "zero" else "zeroshot"
+        fill: Fill = "zero" if variant.method == "zero" else "zeroshot"
         # Buffers are at alpha, and stay there.
         path.write(at, layers=layers, keep=keep, fill=fill, seed=variant.seed or 0, buffers=False)
         yield
+    else:
+        never(variant.method)
 
 
 @torch.no_grad()

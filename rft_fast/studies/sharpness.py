@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
 
-from ..names import ZERO_MARGIN
+from ..names import ZERO_MARGIN, Names, On
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
 from .path import check_evaluator
 from .rows import COLUMNS, Measured, Sink, as_number, ascending, of_study
@@ -82,7 +82,7 @@ def layerwise_sharpness(
     alphas: Iterable[float],
     rhos: Iterable[float],
     draws: int = 20,
-    layers: Sequence[str] | None = None,
+    layers: Names | None = None,
     *,
     protocol: Protocol | None = None,
     model: str = "",
@@ -122,7 +122,7 @@ def layerwise_sharpness(
     return _study(path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, only, sink)
 
 
-def _on(protocol: Protocol | None, default: str) -> Protocol:
+def _on(protocol: Protocol | None, default: On) -> Protocol:
     """The protocol with the study's own ``on`` where it has none."""
     protocol = Protocol() if protocol is None else protocol
     if not isinstance(protocol, Protocol):

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ...kernels.contract import Write
-from ...names import ESTIMATORS, SAMPLING, WORST_CASE
+from ...names import ESTIMATORS, WORST_CASE, never
 from .estimates import Estimate, Results, Target, clean_scores
 from .hessian import curvature
 from .protocol import Protocol
@@ -48,12 +48,15 @@ def estimate(
         yield from _zeros(path, parts, alpha, targets, rhos, protocol)
         return
     with path.at(alpha):
-        if protocol.estimator in SAMPLING:
-            yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
-        elif protocol.estimator == "hessian":
-            yield curvature(path, parts, alpha, targets, rhos, draws, protocol)
-        else:
-            yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol)
+        match protocol.estimator:
+            case "plain" | "antithetic" | "gradient":
+                yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
+            case "hessian":
+                yield curvature(path, parts, alpha, targets, rhos, draws, protocol)
+            case "apgd-l2" | "apgd-linf":
+                yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol)
+            case other:
+                never(other)
 
 
 def together(targets: Sequence[Target], protocol: Protocol) -> list[list[Target]]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...kernels.contract import Write
-from ...names import ESTIMATORS, NOISE, ON, SAMPLING, WORST_CASE
+from ...names import ESTIMATORS, NOISE, ON, SAMPLING, WORST_CASE, Estimator, Noise, On
 from ..rows import SEEDS, as_number
 
 VARIANCE = {"normal": 1.0, "uniform": 1 / 3, "rademacher": 1.0}
@@ -39,9 +39,9 @@ class Protocol:
     Raises TypeError or ValueError naming the argument.
     """
 
-    estimator: str = "gradient"
-    on: str | None = None
-    noise: str = "normal"
+    estimator: Estimator = "gradient"
+    on: On | None = None
+    noise: Noise = "normal"
     adaptive: bool = True
     seed: int = 0
     noise_batch: int | None = None
@@ -81,7 +81,7 @@ class Protocol:
             )
 
     @property
-    def where(self) -> str:
+    def where(self) -> On:
         """``on``, or Eq. 3's where nothing is said."""
         return self.on or "interpolated"
 
