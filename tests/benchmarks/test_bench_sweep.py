@@ -227,8 +227,8 @@ def test_a_signal_leaves_what_was_measured(tmp_path: Path) -> None:
         rows = record_of(tmp_path / sent.name, "timing")
         found = json.loads((tmp_path / sent.name / "out.json").read_text())
         rounds = found["parts"]["layers"]["rounds"]
-        # Of the one that was in flight there may be the row alone.
-        assert len(rows) - 1 <= sum(len(r["seconds"]) for r in rounds) <= len(rows) < 800
+        # Of the one that was in flight there may be the row alone, or the number alone.
+        assert abs(len(rows) - sum(len(r["seconds"]) for r in rounds)) <= 1 and 5 <= len(rows) < 800
         assert "layer-wise interpolation" in sweep_report.text(found)
         assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
         assert ("layer-wise interpolation" in printed) == (sent == signal.SIGINT)
