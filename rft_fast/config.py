@@ -129,7 +129,7 @@ def resumed(request: Request) -> Request:
 
     Batch size and memory limit decide which images are computed together, and so the last bits of losses.
 
-    Raises ValueError or OSError where the directory cannot be written to or gone on with.
+    Raises ValueError or OSError where the directory cannot be written to or resumed.
     """
     if request.plan:
         return request

@@ -53,7 +53,6 @@ class Setup:
     zeroshot_head: ``classification_head.weight`` [classes, d], and ``.bias`` where there is one, which
         count instead of the zero-shot checkpoint's own (:func:`rft_fast.checkpoints.load_head`).
     network: whether a tokenizer may be downloaded (:func:`rft_fast.architectures.tokenizer`).
-
     resize_positions: whether the positions of an image tower for another image size are resampled to the
         architecture's (:func:`rft_fast.architectures.resized`), with a warning.
 

@@ -58,7 +58,7 @@ def decoded(source: Source, directory: Path) -> np.ndarray[Any, np.dtype[np.bool
 class Images:
     """The decoded images that a run wants: on disk where it can be, in memory where not. For one thread.
 
-    Whatever the disk does is told as a warning and never stops a run. ``there``, bool [chosen], says which
+    A fault of the disk is a warning and never stops a run. ``there``, bool [chosen], says which
     images are at hand; the others are to be decoded and handed to :meth:`put`.
     """
 
@@ -144,7 +144,7 @@ class Images:
             try:
                 self._file.commit()
             except OSError:
-                pass  # what failed is told already, and what is marked is whole
+                pass  # the failure was reported, and what is marked is whole
         self.close()
 
     def _recall(self, file: CacheFile, each: Callable[..., Iterable[Pixels | None]]) -> None:

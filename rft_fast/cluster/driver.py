@@ -324,7 +324,7 @@ class _Work:
 
     def _stop(self) -> None:
         """Lets every worker finish what is in flight, and keeps it, where that can still be done."""
-        with suppress(Exception):  # what stopped the run is what people are told
+        with suppress(Exception):  # what is reported is what stopped the run
             ray = client()
             for worker, _ in self._running.values():
                 worker.stop.remote()

@@ -94,7 +94,7 @@ def source(path: Path, where: str) -> Source:
                 image = _image(sample, of)
                 labels.append(_label(sample, stream, of))
                 images.append((shard, image))
-                # A member's own time is often a constant, so a changed shard is told by the shard's.
+                # A member's own time is often a constant, so the shard's shows that it changed.
                 files.append(caches.File(f"{archive.name}/{_shown(image.name)}", image.size, shard.time))
     if not files:
         raise ValueError(f"{where}: {path} holds no samples")

@@ -45,7 +45,7 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     On top, Kendall's tau over alpha for general sharpness and for the stragglers'. Below, at one alpha,
     Kendall's tau and Spearman's rho for these two and for every layer. Bands and bars are pointwise 95 %
     intervals; they allow neither for the number of layers nor for the noise of each sharpness. Settings of
-    the sharpness, such as rho, are told apart in the names. Correlations that are not defined
+    the sharpness, such as rho, are distinguished by the names. Correlations that are not defined
     leave gaps, and are counted, as are those without an interval.
 
     Args:
