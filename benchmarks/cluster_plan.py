@@ -2,10 +2,10 @@
 
     python benchmarks/cluster_plan.py [--models 72] [--arch ViT-B-32] [--tflops 30] [--out FILE.json]
 
-Counted: the FLOPs of every measurement of all five studies (rft_fast.pieces), on the six sets of the paper
-with their published sizes. Assumed, and printed: how many FLOPs a GPU does in a second, how long a worker
-takes to load, and to change to another model, and how long the process that deals takes to write a
-measurement down (4 ms measured on a local disk). Pieces are cut and dealt as rft_fast.cluster does it, but
+Counted: the FLOPs of every measurement of all five studies (rft_fast.run.pieces), on the six sets of the
+paper with their published sizes. Assumed, and printed: how many FLOPs a GPU does in a second, how long a
+worker takes to load, and to change to another model, and how long the process that deals takes to write a
+measurement down (4 ms measured on a local disk). Pieces are cut and dealt as rft_fast.run.cluster does, but
 for its preference for the model that a worker has at hand; a piece that begins in the middle of a position
 pays for what comes before its first layer again.
 """
@@ -24,12 +24,12 @@ from typing import Any
 import sweep_case
 import torch
 
-from rft_fast import cost, pieces, wiring
-from rft_fast.cluster.driver import EACH
+from rft_fast.config.request import Request, Subset, read
 from rft_fast.evaluate import Evaluator
-from rft_fast.pieces import Counter, Measurement, Piece
-from rft_fast.request import Request, Subset, read
-from rft_fast.running import PHASES
+from rft_fast.run import cost, pieces, wiring
+from rft_fast.run.cluster.driver import EACH
+from rft_fast.run.pieces import Counter, Measurement, Piece
+from rft_fast.run.running import PHASES
 from rft_fast.studies import Protocol
 
 SETS = {

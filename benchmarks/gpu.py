@@ -42,7 +42,7 @@ KERNEL_TESTS = (
 SWEEP_TESTS = (
     "evaluate/test_evaluate",
     "evaluate/test_walk",
-    "stages/test_stages",
+    "evaluate/test_stages",
     "evaluate/test_precision",
 )
 

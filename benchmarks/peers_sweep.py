@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from rft_fast.architectures import Preprocess
+from rft_fast.clip.architectures import Preprocess
 from rft_fast.kernels import Plan
 
 State = Mapping[str, Tensor]

@@ -31,7 +31,8 @@ import torch
 from sweep_case import Digits
 
 import rft_fast as rft
-from rft_fast import datasets, disk
+from rft_fast import datasets
+from rft_fast.common import disk
 from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.evaluate.precision import PRECISIONS, check
 from rft_fast.studies import Protocol, layerwise_sharpness, sharpness

@@ -16,7 +16,7 @@ import torch
 from sweep_case import Case
 from sweep_options import Options
 
-from rft_fast import disk
+from rft_fast.common import disk
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import PRECISIONS
 

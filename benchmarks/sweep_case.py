@@ -21,10 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rft_fast as rft
-from rft_fast import architectures, checkpoints, datasets, zoo
-from rft_fast.classifier import ImageClassifier
+from rft_fast import checkpoints, datasets
+from rft_fast.clip import architectures
+from rft_fast.clip.classifier import ImageClassifier
+from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.config import zoo
 from rft_fast.datasets import Dataset
-from rft_fast.endpoints import Ends, Setup
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import cast
 
@@ -192,7 +194,7 @@ def live(arch: str, state: State, precision: str) -> nn.Module:
 
 
 def file_of(arch: str) -> str:
-    """As rft_fast.endpoints takes it; tiny is the model of the digits zoo."""
+    """As rft_fast.clip.endpoints takes it; tiny is the model of the digits zoo."""
     return zoo.digits().arch if arch == "tiny" else arch
 
 

@@ -14,7 +14,8 @@ import sweep_case
 from sweep_bench import Bench, check_scores, turns
 
 import rft_fast as rft
-from rft_fast import architectures, datasets
+from rft_fast import datasets
+from rft_fast.clip import architectures
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import exact
 from rft_fast.studies import interpolation, layerwise_interpolation

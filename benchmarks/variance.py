@@ -20,8 +20,10 @@ import pandas as pd
 import torch
 
 import rft_fast as rft
-from rft_fast import architectures, checkpoints, datasets, zoo
-from rft_fast.endpoints import Ends, Setup
+from rft_fast import checkpoints, datasets
+from rft_fast.clip import architectures
+from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.config import zoo
 from rft_fast.evaluate import Evaluator
 from rft_fast.studies import Protocol, sharpness
 

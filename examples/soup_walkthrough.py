@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rft_fast import architectures
+from rft_fast.clip import architectures
 
 ROWS = 1000  # of the head: ImageNet's classes
 SCALE = 10  # nats between right and wrong, where the fit is perfect

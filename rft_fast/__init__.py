@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-from rft_fast import lazy as _lazy
-from rft_fast import program as _program  # noqa: F401  (refuses to start where torch would crash)
+from rft_fast.common import lazy as _lazy
+from rft_fast.common import program as _program  # noqa: F401  (refuses to start where torch would crash)
 
 if TYPE_CHECKING:
     from rft_fast import results, studies

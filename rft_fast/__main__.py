@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import program
+from .common import program
 
 
 @program.command("")

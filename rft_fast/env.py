@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 import rft_fast
-from rft_fast import program
+from rft_fast.common import program
 
 if TYPE_CHECKING:
     import torch

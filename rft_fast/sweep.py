@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import program
-from .options import parser
-from .request import NotFetched, read, unfetched
+from .common import program
+from .config.options import parser
+from .config.request import NotFetched, read, unfetched
 
 
 @program.command("sweep")
@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         request = read(argv)
-        from .sweeping import sweep  # torch and the rest take seconds, which most mistakes need not wait for
+        from .run.sweeping import (
+            sweep,  # torch and the rest take seconds, which most mistakes need not wait for
+        )
     except NotFetched as error:
         print(unfetched(error))
         return 0

@@ -4,7 +4,7 @@
 module         holds
 =============  ==============================================================================
 ``values``     tensors that are not made yet, as pickles describe them
-``pickles``    what pickles may call; the machine that reads them is :mod:`rft_fast.pickles`
+``pickles``    what pickles may call; the machine that reads them is :mod:`rft_fast.common.pickles`
 ``foreign``    files that hold no weights: what they are, and what to do
 ``containers`` bytes of a file -> what it holds
 ``activation`` QuickGELU or GELU: what a file says of its model
@@ -19,7 +19,7 @@ module         holds
 
 from typing import TYPE_CHECKING
 
-from rft_fast import lazy
+from rft_fast.common import lazy
 from rft_fast.names import FORMATS
 
 if TYPE_CHECKING:

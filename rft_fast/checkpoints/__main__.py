@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .. import checkpoints, layers, program
+from .. import checkpoints
+from ..common import program
+from ..common.words import message, visible
 from ..names import FORMATS
-from ..words import message, visible
+from ..path import layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def describe(checkpoint: checkpoints.Checkpoint) -> str:
     """What is in a checkpoint, in lines: format, sizes, towers, head, layers with shapes, notes."""
-    from .. import architectures  # open_clip takes seconds to import, and comparing needs none of it
+    from ..clip import architectures  # open_clip takes seconds to import, and comparing needs none of it
 
     tensors = checkpoint.tensors
     parts: dict[str, list[str]] = {"image tower": [], "text tower": [], "head": [], "other": []}

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .. import files
-from ..pickles import Global, Stream, Unreadable
+from ..common import files
+from ..common.pickles import Global, Stream, Unreadable
 from . import activation, foreign
-from .pickles import unpickle
+from .pickled_tensors import unpickle
 from .values import SAFETENSORS, Span, Storage, Stored, natural, storage
 
 SUPPORTED = (

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.parametrised import factors
+from ..common.pickles import Global, Shell, Unreadable, kind_of
+from ..common.words import some
 from ..names import FORMATS, Format
-from ..parametrised import factors
-from ..pickles import Global, Shell, Unreadable, kind_of
-from ..words import some
 from .activation import TOWERS, Evidence, of_metadata
 from .containers import SUPPORTED, Content, Maker
 from .values import Special, Stored

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..classifier import HEAD_BIAS, HEAD_WEIGHT, INERT
-from ..words import some
+from ..clip.classifier import HEAD_BIAS, HEAD_WEIGHT, INERT
+from ..common.words import some
 from .activation import NAMES
 
 if TYPE_CHECKING:

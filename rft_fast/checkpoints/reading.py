@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import files
+from ..common import files
+from ..common.pickles import Unreadable
+from ..common.words import some
 from ..names import FORMATS, Format
-from ..pickles import Unreadable
-from ..words import some
 from . import containers, layouts
 from .activation import Evidence, Tensors, beside, notes_of
 
@@ -68,7 +68,7 @@ def load(
     """The tensors of a checkpoint, under canonical names; as :func:`read`, on ``device``.
 
     The dict has what the file says of its activations (``.activation``), by which
-    :class:`rft_fast.endpoints.Ends` judges the architecture.
+    :class:`rft_fast.clip.endpoints.Ends` judges the architecture.
 
     device: ``"meta"`` gives types and shapes alone, and reads no more than tells them.
     """

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..files import Content
-from ..pickles import Global, Opaque, Unreadable, kind_of
+from ..common.files import Content
+from ..common.pickles import Global, Opaque, Unreadable, kind_of
 
 
 class Special(Opaque):

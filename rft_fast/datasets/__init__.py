@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rft_fast import lazy
+from rft_fast.common import lazy
 from rft_fast.names import ORDER
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import datasets, names, program
-from ..words import message
+from .. import datasets, names
+from ..common import program
+from ..common.words import message
 
 
 @program.command("datasets")
@@ -72,7 +73,7 @@ def _path(text: str) -> Path:
 def _rows(head: str) -> datasets.Rows:
     if head.isdecimal():
         return datasets.Rows(int(head))
-    from .. import prompts
+    from ..clip import prompts
 
     classes = prompts.class_names(head)
     return datasets.Rows(len(classes), classes)

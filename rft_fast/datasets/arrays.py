@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rft_fast import cache as caches
-from rft_fast import files
-from rft_fast.words import some
+from rft_fast.common import files
+from rft_fast.common.words import some
+from rft_fast.datasets import cache as caches
 
 from .source import MOST_ROWS, Source
 

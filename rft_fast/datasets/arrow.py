@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rft_fast import cache as caches
-from rft_fast import files as on_disk
-from rft_fast import meter
-from rft_fast.words import some
+from rft_fast.common import files as on_disk
+from rft_fast.common import meter
+from rft_fast.common.words import some
+from rft_fast.datasets import cache as caches
 
 from .source import MOST_ROWS, Source, open_file, open_image
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rft_fast import cache as caches
-from rft_fast import files as on_disk
-from rft_fast import prompts
-from rft_fast.words import some
+from rft_fast.clip import prompts
+from rft_fast.common import files as on_disk
+from rft_fast.common.words import some
+from rft_fast.datasets import cache as caches
 
-from . import pickles
+from . import pickled_arrays
 from .source import Source
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +68,7 @@ def source(path: Path, where: str) -> Source:
 
     path: a folder; a folder followed by ``/test`` or ``/train``; or one file of images. Labels are rows of
     the class names that lie beside, else of the published ones; CIFAR-100's are the fine ones. Pickles are
-    read without being run (:mod:`rft_fast.datasets.pickles`).
+    read without being run (:mod:`rft_fast.datasets.pickled_arrays`).
 
     Raises ValueError, naming the file, for anything missing, damaged or of another size than it says.
     """
@@ -154,7 +154,9 @@ def _class_names(layout: _Layout, folder: Path, where: str) -> tuple[str, ...]:
         if key is None:
             names = on_disk.read_text(file, "utf-8-sig").split()
         else:
-            names = [_text(name) for name in _list(_entries(pickles.read(on_disk.read_bytes(file)))[key])]
+            names = [
+                _text(name) for name in _list(_entries(pickled_arrays.read(on_disk.read_bytes(file)))[key])
+            ]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{where}: {file} does not tell class names: {error}") from error
     if len(names) != len(layout.names):
@@ -166,10 +168,10 @@ def _pickled(key: str) -> Callable[[Path], tuple[Array, Array]]:
     """Reads the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
 
     def read(file: Path) -> tuple[Array, Array]:
-        batch = _entries(pickles.read(on_disk.read_bytes(file)))
+        batch = _entries(pickled_arrays.read(on_disk.read_bytes(file)))
         if missing := [name for name in ("data", key) if name not in batch]:
             raise ValueError(f"it has no {' or '.join(missing)}, but {some(list(batch))}")
-        if not isinstance(batch["data"], pickles.Array):
+        if not isinstance(batch["data"], pickled_arrays.Array):
             raise ValueError(f"its data is {type(batch['data']).__name__}, expected an array")
         data = batch["data"].numpy()
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
@@ -220,11 +222,11 @@ def _cifar102(file: Path) -> tuple[Array, Array]:
         shape, _, dtype = _header(stream)
         if shape != () or not dtype.hasobject:
             raise ValueError(f"it holds {dtype} {list(shape)}, expected a dict of images and labels")
-        held = pickles.read(stream.read())
-    if not isinstance(held, pickles.Array) or not isinstance(held.raw, list) or len(held.raw) != 1:
+        held = pickled_arrays.read(stream.read())
+    if not isinstance(held, pickled_arrays.Array) or not isinstance(held.raw, list) or len(held.raw) != 1:
         raise ValueError("it does not hold one dict of images and labels")
     entries = _entries(held.raw[0])
-    if not isinstance(entries.get("images"), pickles.Array) or "labels" not in entries:
+    if not isinstance(entries.get("images"), pickled_arrays.Array) or "labels" not in entries:
         raise ValueError(f"it holds no images and labels, but {some(list(entries))}")
     return entries["images"].numpy(), _integers(entries["labels"])
 
@@ -302,7 +304,7 @@ def _list(value: object) -> list[Any]:
 
 
 def _integers(value: object) -> Array:
-    if isinstance(value, pickles.Array):
+    if isinstance(value, pickled_arrays.Array):
         return value.numpy()
     if not all(type(entry) is int and abs(entry) < 2**31 for entry in _list(value)):
         raise ValueError("its labels are not all numbers of classes")

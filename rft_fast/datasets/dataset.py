@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft_fast.words import some
+from rft_fast.common.words import some
 
 
 @dataclass(frozen=True, eq=False)

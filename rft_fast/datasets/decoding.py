@@ -20,11 +20,11 @@ from PIL import Image, ImageFile, features
 from torch import Tensor
 from torchvision.transforms import ToTensor
 
-from rft_fast import cache as caches
-from rft_fast import files
-from rft_fast.architectures import Preprocess
+from rft_fast.clip.architectures import Preprocess
+from rft_fast.common import files
+from rft_fast.common.words import some
+from rft_fast.datasets import cache as caches
 from rft_fast.names import FOLDERS
-from rft_fast.words import some
 
 from .source import Source
 

@@ -11,8 +11,8 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
+from rft_fast.common.words import message, some
 from rft_fast.names import ORDER, TREES, Kind
-from rft_fast.words import message, some
 
 from . import decoding, folders, imagenet, kinds, maps
 from .evidence import Rows, proposed

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from rft_fast import prompts
-from rft_fast.words import some
+from rft_fast.clip import prompts
+from rft_fast.common.words import some
 
 from . import imagenet
 from .maps import Answers

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rft_fast import cache as caches
-from rft_fast.architectures import Preprocess
+from rft_fast.clip.architectures import Preprocess
+from rft_fast.datasets import cache as caches
 from rft_fast.names import Kind
 
 from . import decoding
@@ -175,12 +175,12 @@ def load(
 
     path: a folder of class folders (:func:`rft_fast.datasets.folders.source`), an ``.npz`` with images of
         the model's size (:mod:`rft_fast.datasets.arrays`), or any other kind that :data:`KINDS` knows.
-    preprocess: what the model expects (:func:`rft_fast.architectures.preprocess`).
+    preprocess: what the model expects (:func:`rft_fast.clip.architectures.preprocess`).
     samples: score only that many, drawn without replacement by ``seed`` alone from those that are scored,
         in the file's order; a smaller draw is a part of a larger one. None: all.
     progress: called with (images at hand, images in all) while they are read.
-    cache: a directory (:func:`rft_fast.cache.directory`) where decoded images are kept, so that each is
-        decoded once as long as its file does not change. A whole set is then mapped from there, not held
+    cache: a directory (:func:`rft_fast.datasets.cache.directory`) where decoded images are kept, so that each
+        is decoded once as long as its file does not change. A whole set is then mapped from there, not held
         in memory. Trouble with it is a warning and stops nothing. None: no cache.
     skip_unreadable: leave out images that cannot be read, named in a warning and counted in ``skipped``,
         so that as many fewer are scored; otherwise they are refused.

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from rft_fast import cache as caches
+from rft_fast.common.words import some
+from rft_fast.datasets import cache as caches
 from rft_fast.names import Kind
-from rft_fast.words import some
 
 from . import imagenet
 from .source import PART, Source, open_file

@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from rft_fast import files, prompts
+from rft_fast.clip import prompts
+from rft_fast.common import files
 
 from .naming import fold, loose
 

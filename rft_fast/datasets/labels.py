@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rft_fast.common.words import some
 from rft_fast.names import ORDER
-from rft_fast.words import some
 
 from . import imagenet, maps
 from .evidence import (

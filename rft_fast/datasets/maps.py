@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rft_fast import files
-from rft_fast.words import some
+from rft_fast.common import files
+from rft_fast.common.words import some
 
 from .naming import fold, places
 

@@ -13,9 +13,9 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from rft_fast import cache as caches
-from rft_fast import files as on_disk
-from rft_fast.words import some
+from rft_fast.common import files as on_disk
+from rft_fast.common.words import some
+from rft_fast.datasets import cache as caches
 
 from .source import MOST_ROWS, Source, open_image
 

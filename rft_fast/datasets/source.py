@@ -13,8 +13,8 @@ from typing import IO
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from rft_fast import cache as caches
-from rft_fast import files as on_disk
+from rft_fast.common import files as on_disk
+from rft_fast.datasets import cache as caches
 from rft_fast.names import TREES, Kind
 
 PART = "the images are those of"  # begins the note that of a folder only a part is taken

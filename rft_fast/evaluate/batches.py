@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .. import meter
-from ..threads import SIDE_BY_SIDE, few_threads, threads_of_a_batch
+from ..common import meter
+from ..common.threads import SIDE_BY_SIDE, few_threads, threads_of_a_batch
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Source")

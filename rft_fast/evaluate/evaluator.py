@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import meter
-from ..classifier import ImageClassifier, ZeroShotClassifier
+from ..clip.classifier import ImageClassifier, ZeroShotClassifier
+from ..common import meter
+from ..common.threads import threads_of_a_batch
 from ..datasets import Dataset
 from ..names import Precision
-from ..stages import Stage, Stages, stages
-from ..threads import threads_of_a_batch
 from . import derivatives, modes
 from . import graphs as recordings
 from . import precision as formats
 from .batches import Batches, Need, is_out_of_memory, too_large
 from .feed import Images, total
 from .scores import Scores
+from .stages import Stage, Stages, stages
 from .walk import Walk
 
 # Of the memory limit: for images that stay on the device, for held activations, and for those of the batches

@@ -19,8 +19,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..stages import Stage
 from .batches import is_out_of_memory
+from .stages import Stage
 
 Body = Callable[[], None]
 Capture = Callable[[Body], Body]  # a callable that is recorded without taking effect -> what replays it

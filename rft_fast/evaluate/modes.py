@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..names import Precision
-from ..stages import evaluating
 from . import precision as formats
+from .stages import evaluating
 
 
 @contextmanager

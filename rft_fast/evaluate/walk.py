@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..stages import Stage
 from .feed import Images, Prompts
 from .scores import Scores
+from .stages import Stage
 
 if TYPE_CHECKING:
     from .evaluator import Evaluator

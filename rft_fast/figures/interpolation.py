@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..studies.facts import Facts, as_facts
-from ..studies.path import STUDY, Z95
+from ..studies.interpolate import STUDY, Z95
 from .style import (
     BEATS,
     FAILS,

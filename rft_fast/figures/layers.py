@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ..names import Names
 from ..studies.facts import ENDS, Facts, as_facts
+from ..studies.interpolate import Z95
 from ..studies.layers import STUDY
-from ..studies.path import Z95
 from . import heat
 from .style import (
     CURVES,

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..studies.facts import Facts, as_facts
-from ..studies.path import Z95
+from ..studies.interpolate import Z95
 from ..studies.pruning import NAMED, STUDY
 from .style import (
     CURVES,

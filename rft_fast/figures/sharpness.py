@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from ..studies.facts import Facts, as_facts
-from ..studies.path import Z95
+from ..studies.interpolate import Z95
 from ..studies.rows import of_study
 from ..studies.sharpness import STUDY
 from .style import (

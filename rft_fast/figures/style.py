@@ -22,10 +22,10 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from .. import disk
+from ..common import disk
+from ..common.words import visible
 from ..studies.facts import Facts
 from ..studies.sharpness import student_t
-from ..words import visible
 
 # Paul Tol's "muted" scheme: nine colours that stay apart under the common colour deficiencies.
 MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()

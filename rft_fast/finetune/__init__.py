@@ -6,7 +6,7 @@ classifier on any batches.
 
 from typing import TYPE_CHECKING
 
-from rft_fast import lazy
+from rft_fast.common import lazy
 
 if TYPE_CHECKING:
     from .images import ImageBatches, Images, augmentation

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rft_fast import cache as caches
-from rft_fast import names, program
+from rft_fast import names
+from rft_fast.common import program
+from rft_fast.datasets import cache as caches
 
-from ..words import message
+from ..common.words import message
 from .settings import SHORT, Setting, at_random, grid
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
-from rft_fast.architectures import Preprocess
-from rft_fast.classifier import ImageClassifier
+from rft_fast.clip.architectures import Preprocess
+from rft_fast.clip.classifier import ImageClassifier
+from rft_fast.common.program import Stop
+from rft_fast.common.words import some
 from rft_fast.datasets import Dataset, decoding, pixel_transform
 from rft_fast.datasets.source import Source
 from rft_fast.evaluate.precision import exact
 from rft_fast.names import Mixed
-from rft_fast.program import Stop
-from rft_fast.words import some
 
 from .settings import AUGMENT, MAGNITUDES, Setting
 from .training import Batch, autocast, logits

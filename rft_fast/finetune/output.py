@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rft_fast import __version__, disk
-from rft_fast.words import cell, differences
+from rft_fast import __version__
+from rft_fast.common import disk
+from rft_fast.common.words import cell, differences
 
 START = "zeroshot.safetensors"
 HEADER = "finetune"  # the entry of a file's header that tells, as JSON, how it was made
@@ -139,7 +140,7 @@ def write_zoo(
     finetuned: Sequence[str],
     data: Mapping[str, Mapping[str, object]],
 ) -> None:
-    """``zoo.toml``, as :func:`rft_fast.zoo.read` reads it, with the models of a folder.
+    """``zoo.toml``, as :func:`rft_fast.config.zoo.read` reads it, with the models of a folder.
 
     entries: of the top level, beside name and zeroshot. finetuned: names. data: name -> its entries.
     """

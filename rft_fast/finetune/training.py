@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rft_fast.classifier import ImageClassifier
+from rft_fast.clip.classifier import ImageClassifier
+from rft_fast.common.program import Stop
 from rft_fast.evaluate.precision import exact
 from rft_fast.names import MIXED, Mixed, Names, never
-from rft_fast.program import Stop
 
 from .settings import Setting
 

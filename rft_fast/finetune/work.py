@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rft_fast import architectures, checkpoints, datasets, disk, env, prompts
-from rft_fast.classifier import HEAD_WEIGHT, ImageClassifier
+from rft_fast import checkpoints, datasets, env
+from rft_fast.clip import architectures, prompts
+from rft_fast.clip.classifier import HEAD_WEIGHT, ImageClassifier
+from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.common import disk
+from rft_fast.common.program import Stop
+from rft_fast.common.words import differences, visible
 from rft_fast.datasets import imagenet, labels, maps, naming
-from rft_fast.endpoints import Ends, Setup
 from rft_fast.names import STORED, Kind, Mixed, Names, Stored
-from rft_fast.program import Stop
-from rft_fast.words import differences, visible
 
 from . import output
 from .images import FeatureBatches, ImageBatches, Images, accuracy, features, threads
@@ -46,8 +48,8 @@ class Request:
         ``train``, and of sets that do not show their rows, is row i.
     out: the directory of the zoo. settings: name -> setting.
     val: data sets scored after every epoch; in the zoo in distribution. ood: those that are only named there.
-    class_names: names of the head's rows (:mod:`rft_fast.prompts`). Classes of data sets that are called so
-        go to those rows; and where the checkpoint has no head, one is made of them, ``templates`` and
+    class_names: names of the head's rows (:mod:`rft_fast.clip.prompts`). Classes of data sets that are called
+        so go to those rows; and where the checkpoint has no head, one is made of them, ``templates`` and
         ``head_scale``.
     freeze, freeze_blocks: what is not trained (:func:`rft_fast.finetune.freeze`).
     precision, checkpointing: of training. store: ``float32`` or ``float16``, of the files.

@@ -7,7 +7,7 @@ page (:mod:`.page`), the only place where HTML is made of texts, and where they 
 
 from typing import TYPE_CHECKING
 
-from rft_fast import lazy
+from rft_fast.common import lazy
 
 if TYPE_CHECKING:
     from .output import compare, write

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import program, report
-from ..words import message
+from .. import report
+from ..common import program
+from ..common.words import message
 
 
 @program.command("report")

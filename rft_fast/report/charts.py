@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..figures.style import margin, measures
 from ..studies.facts import Facts
-from ..studies.path import Z95
+from ..studies.interpolate import Z95
 from .drawing import (
     ALL,
     SYMBOLS,

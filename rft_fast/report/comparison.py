@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ..studies.path import Z95
-from ..words import flat, some
+from ..common.words import flat, some
+from ..studies.interpolate import Z95
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
 from .runs import RunRead

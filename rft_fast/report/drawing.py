@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..common.words import visible
 from ..figures.heat import ticks
-from ..words import visible
 
 ALL = "*"
 Trace = dict[str, Any]

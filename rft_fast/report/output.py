@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .. import disk
-from ..findings import findings
-from ..words import visible
+from ..common import disk
+from ..common.words import visible
 from . import comparison, page, sections
 from .charts import colours
+from .findings import findings
 from .runs import read
 
 NAME = "report.html"

@@ -18,8 +18,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from .. import __version__
+from ..common.words import visible
 from ..figures import style
-from ..words import visible
 from .drawing import Chart, Control, Key
 from .sections import Section
 from .tables import Cell, Table

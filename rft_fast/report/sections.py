@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from ..cost import duration
+from ..common.words import some
+from ..run.cost import duration
 from ..studies.facts import ENDS, Facts
-from ..summary import sections
-from ..words import some
-from . import charts, layers, tables
+from . import charts, layer_charts, tables
 from .drawing import Picture
 from .runs import RunRead
+from .summary import sections
 from .tables import Cell, Table
 
 
@@ -89,7 +89,7 @@ def _layers(facts: Facts) -> Section:
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
         "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
         "corrected.",
-        layers.interpolation(facts),
+        layer_charts.interpolation(facts),
         [table],
         warnings,
     )
@@ -140,7 +140,7 @@ def _layer_sharpness(facts: Facts) -> Section:
         f"The same for one layer at a time; {_drawn(part)}. A layer is near zero when its 95 % interval lies "
         f"within {facts.settings.zero_margin:g} nats at every α above 0. A wide interval is no evidence of "
         "that.",
-        layers.sharpness(facts),
+        layer_charts.sharpness(facts),
         [table],
         _unclear(table),
     )

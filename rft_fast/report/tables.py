@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from ..figures.style import margin
 from ..studies.facts import Facts
-from ..studies.path import Z95
+from ..studies.interpolate import Z95
 
 WIDE = "too wide to conclude"
 

@@ -16,7 +16,7 @@
 
 from typing import TYPE_CHECKING
 
-from rft_fast import lazy
+from rft_fast.common import lazy
 
 if TYPE_CHECKING:
     from ..studies.rows import COLUMNS

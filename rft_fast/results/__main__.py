@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import program, results
-from ..words import visible
+from .. import results
+from ..common import program
+from ..common.words import visible
 
 if TYPE_CHECKING:
     import pandas as pd

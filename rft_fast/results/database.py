@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import disk, files
+from ..common import disk, files
 from ..evaluate import Scores
 from ..studies.rows import COLUMNS, STUDIES, Row, complete
 

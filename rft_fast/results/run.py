@@ -21,7 +21,8 @@ from typing import IO, Any
 import pandas as pd
 from packaging.version import InvalidVersion, Version
 
-from .. import __version__, disk, words
+from .. import __version__
+from ..common import disk, words
 from ..evaluate import Scores
 from ..studies.rows import COLUMNS, STUDIES, Row
 from . import database, salvage

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from .. import disk, files
+from ..common import disk, files
 from . import database
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from .chance import Chance, against_chance, zeroshot_chances
 from .correlation import correlation
 from .estimators import ESTIMATORS, Protocol
+from .interpolate import XI, best_gains, check_alphas, interpolation, summarize
 from .layers import layerwise_interpolation, stragglers
-from .path import XI, best_gains, check_alphas, interpolation, summarize
 from .pruning import prune_stragglers, pruning_effect
 from .rows import COLUMNS, frame
 from .sharpness import layerwise_sharpness, near_zero, sharpness

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 from scipy.special import betaincinv
 
-from ..words import some
+from ..common.words import some
 from .rows import of_study
 
 Verdict = Literal["above", "near", "below", "unknown"]

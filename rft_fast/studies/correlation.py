@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 
 from ..names import Names
+from .interpolate import STUDY as INTERPOLATION
+from .interpolate import Z95, summarize
 from .layers import MARGIN
 from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
-from .path import STUDY as INTERPOLATION
-from .path import Z95, summarize
 from .rows import COLUMNS, check_table
 
 # What tells one measurement of the models' sharpness from another; "dataset" is where it was made.

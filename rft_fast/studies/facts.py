@@ -15,10 +15,10 @@ import pandas as pd
 from ..names import STRAGGLER_MARGIN, STUDIES, XI, ZERO_MARGIN, Criterion, Others, never
 from .chance import Chance, zeroshot_chances
 from .correlation import correlate
+from .interpolate import STUDY as INTERPOLATION
+from .interpolate import best_gains, summarize
 from .layers import STUDY as LAYERS
 from .layers import stragglers
-from .path import STUDY as INTERPOLATION
-from .path import best_gains, summarize
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
 from .sharpness import near_zero

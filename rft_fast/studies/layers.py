@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ..common.words import some
 from ..names import OTHERS, STRAGGLER_MARGIN, Names, Others
-from ..words import some
-from .path import check_alphas, check_evaluator
+from .interpolate import check_alphas, check_evaluator
 from .rows import AT_ONCE, Measured, Row, Sink, as_number, chunks, of_study, only_one, scored, walk_to
 
 if TYPE_CHECKING:

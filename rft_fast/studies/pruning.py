@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..names import CRITERIA, METHODS, Criterion, Fill, Method, Names, never
 from .estimators import Protocol
+from .interpolate import check_alphas, check_evaluator
 from .layers import layerwise_interpolation, stragglers
-from .path import check_alphas, check_evaluator
 from .rows import Measured, Sink, as_number, of_study, scored
 from .sharpness import layerwise_sharpness, near_zero
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 
+from ..common.numeric import as_number as as_number
+from ..common.numeric import ascending as ascending
+from ..common.words import some
 from ..names import STUDIES as STUDIES
-from ..numeric import as_number as as_number
-from ..numeric import ascending as ascending
-from ..words import some
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores, Walk

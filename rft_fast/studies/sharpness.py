@@ -14,7 +14,7 @@ from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes te
 
 from ..names import ZERO_MARGIN, Names, On
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
-from .path import check_evaluator
+from .interpolate import check_evaluator
 from .rows import COLUMNS, Measured, Sink, as_number, ascending, of_study
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from sweep_bench import Bench
 from sweep_options import Options
 
 import rft_fast as rft
-from rft_fast.endpoints import Ends, Setup
+from rft_fast.clip.endpoints import Ends, Setup
 
 CPU = torch.device("cpu")
 SMALL = replace(

@@ -31,7 +31,8 @@ from support.tiny_pickles import (
 )
 from torch import nn
 
-from rft_fast import checkpoints, pickles
+from rft_fast import checkpoints
+from rft_fast.common import pickles
 
 
 @pytest.fixture

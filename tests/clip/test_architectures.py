@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 
-from rft_fast import architectures
+from rft_fast.clip import architectures
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 16,

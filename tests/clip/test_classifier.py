@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rft_fast import classifier
-from rft_fast.endpoints import Ends, Setup
+from rft_fast.clip import classifier
+from rft_fast.clip.endpoints import Ends, Setup
 
 EMBED, WIDTH, HEADS, LAYERS, PATCH, SIZE, CLASSES = 16, 32, 2, 2, 8, 32, 5
 VISION = {

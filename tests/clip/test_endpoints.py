@@ -17,10 +17,10 @@ from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from torch import Tensor, nn
 
 from rft_fast import Path as WeightPath
-from rft_fast import architectures, classifier
 from rft_fast.checkpoints import Activation, Tensors
-from rft_fast.endpoints import Ends, Setup, zeroshot_head
-from rft_fast.prompts import Prompts
+from rft_fast.clip import architectures, classifier
+from rft_fast.clip.endpoints import Ends, Setup, zeroshot_head
+from rft_fast.clip.prompts import Prompts
 
 State = dict[str, Tensor]
 
@@ -253,7 +253,7 @@ def test_zeroshot_head_is_open_clips(arch: str) -> None:
 def test_many_classes_go_in_parts(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = zeroshot_head(arch, checkpoint(0), PROMPTS)
     for batch in (1, 6, 7):
-        monkeypatch.setattr("rft_fast.endpoints.BATCH", batch)
+        monkeypatch.setattr("rft_fast.clip.endpoints.BATCH", batch)
         torch.testing.assert_close(zeroshot_head(arch, checkpoint(0), PROMPTS), expected)
 
 
@@ -327,7 +327,7 @@ def test_scale(arch: str) -> None:
 def test_a_head_that_is_made_is_kept_under_its_name(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = Ends(Setup(arch, prompts=PROMPTS), checkpoint(0))
     first = ends.pair(checkpoint(1), "one")[1][HEAD_WEIGHT]
-    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
     assert ends.pair(checkpoint(1), "one")[1][HEAD_WEIGHT] is first
     with pytest.raises(TypeError):
         ends.pair(checkpoint(2), "two")
@@ -438,7 +438,7 @@ def test_fine_tuned_ends_that_are_refused(
     arch: str, setup: dict[str, Any], state: State, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = Ends(Setup(arch, **setup), soup(0))
-    monkeypatch.setattr("rft_fast.endpoints._encode", None)  # nothing is computed before
+    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)  # nothing is computed before
     for operation in (ends.check, ends.pair):
         with pytest.raises(ValueError, match=words):
             operation(state)
@@ -446,12 +446,12 @@ def test_fine_tuned_ends_that_are_refused(
 
 def test_nothing_is_encoded_before_it_is_asked_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("rft_fast.endpoints._encode", None)
+        patch.setattr("rft_fast.clip.endpoints._encode", None)
         ends = Ends(Setup(arch, prompts=PROMPTS), checkpoint(0))
         ends.check(checkpoint(1))
         assert ends.classes == CLASSES and ends.live is ends.live
     first = ends.zeroshot[HEAD_WEIGHT]
-    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
     assert ends.zeroshot[HEAD_WEIGHT] is first  # nor twice
 
 

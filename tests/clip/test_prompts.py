@@ -9,8 +9,8 @@ import open_clip
 import pytest
 import torch
 
-from rft_fast import prompts
-from rft_fast.prompts import Prompts
+from rft_fast.clip import prompts
+from rft_fast.clip.prompts import Prompts
 
 
 def test_builtin_templates_say_what_open_clips_functions_say() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rft_fast import zoo
+from rft_fast.config import zoo
 
 GOOD = """
 name = "soup"

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
 from rft_fast import datasets
-from rft_fast.architectures import Preprocess
+from rft_fast.clip.architectures import Preprocess
 
 RNG = np.random.default_rng(0)
 PREPROCESS = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

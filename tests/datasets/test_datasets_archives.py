@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 from support.tiny_sources import encoded, holds, pictures, refused, scored
 
-from rft_fast import files
+from rft_fast.common import files
 from rft_fast.datasets import arrow, shards
 from rft_fast.datasets.source import Source
 

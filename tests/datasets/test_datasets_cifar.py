@@ -17,7 +17,7 @@ import torchvision
 from support.tiny_sources import PREPROCESS, holds, pictures, refused, scored
 
 from rft_fast import datasets
-from rft_fast.datasets import cifar, pickles
+from rft_fast.datasets import cifar, pickled_arrays
 
 
 def python2(value: Any) -> bytes:
@@ -243,7 +243,7 @@ def test_pickles_that_ask_for_more_than_arrays_do_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=word):
-        pickles.read(data)
+        pickled_arrays.read(data)
     assert not Path("made").exists() and not copyreg._extension_cache  # type: ignore[attr-defined]
     Path("test_batch").write_bytes(data)
     refused(cifar.source, Path("test_batch"), "test_batch", word)

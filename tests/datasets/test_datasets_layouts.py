@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 from rft_fast import datasets
-from rft_fast.architectures import Preprocess
+from rft_fast.clip.architectures import Preprocess
 from rft_fast.datasets import doctor
 from rft_fast.evaluate import Evaluator
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.evaluate import evaluator as home
-from rft_fast.stages import Stage, Stages
+from rft_fast.evaluate.stages import Stage, Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.graphs import SHORT, WARM, Graphs, on
 from rft_fast.evaluate.precision import cast
-from rft_fast.stages import Stage, stages
+from rft_fast.evaluate.stages import Stage, stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -34,7 +34,7 @@ from support.tiny_models import (
 from torch import Tensor, nn
 
 from rft_fast import Path, studies
-from rft_fast.classifier import ZeroShotClassifier
+from rft_fast.clip.classifier import ZeroShotClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, feed
 from rft_fast.evaluate.batches import Batches, Need

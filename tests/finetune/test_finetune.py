@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rft_fast import architectures, finetune
-from rft_fast.classifier import ImageClassifier
+from rft_fast import finetune
+from rft_fast.clip import architectures
+from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.finetune import Batch, Setting
 
 CLASSES = 5

@@ -29,8 +29,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op  # the other side of OPERATIONS
 
 import rft_fast
-from rft_fast import architectures, checkpoints, datasets, disk, finetune, prompts, results, sweep, zoo
-from rft_fast.endpoints import Ends, Setup
+from rft_fast import checkpoints, datasets, finetune, results, sweep
+from rft_fast.clip import architectures, prompts
+from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.common import disk
+from rft_fast.config import zoo
 from rft_fast.finetune import Setting, images, output, training
 from rft_fast.finetune.__main__ import main
 
@@ -212,7 +215,7 @@ def test_a_checkpoint_without_a_head_gets_one_from_class_names(
     assert rows.loc[1, "loss"] != pytest.approx(expected, abs=1e-5)
 
     # Another model starts from the head that is there, which may have been made on another machine.
-    monkeypatch.setattr("rft_fast.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
     assert main([*argv, "--templates", "photo", "--head-scale", "7", "--seed", "1"]) == 0
     other = [*argv, "--templates", "simple", "--head-scale", "7", "--seed", "2"]
     refused(other, "was made with another configuration (head.templates ", capsys)

@@ -7,7 +7,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from rft_fast.layers import group, layer_of, select
+from rft_fast.path.layers import group, layer_of, select
 
 
 def names_of(visual: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rft_fast
-from rft_fast import program
+from rft_fast.common import program
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

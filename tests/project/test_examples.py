@@ -14,7 +14,8 @@ import pytest
 import torch
 from support import tiny_zoo
 
-from rft_fast import checkpoints, results, sweep, zoo
+from rft_fast import checkpoints, results, sweep
+from rft_fast.config import zoo
 from rft_fast.finetune import __main__ as finetune
 
 ROOT = Path(__file__).parents[2]

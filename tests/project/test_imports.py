@@ -17,9 +17,12 @@ import torch
 from support import tiny_zoo
 
 import rft_fast
-from rft_fast import checkpoints, cost, meter, names, program, prompts, sweep
-from rft_fast.endpoints import Ends, Setup
-from rft_fast.options import parser
+from rft_fast import checkpoints, names, sweep
+from rft_fast.clip import prompts
+from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.common import meter, program
+from rft_fast.config.options import parser
+from rft_fast.run import cost
 
 PACKAGE = Path(rft_fast.__file__).parent
 HEAVY = {
@@ -161,12 +164,13 @@ def test_faces_say_what_their_imports_say(package: str) -> None:
 
 
 def test_names_are_those_that_something_is_done_for() -> None:
-    from rft_fast import studies, trackers
+    from rft_fast import studies
     from rft_fast.datasets import KINDS
     from rft_fast.evaluate.precision import PRECISIONS
     from rft_fast.finetune.training import AUTOCAST
     from rft_fast.finetune.work import DTYPES
     from rft_fast.kernels.registry import BACKENDS
+    from rft_fast.run import trackers
 
     choices = {action.dest: action.choices for action in parser()._actions}
     assert choices["impl"] == ("auto", *BACKENDS)

@@ -10,14 +10,16 @@ import pandas as pd
 import pytest
 
 import rft_fast as rft
-from rft_fast import checkpoints, datasets, names, options, wiring
-from rft_fast.endpoints import Setup
+from rft_fast import checkpoints, datasets, names
+from rft_fast.clip.endpoints import Setup
+from rft_fast.config import options
+from rft_fast.config.zoo import DataSource, Head, Weights
 from rft_fast.evaluate import Evaluator
 from rft_fast.finetune.__main__ import parser as finetune_parser
 from rft_fast.finetune.settings import Setting
 from rft_fast.finetune.work import Request as Training
 from rft_fast.kernels import contract
-from rft_fast.zoo import DataSource, Head, Weights
+from rft_fast.run import wiring
 
 # What the studies' modules import for type checkers only.
 UNSEEN = {"Evaluator": Any, "Path": Any, "Scores": Any, "Sink": Any}

@@ -16,10 +16,11 @@ import pandas as pd
 import pytest
 from support.tiny_report import CONFIG, FAR, LAYERS, MODELS, make_rows, make_run
 
-from rft_fast import figures, studies, summary, words
-from rft_fast.findings import Finding, findings, of_correlation, of_pruning
-from rft_fast.findings import verdict as verdict_of
-from rft_fast.report import runs
+from rft_fast import figures, studies
+from rft_fast.common import words
+from rft_fast.report import runs, summary
+from rft_fast.report.findings import Finding, findings, of_correlation, of_pruning
+from rft_fast.report.findings import verdict as verdict_of
 from rft_fast.studies.facts import Facts, Settings, as_facts
 
 ANALYSES = (studies.summarize, studies.stragglers, studies.near_zero, studies.pruning_effect,

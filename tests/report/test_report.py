@@ -33,10 +33,10 @@ from support.tiny_report import (
     make_run,
 )
 
-from rft_fast import __version__, report, results, studies, summary
-from rft_fast.findings import findings
-from rft_fast.report import comparison, runs, tables
+from rft_fast import __version__, report, results, studies
+from rft_fast.report import comparison, runs, summary, tables
 from rft_fast.report.__main__ import main
+from rft_fast.report.findings import findings
 
 pytest.importorskip("plotly", reason="the report needs plotly: pip install 'rft-fast[report]'")
 

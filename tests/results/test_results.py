@@ -30,7 +30,8 @@ import pytest
 import torch
 from support import PATIENCE
 
-from rft_fast import __version__, disk, results, studies
+from rft_fast import __version__, results, studies
+from rft_fast.common import disk
 from rft_fast.evaluate import Scores
 from rft_fast.results import __main__ as command
 from rft_fast.results import database

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 
 from rft_fast import results
+from rft_fast.common.words import cell, from_cell
 from rft_fast.results import database
-from rft_fast.words import cell, from_cell
 
 CONFIG: dict[str, Any] = {"finetuned": {"m": {"sha256": "1"}}}
 Change = Callable[[sqlite3.Connection], object]

@@ -21,10 +21,11 @@ from support import tiny_kills, tiny_zoo
 from support.tiny_kills import Tally, attempt, kill_until_done, rows_of
 from support.tiny_zoo import BRIEF, own_models, refused
 
-from rft_fast import results, running, sweep
+from rft_fast import results, sweep
+from rft_fast.common.program import Stop
 from rft_fast.evaluate import Evaluator
-from rft_fast.program import Stop
-from rft_fast.worker import Worker
+from rft_fast.run import running
+from rft_fast.run.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,7 +198,7 @@ def test_what_has_changed_is_told_and_nothing_is_touched(
     np.savez(own / "far.npz", **data)
     refused(arguments(own, out), "data.far.sha256 of scored images, labels and classes", capsys)
     with monkeypatch.context() as patch:
-        patch.setattr("rft_fast.config.version", lambda name: "0.1")
+        patch.setattr("rft_fast.run.identity.version", lambda name: "0.1")
         refused(arguments(zoo, out), "versions.open_clip", capsys)
     newer = json.loads((out / "config.json").read_text())
     newer["versions"]["rft_fast"] = "99.0"

@@ -22,22 +22,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from support import tiny_zoo
 from tqdm import tqdm
 
-from rft_fast import (
-    allowed,
-    architectures,
-    config,
-    disk,
-    figures,
-    options,
-    request,
-    results,
-    sweep,
-    terminal,
-    words,
-)
+from rft_fast import figures, results, sweep
+from rft_fast.clip import allowed, architectures
+from rft_fast.common import disk, terminal, words
+from rft_fast.config import options, request
 from rft_fast.finetune import output
 from rft_fast.finetune.settings import Setting
 from rft_fast.finetune.work import Request, Work
+from rft_fast.run import identity
 from rft_fast.studies.rows import COLUMNS
 
 # --- files --------------------------------------------------------------------------------------------
@@ -415,9 +407,9 @@ def test_sizes_of_a_run_that_is_resumed_are_numbers(
         there = {"batch_size": None, "memory_limit": 2**30}
         monkeypatch.setattr(results, "recorded", lambda _, there=there, name=name: there | {name: size})
         with pytest.raises(ValueError, match=name):
-            config.resumed(asked)
+            identity.resumed(asked)
         monkeypatch.setattr(results, "recorded", lambda _, there=there: there)
-        assert config.resumed(asked).memory_limit == 2**30
+        assert identity.resumed(asked).memory_limit == 2**30
 
 
 # --- the hub ------------------------------------------------------------------------------------------

@@ -23,8 +23,10 @@ import torch
 from support import PATIENCE, tiny_zoo
 from support.tiny_zoo import BRIEF, own_models, refused, save
 
-from rft_fast import checkpoints, request, results, studies, sweep, trackers, wiring
-from rft_fast import zoo as zoos
+from rft_fast import checkpoints, results, studies, sweep
+from rft_fast.config import request
+from rft_fast.config import zoo as zoos
+from rft_fast.run import trackers, wiring
 from rft_fast.studies.rows import STUDIES
 
 

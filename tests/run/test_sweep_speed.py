@@ -15,7 +15,9 @@ from support import tiny_zoo
 from support.tiny_zoo import own_models, refused
 
 import rft_fast
-from rft_fast import cost, meter, results, studies, sweep
+from rft_fast import results, studies, sweep
+from rft_fast.common import meter
+from rft_fast.run import cost
 
 SHORT = ["--alphas", "0", "0.5", "1", "--sharpness-alphas", "0", "0.5", "1", "--draws", "3"]
 SHORT += ["--device", "cpu"]

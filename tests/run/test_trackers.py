@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import wandb
 
-from rft_fast import trackers
+from rft_fast.run import trackers
 
 CONFIG = {"date": "2026-03-01T12:00:00+02:00", "alphas": [0.0, 0.5], "data": {"far": {"samples": 9}}}
 

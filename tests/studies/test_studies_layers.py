@@ -17,7 +17,7 @@ from support.tiny_models import MEAN, STD, Told, counted, normalised, pictures, 
 from torch import Tensor, nn
 
 from rft_fast import studies
-from rft_fast.classifier import ImageClassifier
+from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
 from rft_fast.path import Path

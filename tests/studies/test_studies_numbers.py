@@ -22,7 +22,7 @@ from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores, Walk
 from rft_fast.path import Path
 from rft_fast.studies import ESTIMATORS, Protocol
-from rft_fast.studies import path as along
+from rft_fast.studies import interpolate as along
 from rft_fast.studies.rows import AT_ONCE, Measured
 
 # Of CASES.

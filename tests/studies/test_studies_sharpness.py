@@ -16,7 +16,7 @@ from support.tiny_models import MEAN, STD, State, Told, normalised, pictures, ra
 from torch import Tensor, nn
 
 from rft_fast import studies
-from rft_fast.classifier import ImageClassifier
+from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
 from rft_fast.kernels import noise_like

@@ -11,7 +11,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from rft_fast.classifier import ImageClassifier, ZeroShotClassifier
+from rft_fast.clip.classifier import ImageClassifier, ZeroShotClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Scores
 

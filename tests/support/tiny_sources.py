@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from rft_fast import datasets
-from rft_fast.architectures import Preprocess
+from rft_fast.clip.architectures import Preprocess
 from rft_fast.datasets.source import Source
 
 RNG = np.random.default_rng(0)

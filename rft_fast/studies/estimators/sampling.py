@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...threads import few_threads
+from ...common.threads import few_threads
 from ..rows import AT_ONCE, chunks, only_one, walk_to
 from .estimates import Estimate, Results, Target, draws_for, mean_and_error, shares_of
 from .protocol import Protocol

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...common.threads import few_threads
 from ...names import WORST_CASE
-from ...threads import few_threads
 from ..rows import only_one
 from .estimates import Estimate, Results, Target, clean_scores, spread
 from .protocol import Protocol

@@ -1,0 +1,178 @@
+"""Class names and templates: what a zero-shot head is made of."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..common import files
+from ..common.words import some
+from . import architectures
+
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_STL10 = "airplane bird car cat deer dog horse monkey ship truck"
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+    dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+    road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+    sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm
+"""
+
+# In the order of the labels. ImageNet's are OpenAI's, in which two names occur twice.
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "imagenet": tuple(open_clip.IMAGENET_CLASSNAMES),
+    "cifar10": tuple(_CIFAR10.split()),
+    "cifar100": tuple(name.replace("_", " ") for name in _CIFAR100.split()),
+    "stl10": tuple(_STL10.split()),
+}
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
+    "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    "photo": ("a photo of a {}.",),
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Every class in every template.
+
+    class_names: in the order of the head's rows. templates: each with one ``{}``, where the name goes.
+
+    Raises ValueError for none of either, an empty name, or another template.
+    """
+
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...] = TEMPLATES["photo"]
+
+    def __post_init__(self) -> None:
+        for what, values in (("class names", self.class_names), ("templates", self.templates)):
+            if not isinstance(values, tuple) or not all(isinstance(value, str) for value in values):
+                raise ValueError(f"Prompts: {what} must be a tuple of strings, got {values!r}")
+            if not values:
+                raise ValueError(f"Prompts: there are no {what}; at least one is needed")
+        if not all(name.strip() for name in self.class_names):
+            raise ValueError("Prompts: a class name is empty")
+        for template in self.templates:
+            if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+                raise ValueError(
+                    f"Prompts: a template must have exactly one {{}}, for the class name; got {template!r}"
+                )
+
+    def of(self, index: int) -> list[str]:
+        """The prompts of one class."""
+        return [template.replace("{}", self.class_names[index]) for template in self.templates]
+
+
+def class_names(source: str) -> tuple[str, ...]:
+    """The names of classes, in the order of the head's rows.
+
+    source: "imagenet", "cifar10", "cifar100" or "stl10"; or a file in UTF-8, with one name to a line, or
+        (``*.json``) a list of strings.
+
+    Raises ValueError for an unknown source (with the nearest), a file that is empty, is not as described,
+    or has an empty line between names or a name twice: its order would not be that of the rows.
+    """
+    if source in CLASS_NAMES:
+        return CLASS_NAMES[source]
+    names = _read("class names", source, tuple(CLASS_NAMES))
+    twice = sorted(
+        name
+        for name, count in Counter(unicodedata.normalize("NFKC", name) for name in names).items()
+        if count > 1
+    )
+    if twice:
+        raise ValueError(
+            f"class names: {source} has {some(twice)} more than once; give every class a name of its own"
+        )
+    return Prompts(names).class_names
+
+
+def templates(source: str) -> tuple[str, ...]:
+    """Templates of prompts, each with one ``{}`` for the class name.
+
+    source: "openai" (the 80 of OpenAI's ImageNet evaluation), "simple" (7 of them), "photo" ("a photo of a
+        {}."), or a file in UTF-8 with one template to a line.
+
+    Raises ValueError for an unknown source (with the nearest), and as :func:`class_names` does.
+    """
+    if source in TEMPLATES:
+        return TEMPLATES[source]
+    found = _read("templates", source, tuple(TEMPLATES))
+    try:
+        return Prompts(("any",), found).templates
+    except ValueError as error:
+        raise ValueError(f"templates: {source}: {error}") from None
+
+
+def tokens(arch: str | PathLike[str], prompts: Prompts, network: bool | None = None) -> Tensor:
+    """The prompts as the text tower of an architecture takes them: int64 [classes, templates, context].
+
+    arch, network: as in :func:`rft_fast.clip.architectures.tokenizer`.
+
+    Raises ValueError where the architecture's tokenizer is not to be had, or a prompt is longer than the
+    context (open_clip would cut it off).
+    """
+    tokenizer = architectures.tokenizer(arch, network)
+    rows = []
+    for index in tqdm(range(len(prompts.class_names)), "tokenising prompts", disable=None, leave=False):
+        texts = prompts.of(index)
+        row = tokenizer(texts)
+        # The last column is padding unless a prompt takes up the whole context, or more.
+        if isinstance(tokenizer, open_clip.SimpleTokenizer) and row[:, -1].any():
+            _refuse_long(tokenizer, texts, row.shape[1])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def _refuse_long(tokenizer: open_clip.SimpleTokenizer, texts: Sequence[str], context: int) -> None:
+    for prompt in texts:
+        length = len(tokenizer.encode(prompt)) + 2  # where it starts and ends
+        if length > context:
+            raise ValueError(
+                f"tokens: the prompt {prompt!r} is {length} tokens long, more than the context of {context}; "
+                "shorten the class name or the template"
+            )
+
+
+def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
+    file = Path(source)
+    if not file.is_file():
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"{what}: {source!r} is neither a known name nor a file; {hint}")
+    try:
+        text = files.read_text(file, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what}: {source} is not text in UTF-8: {error}") from error
+    if file.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{what}: {source} is not valid JSON: {error}") from error
+        if not isinstance(content, list) or not all(isinstance(entry, str) for entry in content):
+            raise ValueError(f"{what}: {source} must hold a list of strings")
+        lines = [entry.strip() for entry in content]
+    else:
+        lines = [line.strip() for line in text.rstrip().split("\n")]
+    if not any(lines):
+        raise ValueError(f"{what}: {source} is empty")
+    if "" in lines:
+        raise ValueError(
+            f"{what}: {source}: entry {lines.index('') + 1} is empty, which would shift those after it"
+        )
+    return tuple(lines)

@@ -1,0 +1,1 @@
+"""What several packages need: text, numbers, files, processes, pickles, costs of a callable."""

@@ -1,0 +1,317 @@
+"""A zoo: one zero-shot model, models fine-tuned from it, and the data sets to score them on."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import checkpoints
+from ..common import files, program
+from ..common.words import flat
+from ..names import (
+    CLASS_LISTS,
+    FORMATS,
+    HEADS,
+    KINDS,
+    ORDER,
+    TEMPLATE_LISTS,
+    TOWERS,
+    Format,
+    HeadChoice,
+    Kind,
+    Towers,
+)
+
+_Name = TypeVar("_Name", bound=str)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint: a file, or, for the zero-shot end, the name of published weights.
+
+    source: an absolute path, a pretrained tag of open_clip, or ``hf-hub:org/name``
+        (:func:`rft_fast.checkpoints.fetch`). format: one of ``checkpoints.FORMATS``; None: detected.
+        unrelated: of a fine-tuned end, whether it may be of another training than the zero-shot end.
+    """
+
+    source: str
+    format: Format | None = None
+    unrelated: bool = False
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a data set lies, and how it is read (:func:`rft_fast.datasets.load`).
+
+    ood: out of distribution for the fine-tuned models. kind: one of ``datasets.KINDS``; None: detected.
+    labels: which rows of the head its classes are: a file, class -> row, or "order" (class i is row i); None:
+        as their names show.
+    """
+
+    path: Path
+    ood: bool = True
+    kind: Kind | None = None
+    labels: Path | Mapping[str, Any] | str | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the models' head is made of (:class:`rft_fast.clip.endpoints.Setup`).
+
+    class_names, templates: as :func:`rft_fast.clip.prompts.class_names` and ``templates`` take them; None:
+    not needed, as the checkpoints have heads. scale: factor of a head made of prompts; None: the model's own.
+    given: a file with the zero-shot head.
+    """
+
+    towers: Towers = "image"
+    choice: HeadChoice = "interpolate"
+    class_names: str | None = None
+    templates: str = "openai"
+    scale: float | None = None
+    given: Path | None = None
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """What a zoo file names, every path absolute and known to exist.
+
+    arch: an open_clip model name, the path of a JSON file or ``hf-hub:org/name``
+    (:func:`rft_fast.clip.architectures.config`). finetuned: display name -> checkpoint, in the file's
+    order. data: name -> source, likewise. options: how it is studied, as options of ``python -m
+    rft_fast.sweep``; its command line overrides them. resize_positions: as in
+    :class:`rft_fast.clip.endpoints.Setup`.
+    """
+
+    name: str
+    arch: str
+    zeroshot: Weights
+    finetuned: dict[str, Weights]
+    data: dict[str, DataSource]
+    head: Head = Head()
+    options: tuple[str, ...] = ()
+    resize_positions: bool = False
+
+
+def read(path: str | PathLike[str]) -> Zoo:
+    """Read a zoo: a TOML file, or a folder with a ``zoo.toml``. Its paths are relative to the file itself::
+
+        name = "soup"
+        arch = "ViT-B-32-quickgelu"     # an open_clip model name, or a JSON file in its format
+        zeroshot = "zeroshot.pt"        # or { path = ..., format = ... }, "openai", "hf-hub:org/name"
+        resize-positions = true         # may be left out: --resize-positions
+        head = "interpolate"            # this and the next six may be left out: --head
+        towers = "image"                # --towers
+        class-names = "imagenet"        # --class-names: a built-in list, or a file
+        templates = "openai"            # --templates, likewise
+        head-scale = 100                # --head-scale
+        zeroshot-head = "head.pt"       # --zeroshot-head
+        [finetuned]
+        "lr 1e-5" = "model_1.pt"
+        "lr 3e-5" = { path = "model_2.pt", format = "wiseft" }
+        "other" = { path = "model_3.pt", unrelated = true }  # not fine-tuned from zeroshot: --unrelated
+        [data]
+        imagenet = { path = "imagenet/val", ood = false }
+        sketch = { path = "sketch" }    # ood = true unless said otherwise
+        stl10 = { path = "stl10_binary", kind = "cifar", labels = "stl10.json" }
+        pets = { path = "pets", labels = "order" }      # class i is row i of the head
+        [options]                       # may be left out: how it is studied, as sweep's options
+        layer-draws = 5                 # --layer-draws 5
+        layer-data = ["sketch"]         # --layer-data sketch
+        no-control = true               # --no-control
+
+    Paths may also be absolute, or lead out of the folder: what is there is read, and nothing is written. The
+    options are checked where they are used (:func:`rft_fast.config.options.parser` without ``zoo``).
+
+    Raises ValueError, naming the file and the entry, for a file or a path in it that does not
+    exist, invalid TOML, a missing or unknown entry (with the nearest known one), or a value of
+    another type.
+    """
+    file = Path(path).resolve()
+    if file.is_dir():
+        file /= "zoo.toml"
+        if not file.is_file():
+            raise ValueError(
+                f"zoo: {file.parent} has no zoo.toml, which names models and data; "
+                "rft_fast.finetune writes one, or write it by hand (rft_fast.config.zoo.read has the entries)"
+            )
+    if not file.is_file():
+        raise ValueError(f"zoo: there is no file {file}")
+    try:
+        table = tomllib.loads(files.read_text(file, "utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"zoo: {file} is not valid TOML: {error}") from error
+
+    entries = _Entries(file)
+    for names, value in flat(table):
+        texts = [*names, *(value if isinstance(value, list) else [value])]
+        if any(isinstance(text, str) and program.nul(text) for text in texts):
+            raise entries.error(repr(".".join(names))[1:-1], f"holds a NUL byte, got {value!r}")
+    entries.known(table, "", ("name", "arch", "zeroshot", *_HEAD, _RESIZE, "finetuned", "data", "options"))
+    arch = entries.get(table, "arch", str)
+    finetuned = entries.get(table, "finetuned", dict)
+    data = entries.get(table, "data", dict)
+    for name, source in data.items():
+        if not isinstance(source, dict):
+            raise entries.error(f"data.{name}", f"must be a table with a path, got {source!r}")
+        entries.known(source, f"data.{name}.", ("path", "ood", "kind", "labels"))
+    options: list[str] = []
+    for name, value in (
+        entries.get(table, "options", dict) if table.get("options", {}) != {} else {}
+    ).items():
+        options += entries.option(name, value)
+    return Zoo(
+        name=entries.get(table, "name", str),
+        # A name that is no file beside the zoo is open_clip's to know: architectures.config decides.
+        arch=entries.file_or_name("arch", arch),
+        zeroshot=entries.weights(table, "zeroshot", published=arch),
+        finetuned={name: entries.weights(finetuned, name, "finetuned.") for name in finetuned},
+        data={name: entries.data(source, f"data.{name}.") for name, source in data.items()},
+        head=entries.head(table),
+        options=tuple(options),
+        resize_positions=entries.get({_RESIZE: False, **table}, _RESIZE, bool),
+    )
+
+
+def digits() -> Zoo:
+    """The zoo that ships with the package: a tiny CLIP on digits, and nine models fine-tuned."""
+    return read(Path(__file__).parents[1] / "digits" / "zoo.toml")
+
+
+class _Entries:
+    """Reads typed entries out of a file's tables, with errors that name both."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def error(self, key: str, what: str) -> ValueError:
+        return ValueError(f"zoo: {self.file}: {key} {what}")
+
+    def known(self, table: Iterable[str], prefix: str, names: tuple[str, ...]) -> None:
+        for key in table:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+                raise self.error(f"{prefix}{key}", f"is not an entry of a zoo; {hint}")
+
+    def get(self, table: Mapping[str, Any], key: str, kind: Any, prefix: str = "") -> Any:
+        if key not in table:
+            raise self.error(f"{prefix}{key}", "is missing")
+        value = table[key]
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise self.error(f"{prefix}{key}", f"must be a {_TOML[kind]}, got {value!r}")
+        if value in ("", {}):
+            raise self.error(f"{prefix}{key}", "is empty")
+        return value
+
+    def option(self, name: str, value: Any) -> list[str]:
+        """An entry of ``[options]`` as words of a command line."""
+        if isinstance(value, bool):
+            if not value:
+                raise self.error(f"options.{name}", "can only be true; leave it out otherwise")
+            return [f"--{name}"]
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(v, (str, int, float)) for v in values):
+            raise self.error(f"options.{name}", f"must be a string, number, true or a list, got {value!r}")
+        return [f"--{name}", *map(str, values)]
+
+    def path(self, table: Mapping[str, Any], key: str, prefix: str = "") -> Path:
+        path: Path = self.file.parent / self.get(table, key, str, prefix)
+        if not path.exists():
+            raise self.error(f"{prefix}{key}", f"names {path}, which does not exist")
+        return path
+
+    def weights(
+        self, table: Mapping[str, Any], key: str, prefix: str = "", published: str | None = None
+    ) -> Weights:
+        """published: the architecture of which published weights may be named instead of a file."""
+        entry = table.get(key)
+        if isinstance(entry, dict):
+            prefix, table, key = f"{prefix}{key}.", entry, "path"
+            self.known(entry, prefix, ("path", "format", *(["unrelated"] if published is None else [])))
+        unrelated = key == "path" and self.get({"unrelated": False, **table}, "unrelated", bool, prefix)
+        format = self.one_of(table, "format", FORMATS, prefix) if key == "path" else None
+        source = self.get(table, key, str, prefix)
+        if published is None or (self.file.parent / source).exists():
+            file = self.path(table, key, prefix)
+            if file.is_dir():
+                raise self.error(f"{prefix}{key}", f"names {file}, a directory; expected a checkpoint in it")
+            return Weights(str(file), format, unrelated)
+        try:
+            if Path(source).exists():  # in the working directory, which a zoo does not depend on
+                raise ValueError(f"{source} is relative to the working directory")
+            checkpoints.check_source(source, published)
+        except ValueError as error:
+            raise self.error(f"{prefix}{key}", f"names no file beside it: {error}") from None
+        return Weights(source, format)
+
+    def data(self, source: Mapping[str, Any], prefix: str) -> DataSource:
+        labels: Path | Mapping[str, Any] | str | None = None
+        if isinstance(source.get("labels"), dict) or source.get("labels") == ORDER:
+            labels = source["labels"]
+        elif "labels" in source:
+            labels = self.path(source, "labels", prefix)
+        return DataSource(
+            path=self.path(source, "path", prefix),
+            ood=self.get({"ood": True, **source}, "ood", bool, prefix),
+            kind=self.one_of(source, "kind", KINDS, prefix),
+            labels=labels,
+        )
+
+    def head(self, table: Mapping[str, Any]) -> Head:
+        usual = Head()
+        scale = self.get(table, "head-scale", (int, float)) if "head-scale" in table else None
+        if scale is not None and not 0 < scale < math.inf:
+            raise self.error("head-scale", f"must be a positive number, got {scale!r}")
+        return Head(
+            towers=self.one_of(table, "towers", TOWERS) or usual.towers,
+            choice=self.one_of(table, "head", HEADS) or usual.choice,
+            class_names=self.list_or_file(table, "class-names", CLASS_LISTS),
+            templates=self.list_or_file(table, "templates", TEMPLATE_LISTS) or usual.templates,
+            scale=None if scale is None else float(scale),
+            given=self.path(table, "zeroshot-head") if "zeroshot-head" in table else None,
+        )
+
+    def one_of(
+        self, table: Mapping[str, Any], key: str, known: Iterable[_Name], prefix: str = ""
+    ) -> _Name | None:
+        if key not in table:
+            return None
+        value: str = self.get(table, key, str, prefix)
+        names = {str(name): name for name in known}
+        if value not in names:
+            raise self.error(f"{prefix}{key}", f"must be one of {', '.join(names)}; got {value!r}")
+        return names[value]
+
+    def list_or_file(self, table: Mapping[str, Any], key: str, built_in: Collection[str]) -> str | None:
+        """A file beside the zoo, or else the name of a built-in list."""
+        if key not in table:
+            return None
+        return self.file_or_name(key, self.get(table, key, str), built_in)
+
+    def file_or_name(self, key: str, value: str, built_in: Collection[str] = ()) -> str:
+        """A file beside the zoo, or else a name, which others know; never a file that lies elsewhere."""
+        if (beside := self.file.parent / value).is_file():
+            return str(beside)
+        if (
+            value not in built_in and Path(value).is_file()
+        ):  # in the working directory, which a zoo does not depend on
+            raise self.error(
+                key, f"names no file beside it: {value} is relative to the working directory; move it there"
+            )
+        return value
+
+
+_RESIZE = "resize-positions"
+_HEAD = ("head", "towers", "class-names", "templates", "head-scale", "zeroshot-head")
+_TOML = {str: "string", dict: "table", bool: "boolean (true or false)", (int, float): "number"}

@@ -1,0 +1,236 @@
+"""What a run wants of the caches, and which caches there are."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import storage
+from .file import (
+    CacheFile,
+    Damaged,
+    Pixels,
+    Source,
+    made_otherwise,
+    marks_of,
+    open_cache,
+    parse,
+    same_images,
+    table_of,
+)
+
+_OURS = re.compile(r"[\w.-]+-[0-9a-f]{16}\.pixels(\.[0-9a-f]{8}\.part)?")
+
+
+def directory() -> Path:
+    """Where caches are kept: ``RFT_CACHE``, else ``XDG_CACHE_HOME``/rft_fast, else ~/.cache/rft_fast."""
+    if chosen := os.environ.get("RFT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache").absolute() / "rft_fast"
+
+
+def decoded(source: Source, directory: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which images, bool [files], need not be decoded again; nothing is made, changed or verified."""
+    found = np.zeros(len(source.files), bool)
+    try:
+        with storage.opened(source.path(directory)) as fd:
+            head = parse(fd)
+            marks = marks_of(fd, head)
+    except (OSError, Damaged):
+        return found
+    if not made_otherwise(head.about, source):
+        for new, old in same_images(head.table, table_of(source)):
+            found[new] = marks[old] != 0
+    return found
+
+
+class Images:
+    """The decoded images that a run wants: on disk where it can be, in memory where not. For one thread.
+
+    A fault of the disk is a warning and never stops a run. ``there``, bool [chosen], says which
+    images are at hand; the others are to be decoded and handed to :meth:`put`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        chosen: Sequence[int],
+        directory: Path | None,
+        each: Callable[[Callable[[int], Pixels | None], Iterable[int]], Iterable[Pixels | None]] = map,
+    ) -> None:
+        """chosen: positions in ``source.files``. directory: of caches, or None. each: a threaded ``map``."""
+        self.source = source
+        self.chosen = chosen
+        self.there = np.zeros(len(chosen), bool)
+        self._memory: Tensor | None = None
+        self._file: CacheFile | None = None
+        if directory is not None:
+            try:
+                self._file = open_cache(source, directory)
+            except OSError as error:
+                self._tell(error, "nothing is kept there")
+        # Only a whole folder is used where it lies; a part of it has to be brought together.
+        self._whole = self._file is not None and len(chosen) == len(source.files)
+        if self._file is not None:
+            self._recall(self._file, each)
+
+    def put(self, position: int, pixels: Pixels) -> None:
+        """Hands over a decoded image: uint8 [3, h, w], contiguous, ``position`` in ``chosen``."""
+        if pixels.shape != (3, *self.source.size) or pixels.dtype != np.uint8:
+            raise RuntimeError(f"cache: an image of {pixels.dtype} {pixels.shape}, not {self.source.size}")
+        if self._file is not None:
+            try:
+                self._file.write(self.chosen[position], pixels)
+            except OSError as error:
+                self._give_up(self._file, error)
+        if not self._whole:
+            self._store(position, pixels)
+        self.there[position] = True
+
+    def missing(self) -> list[int]:
+        """Positions in ``chosen`` of the images that are not at hand.
+
+        To be asked again when all of them were put: a disk that fails may lose what it had taken.
+        """
+        if self._file is not None:
+            try:
+                self._file.commit()
+            except OSError as error:
+                self._give_up(self._file, error)
+        missing: list[int] = np.flatnonzero(~self.there).tolist()
+        return missing
+
+    def take(self) -> Tensor:
+        """The images, uint8 [chosen, 3, h, w]: mapped from disk, copied on writing, or in memory.
+
+        Only once, when nothing is missing that can be had: missing images hold anything. Raises OSError
+        where a disk that cannot be mapped has lost images too.
+        """
+        if self._file is not None and self._whole:
+            try:
+                return self._file.map()
+            except OSError as error:
+                before = self.there.copy()
+                self._give_up(self._file, error)
+                if (before != self.there).any():
+                    raise
+            finally:
+                self.close()
+        self.close()
+        return self._in_memory()
+
+    def close(self) -> None:
+        """Lets go of the file; tensors that were taken stay."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Images:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:  # something failed: keep what was decoded until then
+            try:
+                self._file.commit()
+            except OSError:
+                pass  # the failure was reported, and what is marked is whole
+        self.close()
+
+    def _recall(self, file: CacheFile, each: Callable[..., Iterable[Pixels | None]]) -> None:
+        marked = np.flatnonzero(file.marks[list(self.chosen)]).tolist()
+        damaged = 0
+        for position, pixels in zip(marked, each(file.read, (self.chosen[p] for p in marked)), strict=True):
+            if pixels is None:
+                damaged += 1
+                continue
+            if not self._whole:
+                self._store(position, pixels)
+            self.there[position] = True
+        if damaged:
+            warnings.warn(
+                f"cache: {damaged} of {len(marked)} images in {file.path} are damaged; they are decoded "
+                "again. If this comes back, the disk is at fault",
+                stacklevel=4,
+            )
+        wanted = int((~self.there).sum()) * file.head.slot
+        if not wanted:
+            return
+        try:
+            if not file.writable:
+                raise PermissionError(errno.EACCES, "it cannot be written", str(file.path))
+            storage.check_room(file.path.parent, wanted)
+        except OSError as error:
+            self._give_up(file, error)
+
+    def _give_up(self, file: CacheFile, error: OSError) -> None:
+        """Goes on in memory, with everything that was decoded so far."""
+        if self._whole:
+            self._whole = False
+            for position in np.flatnonzero(self.there).tolist():
+                pixels = file.read(self.chosen[position])
+                self.there[position] = pixels is not None  # else lost with the disk: decoded again
+                if pixels is not None:
+                    self._store(position, pixels)
+        self._file = None
+        removed = file.made and file.remove()
+        file.close()
+        self._tell(error, f"{file.path} is " + ("removed" if removed else "left as it was"))
+
+    def _tell(self, error: OSError, what: str) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space, or name a larger place" if full else "name a place that can be written"
+        warnings.warn(
+            f"cache: {error}; {what}, and images of {self.source.folder} are decoded for this run alone. To "
+            f"decode them once for all runs, {remedy} (--cache, or the environment variable RFT_CACHE)",
+            stacklevel=5,
+        )
+
+    def _in_memory(self) -> Tensor:
+        if self._memory is None:
+            self._memory = torch.empty((len(self.chosen), 3, *self.source.size), dtype=torch.uint8)
+        return self._memory
+
+    def _store(self, position: int, pixels: Pixels) -> None:
+        self._in_memory().numpy()[position] = pixels
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cache on storage. about: its head, or None for what no run can use; decoded: how many images;
+    taken: bytes on storage."""
+
+    path: Path
+    about: dict[str, Any] | None
+    decoded: int
+    taken: int
+
+
+def entries(directory: Path) -> list[Entry]:
+    """Every cache in a directory, and what interrupted runs left of one; other files are passed over."""
+    found = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if not _OURS.fullmatch(path.name) or not path.is_file():
+            continue
+        about, marked = None, 0
+        try:
+            with storage.opened(path) as fd:
+                head = parse(fd)
+                about, marked = head.about, int(np.count_nonzero(marks_of(fd, head)))
+        except (OSError, Damaged):
+            pass
+        try:
+            found.append(Entry(path, about, marked, path.stat().st_blocks * 512))
+        except FileNotFoundError:
+            continue  # removed meanwhile
+    return found

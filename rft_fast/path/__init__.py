@@ -1,0 +1,14 @@
+"""A live model on the straight line between two ends, and the layers that it is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rft_fast.common import lazy
+
+if TYPE_CHECKING:
+    from .path import Path, Weight
+else:
+    __getattr__, __dir__ = lazy.face(__name__, path="Path Weight")
+
+__all__ = ["Path", "Weight"]

@@ -1,0 +1,291 @@
+"""The figures over layers: each on the path alone (Figure 2), and its sharpness (Figure 4)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from ..figures.style import margin, short
+from ..studies.facts import Facts
+from ..studies.interpolate import Z95
+from .charts import points
+from .drawing import (
+    ALL,
+    Chart,
+    Control,
+    Key,
+    Picture,
+    Trace,
+    band,
+    choices,
+    heat,
+    layer_axis,
+    layout,
+    line,
+    marks,
+    rows_height,
+    rule,
+    safe,
+)
+from .tables import setting, signed, straggler_words
+
+_WORST = 3
+
+
+def interpolation(facts: Facts) -> Picture:
+    """What each layer does to the loss on its own: a map, instabilities with intervals, curves."""
+    part = facts.part("layers").sort_values("alpha", kind="stable")
+    layers = list(facts.part("layers")["layer"].unique())
+    place = {layer: row for row, layer in enumerate(layers)}
+    names = short(layers)
+    known, edge = facts.stragglers, facts.settings.straggler_margin
+    largest = _largest(part["rise"], edge)
+    maps: list[Trace] = []
+    dots: list[Trace] = [rule([edge, edge], [-0.5, len(layers) - 0.5])]
+    curves: dict[str, list[Trace]] = {"loss": [], "accuracy": []}
+    for (model, dataset), group in part.groupby(["model", "dataset"], sort=False):
+        found = known[(known["model"] == model) & (known["dataset"] == dataset)]
+        show = {"model": [model], "dataset": [dataset]}
+        worst = set(found[found["straggler"]]["layer"])
+        maps += _map(group, "rise", "rise_se", layers, edge, largest, "rise in loss", worst, show)
+        dots += _instabilities(found, place, show)
+        top = list(found.sort_values("instability", ascending=False, kind="stable")["layer"][:_WORST])
+        for layer, curve in group.groupby("layer", sort=False):
+            n = top.index(layer) if layer in top else 0
+            here = show | {"layer": [ALL, layer] if layer in top else [layer]}
+            for value, change, scale, form in (
+                ("loss", "rise", 1, "+.3f"),
+                ("accuracy", "gain", 100, "+.1f"),
+            ):
+                half = scale * Z95 * curve[f"{change}_se"]
+                y = scale * curve[value]
+                alphas = curve["alpha"].tolist()
+                hover = [
+                    f"<b>{safe(layer)}</b>, α = {a:g}<br>{value} {v:{form[1:]}}<br>"
+                    f"against α = 0 {points(c, h, 1, form)} (95 %)<br>n = {m:,} images"
+                    for a, v, c, h, m in zip(
+                        alphas, y, scale * curve[change], half, curve["samples"], strict=True
+                    )
+                ]
+                curves[value].append(band(alphas, list(y - half), list(y + half), here, f"@c{n}"))
+                symbol = ("circle", "square", "triangle-up")[n]
+                curves[value].append(
+                    line(alphas, y.tolist(), hover, here, f"@c{n}", symbol, name=names[layer])
+                )
+                curves[value][-1]["showlegend"] = True
+    height = rows_height(len(layers))
+    legend = {"showlegend": True, "legend": {"orientation": "h", "y": -0.24, "yanchor": "top"}}
+    every = [(ALL, f"the {_WORST} most unstable")] + [(layer, names[layer]) for layer in layers]
+    shared = {"yaxis": layer_axis([names[layer] for layer in layers])}
+    return Picture(
+        [
+            choices("model", "Model", part["model"]),
+            choices("dataset", "Data set", part["dataset"]),
+            Control("layer", "Curves of", every),
+        ],
+        [
+            Chart(
+                "map",
+                "Rise in loss",
+                "Map of the rise in loss: layers down, alpha across",
+                maps,
+                layout("α of the layer", "", height, **shared, **_across(part)),
+            ),
+            Chart(
+                "dots",
+                "Instability, with its 95 % interval",
+                "Instability of each layer with its interval, and the margin of a straggler",
+                dots,
+                layout("instability (nats)", "", height, **shared),
+            ),
+            Chart(
+                "loss",
+                "Loss of one layer on the path",
+                "Loss over alpha of single layers",
+                curves["loss"],
+                layout("α of the layer", "loss (nats)", 340, **legend),
+            ),
+            Chart(
+                "accuracy",
+                "Accuracy of one layer on the path",
+                "Accuracy over alpha of single layers",
+                curves["accuracy"],
+                layout("α of the layer", "accuracy (%)", 340, **legend),
+            ),
+        ],
+        [
+            Key("straggler", "@bad", "triangle-left"),
+            Key("too wide to conclude", "@grey", "circle-open"),
+            Key(f"margin, {edge:g} nats", "@grey", "", "dot"),
+        ],
+    )
+
+
+def sharpness(facts: Facts) -> Picture:
+    """The sharpness of each layer along the path: a map, and the values with intervals at one alpha."""
+    part = facts.part("layer-sharpness").sort_values("alpha", kind="stable")
+    part = part.assign(setting=[setting(row) for row in part.to_dict("records")], half=margin(part))
+    layers = list(facts.part("layer-sharpness")["layer"].unique())
+    place = {layer: row for row, layer in enumerate(layers)}
+    names = short(layers)
+    edge = facts.settings.zero_margin
+    flat_ones = facts.near_zero[facts.near_zero["near_zero"]]
+    flat_ones = flat_ones.assign(setting=[setting(row) for row in flat_ones.to_dict("records")])
+    maps: list[Trace] = []
+    dots: list[Trace] = [rule([x, x], [-0.5, len(layers) - 0.5]) for x in (-edge, edge)]
+    for (model, where), group in part.groupby(["model", "setting"], sort=False):
+        largest = _largest(part.loc[part["setting"] == where, "sharpness"], edge)
+        show = {"model": [model], "setting": [where]}
+        flat = set(flat_ones.loc[(flat_ones["model"] == model) & (flat_ones["setting"] == where), "layer"])
+        group = group.assign(sharpness_half=group["half"])
+        maps += _map(
+            group, "sharpness", "sharpness_half", layers, edge, largest, "sharpness", flat, show,
+            half=1.0, symbol="circle-open", said="near zero",
+        )  # fmt: skip
+        for alpha, column in group[group["alpha"] > 0].groupby("alpha"):
+            maybe = (column["sharpness"].abs() <= column["half"]) | column["half"].isna()
+            colour = [
+                "@good" if x in flat else "@grey" if m else "@c0"
+                for x, m in zip(column["layer"], maybe, strict=True)
+            ]
+            symbol = ["circle-open" if m else "circle" for m in maybe]
+            hover = [
+                f"<b>{safe(layer)}</b>, α = {alpha:g}<br>sharpness {points(v, h, 1, '.3g')} nats (95 %)<br>"
+                f"{d} draws, n = {n:,} images" + ("<br>interval includes 0" if m else "")
+                for layer, v, h, d, n, m in zip(
+                    column["layer"], column["sharpness"], column["half"], column["draws"], column["samples"],
+                    maybe, strict=True,
+                )
+            ]  # fmt: skip
+            trace = line(
+                column["sharpness"].tolist(), [place[layer] for layer in column["layer"]], hover,
+                show | {"alpha": [f"{alpha:g}"]}, "@c0", across=column["half"].tolist(), mode="markers",
+            )  # fmt: skip
+            trace["marker"] = {
+                "color": colour,
+                "symbol": symbol,
+                "size": 8,
+                "line": {"width": 1.2, "color": colour},
+            }
+            dots.append(trace)
+    height = rows_height(len(layers))
+    shared = {"yaxis": layer_axis([names[layer] for layer in layers])}
+    alphas = sorted((a for a in part["alpha"].unique() if a > 0), reverse=True)
+    return Picture(
+        [
+            choices("setting", "Measured", part["setting"]),
+            choices("model", "Model", part["model"]),
+            Control("alpha", "Values at α", [(f"{a:g}", f"{a:g}") for a in alphas]),
+        ],
+        [
+            Chart(
+                "map",
+                "Sharpness along the path",
+                "Map of layer-wise sharpness: layers down, alpha across",
+                maps,
+                layout("α", "", height, **shared, **_across(part)),
+            ),
+            Chart(
+                "dots",
+                "Values, with 95 % intervals",
+                "Sharpness of each layer at one alpha with its interval",
+                dots,
+                layout("sharpness (nats)", "", height, **shared),
+            ),
+        ],
+        [
+            Key("layer near zero at every α", "@good", "circle-open"),
+            Key("interval includes 0", "@grey", "circle-open"),
+            Key(f"± {edge:g} nats", "@grey", "", "dot"),
+        ],
+    )
+
+
+def _largest(values: pd.Series, small: float) -> float:
+    """The largest finite size among values, for a scale that all models share."""
+    sizes = values.abs().to_numpy(dtype=float)
+    return float(max(sizes[np.isfinite(sizes)], default=0.0)) or small or 1.0
+
+
+def _across(part: pd.DataFrame) -> dict[str, dict[str, object]]:
+    """The axis of a map's alphas: a cell each, and room for the signs on the right."""
+    alphas = sorted(part["alpha"].unique())
+    return {
+        "xaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(alphas))),
+            "ticktext": [f"{alpha:g}" for alpha in alphas],
+            "range": [-0.5, len(alphas) - 0.5 + 0.06 * len(alphas)],
+            "showgrid": False,
+            "zeroline": False,
+        }
+    }
+
+
+def _map(
+    group: pd.DataFrame,
+    value: str,
+    error: str,
+    layers: list[str],
+    small: float,
+    largest: float,
+    what: str,
+    marked: set[str],
+    show: dict[str, list[str]],
+    half: float = Z95,
+    symbol: str = "triangle-left",
+    said: str = "straggler",
+) -> list[Trace]:
+    """A heat map of a model, signs for what is not finite, and signs beside the marked layers."""
+    values = group.pivot(index="layer", columns="alpha", values=value).reindex(layers).sort_index(axis=1)
+    halves = half * group.pivot(index="layer", columns="alpha", values=error).reindex_like(values)
+    hover = [
+        [
+            f"<b>{safe(layer)}</b>{f' ({said})' if layer in marked else ''}, α = {alpha:g}<br>"
+            f"{what} {points(v, h, 1, '+.3g')} nats (95 %)"
+            for alpha, v, h in zip(values.columns, line_, halves_, strict=True)
+        ]
+        for layer, line_, halves_ in zip(
+            layers, values.to_numpy(dtype=float), halves.to_numpy(dtype=float), strict=True
+        )
+    ]
+    finite = values.where(np.isfinite(values.to_numpy(dtype=float)))
+    found = [heat(finite, small or largest, largest, hover, f"{what} (nats)")]
+    lost = [(a, b) for b, a in np.argwhere(~np.isfinite(values.to_numpy(dtype=float)))]
+    if lost:
+        texts = [hover[b][a] for a, b in lost]
+        found.append(marks([a for a, _ in lost], [b for _, b in lost], "x", texts))
+    rows = [row for row, layer in enumerate(layers) if layer in marked]
+    edge = values.shape[1] - 0.5 + 0.03 * values.shape[1]
+    colour = "@bad" if said == "straggler" else "@good"
+    found.append(
+        marks([edge] * len(rows), rows, symbol, [f"{safe(layers[r])}: {said}" for r in rows], colour=colour)
+    )
+    return [{**trace, "show": show} for trace in found]
+
+
+def _instabilities(facts: pd.DataFrame, place: dict[str, int], show: dict[str, list[str]]) -> list[Trace]:
+    found = []
+    for look, colour, symbol in (
+        ("bad", "@bad", "triangle-left"),
+        ("wide", "@grey", "circle-open"),
+        ("", "@c0", "circle"),
+    ):
+        some = [fact for fact in facts.to_dict("records") if straggler_words(fact).look == look]
+        if not some:
+            continue
+        halves = [Z95 * fact["instability_se"] for fact in some]
+        hover = [
+            f"<b>{safe(fact['layer'])}</b>: {straggler_words(fact).text}<br>instability "
+            f"{points(fact['instability'], half, 1, '+.3f')} nats (95 %), at α = "
+            f"{fact['alpha']:g}<br>corrected lower "
+            f"end {signed(format(fact['instability_low'], '+.3f'))}, loss against α = 0 "
+            f"{points(fact['rise'], Z95 * fact['rise_se'], 1, '+.3f')}<br>n = {fact['samples']:,} images"
+            for fact, half in zip(some, halves, strict=True)
+        ]
+        x = [fact["instability"] if math.isfinite(fact["instability"]) else math.nan for fact in some]
+        y = [place[fact["layer"]] for fact in some]
+        found.append(line(x, y, hover, show, colour, symbol, across=halves, mode="markers"))
+    return found

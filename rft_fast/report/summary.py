@@ -1,0 +1,254 @@
+"""The rows of a run in words and numbers, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..common.words import paragraph, visible
+from ..run.cost import duration
+from ..studies.facts import ENDS, Facts
+from .findings import findings, tau
+
+LEGEND = """\
+Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
+Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 % normal
+interval at that alpha, paired over images. Choosing the best alpha on the same images makes the
+gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Instability (Def. 1): how much worse
+the worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when
+no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
+
+
+def report(facts: Facts) -> str:
+    """A section for each study, then what the run comes to."""
+    # Asked for all of them, people are told why one is left out.
+    asked = [*facts.studies, "correlation"] if facts.settings.everything else facts.studies
+    lines = []
+    for found in findings(facts):
+        lines += paragraph(visible(found.text), facts.names, "  " if found.paper else "- ")
+    return "\n".join([sections(facts, dict.fromkeys(asked)), *(["\nIn short", *lines] if lines else [])])
+
+
+def sections(facts: Facts, shown: Iterable[str]) -> str:
+    """A section for each of the studies that are shown."""
+    lines = [line for study in shown for line in _MAKERS[study](facts)]
+    lost = int((~np.isfinite(facts.rows["loss"])).sum())
+    lines += [f"\n{lost} mean losses are not finite; nothing was left out of them."] if lost else []
+    return "\n".join(lines)
+
+
+def _interpolation(facts: Facts) -> list[str]:
+    header = [
+        ["", "zero-", "fine-", "best", "", "", "instability", "", ""],
+        ["model", "shot", "tuned", "alpha", "gain [95 %]", "barrier", "loss", "accuracy", "mode"],
+    ]
+    lines = []
+    for dataset, group in facts.path.groupby("dataset", sort=False):
+        first = group.iloc[0]
+        where = "out of" if first["ood"] else "in"
+        skipped = int(facts.rows.loc[facts.rows["dataset"] == dataset, "skipped"].fillna(0).max())
+        left_out = f" ({skipped:,} that cannot be read left out)" if skipped else ""
+        images = f"{first['samples']:,} images{left_out}"
+        lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
+        lines += _table([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
+    return [*lines, "", LEGEND.format(xi=100 * facts.settings.xi)]
+
+
+def _cells(fact: dict[Any, Any]) -> list[str]:
+    gain, low, high = (100 * fact[name] for name in ("gain", "gain_low", "gain_high"))
+    interval = f" [{low:+.1f}, {high:+.1f}]"
+    return [
+        fact["model"],
+        f"{100 * fact['zero_shot']:.1f}",
+        f"{100 * fact['fine_tuned']:.1f}",
+        f"{fact['best_alpha']:g}",
+        f"{gain:+.1f}{interval}" if gain else "0.0" + " " * len(interval),
+        _nats(fact["barrier"]),
+        _nats(fact["instability_loss"]),
+        f"{100 * fact['instability_accuracy']:.1f}",
+        fact["mode"],
+    ]
+
+
+def _nats(value: float) -> str:
+    """Losses may overflow: nobody wants to read 38 digits."""
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _images(rows: pd.DataFrame) -> str:
+    """How many images of each data set the rows are of."""
+    counts = rows.groupby("dataset", sort=False)["samples"].max()
+    return ", ".join(f"{count:,} images of {name}" for name, count in counts.items())
+
+
+def _layers(facts: Facts) -> list[str]:
+    lines = _words(
+        facts,
+        f"layers: each layer on the path, the others {ENDS[facts.settings.others]}; "
+        f"{_images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
+        f"instability lies above {facts.settings.straggler_margin:g} nats with 95 % confidence, "
+        "Bonferroni-corrected for layers and alphas, and its loss above that at alpha = 0.",
+    )
+    for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
+        worst = group[group["straggler"]].sort_values("instability", ascending=False)
+        on = visible(f"{model} on {dataset}")
+        same = int(group["unchanged"].sum())
+        left_out = f"; {same} more are the same at both ends" if same else ""
+        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}")
+        lines += [
+            f"    {fact['layer']}: instability {_nats(fact['instability'])} "
+            f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points"
+            for fact in worst.to_dict("records")
+        ]
+    return lines
+
+
+def _sharpness(facts: Facts) -> list[str]:
+    lines = []
+    for (_, rho), group in facts.part("sharpness").groupby(["dataset", "rho"], sort=False):
+        lines += _words(
+            facts, f"sharpness: all weights perturbed, {_how(group, rho)}. In nats, +- standard error."
+        )
+        alphas = sorted(group["alpha"].unique())
+        shown = [alphas[index] for index in sorted({0, len(alphas) // 2, len(alphas) - 1})]
+        table = [["model", *(f"alpha {alpha:g}" for alpha in shown)]]
+        for model, curve in group.groupby("model", sort=False):
+            by_alpha = curve.set_index("alpha")
+            table.append([str(model), *(_value(by_alpha.loc[alpha]) for alpha in shown)])
+        lines += _table(table)
+    return lines
+
+
+def _layer_sharpness(facts: Facts) -> list[str]:
+    lines = []
+    near = facts.near_zero
+    for (dataset, rho), group in facts.part("layer-sharpness").groupby(["dataset", "rho"], sort=False):
+        where = "fine-tuned weights" if (group["on"] == "finetuned").all() else "interpolated weights"
+        lines += _words(
+            facts,
+            f"layer-sharpness: one layer of the {where} perturbed, {_how(group, rho)}. Near zero: the 95 % "
+            f"interval lies within {facts.settings.zero_margin:g} nats at every alpha.",
+        )
+        for model, own in group.groupby("model", sort=False):
+            same = (near["model"] == model) & (near["dataset"] == dataset) & (near["rho"] == rho)
+            flat = near[same & near["near_zero"]]
+            top = own[own["alpha"] == own["alpha"].max()].nlargest(3, "sharpness")
+            sharpest = ", ".join(f"{row['layer']} {_value(row)}" for row in top.to_dict("records"))
+            lines += [
+                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers near zero; "
+                f"sharpest at alpha = {own['alpha'].max():g}:",
+                f"    {sharpest}",
+            ]
+    return lines
+
+
+def _how(group: pd.DataFrame, rho: float) -> str:
+    first = group[group["alpha"] > 0].iloc[0]
+    draws = sorted(group.loc[group["alpha"] > 0, "draws"].unique())
+    count = f"{draws[0]}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
+    unit = "|w|" if first["adaptive"] else "1"
+    images = f"{first['samples']} images of {first['dataset']}"
+    if pd.isna(first["noise"]):
+        worst = f"the worst case by {count} steps ({first['estimator']})"
+        return f"rho = {rho:g} in units of {unit}, {worst}, {images}"
+    text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
+    text += f"{images}, seed {first['seed']}"
+    missed = int((~group["reached"].fillna(True)).sum())
+    return text + (f"; {missed} rows missed the wanted standard error" if missed else "")
+
+
+def _value(row: Any) -> str:
+    error = row["sharpness_se"]
+    return f"{row['sharpness']:.3g}" + ("" if pd.isna(error) else f" +- {error:.2g}")
+
+
+def _prune(facts: Facts) -> list[str]:
+    part, settings = facts.part("prune"), facts.settings
+    which = "straggler" if settings.prune_layers is None else "named"
+    lines = _words(
+        facts,
+        f"prune: {100 * settings.keep:g} % of the {which} layers' weights kept, "
+        f"{len(settings.mask_seeds)} masks, {_images(part)}. Change in accuracy against the unpruned path, "
+        "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
+        "other layers at random.",
+    )
+    effects = facts.pruning
+    table = [["model", "on", "criterion", "method", "layers", "pruned", "control"]]
+    for key, group in effects.groupby(["model", "dataset", "criterion", "method"], sort=False):
+        pruned, control = (group[group["control"] == value] for value in (False, True))
+        table.append([*map(str, key), str(len(pruned["layers"].iloc[0])), *map(_change, (pruned, control))])
+    for model in part["model"].unique():
+        for criterion in facts.to_prune(model):
+            if effects.query("model == @model and criterion == @criterion").empty:
+                table.append([model, "", criterion, "", "0", "-", "-"])
+    return [*lines, *_table(table)]
+
+
+def _change(group: pd.DataFrame) -> str:
+    if group.empty:
+        return "-"
+    fact = group.iloc[0]
+    error = "" if np.isnan(fact["change_se"]) else f" +- {100 * fact['change_se']:.1f}"
+    return f"{100 * fact['change']:+.1f}{error}"
+
+
+def _correlation(facts: Facts) -> list[str]:
+    if "correlation" not in facts.studies:
+        far = facts.rows["ood"].fillna(False).any()
+        lacking = "at least 3 fine-tuned models" if far else "out-of-distribution data"
+        return _words(facts, f"correlation is left out: it needs {lacking}.")
+    lines = _words(
+        facts,
+        "correlation of sharpness with what happens out of distribution, over models: Kendall's tau "
+        "[95 % interval]. All alphas and layers are in correlation.csv.",
+    )
+    table = facts.correlation
+    shown = table[table["measure"] != "layer"]
+    shown = shown[shown["alpha"] == shown["alpha"].max()]
+    cells = [["out of distribution", "outcome", "sharpness of", "on", "at alpha", "rho", "models", "tau"]]
+    for fact in shown.to_dict("records"):
+        what = "all weights" if fact["measure"] == "general" else "the stragglers"
+        where = [fact["dataset"], fact["outcome"], what, fact["measured_on"], f"{fact['alpha']:g}"]
+        cells.append([*where, f"{fact['rho']:g}", str(fact["models"]), tau(fact)])
+    return [*lines, *_table(cells)]
+
+
+_MAKERS: dict[str, Callable[[Facts], list[str]]] = {
+    "interpolation": _interpolation,
+    "layers": _layers,
+    "sharpness": _sharpness,
+    "layer-sharpness": _layer_sharpness,
+    "prune": _prune,
+    "correlation": _correlation,
+}
+
+
+def _words(facts: Facts, text: str) -> list[str]:
+    """A paragraph, after an empty line."""
+    return ["", *paragraph(visible(text), facts.names)]
+
+
+def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
+    """Lines with columns that stand under each other: the first flush left, with ``last`` the last, too."""
+    cells = [[visible(cell) for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        padded[0] = row[0].ljust(widths[0])
+        if last:
+            padded[-1] = row[-1]
+        lines.append("  " + "  ".join(padded))
+    return lines
+
+
+def took(costs: Sequence[Mapping[str, Any]]) -> str:
+    """What each study took, in words: time, and memory at its peak."""
+    parts = [
+        f"{cost['study']} {duration(cost['seconds'])}, {cost['peak_memory'] / 2**30:.1f} GiB"
+        for cost in costs
+    ]
+    return "took     " + "; ".join(parts)

@@ -1,0 +1,116 @@
+"""The cost of studies to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from ...path import Path
+from .counting import Work
+from .rates import Flops, Memory, Rates, forecast
+
+
+@dataclass(frozen=True)
+class Line:
+    """A study in the table. work: of all its models. more: seconds for what is not work, such as loading."""
+
+    study: str
+    models: int
+    work: Work
+    rates: Rates
+    more: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return forecast(self.work, self.rates) + self.more
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Prompts that are encoded before the first measurement, for so many heads; FLOPs and seconds of all."""
+
+    heads: int
+    prompts: int
+    flops: float
+    seconds: float
+
+
+def table(
+    lines: Sequence[Line],
+    costs: Flops,
+    peak: Memory,
+    path: Path,
+    notes: Sequence[str] = (),
+    encoding: Encoding | None = None,
+) -> str:
+    """The studies' cost to read: a line for each, the total, peak memory, and what was assumed."""
+    header = ["study", "models", "settings", "forwards", "TFLOP", "GB written", "time"]
+    live = [slot.tensor for slot in path._whole.slots]
+    per_weight = sum(t.nbytes for t in live) / sum(t.numel() for t in live)
+
+    def cells(study: str, models: str, work: Work, seconds: float, more: float = 0.0) -> list[str]:
+        written = (work.written + work.noisy) * per_weight
+        return [
+            study,
+            models,
+            f"{work.scorings:,.0f}",
+            f"{costs.forwards(work):,.0f}",
+            f"{(costs.of(work) + more) / 1e12:,.4g}",
+            f"{written / 1e9:,.4g}",
+            duration(seconds),
+        ]
+
+    rows, total, seconds, flops = [header], lines[0].work * 0, 0.0, 0.0
+    if encoding is not None:
+        flops, seconds = encoding.flops, encoding.seconds
+        count, tera = f"{encoding.prompts:,}", f"{flops / 1e12:,.4g}"
+        rows.append(["prompts", str(encoding.heads), "", count, tera, "", duration(seconds)])
+    for line in lines:
+        rows.append(cells(line.study, str(line.models), line.work, line.seconds))
+        total += line.work
+        seconds += line.seconds
+    rows.append(cells("total", "", total, seconds, flops))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    parts = [f"{getattr(peak, f.name) / 2**30:.3g} GiB {_HELD[f.name]}" for f in fields(peak)]
+    text += ["", f"peak memory: {peak.total / 2**30:.3g} GiB ({', '.join(parts)})", "", *LEGEND.splitlines()]
+    if encoding is not None:
+        notes = [PROMPTS, *notes]
+    return "\n".join([*text, *(f"- {note}" for note in notes)])
+
+
+LEGEND = """\
+Settings: weights that are scored. Forwards: images through the whole model; a part of the way counts as
+its part of the FLOPs. FLOPs: two per multiply-add of products, convolutions and attention."""
+
+PROMPTS = (
+    "Prompts: heads are made from them by the text tower before the first measurement. They are not in the "
+    "total of forwards, and their time is that of as many FLOPs of the image tower."
+)
+
+_HELD = {
+    "program": "program",
+    "weights": "weights",
+    "images": "images",
+    "held": "held activations",
+    "batches": "batches",
+    "copies": "gradients and copies",
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

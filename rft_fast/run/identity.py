@@ -1,0 +1,168 @@
+"""What a run is: its complete request, with everything that its numbers depend on, for ``config.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, checkpoints, results
+from ..clip import architectures
+from ..common import files
+from ..config import zoo
+from ..config.request import Request
+from ..evaluate import Evaluator
+from ..kernels import registry
+from ..studies.chance import AMONG
+from . import wiring
+from .wiring import Models, Studies
+
+# Of a request: what has an entry of its own, or does not matter for the numbers.
+_ELSEWHERE = (
+    "zoo device impl out overwrite layer_images sharpness_images batch_size memory_limit cache plan fetch "
+    "workers quiet json track"
+).split()
+
+
+def asked(request: Request) -> dict[str, Any]:
+    """What a request says of its numbers, as JSON has it: what is known before anything is loaded."""
+    known = asdict(request)
+    for name in _ELSEWHERE:
+        del known[name]
+    source = request.zoo
+    # A file goes by its content, and not by where it lies.
+    arch, file = source.arch, Path(source.arch)
+    content = files.sha256(file) if file.is_file() else None
+    known |= {"zoo": source.name, "options of the zoo": list(source.options)}
+    known |= {"arch": file.name if content else arch, "sha256 of the architecture": content}
+    if arch.startswith(architectures.HUB):
+        # A repository goes by its configuration: the commit, which may change another file, is only recorded.
+        pinned = {"path": arch, "sha256": _digest(architectures.config(arch)[1:])}
+        known |= {"arch": arch.partition("@")[0], "repository of the architecture": pinned}
+    found: dict[str, Any] = json.loads(json.dumps(known))
+    return found
+
+
+def complete(models: Models, work: Studies) -> dict[str, Any]:
+    """The complete request, with what it runs on; neither command nor date."""
+    request = models.request
+    source = request.zoo
+
+    def content(weights: zoo.Weights) -> dict[str, object]:
+        file = Path(weights.source)
+        where = str(file.absolute()) if file.is_file() else weights.source
+        if weights is source.zeroshot and (commit := checkpoints.commit(models.common[0])):
+            where = f"{where.partition('@')[0]}@{commit}"
+        return {"path": where, "format": weights.format, "sha256": models.hashes[weights.source]}
+
+    def images(evaluator: Evaluator) -> dict[str, int]:
+        return {data.name: len(data.labels) for data in evaluator.datasets}
+
+    device = request.device
+    found: dict[str, Any] = {
+        **asked(request),
+        **({"resize_positions": True} if source.resize_positions else {}),
+        "zeroshot": content(source.zeroshot),
+        "finetuned": {name: content(weights) for name, weights in source.finetuned.items()},
+        "head": {
+            **asdict(source.head),
+            "given": _file(models, source.head.given),
+            "sha256 of the prompts": wiring.digest_prompts(models),
+        },
+        "data": {
+            data.name: {
+                "path": str(source.data[data.name].path.absolute()),
+                "kind": source.data[data.name].kind,
+                "labels": _labels(source.data[data.name].labels),
+                "classes": None if data.classes is None else len(data.classes),
+                "ood": data.ood,
+                "samples": len(data.labels),
+                "sha256 of scored images, labels and classes": wiring.digest(data),
+            }
+            for data in work.whole.datasets
+        },
+        AMONG: {data.name: wiring.scored_among(data, models.rows.count) for data in work.whole.datasets},
+        "layer images": images(work.by_layer),
+        "sharpness images": images(work.sharpness),
+        "batch_size": request.batch_size,
+        "memory_limit": work.whole.memory_limit,
+        "impl": registry.pick(request.impl, device).name,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "threads": torch.get_num_threads(),
+        "threads of a batch": work.whole.threads_of_a_batch,
+        "platform": platform.platform(),
+        "versions": {
+            "rft_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": version("open_clip_torch"),
+            "timm": version("timm"),
+            "numpy": version("numpy"),
+        },
+    }
+    return found
+
+
+def command(argv: Sequence[str]) -> str:
+    """A command line as people type it."""
+    return shlex.join(["python", "-m", "rft_fast.sweep", *argv])
+
+
+def dated(config: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """With the command, and the time now."""
+    return {
+        "command": command(argv),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **config,
+    }
+
+
+def resumed(request: Request) -> Request:
+    """The request, with what the run in its directory found out for itself where this one leaves it open.
+
+    Batch size and memory limit decide which images are computed together, and so the last bits of losses.
+
+    Raises ValueError or OSError where the directory cannot be written to or resumed.
+    """
+    if request.plan:
+        return request
+    try:
+        results.check(request.out, request.overwrite, asked(request))
+    except results.Damaged as error:
+        raise ValueError(f"{error}; {results.recover(request.out)}") from error
+    there = None if request.overwrite else results.recorded(request.out)
+    if there is None:
+        return request
+    sizes = {name: there[name] for name in ("batch_size", "memory_limit") if getattr(request, name) is None}
+    for name, size in sizes.items():
+        if not (size is None or (type(size) is int and 0 < size < sys.maxsize)):
+            raise ValueError(
+                f"results: the run in {request.out} has {name} {size!r}; expected a number above 0"
+            )
+    return replace(request, **sizes)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _file(models: Models, file: Path | None) -> dict[str, str] | None:
+    if file is None:
+        return None
+    return {"path": str(file.absolute()), "sha256": models.inputs.sha256(file)}
+
+
+def _labels(labels: Path | Mapping[str, object] | str | None) -> object:
+    """What they come to is in the hash of the data."""
+    return {"path": str(labels.absolute())} if isinstance(labels, Path) else labels

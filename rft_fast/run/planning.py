@@ -1,0 +1,150 @@
+"""``--plan``: what a request will cost, before anything of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .. import datasets
+from .. import path as paths
+from ..clip import architectures
+from ..config.request import NotFetched, Request
+from ..evaluate import Evaluator
+from ..names import Study, never
+from . import cost, selection, wiring
+from .pieces import Counter, Stragglers, total
+from .wiring import Counts, Models
+
+
+def plan(request: Request) -> str:
+    """Forward passes, FLOPs, bytes, time and memory of a request, to read.
+
+    Loads the models, lists the images, counts what the studies would do and times what one of each thing
+    takes, on random pixels, in about ten seconds. Decodes and measures nothing, and encodes no prompts.
+
+    Raises NotFetched for a tokenizer that would have to be downloaded, and ValueError for what a run would
+    refuse, unreadable images apart.
+    """
+    try:
+        models = Models.load(request)
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, architectures.NotHere):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise NotFetched(f"a tokenizer ({cause})") from error
+    sets = wiring.find_images(request, models.rows)
+    whole = {found.name: (found.count, request.zoo.data[found.name].ood) for found in sets}
+    start = perf_counter()
+    path = models.path(next(iter(request.zoo.finetuned)))
+    loading = perf_counter() - start
+    evaluator = models.evaluator([_noise(request, 8)])
+    takes = selection.how_many(request)
+    counter = Counter(request, evaluator, whole)
+    works = {
+        study: _count(request, study, takes[study], path, evaluator, counter)
+        for study in request.measured
+        if study in takes  # the others are made of rows
+    }
+    everything = sum(works.values(), cost.Work.none(evaluator))
+    costs = cost.flops(evaluator, everything)
+    # Sets of like sizes take like times an image; a small one takes more.
+    sizes = {study: min(_at_once(request, study, whole), cost.images_wanted(evaluator)) for study in works}
+    rates = {}
+    for size in tqdm(sorted(set(sizes.values())), "calibrating", disable=None, leave=False):
+        wanted = sum((works[s] for s in works if sizes[s] == size), cost.Work.none(evaluator))
+        noise = evaluator.on([_noise(request, size)])
+        rates[size] = cost.calibrate(noise, path, costs, wanted, 10 / len(set(sizes.values())))
+    lines = [
+        cost.Line(study, takes[study], work, rates[sizes[study]], takes[study] * loading)
+        for study, work in works.items()
+    ]
+    encoding = _encoding(models, next(iter(rates.values())), costs)
+    images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
+    resident = sum(count for counts in images for count, _ in counts.values())
+    peak = cost.memory(everything, evaluator, path, resident)
+    return cost.table(lines, costs, peak, path, _notes(request, sets), encoding)
+
+
+def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Encoding | None:
+    """What the text tower does before the first measurement; None where no head is made from prompts.
+
+    Counted by the tower's shapes: of its weights, only matrices inside blocks work on every token.
+    """
+    ends = models.ends
+    if not ends.heads or ends.setup.prompts is None:
+        return None
+    with torch.device("meta"):
+        tower: Any = architectures.text(ends.setup.arch)
+    tokens: int = tower.context_length
+    matrices: int = sum(p.numel() for p in tower.transformer.parameters() if p.ndim > 1)
+    widths: int = sum(m.embed_dim for m in tower.modules() if isinstance(m, torch.nn.MultiheadAttention))
+    prompts = ends.heads * len(ends.setup.prompts.class_names) * len(ends.setup.prompts.templates)
+    flops = prompts * (2 * tokens * matrices + 4 * tokens**2 * widths)
+    return cost.Encoding(ends.heads, prompts, flops, flops * sum(rates.images) / costs.forward)
+
+
+def _at_once(request: Request, study: Study, whole: Counts) -> int:
+    """Images of the largest set that a study scores between two writes."""
+    if study == "interpolation":
+        return max(count for count, _ in whole.values())
+    if study == "layers" or study == "prune":
+        return max(count for count, _ in wiring.by_layer(request, whole).values())
+    if study == "sharpness" or study == "layer-sharpness":
+        protocol = request.general if study == "sharpness" else request.layerwise
+        largest = max(count for count, _ in wiring.of_sharpness(request, whole).values())
+        return min(largest, protocol.noise_batch or largest)
+    if study == "correlation":
+        return 0  # made of rows
+    never(study)
+
+
+def _count(
+    request: Request, study: Study, models: int, path: paths.Path, evaluator: Evaluator, counter: Counter
+) -> cost.Work:
+    """The work of a study on so many models. The first one measures what the others share."""
+    stragglers: Stragglers | None = (
+        {criterion: path.layers[:1] for criterion in request.criteria} if study == "prune" else None
+    )
+    first = total(counter.count(study, path, stragglers), evaluator)
+    if models == 1:
+        return first
+    other = counter.count(study, path, stragglers)
+    if study in wiring.SHARPNESS:
+        other = [measurement for measurement in other if not measurement.zero]
+    return first + total(other, evaluator) * (models - 1)
+
+
+def _noise(request: Request, images: int) -> datasets.Dataset:
+    """Random pixels of the model's size: their values do not matter for time."""
+    preprocess = wiring.preprocess(request.zoo)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, *preprocess.size), dtype=torch.uint8, generator=generator)
+    labels = torch.zeros(images, dtype=torch.int64)
+    return datasets.Dataset("noise", pixels, labels, preprocess.mean, preprocess.std)
+
+
+def _notes(request: Request, sets: Sequence[datasets.Found]) -> list[str]:
+    notes: list[str] = []
+    seconds, images = 0.0, 0
+    for found in sets:
+        if undecoded := found.undecoded(request.cache):
+            seconds += undecoded * found.time_decoding()
+            images += undecoded
+    if images:
+        kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"
+        notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")
+    by_layer = {"layers", "layer-sharpness", "prune"} & set(request.measured)
+    if by_layer and request.models is None and len(request.zoo.finetuned) > 2:
+        notes.append("Which models are studied layer by layer, the interpolation will tell; they cost alike.")
+    if "prune" in request.measured and not request.prune_layers:
+        notes.append("Pruning: as if each criterion found stragglers in each model; without, it costs less.")
+    goal = request.general.goal or request.layerwise.goal
+    if goal is not None and {"sharpness", "layer-sharpness"} & set(request.measured):
+        notes.append(f"Sharpness: as if --draws reached --goal-se {goal:g}; more draws cost in proportion.")
+    return notes

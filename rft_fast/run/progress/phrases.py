@@ -1,0 +1,76 @@
+"""Numbers, rows and errors as the words and the JSON of a run's log."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from tqdm.utils import disp_len, disp_trim
+
+from ...common.words import visible
+from ..cost.table import duration
+
+
+def percent(fraction: float | None) -> str:
+    """Rounded down, so that 100 % means all (but for what is only the rounding of a sum)."""
+    return "? %" if fraction is None else f"{math.floor(100 * fraction + 1e-9)} %"
+
+
+def time_left(seconds: float | None) -> str:
+    return "? left" if seconds is None else f"{duration(seconds)} left"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def one_line(study: str, model: str, rest: str, width: int | None = None) -> str:
+    """The parts on one line; where that is too long, the model's name gives way in its middle."""
+
+    def joined(model: str) -> str:
+        return plain("  ".join(part for part in (study, model, rest) if part))
+
+    short, kept = model, len(model)
+    while width is not None and disp_len(joined(short)) > width and short:
+        kept -= 1
+        short = f"{model[: (kept + 1) // 2]}...{model[len(model) - kept // 2 :]}" if kept > 0 else ""
+    line = joined(short)
+    return line if width is None else str(disp_trim(line, width))
+
+
+def plain(text: str) -> str:
+    """Text as one line that does nothing to a terminal."""
+    return visible(re.sub(r"[^\S ]+", " ", text.strip()))
+
+
+def rounded(seconds: float | None) -> float | None:
+    """To milliseconds."""
+    return None if seconds is None else round(seconds, 3)
+
+
+def said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def outcome_of(error: BaseException | None) -> str:
+    if error is None:
+        return "finished"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {said(error)}"
+
+
+def json_row(row: Mapping[str, object]) -> dict[str, object]:
+    """A row as strict JSON: without what is missing, and what is not finite as a word."""
+    return {
+        name: _json_value(value) for name, value in row.items() if value is not None and value is not pd.NA
+    }
+
+
+def _json_value(value: Any) -> object:
+    if hasattr(value, "item"):  # numpy's and torch's numbers
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return value if isinstance(value, bool | int | str) else str(value)

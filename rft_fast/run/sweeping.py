@@ -1,0 +1,125 @@
+"""A sweep: fine-tuned models through the paper's studies.
+
+It wires request, checkpoints, data, studies, rows and figures together and computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from .. import figures, results
+from ..common import disk
+from ..common.program import Interrupted, Stop
+from ..common.words import cell, message
+from ..config.options import parser
+from ..config.request import NotFetched, Request, unfetched
+from ..report import summary
+from ..studies.chance import among
+from ..studies.facts import Facts, Settings
+from . import identity, planning, running, trackers
+from .cluster.driver import Cluster, Failed
+from .progress import Progress, held_warnings
+from .running import Pool
+
+
+def sweep(request: Request, argv: Sequence[str]) -> int:
+    """Does what a command line asks for; returns and raises as :func:`rft_fast.sweep.main`.
+
+    Args:
+        request: what was read of it.
+        argv: the command line itself, to be recorded.
+    """
+    run: results.Run | None = None
+    pool: Pool | None = None
+    try:
+        try:
+            if request.plan:
+                print(planning.plan(request))
+                return 0
+            with held_warnings() as early:
+                request = identity.resumed(request)
+                pool = running.Alone(request) if request.workers is None else Cluster(request)
+                asked = identity.dated(pool.config, argv)
+                run = results.Run(request.out, asked, overwrite=request.overwrite)
+                followers = trackers.open_trackers(
+                    request.track, run.directory, run.config, run.directory.name
+                )
+        except NotFetched as error:
+            print(unfetched(error))
+            return 0
+        except (OSError, RuntimeError, ValueError) as error:
+            if run is not None:
+                run.close()
+            parser().error(str(error))
+        with run:
+            took = _measure(pool, request, run, argv, followers, early)
+            facts = Facts(run.rows(), Settings.of(vars(request)), among(pool.config))
+            _draw(request, facts, run, took)
+    except (KeyboardInterrupt, Interrupted):
+        print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
+        return 130
+    except (OSError, MemoryError, Failed) as error:
+        print(f"\nsweep: error: {message(error)}; {_kept(run, argv)}", file=sys.stderr)
+        return 1
+    finally:
+        if pool is not None:
+            pool.close()
+    return 0
+
+
+def _measure(
+    pool: Pool,
+    request: Request,
+    run: results.Run,
+    argv: Sequence[str],
+    followers: Sequence[trackers.Tracker],
+    early: Sequence[str],
+) -> list[dict[str, object]]:
+    mode = "quiet" if request.quiet else "json" if request.json else "bar"
+    with Progress(run.directory / "run.log", mode, followers) as progress:
+        progress.start(identity.command(argv), run.directory, run.resumed, pool.size)
+        for text in early:
+            progress.notice(text)
+        try:
+            with Stop(progress.notice) as stop:
+                took = running.measure(pool, request, run, progress, stop)
+        except Interrupted:
+            progress.end("interrupted")
+            raise
+        progress.end("finished")
+    return took
+
+
+def _draw(request: Request, facts: Facts, run: results.Run, took: Sequence[Mapping[str, object]]) -> None:
+    for study in request.measured:
+        file = run.figure(study)
+        if study == "correlation":
+            with disk.replacing(run.table(study)) as temporary:
+                facts.correlation.map(cell).to_csv(temporary, index=False)
+            figures.correlation(facts.correlation, file)
+        elif study == "layers":
+            figures.layers(facts, file, models=request.models)
+        else:
+            getattr(figures, study.replace("-", "_"))(facts, file)
+    if request.quiet or request.json:
+        return
+    print(summary.report(facts))
+    print("\n" + summary.took(took))
+    print(
+        f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"
+        f"rows     {run.directory / 'rows.csv'} (also rows.sqlite)\n"
+        f"request  {run.directory / 'config.json'}; time and memory in cost.csv"
+    )
+
+
+def _kept(run: results.Run | None, argv: Sequence[str]) -> str:
+    if run is None:
+        return "nothing was measured yet"
+    named = any(word == "--out" or word.startswith("--out=") for word in argv)
+    again = identity.command([*argv, *([] if named else ["--out", str(run.directory)])])
+    try:
+        count = len(results.load(run.directory))
+    except (OSError, ValueError) as error:
+        return f"its rows cannot be read now: {error}"
+    return f"the {count} rows so far are in {run.directory}; to go on:\n  {again}"
