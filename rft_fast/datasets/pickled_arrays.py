@@ -1,6 +1,6 @@
 """Pickled arrays: what pickles of data sets may call, and what is made instead.
 
-The machine that reads them, and runs nothing, is common/pickles.py. No object other than
+The machine that reads them, and runs nothing, is common/pickles. No object other than
 numbers, texts, lists, tuples, dicts, arrays and inert names comes of it. Python's own unpickler, even when it
 is restricted to numpy's names, hands numpy types and buffers of the file's choosing.
 """

@@ -32,7 +32,7 @@ from support.tiny_pickles import (
 from torch import nn
 
 from rft_fast import checkpoints
-from rft_fast.common import pickles
+from rft_fast.common.pickles import opcodes
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def test_bombs(tmp_path: Path, bomb: str) -> None:
 
 
 def test_more_steps_than_any_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "MOST_OPCODES", 50_000)
+    monkeypatch.setattr(opcodes, "MOST_OPCODES", 50_000)
     (tmp_path / "a.pt").write_bytes(b"\x80\x02" + b"N0" * 30_000 + b"N.")
     refused(tmp_path / "a.pt", "more than 50,000 steps")
 

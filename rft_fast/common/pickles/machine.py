@@ -1,0 +1,146 @@
+"""A reader of pickles that runs nothing: the stack machine that checkpoints and data sets share.
+
+A pickle is a program for a small stack machine: it may import any name and call it. Here an import makes a
+:class:`Global`, which is a name and no more; nothing is ever looked up. Calls are answered by the few
+functions that whoever reads hands in, by name; a call of anything else is refused by its name. An object of
+any class becomes a :class:`Shell`, which collects what the pickle sets on it.
+
+The work is bounded by the size of the pickle: nothing is allocated for a size that is merely claimed, what
+can be done again and again to one value is paid from a budget of a few steps per byte, and keys
+of dicts are plain, so that no hash walks a deep structure. Opcodes are read by the standard library's
+pickletools, which decodes them without running them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .objects import Building, Global, Opaque, Refused, Shell, Unreadable, kind_of
+
+Answers = Mapping[str, Callable[..., Any]]
+
+_PLAIN: tuple[type, ...] = (str, int, float, bytes, type(None))
+
+
+class Machine:
+    """The stack, and the budget from which answers pay for what they copy (:meth:`spend`)."""
+
+    def __init__(
+        self,
+        budget: int,
+        answers: Answers,
+        values: Mapping[str, Any],
+        persistent: Callable[[Any], Any] | None,
+    ) -> None:
+        self.budget = budget
+        self.answers = answers
+        self.values = values
+        self.plain = (*_PLAIN, Global, Shell, *{type(value) for value in values.values()})
+        self.persistent = persistent
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.globals: dict[str, Global] = {}
+
+    def spend(self, steps: int) -> None:
+        self.budget -= steps
+        if self.budget < 0:
+            raise Unreadable("is a pickle that unfolds to far more than its size; nothing was executed")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def popped(self) -> list[Any]:
+        """What stands above the last mark."""
+        above, self.stack = self.stack, self.marks.pop()
+        return above
+
+    # --- imports, calls, objects ----------------------------------------------------------------
+
+    def import_(self, module: Any, name: Any) -> None:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise ValueError("it imports something that is no name")
+        full = f"{module}.{name}"
+        known = self.globals.setdefault(full, Global(full))
+        self.stack.append(self.values.get(full, known))
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        answer = self.answers.get(function.name) if isinstance(function, Global) else None
+        if answer is None:
+            raise Refused(kind_of(function))
+        if not isinstance(arguments, tuple):
+            raise ValueError(f"{function} is called without a tuple of arguments")
+        return answer(self, *arguments)
+
+    def reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack.append(self.call(self.stack.pop(), arguments))
+
+    def new(self, arguments: Any) -> None:
+        kind = self.stack.pop()
+        if not isinstance(kind, Global):
+            raise ValueError(f"it makes an object of {kind_of(kind)}")
+        # Arguments of other classes are left aside: a shell's attributes come by BUILD.
+        self.stack.append(self.call(kind, arguments) if kind.name in self.answers else Shell(kind))
+
+    def new_with_keywords(self) -> None:
+        _, arguments = self.stack.pop(), self.stack.pop()
+        self.new(arguments)
+
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Shell):
+            # What copyreg makes: a dict, or a pair of dicts when there are slots.
+            parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+            for part in parts:
+                if isinstance(part, dict):
+                    self.spend(len(part))
+                    target.state.update(part)
+        elif isinstance(target, Building):
+            target.build(self, state)
+        elif not isinstance(target, (dict, Opaque)):  # an OrderedDict's state is its metadata
+            raise ValueError(f"it sets the state of a {kind_of(target)}")
+
+    def called_at_once(self, argument: Any) -> None:
+        """INST and OBJ, opcodes of Python 2 that make an object by calling its class."""
+        name = str(argument).replace(" ", ".") if argument else kind_of(next(iter(self.popped()), None))
+        raise Refused(str(Global(name)))
+
+    # --- containers -----------------------------------------------------------------------------
+
+    def items(self, target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
+        if isinstance(target, Shell):
+            target = target.items
+        elif isinstance(target, Opaque):
+            return
+        if not isinstance(target, dict):
+            raise ValueError(f"it sets items of a {kind_of(target)}")
+        for key, value in pairs:
+            target[self.key(key)] = value
+
+    def extend(self, target: Any, values: list[Any]) -> None:
+        if type(target) is list:
+            target.extend(values)
+        elif not isinstance(target, (Shell, Opaque)):
+            raise ValueError(f"it appends to a {kind_of(target)}")
+
+    def add(self, target: Any, values: list[Any]) -> None:
+        if type(target) is not set:
+            raise ValueError(f"it adds to a {kind_of(target)}")
+        target.update(map(self.key, values))
+
+    def key(self, value: Any) -> Any:
+        parts = value if type(value) is tuple else (value,)
+        self.spend(len(parts))
+        for part in parts:
+            if type(part) is int and part.bit_length() > 64:
+                raise ValueError("a key is too large a number")
+            if not isinstance(part, self.plain):
+                raise ValueError(f"a {kind_of(part)} is used as a key")
+        return value
+
+    def refer(self, value: Any) -> None:
+        if self.persistent is None:
+            raise Unreadable("refers to data outside of its pickle, which a plain pickle has not")
+        self.stack.append(self.persistent(value))
