@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import pathlib
 import subprocess
 import sys
 import traceback
@@ -28,7 +29,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import record
@@ -102,7 +102,7 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    info = Path("/proc/cpuinfo")
+    info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else "CPU"
@@ -125,9 +125,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--files", type=at_least(1), help="JPEG images of each size for the interpolation")
     parser.add_argument("--few", type=at_least(1), help="images of the part graphs")
     parser.add_argument("--precisions", nargs="+", choices=formats.PRECISIONS)
-    parser.add_argument("--out", type=Path, help="JSON with every round, whole after each timing")
-    parser.add_argument("--figure", type=Path, help="how the cost grows, of the part scaling")
-    parser.add_argument("--redraw", type=Path, help="measure nothing; table and figure of this JSON file")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON with every round, whole after each timing")
+    parser.add_argument("--figure", type=pathlib.Path, help="how the cost grows, of the part scaling")
+    parser.add_argument(
+        "--redraw", type=pathlib.Path, help="measure nothing; table and figure of this JSON file"
+    )
     asked = parser.parse_args(argv)
     if asked.redraw:
         return asked
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("bench_sweep: nothing was measured")
 
 
-def report(runs: Sequence[dict[str, Any]], figure: Path | None) -> None:
+def report(runs: Sequence[dict[str, Any]], figure: pathlib.Path | None) -> None:
     """Tables of what was measured, and the figure where that was."""
     for run in runs:
         print(sweep_report.text(run))

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from pathlib import Path
 from typing import Any
 
 import sweep_case
@@ -146,7 +146,7 @@ def main() -> None:
         "--change", type=float, default=2.0, help="seconds to change to another model, assumed"
     )
     options.add_argument("--commit", type=float, default=0.004, help="seconds to write a measurement down")
-    options.add_argument("--out", type=Path)
+    options.add_argument("--out", type=pathlib.Path)
     asked = options.parse_args()
     zoo = Zoo(asked.arch, asked.models)
     print(f"{asked.models} models {asked.arch}, {len(SETS)} data sets; FLOPs of each study:")

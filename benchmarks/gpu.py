@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,10 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import record
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICK = 570  # seconds of a whole quick run; a call on a lent machine ends after 600
 GRACE = 4  # seconds between asking a step to end and killing it
 LEAST = 12  # seconds below which no step begins: its imports alone take some eight
@@ -146,7 +146,7 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
 class Run:
     """One run: its folder, its clock, and the step that is running."""
 
-    def __init__(self, out: Path, device: str, seconds: float) -> None:
+    def __init__(self, out: pathlib.Path, device: str, seconds: float) -> None:
         self.out, self.device = out, device
         self.rows, self.log = out / "rows.jsonl", out / "log.txt"
         self.deadline = time.time() + seconds
@@ -245,7 +245,7 @@ def kill(process: subprocess.Popen[bytes], number: int) -> None:
         pass
 
 
-def last_line(log: Path) -> str:
+def last_line(log: pathlib.Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
@@ -295,13 +295,15 @@ def problems(options: argparse.Namespace, names: Sequence[str]) -> Iterator[str]
     if not module.exists() and (options.quick or options.device == "cpu"):
         yield (
             f"{module.name} is not in rft_fast/; carry it (bash benchmarks/gpu_carry.sh), or build it here: "
-            f"{Path(sys.executable).name} setup.py build_ext --inplace"
+            f"{pathlib.Path(sys.executable).name} setup.py build_ext --inplace"
         )
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="a folder that holds no run yet")
+    parser.add_argument(
+        "out", type=pathlib.Path, nargs="?", metavar="OUT", help="a folder that holds no run yet"
+    )
     parser.add_argument("--quick", action="store_true", help=f"what matters most, in {QUICK} s at most")
     parser.add_argument("--only", default="", metavar="STEP,...", help="only these steps")
     parser.add_argument("--seconds", type=float, help="end by then; what does not fit is said")

@@ -5,11 +5,11 @@ Prints Markdown: the machine, what was proven, what failed, what was not tried, 
 
 from __future__ import annotations
 
+import pathlib
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import record
 import table
@@ -172,6 +172,6 @@ def short(value: object) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+    if len(sys.argv) != 2 or not pathlib.Path(sys.argv[1]).is_file():
         sys.exit("usage: python benchmarks/gpu_report.py OUT/rows.jsonl")
-    print(summary(record.read(Path(sys.argv[1]))), end="")
+    print(summary(record.read(pathlib.Path(sys.argv[1]))), end="")

@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import product
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -64,7 +64,7 @@ class Findings:
     out: a JSON file that always holds what is known.
     """
 
-    def __init__(self, about: dict[str, Any], out: Path | None) -> None:
+    def __init__(self, about: dict[str, Any], out: pathlib.Path | None) -> None:
         self.about, self.out, self.measurements = about, out, 0
         self.path = pd.DataFrame()
         self.sharpness = pd.DataFrame()
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of those that the device offers")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=pathlib.Path)
     record.start()
     options = parser.parse_args(argv)
     wanted = ["fp32", *(options.precisions or PRECISIONS)]

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 MARGIN = 20.0  # seconds at most that are kept free to finish what has begun
@@ -43,10 +43,10 @@ def time_is_up() -> bool:
 def row(kind: str, **facts: Any) -> None:
     """Appends one measurement, and returns when it is on disk."""
     if file := os.environ.get("ROWS"):
-        append(Path(file), {"step": os.environ.get("STEP", ""), "kind": kind, **facts})
+        append(pathlib.Path(file), {"step": os.environ.get("STEP", ""), "kind": kind, **facts})
 
 
-def append(file: Path, facts: Mapping[str, Any]) -> None:
+def append(file: pathlib.Path, facts: Mapping[str, Any]) -> None:
     """One line, written with one call and synced: several processes may append to the same file."""
     line = json.dumps(facts, default=str) + "\n"
     place = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -57,7 +57,7 @@ def append(file: Path, facts: Mapping[str, Any]) -> None:
         os.close(place)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read(file: pathlib.Path) -> list[dict[str, Any]]:
     """All rows of a file. A last line that a kill cut off is left out; another broken line raises."""
     if not file.exists():
         return []

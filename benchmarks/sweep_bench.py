@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ class Log:
         timings: how many there are.
     """
 
-    def __init__(self, out: Path | None = None) -> None:
+    def __init__(self, out: pathlib.Path | None = None) -> None:
         self.out, self.timings = out, 0
         self.runs: list[dict[str, Any]] = []
         self._said: dict[tuple[str, ...], dict[str, Any]] = {}

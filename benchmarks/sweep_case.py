@@ -6,11 +6,11 @@ the patterns that the images are made of, and its scale gives logits the spread 
 
 from __future__ import annotations
 
+import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -249,7 +249,7 @@ def pictures(labels: list[int], height: int, width: int, own: float = 0.3) -> It
         yield np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def write_folder(folder: Path, patterns: int, count: int, height: int, width: int) -> None:
+def write_folder(folder: pathlib.Path, patterns: int, count: int, height: int, width: int) -> None:
     """A tree of JPEG files as an ImageFolder, of the size of photographs."""
     labels = [index % patterns for index in range(count)]
     for index, (label, picture) in enumerate(zip(labels, pictures(labels, height, width))):

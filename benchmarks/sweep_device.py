@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -212,7 +212,7 @@ def busy(bench: Bench) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             _, profiled = bench.timed(f"GPU busy, {precision}, profiled,", run)
         with tempfile.TemporaryDirectory() as scratch:
-            trace = Path(scratch, "trace.json")
+            trace = pathlib.Path(scratch, "trace.json")
             profiler.export_chrome_trace(str(trace))
             kernels = working(json.loads(trace.read_text()))
         shares = {"busy": kernels / statistics.median(walls), "busy_profiled": kernels / profiled}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -62,18 +62,18 @@ def whole_path(bench: Bench) -> None:
     found = bench.begin({})
     with tempfile.TemporaryDirectory() as scratch:
         for name, (height, width) in o.sizes.items():
-            folder = Path(scratch, name)
+            folder = pathlib.Path(scratch, name)
             bench.check_time(f"images of {name}")
             sweep_case.write_folder(folder, case.patterns, o.files, height, width)
 
-            def ours(cache: str, folder: Path = folder) -> pd.DataFrame:
-                data = datasets.load("files", folder, preprocess, cache=Path(cache))
+            def ours(cache: str, folder: pathlib.Path = folder) -> pd.DataFrame:
+                data = datasets.load("files", folder, preprocess, cache=pathlib.Path(cache))
                 # The head has more classes than there are folders.
                 data = replace(data, class_names=())
                 path = rft.Path(live, case.zeroshot, case.finetuned)
                 return interpolation(path, Evaluator(path.model, [data], o.batch_size), o.grid)
 
-            def peer(folder: Path = folder) -> dict[float, tuple[float, float]]:
+            def peer(folder: pathlib.Path = folder) -> dict[float, tuple[float, float]]:
                 with exact("fp32"):
                     return peers_sweep.interpolation(
                         live,

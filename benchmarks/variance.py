@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import platform
 from datetime import date
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -57,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     table = measure(arguments.draws, arguments.samples)
     spread = table[table["estimator"] != "plain"].groupby(["rho", "estimator"])["ratio"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ Configuration = dict[str, Any]
 
 
 def write_model(
-    file: Path, state: Mapping[str, Tensor], configuration: Configuration, dtype: torch.dtype
+    file: pathlib.Path, state: Mapping[str, Tensor], configuration: Configuration, dtype: torch.dtype
 ) -> None:
     """A classifier's state dict in the layout of model-soups: ``model.visual.*``, ``classification_head.*``.
 
@@ -64,7 +64,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def configuration_of(file: Path) -> Configuration | None:
+def configuration_of(file: pathlib.Path) -> Configuration | None:
     """What a model's file was made with, None for a file of another origin."""
     if not file.is_file():
         raise ValueError(f"finetune: {file} is no file")  # a FIFO, say, which would be waited for
@@ -87,7 +87,7 @@ def configuration_of(file: Path) -> Configuration | None:
 class FileKeeper:
     """A :class:`~rft_fast.finetune.training.Keeper` in one file, which is always a whole one."""
 
-    file: Path
+    file: pathlib.Path
     configuration: Configuration
     every: int | None = None
 
@@ -126,7 +126,7 @@ class FileKeeper:
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def write_rows(file: pathlib.Path, rows: Sequence[Mapping[str, float]]) -> None:
     """A row per epoch as CSV."""
     with disk.replacing(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -135,7 +135,7 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def write_zoo(
-    folder: Path,
+    folder: pathlib.Path,
     entries: Mapping[str, str],
     finetuned: Sequence[str],
     data: Mapping[str, Mapping[str, object]],
@@ -151,11 +151,11 @@ def write_zoo(
     disk.replace(folder / "zoo.toml", ("\n".join(lines) + "\n").encode())
 
 
-def write_json(file: Path, content: object) -> None:
+def write_json(file: pathlib.Path, content: object) -> None:
     disk.replace(file, _json(content))
 
 
-def check_json(file: Path, content: object) -> None:
+def check_json(file: pathlib.Path, content: object) -> None:
     """Raises ValueError for a file with another content, which would be lost."""
     if file.exists() and file.read_bytes() != _json(content):
         raise ValueError(
@@ -181,7 +181,7 @@ def _value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def check_zoo(folder: Path) -> None:
+def check_zoo(folder: pathlib.Path) -> None:
     """Raises ValueError for a ``zoo.toml`` that was written by hand and would be lost."""
     file = folder / "zoo.toml"
     if file.exists() and file.read_bytes().partition(b"\n")[0] != WRITTEN.encode():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -58,13 +58,13 @@ class Request:
 
     arch: str
     zeroshot: str
-    train: Path
-    out: Path
+    train: pathlib.Path
+    out: pathlib.Path
     settings: Mapping[str, Setting]
-    val: Mapping[str, Path] = field(default_factory=dict)
-    ood: Mapping[str, Path] = field(default_factory=dict)
+    val: Mapping[str, pathlib.Path] = field(default_factory=dict)
+    ood: Mapping[str, pathlib.Path] = field(default_factory=dict)
     kind: Kind | None = None
-    label_map: Path | str | None = None
+    label_map: pathlib.Path | str | None = None
     class_names: str | None = None
     templates: str | None = None
     head_scale: float | None = None
@@ -78,7 +78,7 @@ class Request:
     in_memory: bool = False
     check_images: bool = True
     keep_every: int | None = 500
-    cache: Path | None = None
+    cache: pathlib.Path | None = None
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Work:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.names: tuple[str, ...] = ()
-        self.label_maps: dict[str, Path | str | None] = {}  # data set -> what tells its rows
+        self.label_maps: dict[str, pathlib.Path | str | None] = {}  # data set -> what tells its rows
         self.device = env.device(request.device)
         check_precision(request.precision, self.device)
         self._check_words()
@@ -215,7 +215,7 @@ class Work:
         if RESERVED in request.settings:
             raise ValueError(f"finetune: a model cannot be called {RESERVED!r}, which the start is")
         for name, setting in request.settings.items():
-            if not name or Path(name).name != name:
+            if not name or pathlib.Path(name).name != name:
                 raise ValueError(f"finetune: {name!r} cannot be the name of a file")
             if not isinstance(setting, Setting):
                 raise TypeError(f"finetune: settings are of Setting, got {type(setting).__name__}")
@@ -242,7 +242,7 @@ class Work:
 
     def _is_tag(self) -> bool:
         source = self.request.zeroshot
-        return not Path(source).is_file() and not source.startswith(architectures.HUB)
+        return not pathlib.Path(source).is_file() and not source.startswith(architectures.HUB)
 
     def _prompts(self) -> prompts.Prompts | None:
         request = self.request
@@ -313,7 +313,7 @@ class Work:
             return rows
         return datasets.Rows(rows.count, tuple(known[row] for row in range(rows.count)))
 
-    def _label_map(self, name: str, path: Path) -> Path | str | None:
+    def _label_map(self, name: str, path: pathlib.Path) -> pathlib.Path | str | None:
         """What tells the rows of a data set, here and in the zoo; None where its classes show them."""
         given = self.request.label_map
         try:
@@ -322,7 +322,7 @@ class Work:
                 named = self.rows.names or not source.class_names or labels.is_settled(source, self.rows)
                 given = None if named else given
             elif given is not None and name in self.request.ood:
-                given = given if maps.covers(source.class_names, maps.read_map(Path(given))) else None
+                given = given if maps.covers(source.class_names, maps.read_map(pathlib.Path(given))) else None
             datasets.assign(source, self.rows, given)
         except ValueError as error:
             more = ""
@@ -412,7 +412,7 @@ class Work:
 
     # --- what is made -----------------------------------------------------------------------------
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str) -> pathlib.Path:
         return self.request.out / f"{name}.safetensors"
 
     def configuration(self, name: str) -> output.Configuration:
@@ -430,7 +430,7 @@ class Work:
         request = self.request
         entries: dict[str, str] = {"arch": request.arch}
         beside: dict[str, object] = {}
-        known = not Path(request.arch).is_file() and not request.arch.startswith(architectures.HUB)
+        known = not pathlib.Path(request.arch).is_file() and not request.arch.startswith(architectures.HUB)
         if not known or architectures.preprocess(request.arch) != self.preprocess:
             entries["arch"] = "model.json"
             beside["model.json"] = {
@@ -554,7 +554,9 @@ class Work:
         for name, path in sets.items():
             data[name] = {"path": str(path.resolve()), "ood": name in request.ood}
             if (given := label_maps.get(name)) is not None:
-                data[name]["labels"] = given if given == datasets.ORDER else str(Path(given).resolve())
+                data[name]["labels"] = (
+                    given if given == datasets.ORDER else str(pathlib.Path(given).resolve())
+                )
             if kind is not None:
                 data[name]["kind"] = kind
         return data

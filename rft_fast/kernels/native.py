@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +25,10 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         import rft_fast._native as module
     except ImportError as error:
-        return None, f"no compiled module: {why_missing(error, Path(__file__).parents[1])}; {_REBUILD}"
+        return (
+            None,
+            f"no compiled module: {why_missing(error, pathlib.Path(__file__).parents[1])}; {_REBUILD}",
+        )
     if module.VERSION != VERSION:
         return None, (
             f"the compiled module has version {module.VERSION}, this package needs {VERSION}: it is of other "
@@ -34,7 +37,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def why_missing(error: ImportError, package: Path) -> str:
+def why_missing(error: ImportError, package: pathlib.Path) -> str:
     """Why a package in that folder has no compiled module, and what to do before it is built again.
 
     error: of importing it.
@@ -149,7 +152,7 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the compiled module runs on CPUs and NVIDIA GPUs; the tensors are on {device}"
     if not _native.CUDA:
-        note = Path(__file__).parents[1] / "_cuda_missing.txt"
+        note = pathlib.Path(__file__).parents[1] / "_cuda_missing.txt"
         reason = note.read_text(errors="replace").strip() if note.is_file() else "it was built without CUDA"
         return (
             f"no CUDA kernels: {reason}; reinstall where nvcc is on the PATH: "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import results
@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Runs a command line. Exits with 2 for what is refused; nothing is written then."""
     options = program.parser("results", description=__doc__)
-    options.add_argument("directory", metavar="DIR", type=Path, help="of a run, also of one that goes on")
-    options.add_argument("--csv", metavar="FILE", type=Path, help="write the rows there")
     options.add_argument(
-        "--parquet", metavar="FILE", type=Path, help="write the rows there, with their types (needs pyarrow)"
+        "directory", metavar="DIR", type=pathlib.Path, help="of a run, also of one that goes on"
+    )
+    options.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the rows there")
+    options.add_argument(
+        "--parquet",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="write the rows there, with their types (needs pyarrow)",
     )
     options.add_argument("--overwrite", action="store_true", help="replace files of these names")
     options.add_argument(
@@ -54,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def describe(directory: Path, rows: pd.DataFrame) -> str:
+def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     """What a run is, and how many rows it has of each study and model."""
     config = results.recorded(directory) or {}
     lines = [
@@ -72,7 +77,7 @@ def _check_pyarrow() -> None:
         raise ValueError('results: Parquet needs pyarrow; pip install "rft-fast[huggingface]"')
 
 
-def _check(file: Path, overwrite: bool) -> None:
+def _check(file: pathlib.Path, overwrite: bool) -> None:
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"results: cannot write {file}: it is a folder, or its folder does not exist")
     if file.exists() and not file.is_file():

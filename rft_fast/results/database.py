@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import sqlite3
@@ -15,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timezone
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def _made() -> dict[tuple[str, str], re.Pattern[str]]:
 _MADE = _made()
 
 
-def connect(file: Path, how: str = "mode=rw", bounded: bool = False) -> sqlite3.Connection:
+def connect(file: pathlib.Path, how: str = "mode=rw", bounded: bool = False) -> sqlite3.Connection:
     """Opens a database that is there, which may come from somebody else.
 
     bounded: to read it. Values larger than the file, and work that a file of its size cannot need, are
@@ -110,14 +110,14 @@ def connect(file: Path, how: str = "mode=rw", bounded: bool = False) -> sqlite3.
     return database
 
 
-def _refuse_others(file: Path) -> None:
+def _refuse_others(file: pathlib.Path) -> None:
     for path in (file, *(beside(file, end) for end in BESIDE)):
         if kind := files.special(path) or (path != file and path.is_symlink() and "a link"):
             raise ValueError(f"results: {path} is {kind}, expected a file of SQLite")
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[sqlite3.Connection]:
+def reading(file: pathlib.Path) -> Iterator[sqlite3.Connection]:
     """Opens a database to read it as it is at this moment, also while somebody writes, and where nobody may.
 
     Nothing is written there, neither to the database nor beside it: what a killed process left is put right
@@ -134,12 +134,12 @@ def reading(file: Path) -> Iterator[sqlite3.Connection]:
                     raise
         if database is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            database = _snapshot(copy(file, Path(folder, file.name)), "mode=rw")
+            database = _snapshot(copy(file, pathlib.Path(folder, file.name)), "mode=rw")
         with closing(database):
             yield database
 
 
-def _is_left(file: Path) -> bool:
+def _is_left(file: pathlib.Path) -> bool:
     """Whether a process that is gone left logs beside a database."""
     if not any(beside(file, end).exists() for end in (LOG, JOURNAL)) or has_stray_log(file):
         return False
@@ -154,7 +154,7 @@ def _is_left(file: Path) -> bool:
     return True
 
 
-def _snapshot(file: Path, how: str) -> sqlite3.Connection:
+def _snapshot(file: pathlib.Path, how: str) -> sqlite3.Connection:
     database = connect(file, how, bounded=True)
     try:
         database.execute("BEGIN")
@@ -165,7 +165,7 @@ def _snapshot(file: Path, how: str) -> sqlite3.Connection:
     return database
 
 
-def copy(file: Path, target: Path) -> Path:
+def copy(file: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
     """Copies a database with what is not in the file yet; returns the target."""
     shutil.copyfile(file, target)
     for end in (JOURNAL,) if has_stray_log(file) else (JOURNAL, LOG):
@@ -174,12 +174,12 @@ def copy(file: Path, target: Path) -> Path:
     return target
 
 
-def beside(file: Path, end: str) -> Path:
+def beside(file: pathlib.Path, end: str) -> pathlib.Path:
     """The name of a file that SQLite keeps beside a database."""
     return file.with_name(file.name + end)
 
 
-def has_stray_log(file: Path) -> bool:
+def has_stray_log(file: pathlib.Path) -> bool:
     """Whether the write-ahead log beside a database belongs to another, which the file was moved over.
 
     SQLite would write it into this one. A database says itself whether it has a log.
@@ -192,7 +192,7 @@ def has_stray_log(file: Path) -> bool:
     return head.startswith(b"SQLite format 3") and head[18:20] == b"\x01\x01" and log.exists()
 
 
-def start_writing(database: sqlite3.Connection, file: Path) -> None:
+def start_writing(database: sqlite3.Connection, file: pathlib.Path) -> None:
     """From here on, what is said to be written is on the disk.
 
     By a write-ahead log, which waits for the disk once for each commit rather than four times and lets others
@@ -210,7 +210,7 @@ def stop_writing(database: sqlite3.Connection) -> None:
         database.execute("PRAGMA journal_mode = DELETE")
 
 
-def on_network(file: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+def on_network(file: pathlib.Path, mounts: pathlib.Path = pathlib.Path("/proc/self/mounts")) -> bool:
     """Whether a file lies on a file system that other machines share; where the system does not tell: no."""
     try:
         lines = [line.split() for line in mounts.read_text(errors="replace").splitlines()]
@@ -218,7 +218,7 @@ def on_network(file: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
         return False
     place = file.absolute().resolve()
     # A later mount hides an earlier one. Spaces in names are written as \040.
-    kinds = {Path(re.sub(r"\\(\d{3})", _character, where)): kind for _, where, kind, *_ in lines}
+    kinds = {pathlib.Path(re.sub(r"\\(\d{3})", _character, where)): kind for _, where, kind, *_ in lines}
     held = max((where for where in kinds if where in place.parents), key=lambda p: len(p.parts), default=None)
     return held is not None and kinds[held].startswith(_NETWORK)
 
@@ -227,7 +227,7 @@ def _character(octal: re.Match[str]) -> str:
     return chr(int(octal[1], 8))
 
 
-def create(file: Path, config: Mapping[str, Any]) -> None:
+def create(file: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Begins a run: all of it is there afterwards; if this fails or is killed, nothing that counts as one."""
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
         database.execute("PRAGMA synchronous = EXTRA")  # on the disk, the folder's entry included

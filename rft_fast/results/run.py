@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import shlex
 import socket
 import sqlite3
@@ -14,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -64,7 +64,7 @@ def check(
             differences), of a newer version, or damaged.
         PermissionError: it cannot be written to.
     """
-    directory = Path(directory)
+    directory = pathlib.Path(directory)
     if not directory.exists():
         parent = next(p for p in directory.absolute().parents if p.exists())
         if not parent.is_dir():
@@ -104,7 +104,7 @@ def recorded(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises ValueError for a run of a newer version, and for one that is damaged.
     """
-    directory = Path(directory)
+    directory = pathlib.Path(directory)
     if not _is_begun(directory):
         return None
     with _reading(directory) as base:
@@ -123,19 +123,19 @@ def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
         FileNotFoundError: the directory holds no ``rows.sqlite``.
         ValueError: that is not a run's database, of a newer version, or damaged.
     """
-    directory = Path(directory)
+    directory = pathlib.Path(directory)
     if not (directory / database.FILE).is_file():
         raise FileNotFoundError(f"results: expected a run's directory, got no {directory / database.FILE}")
     return frame(_stored(directory))
 
 
-def write_csv(directory: str | os.PathLike[str], file: Path) -> None:
+def write_csv(directory: str | os.PathLike[str], file: pathlib.Path) -> None:
     """Writes the rows that :func:`load` reads as ``rows.csv`` has them. Raises as that does."""
     with disk.replacing(file) as temporary:
-        _write_csv(temporary, _stored(Path(directory)))
+        _write_csv(temporary, _stored(pathlib.Path(directory)))
 
 
-def write_parquet(directory: str | os.PathLike[str], file: Path) -> None:
+def write_parquet(directory: str | os.PathLike[str], file: pathlib.Path) -> None:
     """Writes the rows that :func:`load` reads as Parquet, with their types; a measured NaN stays one.
 
     Raises ModuleNotFoundError without pyarrow, else as :func:`load` does.
@@ -146,12 +146,12 @@ def write_parquet(directory: str | os.PathLike[str], file: Path) -> None:
     # pandas would write NaN as missing: it takes only the types from there.
     schema = pyarrow.Schema.from_pandas(frame(()), preserve_index=False)
     with disk.replacing(file) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-        for some in _batches(_stored(Path(directory)), 50_000):
+        for some in _batches(_stored(pathlib.Path(directory)), 50_000):
             rows = [database.values(row) for row in some]
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
 
 
-def _stored(directory: Path) -> Iterator[tuple[Any, ...]]:
+def _stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
     """The rows of the run in a directory, if there is one."""
     try:
         if not _is_begun(directory):
@@ -175,11 +175,11 @@ def recover(directory: str | os.PathLike[str]) -> str:
         ValueError: a process is writing to it.
         OSError: the disk refuses the new one.
     """
-    file = Path(directory) / database.FILE
+    file = pathlib.Path(directory) / database.FILE
     if not file.is_file():
         raise FileNotFoundError(f"results: expected a run's directory, got no {file}")
-    _refuse_in_use(Path(directory))
-    with _explained(Path(directory)):
+    _refuse_in_use(pathlib.Path(directory))
+    with _explained(pathlib.Path(directory)):
         return salvage.save(file)
 
 
@@ -213,7 +213,7 @@ class Run:
         *,
         overwrite: bool = False,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = pathlib.Path(directory)
         self._file = self.directory / database.FILE
         self._closed = False
         self._added: dict[tuple[str, str], list[int]] = {}  # (study, model) -> numbers, by this process
@@ -329,11 +329,11 @@ class Run:
 
     # --- files ----------------------------------------------------------------------------------------
 
-    def figure(self, study: str) -> Path:
+    def figure(self, study: str) -> pathlib.Path:
         """Where the picture of a study belongs."""
         return _figure(self.directory, study)
 
-    def table(self, study: str) -> Path:
+    def table(self, study: str) -> pathlib.Path:
         """Where a table that is made of the rows belongs."""
         return _table(self.directory, study)
 
@@ -446,7 +446,7 @@ def _batches(rows: Iterable[Sequence[Any]], size: int = 1000) -> Iterator[list[S
         yield some
 
 
-def _write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
+def _write_csv(file: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
     """Stored rows as CSV: a missing value is empty, a NaN is ``nan``. No text is a formula."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream, lineterminator="\n")
@@ -468,21 +468,21 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- what is refused ------------------------------------------------------------------------------------
 
 
-def _figure(directory: Path, study: str) -> Path:
+def _figure(directory: pathlib.Path, study: str) -> pathlib.Path:
     return directory / FIGURES / f"{study}.png"
 
 
-def _table(directory: Path, study: str) -> Path:
+def _table(directory: pathlib.Path, study: str) -> pathlib.Path:
     return directory / f"{study}.csv"
 
 
-def _replaced(directory: Path) -> list[Path]:
+def _replaced(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files of a run that new ones replace."""
     named = [make(directory, name) for name in (*STUDIES, "cost") for make in (_figure, _table)]
     return [*named, directory / TABLE, directory / CONFIG]
 
 
-def _refuse_links(directory: Path) -> None:
+def _refuse_links(directory: pathlib.Path) -> None:
     """Refuses a directory in which a name that a run writes is a link, or no plain file."""
     base = directory / database.FILE
     in_place = [base, *(database.beside(base, end) for end in database.BESIDE)]
@@ -497,7 +497,7 @@ class Damaged(ValueError):
     """A run's database that cannot be read."""
 
 
-def _other(directory: Path, unlike: Sequence[str]) -> str:
+def _other(directory: pathlib.Path, unlike: Sequence[str]) -> str:
     return (
         f"results: the run in {directory} was asked for something else ({'; '.join(unlike)}); ask for the "
         "same to go on with it, choose another directory, or replace it (--overwrite, overwrite=True)"
@@ -509,7 +509,7 @@ _PLACE = ("unable to open", "locked", "readonly", "disk I/O", "is full", "permis
 
 
 @contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def _explained(directory: pathlib.Path) -> Iterator[None]:
     """What SQLite cannot read, as Damaged; what the disk refuses, as OSError."""
     try:
         yield
@@ -522,12 +522,12 @@ def _explained(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(directory: Path) -> Iterator[sqlite3.Connection]:
+def _reading(directory: pathlib.Path) -> Iterator[sqlite3.Connection]:
     with _explained(directory), database.reading(directory / database.FILE) as base:
         yield base
 
 
-def _is_begun(directory: Path) -> bool:
+def _is_begun(directory: pathlib.Path) -> bool:
     """Whether there is a database with anything in it."""
     file = directory / database.FILE
     if not file.is_file() or not file.stat().st_size:
@@ -536,7 +536,7 @@ def _is_begun(directory: Path) -> bool:
         return not database.is_empty(base)
 
 
-def _refuse_stranger(directory: Path, base: sqlite3.Connection) -> None:
+def _refuse_stranger(directory: pathlib.Path, base: sqlite3.Connection) -> None:
     """Refuses a database that is not of a run; earlier versions kept rows alone."""
     if base.execute("PRAGMA application_id").fetchone()[0] == database.APPLICATION:
         if base.execute("PRAGMA user_version").fetchone()[0] <= database.FORMAT:  # else as that has it
@@ -551,7 +551,7 @@ def _refuse_stranger(directory: Path, base: sqlite3.Connection) -> None:
         )
 
 
-def _check_version(directory: Path, base: sqlite3.Connection) -> None:
+def _check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
     _refuse_stranger(directory, base)
     made = base.execute("PRAGMA user_version").fetchone()[0]
     if made == 0:
@@ -577,7 +577,7 @@ def _check_version(directory: Path, base: sqlite3.Connection) -> None:
 # --- one process at a time --------------------------------------------------------------------------------
 
 
-def _lock(directory: Path) -> IO[str]:
+def _lock(directory: pathlib.Path) -> IO[str]:
     """Holds the lock until it is closed, or the process ends, however it does."""
     handle = disk.open_plain(directory / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     stream = os.fdopen(handle, "a+", encoding="utf-8")
@@ -602,7 +602,7 @@ def _unlock(stream: IO[str]) -> None:
     stream.close()
 
 
-def _refuse_in_use(directory: Path) -> None:
+def _refuse_in_use(directory: pathlib.Path) -> None:
     file = directory / LOCK
     if not file.is_file():
         return
@@ -614,7 +614,7 @@ def _refuse_in_use(directory: Path) -> None:
                 raise ValueError(_in_use(directory)) from None
 
 
-def _in_use(directory: Path) -> str:
+def _in_use(directory: pathlib.Path) -> str:
     by = (directory / LOCK).read_text(encoding="utf-8").strip() or "another process"
     return (
         f"results: {directory} is being written to by {by}; wait for it or stop it, or choose another "

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import sqlite3
 import tempfile
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import Any
 
 from ..common import disk, files
 from . import database
 
 
-def save(file: Path) -> str:
+def save(file: pathlib.Path) -> str:
     """Saves what can be read of a run's database, and says what and where.
 
     Whole measurements only. Works on a copy, so that not even SQLite touches the damaged file.
     """
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".recovering-") as folder:
-        copy = database.copy(file, Path(folder, file.name))
+        copy = database.copy(file, pathlib.Path(folder, file.name))
         known = file.with_name("config.json")
         found = _read(copy, known)
         if not found[1]:
-            _put_first_page(copy, Path(folder, "fresh"))
+            _put_first_page(copy, pathlib.Path(folder, "fresh"))
             found = max(found, _read(copy, known), key=lambda of: len(of[1]))
         config, measurements, scores, lost = found
         if config is None or not (measurements or scores):
             return "nothing of it could be read; it is left as it is"
-        new = Path(folder, "recovered")
+        new = pathlib.Path(folder, "recovered")
         database.create(new, config)
         with closing(database.connect(new)) as target, database.transaction(target):
             for identity, (measurement, rows) in enumerate(measurements, start=1):
@@ -51,7 +51,7 @@ Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # of the table measure
 
 
 def _read(
-    file: Path, beside: Path
+    file: pathlib.Path, beside: pathlib.Path
 ) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
     with closing(database.connect(file, bounded=True)) as base:
         try:
@@ -85,7 +85,7 @@ def _read(
         return _config(base, beside), list(found.values()), scores, lost
 
 
-def _put_first_page(file: Path, fresh: Path) -> None:
+def _put_first_page(file: pathlib.Path, fresh: pathlib.Path) -> None:
     """Says anew what tables there are, and where they begin, which is the same in every run.
 
     And no more how large the file is: SQLite does not read one that was cut short.
@@ -97,7 +97,7 @@ def _put_first_page(file: Path, fresh: Path) -> None:
         stream.write(page)
 
 
-def _config(base: sqlite3.Connection, beside: Path) -> dict[str, Any] | None:
+def _config(base: sqlite3.Connection, beside: pathlib.Path) -> dict[str, Any] | None:
     """The configuration; where that is damaged, the copy of it in config.json."""
     with suppress(sqlite3.Error):
         return database.config(base)
@@ -131,7 +131,7 @@ def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> li
     return [found[identity] for identity in sorted(found)]
 
 
-def _free(file: Path) -> Path:
+def _free(file: pathlib.Path) -> pathlib.Path:
     """A name that nothing has, so that nothing is written over."""
     found, number = file, 1
     while found.exists():
