@@ -1,4 +1,4 @@
-"""One file per question of the paper; every study returns tidy rows (:mod:`.rows`)."""
+"""One module per question of the paper. Every study returns tidy rows, one per measurement (:mod:`.rows`)."""
 
 from __future__ import annotations
 

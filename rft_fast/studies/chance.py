@@ -1,4 +1,4 @@
-"""Is the zero-shot end better than guessing? Where it is not, labels or architecture are seldom right."""
+"""Zero-shot accuracy compared with chance: near chance, labels or architecture are usually wrong."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from .rows import of_study
 
 Verdict = Literal["above", "near", "below", "unknown"]
 
-AMONG = "scored among"  # an entry of a run's configuration: data set -> how many classes it is scored among
+AMONG = "scored among"  # key in a run's configuration: data set -> number of classes it is scored among
 
 
 @dataclass(frozen=True)
 class Chance:
-    """The accuracy of a zero-shot end on a data set, against that of guessing.
+    """The accuracy of a zero-shot end on one data set, compared with chance.
 
-    dataset: its name. models: those whose path begins there; empty where it is that of all. accuracy: a
-    fraction of the ``samples`` images. classes: how many they are scored among. low, high: the exact
-    (Clopper-Pearson) 95 % interval of the accuracy.
+    Attributes:
+        dataset: name of the data set.
+        models: models whose path begins at this end; empty if all do.
+        accuracy: fraction of ``samples`` that is correct.
+        samples: number of images.
+        classes: number of classes among which the images are scored.
+        low: lower end of the exact (Clopper-Pearson) 95 % interval of the accuracy.
+        high: upper end of that interval.
     """
 
     dataset: str
@@ -36,19 +41,19 @@ class Chance:
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing among the classes, a fraction."""
+        """Accuracy of guessing among the classes, a fraction."""
         return 1 / self.classes
 
     @property
     def verdict(self) -> Verdict:
-        """Where the interval lies; "unknown": one image, or one class, of which nothing can be concluded."""
+        """Position of the interval relative to chance; "unknown" for a single image or a single class."""
         if self.samples == 1 or self.classes == 1:
             return "unknown"
         return "below" if self.high < self.chance else "near" if self.low <= self.chance else "above"
 
     @property
     def text(self) -> str:
-        """What to say of it; empty where the end is better than guessing."""
+        """A warning in words; empty if the accuracy is above chance."""
         if self.verdict == "above":
             return ""
         of = f" of {some(self.models, 3)}" if self.models else ""
@@ -64,21 +69,24 @@ class Chance:
 
 
 def among(config: Mapping[str, Any]) -> dict[str, int]:
-    """Data set -> how many classes it is scored among, as far as a run's configuration says so.
+    """Read from a run's configuration how many classes each data set is scored among.
 
-    Those of earlier versions do where these are not all of the head's.
+    Earlier versions recorded the number only where it was not that of all the head's classes.
+
+    Returns:
+        Data set -> number of classes, as far as the configuration records it.
     """
     known = {name: data.get("classes") for name, data in config.get("data", {}).items()}
     return {name: count for name, count in {**known, **config.get(AMONG, {})}.items() if count is not None}
 
 
 def against_chance(row: Mapping[str, Any], classes: int, models: tuple[str, ...] = ()) -> Chance:
-    """A row of the interpolation at alpha = 0, against guessing.
+    """Compare one row of an interpolation at alpha = 0 with chance.
 
     Args:
-        row: with ``dataset``, ``accuracy`` and ``samples``.
-        classes: how many the data set is scored among.
-        models: those that it is of; empty for all.
+        row: a mapping with ``dataset``, ``accuracy`` (a fraction) and ``samples``.
+        classes: number of classes among which the data set is scored.
+        models: models that the row belongs to; empty for all.
     """
     accuracy, samples = float(row["accuracy"]), int(row["samples"])
     right = round(accuracy * samples)
@@ -88,17 +96,19 @@ def against_chance(row: Mapping[str, Any], classes: int, models: tuple[str, ...]
 
 
 def zeroshot_chances(rows: pd.DataFrame, classes: Mapping[str, int]) -> list[Chance]:
-    """The zero-shot end on each data set, against guessing.
+    """Compare the zero-shot end with chance on each data set.
 
     Args:
-        rows: of :func:`rft_fast.studies.interpolation`; rows of other studies among them are left aside.
-        classes: data set -> how many classes it is scored among; sets that are not in it are left out.
+        rows: rows of :func:`rft_fast.studies.interpolation`; rows of other studies are ignored.
+        classes: data set -> number of classes among which it is scored; other data sets are left out.
 
     Returns:
-        One for each data set; where models have zero-shot ends of their own, one for each accuracy.
+        One :class:`Chance` per data set, or one per distinct accuracy where models have different zero-shot
+        ends.
 
     Raises:
-        TypeError, ValueError: no table of rows, or none of an interpolation.
+        TypeError: ``rows`` is not a table of rows.
+        ValueError: ``rows`` has none of an interpolation.
     """
     part = of_study(rows, "interpolation", "zeroshot_chances")
     part = part[(part["alpha"] == 0) & part["dataset"].isin(list(classes))]

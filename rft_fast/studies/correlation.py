@@ -1,7 +1,7 @@
-"""The paper's central claim as a table: does sharpness tell which model does well out of distribution?
+"""The paper's central claim as a table: does sharpness predict which model does well out of distribution?
 
-The claim is that general sharpness does not, and that the layer-wise sharpness of straggler layers
-does. Each row of the table is one answer: a rank correlation over the models of a zoo.
+The claim is that general sharpness does not, and that the layer-wise sharpness of straggler layers does. Each
+row of the table is one answer: a rank correlation over the models of a zoo.
 """
 
 from __future__ import annotations
@@ -22,58 +22,54 @@ from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
 from .rows import COLUMNS, check_table
 
-# What tells one measurement of the models' sharpness from another; "dataset" is where it was made.
+# Columns that distinguish one measurement of the models' sharpness from another.
 SETTING = ["dataset", "rho", "on", "estimator"]
-# What must not vary within one of them: a correlation over models would mix it with the models.
+# Columns that must not vary within one of them, or their effect would be mixed with that of the models.
 PROTOCOL = ["noise", "adaptive", "noise_batch", "normalized"]
 _STUDIES = ["sharpness", "layer-sharpness"]
 
 
 def correlation(rows: pd.DataFrame, stragglers: Names | None = None, margin: float = MARGIN) -> pd.DataFrame:
-    """Rank correlations, over models, of sharpness with what happens out of distribution.
+    """Correlate sharpness with out-of-distribution accuracy and gain, by rank, over models.
 
-    One of the two is the accuracy at the same alpha, or the gain (Eq. 2), on an out-of-distribution
-    set; the other is general sharpness, the sharpness of one layer, or that of the stragglers: the
-    mean over the straggler layers' sharpness of each model. Only the models that both were measured
-    of are correlated.
+    Sharpness is the general sharpness, that of one layer, or the mean over the straggler layers of each
+    model. The outcome is the accuracy at the same alpha, or the gain (Eq. 2), on an out-of-distribution data
+    set. Only models with both are correlated.
 
-    The 95 % intervals are the closed forms on Fisher's z = atanh(r): Kendall with the variance
-    0.437 / (n - 4) of Fieller, Hartley and Pearson (1957), Spearman with (1 + r^2 / 2) / (n - 3) of
-    Bonett and Wright (2000). They are approximate for few models, treat the models as independent
-    draws, and allow neither for the noise of each sharpness nor for how many rows the table has;
-    stragglers found on the same models make their own row optimistic, too. There is no interval,
-    which reads NaN, for n <= 4 models (Kendall) or n <= 3 (Spearman), where the variance is not
-    defined, and none at r = 1 or -1, where z is infinite.
+    The 95 % intervals are closed forms on Fisher's z = atanh(r): for Kendall's tau with the variance 0.437 /
+    (n - 4) of Fieller, Hartley and Pearson (1957), for Spearman's rho with (1 + r^2 / 2) / (n - 3) of Bonett
+    and Wright (2000). They are approximate for few models, treat models as independent draws, and correct
+    neither for the noise of each sharpness nor for the number of rows. Stragglers found on the same models
+    also make their own row optimistic. There is no interval (NaN) for n <= 4 models (Kendall) or n <= 3
+    (Spearman), where the variance is not defined, nor at r = 1 or -1, where z is infinite.
 
     Args:
-        rows: of the interpolation and of general or layer-wise sharpness, or both, of several
-            models; rows of other studies are left aside.
-        stragglers: the straggler layers; when not given, those that
-            :func:`rft_fast.studies.stragglers` finds in any model from rows of the layer-wise
-            interpolation. None given and none found: the table has no rows of them.
-        margin: of the stragglers that are looked for, in nats.
+        rows: rows of the interpolation and of general or layer-wise sharpness, or both, of several models;
+            rows of other studies are ignored.
+        stragglers: the straggler layers; None: those that :func:`rft_fast.studies.stragglers` finds in any
+            model, from rows of the layer-wise interpolation. Without any, the table has no such measure.
+        margin: margin of that search, in nats.
 
     Returns:
-        One row per outcome and measure at each alpha > 0:
+        One row per outcome, measure and alpha > 0:
 
-        - ``dataset``, ``outcome``: the out-of-distribution set, and *accuracy* or *gain* on it;
-        - ``measured_on``: the data set of the sharpness; ``measure``: *general*, *stragglers* or
-          *layer*; ``layer``: its name (stragglers: joined by ", "; general: missing); ``alpha``,
-          ``rho``, ``on``, ``estimator``: of the sharpness;
-        - ``noise``, ``adaptive``, ``noise_batch``, ``normalized``, and ``draws``, ``samples``, ``seed``, the
-          last three missing where they vary: of the sharpness, too;
-        - ``models``: how many are correlated; ``nonfinite``: for how many of them either number is
-          not finite. Unless that is none, the correlations are NaN, as they are for fewer than
-          three models and where either side is the same for all models;
+        - ``dataset``, ``outcome``: the out-of-distribution data set, and *accuracy* or *gain* on it;
+        - ``measure``: *general*, *stragglers* or *layer*; ``layer``: its name (for stragglers joined by ",
+          ", for general missing); ``measured_on``: the data set of the sharpness;
+        - ``alpha``, ``rho``, ``on``, ``estimator``, ``noise``, ``adaptive``, ``noise_batch``, ``normalized``
+          and ``draws``, ``samples``, ``seed`` of the sharpness, the last three missing if they vary;
+        - ``models``: number of models correlated; ``nonfinite``: number of those with a value that is not
+          finite;
         - ``kendall`` (tau-b), ``kendall_low``, ``kendall_high``, ``spearman``, ``spearman_low``,
-          ``spearman_high``.
+          ``spearman_high``: NaN with fewer than three models, with ``nonfinite`` above 0, or if either side
+          is the same for all models.
 
     Raises:
-        TypeError: no table of rows.
-        ValueError: no rows of an interpolation out of distribution or of a sharpness; a path that
-            :func:`rft_fast.studies.summarize` refuses; a sharpness that mixes protocols, measured
-            something twice, or was not measured at every layer and alpha for every model of it;
-            a straggler whose sharpness was not measured; fewer than three models everywhere.
+        TypeError: ``rows`` is not a table of rows.
+        ValueError: there are no rows of an interpolation out of distribution or of a sharpness;
+            :func:`rft_fast.studies.summarize` refuses a path; a sharpness mixes protocols, was measured
+            twice, or is missing at some layer or alpha of a model; the sharpness of a straggler was not
+            measured; no row has three models.
     """
     check_table(rows, "correlation")
     rows = _rounded(rows)
@@ -86,12 +82,14 @@ def correlate(
     unstable: Callable[[], pd.DataFrame],
     stragglers: Names | None = None,
 ) -> pd.DataFrame:
-    """:func:`correlation` of what is known already.
+    """Make the table of :func:`correlation` from analyses that exist already.
 
     Args:
-        rows, stragglers: as there.
-        path: gives :func:`rft_fast.studies.summarize` of the rows, at least of those out of distribution.
-        unstable: gives :func:`rft_fast.studies.stragglers`; called where rows of layers tell them.
+        rows: as for :func:`correlation`.
+        path: returns :func:`rft_fast.studies.summarize` of the rows, at least of those out of distribution.
+        unstable: returns :func:`rft_fast.studies.stragglers`; called if there are rows of the layer-wise
+            interpolation and ``stragglers`` is None.
+        stragglers: as for :func:`correlation`.
     """
     rows = _rounded(rows)
     outcomes = list(_outcomes(rows, path))
@@ -131,7 +129,7 @@ def _ood(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _outcomes(rows: pd.DataFrame, path: Callable[[], pd.DataFrame]) -> Iterator[tuple[str, str, Any]]:
-    """Data set, outcome, and its values by model: at each alpha for accuracy, one for the gain."""
+    """Yield data set, outcome and its values by model: per alpha for accuracy, a single one for the gain."""
     rows = _ood(rows)
     if rows.empty:
         raise ValueError(
@@ -146,7 +144,7 @@ def _outcomes(rows: pd.DataFrame, path: Callable[[], pd.DataFrame]) -> Iterator[
 def _measures(
     rows: pd.DataFrame, stragglers: Names | None, unstable: Callable[[], pd.DataFrame]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """What identifies a measure of sharpness, and its values: a row per model, a column per alpha."""
+    """Yield the columns that identify a measure of sharpness, and its values: models by alphas."""
     measured = rows[rows["study"].isin(_STUDIES) & (rows["alpha"] > 0)]
     if measured.empty:
         raise ValueError(f"correlation: expected rows of the study {' or '.join(_STUDIES)}, got none")
@@ -184,7 +182,7 @@ def _straggler_layers(
     stragglers: Names | None,
     unstable: Callable[[], pd.DataFrame],
 ) -> list[str]:
-    """Those given, checked against the measured layers, else those found in any model, else none."""
+    """The given names if they were measured; else those found in any model, which may be none."""
     if stragglers is not None:
         for name in stragglers:
             if name not in layers:
@@ -201,7 +199,7 @@ def _straggler_layers(
 
 
 def _check(group: pd.DataFrame, where: str) -> None:
-    """Refuses a group whose rows are not one per model, layer and alpha, made in one way."""
+    """Refuse a group unless it has one row per model, layer and alpha, all of one protocol."""
     for name in PROTOCOL:
         if group[name].nunique(dropna=False) > 1:
             raise ValueError(f"{where}: expected one {name}, got {list(group[name].unique())}")
@@ -223,7 +221,7 @@ def _say(key: tuple[str, Any, float]) -> str:
 
 
 def _common(values: pd.Series) -> Any:
-    """The value of all rows, or None where they differ."""
+    """The value that all rows share, or None."""
     return values.iloc[0] if values.nunique(dropna=False) == 1 else None
 
 
@@ -232,7 +230,7 @@ def _names(rows: pd.DataFrame, studies: Sequence[str]) -> list[str]:
 
 
 def _associations(x: pd.DataFrame, y: Any) -> Iterator[dict[str, float]]:
-    """Both rank correlations at each alpha, over the models that x and y share."""
+    """Yield both rank correlations at each alpha, over the models that x and y share."""
     models = x.index.intersection(y.index)
     x, y = x.loc[models], y.loc[models]
     for alpha in x:
@@ -249,7 +247,7 @@ def _association(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     tau = rho = math.nan
     if n >= 3 and finite.all():
         signs = [np.sign(np.subtract.outer(values, values)) for values in (x, y)]
-        # The sums of signs are twice the ranks, ties sharing their mean, less twice their mean.
+        # The sums of signs are twice the centred ranks, with ties at their mean.
         tau, rho = _cosine(*signs), _cosine(*(each.sum(1) for each in signs))
     tau_low, tau_high = _interval(tau, 0.437, n - 4)
     rho_low, rho_high = _interval(rho, 1 + rho**2 / 2, n - 3)
@@ -266,14 +264,14 @@ def _association(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the angle between a and b: tau-b for signs of all pairs, Pearson's r for centred values."""
+    """Cosine of the angle: tau-b for the signs of all pairs, Pearson's r for centred values."""
     size = math.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / size) if size else math.nan
 
 
 def _interval(r: float, scale: float, degrees: int) -> tuple[float, float]:
-    """The 95 % interval of a correlation whose z = atanh(r) has the variance scale / degrees."""
-    if degrees <= 0 or not abs(r) < 1 - 1e-9:  # rounding leaves some a hair below 1
+    """95 % interval of a correlation whose z = atanh(r) has the variance ``scale / degrees``."""
+    if degrees <= 0 or not abs(r) < 1 - 1e-9:  # rounding puts some just below 1
         return math.nan, math.nan
     z, margin = math.atanh(r), Z95 * math.sqrt(scale / degrees)
     return math.tanh(z - margin), math.tanh(z + margin)

@@ -1,4 +1,4 @@
-"""Figure 1 of the paper: accuracy and loss along the whole path, and what they say.
+"""Figure 1 of the paper: accuracy and loss along the whole path, and their summary.
 
 ``alpha = 0`` is zero-shot and ``alpha = 1`` fine-tuned, as in the paper's figures; its formulas
 write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``.
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 
 STUDY = "interpolation"
 Z95 = NormalDist().inv_cdf(0.975)
-TOGETHER = 4096  # images of data sets that are scored together
+TOGETHER = 4096  # most images of data sets that are scored together
 
 
 def check_evaluator(path: Path, evaluator: Evaluator, study: str) -> None:
-    """Raises ValueError for an evaluator of another model than the path's, TypeError for what is none."""
+    """Check that an evaluator scores the live model of a path.
+
+    Raises:
+        TypeError: not a path, or not an evaluator.
+        ValueError: the evaluator belongs to another model.
+    """
     for value, method, kind in ((path, "at", "Path"), (evaluator, "scores", "evaluate.Evaluator")):
         if not hasattr(value, method) or not hasattr(value, "model"):
             raise TypeError(f"{study}: expected an rft_fast.{kind}, got {type(value).__name__}")
@@ -50,31 +55,31 @@ def interpolation(
     only: Collection[int] | None = None,
     sink: Sink | None = None,
 ) -> pd.DataFrame:
-    """Scores ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` on every data set.
+    """Measure accuracy and loss of ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` (Figure 1).
 
-    The live model is as it was before once the study ends, also when it fails.
+    On return, and on any error, the live model is restored bit for bit.
 
     Args:
         path: the live model between its two ends.
-        evaluator: scores the path's live model.
-        alphas: positions in [0, 1], with 0 and 1 among them; measured in ascending order.
+        evaluator: scores the live model of ``path`` on one or more data sets.
+        alphas: positions in [0, 1], including 0 and 1; measured in ascending order.
         model: name of the fine-tuned model, written into the rows.
-        zeroshot: data set -> the evaluator's scores at alpha = 0, where they are known; the study adds
-            those that it needs. Give the same dictionary for all models fine-tuned from one: there they are
-            the same.
-        only: numbers of the measurements to make; None: all. There is one for each (alpha, data set),
-            numbered in ascending order of alpha and, for each alpha, in the evaluator's order of its sets.
-        sink: called with each measurement's number and rows as soon as it is made.
+        zeroshot: scores at alpha = 0 by data set, if known; missing ones are measured and added. Models
+            fine-tuned from the same checkpoint can share this dictionary.
+        only: numbers of the measurements to make; None: all. There is one per (alpha, data set), numbered
+            from 0 in ascending order of alpha and, for each alpha, in the evaluator's order of data sets.
+        sink: called with the number and the rows of each measurement as soon as it is made.
 
     Returns:
-        One row per (alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``gain``
-        is A(alpha) - A(0) and ``rise`` L(alpha) - L(0), with standard errors paired over samples.
-        ``seconds`` is the data set's share, by samples, of the time its position took.
+        One row per (alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is in
+        nats, ``accuracy`` a fraction. ``gain`` is A(alpha) - A(0) and ``rise`` is L(alpha) - L(0), each with
+        a standard error paired over samples. ``seconds`` is the time of the position, divided among the data
+        sets in proportion to their samples.
 
     Raises:
-        TypeError: arguments of other types.
-        ValueError: positions that :func:`check_alphas` refuses, an evaluator of another model, numbers
-            that there are none of.
+        TypeError: an argument has a wrong type.
+        ValueError: :func:`check_alphas` refuses the positions, the evaluator belongs to another model, or
+            ``only`` holds a number that no measurement has.
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
@@ -90,7 +95,7 @@ def interpolation(
             base = zeroshot_scores(path, evaluator, group, zeroshot)
             scores = base
             if alpha != 0:
-                start = perf_counter()  # what alpha = 0 took counts there
+                start = perf_counter()  # the time at alpha = 0 is in that row
                 with path.at(alpha):
                     scores = evaluator.among(base).scores()
             seconds = perf_counter() - start
@@ -108,8 +113,10 @@ def interpolation(
 def zeroshot_scores(
     path: Path, evaluator: Evaluator, names: Iterable[str], known: MutableMapping[str, Scores]
 ) -> dict[str, Scores]:
-    """Scores at alpha = 0 on data sets of these names, in their order; those not known are measured, and
-    added to the known ones."""
+    """Return the scores at alpha = 0 on the named data sets, in their order.
+
+    Scores missing from ``known`` are measured and added to it.
+    """
     names = list(names)
     if not all(name in known for name in names):
         with path.at(0.0):
@@ -120,9 +127,11 @@ def zeroshot_scores(
 
 
 def _together(evaluator: Evaluator) -> list[list[str]]:
-    """The data sets in groups. Small ones are scored together, which keeps all cores busy; large ones each on
-    its own, so that little is lost with a run that is killed. Always the same ones, also where not all are
-    wanted: what runs side by side decides how many threads a batch has, and so its last bits."""
+    """Group the data sets that are scored together, always in the same way, whichever are wanted.
+
+    Small sets together keep all cores busy; large ones alone limit what an interrupted run loses. What runs
+    side by side decides how many threads a batch has, and with that its last bits: hence the fixed groups.
+    """
     groups: list[list[str]] = []
     size = TOGETHER
     for data in evaluator.datasets:
@@ -135,37 +144,35 @@ def _together(evaluator: Evaluator) -> list[list[str]]:
 
 
 def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
-    """What the path of each model says on each data set.
+    """Summarize the path of each model on each data set: gain, barrier, instability and mode.
 
-    The interval of the gain is the pointwise 95 % normal interval, paired over samples, at the best
-    alpha. It does not allow for that alpha having been chosen as the best on the same samples,
-    which makes the gain optimistic.
+    The 95 % interval of the gain is normal, pointwise and paired over samples, at the best alpha. It does not
+    correct for choosing that alpha on the same samples, which makes the gain optimistic.
 
     Args:
-        rows: of :func:`interpolation`; rows of other studies among them are left aside.
-        xi: the accuracy, as a fraction, from which on a gain is high.
+        rows: rows of :func:`interpolation`; rows of other studies are ignored.
+        xi: smallest gain in accuracy that counts as high, a fraction in [0, 1): 0.02 is two points.
 
     Returns:
         One row per (model, data set), in the order of first appearance:
 
         - ``zero_shot``, ``fine_tuned``: A(0) and A(1);
-        - ``gain`` (Eq. 2): max over alpha of A(alpha) - A(0), hence never negative, with
-          ``gain_se``, ``gain_low``, ``gain_high`` and the smallest alpha that reaches it,
-          ``best_alpha``;
-        - ``barrier`` (Eq. 1), the depth: max over alpha of L(alpha) - L(0), with ``barrier_se`` and
-          ``barrier_alpha``;
-        - ``instability_loss`` (Def. 1): max over alpha of L(alpha) - (L(0) + L(1)) / 2, and
+        - ``gain`` (Eq. 2): max over alpha of A(alpha) - A(0), never negative, with ``gain_se``,
+          ``gain_low``, ``gain_high`` and ``best_alpha``, the smallest alpha that reaches it;
+        - ``barrier`` (Eq. 1), also called depth: max over alpha of L(alpha) - L(0), in nats, with
+          ``barrier_se`` and ``barrier_alpha``;
+        - ``instability_loss`` (Def. 1): max over alpha of L(alpha) - (L(0) + L(1)) / 2, in nats, and
           ``instability_accuracy``: (A(0) + A(1)) / 2 - min over alpha of A(alpha);
-        - ``mode``: *failure* when no alpha beats A(0), *high gain* when one does by at least xi,
-          otherwise *gain*; missing on data that are in distribution, where it is not defined;
-        - ``ood``, ``samples``, ``alphas`` (how many), ``xi``.
+        - ``mode``: *failure* if no alpha beats A(0), *high gain* if one does by at least ``xi``, otherwise
+          *gain*; missing for data in distribution, where it is not defined;
+        - ``ood``, ``samples``, ``alphas`` (the number of positions), ``xi``.
 
-        A loss that is not finite at any alpha makes barrier and loss instability not finite too.
+        If the loss is not finite at some alpha, neither are barrier and loss instability.
 
     Raises:
-        TypeError: no table of rows, xi that is no number.
-        ValueError: xi outside [0, 1), no rows of an interpolation, or a (model, data set) whose
-            positions :func:`check_alphas` refuses, such as those of a run that was stopped.
+        TypeError: ``rows`` is not a table of rows, or ``xi`` is not a number.
+        ValueError: ``xi`` is outside [0, 1), there are no rows of an interpolation, or :func:`check_alphas`
+            refuses the positions of a (model, data set), as for an unfinished run.
     """
     if not 0 <= as_number("summarize: xi", xi) < 1:
         raise ValueError(f"summarize: expected xi as a fraction in [0, 1), got {xi}; 2 % is 0.02")
@@ -181,14 +188,20 @@ def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
 
 
 def best_gains(rows: pd.DataFrame) -> pd.Series:
-    """Model -> the highest gain on its path in mean accuracy over the out-of-distribution sets.
+    """Return the best gain of each model in mean out-of-distribution accuracy.
 
-    That is the maximum over alpha > 0 of the mean over data sets of A(alpha) - A(0): negative where no
-    alpha beats zero-shot, so that failures have an order, too. Models are in the order of measurement.
-    Where no data set is out of distribution, all of them count. Raises TypeError for no table of rows.
+    That is the maximum over alpha > 0 of the mean over data sets of A(alpha) - A(0). It is negative if no
+    alpha beats zero-shot, so that failures can be ranked, too.
 
     Args:
-        rows: of :func:`interpolation`; rows of other studies among them are left aside.
+        rows: rows of :func:`interpolation`; rows of other studies are ignored. If no data set is out of
+            distribution, the mean is over all of them.
+
+    Returns:
+        Gains (fractions) indexed by model, in the order of measurement.
+
+    Raises:
+        TypeError: ``rows`` is not a table of rows.
     """
     check_table(rows, "best_gains")
     rows = rows[(rows["study"] == STUDY) & (rows["alpha"] > 0)]
@@ -204,7 +217,7 @@ def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[s
         raise ValueError(f"summarize: {model!r} on {dataset!r}: {error}") from None
     loss, accuracy = curve["loss"].to_numpy(), curve["accuracy"].to_numpy()
     gain, rise = curve["gain"].to_numpy(), curve["rise"].to_numpy()
-    best, worst = int(np.argmax(gain)), int(np.argmax(rise))  # argmax finds a NaN, max hides none
+    best, worst = int(np.argmax(gain)), int(np.argmax(rise))  # unlike max, argmax finds a NaN
     ood = bool(curve["ood"].iloc[0])
     gain_se = float(curve["gain_se"].iloc[best])
     mode = "failure" if gain[best] <= 0 else "high gain" if gain[best] >= xi else "gain"
@@ -232,6 +245,6 @@ def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[s
 
 
 def _above_ends(curve: np.ndarray) -> float:
-    """How far the curve's highest point lies above the mean of its two ends."""
+    """Height of the curve's maximum above the mean of its two ends."""
     ends = (curve[0] + curve[-1]) / 2
     return float(np.max(curve) - ends) if math.isfinite(ends) else math.nan

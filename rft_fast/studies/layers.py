@@ -1,6 +1,6 @@
-"""Figure 2 of the paper: one layer on the path, every other layer held at an end (Def. 1.1).
+"""Figure 2 of the paper: one layer along the path, every other layer held at one end (Def. 1.1).
 
-Its loss along alpha tells stragglers (Def. 1.2): single layers that spoil the interpolation.
+Its loss along alpha identifies stragglers (Def. 1.2): single layers that make the interpolation unstable.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ def layerwise_interpolation(
     only: Collection[int] | None = None,
     sink: Sink | None = None,
 ) -> pd.DataFrame:
-    """Scores each layer at alpha with all other layers zero-shot, on every data set (Def. 1.1).
+    """Measure each layer at alpha with all other layers zero-shot, on every data set (Def. 1.1, Figure 2).
 
-    Layers are taken in the order in which the model runs them, so that what comes before a layer runs
-    once for all of its positions. Layers that are the same at both ends (``path.unchanged``) are not
-    measured: their scores are those of the model with all layers at the end of the others, and a warning
-    names them. The live model is as it was before once the study ends, also
-    when it fails.
+    Layers are measured in the order of execution, so the stages before a layer run once for all of its
+    positions. Layers with equal ends (``path.unchanged``) are not measured, and a warning names them: their
+    scores are those of the model with all layers at the end of the others. On return, and on any error, the
+    live model is restored bit for bit.
 
     Args:
         path: the live model between its two ends.
-        evaluator: scores the path's live model.
-        alphas: positions in [0, 1], with 0 and 1 among them.
+        evaluator: scores the live model of ``path`` on one or more data sets.
+        alphas: positions in [0, 1], including 0 and 1.
         layers: names or ``re:`` patterns of layers of the path; None: all of them.
-        others: where the other layers are, ``"zeroshot"`` or ``"finetuned"``.
+        others: end at which the other layers are held, ``"zeroshot"`` or ``"finetuned"``.
         model: name of the fine-tuned model, written into the rows.
-        zeroshot: as in :func:`rft_fast.studies.interpolation`; of use where the others are there.
-        only: numbers of the measurements to make; None: all. There is one for each (data set, layer),
-            numbered in the evaluator's order of its data sets and, for each of them, in that of the layers.
-        sink: called with each measurement's number and rows as soon as it is made.
+        zeroshot: scores at alpha = 0 by data set, as in :func:`rft_fast.studies.interpolation`; used if
+            ``others`` is ``"zeroshot"``.
+        only: numbers of the measurements to make; None: all. There is one per (data set, layer), numbered
+            from 0 in the evaluator's order of data sets and, for each of them, in the order of the layers.
+        sink: called with the number and the rows of each measurement as soon as it is made.
 
     Returns:
-        One row per (data set, layer, alpha) with the columns of :data:`rft_fast.studies.COLUMNS`.
-        ``gain``, ``rise`` and the two instabilities (Def. 1) compare with the layer's own ends, paired
-        over samples. The end at which the other layers are is measured once for all layers.
+        One row per (data set, layer, alpha), with the columns of :data:`rft_fast.studies.COLUMNS`. ``gain``,
+        ``rise`` and the two instabilities (Def. 1) are relative to the layer's own ends and paired over
+        samples. The position where the layer joins the others is measured once for all layers.
 
     Raises:
-        TypeError: arguments of other types.
-        ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, an unknown layer
-            (with the nearest names) or an inert one (with the reason), an evaluator of another model,
-            numbers that there are none of.
+        TypeError: an argument has a wrong type.
+        ValueError: :func:`rft_fast.studies.check_alphas` refuses the positions, a layer is unknown (the
+            message lists the nearest names) or inert (with the reason), the evaluator belongs to another
+            model, or ``only`` holds a number that no measurement has.
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
@@ -95,7 +95,7 @@ def layerwise_interpolation(
         if data.name not in known:
             with path.at(rest):
                 known[data.name] = evaluator.among([data.name]).scores()[data.name]
-        once = perf_counter() - start  # counts in the first row
+        once = perf_counter() - start  # part of the first row
         moved = {layer: spans[layer] for layer in numbers if layer not in unchanged}
         curves = _curves(path, evaluator.among([data.name]), grid, rest, moved)
         still = (
@@ -114,14 +114,14 @@ def layerwise_interpolation(
 def _curves(
     path: Path, evaluator: Evaluator, grid: Sequence[float], rest: float, spans: Mapping[str, tuple[int, int]]
 ) -> Generator[tuple[str, dict[float, Scores], float]]:
-    """Each layer, its scores on one data set where it is not with the rest, and how long one of them took."""
+    """Yield each layer, its scores at every alpha other than ``rest``, and the seconds per position."""
     if not spans:
         return
     moves = [alpha for alpha in grid if alpha != rest]
     pieces = evaluator.pieces()
     with path.at(rest):
-        # What comes before the layers is held for one piece at a time: where there are several, each is
-        # taken through a few layers before the next, so that these are finished.
+        # Activations before the layers are held for one piece at a time. With several pieces, each goes
+        # through a few layers before the next one, so that these layers are finished.
         walks = [piece.walk() for piece in pieces] if len(pieces) == 1 else []
         for chunk in chunks(list(spans), 1 if walks else AT_ONCE):
             found: dict[str, list[Scores]] = {}
@@ -162,29 +162,32 @@ def _row(
 
 
 def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
-    """Which layers are stragglers (Def. 1.2), by a stated rule.
+    """Find the straggler layers (Def. 1.2) by a statistical test.
 
-    A layer's instability (Def. 1) is the largest of ``L(alpha) - (L(0) + L(1)) / 2`` over alpha. It is a
-    straggler when the lower end of its one-sided 95 % interval (Student's t over images,
-    Bonferroni-corrected for all layers and positions of its model and data set) lies above ``margin``,
-    and the loss there above the loss at alpha = 0 by the same rule: Def. 1 alone would also count half
-    of any *improvement*. Layers at which no loss of any image changes, as where both ends are the same
-    weights, are none, and are not counted by the correction.
+    The instability of a layer (Def. 1) is the maximum over alpha of ``L(alpha) - (L(0) + L(1)) / 2``. A
+    layer is a straggler if, at that alpha, the lower bound of its instability exceeds ``margin`` and that of
+    its rise in loss over alpha = 0 exceeds zero (without the second condition, half of any *improvement*
+    would count). The bounds are one-sided at 95 %, by Student's t over images, Bonferroni-corrected for all
+    layers and positions of the model and data set. Layers that change no loss of any image, as with equal
+    ends, are not stragglers and are not counted in the correction.
 
     Args:
-        rows: of :func:`layerwise_interpolation`; rows of other studies among them are left aside.
-        margin: in nats; instabilities below it do not matter.
+        rows: rows of :func:`layerwise_interpolation`; rows of other studies are ignored.
+        margin: smallest instability that matters, in nats, at least 0.
 
     Returns:
-        One row per (model, data set, others, layer) in the order of measurement: ``instability``,
-        ``instability_se``, ``instability_low`` and the ``alpha`` where it is reached, ``rise`` and
-        ``rise_se`` there, ``instability_accuracy`` (largest over alpha, with ``_se``), ``straggler``,
-        ``unchanged`` (no loss changes), ``margin``, ``ood``, ``samples``, ``alphas`` (how many). Losses that
-        are not finite make a layer's instability not finite; such a layer is a straggler.
+        One row per (model, data set, others, layer), in the order of measurement:
+
+        - ``instability``, ``instability_se``, ``instability_low`` (the lower bound), in nats, reached at
+          ``alpha``; ``rise`` and ``rise_se`` there;
+        - ``instability_accuracy``, ``instability_accuracy_se``: the largest over alpha, a fraction;
+        - ``straggler``: the result; always true if a loss, and with it the instability, is not finite;
+        - ``unchanged``: whether no loss changes; ``margin``, ``ood``, ``samples``, ``alphas`` (the number of
+          positions).
 
     Raises:
-        TypeError: no table of rows, a margin that is no number.
-        ValueError: no rows of the study, or a layer without both of its ends.
+        TypeError: ``rows`` is not a table of rows, or ``margin`` is not a number.
+        ValueError: ``margin`` is negative, there are no rows of the study, or a layer lacks one of its ends.
     """
     if not as_number("stragglers: margin", margin) >= 0:
         raise ValueError(f"stragglers: expected a margin of at least 0 nats, got {margin}")
@@ -193,7 +196,8 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     for (name, dataset, others), group in rows.groupby(["model", "dataset", "others"], sort=False):
         moving = (group["rise"] != 0) | (group["rise_se"] != 0)
         tests = int(moving.groupby(group["layer"]).transform("any").sum())
-        # Student's t over images: so far in its tail the normal one would find stragglers in any few.
+        # Student's t over images: this far in the tail, the normal distribution would find stragglers in few
+        # images.
         t = float(stdtrit(group["samples"].iloc[0] - 1, 1 - 0.05 / max(1, tests)))
         for layer, curve in group.groupby("layer", sort=False):
             try:
@@ -208,7 +212,7 @@ def stragglers(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
 
 
 def _straggler(curve: pd.DataFrame, t: float, margin: float) -> dict[str, object]:
-    at = int(np.argmax(curve["instability"].to_numpy()))  # argmax finds a NaN, max would hide it
+    at = int(np.argmax(curve["instability"].to_numpy()))  # unlike max, argmax finds a NaN
     worst = curve.iloc[at]
     accuracy = curve.iloc[int(np.argmax(curve["instability_accuracy"].to_numpy()))]
     low = worst["instability"] - t * worst["instability_se"]

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ..path import Path
 
 STUDY = "prune"
-NAMED = "named"  # in the place of a criterion, for layers that the caller chose
+NAMED = "named"  # stands for the criterion if the caller chose the layers
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """One way of pruning. No method: the path as it is."""
+    """One way of pruning; ``method`` None is the unpruned path."""
 
     method: Method | None = None
     criterion: str | None = None
@@ -59,52 +59,58 @@ def prune_stragglers(
     only: Collection[int] | None = None,
     sink: Sink | None = None,
 ) -> pd.DataFrame:
-    """Scores the path with straggler layers of the fine-tuned weights pruned (Algorithm 1).
+    """Measure the path with straggler layers of the fine-tuned weights pruned (Alg. 1, Figure 5).
 
-    The live model is as it was before once the study ends, also when it fails.
+    On return, and on any error, the live model is restored bit for bit.
 
     Args:
         path: the live model between its two ends.
-        evaluator: scores the path's live model.
-        alphas: positions in [0, 1], with 0 and 1 among them.
-        keep: the fraction of a straggler's weights that survives, in (0, 1).
-        criterion: how stragglers are told when ``layers`` are not given: ``"sharpness"``, Algorithm 1's:
-            layer-wise sharpness near zero on every data set of the evaluator, see
-            :func:`rft_fast.studies.near_zero`; or ``"instability"``, Def. 1.2: unstable on at least one
-            of them, see :func:`rft_fast.studies.stragglers`.
-        draws: of noise for the sharpness of each layer.
-        layers: names or ``re:`` patterns of the layers to prune, instead of a criterion; the rows then say
-            ``"named"``. Several choices at once: a mapping from what the rows shall say to layers.
-        methods: what becomes of pruned weights w1. ``"zero"``: 0, the paper's; ``"zeroshot"``: w0;
-            ``"rescale"``: w0, and what survives moves 1 / keep as far from w0 (DARE, Yu et al. 2024).
-            These three prune at random, each weight on its own. ``"magnitude"``: 0, for the smallest
-            |w1| of each tensor.
-        seeds: of the random masks, and of the choice of layers for the control; one curve each. In
-            [0, 2**32), as numpy.random.RandomState takes them.
-        control: also prune as many layers chosen at random among the others (all of them, with a warning,
-            where they are fewer).
-        rho: noise scale for the sharpness of each layer.
-        protocol: how that is measured; None: Protocol().
+        evaluator: scores the live model of ``path`` on one or more data sets.
+        alphas: positions in [0, 1], including 0 and 1.
+        keep: fraction of a pruned layer's weights that survives, in (0, 1).
+        criterion: how to find the layers if ``layers`` is None. ``"sharpness"`` (Alg. 1): layer-wise
+            sharpness near zero on every data set (:func:`rft_fast.studies.near_zero`). ``"instability"``
+            (Def. 1.2):
+            straggler on at least one data set (:func:`rft_fast.studies.stragglers`).
+        draws: draws of noise per layer for the sharpness criterion.
+        layers: names or ``re:`` patterns of the layers to prune, instead of a criterion; the column
+            ``criterion`` of the rows is then ``"named"``. For several selections, a mapping from the value of
+            that column to layers.
+        methods: replacements of a pruned weight w1:
+
+            - ``"zero"`` (the paper's): 0;
+            - ``"zeroshot"``: w0;
+            - ``"rescale"`` (DARE, Yu et al. 2024): w0, while survivors move 1 / keep times as far from w0;
+            - ``"magnitude"``: 0, for the weights of smallest ``|w1|`` in each tensor.
+
+            All but the last prune each weight independently at random.
+        seeds: seeds of the random masks and of the control's choice of layers, one curve each; distinct
+            integers in [0, 2**32).
+        control: also prune as many of the other layers, chosen at random; all of them, with a warning, if
+            they are fewer.
+        rho: noise scale for the sharpness criterion.
+        protocol: how the sharpness of the criterion is measured; None: ``Protocol()``.
         model: name of the fine-tuned model, written into the rows.
-        unpruned: (data set, alpha) -> the evaluator's scores on the unpruned path, where they are known;
-            the study adds those that it needs. Only those at alpha = 0 are the same for all models
-            fine-tuned from one.
-        only: numbers of the measurements to make; None: all. There is one for each (curve, alpha), the
-            unpruned curve first, in ascending order of alpha. Which curves there are, the layers to prune
-            decide: give ``layers``.
-        sink: called with each measurement's number and rows as soon as it is made.
+        unpruned: scores on the unpruned path by (data set, alpha), if known; missing ones are measured and
+            added. Models fine-tuned from the same checkpoint share only those at alpha = 0.
+        only: numbers of the measurements to make; None: all. There is one per (curve, alpha), numbered from
+            0, the unpruned curve first, in ascending order of alpha. The layers to prune determine the
+            curves, so
+            give ``layers`` together with this.
+        sink: called with the number and the rows of each measurement as soon as it is made.
 
     Returns:
-        One row per (curve, alpha, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. The
-        unpruned path has no ``method``. ``gain`` and ``rise`` compare with zero-shot, ``change`` with the
-        unpruned path at the same alpha, all paired over samples. When no layer meets a criterion, a
-        warning says so and it has no rows.
+        One row per (curve, alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`;
+        ``method`` is missing on the unpruned path. ``gain`` and ``rise`` are differences to zero-shot,
+        ``change`` is the difference in accuracy to the unpruned path at the same alpha; all are paired over
+        samples. A criterion that no layer meets has no rows, and a warning says so.
 
     Raises:
-        TypeError: arguments of other types.
-        ValueError: positions that :func:`rft_fast.studies.check_alphas` refuses, a bad keep, criterion,
-            method or seed, an unknown or inert layer, an evaluator of another model, numbers that there are
-            none of.
+        TypeError: an argument has a wrong type.
+        ValueError: :func:`rft_fast.studies.check_alphas` refuses the positions, ``keep``, ``criterion``, a
+            method or a seed is out of range, a layer is unknown or inert, the evaluator belongs to another
+            model, or
+            ``only`` holds a number that no measurement has.
     """
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
@@ -131,7 +137,7 @@ def prune_stragglers(
         start = perf_counter()
         base, here = (_unpruned(path, evaluator, at, unpruned) for at in (0.0, alpha))
         scores = here
-        if variant.method is not None and alpha != 0:  # which pruned fine-tuned weights do not reach
+        if variant.method is not None and alpha != 0:  # at 0, fine-tuned weights have no effect
             start = perf_counter()
             with path.at(alpha), _pruned(path, alpha, keep, variant):
                 scores = evaluator.scores()
@@ -154,7 +160,7 @@ def prune_stragglers(
 def _unpruned(
     path: Path, evaluator: Evaluator, alpha: float, known: MutableMapping[tuple[str, float], Scores]
 ) -> dict[str, Scores]:
-    """Scores of the unpruned model, known or else measured and added."""
+    """Scores of the unpruned model at alpha; missing ones are measured and added to ``known``."""
     names = [data.name for data in evaluator.datasets]
     if not all((name, alpha) in known for name in names):
         with path.at(alpha):
@@ -216,7 +222,7 @@ def _variants(
         )
     found = []
     for method in methods:
-        # Pruning by magnitude is not random, so one curve tells all.
+        # Pruning by magnitude is not random, so one curve is enough.
         masks = seeds[:1] if method == "magnitude" else seeds
         found += [_Variant(method, criterion, tuple(chosen), seed, False) for seed in masks]
         if control and others:
@@ -229,14 +235,14 @@ def _variants(
 
 
 def _random(layers: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
-    # RandomState's stream is frozen for good, so a seed means the same layers everywhere.
+    # RandomState's stream is frozen, so a seed selects the same layers everywhere.
     picked = np.random.RandomState(seed).permutation(len(layers))[:count]
     return tuple(layers[index] for index in sorted(picked))
 
 
 @contextmanager
 def _pruned(path: Path, alpha: float, keep: float, variant: _Variant) -> Iterator[None]:
-    """The model, which is at alpha, with the variant's layers pruned."""
+    """Prune the variant's layers of the model, which is at alpha, until the caller's block ends."""
     layers = list(variant.layers)
     if variant.method is None:
         yield
@@ -249,7 +255,7 @@ def _pruned(path: Path, alpha: float, keep: float, variant: _Variant) -> Iterato
         # (1 - alpha) w0 + alpha (w0 + mask (w1 - w0) / keep) is the masked path at alpha / keep.
         at = alpha / keep if variant.method == "rescale" else alpha
         fill: Fill = "zero" if variant.method == "zero" else "zeroshot"
-        # Buffers are at alpha, and stay there.
+        # Buffers are already at alpha.
         path.write(at, layers=layers, keep=keep, fill=fill, seed=variant.seed or 0, buffers=False)
         yield
     else:
@@ -262,29 +268,31 @@ def _interpolate(live: Tensor, zeroshot: Tensor, finetuned: Tensor, alpha: float
 
 
 def _largest(values: Tensor, keep: float) -> Tensor:
-    """All but the ``round(keep * n)`` values that are largest in magnitude set to zero."""
+    """Zero all but the ``round(keep * n)`` values of largest magnitude."""
     flat = values.detach().flatten()
     kept = flat.abs().topk(round(keep * flat.numel())).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(values)
 
 
 def pruning_effect(rows: pd.DataFrame) -> pd.DataFrame:
-    """What pruning did to accuracy, over mask seeds.
+    """Summarize the effect of pruning on accuracy, over mask seeds.
 
     Args:
-        rows: of :func:`prune_stragglers`; rows of other studies among them are left aside.
+        rows: rows of :func:`prune_stragglers`; rows of other studies are ignored.
 
     Returns:
-        One row per (model, data set, criterion, method, keep, control): ``layers`` (of the first seed),
-        ``seeds`` (how many); ``change``, the mean over seeds and over alpha > 0 of A(pruned) - A(unpruned),
-        and ``change_se``, its standard error over seeds for the images at hand (NaN for one seed);
-        ``gain``, the highest mean over seeds of A(alpha) - A(0), where it is (``best_alpha``), and
-        ``unpruned_gain``, the same for the unpruned path. Choosing the best alpha on the same images makes
-        both gains optimistic, the mean change not.
+        One row per (model, data set, criterion, method, keep, control):
+
+        - ``layers`` (of the first seed), ``seeds`` (their number);
+        - ``change``: mean over seeds and over alpha > 0 of A(pruned) - A(unpruned), with ``change_se``, its
+          standard error over seeds for the given images (NaN for one seed);
+        - ``gain``: maximum over alpha of the mean over seeds of A(alpha) - A(0), reached at ``best_alpha``;
+          ``unpruned_gain``: the same without pruning. Choosing alpha on the same images makes both gains
+          optimistic, but not ``change``.
 
     Raises:
-        TypeError: no table of rows.
-        ValueError: no rows of the study.
+        TypeError: ``rows`` is not a table of rows.
+        ValueError: there are no rows of the study.
     """
     rows = of_study(rows, STUDY, "pruning_effect")
     keys = ["model", "dataset", "criterion", "method", "keep", "control"]

@@ -1,4 +1,4 @@
-"""The one table that every study fills: its columns, and rows as a DataFrame."""
+"""The table that all studies share: its columns, and rows as a DataFrame."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores, Walk
 
 Row = dict[str, object]
-# What is called with each measurement as soon as it is made: its number, and its rows. A study's
-# measurements of a model are numbered from 0 in an order that its arguments alone decide, so that any of
-# them can be made at any time, anywhere, and put together.
+# Called with the number and the rows of each measurement as soon as it is made. The arguments of a study
+# alone decide how its measurements are numbered (from 0), so any of them can be made at any time, anywhere,
+# and combined.
 Sink = Callable[[int, list[Row]], object]
 
-# Column -> pandas type. Every study fills what it measures; the rest is missing. Losses and what is
-# made of them are in nats; accuracies and what is made of them are fractions. <name>_se is the
+# Column -> pandas dtype. A study fills what it measures; the rest is missing. Losses and quantities derived
+# from them are in nats; accuracies and quantities derived from them are fractions. <name>_se is the
 # standard error of <name>.
 COLUMNS: dict[str, str] = {
     "study": "string",
     "model": "string",
     "dataset": "string",
-    "ood": "boolean",  # is the data set out of distribution for the fine-tuned models?
+    "ood": "boolean",  # whether the data set is out of distribution for the fine-tuned models
     # What was written.
-    "layer": "string",  # the layer that differs from the rest; several: joined by ", "; missing: all
-    "others": "string",  # where the other layers are: zeroshot or finetuned; missing: on the path, too
+    "layer": "string",  # the layer that differs from the others; several: joined by ", "; missing: all layers
+    "others": "string",  # end of the other layers: zeroshot or finetuned; missing: at alpha, too
     "alpha": "float64",
     "rho": "float64",
     "on": "string",
     "noise": "string",
     "adaptive": "boolean",
     "keep": "float64",
-    "method": "string",  # what became of pruned weights: zero, zeroshot, rescale, magnitude
-    "criterion": "string",  # how the pruned layers were chosen: sharpness, instability, named
-    "control": "boolean",  # were they replaced by as many others, at random?
+    "method": "string",  # replacement of pruned weights: zero, zeroshot, rescale, magnitude
+    "criterion": "string",  # choice of the pruned layers: sharpness, instability, named
+    "control": "boolean",  # whether as many other layers, chosen at random, were pruned instead
     # How it was measured.
     "estimator": "string",
-    "noise_batch": "Int64",  # noise anew for every so many images; missing: one draw for all
-    "normalized": "boolean",  # were the logits normalised before the loss?
+    "noise_batch": "Int64",  # images per draw of noise; missing: one draw for all images
+    "normalized": "boolean",  # whether logits were normalised before the loss
     "seed": "Int64",
-    "draws": "Int64",  # of noise; of the worst case: steps
+    "draws": "Int64",  # draws of noise; for the worst case, steps
     "samples": "Int64",
-    "skipped": "Int64",  # images that could not be read, and were left out
-    "nonfinite": "Int64",  # how many losses were NaN or infinite; they are in the means
+    "skipped": "Int64",  # unreadable images that were left out
+    "nonfinite": "Int64",  # losses that were NaN or infinite; the means include them
     # What came out.
     "loss": "float64",
     "loss_se": "float64",
@@ -68,17 +68,17 @@ COLUMNS: dict[str, str] = {
     "change_se": "float64",
     "sharpness": "float64",
     "sharpness_se": "float64",
-    "reached": "boolean",  # was the wanted standard error reached? missing: none was wanted
+    "reached": "boolean",  # whether the requested standard error was reached; missing: none requested
     "precision": "string",
     "seconds": "float64",
 }
 
-# Seeds that rows can hold: integers of the table, and of the database, are signed and have 64 bits.
+# Upper bound of seeds: integers of the table and the database are signed and have 64 bits.
 SEEDS = 2**63
 
 
 def check_table(rows: object, caller: str) -> None:
-    """Raises TypeError for what is no table of rows."""
+    """Raise TypeError unless ``rows`` is a table of rows."""
     if not isinstance(rows, pd.DataFrame) or "study" not in rows:
         raise TypeError(
             f"{caller}: expected a DataFrame with the columns of rft_fast.studies.COLUMNS, as the studies "
@@ -87,7 +87,12 @@ def check_table(rows: object, caller: str) -> None:
 
 
 def of_study(rows: pd.DataFrame, study: str, caller: str) -> pd.DataFrame:
-    """The rows of one study. Raises TypeError for what is no table of rows, ValueError without any."""
+    """Select the rows of one study.
+
+    Raises:
+        TypeError: ``rows`` is not a table of rows.
+        ValueError: there are no rows of this study.
+    """
     check_table(rows, caller)
     rows = rows[rows["study"] == study]
     if rows.empty:
@@ -96,10 +101,10 @@ def of_study(rows: pd.DataFrame, study: str, caller: str) -> pd.DataFrame:
 
 
 def complete(row: Mapping[str, object]) -> Row:
-    """The row with every column of :data:`COLUMNS` in order, ``None`` where it has no value.
+    """Return the row with every column of :data:`COLUMNS`, in order; ``None`` where it has no value.
 
     Raises:
-        ValueError: a name that is no column.
+        ValueError: a name is not a column.
     """
     unknown = sorted(set(row) - set(COLUMNS))
     if unknown:
@@ -108,10 +113,10 @@ def complete(row: Mapping[str, object]) -> Row:
 
 
 def frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    """Rows as a DataFrame with the columns and types of :data:`COLUMNS`.
+    """Convert rows to a DataFrame with the columns and dtypes of :data:`COLUMNS`.
 
     Raises:
-        ValueError: a name that is no column.
+        ValueError: a name is not a column.
     """
     table = [complete(row) for row in rows]
     return pd.DataFrame(
@@ -120,11 +125,17 @@ def frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
 
 
 class Measured:
-    """The rows of a study, as its measurements are made.
+    """The rows of a study, collected while its measurements are made.
 
-    count: how many measurements there are. only: numbers of those to make; None: all. sink: told of each.
+    Args:
+        study: name of the study, for messages.
+        count: number of measurements in the study.
+        only: numbers of the measurements to make; None: all.
+        sink: called with the number and the rows of each measurement.
 
-    Raises ValueError for numbers that there are none of.
+    Raises:
+        TypeError: ``only`` does not hold integers.
+        ValueError: a number outside 0 to ``count - 1``.
     """
 
     def __init__(self, study: str, count: int, only: Collection[int] | None, sink: Sink | None) -> None:
@@ -141,42 +152,43 @@ class Measured:
         self._rows: dict[int, list[Row]] = {}
 
     def wants(self, number: int) -> bool:
-        """Whether this one is to be made."""
+        """Whether this measurement has to be made."""
         return number in self._only
 
     def add(self, number: int, rows: Iterable[Mapping[str, object]]) -> None:
-        """A measurement that was made."""
+        """Record a finished measurement and pass it to the sink."""
         self._rows[number] = [complete(row) for row in rows]
         if self._sink is not None:
             self._sink(number, self._rows[number])
 
     def frame(self) -> pd.DataFrame:
-        """All rows, in the order of the measurements' numbers."""
+        """Return all rows, ordered by measurement number."""
         return frame(row for number in sorted(self._rows) for row in self._rows[number])
 
 
 T = TypeVar("T")
 
-AT_ONCE = 8  # layers that are finished together where the images come in several pieces
+AT_ONCE = 8  # layers measured together where the images come in several pieces
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """The items, so many at a time."""
+    """Split a sequence into pieces of at most ``size`` items."""
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 def walk_to(walk: Walk, stage: int) -> None:
-    """Takes a walk on to before this station, by way of all that lie between.
+    """Advance a walk to just before ``stage``, through every stage in between.
 
-    What is held there may be laid out in memory otherwise than what goes on at once, and that rounds
-    otherwise: without this, the bits would depend on which layers were measured before.
+    Activations kept at a stage may have another memory layout than those passed straight on, and therefore
+    round differently. Stopping at every stage makes the bits independent of which layers were measured
+    before.
     """
     for station in range(walk.stage + 1, stage + 1):
         walk.advance(station)
 
 
 def only_one(scores: Mapping[str, Scores]) -> Scores:
-    """The scores on the one data set that there is."""
+    """Return the scores on the only data set."""
     (score,) = scores.values()
     return score
 
@@ -184,7 +196,10 @@ def only_one(scores: Mapping[str, Scores]) -> Scores:
 def scored(
     study: str, evaluator: Evaluator, dataset: str, scores: Mapping[str, Scores], seconds: float
 ) -> dict[str, object]:
-    """What every row says of scores on a data set; its share of the seconds is by samples."""
+    """The columns that every row of scores has.
+
+    ``seconds`` is divided among the data sets of ``scores`` in proportion to their samples.
+    """
     score = scores[dataset]
     (data,) = (data for data in evaluator.datasets if data.name == dataset)
     return {

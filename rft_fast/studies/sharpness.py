@@ -1,4 +1,4 @@
-"""Figures 3 and 4 of the paper: how much the loss rises under noise, for the model and layer by layer."""
+"""Figures 3 and 4 of the paper: the rise of the loss under noise, of the whole model and layer by layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit  # Student's t, inverted; scipy.stats takes ten times as long to load
+from scipy.special import stdtrit  # quantiles of Student's t; scipy.stats takes ten times as long to load
 
 from ..names import ZERO_MARGIN, Names, On
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
@@ -38,37 +38,41 @@ def sharpness(
     only: Collection[int] | None = None,
     sink: Sink | None = None,
 ) -> pd.DataFrame:
-    """General sharpness along the path (Eq. 3): ``E[L(w + delta)] - L(w)``, all layers perturbed.
+    """Measure general sharpness along the path (Eq. 3, Figure 3): ``E[L(w + delta)] - L(w)``.
 
-    ``delta ~ N(0, rho^2 diag(c^2))``, ``c = |w|`` when adaptive, at ``w = theta(alpha)``. The live model
-    is as it was before once the study ends, also when it fails.
+    All layers of ``w = theta(alpha)`` are perturbed by ``delta ~ N(0, rho^2 diag(c^2))``, with ``c = |w|`` if
+    adaptive (the default), otherwise 1. On return, and on any error, the live model is restored bit for bit.
 
     Args:
         path: the live model between its two ends.
-        evaluator: scores the path's live model, with its own loss.
-        alphas: finite positions, each once.
-        rhos: noise scales above 0, each once; the paper's Figure 3 has 1.0.
-        draws: of noise, for each (alpha, rho, data set); what else they are, see
-            :class:`rft_fast.studies.Protocol`.
-        protocol: how it is measured; None: Protocol(). Where its ``on`` is None,
-            ``"interpolated"``.
+        evaluator: scores the live model of ``path`` on one or more data sets.
+        alphas: positions on the path, finite and distinct; 0 is zero-shot, 1 is fine-tuned.
+        rhos: noise scales, above 0 and distinct; the paper's Figure 3 uses 1.0.
+        draws: draws of noise per (alpha, rho, data set); Hessian products or steps with the estimators that
+            :class:`rft_fast.studies.Protocol` describes.
+        protocol: estimator, noise and stopping rule; None: ``Protocol()``. Its ``on`` defaults to
+            ``"interpolated"`` here.
         model: name of the fine-tuned model, written into the rows.
-        only: numbers of the measurements to make; None: all. There is one for each (alpha, data set),
-            numbered in ascending order of alpha and, for each alpha, in the evaluator's order of its sets.
-            At alpha = 0 they are the same for all models fine-tuned from one.
-        sink: called with each measurement's number and rows as soon as it is made.
+        only: numbers of the measurements to make; None: all. There is one per (alpha, data set), numbered
+            from 0 in ascending order of alpha and, for each alpha, in the evaluator's order of data sets.
+            Those at alpha = 0 are the same for all models fine-tuned from one checkpoint.
+        sink: called with the number and the rows of each measurement as soon as it is made.
 
     Returns:
-        One row per (alpha, rho, data set) with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is
-        the clean loss plus ``sharpness``: of the estimators ``"plain"`` and ``"antithetic"`` that is the mean
-        over the draws, of ``"gradient"`` over draws less <gradient, delta>, of ``"hessian"`` the limit for
-        small rho, and of the worst case the loss there. ``accuracy`` is the mean over the draws; of
-        ``"hessian"`` that of the clean model. Standard errors are those of the draws, for the images at
-        hand. ``reached`` tells whether a wanted standard error was.
+        One row per (alpha, rho, data set), with the columns of :data:`rft_fast.studies.COLUMNS`:
+
+        - ``sharpness``, in nats, with ``sharpness_se`` and ``draws``. Standard errors are over draws, for the
+          given images; NaN for a single draw and for the worst case;
+        - ``loss``: the clean loss plus ``sharpness``. This is the mean loss over draws for ``"plain"`` and
+          ``"antithetic"``, that mean without the part linear in delta for ``"gradient"``, the limit of small
+          rho for ``"hessian"``, and the highest loss found for the worst case;
+        - ``accuracy``: the mean over draws, a fraction; of the clean model for ``"hessian"``;
+        - ``reached``: whether the standard error requested by ``protocol.goal`` was reached.
 
     Raises:
-        TypeError: arguments of other types; draws, alphas or rhos that are no numbers.
-        ValueError: bad alphas, rhos or draws, an evaluator of another model, numbers that there are none of.
+        TypeError: an argument has a wrong type.
+        ValueError: alphas, rhos or draws out of range, the evaluator belongs to another model, or ``only``
+            holds a number that no measurement has.
     """
     protocol = _on(protocol, "interpolated")
     check_evaluator(path, evaluator, STUDY)
@@ -89,31 +93,44 @@ def layerwise_sharpness(
     only: Collection[int] | None = None,
     sink: Sink | None = None,
 ) -> pd.DataFrame:
-    """Sharpness of each layer along the path (Sec. 3.1).
+    """Measure the sharpness of each layer along the path (Sec. 3.1, Figure 4).
 
-    One layer of the *fine-tuned* weights is perturbed, then the whole model interpolated as usual, so
-    that at alpha = 0 it is exactly zero; ``Protocol(on="interpolated")`` perturbs the interpolated
-    weights instead. Layers are taken in the order in which the model runs them, so that what comes
-    before a layer runs once for all of its draws. The live model is as it was before once the
-    study ends, also when it fails.
+    One layer i of the *fine-tuned* weights is perturbed, ``w1 + rho * |w1| * eps``, then the whole model is
+    interpolated as usual: ``S_i(alpha) = E[L(theta(alpha; w1 perturbed in i))] - L(theta(alpha))``, exactly
+    zero at alpha = 0. ``Protocol(on="interpolated")`` perturbs layer i of ``theta(alpha)`` instead. Layers
+    are measured in the order of execution, so the stages before a layer run once for all of its draws. On
+    return, and on any error, the live model is restored bit for bit.
 
     Args:
+        path: the live model between its two ends.
+        evaluator: scores the live model of ``path`` on one or more data sets.
+        alphas: positions on the path, finite and distinct; 0 is zero-shot, 1 is fine-tuned.
+        rhos: noise scales, above 0 and distinct.
+        draws: draws of noise per (alpha, data set, layer, rho); Hessian products or steps with the estimators
+            that :class:`rft_fast.studies.Protocol` describes.
         layers: names or ``re:`` patterns of layers of the path; None: all of them.
-        protocol: how it is measured; None: Protocol(). Where its ``on`` is None, ``"finetuned"``.
-
-        only: as in :func:`sharpness`, but there is a measurement for each (alpha, data set, layer), numbered
-            in that order; with the estimator ``"hessian"``, whose products serve all layers, for each (alpha,
-            data set).
-
-    The other arguments are those of :func:`sharpness`.
+        protocol: estimator, noise and stopping rule; None: ``Protocol()``. Its ``on`` defaults to
+            ``"finetuned"`` here.
+        model: name of the fine-tuned model, written into the rows.
+        only: numbers of the measurements to make; None: all. There is one per (alpha, data set, layer),
+            numbered from 0 in that order; with the estimator ``"hessian"``, whose products serve all layers,
+            one per (alpha, data set).
+        sink: called with the number and the rows of each measurement as soon as it is made.
 
     Returns:
-        One row per (alpha, data set, layer, rho), as :func:`sharpness`.
+        One row per (alpha, data set, layer, rho), with the columns of :data:`rft_fast.studies.COLUMNS`.
+        ``sharpness`` is in nats; :func:`sharpness` describes it and ``loss``, ``accuracy``, ``reached`` and
+        their standard errors.
 
     Raises:
-        TypeError: as :func:`sharpness`.
-        ValueError: as :func:`sharpness`, and an unknown layer (with the nearest names) or an inert one
-            (with the reason).
+        TypeError: an argument has a wrong type.
+        ValueError: alphas, rhos or draws out of range, a layer that is unknown (the message lists the nearest
+            names) or inert (with the reason), an evaluator of another model, or a number in ``only`` that no
+            measurement has.
+
+    Example:
+        >>> rows = rft.studies.layerwise_sharpness(path, evaluator, alphas=[0.0, 0.5, 1.0], rhos=[1.0])
+        >>> rft.studies.near_zero(rows).query("near_zero")["layer"]
     """
     protocol = _on(protocol, "finetuned")
     check_evaluator(path, evaluator, LAYER_STUDY)
@@ -123,7 +140,7 @@ def layerwise_sharpness(
 
 
 def _on(protocol: Protocol | None, default: On) -> Protocol:
-    """The protocol with the study's own ``on`` where it has none."""
+    """The protocol, with the study's default for ``on`` if it has none."""
     protocol = Protocol() if protocol is None else protocol
     if not isinstance(protocol, Protocol):
         raise TypeError(f"sharpness: protocol: expected a rft_fast.studies.Protocol, got {protocol!r}")
@@ -183,7 +200,7 @@ def _measured(found: Estimate) -> dict[str, object]:
 
 
 def _numbers(name: str, values: Iterable[float]) -> list[float]:
-    """Finite numbers in ascending order, each once."""
+    """Sort finite, distinct numbers; refuse others."""
     numbers = ascending(name, values)
     if not numbers or not all(map(math.isfinite, numbers)) or len(set(numbers)) < len(numbers):
         raise ValueError(f"{name}: expected finite numbers, each once and at least one; got {numbers}")
@@ -191,26 +208,26 @@ def _numbers(name: str, values: Iterable[float]) -> list[float]:
 
 
 def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
-    """Which layers have no sharpness to speak of, Algorithm 1's criterion, by a stated rule.
+    """Find the layers whose sharpness is near zero (the criterion of Alg. 1) by an equivalence test.
 
-    A layer counts as near zero when at every alpha > 0 the whole two-sided 95 % interval of its sharpness
-    lies within ``margin`` of zero: ``|S| + t * se < margin``, with Student's t for ``draws - 1`` (pairs - 1)
-    degrees of freedom. A wide interval is no evidence, so a layer without a finite standard error
-    is never near zero.
+    A layer is near zero if, at every alpha > 0, the two-sided 95 % interval of its sharpness lies within
+    ``margin`` of zero: ``|S| + t * se < margin``, with Student's t for ``draws - 1`` degrees of freedom
+    (``pairs - 1`` for antithetic draws). A wide interval is no evidence, so a layer without a finite
+    standard error is never near zero.
 
     Args:
-        rows: of :func:`layerwise_sharpness`; rows of other studies among them are left aside.
-        margin: in nats.
+        rows: rows of :func:`layerwise_sharpness`; rows of other studies are ignored.
+        margin: largest sharpness that counts as zero, in nats, above 0.
 
     Returns:
-        One row per (model, data set, on, rho, estimator, noise, adaptive, noise_batch, normalized, layer) in
-        the order of measurement, with what was found where the interval reaches furthest from zero:
-        ``sharpness``, ``sharpness_se``, its far end ``bound``, ``alpha``, ``draws``; and ``near_zero``,
-        ``margin``.
+        One row per (model, data set, on, rho, estimator, noise, adaptive, noise_batch, normalized, layer), in
+        the order of measurement: ``near_zero`` and ``margin``, and, from the alpha whose interval reaches
+        furthest from zero, ``alpha``, ``sharpness``, ``sharpness_se``, ``bound`` (the far end, in nats) and
+        ``draws``.
 
     Raises:
-        TypeError: no table of rows, a margin that is no number.
-        ValueError: no rows of the study with alpha > 0, a margin that is not above 0.
+        TypeError: ``rows`` is not a table of rows, or ``margin`` is not a number.
+        ValueError: ``margin`` is not above 0, or there are no rows of the study with alpha > 0.
     """
     if not as_number("near_zero: margin", margin) > 0:
         raise ValueError(f"near_zero: expected a margin above 0 nats, got {margin}")
@@ -223,7 +240,7 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     for key, group in rows.groupby(keys, sort=False, dropna=False):
         bounds = group["sharpness"].abs() + student_t(group) * group["sharpness_se"]
         bounds = bounds.to_numpy(dtype=float, na_value=np.nan)
-        at = int(np.argmax(bounds))  # argmax finds a NaN, max would hide it
+        at = int(np.argmax(bounds))  # unlike max, argmax finds a NaN
         worst = group.iloc[at]
         fact = {name: worst[name] for name in ("sharpness", "sharpness_se", "alpha", "draws")}
         near = bool(bounds[at] < margin)
@@ -232,7 +249,7 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
 
 
 def student_t(rows: pd.DataFrame) -> pd.Series:
-    """For each row of a sharpness, Student's t of its two-sided 95 % interval; NaN for a single draw."""
+    """Student's t of the two-sided 95 % interval of each row's sharpness; NaN for a single draw."""
     pairs = (rows["estimator"] == "antithetic").to_numpy(dtype=bool, na_value=False)
     freedom = (rows["draws"] // np.where(pairs, 2, 1) - 1).astype("float64")
     return pd.Series(stdtrit(freedom.where(freedom > 0), 0.975), index=rows.index)

@@ -1,7 +1,7 @@
-"""How a sharpness is measured: draws of noise, products with the Hessian, or the worst case.
+"""Estimators of sharpness: draws of noise, Hessian products, or the worst case.
 
-Every estimator takes one data set, a position on the path, targets (the whole model, or layers) and
-radii rho, and gives an :class:`Estimate` for each target and rho.
+Each takes one data set, a position on the path, targets (the whole model, or layers) and noise scales rho,
+and yields an :class:`Estimate` per target and rho.
 """
 
 from __future__ import annotations
@@ -34,13 +34,23 @@ def estimate(
     draws: int,
     protocol: Protocol,
 ) -> Generator[Results]:
-    """Sharpness at ``alpha`` on one data set, which comes in one or more ``parts``.
+    """Estimate sharpness at ``alpha`` on one data set.
 
-    Gives the results, for all rhos, of targets that are measured :func:`together` as soon as they are there,
-    in the order of the targets' stages. They do not depend on which other targets there are, except those
-    that are measured together. Close it if it is not taken to its end: the live model is at alpha meanwhile.
+    Noise on the fine-tuned weights has no effect at alpha = 0, where sharpness is exactly zero.
 
-    Noise on the fine-tuned weights does not reach alpha = 0, where sharpness is exactly zero.
+    Args:
+        path: the live model between its two ends.
+        parts: evaluators of the data set, or of consecutive parts of it, each with noise of its own.
+        alpha: position on the path.
+        targets: what to perturb, one at a time.
+        rhos: noise scales.
+        draws: draws of noise, Hessian products or steps per target and rho.
+        protocol: estimator, noise and stopping rule.
+
+    Yields:
+        The results, at all rhos, of targets measured :func:`together`, as soon as they exist, in the order
+        of the targets' stages. They do not depend on targets of other groups. Meanwhile the live model is at
+        ``alpha``; close the generator to restore it early.
     """
     if not targets:
         return
@@ -60,7 +70,7 @@ def estimate(
 
 
 def together(targets: Sequence[Target], protocol: Protocol) -> list[list[Target]]:
-    """The targets, those that are measured together in one list: all of them for ``"hessian"``."""
+    """Group the targets that are measured together: all of them for ``"hessian"``, otherwise each alone."""
     if protocol.estimator == "hessian":
         return [list(targets)] if targets else []
     return [[target] for target in targets]

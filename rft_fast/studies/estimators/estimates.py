@@ -1,4 +1,4 @@
-"""What is measured, what comes out, and what all estimators share on the way."""
+"""Inputs and outputs of the estimators, and what they share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What is perturbed: one layer or, without a name, the whole model.
+    """What is perturbed: one layer, or the whole model.
 
-    stage, last: the first and the last station of a walk whose stages read it.
+    Attributes:
+        layer: name of the layer; None: the whole model.
+        stage: first stage of a walk that reads it.
+        last: last stage that does.
     """
 
     layer: str | None
@@ -32,19 +35,27 @@ class Target:
 
     @property
     def layers(self) -> list[str] | None:
-        """As :meth:`rft_fast.Path.write` takes it."""
+        """The layers as :meth:`rft_fast.Path.write` takes them."""
         return None if self.layer is None else [self.layer]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sharpness in nats, and the perturbed model's mean loss and accuracy, with standard errors.
+    """Sharpness, with mean loss and accuracy of the perturbed model.
 
-    loss is the clean model's plus the sharpness: the mean over draws that are ``"plain"`` or
-    ``"antithetic"``; over those of ``"gradient"``, each less <gradient, delta>. The standard errors
-    are those of the draws, for the images at hand; NaN for a single draw. draws: how many were
-    made. nonfinite: how many perturbed losses of single images were NaN or infinite. Of products with
-    the Hessian: accuracy is that of the clean model, nonfinite counts products.
+    Attributes:
+        sharpness: in nats.
+        sharpness_se: its standard error over draws, for the given images; NaN for a single draw.
+        loss: loss of the clean model plus ``sharpness``, in nats: the mean over draws for ``"plain"`` and
+            ``"antithetic"``, the mean less <gradient, delta> for ``"gradient"``.
+        loss_se: as ``sharpness_se``.
+        accuracy: mean over draws, a fraction; of the clean model for Hessian products.
+        accuracy_se: its standard error over draws.
+        draws: number of draws, products or steps made.
+        nonfinite: number of perturbed losses of single images that were NaN or infinite; for Hessian
+            products, number of such products.
+        reached: whether the requested standard error was reached; None: none requested.
+        seconds: duration.
     """
 
     sharpness: float
@@ -63,7 +74,7 @@ Results = dict[tuple[Target, float], Estimate]
 
 
 def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
-    """How far noise of size one moves each live value, float32: c of Eq. 3, while the model is at alpha."""
+    """Scale c of Eq. 3 in float32: how far noise of size one moves each live value. The model is at alpha."""
     on_path = protocol.where == "interpolated"
     if not protocol.adaptive:
         return torch.full_like(weight.live, 1.0 if on_path else alpha)
@@ -72,7 +83,7 @@ def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
 
 
 def draws_for(now: Estimate, protocol: Protocol) -> int:
-    """How many draws promise the wanted standard error; no more than are allowed, and even."""
+    """Number of draws expected to reach the requested standard error; even, at most ``protocol.most``."""
     if protocol.goal is None or now.reached or not math.isfinite(now.sharpness_se):
         return now.draws
     wanted = now.draws * min(4.0, 1.1 * (now.sharpness_se / protocol.goal) ** 2)
@@ -81,13 +92,13 @@ def draws_for(now: Estimate, protocol: Protocol) -> int:
 
 
 def shares_of(parts: Sequence[Evaluator]) -> list[float]:
-    """Which fraction of all images each has."""
+    """Fraction of all images that each part has."""
     counts = [sum(len(data.labels) for data in part.datasets) for part in parts]
     return [count / sum(counts) for count in counts]
 
 
 def clean_scores(parts: Sequence[Evaluator]) -> tuple[float, float, int]:
-    """Loss, accuracy and the number of losses that are not finite, of the model as it is."""
+    """Loss, accuracy and number of non-finite losses of the model as it is."""
     scores = [only_one(part.scores()) for part in parts]
     shares = shares_of(parts)
     loss = sum(share * score.loss for share, score in zip(shares, scores, strict=True))
@@ -96,6 +107,6 @@ def clean_scores(parts: Sequence[Evaluator]) -> tuple[float, float, int]:
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean over draws and its standard error, NaN for a single one."""
+    """Mean over draws and its standard error, NaN for a single draw."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)

@@ -1,4 +1,4 @@
-"""Products with the Hessian: the sharpness of small rho, of all layers at once (Prop. A.1)."""
+"""Hessian products: sharpness in the limit of small rho, for all layers at once (Prop. A.1)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def curvature(
     draws: int,
     protocol: Protocol,
 ) -> Results:
-    """Hutchinson's products with random signs, which serve all targets and radii."""
+    """Estimate the trace by Hutchinson's products with random signs, which serve all targets and rhos."""
     start = perf_counter()
     loss, accuracy, _ = clean_scores(parts)
     weights = path.weights()

@@ -1,4 +1,4 @@
-"""What is asked of an estimator: which one, of what noise, how many draws; checked before anything runs."""
+"""How sharpness is measured: estimator, noise, number of draws; all checked before anything runs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,37 @@ VARIANCE = {"normal": 1.0, "uniform": 1 / 3, "rademacher": 1.0}
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is measured and how; the same noise serves every alpha, model and data set.
+    """How sharpness is measured. The same noise serves every alpha, model and data set.
 
-    on: which weights the noise is added to, ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1); None:
-        where the study's definition has it.
-    noise: ``"normal"``, ``"uniform"`` on (-1, 1) or ``"rademacher"``. adaptive: noise in units of |w|.
-    seed: of the noise, in [0, 2**63): tables hold no more. Draw number d of seed s is the same noise
-        everywhere, forever.
-    noise_batch: noise anew for every so many images (m-sharpness: 128 in the published code); None:
-        one draw serves the whole data set.
-    goal: a wanted standard error in nats. Draws go on until each target has it, or ``most`` are made.
-    estimator:
+    Args:
+        estimator: how the expectation is estimated:
 
-    - ``"plain"``: mean of L(w + delta) - L(w) over draws;
-    - ``"antithetic"``: draws in pairs +delta, -delta, so that odd terms cancel;
-    - ``"gradient"``: each draw less <gradient, delta>, whose mean is zero: one backward pass serves all
-      layers and draws. The strongest where rho is small; it never biases;
-    - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit for small rho (Prop. A.1), by
-      Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
-    - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho, c = |w|
-      when adaptive, by Auto-PGD in as many steps as ``draws``: a lower bound, without a standard
-      error. Holds five copies of the layer's weights.
+            - ``"plain"``: mean over draws of L(w + delta) - L(w);
+            - ``"antithetic"``: draws in pairs +delta, -delta, so that odd terms cancel;
+            - ``"gradient"``: each draw less <gradient, delta>, whose mean is zero. One backward pass serves
+              all layers and draws. Unbiased; most effective at small rho;
+            - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit of small rho (Prop. A.1), by
+              Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
+            - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho (c
+              = |w| if adaptive), by Auto-PGD with ``draws`` steps: a lower bound, without a standard error.
+              Needs
+              memory for five copies of the layer's weights.
 
-    Raises TypeError or ValueError naming the argument.
+        on: weights that the noise is added to: ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1);
+            None: as the study defines it.
+        noise: ``"normal"``, ``"uniform"`` on (-1, 1) or ``"rademacher"``.
+        adaptive: whether noise is scaled by |w|.
+        seed: seed of the noise, in [0, 2**63), as tables hold signed integers. A draw is determined by its
+            number and the seed, on every device.
+        noise_batch: images per draw of noise (m-sharpness; 128 in the published code); None: one draw for the
+            whole data set.
+        goal: standard error to reach, in nats: drawing continues until every target has reached it, or
+            ``most`` draws are made; None: a fixed number of draws.
+        most: largest number of draws with a goal.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range, or does not apply to the estimator; the message names it.
     """
 
     estimator: Estimator = "gradient"
@@ -82,11 +90,11 @@ class Protocol:
 
     @property
     def where(self) -> On:
-        """``on``, or Eq. 3's where nothing is said."""
+        """``on``, or Eq. 3's ``"interpolated"`` if that is None."""
         return self.on or "interpolated"
 
     def check_draws(self, draws: int) -> None:
-        """Raises ValueError or TypeError for a number of draws that cannot be made."""
+        """Raise TypeError or ValueError unless this number of draws can be made."""
         if not _is_int(draws):
             raise TypeError(f"sharpness: draws must be an integer; got {draws!r}")
         if draws < 1:

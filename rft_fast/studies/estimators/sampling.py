@@ -1,4 +1,4 @@
-"""The mean over draws of noise: plain, in antithetic pairs, or less what the gradient foretells."""
+"""The mean over draws of noise: plain, in antithetic pairs, or with the gradient as a control variate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Tally:
-    """What the draws of one target and rho gave so far, a number for each draw."""
+    """Results so far of one target and rho, one number per draw."""
 
     values: list[float] = field(default_factory=list)  # L(w + delta) - L(w)
     controls: list[float] = field(default_factory=list)  # <gradient, delta>
@@ -58,12 +58,10 @@ class _Tally:
 class _View:
     """Some of the images on their way through the stages, with the weights at the position."""
 
-    share: float
-    """Of all images."""
+    share: float  # of all images
     part: int
     walk: Walk
-    clean: float
-    """Their loss."""
+    clean: float  # their loss
     slope: _Slope | None
 
 
@@ -72,7 +70,7 @@ def _views(
 ) -> Iterator[_View]:
     for index, (share, part) in enumerate(zip(shares_of(parts), parts, strict=True)):
         slope = _Slope(path, part, targets) if protocol.estimator == "gradient" else None
-        pieces = part.pieces()  # with the same noise, unlike parts
+        pieces = part.pieces()  # unlike parts, these share their noise
         for portion, piece in zip(shares_of(pieces), pieces, strict=True):
             walk = piece.walk()
             yield _View(share * portion, index, walk, only_one(walk.scores()).loss, slope)
@@ -87,10 +85,10 @@ def sample(
     draws: int,
     protocol: Protocol,
 ) -> Iterator[Results]:
-    """Draws until each target has its goal, or all that it may; in the order of the stages."""
+    """Draw until each target has reached its goal or its most draws; yield targets in the order of stages."""
     targets = sorted(targets, key=lambda target: target.stage)
-    # One walk through all images takes the targets one after the other. Where they come in several, which are
-    # not held together, each is taken through a few targets before the next, so that these are finished.
+    # One walk through all images serves the targets one after another. Where the images come in several
+    # pieces, which are not held together, each piece goes through a few targets before the next one.
     rolling = len(parts) == 1 and len(parts[0].pieces()) == 1
     walks = list(_views(path, parts, targets, protocol)) if rolling else None
     for chunk in chunks(targets, 1 if rolling else AT_ONCE):
@@ -116,7 +114,7 @@ def _draw(
     parts: int,
     protocol: Protocol,
 ) -> float:
-    """Adds the wanted draws to the tallies. Returns the clean loss."""
+    """Add the wanted draws to the tallies; return the clean loss."""
     rhos: dict[Target, list[float]] = {}
     for target, rho in wanted:
         rhos.setdefault(target, []).append(rho)
@@ -146,7 +144,7 @@ def _draw(
 
 @dataclass
 class _Noise:
-    """Draws of noise on a target, written one after the other for one part of the data."""
+    """Draws of noise on one target, written one after another for one part of the data."""
 
     path: Path
     alpha: float
@@ -160,7 +158,7 @@ class _Noise:
     along: list[Tensor] = field(default_factory=list)
 
     def write(self, k: int) -> None:
-        """Perturbs the target by draw number k of these."""
+        """Perturb the target by the k-th of these draws."""
         draw, sign = self.draws[k], 1
         if self.protocol.estimator == "antithetic":
             draw, sign = draw // 2, 1 - 2 * (draw % 2)
@@ -179,7 +177,7 @@ class _Noise:
             self.along.append(self.slope.along(self.target))
 
     def controls(self) -> np.ndarray:
-        """<gradient, delta> of each draw; zeros where no gradient is used."""
+        """<gradient, delta> of each draw; zeros without a gradient."""
         if not self.along:
             return np.zeros(len(self.draws))
         found: np.ndarray = torch.stack(self.along).cpu().numpy()
@@ -187,7 +185,7 @@ class _Noise:
 
 
 class _Slope:
-    """The gradient of a part's loss, and how much of a perturbation goes along it."""
+    """The gradient of a part's loss, and its product with a perturbation."""
 
     def __init__(self, path: Path, part: Evaluator, targets: Iterable[Target]) -> None:
         lives = {target: [w.live for w in path.weights(target.layers)] for target in targets}
@@ -199,10 +197,10 @@ class _Slope:
         self._clean = {target: self._dot(target) for target in self._pairs}
 
     def along(self, target: Target) -> Tensor:
-        """<gradient, delta> for the delta that the live weights have now: float64, 0-d, on their device.
+        """<gradient, delta> of the current perturbation: float64, 0-d, on the weights' device.
 
-        As the difference of two products in float64: the delta itself is never stored, and it is what
-        the live weights really moved by, roundings included.
+        The difference of two products in float64: delta itself is never stored, and roundings of the live
+        weights are included.
         """
         return self._dot(target) - self._clean[target]
 

@@ -1,4 +1,4 @@
-"""The worst case of a ball around the weights, by Auto-PGD (Croce & Hein 2020)."""
+"""The worst case in a ball around the weights, by Auto-PGD (Croce & Hein 2020)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def worst_case(
     steps: int,
     protocol: Protocol,
 ) -> Iterator[Results]:
-    """One target and radius after the other, each from the clean weights."""
+    """Yield the results of one target after another; each search starts at the clean weights."""
     (part,) = parts
     clean, _, _ = clean_scores(parts)
     for target in targets:
@@ -59,7 +59,7 @@ def worst_case(
 class _Climb:
     """Auto-PGD (Croce & Hein 2020) on the loss, in units of c: u = delta / c within a ball of radius rho.
 
-    Starts at u = 0, the clean weights, so that the same request gives the same answer.
+    Starts at u = 0, the clean weights, so that the same call gives the same answer.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class _Climb:
         self._scale = [spread(weight, alpha, protocol) for weight in weights]
 
     def run(self, steps: int) -> None:
-        """Leaves the live weights at the highest loss that was met."""
+        """Leave the live weights at the highest loss found."""
         u = [torch.zeros_like(scale) for scale in self._scale]
         before = u
         loss, slope = self._look(u)
@@ -82,7 +82,7 @@ class _Climb:
         rises, since, best_then, step_then = 0, 0, best_loss, step
         for k in range(1, steps + 1):
             z = self._project([a + step * b for a, b in zip(u, self._direction(slope), strict=True)])
-            # Momentum: three quarters of the new step, one of the last move. None on the first.
+            # Momentum: three quarters of the new step, one quarter of the last move; none in the first step.
             keep = 1.0 if k == 1 else 0.75
             moved = self._project(
                 [a + keep * (c - a) + (1 - keep) * (a - b) for a, b, c in zip(u, before, z, strict=True)]
@@ -93,7 +93,8 @@ class _Climb:
             if loss > best_loss:
                 best, best_loss, best_slope = u, loss, slope
             if k in checks:
-                # Too few steps went up, or neither step nor best loss changed: smaller steps, from the best.
+                # Too few steps went up, or neither step nor best loss changed: halve the step, restart at
+                # the best.
                 stuck = step == step_then and best_loss == best_then
                 step_then, best_then = step, best_loss
                 if rises < 0.75 * since or stuck:
@@ -109,7 +110,7 @@ class _Climb:
             live.copy_(clean + scale * part)
 
     def _look(self, u: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """Loss and its gradient in u."""
+        """Return the loss and its gradient in u."""
         self._move(u)
         loss, gradients = self._part.gradient(self._live)
         for gradient, scale in zip(gradients, self._scale, strict=True):
@@ -135,7 +136,7 @@ def _norm(parts: Sequence[Tensor]) -> float:
 
 
 def _checkpoints(steps: int) -> set[int]:
-    """Where Auto-PGD looks back: after 22 % of the steps, then after ever shorter stretches."""
+    """Steps at which Auto-PGD looks back: after 22 % of them, then after ever shorter intervals."""
     found, last, now = set(), 0.0, 0.22
     while now < 1:
         found.add(math.ceil(now * steps))
