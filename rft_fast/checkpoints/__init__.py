@@ -1,18 +1,20 @@
 """Checkpoint files -> dicts of tensors under one set of names. Nothing in a file is executed.
 
-=============  ==============================================================================
-module         holds
-=============  ==============================================================================
-``values``     tensors that are not made yet, as pickles describe them
-``pickles``    what pickles may call; the machine that reads them is :mod:`rft_fast.common.pickles`
-``foreign``    files that hold no weights: what they are, and what to do
-``containers`` bytes of a file -> what it holds
-``activation`` QuickGELU or GELU: what a file says of its model
-``layouts``    what it holds -> the format, and tensors under canonical names
-``lineage``    two checkpoints side by side
-``reading``    one file -> all of the above
-``sources``    files, open_clip's pretrained tags and Hugging Face repositories -> a file
-=============  ==============================================================================
+===================  =========================================================================
+module               holds
+===================  =========================================================================
+``canonical``        names of tensors, whatever file they come from
+``stored``           what files store, as they describe it, and tensors made of that
+``pickled_tensors``  what pickles may call; their reader is :mod:`rft_fast.common.pickles`
+``foreign``          files that hold no weights: what they are, and what to do
+``torch_files``      files of torch.save, and TorchScript archives
+``containers``       bytes of a file -> what it holds; safetensors
+``activation``       QuickGELU or GELU: what a file says of its model
+``layouts``          what it holds -> the format, and tensors under canonical names
+``lineage``          two checkpoints side by side
+``reading``          one file -> all of the above
+``sources``          files, open_clip's pretrained tags and Hugging Face repositories -> a file
+===================  =========================================================================
 
 ``python -m rft_fast.checkpoints FILE [FILE2]`` shows what is in a file, or whether two are ends of one path.
 """
@@ -24,7 +26,7 @@ from rft_fast.names import FORMATS
 
 if TYPE_CHECKING:
     from .activation import Activation, Tensors
-    from .containers import SUPPORTED
+    from .foreign import SUPPORTED
     from .layouts import TRAINING_FIELDS
     from .lineage import Kinship, Lineage, compare, kinship, moved_rows
     from .reading import Checkpoint, load, load_head, read, sha256
@@ -33,7 +35,7 @@ else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         activation="Activation Tensors",
-        containers="SUPPORTED",
+        foreign="SUPPORTED",
         layouts="TRAINING_FIELDS",
         lineage="Kinship Lineage compare kinship moved_rows",
         reading="Checkpoint load load_head read sha256",

@@ -12,11 +12,10 @@ from ..common import program
 from ..common.words import message, visible
 from ..names import FORMATS
 from ..path import layers
+from .canonical import HEAD_WEIGHT, TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
 
 @program.command("checkpoints")
@@ -92,11 +91,11 @@ def _part(name: str) -> str:
         return "image tower"
     if first == "classification_head":
         return "head"
-    return "text tower" if first in _TEXT else "other"
+    return "text tower" if first in ("text", *TEXT) else "other"
 
 
 def _classes(part: str, tensors: Mapping[str, Tensor]) -> str:
-    weight = tensors.get("classification_head.weight")
+    weight = tensors.get(HEAD_WEIGHT)
     return (
         f", {weight.shape[0]} classes" if part == "head" and weight is not None and weight.ndim == 2 else ""
     )

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import IO
 
+SUPPORTED = (
+    "safetensors files, files of torch.save, old and new, pickles of whole modules, and TorchScript archives"
+)
 FIRST = 512  # bytes that decide
 _LARGEST_INDEX = 64 << 20  # bytes of JSON that are read to say what it is; an index takes some 100 KiB
 _AGAIN = "Download it again, and compare its size with the one that its page states"

@@ -16,8 +16,9 @@ from ..common.pickles import Global, Shell, Unreadable, kind_of
 from ..common.words import some
 from ..names import FORMATS, Format
 from .activation import TOWERS, Evidence, of_metadata
-from .containers import SUPPORTED, Content, Maker
-from .values import Special, Stored
+from .canonical import HEAD, is_visual
+from .foreign import SUPPORTED
+from .stored import Container, ContainerKind, Maker, Special, Stored
 
 # What may stand beside 'state_dict' in a checkpoint: it describes the training, not the model.
 TRAINING_FIELDS = frozenset(
@@ -39,7 +40,7 @@ _LONGEST_NAME = 1_000
 class _Layout:
     """What a file holds, before names are made canonical. kind: class of a pickled module, else None."""
 
-    container: str
+    container: ContainerKind
     kind: str | None
     wrapped: bool
     names: frozenset[str]  # without the wrappers in front
@@ -48,7 +49,7 @@ class _Layout:
         return any(name.startswith(starts) for name in self.names)
 
     def headed(self) -> bool:
-        return self.begins("classification_head.")
+        return self.begins(HEAD)
 
     def plain(self) -> bool:
         return self.kind is None
@@ -76,7 +77,7 @@ _FITS: Mapping[Format, Callable[[_Layout], bool]] = {
 
 
 def tensors(
-    content: Content, format: Format | None, evidence: Evidence, meta: bool = False
+    container: Container, format: Format | None, evidence: Evidence, meta: bool = False
 ) -> tuple[Format, dict[str, Tensor], list[str], list[str]]:
     """The format, the tensors under canonical names in the file's order, what was left out, and what of the
     model's computing the tensors do not tell, so that its numbers may be others here.
@@ -89,18 +90,18 @@ def tensors(
     """
     notes: list[str] = []
     doubts: list[str] = []
-    value, kind, wrapped = content.value, None, False
+    value, kind, wrapped = container.value, None, False
     state: Mapping[str, Any]
     if isinstance(value, Shell) and not value.items:
-        kind, state = _inner_kind(value), _module(value, content, doubts, evidence)
-        if not evidence and len(content.activations) == 1:
-            (quick,) = content.activations
+        kind, state = _inner_kind(value), _module(value, container, doubts, evidence)
+        if not evidence and len(container.activations) == 1:
+            (quick,) = container.activations
             evidence.add_all((tower, quick, "its TorchScript code") for tower in TOWERS)
     else:
         state, wrapped = _state_dict(value.items if isinstance(value, Shell) else value, notes)
-    evidence.add_all(of_metadata(content.metadata))
+    evidence.add_all(of_metadata(container.metadata))
     state, origin = _unwrapped(state)
-    layout = _Layout(content.container, kind, wrapped, frozenset(state))
+    layout = _Layout(container.kind, kind, wrapped, frozenset(state))
     found = next(name for name, fits in _FITS.items() if fits(layout))
     if format is not None and not _FITS[format](layout):
         raise Unreadable(f"is not in the format {format!r} but {found!r} ({FORMATS[found]})")
@@ -111,7 +112,7 @@ def tensors(
         raise Unreadable(unmerged[0])
     if chosen == "openai":
         state = _without(state, _OPENAI_NUMBERS, "sizes of the model", notes)
-    maker = Maker(content.size, meta)
+    maker = Maker(container.size, meta)
     made = {name: _dense(value, origin[name], maker) for name, value in state.items()}
     if chosen == "huggingface":
         made = _from_huggingface(made, notes)
@@ -202,15 +203,15 @@ def _inner_kind(shell: Shell) -> str:
     return str(shell)
 
 
-def _module(root: Shell, content: Content, doubts: list[str], evidence: Evidence) -> dict[str, Any]:
+def _module(root: Shell, container: Container, doubts: list[str], evidence: Evidence) -> dict[str, Any]:
     """A module's state dict: parameters, buffers that persist, and those of the modules in it."""
-    script = content.container == "torchscript"
+    script = container.kind == "torchscript"
     result: dict[str, Any] = {}
     entries = 0
     waiting: list[tuple[str, Shell, int]] = [("", root, 0)]
     while waiting:
         prefix, shell, depth = waiting.pop()
-        own, children = _script_parts(shell, content.own) if script else _module_parts(shell)
+        own, children = _script_parts(shell, container.own) if script else _module_parts(shell)
         entries += 1 + len(own) + len(children) + len(shell.state)
         if depth > _DEEPEST or entries > _MOST_ENTRIES or len(prefix) > _LONGEST_NAME:
             raise Unreadable("holds modules within modules without end; nothing was executed")
@@ -304,7 +305,7 @@ def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str
             f"holds {some(unknown)}, which the CLIP of transformers has not; "
             "format='state-dict' keeps its names"
         )
-    if any(name.startswith("visual.") for name in result) and "visual.proj" not in result:
+    if any(map(is_visual, result)) and "visual.proj" not in result:
         notes.append(
             "the image tower has no projection (visual_projection): "
             "CLIPVisionModel alone does not end in CLIP's space"

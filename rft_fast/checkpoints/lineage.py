@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..clip.classifier import HEAD_BIAS, HEAD_WEIGHT, INERT
 from ..common.words import some
 from .activation import NAMES
+from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT, INERT, POSITIONS, is_visual
 
 if TYPE_CHECKING:
     from . import Checkpoint
@@ -30,7 +30,6 @@ rates that destroy the model .77; other trainings, random weights and task vecto
 
 _CHUNK = 1 << 16  # elements whose float64 copies fit into a CPU's cache
 _CHUNK_GPU = 1 << 24
-_HEAD = "classification_head."
 _PATH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -237,10 +236,10 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         sums += found
     distance, norm_a, norm_b = sums[:3].sqrt().tolist()
     product = float(sums[3])
-    related = kinship(a.tensors, b.tensors, _is_visual)
+    related = kinship(a.tensors, b.tensors, is_visual)
     if related.same:  # a linear probe has another head
         heads = HEAD_WEIGHT in a.tensors and HEAD_WEIGHT in b.tensors
-        beside = {HEAD_WEIGHT, HEAD_BIAS}.__contains__ if heads else lambda name: not _is_visual(name)
+        beside = {HEAD_WEIGHT, HEAD_BIAS}.__contains__ if heads else lambda name: not is_visual(name)
         related = replace(related, same=kinship(a.tensors, b.tensors, beside).same)
     problems = _problems(a, b, shared, [*only_a, *only_b], [name for name in other_shape if _on_path(name)])
     for what, names in (
@@ -275,17 +274,13 @@ def _on_path(name: str) -> bool:
     return name.partition(".")[0] not in INERT
 
 
-def _is_visual(name: str) -> bool:
-    return name.startswith("visual.")
-
-
 def _problems(
     a: Checkpoint, b: Checkpoint, shared: list[str], alone: list[str], other_shape: list[str]
 ) -> list[str]:
     if not shared:
         return [f"they share nothing: no name of {a.file.name} is in {b.file.name}"]
     problems = []
-    heads = [name for name in other_shape if name.startswith(_HEAD)]
+    heads = [name for name in other_shape if name.startswith(HEAD)]
     if heads:
         counts = [len(x.tensors[heads[0]]) if x.tensors[heads[0]].ndim else 0 for x in (a, b)]
         problems.append(
@@ -298,14 +293,14 @@ def _problems(
     ]
     if towers:
         problems.append(f"{len(towers)} tensors are of other shapes: {some(towers)}")
-        if [name for name in other_shape if _is_visual(name)] == ["visual.positional_embedding"]:
+        if list(filter(is_visual, other_shape)) == [POSITIONS]:
             problems[-1] += " (the sweep's --resize-positions resamples them for one image size)"
-    if not any(name.startswith("visual.") for name in shared):
+    if not any(map(is_visual, shared)):
         problems.append("they share no image tower ('visual.*')")
-    if images := [name for name in alone if name.startswith("visual.")]:
+    if images := list(filter(is_visual, alone)):
         problems.append(f"{len(images)} tensors of the image tower are in one of them only: {some(images)}")
     for checkpoint in (a, b):
-        unknown = [n for n in checkpoint.tensors if _on_path(n) and not n.startswith(("visual.", _HEAD))]
+        unknown = [n for n in checkpoint.tensors if _on_path(n) and not n.startswith(("visual.", HEAD))]
         if unknown:
             problems.append(
                 f"{some(unknown)} of {checkpoint.file.name} belong neither to an image tower, a head nor a "

@@ -25,7 +25,7 @@ from ..common.pickles import (
     made_set,
     ordered_dict,
 )
-from .values import DTYPES, Special, Storage, Stored, natural
+from .stored import DTYPES, Special, Storage, Stored, natural
 
 
 def unpickle(
@@ -33,7 +33,7 @@ def unpickle(
     persistent: Callable[[Any], Any] | None = None,
     nested: Callable[[memoryview], Storage] | None = None,
 ) -> Any:
-    """The value that a pickle describes, of plain values the classes in values.py and common/pickles.
+    """The value that a pickle describes, of plain values the classes in stored.py and common/pickles.
 
     stream, persistent: as in :func:`rft_fast.common.pickles.unpickle`.
     nested: the storage in the bytes of a torch file within the pickle; without it, they are refused.

@@ -17,8 +17,7 @@ from ..common.words import some
 from ..names import FORMATS, Format
 from . import containers, layouts
 from .activation import Evidence, Tensors, beside, notes_of
-
-_HEAD = "classification_head."
+from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +85,13 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises ValueError as :func:`read` does, and for a file without a head or with one of other shapes.
     """
     found = _read(path, None, "load_head").tensors
-    head = {name: tensor for name, tensor in found.items() if name.startswith(_HEAD)}
+    head = {name: tensor for name, tensor in found.items() if name.startswith(HEAD)}
     if not head and set(found) <= {"weight", "bias"}:
-        head = {_HEAD + name: tensor for name, tensor in found.items()}
-    weight, bias = head.get(_HEAD + "weight"), head.get(_HEAD + "bias")
+        head = {HEAD + name: tensor for name, tensor in found.items()}
+    weight, bias = head.get(HEAD_WEIGHT), head.get(HEAD_BIAS)
     if weight is None:
         raise ValueError(
-            f"load_head: {path} has no head: neither '{_HEAD}weight' nor 'weight' alone, but "
+            f"load_head: {path} has no head: neither {HEAD_WEIGHT!r} nor 'weight' alone, but "
             f"{len(found)} tensors from {next(iter(found))!r} on"
         )
     if weight.ndim != 2 or 0 in weight.shape or (bias is not None and bias.shape != weight.shape[:1]):

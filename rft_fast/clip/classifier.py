@@ -5,24 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-HEAD_WEIGHT = "classification_head.weight"
-HEAD_BIAS = "classification_head.bias"
-
-# The first word of a name -> why it cannot change the output, given that the head is fixed.
-_TEXT = "text tower: unused beside a fixed head"
-_SCALE = "logit scale: already in the head"
-INERT = {
-    "ln_final": _TEXT,
-    "logit_bias": _SCALE,
-    "logit_scale": _SCALE,
-    "positional_embedding": _TEXT,
-    "text": _TEXT,
-    "text_decoder": _TEXT,
-    "text_projection": _TEXT,
-    "token_embedding": _TEXT,
-    "transformer": _TEXT,
-}
-
 
 class ImageClassifier(nn.Module):
     """Image tower and linear head, with the features normalised in between.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import checkpoints
+from ..checkpoints.canonical import HEAD_BIAS, HEAD_WEIGHT, INERT, TEXT, is_visual
 from ..common.parametrised import factors
 from ..common.words import some
 from ..names import HEADS, TOWERS, HeadChoice, Towers
 from . import architectures
-from .classifier import HEAD_BIAS, HEAD_WEIGHT, INERT, ImageClassifier, ZeroShotClassifier, directions
+from .classifier import ImageClassifier, ZeroShotClassifier, directions
 from .prompts import Prompts
 from .prompts import tokens as tokenise
 
@@ -28,8 +29,6 @@ BATCH = 256  # prompts that are encoded at once
 
 _SCALE = "logit_scale"
 LARGEST_SCALE = 88.0  # e**88 is 1.7e38
-# The first words of a standard CLIP's text tower, which TextTransformer has below `text`.
-_BARE = ("ln_final", "positional_embedding", "text_projection", "token_embedding", "transformer")
 # With both towers live: the first word of a name -> why it cannot change the output.
 _INERT_BOTH = {
     "classification_head": "head: made anew from the prompts",
@@ -257,11 +256,11 @@ class Ends:
                 matrices of the image towers below :data:`rft_fast.checkpoints.lineage.UNRELATED`.
         """
         tower = self._towers(finetuned, FINETUNED)[0]
-        found = checkpoints.kinship(self._tower, tower, _is_visual)
+        found = checkpoints.kinship(self._tower, tower, is_visual)
         why = found.identical()
         if why is not None and (self._both or self.setup.head == "interpolate"):
             a, b = self.pair(finetuned)
-            if not checkpoints.kinship(a, b, lambda name: not _is_visual(name)).same:
+            if not checkpoints.kinship(a, b, lambda name: not is_visual(name)).same:
                 why = None
         known = not (self._stand_ins and self._scaled)  # the zero-shot head, which else is random numbers
         if why is None and self.setup.head == "interpolate" and HEAD_WEIGHT in finetuned and known:
@@ -285,7 +284,7 @@ class Ends:
             first = name.partition(".")[0]
             if first == "visual":
                 used[name] = tensor
-            elif self._both and (first == "text" or first in _BARE):
+            elif self._both and (first == "text" or first in TEXT):
                 used[_below_text(name)] = tensor
             elif self._both and name == _SCALE:
                 used[name] = tensor.reshape(()) if tensor.numel() == 1 else tensor
@@ -298,7 +297,7 @@ class Ends:
                 f"{end}: {some(unknown)} belong neither to an image tower ('visual.*'), a head "
                 f"({HEAD_WEIGHT!r}, {HEAD_BIAS!r}) nor a text tower; is this a CLIP model?"
             )
-        if not any(name.startswith("visual.") for name in used):
+        if not any(map(is_visual, used)):
             raise ValueError(f"{end}: the checkpoint has no image tower ('visual.*')")
         if self._both:
             _refuse_without_text(state, end, "use --towers image")
@@ -448,7 +447,7 @@ def _text_weights(arch: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The text tower of a checkpoint by the tower's own names, compared with that of the architecture."""
     with torch.device("meta"):
         shapes = _shapes("text", architectures.text(arch))
-    used = {_below_text(n): t for n, t in state.items() if n.partition(".")[0] in ("text", *_BARE)}
+    used = {_below_text(n): t for n, t in state.items() if n.partition(".")[0] in ("text", *TEXT)}
     architectures.compare(arch, shapes, used, state)
     return {name.removeprefix("text."): tensor for name, tensor in used.items()}
 
@@ -502,10 +501,6 @@ def _filled(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weight = head[HEAD_WEIGHT]
     bias = head[HEAD_BIAS] if HEAD_BIAS in head else weight.new_zeros(len(weight))
     return {HEAD_WEIGHT: weight, HEAD_BIAS: bias}
-
-
-def _is_visual(name: str) -> bool:
-    return name.startswith("visual.")
 
 
 def _below_text(name: str) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rft_fast import checkpoints, datasets, env
+from rft_fast.checkpoints.canonical import HEAD_WEIGHT
 from rft_fast.clip import architectures, prompts
-from rft_fast.clip.classifier import HEAD_WEIGHT, ImageClassifier
+from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.clip.endpoints import Ends, Setup
 from rft_fast.common import disk
 from rft_fast.common.program import Stop

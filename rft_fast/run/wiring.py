@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from .. import checkpoints, datasets, studies
 from .. import path as paths
+from ..checkpoints.canonical import HEAD_WEIGHT
 from ..clip import architectures, prompts
-from ..clip.classifier import HEAD_WEIGHT
 from ..clip.endpoints import Ends, Setup
 from ..common import files
 from ..common.words import visible

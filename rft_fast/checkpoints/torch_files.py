@@ -1,0 +1,241 @@
+"""Files of torch.save, old and new, and TorchScript archives."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any, BinaryIO
+
+from ..common.files import Content
+from ..common.pickles import Global, Stream, Unreadable
+from . import activation, foreign
+from .pickled_tensors import unpickle
+from .stored import Container, Span, Storage, storage
+
+MAGIC = 0x1950A86A20F9469CFC6C  # how files of torch.save began before they were zip files
+_PROTOCOL = 1001
+_MOST_CODE = 16 << 20  # bytes; that of a CLIP takes some 100 KiB
+_CLASS = re.compile(
+    r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M
+)
+_QUOTED = re.compile(r'"([^"]*)"')
+
+
+def read_archive(stream: BinaryIO, data: Content) -> Container:
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile lets almost anything through
+        raise Unreadable(
+            f"is a damaged or truncated zip file: {error}. If it was downloaded, do so again"
+        ) from error
+    found = {entry.filename: entry for entry in entries}
+    if len(found) < len(entries):
+        raise Unreadable("is a zip file with several entries of one name")
+    tops = [name.removesuffix("data.pkl") for name in found if name.rpartition("/")[2] == "data.pkl"]
+    if len(tops) != 1:
+        if tops:
+            raise Unreadable(f"is a zip, but not of torch.save: it holds {len(tops)} checkpoints")
+        raise Unreadable(f"{foreign.of_zip(list(found))}. Supported: {foreign.SUPPORTED}")
+    parts = _Parts(tops[0], found, data)
+    if (order := parts.place("byteorder")) is not None and bytes(order.read()) != b"little":
+        raise Unreadable("was written on a big-endian machine, which is not supported")
+    script = f"{parts.top}constants.pkl" in found
+    value = unpickle(Stream(parts["data.pkl"].read()), parts.storage, None if script else nested_storage)
+    if not script:
+        return Container("torch", value, len(data))
+    own, activations = _of_code(stream, f"{parts.top}code/")
+    constants = (parts.place(name) for name in parts.inside("constants/"))
+    if any(map(_is_quick, constants)):
+        activations.add(True)
+    return Container("torchscript", value, len(data), own, activations=frozenset(activations))
+
+
+def _is_quick(constant: Span | None) -> bool:
+    """Whether a constant is the 1.702 of QuickGELU."""
+    data = b"" if constant is None or len(constant) > 8 else bytes(constant.read())
+    if len(data) not in (4, 8):
+        return False
+    (value,) = struct.unpack("<f" if len(data) == 4 else "<d", data)
+    return bool(abs(value - 1.702) < 1e-6)
+
+
+def _of_code(stream: BinaryIO, top: str) -> tuple[dict[str, frozenset[str]], set[bool]]:
+    """The parameters and buffers of each class, as lists in an archive's code tell; and which activations.
+
+    A module's other tensors, such as an attention mask, lie beside them in the pickle. The code is text here,
+    of which nothing else is read.
+    """
+    found: dict[str, frozenset[str]] = {}
+    activations: set[bool] = set()
+    left = _MOST_CODE
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            for entry in archive.infolist():
+                if not entry.filename.startswith(top) or not entry.filename.endswith(".py"):
+                    continue
+                with archive.open(entry) as packed:  # compressed, so only so much of it is unfolded
+                    text = packed.read(left + 1)
+                left -= len(text)
+                if left < 0:
+                    raise Unreadable(f"has more than {_MOST_CODE >> 20} MiB of code, which no model needs")
+                module = entry.filename[len(top) : -len(".py")].replace("/", ".")
+                code = text.decode("utf-8", "replace")
+                activations |= activation.of_code(code)
+                for name, *lists in _CLASS.findall(code):
+                    found[f"{module}.{name}"] = frozenset(_QUOTED.findall(" ".join(lists)))
+    except Unreadable:
+        raise
+    except Exception as error:  # as above
+        raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
+    return found, activations
+
+
+class _Parts:
+    """The entries of a torch archive, where they lie in the file. Nothing is ever unpacked."""
+
+    def __init__(self, top: str, entries: Mapping[str, zipfile.ZipInfo], data: Content) -> None:
+        self.top = top
+        self.entries = entries
+        self.data = data
+        self.storages: dict[str, Storage] = {}
+        spans = sorted((*self.span(entry), entry.filename) for entry in entries.values())
+        for (_, stop, name), (start, _, other) in pairwise(spans):
+            if start < stop:
+                raise Unreadable(f"is a zip whose entries {name!r} and {other!r} overlap")
+
+    def span(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
+        """Where an entry's bytes start and end in the file."""
+        header = self.data[entry.header_offset : entry.header_offset + 30]
+        if len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
+            raise Unreadable(f"is a damaged zip: the entry {entry.filename!r} is not where it should be")
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if start + entry.compress_size > len(self.data):
+            raise Unreadable(f"is a truncated zip: the entry {entry.filename!r} goes beyond its end")
+        return start, start + entry.compress_size
+
+    def inside(self, folder: str) -> list[str]:
+        """The names of the entries in a folder, as :meth:`place` takes them."""
+        start = self.top + folder
+        return [name.removeprefix(self.top) for name in self.entries if name.startswith(start)]
+
+    def place(self, name: str) -> Span | None:
+        entry = self.entries.get(self.top + name)
+        if entry is None:
+            return None
+        # torch stores its entries as they are; compressed ones could unfold to any size.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise Unreadable(
+                f"has compressed entries ({entry.filename!r}), which torch.save never writes and which "
+                "cannot be read where they lie; save it again with torch.save"
+            )
+        if entry.flag_bits & 1:
+            raise Unreadable(f"has encrypted entries ({entry.filename!r})")
+        return Span(self.data, *self.span(entry))
+
+    def __getitem__(self, name: str) -> Span:
+        part = self.place(name)
+        if part is None:
+            raise Unreadable(f"is a damaged zip: it has no entry {self.top + name!r}; nothing was executed")
+        return part
+
+    def storage(self, identity: Any) -> Storage:
+        """('storage', type, entry, device, elements)"""
+        if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
+            raise Unreadable("refers to data in an unknown way; nothing was executed")
+        claimed = storage(identity[1], identity[4])
+        key = identity[2]
+        if not isinstance(key, str):
+            raise Unreadable("refers to an entry that has no name; nothing was executed")
+        if (known := self.storages.get(key)) is None:
+            claimed.data = self[f"data/{key}"]
+            known = self.storages[key] = claimed
+        _same_claim(known, claimed, key)
+        if known.data is None or len(known.data) != claimed.nbytes:
+            raise Unreadable(
+                f"claims {claimed.nbytes} bytes for a storage that has {len(known.data or b'')}: it is "
+                "damaged; nothing was executed"
+            )
+        return known
+
+
+def _same_claim(known: Storage, claimed: Storage, key: str) -> None:
+    if (known.dtype, known.nbytes) != (claimed.dtype, claimed.nbytes):
+        raise Unreadable(f"claims storage {key[:40]!r} twice, differently; nothing was executed")
+
+
+# --- files of torch.save before they were zip files, and storages within a pickle --------------------
+
+
+def nested_storage(data: memoryview) -> Storage:
+    """The storage that ``torch.storage._load_from_bytes`` is given: an old torch file of its own."""
+    stream = Stream(data)
+    if unpickle(stream) != MAGIC:
+        raise Unreadable("holds tensors that are not in torch's own format; nothing was executed")
+    value = read_legacy(stream, nested=None)
+    if not isinstance(value, Storage):
+        raise Unreadable(
+            "holds something other than numbers where a tensor's should be; nothing was executed"
+        )
+    return value
+
+
+def read_legacy(stream: Stream, nested: Any) -> Any:
+    """What follows the magic number: protocol, machine, the object, its storages' names, their bytes."""
+    if unpickle(stream) != _PROTOCOL:
+        raise Unreadable(f"is a file of torch.save in another protocol than {_PROTOCOL}")
+    machine = unpickle(stream)
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise Unreadable("was written on a big-endian machine, which is not supported")
+    roots: dict[str, Storage] = {}
+    views: list[tuple[Storage, Storage, int]] = []
+    value = unpickle(stream, partial(_old_storage, roots, views), nested)
+    keys = unpickle(stream)
+    if not isinstance(keys, list) or len(keys) != len(roots) or any(key not in roots for key in keys):
+        raise Unreadable("is damaged: it lists other storages than its tensors use; nothing was executed")
+    for key in keys:
+        root = roots[key]
+        itemsize = 1 if root.dtype is None else root.dtype.itemsize
+        start = stream.position + 8
+        # The number of elements precedes them; for a storage without a type, these are bytes.
+        count = int.from_bytes(stream.data[stream.position : start], "little")
+        if root.data is not None or start > len(stream.data) or count * itemsize != root.nbytes:
+            raise Unreadable(
+                "is damaged: a storage is not as large as its tensors claim; nothing was executed"
+            )
+        if start + root.nbytes > len(stream.data):
+            raise Unreadable(
+                f"is truncated: {start + root.nbytes - len(stream.data)} bytes of tensors are missing"
+            )
+        root.data = stream.data[start : start + root.nbytes]
+        stream.position = start + root.nbytes
+    for view, root, offset in views:
+        if not isinstance(root.data, memoryview) or offset + view.nbytes > len(root.data):
+            raise Unreadable(
+                "is damaged: a storage goes beyond the one that it is part of; nothing was executed"
+            )
+        view.data = root.data[offset : offset + view.nbytes]
+    return value
+
+
+def _old_storage(roots: dict[str, Storage], views: list[tuple[Storage, Storage, int]], identity: Any) -> Any:
+    """('module', class, file, source) or ('storage', type, key, device, elements, part of it or None)"""
+    if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+        if isinstance(identity[1], Global):
+            return identity[1]
+    elif isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage":
+        claimed, key = storage(identity[1], identity[4]), str(identity[2])
+        root = roots.setdefault(key, claimed)
+        _same_claim(root, claimed, key)
+        if len(identity) == 5 or identity[5] is None:
+            return root
+        _, offset, count = identity[5]
+        view = storage(identity[1], count)
+        at = storage(identity[1], offset).nbytes
+        views.append((view, root, at))
+        return view
+    raise Unreadable("refers to data in an unknown way; nothing was executed")
