@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .. import datasets, names
 from ..common import program
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--write-labels",
         metavar="FILE.csv",
-        type=Path,
+        type=pathlib.Path,
         help="only begin a label map, with the rows that the classes' names show, for you to complete",
     )
     options = parser.parse_args(argv)
@@ -64,10 +64,10 @@ def main(argv: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-def _path(text: str) -> Path:
+def _path(text: str) -> pathlib.Path:
     if not text:  # as of a variable of the shell that is not set: no path would mean this folder
         raise argparse.ArgumentTypeError("expected a path, got nothing; this folder is .")
-    return Path(text)
+    return pathlib.Path(text)
 
 
 def _rows(head: str) -> datasets.Rows:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from rft_fast.datasets import cache as caches
 from .source import MOST_ROWS, Source
 
 
-def matches(path: Path) -> bool:
+def matches(path: pathlib.Path) -> bool:
     """Whether it is an ``.npz``."""
     return path.suffix == ".npz" and path.is_file()
 
 
-def source(path: Path, where: str) -> Source:
+def source(path: pathlib.Path, where: str) -> Source:
     """``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` integers [n]: rows of the head, and, if only
     some of those are to be scored, ``classes`` integers [k], distinct. Grey images become RGB.
 

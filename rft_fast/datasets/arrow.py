@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import io
 import json
+import pathlib
 import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,14 +32,14 @@ GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a
 _PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
 
 
-def matches(path: Path) -> bool:
+def matches(path: pathlib.Path) -> bool:
     """Whether a path is a folder that ``save_to_disk`` wrote, or Parquet files, or a split of those."""
     if path.is_file():
         return path.suffix == ".parquet"
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file() or bool(_parquet(path))
 
 
-def source(path: Path, where: str) -> Source:
+def source(path: pathlib.Path, where: str) -> Source:
     """The images of one split of a Hugging Face data set.
 
     path: the folder of a ``Dataset``, or of a ``DatasetDict`` with one split or followed by ``/<split>``; or
@@ -112,7 +112,9 @@ def source(path: Path, where: str) -> Source:
 class _Part(ABC):
     """One file of a data set: what Arrow and Parquet have in common."""
 
-    def __init__(self, file: Path, where: str, data_set: Path, schema: Any, rows: int) -> None:
+    def __init__(
+        self, file: pathlib.Path, where: str, data_set: pathlib.Path, schema: Any, rows: int
+    ) -> None:
         """data_set: its path, as it was named; images that are not embedded lie below that folder."""
         self.file = file
         self.folder = (data_set if data_set.is_dir() else file.parent).resolve()
@@ -159,7 +161,7 @@ class _Part(ABC):
                 f"{some(lost)}; save it again where the files are, with save_to_disk"
             )
 
-    def beside(self, path: str | None) -> Path:
+    def beside(self, path: str | None) -> pathlib.Path:
         """The file of an image that is not embedded.
 
         Raises ValueError where there is no path, or one that leads out of the data set's folder, as by links:
@@ -167,7 +169,7 @@ class _Part(ABC):
         """
         if not path:
             raise ValueError("no path")
-        found = Path(self.file.parent, path).resolve()
+        found = pathlib.Path(self.file.parent, path).resolve()
         if not found.is_relative_to(self.folder):
             raise ValueError(f"{path!r} is outside of the data set's folder, {self.folder}")
         return found
@@ -184,7 +186,7 @@ class _Part(ABC):
 class _ArrowPart(_Part):
     """A file of the Arrow IPC stream format. held: in memory, else mapped."""
 
-    def __init__(self, file: Path, where: str, data_set: Path, held: bool) -> None:
+    def __init__(self, file: pathlib.Path, where: str, data_set: pathlib.Path, held: bool) -> None:
         import pyarrow as pa
 
         self._mapped = on_disk.Inputs()
@@ -227,7 +229,7 @@ class _ArrowPart(_Part):
 class _ParquetPart(_Part):
     """A Parquet file. Rows are read by groups, of which the last few are kept."""
 
-    def __init__(self, file: Path, where: str, data_set: Path) -> None:
+    def __init__(self, file: pathlib.Path, where: str, data_set: pathlib.Path) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -270,7 +272,7 @@ class _ParquetPart(_Part):
             raise ValueError(f"{self.where} is damaged: {error}") from error
 
 
-def _features(schema: Any, file: Path, where: str) -> dict[str, Any]:
+def _features(schema: Any, file: pathlib.Path, where: str) -> dict[str, Any]:
     """Hugging Face's types of the columns: of the schema, else of the folder's dataset_info.json."""
     told = (schema.metadata or {}).get(b"huggingface")
     beside = file.with_name("dataset_info.json")
@@ -329,21 +331,21 @@ def _is_image(kind: Any) -> bool:
     return _is_struct(kind) or bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _saved(path: Path) -> bool:
+def _saved(path: pathlib.Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _saved_split(path: Path, where: str) -> Path:
+def _saved_split(path: pathlib.Path, where: str) -> pathlib.Path:
     """The folder of the one split of a DatasetDict, or the folder of a Dataset itself."""
     if (path / "state.json").is_file():
         return path
     splits = _json(path / "dataset_dict.json", where).get("splits")
-    if not isinstance(splits, list) or any(str(name) != Path(str(name)).name for name in splits):
+    if not isinstance(splits, list) or any(str(name) != pathlib.Path(str(name)).name for name in splits):
         raise ValueError(f"{where}: {path / 'dataset_dict.json'} does not list splits")
     return path / _only(splits, path, where)
 
 
-def _saved_files(folder: Path, where: str) -> list[Path]:
+def _saved_files(folder: pathlib.Path, where: str) -> list[pathlib.Path]:
     state = _json(folder / "state.json", where)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise ValueError(
@@ -352,14 +354,14 @@ def _saved_files(folder: Path, where: str) -> list[Path]:
         )
     entries = state.get("_data_files")
     names = [str(entry.get("filename")) for entry in entries or () if isinstance(entry, dict)]
-    if not names or any(name != Path(name).name for name in names):
+    if not names or any(name != pathlib.Path(name).name for name in names):
         raise ValueError(f"{where}: {folder / 'state.json'} does not list the files of the data set")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{where}: {folder} lacks {some(missing)} of its {len(names)} files")
     return [folder / name for name in names]
 
 
-def _json(file: Path, where: str) -> dict[str, Any]:
+def _json(file: pathlib.Path, where: str) -> dict[str, Any]:
     try:
         held = json.loads(on_disk.read_bytes(file))
     except (OSError, ValueError, RecursionError) as error:
@@ -369,10 +371,10 @@ def _json(file: Path, where: str) -> dict[str, Any]:
     return held
 
 
-def _parquet(path: Path) -> dict[str, list[Path]]:
+def _parquet(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """The Parquet files of a folder or of its folder ``data`` by split; of ``folder/split``: that one."""
     for folder in (path, path / "data"):
-        splits: dict[str, list[Path]] = {}
+        splits: dict[str, list[pathlib.Path]] = {}
         for file in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
             part = _PART.fullmatch(file.stem)
             splits.setdefault(part[1] if part else file.stem, []).append(file)
@@ -383,7 +385,7 @@ def _parquet(path: Path) -> dict[str, list[Path]]:
     return {}
 
 
-def _parquet_split(path: Path, where: str) -> list[Path]:
+def _parquet_split(path: pathlib.Path, where: str) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
     splits = _parquet(path)
@@ -398,7 +400,7 @@ def _parquet_split(path: Path, where: str) -> list[Path]:
     return files
 
 
-def _only(splits: Sequence[str], path: Path, where: str) -> str:
+def _only(splits: Sequence[str], path: pathlib.Path, where: str) -> str:
     if len(splits) != 1:
         raise ValueError(f"{where}: {path} has the splits {some(splits, 20)}; put one behind it: {path}/test")
     return splits[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -42,13 +42,13 @@ class _Layout:
     title: str
     test: str
     train: str
-    read: Callable[[Path], tuple[Array, Array]]
+    read: Callable[[pathlib.Path], tuple[Array, Array]]
     names: tuple[str, ...]
     meta: tuple[str, str | None] | None = None
     generic: str | None = None
     parts: int = 1
 
-    def files(self, folder: Path, split: str) -> list[Path]:
+    def files(self, folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         """Those of a split that are there."""
         pattern = self.test if split == "test" else self.train
         if self.generic and self.meta and folder.name != self.generic:
@@ -58,12 +58,12 @@ class _Layout:
         return [folder / name for name in found if (folder / name).is_file()]
 
 
-def matches(path: Path) -> bool:
+def matches(path: pathlib.Path) -> bool:
     """Whether a path is such a folder, one of its files, or such a folder with /test or /train behind."""
     return bool(_found(path))
 
 
-def source(path: Path, where: str) -> Source:
+def source(path: pathlib.Path, where: str) -> Source:
     """The images of such a set: its test split, or what the path names.
 
     path: a folder; a folder followed by ``/test`` or ``/train``; or one file of images. Labels are rows of
@@ -114,7 +114,7 @@ def source(path: Path, where: str) -> Source:
     )
 
 
-def _found(path: Path) -> list[tuple[_Layout, list[Path]]]:
+def _found(path: pathlib.Path) -> list[tuple[_Layout, list[pathlib.Path]]]:
     """The layouts that are at a path, and the files of images that it names."""
     found = []
     for layout in _LAYOUTS:
@@ -130,7 +130,7 @@ def _found(path: Path) -> list[tuple[_Layout, list[Path]]]:
     return found
 
 
-def _listed(folder: Path) -> list[str]:
+def _listed(folder: pathlib.Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError:
@@ -146,7 +146,7 @@ def _check(pixels: Array, labels: Array, classes: int) -> None:
         raise ValueError(f"labels {some(wrong)} are not among its {classes} classes")
 
 
-def _class_names(layout: _Layout, folder: Path, where: str) -> tuple[str, ...]:
+def _class_names(layout: _Layout, folder: pathlib.Path, where: str) -> tuple[str, ...]:
     if layout.meta is None or not (folder / layout.meta[0]).is_file():
         return layout.names
     file, key = folder / layout.meta[0], layout.meta[1]
@@ -164,10 +164,10 @@ def _class_names(layout: _Layout, folder: Path, where: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _pickled(key: str) -> Callable[[Path], tuple[Array, Array]]:
+def _pickled(key: str) -> Callable[[pathlib.Path], tuple[Array, Array]]:
     """Reads the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
 
-    def read(file: Path) -> tuple[Array, Array]:
+    def read(file: pathlib.Path) -> tuple[Array, Array]:
         batch = _entries(pickled_arrays.read(on_disk.read_bytes(file)))
         if missing := [name for name in ("data", key) if name not in batch]:
             raise ValueError(f"it has no {' or '.join(missing)}, but {some(list(batch))}")
@@ -181,18 +181,18 @@ def _pickled(key: str) -> Callable[[Path], tuple[Array, Array]]:
     return read
 
 
-def _records(head: int) -> Callable[[Path], tuple[Array, Array]]:
+def _records(head: int) -> Callable[[pathlib.Path], tuple[Array, Array]]:
     """Reads the binary version: for each image ``head`` bytes of labels, of which the last counts, and 3,072
     of pixels, by planes."""
 
-    def read(file: Path) -> tuple[Array, Array]:
+    def read(file: pathlib.Path) -> tuple[Array, Array]:
         records = _whole_records(file, head + 3072)
         return records[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(records[:, head - 1])
 
     return read
 
 
-def _stl10(file: Path) -> tuple[Array, Array]:
+def _stl10(file: pathlib.Path) -> tuple[Array, Array]:
     """Reads STL-10: planes of 96 x 96, column by column; labels from 1 in another file."""
     pixels = _whole_records(file, 3 * 96 * 96).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     labels = _beside(file, file.name.replace("_X", "_y"))
@@ -204,13 +204,13 @@ def _stl10(file: Path) -> tuple[Array, Array]:
     return pixels, numbers - 1
 
 
-def _cifar101(file: Path) -> tuple[Array, Array]:
+def _cifar101(file: pathlib.Path) -> tuple[Array, Array]:
     """Reads CIFAR-10.1: two ``.npy`` files."""
     labels = _beside(file, file.name.replace("_data", "_labels"))
     return _npy(file), _npy(labels)
 
 
-def _cifar102(file: Path) -> tuple[Array, Array]:
+def _cifar102(file: pathlib.Path) -> tuple[Array, Array]:
     """Reads CIFAR-10.2: an ``.npz``, or as it was first published a dict in an ``.npy``."""
     if file.suffix == ".npz":
         try:
@@ -231,7 +231,7 @@ def _cifar102(file: Path) -> tuple[Array, Array]:
     return entries["images"].numpy(), _integers(entries["labels"])
 
 
-def _whole_records(file: Path, record: int) -> Array:
+def _whole_records(file: pathlib.Path, record: int) -> Array:
     data = on_disk.read_bytes(file)
     if not data or len(data) % record:
         raise ValueError(
@@ -240,7 +240,7 @@ def _whole_records(file: Path, record: int) -> Array:
     return np.frombuffer(data, np.uint8).reshape(-1, record)
 
 
-def _npy(file: Path) -> Array:
+def _npy(file: pathlib.Path) -> Array:
     with on_disk.opened(file) as stream:
         shape, fortran, dtype = _header(stream)
         data = stream.read()
@@ -275,7 +275,7 @@ def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -
     return size
 
 
-def _beside(file: Path, name: str) -> Path:
+def _beside(file: pathlib.Path, name: str) -> pathlib.Path:
     other = file.with_name(name)
     if not other.is_file():
         raise ValueError(f"its labels, {name}, do not lie beside it")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -65,7 +65,7 @@ def read(
     source: Source,
     chosen: list[int],
     preprocess: Preprocess,
-    cache: Path | None,
+    cache: pathlib.Path | None,
     progress: Progress | None,
     skip_unreadable: bool,
     where: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from pathlib import Path
 
 from rft_fast.common.words import message, some
 from rft_fast.names import ORDER, TREES, Kind
@@ -62,10 +62,10 @@ class Report:
 
 
 def examine(
-    path: Path,
+    path: pathlib.Path,
     kind: Kind | None = None,
     rows: Rows | None = None,
-    label_map: LabelMap | Path | str | None = None,
+    label_map: LabelMap | pathlib.Path | str | None = None,
     quick: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Report:
@@ -78,8 +78,8 @@ def examine(
     no label map.
     """
     report = Report()
-    if isinstance(label_map, Path) or (isinstance(label_map, str) and label_map != ORDER):
-        label_map = read_map(Path(label_map))
+    if isinstance(label_map, pathlib.Path) or (isinstance(label_map, str) and label_map != ORDER):
+        label_map = read_map(pathlib.Path(label_map))
     path = kinds.named(path)
     if (kind or kinds.detect(path)) in TREES:
         listing = folders.look(path, kind)
@@ -99,7 +99,9 @@ def examine(
     return report
 
 
-def write_labels(path: Path, file: Path, kind: Kind | None = None, rows: Rows | None = None) -> str:
+def write_labels(
+    path: pathlib.Path, file: pathlib.Path, kind: Kind | None = None, rows: Rows | None = None
+) -> str:
     """Begins a label map: the rows that are known, and a question mark for each class whose row is not.
 
     Args:
@@ -145,7 +147,7 @@ def _title(source: Source) -> str:
     if title != "ImageNet-1k":
         return title
     counts = {
-        "ImageNet-Sketch": sum("sketch" in Path(file.name).name.lower() for file in source.files),
+        "ImageNet-Sketch": sum("sketch" in pathlib.Path(file.name).name.lower() for file in source.files),
         "ImageNet": sum("_val_" in file.name for file in source.files),
     }
     named = max(counts, key=counts.__getitem__)
@@ -201,7 +203,7 @@ def _look_for_copies(report: Report, source: Source) -> None:
     first: dict[str, str] = {}
     nested = set()
     for file in source.files:
-        parts = Path(file.name).parts
+        parts = pathlib.Path(file.name).parts
         contents[parts[0]].append((parts[-1], file.size))
         first.setdefault(parts[0], file.name)
         if len(parts) > 2 and parts[1].casefold() == parts[0].casefold():
@@ -219,7 +221,7 @@ def _look_for_copies(report: Report, source: Source) -> None:
             report.problems.append(f"classes with the same files: {some(same, SHOWN)}")
 
 
-def _same(firsts: Sequence[tuple[str, Path]]) -> list[list[str]]:
+def _same(firsts: Sequence[tuple[str, pathlib.Path]]) -> list[list[str]]:
     """Classes, of which each has a first file, by what that holds: those of which there are several."""
     if len(firsts) < 2:
         return []
@@ -241,7 +243,7 @@ def _default_rows(source: Source) -> Rows | None:
 
 
 def _scored(
-    report: Report, source: Source, rows: Rows | None, label_map: LabelMap | Path | str | None
+    report: Report, source: Source, rows: Rows | None, label_map: LabelMap | pathlib.Path | str | None
 ) -> None:
     try:
         found = assign(source, rows, label_map)

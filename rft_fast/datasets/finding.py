@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Found:
         """Images that are scored, if all can be read."""
         return len(self.chosen.images)
 
-    def undecoded(self, cache: Path | None = None) -> int:
+    def undecoded(self, cache: pathlib.Path | None = None) -> int:
         """How many images :meth:`load` would have to decode, because they are not in the cache."""
         if self.source.pixels is not None:
             return 0
@@ -59,7 +59,7 @@ class Found:
         ood: bool = True,
         progress: Progress | None = None,
         *,
-        cache: Path | None = None,
+        cache: pathlib.Path | None = None,
         skip_unreadable: bool = False,
     ) -> Dataset:
         """The images, decoded; as :func:`load`, which raises the same."""
@@ -127,7 +127,7 @@ def find(
     *,
     kind: Kind | None = None,
     rows: Rows | None = None,
-    label_map: LabelMap | Path | str | None = None,
+    label_map: LabelMap | pathlib.Path | str | None = None,
 ) -> Found:
     """What :func:`load` with these arguments reads, listed once and not decoded.
 
@@ -165,11 +165,11 @@ def load(
     seed: int = 0,
     progress: Progress | None = None,
     *,
-    cache: Path | None = None,
+    cache: pathlib.Path | None = None,
     skip_unreadable: bool = False,
     kind: Kind | None = None,
     rows: Rows | None = None,
-    label_map: LabelMap | Path | str | None = None,
+    label_map: LabelMap | pathlib.Path | str | None = None,
 ) -> Dataset:
     """Read a data set, its images decoded to the bytes that open_clip's evaluation transform makes.
 

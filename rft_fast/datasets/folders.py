@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -35,8 +35,8 @@ class Place:
     """Where the class folders are. kind: what they are; mappings: ObjectNet's; notes: how they were found."""
 
     kind: Kind
-    path: Path
-    mappings: Path | None = None
+    path: pathlib.Path
+    mappings: pathlib.Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -48,7 +48,7 @@ class Listing:
     problems: list[str]
 
 
-def source(path: Path, where: str, kind: Kind | None = None) -> Source:
+def source(path: pathlib.Path, where: str, kind: Kind | None = None) -> Source:
     """The images of a folder, label i being its i-th class folder in order.
 
     path: the folder of class folders, or one above it, where there is no doubt: of ``imagenet/train`` and
@@ -69,7 +69,7 @@ def source(path: Path, where: str, kind: Kind | None = None) -> Source:
     return listing.source
 
 
-def look(path: Path, kind: Kind | None = None) -> Listing:
+def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
     """As :func:`source`, but what is wrong with the classes and files is collected."""
     place = find(path, kind)
     root = place.path
@@ -134,7 +134,7 @@ def look(path: Path, kind: Kind | None = None) -> Listing:
     return Listing(found, problems)
 
 
-def find(path: Path, kind: Kind | None = None) -> Place:
+def find(path: pathlib.Path, kind: Kind | None = None) -> Place:
     """Where the class folders are and what they are. Raises ValueError where that is not clear."""
     if not path.is_dir():
         raise ValueError(f"{path} {'is no folder' if path.exists() else 'does not exist'}")
@@ -154,12 +154,12 @@ def find(path: Path, kind: Kind | None = None) -> Place:
     )
 
 
-def is_image(file: Path) -> bool:
+def is_image(file: pathlib.Path) -> bool:
     """Whether a file is there and named as an image."""
     return file.suffix.lower() in EXTENSIONS and _status(file) is not None
 
 
-def _find(path: Path) -> Place:
+def _find(path: pathlib.Path) -> Place:
     mappings = next(
         (folder for folder in (path / MAPPINGS, path.parent / MAPPINGS) if _is_mappings(folder)), None
     )
@@ -181,7 +181,7 @@ def _find(path: Path) -> Place:
     return Place("folder", path)
 
 
-def _split(path: Path, names: list[str]) -> Place:
+def _split(path: pathlib.Path, names: list[str]) -> Place:
     """Of the parts of a data set the one to evaluate on, if there is no doubt which."""
     fit = [name for name in names if name in EVALUATION and _folders(path / name)]
     if len(fit) == 1:
@@ -193,12 +193,12 @@ def _split(path: Path, names: list[str]) -> Place:
     )
 
 
-def _inside(path: Path, name: str) -> Place:
+def _inside(path: pathlib.Path, name: str) -> Place:
     place = _find(path / name)
     return Place(place.kind, place.path, place.mappings, (f"{PART} {path / name}", *place.notes))
 
 
-def _is_set(path: Path) -> bool:
+def _is_set(path: pathlib.Path) -> bool:
     """Whether a folder is a data set by itself, whose classes are known by their names."""
     if _is_mappings(path / MAPPINGS):
         return True
@@ -212,13 +212,13 @@ def _is_set(path: Path) -> bool:
     return len(names) > 1 and (imagenet.are_wnids(names) or set(names) == V2)
 
 
-def _is_mappings(folder: Path) -> bool:
+def _is_mappings(folder: pathlib.Path) -> bool:
     with suppress(PermissionError):  # said of the class folder by whoever lists its images
         return any((folder / name).is_file() for name in (imagenet.FOLDER_NAMES, imagenet.TO_IMAGENET))
     return False
 
 
-def _unfit(kind: Kind, root: Path, names: list[str]) -> list[str]:
+def _unfit(kind: Kind, root: pathlib.Path, names: list[str]) -> list[str]:
     """What is wrong with the classes of a known kind."""
     if kind != "imagenet":
         return []
@@ -237,7 +237,7 @@ def _about(names: list[str]) -> list[str]:
     return [f"its {len(names)} classes are those of {title}"] if title else []
 
 
-def _gaps(numbers: list[int], folder: Path) -> list[str]:
+def _gaps(numbers: list[int], folder: pathlib.Path) -> list[str]:
     if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return []
     lost = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
@@ -248,29 +248,29 @@ def _gaps(numbers: list[int], folder: Path) -> list[str]:
     ]
 
 
-def _open(root: Path, files: list[caches.File], index: int) -> Image.Image:
+def _open(root: pathlib.Path, files: list[caches.File], index: int) -> Image.Image:
     return open_file(root / files[index].name, files[index])
 
 
-def _folders(path: Path) -> list[str]:
+def _folders(path: pathlib.Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files_below(folder: Path, loops: list[str]) -> Iterable[Path]:
+def _files_below(folder: pathlib.Path, loops: list[str]) -> Iterable[pathlib.Path]:
     """All files, by their folders; ``loops`` gets the links that lead to a folder that they lie in."""
     for parent, folders, files in os.walk(folder, followlinks=True):
-        within, inner = Path(parent).resolve(), []
+        within, inner = pathlib.Path(parent).resolve(), []
         for name in sorted(name for name in folders if not name.startswith(".")):
-            link = Path(parent, name)
+            link = pathlib.Path(parent, name)
             if link.is_symlink() and within.is_relative_to(link.resolve()):
                 loops.append(str(link))
             else:
                 inner.append(name)
         folders[:] = inner
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+        yield from (pathlib.Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _status(file: Path) -> os.stat_result | None:
+def _status(file: pathlib.Path) -> os.stat_result | None:
     """Of a regular file, else None."""
     try:
         status = file.stat()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import TypeVar
 
 from rft_fast.clip import prompts
@@ -141,7 +141,7 @@ def almost(names: Iterable[str]) -> tuple[str, list[str]]:
     return "", []
 
 
-def objectnet(folder: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+def objectnet(folder: pathlib.Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """What ObjectNet's mappings say: each folder's class, and the rows of an ImageNet head right for it.
 
     folder: ``mappings``. The second holds only folders that are scored. Raises ValueError, naming the file,
@@ -176,7 +176,7 @@ def objectnet(folder: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
     return labels, scored
 
 
-def _object(file: Path, of: type[_Value]) -> dict[str, _Value]:
+def _object(file: pathlib.Path, of: type[_Value]) -> dict[str, _Value]:
     """A JSON object whose values are all of one type."""
     try:
         found = json.loads(files.read_text(file))

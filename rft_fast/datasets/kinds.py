@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from rft_fast import names
@@ -17,7 +17,7 @@ from .source import Source
 # Formats that know their files: before class folders, as some of them are folders, too.
 _FORMATS: dict[names.Kind, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
 
-KINDS: dict[names.Kind, Callable[[Path, str], Source]] = {
+KINDS: dict[names.Kind, Callable[[pathlib.Path, str], Source]] = {
     kind: partial(folders.source, kind=kind) if kind in TREES else _FORMATS[kind].source
     for kind in names.KINDS
 }
@@ -46,13 +46,13 @@ def detect(path: str | PathLike[str]) -> names.Kind:
     raise ValueError(f"expected a folder of classes or a file of kind {', '.join(_FORMATS)}; {path} {state}")
 
 
-def named(path: str | PathLike[str]) -> Path:
+def named(path: str | PathLike[str]) -> pathlib.Path:
     """The path, of ``.`` and ``..`` in full: a folder's name and what lies beside it may tell what it is."""
-    path = Path(path)
+    path = pathlib.Path(path)
     return path.resolve() if path.name in ("", "..") else path
 
 
-def _known_folders(path: Path) -> folders.Place | None:
+def _known_folders(path: pathlib.Path) -> folders.Place | None:
     """Class folders that are beside files of another format, such as the archive that they come from."""
     try:
         place = folders.find(path)

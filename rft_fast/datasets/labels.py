@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ class Assignment:
     how: str = ""
 
 
-def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | str | None = None) -> Assignment:
+def assign(
+    source: Source, rows: Rows | None, label_map: LabelMap | pathlib.Path | str | None = None
+) -> Assignment:
     """The rows of a head that the classes of a source are.
 
     Without a label map they are found by evidence: the same names on both sides; WordNet ids or names of
@@ -78,7 +80,7 @@ def assign(source: Source, rows: Rows | None, label_map: LabelMap | Path | str |
             return _in_order(source, rows)
         if label_map is not None:
             names = source.class_names or [str(label) for label in range(int(source.labels.max()) + 1)]
-            given = label_map if isinstance(label_map, Mapping) else maps.read_map(Path(label_map))
+            given = label_map if isinstance(label_map, Mapping) else maps.read_map(pathlib.Path(label_map))
             head, most = ((), MOST_ROWS) if rows is None else (rows.names, rows.count)
             return _assignment(source, maps.answers(names, head, most, given), rows, "by the label map")
         if not source.class_names:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pathlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rft_fast.common import files
@@ -25,7 +25,7 @@ LabelMap = Mapping[str, int | str | Sequence[int | str] | None]
 Answers = list[tuple[int, ...]]  # for each class the rows that are right; none: not scored
 
 
-def read_map(file: Path) -> dict[str, Any]:
+def read_map(file: pathlib.Path) -> dict[str, Any]:
     """A label map from a file, as :func:`rft_fast.datasets.assign` describes.
 
     Raises:
@@ -50,7 +50,7 @@ def read_map(file: Path) -> dict[str, Any]:
 UNKNOWN = "?"  # where a row is to be filled in; no head has a class of that name
 
 
-def write_csv(file: Path, label_map: Mapping[str, Sequence[int | str]]) -> None:
+def write_csv(file: pathlib.Path, label_map: Mapping[str, Sequence[int | str]]) -> None:
     """Writes a label map as :func:`read_map` reads it. Raises FileExistsError where the file is there."""
     with file.open("x", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -58,7 +58,7 @@ def write_csv(file: Path, label_map: Mapping[str, Sequence[int | str]]) -> None:
         writer.writerows((name, row) for name, rows in label_map.items() for row in rows or [""])
 
 
-def _read_csv(file: Path) -> dict[str, Any]:
+def _read_csv(file: pathlib.Path) -> dict[str, Any]:
     text = files.read_bytes(file).decode("utf-8-sig")
     head, *lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line] or [[]]
     if head != ["class", "row"]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import pathlib
 import re
 import tarfile
 from collections.abc import Generator, Iterator, Mapping
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -44,12 +44,12 @@ class Member(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    path: Path
+    path: pathlib.Path
     size: int
     time: int
 
 
-def matches(path: Path) -> bool:
+def matches(path: pathlib.Path) -> bool:
     """Whether a path is a tar archive, or a folder of them, or one whose ``test`` folder is."""
     try:
         return bool(_ARCHIVE.fullmatch(path.name)) if path.is_file() else bool(_archives(path))
@@ -57,7 +57,7 @@ def matches(path: Path) -> bool:
         return False
 
 
-def source(path: Path, where: str) -> Source:
+def source(path: pathlib.Path, where: str) -> Source:
     """The samples of a shard, or of all the shards of a folder in their names' order, numbers as numbers.
 
     Files of one name up to its first dot are a sample, as WebDataset has it: one image, and its class as the
@@ -117,7 +117,7 @@ def source(path: Path, where: str) -> Source:
     )
 
 
-def _archives(folder: Path) -> list[Path]:
+def _archives(folder: pathlib.Path) -> list[pathlib.Path]:
     """The shards of a folder, else of its folder ``test``, else of its only folder that has any."""
     for among in (folder, folder / "test"):
         if found := _shards_in(among):
@@ -128,7 +128,7 @@ def _archives(folder: Path) -> list[Path]:
     return splits[0] if len(splits) == 1 else []
 
 
-def _shards_in(folder: Path) -> list[Path]:
+def _shards_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """None of a folder with other folders: archives beside class folders are where those came from."""
     if not folder.is_dir():
         return []
@@ -139,13 +139,13 @@ def _shards_in(folder: Path) -> list[Path]:
     return sorted(found, key=_in_order)
 
 
-def _in_order(path: Path) -> list[tuple[int, str]]:
+def _in_order(path: pathlib.Path) -> list[tuple[int, str]]:
     """Numbers as numbers: 10.tar after 9.tar."""
     parts = re.findall(r"\d+|\D+", path.name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _counted(archives: list[Path], path: Path, where: str) -> None:
+def _counted(archives: list[pathlib.Path], path: pathlib.Path, where: str) -> None:
     file = archives[0].parent / "nshards.txt"
     if path.is_file() or not file.is_file():
         return
@@ -157,7 +157,7 @@ def _counted(archives: list[Path], path: Path, where: str) -> None:
         )
 
 
-def _class_names(folder: Path, where: str) -> tuple[str, ...]:
+def _class_names(folder: pathlib.Path, where: str) -> tuple[str, ...]:
     folders = (folder, folder.parent) if folder.name in SPLITS else (folder,)
     for file in (among / name for name in NAMES for among in folders):
         if file.is_file():
@@ -172,7 +172,7 @@ def _class_names(folder: Path, where: str) -> tuple[str, ...]:
     return ()
 
 
-def _samples(archive: Path, where: str) -> tuple[dict[str, dict[str, Member]], list[str]]:
+def _samples(archive: pathlib.Path, where: str) -> tuple[dict[str, dict[str, Member]], list[str]]:
     """A shard's files by sample and extension, and the names of those that are of no sample."""
     samples: dict[str, dict[str, Member]] = {}
     others = []
@@ -192,7 +192,7 @@ def _samples(archive: Path, where: str) -> tuple[dict[str, dict[str, Member]], l
     return samples, others
 
 
-def _members(archive: Path, where: str) -> Iterator[Member]:
+def _members(archive: pathlib.Path, where: str) -> Iterator[Member]:
     """The files of a tar archive; their contents are not read."""
     with on_disk.opened(archive) as stream:
         content = _Content(stream)

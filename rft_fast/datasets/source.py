@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import IO
 
 from PIL import Image, UnidentifiedImageError
@@ -48,7 +48,7 @@ class Source:
     """
 
     kind: Kind
-    path: Path
+    path: pathlib.Path
     files: list[caches.File]
     labels: Tensor
     class_names: tuple[str, ...]
@@ -82,7 +82,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
         raise UnidentifiedImageError(f"no image in one of the formats {', '.join(_formats())}") from None
 
 
-def open_file(path: Path, listed: caches.File | None = None) -> Image.Image:
+def open_file(path: pathlib.Path, listed: caches.File | None = None) -> Image.Image:
     """An image file, read into memory: Pillow maps some, and would die by a signal of one that is cut short.
 
     Raises files.Changed where it is not as it was listed, and else as :func:`open_image` does.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import os
+import pathlib
 import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, ParamSpec
 
 import numpy as np
@@ -100,7 +100,7 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
 
 def save(figure: Figure, file: str | os.PathLike[str]) -> None:
     """Writes a figure whole or not at all; the file's ending chooses the format."""
-    file = Path(file)
+    file = pathlib.Path(file)
     with disk.replacing(file) as temporary:
         figure.savefig(temporary, format=file.suffix[1:] or "png")
 

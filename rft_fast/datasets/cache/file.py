@@ -19,6 +19,7 @@ import errno
 import json
 import mmap
 import os
+import pathlib
 import re
 import secrets
 import struct
@@ -27,7 +28,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,13 +64,13 @@ class Source:
     and resize. Folder, size and transform name the cache; with other files or versions it is made again.
     """
 
-    folder: Path
+    folder: pathlib.Path
     files: Sequence[File]
     size: tuple[int, int]
     transform: Mapping[str, Any]
     versions: Mapping[str, str]
 
-    def path(self, directory: Path) -> Path:
+    def path(self, directory: pathlib.Path) -> pathlib.Path:
         """The cache's file in a directory of caches."""
         name = json.dumps([str(self.folder), *self.size, self.transform], sort_keys=True).encode()
         label = re.sub(r"[^\w-]+", "_", self.folder.name, flags=re.ASCII)[:40] or "images"
@@ -107,7 +107,7 @@ class _Head:
 class CacheFile:
     """An open cache file. Raises OSError where the disk fails. ``read`` may be called from many threads."""
 
-    path: Path
+    path: pathlib.Path
     fd: int
     head: _Head
     writable: bool
@@ -163,7 +163,7 @@ class CacheFile:
         os.close(self.fd)
 
 
-def open_cache(source: Source, directory: Path) -> CacheFile:
+def open_cache(source: Source, directory: pathlib.Path) -> CacheFile:
     """The cache of a source, made where there is none or one from something else."""
     if not hasattr(os, "pwrite"):
         raise OSError(errno.ENOSYS, "caches need a POSIX system")
@@ -184,7 +184,7 @@ def open_cache(source: Source, directory: Path) -> CacheFile:
     return made
 
 
-def _adopt(path: Path, source: Source) -> tuple[CacheFile | None, str]:
+def _adopt(path: pathlib.Path, source: Source) -> tuple[CacheFile | None, str]:
     """The file if it is there and made from the same, else None and what differs (nothing: not there)."""
     try:
         fd, writable = storage.open_if_allowed(path)
@@ -204,7 +204,7 @@ def _adopt(path: Path, source: Source) -> tuple[CacheFile | None, str]:
     return None, difference
 
 
-def _make(path: Path, source: Source) -> CacheFile:
+def _make(path: pathlib.Path, source: Source) -> CacheFile:
     """A new cache in the place of any other, with those images of the other that did not change."""
     head_bytes, head = _new_head(source)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
@@ -224,7 +224,7 @@ def _make(path: Path, source: Source) -> CacheFile:
     return made
 
 
-def _take_over(path: Path, source: Source, made: CacheFile) -> None:
+def _take_over(path: pathlib.Path, source: Source, made: CacheFile) -> None:
     """Copies what did not change, where there is room for both; it is verified when it is read."""
     try:
         with storage.opened(path) as fd:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,15 +32,15 @@ from .file import (
 _OURS = re.compile(r"[\w.-]+-[0-9a-f]{16}\.pixels(\.[0-9a-f]{8}\.part)?")
 
 
-def directory() -> Path:
+def directory() -> pathlib.Path:
     """Where caches are kept: ``RFT_CACHE``, else ``XDG_CACHE_HOME``/rft_fast, else ~/.cache/rft_fast."""
     if chosen := os.environ.get("RFT_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return pathlib.Path(chosen).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache").absolute() / "rft_fast"
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache").absolute() / "rft_fast"
 
 
-def decoded(source: Source, directory: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def decoded(source: Source, directory: pathlib.Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which images, bool [files], need not be decoded again; nothing is made, changed or verified."""
     found = np.zeros(len(source.files), bool)
     try:
@@ -66,7 +66,7 @@ class Images:
         self,
         source: Source,
         chosen: Sequence[int],
-        directory: Path | None,
+        directory: pathlib.Path | None,
         each: Callable[[Callable[[int], Pixels | None], Iterable[int]], Iterable[Pixels | None]] = map,
     ) -> None:
         """chosen: positions in ``source.files``. directory: of caches, or None. each: a threaded ``map``."""
@@ -210,13 +210,13 @@ class Entry:
     """A cache on storage. about: its head, or None for what no run can use; decoded: how many images;
     taken: bytes on storage."""
 
-    path: Path
+    path: pathlib.Path
     about: dict[str, Any] | None
     decoded: int
     taken: int
 
 
-def entries(directory: Path) -> list[Entry]:
+def entries(directory: pathlib.Path) -> list[Entry]:
     """Every cache in a directory, and what interrupted runs left of one; other files are passed over."""
     found = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 RESERVE = 256 << 20  # bytes left free on the disk, for results and for others
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
+def opened(path: pathlib.Path) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield fd
@@ -21,7 +21,7 @@ def opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def open_if_allowed(path: Path, flags: int = 0) -> tuple[int, bool]:
+def open_if_allowed(path: pathlib.Path, flags: int = 0) -> tuple[int, bool]:
     """A descriptor for reading and writing or, where it must not be written, for reading; and which."""
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666), True
@@ -32,7 +32,7 @@ def open_if_allowed(path: Path, flags: int = 0) -> tuple[int, bool]:
 
 
 @contextmanager
-def lock(directory: Path) -> Iterator[None]:
+def lock(directory: pathlib.Path) -> Iterator[None]:
     """Held while a cache is made, so that one process makes it and the others find it made."""
     import fcntl  # not on Windows, where nothing gets here
 
@@ -47,7 +47,7 @@ def lock(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def check_room(directory: Path, wanted: int) -> None:
+def check_room(directory: pathlib.Path, wanted: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < wanted + RESERVE:
         raise OSError(
