@@ -10,16 +10,16 @@ from rft_fast.common import lazy
 
 if TYPE_CHECKING:
     from .images import ImageBatches, Images, augmentation
-    from .settings import Setting, at_random, grid
+    from .settings import Request, Setting, at_random, grid
     from .training import Batch, Batches, Diverged, adamw, freeze, learning_rate, train
-    from .work import Outcome, Request, run
+    from .work import Outcome, run
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         images="ImageBatches Images augmentation",
-        settings="Setting at_random grid",
+        settings="Request Setting at_random grid",
         training="Batch Batches Diverged adamw freeze learning_rate train",
-        work="Outcome Request run",
+        work="Outcome run",
     )
 
 __all__ = [

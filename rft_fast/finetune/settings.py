@@ -1,21 +1,43 @@
-"""What a fine-tuned model is trained with: a setting, its name, grids of settings, settings at random."""
+"""What is fine-tuned on what, and how: a request, a setting, grids of settings, settings at random."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 import numpy as np
 
-from rft_fast.names import SCHEDULES, Schedule
+from rft_fast import names
+from rft_fast.common.fields import Group, described, entries, option
+from rft_fast.names import SCHEDULES, Kind, Mixed, Names, Schedule, Stored, as_given
 
 AUGMENT = re.compile(r"none|crop|crop-flip|rand-m(?P<m>\d{1,2})-n(?P<n>\d)")
 MAGNITUDES = 30  # of RandAugment, as in its paper
+
+
+DATA = Group("model and data")
+HEAD = Group(
+    "classes of the head",
+    "names of its rows, by which data sets go to them; a checkpoint without a head gets one, made of the "
+    "names in the templates",
+)
+GRID = Group("grid: each option may have several values, and every combination makes a model")
+RUNNING = Group("how it runs")
+
+
+def _varied(default: Any, short: str | None, help: str, check: type, name: str | None = None) -> Any:
+    """An option that a grid may vary. short: how names of models call it; None where they always have it."""
+    help += " (default: %(default)s)"
+    more = {"short": short}
+    return option(
+        default, help, name=name, metavar="X", check=check, many="last", whole=list, group=GRID, more=more
+    )
 
 
 @dataclass(frozen=True)
@@ -34,21 +56,40 @@ class Setting:
     Raises TypeError and ValueError for values that are not so.
     """
 
-    lr: float = 2e-5
-    epochs: int = 8
-    weight_decay: float = 0.1
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    augment: str = "crop"
-    warmup: int = 500
-    seed: int = 0
-    batch_size: int = 256
-    accumulate: int = 1
-    clip: float | None = 1.0
+    GROUP: ClassVar = Group("training")
+
+    lr: float = _varied(2e-5, None, "peak learning rate", float)
+    epochs: int = _varied(8, None, "passes over the data", int)
+    weight_decay: float = _varied(0.1, "wd", "of AdamW, on matrices only", float)
+    label_smoothing: float = _varied(0.0, "ls", "fraction spread over all classes", float)
+    mixup: float = _varied(0.0, "mix", "parameter of the Beta distribution, 0 for none", float)
+    augment: str = _varied("crop", "", "none (evaluation's transform), crop, crop-flip, or rand-mM-nN", str)
+    warmup: int = _varied(500, "warm", "steps of linear warm-up", int, name="warm-up")
+    seed: int = _varied(0, "seed", "of order, crops and all else that is random", int)
+    batch_size: int = option(256, "images per step (%(default)s)", metavar="N", check=int)
+    accumulate: int = option(
+        1,
+        "compute each batch in N parts: the same step in less memory, unless batch norm is trained "
+        "(%(default)s)",
+        metavar="N",
+        check=int,
+    )
+    clip: float | None = option(
+        1.0,
+        "largest norm of the gradient (%(default)s)",
+        metavar="X",
+        check=float,
+        off="leave gradients as they are",
+    )
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Schedule = "cosine"
-    probe_epochs: int = 0
-    probe_lr: float = 1e-3
+    schedule: Schedule = option("cosine", "after the warm-up (%(default)s)", choices=SCHEDULES)
+    probe_epochs: int = option(
+        0,
+        "first train the head alone so long, on features that are computed once: LP-FT (%(default)s)",
+        metavar="N",
+        check=int,
+    )
+    probe_lr: float = option(1e-3, "learning rate then (%(default)s)", metavar="X", check=float)
 
     def __post_init__(self) -> None:
         whole = {"epochs": 1, "warmup": 0, "seed": 0, "batch_size": 1, "accumulate": 1, "probe_epochs": 0}
@@ -83,25 +124,169 @@ class Setting:
     def name(self) -> str:
         """``lr1e-5-ep4``, then what differs from the defaults among the options of a grid."""
         parts = [f"lr{_number(self.lr)}", f"ep{self.epochs}"]
-        for option, short in SHORT.items():
-            value = getattr(self, option)
-            if short is not None and value != _DEFAULTS[option]:
-                parts.append(value if option == "augment" else f"{short}{_number(value)}")
+        for name, short in SHORT.items():
+            value = getattr(self, name)
+            if short is not None and value != _DEFAULTS[name]:
+                parts.append(value if name == "augment" else f"{short}{_number(value)}")
         return "-".join(parts)
 
 
 # What a grid may vary -> how a name calls it; None where the name always has it.
 SHORT: dict[str, str | None] = {
-    "lr": None,
-    "epochs": None,
-    "weight_decay": "wd",
-    "label_smoothing": "ls",
-    "mixup": "mix",
-    "augment": "",
-    "warmup": "warm",
-    "seed": "seed",
+    entry.field: entry.option.more["short"] for entry in entries(Setting) if entry.group is GRID
 }
 _DEFAULTS = {field.name: field.default for field in fields(Setting)}
+
+
+def _named_path(text: str) -> tuple[str, pathlib.Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"expected NAME=PATH, got {text!r}")
+    return name, pathlib.Path(path)
+
+
+def _by_name(paths: Sequence[tuple[str, pathlib.Path]]) -> dict[str, pathlib.Path]:
+    if len(found := dict(paths)) < len(paths):
+        raise ValueError("two data sets have the same name")
+    return found
+
+
+def _sets(help: str) -> dict[Any, Any]:
+    return described(help, metavar="NAME=PATH", check=_named_path, many="each", whole=_by_name, paths=True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is fine-tuned on what, and where it goes.
+
+    arch, zeroshot: an architecture, and a checkpoint file, a pretrained tag or ``hf-hub:org/name``, of it.
+    train: images that are trained on (:func:`rft_fast.datasets.open_source`); kind: of those. label_map: rows
+        of the head for the classes of ``train``, ``val`` and what of ``ood`` has the same classes; the others
+        must show their rows by their names (:func:`rft_fast.datasets.assign`). ``"order"``: class i of
+        ``train``, and of sets that do not show their rows, is row i.
+    out: the directory of the zoo. settings: name -> setting.
+    val: data sets scored after every epoch; in the zoo in distribution. ood: those that are only named there.
+    class_names: names of the head's rows (:mod:`rft_fast.clip.prompts`). Classes of data sets that are called
+        so go to those rows; and where the checkpoint has no head, one is made of them, ``templates`` and
+        ``head_scale``.
+    freeze, freeze_blocks: what is not trained (:func:`rft_fast.finetune.freeze`).
+    precision, checkpointing: of training. store: ``float32`` or ``float16``, of the files.
+    keep_every: optimizer steps between two states to go on from. check_images: open every image first.
+    """
+
+    GROUP: ClassVar = DATA
+
+    arch: str = field(
+        metadata=described("open_clip model name, JSON file, or hf-hub:org/name", metavar="NAME")
+    )
+    zeroshot: str = field(
+        metadata=described(
+            "checkpoint to start from: a file, a pretrained tag of open_clip, or hf-hub:org/name",
+            metavar="SOURCE",
+        )
+    )
+    train: pathlib.Path = field(
+        metadata=described("images that are trained on", metavar="PATH", check=pathlib.Path)
+    )
+    out: pathlib.Path = field(metadata=described("directory of the zoo", metavar="DIR", check=pathlib.Path))
+    settings: Mapping[str, Setting]
+    val: Mapping[str, pathlib.Path] = field(
+        default_factory=dict, metadata=_sets("in-distribution data, scored after every epoch")
+    )
+    ood: Mapping[str, pathlib.Path] = field(
+        default_factory=dict,
+        metadata=_sets("out-of-distribution data, which is only named in the zoo: no image is opened"),
+    )
+    kind: Kind | None = option(
+        None, "format of --train (default: as its files tell)", choices=tuple(sorted(names.KINDS))
+    )
+    label_map: pathlib.Path | str | None = option(
+        None,
+        "rows of the head for the classes of --train, --val and --ood, where their names do not show "
+        "them; or the word order: class i is row i",
+        metavar="FILE",
+        check=as_given,
+    )
+    class_names: str | None = option(
+        None, "imagenet, cifar10, ... or a file, one per line", metavar="WHAT", group=HEAD
+    )
+    templates: str | None = option(
+        None, "openai (default), simple, photo, or a file", metavar="WHAT", group=HEAD
+    )
+    head_scale: float | None = option(
+        None,
+        "factor of the head (default: exp of the logit scale)",
+        metavar="X",
+        check=float,
+        group=HEAD,
+    )
+    freeze: Names = option(
+        (), "parameters, by whole names, that stay", metavar="REGEX", many="last", group=Setting.GROUP
+    )
+    freeze_blocks: int = option(
+        0, "the first N blocks and what is before stay", metavar="N", check=int, group=Setting.GROUP
+    )
+    precision: Mixed = option(
+        "fp32", "bf16, fp16: mixed (%(default)s)", choices=names.MIXED, group=Setting.GROUP
+    )
+    checkpointing: bool = option(
+        False,
+        "compute activations twice: less memory",
+        name="grad-checkpointing",
+        group=Setting.GROUP,
+    )
+    store: Stored = option(
+        "float32",
+        "of the weights in the files (%(default)s)",
+        name="dtype",
+        choices=names.STORED,
+        group=RUNNING,
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", metavar="NAME", group=RUNNING
+    )
+    workers: int | None = option(
+        None, "threads that decode images (default: all cores)", metavar="N", check=int, group=RUNNING
+    )
+    in_memory: bool = option(False, "keep all training images decoded in memory", group=RUNNING)
+    check_images: bool = option(
+        True, "do not open every training image before the first step", name="no-check", group=RUNNING
+    )
+    keep_every: int | None = option(
+        500,
+        "steps between two states that a killed run goes on from (%(default)s; also every epoch)",
+        metavar="N",
+        check=int,
+        group=RUNNING,
+    )
+    cache: pathlib.Path | None = option(
+        None,
+        "where decoded images of --val are kept",
+        metavar="DIR",
+        check=pathlib.Path,
+        off="keep none",
+        group=RUNNING,
+    )
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the command line alone has. random: number of settings; None: a grid."""
+
+    GROUP: ClassVar = GRID
+
+    random: int | None = option(
+        None,
+        "N settings drawn at random instead: from the values given, for other options from the ranges of the "
+        "model-soups models",
+        metavar="N",
+        check=int,
+    )
+    search_seed: int = option(0, "of --random (default: 0)", metavar="N", check=int)
+    dry_run: bool = option(False, "only list the settings")
+    deterministic: bool = option(
+        False, "on a GPU, only kernels that always sum in one order", group=Setting.GROUP
+    )
 
 
 def grid(choices: Mapping[str, Sequence[Any]], **fixed: Any) -> dict[str, Setting]:
@@ -155,11 +340,11 @@ def as_json(setting: Setting) -> dict[str, Any]:
 
 
 def _known(choices: Mapping[str, Sequence[Any]]) -> None:
-    for option, values in choices.items():
-        if option not in SHORT:
-            raise ValueError(f"finetune: a grid cannot vary {option!r}; it can vary {', '.join(SHORT)}")
+    for name, values in choices.items():
+        if name not in SHORT:
+            raise ValueError(f"finetune: a grid cannot vary {name!r}; it can vary {', '.join(SHORT)}")
         if not len(values):
-            raise ValueError(f"finetune: {option} has no values")
+            raise ValueError(f"finetune: {name} has no values")
 
 
 def _named(settings: Sequence[Setting]) -> dict[str, Setting]:

@@ -25,61 +25,17 @@ from rft_fast.common import disk
 from rft_fast.common.program import Stop
 from rft_fast.common.words import differences, visible
 from rft_fast.datasets import imagenet, labels, maps, naming
-from rft_fast.names import STORED, Kind, Mixed, Names, Stored
+from rft_fast.names import STORED
 
 from . import output
 from .images import FeatureBatches, ImageBatches, Images, accuracy, features, threads
-from .settings import Setting, as_json
+from .settings import Request, Setting, as_json
 from .training import COLUMNS, Diverged, Row, check_precision, check_warmup, freeze, train
 
 DTYPES = {name: getattr(torch, name) for name in STORED}
 RESERVED = "zeroshot"
 # What all models of a directory have in common.
 SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is fine-tuned on what, and where it goes.
-
-    arch, zeroshot: an architecture, and a checkpoint file, a pretrained tag or ``hf-hub:org/name``, of it.
-    train: images that are trained on (:func:`rft_fast.datasets.open_source`); kind: of those. label_map: rows
-        of the head for the classes of ``train``, ``val`` and what of ``ood`` has the same classes; the others
-        must show their rows by their names (:func:`rft_fast.datasets.assign`). ``"order"``: class i of
-        ``train``, and of sets that do not show their rows, is row i.
-    out: the directory of the zoo. settings: name -> setting.
-    val: data sets scored after every epoch; in the zoo in distribution. ood: those that are only named there.
-    class_names: names of the head's rows (:mod:`rft_fast.clip.prompts`). Classes of data sets that are called
-        so go to those rows; and where the checkpoint has no head, one is made of them, ``templates`` and
-        ``head_scale``.
-    freeze, freeze_blocks: what is not trained (:func:`rft_fast.finetune.freeze`).
-    precision, checkpointing: of training. store: ``float32`` or ``float16``, of the files.
-    keep_every: optimizer steps between two states to go on from. check_images: open every image first.
-    """
-
-    arch: str
-    zeroshot: str
-    train: pathlib.Path
-    out: pathlib.Path
-    settings: Mapping[str, Setting]
-    val: Mapping[str, pathlib.Path] = field(default_factory=dict)
-    ood: Mapping[str, pathlib.Path] = field(default_factory=dict)
-    kind: Kind | None = None
-    label_map: pathlib.Path | str | None = None
-    class_names: str | None = None
-    templates: str | None = None
-    head_scale: float | None = None
-    freeze: Names = ()
-    freeze_blocks: int = 0
-    precision: Mixed = "fp32"
-    checkpointing: bool = False
-    store: Stored = "float32"
-    device: str | None = None
-    workers: int | None = None
-    in_memory: bool = False
-    check_images: bool = True
-    keep_every: int | None = 500
-    cache: pathlib.Path | None = None
 
 
 @dataclass

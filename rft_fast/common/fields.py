@@ -1,0 +1,157 @@
+"""Settings as fields of frozen dataclasses, of which :mod:`rft_fast.config.builder` makes options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+_Settings = TypeVar("_Settings")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that the help shows together.
+
+    A settings class names its own as a class variable, ``GROUP``.
+
+    Attributes:
+        title: heading in the help.
+        about: text below it.
+        place: table of ``config.json`` that records them, by its names from the outermost on; empty: none.
+        own: why none of them may stand in a zoo file; empty where they may.
+    """
+
+    title: str
+    about: str = ""
+    place: tuple[str, ...] = ()
+    own: str = ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field is given on the command line and in files.
+
+    Attributes:
+        help: its line in the help. ``%(default)s`` stands for the default.
+        name: of the option, without dashes; None: the field's, behind ``no-`` where its default is True.
+        metavar: what stands for the value in the help.
+        check: text -> value; raises ValueError. A list that it returns is several values.
+        choices: the values that there are, instead of a check.
+        many: it takes several values, and may be given ``once``; or as often as wanted: ``each`` time adds to
+            them, or the ``last`` one counts. None: a single value.
+        whole: all values of an option with several -> the field's value; raises ValueError. None: a tuple.
+        paths: values may be names of files.
+        follows: the option whose value this one has where it is not given.
+        off: help of the option ``--no-NAME``, which sets None; empty: there is none.
+        own: why it may not stand in a zoo file; empty where it may.
+        group: another than that of the class.
+        more: what the program itself wants to know of the field.
+    """
+
+    help: str
+    name: str | None = None
+    metavar: str | None = None
+    check: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] | None = None
+    many: Literal["once", "each", "last"] | None = None
+    whole: Callable[[Sequence[Any]], Any] | None = None
+    paths: bool = False
+    follows: str | None = None
+    off: str = ""
+    own: str = ""
+    group: Group | None = None
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def option(default: Any, help: str, **how: Any) -> Any:
+    """A field of a settings class that is also an option.
+
+    Args:
+        default: its value where it is not given. A bool makes an option without a value, which turns it over.
+        help: as of :class:`Option`.
+        how: the other attributes of :class:`Option`.
+    """
+    return dataclasses.field(default=default, metadata=described(help, **how))
+
+
+def described(help: str, **how: Any) -> dict[type[Option], Option]:
+    """Metadata of a field, for one that has no default (the option is required) or makes it.
+
+    Args:
+        help: as of :class:`Option`.
+        how: its other attributes.
+    """
+    return {Option: Option(help, **how)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An option, and the field that it sets."""
+
+    kind: type
+    field: str
+    default: Any
+    option: Option
+    group: Group
+
+    @property
+    def name(self) -> str:
+        """Of the option, without dashes."""
+        plain = self.field.replace("_", "-")
+        return self.option.name or (f"no-{plain}" if self.default is True else plain)
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def flag(self) -> bool:
+        """Whether it has no value."""
+        return isinstance(self.default, bool)
+
+
+def entries(kind: type) -> Iterator[Entry]:
+    """The options of a settings class, in the order of its fields."""
+    for field in dataclasses.fields(kind):
+        if (found := field.metadata.get(Option)) is not None:
+            group = found.group or kind.GROUP  # type: ignore[attr-defined]
+            make = field.default_factory
+            default = field.default if make is dataclasses.MISSING else make()
+            yield Entry(kind, field.name, default, found, group)
+
+
+class Tree:
+    """Settings by their classes; immutable. A class that it does not hold has its defaults.
+
+    Args:
+        settings: instances of different settings classes.
+        givers: option -> who gave it: ``"command line"`` or ``"zoo"``; the others have their defaults.
+    """
+
+    def __init__(self, *settings: object, givers: Mapping[str, str] | None = None) -> None:
+        self._settings = {type(each): each for each in settings}
+        self._givers = dict(givers or {})
+
+    def of(self, kind: type[_Settings]) -> _Settings:
+        """The settings of a class."""
+        found = self._settings.get(kind)
+        return found if isinstance(found, kind) else kind()
+
+    def giver(self, name: str) -> str:
+        """Who gave an option; empty where it has its default."""
+        return self._givers.get(name, "")
+
+    def but(self, *settings: object) -> Tree:
+        """The tree with other settings of these classes."""
+        return Tree(*(self._settings | {type(each): each for each in settings}).values(), givers=self._givers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tree) and self._settings == other._settings
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._settings.values()))
+
+    def __repr__(self) -> str:
+        return f"Tree({', '.join(map(repr, self._settings.values()))})"

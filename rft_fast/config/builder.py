@@ -1,0 +1,274 @@
+"""Options of a command line, tables of TOML and JSON: all made of the fields of settings classes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ..common.fields import Entry, Group, Tree, entries
+
+Given = dict[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
+_Settings = TypeVar("_Settings")
+COMMAND, ZOO = "command line", "zoo"
+_PLAIN = (int, float, str, pathlib.Path)  # of which argparse says itself what is expected
+
+
+class Builder:
+    """The options of some settings classes.
+
+    Args:
+        kinds: the classes.
+        groups: those of their groups that come first in the help, in order.
+
+    Raises:
+        ValueError: two fields are the same option.
+    """
+
+    def __init__(self, kinds: Sequence[type], groups: Sequence[Group] = ()) -> None:
+        self._kinds = tuple(kinds)
+        self._groups = tuple(groups)
+        self.entries: dict[str, Entry] = {}
+        for entry in (entry for kind in kinds for entry in entries(kind)):
+            if entry.name in self.entries:
+                raise ValueError(f"settings: two fields are the option {entry.name}")
+            self.entries[entry.name] = entry
+
+    # --- command line -----------------------------------------------------------------------------
+
+    def add_to(self, top: argparse.ArgumentParser) -> None:
+        """Adds the options, group by group. What is not given is not in the namespace that it parses."""
+        groups: dict[Group, list[Entry]] = {group: [] for group in self._groups}
+        for entry in self.entries.values():
+            groups.setdefault(entry.group, []).append(entry)
+        for group, members in groups.items():
+            shown = top.add_argument_group(group.title, group.about or None)
+            for entry in members:
+                _add(shown, entry)
+
+    def given(self, arguments: argparse.Namespace) -> Given:
+        """What a command line gave.
+
+        Raises:
+            ValueError: values that do not go together.
+        """
+        found: Given = {}
+        for name, entry in self.entries.items():
+            dest = _dest(name)
+            if hasattr(arguments, dest):
+                value = getattr(arguments, dest)
+                found[name] = (
+                    value if entry.option.many is None else _whole(entry, value, f"argument --{name}")
+                )
+        return found
+
+    def fields(self, kind: type, given: Given) -> dict[str, Any]:
+        """What is given of one settings class: field -> value."""
+        return {
+            entry.field: given[name]
+            for name, entry in self.entries.items()
+            if entry.kind is kind and name in given
+        }
+
+    def of(self, kind: type[_Settings], given: Given, **others: Any) -> _Settings:
+        """One settings class. others: its fields that are no options."""
+        return kind(**self.fields(kind, given), **others)
+
+    # --- tables of TOML ---------------------------------------------------------------------------
+
+    def of_table(
+        self, table: Mapping[str, Any], error: Callable[[str, str], ValueError], prefix: str = ""
+    ) -> Given:
+        """What a table of a file that may be somebody else's gives.
+
+        Args:
+            table: option, without dashes -> a string, number, true or a list.
+            error: makes an error of the name of an entry, and what is wrong with it.
+            prefix: of such names.
+
+        Raises:
+            ValueError: an option that is not known or may not stand there; a value that it cannot have.
+        """
+        found: Given = {}
+        for name, value in table.items():
+            entry = self.entries.get(name)
+            if entry is None:
+                near = difflib.get_close_matches(name, self.entries, n=1)
+                hint = f"did you mean {near[0]}?" if near else "--help lists them"
+                raise error(f"{prefix}{name}", f"is no option; {hint}")
+            if reason := entry.option.own or entry.group.own:
+                raise error(f"{prefix}{name}", f"is no option here: {reason}")
+            try:
+                found[name] = _of_toml(entry, value)
+            except ValueError as wrong:
+                raise error(f"{prefix}{name}", str(wrong)) from None
+        return found
+
+    # --- trees and JSON ---------------------------------------------------------------------------
+
+    def tree(self, sources: Mapping[str, Given]) -> Tree:
+        """The settings.
+
+        Args:
+            sources: who gives something -> what; a later one overrides those before.
+        """
+        givers = {name: who for who, given in sources.items() for name in given}
+        values = {name: value for given in sources.values() for name, value in given.items()}
+        for name, entry in self.entries.items():
+            followed = entry.option.follows
+            if name not in values and followed in values:
+                values[name] = values[followed]
+        return self._made(values, givers)
+
+    def as_json(self, tree: Tree) -> dict[str, Any]:
+        """The tables that record the settings in ``config.json``."""
+        found: dict[str, Any] = {}
+        for entry in self.entries.values():
+            if place := entry.group.place:
+                table = found
+                for name in place:
+                    table = table.setdefault(name, {})
+                table[entry.field] = _to_json(getattr(tree.of(entry.kind), entry.field))
+        return found
+
+    def of_json(self, config: Mapping[str, Any]) -> Tree:
+        """The settings that ``config.json`` records. What it lacks has its default."""
+        values: Given = {}
+        for name, entry in self.entries.items():
+            table: Any = config
+            for part in entry.group.place:
+                table = table.get(part, {}) if isinstance(table, Mapping) else {}
+            if entry.group.place and isinstance(table, Mapping) and entry.field in table:
+                values[name] = _of_json(table[entry.field])
+        return self._made(values, {})
+
+    def option_of(self, names: Sequence[str]) -> str | None:
+        """The option that is recorded in an entry of ``config.json``, by all its names; None: none."""
+        for name, entry in self.entries.items():
+            if entry.group.place and (*entry.group.place, entry.field) == tuple(names):
+                return name
+        return None
+
+    def _made(self, values: Given, givers: Mapping[str, str]) -> Tree:
+        return Tree(*(self.of(kind, values) for kind in self._kinds), givers=givers)
+
+
+def _dest(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _add(group: Any, entry: Entry) -> None:
+    option, name = entry.option, entry.name
+    how: dict[str, Any] = {"dest": _dest(name), "default": argparse.SUPPRESS}
+    how["help"] = option.help.replace("%(default)s", str(entry.default))
+    if entry.flag:
+        group.add_argument(f"--{name}", action="store_const", const=not entry.default, **how)
+        return
+    if entry.required:
+        how["required"] = True
+    if option.metavar is not None:
+        how["metavar"] = option.metavar
+    if option.choices is not None:
+        how["choices"] = option.choices
+    if option.check is not None:
+        how["type"] = option.check if option.check in _PLAIN else _typed(option.check)
+    if option.many is not None:
+        how |= {"nargs": "+", "action": _MANY[option.many]}
+    elif option.off:
+        how["action"] = _OnOrOff
+    group.add_argument(f"--{name}", **how)
+    if option.off:
+        how = {"dest": _dest(name), "default": argparse.SUPPRESS, "help": option.off}
+        group.add_argument(f"--no-{name}", action=_OnOrOff, nargs=0, const=None, **how)
+
+
+def _typed(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+class _Once(argparse.Action):
+    """All values stand behind one option. Given again, it would silently replace what it was given first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "given more than once; put all values behind one of it")
+        setattr(namespace, self.dest, values)
+
+
+_MANY = {"once": _Once, "each": "extend", "last": "store"}
+
+
+class _OnOrOff(argparse.Action):
+    """An option with a value, or its opposite without one: not both."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        off = self.nargs == 0
+        if hasattr(namespace, self.dest) and (getattr(namespace, self.dest) is None) != off:
+            other = f"--{'' if off else 'no-'}{self.dest.replace('_', '-')}"
+            raise argparse.ArgumentError(self, f"not together with {other}")
+        setattr(namespace, self.dest, None if off else values)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _whole(entry: Entry, values: Iterable[Any], where: str = "") -> Any:
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    try:
+        return tuple(flat) if entry.option.whole is None else entry.option.whole(flat)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _of_toml(entry: Entry, value: Any) -> Any:
+    if isinstance(value, bool):
+        if not value:
+            raise ValueError("can only be true; leave it out otherwise")
+        if not entry.flag:
+            raise ValueError("needs a value, got true")
+        return not entry.default
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"must be a string, number, true or a list, got {value!r}")
+    if entry.flag:
+        raise ValueError(f"can only be true, got {value!r}")
+    read = [_read(entry, str(one)) for one in values]
+    if entry.option.many is not None:
+        return _whole(entry, read)
+    if len(read) != 1:
+        raise ValueError(f"takes one value, got {value!r}")
+    return read[0]
+
+
+def _read(entry: Entry, text: str) -> Any:
+    option = entry.option
+    if option.choices is not None and text not in option.choices:
+        raise ValueError(f"must be one of {', '.join(option.choices)}; got {text!r}")
+    return text if option.check is None else option.check(text)
+
+
+def fits(entry: Entry, text: str) -> bool:
+    """Whether a word can be a value of an option."""
+    try:
+        _read(entry, text)
+    except ValueError:
+        return False
+    return True
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_to_json(each) for each in value]
+    return str(value) if isinstance(value, pathlib.Path) else value
+
+
+def _of_json(value: Any) -> Any:
+    return tuple(map(_of_json, value)) if isinstance(value, list) else value
