@@ -20,10 +20,30 @@ from rft_fast.common import lazy
 
 if TYPE_CHECKING:
     from ..studies.rows import COLUMNS
-    from .run import Damaged, Run, check, differences, load, recorded, recover
+    from .directory import check, differences
+    from .errors import Damaged, InUse, Mismatch
+    from .loading import load, recorded
+    from .salvage import recover
+    from .writer import Run
 else:
     __getattr__, __dir__ = lazy.face(
-        __name__, database="COLUMNS", run="Damaged Run check differences load recorded recover"
+        __name__,
+        loading="COLUMNS load recorded",
+        directory="check differences",
+        errors="Damaged InUse Mismatch",
+        salvage="recover",
+        writer="Run",
     )
 
-__all__ = ["COLUMNS", "Damaged", "Run", "check", "differences", "load", "recorded", "recover"]
+__all__ = [
+    "COLUMNS",
+    "Damaged",
+    "InUse",
+    "Mismatch",
+    "Run",
+    "check",
+    "differences",
+    "load",
+    "recorded",
+    "recover",
+]

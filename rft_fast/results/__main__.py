@@ -49,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
             _check_pyarrow()
         print(describe(asked.directory, rows))
         if asked.csv is not None:
-            results.run.write_csv(asked.directory, asked.csv)
+            results.export.write_csv(asked.directory, asked.csv)
         if asked.parquet is not None:
-            results.run.write_parquet(asked.directory, asked.parquet)
+            results.export.write_parquet(asked.directory, asked.parquet)
         for file in files:
             print(f"{len(rows)} rows in {file}")
     except (OSError, ValueError) as error:

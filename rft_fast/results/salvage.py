@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sqlite3
 import tempfile
@@ -10,10 +11,30 @@ from contextlib import closing, suppress
 from typing import Any
 
 from ..common import disk, files
-from . import database
+from . import database, records, schema
+from .loading import explained
+from .lock import refuse_in_use
 
 
-def save(file: pathlib.Path) -> str:
+def recover(directory: str | os.PathLike[str]) -> str:
+    """Saves what can be read of a damaged ``rows.sqlite`` to ``rows.recovered.sqlite``, or a name like it.
+
+    Returns what was saved, in words. The damaged file is left as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a process is writing to it.
+        OSError: the disk refuses the new one.
+    """
+    file = pathlib.Path(directory) / database.FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"results: expected a run's directory, got no {file}")
+    refuse_in_use(pathlib.Path(directory))
+    with explained(pathlib.Path(directory)):
+        return _save(file)
+
+
+def _save(file: pathlib.Path) -> str:
     """Saves what can be read of a run's database, and says what and where.
 
     Whole measurements only. Works on a copy, so that not even SQLite touches the damaged file.
@@ -29,11 +50,11 @@ def save(file: pathlib.Path) -> str:
         if config is None or not (measurements or scores):
             return "nothing of it could be read; it is left as it is"
         new = pathlib.Path(folder, "recovered")
-        database.create(new, config)
+        schema.create(new, config)
         with closing(database.connect(new)) as target, database.transaction(target):
             for identity, (measurement, rows) in enumerate(measurements, start=1):
                 target.execute("INSERT INTO measurements VALUES (?, ?, ?, ?, ?, ?)", (identity, *measurement))
-                target.executemany(database.INSERT_ROW, [(identity, *row) for row in rows])
+                target.executemany(records.INSERT_ROW, [(identity, *row) for row in rows])
             target.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?)", scores)
         place = _free(file.with_name("rows.recovered.sqlite"))
         new.rename(place)
@@ -55,7 +76,7 @@ def _read(
 ) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
     with closing(database.connect(file, bounded=True)) as base:
         try:
-            database.check_schema(base)
+            schema.check(base)
         except sqlite3.Error:  # damaged, or of somebody who would have views and the like run
             return None, [], [], 0
         size = sum(
@@ -66,7 +87,7 @@ def _read(
         most = size // 32  # nothing of that size holds more rows, and none is numbered higher
         base.text_factory = lambda text: text.decode("utf-8", "replace")  # damage shows in the checksum
         rows: dict[int, list[tuple[Any, ...]]] = {}
-        for _, identity, *values in _around(base, "rows", f"measurement, {database.NAMES}", most):
+        for _, identity, *values in _around(base, "rows", f"measurement, {records.NAMES}", most):
             rows.setdefault(identity, []).append(tuple(values))
         found: dict[tuple[Any, ...], Measured] = {}
         lost = 0
@@ -74,13 +95,13 @@ def _read(
             base, "measurements", "study, model, number, finished, crc", most
         ):
             own = rows.get(identity, [])
-            if database.crc(*measured, *own) == kept:
+            if records.crc(*measured, *own) == kept:
                 found.setdefault(tuple(measured[:3]), ((*measured, kept), own))
             else:
                 lost += 1
         columns = '"of", dataset, alpha, losses, correct, crc'
         scores = [
-            tuple(s) for _, *s in _around(base, "scores", columns, most) if database.crc(*s[:-1]) == s[-1]
+            tuple(s) for _, *s in _around(base, "scores", columns, most) if records.crc(*s[:-1]) == s[-1]
         ]
         return _config(base, beside), list(found.values()), scores, lost
 
@@ -90,7 +111,7 @@ def _put_first_page(file: pathlib.Path, fresh: pathlib.Path) -> None:
 
     And no more how large the file is: SQLite does not read one that was cut short.
     """
-    database.create(fresh, {})
+    schema.create(fresh, {})
     page = bytearray(fresh.read_bytes()[:PAGE])
     page[24:28], page[92:96] = b"\0\0\0\1", bytes(4)  # changed since the size was noted
     with file.open("r+b") as stream:
@@ -100,7 +121,7 @@ def _put_first_page(file: pathlib.Path, fresh: pathlib.Path) -> None:
 def _config(base: sqlite3.Connection, beside: pathlib.Path) -> dict[str, Any] | None:
     """The configuration; where that is damaged, the copy of it in config.json."""
     with suppress(sqlite3.Error):
-        return database.config(base)
+        return records.config(base)
     with suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(files.read_text(beside)))
     return None

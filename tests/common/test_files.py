@@ -28,7 +28,7 @@ from rft_fast.clip.architectures import Preprocess
 from rft_fast.common import files
 from rft_fast.config import request
 from rft_fast.evaluate import Scores
-from rft_fast.results.run import Run
+from rft_fast.results import Run
 from rft_fast.run.cluster.actor import Answer, Problem
 from rft_fast.run.cluster.driver import Failed, _Work
 from rft_fast.run.pieces import Piece

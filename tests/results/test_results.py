@@ -34,7 +34,7 @@ from rft_fast import __version__, results, studies
 from rft_fast.common import disk
 from rft_fast.evaluate import Scores
 from rft_fast.results import __main__ as command
-from rft_fast.results import database
+from rft_fast.results import database, schema
 
 COLUMNS = studies.COLUMNS
 PAGE = 4096
@@ -347,7 +347,7 @@ def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ValueError, match=message):
             refused()
     with monkeypatch.context() as patch:  # both have looked before either began
-        patch.setattr("rft_fast.results.run._refuse_in_use", lambda directory: None)
+        patch.setattr("rft_fast.results.directory.refuse_in_use", lambda directory: None)
         with pytest.raises(ValueError, match=message):
             results.Run(tmp_path, CONFIG)
     assert files(tmp_path) == before
@@ -780,11 +780,11 @@ def newer_format(folder: Path) -> None:
     results.Run(folder, CONFIG).close()
     with closing(sqlite3.connect(folder / "rows.sqlite", isolation_level=None)) as base:
         base.execute("ALTER TABLE run RENAME TO runs")
-        base.execute(f"PRAGMA user_version = {database.FORMAT + 1}")
+        base.execute(f"PRAGMA user_version = {schema.FORMAT + 1}")
 
 
 def newer_version(folder: Path) -> None:
-    database.create(folder / "rows.sqlite", {"versions": {"rft_fast": "99.1"}})
+    schema.create(folder / "rows.sqlite", {"versions": {"rft_fast": "99.1"}})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from rft_fast import results
 from rft_fast.common.words import cell, from_cell
-from rft_fast.results import database
+from rft_fast.results import records
 
 CONFIG: dict[str, Any] = {"finetuned": {"m": {"sha256": "1"}}}
 Change = Callable[[sqlite3.Connection], object]
@@ -60,7 +60,7 @@ def with_rows_like(change: Callable[[str], str]) -> Change:
         held = base.execute("SELECT * FROM rows").fetchall()
         base.execute("DROP TABLE rows")
         base.execute(change(made))
-        columns = f"measurement, {database.NAMES}"
+        columns = f"measurement, {records.NAMES}"
         for values in held:
             base.execute(f"INSERT INTO rows ({columns}) VALUES (?{', ?' * (len(values) - 1)})", values)
         base.execute("CREATE INDEX rows_of_measurements ON rows (measurement)")
@@ -117,7 +117,7 @@ def set_column(name: str, value: Any) -> Change:
         measured = base.execute(
             "SELECT study, model, number, finished FROM measurements WHERE id = 1"
         ).fetchone()
-        crc = database.crc(*measured, *database.rows_of(base, 1))
+        crc = records.crc(*measured, *records.rows_of(base, 1))
         base.execute("UPDATE measurements SET crc = ? WHERE id = 1", (crc,))
 
     return act
@@ -126,7 +126,7 @@ def set_column(name: str, value: Any) -> Change:
 def set_config(text: Any) -> Change:
     def act(base: sqlite3.Connection) -> None:
         (begun,) = base.execute("SELECT begun FROM run").fetchone()
-        base.execute("UPDATE run SET config = ?, crc = ?", (text, database.crc(text, begun)))
+        base.execute("UPDATE run SET config = ?, crc = ?", (text, records.crc(text, begun)))
 
     return act
 

@@ -203,7 +203,7 @@ def test_what_has_changed_is_told_and_nothing_is_touched(
     newer = json.loads((out / "config.json").read_text())
     newer["versions"]["rft_fast"] = "99.0"
     with monkeypatch.context() as patch:
-        patch.setattr("rft_fast.results.run.__version__", "99.0")
+        patch.setattr("rft_fast.results.loading.__version__", "99.0")
         results.Run(tmp_path / "newer", newer).close()
     refused(arguments(zoo, tmp_path / "newer"), "was made by rft_fast 99.0", capsys)
     after = contents()

@@ -1,0 +1,158 @@
+"""A run's directory, read: also while it is written to, or after an interruption."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+from packaging.version import InvalidVersion, Version
+
+from .. import __version__
+from ..studies.rows import COLUMNS
+from . import database, records, schema
+from .errors import Damaged
+
+# What SQLite says where not the file is to blame, but the place where it lies, or who has it open.
+_PLACE = ("unable to open", "locked", "readonly", "disk I/O", "is full", "permission", "locking protocol")
+
+
+def recorded(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The configuration of the run in a directory; None where there is none.
+
+    Raises ValueError for a run of a newer version, and for one that is damaged.
+    """
+    directory = pathlib.Path(directory)
+    if not is_begun(directory):
+        return None
+    with opened(directory) as base:
+        check_version(directory, base)
+        return records.config(base)
+
+
+def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
+    """The rows of a run, also of one that is still running or was interrupted.
+
+    Returns:
+        The columns and types of :data:`COLUMNS`, by study, by model in the order of the request, and by the
+        place of each measurement in its study: whoever measured them when.
+
+    Raises:
+        FileNotFoundError: the directory holds no ``rows.sqlite``.
+        ValueError: that is not a run's database, of a newer version, or damaged.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / database.FILE).is_file():
+        raise FileNotFoundError(f"results: expected a run's directory, got no {directory / database.FILE}")
+    return frame(stored(directory))
+
+
+def stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
+    """The rows of the run in a directory, if there is one."""
+    try:
+        if not is_begun(directory):
+            return
+        with opened(directory) as base:
+            check_version(directory, base)
+            database.check_pages(base)
+            yield from records.rows(base, models(records.config(base)))
+    except Damaged as error:
+        remedy = f"python -m rft_fast.results {shlex.quote(str(directory))} --recover"
+        raise Damaged(f"{error}; to save what can still be read: {remedy}") from error
+
+
+def frame(rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
+    """Stored rows, with the columns and types of :data:`COLUMNS`."""
+    columns: list[list[Any]] = [[] for _ in COLUMNS]
+    for some in batches(rows):
+        for column, values in zip(columns, zip(*some, strict=True), strict=True):
+            column.extend(values)
+    return pd.DataFrame(
+        {
+            name: pd.Series(column, dtype="Int64" if kind == "boolean" else kind).astype(kind)
+            for (name, kind), column in zip(COLUMNS.items(), columns, strict=True)
+        }
+    )
+
+
+def batches(rows: Iterable[Sequence[Any]], size: int = 1000) -> Iterator[list[Sequence[Any]]]:
+    left = iter(rows)
+    while some := list(islice(left, size)):
+        yield some
+
+
+def models(config: Mapping[str, Any]) -> list[str]:
+    found = config.get("finetuned")
+    return list(found) if isinstance(found, Mapping) else []
+
+
+@contextmanager
+def explained(directory: pathlib.Path) -> Iterator[None]:
+    """What SQLite cannot read, as Damaged; what the disk refuses, as OSError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if isinstance(error, sqlite3.OperationalError) and any(words in str(error) for words in _PLACE):
+            raise OSError(f"results: {directory} cannot be used: {error}") from error
+        raise Damaged(
+            f"results: {directory / database.FILE} is not a readable table of rows: {error}"
+        ) from error
+
+
+@contextmanager
+def opened(directory: pathlib.Path) -> Iterator[sqlite3.Connection]:
+    with explained(directory), database.reading(directory / database.FILE) as base:
+        yield base
+
+
+def is_begun(directory: pathlib.Path) -> bool:
+    """Whether there is a database with anything in it."""
+    file = directory / database.FILE
+    if not file.is_file() or not file.stat().st_size:
+        return False
+    with opened(directory) as base:
+        return not database.is_empty(base)
+
+
+def refuse_stranger(directory: pathlib.Path, base: sqlite3.Connection) -> None:
+    """Refuses a database that is not of a run; earlier versions kept rows alone."""
+    if base.execute("PRAGMA application_id").fetchone()[0] == schema.APPLICATION:
+        if base.execute("PRAGMA user_version").fetchone()[0] <= schema.FORMAT:  # else as that has it
+            schema.check(base)
+        return
+    kinds = [kind for (kind,) in base.execute("SELECT type FROM sqlite_master WHERE name = 'rows'")]
+    columns = {column for _, column, *_ in base.execute("PRAGMA table_info(rows)")}
+    if kinds != ["table"] or not {"study", "model", "dataset", "alpha", "loss"} <= columns:
+        raise ValueError(
+            f"results: {directory / database.FILE} is a database of another program (no table of rows with "
+            "study, model, dataset, alpha and loss); choose another directory"
+        )
+
+
+def check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
+    refuse_stranger(directory, base)
+    made = base.execute("PRAGMA user_version").fetchone()[0]
+    if made == 0:
+        if not base.execute("SELECT count(*) FROM sqlite_master WHERE name = 'run'").fetchone()[0]:
+            raise ValueError(
+                f"results: the run in {directory} is of a version that could not go on with runs; replace it "
+                "(--overwrite), or choose another directory"
+            )
+        raise sqlite3.DatabaseError("it does not say its version")
+    newer, by = made > schema.FORMAT, "of a later version"
+    if not newer:
+        versions = records.config(base).get("versions")
+        by = versions.get("rft_fast", "") if isinstance(versions, Mapping) else ""
+        with suppress(InvalidVersion, TypeError):
+            newer = Version(by) > Version(__version__)
+    if newer:
+        raise ValueError(
+            f"results: the run in {directory} was made by rft_fast {by}, this is {__version__}; upgrade to "
+            "read it, or choose another directory"
+        )
