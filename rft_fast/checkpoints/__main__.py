@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def describe(checkpoint: checkpoints.Checkpoint) -> str:
     """What is in a checkpoint, in lines: format, sizes, towers, head, layers with shapes, notes."""
-    from ..clip import architectures  # open_clip takes seconds to import, and comparing needs none of it
+    from ..clip import matching  # open_clip takes seconds to import, and comparing needs none of it
 
     tensors = checkpoint.tensors
     parts: dict[str, list[str]] = {"image tower": [], "text tower": [], "head": [], "other": []}
@@ -71,7 +71,7 @@ def describe(checkpoint: checkpoints.Checkpoint) -> str:
         for part, names in parts.items()
         if names
     ]
-    likely = architectures.likely(tensors)
+    likely = matching.likely(tensors)
     lines.append(f"likely arch   {', '.join(likely) or 'none that open_clip knows'}")
     lines += [f"note          {note}" for note in checkpoint.notes]
     lines += ["", "layers"]

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import checkpoints
-from ..checkpoints.canonical import HEAD_BIAS, HEAD_WEIGHT, INERT, TEXT, is_visual
+from ..checkpoints.canonical import HEAD_BIAS, HEAD_WEIGHT, INERT, POSITIONS, TEXT, is_visual
 from ..common.parametrised import factors
 from ..common.words import some
 from ..names import HEADS, TOWERS, HeadChoice, Towers
-from . import architectures
-from .classifier import ImageClassifier, ZeroShotClassifier, directions
+from . import architectures, matching
+from .classifier import ImageClassifier, ZeroShotClassifier
+from .heads import SCALE, HeadMaker, check_scale, naming, refuse_without_text, text_name
 from .prompts import Prompts
-from .prompts import tokens as tokenise
 
 ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
-BATCH = 256  # prompts that are encoded at once
-
-_SCALE = "logit_scale"
-LARGEST_SCALE = 88.0  # e**88 is 1.7e38
 # With both towers live: the first word of a name -> why it cannot change the output.
 _INERT_BOTH = {
     "classification_head": "head: made anew from the prompts",
@@ -52,9 +45,9 @@ class Setup:
         whose text tower makes it.
     zeroshot_head: ``classification_head.weight`` [classes, d], and ``.bias`` where there is one, which
         count instead of the zero-shot checkpoint's own (:func:`rft_fast.checkpoints.load_head`).
-    network: whether a tokenizer may be downloaded (:func:`rft_fast.clip.architectures.tokenizer`).
+    network: whether a tokenizer may be downloaded (:func:`rft_fast.clip.tokenizers.tokenizer`).
     resize_positions: whether the positions of an image tower for another image size are resampled to the
-        architecture's (:func:`rft_fast.clip.architectures.resized`), with a warning.
+        architecture's (:func:`rft_fast.clip.matching.resized`), with a warning.
 
     Raises ValueError for values that are none of these, and for some that make no sense together.
     """
@@ -135,21 +128,22 @@ class Ends:
         *,
         stand_ins: bool = False,
     ) -> None:
-        self.setup, self._device, self._stand_ins = setup, device, stand_ins
+        self.setup, self._stand_ins = setup, stand_ins
+        self._heads = HeadMaker(setup.arch, setup.prompts, setup.scale, setup.network, device, stand_ins)
         self._both = setup.towers == "both"
         self._made: dict[str, dict[str, Tensor]] = {}
-        self._features: int = architectures.config(setup.arch)[1]["embed_dim"]
         with torch.device("meta"):  # names and shapes without memory
             visual = architectures.visual(setup.arch)
             self._grid: tuple[int, int] | None = getattr(visual, "grid_size", None)
-            self._shapes = _shapes("visual", visual)
+            self._shapes = matching.shapes_of("visual", visual)
             if self._both:
-                self._shapes |= _shapes("text", architectures.text(setup.arch)) | {_SCALE: torch.Size(())}
+                self._shapes |= matching.shapes_of("text", architectures.text(setup.arch))
+                self._shapes[SCALE] = torch.Size(())
         self._tower, self.inert = self._towers(zeroshot, ZEROSHOT)
         self._owner: Mapping[str, Tensor] | None = None  # of the head of the zero-shot end
         self._scaled = self._both  # whether the scale of a head that is made counts at the zero-shot end
         if self._both:
-            self.classes = len(self._tokens)
+            self.classes = len(self._heads.tokens)
         elif setup.head == "finetuned":
             self.classes = self._told(zeroshot, classes)
         else:
@@ -169,9 +163,9 @@ class Ends:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             visual = architectures.visual(arch)
             if not self._both:
-                return ImageClassifier(visual, nn.Linear(self._features, self.classes)).eval()
+                return ImageClassifier(visual, nn.Linear(self._heads.features, self.classes)).eval()
             scale = nn.Parameter(torch.zeros(()))
-            return ZeroShotClassifier(visual, architectures.text(arch), self._tokens, scale).eval()
+            return ZeroShotClassifier(visual, architectures.text(arch), self._heads.tokens, scale).eval()
 
     @cached_property
     def zeroshot(self) -> dict[str, Tensor]:
@@ -182,7 +176,7 @@ class Ends:
         """
         if self._owner is None:
             return self._tower
-        head = self._own(self._owner)
+        head = self._heads.make(self._owner)
         self._owner = None  # a text tower is not kept longer than it is needed
         return {**self._tower, **head}
 
@@ -213,7 +207,7 @@ class Ends:
         elif name in self._made:
             head = self._made[name]
         else:
-            head = self._own(finetuned)
+            head = self._heads.make(finetuned)
             if name is not None and HEAD_WEIGHT not in finetuned:
                 self._made[name] = head
         common = head if self.setup.head == "finetuned" else {}
@@ -285,8 +279,8 @@ class Ends:
             if first == "visual":
                 used[name] = tensor
             elif self._both and (first == "text" or first in TEXT):
-                used[_below_text(name)] = tensor
-            elif self._both and name == _SCALE:
+                used[text_name(name)] = tensor
+            elif self._both and name == SCALE:
                 used[name] = tensor.reshape(()) if tensor.numel() == 1 else tensor
             elif first in reasons:
                 inert[name] = reasons[first]
@@ -300,24 +294,24 @@ class Ends:
         if not any(map(is_visual, used)):
             raise ValueError(f"{end}: the checkpoint has no image tower ('visual.*')")
         if self._both:
-            _refuse_without_text(state, end, "use --towers image")
+            refuse_without_text(state, end, "use --towers image")
             if self.setup.scale is not None:
-                used[_SCALE] = torch.tensor(math.log(self.setup.scale))
-            with _at(end):
-                _check_scale(used)
-        with _at(end):
+                used[SCALE] = torch.tensor(math.log(self.setup.scale))
+            with naming(end):
+                check_scale(used)
+        with naming(end):
             if self.setup.resize_positions:
                 self._resize(used, end)
-            architectures.compare(self.setup.arch, self._shapes, used, state)
+            matching.compare(self.setup.arch, self._shapes, used, state)
             self._check_activation(state)
         return used, inert
 
     def _resize(self, used: dict[str, Tensor], end: str) -> None:
         """Resamples the positions of another image size, in place, and warns of it."""
-        positions = used.get(architectures.POSITIONS)
+        positions = used.get(POSITIONS)
         if positions is None or self._grid is None:
             return
-        used[architectures.POSITIONS] = resized = architectures.resized(positions, self._grid)
+        used[POSITIONS] = resized = matching.resized(positions, self._grid)
         if resized is not positions:
             warnings.warn(
                 f"{end}: its positions were resampled from {len(positions) - 1} cells to {self._grid[0]} x "
@@ -329,15 +323,9 @@ class Ends:
         """Refuses a checkpoint that says of itself that it has another activation than the architecture."""
         made = self.setup.prompts is not None and HEAD_WEIGHT not in state
         towers = ("image", "text") if self._both or made else ("image",)
-        architectures.check_evidence(self.setup.arch, getattr(state, "activation", {}), towers)
+        matching.check_evidence(self.setup.arch, getattr(state, "activation", {}), towers)
 
     # --- heads ----------------------------------------------------------------------------------------
-
-    @cached_property
-    def _tokens(self) -> Tensor:
-        if self.setup.prompts is None:
-            raise ValueError("ends: there are no prompts to make a head from; give --class-names")
-        return tokenise(self.setup.arch, self.setup.prompts, self.setup.network)
 
     def _told(self, zeroshot: Mapping[str, Tensor], classes: int | None) -> int:
         """How many classes there are, where the zero-shot end has no head of its own."""
@@ -346,7 +334,7 @@ class Ends:
         if classes is not None:
             return classes
         if HEAD_WEIGHT in zeroshot:
-            return _check_shape(zeroshot, self._features, ZEROSHOT)
+            return self._heads.check_shape(zeroshot, ZEROSHOT)
         raise ValueError(
             f"{ZEROSHOT}: it has no head, so how many classes the fine-tuned ones have is not known; "
             "give --class-names"
@@ -360,161 +348,5 @@ class Ends:
             )
 
     def _check_head(self, state: Mapping[str, Tensor], end: str) -> int:
-        """How many rows the head of an end has; refuses one that is not there and cannot be made."""
-        names = None if self.setup.prompts is None else self.setup.prompts.class_names
-        if HEAD_WEIGHT in state:
-            rows = _check_shape(state, self._features, end)
-            if names is not None and rows != len(names):
-                raise ValueError(
-                    f"{end}: its head has {rows} classes, but there are {len(names)} class names; name the "
-                    "classes of that head, in its order (--class-names)"
-                )
-            return rows
         remedy = "give --zeroshot-head FILE" if end == ZEROSHOT else "use --head zeroshot"
-        _refuse_without_text(state, end, f"it has no head either: {remedy}")
-        if names is None:
-            raise ValueError(
-                f"{end}: the checkpoint has no head ({HEAD_WEIGHT!r}), but a text tower that can make one: "
-                f"give --class-names (and --templates), or {remedy}"
-            )
-        with _at(end):
-            _text_weights(self.setup.arch, state)
-            if self.setup.scale is None:
-                _check_scale(state)
-            _ = self._tokens  # refuses an architecture whose prompts cannot be tokenised
-        return len(names)
-
-    def _own(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The head of a checkpoint that was checked."""
-        if HEAD_WEIGHT in state:
-            return _filled(state)
-        weights, scale = _text_weights(self.setup.arch, state), _factor(state, self.setup.scale)
-        if self._stand_ins:
-            return _filled({HEAD_WEIGHT: scale * _stand_in(weights, len(self._tokens), self._features)})
-        return _filled({HEAD_WEIGHT: _encode(self.setup.arch, weights, self._tokens, scale, self._device)})
-
-
-def zeroshot_head(
-    arch: str,
-    state: Mapping[str, Tensor],
-    prompts: Prompts,
-    scale: float | None = None,
-    device: str | torch.device = "cpu",
-) -> Tensor:
-    """The head that a checkpoint's text tower makes of the prompts, as in CLIP, WiSE-FT and FLYP.
-
-    For each class, the normalised mean over its templates of the normalised text features, times scale
-    (None: exp(logit_scale) of the checkpoint).
-
-    state: under canonical names. device: where it is computed, in float32.
-
-    Returns float32 [classes, d], on the CPU. Raises ValueError for a checkpoint without the text tower of
-    this architecture, and where the prompts cannot be tokenised.
-    """
-    _refuse_without_text(state, "zeroshot_head", "use a checkpoint with both towers")
-    weights, factor = _text_weights(arch, state), _factor(state, scale)
-    return _encode(arch, weights, tokenise(arch, prompts), factor, device)
-
-
-def _encode(
-    arch: str, weights: Mapping[str, Tensor], tokens: Tensor, scale: float, device: str | torch.device
-) -> Tensor:
-    """weights: by the text tower's own names. tokens: int64 [classes, templates, context]."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        tower = architectures.text(arch).eval()
-    # Assigned, so that float32 weights are not held twice.
-    tower.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    tower.to(device)
-    classes, templates, _ = tokens.shape
-    head = []
-    with torch.no_grad(), tqdm(total=classes, desc="making the head", disable=None, leave=False) as bar:
-        for part in torch.split(tokens, max(1, BATCH // templates)):
-            head.append(directions(tower(part.flatten(0, 1).to(device)), templates).cpu())
-            bar.update(len(part))
-    return scale * torch.cat(head)
-
-
-def _stand_in(weights: Mapping[str, Tensor], classes: int, features: int) -> Tensor:
-    """Rows of length 1 at random, the same for the same text tower: float32 [classes, features]."""
-    found = hashlib.blake2b(digest_size=7)
-    for _, tensor in sorted(weights.items()):
-        found.update(tensor.float().cpu().contiguous().numpy().data.cast("B"))
-    generator = torch.Generator().manual_seed(int.from_bytes(found.digest(), "big"))
-    return nn.functional.normalize(torch.randn(classes, features, generator=generator))
-
-
-def _text_weights(arch: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower of a checkpoint by the tower's own names, compared with that of the architecture."""
-    with torch.device("meta"):
-        shapes = _shapes("text", architectures.text(arch))
-    used = {_below_text(n): t for n, t in state.items() if n.partition(".")[0] in ("text", *TEXT)}
-    architectures.compare(arch, shapes, used, state)
-    return {name.removeprefix("text."): tensor for name, tensor in used.items()}
-
-
-def _refuse_without_text(state: Mapping[str, Tensor], end: str, remedy: str) -> None:
-    if not any(name.startswith(("transformer.", "text.")) for name in state):
-        raise ValueError(
-            f"{end}: the checkpoint has no text tower, or only a rest of it (model-soups' files lack "
-            f"'transformer'); {remedy}"
-        )
-
-
-def _factor(state: Mapping[str, Tensor], scale: float | None) -> float:
-    if scale is not None:
-        return scale
-    _check_scale(state)
-    return math.exp(float(state[_SCALE]))
-
-
-def _check_scale(state: Mapping[str, Tensor]) -> None:
-    if _SCALE not in state or state[_SCALE].numel() != 1:
-        raise ValueError(
-            f"the checkpoint has no {_SCALE!r} of one element, which gives the scale of a head that is made "
-            "from prompts; give --head-scale (100 for models that descend from OpenAI's)"
-        )
-    # Its exponential is the factor of the logits: CLIP's is 4.6, the logarithm of 100.
-    scale = 0.0 if state[_SCALE].is_meta else float(state[_SCALE])
-    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
-        raise ValueError(
-            f"the checkpoint's {_SCALE!r} is {scale:g}, whose exponential float32 cannot hold; is it the "
-            "factor itself, instead of its logarithm, or is the file damaged?"
-        )
-
-
-def _check_shape(head: Mapping[str, Tensor], features: int, end: str) -> int:
-    """The rows of a head; refuses other shapes."""
-    weight = head[HEAD_WEIGHT]
-    rows = len(weight) if weight.ndim else 0
-    if weight.shape != (rows, features) or rows == 0:
-        raise ValueError(
-            f"{end}: {HEAD_WEIGHT!r} must be [classes, {features}], got {list(weight.shape)}; "
-            "it is of another architecture"
-        )
-    if HEAD_BIAS in head and head[HEAD_BIAS].shape != (rows,):
-        raise ValueError(f"{end}: {HEAD_BIAS!r} must be [{rows}], got {list(head[HEAD_BIAS].shape)}")
-    return rows
-
-
-def _filled(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of a head; a missing bias is zero."""
-    weight = head[HEAD_WEIGHT]
-    bias = head[HEAD_BIAS] if HEAD_BIAS in head else weight.new_zeros(len(weight))
-    return {HEAD_WEIGHT: weight, HEAD_BIAS: bias}
-
-
-def _below_text(name: str) -> str:
-    return name if name.startswith("text.") else f"text.{name}"
-
-
-def _shapes(prefix: str, tower: nn.Module) -> dict[str, torch.Size]:
-    return {f"{prefix}.{name}": tensor.shape for name, tensor in tower.state_dict().items()}
-
-
-@contextmanager
-def _at(end: str) -> Iterator[None]:
-    """Says of which end a ValueError is."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{end}: {error}") from error
+        return self._heads.check(state, end, remedy)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..common import files
 from ..common.words import some
-from . import architectures
+from . import tokenizers
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _STL10 = "airplane bird car cat deer dog horse monkey ship truck"
@@ -122,12 +122,12 @@ def templates(source: str) -> tuple[str, ...]:
 def tokens(arch: str | PathLike[str], prompts: Prompts, network: bool | None = None) -> Tensor:
     """The prompts as the text tower of an architecture takes them: int64 [classes, templates, context].
 
-    arch, network: as in :func:`rft_fast.clip.architectures.tokenizer`.
+    arch, network: as in :func:`rft_fast.clip.tokenizers.tokenizer`.
 
     Raises ValueError where the architecture's tokenizer is not to be had, or a prompt is longer than the
     context (open_clip would cut it off).
     """
-    tokenizer = architectures.tokenizer(arch, network)
+    tokenizer = tokenizers.tokenizer(arch, network)
     rows = []
     for index in tqdm(range(len(prompts.class_names)), "tokenising prompts", disable=None, leave=False):
         texts = prompts.of(index)

@@ -490,13 +490,13 @@ def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, 
 
 def _check_models(its_zoo: zoo.Zoo) -> None:
     """Refuses architectures, published weights and lists of names that are not known."""
-    from ..clip import architectures, prompts
+    from ..clip import architectures, matching, prompts
 
     source, head = its_zoo.zeroshot.source, its_zoo.head
     published = None if Path(source).is_file() or source.startswith("hf-hub:") else source
     architectures.preprocess(its_zoo.arch, published)
     if published is not None:
-        architectures.check_activation(its_zoo.arch, published)
+        matching.check_activation(its_zoo.arch, published)
     if head.class_names is not None:
         prompts.class_names(head.class_names)
         prompts.templates(head.templates)

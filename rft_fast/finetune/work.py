@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rft_fast import checkpoints, datasets, env
 from rft_fast.checkpoints.canonical import HEAD_WEIGHT
-from rft_fast.clip import architectures, prompts
+from rft_fast.clip import architectures, matching, prompts
 from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.clip.endpoints import Ends, Setup
 from rft_fast.common import disk
@@ -73,7 +73,7 @@ class Work:
         checkpoints.check_source(request.zeroshot, request.arch)
         tag = request.zeroshot if self._is_tag() else None
         if tag is not None:
-            architectures.check_activation(request.arch, tag)
+            matching.check_activation(request.arch, tag)
         self.preprocess = architectures.preprocess(request.arch, tag)
         self._refuse_links()
         output.check_zoo(request.out)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import datasets
 from .. import path as paths
-from ..clip import architectures
+from ..clip import architectures, tokenizers
 from ..config.request import NotFetched, Request
 from ..evaluate import Evaluator
 from ..names import Study, never
@@ -33,7 +33,7 @@ def plan(request: Request) -> str:
         models = Models.load(request)
     except ValueError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, architectures.NotHere):
+        while cause is not None and not isinstance(cause, tokenizers.NotHere):
             cause = cause.__cause__
         if cause is None:
             raise

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 
-from rft_fast.clip import architectures
+from rft_fast.clip import architectures, matching, tokenizers
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 16,
@@ -67,20 +67,20 @@ def images(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 )
 def test_weights_tell_their_architecture(name: str, expected: list[str]) -> None:
     state = shapes(name)
-    assert architectures.likely(state) == expected
+    assert matching.likely(state) == expected
     # Files of model-soups lack most of the text tower, and others lack it all.
-    assert architectures.likely(soup(state))[: len(expected)] == expected
-    assert architectures.likely(images(state))[: len(expected)] == expected
+    assert matching.likely(soup(state))[: len(expected)] == expected
+    assert matching.likely(images(state))[: len(expected)] == expected
 
 
 def test_what_is_not_known_is_not_named() -> None:
     tiny = dict(open_clip.CLIP(**CONFIG).state_dict())
-    assert architectures.likely(tiny) == []
-    assert architectures.likely({}) == []
-    assert architectures.likely({"visual.trunk.stem.weight": torch.ones(1)}) == []
+    assert matching.likely(tiny) == []
+    assert matching.likely({}) == []
+    assert matching.likely({"visual.trunk.stem.weight": torch.ones(1)}) == []
     large = images(shapes("ViT-B-32"))
     large["visual.positional_embedding"] = torch.empty(11 * 11 + 1, 768, device="meta")
-    assert architectures.likely(large) == []  # an image size that open_clip has no name for
+    assert matching.likely(large) == []  # an image size that open_clip has no name for
 
 
 def test_towers_are_open_clips(tmp_path: Path) -> None:
@@ -126,20 +126,18 @@ def test_towers_that_cannot_be_made(tmp_path: Path) -> None:
 def test_tokenizers_are_open_clips(tmp_path: Path) -> None:
     texts = ["a photo of a tench.", "hello!"]
     for name in ("ViT-B-32", "coca_ViT-B-32"):
-        got = architectures.tokenizer(name)(texts)
+        got = tokenizers.tokenizer(name)(texts)
         assert torch.equal(got, open_clip.get_tokenizer(name)(texts))
     file = tmp_path / "arch.json"
     file.write_text(json.dumps({**CONFIG, "text_cfg": {"context_length": 9}}))
-    assert torch.equal(
-        architectures.tokenizer(file)(texts), open_clip.SimpleTokenizer(context_length=9)(texts)
-    )
+    assert torch.equal(tokenizers.tokenizer(file)(texts), open_clip.SimpleTokenizer(context_length=9)(texts))
 
 
 def test_tokenizers_of_other_vocabularies_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "arch.json"
     file.write_text(json.dumps(CONFIG))
     with pytest.raises(ValueError, match=r"vocabulary of 20 tokens.*49408.*--zeroshot-head"):
-        architectures.tokenizer(file)
+        tokenizers.tokenizer(file)
 
 
 def test_a_tokenizer_of_hugging_face_that_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +146,7 @@ def test_a_tokenizer_of_hugging_face_that_is_not_to_be_had(monkeypatch: pytest.M
 
     monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", offline)
     with pytest.raises(ValueError, match=r"'timm/ViT-B-16-SigLIP' of Hugging Face.*no network.*transformers"):
-        architectures.tokenizer("ViT-B-16-SigLIP")
+        tokenizers.tokenizer("ViT-B-16-SigLIP")
 
 
 def test_a_tokenizer_of_hugging_face_gets_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +157,7 @@ def test_a_tokenizer_of_hugging_face_gets_its_settings(monkeypatch: pytest.Monke
         return "tokenizer"
 
     monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", record)
-    assert architectures.tokenizer("ViT-H-14-CLIPA") == "tokenizer"
+    assert tokenizers.tokenizer("ViT-H-14-CLIPA") == "tokenizer"
     expected = {"name": "bert-base-uncased", "context": 32, "tokenizer_mode": None, "strip_sep_token": True}
     assert seen == expected | {"trust_remote_code": False, "local_files_only": True}
 
@@ -202,15 +200,15 @@ def test_unknown_tags(tmp_path: Path) -> None:
 def test_quick_gelu_goes_with_the_weights(tmp_path: Path) -> None:
     fine = ("ViT-B-32-quickgelu", "openai"), ("ViT-B-32", "laion2b_s34b_b79k"), ("RN50-quickgelu", "cc12m")
     for arch, tag in fine:
-        architectures.check_activation(arch, tag)
+        matching.check_activation(arch, tag)
     with pytest.raises(ValueError, match=r"'openai' was trained with QuickGELU.*name ViT-B-32-quickgelu"):
-        architectures.check_activation("ViT-B-32", "openai")
+        matching.check_activation("ViT-B-32", "openai")
     with pytest.raises(ValueError, match=r"trained without QuickGELU.*name ViT-B-32 instead"):
-        architectures.check_activation("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
+        matching.check_activation("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
     # Not a question of activation, or none that can be answered.
     unknown = ("ViT-B-32", "nonsense"), ("ViT-B-16-SigLIP", "webli"), (str(tmp_path / "a.json"), "openai")
     for arch, tag in (*unknown, ("roberta-ViT-B-32", "laion2b_s12b_b32k")):
-        architectures.check_activation(arch, tag)
+        matching.check_activation(arch, tag)
 
 
 # --- files -------------------------------------------------------------------------------------------

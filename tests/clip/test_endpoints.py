@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rft_fast import Path as WeightPath
 from rft_fast.checkpoints import Activation, Tensors
-from rft_fast.clip import architectures, classifier
-from rft_fast.clip.endpoints import Ends, Setup, zeroshot_head
+from rft_fast.clip import architectures, classifier, matching
+from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.clip.heads import zeroshot_head
 from rft_fast.clip.prompts import Prompts
 
 State = dict[str, Tensor]
@@ -253,7 +254,7 @@ def test_zeroshot_head_is_open_clips(arch: str) -> None:
 def test_many_classes_go_in_parts(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = zeroshot_head(arch, checkpoint(0), PROMPTS)
     for batch in (1, 6, 7):
-        monkeypatch.setattr("rft_fast.clip.endpoints.BATCH", batch)
+        monkeypatch.setattr("rft_fast.clip.heads.BATCH", batch)
         torch.testing.assert_close(zeroshot_head(arch, checkpoint(0), PROMPTS), expected)
 
 
@@ -327,7 +328,7 @@ def test_scale(arch: str) -> None:
 def test_a_head_that_is_made_is_kept_under_its_name(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = Ends(Setup(arch, prompts=PROMPTS), checkpoint(0))
     first = ends.pair(checkpoint(1), "one")[1][HEAD_WEIGHT]
-    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.heads._encode", None)
     assert ends.pair(checkpoint(1), "one")[1][HEAD_WEIGHT] is first
     with pytest.raises(TypeError):
         ends.pair(checkpoint(2), "two")
@@ -438,7 +439,7 @@ def test_fine_tuned_ends_that_are_refused(
     arch: str, setup: dict[str, Any], state: State, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = Ends(Setup(arch, **setup), soup(0))
-    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)  # nothing is computed before
+    monkeypatch.setattr("rft_fast.clip.heads._encode", None)  # nothing is computed before
     for operation in (ends.check, ends.pair):
         with pytest.raises(ValueError, match=words):
             operation(state)
@@ -446,12 +447,12 @@ def test_fine_tuned_ends_that_are_refused(
 
 def test_nothing_is_encoded_before_it_is_asked_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("rft_fast.clip.endpoints._encode", None)
+        patch.setattr("rft_fast.clip.heads._encode", None)
         ends = Ends(Setup(arch, prompts=PROMPTS), checkpoint(0))
         ends.check(checkpoint(1))
         assert ends.classes == CLASSES and ends.live is ends.live
     first = ends.zeroshot[HEAD_WEIGHT]
-    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.heads._encode", None)
     assert ends.zeroshot[HEAD_WEIGHT] is first  # nor twice
 
 
@@ -492,17 +493,17 @@ def test_an_architecture_with_the_other_activation_is_refused(tmp_path: Path) ->
 def test_the_architecture_to_name_instead() -> None:
     quick = {"image": Activation(True, "its code")}
     with pytest.raises(ValueError, match="--arch ViT-B-32-quickgelu instead"):
-        architectures.check_evidence("ViT-B-32", quick)
+        matching.check_evidence("ViT-B-32", quick)
     with pytest.raises(ValueError, match="--arch ViT-B-32 instead"):
-        architectures.check_evidence("ViT-B-32-quickgelu", {"image": Activation(False, "its code")})
+        matching.check_evidence("ViT-B-32-quickgelu", {"image": Activation(False, "its code")})
     with pytest.raises(ValueError, match=r'JSON.*"quick_gelu": true'):
-        architectures.check_evidence("ViT-B-32-256", quick)
-    architectures.check_evidence("RN50", quick)  # whose image tower has ReLU
+        matching.check_evidence("ViT-B-32-256", quick)
+    matching.check_evidence("RN50", quick)  # whose image tower has ReLU
     with torch.device("meta"):
         tower = {f"visual.{n}": t for n, t in architectures.visual("ViT-B-32").state_dict().items()}
-    assert architectures.likely(tower)[:2] == ["ViT-B-32", "ViT-B-32-quickgelu"]
-    assert architectures.likely(Tensors(tower, quick))[:1] == ["ViT-B-32-quickgelu"]
-    architectures.check_evidence("ViT-B-16-SigLIP", quick)  # timm's, with an activation of its own
+    assert matching.likely(tower)[:2] == ["ViT-B-32", "ViT-B-32-quickgelu"]
+    assert matching.likely(Tensors(tower, quick))[:1] == ["ViT-B-32-quickgelu"]
+    matching.check_evidence("ViT-B-16-SigLIP", quick)  # timm's, with an activation of its own
 
 
 def test_unmerged_adapters_are_no_ends(arch: str) -> None:

@@ -30,7 +30,7 @@ from torchvision.transforms.autoaugment import _apply_op  # the other side of OP
 
 import rft_fast
 from rft_fast import checkpoints, datasets, finetune, results, sweep
-from rft_fast.clip import architectures, prompts
+from rft_fast.clip import architectures, matching, prompts
 from rft_fast.clip.endpoints import Ends, Setup
 from rft_fast.common import disk
 from rft_fast.config import zoo
@@ -215,7 +215,7 @@ def test_a_checkpoint_without_a_head_gets_one_from_class_names(
     assert rows.loc[1, "loss"] != pytest.approx(expected, abs=1e-5)
 
     # Another model starts from the head that is there, which may have been made on another machine.
-    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.heads._encode", None)
     assert main([*argv, "--templates", "photo", "--head-scale", "7", "--seed", "1"]) == 0
     other = [*argv, "--templates", "simple", "--head-scale", "7", "--seed", "2"]
     refused(other, "was made with another configuration (head.templates ", capsys)
@@ -235,7 +235,7 @@ def test_preprocessing_that_the_name_does_not_tell_is_written(
 ) -> None:
     """A pretrained tag may have another mean than its architecture, and the zoo is read without the tag."""
     monkeypatch.setattr(checkpoints, "check_source", lambda *_: None)
-    monkeypatch.setattr(architectures, "check_activation", lambda *_: None)
+    monkeypatch.setattr(matching, "check_activation", lambda *_: None)
     monkeypatch.setattr(checkpoints, "fetch", lambda *_: folder / "zeroshot.safetensors")
     real = architectures.preprocess
 

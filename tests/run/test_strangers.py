@@ -23,7 +23,7 @@ from support import tiny_zoo
 from tqdm import tqdm
 
 from rft_fast import figures, results, sweep
-from rft_fast.clip import allowed, architectures
+from rft_fast.clip import allowed, architectures, tokenizers
 from rft_fast.common import disk, terminal, words
 from rft_fast.config import options, request
 from rft_fast.finetune import output
@@ -316,7 +316,7 @@ def test_tokenizers_lie_beside_their_file(tmp_path: Path, loaded: list[dict[str,
     os.mkfifo(zoo / "fifo" / "tokenizer.json")
     (zoo / "auto" / "config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     for name in ("tok", "./tok", "tok/../tok"):
-        assert architectures.tokenizer(architecture(zoo, text={"hf_tokenizer_name": name})) == "a tokenizer"
+        assert tokenizers.tokenizer(architecture(zoo, text={"hf_tokenizer_name": name})) == "a tokenizer"
         assert loaded[-1]["name"] == str(zoo / "tok") and loaded[-1]["trust_remote_code"] is False
     count = len(loaded)
     for name in (
@@ -337,7 +337,7 @@ def test_tokenizers_lie_beside_their_file(tmp_path: Path, loaded: list[dict[str,
     ):
         file = architecture(zoo, text={"hf_tokenizer_name": name or "./"})
         with pytest.raises(ValueError, match=r"tokenizer|link|auto_map"):
-            architectures.tokenizer(file)
+            tokenizers.tokenizer(file)
     assert len(loaded) == count
 
 
@@ -346,18 +346,18 @@ def test_a_file_downloads_no_tokenizer(
 ) -> None:
     file = architecture(tmp_path, text={"hf_tokenizer_name": "org/name"})
     for network in (None, False):
-        with pytest.raises(architectures.NotHere, match="hf download org/name"):
-            architectures.tokenizer(file, network)
+        with pytest.raises(tokenizers.NotHere, match="hf download org/name"):
+            tokenizers.tokenizer(file, network)
     assert all(asked["local_files_only"] for asked in loaded)
-    assert architectures.tokenizer(file, network=True) == "a tokenizer"
-    assert architectures.tokenizer("ViT-B-16-SigLIP") == "a tokenizer"  # open_clip's own word for it
-    with pytest.raises(architectures.NotHere):
-        architectures.tokenizer("ViT-B-16-SigLIP", network=False)
+    assert tokenizers.tokenizer(file, network=True) == "a tokenizer"
+    assert tokenizers.tokenizer("ViT-B-16-SigLIP") == "a tokenizer"  # open_clip's own word for it
+    with pytest.raises(tokenizers.NotHere):
+        tokenizers.tokenizer("ViT-B-16-SigLIP", network=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "arch").mkdir()
     (tmp_path / "org" / "name").mkdir(parents=True)  # transformers would take it for the repository
     with pytest.raises(ValueError, match="working directory"):
-        architectures.tokenizer(architecture(tmp_path / "arch", text={"hf_tokenizer_name": "org/name"}))
+        tokenizers.tokenizer(architecture(tmp_path / "arch", text={"hf_tokenizer_name": "org/name"}))
 
 
 # --- zoo files ----------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_all_models_are_checked_before_a_prompt_is_encoded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("rft_fast.clip.endpoints._encode", None)
+    monkeypatch.setattr("rft_fast.clip.heads._encode", None)
     words = [*two(folder), *PROMPTED, "--out", tmp_path / "run"]
     words.insert(words.index("--data"), folder / "b.safetensors")  # of a tower without a text tower
     headless = {k: v for k, v in _soup(folder / "b.safetensors").items() if "head" not in k}

@@ -1,0 +1,94 @@
+"""Tokenizers of architectures: open_clip's own, and Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from ..checkpoints.sources import repository
+from . import allowed
+from .architectures import HUB, config, text_config
+
+
+class NotHere(ValueError):
+    """A tokenizer that is not on this machine, where nothing may be downloaded."""
+
+
+def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
+    """open_clip's tokenizer of an architecture: strings -> int64 [n, context].
+
+    Args:
+        arch: as in :func:`config`.
+        network: whether a tokenizer of Hugging Face may be downloaded. None: that of an open_clip model name,
+            and one in the repository that ``arch`` is, but not one that only a file names.
+
+    Raises:
+        NotHere: it would have to be downloaded, and may not.
+        ValueError: it is not to be had (Hugging Face's need the package transformers), is not the one of the
+            model's vocabulary, or is not one that a file may name (:func:`rft_fast.clip.allowed.tokenizer`).
+    """
+    label, model_cfg, _ = config(arch)
+    text_cfg = text_config(label, model_cfg)
+    context = text_cfg.get("context_length", 77)
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if name := text_cfg.get("hf_tokenizer_name"):
+        return _of_hugging_face(label, name, context, text_cfg.get("tokenizer_mode"), options, network)
+    try:
+        simple = open_clip.SimpleTokenizer(context_length=context, **options)
+    except Exception as error:  # whatever a configuration's words do to it
+        raise ValueError(f"arch: open_clip cannot make the tokenizer of {label}: {error}") from error
+    vocabulary = text_cfg.get("vocab_size", 49408)
+    if vocabulary != simple.vocab_size:
+        raise ValueError(
+            f"arch: {label} has a vocabulary of {vocabulary} tokens and names no tokenizer, but CLIP's own "
+            f"has {simple.vocab_size}, so its prompts cannot be tokenised here; give a head that was made "
+            "elsewhere (--zeroshot-head FILE)"
+        )
+    return simple
+
+
+def _of_hugging_face(
+    label: str, name: str, context: int, mode: str | None, options: Mapping[str, Any], network: bool | None
+) -> Any:
+    """A tokenizer of transformers, from the local cache first."""
+    of, revision = repository(label) or ("", None)
+    own, local = label in open_clip.list_models(), False
+    if not own:
+        beside = None if label.startswith(HUB) else Path(label).parent
+        name, local = allowed.tokenizer(name, beside, f"arch: {label}:")
+        own = name == of
+    if local:
+        network = False
+    elif network is None:
+        network = own
+    pinned = {"revision": revision} if revision and name == of else {}
+    problem: Exception | None = None
+    for offline in (True, False) if network else (True,):
+        try:
+            return open_clip.tokenizer.HFTokenizer(
+                name,
+                context,
+                tokenizer_mode=mode,
+                **options,
+                **pinned,
+                local_files_only=offline,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # of the network, of the hub, of transformers, or that it is missing
+            problem = error
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    said = f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: {reason}."
+    other = "or give a head that was made elsewhere (--zeroshot-head FILE)"
+    if local:
+        raise ValueError(f"{said} Install transformers, {other}") from problem
+    if network:
+        remedy = "Install transformers and download it once while online"
+        raise ValueError(f"{said} {remedy}, {other}") from problem
+    raise NotHere(
+        f"{said} Nothing downloads it unless you say so: install transformers, then hf download {name}, or "
+        f"--fetch, {other}"
+    ) from problem
