@@ -13,9 +13,8 @@ from torch import Tensor
 
 from rft_fast.common import files
 from rft_fast.common.words import some
-from rft_fast.datasets import cache as caches
 
-from .source import MOST_ROWS, Source
+from .source import MOST_ROWS, Source, numbered, reading
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -30,18 +29,12 @@ def source(path: pathlib.Path, where: str) -> Source:
     Raises ValueError for anything else: no images, labels that no head has or that are not of ``classes``.
     """
     stored = files.Inputs()
-    try:
-        stored.add(path)
-        with stored.unchanged(path), files.opened(path) as stream:
-            if not zipfile.is_zipfile(stream):  # numpy would advise to unpickle it
-                raise ValueError("it is no .npz archive, as numpy.savez writes, or not whole")
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in archive.files}
-    except files.Changed:
-        raise
-    except Exception as error:  # a damaged archive surfaces as almost any exception
-        raise ValueError(f"{where}: {path} cannot be read as arrays: {error}") from error
+    with reading(stored, path, f"{where}: {path} cannot be read as arrays"), files.opened(path) as stream:
+        if not zipfile.is_zipfile(stream):  # numpy would advise to unpickle it
+            raise ValueError("it is no .npz archive, as numpy.savez writes, or not whole")
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
     for key in ("images", "labels"):
         if key not in arrays:
             raise ValueError(f"{where}: {path} has no array {key!r}, it has {some(list(arrays))}")
@@ -68,13 +61,10 @@ def source(path: pathlib.Path, where: str) -> Source:
             raise ValueError(f"{where}: classes in {path} must be distinct")
         if lost := sorted(set(labels.tolist()) - set(classes.tolist())):
             raise ValueError(f"{where}: labels {some(lost)} are not among its classes, in {path}")
-    status = path.stat()
     return Source(
         kind="npz",
         path=path,
-        files=[
-            caches.File(f"{path.name}/{i}", status.st_size, status.st_mtime_ns) for i in range(len(images))
-        ],
+        files=numbered(path, len(images)),
         labels=labels,
         class_names=(),
         open=lambda index: Image.fromarray(pixels[index].permute(1, 2, 0).contiguous().numpy()),

@@ -6,11 +6,11 @@ import bisect
 import io
 import json
 import pathlib
-import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -23,20 +23,19 @@ from rft_fast.common import meter
 from rft_fast.common.words import some
 from rft_fast.datasets import cache as caches
 
-from .source import MOST_ROWS, Source, open_file, open_image
+from . import arrow_files
+from .source import MOST_ROWS, Source, numbered, open_file, open_image
 
 LABELS = ("label", "labels", "fine_label")  # which ClassLabel counts where there are several
 IN_MEMORY = 0.1  # of the free memory: Arrow files that take more are mapped
 GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a time
-
-_PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
 
 
 def matches(path: pathlib.Path) -> bool:
     """Whether a path is a folder that ``save_to_disk`` wrote, or Parquet files, or a split of those."""
     if path.is_file():
         return path.suffix == ".parquet"
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file() or bool(_parquet(path))
+    return arrow_files.is_saved(path) or arrow_files.has_parquet(path)
 
 
 def source(path: pathlib.Path, where: str) -> Source:
@@ -58,11 +57,10 @@ def source(path: pathlib.Path, where: str) -> Source:
         raise ValueError(
             f"{where}: {path} needs pyarrow to be read; pip install 'rft-fast[huggingface]'"
         ) from error
-    if path.suffix == ".parquet" or not _saved(path):
-        parts: list[_Part] = [_ParquetPart(file, where, path) for file in _parquet_split(path, where)]
+    if path.suffix == ".parquet" or not arrow_files.is_saved(path):
+        parts: list[_Part] = [_ParquetPart(file, where, path) for file in arrow_files.parquet(path, where)]
     else:
-        folder = _saved_split(path, where)
-        saved = _saved_files(folder, where)
+        saved = arrow_files.saved(path, where)
         held = sum(file.stat().st_size for file in saved) <= IN_MEMORY * meter.available("cpu")
         parts = [_ArrowPart(file, where, path, held) for file in saved]
     features = parts[0].features
@@ -77,9 +75,7 @@ def source(path: pathlib.Path, where: str) -> Source:
         stored.add(part.file)
         if not part.schema.equals(parts[0].schema):
             raise ValueError(f"{where}: {part.file} has other columns than {parts[0].file}")
-        status = part.file.stat()
-        size, time = status.st_size, status.st_mtime_ns
-        files += [caches.File(f"{part.file.name}/{row}", size, time) for row in range(part.rows)]
+        files += numbered(part.file, part.rows)
         labels.append(part.labels(label))
         part.check_images(image)
     numbers = torch.cat(labels)
@@ -91,11 +87,11 @@ def source(path: pathlib.Path, where: str) -> Source:
         beyond = f", beyond {len(names)} names" if names else ", which are no rows of a head"
         hint = "; a test split without labels? take another" if least < 0 else beyond
         raise ValueError(f"{where}: {path} has labels from {least} to {most} in {label!r}{hint}")
-    starts = [0, *accumulate(part.rows for part in parts)]
+    pieces = _Pieces(part.rows for part in parts)
 
     def open_image(index: int) -> Image.Image:
-        part = bisect.bisect_right(starts, index) - 1
-        return parts[part].open(image, index - starts[part])
+        part, row = pieces.find(index)
+        return parts[part].open(image, row)
 
     return Source(
         kind="arrow",
@@ -107,6 +103,31 @@ def source(path: pathlib.Path, where: str) -> Source:
         notes=(f"columns {image!r} and {label!r} of {', '.join(parts[0].schema.names)}",),
         stored=stored,
     )
+
+
+class _Pieces:
+    """Consecutive pieces of a table, of so many rows each."""
+
+    def __init__(self, counts: Iterable[int]) -> None:
+        self._starts = [0, *accumulate(counts)]
+
+    def find(self, row: int) -> tuple[int, int]:
+        """The piece that a row is in, and where in it."""
+        piece = bisect.bisect_right(self._starts, row) - 1
+        return piece, row - self._starts[piece]
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raises ValueError, which begins with ``what``, for a file that pyarrow cannot read in the block."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except on_disk.Changed:
+        raise
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 class _Part(ABC):
@@ -190,7 +211,7 @@ class _ArrowPart(_Part):
         import pyarrow as pa
 
         self._mapped = on_disk.Inputs()
-        try:
+        with _reading(f"{where}: {file} is truncated or no Arrow stream"):
             with on_disk.opened(file) as stream:
                 if held:
                     source = pa.BufferReader(pa.py_buffer(on_disk.Content(stream)[:]))
@@ -199,77 +220,58 @@ class _ArrowPart(_Part):
                     source = pa.memory_map(str(file))
             with source:
                 self.table = pa.ipc.open_stream(source).read_all()
-            rows = self.table.num_rows
-        except on_disk.Changed:
-            raise
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise ValueError(f"{where}: {file} is truncated or no Arrow stream: {error}") from error
-        super().__init__(file, where, data_set, self.table.schema, rows)
-        self._columns: dict[str, tuple[Any, list[int]]] = {}
+        super().__init__(file, where, data_set, self.table.schema, self.table.num_rows)
+        self._columns: dict[str, tuple[Any, _Pieces]] = {}
 
     def column(self, name: str) -> Any:
-        import pyarrow as pa
-
         if name not in self._columns:
             column = self.table.column(name)
-            try:
+            with _reading(f"{self.where} is damaged in {name!r}"):
                 column.validate(full=True)  # offsets beyond the file would read anything
-            except pa.ArrowException as error:
-                raise ValueError(f"{self.where} is damaged in {name!r}: {error}") from error
-            self._columns[name] = (column, [0, *accumulate(len(chunk) for chunk in column.chunks)])
+            self._columns[name] = (column, _Pieces(map(len, column.chunks)))
         return self._columns[name][0]
 
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
         self._mapped.check()  # before use: of a file that is cut short, the process would die by a signal
-        column, starts = self._columns[name]
-        index = bisect.bisect_right(starts, row) - 1
-        return column.chunk(index), row - starts[index]
+        column, pieces = self._columns[name]
+        index, at = pieces.find(row)
+        return column.chunk(index), at
 
 
 class _ParquetPart(_Part):
     """A Parquet file. Rows are read by groups, of which the last few are kept."""
 
     def __init__(self, file: pathlib.Path, where: str, data_set: pathlib.Path) -> None:
-        import pyarrow as pa
         from pyarrow import parquet
 
         if kind := on_disk.special(file):
             raise ValueError(f"{where}: {file} is {kind}, expected a file")
-        try:
+        with _reading(f"{where}: {file} is truncated or no Parquet"):
             self.parquet = parquet.ParquetFile(file)  # read, not mapped
             super().__init__(file, where, data_set, self.parquet.schema_arrow, self.parquet.metadata.num_rows)
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise ValueError(f"{where}: {file} is truncated or no Parquet: {error}") from error
         metadata = self.parquet.metadata
-        counts = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        self._starts = [0, *accumulate(counts)]
+        self._pieces = _Pieces(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         self._groups: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def column(self, name: str) -> Any:
-        return self._read(lambda: self.parquet.read([name]))
+        with _reading(f"{self.where} is damaged"):
+            return self.parquet.read([name]).column(0)
 
     def check_images(self, name: str) -> None:
         # Reading all images to look for absent ones would take as long as decoding them: open() tells.
         return
 
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
-        group = bisect.bisect_right(self._starts, row) - 1
+        group, at = self._pieces.find(row)
         with self._lock:
             if group not in self._groups:
-                column = self._read(lambda: self.parquet.read_row_group(group, [name]))
+                with _reading(f"{self.where} is damaged"):
+                    column = self.parquet.read_row_group(group, [name]).column(0)
                 self._groups[group] = column.combine_chunks()
                 if len(self._groups) > GROUPS_KEPT:
                     self._groups.popitem(last=False)
-            return self._groups[group], row - self._starts[group]
-
-    def _read(self, read: Callable[[], Any]) -> Any:
-        import pyarrow as pa
-
-        try:
-            return read().column(0)
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise ValueError(f"{self.where} is damaged: {error}") from error
+            return self._groups[group], at
 
 
 def _features(schema: Any, file: pathlib.Path, where: str) -> dict[str, Any]:
@@ -329,78 +331,3 @@ def _is_image(kind: Any) -> bool:
     from pyarrow import types
 
     return _is_struct(kind) or bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _saved(path: pathlib.Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _saved_split(path: pathlib.Path, where: str) -> pathlib.Path:
-    """The folder of the one split of a DatasetDict, or the folder of a Dataset itself."""
-    if (path / "state.json").is_file():
-        return path
-    splits = _json(path / "dataset_dict.json", where).get("splits")
-    if not isinstance(splits, list) or any(str(name) != pathlib.Path(str(name)).name for name in splits):
-        raise ValueError(f"{where}: {path / 'dataset_dict.json'} does not list splits")
-    return path / _only(splits, path, where)
-
-
-def _saved_files(folder: pathlib.Path, where: str) -> list[pathlib.Path]:
-    state = _json(folder / "state.json", where)
-    if state.get("_indices_data_files") or state.get("_indices_files"):
-        raise ValueError(
-            f"{where}: {folder} is a selection by indices, as old versions of datasets saved; "
-            "load it and save it again"
-        )
-    entries = state.get("_data_files")
-    names = [str(entry.get("filename")) for entry in entries or () if isinstance(entry, dict)]
-    if not names or any(name != pathlib.Path(name).name for name in names):
-        raise ValueError(f"{where}: {folder / 'state.json'} does not list the files of the data set")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{where}: {folder} lacks {some(missing)} of its {len(names)} files")
-    return [folder / name for name in names]
-
-
-def _json(file: pathlib.Path, where: str) -> dict[str, Any]:
-    try:
-        held = json.loads(on_disk.read_bytes(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {file} cannot be read: {error}") from error
-    if not isinstance(held, dict):
-        raise ValueError(f"{where}: {file} holds a {type(held).__name__}, expected an object")
-    return held
-
-
-def _parquet(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """The Parquet files of a folder or of its folder ``data`` by split; of ``folder/split``: that one."""
-    for folder in (path, path / "data"):
-        splits: dict[str, list[pathlib.Path]] = {}
-        for file in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
-            part = _PART.fullmatch(file.stem)
-            splits.setdefault(part[1] if part else file.stem, []).append(file)
-        if splits:
-            return splits
-    if not path.exists() and path.parent.is_dir():
-        return {name: files for name, files in _parquet(path.parent).items() if name == path.name}
-    return {}
-
-
-def _parquet_split(path: pathlib.Path, where: str) -> list[pathlib.Path]:
-    if path.is_file():
-        return [path]
-    splits = _parquet(path)
-    if not splits:
-        raise ValueError(
-            f"{where}: {path} is neither a folder of save_to_disk (state.json, dataset_dict.json) nor of "
-            "Parquet files"
-        )
-    files = splits[_only(list(splits), path, where)]
-    if (part := _PART.fullmatch(files[0].stem)) and int(part[2]) != len(files):
-        raise ValueError(f"{where}: {path} has {len(files)} of {int(part[2])} files of {part[1]!r}")
-    return files
-
-
-def _only(splits: Sequence[str], path: pathlib.Path, where: str) -> str:
-    if len(splits) != 1:
-        raise ValueError(f"{where}: {path} has the splits {some(splits, 20)}; put one behind it: {path}/test")
-    return splits[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pathlib
@@ -21,7 +22,7 @@ from rft_fast.common.words import some
 from rft_fast.datasets import cache as caches
 
 from . import pickled_arrays
-from .source import Source
+from .source import Source, numbered, reading
 
 Array = np.ndarray[Any, Any]
 
@@ -89,17 +90,10 @@ def source(path: pathlib.Path, where: str) -> Source:
     files: list[caches.File] = []
     stored = on_disk.Inputs()
     for file in paths:
-        try:
-            stored.add(file)
-            with stored.unchanged(file):
-                pixels, numbers = layout.read(file)
+        with reading(stored, file, f"{where}: {file} is not a file of {layout.title}"):
+            pixels, numbers = layout.read(file)
             _check(pixels, numbers, len(layout.names))
-        except on_disk.Changed:
-            raise
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{where}: {file} is not a file of {layout.title}: {error}") from error
-        size, time = file.stat().st_size, file.stat().st_mtime_ns
-        files += [caches.File(f"{file.name}/{index}", size, time) for index in range(len(pixels))]
+        files += numbered(file, len(pixels))
         images.extend(pixels)
         labels.append(numbers.astype(np.int64))
     return Source(
@@ -154,9 +148,7 @@ def _class_names(layout: _Layout, folder: pathlib.Path, where: str) -> tuple[str
         if key is None:
             names = on_disk.read_text(file, "utf-8-sig").split()
         else:
-            names = [
-                _text(name) for name in _list(_entries(pickled_arrays.read(on_disk.read_bytes(file)))[key])
-            ]
+            names = [_text(name) for name in _expect(_read_pickle(file)[key], list)]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{where}: {file} does not tell class names: {error}") from error
     if len(names) != len(layout.names):
@@ -168,7 +160,7 @@ def _pickled(key: str) -> Callable[[pathlib.Path], tuple[Array, Array]]:
     """Reads the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
 
     def read(file: pathlib.Path) -> tuple[Array, Array]:
-        batch = _entries(pickled_arrays.read(on_disk.read_bytes(file)))
+        batch = _read_pickle(file)
         if missing := [name for name in ("data", key) if name not in batch]:
             raise ValueError(f"it has no {' or '.join(missing)}, but {some(list(batch))}")
         if not isinstance(batch["data"], pickled_arrays.Array):
@@ -218,11 +210,11 @@ def _cifar102(file: pathlib.Path) -> tuple[Array, Array]:
                 return _member(archive, "images"), _member(archive, "labels")
         except Exception as error:  # a damaged archive surfaces as almost any exception
             raise ValueError(f"no archive with images and labels: {error}") from error
-    with on_disk.opened(file) as stream:
-        shape, _, dtype = _header(stream)
-        if shape != () or not dtype.hasobject:
-            raise ValueError(f"it holds {dtype} {list(shape)}, expected a dict of images and labels")
-        held = pickled_arrays.read(stream.read())
+    stream = io.BytesIO(on_disk.read_bytes(file))
+    shape, _, dtype = _header(stream)
+    if shape != () or not dtype.hasobject:
+        raise ValueError(f"it holds {dtype} {list(shape)}, expected a dict of images and labels")
+    held = pickled_arrays.read(stream.read())
     if not isinstance(held, pickled_arrays.Array) or not isinstance(held.raw, list) or len(held.raw) != 1:
         raise ValueError("it does not hold one dict of images and labels")
     entries = _entries(held.raw[0])
@@ -241,19 +233,20 @@ def _whole_records(file: pathlib.Path, record: int) -> Array:
 
 
 def _npy(file: pathlib.Path) -> Array:
-    with on_disk.opened(file) as stream:
-        shape, fortran, dtype = _header(stream)
-        data = stream.read()
-    _sized(file.name, shape, dtype, len(data))
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    data = on_disk.read_bytes(file)
+    return _array(io.BytesIO(data), file.name, len(data))
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Array:
     with archive.open(f"{name}.npy") as stream:
-        shape, fortran, dtype = _header(stream)
-        size = _sized(name, shape, dtype, archive.getinfo(f"{name}.npy").file_size - stream.tell())
-        data = stream.read(size)
-        _sized(name, shape, dtype, len(data))
+        return _array(stream, name, archive.getinfo(f"{name}.npy").file_size)
+
+
+def _array(stream: IO[bytes], name: str, size: int) -> Array:
+    """An array in numpy's format, of a file of so many bytes."""
+    shape, fortran, dtype = _header(stream)
+    data = stream.read(_sized(name, shape, dtype, size - stream.tell()))
+    _sized(name, shape, dtype, len(data))
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -275,6 +268,10 @@ def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -
     return size
 
 
+def _read_pickle(file: pathlib.Path) -> dict[str, Any]:
+    return _entries(pickled_arrays.read(on_disk.read_bytes(file)))
+
+
 def _beside(file: pathlib.Path, name: str) -> pathlib.Path:
     other = file.with_name(name)
     if not other.is_file():
@@ -284,9 +281,7 @@ def _beside(file: pathlib.Path, name: str) -> pathlib.Path:
 
 def _entries(value: object) -> dict[str, Any]:
     """A dict by text keys, whichever Python wrote it."""
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, expected a dict")
-    return {_text(key): entry for key, entry in value.items()}
+    return {_text(key): entry for key, entry in _expect(value, dict).items()}
 
 
 def _text(value: object) -> str:
@@ -297,16 +292,16 @@ def _text(value: object) -> str:
     return value
 
 
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"it holds a {type(value).__name__}, expected a list")
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"it holds a {type(value).__name__}, expected a {kind.__name__}")
     return value
 
 
 def _integers(value: object) -> Array:
     if isinstance(value, pickled_arrays.Array):
         return value.numpy()
-    if not all(type(entry) is int and abs(entry) < 2**31 for entry in _list(value)):
+    if not all(type(entry) is int and abs(entry) < 2**31 for entry in _expect(value, list)):
         raise ValueError("its labels are not all numbers of classes")
     return np.array(value, np.int64)
 

@@ -100,10 +100,11 @@ def source(path: pathlib.Path, where: str) -> Source:
         raise ValueError(f"{where}: {path} holds no samples")
     if len({file.name for file in files}) != len(files):
         raise ValueError(f"{where}: {path} has members whose names differ in unprintable characters alone")
-    least, most = min(labels), max(labels)
-    if least < 0 or (names and most >= len(names)):
-        among = f", its {len(names)} class names allow 0 to {len(names) - 1}" if names else ", below 0"
-        raise ValueError(f"{where}: {path} has labels from {least} to {most}{among}")
+    if names and max(labels) >= len(names):
+        raise ValueError(
+            f"{where}: {path} has labels from {min(labels)} to {max(labels)}, its {len(names)} class names "
+            f"allow 0 to {len(names) - 1}"
+        )
     note = (f"left aside, being of no sample: {some(ignored)}",) if ignored else ()
     return Source(
         kind="webdataset",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import IO
@@ -72,6 +73,31 @@ class Source:
                 return image.mode, image.size
         with on_disk.opened(self.path / self.files[index].name) as stream, open_image(stream) as image:
             return image.mode, image.size
+
+
+def numbered(file: pathlib.Path, count: int) -> list[caches.File]:
+    """Entries for the images inside one file, which have no name, size or time of their own."""
+    status = file.stat()
+    size, time = status.st_size, status.st_mtime_ns
+    return [caches.File(f"{file.name}/{index}", size, time) for index in range(count)]
+
+
+@contextmanager
+def reading(stored: on_disk.Inputs, file: pathlib.Path, failure: str) -> Iterator[None]:
+    """Add a file to those that must not change, and read it in the block.
+
+    Raises:
+        ValueError: begins with ``failure``; for any error in the block, as damage surfaces as almost any.
+        files.Changed: the file changed meanwhile.
+    """
+    try:
+        stored.add(file)
+        with stored.unchanged(file):
+            yield
+    except on_disk.Changed:
+        raise
+    except Exception as error:
+        raise ValueError(f"{failure}: {error}") from error
 
 
 def open_image(file: IO[bytes]) -> Image.Image:

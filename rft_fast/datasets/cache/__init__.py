@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from rft_fast.common import lazy
 
 if TYPE_CHECKING:
+    from .access import Entry, Images, decoded, directory, entries
     from .file import File, Pixels, Source
-    from .images import Entry, Images, decoded, directory, entries
     from .storage import size
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         storage="size",
         file="File Pixels Source",
-        images="Entry Images decoded directory entries",
+        access="Entry Images decoded directory entries",
     )
 
 __all__ = ["Entry", "File", "Images", "Pixels", "Source", "decoded", "directory", "entries", "size"]

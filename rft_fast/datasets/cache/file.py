@@ -125,11 +125,15 @@ class CacheFile:
     def write(self, index: int, pixels: Pixels) -> None:
         # Never through a mapping, where a full disk would kill the process.
         data = pixels.data.cast("B")
-        storage.write(self.fd, data, self.head.slots_at + index * self.head.slot)
-        self.marks[index] = MARKED | zlib.crc32(data)
-        self._fresh.append(index)
+        self.fill(index, data, MARKED | zlib.crc32(data))
         if len(self._fresh) >= CHUNK:
             self.commit()
+
+    def fill(self, index: int, data: bytes | memoryview, mark: int) -> None:
+        """Writes the bytes of a slot, which :meth:`commit` marks."""
+        storage.write(self.fd, data, self.head.slots_at + index * self.head.slot)
+        self.marks[index] = mark
+        self._fresh.append(index)
 
     def commit(self) -> None:
         """Marks what was written, once it is safely on storage."""
@@ -238,9 +242,7 @@ def _take_over(path: pathlib.Path, source: Source, made: CacheFile) -> None:
             except OSError:
                 return
             for new, old in same:
-                storage.write(made.fd, _read_slot(fd, head, old), made.head.slots_at + new * head.slot)
-                made.marks[new] = marks[old]
-                made._fresh.append(new)
+                made.fill(new, _read_slot(fd, head, old), int(marks[old]))
             made.commit()
     except (FileNotFoundError, Damaged):
         return
