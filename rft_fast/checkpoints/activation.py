@@ -9,10 +9,10 @@ same folder. Evidence that contradicts itself counts as none.
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
             yield from of_config(content, source)
 
 
-def beside(file: Path, huggingface: bool) -> Iterator[tuple[str, bool, str]]:
+def beside(file: pathlib.Path, huggingface: bool) -> Iterator[tuple[str, bool, str]]:
     """(tower, quick, source) of the configurations in a file's folder that are about this file.
 
     Of a link, also those beside what it leads to. ``open_clip_config.json`` is about all files but those of

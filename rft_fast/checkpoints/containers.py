@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+import pathlib
 from typing import Any, BinaryIO
 
 from ..common.files import Content
@@ -21,7 +21,7 @@ from .stored import MOST_DIMENSIONS, SAFETENSORS, Container, Span, Storage, Stor
 _MOST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer ones
 
 
-def read(stream: BinaryIO, file: Path) -> Container:
+def read(stream: BinaryIO, file: pathlib.Path) -> Container:
     """What a file holds; its first bytes decide how it is read, and its name only where they do not.
 
     stream: the file, open and without a buffer; it is needed until the last tensor is made.

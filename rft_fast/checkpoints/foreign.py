@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
-from pathlib import Path
 from typing import IO
 
 SUPPORTED = (
@@ -72,7 +72,7 @@ _LFS = re.compile(rb"version https?://(?:git-lfs|hawser)")
 _LFS_SIZE = re.compile(rb"^size (\d{1,18})\s*$", re.M)
 
 
-def why(stream: IO[bytes], file: Path, head: bytes) -> str | None:
+def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
     """What a file is that holds no weights, as the end of a sentence that its name begins.
 
     Args:

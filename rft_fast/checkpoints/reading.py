@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import pathlib
 import warnings
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Checkpoint:
     make its numbers others here; :func:`load` and :func:`load_head` warn of them.
     """
 
-    file: Path
+    file: pathlib.Path
     format: Format
     tensors: Tensors
     notes: tuple[str, ...]
@@ -131,8 +131,8 @@ def _read(path: str | PathLike[str], format: Format | None, operation: str, meta
     return Checkpoint(file, found, Tensors(tensors, activation), (*doubts, *notes), tuple(doubts))
 
 
-def _existing(path: str | PathLike[str], operation: str) -> Path:
-    file = Path(path)
+def _existing(path: str | PathLike[str], operation: str) -> pathlib.Path:
+    file = pathlib.Path(path)
     if file.is_dir():
         raise ValueError(f"{operation}: {file} is a directory, expected a checkpoint file in it")
     if kind := files.special(file):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import pathlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from .activation import OPEN_CLIP, TRANSFORMERS
 
@@ -29,13 +29,13 @@ def check_source(source: str, arch: str) -> None:
 
     Raises ValueError for anything else, with the nearest tags.
     """
-    if Path(source).is_file() or _HUB.fullmatch(source):
+    if pathlib.Path(source).is_file() or _HUB.fullmatch(source):
         return
     if source.startswith("hf-hub:"):
         raise ValueError(f"check_source: {source!r} must be hf-hub:org/name or hf-hub:org/name@revision")
-    if Path(source).is_dir():
+    if pathlib.Path(source).is_dir():
         raise ValueError(f"check_source: {source} is a directory, expected a checkpoint file in it")
-    if "/" in source or Path(source).suffix in (".pt", ".pth", ".bin", ".pkl", ".safetensors"):
+    if "/" in source or pathlib.Path(source).suffix in (".pt", ".pth", ".bin", ".pkl", ".safetensors"):
         raise ValueError(f"check_source: there is no file {source}")
     import open_clip
 
@@ -60,7 +60,7 @@ def repository(source: str) -> tuple[str, str | None] | None:
     return (found[1], found[2]) if found else None
 
 
-def fetch(source: str, arch: str, network: bool = True) -> Path:
+def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
     """The local file of a source (as in :func:`check_source`).
 
     Args:
@@ -71,8 +71,8 @@ def fetch(source: str, arch: str, network: bool = True) -> Path:
             ``network``, it is not on this machine.
     """
     check_source(source, arch)
-    if Path(source).is_file():
-        return Path(source)
+    if pathlib.Path(source).is_file():
+        return pathlib.Path(source)
     if not network:
         if (there := cached(source, arch)) is None:
             raise ValueError(f"fetch: {source!r} of {arch} is not on this machine; --fetch downloads it")
@@ -84,10 +84,10 @@ def fetch(source: str, arch: str, network: bool = True) -> Path:
     return file
 
 
-def cached(source: str, arch: str) -> Path | None:
+def cached(source: str, arch: str) -> pathlib.Path | None:
     """The local file of a source, without asking the network; None where there is none."""
-    if Path(source).is_file():
-        return Path(source)
+    if pathlib.Path(source).is_file():
+        return pathlib.Path(source)
     if hub := _HUB.fullmatch(source):
         return in_cache(hub[1], _HUB_FILES, hub[2])
     import open_clip
@@ -96,34 +96,34 @@ def cached(source: str, arch: str) -> Path | None:
     repository, _, name = known.get("hf_hub", "").rpartition("/")
     if repository:  # as open_clip does: safetensors first
         name = name or _HUB_FILES[1]
-        safe = _HUB_FILES[0] if name == _HUB_FILES[1] else str(Path(name).with_suffix(".safetensors"))
+        safe = _HUB_FILES[0] if name == _HUB_FILES[1] else str(pathlib.Path(name).with_suffix(".safetensors"))
         return in_cache(repository, (safe, name))
-    file = Path("~/.cache/clip", known.get("url", "").rpartition("/")[2]).expanduser()
+    file = pathlib.Path("~/.cache/clip", known.get("url", "").rpartition("/")[2]).expanduser()
     return file if file.is_file() else None
 
 
-def in_cache(repository: str, names: Sequence[str], revision: str | None = None) -> Path | None:
+def in_cache(repository: str, names: Sequence[str], revision: str | None = None) -> pathlib.Path | None:
     """The first of a repository's files that the local cache of huggingface_hub has; None: it has none."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
-    return next((Path(file) for file in found if isinstance(file, str)), None)
+    return next((pathlib.Path(file) for file in found if isinstance(file, str)), None)
 
 
-def commit(file: Path) -> str | None:
+def commit(file: pathlib.Path) -> str | None:
     """The commit that a file in the cache of huggingface_hub is of; None for another file."""
     whole = file.parent.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", file.parent.name)
     return file.parent.name if whole else None
 
 
-def _from_hub(repository: str, revision: str | None) -> Path:
+def _from_hub(repository: str, revision: str | None) -> pathlib.Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     missing: Exception | None = None
     for name in _HUB_FILES:
         try:
-            file = Path(hf_hub_download(repository, name, revision=revision))
+            file = pathlib.Path(hf_hub_download(repository, name, revision=revision))
         except LocalEntryNotFoundError as error:  # offline: another of the files may be in the cache
             missing = error
             continue
@@ -143,7 +143,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     )
 
 
-def _from_open_clip(tag: str, arch: str) -> Path:
+def _from_open_clip(tag: str, arch: str) -> pathlib.Path:
     import open_clip
 
     config = open_clip.get_pretrained_cfg(arch, tag)
@@ -153,7 +153,7 @@ def _from_open_clip(tag: str, arch: str) -> Path:
         raise ValueError(_offline(f"{tag!r} of {arch}", error)) from error
     if not target:
         raise ValueError(f"fetch: open_clip knows the tag {tag!r} of {arch}, but not where its file is")
-    return Path(target)
+    return pathlib.Path(target)
 
 
 def _offline(what: str, error: Exception) -> str:

@@ -10,10 +10,10 @@ import difflib
 import json
 import math
 import os
+import pathlib
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -176,7 +176,7 @@ def known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def tokenizer(name: str, beside: Path | None, where: str) -> tuple[str, bool]:
+def tokenizer(name: str, beside: pathlib.Path | None, where: str) -> tuple[str, bool]:
     """Where a tokenizer that a configuration names is: a folder beside it, or a repository of Hugging Face.
 
     Args:
@@ -212,7 +212,7 @@ def tokenizer(name: str, beside: Path | None, where: str) -> tuple[str, bool]:
     return name, False
 
 
-def _check_folder(folder: Path, where: str) -> None:
+def _check_folder(folder: pathlib.Path, where: str) -> None:
     for file in sorted(folder.rglob("*")):
         mode = file.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):

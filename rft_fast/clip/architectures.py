@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -67,7 +67,7 @@ def config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, An
     if arch in open_clip.list_models():
         return str(arch), open_clip.get_model_config(arch), {}
     label = str(arch)
-    file = _from_hub(label) if label.startswith(HUB) else Path(arch)
+    file = _from_hub(label) if label.startswith(HUB) else pathlib.Path(arch)
     if not file.is_file():
         near = difflib.get_close_matches(label, open_clip.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() has names"
@@ -214,10 +214,10 @@ def _repository(arch: str) -> tuple[str, str | None]:
     return found
 
 
-def _from_hub(arch: str) -> Path:
+def _from_hub(arch: str) -> pathlib.Path:
     name, revision = _repository(arch)
     try:
-        return Path(huggingface_hub.hf_hub_download(name, _CONFIG, revision=revision))
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, _CONFIG, revision=revision))
     except Exception as error:  # of the network, of the hub, or a bad name
         raise ValueError(
             f"arch: the open_clip_config.json of {arch} could not be had: {error}. Offline, fetch it once "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 from collections.abc import Collection, Mapping
 from os import PathLike
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +71,7 @@ def check_evidence(
             cure = f"name --arch {other} instead"
         else:
             cure = f'set "quick_gelu": {json.dumps(known.quick)} in its model_cfg'
-            if not Path(label).is_file():
+            if not pathlib.Path(label).is_file():
                 cure = f"write its configuration to a JSON file, {cure}, and name that file (--arch)"
         raise ValueError(
             f"arch: the {tower} tower was trained with {known}, but {label} computes {NAMES[quick]}; {cure}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import pathlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import open_clip
 import torch
@@ -150,7 +150,7 @@ def _refuse_long(tokenizer: open_clip.SimpleTokenizer, texts: Sequence[str], con
 
 
 def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
-    file = Path(source)
+    file = pathlib.Path(source)
     if not file.is_file():
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -58,7 +58,7 @@ def _of_hugging_face(
     of, revision = repository(label) or ("", None)
     own, local = label in open_clip.list_models(), False
     if not own:
-        beside = None if label.startswith(HUB) else Path(label).parent
+        beside = None if label.startswith(HUB) else pathlib.Path(label).parent
         name, local = allowed.tokenizer(name, beside, f"arch: {label}:")
         own = name == of
     if local:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pathlib
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
@@ -22,7 +22,9 @@ _KINDS = (
 )
 
 
-def refuse_others(files: Iterable[Path], in_place: Iterable[Path] = (), folders: Iterable[Path] = ()) -> None:
+def refuse_others(
+    files: Iterable[pathlib.Path], in_place: Iterable[pathlib.Path] = (), folders: Iterable[pathlib.Path] = ()
+) -> None:
     """Checks the names that a process is about to write, before it writes any.
 
     Args:
@@ -60,7 +62,7 @@ def _other(found: os.stat_result, folder: bool = False) -> str:
     return next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "a device")
 
 
-def open_plain(file: Path, flags: int) -> int:
+def open_plain(file: pathlib.Path, flags: int) -> int:
     """A descriptor of a plain file, as of :func:`os.open`; links are not followed, FIFOs not waited for.
 
     Raises OSError, also for what is no plain file.
@@ -79,7 +81,7 @@ def open_plain(file: Path, flags: int) -> int:
 
 
 @contextmanager
-def replacing(file: Path, empty: bool = False) -> Iterator[Path]:
+def replacing(file: pathlib.Path, empty: bool = False) -> Iterator[pathlib.Path]:
     """A name to write to; what is there at the end takes the file's place, on disk and whole, at once.
 
     The name is a new empty file beside it, which nobody can foresee. What killed processes left of theirs is
@@ -100,7 +102,7 @@ def replacing(file: Path, empty: bool = False) -> Iterator[Path]:
     sync_folder(file.parent)
 
 
-def _new_part(file: Path) -> tuple[int, Path]:
+def _new_part(file: pathlib.Path) -> tuple[int, pathlib.Path]:
     """A new file, locked as long as its descriptor is open."""
     while True:
         part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
@@ -112,7 +114,7 @@ def _new_part(file: Path) -> tuple[int, Path]:
         os.close(handle)
 
 
-def _remove_left(file: Path) -> None:
+def _remove_left(file: pathlib.Path) -> None:
     """Removes parts of a file that no process holds."""
     prefix = f".{file.name}."
     names = [n for n in os.listdir(file.parent) if n.startswith(prefix) and n.endswith(".part")]
@@ -126,13 +128,13 @@ def _remove_left(file: Path) -> None:
                 os.close(handle)
 
 
-def replace(file: Path, content: bytes) -> None:
+def replace(file: pathlib.Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
     with replacing(file, empty=not content) as temporary:
         temporary.write_bytes(content)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: pathlib.Path) -> None:
     """On return the names in a folder are on disk, where the file system can tell it so."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -145,7 +147,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(file: Path, wait: bool = False) -> Iterator[bool]:
+def locked(file: pathlib.Path, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone has the lock, a file that is gone at the end; False where another has it.
 
     A process that is killed loses its lock. On file systems without locks everyone gets it.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pathlib
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -129,7 +129,7 @@ class Stamp:
         return cls(identity, abs(now - max(times)) < YOUNG)
 
     @classmethod
-    def again(cls, path: Path) -> Stamp:
+    def again(cls, path: pathlib.Path) -> Stamp:
         """As :meth:`of`, but of a file that was there before; raises Changed where it is no more."""
         try:
             return cls.of(path)
@@ -150,11 +150,11 @@ class Inputs:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[Stamp, str | None]] = {}
+        self._known: dict[pathlib.Path, tuple[Stamp, str | None]] = {}
 
     def add(self, file: str | PathLike[str]) -> None:
         """From now on this file must not change. Raises as :func:`opened` does."""
-        if (path := Path(file)) not in self._known:
+        if (path := pathlib.Path(file)) not in self._known:
             self._known[path] = (Stamp.of(path), None)
 
     def sha256(self, file: str | PathLike[str]) -> str:
@@ -163,7 +163,7 @@ class Inputs:
         Raises Changed where the file is not the one that was added.
         """
         self.add(file)
-        path = Path(file)
+        path = pathlib.Path(file)
         before, known = self._known[path]
         if known is None:
             after, known = _hashed(path)
@@ -179,7 +179,7 @@ class Inputs:
         Raises Changed where it is not, instead of what its reader makes of the rest of it.
         """
         self.add(file)
-        if self._known[Path(file)][0].young:  # its stamp alone says too little
+        if self._known[pathlib.Path(file)][0].young:  # its stamp alone says too little
             self.sha256(file)
         self.check(file)
         with self.unchanged(file):
@@ -197,7 +197,7 @@ class Inputs:
 
     def check(self, *files: str | PathLike[str]) -> None:
         """Raises Changed, naming the file, where one of these has changed; none named: one of all."""
-        for path in map(Path, files) if files else list(self._known):
+        for path in map(pathlib.Path, files) if files else list(self._known):
             before, known = self._known[path]
             now = Stamp.again(path)
             if before.is_of(now) or (known is None and before.identity == now.identity):
@@ -210,7 +210,7 @@ class Inputs:
             self._known[path] = (now, known)
 
 
-def _hashed(path: Path) -> tuple[Stamp, str]:
+def _hashed(path: pathlib.Path) -> tuple[Stamp, str]:
     """The SHA-256 of a file that does not change meanwhile, and its stamp."""
     before = Stamp.again(path)
     found = sha256(path)
@@ -229,7 +229,7 @@ def sha256(path: str | PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _changed(path: Path, before: Stamp, now: Stamp) -> Changed:
+def _changed(path: pathlib.Path, before: Stamp, now: Stamp) -> Changed:
     size, other = before.identity[2], now.identity[2]
     what = f"from {size:,} to {other:,} bytes" if size != other else f"its {size:,} bytes are others now"
     return Changed(

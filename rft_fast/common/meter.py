@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -241,7 +241,7 @@ class Peak:
 def _reset_resident() -> bool:
     """Makes Linux count the peak resident size from now on; False where that cannot be done."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return _status("VmHWM") is not None
@@ -249,7 +249,7 @@ def _reset_resident() -> bool:
 
 def _status(name: str) -> int | None:
     """An entry of /proc/self/status in bytes; None where there is none."""
-    return _entry(Path("/proc/self/status"), name)
+    return _entry(pathlib.Path("/proc/self/status"), name)
 
 
 def _peak_since_start() -> int:
@@ -278,10 +278,10 @@ def available(device: torch.device | str) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _available(Path("/"))
+    return _available(pathlib.Path("/"))
 
 
-def _available(root: Path) -> int:
+def _available(root: pathlib.Path) -> int:
     """As :func:`available`, for the CPU. ``root``: of the file system."""
     free = _entry(root / "proc/meminfo", "MemAvailable")
     if free is None:
@@ -291,7 +291,7 @@ def _available(root: Path) -> int:
     return max(0, min([free, *_left_to_groups(root)]))
 
 
-def _left_to_groups(root: Path) -> Iterator[int]:
+def _left_to_groups(root: pathlib.Path) -> Iterator[int]:
     """What each control group above this process leaves it, in bytes; limits hold at every level."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -316,7 +316,7 @@ def _left_to_groups(root: Path) -> Iterator[int]:
             here = here.parent
 
 
-def _left(group: Path, limit: str, used: str, prefix: str) -> int | None:
+def _left(group: pathlib.Path, limit: str, used: str, prefix: str) -> int | None:
     try:
         most, now = (group / limit).read_text().strip(), int((group / used).read_text())
         if most == "max":
@@ -330,7 +330,7 @@ def _left(group: Path, limit: str, used: str, prefix: str) -> int | None:
 _CACHED = ("active", "inactive")
 
 
-def _entry(file: Path, name: str, unit: int = _KIB) -> int | None:
+def _entry(file: pathlib.Path, name: str, unit: int = _KIB) -> int | None:
     """The number after a name in one of the kernel's tables; None where there is none."""
     try:
         text = file.read_text()
