@@ -26,7 +26,7 @@ import os, signal, sys, time, types
 from pathlib import Path
 sys.modules["rft_fast"] = types.ModuleType("rft_fast")
 sys.modules["rft_fast"].__path__ = [{str(PACKAGE)!r}]
-from rft_fast import program
+from rft_fast.common import program
 @program.command("sweep")
 def main(argv):
 """
