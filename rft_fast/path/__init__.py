@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from rft_fast.common import lazy
 
 if TYPE_CHECKING:
-    from .path import Path, Weight
+    from .path import Path
+    from .slots import Weight
 else:
-    __getattr__, __dir__ = lazy.face(__name__, path="Path Weight")
+    __getattr__, __dir__ = lazy.face(__name__, path="Path", slots="Weight")
 
 __all__ = ["Path", "Weight"]

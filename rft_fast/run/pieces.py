@@ -100,7 +100,7 @@ class Counter:
     ) -> list[Measurement]:
         """The measurements of a study of a model. The first that is asked for makes what all models share."""
         work = cost.Work.none(self._evaluator)
-        counted = cost.CountedPath(path, work)
+        counted = cost.counted_path(path, work)
         evaluators = (cost.CountedEvaluator(self._evaluator, images, work) for images in self._sets)
         found: list[Measurement] = []
         before = work * 1

@@ -411,16 +411,16 @@ def test_an_interrupted_write_is_restored(path: Path, monkeypatch: pytest.Monkey
         submit(Write(0.123), tensors)  # half-written weights are neither here nor there
         raise KeyboardInterrupt
 
-    submit = path._parameters.submit
+    submit = path.writer.parameters.submit
     for layers in (None, ["head", "scale"]):
         with pytest.raises(KeyboardInterrupt), path.at(0.8, ["scale"]), monkeypatch.context() as m:
-            m.setattr(path._parameters, "submit", interrupted)
+            m.setattr(path.writer.parameters, "submit", interrupted)
             # The same numbers as before entry: the state must not look restored already.
             path.write(0.4, layers=layers)
         assert same_bits(snapshot(path.model), before)
 
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as m:
-        m.setattr(path._parameters, "submit", interrupted)
+        m.setattr(path.writer.parameters, "submit", interrupted)
         path.write(0.9)
     assert path.alpha is None
     with pytest.raises(RuntimeError, match="interrupted"), path.at(0.5):
@@ -431,13 +431,13 @@ def test_an_interrupted_write_is_restored(path: Path, monkeypatch: pytest.Monkey
 
 def test_only_what_changed_is_written_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[object] = []
-    submit = path._parameters.submit
+    submit = path.writer.parameters.submit
 
     def recorded(write: Write, tensors: Sequence[tuple[int, int]] | None = None) -> None:
         runs.append(tensors)
         submit(write, tensors)
 
-    monkeypatch.setattr(path._parameters, "submit", recorded)
+    monkeypatch.setattr(path.writer.parameters, "submit", recorded)
     path.write(0.5)
     rows = len(list(path.model.parameters()))
     with path.perturbed(0.5, 0.1, ["scale", "blocks.0.conv", "blocks.1.conv"]):

@@ -20,7 +20,7 @@ from rft_fast.evaluate.stages import Stages
 from rft_fast.kernels import Plan
 from rft_fast.path import Path
 from rft_fast.run import cost
-from rft_fast.run.cost import CountedEvaluator, CountedPath, Flops, Line, Memory, Rates, Work
+from rft_fast.run.cost import CountedEvaluator, Flops, Line, Memory, Rates, Work
 from rft_fast.studies.estimators import Protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,12 +121,12 @@ def watched(path: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -
     submit = Plan.submit
 
     def write(plan: Plan, request: Any, runs: Any = None) -> None:
-        if plan not in (path._parameters, path._buffers):
+        if plan not in (path.writer.parameters, path.writer.buffers):
             return submit(plan, request)  # noise for directions, which is no write of the path
-        tensors = [s.tensor for s in path._whole.slots if s.is_float]
-        tensors = [s for s in tensors if isinstance(s, nn.Parameter) == (plan is path._parameters)]
+        tensors = [s.tensor for s in path.slots if s.is_float]
+        tensors = [s for s in tensors if isinstance(s, nn.Parameter) == (plan is path.writer.parameters)]
         size = sum(t.numel() for first, last in runs for t in tensors[first:last])
-        found.writes += plan is path._parameters
+        found.writes += plan is path.writer.parameters
         if request.noisy or request.masked:
             found.noisy += size
         else:
@@ -195,10 +195,10 @@ def assert_counted(
         assert [once * n for n in counted.runs[:text]] == real.runs[:text]
     assert sum(counted.gradients) + counted.curvatures == sum(real.gradients)
     assert counted.batches == real.batches
-    buffers = any(not s.is_parameter for s in path._whole.slots if not s.is_float)
+    buffers = any(not s.is_parameter for s in path.slots if not s.is_float)
     assert counted.writes == real.writes
     if not buffers:
-        integers = [s for s in path._whole.slots if not s.is_float]
+        integers = [s for s in path.slots if not s.is_float]
         assert not integers
         assert (counted.written + counted.noisy) == real.written + real.noisy
         assert counted.noisy == pytest.approx(real.noisy)
@@ -250,7 +250,7 @@ def test_the_worst_case_tells_the_weights_that_it_copies() -> None:
 def test_gradients_of_late_weights_are_told_from_early_ones() -> None:
     path, evaluator, sizes = setting(tiny_models.staged())
     work = Work.none(evaluator)
-    counted, weights = CountedEvaluator(evaluator, sizes, work), CountedPath(path, work)
+    counted, weights = CountedEvaluator(evaluator, sizes, work), cost.counted_path(path, work)
     for layer in path.layers:
         counted.gradient([w.live for w in weights.weights([layer])])
     expected = [0.0] * evaluator.stations

@@ -127,7 +127,7 @@ def test_out_of_memory_ends_a_run_and_keeps_its_rows(
     real = studies.layerwise_interpolation
 
     def full(path: rft_fast.Path, *more: Any, **options: Any) -> pd.DataFrame:
-        if isinstance(path, cost.CountedPath):  # what it costs is told before
+        if isinstance(path.writer, cost.CountingWriter):  # what it costs is told before
             return real(path, *more, **options)
         raise MemoryError("Evaluator: not even one image fits")
 

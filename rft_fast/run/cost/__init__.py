@@ -10,13 +10,13 @@ each counted thing takes on this machine::
     seconds = cost.forecast(work, rates)
 """
 
-from .counting import CountedEvaluator, CountedPath, Work, count
+from .counting import CountedEvaluator, CountingWriter, Work, count, counted_path
 from .rates import Flops, Memory, Rates, calibrate, flops, forecast, images_wanted, memory
 from .table import Encoding, Line, duration, table
 
 __all__ = [
     "CountedEvaluator",
-    "CountedPath",
+    "CountingWriter",
     "Encoding",
     "Flops",
     "Line",
@@ -25,6 +25,7 @@ __all__ = [
     "Work",
     "calibrate",
     "count",
+    "counted_path",
     "duration",
     "flops",
     "forecast",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,8 +15,8 @@ from ...evaluate import Evaluator, Scores, Walk
 from ...evaluate.batches import Batches
 from ...evaluate.feed import Images
 from ...kernels import Write
-from ...names import Names
 from ...path import Path, Weight
+from ...path.slots import Part, Rows, Slot
 
 Study = Callable[[Path, Evaluator], object]
 
@@ -98,60 +97,48 @@ def count(study: Study, path: Path, evaluator: Evaluator, sizes: Mapping[str, tu
     error is reached at once. Raises what the study raises.
     """
     work = Work.none(evaluator)
-    study(CountedPath(path, work), CountedEvaluator(evaluator, sizes, work))
+    study(counted_path(path, work), CountedEvaluator(evaluator, sizes, work))
     return work
 
 
-class CountedPath(Path):
-    """A path whose writes count and change nothing. Which they are, :class:`rft_fast.Path` itself decides."""
+def counted_path(path: Path, work: Work) -> Path:
+    """The path in its present state, whose writes count and change nothing."""
+    return path.written_by(CountingWriter(work))
 
-    def __init__(self, path: Path, work: Work) -> None:
-        self.__dict__.update(path.__dict__)
-        self._apart = dict(path._apart)
+
+class CountingWriter:
+    """Counts the writes that a path decides on, and makes none."""
+
+    def __init__(self, work: Work) -> None:
         self._work = work
-        self._sizes: dict[int, int] = {}
         self._stand_ins: dict[str, Weight] = {}
 
-    def warn(self, text: str) -> None:
-        """Nothing: the study itself will warn."""
+    def check(self, parts: Sequence[Part]) -> None:
+        """Nothing will be written."""
 
-    def weights(self, layers: Names | None = None) -> list[Weight]:
-        """As :meth:`rft_fast.Path.weights`, without elements, of which the number is known."""
-        found = []
-        for weight in super().weights(layers):
-            if weight.name not in self._stand_ins:
-                parts = [
-                    _Elements.of(t, self._work) for t in (weight.live, weight.zeroshot, weight.finetuned)
-                ]
-                self._stand_ins[weight.name] = Weight(weight.name, *parts)
-            found.append(self._stand_ins[weight.name])
-        return found
-
-    @contextmanager
-    def borrowed(self, layers: Names | None = None) -> Iterator[list[Weight]]:
-        with super().borrowed(layers) as weights:
-            self._work.borrowed = max(self._work.borrowed, sum(_elements(w.live) for w in weights))
-            yield weights
-
-    def _write(self, request: Write, parts: Sequence[Any] | None, buffers: bool = True) -> None:
-        size = sum(map(self._size, [self._whole] if parts is None else parts))
+    def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
+        size = rows.size if buffers else rows.size_without_buffers
         self._work.writes += 1
         if request.noisy or request.masked:
             self._work.noisy += size
         else:
             self._work.written += size
-        if parts is None:
-            self._base, self._apart = request, {}
-        for part in parts or ():
-            if request == self._base:
-                self._apart.pop(part.name, None)
-            else:
-                self._apart[part.name] = request
+        return []
 
-    def _size(self, part: Any) -> int:
-        if id(part) not in self._sizes:
-            self._sizes[id(part)] = weights_in(part)
-        return self._sizes[id(part)]
+    def weights(self, slots: Sequence[Slot]) -> list[Weight]:
+        """These weights without elements, of which the number is known."""
+        for slot in slots:
+            if slot.name not in self._stand_ins:
+                parts = (_Elements.of(tensor, self._work) for tensor in (slot.tensor, *slot.ends))
+                self._stand_ins[slot.name] = Weight(slot.name, *parts)
+        return [self._stand_ins[slot.name] for slot in slots]
+
+    def borrowed(self, slots: Sequence[Slot]) -> list[Weight]:
+        self._work.borrowed = max(self._work.borrowed, sum(slot.tensor.numel() for slot in slots))
+        return self.weights(slots)
+
+    def warn(self, text: str) -> None:
+        """The study itself will warn."""
 
 
 class CountedEvaluator(Evaluator):
@@ -345,11 +332,6 @@ class _Elements(Tensor):
 
 
 _VIEWS = frozenset("detach view view_as flatten reshape numel size dim requires_grad_ unsqueeze t".split())
-
-
-def weights_in(part: Any) -> int:
-    """Numbers that a write of this part of a path writes, those of buffers included."""
-    return sum(slot.tensor.numel() for slot in part.slots)
 
 
 def _elements(weight: Tensor) -> int:

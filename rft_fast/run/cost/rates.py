@@ -23,7 +23,7 @@ from ...evaluate.batches import Batches
 from ...evaluate.evaluator import RESIDENT
 from ...evaluate.modes import differentiating
 from ...path import Path
-from .counting import Work, batch_count, stage_at, weights_in
+from .counting import Work, batch_count, stage_at
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,10 @@ def _affine(
 def _write_rates(path: Path, clock: _Clock, seconds: float) -> tuple[float, float, float]:
     """Seconds per write, per weight, and per weight with noise."""
     sizes = {layer: sum(tensor.numel() for tensor in path.tensors(layer)) for layer in path.layers}
-    whole, layer = weights_in(path._whole), min(sizes, key=sizes.__getitem__, default="")
+    whole, layer = (
+        sum(slot.tensor.numel() for slot in path.slots),
+        min(sizes, key=sizes.__getitem__, default=""),
+    )
     each = seconds / 4
 
     def rates(rho: float) -> tuple[float, float]:
@@ -434,5 +437,5 @@ def _in_work(batches: Batches) -> int:
 
 def _bytes(path: Path) -> int:
     """Bytes of the live model and its ends, each piece of memory once."""
-    tensors = [t for slot in path._whole.slots for t in (slot.tensor, *slot.ends)]
+    tensors = [t for slot in path.slots for t in (slot.tensor, *slot.ends)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -45,7 +45,7 @@ def table(
 ) -> str:
     """The studies' cost to read: a line for each, the total, peak memory, and what was assumed."""
     header = ["study", "models", "settings", "forwards", "TFLOP", "GB written", "time"]
-    live = [slot.tensor for slot in path._whole.slots]
+    live = [slot.tensor for slot in path.slots]
     per_weight = sum(t.nbytes for t in live) / sum(t.numel() for t in live)
 
     def cells(study: str, models: str, work: Work, seconds: float, more: float = 0.0) -> list[str]:

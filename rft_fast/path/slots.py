@@ -1,0 +1,232 @@
+"""The tensors of a live model, and the layers that they form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rft_fast.common.words import some
+from rft_fast.kernels import Write
+from rft_fast.path.layers import group, layer_of
+
+# Noise reaches sqrt(-2 ln(2**-33)) = 6.8 at most.
+_LARGEST_NOISE = 6.8
+# Buffers that are variances or standard deviations, by the last part of their names.
+_VARIANCE = re.compile(r"(?:^|[._])(?:var|variance|std|stddev|sigma)$")
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One float parameter on the path: the live tensor, and its two ends, all of one shape.
+
+    The ends are those that the path reads, so leave them as they are.
+    """
+
+    name: str
+    live: Tensor
+    zeroshot: Tensor
+    finetuned: Tensor
+
+
+@dataclass(eq=False)
+class Slot:
+    """One tensor of the live model, under all the names that it goes by."""
+
+    tensor: Tensor
+    is_parameter: bool
+    names: list[str] = field(default_factory=list)
+    # (dictionary of a module, key, what it must still hold) for the tensor and the modules above it
+    homes: list[tuple[dict[str, Any], str, object]] = field(default_factory=list)
+    ends: tuple[Tensor, ...] = ()  # zero-shot, fine-tuned; once they are checked
+    largest: tuple[float, ...] = ()  # magnitudes at either end, likewise; of floats
+    shares: tuple[float, float, float] = (0.0, 0.0, 0.0)  # these, and 1, as shares of the dtype's largest
+    row: int = -1  # in its Plan
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def is_float(self) -> bool:
+        return self.tensor.is_floating_point() or self.tensor.is_complex()
+
+    def is_unchanged(self) -> bool:
+        """Whether both ends have the same values.
+
+        Ends of two dtypes are compared in float32, piece by piece.
+        """
+        zeroshot, finetuned = self.ends
+        if zeroshot.dtype == finetuned.dtype:
+            return zeroshot.data_ptr() == finetuned.data_ptr() or torch.equal(zeroshot, finetuned)
+        parts = (torch.split(end.reshape(-1), _PIECE) for end in self.ends)
+        return all(torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True))
+
+
+# What is asked of live tensors before every write: by map, since each question takes .1 us a tensor.
+_LIVE: tuple[Callable[[Tensor], object], ...] = (
+    Tensor.data_ptr, Tensor.is_contiguous, attrgetter("nbytes"), attrgetter("dtype"),
+)  # fmt: skip
+
+
+class Rows:
+    """Some slots as one write: rows of the two plans, and integers."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self.slots = list(slots)
+        floats = [slot for slot in self.slots if slot.is_float]
+        self.parameters = _runs(slot.row for slot in floats if slot.is_parameter)
+        self.buffers = _runs(slot.row for slot in floats if not slot.is_parameter)
+        self.integers = [slot for slot in self.slots if not slot.is_float]
+        self.variances = [slot for slot in floats if not slot.is_parameter and _VARIANCE.search(slot.name)]
+
+    @cached_property
+    def size(self) -> int:
+        """How many numbers a write writes, those of buffers included."""
+        return sum(slot.tensor.numel() for slot in self.slots)
+
+    @cached_property
+    def size_without_buffers(self) -> int:
+        """How many numbers a write writes that leaves buffers as they are."""
+        return sum(slot.tensor.numel() for slot in self.slots if slot.is_parameter)
+
+    @cached_property
+    def _shares(self) -> tuple[float, ...]:
+        """The largest magnitudes at either end, and of unit noise, as shares of what the live dtype holds."""
+        found = [(0.0, 0.0, 0.0), *(slot.shares for slot in self.slots if slot.is_float)]
+        return tuple(map(max, zip(*found, strict=True)))
+
+    def may_overflow(self, request: Write) -> bool:
+        """Whether a write could leave the range of a live dtype, by the largest magnitudes; rarely true."""
+        zeroshot, finetuned, one = self._shares
+        noise = request.rho * _LARGEST_NOISE
+        reached = abs(1 - request.alpha) * zeroshot + abs(request.alpha) * finetuned
+        reached += noise * (reached if request.adaptive else one * max(1.0, abs(request.alpha)))
+        return max(reached, zeroshot + finetuned) > 0.99
+
+    def not_finite(self) -> list[str]:
+        """The live float tensors that hold NaN or infinity, with their dtypes."""
+        lost = [s for s in self.slots if s.is_float and not bool(s.tensor.isfinite().all())]
+        return [f"{slot.name} ({dtype_name(slot.tensor)})" for slot in lost]
+
+
+class Part(Rows):
+    """A layer, or the whole model, and what of it must hold still."""
+
+    def __init__(self, slots: Iterable[Slot], name: str = "") -> None:
+        super().__init__(slots)
+        self.name = name
+        homes = {(id(home[0]), home[1]): home for slot in self.slots for home in slot.homes}
+        self._homes = list(homes.values())
+        self._live = [slot.tensor for slot in self.slots]
+        self._ends = [[slot.ends[end].untyped_storage() for slot in self.slots] for end in (0, 1)]
+        self._found = self._look()
+
+    def _look(self) -> list[list[object]]:
+        """Where the live tensors and their ends are, and how they lie there: a list for each question."""
+        live = [list(map(question, self._live)) for question in _LIVE]
+        return live + [list(map(torch.UntypedStorage.data_ptr, end)) for end in self._ends]
+
+    def check(self) -> None:
+        """Raises RuntimeError unless the live model still holds these tensors, and all are as they were."""
+        for home, key, held in self._homes:
+            if home.get(key) is not held:
+                break
+        else:
+            if self._look() == self._found:
+                return
+        now, before = (zip(*answers, strict=True) for answers in (self._look(), self._found))
+        moved = [
+            slot.name
+            for slot, answers, expected in zip(self.slots, now, before, strict=True)
+            if answers != expected or any(home.get(key) is not held for home, key, held in slot.homes)
+        ]
+        raise RuntimeError(
+            f"Path.write: {some(moved, 4)} of the live model, or of its ends, are not where this Path found "
+            "them any more, or not laid out so (model.to(), load_state_dict(assign=True), replacing a "
+            "module, another .data and FSDP's freeing of storages do that); move and change the models "
+            "first, then make a Path"
+        )
+
+
+def join(parts: Sequence[Part]) -> Rows:
+    return parts[0] if len(parts) == 1 else Rows({s: None for part in parts for s in part.slots})
+
+
+def _runs(rows: Iterable[int]) -> list[tuple[int, int]]:
+    """Rows as half-open (first, last) runs."""
+    runs: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """The persistent state in ``named_parameters`` order, then buffers; tied tensors once."""
+    parameters: dict[int, Slot] = {}
+    buffers: dict[int, Slot] = {}
+    above: dict[str, list[tuple[dict[str, Any], str, object]]] = {"": []}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for key, child in module._modules.items():
+            above[prefix + key] = [*above[path], (module._modules, key, child)]
+        for slots, held, skip in (
+            (parameters, module._parameters, ()),
+            (buffers, module._buffers, module._non_persistent_buffers_set),
+        ):
+            for key, tensor in held.items():
+                if tensor is None or key in skip:
+                    continue
+                slot = slots.setdefault(id(tensor), Slot(tensor, slots is parameters))
+                slot.names.append(prefix + key)
+                slot.homes += [*above[path], (held, key, tensor)]
+    return [*parameters.values(), *buffers.values()]
+
+
+def layers_of(slots: Sequence[Slot], granularity: str) -> tuple[dict[str, list[Slot]], dict[str, str]]:
+    """Layer -> its slots, buffers last; and what forms no layer -> why."""
+    parameters = [slot for slot in slots if slot.is_parameter]
+    if not any(slot.is_float for slot in parameters):
+        raise ValueError("Path: the live model has no float parameters: there is nothing to write")
+    layers: dict[str, list[Slot]] = {}
+    inert: dict[str, str] = {}
+    layer_at = {}  # index of a parameter -> its layer
+    for layer, indices in group([slot.name for slot in parameters], granularity).items():
+        layer_at.update(dict.fromkeys(indices, layer))
+        members = [parameters[index] for index in indices]
+        if any(slot.is_float for slot in members):
+            layers[layer] = members
+        else:
+            inert[layer] = "it holds integers only; whole-model writes copy them"
+    of_module: dict[str, str] = {}  # module -> layer of its first parameter
+    for index, slot in enumerate(parameters):
+        for name in slot.names:
+            of_module.setdefault(name.rpartition(".")[0], layer_at[index])
+    for slot in parameters:
+        for name in slot.names[1:]:
+            layer = layer_of(name, granularity)
+            if layer not in layers:
+                inert.setdefault(layer, f"it is {slot.name} by another name, written there")
+    for slot in slots:
+        if not slot.is_parameter:
+            layer = of_module.get(slot.name.rpartition(".")[0], layer_of(slot.name, granularity))
+            if layer in layers:
+                layers[layer].append(slot)
+            else:
+                inert[slot.name] = "its module has no parameters; whole-model writes reach it"
+    return layers, inert
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Its dtype without ``torch.``."""
+    return str(tensor.dtype).removeprefix("torch.")
