@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -26,9 +25,9 @@ from rft_fast import figures, results, sweep
 from rft_fast.clip import allowed, architectures, tokenizers
 from rft_fast.common import disk, terminal, words
 from rft_fast.config import options, request
-from rft_fast.finetune import output
+from rft_fast.finetune import Request, output
 from rft_fast.finetune.settings import Setting
-from rft_fast.finetune.work import Request, Work
+from rft_fast.finetune.zoo_folder import refuse_links
 from rft_fast.run import identity
 from rft_fast.studies.rows import COLUMNS
 
@@ -117,7 +116,7 @@ def test_fine_tuning_writes_through_no_link(tmp_path: Path, name: str) -> None:
     (out / name).symlink_to(victim)
     asked = Request("none", "none", tmp_path, out, {"lr0.01": Setting()})
     with pytest.raises(ValueError, match="is a symbolic link"):
-        Work._refuse_links(SimpleNamespace(request=asked))  # type: ignore[arg-type]
+        refuse_links(asked)
     assert victim.read_text() == "precious"
 
 

@@ -1,0 +1,162 @@
+"""What a request names: words that are checked, and images with the rows of the head they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from rft_fast import datasets
+from rft_fast.clip.architectures import Preprocess
+from rft_fast.common.words import visible
+from rft_fast.datasets import labels, maps, naming
+from rft_fast.names import STORED
+
+from .images import Images, threads
+from .settings import Request, Setting
+from .training import COLUMNS
+
+RESERVED = "zeroshot"  # the name of the start, which no model may have
+LabelMaps = Mapping[str, pathlib.Path | str | None]  # data set -> what tells its rows
+
+
+def check(request: Request) -> None:
+    """Raises ValueError or TypeError for what no file need be opened for."""
+    if not request.settings:
+        raise ValueError("finetune: there are no settings")
+    if RESERVED in request.settings:
+        raise ValueError(f"finetune: a model cannot be called {RESERVED!r}, which the start is")
+    for name, setting in request.settings.items():
+        if not name or pathlib.Path(name).name != name:
+            raise ValueError(f"finetune: {name!r} cannot be the name of a file")
+        if not isinstance(setting, Setting):
+            raise TypeError(f"finetune: settings are of Setting, got {type(setting).__name__}")
+    if request.store not in STORED:
+        raise ValueError(f"finetune: store must be one of {', '.join(STORED)}; got {request.store!r}")
+    if both := sorted(set(request.val) & set(request.ood)):
+        raise ValueError(f"finetune: {both[0]!r} names a data set in distribution and one out of it")
+    if missing := [str(path) for path in (*request.val.values(), *request.ood.values()) if not path.exists()]:
+        raise ValueError(f"finetune: there is no {missing[0]}")
+    if taken := sorted(set(request.val) & set(COLUMNS)):
+        raise ValueError(f"finetune: {taken[0]!r} is a column of the tables; give the data another name")
+    json.dumps(in_zoo(request, {}), ensure_ascii=False).encode()  # the zoo's, which is UTF-8
+    for name in ("workers", "keep_every"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise ValueError(f"finetune: {name} must be at least 1, got {value}")
+    there = next(path for path in (request.out, *request.out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"finetune: {there} is a file, expected a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"finetune: {there} cannot be written to; choose another --out")
+
+
+def training_source(request: Request) -> datasets.Source:
+    """The images that are trained on, as they lie on disk."""
+    source = datasets.open_source("train", request.train, request.kind)
+    if source.path.resolve() != request.train.resolve():
+        raise ValueError(
+            f"finetune: {request.train} has several parts, of which {source.path.name!r} would be taken; "
+            "name the folder that is to be trained on"
+        )
+    return source
+
+
+def training_images(
+    request: Request, source: datasets.Source, rows: datasets.Rows, preprocess: Preprocess
+) -> Images:
+    """The images of a source with labels that are rows of the head."""
+    found = datasets.assign(source, rows, request.label_map)
+    if found.groups is not None:
+        raise ValueError(
+            "finetune: some classes of the training images have several rows of the head; give a label "
+            "map that has one for each"
+        )
+    if not len(found.labels):
+        raise ValueError(f"finetune: {request.train} has no images that are trained on")
+    if int(found.labels.max()) >= rows.count:
+        raise ValueError(
+            f"finetune: labels go up to {int(found.labels.max())}, but the head has {rows.count} classes"
+        )
+    tqdm.write(visible(f"train: {found.how}"))
+    for note in source.notes:
+        tqdm.write(visible(f"train: {note}"))
+    workers = request.workers or threads()
+    return Images(source, found.images, found.labels, preprocess, workers, request.in_memory)
+
+
+def named_rows(request: Request, rows: datasets.Rows, images: Images) -> datasets.Rows:
+    """The rows by the training images' classes, where nothing else names them and each has one of those:
+    in a data set with other classes, order alone would shift all that follow."""
+    source, known = images.source, dict[int, str]()
+    if rows.names or request.label_map not in (None, datasets.ORDER) or not source.class_names:
+        return rows
+    for row, label in zip(images.labels.tolist(), source.labels[images.chosen].tolist(), strict=True):
+        known[row] = source.class_names[label]
+    different = set(map(naming.fold, known.values())) - {""}
+    if len(known) < rows.count or len(different) < rows.count:
+        return rows
+    return datasets.Rows(rows.count, tuple(known[row] for row in range(rows.count)))
+
+
+def label_maps(request: Request, rows: datasets.Rows) -> LabelMaps:
+    """What tells the rows of each data set but the training images, here and in the zoo."""
+    sets = {**request.val, **request.ood}
+    return {name: _label_map(request, rows, name, path) for name, path in sets.items()}
+
+
+def _label_map(
+    request: Request, rows: datasets.Rows, name: str, path: pathlib.Path
+) -> pathlib.Path | str | None:
+    """What tells the rows of a data set; None where its classes show them."""
+    given = request.label_map
+    try:
+        source = datasets.open_source(name, path)
+        if given == datasets.ORDER:
+            named = rows.names or not source.class_names or labels.is_settled(source, rows)
+            given = None if named else given
+        elif given is not None and name in request.ood:
+            given = given if maps.covers(source.class_names, maps.read_map(pathlib.Path(given))) else None
+        datasets.assign(source, rows, given)
+    except ValueError as error:
+        more = ""
+        if name in request.ood:
+            more = "; or leave it out here, and name it in the sweep, with --data and --data-labels"
+        raise ValueError(f"finetune: {name!r}: {error}{more}") from error
+    return given
+
+
+def validation(
+    request: Request, preprocess: Preprocess, rows: datasets.Rows, label_maps: LabelMaps
+) -> dict[str, datasets.Dataset]:
+    """The data sets that are scored after every epoch."""
+    return {
+        name: datasets.load(
+            name,
+            path,
+            preprocess,
+            ood=False,
+            cache=request.cache,
+            rows=rows,
+            label_map=label_maps[name],
+        )
+        for name, path in request.val.items()
+    }
+
+
+def in_zoo(request: Request, label_maps: LabelMaps) -> dict[str, dict[str, object]]:
+    """Data set -> its entries in the zoo."""
+    sets, kind = {**request.val, **request.ood}, None
+    if not sets:  # a zoo has data
+        sets, label_maps, kind = {"train": request.train}, {"train": request.label_map}, request.kind
+    data: dict[str, dict[str, object]] = {}
+    for name, path in sets.items():
+        data[name] = {"path": str(path.resolve()), "ood": name in request.ood}
+        if (given := label_maps.get(name)) is not None:
+            data[name]["labels"] = given if given == datasets.ORDER else str(pathlib.Path(given).resolve())
+        if kind is not None:
+            data[name]["kind"] = kind
+    return data

@@ -1,0 +1,149 @@
+"""The model that training starts from: a zero-shot checkpoint, its head, and what of it is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rft_fast import checkpoints
+from rft_fast.checkpoints.canonical import HEAD_WEIGHT
+from rft_fast.clip import architectures, matching, prompts
+from rft_fast.clip.classifier import ImageClassifier
+from rft_fast.clip.endpoints import Ends, Setup
+
+from .settings import Request
+from .training import freeze
+
+
+class Origin:
+    """A zero-shot checkpoint that is not read yet: what its name and the architecture's tell.
+
+    Attributes:
+        config: the architecture, as open_clip has it.
+        preprocess: how images become inputs.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.config = architectures.config(request.arch)[1]
+        checkpoints.check_source(request.zeroshot, request.arch)
+        is_file = pathlib.Path(request.zeroshot).is_file()
+        tag = None if is_file or request.zeroshot.startswith(architectures.HUB) else request.zeroshot
+        if tag is not None:
+            matching.check_activation(request.arch, tag)
+        self.preprocess = architectures.preprocess(request.arch, tag)
+
+
+def head_prompts(request: Request) -> prompts.Prompts | None:
+    """What a head is made of, where class names are given."""
+    if request.class_names is not None:
+        names = prompts.class_names(request.class_names)
+        return prompts.Prompts(names, prompts.templates(request.templates or "openai"))
+    if request.templates is not None or request.head_scale is not None:
+        raise ValueError("finetune: templates and a head scale are of a head made from --class-names")
+    return None
+
+
+class Start:
+    """The zero-shot model in memory, ready to be trained.
+
+    Attributes:
+        model: the live classifier, on the device.
+        classes: rows of the head.
+        facts: what models record of their start, as JSON values.
+    """
+
+    def __init__(
+        self, request: Request, origin: Origin, made: prompts.Prompts | None, device: torch.device
+    ) -> None:
+        state = checkpoints.load(checkpoints.fetch(request.zeroshot, request.arch))
+        has_head = HEAD_WEIGHT in state
+        if has_head and (request.head_scale is not None or request.templates is not None):
+            raise ValueError(
+                "finetune: the zero-shot checkpoint has a head, used as it is; leave --templates and "
+                "--head-scale out"
+            )
+        ends = Ends(Setup(request.arch, prompts=made, scale=request.head_scale), state, device=device)
+        self._request, self._ends = request, ends
+        self.model = cast(ImageClassifier, ends.live)
+        self.classes = ends.classes
+        names = made.class_names if made is not None else ()
+        head = None
+        if made is not None and not has_head:
+            head = {"templates": _sha256("\n".join(made.templates)), "scale": request.head_scale}
+        self.facts: dict[str, object] = {
+            "model": origin.config,
+            "zeroshot": _digest(state, head is not None),
+            "head": head,
+            "classes": ends.classes,
+            "class_names": _sha256("\n".join(names)) if names else None,
+            "preprocess": asdict(origin.preprocess),
+        }
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The zero-shot weights; a head that the checkpoint lacks is made now, which takes long."""
+        return self._ends.zeroshot
+
+    def prepare(self) -> None:
+        """Freezes what is not trained, and turns gradient checkpointing on where it is wanted."""
+        request = self._request
+        settings = request.settings.values()
+        frozen = freeze(self.model, request.freeze, request.freeze_blocks)
+        if HEAD_WEIGHT in frozen and any(setting.probe_epochs for setting in settings):
+            raise ValueError(f"finetune: the head is to be trained first, but {HEAD_WEIGHT} is frozen")
+        norms = _trained_norms(self.model)
+        if request.checkpointing and not _checkpoint_gradients(self.model):
+            raise ValueError(
+                f"finetune: the image tower of {request.arch} offers no gradient checkpointing; "
+                "take a higher --accumulate instead"
+                + (", which with batch norm is another step" if norms else "")
+            )
+        if norms and any(setting.accumulate > 1 for setting in settings):
+            warnings.warn(
+                f"finetune: with --accumulate, the statistics of {len(norms)} batch norms, such as "
+                f"{norms[0]}, are those of parts of a batch, so the step is another one than without",
+                stacklevel=4,
+            )
+
+
+def _checkpoint_gradients(model: ImageClassifier) -> bool:
+    """Whether the image tower could be made to compute activations twice."""
+    visual = model.visual
+    # timm's own: open_clip's call of it would only log that it cannot.
+    tower = visual.trunk if isinstance(getattr(visual, "trunk", None), nn.Module) else visual
+    with suppress(Exception):
+        cast(Any, tower).set_grad_checkpointing(True)
+    # Some towers take the call and do nothing.
+    return any(getattr(module, "grad_checkpointing", False) for module in visual.modules())
+
+
+def _trained_norms(model: nn.Module) -> list[str]:
+    """Batch norms whose statistics the training moves."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(state: Mapping[str, Tensor], whole: bool) -> str:
+    """SHA-256 of image tower and head; of everything, where the text tower makes the head."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        if not (whole or name.startswith(("visual.", "classification_head."))):
+            continue
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data.cast("B"))
+    return found.hexdigest()

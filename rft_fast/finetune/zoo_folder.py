@@ -1,0 +1,169 @@
+"""The folder of a zoo in the making: which models it has, and which files must not be replaced."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rft_fast import checkpoints, datasets
+from rft_fast.clip import architectures, prompts
+from rft_fast.clip.architectures import Preprocess
+from rft_fast.common import disk
+from rft_fast.common.words import differences
+from rft_fast.datasets import imagenet, naming
+
+from . import output
+from .inputs import RESERVED
+from .settings import Request, as_json
+
+# What all models of a directory have in common.
+SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored")
+
+
+def refuse_links(request: Request) -> None:
+    """Refuses a directory in which a name that is written is a link; a finished model may be one."""
+    out, names = request.out, list(request.settings)
+    files = [out / f"{name}{end}" for name in names for end in (".csv", ".resume")]
+    files += [out / name for name in ("zoo.toml", "model.json", "classes.json")]
+    locks = [out / ".lock", *(out / f".{name}.lock" for name in names)]
+    try:
+        disk.refuse_others(files, locks)
+    except ValueError as error:
+        raise ValueError(f"finetune: {error}") from None
+
+
+class ZooFolder:
+    """The models of a request, on disk. Several processes may write to one folder.
+
+    Args:
+        request: what is made.
+        fixed: what all models are made with, as JSON values.
+        preprocess: how images become inputs.
+        rows: of the head.
+        data: data set -> its entries in the zoo.
+        dtype: of the stored weights.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        fixed: Mapping[str, Any],
+        preprocess: Preprocess,
+        rows: datasets.Rows,
+        data: Mapping[str, Mapping[str, object]],
+        dtype: torch.dtype,
+    ) -> None:
+        self._request, self._fixed, self._data, self._dtype = request, fixed, data, dtype
+        self._path = request.out
+        self._entries: dict[str, str] = {"arch": request.arch}
+        self._beside: dict[str, object] = {}  # files that the zoo names -> what they hold
+        known = not pathlib.Path(request.arch).is_file() and not request.arch.startswith(architectures.HUB)
+        if not known or architectures.preprocess(request.arch) != preprocess:
+            self._entries["arch"] = "model.json"
+            self._beside["model.json"] = {"model_cfg": fixed["model"], "preprocess_cfg": fixed["preprocess"]}
+        given, names = request.class_names, rows.names
+        if given is not None:
+            self._entries["class-names"] = given
+        shown = naming.numbers(names) or (len(names) == imagenet.CLASSES and imagenet.are_wnids(names))
+        if names and given not in prompts.CLASS_NAMES and (given is not None or not shown):
+            self._entries["class-names"] = "classes.json"
+            self._beside["classes.json"] = list(names)
+
+    def file(self, name: str) -> pathlib.Path:
+        return self._path / f"{name}.safetensors"
+
+    def keeper(self, name: str) -> output.FileKeeper:
+        """Where the state of a model in training is kept."""
+        file = self._path / f"{name}.resume"
+        return output.FileKeeper(file, self._configuration(name), self._request.keep_every)
+
+    def is_there(self, name: str) -> bool:
+        """Whether a model is finished; refuses a file of another origin or configuration."""
+        file = self.file(name)
+        if not file.exists():
+            return False
+        there = output.configuration_of(file)
+        if there is None:
+            raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
+        if different := "; ".join(differences(there, self._configuration(name))):
+            raise ValueError(
+                f"finetune: {file} was made with another configuration ({different}); choose another --out"
+            )
+        return True
+
+    def check(self) -> None:
+        """Refuses files and states of another configuration, and files that would be replaced."""
+        for name, content in self._beside.items():
+            output.check_json(self._path / name, content)
+        start = self.is_there(RESERVED)
+        there = [name for name in self._request.settings if self.is_there(name)]
+        if there and not start:
+            raise ValueError(f"finetune: {self._path} has models but no {output.START}; choose another --out")
+        for name in self._request.settings:
+            table = self.table(name)
+            if name in there or self.keeper(name).load() is not None or not table.exists():
+                continue
+            if not self.file(name).exists():  # else another process has just finished it
+                raise ValueError(
+                    f"finetune: {table} is there without a model or a state to go on from, and would be "
+                    "replaced; move it, or choose another --out"
+                )
+
+    def table(self, name: str) -> pathlib.Path:
+        """The rows of a model's training."""
+        return self._path / f"{name}.csv"
+
+    def start(self) -> dict[str, Tensor] | None:
+        """The stored zero-shot model, None where there is none yet."""
+        file = self.file(RESERVED)
+        return output.rounded(checkpoints.load(file), self._dtype) if file.exists() else None
+
+    def write_start(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Makes the folder, the zero-shot model, and what the zoo needs beside it.
+
+        Returns the stored weights: of a process that was here first, where there was one.
+        """
+        self._path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if self.is_there(RESERVED):
+                weights = self.start() or weights
+            else:
+                self.write_model(RESERVED, weights)
+            for name, content in self._beside.items():
+                output.check_json(self._path / name, content)
+                output.write_json(self._path / name, content)
+        return weights
+
+    def write_model(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        output.write_model(self.file(name), weights, self._configuration(name), self._dtype)
+
+    def write_zoo(self) -> None:
+        """Of all models of the directory that were made from this zero-shot model, those asked for first."""
+        shared = self._configuration(RESERVED)
+        with self._locked():
+            names = [name for name in self._request.settings if self.file(name).exists()]
+            for file in sorted(self._path.glob("*.safetensors")):
+                there: output.Configuration | None = None
+                with suppress(ValueError):  # whatever it is, it is not ours
+                    there = output.configuration_of(file)
+                if there is None or "setting" not in there or file.stem in names:
+                    continue
+                if shared.items() <= there.items():
+                    names.append(file.stem)
+            if names:
+                output.write_zoo(self._path, self._entries, names, self._data)
+
+    def _configuration(self, name: str) -> output.Configuration:
+        """What a model is made with; of the start, what all models of a directory share."""
+        if name == RESERVED:
+            return {key: self._fixed[key] for key in SHARED}
+        return {"setting": as_json(self._request.settings[name]), **self._fixed}
+
+    def _locked(self) -> AbstractContextManager[bool]:
+        """For what all models share: other processes wait."""
+        return disk.locked(self._path / ".lock", wait=True)
