@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import tiers
+from support import tiers, wording
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,8 +28,15 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_signal, _handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--accept-wording", action="store_true", help="write tests/wording.txt of what tests get"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(tiers.Guard(), "tiers")
+    wording.install(config)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -24,6 +24,7 @@ import pytest
 import torch
 from scipy import stats
 from support import tiny_cuda
+from support.wording import refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rft_fast as rft
@@ -411,7 +412,7 @@ def test_a_run_writes_its_rows_only_and_as_the_whole_would(impl):
         same_bits(a, b if index in (1, 2, 4) else torch.full_like(a, 7.0))
     assert plan.impl == impl and len(plan) == 6
     for runs in ([(0, 7)], [(-1, 2)], [(3, 2)]):
-        with pytest.raises(ValueError, match="outside the table"):
+        with refused(ValueError):
             plan.write(0.3, tensors=runs)
     plan.write(0.9, tensors=((i, i + 1) for i in (5, 0)), rho=0.1, seed=4)
     plan.write(0.3, tensors=((i, i + 1) for i in (5, 3, 0)), rho=0.1, seed=4, draw=1)
@@ -424,15 +425,15 @@ def test_no_row_is_written_twice_at_once(impl):
     """In place, the second write would start from what the first one left."""
     w = [torch.ones(3) for _ in range(4)]
     plan = Plan(w, w, w, impl)
-    for runs, message in (
-        ([(0, 2), (1, 3)], r"runs \(0, 2\) and \(1, 3\) overlap"),
-        ([(3, 4), (1, 2), (0, 4)], r"runs \(0, 4\) and \(1, 2\) overlap"),
-        ([(1, 2), (1, 2)], r"runs \(1, 2\) and \(1, 2\) overlap"),
+    for runs, facts in (
+        ([(0, 2), (1, 3)], ("(0, 2)", "(1, 3)")),
+        ([(3, 4), (1, 2), (0, 4)], ("(0, 4)", "(1, 2)")),
+        ([(1, 2), (1, 2)], ("(1, 2)",)),
     ):
-        with pytest.raises(ValueError, match=f"^write: {message}; name each tensor once"):
+        with refused(ValueError, *facts):
             plan.write(1.0, tensors=runs, rho=0.1)
     for runs in ((0, 1), [(0.0, 1)], [(0, 1, 2)], [("0", 1)], 3, "ab"):
-        with pytest.raises(TypeError, match=r"^write: tensors must be a list of runs, each a pair of int"):
+        with refused(TypeError):
             plan.write(1.0, tensors=runs, rho=0.1)
     assert all((tensor == 1).all() for tensor in w)
     plan.write(1.0, tensors=[(2, 3), (1, 1), (0, 2), (1, 1)], rho=0.1)  # empty ones overlap nothing
@@ -824,69 +825,70 @@ def test_a_mask_does_not_depend_on_the_draw():
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    ("arguments", "error"),
     [
-        ({"alpha": math.nan}, ValueError, "alpha must be finite"),
-        ({"alpha": math.inf}, ValueError, "alpha must be finite"),
-        ({"alpha": "half"}, TypeError, "alpha must be a number; got 'half'"),
-        ({"alpha": "0.5"}, TypeError, "alpha must be a number; got '0.5' of type str"),
-        ({"alpha": 10**400}, ValueError, "alpha must be finite in float32; got a number beyond float64"),
-        ({"alpha": -(10**5000)}, ValueError, "alpha must be finite in float32"),
-        ({"rho": b"1"}, TypeError, "rho must be a number; got b'1' of type bytes"),
-        ({"rho": Fraction(10**400)}, ValueError, "rho must be finite in float32"),
-        ({"keep": "1"}, TypeError, "keep must be a number; got '1' of type str"),
-        ({"keep": 10**400}, ValueError, "keep must be finite in float32"),
-        ({"rho": -0.1}, ValueError, "rho must be >= 0; got -0.1"),
-        ({"rho": 1e39}, ValueError, "rho must be finite in float32"),
-        ({"keep": 1.1}, ValueError, r"keep is a probability in \[0, 1\]; got 1.1"),
-        ({"keep": -0.1}, ValueError, "keep is a probability"),
-        ({"keep": math.nan}, ValueError, "keep must be finite"),
-        ({"on": "both"}, ValueError, "on must be one of finetuned, interpolated; got 'both'"),
-        ({"fill": "mean"}, ValueError, "fill must be one of zero, zeroshot"),
-        ({"noise": "cauchy"}, ValueError, "noise must be one of normal, uniform, rademacher"),
-        ({"adaptive": 2}, TypeError, "adaptive must be True or False"),
-        ({"seed": -1}, ValueError, r"seed must lie in \[0, 2\*\*64\); got -1"),
-        ({"seed": 2**64}, ValueError, "seed must lie"),
-        ({"seed": 1.5}, TypeError, "seed must be an integer; got 1.5"),
-        ({"draw": 2**32}, ValueError, r"draw must lie in \[0, 2\*\*32\)"),
-        ({"draw": True}, TypeError, "draw must be an integer"),
-        ({"sign": 0}, ValueError, r"sign must be \+1 or -1; got 0"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, native"),
+        ({"alpha": math.nan}, ValueError),
+        ({"alpha": math.inf}, ValueError),
+        ({"alpha": "half"}, TypeError),
+        ({"alpha": "0.5"}, TypeError),
+        ({"alpha": 10**400}, ValueError),
+        ({"alpha": -(10**5000)}, ValueError),
+        ({"rho": b"1"}, TypeError),
+        ({"rho": Fraction(10**400)}, ValueError),
+        ({"keep": "1"}, TypeError),
+        ({"keep": 10**400}, ValueError),
+        ({"rho": -0.1}, ValueError),
+        ({"rho": 1e39}, ValueError),
+        ({"keep": 1.1}, ValueError),
+        ({"keep": -0.1}, ValueError),
+        ({"keep": math.nan}, ValueError),
+        ({"on": "both"}, ValueError),
+        ({"fill": "mean"}, ValueError),
+        ({"noise": "cauchy"}, ValueError),
+        ({"adaptive": 2}, TypeError),
+        ({"seed": -1}, ValueError),
+        ({"seed": 2**64}, ValueError),
+        ({"seed": 1.5}, TypeError),
+        ({"draw": 2**32}, ValueError),
+        ({"draw": True}, TypeError),
+        ({"sign": 0}, ValueError),
+        ({"impl": "cuda"}, ValueError),
     ],
 )
-def test_bad_numbers_are_refused_and_nothing_is_written(arguments, error, message):
+def test_bad_numbers_are_refused_and_nothing_is_written(arguments, error):
     w0, w1 = ends(10)
     out = torch.full((10,), 7.0)
-    with pytest.raises(error, match=message):
+    with refused(error, *arguments):
         rft.write_(out, w0, w1, **{"alpha": 0.5, **arguments})
     assert (out == 7).all()
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    ("call", "function"),
     [
-        (lambda w: rft.interpolate_(w, w, torch.zeros(4), 0.5), "interpolate_: shapes differ"),
-        (lambda w: rft.interpolate_(w, w, w, "half"), "interpolate_: alpha must be a number"),
-        (lambda w: rft.perturb_(w, -1), "perturb_: rho must be >= 0"),
-        (lambda w: rft.perturb_(w, 0.1, impl="cuda"), "perturb_: impl must be one of"),
+        (lambda w: rft.interpolate_(w, w, torch.zeros(4), 0.5), "interpolate_"),
+        (lambda w: rft.interpolate_(w, w, w, "half"), "interpolate_"),
+        (lambda w: rft.perturb_(w, -1), "perturb_"),
+        (lambda w: rft.perturb_(w, 0.1, impl="cuda"), "perturb_"),
         (
             lambda w: rft.perturb_(None, 0.1),
-            "perturb_: params must be a torch.Tensor or several.*; got NoneType",
+            "perturb_",
         ),
         (
             lambda w: rft.noise_like(None),
-            "noise_like: params must be a torch.Tensor or several.*got NoneType",
+            "noise_like",
         ),
-        (lambda w: rft.noise_like([w, 3]), r"noise_like: params\[1\] must be a torch.Tensor; got int"),
-        (lambda w: rft.noise_like(w, seed=-1), "noise_like: seed must lie"),
-        (lambda w: rft.keep_mask_like(None, 0.5), "keep_mask_like: params must be a torch.Tensor or several"),
-        (lambda w: rft.keep_mask_like(w, 2), "keep_mask_like: keep is a probability"),
-        (lambda w: rft.write_(w, None, w, 0.5), "write: zeroshot must be a torch.Tensor or several"),
+        (lambda w: rft.noise_like([w, 3]), "noise_like"),
+        (lambda w: rft.noise_like(w, seed=-1), "noise_like"),
+        (lambda w: rft.keep_mask_like(None, 0.5), "keep_mask_like"),
+        (lambda w: rft.keep_mask_like(w, 2), "keep_mask_like"),
+        (lambda w: rft.write_(w, None, w, 0.5), "write"),
     ],
 )
-def test_errors_begin_with_the_name_of_the_function(call, message):
-    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+def test_errors_begin_with_the_name_of_the_function(call, function):
+    with refused((TypeError, ValueError)) as caught:
         call(torch.zeros(3))
+    assert str(caught.value).startswith(f"{function}: ")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -916,14 +918,13 @@ def test_memory_that_was_freed_is_refused(role, impl, left):
     """As FSDP leaves its tensors between uses. The kernels would write into other people's memory."""
     tensors = {name: [torch.ones(4), torch.ones(10)[3:]] for name in ("out", "zeroshot", "finetuned")}
     tensors[role][1].untyped_storage().resize_(left)
-    message = rf"{role} of tensor 1, shape \(7,\), lies beyond its storage of {left} bytes, which was freed"
     for make in (
         lambda: Plan(*tensors.values(), impl),
         lambda: rft.write_(*tensors.values(), 0.5, impl=impl),
     ):
-        with pytest.raises(ValueError, match=f"^write: {message}"):
+        with refused(ValueError, f"{role} of tensor 1", "(7,)", left):
             make()
-    with pytest.raises(ValueError, match=r"^perturb_: out of tensor 0.* beyond its storage"):
+    with refused(ValueError, "perturb_", "0"):
         rft.perturb_(tensors[role][1], 0.1, impl=impl)
     assert (tensors["out"][0] == 1).all()
     empty = torch.zeros(0)
@@ -936,7 +937,7 @@ def test_a_plan_cannot_be_copied():
     for impl in IMPLS:
         plan = Plan(w, w, w, impl)
         for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
-            with pytest.raises(TypeError, match=r"^Plan: .* cannot be copied or pickled; make a new Plan"):
+            with refused(TypeError):
                 duplicate(plan)
 
 
@@ -946,42 +947,40 @@ def overlapping():
 
 
 @pytest.mark.parametrize(
-    "tensors, error, message",
+    ("tensors", "error"),
     [
-        (lambda: (torch.zeros(3), torch.zeros(3), torch.zeros(4)), ValueError, "shapes differ"),
-        (lambda: (torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3)), ValueError, "shapes"),
-        (lambda: ([torch.zeros(3)] * 2, [torch.zeros(3)], [torch.zeros(3)]), ValueError, "equally"),
-        (lambda: (torch.zeros(3).double(), torch.zeros(3), torch.zeros(3)), TypeError, "float64"),
-        (lambda: (torch.zeros(3), torch.zeros(3).int(), torch.zeros(3)), TypeError, "zeroshot of"),
-        (lambda: (torch.zeros(3, 4).T, torch.zeros(4, 3), torch.zeros(4, 3)), ValueError, "contig"),
-        (lambda: (torch.zeros(3), torch.zeros(1).expand(3), torch.zeros(3)), ValueError, "contig"),
-        (lambda: ([1.0], [torch.zeros(1)], [torch.zeros(1)]), TypeError, "must be a torch.Tensor"),
-        (overlapping, ValueError, "overlaps"),
+        (lambda: (torch.zeros(3), torch.zeros(3), torch.zeros(4)), ValueError),
+        (lambda: (torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3)), ValueError),
+        (lambda: ([torch.zeros(3)] * 2, [torch.zeros(3)], [torch.zeros(3)]), ValueError),
+        (lambda: (torch.zeros(3).double(), torch.zeros(3), torch.zeros(3)), TypeError),
+        (lambda: (torch.zeros(3), torch.zeros(3).int(), torch.zeros(3)), TypeError),
+        (lambda: (torch.zeros(3, 4).T, torch.zeros(4, 3), torch.zeros(4, 3)), ValueError),
+        (lambda: (torch.zeros(3), torch.zeros(1).expand(3), torch.zeros(3)), ValueError),
+        (lambda: ([1.0], [torch.zeros(1)], [torch.zeros(1)]), TypeError),
+        (overlapping, ValueError),
         (
             lambda: (torch.zeros(3), torch.zeros(3, device="meta"), torch.zeros(3)),
             ValueError,
-            "one device",
         ),
         (
             lambda: [torch.zeros(3, device="meta") for _ in range(3)],
             RuntimeError,
-            "meta tensors hold no data",
         ),
     ],
 )
-def test_bad_tensors_are_refused(tensors, error, message):
+def test_bad_tensors_are_refused(tensors, error):
     out, w0, w1 = tensors()
-    with pytest.raises(error, match=message):
+    with refused(error):
         rft.interpolate_(out, w0, w1, 0.5)
 
 
 def test_outputs_may_share_no_byte_with_another_row():
     a, b, c = torch.zeros(10), torch.zeros(10), torch.zeros(10)
-    with pytest.raises(ValueError, match="overlaps"):
+    with refused(ValueError):
         Plan([a, a], [b, b], [c, c])  # one output twice
-    with pytest.raises(ValueError, match="overlaps"):
+    with refused(ValueError):
         Plan([a, b], [b, c], [c, c])  # row 0's source is row 1's output
-    with pytest.raises(ValueError, match="overlaps"):
+    with refused(ValueError):
         half = a.view(torch.float16)[:10]
         Plan([a], [half], [c.half()])  # the same address, another type
     room = torch.zeros(100)
@@ -992,7 +991,7 @@ def test_an_explicit_backend_that_cannot_work_fails_loudly(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
     monkeypatch.setattr(native, "_missing", "no compiled module: no C++ compiler was found; reinstall")
     w0, w1 = ends(10)
-    with pytest.raises(RuntimeError, match=r"impl='native'.*no C\+\+ compiler was found; reinstall"):
+    with refused(RuntimeError):
         rft.interpolate_(torch.empty(10), w0, w1, 0.5, impl="native")
 
     monkeypatch.setattr(registry, "_warned", set())
@@ -1074,7 +1073,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_reason(monkeypatch):
     reason = native.why_not(gpu)
     assert reason is not None and ("CUDA says of cuda:" in reason or "no CUDA kernels:" in reason)
     monkeypatch.setattr(_native, "CUDA", False)
-    with pytest.raises(RuntimeError, match=r"impl='native'.*no CUDA kernels: .*RFT_CUDA=1 pip install"):
+    with refused(RuntimeError, "RFT_CUDA=1"):
         registry.pick("native", gpu)
     assert "the tensors are on mps" in str(native.why_not(torch.device("mps")))
     assert "float64, which MPS does not have" in str(reference.why_not(torch.device("mps")))
@@ -1085,7 +1084,7 @@ def test_no_table_is_made_while_a_graph_is_captured(monkeypatch, backend):
     with FakeTensorMode():
         w = torch.empty(5, device="cuda")  # of a GPU that need not be there
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"^(native|triton): .* make the Plan before the capture$"):
+    with refused(RuntimeError):
         backend.Table([Row(w, w, w, 0, "w")])
 
 
@@ -1121,9 +1120,9 @@ def test_the_native_module_refuses_what_would_corrupt_memory():
         draw=0,
     )
     for entry in ((0, 0, 0, 0, 0, 0, 4, 0), (1, 1, 1, 9, 0, 0, 4, 0), (1, 1, 1, 0, 0, 0, -1, 0)):
-        with pytest.raises(ValueError, match="native:"):
+        with refused(ValueError):
             _native.Table([entry])
-    with pytest.raises(ValueError, match="outside the table"):
+    with refused(ValueError):
         _native.Table([]).write([(0, 1)], element, 1)
-    with pytest.raises(ValueError, match="instruction set 'mmx' cannot run here; usable: baseline"):
+    with refused(ValueError, "mmx"):
         _native.Table([]).write([], element, 1, "mmx")
