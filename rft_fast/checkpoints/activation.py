@@ -70,9 +70,9 @@ class Evidence:
         """A class, or a function, of the module at ``where`` (canonical names)."""
         first = where.partition(".")[0]
         if first in ("visual", "vision_model"):
-            self.add("image", _of_class(name), f"the class {name} in it")
+            self.add("image", _is_quick(name), f"the class {name} in it")
         elif first in ("transformer", "text", "text_model"):
-            self.add("text", _of_class(name), f"the class {name} in it")
+            self.add("text", _is_quick(name), f"the class {name} in it")
 
     def add_all(self, found: Iterable[tuple[str, bool, str]]) -> None:
         for one in found:
@@ -115,7 +115,7 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
     for key, value in metadata.items():
         source = f"the entry {key[:40]!a} of its header"
         if key in ("hidden_act", "quick_gelu"):
-            quick = _of_name(value) if key == "hidden_act" else _BOOLEANS.get(value.strip().lower())
+            quick = _is_quick(value) if key == "hidden_act" else _BOOLEANS.get(value.strip().lower())
             if quick is not None:
                 yield from ((tower, quick, source) for tower in TOWERS)
         elif value[:1] == "{" and len(value) <= _LARGEST:
@@ -199,20 +199,14 @@ def _of_transformers(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
             continue
         # What equals the default is not written: for CLIP it is quick_gelu.
         default = "quick_gelu" if kind in ("clip", alone) else None
-        quick = _of_name(inner.get("hidden_act", default))
+        quick = _is_quick(inner.get("hidden_act", default))
         if quick is not None:
             yield tower, quick
 
 
-def _of_name(name: object) -> bool | None:
-    """Of a transformers' ``hidden_act``."""
-    if not isinstance(name, str) or "gelu" not in name.lower():
-        return None
-    return "quick" in name.lower()
-
-
-def _of_class(name: str) -> bool | None:
-    last = name.rpartition(".")[2].lower()
+def _is_quick(name: object) -> bool | None:
+    """Whether an activation, or a class of one, is QuickGELU; None where it is neither that nor GELU."""
+    last = name.rpartition(".")[2].lower() if isinstance(name, str) else ""
     if "gelu" not in last or "geglu" in last:
         return None
     return "quick" in last

@@ -250,9 +250,9 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         if names := list(filter(_on_path, names)):
             problems.append(f"{len(names)} tensors {what}: {some(names)}")
     if not problems:
-        strange = related.identical() or moved_rows(a.tensors, b.tensors)
-        strange = strange or (None if unrelated else related.unrelated())
-        problems += [strange] if strange else []
+        problem = related.identical() or moved_rows(a.tensors, b.tensors)
+        problem = problem or (None if unrelated else related.unrelated())
+        problems += [problem] if problem else []
     return Lineage(
         tuple(shared),
         tuple(differing),
@@ -306,11 +306,11 @@ def _problems(
                 f"{some(unknown)} of {checkpoint.file.name} belong neither to an image tower, a head nor a "
                 "text tower"
             )
-    told = [x.tensors.activation.get("image") for x in (a, b)]
-    if told[0] is not None and told[1] is not None and told[0].quick != told[1].quick:
+    one, other = (x.tensors.activation.get("image") for x in (a, b))
+    if one is not None and other is not None and one.quick != other.quick:
         problems.append(
-            f"their image towers have other activations: {NAMES[told[0].quick]} ({told[0].source}) and "
-            f"{NAMES[told[1].quick]} ({told[1].source})"
+            f"their image towers have other activations: {NAMES[one.quick]} ({one.source}) and "
+            f"{NAMES[other.quick]} ({other.source})"
         )
     return problems
 

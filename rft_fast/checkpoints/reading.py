@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pathlib
 import warnings
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..common import files
 from ..common.pickles import Unreadable
-from ..common.words import some
+from ..common.words import some, suggestion
 from ..names import FORMATS, Format
 from . import containers, layouts
 from .activation import Evidence, Tensors, beside, notes_of
@@ -109,9 +108,7 @@ def sha256(path: str | PathLike[str]) -> str:
 
 def _read(path: str | PathLike[str], format: Format | None, operation: str, meta: bool = False) -> Checkpoint:
     if format is not None and format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FORMATS)}"
-        raise ValueError(f"{operation}: there is no format {format!r}; {hint}")
+        raise ValueError(f"{operation}: there is no format {format!r}; {suggestion(format, FORMATS)}")
     file = _existing(path, operation)
     evidence = Evidence()
     try:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ..common.words import first_line
 from .activation import OPEN_CLIP, TRANSFORMERS
 
 # Neither may lead out of the cache's folders.
@@ -157,8 +158,8 @@ def _from_open_clip(tag: str, arch: str) -> pathlib.Path:
 
 
 def _offline(what: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return (
-        f"fetch: {what} is not on this machine and cannot be downloaded ({reason}). Offline: fetch it once "
-        "where there is a network and copy the cache (HF_HOME, ~/.cache/clip), or give the path of the file"
+        f"fetch: {what} is not on this machine and cannot be downloaded ({first_line(error)[:200]}). "
+        "Offline: fetch it once where there is a network and copy the cache (HF_HOME, ~/.cache/clip), or "
+        "give the path of the file"
     )

@@ -186,11 +186,11 @@ class Maker:
         raw = torch.frombuffer(data, dtype=torch.uint8)
         raw = raw[stored.offset * itemsize : (last + 1) * itemsize]
         if raw.data_ptr() % itemsize:  # in a pickle, tensors begin anywhere
-            raw = self._paid(raw).clone()
+            raw = self._charge(raw).clone()
         result = raw.view(stored.dtype).as_strided(stored.size, stored.stride)
-        return result if result.is_contiguous() else self._paid(result).contiguous()
+        return result if result.is_contiguous() else self._charge(result).contiguous()
 
-    def _paid(self, tensor: Tensor) -> Tensor:
+    def _charge(self, tensor: Tensor) -> Tensor:
         self.budget -= tensor.nbytes
         if self.budget < 0:
             raise Unreadable("holds tensors that unfold to more than its size")

@@ -6,7 +6,6 @@ user's. open_clip's own configurations all pass (a test sees to that).
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import timm
+
+from ..common.words import suggestion
 
 
 def _number(value: Any) -> bool:
@@ -168,9 +169,7 @@ def known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
     """Refuses entries that are not among the names, with the nearest. Raises ValueError."""
     for key in table:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
-            raise ValueError(f"{where} has no entry {key!r}; {hint}")
+            raise ValueError(f"{where} has no entry {key!r}; {suggestion(key, sorted(names))}")
 
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)

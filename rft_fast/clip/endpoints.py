@@ -145,7 +145,7 @@ class Ends:
         if self._both:
             self.classes = len(self._heads.tokens)
         elif setup.head == "finetuned":
-            self.classes = self._told(zeroshot, classes)
+            self.classes = self._count_classes(zeroshot, classes)
         else:
             self._owner = zeroshot if setup.zeroshot_head is None else setup.zeroshot_head
             self.classes = self._check_head(self._owner, ZEROSHOT)
@@ -327,7 +327,7 @@ class Ends:
 
     # --- heads ----------------------------------------------------------------------------------------
 
-    def _told(self, zeroshot: Mapping[str, Tensor], classes: int | None) -> int:
+    def _count_classes(self, zeroshot: Mapping[str, Tensor], classes: int | None) -> int:
         """How many classes there are, where the zero-shot end has no head of its own."""
         if self.setup.prompts is not None:
             return len(self.setup.prompts.class_names)

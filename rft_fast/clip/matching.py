@@ -91,16 +91,16 @@ def likely(state: Mapping[str, Tensor]) -> list[str]:
     both names are given. timm's image towers are not
     recognised. No model is made.
     """
-    seen = _seen(state)
+    seen = _facts_of_weights(state)
     if "width" not in seen:
         return []
-    told = {tower: known.quick for tower, known in getattr(state, "activation", {}).items()}
+    activation = {tower: known.quick for tower, known in getattr(state, "activation", {}).items()}
     fits = []
     for name in open_clip.list_models():
         model_cfg = open_clip.get_model_config(name)
-        facts = _facts(model_cfg)
+        facts = _facts_of_config(model_cfg)
         quick = of_model_cfg(model_cfg)
-        contradicts = any(quick.get(tower, value) != value for tower, value in told.items())
+        contradicts = any(quick.get(tower, value) != value for tower, value in activation.items())
         if not contradicts and all(facts.get(key) == value for key, value in seen.items()):
             exotic = "hf_model_name" in model_cfg["text_cfg"] or "multimodal_cfg" in model_cfg
             fits.append((exotic, len(name), name))
@@ -178,7 +178,7 @@ def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return state[POSITIONS].to(positions.dtype)
 
 
-def _facts(model_cfg: Mapping[str, Any]) -> dict[str, object]:
+def _facts_of_config(model_cfg: Mapping[str, Any]) -> dict[str, object]:
     """What an architecture's configuration says of its shapes."""
     vision, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     facts: dict[str, object] = {"embed_dim": model_cfg["embed_dim"]}
@@ -203,7 +203,7 @@ def _facts(model_cfg: Mapping[str, Any]) -> dict[str, object]:
     return facts
 
 
-def _seen(state: Mapping[str, Tensor]) -> dict[str, object]:
+def _facts_of_weights(state: Mapping[str, Tensor]) -> dict[str, object]:
     """The same, of weights: as much as they have."""
     seen: dict[str, object] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import pathlib
 import unicodedata
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common import files
-from ..common.words import some
+from ..common.words import some, suggestion
 from . import tokenizers
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -152,8 +151,7 @@ def _refuse_long(tokenizer: open_clip.SimpleTokenizer, texts: Sequence[str], con
 def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
     file = pathlib.Path(source)
     if not file.is_file():
-        near = difflib.get_close_matches(source, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        hint = suggestion(source, known)
         raise ValueError(f"{what}: {source!r} is neither a known name nor a file; {hint}")
     try:
         text = files.read_text(file, "utf-8-sig")

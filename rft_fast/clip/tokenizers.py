@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 
 from ..checkpoints.sources import repository
+from ..common.words import first_line
 from . import allowed
 from .architectures import HUB, config, text_config
 
@@ -65,8 +66,8 @@ def _of_hugging_face(
         network = False
     elif network is None:
         network = own
+    problem = Exception()
     pinned = {"revision": revision} if revision and name == of else {}
-    problem: Exception | None = None
     for offline in (True, False) if network else (True,):
         try:
             return open_clip.tokenizer.HFTokenizer(
@@ -80,8 +81,10 @@ def _of_hugging_face(
             )
         except Exception as error:  # of the network, of the hub, of transformers, or that it is missing
             problem = error
-    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-    said = f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: {reason}."
+    said = (
+        f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: "
+        f"{first_line(problem)}."
+    )
     other = "or give a head that was made elsewhere (--zeroshot-head FILE)"
     if local:
         raise ValueError(f"{said} Install transformers, {other}") from problem

@@ -14,15 +14,21 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-_KINDS = (
-    (stat.S_ISLNK, "a symbolic link"),
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-)
+_KINDS = {
+    stat.S_IFREG: "",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
 
 
-def refuse_others(
+def kind(status: os.stat_result) -> str:
+    """Name what a status is of, such as ``a FIFO``; empty for a regular file."""
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
+
+
+def check_targets(
     files: Iterable[pathlib.Path], in_place: Iterable[pathlib.Path] = (), folders: Iterable[pathlib.Path] = ()
 ) -> None:
     """Checks the names that a process is about to write, before it writes any.
@@ -41,7 +47,7 @@ def refuse_others(
     for file in (*files, *alone, *(inside := {*folders})):
         with suppress(FileNotFoundError, NotADirectoryError):
             found = os.lstat(file)
-            if found_kind := _other(found, file in inside):
+            if (found_kind := kind(found)) and not (file in inside and stat.S_ISDIR(found.st_mode)):
                 where = f" to {os.readlink(file)}" if stat.S_ISLNK(found.st_mode) else ""
                 wanted = "a directory" if file in inside else "a file"
                 raise ValueError(
@@ -53,13 +59,6 @@ def refuse_others(
                     f"{file} is a hard link, so that writing to it would change the same file under another "
                     "name; copy it (cp FILE COPY, mv COPY FILE), or choose another directory"
                 )
-
-
-def _other(found: os.stat_result, folder: bool = False) -> str:
-    """What is there, in words; empty for a plain file, and for a directory where one is expected."""
-    if stat.S_ISREG(found.st_mode) or (folder and stat.S_ISDIR(found.st_mode)):
-        return ""
-    return next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "a device")
 
 
 def open_plain(file: pathlib.Path, flags: int) -> int:
@@ -74,9 +73,9 @@ def open_plain(file: pathlib.Path, flags: int) -> int:
             raise OSError(errno.ELOOP, "a symbolic link, which is not followed", str(file)) from None
         raise
     found = os.fstat(handle)
-    if (kind := _other(found)) and not stat.S_ISCHR(found.st_mode):  # as /dev/null, which nobody can plant
+    if (other := kind(found)) and not stat.S_ISCHR(found.st_mode):  # as /dev/null, which nobody can plant
         os.close(handle)
-        raise OSError(errno.EINVAL, f"{kind}, expected a file", str(file))
+        raise OSError(errno.EINVAL, f"{other}, expected a file", str(file))
     return handle
 
 

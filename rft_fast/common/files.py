@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,26 +14,15 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .disk import kind
+
 # A file that was written this shortly before it was looked at may be written again without another time:
 # file systems count in steps of up to 2 s (FAT), most of some milliseconds.
 YOUNG = 2_000_000_000  # ns
 
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
-
 
 class Changed(OSError):
     """A file is no longer what it was when it was first read."""
-
-
-def is_regular(status: os.stat_result) -> bool:
-    """Whether a status is that of a file with bytes: no folder, FIFO, socket or device."""
-    return stat.S_ISREG(status.st_mode)
 
 
 def special(path: str | PathLike[str]) -> str:
@@ -43,7 +31,7 @@ def special(path: str | PathLike[str]) -> str:
         status = os.stat(path)
     except (OSError, ValueError):
         return ""
-    return "" if is_regular(status) else _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+    return kind(status)
 
 
 @contextmanager
@@ -239,6 +227,5 @@ def _changed(path: pathlib.Path, before: Stamp, now: Stamp) -> Changed:
 
 
 def _refuse(status: os.stat_result, path: str | PathLike[str]) -> None:
-    if not is_regular(status):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
-        raise ValueError(f"{path} is {kind}, expected a regular file")
+    if other := kind(status):
+        raise ValueError(f"{path} is {other}, expected a regular file")

@@ -82,7 +82,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)  # flex attention and the like: a kernel of its own
-        if func in _QUESTIONS:
+        if func in _METADATA_QUERIES:
             return NotImplemented
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is None:
@@ -166,7 +166,7 @@ _FORMULAS = {
 # Constants such as torch.tensor(1.0), made inside although they come as real tensors.
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 # The tensor answers these itself.
-_QUESTIONS = {
+_METADATA_QUERIES = {
     torch.ops.aten.sym_is_contiguous.default,
     torch.ops.aten.is_contiguous.default,
     torch.ops.aten.is_contiguous.memory_format,
@@ -211,10 +211,10 @@ class Peak:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.resets = True
-        self._found: int | None = None
+        self._bytes: int | None = None
 
     def __enter__(self) -> Peak:
-        self._found = None
+        self._bytes = None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -225,12 +225,12 @@ class Peak:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._found = self._now()
+        self._bytes = self._now()
 
     @property
     def bytes(self) -> int:
         """The peak in bytes; inside of the stretch, the peak so far."""
-        return self._now() if self._found is None else self._found
+        return self._now() if self._bytes is None else self._bytes
 
     def _now(self) -> int:
         if self.device.type == "cuda":

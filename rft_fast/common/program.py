@@ -233,7 +233,7 @@ class Stop:
 
     def __init__(self, notice: Callable[[str], object], step: str = "measurement") -> None:
         self._notice, self._step = notice, step
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -241,7 +241,7 @@ class Stop:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 # One that is ignored, as in a background job of a shell or under nohup, stays ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._take)
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -250,19 +250,19 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             if number == signal.SIGHUP:
                 return
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         what = {signal.SIGINT: "Ctrl-C again: now", signal.SIGTERM: "SIGTERM again: now"}
         again = what.get(signal.Signals(number), "after SIGHUP; SIGTERM: now")
         self._notice(f"stopping when the {self._step} in flight is there ({again})")
 
     def check(self) -> None:
         """Raises Interrupted if it was asked."""
-        if self.asked:
+        if self.requested:
             raise Interrupted
 
 

@@ -184,7 +184,7 @@ def train(
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if step % len(batches):  # at the end of an epoch its row is made, and kept, first
-                    asked = stop is not None and stop.asked
+                    asked = stop is not None and stop.requested
                     if asked or (keeper is not None and keeper.every and step % keeper.every == 0):
                         keep()
                     if stop is not None:

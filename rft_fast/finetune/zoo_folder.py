@@ -32,7 +32,7 @@ def refuse_links(request: Request) -> None:
     files += [out / name for name in ("zoo.toml", "model.json", "classes.json")]
     locks = [out / ".lock", *(out / f".{name}.lock" for name in names)]
     try:
-        disk.refuse_others(files, locks)
+        disk.check_targets(files, locks)
     except ValueError as error:
         raise ValueError(f"finetune: {error}") from None
 

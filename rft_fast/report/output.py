@@ -95,7 +95,7 @@ def _check(file: Path, directory: Path | None) -> Path:
             f"report: cannot write {file}: {file.absolute().parent} is not writable; use --out"
         )
     try:
-        disk.refuse_others([file])
+        disk.check_targets([file])
     except ValueError as error:
         raise ValueError(f"report: {error}") from None
     if file.exists():

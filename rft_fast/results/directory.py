@@ -107,7 +107,7 @@ def refuse_links(directory: pathlib.Path) -> None:
     in_place = [base, *(database.beside(base, end) for end in database.BESIDE)]
     in_place += [directory / database.LOCK, directory / LOG]
     try:
-        disk.refuse_others(replaced(directory), in_place, [directory / FIGURES])
+        disk.check_targets(replaced(directory), in_place, [directory / FIGURES])
     except ValueError as error:
         raise ValueError(f"results: {error}") from None
 

@@ -67,7 +67,7 @@ def open_trackers(
     """
     check(names)
     try:
-        disk.refuse_others((), folders=[directory / name for name in names])
+        disk.check_targets((), folders=[directory / name for name in names])
     except ValueError as error:
         raise ValueError(f"track: {error}") from None
     opened: list[Tracker] = []

@@ -158,7 +158,7 @@ def test_a_terminal_that_is_closed_stops_the_work_in_order(tmp_path: Path) -> No
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     with program.Stop(print) as stop:
         open({str(ready)!r}, "w")
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(0.01)
     for stream in (sys.stdout, sys.stderr):
         print("nobody sees this", file=stream, flush=True)
