@@ -19,14 +19,14 @@ from .style import (
     SMALL,
     Style,
     canvas,
+    curve,
     drawing,
     extra,
-    fold,
+    finish,
+    headings,
     key,
-    legend,
     measures,
     plain,
-    save,
     several,
     stated,
     wrap,
@@ -75,7 +75,7 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     figure = canvas(max(7.0, 1.8 + 1.7 * len(columns)), 5)
     heights = [1.5, heat.height(len(names))] if styles else [heat.height(len(names))]
     panels = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
-    titles = [fold(dataset, (figure.get_figwidth() - 1.8) / len(columns), 8) for dataset, _ in columns]
+    titles = headings([dataset for dataset, _ in columns], figure, 1.8, 8)
     for column, outcome, title in zip(panels.T, columns, titles, strict=True):
         here = parts.get_group(outcome)
         models = several(here["models"].unique())
@@ -100,10 +100,7 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     )
     marks = [key("Kendall", _KENDALL), key("Spearman", _SPEARMAN)]
     marks += [key(name, style) for name, style in styles.items()]
-    legends = legend(figure, "outside upper center", marks, note)
-    figure.set_figheight(sum(heights) + 1.6 + extra(titles) + legends)
-    save(figure, file)
-    return figure
+    return finish(figure, file, sum(heights) + 1.6 + extra(titles), marks, note)
 
 
 def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
@@ -113,10 +110,9 @@ def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None
     panel.axhline(0, **_ZERO)
     panel.set_xlabel(r"$\alpha$", fontsize=9)
     for name, style in styles.items():
-        curve = rows[rows["name"] == name]
-        panel.plot(curve["alpha"], curve["kendall"], label=name, **style)
-        band = curve["kendall_low"], curve["kendall_high"]
-        panel.fill_between(curve["alpha"], *band, color=style["color"], alpha=0.15, lw=0)
+        own = rows[rows["name"] == name]
+        columns = (own[column] for column in ("alpha", "kendall", "kendall_low", "kendall_high"))
+        curve(panel, *columns, label=name, **style)
 
 
 def _forest(panel: Axes, rows: pd.DataFrame) -> None:

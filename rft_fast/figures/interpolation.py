@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import STUDY, Z95
@@ -23,14 +22,15 @@ from .style import (
     Style,
     canvas,
     colours,
+    curve,
     drawing,
     extra,
-    fold,
+    finish,
+    headings,
     key,
-    legend,
     lost,
     plain,
-    save,
+    swatches,
 )
 
 _STAR: Style = {"ls": "", "marker": "*", "ms": 9, "mec": "black", "mew": 0.6}
@@ -81,7 +81,7 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
 
     figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
     panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
-    titles = [fold(name, (figure.get_figwidth() - 0.7) / len(datasets), 9) for name in datasets]
+    titles = headings(datasets, figure, 0.7, 9)
     for (top, bottom), dataset, title in zip(panels.T, datasets, titles, strict=True):
         curves = rows[rows["dataset"] == dataset]
         here = summary[summary["dataset"] == dataset]
@@ -99,12 +99,7 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
         key(r"best $\alpha$", _STAR),
         key("highest loss", _TRIANGLE),
     ]
-    names = [Line2D([], [], label=name, color=palette[name], lw=3) for name in models]
-    legends = legend(figure, "outside upper center", marks, _note(rows))
-    legends += legend(figure, "outside lower center", names)
-    figure.set_figheight(4.6 + extra(titles) + legends)
-    save(figure, file)
-    return figure
+    return finish(figure, file, 4.6 + extra(titles), marks, _note(rows), swatches(palette))
 
 
 def _draw(
@@ -120,24 +115,16 @@ def _draw(
         panel.axhline(what.scale * level, zorder=1, **ZERO_SHOT)
     largest, text = 0.0, f"no {what.change}"
     for fact in facts.to_dict("records"):
-        curve = rows[rows["model"] == fact["model"]]
-        alpha, value = curve["alpha"].to_numpy(), what.scale * curve[what.value].to_numpy()
-        margin = what.scale * Z95 * curve[what.band].to_numpy()
-        colour = palette[fact["model"]]
-        style = BEATS if fact["gain"] > 0 else FAILS
-        panel.plot(alpha, value, color=colour, label=fact["model"], zorder=3, **style)
-        panel.fill_between(
-            alpha,
-            value - margin,
-            value + margin,
-            color=colour,
-            alpha=min(0.12, 0.5 / len(palette)),
-            lw=0,
-        )
+        own = rows[rows["model"] == fact["model"]]
+        alpha, value = own["alpha"].to_numpy(), what.scale * own[what.value].to_numpy()
+        margin = what.scale * Z95 * own[what.band].to_numpy()
+        line = {"color": palette[fact["model"]], "label": fact["model"], "zorder": 3}
+        line |= BEATS if fact["gain"] > 0 else FAILS
+        curve(panel, alpha, value, value - margin, value + margin, min(0.12, 0.5 / len(palette)), **line)
         change, at = what.scale * fact[what.change], fact[what.position]
         if not (change > 0 and np.isfinite(change)):
             continue
-        panel.plot(at, value[0] + change, color=colour, zorder=5, **what.mark)
+        panel.plot(at, value[0] + change, color=line["color"], zorder=5, **what.mark)
         if change > largest:
             largest, span = change, [value[0], value[0] + change]
             error = what.scale * Z95 * fact[f"{what.change}_se"]

@@ -20,15 +20,14 @@ from .style import (
     choose,
     drawing,
     extra,
-    fold,
+    finish,
+    heading,
+    headings,
     key,
-    legend,
     lost,
     margin,
-    mode,
     modes_explained,
     points,
-    save,
     setting,
     short,
     stated,
@@ -82,13 +81,13 @@ def layer_sharpness(
     models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
     rows = rows[rows["model"].isin(models)]
     names = list(rows["layer"].unique())
-    settings = [part for _, part in rows.groupby(SETTING, sort=False, dropna=False)]
+    parts = [part for _, part in rows.groupby(SETTING, sort=False, dropna=False)]
     stars = dict(zip(best["dataset"].unique(), cycle(_STARS)))
 
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
-    panels = figure.subplots(len(settings), len(models), squeeze=False, sharex=True)
-    titles = [fold(model, (figure.get_figwidth() - 2.2) / len(models), 8) for model in models]
-    for line, part in zip(panels, settings, strict=True):
+    panels = figure.subplots(len(parts), len(models), squeeze=False, sharex=True)
+    titles = headings(models, figure, 2.2, 8)
+    for line, part in zip(panels, parts, strict=True):
         near = flat.merge(part[SETTING].drop_duplicates())
         curves = [part[part["model"] == model] for model in models]
         maps = [heat.grid(curve, "sharpness", names) for curve in curves]
@@ -99,8 +98,7 @@ def layer_sharpness(
             heat.mark(panel, names, set(near.loc[near["model"] == model, "layer"]), _NEAR_ZERO)
             heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
             _positions(panel, best[best["model"] == model], stars)
-            title = "\n".join(filter(None, [name, mode(model, gains)]))
-            panel.set_title(title, fontsize=8, pad=6 + 8 * len(stars))
+            panel.set_title(heading(name, model, gains), fontsize=8, pad=6 + 8 * len(stars))
         heat.label(line[0], list(short(names).values()))
         line[0].set_ylabel(setting(part), fontsize=9)
         heat.colorbar(figure, mesh, line, "layer-wise sharpness")
@@ -122,10 +120,8 @@ def layer_sharpness(
     marks = [key("interval includes zero", _UNCERTAIN), key("layer near zero", _NEAR_ZERO)]
     marks += [key("straggler", heat.STRAGGLER)] if unstable else []
     marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
-    legends = legend(figure, "outside upper center", marks, note)
-    figure.set_figheight((heat.height(len(names)) + 0.6 + extra(titles)) * len(settings) + 0.6 + legends)
-    save(figure, file)
-    return figure
+    height = (heat.height(len(names)) + 0.6 + extra(titles)) * len(parts) + 0.6
+    return finish(figure, file, height, marks, note)
 
 
 def _uncertain(panel: Axes, curve: pd.DataFrame, names: Sequence[str]) -> None:

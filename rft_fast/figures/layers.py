@@ -21,16 +21,16 @@ from .style import (
     Style,
     canvas,
     choose,
+    curve,
     drawing,
     extra,
+    finish,
     fold,
+    heading,
     key,
-    legend,
     lost,
-    mode,
     modes_explained,
     plain,
-    save,
     several,
     short,
     wrap,
@@ -91,7 +91,6 @@ def layers(
     )
     room = (figure.get_figwidth() - 2.2) / len(columns)
     parts = [_part(rows, *at) for at in columns]
-    headers = []
     maps = [heat.grid(part, "rise", names) for part in parts]
     norm = heat.scale(maps, facts["margin"].iloc[0])
     for at, part, values, (top, *below) in zip(columns, parts, maps, panels.T, strict=True):
@@ -103,13 +102,7 @@ def layers(
         _curves(below[0], part, curves, "loss", "rise_se", 1)
         _curves(below[1], part, curves, "accuracy", "gain_se", 100)
         below[1].set_xlabel(r"$\alpha$ of the layer", fontsize=9)
-    for model in models:
-        first = [at[0] for at in columns].index(model)
-        # Above the titles of its columns, which have four lines, or more.
-        lines = max(panel.get_title().count("\n") + 1 for panel in panels[0])
-        name = fold(model, room * sum(at[0] == model for at in columns), 9)
-        headers.append("\n".join(filter(None, [name, mode(model, gains)])) + lines * "\n")
-        panels[0, first].set_title(headers[-1], fontsize=8, fontweight="bold", loc="left")
+    headers = _name_models(panels[0], [at[0] for at in columns], room, gains)
     labels = short(names)
     heat.label(panels[0, 0], list(labels.values()))
     heat.colorbar(figure, mesh, panels, "rise in loss")
@@ -127,13 +120,8 @@ def layers(
         lost(rows["loss"], "losses"),
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]
-    legends = legend(figure, "outside upper center", marks, note)
-    legends += legend(
-        figure, "outside lower center", [key(labels[name], style) for name, style in curves.items()]
-    )
-    figure.set_figheight(heat.height(len(names)) + 4.2 + extra(headers, 6) + legends)
-    save(figure, file)
-    return figure
+    worst = [key(labels[name], style) for name, style in curves.items()]
+    return finish(figure, file, heat.height(len(names)) + 4.2 + extra(headers, 6), marks, note, worst)
 
 
 def _part(rows: pd.DataFrame, model: str, others: str, dataset: str) -> pd.DataFrame:
@@ -152,6 +140,17 @@ def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def _name_models(panels: Sequence[Axes], models: Sequence[str], room: float, gains: pd.Series) -> list[str]:
+    """Names each model above the titles of its columns, which have four lines or more; returns the names."""
+    lines = max(panel.get_title().count("\n") + 1 for panel in panels)
+    headers = []
+    for model in dict.fromkeys(models):
+        name = fold(model, room * models.count(model), 9)
+        headers.append(heading(name, model, gains) + lines * "\n")
+        panels[models.index(model)].set_title(headers[-1], fontsize=8, fontweight="bold", loc="left")
+    return headers
+
+
 def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int, room: float) -> str:
     _, others, dataset = at
     images = several(part["samples"].unique())
@@ -163,11 +162,10 @@ def _curves(
 ) -> None:
     plain(panel)
     for name, style in curves.items():
-        curve = part[part["layer"] == name]
-        alpha, y = curve["alpha"].to_numpy(), scale * curve[value].to_numpy()
-        margin = scale * Z95 * curve[band].to_numpy()
-        panel.plot(alpha, y, label=name, **style)
-        panel.fill_between(alpha, y - margin, y + margin, color=style["color"], alpha=0.15, lw=0)
+        own = part[part["layer"] == name]
+        alpha, y = own["alpha"].to_numpy(), scale * own[value].to_numpy()
+        margin = scale * Z95 * own[band].to_numpy()
+        curve(panel, alpha, y, y - margin, y + margin, label=name, **style)
     start = part.loc[part["alpha"] == 0, value].unique()
     if len(start) == 1:  # the same for all layers when the others are zero-shot
         panel.axhline(scale * start[0], zorder=1, **ZERO_SHOT)

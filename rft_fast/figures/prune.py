@@ -19,17 +19,18 @@ from .style import (
     SMALL,
     Style,
     canvas,
+    curve,
     drawing,
     extra,
+    finish,
     fold,
+    heading,
+    headings,
     key,
-    legend,
     lost,
-    mode,
     modes_explained,
     plain,
     points,
-    save,
     several,
     wrap,
 )
@@ -80,9 +81,9 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
             _panel(panel, rows[here], effects[found], styles, varying)
         images = several(rows.loc[rows["dataset"] == dataset, "samples"].unique())
         line[0].set_ylabel(f"{fold(dataset, 2, 9)}\n{images} images\naccuracy (%)", fontsize=9)
-    titles = [fold(model, (figure.get_figwidth() - 1.5) / len(models), 9) for model in models]
+    titles = headings(models, figure, 1.5, 9)
     for panel, model, name in zip(panels[0], models, titles, strict=True):
-        panel.set_title("\n".join(filter(None, [name, mode(model, gains)])), fontsize=9)
+        panel.set_title(heading(name, model, gains), fontsize=9)
 
     pruned = rows[rows["method"].notna()]
     note = wrap(
@@ -100,11 +101,9 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     marks = [key("unpruned", _UNPRUNED)]
     marks.append(key("named layers pruned" if named else "stragglers pruned", _STRAGGLERS))
     marks.append(key("control: as many other layers, at random", _STRAGGLERS | _CONTROL))
-    legends = legend(figure, "outside upper center", marks, note)
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
-    figure.set_figheight(0.6 + (2.5 + 0.16 * entries) * len(datasets) + extra(titles) + legends)
-    save(figure, file)
-    return figure
+    height = 0.6 + (2.5 + 0.16 * entries) * len(datasets) + extra(titles)
+    return finish(figure, file, height, marks, note)
 
 
 def _panel(
@@ -118,18 +117,14 @@ def _panel(
     unpruned = rows[rows["method"].isna()]
     alpha, accuracy = unpruned["alpha"], 100 * unpruned["accuracy"]
     margin = 100 * Z95 * unpruned["gain_se"]
-    panel.plot(alpha, accuracy, **_UNPRUNED)
-    panel.fill_between(alpha, accuracy - margin, accuracy + margin, color="black", alpha=0.12, lw=0)
+    curve(panel, alpha, accuracy, accuracy - margin, accuracy + margin, 0.12, **_UNPRUNED)
     handles = []
     for effect in effects.to_dict("records"):
         curves = rows[(rows[_KEYS] == [effect[name] for name in _KEYS]).all(axis=1)]
         seeds = 100 * curves.pivot(index="alpha", columns="seed", values="accuracy")
         style = styles[tuple(effect[name] for name in _VARIANT)] | (_CONTROL if effect["control"] else {})
-        band = seeds.min(axis=1, skipna=False), seeds.max(axis=1, skipna=False)
-        handles += panel.plot(
-            seeds.index, seeds.mean(axis=1, skipna=False), label=_label(effect, varying), **style
-        )
-        panel.fill_between(seeds.index, *band, color=style["color"], alpha=0.15, lw=0)
+        mean, low, high = (seeds.agg(how, axis=1, skipna=False) for how in ("mean", "min", "max"))
+        handles += curve(panel, seeds.index, mean, low, high, label=_label(effect, varying), **style)
     panel.set_xlabel(r"$\alpha$", fontsize=9)
     if handles:
         panel.legend(

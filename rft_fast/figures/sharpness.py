@@ -25,15 +25,15 @@ from .style import (
     colours,
     drawing,
     extra,
+    finish,
     fold,
     key,
-    legend,
     lost,
     margin,
     plain,
-    save,
     setting,
     stated,
+    swatches,
     unknown_errors,
     wrap,
 )
@@ -71,15 +71,13 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
     palette = dict(zip(models, colours(len(models)), strict=True))
-    settings = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
+    parts = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
 
     figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
-    panels = figure.subplots(
-        len(settings), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets)
-    )
+    panels = figure.subplots(len(parts), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets))
     unmatched = 0
     titles = [fold(name, 2.2, 9) for name in sets]
-    for (left, *others), part in zip(panels, settings, strict=True):
+    for (left, *others), part in zip(panels, parts, strict=True):
         _along(left, part, palette, set(gains.index[gains <= 0]))
         left.set_title(setting(part), fontsize=9)
         left.set_ylabel("general sharpness", fontsize=9)
@@ -112,12 +110,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         key(r"fine-tuned, $\alpha$ = 1", _END),
     ]
     marks = marks if sets else [key("mean over draws", BEATS)]
-    legends = legend(figure, "outside upper center", marks, note)
-    names = [key(name, {"lw": 3}, color=palette[name]) for name in models]
-    legends += legend(figure, "outside lower center", names)
-    figure.set_figheight(0.3 + (2.6 + extra(titles)) * len(settings) + legends)
-    save(figure, file)
-    return figure
+    return finish(figure, file, 0.3 + (2.6 + extra(titles)) * len(parts), marks, note, swatches(palette))
 
 
 def _bars(colour: Any) -> Style:

@@ -98,13 +98,6 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
     return value
 
 
-def save(figure: Figure, file: str | os.PathLike[str]) -> None:
-    """Writes a figure whole or not at all; the file's ending chooses the format."""
-    file = pathlib.Path(file)
-    with disk.replacing(file) as temporary:
-        figure.savefig(temporary, format=file.suffix[1:] or "png")
-
-
 def plain(panel: Axes) -> None:
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
@@ -121,6 +114,20 @@ def colours(count: int) -> list[Any]:
     if count <= len(MUTED):
         return list(MUTED[:count])
     return list(colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def swatches(palette: Mapping[str, Any]) -> list[Line2D]:
+    """Entries of a legend that name the models of a palette."""
+    return [key(model, {"lw": 3}, color=colour) for model, colour in palette.items()]
+
+
+def curve(
+    panel: Axes, x: Any, y: Any, low: Any, high: Any, shade: float = 0.15, **style: Any
+) -> list[Line2D]:
+    """A line in a band of its colour. shade: opacity of the band."""
+    line = panel.plot(x, y, **style)
+    panel.fill_between(x, low, high, color=style["color"], alpha=shade, lw=0)
+    return line
 
 
 def key(label: str, style: Style, **other: Any) -> Line2D:
@@ -154,6 +161,28 @@ def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str =
     return float(legend.get_window_extent().height / figure.dpi)
 
 
+def finish(
+    figure: Figure,
+    file: str | os.PathLike[str],
+    height: float,
+    marks: Sequence[Line2D],
+    note: str,
+    names: Sequence[Line2D] = (),
+) -> Figure:
+    """Adds legends, of marks above with a note and of names below, and saves the figure whole or not at all.
+
+    height: of the rest of it, in inches. file: its ending chooses the format.
+    """
+    legends = legend(figure, "outside upper center", marks, note)
+    if names:
+        legends += legend(figure, "outside lower center", names)
+    figure.set_figheight(height + legends)
+    file = pathlib.Path(file)
+    with disk.replacing(file) as temporary:
+        figure.savefig(temporary, format=file.suffix[1:] or "png")
+    return figure
+
+
 def wrap(figure: Figure, *sentences: str) -> str:
     """The sentences as lines that fit the figure's width; empty ones are left out."""
     return textwrap.fill(" ".join(filter(None, sentences)), int(18 * figure.get_figwidth()))
@@ -165,6 +194,11 @@ def fold(name: str, inches: float, size: float = SMALL) -> str:
     one = r"(?:\\\$|\\(?!\$)|[^\\])"  # an escaped dollar stays one character
     pattern = rf"{one}{{1,{most}}}\Z|{one}{{{most // 2},{most}}}(?<=[/ _.-])|{one}{{1,{most}}}"
     return name if len(name) <= most else "\n".join(re.findall(pattern, name))
+
+
+def headings(names: Sequence[str], figure: Figure, margin: float, size: float) -> list[str]:
+    """Names of columns, folded to the width of each. margin: inches of the figure without columns."""
+    return [fold(name, (figure.get_figwidth() - margin) / len(names), size) for name in names]
 
 
 def extra(names: Iterable[str], lines: int = 1) -> float:
@@ -288,11 +322,12 @@ def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[st
     )
 
 
-def mode(model: str, gains: pd.Series) -> str:
-    """What the mean out-of-distribution accuracy says of a model; nothing where it is not known."""
-    if model not in gains:
-        return ""
-    return "failure" if gains[model] <= 0 else f"gain {100 * gains[model]:+.1f}"
+def heading(name: str, model: str, gains: pd.Series) -> str:
+    """The name of a model as it is drawn, and what the mean out-of-distribution accuracy says, if known."""
+    mode = ""
+    if model in gains:
+        mode = "failure" if gains[model] <= 0 else f"gain {100 * gains[model]:+.1f}"
+    return "\n".join(filter(None, [name, mode]))
 
 
 def modes_explained(gains: pd.Series) -> str:

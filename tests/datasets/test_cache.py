@@ -824,7 +824,7 @@ def test_the_command_lists_and_clears_only_what_is_ours(
 @pytest.mark.slow
 def test_the_command_runs_without_a_word_from_python() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "rft_fast.datasets.cache", "--help"],
+        [sys.executable, "-W", "error", "-m", "rft_fast.cache", "--help"],
         capture_output=True,
         text=True,
     )
