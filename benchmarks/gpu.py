@@ -100,19 +100,7 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
                "--part", "stages", "graphs", "attention", "--rounds", "2"),
     )  # fmt: skip
     yield Step("kernels", limit(75, 1500), bench(KERNEL_ROWS if quick else "not layer or not compile"))
-    few = (
-        "--samples",
-        "256",
-        "--layers",
-        "2",
-        "--draws",
-        "4",
-        "--rounds",
-        "1",
-        "--precisions",
-        "fp32",
-        "bf16",
-    )
+    few = "--samples 256 --layers 2 --draws 4 --rounds 1 --precisions fp32 bf16".split()
     yield Step(
         "sweep_l",
         limit(125, 900),

@@ -125,92 +125,131 @@ def train(
     """
     where = f"finetune: {label}" if label else "finetune"
     device = _check(model, batches, setting, precision, where)
-    steps = setting.epochs * len(batches)
-    optimizer = adamw(model, setting)
-    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    rows: list[Row] = []
-    step, total, images, seconds = 0, 0.0, 0, 0.0
+    run = _Training(model, setting, precision, device, len(batches), where)
     if keeper is not None and (kept := keeper.load()) is not None:
-        model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
-        scaler.load_state_dict(kept["scaler"])
-        _restore_random(kept["random"], device)
-        rows, step = list(kept["rows"]), kept["step"]
-        total, images, seconds = kept["total"], kept["images"], kept["seconds"]
-        if rows and finished is not None:
-            finished(rows)  # which the process that kept them may not have come to
-    start = time.perf_counter() - seconds
+        run.resume(kept)
+        if run.rows and finished is not None:
+            finished(run.rows)  # which the process that kept them may not have come to
 
     def keep() -> None:
         if keeper is not None:
-            keeper.save(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "random": _random(device),
-                    "rows": rows,
-                    "step": step,
-                    "total": total,
-                    "images": images,
-                    "seconds": time.perf_counter() - start,
-                }
-            )
+            keeper.save(run.state())
 
-    trained = [p for p in model.parameters() if p.requires_grad]
     _train_mode(model)
-    with exact(precision), tqdm(total=steps, initial=step, desc=label, disable=None, leave=False) as bar:
-        while step < steps:
-            epoch, first = divmod(step, len(batches))
+    bar = tqdm(total=run.steps, initial=run.step, desc=label, disable=None, leave=False)
+    with exact(precision), bar:
+        while run.step < run.steps:
+            epoch, first = divmod(run.step, len(batches))
             for batch in batches.epoch(epoch, first):
-                lr = learning_rate(setting, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.zero_grad()
-                loss = _backward(model, batch, setting, precision, device, scaler)
-                place = f"at step {step} of {steps} (epoch {epoch + 1}, learning rate {lr:.3g})"
-                if not math.isfinite(loss):
-                    raise Diverged(f"{where}: the loss is {loss} {place}; {_REMEDY}")
-                if setting.clip is not None:
-                    scaler.unscale_(optimizer)
-                    norm = nn.utils.clip_grad_norm_(trained, setting.clip)
-                    # Under a scaler an overflow is expected now and then; it leaves the step out.
-                    if not scaler.is_enabled() and not math.isfinite(norm):
-                        raise Diverged(f"{where}: the gradient's norm is {float(norm)} {place}; {_REMEDY}")
-                scaler.step(optimizer)
-                scaler.update()
-                step += 1
-                total, images = total + loss * len(batch.labels), images + len(batch.labels)
+                loss = run.take(batch)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if step % len(batches):  # at the end of an epoch its row is made, and kept, first
+                if run.step % len(batches):  # at the end of an epoch its row is made, and kept, first
                     asked = stop is not None and stop.requested
-                    if asked or (keeper is not None and keeper.every and step % keeper.every == 0):
+                    if asked or (keeper is not None and keeper.every and run.step % keeper.every == 0):
                         keep()
                     if stop is not None:
                         stop.check()
-            if step % len(batches):
+            if run.step % len(batches):
                 raise ValueError(
-                    f"{where}: epoch {epoch + 1} ended after {step % len(batches)} of the {len(batches)} "
+                    f"{where}: epoch {epoch + 1} ended after {run.step % len(batches)} of the {len(batches)} "
                     "batches that len() tells"
                 )
-            row: Row = {"epoch": epoch + 1, "step": step, "lr": lr, "loss": total / images}
-            total, images = 0.0, 0
-            if metrics is not None:
-                model.eval()
-                with torch.no_grad():
-                    row |= metrics(model)
-                _train_mode(model)
-            rows.append(row | {"seconds": time.perf_counter() - start})
+            run.end_epoch(metrics)
             keep()
             if finished is not None:
-                finished(rows)
-            if stop is not None and step < steps:
+                finished(run.rows)
+            if stop is not None and run.step < run.steps:
                 stop.check()
     model.eval()
     if lost := [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]:
         raise Diverged(f"{where}: {lost[0]} is not finite after the last step; {_REMEDY}")
-    return rows
+    return run.rows
+
+
+class _Training:
+    """One run of :func:`train`: a model with its optimizer, and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        setting: Setting,
+        precision: Mixed,
+        device: torch.device,
+        batches: int,
+        where: str,
+    ) -> None:
+        """batches: of an epoch. where: what errors begin with."""
+        self._model, self._setting, self._precision, self._device = model, setting, precision, device
+        self._batches, self._where = batches, where
+        self._optimizer = adamw(model, setting)
+        self._scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._total, self._images = 0.0, 0  # of the losses of this epoch, and how many they are
+        self._start = time.perf_counter()
+        self.steps = setting.epochs * batches
+        self.step = 0
+        self.rows: list[Row] = []
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`resume` needs."""
+        return {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": _random(self._device),
+            "rows": self.rows,
+            "step": self.step,
+            "total": self._total,
+            "images": self._images,
+            "seconds": time.perf_counter() - self._start,
+        }
+
+    def resume(self, kept: Mapping[str, Any]) -> None:
+        self._model.load_state_dict(kept["model"])
+        self._optimizer.load_state_dict(kept["optimizer"])
+        self._scaler.load_state_dict(kept["scaler"])
+        _restore_random(kept["random"], self._device)
+        self.rows, self.step = list(kept["rows"]), kept["step"]
+        self._total, self._images = kept["total"], kept["images"]
+        self._start = time.perf_counter() - kept["seconds"]
+
+    def take(self, batch: Batch) -> float:
+        """One optimizer step; returns the batch's mean loss. Raises Diverged."""
+        setting, optimizer, scaler = self._setting, self._optimizer, self._scaler
+        lr = learning_rate(setting, self.step, self.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss = _backward(self._model, batch, setting, self._precision, self._device, scaler)
+        epoch = self.step // self._batches + 1
+        place = f"at step {self.step} of {self.steps} (epoch {epoch}, learning rate {lr:.3g})"
+        if not math.isfinite(loss):
+            raise Diverged(f"{self._where}: the loss is {loss} {place}; {_REMEDY}")
+        if setting.clip is not None:
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(self._trained, setting.clip)
+            # Under a scaler an overflow is expected now and then; it leaves the step out.
+            if not scaler.is_enabled() and not math.isfinite(norm):
+                raise Diverged(f"{self._where}: the gradient's norm is {float(norm)} {place}; {_REMEDY}")
+        scaler.step(optimizer)
+        scaler.update()
+        self.step += 1
+        self._total, self._images = self._total + loss * len(batch.labels), self._images + len(batch.labels)
+        return loss
+
+    def end_epoch(self, metrics: Metrics | None) -> None:
+        """Adds the row of an epoch whose batches have all been taken."""
+        lr = learning_rate(self._setting, self.step - 1, self.steps)
+        epoch = self.step // self._batches
+        row: Row = {"epoch": epoch, "step": self.step, "lr": lr, "loss": self._total / self._images}
+        self._total, self._images = 0.0, 0
+        if metrics is not None:
+            self._model.eval()
+            with torch.no_grad():
+                row |= metrics(self._model)
+            _train_mode(self._model)
+        self.rows.append(row | {"seconds": time.perf_counter() - self._start})
 
 
 _REMEDY = "take a lower learning rate, a longer warm-up, or fp32"
