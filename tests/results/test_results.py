@@ -1224,7 +1224,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.Captur
         assert f"{file} exists; give another name, or --overwrite" in refused(
             capsys, tmp_path / "run", option, file
         )
-        assert "is a directory" in refused(capsys, tmp_path / "run", option, tmp_path)
+        assert "is a folder" in refused(capsys, tmp_path / "run", option, tmp_path)
         assert "its folder does not exist" in refused(capsys, tmp_path / "run", option, tmp_path / "no" / "x")
     both = ("--csv", tmp_path / "new", "--parquet", tmp_path / "run" / ".." / "new")
     assert "name one file" in refused(capsys, tmp_path / "run", *both)
