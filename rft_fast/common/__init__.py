@@ -1,1 +1,1 @@
-"""What several packages need: text, numbers, files, processes, pickles, costs of a callable."""
+"""Helpers that several packages share: text, numbers, files, processes, pickles, memory and FLOPs."""

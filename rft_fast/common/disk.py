@@ -1,6 +1,6 @@
-"""Files that are whole or not there, on disk when that is said, and locks that a killed process loses.
+"""Atomic writes, file locks, and checks of paths before anything is written.
 
-Nothing here writes through a link, or into what is no plain file: a folder may come from somebody else.
+Nothing here follows a link or writes to anything but a regular file: a directory may come from someone else.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ def kind(status: os.stat_result) -> str:
 def check_targets(
     files: Iterable[pathlib.Path], in_place: Iterable[pathlib.Path] = (), folders: Iterable[pathlib.Path] = ()
 ) -> None:
-    """Checks the names that a process is about to write, before it writes any.
+    """Check the paths that a process is about to write, before it writes any.
 
     Args:
-        files: names that new files replace.
-        in_place: names of files that are changed where they are, so that a second name of one, elsewhere,
-            would change with it.
-        folders: names of directories that files are written into.
+        files: files that will be replaced.
+        in_place: files that will be changed in place, so that a hard link elsewhere would change with them.
+        folders: directories that files will be written to.
 
     Raises:
-        ValueError: at one of the names is a link, a FIFO, a device, or a directory where a file belongs; for
-            ``in_place`` also a file with hard links.
+        ValueError: a path is a link, a FIFO, a device, or a directory where a file belongs; or a file of
+            ``in_place`` has hard links.
     """
     alone = {*in_place}
     for file in (*files, *alone, *(inside := {*folders})):
@@ -62,9 +61,17 @@ def check_targets(
 
 
 def open_plain(file: pathlib.Path, flags: int) -> int:
-    """A descriptor of a plain file, as of :func:`os.open`; links are not followed, FIFOs not waited for.
+    """Open a regular file without following links or waiting for FIFOs.
 
-    Raises OSError, also for what is no plain file.
+    Args:
+        file: path to open; character devices such as ``/dev/null`` are accepted.
+        flags: as for :func:`os.open`.
+
+    Returns:
+        A file descriptor, which the caller closes.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
     """
     try:
         handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -73,7 +80,9 @@ def open_plain(file: pathlib.Path, flags: int) -> int:
             raise OSError(errno.ELOOP, "a symbolic link, which is not followed", str(file)) from None
         raise
     found = os.fstat(handle)
-    if (other := kind(found)) and not stat.S_ISCHR(found.st_mode):  # as /dev/null, which nobody can plant
+    if (other := kind(found)) and not stat.S_ISCHR(
+        found.st_mode
+    ):  # such as /dev/null, which only root can create
         os.close(handle)
         raise OSError(errno.EINVAL, f"{other}, expected a file", str(file))
     return handle
@@ -81,10 +90,21 @@ def open_plain(file: pathlib.Path, flags: int) -> int:
 
 @contextmanager
 def replacing(file: pathlib.Path, empty: bool = False) -> Iterator[pathlib.Path]:
-    """A name to write to; what is there at the end takes the file's place, on disk and whole, at once.
+    """Yield a temporary path; on exit, fsync it and rename it over ``file`` atomically.
 
-    The name is a new empty file beside it, which nobody can foresee. What killed processes left of theirs is
-    removed. Raises FileNotFoundError where nothing was written, unless the file may be ``empty``.
+    The temporary file lies beside ``file`` under an unpredictable name. Temporary files of killed processes
+    are removed.
+
+    Args:
+        file: path that is replaced.
+        empty: whether an empty file is accepted.
+
+    Yields:
+        Path of an empty temporary file to write to.
+
+    Raises:
+        FileNotFoundError: nothing was written, and ``empty`` is false.
+        OSError: the file cannot be written.
     """
     _remove_left(file)
     handle, temporary = _new_part(file)
@@ -102,19 +122,19 @@ def replacing(file: pathlib.Path, empty: bool = False) -> Iterator[pathlib.Path]
 
 
 def _new_part(file: pathlib.Path) -> tuple[int, pathlib.Path]:
-    """A new file, locked as long as its descriptor is open."""
+    """Create a temporary file that stays locked while its descriptor is open."""
     while True:
         part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
         handle = open_plain(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        with suppress(OSError):  # a file system without locks, where nothing that is left is removed
+        with suppress(OSError):  # no locks on this file system, so nothing is removed either
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # else taken for one that is left, before it was locked
+        if os.fstat(handle).st_nlink:  # else another process removed it before it was locked
             return handle, part
         os.close(handle)
 
 
 def _remove_left(file: pathlib.Path) -> None:
-    """Removes parts of a file that no process holds."""
+    """Remove temporary files of a file that no process holds."""
     prefix = f".{file.name}."
     names = [n for n in os.listdir(file.parent) if n.startswith(prefix) and n.endswith(".part")]
     for part in (file.with_name(n) for n in names if len(n) == len(prefix) + 16 + len(".part")):
@@ -128,18 +148,33 @@ def _remove_left(file: pathlib.Path) -> None:
 
 
 def replace(file: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Replace a file's content atomically, as :func:`replacing` does.
+
+    Args:
+        file: path that is replaced.
+        content: bytes of the new file; may be empty.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with replacing(file, empty=not content) as temporary:
         temporary.write_bytes(content)
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """On return the names in a folder are on disk, where the file system can tell it so."""
+    """Flush the names in a directory to disk, where the file system supports it.
+
+    Args:
+        folder: an existing directory.
+
+    Raises:
+        OSError: the directory cannot be opened, or flushing fails.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network file systems say
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
         os.close(handle)
@@ -147,9 +182,19 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 @contextmanager
 def locked(file: pathlib.Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone has the lock, a file that is gone at the end; False where another has it.
+    """Hold an exclusive lock on a file while the context is open; the file is removed on exit.
 
-    A process that is killed loses its lock. On file systems without locks everyone gets it.
+    The lock of a process that is killed is released. On file systems without locks, every process gets it.
+
+    Args:
+        file: path of the lock file, created if missing.
+        wait: wait for the lock instead of giving up.
+
+    Yields:
+        Whether this process holds the lock; False if another one does.
+
+    Raises:
+        OSError: the lock file cannot be opened.
     """
     while True:
         handle = open_plain(file, os.O_RDWR | os.O_CREAT)
@@ -160,7 +205,7 @@ def locked(file: pathlib.Path, wait: bool = False) -> Iterator[bool]:
                 os.close(handle)
                 yield False
                 return
-        # Whoever had it before has removed the file, and a third may have made it anew.
+        # The previous owner removed the file, and a third process may have created it again.
         with suppress(FileNotFoundError):
             if os.fstat(handle).st_ino == file.stat().st_ino:
                 break

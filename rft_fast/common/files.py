@@ -1,4 +1,4 @@
-"""Files that are read: regular ones alone, never mapped, and the same from the first look to the last."""
+"""Reading regular files, without memory mapping, and detecting files that change during a run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ import numpy as np
 
 from .disk import kind
 
-# A file that was written this shortly before it was looked at may be written again without another time:
-# file systems count in steps of up to 2 s (FAT), most of some milliseconds.
+# A file modified less than this before its status was read may change again with the same timestamps: file
+# systems have a resolution of up to 2 s (FAT), most of a few milliseconds.
 YOUNG = 2_000_000_000  # ns
 
 
 class Changed(OSError):
-    """A file is no longer what it was when it was first read."""
+    """A file changed after it was first read."""
 
 
 def special(path: str | PathLike[str]) -> str:
-    """What lies at a path, in words, where it exists and is no regular file; else empty."""
+    """Name what is at a path if it exists and is not a regular file.
+
+    Args:
+        path: any path; links are followed.
+
+    Returns:
+        Such as ``a FIFO`` or ``a directory``; empty for a regular file and for a path that does not exist.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -36,62 +43,97 @@ def special(path: str | PathLike[str]) -> str:
 
 @contextmanager
 def opened(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a regular file for reading, without a buffer, which would hide what is written meanwhile.
+    """Open a regular file for unbuffered reading; a buffer would hide later writes.
+
+    Args:
+        path: file to open; links are followed.
+
+    Yields:
+        The open binary stream.
 
     Raises:
-        ValueError: it is a FIFO, a socket, a device or a folder. None of these is waited for.
-        OSError: it does not exist, or must not be read.
+        ValueError: it is a FIFO, a socket, a device or a directory; it is not opened and not waited for.
+        OSError: it does not exist or cannot be read.
     """
-    _refuse(os.stat(path), path)  # before it is opened: some devices act on that
+    _refuse(os.stat(path), path)  # before opening, which has effects on some devices
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     with os.fdopen(handle, "rb", buffering=0) as stream:
         _refuse(os.fstat(handle), path)
         try:
             yield stream
-        except OSError as error:  # such as of a disk that fails, which names no file
+        except OSError as error:  # a failing disk, for example, gives an error without a name
             if error.errno is not None and error.filename is None:
                 error.filename = os.fspath(path)
             raise
 
 
 def read_bytes(path: str | PathLike[str]) -> bytes:
-    """The bytes of a regular file; raises as :func:`opened` does."""
+    """Read the bytes of a regular file.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError, OSError: as :func:`opened`.
+    """
     with opened(path) as stream:
         return stream.read()
 
 
 def read_text(path: str | PathLike[str], encoding: str = "utf-8") -> str:
-    """The text of a regular file, lines ended by ``\\n``.
+    """Read the text of a regular file.
 
-    Raises UnicodeDecodeError, a ValueError, for other bytes, and else as :func:`opened` does.
+    Args:
+        path: file to read.
+        encoding: of its bytes.
+
+    Returns:
+        Its text with lines that end in ``\\n``.
+
+    Raises:
+        UnicodeDecodeError: its bytes are not in that encoding.
+        ValueError, OSError: as :func:`opened`.
     """
     text = read_bytes(path).decode(encoding)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class Content:
-    """The bytes of an open file, read when they are asked for, into memory of their own.
+    """The bytes of an open file, read on demand into new memory.
 
-    Not mapped: where a mapped file is cut short, the process that touches it dies by SIGBUS.
+    Not memory-mapped: a process that touches a mapped file after it was truncated is killed by SIGBUS.
+
+    Args:
+        stream: unbuffered binary stream of a regular file; must stay open while slices are read.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream  # kept open as long as anything may be read
+        self._stream = stream  # must stay open while slices are read
         self._size = os.fstat(stream.fileno()).st_size
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, part: slice) -> memoryview:
-        """Bytes from start to stop, writable; fewer at the end of the file.
+        """Read bytes ``start`` to ``stop``.
 
-        Raises Changed where the file has become shorter since it was opened.
+        Args:
+            part: a slice without a step.
+
+        Returns:
+            A writable view of new memory; shorter at the end of the file.
+
+        Raises:
+            Changed: the file has become shorter since it was opened.
         """
         start, stop, _ = part.indices(self._size)
         data = np.empty(max(0, stop - start), np.uint8).data
         done = 0
         self._stream.seek(start)
-        while done < len(data):  # one call may give only 2 GB
+        while done < len(data):  # one call reads at most 2 GB
             got = self._stream.readinto(data[done:])  # type: ignore[attr-defined]
             if not got:
                 raise Changed("has become shorter while it was read")
@@ -101,14 +143,27 @@ class Content:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file system tells of a file's bytes. young: they may change without another stamp."""
+    """Identity of a file's content, as far as the file system's metadata shows it.
 
-    identity: tuple[int, ...]  # device, inode, size, time of its bytes and of its entry in ns
+    Attributes:
+        identity: device, inode, size in bytes, and the times of the last change of content and of metadata in
+            ns.
+        young: whether the file is so recent that it may change again without another identity.
+    """
+
+    identity: tuple[int, ...]  # device, inode, size, mtime and ctime in ns
     young: bool
 
     @classmethod
     def of(cls, path: str | PathLike[str]) -> Stamp:
-        """Raises as :func:`opened` does."""
+        """Read the stamp of a regular file.
+
+        Args:
+            path: an existing file.
+
+        Raises:
+            ValueError, OSError: as :func:`opened`.
+        """
         now = time.time_ns()
         status = os.stat(path)
         _refuse(status, path)
@@ -118,7 +173,14 @@ class Stamp:
 
     @classmethod
     def again(cls, path: pathlib.Path) -> Stamp:
-        """As :meth:`of`, but of a file that was there before; raises Changed where it is no more."""
+        """Read the stamp of a file that existed before.
+
+        Args:
+            path: a file whose stamp was read earlier.
+
+        Raises:
+            Changed: it no longer exists, or is no longer a regular file.
+        """
         try:
             return cls.of(path)
         except (OSError, ValueError) as error:
@@ -126,29 +188,41 @@ class Stamp:
             raise Changed(f"{path} changed while it was in use: {reason}") from error
 
     def is_of(self, other: Stamp) -> bool:
-        """Whether the bytes are the same for sure."""
+        """Return whether the content is certainly that of another stamp."""
         return self.identity == other.identity and not self.young
 
 
 class Inputs:
-    """Files that the numbers of a run depend on: each hashed once, none changed until the run ends.
+    """Files that the results of a run depend on: each is hashed once, and none may change until the run ends.
 
-    A file counts as changed where its content does: one that was touched, moved away and put back, or
-    written anew with the same bytes is hashed again, and that is all.
+    A file counts as changed if its content is. One that was touched, moved away and back, or rewritten with
+    the same bytes is only hashed again.
     """
 
     def __init__(self) -> None:
         self._known: dict[pathlib.Path, tuple[Stamp, str | None]] = {}
 
     def add(self, file: str | PathLike[str]) -> None:
-        """From now on this file must not change. Raises as :func:`opened` does."""
+        """Register a file that must not change from now on.
+
+        Args:
+            file: path of a regular file.
+
+        Raises:
+            ValueError, OSError: as :func:`opened`.
+        """
         if (path := pathlib.Path(file)) not in self._known:
             self._known[path] = (Stamp.of(path), None)
 
     def sha256(self, file: str | PathLike[str]) -> str:
-        """The SHA-256 of a file, read once.
+        """Return the SHA-256 of a file as 64 hexadecimal digits; it is computed once.
 
-        Raises Changed where the file is not the one that was added.
+        Args:
+            file: path of a regular file.
+
+        Raises:
+            Changed: the file changed after it was registered.
+            ValueError, OSError: as :func:`opened`.
         """
         self.add(file)
         path = pathlib.Path(file)
@@ -162,12 +236,16 @@ class Inputs:
 
     @contextmanager
     def reading(self, file: str | PathLike[str]) -> Iterator[None]:
-        """What is read of a file in here is of the file that was added or hashed.
+        """Check on entry and on exit that a file is the one that was registered.
 
-        Raises Changed where it is not, instead of what its reader makes of the rest of it.
+        Args:
+            file: path of the file that is read inside.
+
+        Raises:
+            Changed: it is not; this replaces any error that its reader raises.
         """
         self.add(file)
-        if self._known[pathlib.Path(file)][0].young:  # its stamp alone says too little
+        if self._known[pathlib.Path(file)][0].young:  # its stamp alone does not identify its content
             self.sha256(file)
         self.check(file)
         with self.unchanged(file):
@@ -175,7 +253,14 @@ class Inputs:
 
     @contextmanager
     def unchanged(self, *files: str | PathLike[str]) -> Iterator[None]:
-        """Raises Changed at the end, instead of any other error, where one of these files has changed."""
+        """Check files on exit; a change replaces any other error.
+
+        Args:
+            *files: registered files.
+
+        Raises:
+            Changed: one of them changed.
+        """
         try:
             yield
         except Exception:
@@ -184,13 +269,20 @@ class Inputs:
         self.check(*files)
 
     def check(self, *files: str | PathLike[str]) -> None:
-        """Raises Changed, naming the file, where one of these has changed; none named: one of all."""
+        """Raise an error if a registered file has changed.
+
+        Args:
+            *files: files to check; none: all of them.
+
+        Raises:
+            Changed: the first file that changed, by name.
+        """
         for path in map(pathlib.Path, files) if files else list(self._known):
             before, known = self._known[path]
             now = Stamp.again(path)
             if before.is_of(now) or (known is None and before.identity == now.identity):
                 continue
-            if known is None:  # what it held is not known
+            if known is None:  # never hashed, so its previous content is unknown
                 raise _changed(path, before, now)
             now, found = _hashed(path)
             if found != known:
@@ -199,7 +291,7 @@ class Inputs:
 
 
 def _hashed(path: pathlib.Path) -> tuple[Stamp, str]:
-    """The SHA-256 of a file that does not change meanwhile, and its stamp."""
+    """Hash a file that must not change meanwhile, and return its stamp as well."""
     before = Stamp.again(path)
     found = sha256(path)
     after = Stamp.again(path)
@@ -209,7 +301,14 @@ def _hashed(path: pathlib.Path) -> tuple[Stamp, str]:
 
 
 def sha256(path: str | PathLike[str]) -> str:
-    """The SHA-256 of a regular file as 64 hexadecimal digits. Raises as :func:`opened` does."""
+    """Return the SHA-256 of a regular file as 64 hexadecimal digits.
+
+    Args:
+        path: file to read.
+
+    Raises:
+        ValueError, OSError: as :func:`opened`.
+    """
     digest = hashlib.sha256()
     with opened(path) as stream:
         while chunk := stream.read(1 << 20):

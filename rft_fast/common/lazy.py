@@ -1,7 +1,7 @@
-"""Faces of packages: public names that load the module they come from when they are first used.
+"""Lazy package interfaces: public names import their module on first use.
 
-A command reads its arguments before torch is imported, which takes seconds, and a program that needs one
-package does not wait for the others.
+A command parses its arguments before it imports torch, which takes seconds; a program that needs one package
+does not load the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 
 def face(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package. Type checkers read the same names as imports::
+    """Make ``__getattr__`` and ``__dir__`` of a package.
+
+    Type checkers read the same names as imports::
 
         if TYPE_CHECKING:
             from .scores import Scores as Scores
@@ -22,12 +24,16 @@ def face(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[
             __getattr__, __dir__ = lazy.face(__name__, scores="Scores")
         __all__ = ["Scores"]
 
-    No module may have the name of something public in another: importing it would hide that. Modules of the
-    package are attributes as well, imported when first used. ``dir()`` shows ``__all__``.
+    Submodules are attributes as well, imported on first use. No module may have the name of a public object
+    of another module, which its import would hide.
 
     Args:
-        package: its ``__name__``.
-        modules: module of the package -> the public names that it defines, separated by spaces.
+        package: the package's ``__name__``.
+        **modules: submodule -> the public names that it defines, separated by spaces.
+
+    Returns:
+        ``__getattr__``, which imports on first use and raises AttributeError for unknown names; and
+        ``__dir__``, which lists ``__all__``.
     """
     homes = {name: module for module, names in modules.items() for name in names.split()}
 

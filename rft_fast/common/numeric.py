@@ -1,4 +1,4 @@
-"""Numbers that are given by people: found to be numbers, in order, fit for a path."""
+"""Checks of numbers that callers pass: types, order, and alphas of a path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from itertools import pairwise
 
 
 def as_number(name: str, value: object) -> float:
-    """The value as a float; text is none, even where it could be read as one. Raises TypeError."""
+    """Convert a value to float.
+
+    Args:
+        name: of the argument, for the message.
+        value: any number; strings are refused, even numeric ones.
+
+    Raises:
+        TypeError: it is not a number.
+    """
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
@@ -17,19 +25,30 @@ def as_number(name: str, value: object) -> float:
 
 
 def ascending(name: str, values: Iterable[float]) -> list[float]:
-    """The values in ascending order, once they are found to be numbers. Raises TypeError."""
+    """Convert numbers to floats in ascending order.
+
+    Args:
+        name: of the argument, for the message.
+        values: numbers in any order; ``-0.0`` becomes ``0.0``.
+
+    Raises:
+        TypeError: they are not an iterable of numbers.
+    """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{name}: expected a list of numbers, got {values!r}")
     return sorted(as_number(name, value) + 0.0 for value in values)  # + 0.0 turns -0.0 into 0.0
 
 
 def check_alphas(alphas: Iterable[float]) -> list[float]:
-    """The positions in ascending order, once they are found fit for a study.
+    """Check the positions of a study and return them in ascending order.
+
+    Args:
+        alphas: positions on the path, 0 (zero-shot) and 1 (fine-tuned) among them.
 
     Raises:
-        TypeError: something that is no number.
-        ValueError: no positions, one that is not finite, outside [0, 1] or given twice, or 0 or 1
-            missing: gain, barrier and instability are all measured from the two ends.
+        TypeError: a value is not a number.
+        ValueError: there are none, one is not finite, outside [0, 1] or repeated, or an end is missing: gain,
+            barrier and instability are measured from the ends.
     """
     grid = ascending("alphas", alphas)
     outside = [alpha for alpha in grid if not 0 <= alpha <= 1]

@@ -1,4 +1,4 @@
-"""Names of tensors that are no weights of a model, but factors from which it computes them."""
+"""Tensors that are not weights but factors of weights: adapters, parametrisations, masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MERGE = (
     "merge them into their layers in both models first (peft: model.merge_and_unload()), and name the merged "
     "weights"
 )
-# A component of a dotted name -> what it says.
+# (Problem and remedy, pattern of a component of a dotted name.)
 _COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "unmerged low-rank adapters (LoRA): interpolating both factors is no straight line of weights; "
@@ -28,7 +28,7 @@ _COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
         re.compile(r"parametrizations"),
     ),
 )
-# Pairs of endings that torch's older functions leave in the place of a weight.
+# (Problem and remedy, suffixes of the two tensors by which an older torch function replaces a weight.)
 _PAIRS: tuple[tuple[str, tuple[str, str]], ...] = (
     (
         "weight_norm's factors: interpolating them is no straight line of weights; "
@@ -49,10 +49,13 @@ _WEIGHT = re.compile(r"(?:.*\.)?(?:weight|bias)\w*")
 
 
 def factors(names: Iterable[str]) -> dict[str, list[str]]:
-    """What is wrong, and what to do -> the names that show it; empty where all are weights.
+    """Find tensors that are factors of weights, by their names.
 
     Args:
-        names: of parameters and buffers, dotted.
+        names: dotted names of parameters and buffers.
+
+    Returns:
+        Problem and remedy -> the names that show it; empty if all are weights.
     """
     known = dict.fromkeys(names)
     found: dict[str, list[str]] = {}

@@ -1,8 +1,8 @@
-"""What leaves for the terminal: text that moves no cursor, hides nothing and reverses nothing.
+"""Escaping of control characters on the terminal.
 
-Names of models, classes and files come from other people, and reach messages, tables and warnings. So the two
-standard streams escape control characters, whoever writes to them: :func:`escaped`, which every command is
-given by :func:`rft_fast.common.program.command`.
+Names of models, classes and files come from other people and appear in messages, tables and warnings. The two
+standard streams of every command therefore escape control characters
+(:func:`rft_fast.common.program.command`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ from .words import visible
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-# What tqdm writes: up and down between its bars; to the start of the line before a text; the line wiped.
+# Written by tqdm: moves between its bars; a carriage return before a text; a cleared line.
 _MOVES = re.compile(r"(?:\n|\x1b\[A)+")
 _LINE = re.compile(r"(\r?)(.*?)((?<= )\r|)", re.DOTALL)
 
 
 class Escaping:
-    """A text stream that escapes control characters, but line ends, tabs and the moves of progress bars."""
+    """A text stream that escapes control characters except line ends, tabs and the cursor moves of tqdm.
+
+    Other attributes are those of the underlying stream.
+
+    Args:
+        stream: where text is written.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        """Write a text; returns the number of characters written."""
         if not _MOVES.fullmatch(text) and (found := _LINE.fullmatch(text)):
             text = found[1] + visible(found[2], lines=True) + found[3]
         return self._stream.write(text)
 
     def writelines(self, texts: Any) -> None:
+        """Write several texts."""
         for text in texts:
             self.write(text)
 
@@ -44,12 +52,19 @@ class Escaping:
 
 
 def escaped(main: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Makes standard output and standard error escape while a function runs, and a traceback that ends it."""
+    """Make a function run with escaping standard streams; a traceback that ends it is escaped, too.
+
+    Args:
+        main: any function.
+
+    Returns:
+        A function with the same arguments and result.
+    """
 
     @functools.wraps(main)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         before = sys.stdout, sys.stderr
-        # Either is None where the process has none.
+        # A stream is None if the process has none.
         ours: list[Any] = [s if s is None or isinstance(s, Escaping) else Escaping(s) for s in before]
         sys.stdout, sys.stderr = ours
         try:
@@ -60,7 +75,7 @@ def escaped(main: Callable[_P, _R]) -> Callable[_P, _R]:
             raise
         finally:
             for name, stream, own in zip(("stdout", "stderr"), before, ours, strict=True):
-                if getattr(sys, name) is own:  # else somebody has put another in its place since
+                if getattr(sys, name) is own:  # else it was replaced meanwhile
                     setattr(sys, name, stream)
 
     return run

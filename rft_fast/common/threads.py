@@ -1,4 +1,4 @@
-"""How many of a CPU's threads a computation has: what comes out must not depend on how many there are."""
+"""Number of CPU threads per computation, so that results do not depend on the number of cores."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
-# Batches that keep a CPU busy, on however many cores: what is computed must not depend on their number.
+# Batches computed concurrently, whatever the number of cores, which must not change results.
 SIDE_BY_SIDE = 8
 
 
 def threads_of_a_batch() -> int:
-    """Threads of a batch that others may run beside: the same for all, on CPUs of fewer than 16 cores one."""
+    """Return the number of threads of each batch that runs beside others; 1 on fewer than 16 cores."""
     return max(1, torch.get_num_threads() // SIDE_BY_SIDE)
 
 
 @contextmanager
 def few_threads() -> Iterator[None]:
-    """As many threads as a batch has: for sums whose last bits must not depend on the number of cores."""
+    """Use as many threads as one batch has: for sums whose last bits depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads_of_a_batch())
     try:
