@@ -1,4 +1,4 @@
-"""What a callable costs: its FLOPs and peak memory without running it, and the peak of one that runs."""
+"""FLOPs and memory: of a callable without running it, of the process, and available on a device."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class Reading:
-    """What :func:`measure` found.
+    """What a callable needs, as :func:`measure` determines it.
 
-    flops: two per multiply-add of matrix products, convolutions and attention, forward and backward;
-        additions of biases, norms and other elementwise work are not counted, as is usual.
-    peak: the most bytes that tensors made inside held at once, each storage once, however many views of it
-        there are. Not in it: what was there before (weights, inputs), and what kernels take for themselves.
+    Attributes:
+        flops: two per multiply-add of matrix products, convolutions and attention, forward and backward;
+            biases, norms and other elementwise work are not counted, as is usual.
+        peak: most bytes that tensors created inside occupied at once, each storage counted once. Neither
+            tensors from outside (weights, inputs) nor workspaces of kernels are counted.
     """
 
     flops: int
@@ -38,15 +39,22 @@ class Reading:
 
 
 def measure(run: Callable[[], object]) -> Reading:
-    """Calls ``run`` with tensors that have shapes but no values: nothing is computed, nothing is allocated.
+    """Count FLOPs and peak memory of a callable by fake tensors: nothing is computed or allocated.
 
-    Tensors that ``run`` finds, such as weights, may lie on any device and stay as they are. Works under
-    inference mode and with gradients. The kernels that are assumed are those of an eager run;
-    ``nn.MultiheadAttention`` takes its plain path meanwhile, since its fused one knows no such tensors.
+    Tensors from outside, such as weights, may be on any device and stay unchanged. Works in inference mode
+    and with gradients. Counts the kernels of an eager run; ``nn.MultiheadAttention`` uses its plain
+    implementation, because the fused one does not support fake tensors.
 
-    Raises RuntimeError where ``run`` cannot do without values, as in ``.item()``, or calls an operation that
-    does not tell the shape of its results; running it on the device is the only way then. Also
-    RuntimeError for an error of ``run`` itself; the original is its cause.
+    Args:
+        run: the callable; its result is dropped.
+
+    Returns:
+        FLOPs and peak memory in bytes.
+
+    Raises:
+        RuntimeError: ``run`` needs values, as for ``.item()``, uses an operation without shape inference, or
+            raises an error itself, which is the cause. To measure it, run it on the device with
+            :class:`Peak`.
     """
     with _plain_attention(), FakeTensorMode(allow_non_fake_inputs=True) as fake, _Ledger(fake) as ledger:
         try:
@@ -61,10 +69,10 @@ def measure(run: Callable[[], object]) -> Reading:
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """FLOPs, and the bytes of the storages that were made inside: those alive, and their maximum.
+    """Counts FLOPs, and the bytes of storages created inside: those alive, and their maximum.
 
-    Not torch's own ``FlopCounterMode``: it follows modules by hooks that some models do not bear, and takes
-    the backward pass of a grouped convolution for that of a full one. Its formulas are used.
+    Not torch's ``FlopCounterMode``, whose module hooks some models do not support, and which counts the
+    backward pass of a grouped convolution as a full one. Its formulas are used.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
@@ -72,8 +80,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = self.alive = self.peak = 0
         self._fake = fake
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        # What was there before, by identity, with its stand-in: as long as that lives, views of it share a
-        # storage that is known.
+        # Tensors from outside by id, each with its fake, which must stay alive: views of the tensor then
+        # share the fake's storage.
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(
@@ -81,12 +89,12 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **kwargs)  # flex attention and the like: a kernel of its own
+            return func(*args, **kwargs)  # flex attention and the like: higher-order operators
         if func in _METADATA_QUERIES:
             return NotImplemented
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is None:
-            with self:  # an operation that is made of others, which come here in turn
+            with self:  # a composite operation: its parts are dispatched here
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -101,7 +109,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
-        # Not left to the mode below, which would really compute what changes a real tensor in place.
+        """Return the fake of a tensor; one from outside counts as seen."""
+        # Not left to FakeTensorMode, which would execute in-place operations on a real tensor.
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in self._before:
@@ -157,15 +166,15 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 _FORMULAS = {
-    # torch before 2.15 knows all attention kernels but those of the CPU.
+    # torch before 2.15 has formulas for all attention kernels except those of the CPU.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     **flop_registry,
     torch.ops.aten.convolution_backward: _conv_backward,
 }
-# Constants such as torch.tensor(1.0), made inside although they come as real tensors.
+# Constants such as torch.tensor(1.0): created inside, yet real tensors.
 _LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
-# The tensor answers these itself.
+# Answered by the tensor itself.
 _METADATA_QUERIES = {
     torch.ops.aten.sym_is_contiguous.default,
     torch.ops.aten.is_contiguous.default,
@@ -188,6 +197,7 @@ _METADATA_QUERIES = {
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
+    """Disable the fused path of ``nn.MultiheadAttention``."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -197,15 +207,18 @@ def _plain_attention() -> Iterator[None]:
 
 
 class Peak:
-    """Peak memory of a stretch of the run: ``with Peak(device) as peak: ...``, then ``peak.bytes``.
+    """Peak memory inside a context: ``with Peak(device) as peak: ...``, then ``peak.bytes``.
 
-    On CUDA: the most that torch's tensors held on the device at once (what its allocator keeps in
-    reserve and other libraries take is not in it). Elsewhere: the process's largest resident size, all
-    of the program included, its libraries too.
+    On CUDA: most bytes of torch's tensors on the device at once, without the allocator's reserve and other
+    libraries. Elsewhere: largest resident size of the process, program and libraries included. The reset on
+    entry affects the whole process, so contexts do not nest.
 
-    resets: whether ``bytes`` is of this stretch alone. Only CUDA and Linux can start anew; elsewhere,
-        or where Linux forbids it, ``bytes`` is the peak since the process began. Starting anew is for
-        the entire process, so stretches do not nest.
+    Args:
+        device: whose memory is measured.
+
+    Attributes:
+        resets: whether ``bytes`` covers this context alone. Only CUDA and Linux can reset the peak;
+            elsewhere, or where Linux forbids it, ``bytes`` is the peak since the process started.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -229,7 +242,7 @@ class Peak:
 
     @property
     def bytes(self) -> int:
-        """The peak in bytes; inside of the stretch, the peak so far."""
+        """Peak in bytes; inside the context, the peak so far."""
         return self._now() if self._bytes is None else self._bytes
 
     def _now(self) -> int:
@@ -239,7 +252,7 @@ class Peak:
 
 
 def _reset_resident() -> bool:
-    """Makes Linux count the peak resident size from now on; False where that cannot be done."""
+    """Reset Linux's peak resident size; False where that is not possible."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -248,7 +261,7 @@ def _reset_resident() -> bool:
 
 
 def _status(name: str) -> int | None:
-    """An entry of /proc/self/status in bytes; None where there is none."""
+    """Return an entry of /proc/self/status in bytes; None where it is missing."""
     return _entry(pathlib.Path("/proc/self/status"), name)
 
 
@@ -262,17 +275,22 @@ def _peak_since_start() -> int:
 
 
 def resident() -> int:
-    """Bytes that this process has in memory now; where the system does not tell, the most so far."""
+    """Return the resident size of this process in bytes; its peak where the system reports only that."""
     return _status("VmRSS") or _peak_since_start()
 
 
 def available(device: torch.device | str) -> int:
-    """Bytes that can still be had on a device.
+    """Return the bytes that can still be allocated on a device.
 
-    On CUDA: free memory, and what torch's allocator holds without using it. On the CPU of a Linux
-    machine: what the kernel says can be had without swapping, and no more than a container's limit
-    (control groups, version 1 or 2) leaves; files in the page cache count as free there, since they
-    give way. Elsewhere: all of the machine's memory, for want of something better.
+    On CUDA: free memory plus the unused reserve of torch's allocator. On the CPU under Linux: what the kernel
+    estimates to be available without swapping, at most what the limits of control groups (versions 1 and 2)
+    leave; the page cache counts as free. On other systems: all memory of the machine.
+
+    Args:
+        device: a CUDA device or the CPU.
+
+    Raises:
+        RuntimeError: the system does not report its memory.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -282,7 +300,7 @@ def available(device: torch.device | str) -> int:
 
 
 def _available(root: pathlib.Path) -> int:
-    """As :func:`available`, for the CPU. ``root``: of the file system."""
+    """Return the bytes available on the CPU; ``root`` is that of the file system."""
     free = _entry(root / "proc/meminfo", "MemAvailable")
     if free is None:
         if not hasattr(os, "sysconf"):
@@ -292,7 +310,7 @@ def _available(root: pathlib.Path) -> int:
 
 
 def _left_to_groups(root: pathlib.Path) -> Iterator[int]:
-    """What each control group above this process leaves it, in bytes; limits hold at every level."""
+    """Yield what each control group above this process leaves it, in bytes; limits hold at every level."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -306,7 +324,7 @@ def _left_to_groups(root: pathlib.Path) -> Iterator[int]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
-        # A container often sees its own group as the top, though its name says more.
+        # A container often sees its own group as the root, whatever its name.
         here = top / group.strip("/")
         while True:
             if (left := _left(here, *names)) is not None:
@@ -317,6 +335,7 @@ def _left_to_groups(root: pathlib.Path) -> Iterator[int]:
 
 
 def _left(group: pathlib.Path, limit: str, used: str, prefix: str) -> int | None:
+    """Return what one control group leaves, page cache included; None without a limit."""
     try:
         most, now = (group / limit).read_text().strip(), int((group / used).read_text())
         if most == "max":
@@ -331,7 +350,7 @@ _CACHED = ("active", "inactive")
 
 
 def _entry(file: pathlib.Path, name: str, unit: int = _KIB) -> int | None:
-    """The number after a name in one of the kernel's tables; None where there is none."""
+    """Return the number after a name in a table of the kernel, times ``unit``; None where it is missing."""
     try:
         text = file.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the commands share as processes: version, arguments, working directory, output, signals to stop."""
+"""Command-line programs: parsers, exit statuses, guarded output, and signals that stop the work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 from . import words
 from .terminal import escaped
 
-# Command -> what it does; each is ``python -m rft_fast.NAME``.
+# Command -> what it does; run as ``python -m rft_fast.NAME``.
 COMMANDS = {
     "sweep": "measure fine-tuned models along their paths: tables, figures, a summary",
     "finetune": "fine-tune a zero-shot CLIP model, once or in a grid, for the sweep",
@@ -29,7 +29,7 @@ COMMANDS = {
     "cache": "list or remove the decoded images that are kept",
     "env": "print versions, and which kernels work here",
 }
-REFUSED, INTERRUPTED = 2, 130  # exit statuses, as argparse and shells have them
+REFUSED, INTERRUPTED = 2, 130  # exit statuses of argparse and of shells
 _GONE = "the working directory does not exist any more (deleted or renamed); change to one that does"
 
 
@@ -39,12 +39,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentParser:
-    """The options of a command, without abbreviations: ``--help`` and ``--version``.
+    """Make the argument parser of a command, with ``--help`` and ``--version`` and without abbreviations.
 
     Args:
-        name: one of COMMANDS, or ``""`` for ``python -m rft_fast`` itself.
-        version: whether ``--version`` is one.
-        more: arguments of argparse.ArgumentParser.
+        name: a key of COMMANDS, or ``""`` for ``python -m rft_fast`` itself.
+        version: whether to add ``--version``.
+        **more: arguments of argparse.ArgumentParser.
     """
     from rft_fast import __version__
 
@@ -56,19 +56,26 @@ def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentPar
 
 
 def called(name: str) -> str:
-    """How a command is called."""
+    """Return the command line that runs a command, without arguments.
+
+    Args:
+        name: as for :func:`parser`.
+    """
     return f"python -m rft_fast.{name}" if name else "python -m rft_fast"
 
 
 def command(name: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..., int]]:
-    """Make a ``main(argv)`` a command: ``main()`` then runs the process's own command line.
+    """Make a ``main(argv)`` a command: ``main()`` without arguments then parses ``sys.argv``.
 
-    Control characters are escaped on their way to the terminal. Arguments with NUL bytes and a deleted
-    working directory are refused (exit status 2). For the process's own command line also: Ctrl-C ends it
-    with status 130, and output that cannot be written ends nothing (:func:`guard_output`).
+    Control characters of the output are escaped. Arguments with NUL bytes and a deleted working directory are
+    refused with exit status 2. For ``main()`` without arguments also: Ctrl-C ends the command with status
+    130, and output that cannot be written ends nothing (:func:`guard_output`).
 
     Args:
         name: as for :func:`parser`.
+
+    Returns:
+        A decorator of functions that take the arguments and return the exit status.
     """
 
     def decorate(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
@@ -99,11 +106,12 @@ def command(name: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..
 
 
 def nul(text: str) -> bool:
-    """Whether a text holds a NUL byte, which no file name, and nothing else here, can."""
+    """Return whether a text contains a NUL byte, which no file name can."""
     return "\0" in text
 
 
 def _check(name: str, argv: Sequence[str]) -> None:
+    """Refuse NUL bytes in arguments, and a deleted working directory."""
     prog = f"{called(name)}: error:"
     for argument in argv:
         if nul(argument):
@@ -123,11 +131,11 @@ def _has_directory() -> bool:
 
 
 def check_directory() -> None:
-    """Refuse to start where torch cannot: its import ends the process when the working directory is deleted.
+    """Refuse a deleted working directory, in which the import of torch ends the process.
 
     Raises:
-        SystemExit: in a command.
-        FileNotFoundError: elsewhere, unless torch is there already.
+        SystemExit: in a command, with status 2.
+        FileNotFoundError: elsewhere, unless torch is already imported.
     """
     if _has_directory():
         return
@@ -142,7 +150,7 @@ def check_directory() -> None:
 
 
 class _Guarded(io.RawIOBase):
-    """A file descriptor to which every write succeeds. What failed first is in ``error``."""
+    """A file descriptor whose writes always succeed; the first error is kept in ``error``."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -169,12 +177,15 @@ class _Guarded(io.RawIOBase):
 
 
 def guard_output() -> list[TextIO]:
-    """Let standard output and standard error fail without an exception from here on, and return the two.
+    """Replace standard output and standard error by streams whose writes never raise.
 
-    A reader that has left (``| head``) or a terminal that was closed must not end a run that is measuring,
-    nor make a complete one fail. What cannot be written is dropped; :func:`broken` gives the reason.
+    A closed pipe (``| head``) or terminal must neither end a run that is measuring nor make a complete one
+    fail. What cannot be written is dropped; :func:`broken` gives the reason.
+
+    Returns:
+        The new streams, of those that were the process's own.
     """
-    for descriptor in range(3):  # one that is closed would be given to the next file that is opened
+    for descriptor in range(3):  # a closed one would be reused by the next open file
         try:
             os.fstat(descriptor)
         except OSError:
@@ -188,8 +199,8 @@ def guard_output() -> list[TextIO]:
             with suppress(OSError):
                 stream.flush()
             raw = _Guarded(stream.fileno())
-            # No io.BufferedWriter, which a signal handler cannot write to while it writes: the wrapper has a
-            # buffer of its own. Characters that the encoding lacks must not end a run, either.
+            # No io.BufferedWriter, which is not reentrant in signal handlers; the wrapper has its own buffer.
+            # Characters that the encoding lacks must not end a run, either.
             guard = io.TextIOWrapper(
                 raw,  # type: ignore[type-var]
                 encoding=stream.encoding,
@@ -203,7 +214,11 @@ def guard_output() -> list[TextIO]:
 
 
 def broken(stream: object) -> OSError | None:
-    """Why a stream of :func:`guard_output` drops what is written to it; None where it does not."""
+    """Return the error after which a stream drops its output; None if there was none.
+
+    Args:
+        stream: one of :func:`guard_output`; for other objects the result is None.
+    """
     raw = getattr(stream, "buffer", None)
     return raw.error if isinstance(raw, _Guarded) else None
 
@@ -216,19 +231,21 @@ def _reader_left(error: OSError) -> bool:
 
 
 class Interrupted(Exception):
-    """The work was asked to stop, and has: what was in flight is finished and kept."""
+    """The work was stopped on request; everything in flight was finished and kept."""
 
 
 class Stop:
-    """Ctrl-C, SIGTERM or SIGHUP (a closed terminal) once: stop after the step in flight. Again: stop now.
+    """Handle Ctrl-C, SIGTERM and SIGHUP: the first stops the work after the step in flight, the next at once.
 
-    SIGHUP is never an "again": shell and kernel may each send one for the same terminal.
-
-    A context manager, for the main thread; elsewhere signals are left as they are.
+    A second SIGHUP is ignored: shell and kernel may each send one for the same terminal. A context manager
+    for the main thread; in other threads it changes nothing.
 
     Args:
-        notice: called with a sentence for people at the first signal.
-        step: what is finished first, in that sentence.
+        notice: called with a sentence for the user at the first signal.
+        step: name of the step that is finished first.
+
+    Attributes:
+        requested: whether a signal has arrived.
     """
 
     def __init__(self, notice: Callable[[str], object], step: str = "measurement") -> None:
@@ -239,7 +256,7 @@ class Stop:
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # One that is ignored, as in a background job of a shell or under nohup, stays ignored.
+                # Ignored signals, as in background jobs of a shell or under nohup, stay ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
@@ -261,7 +278,7 @@ class Stop:
         self._notice(f"stopping when the {self._step} in flight is there ({again})")
 
     def check(self) -> None:
-        """Raises Interrupted if it was asked."""
+        """Raise Interrupted if a stop was requested."""
         if self.requested:
             raise Interrupted
 

@@ -1,16 +1,16 @@
-"""A reader of pickles that runs nothing, shared by checkpoints and data sets.
+"""A reader of pickles that executes nothing, shared by checkpoints and data sets.
 
-===========  ================================================================================
+===========  ==================================================================
 module       holds
-===========  ================================================================================
-``objects``  what takes the place of imported names and objects; how reading fails
-``machine``  the stack, and the budget that bounds the work
-``answers``  answers to calls that several kinds of files need
-``opcodes``  what each opcode does, and :func:`unpickle`
-===========  ================================================================================
+===========  ==================================================================
+``objects``  stand-ins for imported names and objects; errors
+``machine``  the stack machine, and the budget that bounds its work
+``answers``  replacements of calls that several kinds of files need
+``opcodes``  the effect of each opcode, and :func:`unpickle`
+===========  ==================================================================
 
-The calls that files may make: :mod:`rft_fast.checkpoints.pickled_tensors` (checkpoints) and
-:mod:`rft_fast.datasets.pickled_arrays` (data sets).
+Which calls are allowed is up to the caller: :mod:`rft_fast.checkpoints.pickled_tensors` for checkpoints,
+:mod:`rft_fast.datasets.pickled_arrays` for data sets.
 """
 
 from .answers import encode, made_set, ordered_dict

@@ -1,4 +1,4 @@
-"""Answers to calls that pickles of checkpoints and of data sets share."""
+"""Replacements of functions that pickles of several kinds of files call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .machine import Machine
 
 
 def encode(machine: Machine, text: str, encoding: str = "latin1") -> bytes:
-    """``_codecs.encode``, by which bytes are written for Python 2."""
+    """Replace ``_codecs.encode``, which writes bytes for Python 2."""
     machine.spend(len(text))
     if encoding not in ("latin1", "latin-1"):
         raise ValueError("bytes are written in an unknown encoding")
@@ -16,13 +16,13 @@ def encode(machine: Machine, text: str, encoding: str = "latin1") -> bytes:
 
 
 def made_set(machine: Machine, values: Any = ()) -> set[Any]:
-    """``set`` and ``frozenset``."""
+    """Replace ``set`` and ``frozenset``."""
     machine.spend(len(values))
     return {machine.key(value) for value in values}
 
 
 def ordered_dict(machine: Machine, pairs: Any = (), *_: Any) -> dict[Any, Any]:
-    """``OrderedDict`` and ``Counter``."""
+    """Replace ``OrderedDict`` and ``Counter``."""
     result: dict[Any, Any] = {}
     pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
     machine.spend(len(pairs))

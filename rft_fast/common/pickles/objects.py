@@ -1,4 +1,4 @@
-"""What a pickle yields instead of imported names and objects, and how reading one fails."""
+"""Stand-ins for the names and objects of a pickle, and the errors of reading one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 
 class Unreadable(Exception):
-    """Why a file cannot be read, as the end of a sentence that its name begins."""
+    """A file cannot be read; the message continues a sentence that starts with the file's name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """A name that a pickle imports. Nothing stands behind it. name: raw; str() is fit to print."""
+    """A name that a pickle imports; it is never resolved.
+
+    Attributes:
+        name: module and name, dotted, as in the file. ``str()`` gives a printable form.
+    """
 
     name: str
 
@@ -26,7 +30,11 @@ class Global:
 
 
 class Refused(Unreadable):
-    """That a pickle asks to call something that is not answered. name: fit to print."""
+    """A pickle calls something that is not allowed.
+
+    Args:
+        name: printable name of what is called.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -35,7 +43,13 @@ class Refused(Unreadable):
 
 
 class Shell:
-    """What remains of an object. kind: its class. state: its attributes. items: if it is a kind of dict."""
+    """An object of any class, without behaviour: only what the pickle sets on it.
+
+    Attributes:
+        kind: its class.
+        state: its attributes by name.
+        items: its items, if it is a kind of dict.
+    """
 
     __slots__ = ("items", "kind", "state")
 
@@ -50,7 +64,11 @@ class Shell:
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """A value that was read past: an option of an image transform, a sparse tensor. what: in words."""
+    """A value that is skipped, such as an option of an image transform or a sparse tensor.
+
+    Attributes:
+        what: description for messages.
+    """
 
     what: str
 
@@ -59,13 +77,21 @@ class Opaque:
 
 
 class Building(ABC):
-    """What is made first and filled by its state afterwards, as pickles do with arrays."""
+    """An object that is created first and gets its state afterwards, as arrays do in pickles."""
 
     @abstractmethod
     def build(self, machine: Machine, state: Any) -> None:
-        """Takes the state that the pickle gives it."""
+        """Set the state.
+
+        Args:
+            machine: the machine that reads the pickle; pays for copies.
+            state: as the pickle gives it.
+
+        Raises:
+            ValueError: it is not a state of such an object.
+        """
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for messages: its own text may be long or hostile."""
+    """Name the kind of a value in messages; its own text may be long or hostile."""
     return str(value) if isinstance(value, (Global, Shell, Opaque)) else type(value).__name__

@@ -1,4 +1,7 @@
-"""Opcodes of pickles: what each one does to the machine, and the loop that reads them."""
+"""The effect of each opcode on the machine, and the loop that reads them.
+
+Opcodes are decoded, not executed, by pickletools of the standard library.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from .answers import made_set
 from .machine import Answers, Machine
 from .objects import Unreadable
 
-# No honest pickle comes near: a whole module takes some hundred opcodes per tensor.
+# Far above any real pickle: a whole module needs about a hundred opcodes per tensor.
 MOST_OPCODES = 2_000_000
 
 _LARGE = 1 << 12
@@ -18,9 +21,11 @@ _LONGEST_LINE = 1 << 16
 
 
 class Stream:
-    """What pickletools reads, from ``position`` on. Never copies or claims more than there is.
+    """The input of pickletools, which never copies more bytes than exist.
 
-    data: bytes; or a memoryview, of which long parts are given as views.
+    Args:
+        data: the bytes; of a memoryview, long parts are returned as views.
+        position: where to start; afterwards, where the next read starts.
     """
 
     def __init__(self, data: bytes | memoryview, position: int = 0) -> None:
@@ -28,18 +33,21 @@ class Stream:
         self.position = position
 
     def read(self, count: int) -> Any:
+        """Read at most ``count`` bytes."""
         part = self.data[self.position : self.position + max(0, count)]
         self.position += len(part)
-        # A large part of a view is a tensor's bytes: they stay where they are.
+        # Large parts are the bytes of tensors: not copied.
         return part if len(part) >= _LARGE else bytes(part)
 
     def readline(self) -> bytes:
+        """Read up to the next line end; empty if there is none nearby."""
         line = bytes(self.data[self.position : self.position + _LONGEST_LINE])
         line = line[: line.find(b"\n") + 1]
         self.position += len(line)
         return line
 
     def tell(self) -> int:
+        """Return the position."""
         return self.position
 
 
@@ -49,24 +57,29 @@ def unpickle(
     values: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The value that a pickle describes, of plain values, the classes here and those of the answers.
+    """Read the value that a pickle describes.
 
-    stream: is left behind the pickle.
-    answers: by name, what is called in the place of a function or a class: with the machine and the
-        arguments.
-    values: by name, what other imports stand for: values that compare and hash at once.
-    persistent: what a persistent id stands for; without it, ids are refused.
+    Args:
+        stream: the pickle; left behind its end.
+        answers: full name -> function that is called in the place of an imported function or class, with the
+            machine and the arguments.
+        values: full name -> value of other imports; values are hashable and cheap to compare.
+        persistent: persistent id -> value; None: ids are refused.
 
-    Raises Unreadable for a pickle that is damaged, that calls anything unknown, or that does more than a
-    file of its size could need.
+    Returns:
+        Plain values, objects of :mod:`.objects`, and what the answers return.
+
+    Raises:
+        Unreadable: the pickle is damaged, calls something without an answer (Refused), or needs more work
+            than a file of its size can.
     """
-    # Honest pickles touch a byte twice at most: text that becomes bytes that become a storage.
+    # Real pickles use a byte twice at most: text becomes bytes, bytes become a storage.
     machine = Machine(4 * (len(stream.data) - stream.position), answers, values or {}, persistent)
     try:
         return _run(machine, stream)
     except Unreadable:
         raise
-    except Exception as error:  # a damaged pickle surfaces as almost any exception
+    except Exception as error:  # a damaged pickle can raise almost anything
         reason = str(error) or type(error).__name__
         raise Unreadable(f"is damaged or truncated: {reason[:200]}; nothing was executed") from error
 
