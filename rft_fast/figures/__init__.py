@@ -1,4 +1,4 @@
-"""Rows as pictures: one figure per study, readable in print and by the colour-blind."""
+"""One figure per study, drawn from its rows; legible in print and to readers with colour deficiencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does sharpness tell which model does well out of distribution? The table as a forest plot."""
+"""The correlation table as a forest plot: does sharpness predict out-of-distribution performance?"""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 
 @drawing
 def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float | None = None) -> Figure:
-    """Rank correlations of sharpness with accuracy and gain, one column per outcome and data set.
+    """Draw rank correlations of sharpness with accuracy and gain; one column per outcome and data set.
 
-    On top, Kendall's tau over alpha for general sharpness and for the stragglers'. Below, at one alpha,
-    Kendall's tau and Spearman's rho for these two and for every layer. Bands and bars are pointwise 95 %
-    intervals; they allow neither for the number of layers nor for the noise of each sharpness. Settings of
-    the sharpness, such as rho, are distinguished by the names. Correlations that are not defined
-    leave gaps, and are counted, as are those without an interval.
+    Top: Kendall's tau over alpha, for general sharpness and for that of the stragglers. Bottom: Kendall's
+    tau and Spearman's rho at one alpha, for these two and for every layer. Bands and bars are pointwise 95 %
+    intervals, not corrected for the number of layers nor for the noise of each sharpness. Names include the
+    settings of the sharpness that vary, such as rho. Undefined correlations leave gaps and are counted, as
+    are those without an interval.
 
     Args:
-        table: of :func:`rft_fast.studies.correlation`.
-        file: where the picture goes; its ending chooses the format.
-        alpha: the position of the lower panels; None: 1, or the highest in the table.
+        table: the result of :func:`rft_fast.studies.correlation`.
+        file: output file; its extension selects the format.
+        alpha: position of the bottom panels; None: 1, or the highest in the table.
 
     Returns:
-        The figure, already saved.
+        The figure, which is already saved.
 
     Raises:
-        ValueError: an empty table, or an alpha that is not in it.
+        ValueError: the table is empty, or does not have this alpha.
     """
     if table.empty:
         raise ValueError("figures.correlation: expected rows of studies.correlation, got none")
@@ -116,7 +116,7 @@ def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None
 
 
 def _forest(panel: Axes, rows: pd.DataFrame) -> None:
-    """A line for each row: Kendall above, Spearman below, each with its interval."""
+    """One line per row: Kendall above, Spearman below, each with its interval."""
     plain(panel)
     panel.tick_params("y", left=False, labelleft=False)
     panel.set_xlim(-1.05, 1.05)
@@ -133,7 +133,7 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
 
 
 def _gaps(table: pd.DataFrame) -> Iterator[str]:
-    """How much of the table cannot be drawn, and why, as sentences."""
+    """Yield sentences that count the missing values and explain them."""
     undefined = table["kendall"].isna()
     if count := int(undefined.sum()):
         yield f"{count:,} of {len(table):,} correlations are not defined"

@@ -15,28 +15,28 @@ from matplotlib.figure import Figure
 
 from .style import GREY, SMALL, Style, points
 
-MAP = "RdBu_r"  # diverging, of even lightness on both sides, safe for the colour-blind
+MAP = "RdBu_r"  # diverging, symmetric in lightness, safe for colour deficiencies
 STRAGGLER: Style = {"ls": "", "marker": "<", "ms": 5, "color": "black", "mew": 0}
 NOT_FINITE: Style = {"ls": "", "marker": "x", "ms": 4, "color": GREY}
-_SMALLEST = 5.0  # points, of a label that can still be read
+_SMALLEST = 5.0  # points, the smallest legible label
 
 
 def height(layers: int) -> float:
-    """Inches for so many layers: generous, then what a page has, then what the labels need."""
+    """Height of a map in inches: generous for few layers, at most what a page and the labels allow."""
     return min(max(0.16 * layers, 0.8), max(9.0, 0.085 * layers), 14.0)
 
 
 def grid(rows: pd.DataFrame, column: str, layers: Sequence[str]) -> pd.DataFrame:
-    """A column of rows with one per layer and alpha: layers in the given order by ascending alpha.
+    """Pivot a column of rows to layers (in the given order) by alphas (ascending).
 
-    NaN where there is no row; what was measured but is not a number is infinite.
+    NaN where there is no row; infinite where a value was measured but is not a number.
     """
     table = rows.fillna({column: np.inf}).pivot(index="layer", columns="alpha", values=column)
     return table.reindex(list(layers)).sort_index(axis=1)
 
 
 def draw(panel: Axes, values: pd.DataFrame, norm: AsinhNorm) -> ScalarMappable:
-    """The map, first layer on top; grey where there is no value, crossed out where it is not finite."""
+    """Draw the map, first layer on top: grey without a value, crossed out where not finite."""
     finite = np.isfinite(values.to_numpy())
     mesh = panel.pcolormesh(
         _edges(values.columns.to_numpy()),
@@ -56,7 +56,7 @@ def draw(panel: Axes, values: pd.DataFrame, norm: AsinhNorm) -> ScalarMappable:
 
 
 def label(panel: Axes, names: Sequence[str]) -> None:
-    """Names the rows: smaller where there are many, and only every so many where there are too many."""
+    """Label the layers, in smaller type if there are many; if there are too many, only every n-th."""
     room = 72 * 0.85 * height(len(names)) / len(names)  # points
     step = math.ceil(_SMALLEST / room)
     panel.set_yticks(range(0, len(names), step), names[::step])
@@ -64,30 +64,30 @@ def label(panel: Axes, names: Sequence[str]) -> None:
 
 
 def mark(panel: Axes, layers: Sequence[str], marked: Collection[str], style: Style, column: int = 0) -> None:
-    """Marks some of the layers right of the map; columns keep several kinds of marks apart."""
+    """Mark some layers to the right of the map; ``column`` separates several kinds of marks."""
     places = [place for place, name in enumerate(layers) if name in marked]
     if not places:
-        return  # an empty line lies at the origin, and the layout makes room for it
+        return  # an empty line would lie at the origin, and the layout would make room for it
     beside = panel.get_yaxis_transform() + points(panel, 5 + 8 * column, 0)
     panel.plot(np.ones(len(places)), places, transform=beside, clip_on=False, **style)
 
 
 def scale(values: Sequence[pd.DataFrame], small: float) -> AsinhNorm:
-    """Colours for all the maps, centred at zero: about linear up to a small value, logarithmic beyond."""
+    """Colour scale for all maps, centred at zero: about linear up to ``small``, logarithmic beyond."""
     found = np.abs(np.concatenate([table.to_numpy().ravel() for table in values]))
     largest = max(found[np.isfinite(found)], default=0.0) or small
     return AsinhNorm(linear_width=min(small, largest) / 2, vmin=-largest, vmax=largest)
 
 
 def ticks(width: float, largest: float) -> np.ndarray:
-    """Of a scale that is about linear up to a width: zero, the powers of ten, and the ends."""
+    """Ticks of such a scale: zero, powers of ten above ``width``, and the ends."""
     tens = 10.0 ** np.arange(np.ceil(np.log10(width)), np.log10(largest / 1.7))
     up = np.append(tens, largest)
     return np.concatenate([-up[::-1], [0], up])
 
 
 def colorbar(figure: Figure, mesh: ScalarMappable, panels: np.ndarray, text: str) -> None:
-    """The legend of the colours, right of the panels."""
+    """Add the colour bar to the right of the panels."""
     norm: Any = mesh.norm
     marks = ticks(norm.linear_width, norm.vmax)
     bar = figure.colorbar(mesh, ax=panels, aspect=30, shrink=0.5, pad=0.02, anchor=(0, 1), ticks=marks)
@@ -98,7 +98,7 @@ def colorbar(figure: Figure, mesh: ScalarMappable, panels: np.ndarray, text: str
 
 
 def _edges(alphas: np.ndarray) -> np.ndarray:
-    """The borders of cells around positions: halfway to the next; as far on the outside."""
+    """Borders of the cells: halfway between positions, and as far on the outside."""
     if len(alphas) == 1:
         return np.array([alphas[0] - 0.5, alphas[0] + 0.5])
     middle = (alphas[1:] + alphas[:-1]) / 2

@@ -56,23 +56,23 @@ _LOSS = _Quantity("loss", "rise_se", "barrier", "barrier_alpha", 1, 2, _TRIANGLE
 
 @drawing
 def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
-    """Figure 1: accuracy (top) and loss (bottom) over alpha, one column per data set.
+    """Draw accuracy (top) and loss (bottom) over alpha, as in Figure 1; one column per data set.
 
-    One colour per model; dashed with open markers where no alpha beats zero-shot. A star marks the
-    best alpha where one does, a triangle the highest loss where it lies above zero-shot; the
-    largest gain and the deepest barrier of each data set are measured off and written out with
-    their 95 % intervals. Bands are pointwise 95 % intervals of the difference to zero-shot, paired
-    over samples. Losses that are not finite leave gaps, and are counted below the figure.
+    One colour per model; dashed with open markers if no alpha beats zero-shot. A star marks the best alpha
+    if one does, a triangle the highest loss if it lies above zero-shot. The largest gain and the deepest
+    barrier of each data set are annotated with their 95 % intervals. Bands are pointwise 95 % intervals of
+    the difference to zero-shot, paired over samples. Losses that are not finite leave gaps and are counted
+    below the figure.
 
     Args:
-        rows: of :func:`rft_fast.studies.interpolation`, for complete paths; or their facts.
-        file: where the picture goes; its ending chooses the format.
+        rows: rows of :func:`rft_fast.studies.interpolation`, for complete paths; or their facts.
+        file: output file; its extension selects the format.
 
     Returns:
-        The figure, already saved.
+        The figure, which is already saved.
 
     Raises:
-        ValueError: as :func:`rft_fast.studies.summarize`.
+        ValueError: :func:`rft_fast.studies.summarize` refuses the rows.
     """
     facts = as_facts(rows)
     summary, rows = facts.path, facts.part(STUDY).sort_values("alpha", kind="stable")
@@ -109,7 +109,7 @@ def _draw(
     palette: Mapping[str, Any],
     what: _Quantity,
 ) -> None:
-    """One quantity of every model on one data set, the largest change of it measured off."""
+    """Draw one quantity of every model on one data set, and annotate its largest change."""
     plain(panel)
     for level in rows.loc[rows["alpha"] == 0, what.value].unique():
         panel.axhline(what.scale * level, zorder=1, **ZERO_SHOT)

@@ -39,7 +39,7 @@ _MODELS = 4
 _UNCERTAIN: Style = {"ls": "", "marker": ".", "ms": 2.5, "color": "black", "mew": 0}
 _NEAR_ZERO: Style = {"ls": "", "marker": "o", "ms": 4, "mfc": "white", "mec": "black", "mew": 0.8}
 _BEST: Style = {"ls": "--", "lw": 1, "color": "black"}
-_STARS = "*^Dsv<>pPXhd8"  # one per out-of-distribution set, above the map
+_STARS = "*^Dsv<>pPXhd8"  # one per out-of-distribution data set, above the map
 
 
 @drawing
@@ -49,29 +49,30 @@ def layer_sharpness(
     zero_margin: float | None = None,
     straggler_margin: float | None = None,
 ) -> Figure:
-    """Figure 4: sharpness of each layer (down) at each alpha (across); one column per model.
+    """Draw the sharpness of each layer (down) at each alpha (across), as in Figure 4; one column per model.
 
-    Colours are linear near zero and logarithmic beyond, the same for all models of a row; a dot
-    marks what is not significant: its 95 % interval includes zero. On the right of the map, circles mark the
-    near-zero layers by the rule of :func:`rft_fast.studies.near_zero`, and triangles the stragglers of
-    the model on any data set, where rows of the layer-wise interpolation tell them. Dashed lines stand
-    at alpha*, the best position on each out-of-distribution set, where rows of the interpolation
-    tell it. Of more than four models, the two with the highest and the two with the lowest gain in
-    mean out-of-distribution accuracy are shown, or the first four without those rows. Other settings,
-    such as rho or the data set, have rows of their own. What is not finite is crossed out and counted.
+    Colours are linear near zero and logarithmic beyond, the same for all models of a row; a dot marks values
+    whose 95 % interval includes zero. To the right of a map, circles mark near-zero layers
+    (:func:`rft_fast.studies.near_zero`) and triangles mark stragglers on any data set, given rows of the
+    layer-wise interpolation. Given rows of the interpolation, dashed lines mark the best alpha of the whole
+    path on each out-of-distribution data set. Of more than four models, the two with the highest and the two
+    with the lowest gain in mean out-of-distribution accuracy are shown; without those rows, the first four.
+    Other settings, such as rho or the data set, have rows of their own. Values that are not finite are
+    crossed out and counted.
 
     Args:
-        rows: of :func:`rft_fast.studies.layerwise_sharpness`, and of the studies named above; or their facts.
-        file: where the picture goes; its ending chooses the format.
-        zero_margin, straggler_margin: of the near-zero layers and of the stragglers, in nats; None: the
-            default ones, or those of the facts.
+        rows: rows of :func:`rft_fast.studies.layerwise_sharpness` and of the studies named above; or their
+            facts.
+        file: output file; its extension selects the format.
+        zero_margin: margin of the near-zero layers in nats; None: that of the facts, or the default.
+        straggler_margin: margin of the stragglers in nats; None: that of the facts, or the default.
 
     Returns:
-        The figure, already saved.
+        The figure, which is already saved.
 
     Raises:
-        ValueError: as :func:`rft_fast.studies.near_zero`, :func:`rft_fast.studies.summarize` and
-            :func:`rft_fast.studies.stragglers`.
+        ValueError: :func:`rft_fast.studies.near_zero`, :func:`rft_fast.studies.summarize` or
+            :func:`rft_fast.studies.stragglers` refuses the rows.
     """
     facts = as_facts(rows, zero_margin=zero_margin, straggler_margin=straggler_margin)
     flat = facts.near_zero[facts.near_zero["near_zero"]]
@@ -125,14 +126,14 @@ def layer_sharpness(
 
 
 def _uncertain(panel: Axes, curve: pd.DataFrame, names: Sequence[str]) -> None:
-    """Dots where the sharpness may be zero; not where it is so exactly."""
+    """Mark values whose interval includes zero with dots, except exact zeros."""
     bounds = margin(curve)
     maybe = curve[(curve["sharpness"].abs() <= bounds) & (bounds != 0)]
     panel.plot(maybe["alpha"], maybe["layer"].map(names.index), zorder=3, **_UNCERTAIN)
 
 
 def _positions(panel: Axes, best: pd.DataFrame, stars: Mapping[str, str]) -> None:
-    """A line at each alpha*, and above the map what data set it belongs to."""
+    """Draw a line at each best alpha, and above the map a sign for its data set."""
     for alpha in best["best_alpha"].unique():
         panel.axvline(alpha, **_BEST)
     alphas = best.set_index("dataset")["best_alpha"]

@@ -1,4 +1,4 @@
-"""Figure 2: one layer on the path, the others held at an end."""
+"""Figure 2: one layer on the path, the others held at one end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .style import (
     wrap,
 )
 
-_WORST = 3  # curves of each model
+_WORST = 3  # curves per model
 
 
 @drawing
@@ -46,28 +46,27 @@ def layers(
     margin: float | None = None,
     models: Names | None = None,
 ) -> Figure:
-    """Figure 2: what each layer does to the loss on its own; one column per model and data set.
+    """Draw the effect of each layer alone on the loss, as in Figure 2; one column per model and data set.
 
-    On top, how far the loss rises above that at alpha = 0 (layers down, alpha across; the scale is
-    linear near zero and logarithmic beyond), with the stragglers of :func:`rft_fast.studies.stragglers`
-    marked. Below, loss and accuracy over alpha of the layers whose loss is the most unstable: three
-    of each model, shown for all. Bands are pointwise 95 % intervals of the difference to alpha = 0,
-    paired over samples. Of more than two models, those with the highest and the lowest gain in mean
-    out-of-distribution accuracy are shown, or the first two without rows of the interpolation.
-    Losses that are not finite are crossed out in the map, leave gaps, and are counted.
+    Top: rise of the loss above alpha = 0 (layers down, alpha across; linear near zero, logarithmic beyond),
+    with stragglers marked (:func:`rft_fast.studies.stragglers`). Below: loss and accuracy over alpha of the
+    layers with the most unstable loss, three of each model, shown for all. Bands are pointwise 95 %
+    intervals of the difference to alpha = 0, paired over samples. Losses that are not finite are crossed out
+    in the map, leave gaps in the curves, and are counted.
 
     Args:
-        rows: of :func:`rft_fast.studies.layerwise_interpolation`; those of the interpolation tell
-            which models fail. Or facts of such rows.
-        file: where the picture goes; its ending chooses the format.
-        margin: of the stragglers, in nats; None: the default one, or that of the facts.
-        models: those to show, however many; None: two, as said above.
+        rows: rows of :func:`rft_fast.studies.layerwise_interpolation`, and of the interpolation, which show
+            which models fail; or their facts.
+        file: output file; its extension selects the format.
+        margin: margin of the stragglers in nats; None: that of the facts, or the default.
+        models: models to show; None: those of the highest and the lowest gain in mean out-of-distribution
+            accuracy, or the first two without rows of the interpolation.
 
     Returns:
-        The figure, already saved.
+        The figure, which is already saved.
 
     Raises:
-        ValueError: as :func:`rft_fast.studies.stragglers`; ``models`` of which there are no rows.
+        ValueError: :func:`rft_fast.studies.stragglers` refuses the rows, or a model has none.
     """
     known = as_facts(rows, straggler_margin=margin)
     facts, gains = known.stragglers, known.ood_gains
@@ -130,7 +129,7 @@ def _part(rows: pd.DataFrame, model: str, others: str, dataset: str) -> pd.DataF
 
 
 def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
-    """The most unstable layers of each model, wherever they are so; not finite counts as most."""
+    """The layers with the largest instability of each model, in any column; not finite counts as largest."""
     found: dict[str, None] = {}
     for model in models:
         heights = facts.loc[[model]].groupby("layer", sort=False)["instability"].max()
@@ -141,7 +140,7 @@ def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
 
 
 def _name_models(panels: Sequence[Axes], models: Sequence[str], room: float, gains: pd.Series) -> list[str]:
-    """Names each model above the titles of its columns, which have four lines or more; returns the names."""
+    """Write each model above its columns' titles, which have four lines or more; return these headings."""
     lines = max(panel.get_title().count("\n") + 1 for panel in panels)
     headers = []
     for model in dict.fromkeys(models):
@@ -167,5 +166,5 @@ def _curves(
         margin = scale * Z95 * own[band].to_numpy()
         curve(panel, alpha, y, y - margin, y + margin, label=name, **style)
     start = part.loc[part["alpha"] == 0, value].unique()
-    if len(start) == 1:  # the same for all layers when the others are zero-shot
+    if len(start) == 1:  # the same for all layers if the others are zero-shot
         panel.axhline(scale * start[0], zorder=1, **ZERO_SHOT)

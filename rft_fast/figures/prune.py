@@ -1,4 +1,4 @@
-"""Figure 5: what pruning the stragglers does to the path."""
+"""Figure 5: the effect of pruning the stragglers on the path."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 
 @drawing
 def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
-    """Figure 5: accuracy over alpha, unpruned and pruned; one column per model, one row per data set.
+    """Draw accuracy over alpha, unpruned and pruned (Figure 5); one column per model, one row per data set.
 
-    One colour and marker per way of pruning: solid and filled for the stragglers, dotted and open for
-    the control, as many layers at random. Curves are means over mask seeds, bands reach from the lowest
-    to the highest seed; for the unpruned path the band is the 95 % interval of the difference to
-    zero-shot, paired over images. Below each panel stands the mean change of accuracy over alpha > 0,
-    with its standard error over seeds. Accuracies that are not finite leave gaps, and are counted.
+    One colour and marker per way of pruning: solid and filled for the stragglers, dotted and open for the
+    control, as many other layers at random. Curves are means over mask seeds; bands extend from the lowest
+    to the highest seed. The band of the unpruned path is the pointwise 95 % interval of the difference to
+    zero-shot, paired over images. Below each panel is the mean change of accuracy over alpha > 0, with its
+    standard error over seeds. Accuracies that are not finite leave gaps and are counted.
 
     Args:
-        rows: of :func:`rft_fast.studies.prune_stragglers`; those of the interpolation tell which
-            models fail. Or facts of such rows.
-        file: where the picture goes; its ending chooses the format.
+        rows: rows of :func:`rft_fast.studies.prune_stragglers`, and of the interpolation, which show which
+            models fail; or their facts.
+        file: output file; its extension selects the format.
 
     Returns:
-        The figure, already saved.
+        The figure, which is already saved.
 
     Raises:
-        ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
+        ValueError: there are no rows of the study, or :func:`rft_fast.studies.summarize` refuses a path.
     """
     facts = as_facts(rows)
     effects, gains = facts.pruning, facts.ood_gains
@@ -131,7 +131,7 @@ def _panel(
             handles=handles,
             loc="upper center",
             bbox_to_anchor=(0.5, 0),
-            bbox_transform=panel.transAxes + points(panel, 0, -34),  # below the axis and its name
+            bbox_transform=panel.transAxes + points(panel, 0, -34),  # below the axis and its label
             borderaxespad=0,
             fontsize=SMALL,
             frameon=False,
@@ -139,7 +139,7 @@ def _panel(
 
 
 def _label(effect: Mapping[str, Any], varying: Sequence[str]) -> str:
-    """What was pruned and what came of it; how it was, as far as there are several ways."""
+    """Number of pruned layers, the settings that vary, and the mean change of accuracy."""
     count = len(effect["layers"])
     what = "named" if effect["criterion"] == NAMED else "stragglers"
     who = f"{count} at random" if effect["control"] else f"{count} {what}"

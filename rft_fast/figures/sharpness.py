@@ -1,4 +1,4 @@
-"""Figure 3: general sharpness along the path, and against accuracy out of distribution."""
+"""Figure 3: general sharpness along the path, and out-of-distribution accuracy against it."""
 
 from __future__ import annotations
 
@@ -44,26 +44,27 @@ _END: Style = {"ls": "", "marker": "s", "ms": 5}
 
 @drawing
 def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
-    """Figure 3: general sharpness over alpha (left), and accuracy against it (right); one row per rho.
+    """Draw general sharpness over alpha (left) and accuracy against it (right), as in Figure 3.
 
-    One colour per model. On the left, dashed with open markers where no alpha beats zero-shot in mean
-    out-of-distribution accuracy; on the right, one panel per out-of-distribution set, where none beats
-    it on that set. There, each point is a model at one alpha, joined in order of alpha, with a cross
-    at zero-shot and a square at the fine-tuned end. Bars are pointwise 95 % intervals: of the sharpness
-    over draws, with Student's t, and of the accuracy over images. Other settings than rho, such as the
-    data set or the estimator, have rows of their own, too. What is not finite is counted.
+    There is one row of panels per rho, data set of the sharpness, estimator or other setting, and one colour
+    per
+    model. Left: dashed with open markers if no alpha beats zero-shot in mean out-of-distribution accuracy.
+    Right, one panel per out-of-distribution data set: dashed if none does on that set; each point is a model
+    at one alpha, joined in order of alpha, with a cross at zero-shot and a square at the fine-tuned end.
+    Bars are pointwise 95 %
+    intervals: of the sharpness over draws, by Student's t, and of the accuracy over images. Values that are
+    not finite are counted.
 
     Args:
-        rows: of :func:`rft_fast.studies.sharpness`; those of the interpolation at the same alphas
-            give the accuracies, and without them there is only the left panel, and it says so. Or facts of
-            such rows.
-        file: where the picture goes; its ending chooses the format.
+        rows: rows of :func:`rft_fast.studies.sharpness`, and of the interpolation at the same alphas, which
+            have the accuracies (without them, only the left panel is drawn, with a note); or their facts.
+        file: output file; its extension selects the format.
 
     Returns:
-        The figure, already saved.
+        The figure, which is already saved.
 
     Raises:
-        ValueError: no rows of the study, or a path that :func:`rft_fast.studies.summarize` refuses.
+        ValueError: there are no rows of the study, or :func:`rft_fast.studies.summarize` refuses a path.
     """
     facts = as_facts(rows)
     measured = of_study(facts.rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
@@ -118,7 +119,7 @@ def _bars(colour: Any) -> Style:
 
 
 def _along(panel: Axes, part: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
-    """Sharpness over alpha, a curve per model, side by side so that their bars can be told apart."""
+    """Sharpness over alpha; models are shifted sideways so that their bars do not overlap."""
     plain(panel)
     room = 0.4 * np.diff(part["alpha"].unique()).min(initial=1)
     for i, (model, colour) in enumerate(palette.items()):
@@ -129,7 +130,7 @@ def _along(panel: Axes, part: pd.DataFrame, palette: Mapping[str, Any], failures
 
 
 def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
-    """Accuracy over sharpness, the positions of a model joined."""
+    """Accuracy over sharpness, with the positions of a model joined."""
     plain(panel)
     for model, colour in palette.items():
         curve = points[points["model"] == model]
@@ -143,7 +144,7 @@ def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], fail
 
 
 def _matched(part: pd.DataFrame, accuracies: pd.DataFrame) -> pd.DataFrame:
-    """The sharpnesses with the accuracy of the same model at the same alpha, where there is one."""
+    """Join each sharpness with the accuracy of the same model at the same alpha, if there is one."""
     names = {"accuracy": "ood_accuracy", "accuracy_se": "ood_accuracy_se"}
     found = accuracies.assign(position=accuracies["alpha"].round(9)).rename(columns=names)
     return part.assign(position=part["alpha"].round(9)).merge(

@@ -1,4 +1,4 @@
-"""What all figures share: colours, sizes, legends, and how the measurement is put in words."""
+"""What figures share: colours, sizes, legends, and the description of a measurement in words."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from ..common.words import visible
 from ..studies.facts import Facts
 from ..studies.sharpness import student_t
 
-# Paul Tol's "muted" scheme: nine colours that stay apart under the common colour deficiencies.
+# Paul Tol's "muted" scheme: nine colours that stay distinct under the common colour deficiencies.
 MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
 GREY = "0.3"
 SMALL = 7.5  # points
-LINE = 0.15  # inches, of a line of a title
+LINE = 0.15  # inches, height of a line of a title
 
 _P = ParamSpec("_P")
 Style = dict[str, Any]
@@ -39,26 +39,27 @@ Place = Literal["outside upper center", "outside lower center"]
 BEATS: Style = {"ls": "-", "lw": 1.2, "marker": "o", "ms": 3}
 FAILS: Style = {"ls": (0, (3.5, 1.5)), "lw": 1.2, "marker": "o", "ms": 3.5, "mfc": "white"}
 ZERO_SHOT: Style = {"ls": ":", "lw": 1, "color": GREY}
-# Apart by line and marker, so that colour only helps.
+# Distinct by line style and marker, too.
 CURVES: list[Style] = [
     {"color": colour, "marker": marker, "ls": line, "lw": 1.2, "ms": 3}
     for colour, marker, line in zip(MUTED, "os^vDPX<>", ["-", "--", "-."] * 3, strict=True)
 ]
-# The columns that tell one measurement of sharpness from another.
+# Columns that distinguish one measurement of sharpness from another.
 SETTING = "rho dataset on estimator noise adaptive noise_batch normalized".split()
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which draws and saves without a display."""
+    """Create an empty figure of this size in inches, which needs no display."""
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def drawing(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Makes a function draw any names: ``$`` begins no formula, and control characters are written out.
+    """Decorate a drawing function so that any names are shown as they are.
 
-    What the font lacks is drawn as a box, without a warning for each character.
+    ``$`` does not start a formula, control characters are escaped, and characters that the font lacks become
+    boxes without a warning for each.
     """
 
     @functools.wraps(draw)
@@ -76,12 +77,12 @@ def drawing(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 def _shown(value: Any, shown: dict[str, str]) -> Any:
-    """Facts, tables, and lists of names, with the names as they are drawn."""
+    """Escape the names in facts, tables and lists of names; different names stay different."""
 
     def name(text: Any) -> Any:
         if not isinstance(text, str) or (new := visible(text).replace("$", r"\$")) == text:
             return text
-        while text not in shown and new in shown.values():  # two names stay two
+        while text not in shown and new in shown.values():  # different names stay different
             new += "'"
         return shown.setdefault(text, new)
 
@@ -99,44 +100,45 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
 
 
 def plain(panel: Axes) -> None:
+    """Set small tick labels and remove the spines at the top and right."""
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def points(panel: Axes, x: float, y: float) -> ScaledTranslation:
-    """A shift by so many points, for what stands beside a panel."""
+    """Offset in points, for marks beside a panel."""
     figure: Any = panel.get_figure()
     return ScaledTranslation(x / 72, y / 72, figure.dpi_scale_trans)
 
 
 def colours(count: int) -> list[Any]:
-    """Nine that the eye tells apart; beyond that, an even scale in the order of the models."""
+    """Nine distinct colours; for more models, an even scale in their order."""
     if count <= len(MUTED):
         return list(MUTED[:count])
     return list(colormaps["viridis"](np.linspace(0, 0.9, count)))
 
 
 def swatches(palette: Mapping[str, Any]) -> list[Line2D]:
-    """Entries of a legend that name the models of a palette."""
+    """Legend entries that name the models of a palette."""
     return [key(model, {"lw": 3}, color=colour) for model, colour in palette.items()]
 
 
 def curve(
     panel: Axes, x: Any, y: Any, low: Any, high: Any, shade: float = 0.15, **style: Any
 ) -> list[Line2D]:
-    """A line in a band of its colour. shade: opacity of the band."""
+    """Draw a line in a band of its colour; ``shade`` is the opacity of the band."""
     line = panel.plot(x, y, **style)
     panel.fill_between(x, low, high, color=style["color"], alpha=shade, lw=0)
     return line
 
 
 def key(label: str, style: Style, **other: Any) -> Line2D:
-    """An entry of a legend."""
+    """Create a legend entry."""
     return Line2D([], [], label=label, **{"color": GREY, **style, **other})
 
 
 def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str = "") -> float:
-    """Adds a legend in as few lines as the figure's width allows; returns its height in inches."""
+    """Add a legend in as few lines as the figure's width allows; return its height in inches."""
     for handle in handles:
         handle.set_label(fold(str(handle.get_label()), figure.get_figwidth() - 0.6))
 
@@ -169,9 +171,15 @@ def finish(
     note: str,
     names: Sequence[Line2D] = (),
 ) -> Figure:
-    """Adds legends, of marks above with a note and of names below, and saves the figure whole or not at all.
+    """Add legends, set the final height, and save the figure atomically.
 
-    height: of the rest of it, in inches. file: its ending chooses the format.
+    Args:
+        figure: the figure.
+        file: output file; its extension selects the format.
+        height: height without the legends, in inches.
+        marks: entries of the legend above the panels.
+        note: text above those entries.
+        names: entries of the legend below the panels.
     """
     legends = legend(figure, "outside upper center", marks, note)
     if names:
@@ -184,12 +192,12 @@ def finish(
 
 
 def wrap(figure: Figure, *sentences: str) -> str:
-    """The sentences as lines that fit the figure's width; empty ones are left out."""
+    """Join sentences and wrap them to the figure's width; empty ones are left out."""
     return textwrap.fill(" ".join(filter(None, sentences)), int(18 * figure.get_figwidth()))
 
 
 def fold(name: str, inches: float, size: float = SMALL) -> str:
-    """A name on as many lines as a width needs, broken at its separators if possible; nothing is left out."""
+    """Break a name into lines of this width, at separators if possible, without abbreviation."""
     most = max(8, int(110 * inches / size))
     one = r"(?:\\\$|\\(?!\$)|[^\\])"  # an escaped dollar stays one character
     pattern = rf"{one}{{1,{most}}}\Z|{one}{{{most // 2},{most}}}(?<=[/ _.-])|{one}{{1,{most}}}"
@@ -197,17 +205,17 @@ def fold(name: str, inches: float, size: float = SMALL) -> str:
 
 
 def headings(names: Sequence[str], figure: Figure, margin: float, size: float) -> list[str]:
-    """Names of columns, folded to the width of each. margin: inches of the figure without columns."""
+    """Fold names of columns to their width; ``margin``: inches of the figure's width without columns."""
     return [fold(name, (figure.get_figwidth() - margin) / len(names), size) for name in names]
 
 
 def extra(names: Iterable[str], lines: int = 1) -> float:
-    """Inches that the longest of some folded names needs beyond so many lines."""
+    """Height in inches that the longest of some folded names needs beyond so many lines."""
     return LINE * max(0, max((name.count("\n") + 1 for name in names), default=0) - lines)
 
 
 def lost(values: Iterable[float], what: str) -> str:
-    """How many of the values are not finite, as a sentence; nothing if all are."""
+    """A sentence that counts the values that are not finite; empty if there are none."""
     finite = np.isfinite(np.asarray(values, dtype=float))
     return (
         ""
@@ -217,13 +225,13 @@ def lost(values: Iterable[float], what: str) -> str:
 
 
 def margin(rows: pd.DataFrame) -> pd.Series:
-    """Half the 95 % interval of each sharpness: 0 where it is exact, NaN without a standard error."""
+    """Half-width of the 95 % interval of each sharpness: 0 if it is exact, NaN without a standard error."""
     error = rows["sharpness_se"]
     return (student_t(rows) * error).where(error != 0, 0.0)
 
 
 def unknown_errors(rows: pd.DataFrame) -> str:
-    """How many values of sharpness have no interval, as a sentence; nothing if all do."""
+    """A sentence that counts the sharpnesses without an interval; empty if there are none."""
     count = int(margin(rows).isna().sum())
     return (
         f"{count} of {len(rows)} have no standard error (a worst case, or one draw): no bar." if count else ""
@@ -231,8 +239,8 @@ def unknown_errors(rows: pd.DataFrame) -> str:
 
 
 def stated(rows: pd.DataFrame) -> str:
-    """How a sharpness was measured, as a sentence, from the columns of its rows."""
-    rows = rows[rows["draws"].fillna(1) > 0]  # where nothing is perturbed, nothing is drawn
+    """A sentence that describes how sharpness was measured, from the columns of its rows."""
+    rows = rows[rows["draws"].fillna(1) > 0]  # without perturbation there are no draws
     climbed = rows["estimator"].str.startswith("apgd").all()
     flags = [("not adaptive", "adaptive", False), ("logits normalised", "normalized", True)]
     parts = [
@@ -254,14 +262,14 @@ def stated(rows: pd.DataFrame) -> str:
 
 
 def setting(rows: pd.DataFrame) -> str:
-    """What one measurement of sharpness is told by at a glance."""
+    """The settings that identify a measurement of sharpness, in two lines."""
     first = rows.iloc[0]
     where = fold(first["dataset"], 2, 9)
     return f"$\\rho$ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
 
 
 def several(values: Iterable[Any]) -> str:
-    """Up to three values as they are, more by their ends."""
+    """Up to three values in words; the range if there are more."""
     found = sorted(values)
     texts = [
         x if isinstance(x, str) else f"{x:,}" if isinstance(x, int | np.integer) else f"{x:g}" for x in found
@@ -270,7 +278,7 @@ def several(values: Iterable[Any]) -> str:
 
 
 def short(names: Sequence[str]) -> dict[str, str]:
-    """Names of layers without what they share, and from their first number on, while they differ.
+    """Shorten layer names, as far as they stay distinct, by a shared prefix and up to their first number.
 
     ``visual.transformer.resblocks.3.attn.in_proj`` becomes ``3.attn.in_proj``.
     """
@@ -290,12 +298,12 @@ def short(names: Sequence[str]) -> dict[str, str]:
 def measures(
     table: pd.DataFrame, said: Mapping[str, str] | None = None, rho: str = r"$\rho$ = "
 ) -> pd.Series:
-    """What each row of a correlation measures, with its settings where its measure has several.
+    """Name the measure of each row of a correlation, with those of its settings that vary.
 
     Args:
-        table: of :func:`rft_fast.studies.correlation`.
-        said: measure -> its words, where they are others than its name.
-        rho: what stands before a scale of noise.
+        table: the result of :func:`rft_fast.studies.correlation`.
+        said: measure -> its name in words, if that differs.
+        rho: text before a noise scale.
     """
     layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
     words = table["measure"].map(lambda measure: (said or {}).get(measure, measure))
@@ -309,7 +317,7 @@ def measures(
 
 
 def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[str], str]:
-    """At most count models, those of the highest and the lowest gains, and a sentence that says so."""
+    """Choose at most ``count`` models, of the highest and the lowest gains, and say so in a sentence."""
     if len(models) <= count:
         return list(models), ""
     if not set(models) <= set(gains.index):
@@ -323,7 +331,7 @@ def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[st
 
 
 def heading(name: str, model: str, gains: pd.Series) -> str:
-    """The name of a model as it is drawn, and what the mean out-of-distribution accuracy says, if known."""
+    """The folded name of a model, and below it its gain, or failure, in mean out-of-distribution accuracy."""
     mode = ""
     if model in gains:
         mode = "failure" if gains[model] <= 0 else f"gain {100 * gains[model]:+.1f}"
@@ -331,4 +339,5 @@ def heading(name: str, model: str, gains: pd.Series) -> str:
 
 
 def modes_explained(gains: pd.Series) -> str:
+    """A sentence that explains :func:`heading`; empty without gains."""
     return "" if gains.empty else "Gain (in points) and failure: in mean out-of-distribution accuracy."
