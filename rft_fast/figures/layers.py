@@ -71,12 +71,10 @@ def layers(
     known = as_facts(rows, straggler_margin=margin)
     facts, gains = known.stragglers, known.ood_gains
     measured = list(facts["model"].unique())
-    if models is None:
-        models, choice = choose(measured, gains, 2)
-    else:
-        if strange := sorted(set(models) - set(measured)):
-            raise ValueError(f"layers: models without rows of the study: {', '.join(strange)}")
-        models, choice = [model for model in measured if model in models], ""
+    if strange := sorted(set(models or ()) - set(measured)):
+        raise ValueError(f"layers: models without rows of the study: {', '.join(strange)}")
+    named = [model for model in measured if models is None or model in models]
+    models, choice = choose(named, gains, 2) if models is None else (named, "")
     rows = known.part(STUDY)
     rows = rows[rows["model"].isin(models)]
     facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])
