@@ -1,4 +1,4 @@
-"""Labelled images, decoded once into the bytes that a model's normalisation expects."""
+"""Labelled images, decoded once to the bytes that a model's normalisation expects."""
 
 from typing import TYPE_CHECKING
 

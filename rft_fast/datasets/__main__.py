@@ -1,4 +1,4 @@
-"""``python -m rft_fast.datasets``: what a data set is, and what is wrong with it."""
+"""``python -m rft_fast.datasets``: describe a data set and check it for errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from ..common.words import message
 
 @program.command("datasets")
 def main(argv: Sequence[str]) -> int:
-    """0: nothing wrong was found; 1: something is wrong with the data set; 2: there is none, or the request
-    makes no sense."""
+    """Run the command.
+
+    Returns:
+        0: no error found; 1: the data set has errors; 2: not a data set, or an invalid request.
+    """
     parser = program.parser(
         "datasets",
         description="Says what a data set is, how it would be scored, and all that is wrong with it. "
@@ -65,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _path(text: str) -> pathlib.Path:
-    if not text:  # as of a variable of the shell that is not set: no path would mean this folder
+    if not text:  # as from an unset shell variable; an empty path would mean the current folder
         raise argparse.ArgumentTypeError("expected a path, got nothing; this folder is .")
     return pathlib.Path(text)
 

@@ -1,4 +1,4 @@
-"""Images of the model's size in an ``.npz``."""
+"""Reader of ``.npz`` files with images of the model's size."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ from .source import MOST_ROWS, Source, numbered, reading
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Whether it is an ``.npz``."""
+    """Whether the path is an ``.npz`` file."""
     return path.suffix == ".npz" and path.is_file()
 
 
 def source(path: pathlib.Path, where: str) -> Source:
-    """``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` integers [n]: rows of the head, and, if only
-    some of those are to be scored, ``classes`` integers [k], distinct. Grey images become RGB.
+    """Read the images of an ``.npz`` file.
 
-    Raises ValueError for anything else: no images, labels that no head has or that are not of ``classes``.
+    The arrays are ``images``, uint8 [n, h, w] or [n, h, w, 3]; ``labels``, integers [n], rows of the head;
+    and, if only some rows are to be scored among, ``classes``, distinct integers [k]. Grey images become
+    RGB.
+
+    Args:
+        path: the file.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: the file is damaged, has other arrays, or has labels that are not in ``classes`` or
+            cannot be rows of a head.
     """
     stored = files.Inputs()
     with reading(stored, path, f"{where}: {path} cannot be read as arrays"), files.opened(path) as stream:

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, read with pyarrow alone: what ``save_to_disk`` writes, and the Hub's Parquet."""
+"""Reader of Hugging Face data sets, by pyarrow alone: folders of ``save_to_disk``, and the Hub's Parquet."""
 
 from __future__ import annotations
 
@@ -26,30 +26,35 @@ from rft_fast.datasets import cache as caches
 from . import arrow_files
 from .source import MOST_ROWS, Source, numbered, open_file, open_image
 
-LABELS = ("label", "labels", "fine_label")  # which ClassLabel counts where there are several
-IN_MEMORY = 0.1  # of the free memory: Arrow files that take more are mapped
-GROUPS_KEPT = 4  # row groups of Parquet in memory: those that threads read at a time
+LABELS = ("label", "labels", "fine_label")  # names of label columns; also decide between several ClassLabels
+IN_MEMORY = 0.1  # share of the free memory; larger Arrow files are mapped
+GROUPS_KEPT = 4  # Parquet row groups in memory, for threads that read different ones
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Whether a path is a folder that ``save_to_disk`` wrote, or Parquet files, or a split of those."""
+    """Whether the path is a folder of ``save_to_disk``, a Parquet file, a folder of those, or one split."""
     if path.is_file():
         return path.suffix == ".parquet"
     return arrow_files.is_saved(path) or arrow_files.has_parquet(path)
 
 
 def source(path: pathlib.Path, where: str) -> Source:
-    """The images of one split of a Hugging Face data set.
+    """List the images of one split of a Hugging Face data set.
 
-    path: the folder of a ``Dataset``, or of a ``DatasetDict`` with one split or followed by ``/<split>``; or
-    a Parquet file, or a folder of ``<split>-00000-of-00001.parquet`` files (or with those in ``data/``),
-    likewise. There must be one Image column, and one ClassLabel or one named ``label``, ``labels`` or
-    ``fine_label``; without a ClassLabel, integers under these names are rows of the head. Arrow files are
-    in memory, large ones mapped; of Parquet a few row groups are held. Images that are not embedded are files
-    below the data set's folder, named relative to the file that lists them.
+    The data set must have one Image column, and one ClassLabel column or one named ``label``, ``labels`` or
+    ``fine_label``. Without a ClassLabel, integers under these names are rows of the head. Arrow files are
+    read into memory, or mapped if they are large; of Parquet, a few row groups are kept in memory. Images
+    that are not embedded are files below the data set's folder, named relative to the file that lists them.
 
-    Raises ValueError, naming the file, for files that are missing or damaged, columns that are not so,
-    labels that are unknown (-1) or beyond the names, and images that are neither embedded nor files.
+    Args:
+        path: the folder of a ``Dataset``; the folder of a ``DatasetDict``, followed by ``/<split>`` if it has
+            several; a Parquet file; or a folder of ``<split>-00000-of-00001.parquet`` files (or with those in
+            ``data/``), likewise.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: a file is missing or damaged, the columns do not fit, a label is unknown (-1) or has no
+            name, or an image is neither embedded nor a file. The message names the file.
     """
     try:
         import pyarrow  # noqa: F401
@@ -106,20 +111,20 @@ def source(path: pathlib.Path, where: str) -> Source:
 
 
 class _Pieces:
-    """Consecutive pieces of a table, of so many rows each."""
+    """Consecutive pieces of a table, given their numbers of rows."""
 
     def __init__(self, counts: Iterable[int]) -> None:
         self._starts = [0, *accumulate(counts)]
 
     def find(self, row: int) -> tuple[int, int]:
-        """The piece that a row is in, and where in it."""
+        """Return the piece that contains a row, and the row's position in it."""
         piece = bisect.bisect_right(self._starts, row) - 1
         return piece, row - self._starts[piece]
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Raises ValueError, which begins with ``what``, for a file that pyarrow cannot read in the block."""
+    """Raise ValueError, beginning with ``what``, if pyarrow cannot read a file in the block."""
     import pyarrow as pa
 
     try:
@@ -131,12 +136,12 @@ def _reading(what: str) -> Iterator[None]:
 
 
 class _Part(ABC):
-    """One file of a data set: what Arrow and Parquet have in common."""
+    """One file of a data set; common to Arrow and Parquet."""
 
     def __init__(
         self, file: pathlib.Path, where: str, data_set: pathlib.Path, schema: Any, rows: int
     ) -> None:
-        """data_set: its path, as it was named; images that are not embedded lie below that folder."""
+        """Images that are not embedded are files below ``data_set``, the path as the user gave it."""
         self.file = file
         self.folder = (data_set if data_set.is_dir() else file.parent).resolve()
         self.where = f"{where}: {file}"
@@ -146,11 +151,11 @@ class _Part(ABC):
 
     @abstractmethod
     def column(self, name: str) -> Any:
-        """All of a column, pyarrow.ChunkedArray."""
+        """Return a whole column, a pyarrow.ChunkedArray."""
 
     @abstractmethod
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
-        """The piece of a column that a row is in, and where in it."""
+        """Return the piece of a column that contains a row, and the row's position in it."""
 
     def labels(self, name: str) -> Tensor:
         column = self.column(name)
@@ -159,7 +164,7 @@ class _Part(ABC):
         return torch.from_numpy(column.to_numpy().astype("int64"))
 
     def check_images(self, name: str) -> None:
-        """Images that are not embedded have to lie where their paths say."""
+        """Check that images that are not embedded exist as files."""
         column = self.column(name)
         if _is_struct(column.type):
             chunks = [chunk.field("bytes") for chunk in column.chunks]
@@ -183,10 +188,11 @@ class _Part(ABC):
             )
 
     def beside(self, path: str | None) -> pathlib.Path:
-        """The file of an image that is not embedded.
+        """Return the file of an image that is not embedded.
 
-        Raises ValueError where there is no path, or one that leads out of the data set's folder, as by links:
-        whoever made the data set does not choose which other files are read.
+        Raises:
+            ValueError: there is no path, or it leads out of the data set's folder, as by links: the author
+                of a data set does not choose which other files are read.
         """
         if not path:
             raise ValueError("no path")
@@ -205,7 +211,7 @@ class _Part(ABC):
 
 
 class _ArrowPart(_Part):
-    """A file of the Arrow IPC stream format. held: in memory, else mapped."""
+    """A file of the Arrow IPC stream format, in memory if ``held``, otherwise mapped."""
 
     def __init__(self, file: pathlib.Path, where: str, data_set: pathlib.Path, held: bool) -> None:
         import pyarrow as pa
@@ -227,19 +233,19 @@ class _ArrowPart(_Part):
         if name not in self._columns:
             column = self.table.column(name)
             with _reading(f"{self.where} is damaged in {name!r}"):
-                column.validate(full=True)  # offsets beyond the file would read anything
+                column.validate(full=True)  # invalid offsets would read outside the file
             self._columns[name] = (column, _Pieces(map(len, column.chunks)))
         return self._columns[name][0]
 
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
-        self._mapped.check()  # before use: of a file that is cut short, the process would die by a signal
+        self._mapped.check()  # before use: if a mapped file is truncated, a signal kills the process
         column, pieces = self._columns[name]
         index, at = pieces.find(row)
         return column.chunk(index), at
 
 
 class _ParquetPart(_Part):
-    """A Parquet file. Rows are read by groups, of which the last few are kept."""
+    """A Parquet file, read by row groups, of which the last few stay in memory."""
 
     def __init__(self, file: pathlib.Path, where: str, data_set: pathlib.Path) -> None:
         from pyarrow import parquet
@@ -259,7 +265,7 @@ class _ParquetPart(_Part):
             return self.parquet.read([name]).column(0)
 
     def check_images(self, name: str) -> None:
-        # Reading all images to look for absent ones would take as long as decoding them: open() tells.
+        # Finding missing images would take as long as decoding them all; open() reports them.
         return
 
     def chunk(self, name: str, row: int) -> tuple[Any, int]:
@@ -275,7 +281,7 @@ class _ParquetPart(_Part):
 
 
 def _features(schema: Any, file: pathlib.Path, where: str) -> dict[str, Any]:
-    """Hugging Face's types of the columns: of the schema, else of the folder's dataset_info.json."""
+    """Hugging Face's column types, from the schema or else from ``dataset_info.json`` beside the file."""
     told = (schema.metadata or {}).get(b"huggingface")
     beside = file.with_name("dataset_info.json")
     try:
@@ -294,14 +300,14 @@ def _features(schema: Any, file: pathlib.Path, where: str) -> dict[str, Any]:
 
 
 def _is_struct(kind: Any) -> bool:
-    """Whether a column holds {bytes, path}, as an Image column does."""
+    """Whether a column is a struct {bytes, path}, as Image columns are."""
     from pyarrow import types
 
     return bool(types.is_struct(kind)) and {field.name for field in kind} >= {"bytes", "path"}
 
 
 def _columns(features: dict[str, Any], schema: Any, where: str) -> tuple[str, str]:
-    """The names of the image column and of the label column."""
+    """Names of the image column and of the label column."""
     from pyarrow import types
 
     def of(kind: str) -> list[str]:

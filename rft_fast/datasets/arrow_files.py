@@ -1,4 +1,4 @@
-"""The files of Hugging Face data sets: what ``save_to_disk`` writes, and the Hub's Parquet."""
+"""Files of Hugging Face data sets: folders of ``save_to_disk``, and the Hub's Parquet."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ _PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
 
 
 def is_saved(path: pathlib.Path) -> bool:
-    """Whether ``save_to_disk`` wrote a folder."""
+    """Whether ``save_to_disk`` wrote the folder."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def has_parquet(path: pathlib.Path) -> bool:
-    """Whether a path is a folder of Parquet files, or a split of one."""
+    """Whether the path is a folder of Parquet files, or a split of one."""
     return bool(_splits(path))
 
 
 def saved(path: pathlib.Path, where: str) -> list[pathlib.Path]:
-    """The Arrow files of a folder that ``save_to_disk`` wrote: of a Dataset, or of the one split of a
-    DatasetDict."""
+    """Return the Arrow files of a ``Dataset`` folder, or of the only split of a ``DatasetDict`` folder.
+
+    Raises:
+        ValueError: there are several splits, or files are missing.
+    """
     folder = path if (path / "state.json").is_file() else _split_folder(path, where)
     state = _json(folder / "state.json", where)
     if state.get("_indices_data_files") or state.get("_indices_files"):
@@ -44,7 +47,11 @@ def saved(path: pathlib.Path, where: str) -> list[pathlib.Path]:
 
 
 def parquet(path: pathlib.Path, where: str) -> list[pathlib.Path]:
-    """A Parquet file, or those of the one split of a folder."""
+    """Return a Parquet file, or those of the only split of a folder.
+
+    Raises:
+        ValueError: there are several splits, or files are missing.
+    """
     if path.is_file():
         return [path]
     splits = _splits(path)
@@ -77,7 +84,7 @@ def _json(file: pathlib.Path, where: str) -> dict[str, Any]:
 
 
 def _splits(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """The Parquet files of a folder or of its folder ``data`` by split; of ``folder/split``: that one."""
+    """Parquet files by split, in a folder or its subfolder ``data``; for ``folder/split``, that one alone."""
     for folder in (path, path / "data"):
         splits: dict[str, list[pathlib.Path]] = {}
         for file in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():

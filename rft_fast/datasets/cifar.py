@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, CIFAR-10.1, CIFAR-10.2 and STL-10 in the files that their authors publish."""
+"""Reader of CIFAR-10, CIFAR-100, CIFAR-10.1, CIFAR-10.2 and STL-10, in the files that were published."""
 
 from __future__ import annotations
 
@@ -27,17 +27,23 @@ from .source import Source, numbered, reading
 Array = np.ndarray[Any, Any]
 
 CIFAR10, STL10 = prompts.CLASS_NAMES["cifar10"], prompts.CLASS_NAMES["stl10"]
-CIFAR100 = tuple(name.replace(" ", "_") for name in prompts.CLASS_NAMES["cifar100"])  # as it is published
+CIFAR100 = tuple(name.replace(" ", "_") for name in prompts.CLASS_NAMES["cifar100"])  # as published
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """One way that a set is published.
+    """One published form of a data set.
 
-    test, train: patterns of the files that hold images: one for test, ``parts`` for train. read: a file's
-    images, uint8 [n, h, w, 3], and labels, integers [n]. names: where no file beside tells. meta: the file
-    that does, and its key where it is a pickle. generic: the folder's published name, where the files' names
-    say too little; in another folder the meta file has to be there too.
+    Attributes:
+        title: name of the data set.
+        test: pattern of the file with test images.
+        train: pattern of the files with training images.
+        read: returns a file's images, uint8 [n, h, w, 3], and labels, integers [n].
+        names: class names, if no file beside has them.
+        meta: the file with class names, and the key if it is a pickle.
+        generic: name of the published folder, if file names alone are too general; in other folders, ``meta``
+            must exist, too.
+        parts: number of training files.
     """
 
     title: str
@@ -50,7 +56,7 @@ class _Layout:
     parts: int = 1
 
     def files(self, folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-        """Those of a split that are there."""
+        """Files of a split that exist."""
         pattern = self.test if split == "test" else self.train
         if self.generic and self.meta and folder.name != self.generic:
             if not (folder / self.meta[0]).is_file():
@@ -60,18 +66,22 @@ class _Layout:
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Whether a path is such a folder, one of its files, or such a folder with /test or /train behind."""
+    """Whether the path is such a folder (or followed by ``/test`` or ``/train``), or one of its files."""
     return bool(_found(path))
 
 
 def source(path: pathlib.Path, where: str) -> Source:
-    """The images of such a set: its test split, or what the path names.
+    """Read the images of such a data set.
 
-    path: a folder; a folder followed by ``/test`` or ``/train``; or one file of images. Labels are rows of
-    the class names that lie beside, else of the published ones; CIFAR-100's are the fine ones. Pickles are
-    read without being run (:mod:`rft_fast.datasets.pickled_arrays`).
+    Labels are rows of the class names beside the files, or else of the published ones; CIFAR-100 has its fine
+    labels. Pickles are parsed, never executed (:mod:`rft_fast.datasets.pickled_arrays`).
 
-    Raises ValueError, naming the file, for anything missing, damaged or of another size than it says.
+    Args:
+        path: a folder (its test split), a folder followed by ``/test`` or ``/train``, or one file of images.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another size than it states. The message names it.
     """
     found = _found(path)
     names = [file.name for _, paths in found for file in paths]
@@ -109,7 +119,7 @@ def source(path: pathlib.Path, where: str) -> Source:
 
 
 def _found(path: pathlib.Path) -> list[tuple[_Layout, list[pathlib.Path]]]:
-    """The layouts that are at a path, and the files of images that it names."""
+    """Layouts that exist at a path, with their files of images."""
     found = []
     for layout in _LAYOUTS:
         if path.is_dir():
@@ -157,7 +167,7 @@ def _class_names(layout: _Layout, folder: pathlib.Path, where: str) -> tuple[str
 
 
 def _pickled(key: str) -> Callable[[pathlib.Path], tuple[Array, Array]]:
-    """Reads the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
+    """Reader of the Python version: a dict with ``data``, uint8 [n, 3072] by planes, and labels."""
 
     def read(file: pathlib.Path) -> tuple[Array, Array]:
         batch = _read_pickle(file)
@@ -174,8 +184,7 @@ def _pickled(key: str) -> Callable[[pathlib.Path], tuple[Array, Array]]:
 
 
 def _records(head: int) -> Callable[[pathlib.Path], tuple[Array, Array]]:
-    """Reads the binary version: for each image ``head`` bytes of labels, of which the last counts, and 3,072
-    of pixels, by planes."""
+    """Reader of the binary version: ``head`` bytes of labels (the last one counts), 3,072 bytes of pixels."""
 
     def read(file: pathlib.Path) -> tuple[Array, Array]:
         records = _whole_records(file, head + 3072)
@@ -185,7 +194,7 @@ def _records(head: int) -> Callable[[pathlib.Path], tuple[Array, Array]]:
 
 
 def _stl10(file: pathlib.Path) -> tuple[Array, Array]:
-    """Reads STL-10: planes of 96 x 96, column by column; labels from 1 in another file."""
+    """Read STL-10: planes of 96 x 96, column by column; labels from 1 in another file."""
     pixels = _whole_records(file, 3 * 96 * 96).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
     labels = _beside(file, file.name.replace("_X", "_y"))
     numbers = np.frombuffer(on_disk.read_bytes(labels), np.uint8).astype(np.int64)
@@ -197,18 +206,18 @@ def _stl10(file: pathlib.Path) -> tuple[Array, Array]:
 
 
 def _cifar101(file: pathlib.Path) -> tuple[Array, Array]:
-    """Reads CIFAR-10.1: two ``.npy`` files."""
+    """Read CIFAR-10.1: two ``.npy`` files."""
     labels = _beside(file, file.name.replace("_data", "_labels"))
     return _npy(file), _npy(labels)
 
 
 def _cifar102(file: pathlib.Path) -> tuple[Array, Array]:
-    """Reads CIFAR-10.2: an ``.npz``, or as it was first published a dict in an ``.npy``."""
+    """Read CIFAR-10.2: an ``.npz``, or as first published a dict in an ``.npy``."""
     if file.suffix == ".npz":
         try:
             with on_disk.opened(file) as stream, zipfile.ZipFile(stream) as archive:
                 return _member(archive, "images"), _member(archive, "labels")
-        except Exception as error:  # a damaged archive surfaces as almost any exception
+        except Exception as error:  # damaged archives raise almost anything
             raise ValueError(f"no archive with images and labels: {error}") from error
     stream = io.BytesIO(on_disk.read_bytes(file))
     shape, _, dtype = _header(stream)
@@ -243,7 +252,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> Array:
 
 
 def _array(stream: IO[bytes], name: str, size: int) -> Array:
-    """An array in numpy's format, of a file of so many bytes."""
+    """Read an array in numpy's format from a file of ``size`` bytes."""
     shape, fortran, dtype = _header(stream)
     data = stream.read(_sized(name, shape, dtype, size - stream.tell()))
     _sized(name, shape, dtype, len(data))
@@ -254,12 +263,12 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         return readers[np.lib.format.read_magic(stream)](stream)
-    except Exception as error:  # numpy lets almost anything through on damaged headers
+    except Exception as error:  # numpy raises almost anything on damaged headers
         raise ValueError(f"the head of an array cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -> int:
-    """The bytes that an array takes: positive, and those that are there."""
+    """Size of an array in bytes; must be positive and equal to ``held``."""
     if dtype.hasobject:
         raise ValueError(f"{name} holds objects, expected numbers")
     size = math.prod(shape) * dtype.itemsize
@@ -280,7 +289,7 @@ def _beside(file: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _entries(value: object) -> dict[str, Any]:
-    """A dict by text keys, whichever Python wrote it."""
+    """A dict with text keys, from Python 2 or 3."""
     return {_text(key): entry for key, entry in _expect(value, dict).items()}
 
 

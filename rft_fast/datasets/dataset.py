@@ -1,4 +1,4 @@
-"""A data set as it is scored: decoded images, their labels, and the rows of the head that they are among."""
+"""A data set ready for scoring: decoded images, their labels, and the rows of the head to score among."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from rft_fast.common.words import some
 class Dataset:
     """Decoded images and their labels.
 
-    images: uint8 [n, 3, h, w] on the CPU, n at least 1. labels: int64 [n], each a row of the head.
-    mean, std: per channel; the model sees ``(images / 255 - mean) / std``.
-    classes: int64 [k], distinct head rows to score among, or None for all of them. Labels stay rows
-        of the whole head, and must be among ``classes``.
-    ood: whether the set is out of distribution for the fine-tuned models.
-    class_names: the name of every class that is scored, in the order of ``classes`` (of the rows, where
-        those are None), where the source tells and each class is one row; else empty.
-    skipped: how many images could not be read and are therefore missing here.
-    groups: int64 [k], for each of ``classes`` the row that it counts as, where several rows of the head are
-        right for one class; labels are such rows. An image is right if the largest of its logits is of a
-        row that counts as its label, and its loss is -log of the sum of their probabilities. None: each
-        row counts as itself.
+    Args:
+        name: name of the data set.
+        images: uint8 [n, 3, h, w] on the CPU, n at least 1.
+        labels: int64 [n] on the CPU, each a row of the head.
+        mean: per channel; the model sees ``(images / 255 - mean) / std``.
+        std: per channel, above 0.
+        classes: int64 [k], distinct rows of the head to score among; None: all. Labels are rows of the whole
+            head and must be among ``classes``.
+        ood: whether the data set is out of distribution for the fine-tuned models.
+        class_names: names of the scored classes, in the order of ``classes`` (of the rows, if that is None);
+            empty if unknown, or if a class has several rows.
+        skipped: number of images that could not be read and are missing here.
+        groups: int64 [k], for each of ``classes`` the row that it counts as, if several rows of the head are
+            right for a class; None: each row counts as itself. Labels are such rows. An image is correct if
+            the row of its largest logit counts as its label; its loss is -log of the summed probability of
+            the rows that do.
 
-    Raises TypeError or ValueError for fields that are not so.
+    Raises:
+        TypeError: a field has a wrong type.
+        ValueError: a field has a wrong shape, dtype or value.
     """
 
     name: str
@@ -84,17 +90,19 @@ class Dataset:
 
 
 def subset(dataset: Dataset, samples: int, seed: int = 0) -> Dataset:
-    """Some of a data set's images at random: of a whole set, those that ``load`` would have drawn.
+    """Draw a random subset of a data set: of a whole data set, the one that ``load`` would have drawn.
 
-    As many as asked for, all readable; ``skipped`` remains the number of images that the data set lacks,
-    which could not be drawn. Raises ValueError for fewer than one sample, or more than there are images.
+    All of its images are readable; ``skipped`` remains the number of images that the data set lacks.
+
+    Raises:
+        ValueError: ``samples`` is below 1 or exceeds the number of images.
     """
     chosen = choose(len(dataset.labels), samples, seed, f"datasets: {dataset.name!r}")
     return replace(dataset, images=dataset.images[chosen], labels=dataset.labels[chosen])
 
 
 def choose(count: int, samples: int | None, seed: int, where: str) -> Tensor:
-    """int64 [samples], positions drawn from ``count`` without replacement, in order. None: all."""
+    """Draw positions from ``range(count)`` without replacement: int64 [samples], ascending; None: all."""
     if samples is None:
         return torch.arange(count)
     if samples < 1:
@@ -104,7 +112,7 @@ def choose(count: int, samples: int | None, seed: int, where: str) -> Tensor:
             f"{where}: {samples} samples asked for, but it has only {count} images; ask for {count} or fewer "
             "of every set, or for all (no number)"
         )
-    # RandomState's stream is frozen for good, so a seed means the same images everywhere.
+    # RandomState's stream is frozen, so a seed selects the same images everywhere.
     return torch.from_numpy(np.sort(np.random.RandomState(seed).permutation(count)[:samples]))
 
 

@@ -1,4 +1,4 @@
-"""From stored images to the bytes that open_clip's evaluation transform makes of them, with all threads."""
+"""Decodes stored images to the bytes of open_clip's evaluation transform, on all threads."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from rft_fast.names import FOLDERS
 
 from .source import Source
 
-# Images that may be decoded ahead of the one that is written: the disk's pauses do not stop decoding, and
-# a slow disk does not fill the memory.
+# Images decoded ahead of the one being written: pauses of the disk do not stop decoding, and a slow disk does
+# not fill the memory.
 AHEAD = 512
 
-# Modes that become RGB bytes as ImageFolder makes them. Of the others, such as 16-bit grey or floats, only
-# a part of the range would be left, and most images would be white.
+# Modes that convert to RGB bytes, as in ImageFolder. Of others, such as 16-bit grey or floats, only a part
+# of the range would remain, and most images would be white.
 MODES = frozenset(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
 
 Progress = Callable[[int, int], object]
@@ -42,13 +42,13 @@ _Result = TypeVar("_Result")
 
 
 def cached(source: Source, preprocess: Preprocess) -> caches.Source:
-    """What the decoded images of a source come from, for the cache."""
+    """Describe for the cache what the decoded images of a source are made from."""
     transform: dict[str, object] = {
         "resize_mode": preprocess.resize_mode,
         "interpolation": preprocess.interpolation,
         "fill_color": preprocess.fill_color,
     }
-    if source.kind not in FOLDERS:  # these are one and the same to the decoder
+    if source.kind not in FOLDERS:  # which are all decoded in the same way
         transform["kind"] = source.kind
     if source.trim:
         transform["trim"] = source.trim
@@ -70,7 +70,14 @@ def read(
     skip_unreadable: bool,
     where: str,
 ) -> tuple[Tensor, list[int]]:
-    """The chosen images, uint8 [readable, 3, h, w], and the positions in ``chosen`` of those."""
+    """Decode the chosen images, or take them from the cache.
+
+    Returns:
+        The readable images, uint8 [readable, 3, h, w], and their positions in ``chosen``.
+
+    Raises:
+        ValueError: an image cannot be read and ``skip_unreadable`` is false, or none can be read.
+    """
     transform = pixel_transform(preprocess)
     unreadable: dict[int, str] = {}
 
@@ -104,7 +111,7 @@ def read(
             warnings.warn(f"{where}: {failures}; they are left out", stacklevel=4)
         pixels = images.take()
     readable = [position for position in range(len(chosen)) if position not in unreadable]
-    for new, old in enumerate(readable):  # closed up in place, as two of a large set may not fit
+    for new, old in enumerate(readable):  # in place, as two copies of a large set may not fit
         if new != old:
             pixels[new] = pixels[old]
     return pixels[: len(readable)], readable
@@ -113,7 +120,7 @@ def read(
 def decode(
     source: Source, transform: Callable[[Image.Image], Image.Image], index: int
 ) -> caches.Pixels | str:
-    """A decoded image, uint8 [3, h, w], or why there is none."""
+    """Decode an image: uint8 [3, h, w], or the reason why it cannot be decoded."""
     try:
         with source.open(index) as image:
             if image.mode not in MODES:
@@ -127,18 +134,18 @@ def decode(
 
 
 def examine(source: Source, index: int) -> tuple[str, tuple[int, int]] | str:
-    """Mode and (width, height) of a stored image that can be decoded whole, or why it cannot."""
+    """Mode and (width, height) of a stored image if it can be decoded, otherwise the reason."""
     try:
         with source.open(index) as image:
             image.load()
             _trimmed(image, source.trim)
             return image.mode, image.size
-    except Exception as error:  # as above
+    except Exception as error:
         return f"{source.place(index)} ({error})"
 
 
 def loss(mode: str) -> str:
-    """Why images of a mode are refused."""
+    """The reason why images of a mode are refused."""
     return f"of mode {mode}, which RGB bytes cannot hold: convert it to 8 bits by the scale that is meant"
 
 
@@ -153,17 +160,17 @@ def _trimmed(image: Image.Image, border: int) -> Image.Image:
 
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
-    # Pillow decodes and resizes outside of Python's lock, so threads share the work well.
+    # Pillow decodes and resizes without holding Python's lock, so threads scale well.
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what is queued
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the queue
 
 
 @contextmanager
 def whole_images_only() -> Iterator[None]:
-    """Truncated images are errors, whatever another library has told Pillow to make of them."""
+    """Make truncated images an error, whatever another library set in Pillow."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -175,7 +182,7 @@ def whole_images_only() -> Iterator[None]:
 def ahead(
     pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], most: int = AHEAD
 ) -> Iterator[_Result]:
-    """``pool.map``, but with at most ``most`` results that wait to be taken."""
+    """``pool.map`` with at most ``most`` results that wait to be used."""
     queue: deque[Future[_Result]] = deque()
     for item in items:
         queue.append(pool.submit(work, item))
@@ -186,10 +193,15 @@ def ahead(
 
 
 def pixel_transform(preprocess: Preprocess) -> Callable[[Image.Image], Image.Image]:
-    """open_clip's evaluation transform up to the point where pixels are still bytes.
+    """open_clip's evaluation transform up to the point where pixels are still bytes: resize, crop or pad.
 
-    Resize, crop or pad. What follows there is ``/ 255`` and the normalisation, which the evaluator
-    does on the device. Takes and returns RGB images.
+    The rest, ``/ 255`` and normalisation, is done by the evaluator on the device.
+
+    Returns:
+        A function from RGB images to RGB images.
+
+    Raises:
+        RuntimeError: this version of open_clip builds its transform in another way.
     """
     whole = open_clip.image_transform(
         preprocess.size,

@@ -1,4 +1,4 @@
-"""What a data set on disk is, and everything that is wrong with it."""
+"""Describes a data set on disk and finds its errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .maps import LabelMap, read_map
 from .naming import fold
 from .source import Source
 
-SHOWN = 20  # names in a line about what is wrong
+SHOWN = 20  # names listed per problem
 
-# Images in each class, where it is the same for all.
+# Images per class, if it is the same for all.
 _EACH = {"ImageNet": 50, "ImageNetV2": 10}
 _PUBLISHED = {
     "ImageNet": (50_000,),
@@ -33,7 +33,7 @@ _PUBLISHED = {
     "ImageNet-R": (30_000,),
     "ImageNet-A": (7_500,),
     "ObjectNet": (imagenet.OBJECTNET_IMAGES,),
-    # test, and training
+    # test and training images
     "CIFAR-10": (10_000, 50_000),
     "CIFAR-10.1": (2_000, 2_021),
     "CIFAR-10.2": (2_000, 10_000),
@@ -45,8 +45,13 @@ _COPY = re.compile(r"[\s_-]*(\(\d+\)|copy(\s*\d+)?|\d*~)$", re.IGNORECASE)
 
 @dataclass
 class Report:
-    """facts: lines to read. problems: what would make scores wrong, or stop a sweep. unchecked: what could
-    not be checked, so that a set without problems is not sound yet."""
+    """The result of an examination, as lines of text.
+
+    Attributes:
+        facts: what was found.
+        problems: errors that would make scores wrong, or stop a sweep.
+        unchecked: checks that could not be made, so that the data set is not known to be sound.
+    """
 
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -69,13 +74,19 @@ def examine(
     quick: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Report:
-    """Everything about a data set that can be told without a model.
+    """Examine a data set, as far as possible without a model.
 
-    kind, rows, label_map: as :func:`rft_fast.datasets.load` has them; for ImageNet and its relatives ``rows``
-    are ImageNet's by default. quick: nothing is decoded. progress: called with (images decoded, in all).
+    Args:
+        path: where it is.
+        kind: its format, as in :func:`rft_fast.datasets.load`; None: detected.
+        rows: rows of the head, as there; None: ImageNet's, for ImageNet and its relatives.
+        label_map: as there.
+        quick: list the images without decoding them.
+        progress: called with (images decoded, images in all).
 
-    Raises ValueError for what cannot be listed at all: no data set, or one of several; and for a file that is
-    no label map.
+    Raises:
+        ValueError: the images cannot be listed, as the path has no data set or several; or the file is not a
+            label map.
     """
     report = Report()
     if isinstance(label_map, pathlib.Path) or (isinstance(label_map, str) and label_map != ORDER):
@@ -102,18 +113,20 @@ def examine(
 def write_labels(
     path: pathlib.Path, file: pathlib.Path, kind: Kind | None = None, rows: Rows | None = None
 ) -> str:
-    """Begins a label map: the rows that are known, and a question mark for each class whose row is not.
+    """Write a draft of a label map: known rows, and a question mark for every class whose row is unknown.
 
     Args:
-        path, kind, rows: as :func:`examine` has them.
-        file: a new ``.csv``.
+        path: the data set.
+        file: a new ``.csv`` file.
+        kind: as for :func:`examine`.
+        rows: as for :func:`examine`.
 
     Returns:
-        What was written, in words.
+        A summary in words.
 
     Raises:
-        ValueError: no data set with named classes, no head, or a file of another name.
-        FileExistsError: the file is there.
+        ValueError: the data set has no class names, the head is unknown, or ``file`` is not ``.csv``.
+        FileExistsError: ``file`` exists.
     """
     path = kinds.named(path)
     source = kinds.open_source(path.name, path, kind)
@@ -135,7 +148,7 @@ def write_labels(
 
 
 def _title(source: Source) -> str:
-    """Which published set it is, as far as its classes and files tell; else empty."""
+    """Name of the published data set, as far as classes and files show it; else empty."""
     if source.kind == "objectnet":
         return "ObjectNet"
     if source.kind == "imagenet-v2":
@@ -180,9 +193,9 @@ def _count(report: Report, source: Source, title: str) -> None:
             f"{len(wrong)} classes have not the {_EACH[title]} images of {title}: {some(wrong, SHOWN)}"
         )
     wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
-    if len(wnids) < len(names) and (lost := imagenet.almost(wnids)[1]):  # else told of the rows
+    if len(wnids) < len(names) and (lost := imagenet.almost(wnids)[1]):  # otherwise reported with the rows
         report.problems.append(f"{len(lost)} of the classes of {title} are missing: {some(lost, SHOWN)}")
-    if source.kind not in TREES:  # of those it is known already
+    if source.kind not in TREES:  # where the reader reports it
         if empty := [name for name, count in counts.items() if not count]:
             report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")
     if source.kind == "objectnet" and len(names) != imagenet.OBJECTNET_FOLDERS:
@@ -192,7 +205,7 @@ def _count(report: Report, source: Source, title: str) -> None:
 
 
 def _look_for_copies(report: Report, source: Source) -> None:
-    """Class folders that are copies of others, by their names or their files."""
+    """Find class folders that are copies of others, by name or by content."""
     alike: dict[str, list[str]] = {}
     for name in source.class_names:
         alike.setdefault(fold(_COPY.sub("", name)), []).append(name)
@@ -222,12 +235,12 @@ def _look_for_copies(report: Report, source: Source) -> None:
 
 
 def _same(firsts: Sequence[tuple[str, pathlib.Path]]) -> list[list[str]]:
-    """Classes, of which each has a first file, by what that holds: those of which there are several."""
+    """Groups of classes whose first files are equal."""
     if len(firsts) < 2:
         return []
     found: dict[bytes, list[str]] = {}
     for name, file in firsts:
-        with suppress(OSError):  # told when it is decoded
+        with suppress(OSError):  # reported on decoding
             found.setdefault(blake2b(file.read_bytes()).digest(), []).append(name)
     return [group for group in found.values() if len(group) > 1]
 

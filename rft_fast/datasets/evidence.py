@@ -1,5 +1,4 @@
-"""What shows which rows of a head the classes of a data set are: names, WordNet ids, numbers; and what is
-missing where nothing does."""
+"""Finds the rows of a head that the classes of a data set are: by names, WordNet ids or numbers."""
 
 from __future__ import annotations
 
@@ -22,17 +21,25 @@ CURE = (
 _NAME_HEAD = ", or name the head's rows (--class-names)"
 _ALIKE = "case, spaces and Unicode forms do not count"
 
-# Heads of so many unnamed rows are taken to be in the order of these classes. STL-10 is not among them: its
-# ten classes are others than CIFAR-10's, and in another order.
+# Heads with as many unnamed rows are taken to be in the order of these classes. STL-10 is not included: it
+# has other classes than CIFAR-10, in another order.
 _BUILT_IN = {"CIFAR-10": prompts.CLASS_NAMES["cifar10"], "CIFAR-100": prompts.CLASS_NAMES["cifar100"]}
-_IN_PLACE = 0.95  # of a list's names at their own place show that the list is in the head's order
+_IN_PLACE = 0.95  # share of names in their place that shows that a list is in the head's order
 
-_Candidates = Sequence[Collection[int]]  # for each class the rows that it may be
+_Candidates = Sequence[Collection[int]]  # for each class the rows that it may have
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a head. count: how many. names: of their classes, in order, where they are known."""
+    """The rows of a head.
+
+    Args:
+        count: number of rows.
+        names: their class names, in order; empty if unknown.
+
+    Raises:
+        ValueError: no rows, or another number of names.
+    """
 
     count: int
     names: tuple[str, ...] = ()
@@ -46,7 +53,14 @@ class Rows:
 
 
 def by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
-    """The rows of classes that have names, and what shows them."""
+    """Find the rows of named classes.
+
+    Returns:
+        The rows of each class, and the kind of evidence in words.
+
+    Raises:
+        ValueError: the evidence is missing or contradictory.
+    """
     names = source.class_names
     own = own_rows(names, rows)
     if len(names) == rows.count and (found := matched(own, _is_list(names, rows, own))):
@@ -87,7 +101,7 @@ def by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
 
 
 def proposed(source: Source, rows: Rows) -> dict[str, int | None]:
-    """For each class the row that its name alone shows; None where it shows none, several, or another's."""
+    """The row that each class name alone indicates; None if there is none, several, or another has it."""
     names, of_head = source.class_names, imagenet_rows(rows) or {}
     classes = [[of_head[row] for row in of if row in of_head] for of in imagenet.candidates(names)]
     own = own_rows(names, rows)
@@ -96,10 +110,12 @@ def proposed(source: Source, rows: Rows) -> dict[str, int | None]:
 
 
 def matched(candidates: _Candidates, in_place: bool = False, unknown: bool = False) -> list[int] | None:
-    """A row for each class, none twice, where there is no doubt.
+    """Choose distinct rows for all classes, or return None if there is doubt.
 
-    in_place: a few names may be those of several rows, in a list that is otherwise in the rows' order.
-    unknown: or of none.
+    Args:
+        candidates: rows that each class may have.
+        in_place: accept a few classes with several candidates, if the list is otherwise in the rows' order.
+        unknown: accept a few without any, too.
     """
     found = [next(iter(rows)) for rows in candidates if len(rows) == 1]
     if len(found) == len(candidates):
@@ -112,14 +128,13 @@ def matched(candidates: _Candidates, in_place: bool = False, unknown: bool = Fal
 
 
 def own_rows(names: Sequence[str], rows: Rows) -> _Candidates:
-    """The rows that are named as each class."""
+    """The rows with the name of each class."""
     named = places(rows.names)
     return [named.get(fold(name), ()) for name in names]
 
 
 def _is_list(names: Sequence[str], rows: Rows, own: _Candidates) -> bool:
-    """Whether nothing speaks against names being the very list of the head's: none of them is written exactly
-    as that of another row alone."""
+    """Whether the names may be the head's own list: none is spelled exactly as only another row is."""
     for place, (name, alike) in enumerate(zip(names, own, strict=True)):
         exact = {row for row in alike if composed(rows.names[row]) == composed(name)}
         if exact and place not in exact:
@@ -128,12 +143,13 @@ def _is_list(names: Sequence[str], rows: Rows, own: _Candidates) -> bool:
 
 
 def imagenet_rows(rows: Rows, among: Collection[int] = ()) -> dict[int, int] | None:
-    """ImageNet's class -> the row of a head; None for a head of other classes.
+    """Map ImageNet's classes to the rows of a head; None for a head of other classes.
 
-    Of 1,000 rows without names it is taken that they are in ImageNet's order.
+    1,000 rows without names are taken to be in ImageNet's order.
 
     Args:
-        among: the only classes that the rows can be, which decides what ``missile`` is where that is known.
+        rows: rows of the head.
+        among: the only ImageNet classes that the rows can be; resolves ambiguous names such as ``missile``.
     """
     whole = rows.count == imagenet.CLASSES
     if not rows.names:
@@ -142,12 +158,12 @@ def imagenet_rows(rows: Rows, among: Collection[int] = ()) -> dict[int, int] | N
         classes = imagenet.candidates(rows.names)
         if among:
             classes = [of.intersection(among) for of in classes]
-        found = matched(classes, in_place=whole, unknown=whole)  # people improve on a few names
+        found = matched(classes, in_place=whole, unknown=whole)  # a few names are often edited
     return None if found is None else {row: place for place, row in enumerate(found)}
 
 
 def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, int]) -> list[int]:
-    """The rows of ImageNet's classes, of which a published set must not lack a few."""
+    """Rows of ImageNet classes; refuses a published data set that lacks a few of its classes."""
     if lost := [name for name, row in zip(names, classes, strict=True) if row not in row_of]:
         raise ValueError(
             f"{len(lost)} of {len(names)} classes are not among the head's: {some(lost)}; {CURE}"
@@ -178,12 +194,12 @@ def _built_in(names: Sequence[str]) -> tuple[str, list[int]] | None:
 
 
 def elsewhere(names: Sequence[str], order: Sequence[int], own: _Candidates) -> list[str]:
-    """The classes whose names are those of other rows than their order says."""
+    """Classes whose names are those of other rows than ``order`` states."""
     return [name for name, row, of in zip(names, order, own, strict=True) if len(of) == 1 and row not in of]
 
 
 def ordered(names: Sequence[str]) -> list[int]:
-    """The row of each class by its place, or by its number if all are consecutive numbers."""
+    """The row of each class: its place, or its number if all names are consecutive numbers."""
     found = numbers(names)
     return [number - min(found) for number in found] or list(range(len(names)))
 
@@ -192,7 +208,7 @@ def single(rows: Sequence[int]) -> Answers:
     return [(row,) for row in rows]
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- messages -----------------------------------------------------------------------------------------
 
 
 def both(names: Sequence[str], rows: Rows) -> str:

@@ -1,4 +1,4 @@
-"""A data set by its path: listed, matched with a head, decoded."""
+"""Loads a data set from a path: listed, matched with a head, decoded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ from .source import Source
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A data set that is listed and matched with a head, of which nothing is decoded yet.
+    """A data set that is listed and matched with a head, but not decoded.
 
-    source: where its images are. chosen: which of them are scored, as what. class_names: of those scored, as
-    :class:`Dataset` has them.
+    Attributes:
+        name: name of the data set.
+        source: its images on disk.
+        chosen: the images to score, and their labels.
+        class_names: names of the scored classes, as in :class:`Dataset`.
+        preprocess: what the model expects.
     """
 
     name: str
@@ -42,11 +46,11 @@ class Found:
 
     @property
     def count(self) -> int:
-        """Images that are scored, if all can be read."""
+        """Number of images to score, if all can be read."""
         return len(self.chosen.images)
 
     def undecoded(self, cache: pathlib.Path | None = None) -> int:
-        """How many images :meth:`load` would have to decode, because they are not in the cache."""
+        """Number of images that :meth:`load` has to decode because the cache lacks them."""
         if self.source.pixels is not None:
             return 0
         if cache is None:
@@ -62,7 +66,7 @@ class Found:
         cache: pathlib.Path | None = None,
         skip_unreadable: bool = False,
     ) -> Dataset:
-        """The images, decoded; as :func:`load`, which raises the same."""
+        """Decode the images; arguments and errors as in :func:`load`."""
         chosen, labels, pixels, skipped = self.chosen.images, self.chosen.labels, self.source.pixels, 0
         if pixels is None:
             where = f"datasets: {self.name!r}"
@@ -87,10 +91,12 @@ class Found:
         )
 
     def time_decoding(self, seconds: float = 2.0) -> float:
-        """Seconds that each image takes to decode, with all threads at work; 0 for an ``.npz``.
+        """Measure the seconds per image that decoding takes on all threads; 0 for an ``.npz``.
 
-        Images from all over the source are decoded for about ``seconds``, without a cache, and dropped.
-        Raises ValueError if none of them can be read.
+        Images from all over the source are decoded, without a cache, for about ``seconds``.
+
+        Raises:
+            ValueError: none of them can be read.
         """
         if self.source.pixels is not None:
             return 0.0
@@ -129,10 +135,13 @@ def find(
     rows: Rows | None = None,
     label_map: LabelMap | pathlib.Path | str | None = None,
 ) -> Found:
-    """What :func:`load` with these arguments reads, listed once and not decoded.
+    """List a data set and match it with a head, without decoding; arguments as in :func:`load`.
 
-    Files are listed, an ``.npz`` is read. Nothing is written. Raises ValueError as ``load`` does, but for
-    images that cannot be read.
+    An ``.npz`` is read whole. Nothing is written.
+
+    Raises:
+        TypeError: as :func:`load`.
+        ValueError: as :func:`load`, except for images that cannot be read.
     """
     where = f"datasets: {name!r}"
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
@@ -171,33 +180,42 @@ def load(
     rows: Rows | None = None,
     label_map: LabelMap | pathlib.Path | str | None = None,
 ) -> Dataset:
-    """Read a data set, its images decoded to the bytes that open_clip's evaluation transform makes.
+    """Load a data set, with images decoded to the bytes of open_clip's evaluation transform.
 
-    path: a folder of class folders (:func:`rft_fast.datasets.folders.source`), an ``.npz`` with images of
-        the model's size (:mod:`rft_fast.datasets.arrays`), or any other kind that :data:`KINDS` knows.
-    preprocess: what the model expects (:func:`rft_fast.clip.architectures.preprocess`).
-    samples: score only that many, drawn without replacement by ``seed`` alone from those that are scored,
-        in the file's order; a smaller draw is a part of a larger one. None: all.
-    progress: called with (images at hand, images in all) while they are read.
-    cache: a directory (:func:`rft_fast.datasets.cache.directory`) where decoded images are kept, so that each
-        is decoded once as long as its file does not change. A whole set is then mapped from there, not held
-        in memory. Trouble with it is a warning and stops nothing. None: no cache.
-    skip_unreadable: leave out images that cannot be read, named in a warning and counted in ``skipped``,
-        so that as many fewer are scored; otherwise they are refused.
-    kind: what the path holds, a key of :data:`KINDS`; None: detected.
-    rows, label_map: the head's rows, and which of them the classes are (:func:`assign`).
+    Args:
+        name: name of the data set.
+        path: a folder of class folders (:func:`rft_fast.datasets.folders.source`), an ``.npz`` with images
+            of the model's size (:mod:`rft_fast.datasets.arrays`), or another of :data:`KINDS`.
+        preprocess: what the model expects (:func:`rft_fast.clip.architectures.preprocess`).
+        samples: number of images to score, drawn without replacement by ``seed`` from those that can be
+            scored, kept in their order; a smaller draw is a subset of a larger one. None: all.
+        ood: whether the data set is out of distribution for the fine-tuned models.
+        seed: seed of the draw, in [0, 2**32).
+        progress: called with (images available, images in all) while they are read.
+        cache: directory of decoded images (:func:`rft_fast.datasets.cache.directory`): each image is decoded
+            once as long as its file does not change, and a whole data set is mapped, not held in memory.
+            Problems
+            with the cache are warnings. None: no cache.
+        skip_unreadable: leave out images that cannot be read, with a warning, and count them in ``skipped``;
+            otherwise they are an error.
+        kind: format of the data set, one of :data:`KINDS`; None: detected.
+        rows: rows of the head.
+        label_map: rows of the classes (:func:`assign`).
 
-    Raises ValueError, naming the set and the path, for anything that would silently score wrong: empty
-    class folders, images outside of any class, files that are no images, unreadable or truncated images,
-    modes that RGB bytes cannot hold, gaps in numbered folders, classes that are not the head's, sizes that
-    do not fit, more samples than images.
+    Raises:
+        TypeError: ``samples`` is not an int.
+        ValueError: anything that would silently give wrong scores: empty class folders, images outside of
+            class folders, other files, unreadable images, image modes that RGB bytes cannot hold, gaps in
+            numbered
+            folders, classes that do not match the head, wrong sizes, more samples than images. The message
+            names the data set and the path.
     """
     found = find(name, path, preprocess, samples, seed, kind=kind, rows=rows, label_map=label_map)
     return found.load(ood, progress, cache=cache, skip_unreadable=skip_unreadable)
 
 
 def _names(source: Source, found: Assignment) -> tuple[str, ...]:
-    """The names of the classes scored, in the order of their rows; empty where there are none to tell."""
+    """Names of the scored classes, in the order of their rows; empty if unknown."""
     if not source.class_names or found.groups is not None:
         return ()
     rows = source.labels[found.images]

@@ -1,4 +1,4 @@
-"""Folders of class folders: ImageNet and its relatives, ObjectNet, and all that ImageFolder reads."""
+"""Reader of folders of class folders: ImageNet and its relatives, ObjectNet, anything for ImageFolder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rft_fast.names import Kind
 from . import imagenet
 from .source import PART, Source, open_file
 
-# What torchvision's ImageFolder takes for an image.
+# Extensions of images in torchvision's ImageFolder.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# Folders that hold parts of a data set, not classes. Only those to evaluate on are ever chosen.
+# Folders that hold parts of a data set, not classes. Only parts to evaluate on are chosen.
 EVALUATION = ("val", "val_in_folder", "validation", "test")
 SPLITS = (*EVALUATION, "train", "training")
 MAPPINGS = "mappings"
@@ -32,7 +32,14 @@ V2 = {str(number) for number in range(imagenet.CLASSES)}
 
 @dataclass(frozen=True)
 class Place:
-    """Where the class folders are. kind: what they are; mappings: ObjectNet's; notes: how they were found."""
+    """The location of class folders.
+
+    Attributes:
+        kind: what they are.
+        path: their parent folder.
+        mappings: ObjectNet's folder of mappings.
+        notes: how they were found.
+    """
 
     kind: Kind
     path: pathlib.Path
@@ -42,22 +49,28 @@ class Place:
 
 @dataclass(frozen=True)
 class Listing:
-    """A folder's images, and everything for which it would be refused, in words."""
+    """The images of a folder, and every reason to refuse it, in words."""
 
     source: Source
     problems: list[str]
 
 
 def source(path: pathlib.Path, where: str, kind: Kind | None = None) -> Source:
-    """The images of a folder, label i being its i-th class folder in order.
+    """List the images of a folder; label i is its i-th class folder in order.
 
-    path: the folder of class folders, or one above it, where there is no doubt: of ``imagenet/train`` and
-        ``imagenet/val`` it is ``val``. Images lie in class folders at any depth. Names that are all numbers
-        sort as numbers (``10`` after ``9``) and must be consecutive. Hidden files and folders, and notes
-        beside the class folders, are left alone.
-    kind: "folder" (as it is), "imagenet" (WordNet ids), "imagenet-v2" (0 to 999), "objectnet"; None: any.
+    Images are in class folders at any depth. Folder names that are all numbers are sorted as numbers (``10``
+    after ``9``) and must be consecutive. Hidden files and folders, and files other than images beside the
+    class folders, are ignored.
 
-    Raises ValueError for anything that would silently score wrong.
+    Args:
+        path: the folder of class folders, or one above it if there is no ambiguity: for ``imagenet/train``
+            and ``imagenet/val``, that is ``val``.
+        where: prefix of error messages.
+        kind: "folder" (as it is), "imagenet" (WordNet ids), "imagenet-v2" (0 to 999), "objectnet"; None:
+            detected.
+
+    Raises:
+        ValueError: anything that would silently give wrong scores.
     """
     try:
         listing = look(path, kind)
@@ -70,7 +83,11 @@ def source(path: pathlib.Path, where: str, kind: Kind | None = None) -> Source:
 
 
 def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
-    """As :func:`source`, but what is wrong with the classes and files is collected."""
+    """As :func:`source`, but collect the problems with classes and files.
+
+    Raises:
+        ValueError: there are no class folders.
+    """
     place = find(path, kind)
     root = place.path
     entries = sorted(root.iterdir())
@@ -135,7 +152,11 @@ def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
 
 
 def find(path: pathlib.Path, kind: Kind | None = None) -> Place:
-    """Where the class folders are and what they are. Raises ValueError where that is not clear."""
+    """Find the class folders and their kind.
+
+    Raises:
+        ValueError: there are none, they are ambiguous, or they are of another kind.
+    """
     if not path.is_dir():
         raise ValueError(f"{path} {'is no folder' if path.exists() else 'does not exist'}")
     if kind == "folder":
@@ -155,7 +176,7 @@ def find(path: pathlib.Path, kind: Kind | None = None) -> Place:
 
 
 def is_image(file: pathlib.Path) -> bool:
-    """Whether a file is there and named as an image."""
+    """Whether a file exists and has the extension of an image."""
     return file.suffix.lower() in EXTENSIONS and _status(file) is not None
 
 
@@ -182,7 +203,7 @@ def _find(path: pathlib.Path) -> Place:
 
 
 def _split(path: pathlib.Path, names: list[str]) -> Place:
-    """Of the parts of a data set the one to evaluate on, if there is no doubt which."""
+    """The part of a data set to evaluate on, if there is only one."""
     fit = [name for name in names if name in EVALUATION and _folders(path / name)]
     if len(fit) == 1:
         return _inside(path, fit[0])
@@ -199,12 +220,12 @@ def _inside(path: pathlib.Path, name: str) -> Place:
 
 
 def _is_set(path: pathlib.Path) -> bool:
-    """Whether a folder is a data set by itself, whose classes are known by their names."""
+    """Whether a folder is a data set of its own, with classes known by name."""
     if _is_mappings(path / MAPPINGS):
         return True
     names = []
     with os.scandir(path) as entries:
-        for entry in entries:  # up to the first that a data set would not have
+        for entry in entries:  # up to the first that a data set does not have
             if not entry.name.startswith("."):
                 if not (imagenet.WNID.fullmatch(entry.name) or entry.name in V2) or not entry.is_dir():
                     return False
@@ -213,13 +234,13 @@ def _is_set(path: pathlib.Path) -> bool:
 
 
 def _is_mappings(folder: pathlib.Path) -> bool:
-    with suppress(PermissionError):  # said of the class folder by whoever lists its images
+    with suppress(PermissionError):  # reported when the images of the class folder are listed
         return any((folder / name).is_file() for name in (imagenet.FOLDER_NAMES, imagenet.TO_IMAGENET))
     return False
 
 
 def _unfit(kind: Kind, root: pathlib.Path, names: list[str]) -> list[str]:
-    """What is wrong with the classes of a known kind."""
+    """Problems with the classes of a known kind."""
     if kind != "imagenet":
         return []
     if other := [name for name in names if not imagenet.WNID.fullmatch(name)]:
@@ -257,7 +278,7 @@ def _folders(path: pathlib.Path) -> list[str]:
 
 
 def _files_below(folder: pathlib.Path, loops: list[str]) -> Iterable[pathlib.Path]:
-    """All files, by their folders; ``loops`` gets the links that lead to a folder that they lie in."""
+    """Yield all files, folder by folder; append links to a folder that contains them to ``loops``."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         within, inner = pathlib.Path(parent).resolve(), []
         for name in sorted(name for name in folders if not name.startswith(".")):
@@ -271,9 +292,9 @@ def _files_below(folder: pathlib.Path, loops: list[str]) -> Iterable[pathlib.Pat
 
 
 def _status(file: pathlib.Path) -> os.stat_result | None:
-    """Of a regular file, else None."""
+    """Status of a regular file, otherwise None."""
     try:
         status = file.stat()
-    except OSError:  # such as a link to nowhere
+    except OSError:  # such as a broken link
         return None
     return status if stat.S_ISREG(status.st_mode) else None

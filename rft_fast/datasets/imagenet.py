@@ -1,4 +1,4 @@
-"""ImageNet's classes and those of its relatives: which there are, and how many images were published."""
+"""Classes of ImageNet and its relatives, and their published numbers of images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LINES = "imagenet_to_label_2012_v2"
 
 @cache
 def synsets(variant: str = "") -> tuple[str, ...]:
-    """The WordNet ids of ImageNet-1k in the order of its heads; variant "a" or "r": the 200 of that set."""
+    """WordNet ids of ImageNet-1k in the order of its heads; variant "a" or "r": the 200 of that set."""
     name = f"imagenet_{variant}_synsets.txt" if variant else "imagenet_synsets.txt"
     return tuple(_info(name).split())
 
@@ -40,7 +40,7 @@ def _info(name: str) -> str:
 
 
 def are_wnids(names: Iterable[str]) -> bool:
-    """Whether all of some class names, and at least one, are WordNet ids."""
+    """Whether all names are WordNet ids, and there is at least one."""
     names = list(names)
     return bool(names) and all(WNID.fullmatch(name) for name in names)
 
@@ -51,12 +51,12 @@ def is_imagenets(wnid: str) -> bool:
 
 
 def candidates(names: Sequence[str]) -> list[set[int]]:
-    """For each of some class names the classes of ImageNet-1k that it may be, by their usual rows.
+    """Find the ImageNet-1k classes (by their usual rows) that each class name may mean.
 
-    Known are WordNet ids, the names of OpenAI and open_clip, and WordNet's synonyms: the first one, all of
-    them, and in large sets any one; whatever stands between their words. An id or a row before such a name
-    (``n01440764_tench``) counts with it. Where a large set is written in one of these vocabularies, that one
-    decides what a name of several classes means, such as ``cardigan``, a jacket and a dog.
+    Vocabularies are WordNet ids, the names of OpenAI and open_clip, and WordNet's synonyms: the first one,
+    all of them joined, and in large data sets each one. Separators between words do not matter. An id or a
+    row before a name (``n01440764_tench``) must agree with it. If a large data set is written in one
+    vocabulary, that vocabulary resolves names of several classes, such as ``cardigan``, a jacket and a dog.
     """
     vocabularies = _vocabularies()
     if len(names) < _LARGE:
@@ -72,8 +72,8 @@ def candidates(names: Sequence[str]) -> list[set[int]]:
     return [set(rows) if rows and len(of) > 1 else of for rows, of in zip(best[0], found, strict=True)]
 
 
-_WRITTEN = 0.95  # of the names of a set in a vocabulary show that it is written in that
-_LARGE = 100  # classes: so many are in a known vocabulary by no accident
+_WRITTEN = 0.95  # share of names in a vocabulary that shows that a data set is written in it
+_LARGE = 100  # classes; as many in one vocabulary are no coincidence
 
 
 def _any_of(name: str, vocabularies: Sequence[Mapping[str, frozenset[int]]]) -> set[int]:
@@ -84,7 +84,7 @@ def _any_of(name: str, vocabularies: Sequence[Mapping[str, frozenset[int]]]) -> 
     if rows := meant(name):
         return rows
     numbered = _NUMBERED.fullmatch(name.strip())
-    if numbered is None:  # such as "crane 2": one of several that are called so
+    if numbered is None:  # such as "crane 2", one of several with that name
         rows = meant(loose(name).rstrip("0123456789"))
         return rows if len(rows) > 1 else set()
     wnid, row, rest = numbered.group("wnid", "row", "name")
@@ -96,7 +96,7 @@ _NUMBERED = re.compile(r"(?:(?P<wnid>[nN]\d{8})|(?P<row>[0-9]{1,4}))[\W_]+(?P<na
 
 @cache
 def _vocabularies() -> tuple[Mapping[str, frozenset[int]], ...]:
-    """Name -> rows: of WordNet ids, of open_clip's names, of all synonyms, of the first one, of each."""
+    """Name -> rows, for WordNet ids, open_clip's names, all synonyms joined, the first one, and each."""
     lemmas = dict(line.split("\t", 1) for line in _info("imagenet_synset_to_lemma.txt").splitlines())
     synonyms = [lemmas[wnid].split(",") for wnid in synsets()]
     tables: tuple[Sequence[Sequence[str]], ...] = (
@@ -117,17 +117,17 @@ def _vocabularies() -> tuple[Mapping[str, frozenset[int]], ...]:
 
 
 def title(names: Iterable[str]) -> str:
-    """The published set that has exactly these WordNet ids; empty if none has."""
+    """The published data set with exactly these WordNet ids; empty if there is none."""
     found = {name.lower() for name in names}
     lists = {"ImageNet-A": synsets("a"), "ImageNet-R": synsets("r"), "ImageNet-1k": synsets()}
     return next((name for name, ids in lists.items() if found == set(ids)), "")
 
 
 def almost(names: Iterable[str]) -> tuple[str, list[str]]:
-    """The published set of which these ids are the larger part but not all, and those missing.
+    """The published data set of which these ids are a large part but not all, and the missing ids.
 
-    ("", []) if there is none. Of ImageNet-1k the larger part is nine tenths, since parts of it are sets of
-    their own.
+    ("", []) if there is none. A large part is half of ImageNet-A or -R, but nine tenths of ImageNet-1k,
+    since smaller parts of it are data sets of their own.
     """
     found = {name.lower() for name in names}
     parts = (
@@ -142,10 +142,16 @@ def almost(names: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def objectnet(folder: pathlib.Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """What ObjectNet's mappings say: each folder's class, and the rows of an ImageNet head right for it.
+    """Read ObjectNet's mappings.
 
-    folder: ``mappings``. The second holds only folders that are scored. Raises ValueError, naming the file,
-    for what is missing or contradicts itself.
+    Args:
+        folder: the folder ``mappings``.
+
+    Returns:
+        The class of each folder; and, for scored folders, the rows of an ImageNet head that are right.
+
+    Raises:
+        ValueError: a file is missing or contradictory; the message names it.
     """
     labels = _object(folder / FOLDER_NAMES, str)
     to_imagenet = _object(folder / TO_IMAGENET, str)
@@ -177,7 +183,7 @@ def objectnet(folder: pathlib.Path) -> tuple[dict[str, str], dict[str, tuple[int
 
 
 def _object(file: pathlib.Path, of: type[_Value]) -> dict[str, _Value]:
-    """A JSON object whose values are all of one type."""
+    """Read a JSON object whose values are all of one type."""
     try:
         found = json.loads(files.read_text(file))
     except (OSError, ValueError) as error:

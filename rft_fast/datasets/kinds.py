@@ -1,4 +1,4 @@
-"""The formats that data sets come in, and which of them lies at a path."""
+"""Formats of data sets, and their detection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rft_fast.names import TREES
 from . import arrays, arrow, cifar, folders, shards
 from .source import Source
 
-# Formats that know their files: before class folders, as some of them are folders, too.
+# Formats that recognize their files; tried before class folders, as some of them are folders, too.
 _FORMATS: dict[names.Kind, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
 
 KINDS: dict[names.Kind, Callable[[pathlib.Path, str], Source]] = {
@@ -24,9 +24,10 @@ KINDS: dict[names.Kind, Callable[[pathlib.Path, str], Source]] = {
 
 
 def detect(path: str | PathLike[str]) -> names.Kind:
-    """The kind of what lies at a path, a key of :data:`KINDS`.
+    """Detect the format at a path, a key of :data:`KINDS`.
 
-    Raises ValueError where there is nothing of a known kind, or no telling which.
+    Raises:
+        ValueError: there is no known format, or it is ambiguous.
     """
     path = named(path)
     formats = [kind for kind, module in _FORMATS.items() if module.matches(path)]
@@ -47,13 +48,13 @@ def detect(path: str | PathLike[str]) -> names.Kind:
 
 
 def named(path: str | PathLike[str]) -> pathlib.Path:
-    """The path, of ``.`` and ``..`` in full: a folder's name and what lies beside it may tell what it is."""
+    """Resolve ``.`` and ``..``, since a folder's name and its neighbours help to detect its format."""
     path = pathlib.Path(path)
     return path.resolve() if path.name in ("", "..") else path
 
 
 def _known_folders(path: pathlib.Path) -> folders.Place | None:
-    """Class folders that are beside files of another format, such as the archive that they come from."""
+    """Class folders of a known kind beside files of another format, such as the archive they come from."""
     try:
         place = folders.find(path)
     except ValueError:
@@ -62,10 +63,15 @@ def _known_folders(path: pathlib.Path) -> folders.Place | None:
 
 
 def open_source(name: str, path: str | PathLike[str], kind: names.Kind | None = None) -> Source:
-    """Lists the images of a data set; decodes nothing.
+    """List the images of a data set, without decoding.
 
-    name: of the set, for messages. kind: a key of :data:`KINDS`, None: detected. Raises ValueError as the
-    kind's own reader does: for everything that would silently score wrong.
+    Args:
+        name: name of the data set, for messages.
+        path: where it is.
+        kind: its format, a key of :data:`KINDS`; None: detected.
+
+    Raises:
+        ValueError: anything that would silently give wrong scores; see the reader of the format.
     """
     where, path = f"datasets: {name!r}", named(path)
     if kind is None:
@@ -73,7 +79,7 @@ def open_source(name: str, path: str | PathLike[str], kind: names.Kind | None = 
             kind = detect(path)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if kind in TREES:  # and not as if it had been said: the path may hold the folder that is meant
+        if kind in TREES:  # kind "folder" would mean the path itself, not class folders below it
             return folders.source(path, where)
     elif kind not in KINDS:
         raise ValueError(f"{where}: unknown kind {kind!r}; there are {', '.join(sorted(KINDS))}")

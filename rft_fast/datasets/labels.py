@@ -1,4 +1,4 @@
-"""Which rows of a classification head the classes of a data set are."""
+"""Assigns rows of a classification head to the classes of a data set."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ from .source import MOST_ROWS, Source
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Which images are scored, and as what.
+    """The images to score, and their labels.
 
-    images: int64 [m], positions in the source's files. labels: int64 [m], rows of the head.
-    classes: int64 [k], the distinct rows scored among, in order, None for all. groups: int64 [k], the row
-    that each of ``classes`` counts as where several are right for one class, else None.
-    how: by which evidence, in words.
+    Attributes:
+        images: int64 [m], positions in the source's files.
+        labels: int64 [m], rows of the head.
+        classes: int64 [k], distinct rows to score among, ascending; None: all.
+        groups: int64 [k], the row that each of ``classes`` counts as, if a class has several rows; otherwise
+            None.
+        how: the evidence, in words.
     """
 
     images: Tensor
@@ -49,29 +52,28 @@ class Assignment:
 def assign(
     source: Source, rows: Rows | None, label_map: LabelMap | pathlib.Path | str | None = None
 ) -> Assignment:
-    """The rows of a head that the classes of a source are.
+    """Find the rows of a head that the classes of a source are.
 
-    Without a label map they are found by evidence: the same names on both sides; WordNet ids or names of
-    ImageNet, for a head of ImageNet's classes (or of 1,000 unnamed rows); numbers, which have an order of
-    their own; the names of CIFAR-10 and CIFAR-100, for as many unnamed rows; labels without names, which are
-    rows. Names are compared by :func:`rft_fast.datasets.naming.fold`. Classes that are parts of ImageNet are
-    scored among their rows alone.
+    Without a label map, the evidence is one of: equal names; WordNet ids or names of ImageNet, for a head of
+    ImageNet's classes (or 1,000 unnamed rows); numbers, which have an order; the names of CIFAR-10 or
+    CIFAR-100, for as many unnamed rows; labels without names, which are rows.
+    :func:`rft_fast.datasets.naming.fold` decides which names are equal. Classes that are a part of ImageNet
+    are scored among their own rows alone.
 
     Args:
         source: the data set.
-        rows: the head's. None: there is no head yet. Rows are ImageNet's for ObjectNet, and where all classes
-            are WordNet ids of ImageNet, or its 1,000 names; else class i is row i of a head that is still to
-            be made.
-        label_map: for each class of the source its row, as a number or by the name of the head's class; a
-            list of those, of which each is right; or None, so that it is not scored. A mapping, or a file:
-            ``.json`` and ``.toml`` hold one (TOML writes [] for None), ``.csv`` has the columns ``class,row``
-            and a line for each row that is right, or one with an empty row. It must name the source's
-            classes, all and no others. Or ``"order"``: class i is row i, numbers as numbers, of a head with
-            as many rows. None: by evidence.
+        rows: rows of the head; None: there is no head yet. Then rows are ImageNet's for ObjectNet, and if all
+            classes are WordNet ids of ImageNet, or its 1,000 names; otherwise class i is row i.
+        label_map: for each class of the source its row, by number or by the name of the head's class; a list
+            of rows that are all right; or None, for a class that is not scored. A mapping, or a file:
+            ``.json`` or ``.toml`` (which has [] for None), or ``.csv`` with the columns ``class,row`` and
+            one line per right row, or one with an empty row. It must have exactly the source's classes. Or
+            ``"order"``: class i is row i, with numbers sorted as numbers, for a head of as many rows. None:
+            by evidence.
 
     Raises:
-        ValueError: the evidence is missing, contradicts itself or the label map, or rows are not the head's;
-            the message lists what does not fit.
+        ValueError: evidence is missing, contradicts itself or the label map, or rows are not the head's. The
+            message lists the classes concerned.
     """
     try:
         if rows is None and label_map is None and _are_imagenets(source):
@@ -124,11 +126,11 @@ def _objectnet(source: Source, rows: Rows | None) -> Answers:
     return [tuple(row_of[row] for row in known.get(name, ())) for name in source.class_names]
 
 
-# --- as the user or the file says ---------------------------------------------------------------------
+# --- by the user or the file --------------------------------------------------------------------------
 
 
 def _in_order(source: Source, rows: Rows | None) -> Assignment:
-    """Class i as row i, as the user says; refused where names of the head show another order."""
+    """Class i as row i, as the user states; refused if names of the head show another order."""
     names, how = source.class_names, "in order, as requested"
     if not names or rows is None:
         return _as_labelled(source, rows, how)
@@ -136,7 +138,7 @@ def _in_order(source: Source, rows: Rows | None) -> Assignment:
     if len(names) != rows.count:
         raise ValueError(other_count(names, rows))
     moved = elsewhere(names, order, own_rows(names, rows))
-    if rows.names:  # the same class of ImageNet, by another name
+    if rows.names:  # the same ImageNet class may have another name
         classes = imagenet.candidates(rows.names)
         row_of = {next(iter(of)): row for row, of in enumerate(classes) if len(of) == 1}
         of_head = [[row_of[row] for row in of if row in row_of] for of in imagenet.candidates(names)]
@@ -150,7 +152,7 @@ def _in_order(source: Source, rows: Rows | None) -> Assignment:
 
 
 def _as_labelled(source: Source, rows: Rows | None, how: str) -> Assignment:
-    """Labels as the source has them: rows of the head."""
+    """Labels of the source, which are rows of the head."""
     labels, classes = source.labels, source.classes
     if source.class_names:
         labels = torch.tensor(ordered(source.class_names), dtype=torch.int64)[labels]

@@ -1,4 +1,4 @@
-"""Label maps: for each class of a data set the rows of a head that are right, as people write it down."""
+"""Label maps: for each class of a data set the rows of a head that are right, as written by users."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ else:
     import tomli as tomllib
 
 LabelMap = Mapping[str, int | str | Sequence[int | str] | None]
-Answers = list[tuple[int, ...]]  # for each class the rows that are right; none: not scored
+Answers = list[tuple[int, ...]]  # for each class the rows that are right; empty: not scored
 
 
 def read_map(file: pathlib.Path) -> dict[str, Any]:
-    """A label map from a file, as :func:`rft_fast.datasets.assign` describes.
+    """Read a label map from a file; :func:`rft_fast.datasets.assign` describes its forms.
 
     Raises:
-        ValueError: the file cannot be read, or holds no label map.
+        ValueError: the file cannot be read, or is not a label map.
     """
     try:
         if file.suffix == ".csv":
@@ -47,11 +47,15 @@ def read_map(file: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-UNKNOWN = "?"  # where a row is to be filled in; no head has a class of that name
+UNKNOWN = "?"  # a row to be filled in; no head has a class of that name
 
 
 def write_csv(file: pathlib.Path, label_map: Mapping[str, Sequence[int | str]]) -> None:
-    """Writes a label map as :func:`read_map` reads it. Raises FileExistsError where the file is there."""
+    """Write a label map in the form that :func:`read_map` reads.
+
+    Raises:
+        FileExistsError: the file exists.
+    """
     with file.open("x", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("class", "row"))
@@ -77,7 +81,7 @@ def _read_csv(file: pathlib.Path) -> dict[str, Any]:
 
 
 class _Written(int):
-    """A number in a cell of CSV, which does not show whether a row or a name is meant."""
+    """A number in a CSV cell, which may be a row or a name."""
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def of_classes(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Class name -> its entry of a label map: by the very name, else by its folded form.
+    """Match class names with the entries of a label map: by the exact name, else by its folded form.
 
     Raises:
         ValueError: a class without an entry, an entry without a class, or one that fits several.
@@ -114,7 +118,7 @@ def of_classes(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def covers(names: Iterable[str], given: Mapping[str, Any]) -> bool:
-    """Whether a label map is for exactly these classes."""
+    """Whether a label map has exactly these classes."""
     try:
         of_classes(list(names), given)
     except ValueError:
@@ -123,16 +127,16 @@ def covers(names: Iterable[str], given: Mapping[str, Any]) -> bool:
 
 
 def answers(names: Sequence[str], head: Sequence[str], most: int, given: Mapping[str, Any]) -> Answers:
-    """The rows of each class by a label map.
+    """Look up the rows of each class in a label map.
 
     Args:
-        names: of the data set's classes.
-        head: names of the head's rows, empty where they are not known.
-        most: how many rows there are.
+        names: class names of the data set.
+        head: names of the head's rows; empty if unknown.
+        most: number of rows.
         given: the label map.
 
     Raises:
-        ValueError: for entries that are no rows of the head, and as :func:`of_classes`.
+        ValueError: an entry is not a row of the head; or as :func:`of_classes`.
     """
     entries = of_classes(names, given)
     rows_of = places(head)

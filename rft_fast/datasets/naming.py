@@ -1,4 +1,4 @@
-"""How class names are compared: folders, label maps and lists of classes alike."""
+"""Comparison of class names, for folders, label maps and lists of classes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from collections.abc import Iterable, Sequence
 
 
 def fold(name: str) -> str:
-    """The form in which names are equal.
+    """Fold a class name to the form in which equal names agree.
 
     Unicode NFKC and case folding; spaces and underscores count only between digits; numbers lose leading
     zeros.
-
-    Args:
-        name: a class name as a folder, a file or a person writes it.
     """
     text = composed(composed(name).casefold()).casefold()
     text = re.sub(r"[_\s]+", " ", composed(text)).strip()
@@ -23,18 +20,17 @@ def fold(name: str) -> str:
 
 
 def composed(name: str) -> str:
-    """A name in Unicode NFKC: as a Mac and as a keyboard write it are one."""
+    """Unicode NFKC of a name, in which macOS and keyboards agree."""
     return unicodedata.normalize("NFKC", name)
 
 
 def loose(name: str) -> str:
-    """Letters and digits of a name alone, for a vocabulary that is known: exports write commas and hyphens
-    in many ways."""
+    """Letters and digits of a folded name, for known vocabularies: exports differ in commas and hyphens."""
     return "".join(letter for letter in fold(name) if letter.isalnum())
 
 
 def numbers(names: Sequence[str]) -> list[int]:
-    """The numbers that class names are, where all are consecutive ones; else an empty list."""
+    """The numbers in class names, if all are consecutive numbers; otherwise an empty list."""
     folded = [fold(name) for name in names]
     if not folded or not all(name.isdecimal() and len(name) <= 9 for name in folded):
         return []
@@ -43,7 +39,7 @@ def numbers(names: Sequence[str]) -> list[int]:
 
 
 def places(names: Iterable[str]) -> dict[str, list[int]]:
-    """Folded name -> the places where it stands."""
+    """Folded name -> positions at which it occurs."""
     found: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         found.setdefault(fold(name), []).append(place)

@@ -1,8 +1,7 @@
-"""Pickled arrays: what pickles of data sets may call, and what is made instead.
+"""Pickled arrays, read without executing anything (:mod:`rft_fast.common.pickles`).
 
-The machine that reads them, and runs nothing, is common/pickles. No object other than
-numbers, texts, lists, tuples, dicts, arrays and inert names comes of it. Python's own unpickler, even when it
-is restricted to numpy's names, hands numpy types and buffers of the file's choosing.
+The result consists of numbers, texts, lists, tuples, dicts, arrays and inert names. Python's own unpickler,
+even if restricted to numpy's names, would pass types and buffers of the file's choosing to numpy.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ _PLAIN = re.compile(r"[iuf][1248]|b1|[SU]\d{1,6}")
 
 
 def read(data: bytes) -> Any:
-    """What a pickle holds, of any protocol: arrays as :class:`Array`, Python 2's strings as latin-1 texts.
+    """Read a pickle of any protocol: arrays as :class:`Array`, strings of Python 2 as latin-1 text.
 
-    Raises ValueError for damage, and for anything that asks for more than arrays, by its name.
+    Raises:
+        ValueError: the pickle is damaged, or needs anything but arrays; the message names it.
     """
     try:
         return unpickle(Stream(data), _ANSWERS)
@@ -32,7 +32,7 @@ def read(data: bytes) -> Any:
 
 @dataclass
 class Type(Building):
-    """An element type as numpy spells it, such as ``u1``, and its byte order."""
+    """A dtype: numpy's code, such as ``u1``, and its byte order."""
 
     code: str
     order: str = "|"
@@ -48,7 +48,7 @@ class Type(Building):
 
 @dataclass
 class Array(Building):
-    """An array as it was pickled. raw: its elements' bytes, or a list of them where they are objects."""
+    """A pickled array; ``raw`` has the bytes of its elements, or a list if they are objects."""
 
     shape: tuple[int, ...] = ()
     type: Type | None = None
@@ -61,7 +61,11 @@ class Array(Building):
         self.raw = raw if isinstance(raw, list) else _bytes(machine, raw)
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """Raises ValueError for objects, and for a shape that the bytes do not fill."""
+        """Convert to a numpy array.
+
+        Raises:
+            ValueError: the elements are objects, or their bytes do not fill the shape.
+        """
         if self.type is None or not isinstance(self.raw, bytes):
             raise ValueError("an array without contents, or of objects, expected numbers")
         dtype = self.type.numpy()
@@ -70,7 +74,7 @@ class Array(Building):
         return np.frombuffer(self.raw, dtype).reshape(self.shape, order="F" if self.fortran else "C")
 
 
-# --- what calls are answered with -----------------------------------------------------------------
+# --- results of calls in a pickle -----------------------------------------------------------------
 
 
 def _reconstruct(machine: Machine, *_: Any) -> Array:

@@ -1,4 +1,4 @@
-"""WebDataset: samples in ``.tar`` shards, read where they lie."""
+"""Reader of WebDataset: samples in ``.tar`` shards, read in place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
 LABEL_FIELDS = ("label", "cls", "class_id", "target")
 NAMES = ("wnids.txt", "wnids", "classnames.txt")
 SPLITS = ("test", "train", "val", "validation")
-LARGEST_LABEL = 1 << 20  # bytes: what is larger is no label
+LARGEST_LABEL = 1 << 20  # bytes of a file with a label
 
 _ARCHIVE = re.compile(r".+\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
 _COMPRESSED = {
@@ -36,7 +36,7 @@ _COMPRESSED = {
 
 
 class Member(NamedTuple):
-    """Where a file's bytes lie in a shard."""
+    """Position of a file's bytes in a shard."""
 
     name: str
     offset: int
@@ -50,25 +50,30 @@ class _Shard(NamedTuple):
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Whether a path is a tar archive, or a folder of them, or one whose ``test`` folder is."""
+    """Whether the path is a tar archive, a folder of them, or a folder with them in ``test``."""
     try:
         return bool(_ARCHIVE.fullmatch(path.name)) if path.is_file() else bool(_archives(path))
-    except OSError:  # a folder that may not be listed
+    except OSError:  # no permission to list a folder
         return False
 
 
 def source(path: pathlib.Path, where: str) -> Source:
-    """The samples of a shard, or of all the shards of a folder in their names' order, numbers as numbers.
+    """List the samples of a shard, or of all shards of a folder in the order of their names or numbers.
 
-    Files of one name up to its first dot are a sample, as WebDataset has it: one image, and its class as the
-    integer in ``.cls``, or in ``.json`` under ``label``, ``cls``, ``class_id`` or ``target``. Classes are
-    named by ``wnids.txt``, ``wnids`` or ``classnames.txt``, one a line, beside the shards or above a split's
-    folder; without such a file they are rows of the head. ``nshards.txt`` beside the shards is checked. Only
-    headers and labels are read here; images later, by their offsets. Nothing is ever extracted.
+    As in WebDataset, files with the same name up to the first dot form a sample: one image, and its class as
+    the integer in ``.cls``, or in ``.json`` under ``label``, ``cls``, ``class_id`` or ``target``. Class
+    names, one per line, are in ``wnids.txt``, ``wnids`` or ``classnames.txt`` beside the shards or above a
+    split's folder; without them, classes are rows of the head. ``nshards.txt`` beside the shards is checked.
+    Only headers and labels are read here, and images later by their offsets. Nothing is extracted.
 
-    Raises ValueError, naming the shard and the sample, for compressed, truncated or joined archives, links
-    and sparse files in them, names twice, samples without exactly one image and a label, and labels beyond
-    the names.
+    Args:
+        path: a ``.tar``, a folder of them, or a folder with them in ``test`` or in its only such subfolder.
+        where: prefix of error messages.
+
+    Raises:
+        ValueError: a compressed, truncated or concatenated archive; links or sparse files in it; duplicate
+            names; a sample without exactly one image and a label; labels beyond the names. The message names
+            the shard and the sample.
     """
     archives = [path] if path.is_file() else _archives(path)
     if not archives:
@@ -94,7 +99,7 @@ def source(path: pathlib.Path, where: str) -> Source:
                 image = _image(sample, of)
                 labels.append(_label(sample, stream, of))
                 images.append((shard, image))
-                # A member's own time is often a constant, so the shard's shows that it changed.
+                # A member's own time is often constant, so the shard's time shows a change.
                 files.append(caches.File(f"{archive.name}/{_shown(image.name)}", image.size, shard.time))
     if not files:
         raise ValueError(f"{where}: {path} holds no samples")
@@ -119,7 +124,7 @@ def source(path: pathlib.Path, where: str) -> Source:
 
 
 def _archives(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The shards of a folder, else of its folder ``test``, else of its only folder that has any."""
+    """The shards of a folder, else of its subfolder ``test``, else of the only subfolder with any."""
     for among in (folder, folder / "test"):
         if found := _shards_in(among):
             return found
@@ -130,7 +135,7 @@ def _archives(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _shards_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """None of a folder with other folders: archives beside class folders are where those came from."""
+    """The archives of a folder without subfolders: archives beside class folders are their origin."""
     if not folder.is_dir():
         return []
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
@@ -141,7 +146,7 @@ def _shards_in(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _in_order(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Numbers as numbers: 10.tar after 9.tar."""
+    """Sort key with numbers as numbers: 10.tar after 9.tar."""
     parts = re.findall(r"\d+|\D+", path.name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
@@ -174,13 +179,13 @@ def _class_names(folder: pathlib.Path, where: str) -> tuple[str, ...]:
 
 
 def _samples(archive: pathlib.Path, where: str) -> tuple[dict[str, dict[str, Member]], list[str]]:
-    """A shard's files by sample and extension, and the names of those that are of no sample."""
+    """A shard's files by sample and extension, and the names of files that belong to no sample."""
     samples: dict[str, dict[str, Member]] = {}
     others = []
     for member in _members(archive, where):
         folder, _, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
-        if not stem or not dot or re.fullmatch(r"__.*__", stem):  # hidden, or about the shard
+        if not stem or not dot or re.fullmatch(r"__.*__", stem):  # hidden, or metadata of the shard
             others.append(_shown(member.name))
             continue
         sample, extension = samples.setdefault(f"{folder}/{stem}" if folder else stem, {}), extension.lower()
@@ -194,7 +199,7 @@ def _samples(archive: pathlib.Path, where: str) -> tuple[dict[str, dict[str, Mem
 
 
 def _members(archive: pathlib.Path, where: str) -> Iterator[Member]:
-    """The files of a tar archive; their contents are not read."""
+    """Yield the files of a tar archive, without reading their contents."""
     with on_disk.opened(archive) as stream:
         content = _Content(stream)
         if not len(content):
@@ -203,7 +208,7 @@ def _members(archive: pathlib.Path, where: str) -> Iterator[Member]:
         if kind := next((kind for magic, kind in _COMPRESSED.items() if first.startswith(magic)), None):
             raise ValueError(f"{where} is compressed ({kind}), so images cannot be read singly; unpack it")
         end = yield from _listed(content, where)
-        # tarfile takes damage for the end.
+        # tarfile mistakes damage for the end.
         if len(content) - end < tarfile.BLOCKSIZE:
             raise ValueError(
                 f"{where} is truncated: the blocks that end an archive are missing; fetch it again"
@@ -214,7 +219,7 @@ def _members(archive: pathlib.Path, where: str) -> Iterator[Member]:
 
 
 class _Content(on_disk.Content):
-    """A file as tarfile reads it, which gives no more than it has, whatever a header says of sizes."""
+    """A file for tarfile that never returns more than it has, whatever sizes a header states."""
 
     _place = 0
 
@@ -232,13 +237,13 @@ class _Content(on_disk.Content):
 
 
 def _listed(content: _Content, where: str) -> Generator[Member, None, int]:
-    """Yields the files, returns where the archive ends."""
+    """Yield the files; return the position where the archive ends."""
     tar = None
     while True:
         try:
             tar = tar or tarfile.open(fileobj=content, mode="r:")  # type: ignore[call-overload]
             info = tar.next()
-        except Exception as error:  # tarfile lets almost anything through on damaged headers
+        except Exception as error:  # tarfile raises almost anything on damaged headers
             raise ValueError(f"{where} is truncated or no tar archive: {error}; fetch it again") from error
         if info is None:
             return int(tar.offset)
@@ -290,7 +295,7 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
 
 
 def _read(shard: _Shard, member: Member) -> bytes:
-    # Opened anew each time, for any thread: there may be more shards than a process may have files open.
+    # Opened for each image, by any thread: there may be more shards than file descriptors.
     with on_disk.opened(shard.path) as stream:
         stream.seek(member.offset)
         data = stream.read(member.size)
@@ -301,5 +306,5 @@ def _read(shard: _Shard, member: Member) -> bytes:
 
 
 def _shown(name: str) -> str:
-    """A name from an archive without what a terminal would act on."""
+    """Escape a name from an archive for the terminal."""
     return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")

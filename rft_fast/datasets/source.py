@@ -1,4 +1,4 @@
-"""What a data set is on disk, whatever the format: files, labels, class names, and how to open one."""
+"""A data set on disk, whatever its format: files, labels, class names, and how to open an image."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from rft_fast.common import files as on_disk
 from rft_fast.datasets import cache as caches
 from rft_fast.names import TREES, Kind
 
-PART = "the images are those of"  # begins the note that of a folder only a part is taken
+PART = "the images are those of"  # begins the note that only a part of a folder is used
 
-MOST_ROWS = 1 << 24  # what is larger is no row of a head
+MOST_ROWS = 1 << 24  # upper bound of a head's rows
 
-# What images are decoded from, by their content, whatever their names. Pillow knows others, of which one is a
-# program: EPS is handed to Ghostscript, which runs it.
+# Formats of images, by content, whatever their names. Pillow has others, of which one is a program: EPS
+# would be executed by Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "AVIF")
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The images of a data set as they are stored. Nothing is decoded to list them.
+    """The images of a data set as they are stored. Listing them decodes nothing.
 
-    kind: the format, a key of :data:`rft_fast.datasets.KINDS`. path: where it lies.
-    files: one for each image, names unique: relative to a folder, ``shard.tar/member`` in an archive (with
-        the archive's size and time where a member has none of its own).
-    labels: int64 [n], the class of each image: rows of ``class_names``, or of the head where there are none.
-    class_names: as the format tells them, empty where it does not.
-    open: image number -> the image as it is stored; may be called from many threads. Raises anything for
-        an image that is damaged.
-    notes: what a reader of the listing should know.
-    trim: pixels to be cut from each border before anything else (ObjectNet: 2).
-    pixels: uint8 [n, 3, h, w] where the format holds images of the model's size (``.npz``), else None.
-    classes: int64 [k], distinct rows of the head to score among, where the format says so.
-    imagenet: rows of an ImageNet head that are right for each class, where the format says so (ObjectNet);
-        classes that it leaves out are not scored.
-    stored: the files that hold the images, where an image is not a file of its own; they must not change
-        until the images are read.
+    Attributes:
+        kind: the format, a key of :data:`rft_fast.datasets.KINDS`.
+        path: where it is.
+        files: one per image, with unique names: relative to a folder, or ``shard.tar/member`` in an archive
+            (with the archive's size and time, if a member has none of its own).
+        labels: int64 [n], the class of each image: an index of ``class_names``, or a row of the head if there
+            are none.
+        class_names: as the format gives them; empty if it does not.
+        open: image number -> the stored image; called from many threads. Raises anything for a damaged image.
+        notes: remarks for readers of the listing.
+        trim: pixels to cut from each border before anything else (ObjectNet: 2).
+        pixels: uint8 [n, 3, h, w] if the format has images of the model's size (``.npz``), otherwise None.
+        classes: int64 [k], distinct rows of the head to score among, if the format gives them.
+        imagenet: for each class the rows of an ImageNet head that are right, if the format gives them
+            (ObjectNet); other classes are not scored.
+        stored: files that hold several images; they must not change until the images are read.
     """
 
     kind: Kind
@@ -62,12 +63,12 @@ class Source:
     stored: on_disk.Inputs = field(default_factory=on_disk.Inputs)
 
     def place(self, index: int) -> str:
-        """Where an image lies, in words."""
+        """Location of an image, in words."""
         name = self.files[index].name
         return str(self.path / name) if self.path.is_dir() else f"{name} of {self.path}"
 
     def mode_and_size(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Of an image as it is stored, (width, height); a file is read no further than tells them."""
+        """Mode and (width, height) of a stored image; a file is read only as far as needed."""
         if self.kind not in TREES:
             with self.open(index) as image:
                 return image.mode, image.size
@@ -76,7 +77,7 @@ class Source:
 
 
 def numbered(file: pathlib.Path, count: int) -> list[caches.File]:
-    """Entries for the images inside one file, which have no name, size or time of their own."""
+    """Entries for the images inside one file, by number, with the file's size and time."""
     status = file.stat()
     size, time = status.st_size, status.st_mtime_ns
     return [caches.File(f"{file.name}/{index}", size, time) for index in range(count)]
@@ -84,10 +85,11 @@ def numbered(file: pathlib.Path, count: int) -> list[caches.File]:
 
 @contextmanager
 def reading(stored: on_disk.Inputs, file: pathlib.Path, failure: str) -> Iterator[None]:
-    """Add a file to those that must not change, and read it in the block.
+    """Read a file in the block, and add it to the files that must not change.
 
     Raises:
-        ValueError: begins with ``failure``; for any error in the block, as damage surfaces as almost any.
+        ValueError: any error in the block, since damaged files raise almost anything; begins with
+            ``failure``.
         files.Changed: the file changed meanwhile.
     """
     try:
@@ -101,17 +103,19 @@ def reading(stored: on_disk.Inputs, file: pathlib.Path, failure: str) -> Iterato
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
-    """An image in one of :data:`FORMATS`. Raises anything for what is none, or damaged."""
+    """Open an image in one of :data:`FORMATS`. Raises anything for other or damaged files."""
     try:
         return Image.open(file, formats=_formats())
-    except UnidentifiedImageError:  # which would name the object in memory
+    except UnidentifiedImageError:  # whose message names the object in memory
         raise UnidentifiedImageError(f"no image in one of the formats {', '.join(_formats())}") from None
 
 
 def open_file(path: pathlib.Path, listed: caches.File | None = None) -> Image.Image:
-    """An image file, read into memory: Pillow maps some, and would die by a signal of one that is cut short.
+    """Open an image file from memory, not mapped: truncating a mapped file would kill the process.
 
-    Raises files.Changed where it is not as it was listed, and else as :func:`open_image` does.
+    Raises:
+        files.Changed: the file is not as it was listed.
+        Exception: as :func:`open_image`.
     """
     try:
         with on_disk.opened(path) as stream:
@@ -128,6 +132,6 @@ def open_file(path: pathlib.Path, listed: caches.File | None = None) -> Image.Im
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this Pillow has."""
+    """The formats that this version of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

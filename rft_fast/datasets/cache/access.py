@@ -1,4 +1,4 @@
-"""What a run wants of the caches, and which caches there are."""
+"""Access to the caches: the decoded images of one run, and the list of all caches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OURS = re.compile(r"[\w.-]+-[0-9a-f]{16}\.pixels(\.[0-9a-f]{8}\.part)?")
 
 
 def directory() -> pathlib.Path:
-    """Where caches are kept: ``RFT_CACHE``, else ``XDG_CACHE_HOME``/rft_fast, else ~/.cache/rft_fast."""
+    """Directory of the caches: ``RFT_CACHE``, else ``XDG_CACHE_HOME``/rft_fast, else ~/.cache/rft_fast."""
     if chosen := os.environ.get("RFT_CACHE"):
         return pathlib.Path(chosen).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME")
@@ -41,7 +41,7 @@ def directory() -> pathlib.Path:
 
 
 def decoded(source: Source, directory: pathlib.Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which images, bool [files], need not be decoded again; nothing is made, changed or verified."""
+    """Which images, bool [files], the cache has. Nothing is created, changed or verified."""
     found = np.zeros(len(source.files), bool)
     try:
         with storage.opened(source.path(directory)) as fd:
@@ -56,10 +56,19 @@ def decoded(source: Source, directory: pathlib.Path) -> np.ndarray[Any, np.dtype
 
 
 class Images:
-    """The decoded images that a run wants: on disk where it can be, in memory where not. For one thread.
+    """The decoded images of a run: on disk if possible, otherwise in memory. For one thread.
 
-    A fault of the disk is a warning and never stops a run. ``there``, bool [chosen], says which
-    images are at hand; the others are to be decoded and handed to :meth:`put`.
+    A disk error is a warning and never stops a run.
+
+    Args:
+        source: what the images are decoded from.
+        chosen: positions in ``source.files``.
+        directory: directory of caches; None: keep images in memory only.
+        each: ``map``, or a threaded version of it.
+
+    Attributes:
+        there: bool [chosen], which images are available; the others must be decoded and passed to
+            :meth:`put`.
     """
 
     def __init__(
@@ -69,7 +78,6 @@ class Images:
         directory: pathlib.Path | None,
         each: Callable[[Callable[[int], Pixels | None], Iterable[int]], Iterable[Pixels | None]] = map,
     ) -> None:
-        """chosen: positions in ``source.files``. directory: of caches, or None. each: a threaded ``map``."""
         self.source = source
         self.chosen = chosen
         self.there = np.zeros(len(chosen), bool)
@@ -80,13 +88,13 @@ class Images:
                 self._file = open_cache(source, directory)
             except OSError as error:
                 self._tell(error, "nothing is kept there")
-        # Only a whole folder is used where it lies; a part of it has to be brought together.
+        # A whole folder is mapped; a part of one must be copied together.
         self._whole = self._file is not None and len(chosen) == len(source.files)
         if self._file is not None:
             self._recall(self._file, each)
 
     def put(self, position: int, pixels: Pixels) -> None:
-        """Hands over a decoded image: uint8 [3, h, w], contiguous, ``position`` in ``chosen``."""
+        """Store a decoded image: uint8 [3, h, w], contiguous; ``position`` is that in ``chosen``."""
         if pixels.shape != (3, *self.source.size) or pixels.dtype != np.uint8:
             raise RuntimeError(f"cache: an image of {pixels.dtype} {pixels.shape}, not {self.source.size}")
         if self._file is not None:
@@ -99,9 +107,9 @@ class Images:
         self.there[position] = True
 
     def missing(self) -> list[int]:
-        """Positions in ``chosen`` of the images that are not at hand.
+        """Positions in ``chosen`` of the images that are not available.
 
-        To be asked again when all of them were put: a disk that fails may lose what it had taken.
+        Call it again after putting all of them: a failing disk may lose images.
         """
         if self._file is not None:
             try:
@@ -112,10 +120,12 @@ class Images:
         return missing
 
     def take(self) -> Tensor:
-        """The images, uint8 [chosen, 3, h, w]: mapped from disk, copied on writing, or in memory.
+        """Return the images, uint8 [chosen, 3, h, w]: mapped from disk, copied on write, or in memory.
 
-        Only once, when nothing is missing that can be had: missing images hold anything. Raises OSError
-        where a disk that cannot be mapped has lost images too.
+        Call it once, when no image is missing that can be read; the contents of missing images are undefined.
+
+        Raises:
+            OSError: the disk cannot be mapped and has lost images.
         """
         if self._file is not None and self._whole:
             try:
@@ -131,7 +141,7 @@ class Images:
         return self._in_memory()
 
     def close(self) -> None:
-        """Lets go of the file; tensors that were taken stay."""
+        """Close the file; tensors that were taken remain valid."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -140,11 +150,11 @@ class Images:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:  # something failed: keep what was decoded until then
+        if self._file is not None:  # after an error: keep the images decoded so far
             try:
                 self._file.commit()
             except OSError:
-                pass  # the failure was reported, and what is marked is whole
+                pass  # the error was reported, and marked images are complete
         self.close()
 
     def _recall(self, file: CacheFile, each: Callable[..., Iterable[Pixels | None]]) -> None:
@@ -174,12 +184,12 @@ class Images:
             self._give_up(file, error)
 
     def _give_up(self, file: CacheFile, error: OSError) -> None:
-        """Goes on in memory, with everything that was decoded so far."""
+        """Continue in memory, with all images decoded so far."""
         if self._whole:
             self._whole = False
             for position in np.flatnonzero(self.there).tolist():
                 pixels = file.read(self.chosen[position])
-                self.there[position] = pixels is not None  # else lost with the disk: decoded again
+                self.there[position] = pixels is not None  # otherwise decoded again
                 if pixels is not None:
                     self._store(position, pixels)
         self._file = None
@@ -207,8 +217,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cache on storage. about: its head, or None for what no run can use; decoded: how many images;
-    taken: bytes on storage."""
+    """A cache on disk.
+
+    Attributes:
+        path: its file.
+        about: its head; None if no run can use it.
+        decoded: number of images.
+        taken: bytes on disk.
+    """
 
     path: pathlib.Path
     about: dict[str, Any] | None
@@ -217,7 +233,7 @@ class Entry:
 
 
 def entries(directory: pathlib.Path) -> list[Entry]:
-    """Every cache in a directory, and what interrupted runs left of one; other files are passed over."""
+    """List the caches in a directory, and remains of interrupted runs; other files are ignored."""
     found = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         if not _OURS.fullmatch(path.name) or not path.is_file():

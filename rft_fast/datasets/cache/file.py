@@ -1,16 +1,16 @@
-"""A file of decoded images, which several processes may fill at once and any of them may die over.
+"""A file of decoded images, which several processes may fill at once, and which survives the death of any.
 
-One file for each folder and pixel transform. Its parts begin on multiples of 4,096 bytes::
+There is one file per folder and pixel transform. Its parts begin at multiples of 4,096 bytes::
 
-    head    magic, length and CRC-32 of what follows; JSON: what the pixels were made from
-    table   32 bytes for each image of the folder: digest of its name, its size and time of change
-    marks   uint64 for each image: 0, or 2**32 + the CRC-32 of its slot
-    slots   uint8 [images, 3, h, w], sparse: what was never asked for takes no space
+    head    magic, length and CRC-32 of the rest; JSON: what the pixels were made from
+    table   32 bytes per image of the folder: digest of its name, its size and modification time
+    marks   uint64 per image: 0, or 2**32 + the CRC-32 of its slot
+    slots   uint8 [images, 3, h, w], sparse: images never requested take no space
 
-Head and table are complete before the file gets its name and never change; other pictures mean another
-file. A slot's mark is written only when its bytes are safely on disk, so a mark never stands for bytes that
-are not there, whenever a process or the power goes away. Processes that fill one file at once write the
-same bytes to the same places and need no lock; a lock is held only while a file is made.
+Head and table are complete before the file gets its name and never change; other images mean another file.
+The mark of a slot is written only after its bytes are safely on disk, so a mark never stands for missing
+bytes, whenever a process or the power fails. Processes that fill one file at once write the same bytes to
+the same places and need no lock; a lock is held only while a file is created.
 """
 
 from __future__ import annotations
@@ -39,16 +39,22 @@ from . import storage
 FORMAT = 1
 MAGIC = b"RFTpixel"
 PAGE = 4096
-RECORD = 32  # bytes of the table for each image
+RECORD = 32  # bytes of the table per image
 MARKED = 1 << 32
-CHUNK = 256  # images for each flush to disk: a death costs at most so many, a flush little beside decoding
+CHUNK = 256  # images per flush to disk: the most that a crash loses; a flush costs little beside decoding
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Marks = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class File(NamedTuple):
-    """An image file: its path below the folder, its size in bytes, its time of change in ns."""
+    """An image file.
+
+    Attributes:
+        name: path below the folder.
+        size: in bytes.
+        time: modification time in ns.
+    """
 
     name: str
     size: int
@@ -57,11 +63,16 @@ class File(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What decoded images come from.
+    """What decoded images are made from.
 
-    folder: absolute. files: every image of the folder, in order. size: (height, width) of the decoded
-    images. transform: what is done to the pixels, in JSON's types. versions: of the libraries that decode
-    and resize. Folder, size and transform name the cache; with other files or versions it is made again.
+    Folder, size and transform determine the name of the cache; with other files or versions it is made again.
+
+    Attributes:
+        folder: absolute path.
+        files: every image of the folder, in order.
+        size: (height, width) of the decoded images.
+        transform: processing of the pixels, as JSON types.
+        versions: versions of the libraries that decode and resize.
     """
 
     folder: pathlib.Path
@@ -78,7 +89,7 @@ class Source:
 
 
 class Damaged(ValueError):
-    """A file that is no cache of this format, or not a whole one."""
+    """The file is not a complete cache of this format."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,38 +116,38 @@ class _Head:
 
 @dataclass(eq=False)
 class CacheFile:
-    """An open cache file. Raises OSError where the disk fails. ``read`` may be called from many threads."""
+    """An open cache file. Methods raise OSError if the disk fails; many threads may call :meth:`read`."""
 
     path: pathlib.Path
     fd: int
     head: _Head
     writable: bool
-    made: bool  # by this run, so that it may be removed if it cannot be filled
+    made: bool  # whether this run created it, and so may remove it
     marks: Marks
-    _fresh: list[int] = field(default_factory=list)  # written, not yet safely on disk
+    _fresh: list[int] = field(default_factory=list)  # written, but not yet marked
 
     def read(self, index: int) -> Pixels | None:
-        """An image, uint8 [3, h, w], or None where its bytes are not those that were written."""
+        """Read an image, uint8 [3, h, w]; None if its bytes do not match their checksum."""
         data = _read_slot(self.fd, self.head, index)
         if zlib.crc32(data) | MARKED != self.marks[index]:
             return None
         return np.frombuffer(data, np.uint8).reshape(3, *self.head.about["size"])
 
     def write(self, index: int, pixels: Pixels) -> None:
-        # Never through a mapping, where a full disk would kill the process.
+        # Not through a mapping, where a full disk would kill the process.
         data = pixels.data.cast("B")
         self.fill(index, data, MARKED | zlib.crc32(data))
         if len(self._fresh) >= CHUNK:
             self.commit()
 
     def fill(self, index: int, data: bytes | memoryview, mark: int) -> None:
-        """Writes the bytes of a slot, which :meth:`commit` marks."""
+        """Write the bytes of a slot; :meth:`commit` writes its mark."""
         storage.write(self.fd, data, self.head.slots_at + index * self.head.slot)
         self.marks[index] = mark
         self._fresh.append(index)
 
     def commit(self) -> None:
-        """Marks what was written, once it is safely on storage."""
+        """Write the marks of the images written so far, after their bytes are safely on disk."""
         if not self._fresh:
             return
         storage.flush(self.fd)
@@ -145,17 +156,17 @@ class CacheFile:
         self._fresh.clear()
 
     def map(self) -> Tensor:
-        """All images, uint8 [n, 3, h, w], read from disk as they are used; writing changes a copy."""
-        # Without NORESERVE (Python 3.13 names it) a set larger than the memory might be refused.
+        """Map all images, uint8 [n, 3, h, w]: read from disk on use, copied on write."""
+        # Without NORESERVE (named in Python 3.13), a data set larger than the memory might be refused.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
         mapped = mmap.mmap(self.fd, self.head.bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         pixels = np.frombuffer(mapped, np.uint8, offset=self.head.slots_at)
         return torch.from_numpy(pixels).view(self.head.count, 3, *self.head.about["size"])
 
     def remove(self) -> bool:
-        """Takes the file's name away; processes that have it open keep it until they are done."""
+        """Remove the file's name; processes that have it open can continue."""
         try:
-            if os.path.samestat(os.stat(self.path), os.fstat(self.fd)):  # else replaced meanwhile
+            if os.path.samestat(os.stat(self.path), os.fstat(self.fd)):  # otherwise replaced meanwhile
                 self.path.unlink()
             return True
         except FileNotFoundError:
@@ -168,7 +179,7 @@ class CacheFile:
 
 
 def open_cache(source: Source, directory: pathlib.Path) -> CacheFile:
-    """The cache of a source, made where there is none or one from something else."""
+    """Open the cache of a source; create it if there is none, or one made from something else."""
     if not hasattr(os, "pwrite"):
         raise OSError(errno.ENOSYS, "caches need a POSIX system")
     path = source.path(directory)
@@ -177,10 +188,10 @@ def open_cache(source: Source, directory: pathlib.Path) -> CacheFile:
         return found
     directory.mkdir(parents=True, exist_ok=True)
     with storage.lock(directory):
-        found, difference = _adopt(path, source)  # another may have made it meanwhile
+        found, difference = _adopt(path, source)  # another process may have created it meanwhile
         if found is not None:
             return found
-        for left in directory.glob(f"{path.name}.*.part"):  # its maker died: it held the lock
+        for left in directory.glob(f"{path.name}.*.part"):  # its creator, which held the lock, died
             left.unlink(missing_ok=True)
         made = _make(path, source)
     if difference:
@@ -189,7 +200,7 @@ def open_cache(source: Source, directory: pathlib.Path) -> CacheFile:
 
 
 def _adopt(path: pathlib.Path, source: Source) -> tuple[CacheFile | None, str]:
-    """The file if it is there and made from the same, else None and what differs (nothing: not there)."""
+    """Open the file if it was made from the same source; otherwise return the difference (empty: no file)."""
     try:
         fd, writable = storage.open_if_allowed(path)
     except FileNotFoundError:
@@ -209,13 +220,13 @@ def _adopt(path: pathlib.Path, source: Source) -> tuple[CacheFile | None, str]:
 
 
 def _make(path: pathlib.Path, source: Source) -> CacheFile:
-    """A new cache in the place of any other, with those images of the other that did not change."""
+    """Create a cache in place of any other, with the unchanged images of that one."""
     head_bytes, head = _new_head(source)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     made = CacheFile(path, fd, head, True, True, np.zeros(head.count, np.uint64))
     try:
-        os.ftruncate(fd, head.bytes)  # the marks are zeros: nothing there
+        os.ftruncate(fd, head.bytes)  # all marks are zero
         storage.write(fd, head_bytes, 0)
         storage.write(fd, head.table, head.marks_at - _padded(len(head.table)))
         _take_over(path, source, made)
@@ -229,7 +240,7 @@ def _make(path: pathlib.Path, source: Source) -> CacheFile:
 
 
 def _take_over(path: pathlib.Path, source: Source, made: CacheFile) -> None:
-    """Copies what did not change, where there is room for both; it is verified when it is read."""
+    """Copy unchanged images, if there is room for both files; they are verified when read."""
     try:
         with storage.opened(path) as fd:
             head = parse(fd)
@@ -304,13 +315,13 @@ def _records(table: bytes) -> list[bytes]:
 
 
 def same_images(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
-    """(position in new, position in old) of the images that are in both tables, unchanged."""
+    """Yield (position in new, position in old) of the images that both tables have, unchanged."""
     places = {record: index for index, record in enumerate(_records(old))}
     return ((index, places[record]) for index, record in enumerate(_records(new)) if record in places)
 
 
 def made_otherwise(about: Mapping[str, Any], source: Source) -> str:
-    """What but the files differs, in words; empty if nothing."""
+    """The difference between cache and source other than the files, in words; empty if there is none."""
     if [about["folder"], about["size"], about["transform"]] != [
         str(source.folder),
         list(source.size),
@@ -324,7 +335,7 @@ def made_otherwise(about: Mapping[str, Any], source: Source) -> str:
 
 
 def _difference(head: _Head, source: Source) -> str:
-    """What a cache was made from that the source is not, in words; empty if nothing."""
+    """The difference between cache and source, in words; empty if there is none."""
     if otherwise := made_otherwise(head.about, source):
         return otherwise
     table = table_of(source)
@@ -344,7 +355,7 @@ def _read_slot(fd: int, head: _Head, index: int) -> bytes:
     try:
         return storage.read(fd, head.slot, head.slots_at + index * head.slot)
     except OSError:
-        return b""  # a disk that cannot give it back has lost it: no checksum fits
+        return b""  # unreadable: matches no checksum
 
 
 def _padded(length: int) -> int:

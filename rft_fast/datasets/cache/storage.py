@@ -1,4 +1,4 @@
-"""What a cache asks of the disk: bytes read and written whole, room, and a lock."""
+"""Disk operations of the cache: complete reads and writes, free space, and a lock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-RESERVE = 256 << 20  # bytes left free on the disk, for results and for others
+RESERVE = 256 << 20  # bytes left free on the disk, for results and other programs
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def opened(path: pathlib.Path) -> Iterator[int]:
 
 
 def open_if_allowed(path: pathlib.Path, flags: int = 0) -> tuple[int, bool]:
-    """A descriptor for reading and writing or, where it must not be written, for reading; and which."""
+    """Open for reading and writing, or else for reading; return the descriptor and whether it can write."""
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666), True
     except OSError as error:
@@ -33,21 +33,22 @@ def open_if_allowed(path: pathlib.Path, flags: int = 0) -> tuple[int, bool]:
 
 @contextmanager
 def lock(directory: pathlib.Path) -> Iterator[None]:
-    """Held while a cache is made, so that one process makes it and the others find it made."""
-    import fcntl  # not on Windows, where nothing gets here
+    """Lock the directory while a cache is created, so that one process creates it and the others find it."""
+    import fcntl  # missing on Windows, where caches are not supported
 
     fd, _ = open_if_allowed(directory / ".lock", os.O_CREAT)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: at worst a cache is made twice and the last one stays
+            pass  # a file system without locks: at worst a cache is created twice and the last one stays
         yield
     finally:
         os.close(fd)
 
 
 def check_room(directory: pathlib.Path, wanted: int) -> None:
+    """Raise OSError unless this many bytes, and a reserve, are free."""
     free = shutil.disk_usage(directory).free
     if free < wanted + RESERVE:
         raise OSError(
@@ -58,7 +59,7 @@ def check_room(directory: pathlib.Path, wanted: int) -> None:
 
 
 def read(fd: int, length: int, offset: int) -> bytes:
-    """``length`` bytes or, at the end of the file, fewer; one call may give only 2 GB."""
+    """Read ``length`` bytes, or fewer at the end of the file; a single call may return only 2 GB."""
     data = os.pread(fd, length, offset)
     while len(data) < length and (more := os.pread(fd, length - len(data), offset + len(data))):
         data += more
@@ -66,8 +67,9 @@ def read(fd: int, length: int, offset: int) -> bytes:
 
 
 def write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes."""
     view = memoryview(data)
-    while view:  # a disk that is almost full may take a part
+    while view:  # an almost full disk may accept only a part
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
 
@@ -77,7 +79,7 @@ def flush(fd: int) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes in words: ``1.5 GB``."""
+    """Format a number of bytes: ``1.5 GB``."""
     for unit in ("bytes", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
