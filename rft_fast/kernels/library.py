@@ -12,7 +12,7 @@ tensors it checks its arguments and does nothing else, as torch's own operators 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ PLAIN = (Tensor, nn.Parameter)
 
 # The arguments of a Write, in their order.
 Numbers = tuple[Any, ...]
+
+# A Write's numbers, the seed as two words; the backend; and where each tensor's noise starts.
+_SCHEMA = (
+    "(Tensor(a0!)[] out, Tensor?[] zeroshot, Tensor?[] finetuned, "
+    "float alpha, float rho, str on, float keep, str fill, str noise, bool adaptive, "
+    "SymInt seed_high, SymInt seed_low, SymInt draw, SymInt sign, str impl, SymInt[]? blocks=None) -> ()"
+)
+_OTHERS = len(WRITE_ARGUMENTS) + 2  # its arguments between the tensors and ``blocks``
 
 # Numbers that get their values later.
 SYMBOLS = (torch.SymInt, torch.SymFloat)
@@ -89,53 +97,32 @@ def _together(sources: Sequence[Tensor | None], out: Sequence[Tensor]) -> list[T
 
 
 # A call makes a table, which a CUDA graph cannot capture: the compiler keeps it outside.
-@torch.library.custom_op("rft_fast::write_", mutates_args=("out",), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    "rft_fast::write_", mutates_args=("out",), schema=_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _write(
-    out: Sequence[Tensor],
-    zeroshot: Sequence[Tensor | None],
-    finetuned: Sequence[Tensor | None],
-    alpha: float,
-    rho: float,
-    on: str,
-    keep: float,
-    fill: str,
-    noise: str,
-    adaptive: bool,
-    seed_high: int,
-    seed_low: int,
-    draw: int,
-    sign: int,
-    impl: str,
-    blocks: Sequence[int] | None = None,
+    out: Sequence[Tensor], zeroshot: Sequence[Tensor | None], finetuned: Sequence[Tensor | None], *others: Any
 ) -> None:
-    seed = seed_high * 2**32 + seed_low
-    numbers: Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+    numbers, impl, blocks = _parsed(others)
     request = Write(*numbers)
     rows = make_rows(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
     if rows:
-        registry.pick(cast(Impl, impl), rows[0].out.device).write(rows, request)
+        registry.pick(impl, rows[0].out.device).write(rows, request)
 
 
 @_write.register_fake
 def _refuse(
-    out: Sequence[Tensor],
-    zeroshot: Sequence[Tensor | None],
-    finetuned: Sequence[Tensor | None],
-    alpha: float,
-    rho: float,
-    on: str,
-    keep: float,
-    fill: str,
-    noise: str,
-    adaptive: bool,
-    seed_high: int,
-    seed_low: int,
-    draw: int,
-    sign: int,
-    impl: str,
-    blocks: Sequence[int] | None = None,
+    out: Sequence[Tensor], zeroshot: Sequence[Tensor | None], finetuned: Sequence[Tensor | None], *others: Any
 ) -> None:
     """What ``_write`` would refuse, as far as it can be known."""
-    _checked((alpha, rho, on, keep, fill, noise, adaptive, seed_high * 2**32 + seed_low, draw, sign))
+    numbers, impl, blocks = _parsed(others)
+    _checked(numbers)
     registry.check_name(impl)
     lay_out(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
+
+
+def _parsed(others: Sequence[Any]) -> tuple[Numbers, Impl, Sequence[int] | None]:
+    """What the operator is given beside tensors: torch leaves ``blocks`` out where it is None."""
+    *numbers, seed_high, seed_low, draw, sign, impl = others[:_OTHERS]
+    blocks = others[_OTHERS] if len(others) > _OTHERS else None
+    return (*numbers, seed_high * 2**32 + seed_low, draw, sign), impl, blocks

@@ -246,8 +246,8 @@ def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: Impl = "au
     return masks[0] if isinstance(params, Tensor) else masks
 
 
-def _float32_like(params: Tensors, make: type | object) -> list[Tensor]:
+def _float32_like(params: Tensors, make: Callable[..., Tensor]) -> list[Tensor]:
     return [
-        make(p, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)  # type: ignore[operator]
+        make(p, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)
         for p in as_list("params", params)
     ]
