@@ -24,12 +24,12 @@ from typing import Any
 import sweep_case
 import torch
 
+from rft_fast import catalogue
 from rft_fast.config.request import Request, Subset, read
 from rft_fast.evaluate import Evaluator
-from rft_fast.run import cost, pieces, wiring
+from rft_fast.run import cost, pieces
 from rft_fast.run.cluster.driver import EACH
 from rft_fast.run.pieces import Counter, Measurement, Piece
-from rft_fast.run.running import PHASES
 from rft_fast.studies import Protocol
 
 SETS = {
@@ -79,18 +79,16 @@ class Zoo:
         self.forward = flops.forward
         self.found: dict[str, list[tuple[Measurement, float]]] = {}
         self.other: dict[str, list[tuple[Measurement, float]]] = {}
-        for phase in PHASES:
-            for study in phase:
-                chosen = {c: path.layers[:1] for c in asked.criteria} if study == "prune" else None
-                for found in (self.found, self.other):  # the second model knows what all share
-                    measurements = counter.count(study, path, chosen)
-                    if found is self.other and study in wiring.SHARPNESS:
-                        measurements = [m for m in measurements if not m.zero]
-                    found[study] = [(m, float(flops.of(m.work))) for m in measurements]
+        for study in (study for phase in catalogue.phases() for study in phase):
+            for found in (self.found, self.other):  # the second model knows what all share
+                measurements = counter.count(study.name, path, study.guess(asked, path.layers))
+                if found is self.other and study.same_at_zeroshot:
+                    measurements = [m for m in measurements if not m.zero]
+                found[study.name] = [(m, float(flops.of(m.work))) for m in measurements]
 
     def pieces(self, phase: Sequence[str]) -> list[Piece]:
         made = []
-        for study in phase:
+        for study in (each.name for each in phase):
             for model in range(self.models):
                 found = (self.other if model else self.found)[study]
                 for ahead in (True, False) if study == "interpolation" and not model else (None,):
@@ -108,7 +106,7 @@ class Zoo:
 def deal(zoo: Zoo, gpus: int, rate: float, load: float, change: float, commit: float) -> dict[str, Any]:
     """Seconds from beginning to end, and where they go, on so many GPUs."""
     wall, busy, count, longest, limited = load, 0.0, 0, 0.0, False
-    for phase in PHASES:
+    for phase in catalogue.phases():
         todo = zoo.pieces(phase)
         total = sum(piece.cost for piece in todo)
         for ahead in (True, False):

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import names
+from .. import catalogue, names
 from ..common import program
-from ..names import ESTIMATORS, STUDIES
+from ..names import ESTIMATORS
 from ..path.layers import layer_of
 
 DESCRIPTION = """\
@@ -22,12 +22,7 @@ Walk the straight line in weight space from a zero-shot CLIP model (alpha = 0) t
 from it (alpha = 1), measure what happens on the way, and leave rows and figures in a directory.
 
 studies (none named: all of them; what a study needs of others is measured, too):
-  interpolation    accuracy and loss along the path: gain, barrier, instability, mode (Figure 1)
-  layers           the same for one layer at a time, the others zero-shot: stragglers (Figure 2)
-  sharpness        how the loss rises when all weights are perturbed, along the path (Figure 3)
-  layer-sharpness  the same for one layer at a time (Figure 4)
-  prune            the path with straggler layers pruned at random, and a control (Figure 5)
-  correlation      over three models or more: does sharpness tell accuracy out of distribution?
+{studies}
 
 ZOO is a .toml file that names models and data, or a folder with a zoo.toml (docs/zoo.md); the
 options of "models and data" name them here instead; with neither, it is the digits zoo that comes
@@ -52,12 +47,13 @@ def parser(zoo: bool = True) -> argparse.ArgumentParser:
     These say what is measured. Where it is written, who computes, what is fetched and what is printed is for
     the user's own command (:func:`refused_in_zoo`); models, data and head have entries of their own.
     """
+    studies = "\n".join(f"  {study.name:<15}  {study.help}" for study in catalogue.studies())
     top = program.parser(
         "sweep",
         version=zoo,
         add_help=zoo,
         usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",
-        description=DESCRIPTION,
+        description=DESCRIPTION.format(studies=studies),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -538,15 +534,15 @@ class _Once(argparse.Action):
 
 
 def _study(text: str) -> str:
-    if text not in STUDIES:
-        near = difflib.get_close_matches(text, STUDIES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STUDIES)}"
+    if text not in catalogue.names():
+        near = difflib.get_close_matches(text, catalogue.names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(catalogue.names())}"
         raise argparse.ArgumentTypeError(f"no study is called {text!r}; {hint}")
     return text
 
 
 def _study_or_zoo(text: str) -> str | Path:
-    if text not in STUDIES and (text.endswith(".toml") or Path(text).is_dir()):
+    if text not in catalogue.names() and (text.endswith(".toml") or Path(text).is_dir()):
         return Path(text)
     return _study(text)
 

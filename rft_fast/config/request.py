@@ -11,13 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import checkpoints, env
+from .. import catalogue, checkpoints, env
 from ..common.numeric import check_alphas
 from ..common.words import visible
 from ..datasets import cache
 from ..names import (
     KINDS,
-    STUDIES,
     Criterion,
     Estimator,
     Impl,
@@ -25,7 +24,6 @@ from ..names import (
     On,
     Others,
     Precision,
-    Study,
     TrackerName,
     as_given,
 )
@@ -36,17 +34,6 @@ if TYPE_CHECKING:  # what can be refused without them is refused before they are
     import torch
 
     from ..studies.estimators import Protocol
-
-# Study -> the other studies whose rows it, its figure or its choice of models needs.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "interpolation": (),
-    "layers": ("interpolation",),
-    "sharpness": ("interpolation",),
-    "layer-sharpness": ("interpolation",),
-    "prune": ("interpolation",),  # and those of its criteria
-    "correlation": ("interpolation", "layers", "sharpness", "layer-sharpness"),
-}
-CRITERION_NEEDS = {"sharpness": "layer-sharpness", "instability": "layers"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +49,8 @@ class Request:
     """What the command line asks for, found valid. Nothing is loaded yet."""
 
     everything: bool  # no study was named: all of them
-    studies: list[Study]  # those asked for
-    measured: list[Study]  # these, and what they need, in order
+    studies: list[str]  # those asked for
+    measured: list[str]  # these, and what they need, in order
     zoo: zoo.Zoo
     alphas: list[float]
     samples: int | None
@@ -153,8 +140,8 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
     sharpness_alphas = alphas
     if arguments.sharpness_alphas is not None:
         sharpness_alphas = sorted(set(_flat(arguments.sharpness_alphas)))
-    named = [study for study in arguments.words if study in STUDIES]
-    asked: list[Study] = list(dict.fromkeys(named)) or list(STUDIES)
+    named = [study for study in arguments.words if study in catalogue.names()]
+    asked = list(dict.fromkeys(named)) or catalogue.names()
     if arguments.models is not None:
         for name in arguments.models:
             if name not in its_zoo.finetuned:
@@ -165,17 +152,20 @@ def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
                     + ", ".join(near)
                 )
         _distinct("--models", arguments.models)
-    if "correlation" in asked and (lacking := _lacks_for_correlation(its_zoo, arguments.models)):
-        if named:
-            raise ValueError(f"correlation: it needs {lacking}; leave it out, or name more")
-        asked.remove("correlation")
-    measured = _measured(asked, [] if arguments.prune_layers else arguments.criteria)
+    models, ood = arguments.models or its_zoo.finetuned, any(data.ood for data in its_zoo.data.values())
+    for name in list(asked):
+        if lacking := catalogue.study(name).lacks(len(models), ood):
+            if named:
+                raise ValueError(f"{name}: it needs {lacking}; leave it out, or name more")
+            asked.remove(name)
+    measured = catalogue.measured(asked, arguments)
+    perturbed = any(catalogue.study(name).images == "images of sharpness" for name in measured)
     extra = sorted(set(sharpness_alphas) - set(alphas))
-    if extra and {"sharpness", "layer-sharpness"} & set(measured):
+    if extra and perturbed:
         raise ValueError(
             f"argument --sharpness-alphas: {extra} are not among --alphas, where accuracies are measured"
         )
-    if not any(sharpness_alphas) and {"sharpness", "layer-sharpness"} & set(measured):
+    if not any(sharpness_alphas) and perturbed:
         raise ValueError(
             "argument --sharpness-alphas: expected at least one above 0; no fine-tuned weight matters at 0"
         )
@@ -313,13 +303,6 @@ def _device(arguments: argparse.Namespace) -> torch.device:
     return connection.device(arguments.workers, arguments.device)
 
 
-def _lacks_for_correlation(its_zoo: zoo.Zoo, models: Sequence[str] | None) -> str:
-    """What of models and data the correlation needs and does not have; "" if nothing."""
-    if len(models or its_zoo.finetuned) < 3:
-        return "at least 3 fine-tuned models"
-    return "" if any(source.ood for source in its_zoo.data.values()) else "out-of-distribution data"
-
-
 def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Refuses an unknown entry of a zoo's options in the words that other entries are refused with."""
     known = sorted(name for action in options._actions for name in action.option_strings)
@@ -330,14 +313,6 @@ def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"did you mean {near[0][2:]}?" if near else "--help lists them"
             raise ValueError(f"{options.prog}: there is no option {word[2:]}; {hint}")
-
-
-def _measured(asked: Sequence[Study], criteria: Sequence[Criterion]) -> list[Study]:
-    """The studies asked for and those that they need, in order."""
-    found = {*asked, *(need for study in asked for need in NEEDS[study])}
-    if "prune" in asked:
-        found |= {CRITERION_NEEDS[criterion] for criterion in criteria}
-    return [study for study in STUDIES if study in found]
 
 
 def _flat(parts: Sequence[Sequence[float]]) -> list[float]:

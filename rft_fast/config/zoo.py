@@ -102,6 +102,11 @@ class Zoo:
     options: tuple[str, ...] = ()
     resize_positions: bool = False
 
+    @property
+    def own_heads(self) -> bool:
+        """Whether each model has a zero-shot end of its own, for it keeps its own head."""
+        return self.head.choice == "finetuned"
+
 
 def read(path: str | PathLike[str]) -> Zoo:
     """Read a zoo: a TOML file, or a folder with a ``zoo.toml``. Its paths are relative to the file itself::

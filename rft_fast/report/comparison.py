@@ -22,7 +22,6 @@ _KEYS = (
     "study model dataset layer others alpha rho on noise adaptive keep method criterion control estimator "
     "noise_batch normalized seed"
 ).split()
-_VALUES = {"sharpness": ("sharpness",), "layer-sharpness": ("sharpness",)}
 _SCALE = {
     "accuracy": (100.0, "+.1f", "points"),
     "loss": (1.0, "+.3f", "nats"),
@@ -121,7 +120,7 @@ def _count(rows: pd.DataFrame) -> pd.Series:
     """What a standard error is over: images, or draws, of which antithetic ones come in pairs."""
     pairs = (rows["estimator"] == "antithetic").fillna(False)
     draws = rows["draws"].astype(float) / np.where(pairs, 2, 1)
-    return draws.where(rows["study"].isin(_VALUES), rows["samples"].astype(float))
+    return draws.where(rows["estimator"].notna(), rows["samples"].astype(float))
 
 
 def _freedom(both: pd.DataFrame) -> pd.Series:
@@ -139,13 +138,13 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(
         alpha=rows["alpha"].round(9),
         model=rows["model"].mask(shared, "zero-shot"),
-        seed=rows["seed"].where(rows["study"] == "prune"),
+        seed=rows["seed"].where(rows["method"].notna()),
     )
     place = rows[_KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
     parts = []
     for value in ("accuracy", "loss", "sharpness"):
-        wanted = [value in _VALUES.get(study, ("accuracy", "loss")) for study in rows["study"]]
-        part = rows[np.array(wanted) & rows[value].notna()]
+        # A row with an estimator is a sharpness: its mean accuracy and loss under noise are not compared.
+        part = rows[rows[value].notna() & ((value == "sharpness") == rows["estimator"].notna())]
         facts = part[
             ["study", "model", "dataset", "layer", "alpha", "rho", "criterion", "control", "seed", "samples"]
         ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,9 @@ from scipy.special import stdtrit
 from ..common.words import some
 from ..studies.facts import Facts
 from ..studies.pruning import NAMED
+
+if TYPE_CHECKING:
+    from ..catalogue import Study
 
 
 @dataclass(frozen=True)
@@ -30,25 +33,19 @@ class Finding:
     paper: bool = False
 
 
-def findings(facts: Facts) -> list[Finding]:
-    """What the studies of a run found, in the paper's order.
+def findings(facts: Facts, studies: Iterable[Study]) -> list[Finding]:
+    """What the studies of a run found, in their order.
 
     Args:
         facts: of a run with rows of the interpolation.
+        studies: those to ask; one without rows has no findings.
 
     Raises:
         ValueError: as the analyses of :class:`rft_fast.studies.facts.Facts`.
     """
     ends = [Finding(end.text, "interpolation", end.dataset) for end in facts.chances if end.text]
     nothing = {end.dataset for end in facts.chances if end.verdict == "unknown"}
-    found = [*of_path(facts.deciding)]
-    where = facts.deciding["dataset"].iloc[0]
-    if "layers" in facts.studies:
-        found += of_layers(facts.stragglers, facts.deciding)
-    if "prune" in facts.studies:
-        found += of_pruning(facts.pruning)
-    if "correlation" in facts.studies:
-        found += of_correlation(facts.correlation, where)
+    found = [one for study in studies if study.done(facts) for one in study.findings(facts)]
     return ends + [one for one in found if one.dataset not in nothing]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .. import catalogue
 from ..common import disk
 from ..common.words import visible
 from . import comparison, page, sections
@@ -45,9 +46,9 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         about=f"{config['date'][:10]} · {arch} · rft_fast {config['versions']['rft_fast']}",
         commands=[config["command"]],
         tiles=sections.tiles(run),
-        findings=[visible(finding.text) for finding in findings(run.facts)],
+        findings=[visible(finding.text) for finding in findings(run.facts, catalogue.studies())],
         notes=run.notes,
-        parts=[*sections.studied(run.facts), sections.provenance(run)],
+        parts=[*sections.studied(run.facts, catalogue.studies()), sections.provenance(run)],
         models=len(colours(run.facts)),
     )
     return _replace(file, text)

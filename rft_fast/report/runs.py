@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from packaging.version import InvalidVersion, Version
 
-from .. import __version__, results
+from .. import __version__, catalogue, results
 from ..studies.chance import among
 from ..studies.facts import Facts, Settings
 
@@ -60,16 +60,19 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
         raise ValueError(
             f"report: the run in {directory} has no model whose path was measured to its end; run it again"
         )
-    missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), "correlation"}]
+    known = {study.name: study for study in catalogue.studies()}
+    unmeasured = {name for name in config["measured"] if name in known and not known[name].measures}
+    missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), *unmeasured}]
     if missing:
         notes.append(f"Asked for, and without rows: {', '.join(missing)}.")
     facts = Facts(rows, Settings.of(config), among(config))
-    if "correlation" in facts.studies:
+    for name in unmeasured:
         try:
-            _ = facts.correlation
+            known[name].check(facts)
         except ValueError as error:
-            notes.append(f"The correlation is left out: {error}.")
-            facts = Facts(rows, replace(facts.settings, measured=facts.studies[:-1]), facts.classes)
+            notes.append(f"The {name} is left out: {error}.")
+            left = [other for other in facts.settings.measured if other != name]
+            facts = Facts(rows, replace(facts.settings, measured=left), facts.classes)
     costs = directory / "cost.csv"
     return RunRead(directory, config, facts, count, pd.read_csv(costs) if costs.is_file() else None, notes)
 
@@ -118,16 +121,16 @@ def _unfinished(part: pd.DataFrame) -> list[str]:
     """Models that a study was not done with: a curve lacks an end, or rows that other models have."""
     keys = [name for name in _CURVE if part[name].notna().any()]
     ends = part.groupby(keys, sort=False, dropna=False)["alpha"].agg(["min", "max"])
-    low, high = (
-        (0.0, 1.0) if part["study"].iloc[0] in _TO_THE_ENDS else (ends["min"].min(), ends["max"].max())
-    )
+    known = [study for study in catalogue.studies() if study.name == part["study"].iloc[0]]
+    low, high = ends["min"].min(), ends["max"].max()
+    if any(study.reaches_ends for study in known):
+        low, high = 0.0, 1.0
     cut = ends[(ends["min"] > low) | (ends["max"] < high)]
     found = set(cut.index.get_level_values("model"))
-    if part["study"].iloc[0] != "prune":  # which has as many rows as a model has stragglers
+    if not any(study.rows_vary for study in known):
         counts = part["model"].value_counts()
         found |= set(counts.index[counts < counts.max()])
     return [model for model in part["model"].unique() if model in found]
 
 
 _CURVE = "model dataset others layer rho on noise method criterion control estimator seed".split()
-_TO_THE_ENDS = ("interpolation", "layers", "prune")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -14,8 +14,11 @@ from ..studies.facts import ENDS, Facts
 from . import charts, layer_charts, tables
 from .drawing import Picture
 from .runs import RunRead
-from .summary import sections
+from .summary import sections as printed
 from .tables import Cell, Table
+
+if TYPE_CHECKING:
+    from ..catalogue import Study
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class Section:
     printed: str = ""
 
 
-def studied(facts: Facts) -> list[Section]:
-    """A section for each study that has rows, with its summary as the sweep prints it."""
-    printed = {study: sections(facts, [study]).strip("\n") for study in facts.studies}
-    return [replace(_MAKERS[study](facts), printed=text) for study, text in printed.items()]
+def studied(facts: Facts, studies: Iterable[Study]) -> list[Section]:
+    """A section for each study that has anything to show, with its summary as the sweep prints it."""
+    shown = [study for study in studies if study.done(facts)]
+    return [replace(study.section(facts), printed=printed(facts, [study]).strip("\n")) for study in shown]
 
 
-def _path(facts: Facts) -> Section:
+def path(facts: Facts) -> Section:
     table = tables.path(facts)
     wide = [(row[0].text, row[1].text, row[3].text) for row in table.wide()]
     warnings = []
@@ -69,7 +72,7 @@ def _path(facts: Facts) -> Section:
     )
 
 
-def _layers(facts: Facts) -> Section:
+def layers(facts: Facts) -> Section:
     table = tables.layers(facts)
     warnings = []
     found: dict[tuple[str, str], list[str]] = {}
@@ -115,7 +118,7 @@ def _drawn(part: pd.DataFrame) -> str:
     return f"{count} draws, {_images(part)}"
 
 
-def _sharpness(facts: Facts) -> Section:
+def sharpness(facts: Facts) -> Section:
     part = facts.part("sharpness")
     table = tables.sharpness(facts, "sharpness")
     return Section(
@@ -130,7 +133,7 @@ def _sharpness(facts: Facts) -> Section:
     )
 
 
-def _layer_sharpness(facts: Facts) -> Section:
+def layer_sharpness(facts: Facts) -> Section:
     part = facts.part("layer-sharpness")
     table = tables.sharpness(facts, "layer-sharpness")
     return Section(
@@ -146,7 +149,7 @@ def _layer_sharpness(facts: Facts) -> Section:
     )
 
 
-def _prune(facts: Facts) -> Section:
+def prune(facts: Facts) -> Section:
     part, settings = facts.part("prune"), facts.settings
     table = tables.prune(facts)
     warnings = [
@@ -168,7 +171,7 @@ def _prune(facts: Facts) -> Section:
     )
 
 
-def _correlation(facts: Facts) -> Section:
+def correlation(facts: Facts) -> Section:
     found = facts.correlation
     picture, names = charts.correlation(found)
     table = tables.correlation(found, names)
@@ -191,15 +194,6 @@ def _correlation(facts: Facts) -> Section:
         else [],
     )
 
-
-_MAKERS: dict[str, Callable[[Facts], Section]] = {
-    "interpolation": _path,
-    "layers": _layers,
-    "sharpness": _sharpness,
-    "layer-sharpness": _layer_sharpness,
-    "prune": _prune,
-    "correlation": _correlation,
-}
 
 # --- what was run -------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,9 @@ from ..common.words import paragraph, visible
 from ..run.cost import duration
 from ..studies.facts import ENDS, Facts
 from .findings import findings, tau
+
+if TYPE_CHECKING:
+    from ..catalogue import Study
 
 LEGEND = """\
 Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
@@ -22,25 +25,28 @@ the worst position is than the mean of the two ends. Mode, on out-of-distributio
 no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
 
 
-def report(facts: Facts) -> str:
+def report(facts: Facts, studies: Iterable[Study]) -> str:
     """A section for each study, then what the run comes to."""
-    # Asked for all of them, people are told why one is left out.
-    asked = [*facts.studies, "correlation"] if facts.settings.everything else facts.studies
     lines = []
-    for found in findings(facts):
+    for found in findings(facts, studies):
         lines += paragraph(visible(found.text), facts.names, "  " if found.paper else "- ")
-    return "\n".join([sections(facts, dict.fromkeys(asked)), *(["\nIn short", *lines] if lines else [])])
+    return "\n".join([sections(facts, studies), *(["\nIn short", *lines] if lines else [])])
 
 
-def sections(facts: Facts, shown: Iterable[str]) -> str:
-    """A section for each of the studies that are shown."""
-    lines = [line for study in shown for line in _MAKERS[study](facts)]
+def sections(facts: Facts, studies: Iterable[Study]) -> str:
+    """A section for each of the studies that has anything to show, or was left out of a run of all."""
+    lines = []
+    for study in studies:
+        if study.done(facts):
+            lines += study.say(facts)
+        elif facts.settings.everything:
+            lines += study.say_missing(facts)
     lost = int((~np.isfinite(facts.rows["loss"])).sum())
     lines += [f"\n{lost} mean losses are not finite; nothing was left out of them."] if lost else []
     return "\n".join(lines)
 
 
-def _interpolation(facts: Facts) -> list[str]:
+def interpolation(facts: Facts) -> list[str]:
     header = [
         ["", "zero-", "fine-", "best", "", "", "instability", "", ""],
         ["model", "shot", "tuned", "alpha", "gain [95 %]", "barrier", "loss", "accuracy", "mode"],
@@ -84,8 +90,8 @@ def _images(rows: pd.DataFrame) -> str:
     return ", ".join(f"{count:,} images of {name}" for name, count in counts.items())
 
 
-def _layers(facts: Facts) -> list[str]:
-    lines = _words(
+def layers(facts: Facts) -> list[str]:
+    lines = paragraphs(
         facts,
         f"layers: each layer on the path, the others {ENDS[facts.settings.others]}; "
         f"{_images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
@@ -106,10 +112,10 @@ def _layers(facts: Facts) -> list[str]:
     return lines
 
 
-def _sharpness(facts: Facts) -> list[str]:
+def sharpness(facts: Facts) -> list[str]:
     lines = []
     for (_, rho), group in facts.part("sharpness").groupby(["dataset", "rho"], sort=False):
-        lines += _words(
+        lines += paragraphs(
             facts, f"sharpness: all weights perturbed, {_how(group, rho)}. In nats, +- standard error."
         )
         alphas = sorted(group["alpha"].unique())
@@ -122,12 +128,12 @@ def _sharpness(facts: Facts) -> list[str]:
     return lines
 
 
-def _layer_sharpness(facts: Facts) -> list[str]:
+def layer_sharpness(facts: Facts) -> list[str]:
     lines = []
     near = facts.near_zero
     for (dataset, rho), group in facts.part("layer-sharpness").groupby(["dataset", "rho"], sort=False):
         where = "fine-tuned weights" if (group["on"] == "finetuned").all() else "interpolated weights"
-        lines += _words(
+        lines += paragraphs(
             facts,
             f"layer-sharpness: one layer of the {where} perturbed, {_how(group, rho)}. Near zero: the 95 % "
             f"interval lies within {facts.settings.zero_margin:g} nats at every alpha.",
@@ -165,10 +171,10 @@ def _value(row: Any) -> str:
     return f"{row['sharpness']:.3g}" + ("" if pd.isna(error) else f" +- {error:.2g}")
 
 
-def _prune(facts: Facts) -> list[str]:
+def prune(facts: Facts) -> list[str]:
     part, settings = facts.part("prune"), facts.settings
     which = "straggler" if settings.prune_layers is None else "named"
-    lines = _words(
+    lines = paragraphs(
         facts,
         f"prune: {100 * settings.keep:g} % of the {which} layers' weights kept, "
         f"{len(settings.mask_seeds)} masks, {_images(part)}. Change in accuracy against the unpruned path, "
@@ -195,12 +201,8 @@ def _change(group: pd.DataFrame) -> str:
     return f"{100 * fact['change']:+.1f}{error}"
 
 
-def _correlation(facts: Facts) -> list[str]:
-    if "correlation" not in facts.studies:
-        far = facts.rows["ood"].fillna(False).any()
-        lacking = "at least 3 fine-tuned models" if far else "out-of-distribution data"
-        return _words(facts, f"correlation is left out: it needs {lacking}.")
-    lines = _words(
+def correlation(facts: Facts) -> list[str]:
+    lines = paragraphs(
         facts,
         "correlation of sharpness with what happens out of distribution, over models: Kendall's tau "
         "[95 % interval]. All alphas and layers are in correlation.csv.",
@@ -216,17 +218,7 @@ def _correlation(facts: Facts) -> list[str]:
     return [*lines, *_table(cells)]
 
 
-_MAKERS: dict[str, Callable[[Facts], list[str]]] = {
-    "interpolation": _interpolation,
-    "layers": _layers,
-    "sharpness": _sharpness,
-    "layer-sharpness": _layer_sharpness,
-    "prune": _prune,
-    "correlation": _correlation,
-}
-
-
-def _words(facts: Facts, text: str) -> list[str]:
+def paragraphs(facts: Facts, text: str) -> list[str]:
     """A paragraph, after an empty line."""
     return ["", *paragraph(visible(text), facts.names)]
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common import disk, words
-from ..studies.rows import STUDIES
+from ..names import STUDIES
 from . import database
 from .errors import Mismatch
-from .loading import is_begun, opened, recorded, refuse_stranger
+from .loading import is_begun, opened, order, recorded, refuse_stranger
 from .lock import refuse_in_use
 
 TABLE, CONFIG, FIGURES, LOG = "rows.csv", "config.json", "figures", "run.log"
@@ -64,12 +64,12 @@ def check(
         raise ValueError(f"results: expected a directory, got the file {directory}")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PermissionError(f"results: {directory} is not writable")
-    refuse_links(directory)
+    refuse_links(directory, config or {})
     refuse_in_use(directory)
     if not is_begun(directory):
         # A kill while a run begins, or replaces one, leaves an empty database, and that folder.
         ours = [directory / FIGURES] if (directory / database.FILE).exists() else []
-        written = dict.fromkeys([*replaced(directory), *(directory / name for name in (FIGURES, LOG))])
+        written = dict.fromkeys([*replaced(directory, config or {}), directory / FIGURES, directory / LOG])
         if names := [f.relative_to(directory) for f in written if f not in ours and f.exists()]:
             raise ValueError(
                 f"results: {directory} holds {', '.join(map(str, names))} but no {database.FILE} with a run, "
@@ -95,19 +95,20 @@ def table_file(directory: pathlib.Path, study: str) -> pathlib.Path:
     return directory / f"{study}.csv"
 
 
-def replaced(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a run that new ones replace."""
-    named = [make(directory, name) for name in (*STUDIES, "cost") for make in (figure_file, table_file)]
+def replaced(directory: pathlib.Path, config: Mapping[str, Any]) -> list[pathlib.Path]:
+    """The files of a run of this configuration that new ones replace."""
+    names = dict.fromkeys([*STUDIES, *order(config)[1], "cost"])
+    named = [make(directory, name) for name in names for make in (figure_file, table_file)]
     return [*named, directory / TABLE, directory / CONFIG]
 
 
-def refuse_links(directory: pathlib.Path) -> None:
+def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Refuses a directory in which a name that a run writes is a link, or no plain file."""
     base = directory / database.FILE
     in_place = [base, *(database.beside(base, end) for end in database.BESIDE)]
     in_place += [directory / database.LOCK, directory / LOG]
     try:
-        disk.check_targets(replaced(directory), in_place, [directory / FIGURES])
+        disk.check_targets(replaced(directory, config), in_place, [directory / FIGURES])
     except ValueError as error:
         raise ValueError(f"results: {error}") from None
 

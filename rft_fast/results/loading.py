@@ -61,7 +61,7 @@ def stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
         with opened(directory) as base:
             check_version(directory, base)
             database.check_pages(base)
-            yield from records.rows(base, models(records.config(base)))
+            yield from records.rows(base, *order(records.config(base)))
     except Damaged as error:
         remedy = f"python -m rft_fast.results {shlex.quote(str(directory))} --recover"
         raise Damaged(f"{error}; to save what can still be read: {remedy}") from error
@@ -87,9 +87,13 @@ def batches(rows: Iterable[Sequence[Any]], size: int = 1000) -> Iterator[list[Se
         yield some
 
 
-def models(config: Mapping[str, Any]) -> list[str]:
-    found = config.get("finetuned")
-    return list(found) if isinstance(found, Mapping) else []
+def order(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The models of a run, and its studies, each in their order."""
+    models, studies = config.get("finetuned"), config.get("measured")
+    return (
+        list(models) if isinstance(models, Mapping) else [],
+        [str(name) for name in studies] if isinstance(studies, list) else [],
+    )
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ..evaluate import Scores
-from ..studies.rows import COLUMNS, STUDIES, Row, complete
+from ..names import STUDIES
+from ..studies.rows import COLUMNS, Row, complete
 from .database import check_pages, transaction
 
 _KEPT = {"string": (str,), "float64": (float, int), "Int64": (int,), "boolean": (int,)}  # types in SQLite
@@ -74,13 +75,19 @@ def remove(
         )
 
 
-def rows(database: sqlite3.Connection, models: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """All rows as they are stored, whatever order they were added in: by study, by model in this order, by
-    number. Models that are not named come last, as they appeared.
+def rows(
+    database: sqlite3.Connection, models: Sequence[str], studies: Sequence[str] = ()
+) -> Iterator[tuple[Any, ...]]:
+    """All rows as they are stored, sorted by study, model and number.
+
+    Studies are in the paper's order, then in the given one; models in the given one. Those that are not named
+    come last, in order of appearance.
 
     Raises sqlite3.DatabaseError for a measurement that is not what was written.
     """
-    places: dict[str, int] = {study: place for place, study in enumerate(STUDIES)}
+    places: dict[str, int] = {}
+    for study in (*STUDIES, *studies):
+        places.setdefault(study, len(places))
     order = {model: place for place, model in enumerate(models)}
     query = "SELECT id, study, model, number, finished, crc FROM measurements ORDER BY id"
     found = []

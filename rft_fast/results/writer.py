@@ -33,7 +33,7 @@ from .directory import (
     table_file,
 )
 from .errors import Damaged
-from .loading import check_version, explained, frame, is_begun, models, opened
+from .loading import check_version, explained, frame, is_begun, opened, order
 from .salvage import recover
 
 _Access = Callable[[], AbstractContextManager[sqlite3.Connection]]
@@ -81,7 +81,7 @@ class Run:
             with ExitStack() as stack:
                 self._lock = lock.hold(self.directory)
                 stack.callback(lock.release, self._lock)
-                refuse_links(self.directory)
+                refuse_links(self.directory, asked)
                 self._open(asked, overwrite, stack)
                 self._close = stack.pop_all()
         except Damaged as error:
@@ -89,7 +89,7 @@ class Run:
 
     def _open(self, asked: dict[str, Any], overwrite: bool, stack: ExitStack) -> None:
         if overwrite and is_begun(self.directory):
-            self._remove_earlier()
+            self._remove_earlier(asked)
         if not is_begun(self.directory):
             with explained(self.directory):
                 schema.create(self._file, asked)
@@ -172,7 +172,7 @@ class Run:
     def rows(self) -> pd.DataFrame:
         """All rows so far, as :func:`load` gives them."""
         with self._reading() as base:
-            return frame(records.rows(base, models(self.config)))
+            return frame(records.rows(base, *order(self.config)))
 
     def scores(self, of: str) -> MutableMapping[tuple[str, float], Scores]:
         """(data set, alpha) -> scores that several measurements need, kept in the database; setting commits.
@@ -199,7 +199,7 @@ class Run:
         with self._reading() as base, self._close:
             self._check_place()
             with disk.replacing(self.directory / TABLE) as temporary:
-                export.write_rows(temporary, records.rows(base, models(self.config)))
+                export.write_rows(temporary, records.rows(base, *order(self.config)))
             database.stop_writing(base)
 
     def __enter__(self) -> Run:
@@ -243,10 +243,10 @@ class Run:
         with self._reading() as base:
             yield base
 
-    def _remove_earlier(self) -> None:
+    def _remove_earlier(self, config: Mapping[str, Any]) -> None:
         """The database last, all of it at once, and not its name: a kill meanwhile leaves no part of a run,
         nor files that seem to be of nobody."""
-        for file in [*replaced(self.directory), *map(self.directory.joinpath, (LOG, *REPORTS))]:
+        for file in [*replaced(self.directory, config), *map(self.directory.joinpath, (LOG, *REPORTS))]:
             file.unlink(missing_ok=True)
         disk.replace(self._file, b"")
         for end in database.BESIDE:  # of an empty database, SQLite removes them, too

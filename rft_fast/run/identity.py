@@ -25,7 +25,8 @@ from ..evaluate import Evaluator
 from ..kernels import registry
 from ..studies.chance import AMONG
 from . import wiring
-from .wiring import Models, Studies
+from .bench import Bench
+from .wiring import Models
 
 # Of a request: what has an entry of its own, or does not matter for the numbers.
 _ELSEWHERE = (
@@ -53,10 +54,10 @@ def asked(request: Request) -> dict[str, Any]:
     return found
 
 
-def complete(models: Models, work: Studies) -> dict[str, Any]:
+def complete(models: Models, bench: Bench) -> dict[str, Any]:
     """The complete request, with what it runs on; neither command nor date."""
     request = models.request
-    source = request.zoo
+    source, whole = request.zoo, bench.evaluators["all images"]
 
     def content(weights: zoo.Weights) -> dict[str, object]:
         file = Path(weights.source)
@@ -89,18 +90,18 @@ def complete(models: Models, work: Studies) -> dict[str, Any]:
                 "samples": len(data.labels),
                 "sha256 of scored images, labels and classes": wiring.digest(data),
             }
-            for data in work.whole.datasets
+            for data in whole.datasets
         },
-        AMONG: {data.name: wiring.scored_among(data, models.rows.count) for data in work.whole.datasets},
-        "layer images": images(work.by_layer),
-        "sharpness images": images(work.sharpness),
+        AMONG: {data.name: wiring.scored_among(data, models.rows.count) for data in whole.datasets},
+        "layer images": images(bench.evaluators["images of layers and prune"]),
+        "sharpness images": images(bench.evaluators["images of sharpness"]),
         "batch_size": request.batch_size,
-        "memory_limit": work.whole.memory_limit,
+        "memory_limit": whole.memory_limit,
         "impl": registry.pick(request.impl, device).name,
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
-        "threads of a batch": work.whole.threads_of_a_batch,
+        "threads of a batch": whole.threads_of_a_batch,
         "platform": platform.platform(),
         "versions": {
             "rft_fast": __version__,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .. import path as paths
+from ..catalogue import Chosen
 from ..config.request import Request
 from ..evaluate import Evaluator
-from ..names import Names, Study
 from ..studies.rows import Row
-from . import cost, wiring
-from .wiring import Counts, Studies
-
-Stragglers = Mapping[str, Names]  # criterion -> layers to prune
+from . import bench, cost
+from .wiring import Counts
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,15 @@ class Measurement:
 class Piece:
     """Some measurements of a study of a model, to be made in this order by one worker.
 
-    costs: FLOPs of each. stragglers: criterion -> layers to prune, where that is the study. ahead: whether
-        other pieces need what it finds.
+    costs: FLOPs of each. chosen: layers that the study takes by earlier rows. ahead: whether other pieces
+        need what it finds.
     """
 
-    study: Study
+    study: str
     model: str
     numbers: tuple[int, ...]
     costs: tuple[float, ...]
-    stragglers: Stragglers | None = None
+    chosen: Chosen | None = None
     ahead: bool = False
 
     @property
@@ -92,16 +90,17 @@ class Counter:
 
     def __init__(self, request: Request, evaluator: Evaluator, whole: Counts) -> None:
         self._request, self._evaluator = request, evaluator
-        self._sets = (whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole))
-        self._shared = wiring.InMemory()
+        self._sizes = bench.sizes(request, whole)
+        self._shared = bench.InMemory()
 
-    def count(
-        self, study: Study, path: paths.Path, stragglers: Stragglers | None = None
-    ) -> list[Measurement]:
+    def count(self, study: str, path: paths.Path, chosen: Chosen | None = None) -> list[Measurement]:
         """The measurements of a study of a model. The first that is asked for makes what all models share."""
         work = cost.Work.none(self._evaluator)
         counted = cost.counted_path(path, work)
-        evaluators = (cost.CountedEvaluator(self._evaluator, images, work) for images in self._sets)
+        evaluators = {
+            images: cost.CountedEvaluator(self._evaluator, sizes, work)
+            for images, sizes in self._sizes.items()
+        }
         found: list[Measurement] = []
         before = work * 1
 
@@ -112,7 +111,7 @@ class Counter:
             found.append(Measurement(number, what, zero, work + before * -1))
             before = work * 1
 
-        Studies(self._request, *evaluators).run(study, counted, stragglers, self._shared, sink=sink)
+        bench.Bench(self._request, evaluators).run(study, counted, chosen, self._shared, sink=sink)
         return found
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import datasets
+from .. import catalogue, datasets
 from .. import path as paths
+from ..catalogue import Study
 from ..clip import architectures, tokenizers
 from ..config.request import NotFetched, Request
 from ..evaluate import Evaluator
-from ..names import Study, never
-from . import cost, selection, wiring
-from .pieces import Counter, Stragglers, total
-from .wiring import Counts, Models
+from . import bench, cost, selection, wiring
+from .pieces import Counter, total
+from .wiring import Models
 
 
 def plan(request: Request) -> str:
@@ -46,15 +46,18 @@ def plan(request: Request) -> str:
     evaluator = models.evaluator([_noise(request, 8)])
     takes = selection.how_many(request)
     counter = Counter(request, evaluator, whole)
+    studies = {study: catalogue.study(study) for study in takes}
     works = {
-        study: _count(request, study, takes[study], path, evaluator, counter)
-        for study in request.measured
-        if study in takes  # the others are made of rows
+        study: _count(request, what, takes[study], path, evaluator, counter)
+        for study, what in studies.items()
     }
     everything = sum(works.values(), cost.Work.none(evaluator))
     costs = cost.flops(evaluator, everything)
     # Sets of like sizes take like times an image; a small one takes more.
-    sizes = {study: min(_at_once(request, study, whole), cost.images_wanted(evaluator)) for study in works}
+    images = bench.sizes(request, whole)
+    largest = {name: max(count for count, _ in counts.values()) for name, counts in images.items()}
+    at_once = {study: what.images_at_once(request, largest[what.images]) for study, what in studies.items()}
+    sizes = {study: min(count, cost.images_wanted(evaluator)) for study, count in at_once.items()}
     rates = {}
     for size in tqdm(sorted(set(sizes.values())), "calibrating", disable=None, leave=False):
         wanted = sum((works[s] for s in works if sizes[s] == size), cost.Work.none(evaluator))
@@ -65,8 +68,7 @@ def plan(request: Request) -> str:
         for study, work in works.items()
     ]
     encoding = _encoding(models, next(iter(rates.values())), costs)
-    images = [whole, wiring.by_layer(request, whole), wiring.of_sharpness(request, whole)]
-    resident = sum(count for counts in images for count, _ in counts.values())
+    resident = sum(count for counts in images.values() for count, _ in counts.values())
     peak = cost.memory(everything, evaluator, path, resident)
     return cost.table(lines, costs, peak, path, _notes(request, sets), encoding)
 
@@ -89,33 +91,16 @@ def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Enco
     return cost.Encoding(ends.heads, prompts, flops, flops * sum(rates.images) / costs.forward)
 
 
-def _at_once(request: Request, study: Study, whole: Counts) -> int:
-    """Images of the largest set that a study scores between two writes."""
-    if study == "interpolation":
-        return max(count for count, _ in whole.values())
-    if study == "layers" or study == "prune":
-        return max(count for count, _ in wiring.by_layer(request, whole).values())
-    if study == "sharpness" or study == "layer-sharpness":
-        protocol = request.general if study == "sharpness" else request.layerwise
-        largest = max(count for count, _ in wiring.of_sharpness(request, whole).values())
-        return min(largest, protocol.noise_batch or largest)
-    if study == "correlation":
-        return 0  # made of rows
-    never(study)
-
-
 def _count(
     request: Request, study: Study, models: int, path: paths.Path, evaluator: Evaluator, counter: Counter
 ) -> cost.Work:
     """The work of a study on so many models. The first one measures what the others share."""
-    stragglers: Stragglers | None = (
-        {criterion: path.layers[:1] for criterion in request.criteria} if study == "prune" else None
-    )
-    first = total(counter.count(study, path, stragglers), evaluator)
+    chosen = study.guess(request, path.layers)
+    first = total(counter.count(study.name, path, chosen), evaluator)
     if models == 1:
         return first
-    other = counter.count(study, path, stragglers)
-    if study in wiring.SHARPNESS:
+    other = counter.count(study.name, path, chosen)
+    if study.same_at_zeroshot and not request.zoo.own_heads:
         other = [measurement for measurement in other if not measurement.zero]
     return first + total(other, evaluator) * (models - 1)
 
@@ -139,12 +124,9 @@ def _notes(request: Request, sets: Sequence[datasets.Found]) -> list[str]:
     if images:
         kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"
         notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")
-    by_layer = {"layers", "layer-sharpness", "prune"} & set(request.measured)
-    if by_layer and request.models is None and len(request.zoo.finetuned) > 2:
+    studies = [catalogue.study(name) for name in request.measured]
+    few = any(study.measures and study.most_models(request) is not None for study in studies)
+    if few and request.models is None and len(request.zoo.finetuned) > 2:
         notes.append("Which models are studied layer by layer, the interpolation will tell; they cost alike.")
-    if "prune" in request.measured and not request.prune_layers:
-        notes.append("Pruning: as if each criterion found stragglers in each model; without, it costs less.")
-    goal = request.general.goal or request.layerwise.goal
-    if goal is not None and {"sharpness", "layer-sharpness"} & set(request.measured):
-        notes.append(f"Sharpness: as if --draws reached --goal-se {goal:g}; more draws cost in proportion.")
+    notes += dict.fromkeys(note for study in studies for note in study.assumptions(request))
     return notes

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
 import pandas as pd
 
-from .. import results, studies
+from .. import catalogue, results, studies
+from ..catalogue import Chosen
 from ..common import disk, files, words
 from ..common.program import Stop
 from ..config.request import Request
-from ..names import Study
 from ..studies.chance import among
 from ..studies.facts import Facts, Settings
 from ..studies.rows import Row
 from . import selection
-from .pieces import Piece, Stragglers
+from .bench import Shared
+from .pieces import Piece
 from .progress import Progress
-from .wiring import Shared
 from .worker import Worker
-
-# Studies that can run side by side; those of a phase need rows of the phases before.
-PHASES: tuple[tuple[Study, ...], ...] = (
-    ("interpolation",),
-    ("layers", "sharpness", "layer-sharpness"),
-    ("prune",),
-)
 
 Copies = Mapping[str, Sequence[tuple[int, str]]]
 
@@ -58,12 +52,12 @@ class Pool(Protocol):
     size: int  # how many measure at a time
 
     def pieces(
-        self, study: Study, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+        self, study: str, models: Sequence[str], chosen: Mapping[str, Chosen]
     ) -> tuple[list[Piece], Copies]:
         """As :meth:`rft_fast.run.worker.Worker.pieces`."""
 
-    def some_stragglers(self, model: str) -> Stragglers:
-        """As :meth:`rft_fast.run.worker.Worker.some_stragglers`."""
+    def guess(self, study: str, model: str) -> Chosen | None:
+        """As :meth:`rft_fast.run.worker.Worker.guess`."""
 
     def measure(self, pieces: Sequence[Piece], shared: Shared, watch: Watch) -> None:
         """Makes all measurements of the pieces.
@@ -84,7 +78,7 @@ class Alone:
         self._worker = Worker(request)
         self.config = self._worker.config
         self.pieces = self._worker.pieces
-        self.some_stragglers = self._worker.some_stragglers
+        self.guess = self._worker.guess
 
     def measure(self, pieces: Sequence[Piece], shared: Shared, watch: Watch) -> None:
         for piece in pieces:
@@ -120,15 +114,15 @@ def measure(
     Raises Interrupted when it was asked to stop; OSError where the disk fails; MemoryError.
     """
     books = _Books(run, progress, stop, among(pool.config))
-    chosen: dict[Study, list[str]] = {"interpolation": list(request.zoo.finetuned)}
+    takes = {study: list(request.zoo.finetuned) for study in request.measured}
     progress.expect(_foretold(pool, request))
-    for phase in PHASES:
+    for phase in catalogue.phases():
         todo: list[Piece] = []
-        copies: dict[Study, Copies] = {}
-        for study in (name for name in phase if name in request.measured):
-            models = chosen[study]
-            stragglers = _stragglers(request, run, models) if study == "prune" else {}
-            pieces, copies[study] = pool.pieces(study, models, stragglers)
+        copies: dict[str, Copies] = {}
+        facts = Facts(run.rows(), Settings.of(vars(request)))
+        for what in (each for each in phase if each.name in request.measured):
+            study, models = what.name, takes[what.name]
+            pieces, copies[study] = pool.pieces(study, models, _some(models, partial(what.choose, facts)))
             done = {model: run.done(study, model) for model in models}
             left = [rest for piece in pieces if (rest := piece.without(done[piece.model])) is not None]
             counts = Counter[str]()
@@ -142,33 +136,29 @@ def measure(
         pool.measure(todo, run, books)
         for study, copied in copies.items():
             _copy(run, study, copied)
-        if "interpolation" in phase:
-            chosen |= selection.choose(request, run.rows())
+        if phase[0].phase == 0:  # the gains decide
+            takes |= selection.choose(request, run.rows())
         stop.check()
     return books.rows()
 
 
-def _stragglers(request: Request, run: results.Run, models: Sequence[str]) -> dict[str, Stragglers]:
-    """Model -> criterion -> layers to prune, by the rows so far."""
-    facts = Facts(run.rows(), Settings.of(vars(request)))
-    found = {model: facts.to_prune(model) for model in models}
-    return {model: {c: names for c, names in of.items() if names} for model, of in found.items()}
+def _some(models: Sequence[str], choose: Callable[[str], Chosen | None]) -> dict[str, Chosen]:
+    """Model -> the layers chosen for it, where any are."""
+    found = {model: choose(model) for model in models}
+    return {model: chosen for model, chosen in found.items() if chosen is not None}
 
 
 def _foretold(pool: Pool, request: Request) -> dict[str, float]:
     """Study -> about what it will cost, before it is known which models and layers it takes."""
     found: dict[str, float] = {}
     for study, count in selection.how_many(request).items():
-        if study in request.measured:
-            models = list(request.zoo.finetuned)[:count]
-            stragglers = {}
-            if study == "prune":  # as if each criterion found one
-                stragglers = {model: pool.some_stragglers(model) for model in models}
-            found[study] = sum(piece.cost for piece in pool.pieces(study, models, stragglers)[0])
+        models = list(request.zoo.finetuned)[:count]
+        chosen = _some(models, partial(pool.guess, study))
+        found[study] = sum(piece.cost for piece in pool.pieces(study, models, chosen)[0])
     return found
 
 
-def _copy(run: results.Run, study: Study, copies: Copies) -> None:
+def _copy(run: results.Run, study: str, copies: Copies) -> None:
     """What is the same for several models was measured for one of them."""
     for model, same in copies.items():
         done = run.done(study, model)
@@ -206,7 +196,7 @@ class _Books:
     def measured(self, piece: Piece, number: int, rows: list[Row]) -> None:
         self._run.add(piece.study, piece.model, number, rows)
         self._progress.measured(piece.study, piece.model, number, rows, piece.cost_of[number])
-        if piece.study == "interpolation":
+        if catalogue.study(piece.study).phase == 0:
             self._compare_with_chance(rows)
         self._stop.check()
 

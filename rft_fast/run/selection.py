@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .. import studies
+from .. import catalogue, studies
 from ..config.request import Request
-from ..names import Study
 
 
-def choose(request: Request, rows: pd.DataFrame) -> dict[Study, list[str]]:
+def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
     """Study -> the models that it takes, by the rows of the interpolation.
 
     Those that gain most and least (:func:`rft_fast.studies.best_gains`), as many as :func:`how_many` has.
@@ -27,18 +26,7 @@ def choose(request: Request, rows: pd.DataFrame) -> dict[Study, list[str]]:
     return {study: chosen(count) for study, count in how_many(request).items()}
 
 
-def how_many(request: Request) -> dict[Study, int]:
-    """Study -> how many models it takes.
-
-    As many as the paper shows: all for the path and general sharpness, four layer by layer (all where the
-    correlation needs them), two for layer-wise interpolation and pruning; or those that were named.
-    """
-    everyone = len(request.zoo.finetuned)
-    layerwise = 4 if "layer-sharpness" in request.studies else 2
-    if "correlation" in request.studies:
-        layerwise = everyone
-    few: dict[Study, int] = {"layers": 2, "layer-sharpness": layerwise, "prune": 2}
-    if request.models is not None:
-        few = dict.fromkeys(few, len(request.models))
-    every: dict[Study, int] = {"interpolation": everyone, "sharpness": everyone}
-    return every | {study: min(count, everyone) for study, count in few.items()}
+def how_many(request: Request) -> dict[str, int]:
+    """Study that is measured -> how many models it takes."""
+    measured = [catalogue.study(name) for name in request.measured]
+    return {study.name: study.models(request) for study in measured if study.measures}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from .. import figures, results
+from .. import catalogue, results
 from ..common import disk
 from ..common.program import Interrupted, Stop
 from ..common.words import cell, message
@@ -92,19 +92,16 @@ def _measure(
 
 
 def _draw(request: Request, facts: Facts, run: results.Run, took: Sequence[Mapping[str, object]]) -> None:
-    for study in request.measured:
-        file = run.figure(study)
-        if study == "correlation":
-            with disk.replacing(run.table(study)) as temporary:
-                facts.correlation.map(cell).to_csv(temporary, index=False)
-            figures.correlation(facts.correlation, file)
-        elif study == "layers":
-            figures.layers(facts, file, models=request.models)
-        else:
-            getattr(figures, study.replace("-", "_"))(facts, file)
+    for name in request.measured:
+        study = catalogue.study(name)
+        table = study.table(facts)
+        if table is not None:
+            with disk.replacing(run.table(name)) as temporary:
+                table.map(cell).to_csv(temporary, index=False)
+        study.draw(facts, run.figure(name), request.models)
     if request.quiet or request.json:
         return
-    print(summary.report(facts))
+    print(summary.report(facts, catalogue.studies()))
     print("\n" + summary.took(took))
     print(
         f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import pandas as pd
 
 from ..common import disk
-from ..names import STUDIES, TrackerName, never
 from ..names import TRACKERS as NAMES
+from ..names import TrackerName, never
 
 VALUES = ("accuracy", "loss", "sharpness", "gain", "change")  # the columns that are logged
 STEPS = 1000  # TensorBoard's steps are whole numbers: thousandths of alpha
@@ -128,10 +128,12 @@ class WeightsAndBiases:
         plain = json.loads(json.dumps(config, default=str))
         self._run = _client("wandb").init(config=plain, allow_val_change=True, **chosen)
         self._run.define_metric("alpha", hidden=True)
-        for study in STUDIES:
-            self._run.define_metric(f"{study}/*", step_metric="alpha")
+        self._studies: set[str] = set()
 
     def measured(self, study: str, model: str, number: int, rows: Sequence[Mapping[str, object]]) -> None:
+        if study not in self._studies:
+            self._studies.add(study)
+            self._run.define_metric(f"{study}/*", step_metric="alpha")
         for row in rows:
             alpha, values = _read(study, model, row)
             if values:

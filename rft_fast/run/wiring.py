@@ -1,20 +1,20 @@
-"""From a request to what it is about: the live model, its paths, its images, and the studies on them."""
+"""From a request to what it is about: the live model, its paths and its images."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import open_clip
 from torch import nn
 from tqdm import tqdm
 
-from .. import checkpoints, datasets, studies
+from .. import checkpoints, datasets
 from .. import path as paths
 from ..checkpoints.canonical import HEAD_WEIGHT
 from ..clip import architectures, prompts
@@ -23,9 +23,7 @@ from ..common import files
 from ..common.words import visible
 from ..config import zoo
 from ..config.request import Request
-from ..evaluate import Evaluator, Scores, precision
-from ..names import Names, Study, never
-from ..studies.rows import Sink
+from ..evaluate import Evaluator, precision
 
 Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
 
@@ -258,172 +256,3 @@ def _first(whole: Counts, ood: bool) -> list[str]:
 
 def _some(whole: Counts, names: Sequence[str], most: int) -> Counts:
     return {name: (min(most, count), ood) for name, (count, ood) in whole.items() if name in names}
-
-
-class Shared(Protocol):
-    """Scores that several measurements need, kept where they last."""
-
-    def scores(self, of: str) -> MutableMapping[tuple[str, float], Scores]:
-        """(data set, alpha) -> scores. of: what they are of."""
-
-
-class InMemory:
-    """Shared scores of a process that need not outlive it."""
-
-    def __init__(self) -> None:
-        self._tables: dict[str, dict[tuple[str, float], Scores]] = {}
-
-    def scores(self, of: str) -> dict[tuple[str, float], Scores]:
-        return self._tables.setdefault(of, {})
-
-
-class Studies:
-    """The studies of a request on its images, one model at a time.
-
-    whole: all data sets. by_layer, sharpness: the images of those studies.
-    """
-
-    def __init__(self, request: Request, whole: Evaluator, by_layer: Evaluator, sharpness: Evaluator) -> None:
-        self.whole, self.by_layer, self.sharpness = whole, by_layer, sharpness
-        self._request = request
-
-    def run(
-        self,
-        study: Study,
-        path: paths.Path,
-        stragglers: Mapping[str, Names] | None,
-        shared: Shared,
-        *,
-        model: str = "",
-        only: Collection[int] | None = None,
-        sink: Sink | None = None,
-    ) -> None:
-        """Measurements of one study of one model.
-
-        stragglers: criterion -> layers to prune, where that is the study. only, sink: as studies take them.
-        """
-        request = self._request
-        if study == "interpolation":
-            known = _Zeroshot(shared.scores(self._of(ALL, model, 0.0)))
-            studies.interpolation(
-                path, self.whole, request.alphas, model=model, zeroshot=known, only=only, sink=sink
-            )
-        elif study == "layers":
-            studies.layerwise_interpolation(
-                path,
-                self.by_layer,
-                request.layer_alphas,
-                request.layers,
-                others=request.others,
-                model=model,
-                zeroshot=_Zeroshot(shared.scores(self._of(BY_LAYER, model, 0.0))),
-                only=only,
-                sink=sink,
-            )
-        elif study == "sharpness" or study == "layer-sharpness":
-            where = (path, self.sharpness, request.sharpness_alphas, request.rhos)
-            common: dict[str, Any] = {"model": model, "only": only, "sink": sink}
-            if study == "sharpness":
-                studies.sharpness(*where, request.draws, protocol=request.general, **common)
-            else:
-                draws, layers = request.layer_draws, request.layers
-                studies.layerwise_sharpness(*where, draws, layers, protocol=request.layerwise, **common)
-        elif study == "prune":
-            zeroshot, own = (shared.scores(self._of(BY_LAYER, model, alpha)) for alpha in (0.0, 1.0))
-            studies.prune_stragglers(
-                path,
-                self.by_layer,
-                request.alphas,
-                request.keep,
-                layers=stragglers,
-                methods=request.methods,
-                seeds=request.mask_seeds,
-                control=request.control,
-                model=model,
-                unpruned=_Unpruned(zeroshot, own),
-                only=only,
-                sink=sink,
-            )
-        elif study == "correlation":  # made of rows
-            raise ValueError("studies: the correlation is made of rows; it measures nothing")
-        else:
-            never(study)
-
-    def _of(self, images: str, model: str, alpha: float) -> str:
-        """What scores are of: at alpha = 0 of all models, unless these have heads of their own there."""
-        own = alpha != 0 or self._request.zoo.head.choice == "finetuned"
-        return f"{images}, {model}" if own else images
-
-
-ALL, BY_LAYER = "all images", "images of layers and prune"
-SHARPNESS = ("sharpness", "layer-sharpness")
-
-
-class _Zeroshot(MutableMapping[str, Scores]):
-    """Data set -> scores at alpha = 0."""
-
-    def __init__(self, table: MutableMapping[tuple[str, float], Scores]) -> None:
-        self._table = table
-
-    def __getitem__(self, name: str) -> Scores:
-        return self._table[name, 0.0]
-
-    def __setitem__(self, name: str, scores: Scores) -> None:
-        self._table[name, 0.0] = scores
-
-    def __delitem__(self, name: str) -> None:
-        del self._table[name, 0.0]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, alpha in self._table if alpha == 0)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class _Unpruned(MutableMapping[tuple[str, float], Scores]):
-    """(data set, alpha) -> scores of the unpruned path; those at alpha = 0 in a table of all models."""
-
-    def __init__(
-        self,
-        zeroshot: MutableMapping[tuple[str, float], Scores],
-        own: MutableMapping[tuple[str, float], Scores],
-    ) -> None:
-        self._zeroshot, self._own = zeroshot, own
-
-    def _table(self, key: tuple[str, float]) -> MutableMapping[tuple[str, float], Scores]:
-        return self._own if key[1] else self._zeroshot
-
-    def __getitem__(self, key: tuple[str, float]) -> Scores:
-        return self._table(key)[key]
-
-    def __setitem__(self, key: tuple[str, float], scores: Scores) -> None:
-        self._table(key)[key] = scores
-
-    def __delitem__(self, key: tuple[str, float]) -> None:
-        del self._table(key)[key]
-
-    def __iter__(self) -> Iterator[tuple[str, float]]:
-        yield from (key for key in self._zeroshot if not key[1])
-        yield from (key for key in self._own if key[1])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def make(models: Models, sets: Sequence[datasets.Dataset]) -> Studies:
-    """The studies of the request on these images."""
-    request = models.request
-    whole = {data.name: (len(data.labels), data.ood) for data in sets}
-
-    def some(counts: Counts) -> list[datasets.Dataset]:
-        chosen = [data for data in sets if data.name in counts]
-        return [datasets.subset(data, counts[data.name][0], request.seed) for data in chosen]
-
-    evaluator = models.evaluator(sets)
-    return Studies(
-        request,
-        evaluator,
-        evaluator.on(some(by_layer(request, whole))),
-        evaluator.on(some(of_sharpness(request, whole)), request.normalize_logits),
-    )

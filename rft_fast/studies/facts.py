@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..names import STRAGGLER_MARGIN, STUDIES, XI, ZERO_MARGIN, Criterion, Others, never
+from ..names import STRAGGLER_MARGIN, XI, ZERO_MARGIN, Criterion, Others, never
 from .chance import Chance, zeroshot_chances
 from .correlation import correlate
 from .interpolate import STUDY as INTERPOLATION
@@ -82,12 +82,6 @@ class Facts:
         if self._renamed is None:
             self._renamed = Facts(rows, self.settings, self.classes)
         return self._renamed
-
-    @cached_property
-    def studies(self) -> list[str]:
-        """Those with rows, and the correlation if it was to be made, in the paper's order."""
-        found = set(self.rows["study"].unique()) | {"correlation"} & set(self.settings.measured)
-        return [study for study in STUDIES if study in found]
 
     @cached_property
     def names(self) -> frozenset[str]:

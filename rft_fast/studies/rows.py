@@ -11,7 +11,6 @@ import pandas as pd
 from ..common.numeric import as_number as as_number
 from ..common.numeric import ascending as ascending
 from ..common.words import some
-from ..names import STUDIES as STUDIES
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores, Walk

@@ -21,8 +21,8 @@ from support.tiny_report import make_rows as make_run_rows
 
 from rft_fast import figures, studies
 from rft_fast.figures import heat, style
+from rft_fast.names import STUDIES
 from rft_fast.studies.facts import Facts, Settings
-from rft_fast.studies.rows import STUDIES
 
 ALPHAS = np.array([0.0, 0.5, 1.0])
 # model, data set -> accuracy and loss at ALPHAS

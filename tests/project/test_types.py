@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import rft_fast as rft
-from rft_fast import checkpoints, datasets, names
+from rft_fast import catalogue, checkpoints, datasets, names
 from rft_fast.clip.endpoints import Setup
 from rft_fast.config import options
 from rft_fast.config.zoo import DataSource, Head, Weights
@@ -19,7 +19,6 @@ from rft_fast.finetune.__main__ import parser as finetune_parser
 from rft_fast.finetune.settings import Setting
 from rft_fast.finetune.work import Request as Training
 from rft_fast.kernels import contract
-from rft_fast.run import wiring
 
 # What the studies' modules import for type checkers only.
 UNSEEN = {"Evaluator": Any, "Path": Any, "Scores": Any, "Sink": Any}
@@ -101,7 +100,7 @@ def test_a_lone_string_is_no_list_of_names(function: Callable[..., Any], argumen
 
 def test_every_tuple_of_names_is_that_of_its_literal() -> None:
     pairs = {
-        "STUDIES": names.Study, "SAMPLING": names.Sampling, "WORST_CASE": names.WorstCase,
+        "SAMPLING": names.Sampling, "WORST_CASE": names.WorstCase,
         "ESTIMATORS": names.Estimator, "OTHERS": names.Others, "FORMATS": names.Format,
         "CRITERIA": names.Criterion,
     }  # fmt: skip
@@ -115,7 +114,7 @@ def test_no_name_falls_through() -> None:
     nothing: Any = None
     for study in ("correlation", "nonsense"):
         with pytest.raises(ValueError, match=study):
-            wiring.Studies(nothing, nothing, nothing, nothing).run(study, nothing, None, nothing)  # type: ignore[arg-type]
+            catalogue.study(study).measure(nothing)
 
 
 def test_the_face_is_public_and_typed() -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from support.tiny_report import CONFIG, FAR, LAYERS, MODELS, make_rows, make_run
 
-from rft_fast import figures, studies
+from rft_fast import catalogue, figures, studies
 from rft_fast.common import words
 from rft_fast.report import runs, summary
 from rft_fast.report.findings import Finding, findings, of_correlation, of_pruning
@@ -29,11 +29,12 @@ ANALYSES = (studies.summarize, studies.stragglers, studies.near_zero, studies.pr
 
 def draw_all(facts: Facts, folder: Path) -> None:
     """The figures of a run."""
-    for study in facts.studies:
-        if study == "correlation":
-            figures.correlation(facts.correlation, folder / "correlation.png")
-        else:
-            getattr(figures, study.replace("-", "_"))(facts, folder / f"{study}.png")
+    for study in shown(facts):
+        study.draw(facts, folder / f"{study.name}.png", None)
+
+
+def shown(facts: Facts) -> list[catalogue.Study]:
+    return [study for study in catalogue.studies() if study.done(facts)]
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_each_analysis_is_made_once_for_words_figures_and_page(tmp_path: Path, c
     report = pytest.importorskip("rft_fast.report.output")
     pytest.importorskip("plotly", reason="the page needs plotly")
     facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 2})
-    assert summary.report(facts) and not counted["best_gains"]
+    assert summary.report(facts, catalogue.studies()) and not counted["best_gains"]
     draw_all(facts, tmp_path)
     once = {analysis.__name__ for analysis in ANALYSES} - {"correlation"} | {"correlate"}
     assert counted == dict.fromkeys(once, 1)
@@ -79,7 +80,13 @@ def test_figures_of_names_that_are_written_out_share_their_facts(
     rows = studies.frame(row | {"model": f"${row['model']}\t"} for row in make_rows())
     facts = Facts(rows, Settings.of(CONFIG | {"measured": ["layers"]}))
     draw_all(facts, tmp_path)
-    assert facts.studies == ["interpolation", "layers", "sharpness", "layer-sharpness", "prune"]
+    assert [study.name for study in shown(facts)] == [
+        "interpolation",
+        "layers",
+        "sharpness",
+        "layer-sharpness",
+        "prune",
+    ]
     made = ("summarize", "best_gains", "stragglers", "near_zero", "pruning_effect")
     assert counted == dict.fromkeys(made, 1)
     figure = figures.prune(
@@ -116,7 +123,7 @@ def test_facts_are_the_analyses() -> None:
 
 def test_findings_are_sentences_with_what_they_are_about() -> None:
     facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 2})
-    found = findings(facts)
+    found = findings(facts, catalogue.studies())
     assert [(one.study, one.dataset, one.model) for one in found] == [
         ("interpolation", FAR, None),  # chance
         ("interpolation", FAR, None),  # failures
@@ -129,12 +136,16 @@ def test_findings_are_sentences_with_what_they_are_about() -> None:
     ]
     assert [one.paper for one in found] == [False] * 7 + [True]
     assert all("\n" not in one.text for one in found)
-    printed = " ".join(summary.report(facts).partition("In short")[2].split())
+    printed = " ".join(summary.report(facts, catalogue.studies()).partition("In short")[2].split())
     assert printed == " ".join(one.text if one.paper else f"- {one.text}" for one in found)
     assert not [Finding("x", "layers")] == found
     without = Facts(facts.rows, dataclasses.replace(facts.settings, measured=["layers"], everything=False))
-    assert {one.study for one in findings(without)} == {"interpolation", "layers", "prune"}
-    assert "correlation" not in summary.report(without)
+    assert {one.study for one in findings(without, catalogue.studies())} == {
+        "interpolation",
+        "layers",
+        "prune",
+    }
+    assert "correlation" not in summary.report(without, catalogue.studies())
 
 
 LONG = [
@@ -153,16 +164,16 @@ def test_a_long_name_stands_whole_in_words_and_page(name: str, tmp_path: Path) -
     rows = [row | {"model": name if row["model"] == "bad" else row["model"]} for row in make_rows()]
     run = make_run(tmp_path / "run", rows, finetuned={**CONFIG["finetuned"], name: {"path": "/x"}})
     facts = runs.read(run).facts
-    about = [finding.text for finding in findings(facts) if finding.model == name]
+    about = [finding.text for finding in findings(facts, catalogue.studies()) if finding.model == name]
     assert len(about) == 2 and all(name in text for text in about)
-    text = summary.report(facts)
+    text = summary.report(facts, catalogue.studies())
     lines = text.partition("In short")[2].splitlines()
     assert sum(name in line for line in lines) >= 3  # it fails, has a straggler, is pruned
     rest = [line for line in lines if name not in line]
     assert all(len(line) <= 100 for line in rest)
     page = report.write(run).read_text().replace("<wbr>", "")
     items = re.findall(r"<li>(.*?)</li>", page)
-    for finding in findings(facts):
+    for finding in findings(facts, catalogue.studies()):
         assert html.escape(finding.text) in items
     assert html.escape(text.partition("\n\nlayers:")[0].strip()) in page
 
@@ -241,6 +252,6 @@ def test_a_perfect_order_is_told_as_such() -> None:
 
 def test_a_set_of_one_class_or_one_image_is_no_evidence() -> None:
     facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 1})
-    (said, *others) = findings(facts)
+    (said, *others) = findings(facts, catalogue.studies())
     assert "nothing can be concluded" in said.text
     assert all(one.dataset != FAR for one in others)

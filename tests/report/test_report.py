@@ -33,7 +33,7 @@ from support.tiny_report import (
     make_run,
 )
 
-from rft_fast import __version__, report, results, studies
+from rft_fast import __version__, catalogue, report, results, studies
 from rft_fast.report import comparison, runs, summary, tables
 from rft_fast.report.__main__ import main
 from rft_fast.report.findings import findings
@@ -72,12 +72,12 @@ def charts(page: str) -> dict[str, Any]:
 
 def test_the_summary_is_the_sweeps(run: Path, page: str) -> None:
     read = runs.read(run)
-    printed = summary.report(read.facts)
-    for study in read.facts.studies:
+    printed = summary.report(read.facts, catalogue.studies())
+    for study in [study for study in catalogue.studies() if study.done(read.facts)]:
         section = summary.sections(read.facts, [study]).strip("\n")
         assert section in printed
         assert html.escape(section) in page
-    found = [finding.text for finding in findings(read.facts)]
+    found = [finding.text for finding in findings(read.facts, catalogue.studies())]
     items = re.findall(r"<li>(.*?)</li>", page.replace("<wbr>", ""))
     assert found and [html.unescape(item) for item in items][: len(found)] == found
     assert plain(html.escape(CONFIG["command"])) in plain(page)
@@ -88,7 +88,9 @@ def test_the_summary_is_the_sweeps(run: Path, page: str) -> None:
 def test_a_zero_shot_end_that_guesses_is_reported(tmp_path: Path) -> None:
     among = {FAR: 2, "near": 2}  # .5 and .8 of 1,234 images
     read = runs.read(make_run(tmp_path / "run", SHORT, measured=["interpolation"], **{"scored among": among}))
-    found = [finding.text for finding in findings(read.facts) if "chance" in finding.text]
+    found = [
+        finding.text for finding in findings(read.facts, catalogue.studies()) if "chance" in finding.text
+    ]
     ends = [end for end in studies.zeroshot_chances(read.facts.rows, among) if end.text]
     assert [end.dataset for end in ends] == [FAR]
     assert found == [end.text for end in ends] and "is near chance" in found[0]
@@ -98,7 +100,9 @@ def test_a_zero_shot_end_that_guesses_is_reported(tmp_path: Path) -> None:
     )
     earlier = {name: {**data, "classes": 2 if name == FAR else None} for name, data in CONFIG["data"].items()}
     read = runs.read(make_run(tmp_path / "earlier", SHORT, measured=["interpolation"], data=earlier))
-    assert [finding.text for finding in findings(read.facts) if "chance" in finding.text] == found
+    assert [
+        finding.text for finding in findings(read.facts, catalogue.studies()) if "chance" in finding.text
+    ] == found
 
 
 def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:

@@ -188,6 +188,7 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
     cluster: Any = SimpleNamespace(
         **{"size": 1, "_ready": ready, "_coming": {}, "_models": {}, "_mourn": mourn},
         _more=lambda wanted: None,
+        request=SimpleNamespace(zoo=SimpleNamespace(own_heads=False)),
     )
     ray = SimpleNamespace(
         wait=lambda references, **_: (references[:1], references[1:]),

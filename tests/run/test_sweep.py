@@ -26,8 +26,8 @@ from support.tiny_zoo import BRIEF, own_models, refused, save
 from rft_fast import checkpoints, results, studies, sweep
 from rft_fast.config import request
 from rft_fast.config import zoo as zoos
+from rft_fast.names import STUDIES
 from rft_fast.run import trackers, wiring
-from rft_fast.studies.rows import STUDIES
 
 
 @pytest.fixture(autouse=True)

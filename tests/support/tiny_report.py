@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rft_fast import __version__, results
-from rft_fast.studies.rows import STUDIES
+from rft_fast.names import STUDIES
 
 EVIL = "<script>document.title='owned'</script>"
 MODELS = ["good", "bad", "<b>c&amp;%{x}"]

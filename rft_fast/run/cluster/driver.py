@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from rft_fast import results
+from rft_fast.catalogue import Chosen
 from rft_fast.common import meter
 from rft_fast.config.request import Request
-from rft_fast.names import Study
 from rft_fast.run import pieces
-from rft_fast.run.pieces import Piece, Stragglers
+from rft_fast.run.bench import Shared, shares
+from rft_fast.run.pieces import Piece
 from rft_fast.run.running import Copies, Watch
-from rft_fast.run.wiring import ALL, BY_LAYER, Shared
 
 from .actor import POLL, Actor, Answer, Problem
 from .connection import check, client, connect, disconnect, is_local, reason
@@ -60,7 +60,7 @@ class Cluster:
                 # Each would take half of what is free.
                 share = int(meter.available("cpu") / 2 / self.size)
                 request = replace(request, memory_limit=max(1, share))
-            self._request = request
+            self.request = request
             self._ready: deque[Any] = deque()
             self._coming: dict[Any, Any] = {}  # reference to a description -> the worker that gives it
             self._models: dict[int, str] = {}  # id of a worker -> the model that it has loaded last
@@ -68,22 +68,22 @@ class Cluster:
             first = self._start()
             self.config: dict[str, Any] = self._first_config(first)
             # Like batches on each: what is computed together decides the last bits.
-            self._request = replace(request, memory_limit=self.config["memory_limit"])
+            self.request = replace(request, memory_limit=self.config["memory_limit"])
             self._ready.append(first)
         except BaseException:
             self.close()
             raise
 
     def pieces(
-        self, study: Study, models: Sequence[str], stragglers: Mapping[str, Stragglers]
+        self, study: str, models: Sequence[str], chosen: Mapping[str, Chosen]
     ) -> tuple[list[Piece], Copies]:
         """As :meth:`rft_fast.run.worker.Worker.pieces`, by one of the workers."""
-        found: tuple[list[Piece], Copies] = self._ask("pieces", study, list(models), dict(stragglers))
+        found: tuple[list[Piece], Copies] = self._ask("pieces", study, list(models), dict(chosen))
         return found
 
-    def some_stragglers(self, model: str) -> Stragglers:
-        """As :meth:`rft_fast.run.worker.Worker.some_stragglers`, by one of the workers."""
-        found: Stragglers = self._ask("some_stragglers", model)
+    def guess(self, study: str, model: str) -> Chosen | None:
+        """As :meth:`rft_fast.run.worker.Worker.guess`, by one of the workers."""
+        found: Chosen | None = self._ask("guess", study, model)
         return found
 
     def measure(self, todo: Sequence[Piece], shared: Shared, watch: Watch) -> None:
@@ -124,13 +124,13 @@ class Cluster:
         return max(1, int(found))
 
     def _start(self) -> Any:
-        ray, gpu = client(), self._request.device.type == "cuda"
+        ray, gpu = client(), self.request.device.type == "cuda"
         cores: float = self._threads
         if self._local:
             cores = min(cores, (os.cpu_count() or 1) / self.size)
         actor = ray.remote(max_restarts=0, max_task_retries=0)(Actor)
         options = {"num_cpus": 1 if gpu else cores, "num_gpus": 1 if gpu else 0}
-        worker = actor.options(**options).remote(self._request, os.getcwd(), None if gpu else self._threads)
+        worker = actor.options(**options).remote(self.request, os.getcwd(), None if gpu else self._threads)
         self._workers.append(worker)
         return worker
 
@@ -251,7 +251,8 @@ class _Work:
             piece = self._next(cluster._models.get(id(worker)))
             cluster._models[id(worker)] = piece.model
             self._watch.begun(piece)
-            known = {of: dict(self._shared.scores(of)) for of in _needed(piece)}
+            needed = shares(cluster.request, piece.study, piece.model)
+            known = {of: dict(self._shared.scores(of)) for of in needed}
             self._running[worker.begin.remote(piece, known)] = (worker, piece)
 
     def _next(self, model: str | None) -> Piece:
@@ -346,10 +347,3 @@ class _Work:
                             self._watch.withdrawn(piece)
                         if answer.spent is not None:
                             self._watch.spent(piece, *answer.spent)
-
-
-def _needed(piece: Piece) -> Iterator[str]:
-    """Of which shared scores a piece wants to know."""
-    images = ALL if piece.study == "interpolation" else BY_LAYER
-    yield images
-    yield f"{images}, {piece.model}"

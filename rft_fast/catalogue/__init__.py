@@ -1,0 +1,85 @@
+"""The studies: one object each, listed once, in the paper's order.
+
+A study is added by a file of its own, with a subclass of :class:`Study`, and a line in the table below.
+Everything else, such as command line, plan, workers, figures, summary and report, reads the table.
+"""
+
+from __future__ import annotations
+
+from .correlation import Correlation
+from .interpolation import Interpolation
+from .layers import Layers
+from .prune import Prune
+from .sharpness import LayerSharpness, Sharpness
+from .study import Asked, Chosen, Images, Study, Task
+
+_TABLE: dict[str, Study] = {
+    study.name: study
+    for study in (Interpolation(), Layers(), Sharpness(), LayerSharpness(), Prune(), Correlation())
+}
+
+
+def names() -> list[str]:
+    """Names of all studies, in order."""
+    return list(_TABLE)
+
+
+def studies() -> list[Study]:
+    """All studies, in order."""
+    return list(_TABLE.values())
+
+
+def study(name: str) -> Study:
+    """The study of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _TABLE:
+        raise ValueError(f"study: there is no study {name!r}; there are {', '.join(_TABLE)}")
+    return _TABLE[name]
+
+
+def register(new: Study) -> None:
+    """Adds a study behind the others, in this process.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if new.name in _TABLE:
+        raise ValueError(f"study: there is a study {new.name!r} already")
+    _TABLE[new.name] = new
+
+
+def measured(requested: list[str], asked: Asked) -> list[str]:
+    """Those that are requested and those that they need, in order."""
+    found, todo = set[str](), list(requested)
+    while todo:
+        if (name := todo.pop()) not in found:
+            found.add(name)
+            todo += study(name).needs(asked)
+    return [name for name in _TABLE if name in found]
+
+
+def phases() -> list[list[Study]]:
+    """The studies that measure, by phase."""
+    found: dict[int, list[Study]] = {}
+    for each in _TABLE.values():
+        if each.measures:
+            found.setdefault(each.phase, []).append(each)
+    return [found[phase] for phase in sorted(found)]
+
+
+__all__ = [
+    "Asked",
+    "Chosen",
+    "Images",
+    "Study",
+    "Task",
+    "measured",
+    "names",
+    "phases",
+    "register",
+    "studies",
+    "study",
+]

@@ -1,0 +1,69 @@
+"""Over three models or more: does sharpness tell accuracy out of distribution?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .study import Study
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    import pandas as pd
+
+    from ..report.findings import Finding
+    from ..report.sections import Section
+    from ..studies.facts import Facts
+    from .study import Asked
+
+
+class Correlation(Study):
+    """Rank correlation of sharpness with accuracy and gain, made of the other studies' rows."""
+
+    name = "correlation"
+    help = "over three models or more: does sharpness tell accuracy out of distribution?"
+    measures = False
+
+    def needs(self, asked: Asked) -> tuple[str, ...]:
+        return ("interpolation", "layers", "sharpness", "layer-sharpness")
+
+    def lacks(self, models: int, ood: bool) -> str:
+        if models < 3:
+            return "at least 3 fine-tuned models"
+        return "" if ood else "out-of-distribution data"
+
+    def done(self, facts: Facts) -> bool:
+        return self.name in facts.settings.measured
+
+    def check(self, facts: Facts) -> None:
+        _ = facts.correlation
+
+    def table(self, facts: Facts) -> pd.DataFrame:
+        return facts.correlation
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        from .. import figures
+
+        figures.correlation(facts.correlation, file)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        return summary.correlation(facts)
+
+    def say_missing(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        lacking = self.lacks(3, bool(facts.rows["ood"].fillna(False).any())) or self.lacks(0, True)
+        return summary.paragraphs(facts, f"correlation is left out: it needs {lacking}.")
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import findings
+
+        return findings.of_correlation(facts.correlation, facts.deciding["dataset"].iloc[0])
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import sections
+
+        return sections.correlation(facts)

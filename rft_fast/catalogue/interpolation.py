@@ -1,0 +1,63 @@
+"""Figure 1: accuracy and loss along the path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .study import Study, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from ..report.findings import Finding
+    from ..report.sections import Section
+    from ..studies.facts import Facts
+    from .study import Asked
+
+
+class Interpolation(Study):
+    """The whole model on the path: gain, barrier, instability and mode (Eq. 1, Eq. 2, Def. 1)."""
+
+    name = "interpolation"
+    help = "accuracy and loss along the path: gain, barrier, instability, mode (Figure 1)"
+    phase = 0
+    zeroshot_first = True
+    reaches_ends = True
+
+    def needs(self, asked: Asked) -> tuple[str, ...]:
+        return ()
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+        from .known import ByDataset
+
+        studies.interpolation(
+            task.path,
+            task.evaluator,
+            task.request.alphas,
+            model=task.model,
+            zeroshot=ByDataset(task.zeroshot),
+            only=task.only,
+            sink=task.sink,
+        )
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        from .. import figures
+
+        figures.interpolation(facts, file)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        return summary.interpolation(facts)
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import findings
+
+        return findings.of_path(facts.deciding)
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import sections
+
+        return sections.path(facts)

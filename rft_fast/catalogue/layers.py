@@ -1,0 +1,63 @@
+"""Figure 2: one layer at a time on the path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .study import Study, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from ..report.findings import Finding
+    from ..report.sections import Section
+    from ..studies.facts import Facts
+
+
+class Layers(Study):
+    """Layer-wise interpolation and its stragglers (Def. 1.1, Def. 1.2)."""
+
+    name = "layers"
+    help = "the same for one layer at a time, the others zero-shot: stragglers (Figure 2)"
+    images = "images of layers and prune"
+    most = 2
+    skips_unchanged = True
+    reaches_ends = True
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+        from .known import ByDataset
+
+        request = task.request
+        studies.layerwise_interpolation(
+            task.path,
+            task.evaluator,
+            request.layer_alphas,
+            request.layers,
+            others=request.others,
+            model=task.model,
+            zeroshot=ByDataset(task.zeroshot),
+            only=task.only,
+            sink=task.sink,
+        )
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        from .. import figures
+
+        figures.layers(facts, file, models=models)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        return summary.layers(facts)
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import findings
+
+        return findings.of_layers(facts.stragglers, facts.deciding)
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import sections
+
+        return sections.layers(facts)

@@ -1,0 +1,91 @@
+"""Figure 5: the path with layers pruned at random, and a control."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..names import Criterion
+from .study import Study, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+
+    from ..config.request import Request
+    from ..report.findings import Finding
+    from ..report.sections import Section
+    from ..studies.facts import Facts
+    from .study import Asked, Chosen
+
+_DECIDED_BY: dict[Criterion, str] = {"sharpness": "layer-sharpness", "instability": "layers"}
+
+
+class Prune(Study):
+    """Random pruning of the layers that a criterion picks (Algorithm 1)."""
+
+    name = "prune"
+    help = "the path with straggler layers pruned at random, and a control (Figure 5)"
+    phase = 2
+    images = "images of layers and prune"
+    most = 2
+    reaches_ends = True
+    rows_vary = True  # as many as a model has layers to prune
+
+    def needs(self, asked: Asked) -> list[str]:
+        criteria = [] if asked.prune_layers else asked.criteria
+        return ["interpolation", *(_DECIDED_BY[criterion] for criterion in criteria)]
+
+    def choose(self, facts: Facts, model: str) -> Chosen:
+        return {criterion: layers for criterion, layers in facts.to_prune(model).items() if layers}
+
+    def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
+        from ..path.layers import select
+        from ..studies.pruning import NAMED
+
+        if request.prune_layers is not None:
+            return {NAMED: select(layers, request.prune_layers)}
+        return {criterion: list(layers[:1]) for criterion in request.criteria}
+
+    def assumptions(self, request: Request) -> Iterator[str]:
+        if not request.prune_layers:
+            yield "Pruning: as if each criterion found stragglers in each model; without, it costs less."
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+        from .known import ByAlpha
+
+        request = task.request
+        studies.prune_stragglers(
+            task.path,
+            task.evaluator,
+            request.alphas,
+            request.keep,
+            layers=task.chosen,
+            methods=request.methods,
+            seeds=request.mask_seeds,
+            control=request.control,
+            model=task.model,
+            unpruned=ByAlpha(task.zeroshot, task.own),
+            only=task.only,
+            sink=task.sink,
+        )
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        from .. import figures
+
+        figures.prune(facts, file)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        return summary.prune(facts)
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import findings
+
+        return findings.of_pruning(facts.pruning)
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import sections
+
+        return sections.prune(facts)

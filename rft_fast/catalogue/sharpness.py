@@ -1,0 +1,115 @@
+"""Figures 3 and 4: how much the loss rises when all weights, or those of one layer, are perturbed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .study import Study, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from ..config.request import Request
+    from ..report.sections import Section
+    from ..studies.estimators import Protocol
+    from ..studies.facts import Facts
+
+
+class Sharpness(Study):
+    """General sharpness along the path (Eq. 3)."""
+
+    name = "sharpness"
+    help = "how the loss rises when all weights are perturbed, along the path (Figure 3)"
+    images = "images of sharpness"
+    same_at_zeroshot = True
+
+    def protocol(self, request: Request) -> Protocol:
+        """How it is measured."""
+        return request.general
+
+    def images_at_once(self, request: Request, images: int) -> int:
+        return min(images, self.protocol(request).noise_batch or images)
+
+    def assumptions(self, request: Request) -> Iterator[str]:
+        goal = self.protocol(request).goal
+        if goal is not None:
+            yield f"Sharpness: as if --draws reached --goal-se {goal:g}; more draws cost in proportion."
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+
+        request = task.request
+        studies.sharpness(
+            task.path,
+            task.evaluator,
+            request.sharpness_alphas,
+            request.rhos,
+            request.draws,
+            protocol=self.protocol(request),
+            model=task.model,
+            only=task.only,
+            sink=task.sink,
+        )
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        from .. import figures
+
+        figures.sharpness(facts, file)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        return summary.sharpness(facts)
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import sections
+
+        return sections.sharpness(facts)
+
+
+class LayerSharpness(Sharpness):
+    """Layer-wise sharpness (Sec. 3.1)."""
+
+    name = "layer-sharpness"
+    help = "the same for one layer at a time (Figure 4)"
+
+    def most_models(self, request: Request) -> int:
+        if "correlation" in request.studies:
+            return len(request.zoo.finetuned)
+        return 4 if self.name in request.studies else 2
+
+    def protocol(self, request: Request) -> Protocol:
+        return request.layerwise
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+
+        request = task.request
+        studies.layerwise_sharpness(
+            task.path,
+            task.evaluator,
+            request.sharpness_alphas,
+            request.rhos,
+            request.layer_draws,
+            request.layers,
+            protocol=self.protocol(request),
+            model=task.model,
+            only=task.only,
+            sink=task.sink,
+        )
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        from .. import figures
+
+        figures.layer_sharpness(facts, file)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import summary
+
+        return summary.layer_sharpness(facts)
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import sections
+
+        return sections.layer_sharpness(facts)

@@ -1,0 +1,180 @@
+"""``Study``: what a run has to know of a study, from its name to its section of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from ..names import Criterion, Names
+
+if TYPE_CHECKING:  # the command line is read before torch and pandas are imported
+    import os
+    from collections.abc import MutableMapping
+
+    import pandas as pd
+
+    from ..config.request import Request
+    from ..evaluate import Evaluator, Scores
+    from ..path import Path
+    from ..report.findings import Finding
+    from ..report.sections import Section
+    from ..studies.facts import Facts
+    from ..studies.rows import Sink
+
+Images = Literal["all images", "images of layers and prune", "images of sharpness"]
+"""Which images a study scores. Runs on disk keep scores under these names."""
+
+Chosen: TypeAlias = Mapping[str, Names]
+"""Layers that a study takes because of earlier rows: what the rows call the choice -> names of layers."""
+
+
+class Asked(Protocol):
+    """The options that decide which studies a study needs."""
+
+    criteria: list[Criterion]
+    prune_layers: list[str] | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """The measurements of one study of one model that are to be made.
+
+    Attributes:
+        request: the whole request.
+        path: the live model between its two ends.
+        evaluator: scores that live model on the images of the study.
+        model: name of the fine-tuned model.
+        chosen: layers that :meth:`Study.choose` picked; None where the study picks none.
+        zeroshot: (data set, 0.0) -> scores at alpha = 0, shared by all models that start there. The study
+            adds what it needs.
+        own: (data set, alpha) -> scores of this model that several measurements need, likewise.
+        only: numbers of the measurements to make; None: all.
+        sink: called with each measurement's number and rows as soon as it is made.
+    """
+
+    request: Request
+    path: Path
+    evaluator: Evaluator
+    model: str
+    chosen: Chosen | None
+    zeroshot: MutableMapping[tuple[str, float], Scores]
+    own: MutableMapping[tuple[str, float], Scores]
+    only: Collection[int] | None
+    sink: Sink | None
+
+
+class Study:
+    """One study. A subclass says what is special about it; :mod:`rft_fast.catalogue` lists an instance.
+
+    Methods that need torch, pandas or matplotlib import them when they run: a command reads its arguments
+    before it loads anything large.
+    """
+
+    name: str
+    """On the command line, in rows, and of its files."""
+    help: str
+    """What it measures, in some ten words, for ``--help``."""
+    phase: int = 1
+    """Studies of a phase run side by side, once all of the phases before are done. The path is phase 0."""
+    images: Images = "all images"
+    measures: bool = True
+    """False: it is made of the rows of other studies."""
+    most: int | None = None
+    """Models that it takes, those of highest and lowest gain; None: all."""
+    zeroshot_first: bool = False
+    """Its measurements at alpha = 0 of the first model come before all others, which compare with them."""
+    same_at_zeroshot: bool = False
+    """At alpha = 0 its rows are the same for all models that start there."""
+    skips_unchanged: bool = False
+    """Layers that are the same at both ends are not measured."""
+    reaches_ends: bool = False
+    """Each of its curves has alpha = 0 and alpha = 1."""
+    rows_vary: bool = False
+    """Models have different numbers of rows."""
+
+    # --- before it runs -----------------------------------------------------------------------------------
+
+    def needs(self, asked: Asked) -> Collection[str]:
+        """Names of the studies whose rows it, its figure or its choice of models needs."""
+        return ("interpolation",)
+
+    def lacks(self, models: int, ood: bool) -> str:
+        """What it needs and a request does not have, in words; empty if nothing.
+
+        Args:
+            models: how many fine-tuned models are studied.
+            ood: whether there is out-of-distribution data.
+        """
+        return ""
+
+    def models(self, request: Request) -> int:
+        """How many models it takes."""
+        everyone = len(request.zoo.finetuned)
+        most = self.most_models(request)
+        if most is None:
+            return everyone
+        return min(everyone, most if request.models is None else len(request.models))
+
+    def most_models(self, request: Request) -> int | None:
+        """:attr:`most`, where the request has a say in it."""
+        return self.most
+
+    def choose(self, facts: Facts, model: str) -> Chosen | None:
+        """The layers of a model that it takes by the rows of earlier phases; None: it does not choose."""
+        return None
+
+    def guess(self, request: Request, layers: Sequence[str]) -> Chosen | None:
+        """Layers to estimate costs with before :meth:`choose` can tell. layers: those of the model."""
+        return None
+
+    def images_at_once(self, request: Request, images: int) -> int:
+        """Images that are scored between two writes of the weights, out of so many of a data set."""
+        return images
+
+    def assumptions(self, request: Request) -> Iterator[str]:
+        """What ``--plan`` takes for granted, as sentences."""
+        return iter(())
+
+    # --- what it measures ---------------------------------------------------------------------------------
+
+    def measure(self, task: Task) -> None:
+        """Makes the measurements of a task.
+
+        Raises:
+            ValueError: it is made of rows.
+        """
+        raise ValueError(f"{self.name}: it is made of the rows of other studies; it measures nothing")
+
+    # --- what came of it ----------------------------------------------------------------------------------
+
+    def done(self, facts: Facts) -> bool:
+        """Whether a run has anything of it to show."""
+        return not facts.part(self.name).empty
+
+    def check(self, facts: Facts) -> None:
+        """Raises ValueError, with the reason, where the rows of a run do not allow its analysis."""
+
+    def table(self, facts: Facts) -> pd.DataFrame | None:
+        """What stands in ``<name>.csv`` beside the rows; None: no such file."""
+        return None
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+        """Draws its figure. models: names of models to show; None: the study's own choice."""
+        raise NotImplementedError
+
+    def say(self, facts: Facts) -> list[str]:
+        """Its part of the summary, as lines for a terminal."""
+        raise NotImplementedError
+
+    def say_missing(self, facts: Facts) -> list[str]:
+        """Its part of the summary where it was left out of a run of all studies."""
+        return []
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        """What it found, as sentences."""
+        return iter(())
+
+    def section(self, facts: Facts) -> Section:
+        """Its section of the report."""
+        raise NotImplementedError
