@@ -1,22 +1,22 @@
-"""Checkpoint files -> dicts of tensors under one set of names. Nothing in a file is executed.
+"""Checkpoint files of many formats -> dicts of tensors under one set of names. Nothing in a file is executed.
 
 ===================  =========================================================================
 module               holds
 ===================  =========================================================================
 ``canonical``        names of tensors, whatever file they come from
-``stored``           what files store, as they describe it, and tensors made of that
-``pickled_tensors``  what pickles may call; their reader is :mod:`rft_fast.common.pickles`
-``foreign``          files that hold no weights: what they are, and what to do
+``stored``           tensors as files describe them, and making torch tensors of these
+``pickled_tensors``  calls that pickles may make; their reader is :mod:`rft_fast.common.pickles`
+``foreign``          recognising files that hold no weights
 ``torch_files``      files of torch.save, and TorchScript archives
-``containers``       bytes of a file -> what it holds; safetensors
-``activation``       QuickGELU or GELU: what a file says of its model
-``layouts``          what it holds -> the format, and tensors under canonical names
-``lineage``          two checkpoints side by side
-``reading``          one file -> all of the above
-``sources``          files, open_clip's pretrained tags and Hugging Face repositories -> a file
+``containers``       a file -> what it holds, by its first bytes; safetensors
+``activation``       evidence of QuickGELU or GELU
+``layouts``          what a file holds -> its format, and tensors under canonical names
+``lineage``          comparison of two checkpoints
+``reading``          all of the above: ``read``, ``load``, ``load_head``
+``sources``          pretrained tags and Hugging Face repositories -> a local file
 ===================  =========================================================================
 
-``python -m rft_fast.checkpoints FILE [FILE2]`` shows what is in a file, or whether two are ends of one path.
+``python -m rft_fast.checkpoints FILE [FILE2]`` describes a file, or says whether two are ends of one path.
 """
 
 from typing import TYPE_CHECKING

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 @program.command("checkpoints")
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0; 1 for two files that cannot be ends of one path; 2 for one that cannot be read."""
+    """Run the command.
+
+    Args:
+        arguments: of the command line, without the program's name.
+
+    Returns:
+        0; 1 for two files that cannot be ends of one path; 2 for a file that cannot be read.
+    """
     parser = program.parser("checkpoints", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="a checkpoint; what is in it")
     parser.add_argument("other", metavar="FILE2", nargs="?", help="another; whether a path can join them")
@@ -50,8 +57,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe(checkpoint: checkpoints.Checkpoint) -> str:
-    """What is in a checkpoint, in lines: format, sizes, towers, head, layers with shapes, notes."""
-    from ..clip import matching  # open_clip takes seconds to import, and comparing needs none of it
+    """Describe a checkpoint: format, sizes, towers, head, layers with shapes, notes.
+
+    Args:
+        checkpoint: of :func:`rft_fast.checkpoints.read`.
+
+    Returns:
+        Lines of text, control characters escaped.
+    """
+    from ..clip import matching  # importing open_clip takes seconds; a comparison does not need it
 
     tensors = checkpoint.tensors
     parts: dict[str, list[str]] = {"image tower": [], "text tower": [], "head": [], "other": []}

@@ -1,9 +1,9 @@
-"""QuickGELU or GELU: what a file, or a configuration beside it, says of the activation of its towers.
+"""QuickGELU or GELU: evidence in a file, or in a configuration beside it, of the activation of its towers.
 
-Weights do not show which one they were trained with, and under the other one a model gives worse features
-without an error. Evidence, as far as there is any: classes named in a pickle or in a TorchScript archive, the
-code of such an archive, the header of a safetensors file, ``config.json`` or ``open_clip_config.json`` in the
-same folder. Evidence that contradicts itself counts as none.
+Weights do not show which one they were trained with, and with the other one a model computes worse features
+without an error. Evidence: classes named in a pickle or TorchScript archive, the code of such an archive, the
+header of a safetensors file, ``config.json`` or ``open_clip_config.json`` in the same directory.
+Contradictory evidence is not used.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ if TYPE_CHECKING:
 TOWERS = ("image", "text")
 NAMES = {True: "QuickGELU", False: "GELU"}
 
-_LARGEST = 1 << 20  # bytes of JSON; a configuration takes a few KiB
+_LARGEST = 1 << 20  # bytes of JSON; configurations have a few KiB
 OPEN_CLIP, TRANSFORMERS = "open_clip_config.json", "config.json"
-# Names of weights that a config.json in their folder is about, by Hugging Face's convention.
+# Names of the weights that a config.json in the same directory describes, by Hugging Face's convention.
 _CONVENTIONAL = re.compile(r"(?:open_clip_)?(?:pytorch_)?model(?:-\d+-of-\d+)?\.(?:bin|safetensors)")
 _INNER = ("model_cfg", "model", "config", "configuration")
-# Constants of QuickGELU, x * sigmoid(1.702 x), and calls of GELU in the code of TorchScript.
+# The constant of QuickGELU, x * sigmoid(1.702 x), and calls of GELU in TorchScript code.
 _QUICK_CODE = re.compile(r"\b1\.70(?:2|19999)\d*\b")
 _GELU_CODE = re.compile(r"\btorch\.gelu_?\(")
 
 
 @dataclass(frozen=True)
 class Activation:
-    """The activation of a tower. quick: QuickGELU, else GELU. source: what says so, in words."""
+    """The activation of a tower.
+
+    Attributes:
+        quick: True for QuickGELU, False for GELU.
+        source: the evidence, in words.
+    """
 
     quick: bool
     source: str
@@ -43,9 +48,14 @@ class Activation:
 
 
 class Tensors(dict[str, "Tensor"]):
-    """Tensors by canonical name, with what their file says of its model.
+    """Tensors by canonical name, with the activations of their model.
 
-    activation: tower ("image", "text") -> its activation, as far as the file says.
+    Args:
+        tensors: by canonical name.
+        activation: tower (``image``, ``text``) -> its activation, where the file shows it.
+
+    Attributes:
+        activation: as the argument; empty if it was None.
     """
 
     def __init__(
@@ -56,18 +66,29 @@ class Tensors(dict[str, "Tensor"]):
 
 
 class Evidence:
-    """What was found on the way, tower by tower."""
+    """Collects evidence of the activation of each tower."""
 
     def __init__(self) -> None:
         self._found: dict[str, dict[bool, str]] = {tower: {} for tower in TOWERS}
 
     def add(self, tower: str, quick: bool | None, source: str) -> None:
-        """Notes one piece of evidence; None for ``quick`` is none."""
+        """Add a piece of evidence.
+
+        Args:
+            tower: ``image`` or ``text``.
+            quick: True for QuickGELU, False for GELU, None for neither.
+            source: the evidence, in words.
+        """
         if quick is not None:
             self._found[tower].setdefault(quick, source)
 
     def add_class(self, name: str, where: str) -> None:
-        """A class, or a function, of the module at ``where`` (canonical names)."""
+        """Add the class or function of a module.
+
+        Args:
+            name: full name of the class.
+            where: canonical name of the module.
+        """
         first = where.partition(".")[0]
         if first in ("visual", "vision_model"):
             self.add("image", _is_quick(name), f"the class {name} in it")
@@ -75,6 +96,7 @@ class Evidence:
             self.add("text", _is_quick(name), f"the class {name} in it")
 
     def add_all(self, found: Iterable[tuple[str, bool, str]]) -> None:
+        """Add several pieces of evidence: (tower, quick, source)."""
         for one in found:
             self.add(*one)
 
@@ -82,7 +104,7 @@ class Evidence:
         return any(self._found.values())
 
     def judged(self) -> tuple[dict[str, Activation], list[str]]:
-        """Tower -> activation where all evidence agrees, and notes of where it does not."""
+        """Return tower -> activation where all evidence agrees, and notes where it does not."""
         clear = {
             tower: Activation(*next(iter(found.items())))
             for tower, found in self._found.items()
@@ -98,7 +120,7 @@ class Evidence:
 
 
 def notes_of(activation: Mapping[str, Activation]) -> list[str]:
-    """What is known, in words: one note where both towers agree."""
+    """Describe activations; one note if both towers have the same."""
     groups: dict[Activation, list[str]] = {}
     for tower, found in activation.items():
         groups.setdefault(found, []).append(tower)
@@ -106,12 +128,16 @@ def notes_of(activation: Mapping[str, Activation]) -> list[str]:
 
 
 def of_code(text: str) -> set[bool]:
-    """Which activations stand in the code of a TorchScript archive."""
+    """Return the activations in TorchScript code: True for QuickGELU, False for GELU."""
     return {quick for quick, pattern in ((True, _QUICK_CODE), (False, _GELU_CODE)) if pattern.search(text)}
 
 
 def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
-    """(tower, quick, source) of a safetensors header: entries of their own, or a configuration as JSON."""
+    """Yield the evidence in a safetensors header: (tower, quick, source).
+
+    Args:
+        metadata: entries of the header; an activation itself, or a configuration as JSON.
+    """
     for key, value in metadata.items():
         source = f"the entry {key[:40]!a} of its header"
         if key in ("hidden_act", "quick_gelu"):
@@ -127,11 +153,14 @@ def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
 
 
 def beside(file: pathlib.Path, huggingface: bool) -> Iterator[tuple[str, bool, str]]:
-    """(tower, quick, source) of the configurations in a file's folder that are about this file.
+    """Yield the evidence in configurations beside a file: (tower, quick, source).
 
-    Of a link, also those beside what it leads to. ``open_clip_config.json`` is about all files but those of
-    transformers with names of their own. ``config.json`` is about transformers' files, and about those with
-    conventional names.
+    ``open_clip_config.json`` describes all files except those of transformers with names of their own;
+    ``config.json`` describes files of transformers, and files with conventional names.
+
+    Args:
+        file: the checkpoint; of a link, the directory of its target counts as well.
+        huggingface: whether it has the names of transformers.
     """
     places = {place.parent.resolve(): place for place in (file.resolve(), file)}
     for place in places.values():
@@ -151,7 +180,13 @@ def beside(file: pathlib.Path, huggingface: bool) -> Iterator[tuple[str, bool, s
 
 
 def of_config(content: Any, source: str, depth: int = 3) -> Iterator[tuple[str, bool, str]]:
-    """(tower, quick, source) of a configuration of open_clip or of transformers, or one inside a table."""
+    """Yield the evidence in a configuration of open_clip or transformers: (tower, quick, source).
+
+    Args:
+        content: of a JSON file.
+        source: the evidence, in words.
+        depth: levels of nested tables to search.
+    """
     if not isinstance(content, dict) or not depth:
         return
     if isinstance(content.get("vision_cfg"), dict):
@@ -165,10 +200,15 @@ def of_config(content: Any, source: str, depth: int = 3) -> Iterator[tuple[str, 
 
 
 def of_model_cfg(model_cfg: Mapping[str, Any]) -> dict[str, bool]:
-    """Tower -> whether open_clip makes it with QuickGELU; without towers that have neither of the two.
+    """Return tower -> whether open_clip builds it with QuickGELU.
 
-    timm's image towers and Hugging Face's text towers have activations of their own, and a ModifiedResNet
-    has ReLU.
+    Args:
+        model_cfg: a configuration of open_clip.
+
+    Returns:
+        Only towers that have QuickGELU or GELU: not timm's image towers and Hugging Face's text towers, which
+            have
+        activations of their own, nor a ModifiedResNet, which has ReLU.
     """
     quick = model_cfg.get("quick_gelu", False)
     vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
@@ -197,7 +237,7 @@ def _of_transformers(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
             inner = content
         if not isinstance(inner, dict):
             continue
-        # What equals the default is not written: for CLIP it is quick_gelu.
+        # Defaults are not written; CLIP's is quick_gelu.
         default = "quick_gelu" if kind in ("clip", alone) else None
         quick = _is_quick(inner.get("hidden_act", default))
         if quick is not None:
@@ -205,7 +245,7 @@ def _of_transformers(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def _is_quick(name: object) -> bool | None:
-    """Whether an activation, or a class of one, is QuickGELU; None where it is neither that nor GELU."""
+    """Return whether a name of an activation, or of its class, means QuickGELU; None if it means neither."""
     last = name.rpartition(".")[2].lower() if isinstance(name, str) else ""
     if "gelu" not in last or "geglu" in last:
         return None

@@ -1,4 +1,4 @@
-"""Names of tensors, whatever file they come from: ``visual.*``, ``classification_head.*``, a text tower."""
+"""Canonical names of tensors: image tower ``visual.*``, head ``classification_head.*``, text tower."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ HEAD = "classification_head."
 HEAD_WEIGHT, HEAD_BIAS = f"{HEAD}weight", f"{HEAD}bias"
 POSITIONS = "visual.positional_embedding"
 
-# The first words of a standard CLIP's text tower, which open_clip's custom-text models have below `text`.
+# First components of the text tower's names in a standard CLIP; open_clip's custom-text models prefix
+# `text.`.
 TEXT = ("ln_final", "positional_embedding", "text_projection", "token_embedding", "transformer")
-# The first word of a name -> why it cannot change the output, given that the head is fixed.
+# First component of a name -> why it cannot change the output if the head is fixed.
 INERT = {
     **dict.fromkeys((*TEXT, "text", "text_decoder"), "text tower: unused beside a fixed head"),
     **dict.fromkeys(("logit_bias", "logit_scale"), "logit scale: already in the head"),
@@ -16,5 +17,5 @@ INERT = {
 
 
 def is_visual(name: str) -> bool:
-    """Whether a tensor is of the image tower."""
+    """Return whether a tensor belongs to the image tower."""
     return name.startswith("visual.")

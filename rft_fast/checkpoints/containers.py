@@ -1,8 +1,8 @@
-"""Bytes of a file -> what it holds; files of safetensors.
+"""A file -> what it holds, by its first bytes; reading of safetensors.
 
-A tensor's bytes are read when it is made, into memory of its own. Nothing is memory-mapped, so that a file
-that is cut short meanwhile is an error and no signal. Sizes that a file claims are compared with the bytes
-that are there before they are used.
+The bytes of a tensor are read when it is made, into new memory. Nothing is memory-mapped, so a file that is
+truncated meanwhile causes an error and no signal. Sizes that a file claims are compared with its actual size
+before use.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from . import foreign, torch_files
 from .pickled_tensors import unpickle
 from .stored import MOST_DIMENSIONS, SAFETENSORS, Container, Span, Storage, Stored, natural
 
-_MOST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer ones
+_MOST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
 def read(stream: BinaryIO, file: pathlib.Path) -> Container:
-    """What a file holds; its first bytes decide how it is read, and its name only where they do not.
+    """Read what a file holds; its first bytes decide the format, its name only if they do not.
 
-    stream: the file, open and without a buffer; it is needed until the last tensor is made.
+    Args:
+        stream: the file, open and unbuffered; must stay open until the last tensor is made.
+        file: its path.
 
-    Raises Unreadable for a file that is empty, damaged, hostile or in no known format, files.Changed for one
-    that becomes shorter meanwhile.
+    Returns:
+        Its content; the bytes of tensors are not read yet, except in old torch files and plain pickles.
+
+    Raises:
+        Unreadable: the file is empty, damaged, hostile or of an unknown format.
+        rft_fast.common.files.Changed: it became shorter meanwhile.
     """
     data = Content(stream)
     size = len(data)
     if not size:
         raise Unreadable("is empty: the rest of an interrupted download, or of a full disk. Get it again")
     head = bytes(data[: foreign.FIRST])
-    # The length of the header comes first; in a text these eight bytes would be a huge number.
+    # A safetensors file starts with the length of its header; in text, these eight bytes are a huge number.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return _safetensors(data)
     if (reason := foreign.why(stream, file, head)) is not None:
@@ -43,7 +49,7 @@ def read(stream: BinaryIO, file: pathlib.Path) -> Container:
         return _safetensors(data)
     if head.startswith(b"PK"):
         return torch_files.read_archive(stream, data)
-    if not head.startswith(b"\x80"):  # the opcode that opens every binary pickle
+    if not head.startswith(b"\x80"):  # PROTO, the first opcode of every binary pickle
         raise Unreadable(
             f"is in no known format (it starts with {head[:9]!r}). Supported: {foreign.SUPPORTED}"
         )
@@ -57,7 +63,7 @@ def read(stream: BinaryIO, file: pathlib.Path) -> Container:
 
 
 def _safetensors(data: Content) -> Container:
-    """Eight bytes: the length of a JSON object, name -> type, shape and place; then the tensors, gapless."""
+    """Read safetensors: length of the header, header in JSON (name -> dtype, shape, offsets), tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
     if start > min(len(data), 8 + _MOST_HEADER):
         raise _not_whole("its header is longer than the file, or than any header")

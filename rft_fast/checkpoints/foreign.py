@@ -1,4 +1,4 @@
-"""Files that hold no weights that are read here: what they are, by their first bytes, and what to do."""
+"""Files that hold no readable weights: what they are, by their first bytes, and what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import IO
 SUPPORTED = (
     "safetensors files, files of torch.save, old and new, pickles of whole modules, and TorchScript archives"
 )
-FIRST = 512  # bytes that decide
-_LARGEST_INDEX = 64 << 20  # bytes of JSON that are read to say what it is; an index takes some 100 KiB
+FIRST = 512  # bytes that identify a file
+_LARGEST_INDEX = 64 << 20  # bytes of JSON that are parsed; an index has about 100 KiB
 _AGAIN = "Download it again, and compare its size with the one that its page states"
 
-# First bytes -> what such a file is, and the cure.
+# (First bytes, what such a file is and what to do.)
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"/annex/objects/", "is a git-annex pointer, not the weights. Fetch them: git annex get FILE"),
     (b"# xet version", "is a pointer of Hugging Face's Xet, not the weights. Download the file itself"),
@@ -73,15 +73,16 @@ _LFS_SIZE = re.compile(rb"^size (\d{1,18})\s*$", re.M)
 
 
 def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
-    """What a file is that holds no weights, as the end of a sentence that its name begins.
+    """Recognise a file that holds no readable weights.
 
     Args:
-        stream: the file, of which the entries of an index are read.
-        file: for its ending.
-        head: its first ``FIRST`` bytes, or all of a shorter file.
+        stream: the file; read as JSON if it starts like it.
+        file: its path; the suffix identifies some formats.
+        head: its first ``FIRST`` bytes.
 
     Returns:
-        What it is, and what to do; None for a file that is not recognised.
+        What it is and what to do, as the continuation of a sentence that starts with its name; None if
+        unknown.
     """
     text = _without_mark(head).lstrip()
     if _LFS.match(text):
@@ -108,7 +109,7 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
         )
     if _ONNX.match(head):
         return _ENDINGS[".onnx"]
-    if head[1:8] == b"\xa6params":  # a table with that key, in MessagePack
+    if head[1:8] == b"\xa6params":  # MessagePack: a map with the key "params"
         return _ENDINGS[".msgpack"]
     if head[257:262] == b"ustar" or head.startswith(b"sys_info"):
         return (
@@ -125,7 +126,14 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
 
 
 def of_zip(names: list[str]) -> str:
-    """What a zip file is that torch.save did not write, by the names of its entries."""
+    """Recognise a zip file without data.pkl.
+
+    Args:
+        names: its entries.
+
+    Returns:
+        As :func:`why`.
+    """
     if names and all(name.endswith(".npy") for name in names):
         return "is an .npz file of NumPy, not a checkpoint. Save a dict of torch tensors by name instead"
     endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".tar")
@@ -136,7 +144,7 @@ def of_zip(names: list[str]) -> str:
 
 
 def _without_mark(head: bytes) -> bytes:
-    """A text without its byte order mark, as UTF-8."""
+    """Drop a byte order mark; UTF-16 becomes UTF-8."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return head.decode("utf-16", "replace").encode("utf-8", "replace")
     return head.removeprefix(b"\xef\xbb\xbf")
@@ -168,7 +176,7 @@ def _is_text(head: bytes) -> bool:
         if encoding == "utf-16" and head[:2] not in (b"\xff\xfe", b"\xfe\xff"):
             continue
         whole = len(head) - (len(head) % 2 if encoding == "utf-16" else 0)
-        # The last character may be cut off.
+        # The last character may be incomplete.
         for cut in range(4):
             try:
                 text = head[: whole - cut].decode(encoding)
@@ -179,6 +187,6 @@ def _is_text(head: bytes) -> bool:
 
 
 def _quoted(text: str | bytes) -> str:
-    """The first characters, with control characters escaped."""
+    """Quote the first characters, control characters escaped."""
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     return ascii(text[:40])

@@ -1,5 +1,4 @@
-"""What a file holds -> tensors under canonical names: image tower ``visual.*``, head
-``classification_head.*``, text tower bare (``text.*`` in open_clip's custom-text models)."""
+"""What a file holds -> its format, and tensors under canonical names (:mod:`.canonical`)."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ from .canonical import HEAD, is_visual
 from .foreign import SUPPORTED
 from .stored import Container, ContainerKind, Maker, Special, Stored
 
-# What may stand beside 'state_dict' in a checkpoint: it describes the training, not the model.
+# Allowed beside 'state_dict' in a checkpoint: they describe the training, not the model.
 TRAINING_FIELDS = frozenset(
     {"args", "arch", "epoch", "global_step", "name", "optimizer", "scaler", "scheduler", "step"}
 )
 
-# What DataParallel and torch.compile put in front, in whatever order and place they were applied.
+# Prefixes of DataParallel and torch.compile, in any order and at any level.
 _WRAPPED = r"(?:(?:module|_orig_mod)\.)*"
 _WRAPPER = re.compile(rf"\A{_WRAPPED}(?:(?:image_encoder\.{_WRAPPED})?model\.{_WRAPPED})?")
 _OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _TENSORS = (Tensor, Stored, Special)
-# Far beyond any model: what modules may unfold to, since one may stand at many places.
+# Limits far above any model: a module that is shared unfolds at every place.
 _DEEPEST = 100
 _MOST_ENTRIES = 1_000_000
 _LONGEST_NAME = 1_000
@@ -38,12 +37,19 @@ _LONGEST_NAME = 1_000
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a file holds, before names are made canonical. kind: class of a pickled module, else None."""
+    """What a file holds, before names become canonical.
+
+    Attributes:
+        container: kind of the container.
+        kind: class of a pickled module; None for a state dict.
+        wrapped: whether the state dict was the entry of a training checkpoint.
+        names: of the tensors, without prefixes of wrappers.
+    """
 
     container: ContainerKind
     kind: str | None
     wrapped: bool
-    names: frozenset[str]  # without the wrappers in front
+    names: frozenset[str]
 
     def begins(self, *starts: str) -> bool:
         return any(name.startswith(starts) for name in self.names)
@@ -59,7 +65,7 @@ def _is_kind(layout: _Layout, name: str) -> bool:
     return layout.kind is not None and layout.kind.rpartition(".")[2] == name
 
 
-# In the order of detection: the first that fits. A format that is asked for must fit as well.
+# The first that fits is the format of a file; a requested format must fit as well.
 _FITS: Mapping[Format, Callable[[_Layout], bool]] = {
     "openai": lambda of: of.container == "torchscript",
     "wiseft": lambda of: _is_kind(of, "ImageClassifier"),
@@ -79,14 +85,20 @@ _FITS: Mapping[Format, Callable[[_Layout], bool]] = {
 def tensors(
     container: Container, format: Format | None, evidence: Evidence, meta: bool = False
 ) -> tuple[Format, dict[str, Tensor], list[str], list[str]]:
-    """The format, the tensors under canonical names in the file's order, what was left out, and what of the
-    model's computing the tensors do not tell, so that its numbers may be others here.
+    """Determine the format of a file, and its tensors under canonical names.
 
-    evidence: takes what the content says of activations. meta: types and shapes are all that is wanted:
-    tensors are on the device "meta", and their bytes are not read.
+    Args:
+        container: what the file holds.
+        format: the required format; None: any.
+        evidence: collects evidence of activations.
+        meta: make tensors on the device ``meta``, without reading their bytes.
 
-    Raises Unreadable for what holds no model's tensors, for names that become one, and for a format that
-    does not fit.
+    Returns:
+        The format; the tensors in the file's order; notes on what was left out; and doubts: computations of
+        the model that the tensors do not show, so that its results may differ here.
+
+    Raises:
+        Unreadable: the file holds no tensors of a model, two names become one, or the format does not fit.
     """
     notes: list[str] = []
     doubts: list[str] = []
@@ -125,6 +137,7 @@ def tensors(
 
 
 def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool]:
+    """Return the state dict in a value, and whether it was the entry of a training checkpoint."""
     wrapped = isinstance(content, Mapping) and isinstance(content.get("state_dict"), (Mapping, Shell))
     if wrapped:
         known = TRAINING_FIELDS | {"state_dict"}
@@ -158,7 +171,7 @@ def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool
 
 
 def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The state without the wrappers' prefixes, and each name as it was."""
+    """Drop prefixes of wrappers; return the tensors, and canonical name -> name in the file."""
     result: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for stored, value in state.items():
@@ -176,6 +189,7 @@ def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _dense(value: Any, name: str, maker: Maker) -> Tensor:
+    """Make a tensor; refuse other values by name."""
     if isinstance(value, Stored):
         try:
             return maker.tensor(value)
@@ -185,6 +199,7 @@ def _dense(value: Any, name: str, maker: Maker) -> Tensor:
 
 
 def _without(state: Mapping[str, Any], names: tuple[str, ...], what: str, notes: list[str]) -> dict[str, Any]:
+    """Drop some names, with a note."""
     if dropped := [name for name in names if name in state]:
         notes.append(f"left out, {what}: {', '.join(dropped)}")
     return {name: value for name, value in state.items() if name not in dropped}
@@ -194,7 +209,7 @@ def _without(state: Mapping[str, Any], names: tuple[str, ...], what: str, notes:
 
 
 def _inner_kind(shell: Shell) -> str:
-    """The class of a module, of the one inside if it is wrapped for several devices."""
+    """Return the class of a module; of a DataParallel, that of the module inside."""
     while str(shell).endswith(("DataParallel", "DistributedDataParallel")):
         inner = shell.state.get("_modules")
         if not isinstance(inner, dict) or not isinstance(inner.get("module"), Shell):
@@ -204,7 +219,7 @@ def _inner_kind(shell: Shell) -> str:
 
 
 def _module(root: Shell, container: Container, doubts: list[str], evidence: Evidence) -> dict[str, Any]:
-    """A module's state dict: parameters, buffers that persist, and those of the modules in it."""
+    """Collect the state dict of a module: parameters, persistent buffers, and those of its submodules."""
     script = container.kind == "torchscript"
     result: dict[str, Any] = {}
     entries = 0
@@ -222,12 +237,13 @@ def _module(root: Shell, container: Container, doubts: list[str], evidence: Evid
         for named in (shell, *(value for value in shell.state.values() if isinstance(value, Global))):
             evidence.add_class(str(named), where)
         result.update((prefix + name, value) for name, value in own if value is not None)
-        # The last comes off first: reversed, modules keep their order.
+        # A stack: reversed, so that modules keep their order.
         waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children)]
     return result
 
 
 def _module_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, Shell]]]:
+    """Return the tensors and the submodules of a pickled module."""
     tables = [shell.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
     parameters, buffers, modules = (table if isinstance(table, dict) else None for table in tables)
     if parameters is None or buffers is None or modules is None:
@@ -248,7 +264,10 @@ def _module_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, 
 def _script_parts(
     shell: Shell, names: Mapping[str, frozenset[str]]
 ) -> tuple[list[tuple[str, Any]], list[tuple[str, Shell]]]:
-    """TorchScript keeps all attributes in one table. names: of parameters and buffers, by class."""
+    """Return the tensors and the submodules of a TorchScript module, which keeps all attributes in one table.
+
+    ``names``: class -> its parameters and buffers.
+    """
     known = names.get(shell.kind.name)
     named = [(name, value) for name, value in shell.state.items() if isinstance(name, str)]
     own = [
@@ -270,7 +289,7 @@ _HF_NAMES = {
     "logit_scale": "logit_scale",
 }
 _HF_NORMS = {
-    "vision_model.pre_layrnorm": "visual.ln_pre",  # so spelled
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # sic
     "vision_model.pre_layernorm": "visual.ln_pre",
     "vision_model.post_layernorm": "visual.ln_post",
     "text_model.final_layer_norm": "ln_final",
@@ -288,7 +307,7 @@ _HF_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.positi
 
 
 def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """CLIP's weights under open_clip's names: q, k and v in one tensor, projections transposed."""
+    """Convert CLIP's weights to open_clip's names: q, k and v in one tensor, projections transposed."""
     state = _without(state, _HF_IDS, "numbers of the positions", notes)
     result: dict[str, Tensor] = {}
     unknown = []
@@ -316,6 +335,7 @@ def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str
 def _converted(
     stored: str, tensor: Tensor, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str | None, Tensor]]:
+    """Yield (canonical name, tensor) for a tensor of transformers; None as the name if it is unknown."""
     if stored in _HF_NAMES:
         yield _HF_NAMES[stored], tensor
     elif stored in _HF_PROJECTIONS:

@@ -1,6 +1,6 @@
-"""Two checkpoints side by side: what they share, how far apart they are, and whether a path joins them.
+"""Comparison of two checkpoints: shared tensors, distance, and whether they can be ends of one path.
 
-``python -m rft_fast.checkpoints A B`` and the sweep judge by the same rules, which are here.
+``python -m rft_fast.checkpoints A B`` and the sweep use the same rules.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ if TYPE_CHECKING:
     from . import Checkpoint
 
 UNRELATED = 0.3
-"""Cosine between the matrices of two image towers below which neither was fine-tuned from the other.
+"""Cosine between the matrices of two image towers below which neither counts as fine-tuned from the other.
 
-Of matrices alone: the gains of LayerNorms begin at 1 in every training, so that whole towers of two trainings
-have a cosine of .43. Tried on the digits zoo (see docs/checkpoints.md): fine-tuned .95 to 1.00; at learning
-rates that destroy the model .77; other trainings, random weights and task vectors -.04 to .01.
+Matrices only: the gains of LayerNorms start at 1 in every training, so that whole towers of two trainings
+have a cosine of .43. Measured on the digits zoo (docs/checkpoints.md): .95 to 1.00 after fine-tuning, .77 at
+learning rates that destroy the model, -.04 to .01 for other trainings, random weights and task vectors.
 """
 
-_CHUNK = 1 << 16  # elements whose float64 copies fit into a CPU's cache
+_CHUNK = 1 << 16  # elements; their float64 copies fit into a CPU's cache
 _CHUNK_GPU = 1 << 24
 _PATH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Kinship:
-    """How two sets of weights lie to each other, by those that :func:`kinship` was given.
+    """How close two sets of weights are.
 
-    same: equal values, or values that one file has rounded to a coarser type. cosine: between the matrices
-    (all tensors with two or more dimensions); nan where there are none. ratio: norm of b's by that of a's.
+    Attributes:
+        same: whether the values are equal, or one file has rounded them to a coarser dtype.
+        cosine: between all tensors of two or more dimensions; nan if there are none.
+        ratio: norm of b divided by the norm of a, over the same tensors.
     """
 
     same: bool
@@ -46,13 +48,13 @@ class Kinship:
     ratio: float
 
     def identical(self) -> str | None:
-        """What is wrong with ends that are the same weights; None where they are not."""
+        """Return the problem if both ends have the same weights; None otherwise."""
         if not self.same:
             return None
         return "the same weights: nothing changes along the path between them; is it the right file?"
 
     def unrelated(self) -> str | None:
-        """What is wrong with ends of which neither was fine-tuned from the other; None where that can be."""
+        """Return the problem if neither end was fine-tuned from the other; None otherwise."""
         if not self.cosine < UNRELATED:
             if not (self.ratio < 0.5 or self.ratio > 2):
                 return None
@@ -79,9 +81,16 @@ class Kinship:
 
 
 def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[str], bool]) -> Kinship:
-    """How the tensors of two checkpoints whose ``names`` count lie to each other.
+    """Compare the tensors of two checkpoints.
 
-    Tensors of other shapes, and such as only one has, are different; they do not count for the cosine.
+    Args:
+        a: the zero-shot end, by canonical name.
+        b: the fine-tuned end.
+        names: whether a name is compared.
+
+    Returns:
+        Their kinship. Tensors of different shapes, or in one checkpoint only, differ; they do not count for
+        the cosine.
     """
     same = True
     sums = torch.zeros(3, dtype=torch.float64)  # of squares of a and b; of a * b
@@ -104,10 +113,17 @@ def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[s
 
 
 def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with two heads whose rows are in another order; None where nothing shows that.
+    """Detect heads whose rows are in different orders.
 
-    A row counts as moved where it points along another one of ``a`` (cosine above .9, after each head's mean
-    is taken off) and not along its own (below .5).
+    A row of ``b`` counts as moved if its cosine with another row of ``a`` is above .9, and with its own below
+    .5; the mean of each head is subtracted first.
+
+    Args:
+        a: checkpoint of the zero-shot end, by canonical name.
+        b: checkpoint of the fine-tuned end.
+
+    Returns:
+        The problem, if at least two rows moved; None otherwise.
     """
     x, y = a.get(HEAD_WEIGHT), b.get(HEAD_WEIGHT)
     if x is None or y is None or x.shape != y.shape or x.ndim != 2:
@@ -130,7 +146,7 @@ def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of squares of x and y, and of x * y: in float32 within a chunk, which suffices for a cosine."""
+    """Sums of squares of x and y, and of x * y; float32 within a chunk suffices for a cosine."""
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     for left, right in _chunks(x, y):
         one, other = left.float(), right.float()
@@ -139,13 +155,13 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both tensors in pieces, on the device of the first."""
+    """Yield both tensors in flat chunks, on the device of the first."""
     size = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
     return zip(*(torch.split(t.detach().to(x.device).reshape(-1), size) for t in (x, y)), strict=True)
 
 
 def _same_rounded(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are equal in the coarser one of their types."""
+    """Return whether two tensors are equal in the coarser of their dtypes."""
     if x.dtype == y.dtype:
         return torch.equal(x, y)
     if not (x.is_floating_point() and y.is_floating_point()):
@@ -156,17 +172,23 @@ def _same_rounded(x: Tensor, y: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What two checkpoints, a and b, have in common.
+    """Comparison of two checkpoints, a and b.
 
-    shared: names that both have. differing: of those, the ones whose values differ, bit for bit or in type.
-    only_a, only_b: names that one has. other_shape: shared names whose shapes differ.
-    distance: l2 norm of b - a over the floating-point tensors of one shape, in float64; 0 if there are none.
-    relative: distance divided by the l2 norm of a (nan where that is 0). cosine: of the angle between a and b
-        over the same tensors (nan where one is 0).
-    identical: same names, types and bits. kinship: of the image towers; ``same`` counts the heads, too, or
-        what makes them. problems: why they cannot be the ends of one path, in words; none when they can.
-    inert: shared names of the text side whose shapes or types differ, which does not matter beside a head
-        (``--towers image``).
+    Attributes:
+        shared: names in both.
+        differing: shared names whose shapes, dtypes or bits differ.
+        only_a: names in a only.
+        only_b: names in b only.
+        other_shape: shared names whose shapes differ.
+        distance: l2 norm of b - a over the floating-point tensors of equal shapes, in float64; 0 if there are
+            none.
+        relative: distance divided by the l2 norm of a; nan if that is 0.
+        cosine: between a and b over the same tensors; nan if one is 0.
+        identical: same names, dtypes and bits.
+        kinship: of the image towers; ``same`` covers the heads as well, or what makes them.
+        problems: why they cannot be the ends of one path; empty if they can.
+        inert: shared names of the text side whose shapes or dtypes differ, which a fixed head makes
+            irrelevant (``--towers image``).
     """
 
     shared: tuple[str, ...]
@@ -200,15 +222,15 @@ class Lineage:
 
 
 def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
-    """What two checkpoints share, how far apart they are, and why they cannot be ends of one path, if so.
+    """Compare two checkpoints: what they share, how far apart they are, whether they can be ends of one path.
 
-    A text tower that only one of them has, or that has other shapes, is no problem, nor is a head that only
-    one has: the other's can be made from prompts.
+    A text tower in one of them only, or of other shapes, is no problem, nor is a missing head, which can be
+    made from prompts.
 
     Args:
         a: the zero-shot end.
-        b: the fine-tuned one.
-        unrelated: whether neither needs to be fine-tuned from the other, as ``--unrelated``.
+        b: the fine-tuned end.
+        unrelated: accept checkpoints of which neither was fine-tuned from the other, as ``--unrelated``.
     """
     shared = [name for name in a.tensors if name in b.tensors]
     only_a = [name for name in a.tensors if name not in b.tensors]
@@ -237,7 +259,7 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
     distance, norm_a, norm_b = sums[:3].sqrt().tolist()
     product = float(sums[3])
     related = kinship(a.tensors, b.tensors, is_visual)
-    if related.same:  # a linear probe has another head
+    if related.same:  # a linear probe differs in its head only
         heads = HEAD_WEIGHT in a.tensors and HEAD_WEIGHT in b.tensors
         beside = {HEAD_WEIGHT, HEAD_BIAS}.__contains__ if heads else lambda name: not is_visual(name)
         related = replace(related, same=kinship(a.tensors, b.tensors, beside).same)
@@ -270,13 +292,14 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
 
 
 def _on_path(name: str) -> bool:
-    """Whether a tensor is on the path of an image tower and a head, or its name is not known."""
+    """Return whether a tensor is on the path of an image tower and a head, or of an unknown name."""
     return name.partition(".")[0] not in INERT
 
 
 def _problems(
     a: Checkpoint, b: Checkpoint, shared: list[str], alone: list[str], other_shape: list[str]
 ) -> list[str]:
+    """List the problems that names, shapes and activations show."""
     if not shared:
         return [f"they share nothing: no name of {a.file.name} is in {b.file.name}"]
     problems = []
@@ -316,7 +339,7 @@ def _problems(
 
 
 def _sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of squares of y - x, x and y, and of x * y, in float64: on the CPU."""
+    """Sums of squares of y - x, x and y, and of x * y, in float64 on the CPU."""
     total = torch.zeros(4, dtype=torch.float64, device=x.device)
     for left, right in _chunks(x, y):
         one, other = left.double(), right.double()

@@ -1,6 +1,6 @@
-"""What pickles of checkpoints may call, and what is made instead: descriptions of tensors and modules.
+"""Calls that pickles of checkpoints may make, and the descriptions that replace their results.
 
-The machine that reads them, and runs nothing, is :mod:`rft_fast.common.pickles`.
+The reader, which executes nothing, is :mod:`rft_fast.common.pickles`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ def unpickle(
     persistent: Callable[[Any], Any] | None = None,
     nested: Callable[[memoryview], Storage] | None = None,
 ) -> Any:
-    """The value that a pickle describes, of plain values the classes in stored.py and common/pickles.
+    """Read the value that a pickle of a checkpoint describes.
 
-    stream, persistent: as in :func:`rft_fast.common.pickles.unpickle`.
-    nested: the storage in the bytes of a torch file within the pickle; without it, they are refused.
+    Args:
+        stream: as for :func:`rft_fast.common.pickles.unpickle`.
+        persistent: as there.
+        nested: bytes of a torch file inside the pickle -> its storage; None: such files are refused.
 
-    Raises Unreadable as that does.
+    Returns:
+        Plain values, and objects of :mod:`.stored` and :mod:`rft_fast.common.pickles`.
+
+    Raises:
+        Unreadable: as there.
     """
     answers: pickles.Answers = {**_ANSWERS, "torch.storage._load_from_bytes": partial(_nested, nested)}
     try:
@@ -57,7 +63,7 @@ def _nested(read: Callable[[memoryview], Storage] | None, machine: Machine, data
     if read is None or not isinstance(data, (bytes, memoryview)):
         raise Unreadable("holds a torch file within a torch file, deeper than any model needs")
     machine.spend(len(data))
-    # Short bytes are copied: what tensors are made of must be writable.
+    # Short bytes are copied: the memory of tensors must be writable.
     return read(data if isinstance(data, memoryview) else memoryview(bytearray(data)))
 
 
@@ -138,7 +144,7 @@ _TENSORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _opaque("meta tensor", Special),
 }
 
-# What stands in image transforms, tokenizers and options; nothing of a model's weights hangs on it.
+# Used in image transforms, tokenizers and options, never for weights.
 _VALUES = (
     "PIL.Image.Resampling",
     "PIL.Image.Transpose",

@@ -1,4 +1,4 @@
-"""One file -> its tensors under canonical names, with what to know of them."""
+"""Reading a checkpoint file: its tensors under canonical names, its format, and notes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a file holds.
+    """What a checkpoint file holds.
 
-    file: where. format: one of ``FORMATS``. tensors: under canonical names, in the file's order, dtypes and
-    shapes as stored, on the CPU; ``tensors.activation`` is what the file, or a configuration beside it, says
-    of its activations. notes: what was left out, and what to know, in words. doubts: those of them that may
-    make its numbers others here; :func:`load` and :func:`load_head` warn of them.
+    Attributes:
+        file: its path.
+        format: a key of ``FORMATS``.
+        tensors: by canonical name, in the file's order, with dtypes and shapes as stored, on the CPU;
+            ``tensors.activation`` has the activations that the file, or a configuration beside it, shows.
+        notes: what was left out, and what else to know, in words.
+        doubts: notes on computations of the model that are not reproduced here; :func:`load` and
+            :func:`load_head` warn of them.
     """
 
     file: pathlib.Path
@@ -37,25 +41,27 @@ class Checkpoint:
 
 
 def read(path: str | PathLike[str], format: Format | None = None) -> Checkpoint:
-    """What a checkpoint holds, under canonical names.
+    """Read a checkpoint.
 
-    path: a file in one of the formats in ``FORMATS``; its content decides, not its name.
-    format: the format that it must have; None: whichever it is.
+    Prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``, ``image_encoder.model.``, in any order) are
+    dropped, and names of Hugging Face converted to open_clip's (q, k and v joined, projections transposed):
+    image tower ``visual.*``, head ``classification_head.weight`` and ``.bias``, text tower without a prefix.
 
-    Tensors are dense and contiguous, without gradients; integer ones are kept as they are (a Path copies
-    them), and ``logit_scale`` is 0-d or 1-d as stored. They are in memory of their own: writing to them does
-    not change the file, nor what is written to the file them.
-    Names: the wrappers ``module.``, ``_orig_mod.`` (torch.compile's), ``model.`` and ``image_encoder.model.``
-    in front are dropped, in whatever order, and those of Hugging Face become open_clip's (q, k and v joined,
-    projections transposed): the image tower is ``visual.*``, the head ``classification_head.weight`` and
-    ``.bias``, the text tower's names stand bare.
+    Nothing in the file is executed: pickles are read by :mod:`.pickled_tensors`, which builds tensors, plain
+    values and inert shells of modules, and refuses all calls except those that tensors need.
 
-    Nothing in the file is executed: pickles go through a reader of its own (:mod:`.pickles`), which builds
-    tensors, plain values and inert shells of modules, and refuses all calls but those that tensors need.
+    Args:
+        path: a file in one of the ``FORMATS``; its content decides, not its name.
+        format: the required format; None: any.
 
-    Raises ValueError for a file that is missing, empty, damaged or in another format; that asks for
-    code to run; that holds anything but tensors; in which two names become one; or that is not in the
-    format that is asked for.
+    Returns:
+        Its content. Tensors are dense, contiguous, without gradients, and in memory of their own: neither
+        writing to them nor to the file changes the other. Integer tensors are kept (a Path copies them);
+        ``logit_scale`` is 0-d or 1-d as stored.
+
+    Raises:
+        ValueError: the file is missing, empty, damaged or in an unknown format; calls code; holds anything
+            but tensors; has two names that become one; or is not in the required format.
     """
     return _read(path, format, "read")
 
@@ -63,12 +69,20 @@ def read(path: str | PathLike[str], format: Format | None = None) -> Checkpoint:
 def load(
     path: str | PathLike[str], device: str | torch.device = "cpu", format: Format | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, under canonical names; as :func:`read`, on ``device``.
+    """Load the tensors of a checkpoint.
 
-    The dict has what the file says of its activations (``.activation``), by which
-    :class:`rft_fast.clip.endpoints.Ends` judges the architecture.
+    Args:
+        path: as for :func:`read`.
+        device: where the tensors are put; ``"meta"``: dtypes and shapes only, without reading the bytes of
+            tensors.
+        format: as for :func:`read`.
 
-    device: ``"meta"`` gives types and shapes alone, and reads no more than tells them.
+    Returns:
+        Canonical name -> tensor; its attribute ``activation`` has the activations that the file shows, by
+        which :class:`rft_fast.clip.Ends` checks the architecture.
+
+    Raises:
+        ValueError: as :func:`read`.
     """
     target = torch.device(device)
     found = _read(path, format, "load", target.type == "meta").tensors
@@ -76,12 +90,18 @@ def load(
 
 
 def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """A head: ``classification_head.weight`` [classes, features] and, where it has one, ``.bias`` [classes].
+    """Load a classification head.
 
-    path: a file that holds a head alone (``weight`` and ``bias`` bare, or a pickled ClassificationHead, as
-        WiSE-FT and task vectors write it), or a checkpoint that has one.
+    Args:
+        path: a file with a head alone (``weight`` and ``bias``, or a pickled ClassificationHead, as WiSE-FT
+            and task vectors write it), or a checkpoint with a head.
 
-    Raises ValueError as :func:`read` does, and for a file without a head or with one of other shapes.
+    Returns:
+        ``classification_head.weight`` [classes, features] and, if present, ``classification_head.bias``
+        [classes].
+
+    Raises:
+        ValueError: as :func:`read`; or the file has no head, or one of other shapes.
     """
     found = _read(path, None, "load_head").tensors
     head = {name: tensor for name, tensor in found.items() if name.startswith(HEAD)}
@@ -102,7 +122,14 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
 
 
 def sha256(path: str | PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits: tells which weights a run used."""
+    """Return the SHA-256 of a checkpoint file as 64 hexadecimal digits; it identifies the weights of a run.
+
+    Args:
+        path: an existing file.
+
+    Raises:
+        ValueError: it is missing, or is not a regular file.
+    """
     return files.sha256(_existing(path, "sha256"))
 
 

@@ -1,4 +1,4 @@
-"""Where a zero-shot model comes from: a file, a pretrained tag of open_clip, or a Hugging Face repository."""
+"""Sources of a zero-shot model: a file, a pretrained tag of open_clip, or a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import suppress
 from ..common.words import first_line
 from .activation import OPEN_CLIP, TRANSFORMERS
 
-# Neither may lead out of the cache's folders.
+# Neither part may contain "..", which would leave the cache's directories.
 _HUB = re.compile(r"hf-hub:(\w[\w.-]*/\w[\w.-]*)(?:@((?!.*\.\.)\w[\w./-]*))?", re.ASCII)
-# In the order of preference: open_clip's own files, then those of transformers.
+# In order of preference: open_clip's files, then those of transformers.
 _HUB_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -23,12 +23,16 @@ _HUB_FILES = (
 
 
 def check_source(source: str, arch: str) -> None:
-    """Whether a source can be meant, without asking the network.
+    """Check the form of a source, without using the network.
 
-    source: a file, ``hf-hub:org/name`` or ``hf-hub:org/name@revision``, or a pretrained tag that open_clip
-        lists for ``arch`` (as in ``open_clip.list_pretrained_tags_by_model``). A file comes first.
+    Args:
+        source: a file, ``hf-hub:org/name`` or ``hf-hub:org/name@revision``, or a pretrained tag that
+            open_clip lists for ``arch`` (``open_clip.list_pretrained_tags_by_model``). An existing file takes
+            precedence.
+        arch: a model name of open_clip.
 
-    Raises ValueError for anything else, with the nearest tags.
+    Raises:
+        ValueError: it is none of these; the message lists the nearest tags.
     """
     if pathlib.Path(source).is_file() or _HUB.fullmatch(source):
         return
@@ -56,20 +60,22 @@ def check_source(source: str, arch: str) -> None:
 
 
 def repository(source: str) -> tuple[str, str | None] | None:
-    """The name and the revision of ``hf-hub:org/name@revision``; None for what is not of this form."""
+    """Split ``hf-hub:org/name@revision`` into name and revision (None if missing); None for other sources."""
     found = _HUB.fullmatch(source)
     return (found[1], found[2]) if found else None
 
 
 def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
-    """The local file of a source (as in :func:`check_source`).
+    """Return the local file of a source.
 
     Args:
-        network: download it when it is no file, and ask whether what is cached is still current.
+        source: as for :func:`check_source`.
+        arch: as for :func:`check_source`.
+        network: whether to download it if needed, and to check that the cached version is current.
 
     Raises:
-        ValueError: as :func:`check_source` does; the download fails, with what to do offline; without
-            ``network``, it is not on this machine.
+        ValueError: as :func:`check_source`; the download fails; or, without ``network``, it is not on this
+            machine.
     """
     check_source(source, arch)
     if pathlib.Path(source).is_file():
@@ -86,7 +92,12 @@ def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
 
 
 def cached(source: str, arch: str) -> pathlib.Path | None:
-    """The local file of a source, without asking the network; None where there is none."""
+    """Return the local file of a source without using the network; None if it is not on this machine.
+
+    Args:
+        source: as for :func:`check_source`.
+        arch: as for :func:`check_source`.
+    """
     if pathlib.Path(source).is_file():
         return pathlib.Path(source)
     if hub := _HUB.fullmatch(source):
@@ -104,7 +115,16 @@ def cached(source: str, arch: str) -> pathlib.Path | None:
 
 
 def in_cache(repository: str, names: Sequence[str], revision: str | None = None) -> pathlib.Path | None:
-    """The first of a repository's files that the local cache of huggingface_hub has; None: it has none."""
+    """Find a file of a repository in the local cache of huggingface_hub.
+
+    Args:
+        repository: ``org/name``.
+        names: files, in order of preference.
+        revision: branch, tag or commit; None: the default branch.
+
+    Returns:
+        Path of the first file that is cached; None if none is.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
@@ -112,7 +132,7 @@ def in_cache(repository: str, names: Sequence[str], revision: str | None = None)
 
 
 def commit(file: pathlib.Path) -> str | None:
-    """The commit that a file in the cache of huggingface_hub is of; None for another file."""
+    """Return the commit of a file in the cache of huggingface_hub; None for other files."""
     whole = file.parent.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", file.parent.name)
     return file.parent.name if whole else None
 
@@ -125,14 +145,14 @@ def _from_hub(repository: str, revision: str | None) -> pathlib.Path:
     for name in _HUB_FILES:
         try:
             file = pathlib.Path(hf_hub_download(repository, name, revision=revision))
-        except LocalEntryNotFoundError as error:  # offline: another of the files may be in the cache
+        except LocalEntryNotFoundError as error:  # offline: another file may be cached
             missing = error
             continue
         except EntryNotFoundError:
             continue
-        except Exception as error:  # the client's and the network's errors are of many kinds
+        except Exception as error:  # client and network raise many kinds of errors
             raise ValueError(_offline(f"hf-hub:{repository}", error)) from error
-        # What the repository says of its model lies beside the file then; not all have it.
+        # The configuration, for evidence of activations; not every repository has it.
         beside = OPEN_CLIP if name.startswith("open_clip") else TRANSFORMERS
         with suppress(Exception):
             hf_hub_download(repository, beside, revision=commit(file) or revision)

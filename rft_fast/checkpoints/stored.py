@@ -1,4 +1,4 @@
-"""What files store, as they describe it, and the tensors that are made of that."""
+"""Tensors as files describe them, before they are made, and torch tensors of these."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from ..common.files import Content
 from ..common.pickles import Global, Opaque, Unreadable, kind_of
 
 ContainerKind = Literal["safetensors", "torch", "old torch", "pickle", "torchscript"]
-MOST_DIMENSIONS = 64  # torch has no tensors of more
+MOST_DIMENSIONS = 64  # the limit of torch
 
 
 @dataclass(frozen=True, eq=False)
 class Container:
-    """What a file holds. kind: "safetensors", "torch", "old torch", "pickle" or "torchscript".
+    """What a file holds.
 
-    value: tensors by name (safetensors), else what the pickle describes, all of classes in values.py.
-    own: of the classes of a TorchScript archive, the names of their parameters and buffers. metadata: of a
-    safetensors header. activations: whether QuickGELU (True) and GELU (False) are in a TorchScript archive's
-    code.
+    Attributes:
+        kind: of the container.
+        value: safetensors: tensors by name; otherwise the value of the pickle.
+        size: of the file, in bytes.
+        own: TorchScript: class -> names of its parameters and buffers.
+        metadata: of a safetensors header.
+        activations: TorchScript: activations in its code, True for QuickGELU and False for GELU.
     """
 
     kind: ContainerKind
@@ -36,12 +39,18 @@ class Container:
 
 
 class Special(Opaque):
-    """A tensor that is not dense: an error only where a model's weights should be."""
+    """A tensor that is not dense; an error only among a model's weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Where bytes lie in a file; read when a tensor is made of them."""
+    """A range of bytes in a file, read when a tensor is made of it.
+
+    Attributes:
+        content: the file.
+        start: first byte.
+        stop: end, exclusive.
+    """
 
     content: Content
     start: int
@@ -51,15 +60,18 @@ class Span:
         return self.stop - self.start
 
     def read(self) -> memoryview:
-        """The bytes, writable."""
+        """Read the bytes into new, writable memory."""
         return self.content[self.start : self.stop]
 
 
 @dataclass(eq=False)
 class Storage:
-    """Bytes that tensors share. data: None until the container says where they are.
+    """Bytes that tensors share.
 
-    dtype: None for bytes without a type. nbytes: as claimed until data is there.
+    Attributes:
+        dtype: of its elements; None for untyped bytes.
+        nbytes: size as claimed.
+        data: the bytes; None until the container has located them.
     """
 
     dtype: torch.dtype | None
@@ -69,7 +81,15 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor that is not made yet. offset, size, stride: as claimed, in elements."""
+    """A tensor that is not made yet.
+
+    Attributes:
+        storage: its bytes.
+        dtype: of its elements.
+        offset: of its first element in the storage, in elements, as claimed.
+        size: its shape, as claimed.
+        stride: in elements, as claimed.
+    """
 
     storage: Storage
     dtype: torch.dtype
@@ -89,7 +109,7 @@ DTYPES = {
     if hasattr(torch, name)
 }
 
-# As files of safetensors name them.
+# dtypes by their names in safetensors files.
 SAFETENSORS = {
     name: getattr(torch, kind)
     for name, kind in {
@@ -121,7 +141,16 @@ _STORAGE_NAME = re.compile(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage")
 
 
 def storage(kind: Any, count: Any) -> Storage:
-    """A storage of a type that the pickle names, with ``count`` elements."""
+    """Make a storage.
+
+    Args:
+        kind: its class, as the pickle names it.
+        count: number of elements, as claimed.
+
+    Raises:
+        Unreadable: the class is unknown.
+        ValueError: the number is not a size.
+    """
     match = _STORAGE_NAME.fullmatch(kind.name) if isinstance(kind, Global) else None
     if match is None or match[1] not in _STORAGES:
         raise Unreadable(f"stores tensors as {kind_of(kind)}, which is unknown here")
@@ -130,17 +159,23 @@ def storage(kind: Any, count: Any) -> Storage:
 
 
 def natural(value: Any) -> int:
-    """A size or offset, if it can be one; ValueError else."""
+    """Return a size or an offset after a check.
+
+    Raises:
+        ValueError: it is not an integer from 0 to 2**63 - 1.
+    """
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError("a size or offset is no natural number below 2**63")
     return value
 
 
 class Maker:
-    """Makes tensors of what a file holds: dense, contiguous, each distinct one once.
+    """Makes dense, contiguous tensors; equal descriptions give the same tensor.
 
-    size: the file's, in bytes. What cannot be a view of its bytes is copied; all copies together may not take
-        more. meta: tensors of the type and shape alone, on the device "meta"; their bytes are not read.
+    Args:
+        size: of the file in bytes. Data that cannot be a view of the file's bytes is copied, at most this
+            much in all.
+        meta: make tensors on the device ``meta``, without reading their bytes.
     """
 
     def __init__(self, size: int, meta: bool = False) -> None:
@@ -148,7 +183,15 @@ class Maker:
         self.made: dict[Any, Tensor] = {}
 
     def tensor(self, stored: Stored) -> Tensor:
-        """Raises Unreadable for a tensor that goes beyond its storage, or has more elements than it."""
+        """Make a tensor.
+
+        Args:
+            stored: its description.
+
+        Raises:
+            Unreadable: it exceeds its storage, has more elements than it, or a shape that torch does not
+                support.
+        """
         key = (id(stored.storage), stored.dtype, stored.offset, stored.size, stored.stride)
         if key not in self.made:
             try:
@@ -185,12 +228,13 @@ class Maker:
             data = stored.storage.data = data.read()
         raw = torch.frombuffer(data, dtype=torch.uint8)
         raw = raw[stored.offset * itemsize : (last + 1) * itemsize]
-        if raw.data_ptr() % itemsize:  # in a pickle, tensors begin anywhere
+        if raw.data_ptr() % itemsize:  # in a pickle, tensors are not aligned
             raw = self._charge(raw).clone()
         result = raw.view(stored.dtype).as_strided(stored.size, stored.stride)
         return result if result.is_contiguous() else self._charge(result).contiguous()
 
     def _charge(self, tensor: Tensor) -> Tensor:
+        """Pay for a copy."""
         self.budget -= tensor.nbytes
         if self.budget < 0:
             raise Unreadable("holds tensors that unfold to more than its size")

@@ -1,4 +1,4 @@
-"""Files of torch.save, old and new, and TorchScript archives."""
+"""Files of torch.save, zip archives and the older format, and TorchScript archives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from . import activation, foreign
 from .pickled_tensors import unpickle
 from .stored import Container, Span, Storage, storage
 
-MAGIC = 0x1950A86A20F9469CFC6C  # how files of torch.save began before they were zip files
+MAGIC = 0x1950A86A20F9469CFC6C  # the first value in files of torch.save before version 1.6
 _PROTOCOL = 1001
-_MOST_CODE = 16 << 20  # bytes; that of a CLIP takes some 100 KiB
+_MOST_CODE = 16 << 20  # bytes; the code of a CLIP has about 100 KiB
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M
 )
@@ -26,10 +26,19 @@ _QUOTED = re.compile(r'"([^"]*)"')
 
 
 def read_archive(stream: BinaryIO, data: Content) -> Container:
+    """Read a zip archive of torch.save or torch.jit.save.
+
+    Args:
+        stream: the file.
+        data: its bytes.
+
+    Raises:
+        Unreadable: it is damaged, hostile, or not such an archive.
+    """
     try:
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
-    except Exception as error:  # zipfile lets almost anything through
+    except Exception as error:  # zipfile raises many kinds of errors
         raise Unreadable(
             f"is a damaged or truncated zip file: {error}. If it was downloaded, do so again"
         ) from error
@@ -56,7 +65,7 @@ def read_archive(stream: BinaryIO, data: Content) -> Container:
 
 
 def _is_quick(constant: Span | None) -> bool:
-    """Whether a constant is the 1.702 of QuickGELU."""
+    """Return whether a constant is the 1.702 of QuickGELU."""
     data = b"" if constant is None or len(constant) > 8 else bytes(constant.read())
     if len(data) not in (4, 8):
         return False
@@ -65,10 +74,10 @@ def _is_quick(constant: Span | None) -> bool:
 
 
 def _of_code(stream: BinaryIO, top: str) -> tuple[dict[str, frozenset[str]], set[bool]]:
-    """The parameters and buffers of each class, as lists in an archive's code tell; and which activations.
+    """Find the parameters and buffers of each class in an archive's code, and the activations in it.
 
-    A module's other tensors, such as an attention mask, lie beside them in the pickle. The code is text here,
-    of which nothing else is read.
+    In the pickle, other tensors such as an attention mask are stored beside them. The code is only searched
+    as text.
     """
     found: dict[str, frozenset[str]] = {}
     activations: set[bool] = set()
@@ -78,7 +87,7 @@ def _of_code(stream: BinaryIO, top: str) -> tuple[dict[str, frozenset[str]], set
             for entry in archive.infolist():
                 if not entry.filename.startswith(top) or not entry.filename.endswith(".py"):
                     continue
-                with archive.open(entry) as packed:  # compressed, so only so much of it is unfolded
+                with archive.open(entry) as packed:  # compressed: a limited amount is decompressed
                     text = packed.read(left + 1)
                 left -= len(text)
                 if left < 0:
@@ -90,13 +99,13 @@ def _of_code(stream: BinaryIO, top: str) -> tuple[dict[str, frozenset[str]], set
                     found[f"{module}.{name}"] = frozenset(_QUOTED.findall(" ".join(lists)))
     except Unreadable:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # as in read_archive
         raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
     return found, activations
 
 
 class _Parts:
-    """The entries of a torch archive, where they lie in the file. Nothing is ever unpacked."""
+    """The entries of a torch archive, located in the file; none is decompressed."""
 
     def __init__(self, top: str, entries: Mapping[str, zipfile.ZipInfo], data: Content) -> None:
         self.top = top
@@ -109,7 +118,7 @@ class _Parts:
                 raise Unreadable(f"is a zip whose entries {name!r} and {other!r} overlap")
 
     def span(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
-        """Where an entry's bytes start and end in the file."""
+        """Return the first byte of an entry in the file, and its end."""
         header = self.data[entry.header_offset : entry.header_offset + 30]
         if len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
             raise Unreadable(f"is a damaged zip: the entry {entry.filename!r} is not where it should be")
@@ -119,15 +128,16 @@ class _Parts:
         return start, start + entry.compress_size
 
     def inside(self, folder: str) -> list[str]:
-        """The names of the entries in a folder, as :meth:`place` takes them."""
+        """List the entries in a folder, as :meth:`place` takes them."""
         start = self.top + folder
         return [name.removeprefix(self.top) for name in self.entries if name.startswith(start)]
 
     def place(self, name: str) -> Span | None:
+        """Locate an entry; None if it is missing."""
         entry = self.entries.get(self.top + name)
         if entry is None:
             return None
-        # torch stores its entries as they are; compressed ones could unfold to any size.
+        # torch does not compress; compressed entries could expand to any size.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise Unreadable(
                 f"has compressed entries ({entry.filename!r}), which torch.save never writes and which "
@@ -144,7 +154,7 @@ class _Parts:
         return part
 
     def storage(self, identity: Any) -> Storage:
-        """('storage', type, entry, device, elements)"""
+        """Make the storage of a persistent id: ('storage', type, entry, device, elements)."""
         if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
             raise Unreadable("refers to data in an unknown way; nothing was executed")
         claimed = storage(identity[1], identity[4])
@@ -172,7 +182,14 @@ def _same_claim(known: Storage, claimed: Storage, key: str) -> None:
 
 
 def nested_storage(data: memoryview) -> Storage:
-    """The storage that ``torch.storage._load_from_bytes`` is given: an old torch file of its own."""
+    """Read the storage in the argument of ``torch.storage._load_from_bytes``, a file in the older format.
+
+    Args:
+        data: of the nested file.
+
+    Raises:
+        Unreadable: it is not such a file, or holds something else.
+    """
     stream = Stream(data)
     if unpickle(stream) != MAGIC:
         raise Unreadable("holds tensors that are not in torch's own format; nothing was executed")
@@ -185,7 +202,18 @@ def nested_storage(data: memoryview) -> Storage:
 
 
 def read_legacy(stream: Stream, nested: Any) -> Any:
-    """What follows the magic number: protocol, machine, the object, its storages' names, their bytes."""
+    """Read the older format after its magic number: protocol, machine, object, keys of storages, their bytes.
+
+    Args:
+        stream: the file, behind the magic number.
+        nested: as for :func:`rft_fast.checkpoints.pickled_tensors.unpickle`.
+
+    Returns:
+        The object.
+
+    Raises:
+        Unreadable: it is damaged, hostile, or of a big-endian machine.
+    """
     if unpickle(stream) != _PROTOCOL:
         raise Unreadable(f"is a file of torch.save in another protocol than {_PROTOCOL}")
     machine = unpickle(stream)
@@ -201,7 +229,7 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
         root = roots[key]
         itemsize = 1 if root.dtype is None else root.dtype.itemsize
         start = stream.position + 8
-        # The number of elements precedes them; for a storage without a type, these are bytes.
+        # The number of elements comes first; of bytes, for an untyped storage.
         count = int.from_bytes(stream.data[stream.position : start], "little")
         if root.data is not None or start > len(stream.data) or count * itemsize != root.nbytes:
             raise Unreadable(
@@ -223,7 +251,10 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
 
 
 def _old_storage(roots: dict[str, Storage], views: list[tuple[Storage, Storage, int]], identity: Any) -> Any:
-    """('module', class, file, source) or ('storage', type, key, device, elements, part of it or None)"""
+    """Make the value of a persistent id.
+
+    ('module', class, file, source) or ('storage', type, key, device, elements, view or None).
+    """
     if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
         if isinstance(identity[1], Global):
             return identity[1]
