@@ -1,4 +1,18 @@
-"""What is known of CLIP: architectures, the two ends of a path, their heads and prompts."""
+"""CLIP: architectures, prompts, and the two ends of a path with their heads.
+
+=================  =======================================================================
+module             holds
+=================  =======================================================================
+``allowed``        entries and values that an architecture file may have
+``architectures``  name, file or repository -> configuration, preprocessing, towers
+``tokenizers``     tokenizers of architectures
+``matching``       which architecture weights are of; checks of names and activations
+``prompts``        class names and templates, and their tokens
+``classifier``     image tower and head, or both towers, as one module
+``heads``          heads that checkpoints hold, and heads made from prompts
+``endpoints``      two checkpoints -> the ends of a path, and the live model
+=================  =======================================================================
+"""
 
 from __future__ import annotations
 

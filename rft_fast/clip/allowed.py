@@ -1,7 +1,7 @@
-"""What an architecture file may say: an allow-list, as its entries become arguments of other libraries.
+"""The allow-list of architecture files, whose entries become arguments of other libraries.
 
-A file comes from anybody. It describes shapes; it starts no download, names no code and reads no file of the
-user's. open_clip's own configurations all pass (a test sees to that).
+A file may come from anyone. It describes shapes; it cannot start a download, import code or read the user's
+files. All of open_clip's own configurations pass.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _within(known: Mapping[str, Callable[[Any], bool]]) -> Callable[[Any], bool]
     return lambda value: isinstance(value, dict) and all(k in known and known[k](v) for k, v in value.items())
 
 
-# Far beyond any model; a file may ask for more memory, or time, than any machine has.
+# Far above any model: larger values would take more memory or time than any machine has.
 _MOST = {
     **dict.fromkeys(("width", "head_width", "embed_dim", "attn_pooler_queries"), 1 << 14),
     **dict.fromkeys(("image_size", "patch_size", "context_length"), 1 << 13),
@@ -62,7 +62,7 @@ _MOST = {
     **{"layers": 500, "mlp_ratio": 100, "vocab_size": 1 << 22},
 }
 
-# What a value must be -> in words.
+# Check of a value -> what it requires, in words.
 _WORDS: dict[Any, str] = {
     _number: "a finite number from 0 on",
     _signed: "a finite number",
@@ -117,8 +117,8 @@ _TEXT = {
         + _BLOCKS,
         words="pool_type proj_type block_type tokenizer_mode hf_proj_type hf_pooler_type",
     ),
-    "hf_tokenizer_name": _text,  # tokenizer() says which
-    "hf_model_name": _text,  # never made: architectures.text refuses it
+    "hf_tokenizer_name": _text,  # checked by tokenizer()
+    "hf_model_name": _text,  # refused by architectures.text
     "tokenizer_kwargs": _TOKENIZER,
     "act_kwargs": _ACTIVATION,
     "norm_kwargs": _NORM,
@@ -131,18 +131,20 @@ _MODEL = {
     ),
     "vision_cfg": _within(dict.fromkeys(_VISION, lambda _: True)),
     "text_cfg": _within(dict.fromkeys(_TEXT, lambda _: True)),
-    "multimodal_cfg": lambda value: isinstance(value, dict),  # never made
+    "multimodal_cfg": lambda value: isinstance(value, dict),  # never used
 }
 
 
 def check(model_cfg: Mapping[str, Any], where: str) -> None:
-    """Refuses a model_cfg with an entry, or a value, that is not on the list.
+    """Check that all entries and values of a model_cfg are on the allow-list.
 
     Args:
-        where: begins the message.
+        model_cfg: in open_clip's format.
+        where: start of the error message.
 
     Raises:
-        ValueError: the entry, and what it may be; for an unknown one the nearest.
+        ValueError: an unknown entry, with the nearest known one; or a value that is not allowed, with what
+            is.
     """
     known(model_cfg, tuple(_MODEL), f"{where} model_cfg")
     tables = (("vision_cfg", _VISION), ("text_cfg", _TEXT))
@@ -166,7 +168,16 @@ def _largest(value: Any) -> float:
 
 
 def known(table: Iterable[str], names: tuple[str, ...], where: str) -> None:
-    """Refuses entries that are not among the names, with the nearest. Raises ValueError."""
+    """Check that all entries of a table are known.
+
+    Args:
+        table: names of the entries.
+        names: known names.
+        where: start of the error message.
+
+    Raises:
+        ValueError: an unknown entry, with the nearest known one.
+    """
     for key in table:
         if key not in names:
             raise ValueError(f"{where} has no entry {key!r}; {suggestion(key, sorted(names))}")
@@ -176,19 +187,19 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def tokenizer(name: str, beside: pathlib.Path | None, where: str) -> tuple[str, bool]:
-    """Where a tokenizer that a configuration names is: a folder beside it, or a repository of Hugging Face.
+    """Locate the tokenizer that a configuration names: a folder beside it, or a repository of Hugging Face.
 
     Args:
-        name: as the configuration has it.
-        beside: the folder of the file; None: the configuration is no file of this machine.
-        where: begins the message.
+        name: as in the configuration.
+        beside: folder of the file; None if the configuration is not a local file.
+        where: start of the error message.
 
     Returns:
         The real path of the folder, or the repository; and whether it is a folder.
 
     Raises:
-        ValueError: a path that leaves the folder, also through a link; links or special files in it; a
-            tokenizer that wants to import Python; what is neither a folder nor the name of a repository.
+        ValueError: a path outside the folder, also through a link; links or special files in it; a tokenizer
+            that imports Python; neither a folder nor the name of a repository.
     """
     if beside is not None and (os.path.lexists(beside / name) or not _HUB_NAME.fullmatch(name)):
         base, folder = beside.resolve(), (beside / name).resolve()
@@ -203,7 +214,7 @@ def tokenizer(name: str, beside: pathlib.Path | None, where: str) -> tuple[str, 
         return str(folder), True
     if not _HUB_NAME.fullmatch(name) or ".." in name:
         raise ValueError(f"{where} the tokenizer {name!r} is neither a folder beside the file nor ORG/NAME")
-    if os.path.lexists(name):  # transformers would take it
+    if os.path.lexists(name):  # transformers would use it
         raise ValueError(
             f"{where} the tokenizer {name!r} is a repository of Hugging Face, but the working directory has "
             "something of that name, which would be taken for it; run this elsewhere"
@@ -222,7 +233,7 @@ def _check_folder(folder: pathlib.Path, where: str) -> None:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
-                continue  # transformers says what is wrong with it, if it matters
+                continue  # transformers reports what is wrong, if it matters
             if isinstance(content, dict) and "auto_map" in content:
                 raise ValueError(
                     f"{where} {file} asks to import Python (auto_map), which never happens; remove that "

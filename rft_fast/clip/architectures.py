@@ -1,4 +1,4 @@
-"""What open_clip knows of an architecture: its configuration, its two towers, how its images are prepared."""
+"""Architectures of open_clip: configuration, preprocessing of images, and the two towers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import allowed
 
 HUB = "hf-hub:"
 _CONFIG = "open_clip_config.json"  # of a repository
-MOST_JSON = 1 << 20  # bytes of an architecture's file; open_clip's take some hundred
+MOST_JSON = 1 << 20  # bytes of an architecture file; open_clip's have some hundred
 
 _PREPROCESS_KEYS = ("fill_color", "interpolation", "mean", "mode", "resize_mode", "size", "std")
 _PREPROCESS_VALUES = {
@@ -30,7 +30,7 @@ _PREPROCESS_VALUES = {
     "interpolation": ("bicubic", "bilinear", "random"),
     "resize_mode": ("shortest", "longest", "squash"),
 }
-# A tower of some hundred bytes, for when only the other one is wanted.
+# Towers of some hundred bytes, for when only the other one is needed.
 _NO_VISION = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 1}
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 
@@ -39,8 +39,13 @@ _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layer
 class Preprocess:
     """How images become the model's input: open_clip's evaluation transform, in numbers.
 
-    size: (height, width) in pixels. mean, std: per RGB channel, of images in [0, 1].
-    interpolation, resize_mode, fill_color: as in ``open_clip.image_transform``.
+    Attributes:
+        size: (height, width) in pixels.
+        mean: per RGB channel, of images in [0, 1].
+        std: per RGB channel, of images in [0, 1].
+        interpolation: as in ``open_clip.image_transform``.
+        resize_mode: as there.
+        fill_color: as there, 0 to 255.
     """
 
     size: tuple[int, int]
@@ -52,17 +57,19 @@ class Preprocess:
 
 
 def config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """What open_clip knows of an architecture.
+    """Return the configuration of an architecture.
 
-    arch: an open_clip model name; or a JSON file in one of open_clip's formats,
-        ``{"model_cfg": ..., "preprocess_cfg": ...}`` or a bare model_cfg; or
-        ``hf-hub:org/name[@revision]``, whose ``open_clip_config.json`` is taken from the local cache of
-        huggingface_hub or downloaded.
+    Args:
+        arch: a model name of open_clip; a JSON file, ``{"model_cfg": ..., "preprocess_cfg": ...}`` or a bare
+            model_cfg; or ``hf-hub:org/name[@revision]``, whose ``open_clip_config.json`` is taken from the
+            local cache of huggingface_hub or downloaded.
 
-    Returns a label for messages, the model_cfg, and the preprocess_cfg (empty: open_clip's defaults).
+    Returns:
+        A label for messages; the model_cfg; the preprocess_cfg, empty for open_clip's defaults.
 
-    Raises ValueError for an architecture that is none of these (with the nearest names), that cannot be
-    had without a network, or whose configuration has entries unknown here.
+    Raises:
+        ValueError: it is none of these (the message lists the nearest names), cannot be downloaded, or has an
+            entry or a value that is not allowed.
     """
     if arch in open_clip.list_models():
         return str(arch), open_clip.get_model_config(arch), {}
@@ -100,15 +107,19 @@ def config(arch: str | PathLike[str]) -> tuple[str, dict[str, Any], dict[str, An
 
 
 def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Preprocess:
-    """How the images of an architecture are prepared.
+    """Return how images of an architecture are preprocessed.
 
-    arch: as in :func:`config`. A file's ``preprocess_cfg`` counts; what it leaves open means open_clip's
-        defaults: OpenAI's mean and standard deviation, the shortest edge resized (bicubic), centre crop.
-    pretrained: for a model name, the pretrained tag whose weights are used or were fine-tuned: its own
-        settings count. None: what all tags of that name agree on (SigLIP's all use a mean of .5, say),
-        and open_clip's defaults where they do not agree.
+    Args:
+        arch: as for :func:`config`. What the ``preprocess_cfg`` of a file does not set has open_clip's
+            defaults: OpenAI's mean and standard deviation, the shortest edge resized (bicubic), centre crop.
+        pretrained: for a model name, the pretrained tag of the weights or of their start, whose settings are
+            used.
+            None: the settings that all tags of that name share (SigLIP's all use a mean of .5, say), or
+                open_clip's
+            defaults if they differ.
 
-    Raises ValueError for an unknown architecture or tag, and for settings that do not fit it.
+    Raises:
+        ValueError: an unknown architecture or tag, or settings that do not fit it.
     """
     label, model_cfg, cfg = config(arch)
     if label in open_clip.list_models():
@@ -138,7 +149,7 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
         size,
         mean,
         std,
-        # "random" is for training; open_clip evaluates such models with bicubic.
+        # "random" is for training; open_clip evaluates with bicubic.
         "bicubic" if interpolation == "random" else interpolation,
         cfg.get("resize_mode", "shortest"),
         fill_color,
@@ -146,23 +157,32 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
 
 
 def visual(arch: str | PathLike[str]) -> nn.Module:
-    """The image tower alone, with random weights: images [n, 3, h, w] -> features [n, embed_dim].
+    """Build the image tower with random weights: images [n, 3, h, w] -> features [n, embed_dim].
 
-    arch: as in :func:`config`. Raises ValueError for a tower that open_clip cannot make.
+    Args:
+        arch: as for :func:`config`.
+
+    Raises:
+        ValueError: as :func:`config`, or open_clip cannot build the tower.
     """
     label, model_cfg, _ = config(arch)
-    vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}  # pooled features alone
+    vision_cfg = {**model_cfg["vision_cfg"], "output_tokens": False}  # pooled features only
     vision_cfg["timm_model_pretrained"] = False  # never download
     tower: nn.Module = _make(label, model_cfg, vision_cfg, _NO_TEXT).visual
     return tower
 
 
 def text(arch: str | PathLike[str]) -> nn.Module:
-    """The text tower alone, with random weights: tokens int64 [n, context] -> features [n, embed_dim].
+    """Build the text tower with random weights: tokens int64 [n, context] -> features [n, embed_dim].
 
-    arch: as in :func:`config`. The tower is open_clip's ``TextTransformer``, of a standard CLIP as well.
+    Args:
+        arch: as for :func:`config`.
 
-    Raises ValueError for an architecture without a text_cfg, or with a text tower of Hugging Face.
+    Returns:
+        open_clip's ``TextTransformer``, also for a standard CLIP.
+
+    Raises:
+        ValueError: as :func:`config`; or the architecture has no text_cfg, or a text tower of Hugging Face.
     """
     label, model_cfg, _ = config(arch)
     text_cfg = text_config(label, model_cfg)
@@ -176,6 +196,15 @@ def text(arch: str | PathLike[str]) -> nn.Module:
 
 
 def text_config(label: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the text_cfg of a model_cfg.
+
+    Args:
+        label: of the architecture, for the message.
+        model_cfg: in open_clip's format.
+
+    Raises:
+        ValueError: there is none.
+    """
     text_cfg = model_cfg.get("text_cfg")
     if not isinstance(text_cfg, dict):
         raise ValueError(f"arch: {label}: model_cfg needs a text_cfg where prompts are encoded")
@@ -183,22 +212,30 @@ def text_config(label: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_size(model_cfg: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels of the images that a model takes."""
+    """Return the height and width of input images in pixels.
+
+    Args:
+        model_cfg: in open_clip's format.
+
+    Raises:
+        ValueError: the image_size is not one or two positive integers.
+    """
     return _pair(model_cfg["vision_cfg"].get("image_size", 224))
 
 
 def pin(arch: str, network: bool) -> str:
-    """A repository with the commit that its configuration is of: ``hf-hub:org/name@commit``.
+    """Pin a repository to the commit of its configuration: ``hf-hub:org/name@commit``.
 
     Args:
-        network: ask Hugging Face for the newest one; otherwise the local cache alone.
+        arch: ``hf-hub:org/name[@revision]``.
+        network: whether to ask Hugging Face for the current commit; otherwise only the local cache is used.
 
     Returns:
-        ``arch`` itself where the cache does not tell the commit; empty where nothing is in it and nothing may
-        be downloaded.
+        ``arch`` itself if the cache does not show the commit; empty if it is not cached and ``network`` is
+        false.
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: it cannot be downloaded.
     """
     name, revision = _repository(arch)
     file = _from_hub(arch) if network else in_cache(name, [_CONFIG], revision)
@@ -218,7 +255,7 @@ def _from_hub(arch: str) -> pathlib.Path:
     name, revision = _repository(arch)
     try:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, _CONFIG, revision=revision))
-    except Exception as error:  # of the network, of the hub, or a bad name
+    except Exception as error:  # of the network, the hub, or an invalid name
         raise ValueError(
             f"arch: the open_clip_config.json of {arch} could not be had: {error}. Offline, fetch it once "
             "where there is a network, and name that file as the arch"
@@ -226,7 +263,7 @@ def _from_hub(arch: str) -> pathlib.Path:
 
 
 def _of_tags(name: str, pretrained: str | None) -> dict[str, Any]:
-    """The preprocessing of a model name's pretrained tag, or what all its tags share."""
+    """Return the preprocessing of a pretrained tag, or what all tags of a model name share."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None:
         if not open_clip.get_pretrained_cfg(name, pretrained):
@@ -245,13 +282,16 @@ def _of_tags(name: str, pretrained: str | None) -> dict[str, Any]:
 def _make(
     label: str, model_cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]
 ) -> Any:
-    """Both towers. open_clip offers no public way to make one alone, and its ``_build_vision_tower`` may
-    change any day; the classes have kept their arguments, so the unwanted tower is made tiny."""
+    """Build both towers.
+
+    open_clip has no public function for one tower, and its ``_build_vision_tower`` may change; the classes
+    have kept their arguments, so the tower that is not needed is made tiny.
+    """
     quick_gelu = model_cfg.get("quick_gelu", False)
     try:
         return open_clip.CustomTextCLIP(model_cfg["embed_dim"], {**vision}, {**text}, quick_gelu=quick_gelu)
-    except Exception as error:  # open_clip and timm check with asserts and errors of all kinds
-        what = str(error) or type(error).__name__  # an assert says nothing
+    except Exception as error:  # open_clip and timm raise asserts and many kinds of errors
+        what = str(error) or type(error).__name__  # an assert has no message
         raise ValueError(f"arch: open_clip cannot make the tower of {label}: {what}") from error
 
 

@@ -1,4 +1,4 @@
-"""An image classifier as robust fine-tuning knows it: CLIP's image tower, then a linear head."""
+"""Image classifiers of robust fine-tuning: CLIP's image tower with a linear head, or both towers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 
 class ImageClassifier(nn.Module):
-    """Image tower and linear head, with the features normalised in between.
+    """Image tower and linear head, with normalised features in between.
 
-    visual: maps images to features [n, features]. head: the linear layer that follows.
+    Args:
+        visual: images -> features [n, features].
+        head: linear layer on the features.
     """
 
     def __init__(self, visual: nn.Module, head: nn.Linear) -> None:
@@ -18,12 +20,26 @@ class ImageClassifier(nn.Module):
         self.classification_head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [n, 3, h, w], normalised. Returns logits [n, classes]."""
+        """Compute logits.
+
+        Args:
+            images: float [n, 3, h, w], preprocessed.
+
+        Returns:
+            Logits [n, classes].
+        """
         return self.classify(self.visual(images))
 
     def classify(self, features: Tensor) -> Tensor:
-        """features: [n, features], as the image tower gives them. Returns logits [n, classes]."""
-        # In the head's own type, float32, whatever the tower computes in.
+        """Compute logits of features.
+
+        Args:
+            features: [n, features], as the image tower returns them.
+
+        Returns:
+            Logits [n, classes], in the dtype of the head.
+        """
+        # In the dtype of the head, float32, whatever the tower computes in.
         features = features.to(self.classification_head.weight.dtype)
         features = features / features.norm(dim=-1, keepdim=True)
         logits: Tensor = self.classification_head(features)
@@ -31,14 +47,17 @@ class ImageClassifier(nn.Module):
 
 
 class ZeroShotClassifier(nn.Module):
-    """Both towers of CLIP: the head is what the text tower makes of the prompts.
+    """Both towers of CLIP: the text tower makes the head from the prompts.
 
-    visual: maps images [n, 3, h, w] to features [n, d].
-    text: maps tokens int64 [p, context] to features [p, d], as open_clip's ``TextTransformer`` does.
-    prompts: int64 [classes, templates, context], every class in every template.
-    logit_scale: a parameter of one element; the logarithm of the factor of the logits.
+    Args:
+        visual: images [n, 3, h, w] -> features [n, d].
+        text: tokens int64 [p, context] -> features [p, d], such as open_clip's ``TextTransformer``.
+        prompts: int64 [classes, templates, context], every class in every template.
+        logit_scale: parameter of one element, the logarithm of the factor of the logits.
 
-    Raises TypeError and ValueError for arguments of another kind or shape.
+    Raises:
+        TypeError: an argument is not a module, a tensor or a parameter.
+        ValueError: a tensor has another dtype or shape.
     """
 
     prompts: Tensor
@@ -73,40 +92,71 @@ class ZeroShotClassifier(nn.Module):
         self.logit_scale = logit_scale
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [n, 3, h, w], normalised. Returns logits [n, classes]."""
-        # In parts: with many classes and templates, all at once would need a lot of memory.
+        """Compute logits.
+
+        Args:
+            images: float [n, 3, h, w], preprocessed.
+
+        Returns:
+            Logits [n, classes].
+        """
+        # In parts, to limit memory with many classes and templates.
         parts = torch.split(self.prompts.flatten(0, 1), 256)
         return self.join(self.visual(images), torch.cat([self.text(part) for part in parts]))
 
     def join(self, features: Tensor, text_features: Tensor) -> Tensor:
-        """features: [n, d], of images. text_features: [classes * templates, d], of the prompts in order.
+        """Compute logits of features of images and prompts.
 
-        Returns logits [n, classes].
+        Args:
+            features: [n, d], of images.
+            text_features: [classes * templates, d], of the prompts in order.
+
+        Returns:
+            Logits [n, classes].
         """
         return self.classify(features, self.head(text_features))
 
     def head(self, text_features: Tensor) -> Tensor:
-        """text_features: [classes * templates, d]. Returns the weights of the head, [classes, d].
+        """Compute the weights of the head.
 
-        For each class, the normalised mean over its templates of the normalised features, times
-        ``exp(logit_scale)``.
+        Per class: the normalised mean over its templates of the normalised features, times
+            ``exp(logit_scale)``.
+
+        Args:
+            text_features: [classes * templates, d], of the prompts in order.
+
+        Returns:
+            [classes, d], in the dtype of the scale.
         """
-        # In the scale's own type, float32, whatever the tower computes in: the head is what logits hang on.
+        # In the dtype of the scale, float32, whatever the tower computes in: all logits depend on the head.
         text_features = text_features.to(self.logit_scale.dtype)
         head: Tensor = self.logit_scale.exp() * directions(text_features, self.prompts.shape[1])
         return head
 
     def classify(self, features: Tensor, head: Tensor) -> Tensor:
-        """features: [n, d], of images. head: [classes, d]. Returns logits [n, classes]."""
+        """Compute logits of features of images.
+
+        Args:
+            features: [n, d], of images.
+            head: [classes, d].
+
+        Returns:
+            Logits [n, classes], in the dtype of the head.
+        """
         features = features.to(head.dtype)
         logits: Tensor = features / features.norm(dim=-1, keepdim=True) @ head.T
         return logits
 
 
 def directions(text_features: Tensor, templates: int) -> Tensor:
-    """Where each class's prompts point: the normalised mean of their normalised features.
+    """Compute the direction of each class: the normalised mean of its prompts' normalised features.
 
-    text_features: [classes * templates, d], the prompts of a class one after the other. Returns [classes, d].
+    Args:
+        text_features: [classes * templates, d], the prompts of a class in sequence.
+        templates: number of prompts per class.
+
+    Returns:
+        Unit vectors [classes, d].
     """
     normalised = text_features / text_features.norm(dim=-1, keepdim=True)
     means = normalised.unflatten(0, (-1, templates)).mean(1)

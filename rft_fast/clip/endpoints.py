@@ -1,4 +1,4 @@
-"""Two checkpoints -> the two ends of a path, and the live model between them: whose head, which towers."""
+"""Two checkpoints -> the ends of a path and the live model between them: which heads, which towers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .heads import SCALE, HeadMaker, check_scale, naming, refuse_without_text, t
 from .prompts import Prompts
 
 ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
-# With both towers live: the first word of a name -> why it cannot change the output.
+# First component of a name -> why it cannot change the output if both towers are on the path.
 _INERT_BOTH = {
     "classification_head": "head: made anew from the prompts",
     "logit_bias": "logit bias: the same for every class",
@@ -34,22 +34,23 @@ _INERT_BOTH = {
 class Setup:
     """How two checkpoints become a path.
 
-    arch: as in :func:`rft_fast.clip.architectures.config`.
-    towers: "image": the image tower and the head's weights are on the path. "both": both towers are, and
-        the head is made from the prompts wherever on the path the text tower is (FLYP).
-    head: whose head the ends get. "interpolate": each its own. "zeroshot": both the zero-shot one.
-        "finetuned": both the fine-tuned one. A checkpoint's own head is the one that it holds; failing
-        that, the one that its own text tower makes of the prompts.
-    prompts: every class in every template; needed where a head is made.
-    scale: the factor of a head that is made (100 in model-soups); None: exp(logit_scale) of the checkpoint
-        whose text tower makes it.
-    zeroshot_head: ``classification_head.weight`` [classes, d], and ``.bias`` where there is one, which
-        count instead of the zero-shot checkpoint's own (:func:`rft_fast.checkpoints.load_head`).
-    network: whether a tokenizer may be downloaded (:func:`rft_fast.clip.tokenizers.tokenizer`).
-    resize_positions: whether the positions of an image tower for another image size are resampled to the
-        architecture's (:func:`rft_fast.clip.matching.resized`), with a warning.
+    Attributes:
+        arch: as for :func:`rft_fast.clip.architectures.config`.
+        towers: ``image``: image tower and head are on the path. ``both``: both towers are, and the text tower
+            makes the head from the prompts at every alpha (FLYP).
+        head: heads of the ends. ``interpolate``: each has its own. ``zeroshot``: both have the zero-shot one.
+            ``finetuned``: both have the fine-tuned one. A checkpoint's own head is the one that it holds;
+            without one, its text tower makes it from the prompts.
+        prompts: classes and templates, needed if a head is made.
+        scale: factor of a head that is made (100 in model-soups); None: exp(logit_scale) of the checkpoint.
+        zeroshot_head: ``classification_head.weight`` [classes, d], and optionally ``.bias`` [classes], used
+            instead of the zero-shot checkpoint's own (:func:`rft_fast.checkpoints.load_head`).
+        network: whether a tokenizer may be downloaded (:func:`rft_fast.clip.tokenizers.tokenizer`).
+        resize_positions: whether position embeddings for another image size are resampled, with a warning
+            (:func:`rft_fast.clip.matching.resized`).
 
-    Raises ValueError for values that are none of these, and for some that make no sense together.
+    Raises:
+        ValueError: a value is unknown, or values contradict each other.
     """
 
     arch: str
@@ -98,25 +99,28 @@ class Setup:
 class Ends:
     """The two ends of a path, and the live model between them.
 
-    setup: how the checkpoints become ends.
-    zeroshot: the zero-shot checkpoint, under canonical names (:func:`rft_fast.checkpoints.load`); float
-        tensors of any float type that :class:`rft_fast.Path` takes, on any device.
-    classes: how many classes the fine-tuned heads have. Only needed with ``head="finetuned"`` where neither
-        prompts nor the zero-shot checkpoint tell.
-    device: where heads are made from prompts; many prompts are slow on a CPU.
-    stand_ins: encode no prompts. A head that would be made from them is random numbers of its shape, the same
-        ones for the same text tower: enough to check and to time what a run does, and nothing else.
+    The constructor only checks. Models and heads are made on first use, so that :meth:`check` can check every
+    fine-tuned checkpoint before a prompt is encoded.
+
+    Args:
+        setup: how the checkpoints become ends.
+        zeroshot: zero-shot checkpoint by canonical name (:func:`rft_fast.checkpoints.load`); float tensors of
+            the dtypes that :class:`rft_fast.Path` accepts, on any device.
+        classes: number of classes of the fine-tuned heads; only needed with ``head="finetuned"`` if neither
+            the prompts nor the zero-shot checkpoint show it.
+        device: where prompts are encoded; slow on a CPU for many prompts.
+        stand_ins: encode no prompts. Heads that would be made have random weights, the same for the same text
+            tower: enough to check and time a run.
 
     Attributes:
+        setup: as the argument.
         classes: rows of the head.
         inert: name in the zero-shot checkpoint -> why it cannot change the live model's output.
 
-    Only checks: models and heads are made when they are first asked for, so that :meth:`check` can be asked
-    about every fine-tuned checkpoint before a prompt is encoded.
-
-    Raises ValueError, before anything large is made, for a checkpoint of another architecture (with the
-    one it fits), with names unknown here, without a needed text tower or head (with the option that helps),
-    or with as many classes in its head as the prompts have not.
+    Raises:
+        ValueError: the checkpoint is of another architecture (the message has the one that fits), has unknown
+            names, has no head and no text tower (the message has the option that helps), or has another
+            number of classes than the prompts. Raised before anything large is made.
     """
 
     def __init__(
@@ -132,7 +136,7 @@ class Ends:
         self._heads = HeadMaker(setup.arch, setup.prompts, setup.scale, setup.network, device, stand_ins)
         self._both = setup.towers == "both"
         self._made: dict[str, dict[str, Tensor]] = {}
-        with torch.device("meta"):  # names and shapes without memory
+        with torch.device("meta"):  # names and shapes only
             visual = architectures.visual(setup.arch)
             self._grid: tuple[int, int] | None = getattr(visual, "grid_size", None)
             self._shapes = matching.shapes_of("visual", visual)
@@ -140,8 +144,8 @@ class Ends:
                 self._shapes |= matching.shapes_of("text", architectures.text(setup.arch))
                 self._shapes[SCALE] = torch.Size(())
         self._tower, self.inert = self._towers(zeroshot, ZEROSHOT)
-        self._owner: Mapping[str, Tensor] | None = None  # of the head of the zero-shot end
-        self._scaled = self._both  # whether the scale of a head that is made counts at the zero-shot end
+        self._owner: Mapping[str, Tensor] | None = None  # holds the head of the zero-shot end
+        self._scaled = self._both  # whether a head is made at the zero-shot end
         if self._both:
             self.classes = len(self._heads.tokens)
         elif setup.head == "finetuned":
@@ -155,9 +159,9 @@ class Ends:
 
     @cached_property
     def live(self) -> nn.Module:
-        """The model, on the CPU, in float32 and in eval mode, with random weights.
+        """The model on the CPU, in float32 and eval mode, with random weights.
 
-        An :class:`ImageClassifier`, or, for both towers, a :class:`ZeroShotClassifier`.
+        An :class:`ImageClassifier`; for both towers, a :class:`ZeroShotClassifier`.
         """
         arch = self.setup.arch
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -169,34 +173,36 @@ class Ends:
 
     @cached_property
     def zeroshot(self) -> dict[str, Tensor]:
-        """The zero-shot end, as the live model's state dict names it; tensors are those given, not copies.
+        """The zero-shot end by the live model's names; tensors are those of the checkpoint, not copies.
 
-        With ``head="finetuned"`` it lacks the head, which each fine-tuned model brings: then the zero-shot
-        end is another one for each of them.
+        With ``head="finetuned"`` it has no head: each fine-tuned model provides it.
         """
         if self._owner is None:
             return self._tower
         head = self._heads.make(self._owner)
-        self._owner = None  # a text tower is not kept longer than it is needed
+        self._owner = None  # frees the text tower
         return {**self._tower, **head}
 
     @property
     def heads(self) -> int:
-        """How many heads were made from prompts, each from all of them."""
+        """Number of heads made from prompts so far, each from all prompts."""
         return len(self._made) + int(self._scaled and not self._both and self._owner is None)
 
     def pair(
         self, finetuned: Mapping[str, Tensor], name: str | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The zero-shot and the fine-tuned end, with the choice of head applied.
+        """Return the zero-shot and the fine-tuned end, with the choice of head applied.
 
-        finetuned: a checkpoint under canonical names. name: what a head that is made from prompts is kept
-            under, so that the same model's is not made again; None: it is not kept.
+        Args:
+            finetuned: checkpoint by canonical name.
+            name: key of a head that is made from prompts, so that it is made once per model; None: not kept.
 
-        Returns two state dicts with the live model's names. Their tensors are those given; only a head
-        that is made from prompts, and a missing bias (zeros), are new.
+        Returns:
+            Two state dicts with the live model's names. Tensors are those of the checkpoints, except a head
+            made from prompts and a missing bias (zeros).
 
-        Raises what :meth:`check` raises.
+        Raises:
+            ValueError: as :meth:`check`.
         """
         self.check(finetuned)
         tuned = self._towers(finetuned, FINETUNED)[0]
@@ -214,9 +220,13 @@ class Ends:
         return {**self.zeroshot, **common}, {**tuned, **head}
 
     def check(self, finetuned: Mapping[str, Tensor]) -> None:
-        """Refuses a fine-tuned checkpoint that cannot be an end, before anything is computed.
+        """Check a fine-tuned checkpoint before anything is computed.
 
-        Raises ValueError as the constructor does, and where the two heads have not the same classes.
+        Args:
+            finetuned: checkpoint by canonical name.
+
+        Raises:
+            ValueError: as the constructor, or the two heads have different numbers of classes.
         """
         self._towers(finetuned, FINETUNED)
         if self._both or self.setup.head == "zeroshot":
@@ -237,17 +247,18 @@ class Ends:
             )
 
     def check_lineage(self, finetuned: Mapping[str, Tensor], unrelated: bool = False) -> None:
-        """Refuses a fine-tuned end that is the zero-shot one, or that was not fine-tuned from it.
+        """Check that a fine-tuned end differs from the zero-shot one and was fine-tuned from it.
 
         Reads all weights once. A linear probe, with the same tower and another head, is accepted.
 
         Args:
             finetuned: a checkpoint that :meth:`check` accepts.
-            unrelated: whether it may be of another training (``--unrelated``).
+            unrelated: accept an end of another training (``--unrelated``).
 
         Raises:
-            ValueError: the same weights; the zero-shot head's rows in another order; or a cosine between the
-                matrices of the image towers below :data:`rft_fast.checkpoints.lineage.UNRELATED`.
+            ValueError: the weights are the same; the rows of the heads are in different orders; or the cosine
+                between the matrices of the image towers is below
+                :data:`rft_fast.checkpoints.lineage.UNRELATED`.
         """
         tower = self._towers(finetuned, FINETUNED)[0]
         found = checkpoints.kinship(self._tower, tower, is_visual)
@@ -256,7 +267,7 @@ class Ends:
             a, b = self.pair(finetuned)
             if not checkpoints.kinship(a, b, lambda name: not is_visual(name)).same:
                 why = None
-        known = not (self._stand_ins and self._scaled)  # the zero-shot head, which else is random numbers
+        known = not (self._stand_ins and self._scaled)  # whether the zero-shot head is not a stand-in
         if why is None and self.setup.head == "interpolate" and HEAD_WEIGHT in finetuned and known:
             why = checkpoints.moved_rows(self.zeroshot, finetuned)
         if why is None and not unrelated:
@@ -267,7 +278,7 @@ class Ends:
     # --- towers ---------------------------------------------------------------------------------------
 
     def _towers(self, state: Mapping[str, Tensor], end: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The towers under the live model's names, and why each other name but the head has no effect."""
+        """Return the towers by the live model's names, and why other names (but the head) have no effect."""
         used: dict[str, Tensor] = {}
         inert: dict[str, str] = {}
         unknown = []
@@ -307,7 +318,7 @@ class Ends:
         return used, inert
 
     def _resize(self, used: dict[str, Tensor], end: str) -> None:
-        """Resamples the positions of another image size, in place, and warns of it."""
+        """Resample position embeddings of another image size in place, with a warning."""
         positions = used.get(POSITIONS)
         if positions is None or self._grid is None:
             return
@@ -320,7 +331,7 @@ class Ends:
             )
 
     def _check_activation(self, state: Mapping[str, Tensor]) -> None:
-        """Refuses a checkpoint that says of itself that it has another activation than the architecture."""
+        """Check the activations that a checkpoint shows against the architecture."""
         made = self.setup.prompts is not None and HEAD_WEIGHT not in state
         towers = ("image", "text") if self._both or made else ("image",)
         matching.check_evidence(self.setup.arch, getattr(state, "activation", {}), towers)
@@ -328,7 +339,7 @@ class Ends:
     # --- heads ----------------------------------------------------------------------------------------
 
     def _count_classes(self, zeroshot: Mapping[str, Tensor], classes: int | None) -> int:
-        """How many classes there are, where the zero-shot end has no head of its own."""
+        """Return the number of classes if the zero-shot end has no head of its own."""
         if self.setup.prompts is not None:
             return len(self.setup.prompts.class_names)
         if classes is not None:
@@ -341,6 +352,7 @@ class Ends:
         )
 
     def _refuse_scale(self) -> None:
+        """Refuse a scale if no head is made."""
         if self.setup.scale is not None:
             raise ValueError(
                 f"ends: a head scale of {self.setup.scale} would change nothing, as no head is made from "

@@ -1,4 +1,4 @@
-"""Classification heads: those that checkpoints hold, and those that text towers make of prompts."""
+"""Classification heads: those that checkpoints hold, and those that a text tower makes from prompts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ from .classifier import directions
 from .prompts import Prompts
 from .prompts import tokens as tokenise
 
-BATCH = 256  # prompts that are encoded at once
+BATCH = 256  # prompts that are encoded together
 SCALE = "logit_scale"
 _LARGEST_SCALE = 88.0  # e**88 is 1.7e38
 
 
 @dataclass(eq=False)
 class HeadMaker:
-    """Checks heads of checkpoints, and makes those that a text tower has to.
+    """Checks the heads of checkpoints, and makes missing ones from prompts.
 
-    arch, prompts, scale, network: as in :class:`rft_fast.clip.endpoints.Setup`.
-    device, stand_ins: as in :class:`rft_fast.clip.endpoints.Ends`.
+    Attributes:
+        arch: as for :func:`rft_fast.clip.architectures.config`.
+        prompts: classes and templates; None: no head can be made.
+        scale: factor of a head that is made; None: exp(logit_scale) of the checkpoint.
+        network: whether a tokenizer may be downloaded (:func:`rft_fast.clip.tokenizers.tokenizer`).
+        device: where prompts are encoded.
+        stand_ins: encode no prompts; heads have random weights, the same for the same text tower.
     """
 
     arch: str
@@ -41,18 +46,31 @@ class HeadMaker:
 
     @cached_property
     def features(self) -> int:
-        """Columns of a head."""
+        """Number of columns of a head."""
         return int(architectures.config(self.arch)[1]["embed_dim"])
 
     @cached_property
     def tokens(self) -> Tensor:
-        """The prompts: int64 [classes, templates, context]."""
+        """The prompts: int64 [classes, templates, context]; raises ValueError if there are none."""
         if self.prompts is None:
             raise ValueError("ends: there are no prompts to make a head from; give --class-names")
         return tokenise(self.arch, self.prompts, self.network)
 
     def check(self, state: Mapping[str, Tensor], end: str, remedy: str) -> int:
-        """How many rows the head of an end has; refuses one that is not there and cannot be made."""
+        """Check that a checkpoint has a head, or that one can be made.
+
+        Args:
+            state: checkpoint by canonical name.
+            end: start of the error message.
+            remedy: what to do if there is no head.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            ValueError: there is no head and none can be made, or it does not fit the architecture or the
+                class names.
+        """
         names = None if self.prompts is None else self.prompts.class_names
         if HEAD_WEIGHT in state:
             rows = self.check_shape(state, end)
@@ -72,11 +90,22 @@ class HeadMaker:
             _text_weights(self.arch, state)
             if self.scale is None:
                 check_scale(state)
-            _ = self.tokens  # refuses an architecture whose prompts cannot be tokenised
+            _ = self.tokens  # raises if the prompts cannot be tokenised
         return len(names)
 
     def check_shape(self, head: Mapping[str, Tensor], end: str) -> int:
-        """The rows of a head; refuses other shapes."""
+        """Check the shape of a head.
+
+        Args:
+            head: checkpoint by canonical name, with a head.
+            end: start of the error message.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            ValueError: the shape does not fit the architecture.
+        """
         weight = head[HEAD_WEIGHT]
         rows = len(weight) if weight.ndim else 0
         if weight.shape != (rows, self.features) or rows == 0:
@@ -89,13 +118,32 @@ class HeadMaker:
         return rows
 
     def make(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The head of a checkpoint that was checked."""
+        """Return the head of a checkpoint: its own, or made from the prompts.
+
+        Args:
+            state: a checkpoint that :meth:`check` accepts.
+
+        Returns:
+            ``classification_head.weight`` [classes, features] and ``.bias`` [classes]; a missing bias is
+            zero.
+        """
         if HEAD_WEIGHT not in state:
             return _filled({HEAD_WEIGHT: self.encode(state)})
         return _filled(state)
 
     def encode(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The head that a checkpoint's text tower makes of the prompts: float32 [classes, features]."""
+        """Make a head from the prompts by a checkpoint's text tower.
+
+        Args:
+            state: checkpoint by canonical name.
+
+        Returns:
+            float32 [classes, features], on the CPU.
+
+        Raises:
+            ValueError: the checkpoint has no text tower of this architecture, or the prompts cannot be
+                tokenised.
+        """
         weights, scale = _text_weights(self.arch, state), _factor(state, self.scale)
         if self.stand_ins:
             return scale * _stand_in(weights, len(self.tokens), self.features)
@@ -109,15 +157,22 @@ def zeroshot_head(
     scale: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """The head that a checkpoint's text tower makes of the prompts, as in CLIP, WiSE-FT and FLYP.
+    """Make the head of a checkpoint's text tower from prompts, as CLIP, WiSE-FT and FLYP do.
 
-    For each class, the normalised mean over its templates of the normalised text features, times scale
-    (None: exp(logit_scale) of the checkpoint).
+    Per class: the normalised mean over its templates of the normalised text features, times ``scale``.
 
-    state: under canonical names. device: where it is computed, in float32.
+    Args:
+        arch: as for :func:`rft_fast.clip.architectures.config`.
+        state: checkpoint by canonical name.
+        prompts: classes and templates.
+        scale: factor; None: exp(logit_scale) of the checkpoint.
+        device: where prompts are encoded, in float32.
 
-    Returns float32 [classes, d], on the CPU. Raises ValueError for a checkpoint without the text tower of
-    this architecture, and where the prompts cannot be tokenised.
+    Returns:
+        float32 [classes, features], on the CPU.
+
+    Raises:
+        ValueError: the checkpoint has no text tower of this architecture, or the prompts cannot be tokenised.
     """
     refuse_without_text(state, "zeroshot_head", "use a checkpoint with both towers")
     return HeadMaker(arch, prompts, scale, device=device).encode(state)
@@ -126,10 +181,10 @@ def zeroshot_head(
 def _encode(
     arch: str, weights: Mapping[str, Tensor], tokens: Tensor, scale: float, device: str | torch.device
 ) -> Tensor:
-    """weights: by the text tower's own names. tokens: int64 [classes, templates, context]."""
+    """Encode tokens int64 [classes, templates, context]; ``weights`` are by the text tower's own names."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         tower = architectures.text(arch).eval()
-    # Assigned, so that float32 weights are not held twice.
+    # Assigned, so that float32 weights are not copied.
     tower.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     tower.to(device)
     classes, templates, _ = tokens.shape
@@ -142,7 +197,7 @@ def _encode(
 
 
 def _stand_in(weights: Mapping[str, Tensor], classes: int, features: int) -> Tensor:
-    """Rows of length 1 at random, the same for the same text tower: float32 [classes, features]."""
+    """Return random rows of length 1, float32 [classes, features]; the seed is a hash of the text tower."""
     found = hashlib.blake2b(digest_size=7)
     for _, tensor in sorted(weights.items()):
         found.update(tensor.float().cpu().contiguous().numpy().data.cast("B"))
@@ -151,7 +206,7 @@ def _stand_in(weights: Mapping[str, Tensor], classes: int, features: int) -> Ten
 
 
 def _text_weights(arch: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower of a checkpoint by the tower's own names, compared with that of the architecture."""
+    """Return the text tower of a checkpoint by the tower's own names, after a check of shapes."""
     with torch.device("meta"):
         shapes = matching.shapes_of("text", architectures.text(arch))
     used = {text_name(n): t for n, t in state.items() if n.partition(".")[0] in ("text", *TEXT)}
@@ -160,6 +215,16 @@ def _text_weights(arch: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_without_text(state: Mapping[str, Tensor], end: str, remedy: str) -> None:
+    """Raise an error if a checkpoint has no text tower.
+
+    Args:
+        state: checkpoint by canonical name.
+        end: start of the error message.
+        remedy: end of the error message.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not any(name.startswith(("transformer.", "text.")) for name in state):
         raise ValueError(
             f"{end}: the checkpoint has no text tower, or only a rest of it (model-soups' files lack "
@@ -175,12 +240,20 @@ def _factor(state: Mapping[str, Tensor], scale: float | None) -> float:
 
 
 def check_scale(state: Mapping[str, Tensor]) -> None:
+    """Check the logit scale of a checkpoint.
+
+    Args:
+        state: checkpoint by canonical name.
+
+    Raises:
+        ValueError: it is missing, not one element, or its exponential overflows float32.
+    """
     if SCALE not in state or state[SCALE].numel() != 1:
         raise ValueError(
             f"the checkpoint has no {SCALE!r} of one element, which gives the scale of a head that is made "
             "from prompts; give --head-scale (100 for models that descend from OpenAI's)"
         )
-    # Its exponential is the factor of the logits: CLIP's is 4.6, the logarithm of 100.
+    # The logarithm of the factor of the logits: 4.6 for CLIP, whose factor is 100.
     scale = 0.0 if state[SCALE].is_meta else float(state[SCALE])
     if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
         raise ValueError(
@@ -190,19 +263,20 @@ def check_scale(state: Mapping[str, Tensor]) -> None:
 
 
 def _filled(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of a head; a missing bias is zero."""
+    """Return weight and bias of a head; a missing bias is zero."""
     weight = head[HEAD_WEIGHT]
     bias = head[HEAD_BIAS] if HEAD_BIAS in head else weight.new_zeros(len(weight))
     return {HEAD_WEIGHT: weight, HEAD_BIAS: bias}
 
 
 def text_name(name: str) -> str:
+    """Return the name of a text tower's tensor below ``text.``, which a standard CLIP lacks."""
     return name if name.startswith("text.") else f"text.{name}"
 
 
 @contextmanager
 def naming(end: str) -> Iterator[None]:
-    """Says of which end a ValueError is."""
+    """Prefix a ValueError inside with the name of the end."""
     try:
         yield
     except ValueError as error:

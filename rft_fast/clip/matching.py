@@ -1,4 +1,4 @@
-"""Which architecture weights are of, by names, shapes and activations; whether it is the one meant."""
+"""Checks that weights are those of an architecture, and guesses which architecture weights are of."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ _QUICK = "-quickgelu"
 
 
 def check_activation(arch: str | PathLike[str], pretrained: str) -> None:
-    """Refuses an open_clip model name that has the other activation than its pretrained weights.
+    """Check that an open_clip model name has the activation of its pretrained weights.
 
-    OpenAI's weights, and some others, were trained with QuickGELU, which cannot be seen in them: under a
-    name without it, open_clip warns and gives worse features.
+    OpenAI's weights, and some others, were trained with QuickGELU, which the weights do not show: under a
+    name without it, open_clip warns and computes worse features.
 
-    Raises ValueError naming the right architecture. A tag unknown to both names is not judged here.
+    Args:
+        arch: a model name of open_clip; others are not checked.
+        pretrained: a pretrained tag; one that is unknown to the name and its QuickGELU variant is not
+            checked.
+
+    Raises:
+        ValueError: the activations differ; the message has the right name.
     """
     name = str(arch)
     other = name.removesuffix(_QUICK) if name.endswith(_QUICK) else name + _QUICK
@@ -51,15 +57,15 @@ def _known(name: str) -> bool:
 def check_evidence(
     arch: str | PathLike[str], activation: Mapping[str, Activation], towers: Collection[str] = TOWERS
 ) -> None:
-    """Refuses an architecture with the other activation than what a checkpoint's file says of itself.
+    """Check an architecture against the activations that a checkpoint's file shows.
 
     Args:
-        arch: as in :func:`config`.
+        arch: as for :func:`rft_fast.clip.architectures.config`.
         activation: tower -> its activation (:class:`rft_fast.checkpoints.Tensors`).
-        towers: those that are used; others are not judged.
+        towers: those that are used; others are not checked.
 
     Raises:
-        ValueError: a contradiction, with the architecture to name instead.
+        ValueError: the activations differ; the message has the right architecture.
     """
     label, model_cfg, _ = config(arch)
     for tower, quick in of_model_cfg(model_cfg).items():
@@ -79,17 +85,27 @@ def check_evidence(
 
 
 def shapes_of(prefix: str, tower: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of a tower's tensors by name, under a prefix."""
+    """Return the shapes of a tower's tensors by name.
+
+    Args:
+        prefix: first component of the names, without a dot.
+        tower: on any device.
+    """
     return {f"{prefix}.{name}": tensor.shape for name, tensor in tower.state_dict().items()}
 
 
 def likely(state: Mapping[str, Tensor]) -> list[str]:
-    """The open_clip names that weights under canonical names fit, best first; empty when none is known.
+    """Return the open_clip names whose shapes weights have, best first.
 
-    Judged by what shapes tell: feature size, width, depth, patches, image size, pooling, text tower.
-    Whether QuickGELU was used is known where the file says so (:class:`rft_fast.checkpoints.Tensors`); else
-    both names are given. timm's image towers are not
-    recognised. No model is made.
+    Compared are the sizes of features, width, depth, patches, images, pooling and text tower. If the file
+    shows the activation (:class:`rft_fast.checkpoints.Tensors`), only names with it are returned. timm's
+    image towers are not recognised. No model is built.
+
+    Args:
+        state: weights by canonical name.
+
+    Returns:
+        Names of open_clip; empty if none fits.
     """
     seen = _facts_of_weights(state)
     if "width" not in seen:
@@ -113,11 +129,16 @@ def compare(
     state: Mapping[str, Tensor],
     whole: Mapping[str, Tensor],
 ) -> None:
-    """Refuses weights whose names and shapes are not these of the architecture, and names theirs.
+    """Check the names and shapes of weights against an architecture.
 
-    state: the weights in question. whole: the checkpoint that they are of, which tells more.
+    Args:
+        arch: as for :func:`rft_fast.clip.architectures.config`.
+        shapes: name -> shape in the architecture.
+        state: the weights, by the same names.
+        whole: the whole checkpoint by canonical name, by which the message suggests architectures.
 
-    Raises ValueError: which names are missing, unexpected or of another shape.
+    Raises:
+        ValueError: names are missing, unexpected or have other shapes.
     """
     problems = {
         "of another shape": [
@@ -144,25 +165,26 @@ def compare(
 
 
 def _differ_in_number(table: Tensor | None, wanted: torch.Size | None) -> bool:
-    """Whether a table of positions has another number of them, of the same width."""
+    """Return whether two tables of positions have different lengths and the same width."""
     if table is None or wanted is None or not table.ndim == len(wanted) == 2:
         return False
     return table.shape[1] == wanted[1] and table.shape[0] != wanted[0]
 
 
 def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The positions of an image tower resampled for another image size, by open_clip's own function.
+    """Resample the position embeddings of an image tower for another image size, by open_clip's function.
 
     Args:
         positions: float [1 + cells, width], that of the class token first; the cells form a square.
-        grid: rows and columns of cells that are wanted.
+        grid: rows and columns of cells that are needed.
 
     Returns:
-        The positions [1 + rows * columns, width], in the same dtype: resampled in float32, bicubic with
-        antialiasing, but for that of the class token; the very same where their number is as wanted.
+        Position embeddings [1 + rows * columns, width] in the same dtype, resampled in float32 by bicubic
+        interpolation with antialiasing, except that of the class token; ``positions`` itself if the number
+        fits.
 
     Raises:
-        ValueError: cells that form no square.
+        ValueError: the cells do not form a square.
     """
     if positions.ndim != 2 or len(positions) == 1 + grid[0] * grid[1]:
         return positions
@@ -179,7 +201,7 @@ def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _facts_of_config(model_cfg: Mapping[str, Any]) -> dict[str, object]:
-    """What an architecture's configuration says of its shapes."""
+    """Return the sizes that a configuration shows."""
     vision, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     facts: dict[str, object] = {"embed_dim": model_cfg["embed_dim"]}
     if "hf_model_name" not in text_cfg:
@@ -204,7 +226,7 @@ def _facts_of_config(model_cfg: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _facts_of_weights(state: Mapping[str, Tensor]) -> dict[str, object]:
-    """The same, of weights: as much as they have."""
+    """Return the sizes that weights show; some may be missing."""
     seen: dict[str, object] = {}
 
     def see(fact: str, name: str, dim: int) -> None:

@@ -1,4 +1,4 @@
-"""Class names and templates: what a zero-shot head is made of."""
+"""Class names and templates, and the tokens of their prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CIFAR100 = """
     wardrobe whale willow_tree wolf woman worm
 """
 
-# In the order of the labels. ImageNet's are OpenAI's, in which two names occur twice.
+# In the order of the labels. ImageNet's are OpenAI's; two of these occur twice.
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "imagenet": tuple(open_clip.IMAGENET_CLASSNAMES),
     "cifar10": tuple(_CIFAR10.split()),
@@ -48,11 +48,15 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Every class in every template.
+    """Prompts of a zero-shot head: every class in every template.
 
-    class_names: in the order of the head's rows. templates: each with one ``{}``, where the name goes.
+    Attributes:
+        class_names: in the order of the head's rows.
+        templates: each with one ``{}`` for the class name.
 
-    Raises ValueError for none of either, an empty name, or another template.
+    Raises:
+        ValueError: either is empty or not a tuple of strings, a name is blank, or a template has not exactly
+            one ``{}``.
     """
 
     class_names: tuple[str, ...]
@@ -73,18 +77,24 @@ class Prompts:
                 )
 
     def of(self, index: int) -> list[str]:
-        """The prompts of one class."""
+        """Return the prompts of one class.
+
+        Args:
+            index: of the class.
+        """
         return [template.replace("{}", self.class_names[index]) for template in self.templates]
 
 
 def class_names(source: str) -> tuple[str, ...]:
-    """The names of classes, in the order of the head's rows.
+    """Return class names in the order of the head's rows.
 
-    source: "imagenet", "cifar10", "cifar100" or "stl10"; or a file in UTF-8, with one name to a line, or
-        (``*.json``) a list of strings.
+    Args:
+        source: ``imagenet``, ``cifar10``, ``cifar100`` or ``stl10``; or a file in UTF-8 with one name per
+            line, or (``*.json``) a list of strings.
 
-    Raises ValueError for an unknown source (with the nearest), a file that is empty, is not as described,
-    or has an empty line between names or a name twice: its order would not be that of the rows.
+    Raises:
+        ValueError: an unknown source (the message has the nearest); or a file that is empty, malformed, or
+            has a blank line or a repeated name, which would shift the rows.
     """
     if source in CLASS_NAMES:
         return CLASS_NAMES[source]
@@ -102,12 +112,14 @@ def class_names(source: str) -> tuple[str, ...]:
 
 
 def templates(source: str) -> tuple[str, ...]:
-    """Templates of prompts, each with one ``{}`` for the class name.
+    """Return templates of prompts, each with one ``{}`` for the class name.
 
-    source: "openai" (the 80 of OpenAI's ImageNet evaluation), "simple" (7 of them), "photo" ("a photo of a
-        {}."), or a file in UTF-8 with one template to a line.
+    Args:
+        source: ``openai`` (the 80 of OpenAI's ImageNet evaluation), ``simple`` (7 of these), ``photo`` ("a
+            photo of a {}."), or a file as for :func:`class_names`.
 
-    Raises ValueError for an unknown source (with the nearest), and as :func:`class_names` does.
+    Raises:
+        ValueError: an unknown source (the message has the nearest), a malformed file or template.
     """
     if source in TEMPLATES:
         return TEMPLATES[source]
@@ -119,19 +131,26 @@ def templates(source: str) -> tuple[str, ...]:
 
 
 def tokens(arch: str | PathLike[str], prompts: Prompts, network: bool | None = None) -> Tensor:
-    """The prompts as the text tower of an architecture takes them: int64 [classes, templates, context].
+    """Tokenise prompts for the text tower of an architecture.
 
-    arch, network: as in :func:`rft_fast.clip.tokenizers.tokenizer`.
+    Args:
+        arch: as for :func:`rft_fast.clip.architectures.config`.
+        prompts: classes and templates.
+        network: as for :func:`rft_fast.clip.tokenizers.tokenizer`.
 
-    Raises ValueError where the architecture's tokenizer is not to be had, or a prompt is longer than the
-    context (open_clip would cut it off).
+    Returns:
+        int64 [classes, templates, context].
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or a prompt is longer than the context, which open_clip
+            would truncate.
     """
     tokenizer = tokenizers.tokenizer(arch, network)
     rows = []
     for index in tqdm(range(len(prompts.class_names)), "tokenising prompts", disable=None, leave=False):
         texts = prompts.of(index)
         row = tokenizer(texts)
-        # The last column is padding unless a prompt takes up the whole context, or more.
+        # The last column is padding unless a prompt fills the context or exceeds it.
         if isinstance(tokenizer, open_clip.SimpleTokenizer) and row[:, -1].any():
             _refuse_long(tokenizer, texts, row.shape[1])
         rows.append(row)
@@ -140,7 +159,7 @@ def tokens(arch: str | PathLike[str], prompts: Prompts, network: bool | None = N
 
 def _refuse_long(tokenizer: open_clip.SimpleTokenizer, texts: Sequence[str], context: int) -> None:
     for prompt in texts:
-        length = len(tokenizer.encode(prompt)) + 2  # where it starts and ends
+        length = len(tokenizer.encode(prompt)) + 2  # tokens of start and end
         if length > context:
             raise ValueError(
                 f"tokens: the prompt {prompt!r} is {length} tokens long, more than the context of {context}; "

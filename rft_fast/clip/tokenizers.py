@@ -1,4 +1,4 @@
-"""Tokenizers of architectures: open_clip's own, and Hugging Face's."""
+"""Tokenizers of architectures, open_clip's and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .architectures import HUB, config, text_config
 
 
 class NotHere(ValueError):
-    """A tokenizer that is not on this machine, where nothing may be downloaded."""
+    """A tokenizer is not on this machine, and must not be downloaded."""
 
 
 def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
-    """open_clip's tokenizer of an architecture: strings -> int64 [n, context].
+    """Return the tokenizer of an architecture: strings -> int64 [n, context].
 
     Args:
-        arch: as in :func:`config`.
-        network: whether a tokenizer of Hugging Face may be downloaded. None: that of an open_clip model name,
-            and one in the repository that ``arch`` is, but not one that only a file names.
+        arch: as for :func:`rft_fast.clip.architectures.config`.
+        network: whether a tokenizer of Hugging Face may be downloaded. None: only that of an open_clip model
+            name, or of the repository that ``arch`` is, not one that a file names.
 
     Raises:
-        NotHere: it would have to be downloaded, and may not.
-        ValueError: it is not to be had (Hugging Face's need the package transformers), is not the one of the
-            model's vocabulary, or is not one that a file may name (:func:`rft_fast.clip.allowed.tokenizer`).
+        NotHere: it would have to be downloaded, and must not.
+        ValueError: it cannot be loaded (Hugging Face's need the package transformers), does not fit the
+            model's vocabulary, or a file must not name it (:func:`rft_fast.clip.allowed.tokenizer`).
     """
     label, model_cfg, _ = config(arch)
     text_cfg = text_config(label, model_cfg)
@@ -40,7 +40,7 @@ def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
         return _of_hugging_face(label, name, context, text_cfg.get("tokenizer_mode"), options, network)
     try:
         simple = open_clip.SimpleTokenizer(context_length=context, **options)
-    except Exception as error:  # whatever a configuration's words do to it
+    except Exception as error:  # options of a configuration can cause any error
         raise ValueError(f"arch: open_clip cannot make the tokenizer of {label}: {error}") from error
     vocabulary = text_cfg.get("vocab_size", 49408)
     if vocabulary != simple.vocab_size:
@@ -55,7 +55,7 @@ def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
 def _of_hugging_face(
     label: str, name: str, context: int, mode: str | None, options: Mapping[str, Any], network: bool | None
 ) -> Any:
-    """A tokenizer of transformers, from the local cache first."""
+    """Load a tokenizer of transformers, from the local cache first."""
     of, revision = repository(label) or ("", None)
     own, local = label in open_clip.list_models(), False
     if not own:
@@ -79,7 +79,7 @@ def _of_hugging_face(
                 local_files_only=offline,
                 trust_remote_code=False,
             )
-        except Exception as error:  # of the network, of the hub, of transformers, or that it is missing
+        except Exception as error:  # of the network, the hub or transformers, which may be missing
             problem = error
     said = (
         f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: "
