@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import heat
+from .captions import measures, several, stated
 from .style import (
     CURVES,
     GREY,
@@ -25,10 +26,7 @@ from .style import (
     finish,
     headings,
     key,
-    measures,
     plain,
-    several,
-    stated,
     wrap,
 )
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import STUDY, Z95
+from .captions import not_finite
 from .style import (
     BEATS,
     FAILS,
@@ -28,7 +29,6 @@ from .style import (
     finish,
     headings,
     key,
-    lost,
     plain,
     swatches,
 )
@@ -150,4 +150,4 @@ def _note(rows: pd.DataFrame) -> str:
         "Written out: the largest gain and barrier with that interval; their $\\alpha$ is chosen "
         "on the same images, which overstates both."
     )
-    return "\n".join(filter(None, [note, lost(rows["loss"], "losses")]))
+    return "\n".join(filter(None, [note, not_finite(rows["loss"], "losses")]))

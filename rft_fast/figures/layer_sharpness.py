@@ -13,25 +13,27 @@ from matplotlib.figure import Figure
 from ..studies.facts import Facts, as_facts
 from ..studies.sharpness import LAYER_STUDY
 from . import heat
-from .style import (
+from .captions import (
     SETTING,
-    Style,
-    canvas,
     choose,
-    drawing,
-    extra,
-    finish,
     heading,
-    headings,
-    key,
-    lost,
-    margin,
     modes_explained,
-    points,
+    not_finite,
     setting,
     short,
     stated,
     unknown_errors,
+)
+from .style import (
+    Style,
+    canvas,
+    drawing,
+    extra,
+    finish,
+    headings,
+    key,
+    margin,
+    points,
     wrap,
 )
 
@@ -115,7 +117,7 @@ def layer_sharpness(
         f"within {edge:g} nats of zero at every $\\alpha$ > 0.",
         "Stragglers: of the layer-wise interpolation, on any data set." if unstable else "",
         r"$\alpha$*: the best position of the whole path; 0 where none beats zero-shot." if stars else "",
-        lost(rows["sharpness"], "values"),
+        not_finite(rows["sharpness"], "values"),
         unknown_errors(rows),
     )
     marks = [key("interval includes zero", _UNCERTAIN), key("layer near zero", _NEAR_ZERO)]

@@ -15,24 +15,19 @@ from ..studies.facts import ENDS, Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.layers import STUDY
 from . import heat
+from .captions import choose, heading, modes_explained, not_finite, several, short
 from .style import (
     CURVES,
     ZERO_SHOT,
     Style,
     canvas,
-    choose,
     curve,
     drawing,
     extra,
     finish,
     fold,
-    heading,
     key,
-    lost,
-    modes_explained,
     plain,
-    several,
-    short,
     wrap,
 )
 
@@ -114,7 +109,7 @@ def layers(
         f"{_WORST} of each model; bands: pointwise 95 % intervals of the difference to $\\alpha$ = 0, paired",
         "over images. Stragglers: lower end of the one-sided 95 % interval of the instability in loss,",
         f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats. No noise.",
-        lost(rows["loss"], "losses"),
+        not_finite(rows["loss"], "losses"),
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]
     worst = [key(labels[name], style) for name, style in curves.items()]

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.pruning import NAMED, STUDY
+from .captions import heading, modes_explained, not_finite, several
 from .style import (
     CURVES,
     SMALL,
@@ -24,14 +25,10 @@ from .style import (
     extra,
     finish,
     fold,
-    heading,
     headings,
     key,
-    lost,
-    modes_explained,
     plain,
     points,
-    several,
     wrap,
 )
 
@@ -95,7 +92,7 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
         "pointwise 95 % interval of the difference to zero-shot, paired over images. Below: mean change of",
         r"accuracy over $\alpha$ > 0, in points, $\pm$ its standard error over seeds.",
         modes_explained(gains),
-        lost(rows["accuracy"], "accuracies"),
+        not_finite(rows["accuracy"], "accuracies"),
     )
     named = (effects["criterion"] == NAMED).all() and len(effects) > 0
     marks = [key("unpruned", _UNPRUNED)]

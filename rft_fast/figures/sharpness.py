@@ -16,10 +16,10 @@ from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.rows import of_study
 from ..studies.sharpness import STUDY
+from .captions import SETTING, not_finite, setting, stated, unknown_errors
 from .style import (
     BEATS,
     FAILS,
-    SETTING,
     Style,
     canvas,
     colours,
@@ -28,13 +28,9 @@ from .style import (
     finish,
     fold,
     key,
-    lost,
     margin,
     plain,
-    setting,
-    stated,
     swatches,
-    unknown_errors,
     wrap,
 )
 
@@ -101,7 +97,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         r"Models are shifted sideways a little over $\alpha$." if len(models) > 1 else "",
         "" if sets else "No rows of the interpolation: accuracy is not shown, nor which models fail.",
         f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
-        lost(measured["sharpness"], "values of sharpness"),
+        not_finite(measured["sharpness"], "values of sharpness"),
         unknown_errors(measured),
     )
     marks = [

@@ -44,8 +44,6 @@ CURVES: list[Style] = [
     {"color": colour, "marker": marker, "ls": line, "lw": 1.2, "ms": 3}
     for colour, marker, line in zip(MUTED, "os^vDPX<>", ["-", "--", "-."] * 3, strict=True)
 ]
-# Columns that distinguish one measurement of sharpness from another.
-SETTING = "rho dataset on estimator noise adaptive noise_batch normalized".split()
 
 
 def canvas(width: float, height: float) -> Figure:
@@ -214,130 +212,7 @@ def extra(names: Iterable[str], lines: int = 1) -> float:
     return LINE * max(0, max((name.count("\n") + 1 for name in names), default=0) - lines)
 
 
-def lost(values: Iterable[float], what: str) -> str:
-    """A sentence that counts the values that are not finite; empty if there are none."""
-    finite = np.isfinite(np.asarray(values, dtype=float))
-    return (
-        ""
-        if finite.all()
-        else f"{(~finite).sum():,} of {finite.size:,} {what} are not finite, and not drawn."
-    )
-
-
 def margin(rows: pd.DataFrame) -> pd.Series:
     """Half-width of the 95 % interval of each sharpness: 0 if it is exact, NaN without a standard error."""
     error = rows["sharpness_se"]
     return (student_t(rows) * error).where(error != 0, 0.0)
-
-
-def unknown_errors(rows: pd.DataFrame) -> str:
-    """A sentence that counts the sharpnesses without an interval; empty if there are none."""
-    count = int(margin(rows).isna().sum())
-    return (
-        f"{count} of {len(rows)} have no standard error (a worst case, or one draw): no bar." if count else ""
-    )
-
-
-def stated(rows: pd.DataFrame) -> str:
-    """A sentence that describes how sharpness was measured, from the columns of its rows."""
-    rows = rows[rows["draws"].fillna(1) > 0]  # without perturbation there are no draws
-    climbed = rows["estimator"].str.startswith("apgd").all()
-    flags = [("not adaptive", "adaptive", False), ("logits normalised", "normalized", True)]
-    parts = [
-        text.format(several(values))
-        for text, column in (
-            (r"$\rho$ = {}", "rho"),
-            ("{} steps" if climbed else "{} draws", "draws"),
-            ("{} images", "samples"),
-            ("seed {}", "seed"),
-            ("estimator {}", "estimator"),
-            ("{} noise", "noise"),
-            ("on {} weights", "on"),
-            ("noise anew every {} images", "noise_batch"),
-        )
-        if len(values := rows[column].dropna().unique())
-    ]
-    parts += [text for text, column, flag in flags if (rows[column] == flag).any()]
-    return ", ".join(parts) + "."
-
-
-def setting(rows: pd.DataFrame) -> str:
-    """The settings that identify a measurement of sharpness, in two lines."""
-    first = rows.iloc[0]
-    where = fold(first["dataset"], 2, 9)
-    return f"$\\rho$ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
-
-
-def several(values: Iterable[Any]) -> str:
-    """Up to three values in words; the range if there are more."""
-    found = sorted(values)
-    texts = [
-        x if isinstance(x, str) else f"{x:,}" if isinstance(x, int | np.integer) else f"{x:g}" for x in found
-    ]
-    return " or ".join(texts) if len(texts) <= 3 else f"{texts[0]} to {texts[-1]}"
-
-
-def short(names: Sequence[str]) -> dict[str, str]:
-    """Shorten layer names, as far as they stay distinct, by a shared prefix and up to their first number.
-
-    ``visual.transformer.resblocks.3.attn.in_proj`` becomes ``3.attn.in_proj``.
-    """
-    parts = [name.split(".") for name in names]
-    rest = []
-    for part in parts:
-        alike = [other for other in parts if other[0] == part[0]]
-        same = 0
-        while all(len(other) > same + 1 and other[same] == part[same] for other in alike):
-            same += 1
-        rest.append(".".join(part[same:]))
-    tails = [re.sub(r"^.*?(?<![^.])(?=\d+(\.|$))", "", name) for name in rest]
-    unique = next(texts for texts in (tails, rest, names) if len(set(texts)) == len(names))
-    return dict(zip(names, unique, strict=True))
-
-
-def measures(
-    table: pd.DataFrame, said: Mapping[str, str] | None = None, rho: str = r"$\rho$ = "
-) -> pd.Series:
-    """Name the measure of each row of a correlation, with those of its settings that vary.
-
-    Args:
-        table: the result of :func:`rft_fast.studies.correlation`.
-        said: measure -> its name in words, if that differs.
-        rho: text before a noise scale.
-    """
-    layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
-    words = table["measure"].map(lambda measure: (said or {}).get(measure, measure))
-    names = table["layer"].map(layers).where(table["measure"] == "layer", words)
-    for column in ("rho", "measured_on", "estimator", "on"):
-        varies = table.groupby("measure")[column].transform(lambda own: own.nunique(dropna=False)) > 1
-        mark = rho if column == "rho" else ""
-        texts = table[column].map(lambda value, mark=mark: f", {mark}{several([value])}")
-        names = names.where(~varies, names + texts)
-    return names
-
-
-def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[str], str]:
-    """Choose at most ``count`` models, of the highest and the lowest gains, and say so in a sentence."""
-    if len(models) <= count:
-        return list(models), ""
-    if not set(models) <= set(gains.index):
-        return list(models[:count]), f"The first {count} of {len(models)} models."
-    ranked = list(gains[list(models)].sort_values(ascending=False, kind="stable").index)
-    half = count // 2
-    return ranked[: count - half] + ranked[-half:], (
-        f"Of {len(models)} models, those with the {count - half} highest and the {half} lowest gains in "
-        "mean OOD accuracy."
-    )
-
-
-def heading(name: str, model: str, gains: pd.Series) -> str:
-    """The folded name of a model, and below it its gain, or failure, in mean out-of-distribution accuracy."""
-    mode = ""
-    if model in gains:
-        mode = "failure" if gains[model] <= 0 else f"gain {100 * gains[model]:+.1f}"
-    return "\n".join(filter(None, [name, mode]))
-
-
-def modes_explained(gains: pd.Series) -> str:
-    """A sentence that explains :func:`heading`; empty without gains."""
-    return "" if gains.empty else "Gain (in points) and failure: in mean out-of-distribution accuracy."

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..figures.style import margin, measures
+from ..figures.captions import measures
+from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from .drawing import (

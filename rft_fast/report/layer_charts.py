@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..figures.style import margin, short
+from ..figures.captions import short
+from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from .charts import points

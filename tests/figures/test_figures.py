@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from support.tiny_report import make_rows as make_run_rows
 
 from rft_fast import figures, studies
-from rft_fast.figures import heat, style
+from rft_fast.figures import captions, heat, style
 from rft_fast.names import STUDIES
 from rft_fast.studies.facts import Facts, Settings
 
@@ -190,18 +190,18 @@ def layer_names(count: int) -> list[str]:
 
 
 def test_names_of_layers_are_shortened_only_while_they_differ() -> None:
-    assert style.short([*layer_names(3), "visual.proj"]) == {
+    assert captions.short([*layer_names(3), "visual.proj"]) == {
         "visual.conv1": "conv1",
         "visual.transformer.resblocks.0.ln_1": "0.ln_1",
         "visual.transformer.resblocks.0.attn.in_proj": "0.attn.in_proj",
         "visual.proj": "proj",
     }
     stages = ["m.layer1.0.conv1", "m.layer2.0.conv1"]
-    assert list(style.short(stages).values()) == ["layer1.0.conv1", "layer2.0.conv1"]
-    assert style.short(["head"]) == {"head": "head"}
+    assert list(captions.short(stages).values()) == ["layer1.0.conv1", "layer2.0.conv1"]
+    assert captions.short(["head"]) == {"head": "head"}
     mixed = ["visual.conv1", "visual.blocks.3.mlp", "head"]
-    assert list(style.short(mixed).values()) == ["conv1", "3.mlp", "head"]
-    assert list(style.short(["a.proj", "a.b", "c.proj", "c.b"]).values()) == [
+    assert list(captions.short(mixed).values()) == ["conv1", "3.mlp", "head"]
+    assert list(captions.short(["a.proj", "a.b", "c.proj", "c.b"]).values()) == [
         "a.proj",
         "a.b",
         "c.proj",
@@ -211,7 +211,7 @@ def test_names_of_layers_are_shortened_only_while_they_differ() -> None:
 
 @pytest.mark.parametrize("count", [1, 36, 76, 80, 150, 400])
 def test_labels_of_many_layers_do_not_overlap(count: int) -> None:
-    names = list(style.short(layer_names(count)).values())
+    names = list(captions.short(layer_names(count)).values())
     drawn = style.canvas(5, heat.height(count) + 1)
     panel = drawn.subplots()
     heat.draw(panel, pd.DataFrame(np.zeros((count, 2)), names, [0.0, 1.0]), AsinhNorm(1, -1, 1))
