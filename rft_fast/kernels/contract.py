@@ -6,11 +6,11 @@ Every backend computes, for each element, in float32 whatever the storage types:
     on = finetuned:     w1 += (sign * rho) * (|w1| or 1) * eps ;  out = lerp(w0, w1, alpha)
     on = interpolated:  v = lerp(w0, w1, alpha) ;  out = v + (sign * rho) * (|v| or 1) * eps
 
-and nothing else. ``Write`` holds the numbers of one such request, ``Row`` the three tensors of
-one table entry; both are complete and consistent once they exist, so backends check nothing.
+and nothing else. ``Write`` holds the numbers of one such request, ``Row`` the three tensors of one table
+entry. Both are validated when they are made, so that backends check nothing.
 
-lerp's ends are exact: alpha = 0 gives the bits of zeroshot, alpha = 1 those of finetuned. Of a NaN in
-half precision only that it is one: what else its bits say may change on the way through float32.
+The ends of lerp are exact: alpha = 0 gives the bits of zeroshot, alpha = 1 those of finetuned. A NaN in half
+precision stays a NaN; its other bits may change on the way through float32.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PURPOSE_NOISE = 0
 PURPOSE_MASK = 1
 
-# One Philox block of four words serves four consecutive elements.
+# Consecutive elements served by one Philox block of four words.
 BLOCK = 4
 
-# A seed has 64 bits, the number of a draw 32.
+# A seed has 64 bits, a draw number 32.
 SEEDS, DRAWS = 2**64, 2**32
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -55,7 +55,7 @@ def _whole(name: str, value: object, limit: int) -> int:
 
 
 def _float32(number: float) -> float:
-    """As ``float(np.float32(number))``, in a quarter of the time: every write needs two."""
+    """Same as ``float(np.float32(number))`` in a quarter of the time; every write needs two of these."""
     return c_float(number).value
 
 
@@ -68,7 +68,7 @@ def _finite(name: str, value: object) -> float:
         raise TypeError(
             f"write: {name} must be a number; got {value!r} of type {type(value).__name__}"
         ) from None
-    except OverflowError:  # an integer or a fraction, perhaps of more digits than can be shown
+    except OverflowError:  # an integer or a fraction, perhaps with too many digits to show
         raise ValueError(f"write: {name} must be finite in float32; got a number beyond float64") from None
     # Beyond float32 the kernels would compute with infinity.
     if not abs(number) <= FLOAT32_MAX:
@@ -78,16 +78,27 @@ def _finite(name: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class Write:
-    """The numbers of one write, validated.
+    """The numbers of one write, validated. All functions that write take these.
 
-    alpha: position on the path, any finite number (0 zero-shot, 1 fine-tuned; beyond extrapolates).
-    rho: noise scale, >= 0; 0 adds no noise at all. sign: +1 or -1 (antithetic pairs).
-    on: which weights are perturbed. adaptive: noise scaled by the weight's magnitude.
-    keep: probability in [0, 1] that a fine-tuned weight survives the mask; fill: what replaces it.
-    seed: 64 bits, key of the generator. draw: 32 bits, number of the noise draw; the mask of a
-    seed is the same for every draw.
+    Args:
+        alpha: Position on the path: 0 is zero-shot, 1 is fine-tuned. Any finite number; outside [0, 1] the
+            write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.)
+        rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3).
+        on: Weights that the noise is added to: "finetuned", before they are interpolated (Sec. 3.1), or
+            "interpolated", after it (Eq. 3).
+        keep: Probability, in [0, 1], that a fine-tuned weight survives the Bernoulli mask of Algorithm 1; 1
+            masks nothing.
+        fill: Value of a masked fine-tuned weight: "zero", or "zeroshot" for its zero-shot value.
+        noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
+            (-1 or 1).
+        adaptive: Scale the noise by the magnitude of each weight; False: by rho alone.
+        seed: Key of the random generator, an integer in [0, 2**64). Decides the noise and the mask.
+        draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
+        sign: 1, or -1 for the opposite noise (antithetic pairs).
 
-    Raises TypeError or ValueError naming the argument.
+    Raises:
+        TypeError: A number has the wrong type; the message names it.
+        ValueError: A number is out of range; the message names it.
     """
 
     alpha: float
@@ -101,7 +112,7 @@ class Write:
     draw: int = 0
     sign: int = 1
 
-    # Derived once, so that all backends start from the same float32 numbers.
+    # Derived once, so that all backends start from the same float32 values.
 
     scale: float = field(init=False, repr=False)
     """sign * rho, rounded to float32."""
@@ -113,15 +124,15 @@ class Write:
     k: float = field(init=False, repr=False)
     """``lerp(w0, w1) = (w1 if base else w0) + (w1 - w0) * k``, k rounded to float32.
 
-    As torch.lerp does, the nearer end is the base, which makes both ends exact: base 0 with k = alpha
-    below 1/2, else base 1 with k = alpha - 1; k = 0 means "the base's bits".
+    The nearer end is the base, as in torch.lerp, which makes both ends exact: base 0 with k = alpha below
+    1/2, else base 1 with k = alpha - 1. k = 0 copies the bits of the base.
     """
 
     noisy: bool = field(init=False, repr=False)
-    """Whether noise reaches the output: at alpha = 0, noise on the fine-tuned end does not."""
+    """Whether noise reaches the output; at alpha = 0, noise on the fine-tuned weights does not."""
 
     masked: bool = field(init=False, repr=False)
-    """Whether any weight can be masked, and the mask reach the output."""
+    """Whether any weight can be masked and the mask reaches the output."""
 
     def __post_init__(self) -> None:
         alpha, rho = _finite("alpha", self.alpha), _finite("rho", self.rho)
@@ -139,7 +150,7 @@ class Write:
             raise ValueError(f"write: sign must be +1 or -1; got {self.sign!r}")
         threshold = round(keep * 2**32)
         base = 0 if alpha < 0.5 else 1
-        self.__dict__.update(  # not one object.__setattr__ each: a layer-wise study writes thousands
+        self.__dict__.update(  # faster than object.__setattr__ for each: a layer-wise study makes thousands
             alpha=alpha,
             rho=rho,
             keep=keep,
@@ -156,13 +167,13 @@ class Write:
         )
 
 
-# In the order in which every function takes them.
+# In the order of every function's arguments.
 WRITE_ARGUMENTS = tuple(f.name for f in fields(Write) if f.init)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry of a table: three tensors of equal size, and where the row's noise starts."""
+    """One entry of a table: three tensors of equal shape, and the Philox block at which its noise starts."""
 
     out: Tensor
     zeroshot: Tensor
@@ -176,12 +187,12 @@ class Row:
 
 
 def device_of(rows: Sequence[Row]) -> torch.device:
-    """Where the rows of a table lie; the CPU where there are none."""
+    """Return the device of a table's rows; the CPU for an empty table."""
     return rows[0].out.device if rows else torch.device("cpu")
 
 
 def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """One tensor or several, also of a generator, as a list. Raises TypeError for anything else."""
+    """Return one tensor or an iterable of tensors as a list; raises TypeError for anything else."""
     if isinstance(tensors, Tensor):
         return [tensors]
     if not isinstance(tensors, Iterable):
@@ -196,7 +207,7 @@ def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def first_blocks(tensors: Sequence[Tensor]) -> list[int]:
-    """The Philox block at which each tensor's noise starts: every tensor starts on a fresh one."""
+    """Return the Philox block at which the noise of each tensor starts: each tensor starts a new block."""
     starts, block = [], 0
     for tensor in tensors:
         starts.append(block)
@@ -211,9 +222,17 @@ def make_rows(
     names: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Checks the tensors of a table and lays their noise out. Raises TypeError or ValueError.
+    """Check the tensors of a table and assign their noise.
 
-    blocks: where each tensor's noise starts; None: that of a table of its own.
+    Args:
+        out, zeroshot, finetuned: The tensors, as for :func:`rft_fast.write_`.
+        names: What error messages call the tensors; None: "tensor 0", "tensor 1" ...
+        blocks: Philox block at which the noise of each tensor starts; None: one tensor after the other from
+            0.
+
+    Raises:
+        TypeError: A dtype is not offered, or something is not a tensor.
+        ValueError: Tensors differ in shape or device, are not contiguous, overlap, or have freed memory.
     """
     rows = lay_out(out, zeroshot, finetuned, names, blocks)
     for row in rows:
@@ -229,7 +248,7 @@ def lay_out(
     names: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
 ) -> list[Row]:
-    """``make_rows`` for tensors that have no addresses: all of its checks but those of memory."""
+    """As :func:`make_rows`, without the checks of memory: for tensors that have no addresses."""
     outs, w0s, w1s = (
         as_list("out", out),
         as_list("zeroshot", zeroshot),
@@ -291,7 +310,7 @@ def _check_memory(row: Row) -> None:
 
 
 def lacks_memory(tensor: Tensor) -> bool:
-    """Whether a contiguous tensor reaches beyond its storage, which ``untyped_storage().resize_`` can cut."""
+    """Whether a contiguous tensor extends beyond its storage (``untyped_storage().resize_`` shrinks it)."""
     size = tensor.numel()
     end = (tensor.storage_offset() + size) * tensor.element_size()
     return size > 0 and bool(end > tensor.untyped_storage().nbytes())
@@ -302,7 +321,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_overlap(rows: Sequence[Row]) -> None:
-    """An output may *be* its own source; any other shared byte would be read after it was written."""
+    """Refuse outputs that share memory with anything but their own source, which would be read too late."""
     if rows and rows[0].out.device.type == "meta":
         return
     spans: list[tuple[int, int, bool, str]] = []  # first byte, end, is an output, what
@@ -314,7 +333,7 @@ def _check_overlap(rows: Sequence[Row]) -> None:
             if not _is_same(source, row.out):
                 spans.append((*_span(source), False, f"{role} of {row.name}"))
     spans.sort()
-    # Sweep by address; among what came before, only the furthest output and the furthest span matter.
+    # Sweep by address: of the earlier spans, only the furthest output and the furthest span matter.
     any_end, any_what, out_end, out_what = -1, "", -1, ""
     for start, end, is_out, what in spans:
         reach, other = (any_end, any_what) if is_out else (out_end, out_what)
@@ -335,9 +354,15 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_runs(runs: Iterable[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
-    """Half-open (first, last) ranges of table rows, as a list in ascending order.
+    """Check half-open (first, last) ranges of table rows and return them in ascending order.
 
-    Raises TypeError or ValueError.
+    Args:
+        runs: Ranges in any order; empty ones are allowed.
+        rows: Rows of the table.
+
+    Raises:
+        TypeError: ``runs`` is not a list of pairs of integers.
+        ValueError: A range lies outside the table, or two overlap.
     """
     try:
         found = sorted([(index(first), index(last)) for first, last in runs])
@@ -358,7 +383,7 @@ def check_runs(runs: Iterable[tuple[int, int]], rows: int) -> list[tuple[int, in
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream, the current device's or this one's."""
+    """Whether a CUDA graph is being captured on the current stream of the current device or of ``device``."""
     if device.type != "cuda":
         return False
     if torch.cuda.is_current_stream_capturing():
@@ -368,7 +393,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def refuse_capture(backend: str, device: torch.device) -> None:
-    """For backends whose tables lie on the device. Raises RuntimeError while a CUDA graph is captured."""
+    """Raise RuntimeError while a CUDA graph is captured: a table cannot be copied to the device then."""
     if capturing(device):
         raise RuntimeError(
             f"{backend}: making a Plan copies its table to the device, which cannot be captured in a CUDA "

@@ -1,12 +1,12 @@
-"""The write as an operator of torch, ``rft_fast::write_``: what compiled and fake code sees of the kernels.
+"""The write as an operator of torch, ``rft_fast::write_``, for code that traces or fakes tensors.
 
 torch.compile, torch.export, make_fx and fake tensors cannot look into the backends. For them ``write_`` and
-``Plan.write`` call this operator, which says what it reads, what it changes and what it refuses. Every
-other call goes straight to its backend: an operator costs more.
+``Plan.write`` call this operator, whose schema declares what it reads, changes and refuses. All other calls
+go straight to a backend, because an operator costs more.
 
-In its schema a source that is None is the output itself, because an operator must not be handed one tensor
-both to change and to read; and the seed is two words of 32 bits, because integers there are signed. On meta
-tensors it checks its arguments and does nothing else, as torch's own operators do.
+A source that is None is the output itself: an operator must not receive one tensor both to change and to
+read. The seed is two 32-bit words, because integers of a schema are signed. On meta tensors the operator
+only checks its arguments, as torch's own operators do.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from rft_fast.kernels import registry
 from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, lay_out, make_rows
 from rft_fast.names import Impl
 
-# What holds its own data; a subclass of Tensor may be anything.
+# Types that hold their own data; another subclass of Tensor may be anything.
 PLAIN = (Tensor, nn.Parameter)
 
-# The arguments of a Write, in their order.
+# The arguments of a Write, in order.
 Numbers = tuple[Any, ...]
 
-# A Write's numbers, the seed as two words; the backend; and where each tensor's noise starts.
+# The tensors; the numbers of a Write, the seed as two words; the backend; where each tensor's noise starts.
 _SCHEMA = (
     "(Tensor(a0!)[] out, Tensor?[] zeroshot, Tensor?[] finetuned, "
     "float alpha, float rho, str on, float keep, str fill, str noise, bool adaptive, "
     "SymInt seed_high, SymInt seed_low, SymInt draw, SymInt sign, str impl, SymInt[]? blocks=None) -> ()"
 )
-_OTHERS = len(WRITE_ARGUMENTS) + 2  # its arguments between the tensors and ``blocks``
+_OTHERS = len(WRITE_ARGUMENTS) + 2  # arguments between the tensors and ``blocks``
 
-# Numbers that get their values later.
+# Numbers whose values are not known while tracing.
 SYMBOLS = (torch.SymInt, torch.SymFloat)
 
 
 def is_tracing() -> bool:
-    """Whether torch records what is called, and so must see a write."""
+    """Whether torch records calls, and therefore must see a write."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def is_traced(tensors: Sequence[Tensor]) -> bool:
-    """As ``is_tracing``, or whether the tensors may be fake."""
+    """Whether torch records calls, or the tensors may be fake."""
     if is_tracing():
         return True
-    for tensor in tensors:  # as any() would, in half the time
+    for tensor in tensors:  # half the time of any()
         if type(tensor) not in PLAIN:
             return True
     return False
@@ -63,8 +63,8 @@ def write_(
     impl: Impl,
     blocks: Sequence[int] | None = None,
 ) -> None:
-    """The write by way of the operator. blocks: as for ``contract.make_rows``."""
-    if not torch.compiler.is_dynamo_compiling():  # which cannot look into Write; there _refuse checks
+    """Write through the operator. ``blocks``: as for ``contract.make_rows``."""
+    if not torch.compiler.is_dynamo_compiling():  # cannot trace Write; _refuse checks there
         numbers = _checked(numbers)
     *others, seed, draw, sign = numbers
     with torch.no_grad():
@@ -75,7 +75,7 @@ def write_(
 
 
 def _checked(numbers: Numbers) -> Numbers:
-    """The numbers as a ``Write`` has them, which refuses what no write may have; symbols as they are."""
+    """Return the numbers as a ``Write`` has them, validated; symbols as they are."""
     named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
     known = {name: number for name, number in named.items() if not isinstance(number, SYMBOLS)}
     request = Write(**{"alpha": 0.0, **known})
@@ -83,7 +83,7 @@ def _checked(numbers: Numbers) -> Numbers:
 
 
 def _apart(sources: Sequence[Tensor], out: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """None for sources that are the output. (Lists of other lengths are left to be refused.)"""
+    """Replace sources that are the output by None. Lists of other lengths pass, and are refused later."""
     if len(sources) != len(out):
         return sources
     return [None if source is own else source for source, own in zip(sources, out, strict=True)]
@@ -96,7 +96,7 @@ def _together(sources: Sequence[Tensor | None], out: Sequence[Tensor]) -> list[T
     return [own if source is None else source for source, own in zip(sources, out, strict=True)]
 
 
-# A call makes a table, which a CUDA graph cannot capture: the compiler keeps it outside.
+# A call builds a table, which a CUDA graph cannot capture: the tag makes the compiler keep it outside.
 @torch.library.custom_op(
     "rft_fast::write_", mutates_args=("out",), schema=_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,)
 )
@@ -114,7 +114,7 @@ def _write(
 def _refuse(
     out: Sequence[Tensor], zeroshot: Sequence[Tensor | None], finetuned: Sequence[Tensor | None], *others: Any
 ) -> None:
-    """What ``_write`` would refuse, as far as it can be known."""
+    """Refuse what ``_write`` would refuse, as far as it is known while tracing."""
     numbers, impl, blocks = _parsed(others)
     _checked(numbers)
     registry.check_name(impl)
@@ -122,7 +122,7 @@ def _refuse(
 
 
 def _parsed(others: Sequence[Any]) -> tuple[Numbers, Impl, Sequence[int] | None]:
-    """What the operator is given beside tensors: torch leaves ``blocks`` out where it is None."""
+    """The operator's arguments after the tensors: numbers, backend, blocks (which torch omits if None)."""
     *numbers, seed_high, seed_low, draw, sign, impl = others[:_OTHERS]
     blocks = others[_OTHERS] if len(others) > _OTHERS else None
     return (*numbers, seed_high * 2**32 + seed_low, draw, sign), impl, blocks

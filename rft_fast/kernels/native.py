@@ -1,4 +1,4 @@
-"""The native backend: ``csrc/`` through raw pointers. C++ on the CPU, CUDA on NVIDIA GPUs."""
+"""The native backend, ``csrc/`` through raw pointers: C++ on the CPU, CUDA on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from rft_fast.kernels.contract import Row, Write, device_of, refuse_capture
 from rft_fast.kernels.resident import Resident
 
-# Changed together with VERSION in csrc/bindings.cpp whenever the two sides must change together.
+# Equals VERSION in csrc/bindings.cpp; both change whenever the two sides must change together.
 VERSION = 3
 
 _REBUILD = "build it in the sources: pip install --force-reinstall --no-deps ."
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and the reason why there is none."""
+    """Return the compiled module, or None and the reason why it is missing."""
     try:
         import rft_fast._native as module
     except ImportError as error:
@@ -38,11 +38,18 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def why_missing(error: ImportError, package: pathlib.Path) -> str:
-    """Why a package in that folder has no compiled module, and what to do before it is built again.
+    """Explain why a package has no compiled module.
 
-    error: of importing it.
+    Args:
+        error: The error of importing it.
+        package: Folder of the package.
+
+    Returns:
+        The reason, and what to do before it is built again.
     """
-    if not isinstance(error, ModuleNotFoundError):  # it is there: of another C library, for example
+    if not isinstance(
+        error, ModuleNotFoundError
+    ):  # it exists, but was built for another C library, for example
         return f"it cannot be loaded on this machine ({error})"
     note = package / "_native_missing.txt"
     if note.is_file():
@@ -61,19 +68,19 @@ _native, _missing = _load()
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOISE = {"normal": 1, "uniform": 2, "rademacher": 3}
 
-# The GPUs on which every kernel has been loaded.
+# GPUs on which every kernel has been loaded.
 _usable: set[torch.device] = set()
 
 
 def as_entry(row: Row) -> tuple[int, ...]:
-    """A row as the compiled module takes it."""
+    """Return a row as the compiled module takes it."""
     tensors = (row.out, row.zeroshot, row.finetuned)
     pointers, dtypes = (t.data_ptr() for t in tensors), (_DTYPE[t.dtype] for t in tensors)
     return (*pointers, *dtypes, row.size, row.first_block)
 
 
 def as_numbers(write: Write) -> tuple[object, ...]:
-    """The arguments of the compiled module's ``Element``."""
+    """Return the arguments of the compiled module's ``Element``."""
     return (
         write.base,
         write.k,
@@ -90,11 +97,15 @@ def as_numbers(write: Write) -> tuple[object, ...]:
 
 
 class Table:
-    """Raw pointers of the rows. The tensors are kept, so their memory outlives the table.
+    """Raw pointers of the rows. It holds the tensors, so that their memory outlives it.
 
-    On a GPU the rows lie on the device. A write then is one launch per run on the current stream of the
-    tensors' device, waits for nothing, and may be captured in a CUDA graph, which needs the table alive as
-    long as it is replayed. wait: see :class:`Resident`.
+    On a GPU the rows lie on the device. A write is one launch per run on the current stream of the tensors'
+    device and waits for nothing. It may be captured in a CUDA graph, which needs the table as long as it is
+    replayed.
+
+    Args:
+        rows: The rows.
+        wait: As for :class:`Resident`.
     """
 
     def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
@@ -112,31 +123,31 @@ class Table:
             self._table = _native.Table(entries)
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write, isa: str = "") -> None:
-        """isa: the CPU's instruction set, for tests; empty: the fastest that this machine has."""
+        """Write runs of rows. ``isa``: instruction set of the CPU, for tests; empty: the fastest one here."""
         element = self._element(*as_numbers(write))
         if self._device.type == "cuda":
             memory, stream = self._there.parts[0].data_ptr(), self._there.stream()
             index = self._device.index
-            with torch.cuda.device(index):  # which goes back to no device that has no context yet
+            with torch.cuda.device(index):  # does not switch back to a device without a context
                 self._table.write(memory, runs, element, index, stream)
         else:
             self._table.write(runs, element, torch.get_num_threads(), isa)
 
 
 def as_bytes(table: Any) -> Tensor:
-    """A ``CudaTable`` as it shall lie on the device: uint8 [bytes], on the host."""
+    """Return the device form of a ``CudaTable``: uint8 [bytes], on the host."""
     found = torch.empty(table.bytes, dtype=torch.uint8)
     table.fill(found.data_ptr())
     return found
 
 
 def isas() -> list[str]:
-    """The instruction sets that this build and this machine share, the one in use last."""
+    """Instruction sets that this build and this machine share; the last one is used."""
     return [] if _native is None else list(_native.isas())
 
 
 def _why_not_on(module: ModuleType, index: int) -> str:
-    """Why the kernels do not run on that GPU, in CUDA's words; empty where they do."""
+    """Why the kernels do not run on a GPU, in CUDA's words; empty where they do."""
     try:
         with torch.cuda.device(index):
             return str(module.why_not_cuda(index))
@@ -145,6 +156,7 @@ def _why_not_on(module: ModuleType, index: int) -> str:
 
 
 def why_not(device: torch.device) -> str | None:
+    """Why this backend does not work on a device; None where it does."""
     if _native is None:
         return _missing
     if device.type == "cpu":

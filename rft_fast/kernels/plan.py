@@ -1,4 +1,4 @@
-"""The dispatcher: ``Plan`` for tensors that are written again and again, functions for single calls."""
+"""Write tensors in place: ``Plan`` for tensors that are written repeatedly, functions for single calls."""
 
 from __future__ import annotations
 
@@ -22,22 +22,39 @@ R = TypeVar("R")
 class Plan:
     """A table of (output, zero-shot, fine-tuned) tensors, checked once and written many times.
 
-    out, zeroshot, finetuned: tensors, or equally many in any iterable; the three of a row have
-    equal shapes and each any of float32, bfloat16, float16; all are contiguous and on one device. An
-    output may be its own source (in place) and may overlap nothing else.
-    impl: "auto", "native", "triton" or "reference"; ``plan.impl`` tells which one was picked.
-    names: what error messages call the rows.
+    Args:
+        out: Tensors to write into, one or any iterable of them, of any shape.
+        zeroshot: As many tensors of the same shapes: the weights at alpha = 0.
+        finetuned: As many tensors of the same shapes: the weights at alpha = 1.
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+        names: What error messages call the tensors; None: "tensor 0", "tensor 1" ...
 
-    The plan keeps the tensors' memory alive and writes to the memory that it was made for: after
-    re-binding a parameter's ``.data``, make a new plan. A write does not look whether the memory is still
-    there, so resize no storage under a plan, as FSDP does (a ``Path`` does look). One plan may be written
-    from several threads as long as their runs do not touch the same rows; two plans never share state.
+    Each tensor may be float32, bfloat16 or float16, whatever the others are; all are contiguous and on one
+    device. An output may be its own source (in place), and may share memory with nothing else.
 
-    Best written outside of code that torch.compile compiles: the weights stay where they are, so a compiled
-    model sees the new ones. Inside, a write is one operator of the graph with the same result, but makes
-    its table anew each time, and every new alpha or rho is compiled anew (a new seed or draw is not).
+    The noise of a tensor starts at its position in the table, the same whichever tensors are written. The
+    plan keeps the tensors' memory alive and writes to the memory that it was made for: after re-binding a
+    parameter's ``.data``, make a new plan. A write does not check that the memory still exists, so do not
+    resize storage under a plan, as FSDP does (``Path`` checks it). Several threads may write one plan as long
+    as their runs share no tensors; two plans share no state.
 
-    Raises TypeError, ValueError (tensors), RuntimeError (a backend that does not work here).
+    Write outside of code that ``torch.compile`` compiles: weights stay where they are, so that a compiled
+    model sees the new values. Inside, a write is one operator of the graph with the same result, but it
+    builds its table on every call, and each new alpha or rho recompiles (a new seed or draw does not).
+
+    Attributes:
+        impl: Name of the backend in use.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
+        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
+            overlap.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Example:
+        >>> plan = Plan(live, zeroshot, finetuned)  # three lists of tensors
+        >>> plan.write(0.4, rho=0.05, seed=0, draw=3)  # all of them
+        >>> plan.write(0.4, tensors=[(2, 4)])  # tensors 2 and 3 again, without noise
     """
 
     def __init__(
@@ -79,11 +96,29 @@ class Plan:
         draw: int = 0,
         sign: int = 1,
     ) -> None:
-        """Writes the rows in ``tensors``, half-open (first, last) runs of the table; None: all.
+        """Interpolate, perturb and mask tensors of the table, in place, as :func:`write_` does.
 
-        Runs may come in any order, and may not overlap.
-        The other arguments are those of :class:`~rft_fast.kernels.contract.Write`. A row's noise and
-        mask depend on (seed, draw) and its place in the table only, not on which rows are written.
+        Args:
+            alpha: Position on the path: 0 is zero-shot, 1 is fine-tuned. Any finite number; outside [0, 1]
+                the write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.)
+            tensors: Half-open (first, last) runs of the table, in any order and without overlap; None: all.
+            rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3).
+            on: Weights that the noise is added to: "finetuned", before they are interpolated (Sec. 3.1), or
+                "interpolated", after it (Eq. 3).
+            keep: Probability, in [0, 1], that a fine-tuned weight survives the Bernoulli mask of Algorithm 1;
+                1 masks nothing.
+            fill: Value of a masked fine-tuned weight: "zero", or "zeroshot" for its zero-shot value.
+            noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or
+                "rademacher" (-1 or 1).
+            adaptive: Scale the noise by the magnitude of each weight; False: by rho alone.
+            seed: Key of the random generator, an integer in [0, 2**64). Decides the noise and the mask.
+            draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
+            sign: 1, or -1 for the opposite noise (antithetic pairs).
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: A number is out of range; or runs overlap, or lie outside the table.
+            RuntimeError: A CUDA graph is captured, and this form of write has not run before (Triton).
         """
         numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         if library.is_tracing():
@@ -92,14 +127,23 @@ class Plan:
             self.submit(Write(*numbers), tensors)
 
     def submit(self, write: Write, tensors: Iterable[tuple[int, int]] | None = None) -> None:
-        """As ``write``, with arguments that were validated before."""
+        """As :meth:`write`, with numbers that were validated before.
+
+        Args:
+            write: The numbers of the write.
+            tensors: Half-open (first, last) runs of the table, in any order and without overlap; None: all.
+
+        Raises:
+            TypeError: ``tensors`` is not a list of pairs of integers.
+            ValueError: Runs overlap, or lie outside the table.
+        """
         if library.is_tracing():
             self._write_traced(tensors, tuple(getattr(write, name) for name in WRITE_ARGUMENTS))
             return
         rows = len(self._outs)
         runs = [(0, rows)] if tensors is None else check_runs(tensors, rows)
         self._table.write(runs, write)
-        # Autograd must notice that saved tensors have changed, as after any in-place operation.
+        # Autograd must see that saved tensors have changed, as after any in-place operation.
         for first, last in runs:
             torch.autograd.graph.increment_version(self._outs[first:last])
 
@@ -117,7 +161,7 @@ class Plan:
 
 
 def _says_its_name(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose errors begin with its own name instead of the contract's ``write``."""
+    """Wrap a function so that its errors begin with its own name instead of the contract's ``write``."""
 
     @functools.wraps(function)
     def named(*arguments: P.args, **others: P.kwargs) -> R:
@@ -147,20 +191,60 @@ def write_(
     sign: int = 1,
     impl: Impl = "auto",
 ) -> None:
-    """Interpolates, perturbs and masks in one pass, in place into ``out``.
+    """Interpolate, perturb and mask tensors in one pass, in place into ``out``.
 
-    Tensors as for :class:`Plan`, numbers as for :class:`~rft_fast.kernels.contract.Write`. Tensor t of a
-    list draws its noise from position t, so a list and its tensors one by one differ. For tensors that
-    are written repeatedly, a ``Plan`` saves the checks and the table. On a GPU the call is in order with the
-    current stream and waits for nothing. Differentiates nothing: the outputs' history is that of a write
-    under ``torch.no_grad``.
+    Each element is computed in float32, whatever the storage types, and rounded once::
+
+        w1 = finetuned if kept else (0 or zeroshot)
+        on="finetuned":     w1 += sign * rho * c(w1) * eps;  out = lerp(zeroshot, w1, alpha)
+        on="interpolated":  v = lerp(zeroshot, w1, alpha);  out = v + sign * rho * c(v) * eps
+
+    where ``lerp(a, b, alpha) = (1 - alpha) * a + alpha * b``, exact at both ends, and ``c(w) = |w|`` if
+    adaptive, else 1.
+
+    Args:
+        out: Tensor to write into, or any iterable of tensors, of any shape. Each tensor, here and below, may
+            be float32, bfloat16 or float16; all are contiguous and on one device. An output may be its own
+            source, and may share memory with nothing else.
+        zeroshot: As many tensors of the same shapes: the weights at alpha = 0.
+        finetuned: As many tensors of the same shapes: the weights at alpha = 1.
+        alpha: Position on the path: 0 is zero-shot, 1 is fine-tuned. Any finite number; outside [0, 1] the
+            write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.)
+        rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3).
+        on: Weights that the noise is added to: "finetuned", before they are interpolated (Sec. 3.1), or
+            "interpolated", after it (Eq. 3).
+        keep: Probability, in [0, 1], that a fine-tuned weight survives the Bernoulli mask of Algorithm 1; 1
+            masks nothing.
+        fill: Value of a masked fine-tuned weight: "zero", or "zeroshot" for its zero-shot value.
+        noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
+            (-1 or 1).
+        adaptive: Scale the noise by the magnitude of each weight; False: by rho alone.
+        seed: Key of the random generator, an integer in [0, 2**64). Decides the noise and the mask.
+        draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
+        sign: 1, or -1 for the opposite noise (antithetic pairs).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+
+    The noise of a tensor depends on its position in the list, so a list and its tensors one by one differ. On
+    a GPU the call is ordered with the current stream and does not wait. Nothing is differentiated, as under
+    ``torch.no_grad``. For tensors that are written repeatedly, a :class:`Plan` saves checks and table.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
+        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
+            overlap.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Example:
+        >>> rft.write_(live, zeroshot, finetuned, alpha=0.4)  # theta(0.4)
+        >>> rft.write_(live, zeroshot, finetuned, alpha=0.4, rho=0.05, seed=0, draw=3)  # perturbed (Sec. 3.1)
+        >>> rft.write_(live, zeroshot, finetuned, alpha=0.4, keep=0.5)  # half of the weights pruned (Alg. 1)
     """
     numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
     tensors = as_list("out", out), as_list("zeroshot", zeroshot), as_list("finetuned", finetuned)
     if library.is_traced(tensors[0]):
         library.write_(*tensors, numbers, impl)
         return
-    request = Write(*numbers)  # refused before anything is made
+    request = Write(*numbers)  # refused before anything is allocated
     rows = make_rows(*tensors)
     registry.pick(impl, device_of(rows)).write(rows, request)
     torch.autograd.graph.increment_version([row.out for row in rows])
@@ -170,9 +254,24 @@ def write_(
 def interpolate_(
     out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: Impl = "auto"
 ) -> None:
-    """out = (1 - alpha) * zeroshot + alpha * finetuned, exact at alpha = 0 and 1.
+    """Write ``out = (1 - alpha) * zeroshot + alpha * finetuned``, exact at alpha = 0 and alpha = 1.
 
-    The paper's formulas write the mirrored alpha; its figures, WiSE-FT's code and this package agree.
+    Args:
+        out: Tensor to write into, or any iterable of tensors; requirements as for :func:`write_`.
+        zeroshot: As many tensors of the same shapes: the weights at alpha = 0.
+        finetuned: As many tensors of the same shapes: the weights at alpha = 1.
+        alpha: Position on the path: 0 is zero-shot, 1 is fine-tuned. Any finite number; outside [0, 1] the
+            write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.)
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
+        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
+            overlap.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Example:
+        >>> rft.interpolate_(live, zeroshot, finetuned, alpha=0.4)
     """
     write_(out, zeroshot, finetuned, alpha, impl=impl)
 
@@ -188,12 +287,35 @@ def perturb_(
     sign: int = 1,
     impl: Impl = "auto",
 ) -> None:
-    """params += sign * rho * (|params| if adaptive else 1) * eps, in place (Eq. 3's delta).
+    """Add noise in place: ``params += sign * rho * (|params| if adaptive else 1) * eps`` (delta of Eq. 3).
 
-    There is no inverse: floating-point addition loses bits, so keep the weights and write them again
-    (``Plan``, ``Path``) instead of subtracting.
+    There is no inverse, because floating-point addition loses bits: keep the weights and write them again
+    (:class:`Plan`, ``Path``) instead of subtracting the noise.
+
+    Args:
+        params: Tensor, or any iterable of tensors, of any shape: float32, bfloat16 or float16, contiguous and
+            on one device.
+        rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3).
+        seed: Key of the random generator, an integer in [0, 2**64). Decides the noise.
+        draw: Number of the noise draw, an integer in [0, 2**32).
+        adaptive: Scale the noise by the magnitude of each weight; False: by rho alone.
+        noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
+            (-1 or 1).
+        sign: 1, or -1 for the opposite noise (antithetic pairs).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
+        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
+            overlap.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Example:
+        >>> before = [p.clone() for p in params]
+        >>> rft.perturb_(params, rho=0.05, seed=0, draw=3)  # measure here
+        >>> rft.interpolate_(params, before, before, 0)  # the old bits again
     """
-    tensors = as_list("params", params)  # once: a generator gives them only once
+    tensors = as_list("params", params)  # once: a generator can be read only once
     write_(
         tensors,
         tensors,
@@ -225,7 +347,29 @@ def noise_like(
 def noise_like(
     params: Tensors, seed: int = 0, draw: int = 0, noise: Noise = "normal", impl: Impl = "auto"
 ) -> Tensor | list[Tensor]:
-    """The noise eps that the kernels use for these tensors: float32, same shapes and device."""
+    """Return the noise ``eps`` that the kernels use for these tensors.
+
+    Args:
+        params: Tensor, or any iterable of tensors, of any shape, on one device. Only shapes and device are
+            used.
+        seed: Key of the random generator, an integer in [0, 2**64). Decides the noise.
+        draw: Number of the noise draw, an integer in [0, 2**32).
+        noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
+            (-1 or 1).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+
+    Returns:
+        float32 tensors of the same shapes on the same device: one for a tensor, else a list.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range, or the tensors are on several devices.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Example:
+        >>> eps = rft.noise_like(params, seed=0, draw=3)
+        >>> perturbed = [p + 0.05 * p.abs() * e for p, e in zip(params, eps)]  # perturb_(params, 0.05, 0, 3)
+    """
     like = _float32_like(params, torch.zeros_like)
     write_(like, like, like, 1.0, 1.0, noise=noise, adaptive=False, seed=seed, draw=draw, impl=impl)
     return like[0] if isinstance(params, Tensor) else like
@@ -239,7 +383,28 @@ def keep_mask_like(
 ) -> list[Tensor]: ...
 @_says_its_name
 def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: Impl = "auto") -> Tensor | list[Tensor]:
-    """The mask that the kernels use for these tensors: bool, True where the weight is kept."""
+    """Return the Bernoulli mask that the kernels use for these tensors (Algorithm 1).
+
+    Args:
+        params: Tensor, or any iterable of tensors, of any shape, on one device. Only shapes and device are
+            used.
+        keep: Probability, in [0, 1], that a weight is kept.
+        seed: Key of the random generator, an integer in [0, 2**64). Decides the mask.
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+
+    Returns:
+        bool tensors of the same shapes on the same device, True where the weight is kept: one for a tensor,
+        else a list.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range, or the tensors are on several devices.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Example:
+        >>> mask = rft.keep_mask_like(weight, keep=0.5, seed=0)
+        >>> pruned = weight * mask  # half of the weights, on average
+    """
     like = _float32_like(params, torch.ones_like)
     write_(like, like, like, 1.0, keep=keep, seed=seed, impl=impl)
     masks = [tensor.bool() for tensor in like]

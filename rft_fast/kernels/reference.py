@@ -1,9 +1,9 @@
-"""The reference backend: plain torch, any device. This *is* the specification.
+"""The reference backend: plain torch on any device. This is the specification.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer
-arithmetic, the mapping from its words to noise, and the formula of ``contract``. It is written to be
-read; the other backends are written to be fast and must agree with it: bits, uniforms, masks and
-interpolations exactly, normals to 2e-6.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer arithmetic,
+the mapping of its words to noise, and the formula of ``contract``. It is written to be read; the other
+backends are written to be fast and must agree with it: random bits, uniforms, masks and interpolations
+exactly, normals to 2e-6.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-# Elements computed at a time, so that the integer temporaries of a large tensor stay small
-# (some 100 bytes an element). A multiple of BLOCK.
+# Elements computed at a time, a multiple of BLOCK: temporaries take some 100 bytes per element.
 CHUNK = 1 << 20
 
 
 def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
-    """Philox4x32-10. counter: four int64 tensors [n] of 32-bit words; key: the 64-bit seed.
+    """Compute Philox4x32-10.
 
-    Returns int64 [n, 4], the words x0..x3 in [0, 2**32).
+    Args:
+        counter: Four int64 tensors [n] of 32-bit words.
+        seed: The 64-bit key.
+
+    Returns:
+        int64 [n, 4], the words x0 to x3, each in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK32, seed >> 32
@@ -45,7 +49,7 @@ def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
 
 
 def words(seed: int, first_block: int, blocks: int, draw: int, purpose: int, device: torch.device) -> Tensor:
-    """The random words of consecutive blocks: int64 [blocks, 4]."""
+    """Return the random words of consecutive blocks: int64 [blocks, 4]."""
     block = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
     counter = (
         block & MASK32,
@@ -57,11 +61,11 @@ def words(seed: int, first_block: int, blocks: int, draw: int, purpose: int, dev
 
 
 def noise(x: Tensor, kind: Noise) -> Tensor:
-    """Maps words int64 [blocks, 4] to noise float32 [4 * blocks].
+    """Map words, int64 [blocks, 4], to noise, float32 [4 * blocks].
 
     normal: Box-Muller on the pairs (x0, x1) and (x2, x3), computed in float64 and rounded once.
-    uniform: 2 (x + 1/2) / 2**32 - 1 as (float32(x - 2**31) + 1/2) / 2**31, exact but for float32's
-    rounding. rademacher: the sign of that uniform, which is the top bit of x.
+    uniform: 2 (x + 1/2) / 2**32 - 1 as (float32(x - 2**31) + 1/2) / 2**31, exact but for the rounding to
+    float32. rademacher: the sign of that uniform, which is the top bit of x.
     """
     if kind == "normal":
         u = (x.to(torch.float64) + 0.5) / 2**32
@@ -79,13 +83,13 @@ def noise(x: Tensor, kind: Noise) -> Tensor:
 
 def _lerp(w0: Tensor, w1: Tensor, write: Write) -> Tensor:
     start = w1 if write.base else w0
-    if write.k == 0:  # an end: its bits, also where w1 - w0 would overflow or -0 turn into 0
+    if write.k == 0:  # an end keeps its bits, also where w1 - w0 overflows or -0 would become 0
         return start
     return start + (w1 - w0) * write.k
 
 
 def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
-    """out[start:stop] of one row, in float32. start is a multiple of BLOCK."""
+    """Return out[start:stop] of one row, in float32. ``start`` is a multiple of BLOCK."""
     w0 = row.zeroshot.view(-1)[start:stop].to(torch.float32)
     w1 = row.finetuned.view(-1)[start:stop].to(torch.float32)
     first_block = row.first_block + start // BLOCK
@@ -110,14 +114,14 @@ def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
 
 
 def _copied(row: Row, write: Write) -> Tensor | None:
-    """The source of which ``out`` gets the very bits, also of a NaN; None where there is more to do."""
+    """The source whose bits ``out`` receives unchanged, NaNs included; None where more is computed."""
     source = row.finetuned if write.base else row.zeroshot
     plain = write.k == 0 and not write.noisy and not write.masked
     return source if plain and source.dtype == row.out.dtype else None
 
 
 class Table:
-    """The rows, as they are: the reference needs no preparation, and nothing that it would wait for."""
+    """The rows themselves: the reference prepares nothing."""
 
     def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
         self._rows = list(rows)
@@ -137,6 +141,7 @@ class Table:
 
 
 def why_not(device: torch.device) -> str | None:
+    """Why this backend does not work on a device; None where it does."""
     if device.type == "meta":
         return "meta tensors hold no data: materialise them first (module.to_empty, then load)"
     if device.type == "mps":

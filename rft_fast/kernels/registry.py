@@ -1,4 +1,4 @@
-"""The backends, one frozen table. An explicit request that cannot be met fails loudly."""
+"""The backends in one frozen table, and the choice among them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from rft_fast.names import IMPLS, Impl
 
 
 class Table(Protocol):
-    """A backend's own form of the rows, made once. ``write`` may be called from several threads."""
+    """A backend's own form of the rows, made once. Several threads may call ``write``."""
 
     def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """why_not(device): None where the backend works, else the reason and the remedy.
+    """A backend, as one line of the table.
 
-    table(rows, wait=True): a table of them. wait: until other streams than the current one may write it, too.
-    on_request: the device types on which only an explicit impl= takes it, never "auto".
+    Attributes:
+        name: As in ``impl=``.
+        what: Description for people.
+        why_not: Device -> None where the backend works, else the reason and the remedy.
+        table: ``table(rows, wait=True)`` makes a table; with ``wait`` it may be written from any stream,
+            otherwise from the current one alone.
+        on_request: Device types on which only an explicit ``impl=`` selects it, never "auto".
     """
 
     name: Impl
@@ -37,7 +42,7 @@ class Backend:
     on_request: tuple[str, ...] = ()
 
     def write(self, rows: Sequence[Row], write: Write) -> None:
-        """All rows, once, on the current stream. The host waits for nothing."""
+        """Write all rows once, on the current stream, without waiting."""
         self.table(rows, False).write(((0, len(rows)),), write)
 
 
@@ -48,7 +53,7 @@ _ALL = (
         "Triton (NVIDIA and AMD GPUs)",
         triton.why_not,
         triton.Table,
-        on_request=("cpu",),  # there it is interpreted, for tests
+        on_request=("cpu",),  # where it is interpreted, for tests
     ),
     Backend(
         "reference",
@@ -58,23 +63,30 @@ _ALL = (
     ),
 )
 
-# In the order in which "auto" prefers them, that of IMPLS.
+# In the order in which "auto" prefers them, as in IMPLS.
 BACKENDS = MappingProxyType({backend.name: backend for backend in _ALL})
 
 _warned: set[str] = set()
 
 
 def check_name(impl: str) -> None:
-    """Raises ValueError for a name that no backend has."""
+    """Raise ValueError for a name that no backend has."""
     if impl not in IMPLS:
         raise ValueError(f"write: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
 
 
 def pick(impl: Impl, device: torch.device) -> Backend:
-    """The backend that ``impl`` names, or the fastest one that works on ``device`` for "auto".
+    """Return the backend of a name; for "auto" the fastest one that works on the device.
 
-    Raises ValueError for an unknown name, RuntimeError (reason and remedy) for one that does not
-    work here. "auto" warns, once, when only the reference is left.
+    "auto" warns once per type of device when only the reference is left.
+
+    Args:
+        impl: Name of a backend, or "auto".
+        device: Device of the tensors.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
     """
     check_name(impl)
     reasons: list[str] = []
@@ -97,7 +109,7 @@ def _warn_slow(device: torch.device, reasons: list[str]) -> None:
         return
     _warned.add(device.type)
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].startswith("rft_fast."):  # the caller's line is shown
+    while frame.f_back and frame.f_globals["__name__"].startswith("rft_fast."):  # show the caller's line
         level, frame = level + 1, frame.f_back
     warnings.warn(
         f"rft_fast: using the slow reference backend on {device.type}. " + "; ".join(reasons),

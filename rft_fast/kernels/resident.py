@@ -1,4 +1,4 @@
-"""A backend's own data in the memory of the device that its kernels run on."""
+"""Memory on the device that holds a backend's own data."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from torch import Tensor
 
 
 class Resident:
-    """Tensors of the host, copied to a device, where kernels on any stream may read them.
+    """Host tensors copied to a device, where kernels on any stream may read them.
 
-    wait: until they have arrived. Without, only the stream that is current now may read them, and the host
-        goes on at once.
+    The memory is torch's: freeing it waits for no kernel, and captures of CUDA graphs are not disturbed.
 
-    The memory is torch's: nothing waits for the device when it is given back, and no capture of a CUDA graph
-    is disturbed.
+    Args:
+        device: Where to copy to.
+        parts: Tensors on the host.
+        wait: Wait until they have arrived. Otherwise only the current stream may read them, and the host goes
+            on at once.
     """
 
     def __init__(self, device: torch.device, parts: Sequence[Tensor], wait: bool = True) -> None:
         self._device = device
-        self._streams: set[int] = set()  # whose kernels have read it
+        self._streams: set[int] = set()  # streams whose kernels read it
         if device.type == "cuda" and not wait:
             parts = [part.pin_memory() for part in parts]
         self.parts = [part.to(device, non_blocking=not wait) for part in parts]
 
     def stream(self) -> int:
-        """The current stream, as a number, for a launch that reads the data; 0 on the CPU.
+        """The current stream as a number, for a launch that reads the data; 0 on the CPU.
 
-        torch gives the memory to nobody else before what was launched there is done.
+        torch does not reuse the memory before the work launched on that stream is done.
         """
         if self._device.type != "cuda":
             return 0

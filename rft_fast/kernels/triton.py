@@ -1,10 +1,10 @@
 """The Triton backend: any GPU that Triton compiles for; on the CPU through Triton's interpreter.
 
-One launch writes any run of rows. A table on the device holds each row's addresses and sizes, and for
-each tile of TILE elements the row that it belongs to: a program finds its work by two dependent loads
-however many rows there are (bisection would take nine for ViT-L/14), for four bytes a tile, and a run
-of rows is a range of tiles, so a write uploads nothing. Rows that differ in storage types or alignment
-need different code: each such group has a table and a launch of its own. Most models are one group.
+One launch writes any run of rows. A table on the device holds the addresses and sizes of each row, and for
+each tile of TILE elements the row that it belongs to: a program finds its work by two dependent loads,
+however many rows there are (bisection would take nine for ViT-L/14), for four bytes a tile. A run of rows is
+a range of tiles, so a write uploads nothing. Rows that differ in storage types or alignment need different
+code: each such group has its own table and launch. Most models are one group.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ import torch
 from rft_fast.kernels.contract import BLOCK, Row, Write, capturing, device_of, refuse_capture
 from rft_fast.kernels.resident import Resident
 
-# Elements and warps of a program: eight elements a thread, two blocks. A starting point for the H100
-# and H200, not yet measured there. ptxas gives sm_90 28 to 32 registers without noise, 45 to 50 with
-# normals, 58 with normals and masks (so 8, 5 and 4 programs an SM) and spills nothing; sixteen elements
-# a thread would take 90 and save 3 % of the instructions.
+# Elements and warps of a program: eight elements (two blocks) per thread. Chosen by register counts, not yet
+# tuned on the H100 and H200: for sm_90 ptxas reports 28 to 32 registers without noise, 45 to 50 with normals,
+# 58 with normals and masks (8, 5 and 4 programs per SM), and no spills; sixteen elements per thread would
+# need 90 registers and save 3 % of the instructions.
 TILE = 2048
 WARPS = 8
 
-# The formula's products and sums are rounded one by one, which gives the reference's bits. On sm_90
-# that is 2 instructions more an element, of 49 with normals and of 9 without noise.
+# Each product and sum of the formula is rounded on its own, which gives the reference's bits. On sm_90 that
+# costs 2 instructions per element, of 49 with normals and of 9 without noise.
 FP_FUSION = False
 
-# What Triton supports of NVIDIA's architectures: Ampere, the first with bfloat16, and newer.
+# Of NVIDIA's architectures Triton supports Ampere, the first with bfloat16, and newer.
 MIN_CAPABILITY = (8, 0)
 
 _DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# Triton's interpreter keeps global state; and no variant need be compiled by two threads at once.
+# Triton's interpreter keeps global state, and two threads should not compile one variant.
 _lock = threading.Lock()
 
-# By device and group constants, the forms that have run, hence are compiled and loaded: no other may be
-# launched in a capture.
+# Device and constants of a group -> the forms that have run, hence are compiled and loaded. No other form may
+# be launched in a capture.
 _ready: dict[tuple[object, ...], set[Form]] = {}
 
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The module with the kernel, or None and the reason why there is none."""
+    """Return the module with the kernel, or None and the reason why it is missing."""
     try:
         return importlib.import_module("rft_fast.kernels.triton_kernel"), ""
     except ImportError as error:
@@ -74,9 +74,9 @@ class Form(NamedTuple):
 
 
 def form(write: Write) -> Form:
-    """What a request compiles to. Requests that differ in numbers only have equal forms."""
+    """Return what a request compiles to. Requests that differ in numbers only have equal forms."""
     interpolated = write.on == "interpolated"
-    # Where float32's alpha is 0, what happens to the fine-tuned weights does not reach the output.
+    # Where alpha is 0 in float32, changes of the fine-tuned weights do not reach the output.
     reached = write.base == 1 or write.k != 0
     noisy = write.noisy and (reached or interpolated)
     return Form(
@@ -90,9 +90,9 @@ def form(write: Write) -> Form:
 
 
 def numbers(write: Write) -> tuple[float, ...]:
-    """The kernel's run-time arguments k, scale, threshold, seed_low, seed_high, draw.
+    """Return the kernel's run-time arguments k, scale, threshold, seed_low, seed_high, draw.
 
-    32-bit words go as int32: Triton picks an integer's type by its value, and compiles for each.
+    32-bit words are passed as int32: Triton picks an integer's type by its value, and compiles for each.
     """
     threshold = write.threshold if write.masked else 0
     words = (threshold, write.seed & 0xFFFFFFFF, write.seed >> 32, write.draw)
@@ -100,7 +100,7 @@ def numbers(write: Write) -> tuple[float, ...]:
 
 
 def _aligned(row: Row) -> bool:
-    """Whether every four elements, one block, can be accessed at once."""
+    """Whether each block of four elements can be accessed at once."""
     tensors = (row.out, row.zeroshot, row.finetuned)
     return all(t.data_ptr() % (BLOCK * t.element_size()) == 0 for t in tensors)
 
@@ -129,17 +129,21 @@ class _Group:
         self.there = Resident(device, [of_tile, torch.tensor(records, dtype=torch.int64)], wait)
 
     def range(self, first: int, last: int) -> tuple[int, int]:
-        """The tiles, half-open, of this group's share of the whole table's rows [first, last)."""
+        """Return the half-open range of this group's tiles among the whole table's rows [first, last)."""
         begin, end = bisect_left(self._index, first), bisect_left(self._index, last)
         return self._first_tile[begin], self._first_tile[end]
 
 
 class Table:
-    """The rows on the device. The tensors are kept, so their memory outlives the table.
+    """The rows on the device. It holds the tensors, so that their memory outlives it.
 
-    A write launches on the current stream of the tensors' device and waits for nothing. It can be
-    captured in a CUDA graph once a write of the same form has run outside (which compiles it); the graph
-    needs the table alive as long as it is replayed. wait: see :class:`Resident`.
+    A write launches on the current stream of the tensors' device and waits for nothing. It can be captured in
+    a CUDA graph after a write of the same form has run outside (which compiles it); the graph needs the table
+    as long as it is replayed.
+
+    Args:
+        rows: The rows.
+        wait: As for :class:`Resident`.
     """
 
     def __init__(self, rows: Sequence[Row], wait: bool = True) -> None:
@@ -176,7 +180,7 @@ class Table:
                 "triton: a write of this form has not run yet, and cannot be compiled while a CUDA "
                 "graph is captured; run it once before the capture"
             )
-        group.there.stream()  # Triton looks it up by itself
+        group.there.stream()  # records the stream; Triton finds it by itself
         self._kernel.write[(end - begin,)](
             *group.there.parts, begin, *arguments,
             *group.constants, *constants, TILE, self._interpreted,
@@ -186,11 +190,12 @@ class Table:
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the tensors' device the current one: Triton launches on the current device's stream."""
+    """Make the tensors' device the current one: Triton launches on the current device's stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def why_not(device: torch.device) -> str | None:
+    """Why this backend does not work on a device; None where it does."""
     if device.type not in ("cpu", "cuda"):
         return f"it runs on NVIDIA and AMD GPUs; the tensors are on {device}"
     kernel, missing = _load()

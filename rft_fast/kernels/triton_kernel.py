@@ -1,13 +1,13 @@
 # mypy: ignore-errors
 """The Triton kernel: Philox, the mapping to noise, and the write, in Triton's language.
 
-Imported by ``triton.py`` alone, and only when Triton is asked for: whether its functions are
-compiled or interpreted is decided by TRITON_INTERPRET at that moment. The algorithms and constants
-are those of ``csrc/element.h``, which explains them.
+Imported by ``triton.py`` alone, and only when Triton is requested: TRITON_INTERPRET decides at that moment
+whether its functions are compiled or interpreted. Algorithms and constants are those of ``csrc/element.h``,
+which explains them.
 
-The formula's products and sums are rounded one by one (the launch says enable_fp_fusion=False), as
-in every backend. ``tl.fma`` serves the polynomials, whose normals are specified to 2e-6 and not to
-the bit, and products with a power of two, which are exact.
+Each product and sum of the formula is rounded on its own (the launch passes enable_fp_fusion=False), as in
+every backend. ``tl.fma`` is used in the polynomials, because normals are specified to 2e-6 and not to the
+bit, and for products with a power of two, which are exact.
 """
 
 import triton
@@ -20,7 +20,7 @@ MASK_PURPOSE = tl.constexpr(1)
 
 @triton.jit
 def philox(c0, c1, c2, c3, key0, key1):
-    """Philox4x32-10. All uint32: a counter of four words and a key of two -> four words."""
+    """Philox4x32-10: a counter of four words and a key of two -> four words, all uint32."""
     for _ in tl.static_range(10):
         # One wide multiplication each (IMAD.WIDE.U32); tl.umulhi and * would be two (IMAD.HI, IMAD).
         p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -46,11 +46,12 @@ def words(block, draw, purpose, key0, key1):
 
 @triton.jit
 def in_order(x0, x1, x2, x3):
-    """Four values a block, each [n], in the order of the elements: [4 n].
+    """Four values per block, each [n] -> [4 n], in the order of the elements.
 
-    The thread that computes a block then owns four consecutive elements, which is what one wide access
-    reads or writes: the joins and reshapes move nothing, they rename registers. Four strided accesses
-    a block would do without them, but each would touch all the memory sectors of the tile.
+    The thread that computes a block then owns four consecutive elements, which one wide access reads or
+    writes:
+    the joins and reshapes only rename registers. Four strided accesses per block would avoid them, but each
+    would touch all memory sectors of the tile.
     """
     return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
 
