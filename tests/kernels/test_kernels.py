@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import inspect
 import itertools
 import math
 import os
@@ -1126,3 +1127,29 @@ def test_the_native_module_refuses_what_would_corrupt_memory():
         _native.Table([]).write([(0, 1)], element, 1)
     with refused(ValueError, "mmx"):
         _native.Table([]).write([], element, 1, "mmx")
+
+
+# --- documentation ------------------------------------------------------------------------------------
+
+
+def described(function) -> dict[str, str]:
+    """Argument -> its text in the docstring's ``Args``."""
+    section = inspect.getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
+    items = re.split(r"^    (?=\w)", section, flags=re.M)[1:]
+    return {name: " ".join(text.split()) for name, _, text in (item.partition(":") for item in items)}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [rft.write_, rft.interpolate_, rft.perturb_, rft.noise_like, rft.keep_mask_like, rft.Plan, Plan.write],
+)
+def test_every_argument_is_described(function):
+    assert list(described(function)) == [
+        name for name in inspect.signature(function).parameters if name != "self"
+    ]
+
+
+@pytest.mark.parametrize("function", [rft.write_, Plan.write])
+def test_the_numbers_of_a_write_are_described_in_the_same_words(function):
+    numbers = described(Write)
+    assert {name: text for name, text in described(function).items() if name in numbers} == numbers
