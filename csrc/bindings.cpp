@@ -1,5 +1,5 @@
-// rft_fast._native: raw pointers, sizes and numbers in; no torch. The Python side (kernels/native.py) has checked
-// tensors and numbers; what could corrupt memory or is cheap to check is checked here again.
+// The module rft_fast._native: raw pointers, sizes and numbers, without torch. The Python side (kernels/native.py)
+// has checked tensors and numbers; what could corrupt memory, or is cheap to check, is checked again here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -55,7 +55,7 @@ void check_runs(const Runs& runs, size_t rows) {
   }
 }
 
-// Immutable after construction, hence safe to write from several threads; so is CudaTable.
+// Immutable after construction, like CudaTable, hence safe to write from several threads.
 class Table {
  public:
   explicit Table(const std::vector<Entry>& entries) : rows_(make_rows(entries)) {}

@@ -1,4 +1,4 @@
-// The CPU side: which instruction sets this machine has, and the division of a write among threads.
+// The CPU side: the instruction sets of this machine, and how a write is divided among threads.
 #include "cpu.h"
 
 #include <algorithm>
@@ -14,14 +14,14 @@
 namespace rft {
 namespace {
 
-// Elements that a thread takes at a time: large enough that taking one costs nothing, small enough that threads
-// finish together. A multiple of kBlock.
+// Elements that a thread takes at a time: enough that taking a piece costs nothing, few enough that threads finish
+// together. A multiple of kBlock.
 constexpr int64_t kPiece = 1 << 16;
 
-// Below this many elements a thread costs more than it saves (some 20 microseconds to start one).
+// With fewer elements a thread costs more than it saves: starting one takes some 20 microseconds.
 constexpr int64_t kThreadWorth = 1 << 16;
 
-// From this many elements on, a write is taken to be larger than the last-level cache (128 MB of float32).
+// From this many elements on (128 MB of float32), a write is assumed to exceed the last-level cache.
 constexpr int64_t kPastCaches = 1 << 25;
 
 struct Task {
@@ -99,7 +99,7 @@ std::vector<Isa> find_isas() {
 }  // namespace
 
 const std::vector<Isa>& usable_isas() {
-  // Asked once: in a virtual machine the question takes longer than the write of a small layer.
+  // Found once: in a virtual machine cpuid takes longer than the write of a small layer.
   static const std::vector<Isa> isas = find_isas();
   return isas;
 }
@@ -123,7 +123,7 @@ void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e,
     pool.reserve(helpers);
     for (int i = 0; i < helpers; ++i) pool.emplace_back(work);
   } catch (const std::exception&) {
-    // No more threads to be had: those that started, and this one, do all of it.
+    // The system grants no more threads: those that started, and this one, do all the work.
   }
   work();
   for (std::thread& thread : pool) thread.join();

@@ -24,10 +24,10 @@ using Runs = std::vector<std::pair<int64_t, int64_t>>;  // half-open ranges of r
 // What one instruction set offers; all give the same bits.
 struct Isa {
   const char* name;
-  // Writes elements [start, stop) of a row; start is a multiple of kBlock. past_caches: this write is larger than
-  // they are, so storing around them saves reading what is about to be overwritten.
+  // Writes elements [start, stop) of a row; start is a multiple of kBlock. past_caches: the write is larger than the
+  // caches, so that storing around them saves reading lines that are about to be overwritten.
   void (*piece)(const Row& row, int64_t start, int64_t stop, const Element& e, bool past_caches);
-  // The two stages alone, for tests against known answers and float64: Philox, and `blocks` times four words to noise.
+  // For tests against known answers and float64: Philox alone, and noise from `blocks` times four words.
   void (*philox)(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);
   void (*noise)(int kind, const uint32_t* words, int64_t blocks, float* out);
 };
@@ -37,7 +37,7 @@ extern const Isa kBaseline;
 extern const Isa kAvx2, kAvx512;
 #endif
 
-// The instruction sets of this build that this machine can run, the fastest last.
+// The instruction sets of this build that run on this machine, the fastest last.
 const std::vector<Isa>& usable_isas();
 
 void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e, int threads, const Isa& isa);

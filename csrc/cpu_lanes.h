@@ -1,14 +1,14 @@
 // The lanes of one CPU instruction set, chosen by the flags of the translation unit that includes this.
 //
-// Arithmetic, comparisons and bit operations are those of the compilers' vector types (GCC and Clang); only what
-// has no operator is written with intrinsics, or lane by lane where there are none (Arm and others).
+// Arithmetic, comparisons and bit operations are those of the compilers' vector types (GCC and Clang). Operations
+// without an operator use intrinsics, or go lane by lane where there are none (Arm and others).
 //
-// Words live in 64-bit lanes, low half, with garbage above: that is what the 32 x 32 -> 64 bit multiplication
-// reads and leaves, so a Philox round needs no shuffles. Lane 2j holds block j and lane 2j + 1 block j + lanes/2:
-// in that order `interleave` leaves the elements of consecutive blocks next to each other, in every width.
+// A word occupies the low half of a 64-bit lane, with garbage above: the 32 x 32 -> 64 bit multiplication reads and
+// leaves it there, so that a Philox round needs no shuffles. Lane 2j holds block j and lane 2j + 1 block j + lanes/2;
+// in that order `interleave` puts the elements of consecutive blocks next to each other, in every width.
 //
-// Every lane type is two vectors, one after the other: Philox and the polynomials are long chains of dependent
-// instructions, and two chains side by side keep the units busy that one leaves idle.
+// Every lane type is two consecutive vectors: Philox and the polynomials are long chains of dependent instructions,
+// and two independent chains keep more of the execution units busy.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +67,7 @@ RFT_FN Two<Vi> operator~(Two<Vi> x) { return {~x.a, ~x.b}; }
 #undef RFT_TWO_BITS
 #undef RFT_TWO_INT
 
-// What has no operator, for one vector.
+// Operations without an operator, on one vector.
 
 RFT_FN Vw multiply(Vw x, uint32_t m) {
 #if defined(RFT_AVX512)
@@ -183,7 +183,7 @@ struct Lanes {
     std::memcpy(p + kVector, &x.b, kBytes);
   }
 
-  // Past the caches; p is aligned to kBytes. `flush` orders these stores before whatever follows.
+  // Stores past the caches; p is aligned to kBytes. `flush` orders these stores before later ones.
   static RFT_FN void stream(float* p, F x) {
 #if defined(RFT_AVX512)
     _mm512_stream_ps(p, (__m512)x.a);

@@ -1,6 +1,6 @@
-// Elements [start, stop) of one row, for one instruction set. Compiled once per set, each time with its own flags
-// and RFT_AVX512, RFT_AVX2 or neither; everything but its `Isa` is local, so that no function built for a newer set
-// can be linked into an older one's place.
+// Writes elements [start, stop) of one row with one instruction set. Compiled once per set, with its own flags and
+// RFT_AVX512, RFT_AVX2 or neither. Everything but the `Isa` is local, so that the linker cannot put a function built
+// for a newer set in the place of one for an older set.
 #include <cstring>
 
 #include "cpu.h"
@@ -9,7 +9,7 @@
 namespace rft {
 namespace {
 
-// 16-bit types pass through float buffers of this many elements, which stay in the first-level cache.
+// 16-bit types pass through float buffers of this many elements, which fit into the first-level cache.
 constexpr int64_t kTile = 1024;
 
 RFT_FN uint32_t bits_of(float x) {
@@ -30,7 +30,7 @@ RFT_FN uint16_t to_bfloat16(float x) {
   return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// Half precision without hardware support, the same bits as with it.
+// Half precision without hardware support; the bits equal those of the hardware.
 RFT_FN float from_float16(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
   if (rest >= 0x7c00u) {  // infinity, or NaN (made quiet)
@@ -93,8 +93,8 @@ void store(void* to, int dtype, int64_t first, const float* from, int64_t n) {
   std::memcpy((char*)to + 2 * first, half, 2 * n);
 }
 
-// n elements at a time go through three short loops: random words, noise from words, the formula. One long loop
-// would be bound by the latency of its dependent chain; several iterations of a short one are in flight at once.
+// n elements at a time go through three short loops: random words, noise from words, the formula. One long loop would
+// be bound by the latency of its dependent chain; of a short loop several iterations are in flight at once.
 constexpr int kSteps = kTile / Lanes::kElements;
 
 // The words of `steps` steps from `block` on, as pairs of lanes in element order.
@@ -103,8 +103,8 @@ void random_words(Lanes::I* first, Lanes::I* second, int steps, uint64_t block, 
   using L = Lanes;
   const uint32_t high = (uint32_t)(block >> 32);  // the same for the whole piece, see cut()
   const Keys<L> keys(e.key0, e.key1);
-  // Hides from the compiler that the keys are sums of two numbers: it would compute and broadcast all twenty
-  // again in every iteration instead of reading them as operands from the first-level cache.
+  // Hide from the compiler that the keys are sums of two numbers: otherwise it computes and broadcasts all twenty in
+  // every iteration, instead of reading them as operands from the first-level cache.
   asm volatile("" : : "r"(&keys) : "memory");
   L::W blocks = L::blocks(block);
   for (int s = 0; s < steps; ++s) {
@@ -134,7 +134,7 @@ void mask_tile(float* kept, int steps, uint64_t block, const Element& e) {
   using L = Lanes;
   L::I first[kSteps], second[kSteps];
   random_words(first, second, steps, block, 0, kMaskPurpose, e);
-  // Unsigned comparison by flipping the top bit of both sides.
+  // Flipping the top bit of both sides makes the signed comparison an unsigned one.
   const int32_t threshold = (int32_t)(e.threshold ^ 0x80000000u);
   for (int s = 0; s < steps; ++s) {
     L::F low, high;
@@ -160,7 +160,7 @@ void formula(float* out, const float* w0, const float* w1, const float* eps, con
   }
 }
 
-// Any n elements of float32 whose first lies at `block`.
+// Any n elements of float32, the first of them at `block`.
 template <int NOISE, bool MASKED>
 void span(float* out, const float* w0, const float* w1, int64_t n, uint64_t block, const Element& e, bool stream) {
   using L = Lanes;
@@ -204,7 +204,7 @@ Span pick_span(const Element& e) {
 
 void piece(const Row& row, int64_t start, int64_t stop, const Element& e, bool past_caches) {
   const Span span = pick_span(e);
-  // An end that is not needed is not read: its lanes load what is in the cache anyway.
+  // An end that is not needed is not read: its lanes load the other end, which is in the cache anyway.
   const bool use0 = e.needs_zeroshot(), use1 = e.needs_finetuned();
   const void* p0 = use0 ? row.zeroshot : row.finetuned;
   const void* p1 = use1 ? row.finetuned : row.zeroshot;

@@ -1,13 +1,15 @@
 // The GPU side: one kernel over a table of rows that lies on the device.
 //
-// The table is cut into tiles of kTile elements; `tile_row` tells each tile's row. A thread block takes one tile, a
-// thread two Philox blocks of it: eight elements, whose loads are all under way before the first is used. A tile that
-// is whole, and whose row allows it, is read and written 16 bytes at a time; the last tile of a row and rows of
-// unaligned views go element by element.
+// The table is cut into tiles of kTile elements; `tile_row` holds each tile's row. A thread block writes one tile, a
+// thread two Philox blocks of it: eight elements, whose loads are all issued before the first is used. A whole tile is
+// read and written 16 bytes at a time if its row allows it; the last tile of a row, and rows of unaligned views, go
+// element by element.
 //
-// With noise, weights of 16 bits are bound by instructions and not by memory, so nothing that is known beforehand is
-// asked on the way. What a launch knows (noise, mask, the usual forms of the formula) picks the kernel. What a row
-// knows (its storage types) is one branch that a whole thread block takes alike: mixed models stay one launch.
+// With noise, 16-bit weights are bound by instructions rather than memory, so the inner loop decides nothing that is
+// known before it. What a launch knows (noise, mask, the usual forms of the formula) selects the kernel. What a row
+// knows (its storage types) is one branch that all threads of a block take alike, so that mixed models stay one launch.
+//
+// One file, because the layout of the table is shared by the kernels that read it and the host code that fills it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -37,7 +39,7 @@ __device__ __forceinline__ float approximate_sqrt(float x) {
 #endif
 }
 
-// One element of a thread. See element.h for what is asked of lanes.
+// One element of a thread; element.h lists what lanes must provide.
 struct Thread {
   using F = float;
   using I = int32_t;
@@ -57,10 +59,10 @@ struct Thread {
   static __device__ __forceinline__ F select_bit30(I bits, F yes, F no) { return bits & 0x40000000 ? yes : no; }
   static __device__ __forceinline__ F add_one_below_zero(F x, I sign) { return sign < 0 ? x + 1.0f : x; }
   static __device__ __forceinline__ F to_float(I x) { return __int2float_rn(x); }
-  // Within 2^-23 of the true root, and so a normal within 1.93e-6 of its own in the worst case; the correctly
-  // rounded root would give 1.57e-6 for three instructions more an element.
+  // Within 2^-23 of the true root, so that a normal is within 1.93e-6 in the worst case; the correctly rounded root
+  // would give 1.57e-6 for three more instructions per element.
   static __device__ __forceinline__ F sqrt(F x) { return approximate_sqrt(x); }
-  // One wide multiplication; __umulhi beside x * m would be two.
+  // One wide multiplication; __umulhi and x * m would be two.
   static __device__ __forceinline__ void multiply(W x, uint32_t m, W& hi, W& lo) {
     const uint64_t product = (uint64_t)x * m;
     hi = (uint32_t)(product >> 32);
@@ -70,8 +72,8 @@ struct Thread {
 
 // How the whole tiles of a row are read and written.
 enum Access : int32_t {
-  kSingly,      // element by element: some four elements cannot be accessed at once
-  kByFour,      // four elements at a time: storage types differ, or 16 bits are aligned to 8 bytes only
+  kSingly,      // element by element: not every four elements can be accessed at once
+  kByFour,      // four elements at a time: storage types differ, or 16-bit weights are aligned to 8 bytes only
   kAllFloat32,  // 16 bytes at a time: the usual rows, of one storage type
   kAllBFloat16,
   kAllFloat16,
@@ -105,7 +107,7 @@ __device__ __forceinline__ void store(void* to, int dtype, int64_t i, float x) {
   }
 }
 
-// Two weights of 16 bits, in one word.
+// Two 16-bit weights in one word.
 __device__ __forceinline__ void unpack(float* x, uint32_t word, int dtype) {
   if (dtype == kBFloat16) {  // the upper half of a float32
     x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
@@ -143,8 +145,8 @@ __device__ __forceinline__ void store4(void* to, int dtype, int64_t i, const flo
   }
 }
 
-// A thread's two blocks of a whole tile. Where all weights have 16 bits they lie side by side and are one access;
-// else they are a stride apart, so that of float32, too, neighbouring threads access neighbouring 16 bytes.
+// A thread's two blocks of a whole tile. Where all weights have 16 bits, the blocks are adjacent and one access;
+// otherwise they are a stride apart, so that neighbouring threads access neighbouring 16 bytes of float32, too.
 template <bool SIDE_BY_SIDE>
 struct Place {
   static_assert(kUnroll == 2, "eight elements of 16 bits are 16 bytes");
@@ -172,14 +174,14 @@ struct Place {
   }
 };
 
-// What one launch is told.
+// The arguments of one launch.
 struct Request {
   Element e;
   Keys<Thread> keys;
 };
 
-// The usual writes have kernels in which what they have in common is a constant: noise is normal, adaptive and on the
-// fine-tuned end, masked weights become 0. They differ in where they are on the path.
+// The usual writes have kernels of their own, with constants for what they share: the noise is normal, adaptive and on
+// the fine-tuned end, and masked weights become 0. They differ in their position on the path.
 enum Form : int {
   kGeneral,
   kNearZeroshot,   // lerp's base 0
@@ -232,7 +234,7 @@ __device__ __forceinline__ void compute(float (&out)[kBlock], const float (&w0)[
   }
 }
 
-// A tile of which every element is there. The types are constants but for kByFour.
+// A whole tile. The types are compile-time constants except for kByFour.
 template <int NOISE, bool MASKED, bool SIDE_BY_SIDE>
 __device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start, const Element& e,
                                             const Keys<Thread>& keys, int out_dtype, int zeroshot_dtype,
@@ -270,8 +272,8 @@ __device__ __forceinline__ void write_singly(const DeviceRow& row, int64_t start
   }
 }
 
-// Thread blocks that a multiprocessor shall be able to hold at once. Left to itself, the compiler saves registers for
-// one more and spills some.
+// Thread blocks that a multiprocessor must be able to hold at once. Without it, the compiler saves registers for one
+// more, and spills.
 constexpr int resident(int noise) { return noise == kNoNoise ? 6 : 5; }
 
 template <int NOISE, bool MASKED, int FORM>
@@ -324,8 +326,8 @@ void check(cudaError_t status, const char* what) {
   }
 }
 
-// The caller makes the device current, by torch: only torch knows which device its user chose, and going back to one
-// that has no context yet would create one there, some 0.5 GB (since CUDA 12, cudaSetDevice does).
+// The caller makes the device current through torch: only torch knows which device its user chose, and switching back
+// to a device without a context would create one there, some 0.5 GB (cudaSetDevice does so since CUDA 12).
 void check_current(int device) {
   int current = -1;
   check(cudaGetDevice(&current), "asking for the current device");
@@ -376,7 +378,7 @@ size_t CudaTable::size() const { return layout_->rows.size(); }
 size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->tile_bytes(); }
 
 void CudaTable::fill(void* memory) const {
-  // Of nothing there is no address, which memcpy may not be given.
+  // An empty vector has no address that memcpy may be given.
   if (layout_->row_bytes()) std::memcpy(memory, layout_->rows.data(), layout_->row_bytes());
   if (layout_->tile_bytes()) {
     std::memcpy((char*)memory + layout_->row_bytes(), layout_->tile_row.data(), layout_->tile_bytes());
@@ -399,7 +401,7 @@ void CudaTable::write(const void* memory, const Runs& runs, const Element& e, in
   }
 }
 
-// Asks every kernel, which loads them all: none is left to be loaded while a graph is captured.
+// Querying every kernel loads them all, so that none has to be loaded while a graph is captured.
 std::string why_not_cuda(int device) {
   try {
     check_current(device);
@@ -409,7 +411,7 @@ std::string why_not_cuda(int device) {
           cudaFuncAttributes attributes;
           const cudaError_t status = cudaFuncGetAttributes(&attributes, pick(noise, masked, form));
           if (status == cudaSuccess) continue;
-          cudaGetLastError();  // this question shall not fail the next call
+          cudaGetLastError();  // so that the next call does not report this error
           return cudaGetErrorString(status);
         }
       }

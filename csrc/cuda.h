@@ -10,8 +10,8 @@
 
 namespace rft {
 
-// The rows of one table, for a device whose memory the caller manages: nothing is allocated or copied there.
-// Immutable after construction, so it may be written from several threads and on several streams.
+// The rows of one table. The caller manages the device's memory: nothing is allocated or copied here. Immutable after
+// construction, so that several threads and streams may write it.
 class CudaTable {
  public:
   explicit CudaTable(const std::vector<Row>& rows);
@@ -21,11 +21,11 @@ class CudaTable {
 
   size_t size() const;            // rows
   size_t bytes() const;           // of the table
-  void fill(void* memory) const;  // puts the table into so much memory of the host
+  void fill(void* memory) const;  // writes the table to host memory of that size
 
   // Launches one kernel per run on `stream` of the device, which must be current, and waits for nothing. memory: the
-  // table, on the device, aligned to 16 bytes. Throws std::runtime_error with CUDA's own words, std::invalid_argument
-  // where another device is current.
+  // table on the device, aligned to 16 bytes. Throws std::runtime_error with CUDA's message, and
+  // std::invalid_argument when another device is current.
   void write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const;
 
  private:
@@ -33,7 +33,7 @@ class CudaTable {
   std::unique_ptr<Layout> layout_;
 };
 
-// Empty where the kernels of this build run on the device, which must be current, else why they do not.
+// Why the kernels of this build do not run on the device, which must be current; empty where they do.
 std::string why_not_cuda(int device);
 
 }  // namespace rft

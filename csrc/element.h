@@ -1,14 +1,13 @@
 // One element, one formula: Philox4x32-10, its mapping to noise, and the write itself, for host and device.
 //
 // Everything is a template over `L`, the lanes it runs on: a vector of an instruction set on the CPU, one scalar
-// per thread on a GPU. L provides the types F (float32 lanes), I (int32 lanes), W (lanes that hold one 32-bit
-// word each, possibly with garbage above it) and the few operations that have no operator: see cpu_lanes.h. Sums and
-// left shifts of I are L::add and L::shift_left, modulo 2^32: overflow of signed integers is undefined.
+// per thread on a GPU. L provides the types F (float32 lanes), I (int32 lanes), W (lanes that hold one 32-bit word
+// each, possibly with garbage in the bits above) and the few operations that have no operator (cpu_lanes.h). Sums
+// and left shifts of I are L::add and L::shift_left, modulo 2^32, because overflow of signed integers is undefined.
 //
-// The formula's own multiplications and additions are never contracted into fused multiply-adds (the build says
-// -ffp-contract=off, nvcc -fmad=false), so that every backend rounds them alike. Only L::mad may fuse: it is used
-// where the product is exact (by a power of two), and in the polynomials, since normals are specified to 2e-6 and
-// not to the bit.
+// The formula's multiplications and additions are never contracted into fused multiply-adds (-ffp-contract=off,
+// nvcc -fmad=false), so that every backend rounds them alike. Only L::mad may fuse: it is used where the product is
+// exact (by a power of two), and in the polynomials, because normals are specified to 2e-6 and not to the bit.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +28,7 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int kBlock = 4;  // consecutive elements served by one Philox block
 
-// The numbers of one write, as contract.Write derives them. Plain data: passed to kernels by value.
+// The numbers of one write, as contract.Write derives them. Plain data, passed to kernels by value.
 struct Element {
   int base;            // lerp(w0, w1) = (base ? w1 : w0) + (w1 - w0) * k
   float k;             // 0: the base's bits
@@ -45,7 +44,7 @@ struct Element {
 
   // At alpha = 1 the zero-shot weights need not be read.
   RFT_FN bool needs_zeroshot() const { return base == 0 || k != 0.0f || (masked && fill_zeroshot); }
-  // At alpha = 0 the fine-tuned ones need not be.
+  // At alpha = 0 the fine-tuned weights need not be read.
   RFT_FN bool needs_finetuned() const { return base == 1 || k != 0.0f; }
 };
 
@@ -87,8 +86,8 @@ RFT_FN Words<L> philox(typename L::W block, uint32_t block_high, uint32_t draw, 
 
 // r(x) = sqrt(-2 ln((x + 1/2) / 2^32)).
 //
-// Read as a signed integer, x gives g = (x + 1/2) / 2^32 in (0, 1/2] where its top bit is clear and g = u - 1
-// in [-1/2, 0) where it is set: near u = 1, where ln u vanishes, the float keeps u's distance from 1 exactly.
+// Let u = (x + 1/2) / 2^32. Read as a signed integer, x gives g = u in (0, 1/2] where its top bit is clear, and
+// g = u - 1 in [-1/2, 0) where it is set: near u = 1, where ln u vanishes, the float keeps 1 - u exactly.
 template <class L>
 RFT_FN typename L::F radius(typename L::I x) {
   using F = typename L::F;
@@ -100,21 +99,21 @@ RFT_FN typename L::F radius(typename L::I x) {
   const I exponent = bits >> 23;
   const F m = L::as_float(L::add(bits & 0x007fffff, 0x3f3504f3));
   const F f = L::select(exponent == 0, g, m - 1.0f);
-  // -2 log1p(f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], minimax in relative error: 1.7e-7. In pairs (Estrin) rather
-  // than one long chain (Horner): the loop around this is bound by latency.
+  // -2 log1p(f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], minimax, relative error 1.7e-7. Evaluated in pairs (Estrin)
+  // rather than in one chain (Horner), because the surrounding loop is bound by latency.
   const F f2 = f * f;
   const F q01 = L::mad(L::constant(1.0000073f), f, -1.9999999f);
   const F q23 = L::mad(L::constant(0.49939817f), f, -0.6667012f);
   const F q45 = L::mad(L::constant(0.3450166f), f, -0.3980033f);
   const F q67 = L::mad(L::constant(0.20213786f), f, -0.3244516f);
   const F q = L::mad(L::mad(q67, f2, q45), f2 * f2, L::mad(q23, f2, q01));
-  return L::sqrt(L::mad(q, f, L::to_float(exponent) * -1.3862944f));  // -2 ln 2 an octave
+  return L::sqrt(L::mad(q, f, L::to_float(exponent) * -1.3862944f));  // -2 ln 2 per octave
 }
 
 // (cos, sin) of a(x) = 2 pi (x + 1/2) / 2^32.
 //
-// The nearest quarter turn is in the top bits of x + 2^29; what remains, t in [-1/8, 1/8) turns, is the low 30
-// bits read as a signed number, exactly. (Moved up by two, they are one: four times as large.)
+// The nearest quarter turn is in the top bits of x + 2^29. The rest, t in [-1/8, 1/8) turns, is exactly the low 30
+// bits read as a signed number; shifted left by two they are an int32, four times as large.
 template <class L>
 RFT_FN void turn(typename L::I x, typename L::F& cosine, typename L::F& sine) {
   using F = typename L::F;
@@ -133,7 +132,7 @@ RFT_FN void turn(typename L::I x, typename L::F& cosine, typename L::F& sine) {
   c = L::mad(c, z, 1.0f);
   const I quarter = L::add(x, 0x20000000);  // top two bits: quarter turns
   const I top = L::constant_int(INT32_MIN);
-  // Bit 30: an odd number of them swaps cosine and sine.
+  // Bit 30: an odd number of quarter turns swaps cosine and sine.
   cosine = L::as_float(L::as_int(L::select_bit30(quarter, s, c)) ^ (L::add(quarter, 0x40000000) & top));
   sine = L::as_float(L::as_int(L::select_bit30(quarter, c, s)) ^ (quarter & top));
 }
