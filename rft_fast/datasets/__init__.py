@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .dataset import Dataset, subset
     from .decoding import Progress, pixel_transform
     from .evidence import Rows
-    from .finding import Found, find, load
+    from .finding import Listed, find, load
     from .kinds import KINDS, detect, open_source
     from .labels import Assignment, assign
     from .maps import LabelMap
@@ -20,7 +20,7 @@ else:
         dataset="Dataset subset",
         decoding="Progress pixel_transform",
         evidence="Rows",
-        finding="Found find load",
+        finding="Listed find load",
         kinds="KINDS detect open_source",
         labels="Assignment assign",
         maps="LabelMap",
@@ -32,8 +32,8 @@ __all__ = [
     "ORDER",
     "Assignment",
     "Dataset",
-    "Found",
     "LabelMap",
+    "Listed",
     "Progress",
     "Rows",
     "Source",

@@ -68,8 +68,8 @@ def source(path: pathlib.Path, where: str) -> Source:
         classes = _integers(arrays["classes"], f"{where}: classes in {path}")
         if len(set(classes.tolist())) != len(classes):
             raise ValueError(f"{where}: classes in {path} must be distinct")
-        if lost := sorted(set(labels.tolist()) - set(classes.tolist())):
-            raise ValueError(f"{where}: labels {some(lost)} are not among its classes, in {path}")
+        if outside := sorted(set(labels.tolist()) - set(classes.tolist())):
+            raise ValueError(f"{where}: labels {some(outside)} are not among its classes, in {path}")
     return Source(
         kind="npz",
         path=path,

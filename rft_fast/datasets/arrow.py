@@ -172,19 +172,19 @@ class _Part(ABC):
             chunks = list(column.chunks)
         if not column.null_count and not any(chunk.null_count for chunk in chunks):
             return
-        lost = []
+        missing = []
         for row, entry in enumerate(entry for chunk in column.chunks for entry in chunk):
             if not entry.is_valid or (_is_struct(column.type) and not entry["bytes"].is_valid):
                 path = entry.as_py()["path"] if entry.is_valid and _is_struct(column.type) else None
                 try:
                     if not self.beside(path).is_file():
-                        lost.append(f"row {row} ({path!r})")
+                        missing.append(f"row {row} ({path!r})")
                 except (OSError, ValueError) as error:
-                    lost.append(f"row {row} ({error})")
-        if lost:
+                    missing.append(f"row {row} ({error})")
+        if missing:
             raise ValueError(
-                f"{self.where} has {len(lost)} images that are neither embedded nor files here: "
-                f"{some(lost)}; save it again where the files are, with save_to_disk"
+                f"{self.where} has {len(missing)} images that are neither embedded nor files here: "
+                f"{some(missing)}; save it again where the files are, with save_to_disk"
             )
 
     def beside(self, path: str | None) -> pathlib.Path:
@@ -282,11 +282,11 @@ class _ParquetPart(_Part):
 
 def _features(schema: Any, file: pathlib.Path, where: str) -> dict[str, Any]:
     """Hugging Face's column types, from the schema or else from ``dataset_info.json`` beside the file."""
-    told = (schema.metadata or {}).get(b"huggingface")
+    stored = (schema.metadata or {}).get(b"huggingface")
     beside = file.with_name("dataset_info.json")
     try:
-        if told is not None:
-            features = json.loads(told)["info"]["features"]
+        if stored is not None:
+            features = json.loads(stored)["info"]["features"]
         elif beside.is_file():
             features = json.loads(on_disk.read_bytes(beside))["features"]
         else:

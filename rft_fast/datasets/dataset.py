@@ -70,8 +70,8 @@ class Dataset:
             classes = self.classes.tolist()
             if len(set(classes)) != len(classes) or min(classes, default=0) < 0:
                 raise ValueError(f"{where}: classes must be distinct and not negative")
-            if lost := sorted(set(self.labels.tolist()) - set(classes)):
-                raise ValueError(f"{where}: labels {some(lost)} are not among its classes")
+            if unknown := sorted(set(self.labels.tolist()) - set(classes)):
+                raise ValueError(f"{where}: labels {some(unknown)} are not among its classes")
         if self.groups is not None:
             self._check_groups(where)
 
@@ -85,8 +85,8 @@ class Dataset:
         counts_as = dict(zip(self.classes.tolist(), groups, strict=True))
         if wrong := sorted({row for row in groups if counts_as.get(row) != row}):
             raise ValueError(f"{where}: groups {some(wrong)} must be classes that count as themselves")
-        if lost := sorted(set(self.labels.tolist()) - set(groups)):
-            raise ValueError(f"{where}: labels {some(lost)} are not among its groups")
+        if unknown := sorted(set(self.labels.tolist()) - set(groups)):
+            raise ValueError(f"{where}: labels {some(unknown)} are not among its groups")
 
 
 def subset(dataset: Dataset, samples: int, seed: int = 0) -> Dataset:

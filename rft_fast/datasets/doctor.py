@@ -193,8 +193,10 @@ def _count(report: Report, source: Source, title: str) -> None:
             f"{len(wrong)} classes have not the {_EACH[title]} images of {title}: {some(wrong, SHOWN)}"
         )
     wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
-    if len(wnids) < len(names) and (lost := imagenet.almost(wnids)[1]):  # otherwise reported with the rows
-        report.problems.append(f"{len(lost)} of the classes of {title} are missing: {some(lost, SHOWN)}")
+    if len(wnids) < len(names) and (missing := imagenet.almost(wnids)[1]):  # otherwise reported with the rows
+        report.problems.append(
+            f"{len(missing)} of the classes of {title} are missing: {some(missing, SHOWN)}"
+        )
     if source.kind not in TREES:  # where the reader reports it
         if empty := [name for name, count in counts.items() if not count]:
             report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")

@@ -164,9 +164,9 @@ def imagenet_rows(rows: Rows, among: Collection[int] = ()) -> dict[int, int] | N
 
 def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, int]) -> list[int]:
     """Rows of ImageNet classes; refuses a published data set that lacks a few of its classes."""
-    if lost := [name for name, row in zip(names, classes, strict=True) if row not in row_of]:
+    if outside := [name for name, row in zip(names, classes, strict=True) if row not in row_of]:
         raise ValueError(
-            f"{len(lost)} of {len(names)} classes are not among the head's: {some(lost)}; {CURE}"
+            f"{len(outside)} of {len(names)} classes are not among the head's: {some(outside)}; {CURE}"
         )
     wnids = imagenet.synsets()
     title, missing = imagenet.almost(wnids[row] for row in classes)

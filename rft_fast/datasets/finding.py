@@ -27,7 +27,7 @@ from .source import Source
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Listed:
     """A data set that is listed and matched with a head, but not decoded.
 
     Attributes:
@@ -134,7 +134,7 @@ def find(
     kind: Kind | None = None,
     rows: Rows | None = None,
     label_map: LabelMap | pathlib.Path | str | None = None,
-) -> Found:
+) -> Listed:
     """List a data set and match it with a head, without decoding; arguments as in :func:`load`.
 
     An ``.npz`` is read whole. Nothing is written.
@@ -162,7 +162,7 @@ def find(
     drawn = choose(len(found.images), samples, seed, where)
     chosen = replace(found, images=found.images[drawn], labels=found.labels[drawn])
     named = () if source.pixels is not None else _names(source, found)
-    return Found(name, source, chosen, named, preprocess)
+    return Listed(name, source, chosen, named, preprocess)
 
 
 def load(

@@ -7,7 +7,7 @@ import pathlib
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -100,50 +100,25 @@ def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
         problems += _gaps([int(name) for name in names], root)
-    files: list[caches.File] = []
-    labels: list[int] = []
-    empty: list[str] = []
-    foreign: list[str] = []
-    gone: list[str] = []
-    loops: list[str] = []
-    for label, name in enumerate(names):
-        before, others = len(files), len(foreign) + len(gone)
-        for file in _files_below(root / name, loops):
-            if file.suffix.lower() not in EXTENSIONS:
-                foreign.append(str(file))
-            elif (status := _status(file)) is None:
-                gone.append(str(file))
-            else:
-                files.append(caches.File(str(file.relative_to(root)), status.st_size, status.st_mtime_ns))
-        if before == len(files) and others == len(foreign) + len(gone):
-            empty.append(name)
-        labels += [label] * (len(files) - before)
-    if empty:
-        problems.append(f"{root} has empty class folders: {some(empty)}")
-    if foreign:
-        problems.append(
-            f"files that are no images, which end in {', '.join(EXTENSIONS)}: {some(foreign)}; move them "
-            "elsewhere, or convert what is an image"
-        )
-    if gone:
-        problems.append(f"links to nowhere, and what is no file: {some(gone)}; mend or remove them")
-    if loops:
-        problems.append(f"links to folders that they lie in, so that they have no end: {some(loops)}")
+    files = _Files.of(root, names)
+    problems += files.problems(root)
     scored = None
     if place.mappings is not None:
         known, scored = imagenet.objectnet(place.mappings)
-        if strange := [name for name in names if name not in known]:
-            problems.append(f"{root} has folders that its mappings do not know: {some(strange)}")
-        if lost := sorted(scored.keys() - set(names)):
-            problems.append(f"{root} lacks {len(lost)} of the {len(scored)} scored classes: {some(lost)}")
+        if unknown := [name for name in names if name not in known]:
+            problems.append(f"{root} has folders that its mappings do not know: {some(unknown)}")
+        if missing := sorted(scored.keys() - set(names)):
+            problems.append(
+                f"{root} lacks {len(missing)} of the {len(scored)} scored classes: {some(missing)}"
+            )
     problems += _unfit(place.kind, root, names)
     found = Source(
         kind=place.kind,
         path=root,
-        files=files,
-        labels=torch.tensor(labels, dtype=torch.int64),
+        files=files.images,
+        labels=torch.tensor(files.labels, dtype=torch.int64),
         class_names=tuple(names),
-        open=partial(_open, root, files),
+        open=partial(_open, root, files.images),
         notes=(*place.notes, *_about(names)),
         trim=2 if place.kind == "objectnet" else 0,
         imagenet=scored,
@@ -239,6 +214,52 @@ def _is_mappings(folder: pathlib.Path) -> bool:
     return False
 
 
+@dataclass
+class _Files:
+    """The files in class folders: images with their labels, and whatever is not an image."""
+
+    images: list[caches.File] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, root: pathlib.Path, names: list[str]) -> _Files:
+        """List the files of the class folders with these names."""
+        found = cls()
+        for label, name in enumerate(names):
+            empty = True
+            for file in _files_below(root / name, found.loops):
+                empty = False
+                if file.suffix.lower() not in EXTENSIONS:
+                    found.foreign.append(str(file))
+                elif (status := _status(file)) is None:
+                    found.broken.append(str(file))
+                else:
+                    image = caches.File(str(file.relative_to(root)), status.st_size, status.st_mtime_ns)
+                    found.images.append(image)
+                    found.labels.append(label)
+            if empty:
+                found.empty.append(name)
+        return found
+
+    def problems(self, root: pathlib.Path) -> list[str]:
+        """Reasons to refuse the folder, in words."""
+        found = (
+            (self.empty, f"{root} has empty class folders", ""),
+            (
+                self.foreign,
+                f"files that are no images, which end in {', '.join(EXTENSIONS)}",
+                "; move them elsewhere, or convert what is an image",
+            ),
+            (self.broken, "links to nowhere, and what is no file", "; mend or remove them"),
+            (self.loops, "links to folders that they lie in, so that they have no end", ""),
+        )
+        return [f"{what}: {some(names)}{cure}" for names, what, cure in found if names]
+
+
 def _unfit(kind: Kind, root: pathlib.Path, names: list[str]) -> list[str]:
     """Problems with the classes of a known kind."""
     if kind != "imagenet":
@@ -261,8 +282,8 @@ def _about(names: list[str]) -> list[str]:
 def _gaps(numbers: list[int], folder: pathlib.Path) -> list[str]:
     if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return []
-    lost = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
-    what = f"{some(lost)} missing" if lost else "one number twice"
+    missing = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
+    what = f"{some(missing)} missing" if missing else "one number twice"
     return [
         f"numbered folders of {folder} run from {numbers[0]} to {numbers[-1]} with "
         f"{what}, so labels would shift; complete or rename them"

@@ -112,8 +112,8 @@ def of_classes(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]
         raise ValueError(
             f"the label map does not name {len(missing)} of {len(names)} classes: {some(missing)}"
         )
-    if strange := [key for key in keys if fold(key) not in wanted]:
-        raise ValueError(f"the label map names classes that the data set does not have: {some(strange)}")
+    if unknown := [key for key in keys if fold(key) not in wanted]:
+        raise ValueError(f"the label map names classes that the data set does not have: {some(unknown)}")
     return entries
 
 

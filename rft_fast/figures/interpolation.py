@@ -133,8 +133,8 @@ def _draw(
                 f" at $\\alpha$ = {at:g}"
             )
             where = at
-    if gone := int((~np.isfinite(facts[what.change])).sum()):
-        text += f"; {gone} not finite"
+    if infinite := int((~np.isfinite(facts[what.change])).sum()):
+        text += f"; {infinite} not finite"
     if largest:
         panel.plot([where, where], span, color="black", lw=0.9, marker="_", ms=6, zorder=4)
     low, high = panel.get_ylim()

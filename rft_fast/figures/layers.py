@@ -66,8 +66,8 @@ def layers(
     known = as_facts(rows, straggler_margin=margin)
     facts, gains = known.stragglers, known.ood_gains
     measured = list(facts["model"].unique())
-    if strange := sorted(set(models or ()) - set(measured)):
-        raise ValueError(f"layers: models without rows of the study: {', '.join(strange)}")
+    if unknown := sorted(set(models or ()) - set(measured)):
+        raise ValueError(f"layers: models without rows of the study: {', '.join(unknown)}")
     named = [model for model in measured if models is None or model in models]
     models, choice = choose(named, gains, 2) if models is None else (named, "")
     rows = known.part(STUDY)
@@ -126,8 +126,8 @@ def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for model in models:
         heights = facts.loc[[model]].groupby("layer", sort=False)["instability"].max()
-        gone = facts.loc[[model]].loc[lambda f: ~np.isfinite(f["instability"]), "layer"]
-        heights[gone] = np.inf
+        broken = facts.loc[[model]].loc[lambda f: ~np.isfinite(f["instability"]), "layer"]
+        heights[broken] = np.inf
         found |= dict.fromkeys(heights.sort_values(ascending=False, kind="stable").index[:_WORST])
     return list(found)
 

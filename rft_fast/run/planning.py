@@ -114,7 +114,7 @@ def _noise(request: Request, images: int) -> datasets.Dataset:
     return datasets.Dataset("noise", pixels, labels, preprocess.mean, preprocess.std)
 
 
-def _notes(request: Request, sets: Sequence[datasets.Found]) -> list[str]:
+def _notes(request: Request, sets: Sequence[datasets.Listed]) -> list[str]:
     notes: list[str] = []
     seconds, images = 0.0, 0
     for found in sets:

@@ -172,7 +172,7 @@ def preprocess(source: zoo.Zoo) -> architectures.Preprocess:
     return architectures.preprocess(source.arch, name if published else None)
 
 
-def find_images(request: Request, rows: datasets.Rows) -> list[datasets.Found]:
+def find_images(request: Request, rows: datasets.Rows) -> list[datasets.Listed]:
     """The data sets, in the order of the zoo, each listed once and not decoded."""
     return [
         datasets.find(

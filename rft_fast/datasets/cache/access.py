@@ -87,7 +87,7 @@ class Images:
             try:
                 self._file = open_cache(source, directory)
             except OSError as error:
-                self._tell(error, "nothing is kept there")
+                self._warn(error, "nothing is kept there")
         # A whole folder is mapped; a part of one must be copied together.
         self._whole = self._file is not None and len(chosen) == len(source.files)
         if self._file is not None:
@@ -195,9 +195,9 @@ class Images:
         self._file = None
         removed = file.made and file.remove()
         file.close()
-        self._tell(error, f"{file.path} is " + ("removed" if removed else "left as it was"))
+        self._warn(error, f"{file.path} is " + ("removed" if removed else "left as it was"))
 
-    def _tell(self, error: OSError, what: str) -> None:
+    def _warn(self, error: OSError, what: str) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space, or name a larger place" if full else "name a place that can be written"
         warnings.warn(
