@@ -95,9 +95,9 @@ class Evidence:
         elif first in ("transformer", "text", "text_model"):
             self.add("text", _is_quick(name), f"the class {name} in it")
 
-    def add_all(self, found: Iterable[tuple[str, bool, str]]) -> None:
+    def add_all(self, evidence: Iterable[tuple[str, bool, str]]) -> None:
         """Add several pieces of evidence: (tower, quick, source)."""
-        for one in found:
+        for one in evidence:
             self.add(*one)
 
     def __bool__(self) -> bool:
@@ -106,15 +106,15 @@ class Evidence:
     def judged(self) -> tuple[dict[str, Activation], list[str]]:
         """Return tower -> activation where all evidence agrees, and notes where it does not."""
         clear = {
-            tower: Activation(*next(iter(found.items())))
-            for tower, found in self._found.items()
-            if len(found) == 1
+            tower: Activation(*next(iter(sources.items())))
+            for tower, sources in self._found.items()
+            if len(sources) == 1
         }
         notes = [
-            f"activation of the {tower} tower: {found[True]} says QuickGELU, {found[False]} says GELU, so "
-            "neither is used"
-            for tower, found in self._found.items()
-            if len(found) == 2
+            f"activation of the {tower} tower: {sources[True]} says QuickGELU, {sources[False]} says GELU, "
+            "so neither is used"
+            for tower, sources in self._found.items()
+            if len(sources) == 2
         ]
         return clear, notes
 
@@ -122,9 +122,9 @@ class Evidence:
 def notes_of(activation: Mapping[str, Activation]) -> list[str]:
     """Describe activations; one note if both towers have the same."""
     groups: dict[Activation, list[str]] = {}
-    for tower, found in activation.items():
-        groups.setdefault(found, []).append(tower)
-    return [f"activation of the {' and '.join(towers)} tower: {found}" for found, towers in groups.items()]
+    for tower, known in activation.items():
+        groups.setdefault(known, []).append(tower)
+    return [f"activation of the {' and '.join(towers)} tower: {known}" for known, towers in groups.items()]
 
 
 def of_code(text: str) -> set[bool]:
@@ -214,16 +214,16 @@ def of_model_cfg(model_cfg: Mapping[str, Any]) -> dict[str, bool]:
     vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
     if not isinstance(quick, bool):
         return {}
-    found = {}
+    activations = {}
     if (
         isinstance(vision, dict)
         and not vision.get("timm_model_name")
         and not isinstance(vision.get("layers"), (list, tuple))
     ):
-        found["image"] = quick
+        activations["image"] = quick
     if isinstance(text, dict) and not text.get("hf_model_name"):
-        found["text"] = quick
-    return found
+        activations["text"] = quick
+    return activations
 
 
 def _of_transformers(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:

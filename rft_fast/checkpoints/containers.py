@@ -73,7 +73,7 @@ def _safetensors(data: Content) -> Container:
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata are no texts")
         entries = [(*map(natural, entry["data_offsets"]), name, entry) for name, entry in header.items()]
-        found, end = {}, 0
+        tensors, end = {}, 0
         for first, last, name, entry in sorted(entries, key=lambda entry: entry[:3]):
             shape = tuple(map(natural, entry["shape"]))
             if len(shape) > MOST_DIMENSIONS:
@@ -85,12 +85,12 @@ def _safetensors(data: Content) -> Container:
                 raise ValueError(f"{name[:80]!r} is not where, or not as large as, it says")
             steps = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
             kept = Storage(dtype, last - first, Span(data, start + first, start + last))
-            found[name], end = Stored(kept, dtype, 0, shape, tuple(steps)), last
+            tensors[name], end = Stored(kept, dtype, 0, shape, tuple(steps)), last
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _not_whole(f"{type(error).__name__}: {error}") from error
     if start + end != len(data):
         raise _not_whole(f"its tensors take {end:,} bytes, it has {len(data) - start:,} for them")
-    return Container("safetensors", found, len(data), metadata=metadata)
+    return Container("safetensors", tensors, len(data), metadata=metadata)
 
 
 def _not_whole(why: str) -> Unreadable:
@@ -98,6 +98,6 @@ def _not_whole(why: str) -> Unreadable:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
+    if len(table := dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return table

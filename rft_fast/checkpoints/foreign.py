@@ -137,8 +137,10 @@ def of_zip(names: list[str]) -> str:
     if names and all(name.endswith(".npy") for name in names):
         return "is an .npz file of NumPy, not a checkpoint. Save a dict of torch tensors by name instead"
     endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".tar")
-    if found := [name for name in names if name.endswith(endings)]:
-        return f"is a zip archive. Unpack it, and name the checkpoint in it, such as {_quoted(found[0])}"
+    if checkpoints := [name for name in names if name.endswith(endings)]:
+        return (
+            f"is a zip archive. Unpack it, and name the checkpoint in it, such as {_quoted(checkpoints[0])}"
+        )
     first = f", but {_quoted(names[0])}" if names else ""
     return f"is a zip archive, but not of torch.save: it has no data.pkl{first}"
 
@@ -166,8 +168,8 @@ def _json(stream: IO[bytes]) -> str:
                 f"file{'' if len(parts) == 1 else 's'}{first}. Save them as one file: "
                 'from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="100GB")'
             )
-        if isinstance(content, dict) and (said := content.get("error") or content.get("message")):
-            return f"is the answer of a server, not weights: {_quoted(str(said))}. {_AGAIN}"
+        if isinstance(content, dict) and (answer := content.get("error") or content.get("message")):
+            return f"is the answer of a server, not weights: {_quoted(str(answer))}. {_AGAIN}"
     return "is a JSON file, not weights: a configuration, an index or the answer of a server"
 
 

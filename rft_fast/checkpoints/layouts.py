@@ -114,10 +114,10 @@ def tensors(
     evidence.add_all(of_metadata(container.metadata))
     state, origin = _unwrapped(state)
     layout = _Layout(container.kind, kind, wrapped, frozenset(state))
-    found = next(name for name, fits in _FITS.items() if fits(layout))
+    detected = next(name for name, fits in _FITS.items() if fits(layout))
     if format is not None and not _FITS[format](layout):
-        raise Unreadable(f"is not in the format {format!r} but {found!r} ({FORMATS[found]})")
-    chosen = format or found
+        raise Unreadable(f"is not in the format {format!r} but {detected!r} ({FORMATS[detected]})")
+    chosen = format or detected
     unmerged = [f"holds {what} ({some(names, 3)})" for what, names in factors(state).items()]
     notes += unmerged
     if unmerged and chosen == "huggingface":

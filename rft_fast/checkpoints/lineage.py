@@ -129,18 +129,18 @@ def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
     if x is None or y is None or x.shape != y.shape or x.ndim != 2:
         return None
     rows = [t.detach().float() - t.detach().float().mean(0) for t in (x, y.to(x.device))]
-    there, here = (torch.nn.functional.normalize(t, dim=1) for t in rows)
+    rows_a, rows_b = (torch.nn.functional.normalize(t, dim=1) for t in rows)
     moved = []
-    for part in torch.split(torch.arange(len(here)), 1024):
-        near, best = (here[part] @ there.T).max(1)
-        own = (here[part] * there[part]).sum(1)
+    for part in torch.split(torch.arange(len(rows_b)), 1024):
+        near, best = (rows_b[part] @ rows_a.T).max(1)
+        own = (rows_b[part] * rows_a[part]).sum(1)
         moved += [(int(part[i]), int(best[i])) for i in torch.nonzero((near > 0.9) & (own < 0.5)).flatten()]
     if len(moved) < 2:
         return None
     pairs = some([f"row {place} is row {other} there" for place, other in moved], 3)
     return (
-        f"a head with {len(moved)} of {len(here)} rows in another order than the zero-shot end's ({pairs}), "
-        "so that classes would be mixed on the way; put its rows into that order, or use one head for both "
+        f"a head with {len(moved)} of {len(rows_b)} rows in another order than the zero-shot end's ({pairs})"
+        ", so that classes would be mixed on the way; put its rows into that order, or use one head for both "
         "ends (--head zeroshot)"
     )
 
@@ -252,10 +252,10 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
             continue
         if not {x.dtype, y.dtype} <= set(_PATH_DTYPES):
             unfit.append(name)
-        found = _sums(x, y)
-        if not torch.isfinite(found).all():
+        products = _sums(x, y)
+        if not torch.isfinite(products).all():
             not_finite.append(name)
-        sums += found
+        sums += products
     distance, norm_a, norm_b = sums[:3].sqrt().tolist()
     product = float(sums[3])
     related = kinship(a.tensors, b.tensors, is_visual)

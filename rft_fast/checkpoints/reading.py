@@ -85,8 +85,8 @@ def load(
         ValueError: as :func:`read`.
     """
     target = torch.device(device)
-    found = _read(path, format, "load", target.type == "meta").tensors
-    return Tensors({name: tensor.to(target) for name, tensor in found.items()}, found.activation)
+    tensors = _read(path, format, "load", target.type == "meta").tensors
+    return Tensors({name: tensor.to(target) for name, tensor in tensors.items()}, tensors.activation)
 
 
 def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -103,15 +103,15 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: as :func:`read`; or the file has no head, or one of other shapes.
     """
-    found = _read(path, None, "load_head").tensors
-    head = {name: tensor for name, tensor in found.items() if name.startswith(HEAD)}
-    if not head and set(found) <= {"weight", "bias"}:
-        head = {HEAD + name: tensor for name, tensor in found.items()}
+    tensors = _read(path, None, "load_head").tensors
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
+    if not head and set(tensors) <= {"weight", "bias"}:
+        head = {HEAD + name: tensor for name, tensor in tensors.items()}
     weight, bias = head.get(HEAD_WEIGHT), head.get(HEAD_BIAS)
     if weight is None:
         raise ValueError(
             f"load_head: {path} has no head: neither {HEAD_WEIGHT!r} nor 'weight' alone, but "
-            f"{len(found)} tensors from {next(iter(found))!r} on"
+            f"{len(tensors)} tensors from {next(iter(tensors))!r} on"
         )
     if weight.ndim != 2 or 0 in weight.shape or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in head.items())
@@ -141,10 +141,10 @@ def _read(path: str | PathLike[str], format: Format | None, operation: str, meta
     try:
         with files.opened(file) as stream:
             content = containers.read(stream, file)
-            found, tensors, notes, doubts = layouts.tensors(content, format, evidence, meta)
+            detected, tensors, notes, doubts = layouts.tensors(content, format, evidence, meta)
     except (Unreadable, OSError) as error:
         raise ValueError(f"{operation}: {file} {error}") from error
-    evidence.add_all(beside(file, found == "huggingface"))
+    evidence.add_all(beside(file, detected == "huggingface"))
     activation, contradictions = evidence.judged()
     notes += [*notes_of(activation), *contradictions]
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
@@ -152,7 +152,7 @@ def _read(path: str | PathLike[str], format: Format | None, operation: str, meta
     if operation != "read":
         for doubt in doubts:
             warnings.warn(f"{file}: {doubt}, so its scores may differ from its own code's", stacklevel=3)
-    return Checkpoint(file, found, Tensors(tensors, activation), (*doubts, *notes), tuple(doubts))
+    return Checkpoint(file, detected, Tensors(tensors, activation), (*doubts, *notes), tuple(doubts))
 
 
 def _existing(path: str | PathLike[str], operation: str) -> pathlib.Path:

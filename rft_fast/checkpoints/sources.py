@@ -61,8 +61,8 @@ def check_source(source: str, arch: str) -> None:
 
 def repository(source: str) -> tuple[str, str | None] | None:
     """Split ``hf-hub:org/name@revision`` into name and revision (None if missing); None for other sources."""
-    found = _HUB.fullmatch(source)
-    return (found[1], found[2]) if found else None
+    match = _HUB.fullmatch(source)
+    return (match[1], match[2]) if match else None
 
 
 def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
@@ -81,9 +81,9 @@ def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
     if pathlib.Path(source).is_file():
         return pathlib.Path(source)
     if not network:
-        if (there := cached(source, arch)) is None:
+        if (local := cached(source, arch)) is None:
             raise ValueError(f"fetch: {source!r} of {arch} is not on this machine; --fetch downloads it")
-        return there
+        return local
     hub = _HUB.fullmatch(source)
     file = _from_hub(hub[1], hub[2]) if hub else _from_open_clip(source, arch)
     if not file.is_file():
@@ -127,8 +127,8 @@ def in_cache(repository: str, names: Sequence[str], revision: str | None = None)
     """
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
-    return next((pathlib.Path(file) for file in found if isinstance(file, str)), None)
+    files = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
+    return next((pathlib.Path(file) for file in files if isinstance(file, str)), None)
 
 
 def commit(file: pathlib.Path) -> str | None:

@@ -42,18 +42,18 @@ def read_archive(stream: BinaryIO, data: Content) -> Container:
         raise Unreadable(
             f"is a damaged or truncated zip file: {error}. If it was downloaded, do so again"
         ) from error
-    found = {entry.filename: entry for entry in entries}
-    if len(found) < len(entries):
+    by_name = {entry.filename: entry for entry in entries}
+    if len(by_name) < len(entries):
         raise Unreadable("is a zip file with several entries of one name")
-    tops = [name.removesuffix("data.pkl") for name in found if name.rpartition("/")[2] == "data.pkl"]
+    tops = [name.removesuffix("data.pkl") for name in by_name if name.rpartition("/")[2] == "data.pkl"]
     if len(tops) != 1:
         if tops:
             raise Unreadable(f"is a zip, but not of torch.save: it holds {len(tops)} checkpoints")
-        raise Unreadable(f"{foreign.of_zip(list(found))}. Supported: {foreign.SUPPORTED}")
-    parts = _Parts(tops[0], found, data)
+        raise Unreadable(f"{foreign.of_zip(list(by_name))}. Supported: {foreign.SUPPORTED}")
+    parts = _Parts(tops[0], by_name, data)
     if (order := parts.place("byteorder")) is not None and bytes(order.read()) != b"little":
         raise Unreadable("was written on a big-endian machine, which is not supported")
-    script = f"{parts.top}constants.pkl" in found
+    script = f"{parts.top}constants.pkl" in by_name
     value = unpickle(Stream(parts["data.pkl"].read()), parts.storage, None if script else nested_storage)
     if not script:
         return Container("torch", value, len(data))
@@ -79,29 +79,29 @@ def _of_code(stream: BinaryIO, top: str) -> tuple[dict[str, frozenset[str]], set
     In the pickle, other tensors such as an attention mask are stored beside them. The code is only searched
     as text.
     """
-    found: dict[str, frozenset[str]] = {}
+    classes: dict[str, frozenset[str]] = {}
     activations: set[bool] = set()
-    left = _MOST_CODE
+    budget = _MOST_CODE
     try:
         with zipfile.ZipFile(stream) as archive:
             for entry in archive.infolist():
                 if not entry.filename.startswith(top) or not entry.filename.endswith(".py"):
                     continue
                 with archive.open(entry) as packed:  # compressed: a limited amount is decompressed
-                    text = packed.read(left + 1)
-                left -= len(text)
-                if left < 0:
+                    text = packed.read(budget + 1)
+                budget -= len(text)
+                if budget < 0:
                     raise Unreadable(f"has more than {_MOST_CODE >> 20} MiB of code, which no model needs")
                 module = entry.filename[len(top) : -len(".py")].replace("/", ".")
                 code = text.decode("utf-8", "replace")
                 activations |= activation.of_code(code)
                 for name, *lists in _CLASS.findall(code):
-                    found[f"{module}.{name}"] = frozenset(_QUOTED.findall(" ".join(lists)))
+                    classes[f"{module}.{name}"] = frozenset(_QUOTED.findall(" ".join(lists)))
     except Unreadable:
         raise
     except Exception as error:  # as in read_archive
         raise Unreadable(f"is a damaged or truncated zip file: {error}") from error
-    return found, activations
+    return classes, activations
 
 
 class _Parts:

@@ -157,9 +157,9 @@ def check(model_cfg: Mapping[str, Any], where: str) -> None:
             allowed = table[key]
             most = _MOST.get(key, math.inf)
             if value is not None and not (allowed(value) and _largest(value) <= most):
-                wanted = _WORDS.get(allowed, "an object of such entries")
-                wanted += f" up to {most}" if key in _MOST else ""
-                raise ValueError(f"{where} {name}.{key} must be {wanted}; got {_brief(value)}")
+                expected = _WORDS.get(allowed, "an object of such entries")
+                expected += f" up to {most}" if key in _MOST else ""
+                raise ValueError(f"{where} {name}.{key} must be {expected}; got {_brief(value)}")
 
 
 def _largest(value: Any) -> float:

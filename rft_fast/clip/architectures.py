@@ -241,14 +241,14 @@ def pin(arch: str, network: bool) -> str:
     file = _from_hub(arch) if network else in_cache(name, [_CONFIG], revision)
     if file is None:
         return ""
-    found = commit(file)
-    return f"{HUB}{name}@{found}" if found else arch
+    pinned = commit(file)
+    return f"{HUB}{name}@{pinned}" if pinned else arch
 
 
 def _repository(arch: str) -> tuple[str, str | None]:
-    if (found := repository(arch)) is None:
+    if (parts := repository(arch)) is None:
         raise ValueError(f"arch: {arch!r} must be hf-hub:org/name or hf-hub:org/name@revision")
-    return found
+    return parts
 
 
 def _from_hub(arch: str) -> pathlib.Path:
@@ -272,11 +272,11 @@ def _of_tags(name: str, pretrained: str | None) -> dict[str, Any]:
                 f"preprocess: {name} has no pretrained tag {pretrained!r}; it has {some(near) or 'none'}"
             )
         tags = [pretrained]
-    found = []
+    configs = []
     for tag in tags:
         tag_cfg = open_clip.get_pretrained_cfg(name, tag)
-        found.append({key: tag_cfg[key] for key in _PREPROCESS_KEYS if key in tag_cfg})
-    return found[0] if found and all(cfg == found[0] for cfg in found) else {}
+        configs.append({key: tag_cfg[key] for key in _PREPROCESS_KEYS if key in tag_cfg})
+    return configs[0] if configs and all(cfg == configs[0] for cfg in configs) else {}
 
 
 def _make(

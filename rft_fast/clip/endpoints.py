@@ -261,19 +261,19 @@ class Ends:
                 :data:`rft_fast.checkpoints.lineage.UNRELATED`.
         """
         tower = self._towers(finetuned, FINETUNED)[0]
-        found = checkpoints.kinship(self._tower, tower, is_visual)
-        why = found.identical()
-        if why is not None and (self._both or self.setup.head == "interpolate"):
+        kinship = checkpoints.kinship(self._tower, tower, is_visual)
+        problem = kinship.identical()
+        if problem is not None and (self._both or self.setup.head == "interpolate"):
             a, b = self.pair(finetuned)
             if not checkpoints.kinship(a, b, lambda name: not is_visual(name)).same:
-                why = None
+                problem = None
         known = not (self._stand_ins and self._scaled)  # whether the zero-shot head is not a stand-in
-        if why is None and self.setup.head == "interpolate" and HEAD_WEIGHT in finetuned and known:
-            why = checkpoints.moved_rows(self.zeroshot, finetuned)
-        if why is None and not unrelated:
-            why = found.unrelated()
-        if why is not None:
-            raise ValueError(f"{FINETUNED}: it has {why}")
+        if problem is None and self.setup.head == "interpolate" and HEAD_WEIGHT in finetuned and known:
+            problem = checkpoints.moved_rows(self.zeroshot, finetuned)
+        if problem is None and not unrelated:
+            problem = kinship.unrelated()
+        if problem is not None:
+            raise ValueError(f"{FINETUNED}: it has {problem}")
 
     # --- towers ---------------------------------------------------------------------------------------
 

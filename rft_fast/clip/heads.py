@@ -198,10 +198,10 @@ def _encode(
 
 def _stand_in(weights: Mapping[str, Tensor], classes: int, features: int) -> Tensor:
     """Return random rows of length 1, float32 [classes, features]; the seed is a hash of the text tower."""
-    found = hashlib.blake2b(digest_size=7)
+    digest = hashlib.blake2b(digest_size=7)
     for _, tensor in sorted(weights.items()):
-        found.update(tensor.float().cpu().contiguous().numpy().data.cast("B"))
-    generator = torch.Generator().manual_seed(int.from_bytes(found.digest(), "big"))
+        digest.update(tensor.float().cpu().contiguous().numpy().data.cast("B"))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))
     return nn.functional.normalize(torch.randn(classes, features, generator=generator))
 
 

@@ -74,13 +74,13 @@ def check_evidence(
             continue
         other = label.removesuffix(_QUICK) if label.endswith(_QUICK) else label + _QUICK
         if _known(other):
-            cure = f"name --arch {other} instead"
+            remedy = f"name --arch {other} instead"
         else:
-            cure = f'set "quick_gelu": {json.dumps(known.quick)} in its model_cfg'
+            remedy = f'set "quick_gelu": {json.dumps(known.quick)} in its model_cfg'
             if not pathlib.Path(label).is_file():
-                cure = f"write its configuration to a JSON file, {cure}, and name that file (--arch)"
+                remedy = f"write its configuration to a JSON file, {remedy}, and name that file (--arch)"
         raise ValueError(
-            f"arch: the {tower} tower was trained with {known}, but {label} computes {NAMES[quick]}; {cure}"
+            f"arch: the {tower} tower was trained with {known}, but {label} computes {NAMES[quick]}; {remedy}"
         )
 
 
@@ -155,20 +155,20 @@ def compare(
         known = fits and str(arch) not in fits
         advice = f"They fit {' or '.join(fits[:4])}" if known else "Name their own arch"
         if _differ_in_number(state.get(POSITIONS), shapes.get(POSITIONS)):
-            here, wanted = len(state[POSITIONS]) - 1, shapes[POSITIONS][0] - 1
+            here, expected = len(state[POSITIONS]) - 1, shapes[POSITIONS][0] - 1
             advice += (
-                f". The positions are those of another image size ({here} cells instead of {wanted}): "
+                f". The positions are those of another image size ({here} cells instead of {expected}): "
                 f"--resize-positions resamples them to that of {arch}, at either end (in Python: "
                 "Setup(resize_positions=True), or open_clip.model.resize_pos_embed beforehand)"
             )
         raise ValueError(f"arch: the weights are not those of {arch}: {found}. {advice}")
 
 
-def _differ_in_number(table: Tensor | None, wanted: torch.Size | None) -> bool:
+def _differ_in_number(table: Tensor | None, expected: torch.Size | None) -> bool:
     """Return whether two tables of positions have different lengths and the same width."""
-    if table is None or wanted is None or not table.ndim == len(wanted) == 2:
+    if table is None or expected is None or not table.ndim == len(expected) == 2:
         return False
-    return table.shape[1] == wanted[1] and table.shape[0] != wanted[0]
+    return table.shape[1] == expected[1] and table.shape[0] != expected[0]
 
 
 def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:

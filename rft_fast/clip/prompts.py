@@ -123,9 +123,9 @@ def templates(source: str) -> tuple[str, ...]:
     """
     if source in TEMPLATES:
         return TEMPLATES[source]
-    found = _read("templates", source, tuple(TEMPLATES))
+    texts = _read("templates", source, tuple(TEMPLATES))
     try:
-        return Prompts(("any",), found).templates
+        return Prompts(("any",), texts).templates
     except ValueError as error:
         raise ValueError(f"templates: {source}: {error}") from None
 

@@ -81,17 +81,17 @@ def _of_hugging_face(
             )
         except Exception as error:  # of the network, the hub or transformers, which may be missing
             problem = error
-    said = (
+    failure = (
         f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: "
         f"{first_line(problem)}."
     )
     other = "or give a head that was made elsewhere (--zeroshot-head FILE)"
     if local:
-        raise ValueError(f"{said} Install transformers, {other}") from problem
+        raise ValueError(f"{failure} Install transformers, {other}") from problem
     if network:
         remedy = "Install transformers and download it once while online"
-        raise ValueError(f"{said} {remedy}, {other}") from problem
+        raise ValueError(f"{failure} {remedy}, {other}") from problem
     raise NotHere(
-        f"{said} Nothing downloads it unless you say so: install transformers, then hf download {name}, or "
-        f"--fetch, {other}"
+        f"{failure} Nothing downloads it unless you say so: install transformers, then hf download {name}, "
+        f"or --fetch, {other}"
     ) from problem

@@ -45,15 +45,15 @@ def check_targets(
     alone = {*in_place}
     for file in (*files, *alone, *(inside := {*folders})):
         with suppress(FileNotFoundError, NotADirectoryError):
-            found = os.lstat(file)
-            if (found_kind := kind(found)) and not (file in inside and stat.S_ISDIR(found.st_mode)):
-                where = f" to {os.readlink(file)}" if stat.S_ISLNK(found.st_mode) else ""
-                wanted = "a directory" if file in inside else "a file"
+            status = os.lstat(file)
+            if (actual := kind(status)) and not (file in inside and stat.S_ISDIR(status.st_mode)):
+                where = f" to {os.readlink(file)}" if stat.S_ISLNK(status.st_mode) else ""
+                expected = "a directory" if file in inside else "a file"
                 raise ValueError(
-                    f"{file} is {found_kind}{where}; expected {wanted} or nothing, as rft_fast writes there. "
+                    f"{file} is {actual}{where}; expected {expected} or nothing, as rft_fast writes there. "
                     "Is the directory from somebody else? Remove it, or choose another directory"
                 )
-            if file in alone and found.st_nlink > 1:
+            if file in alone and status.st_nlink > 1:
                 raise ValueError(
                     f"{file} is a hard link, so that writing to it would change the same file under another "
                     "name; copy it (cp FILE COPY, mv COPY FILE), or choose another directory"
@@ -79,12 +79,12 @@ def open_plain(file: pathlib.Path, flags: int) -> int:
         if error.errno == errno.ELOOP and file.is_symlink():
             raise OSError(errno.ELOOP, "a symbolic link, which is not followed", str(file)) from None
         raise
-    found = os.fstat(handle)
-    if (other := kind(found)) and not stat.S_ISCHR(
-        found.st_mode
+    status = os.fstat(handle)
+    if (actual := kind(status)) and not stat.S_ISCHR(
+        status.st_mode
     ):  # such as /dev/null, which only root can create
         os.close(handle)
-        raise OSError(errno.EINVAL, f"{other}, expected a file", str(file))
+        raise OSError(errno.EINVAL, f"{actual}, expected a file", str(file))
     return handle
 
 

@@ -284,8 +284,8 @@ class Inputs:
                 continue
             if known is None:  # never hashed, so its previous content is unknown
                 raise _changed(path, before, now)
-            now, found = _hashed(path)
-            if found != known:
+            now, digest = _hashed(path)
+            if digest != known:
                 raise _changed(path, before, now)
             self._known[path] = (now, known)
 
@@ -293,11 +293,11 @@ class Inputs:
 def _hashed(path: pathlib.Path) -> tuple[Stamp, str]:
     """Hash a file that must not change meanwhile, and return its stamp as well."""
     before = Stamp.again(path)
-    found = sha256(path)
+    digest = sha256(path)
     after = Stamp.again(path)
     if before.identity != after.identity:
         raise _changed(path, before, after)
-    return before, found
+    return before, digest
 
 
 def sha256(path: str | PathLike[str]) -> str:
@@ -326,5 +326,5 @@ def _changed(path: pathlib.Path, before: Stamp, now: Stamp) -> Changed:
 
 
 def _refuse(status: os.stat_result, path: str | PathLike[str]) -> None:
-    if other := kind(status):
-        raise ValueError(f"{path} is {other}, expected a regular file")
+    if actual := kind(status):
+        raise ValueError(f"{path} is {actual}, expected a regular file")

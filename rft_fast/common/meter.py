@@ -144,13 +144,13 @@ def _conv_backward(
     transposed: bool,
     output_padding: object,
     groups: int,
-    wanted: tuple[bool, bool, bool],
+    output_mask: tuple[bool, bool, bool],
     *,
     out_val: object = None,
 ) -> int:
     # The gradient of the input and that of the weight each take the multiply-adds of the forward pass.
     forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)
-    return forward * (wanted[0] + wanted[1])
+    return forward * (output_mask[0] + output_mask[1])
 
 
 _TORCHS: Any = flop_counter  # untyped in some versions

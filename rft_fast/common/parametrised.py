@@ -58,16 +58,16 @@ def factors(names: Iterable[str]) -> dict[str, list[str]]:
         Problem and remedy -> the names that show it; empty if all are weights.
     """
     known = dict.fromkeys(names)
-    found: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     for name in known:
         parts = name.split(".")
         for what, pattern in _COMPONENTS:
             if any(map(pattern.fullmatch, parts)):
-                found.setdefault(what, []).append(name)
+                problems.setdefault(what, []).append(name)
                 break
     for what, (first, second) in _PAIRS:
         for name in known:
             stem = name.removesuffix(first)
             if stem != name and _WEIGHT.fullmatch(stem) and stem + second in known:
-                found.setdefault(what, []).extend((name, stem + second))
-    return found
+                problems.setdefault(what, []).extend((name, stem + second))
+    return problems

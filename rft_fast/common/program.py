@@ -48,11 +48,11 @@ def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentPar
     """
     from rft_fast import __version__
 
-    found = _Parser(prog=called(name), allow_abbrev=False, **more)
+    result = _Parser(prog=called(name), allow_abbrev=False, **more)
     if version:
         text = f"rft_fast {__version__}"
-        found.add_argument("--version", action="version", version=text, help="show it and exit")
-    return found
+        result.add_argument("--version", action="version", version=text, help="show it and exit")
+    return result
 
 
 def called(name: str) -> str:
@@ -166,11 +166,11 @@ class _Guarded(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        while left and self.error is None:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest and self.error is None:
             try:
-                left = left[os.write(self._descriptor, left) :]
+                rest = rest[os.write(self._descriptor, rest) :]
             except OSError as error:
                 self.error = error
         return size

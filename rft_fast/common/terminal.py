@@ -38,8 +38,8 @@ class Escaping:
 
     def write(self, text: str) -> int:
         """Write a text; returns the number of characters written."""
-        if not _MOVES.fullmatch(text) and (found := _LINE.fullmatch(text)):
-            text = found[1] + visible(found[2], lines=True) + found[3]
+        if not _MOVES.fullmatch(text) and (match := _LINE.fullmatch(text)):
+            text = match[1] + visible(match[2], lines=True) + match[3]
         return self._stream.write(text)
 
     def writelines(self, texts: Any) -> None:
