@@ -1,17 +1,17 @@
-"""One table of rows on disk: the directory that a run leaves behind.
+"""The directory of a run, which holds its rows on disk.
 
 ===================  ===============================================================
-``rows.sqlite``      every measurement with its rows, committed as it was made; what the run is
+``rows.sqlite``      every measurement with its rows, committed as soon as it is made; the run's configuration
 ``rows.csv``         the same rows, written when the run ends or is interrupted
-``correlation.csv``  the table of that study, which is made of the rows
-``cost.csv``         what each study took: time, peak memory in bytes
-``config.json``      the complete request: arguments, versions, content hashes, date
-``run.log``          what happened when, a line each
+``correlation.csv``  the table of that study, computed from the rows
+``cost.csv``         time and peak memory (bytes) of each study
+``config.json``      the configuration: arguments, versions, content hashes, date
+``run.log``          events, one per line
 ``figures/``         one picture per study, ``<study>.png``
-``report.html``      the page that :mod:`rft_fast.report` makes of all this
+``report.html``      the page that :mod:`rft_fast.report` makes of these
 ===================  ===============================================================
 
-``python -m rft_fast.results DIR`` says what is there, and exports it. docs/results.md
+``python -m rft_fast.results DIR`` describes and exports a run. See docs/results.md.
 """
 
 from typing import TYPE_CHECKING

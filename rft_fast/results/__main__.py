@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @program.command("results")
 def main(argv: Sequence[str]) -> int:
-    """Runs a command line. Exits with 2 for what is refused; nothing is written then."""
+    """Run a command line.
+
+    Args:
+        argv: Arguments without the program's name; left out: those of the process.
+
+    Returns:
+        0. Refused arguments exit with 2, before anything is written.
+    """
     options = program.parser("results", description=__doc__)
     options.add_argument(
         "directory", metavar="DIR", type=pathlib.Path, help="of a run, also of one that goes on"
@@ -60,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
-    """What a run is, and how many rows it has of each study and model."""
+    """Describe a run: its command, and how many rows it has of each study and model."""
     config = results.recorded(directory) or {}
     lines = [
         f"{config.get('command', 'an unknown command')}",

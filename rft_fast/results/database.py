@@ -1,4 +1,4 @@
-"""Connections to a run's database: how it is opened, read while it is written, and committed to disk."""
+"""Connections to a run's database: opened safely, read while others write, committed to disk."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from ..common import disk, files
 
 FILE = "rows.sqlite"
-LOCK = ".lock"  # beside it, held by the process that writes
-LOG, JOURNAL = "-wal", "-journal"  # beside the database: what is not in it yet, or not for good
+LOCK = ".lock"  # beside it, locked by the process that writes
+LOG, JOURNAL = "-wal", "-journal"  # beside the database: changes not in it yet, or not final
 BESIDE = (LOG, JOURNAL, "-shm")
 
-# Kinds of file systems that begin so are shared between machines, or may be.
+# Types of file systems that are, or may be, shared between machines begin with these.
 _NETWORK = (
     *("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "fuse.", "glusterfs", "afs"),
     *("orangefs", "panfs", "wekafs", "virtiofs", "vboxsf"),
 )
-_LIMIT_LENGTH = 0  # SQLite's number of it
+_LIMIT_LENGTH = 0  # SQLITE_LIMIT_LENGTH
 
 
 def connect(file: pathlib.Path, how: str = "mode=rw", bounded: bool = False) -> sqlite3.Connection:
-    """Opens a database that is there, which may come from somebody else.
+    """Open an existing database, which may come from a stranger.
 
-    bounded: to read it. Values larger than the file, and work that a file of its size cannot need, are
-        errors: pages in a circle have no end.
+    Args:
+        file: The database.
+        how: Query of SQLite's file URI.
+        bounded: For reading: refuse values larger than the file, and more work than a file of its size can
+            need (pages that form a circle have no end).
 
-    Raises ValueError where it, or what SQLite keeps beside it, is no plain file.
+    Raises:
+        ValueError: The database, or a file that SQLite keeps beside it, is not a plain file.
     """
     _refuse_others(file)
     address = f"{file.absolute().as_uri()}?{how}"
@@ -45,7 +49,7 @@ def connect(file: pathlib.Path, how: str = "mode=rw", bounded: bool = False) -> 
             size = sum(path.stat().st_size for path in (file, beside(file, LOG)) if path.exists())
             if (limit := getattr(database, "setlimit", None)) is not None:  # from Python 3.11 on
                 limit(_LIMIT_LENGTH, min(max(size, 1 << 20), 1_000_000_000))
-            # Of an honest file a byte takes some two of SQLite's steps.
+            # An intact file takes some two of SQLite's steps per byte.
             steps = iter(range(20 + size // 50_000))
             database.set_progress_handler(lambda: next(steps, None) is None, 1_000_000)
     except BaseException:
@@ -62,10 +66,10 @@ def _refuse_others(file: pathlib.Path) -> None:
 
 @contextmanager
 def reading(file: pathlib.Path) -> Iterator[sqlite3.Connection]:
-    """Opens a database to read it as it is at this moment, also while somebody writes, and where nobody may.
+    """Open a database as it is at this moment, also while another process writes, or without write access.
 
-    Nothing is written there, neither to the database nor beside it: what a killed process left is put right
-    in a copy. (Of a database that a process writes, readers share SQLite's index of the log.)
+    Nothing is written, neither to the database nor beside it: what a killed process left behind is recovered
+    in a copy. (While a process writes, readers share SQLite's index of the log.)
     """
     with ExitStack() as stack:
         database = None
@@ -84,7 +88,7 @@ def reading(file: pathlib.Path) -> Iterator[sqlite3.Connection]:
 
 
 def _is_left(file: pathlib.Path) -> bool:
-    """Whether a process that is gone left logs beside a database."""
+    """Whether a process that ended left logs beside a database."""
     if not any(beside(file, end).exists() for end in (LOG, JOURNAL)) or has_stray_log(file):
         return False
     with suppress(FileNotFoundError):
@@ -92,7 +96,7 @@ def _is_left(file: pathlib.Path) -> bool:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return False  # somebody writes, or may do so
+            return False  # a process writes, or may
         finally:
             os.close(handle)
     return True
@@ -110,7 +114,7 @@ def _snapshot(file: pathlib.Path, how: str) -> sqlite3.Connection:
 
 
 def copy(file: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
-    """Copies a database with what is not in the file yet; returns the target."""
+    """Copy a database and what its logs hold; return the target."""
     shutil.copyfile(file, target)
     for end in (JOURNAL,) if has_stray_log(file) else (JOURNAL, LOG):
         with suppress(FileNotFoundError):
@@ -124,9 +128,9 @@ def beside(file: pathlib.Path, end: str) -> pathlib.Path:
 
 
 def has_stray_log(file: pathlib.Path) -> bool:
-    """Whether the write-ahead log beside a database belongs to another, which the file was moved over.
+    """Whether the write-ahead log beside a database belongs to one that this file has replaced.
 
-    SQLite would write it into this one. A database says itself whether it has a log.
+    SQLite would write that log into this database. A database's header tells whether it has a log.
     """
     log = beside(file, LOG)
     if not log.exists():
@@ -137,11 +141,10 @@ def has_stray_log(file: pathlib.Path) -> bool:
 
 
 def start_writing(database: sqlite3.Connection, file: pathlib.Path) -> None:
-    """From here on, what is said to be written is on the disk.
+    """From now on, a commit returns when it is on disk.
 
-    By a write-ahead log, which waits for the disk once for each commit rather than four times and lets others
-    read meanwhile; but on network file systems, which have no memory that machines share, by a rollback
-    journal.
+    With a write-ahead log, which syncs once per commit rather than four times and lets others read meanwhile;
+    on network file systems, where machines share no memory, with a rollback journal.
     """
     mode = "DELETE" if on_network(file) else "WAL"
     (mode,) = database.execute(f"PRAGMA journal_mode = {mode}").fetchone()
@@ -149,19 +152,19 @@ def start_writing(database: sqlite3.Connection, file: pathlib.Path) -> None:
 
 
 def stop_writing(database: sqlite3.Connection) -> None:
-    """All is in one file again, which can be copied, unless somebody reads just now."""
+    """Fold the log into the one file, which can then be copied, unless a reader prevents it."""
     with suppress(sqlite3.OperationalError):
         database.execute("PRAGMA journal_mode = DELETE")
 
 
 def on_network(file: pathlib.Path, mounts: pathlib.Path = pathlib.Path("/proc/self/mounts")) -> bool:
-    """Whether a file lies on a file system that other machines share; where the system does not tell: no."""
+    """Whether a file lies on a file system shared between machines; False where that is unknown."""
     try:
         lines = [line.split() for line in mounts.read_text(errors="replace").splitlines()]
     except OSError:
         return False
     place = file.absolute().resolve()
-    # A later mount hides an earlier one. Spaces in names are written as \040.
+    # A later mount hides an earlier one. Spaces in names are escaped as \040.
     kinds = {pathlib.Path(re.sub(r"\\(\d{3})", _character, where)): kind for _, where, kind, *_ in lines}
     held = max((where for where in kinds if where in place.parents), key=lambda p: len(p.parts), default=None)
     return held is not None and kinds[held].startswith(_NETWORK)
@@ -173,7 +176,7 @@ def _character(octal: re.Match[str]) -> str:
 
 @contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All of it, or nothing."""
+    """Commit on exit, or roll back on an exception."""
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -185,12 +188,12 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 
 def is_empty(database: sqlite3.Connection) -> bool:
-    """Whether there is nothing in a database. A kill while it was made leaves one like that."""
+    """Whether a database holds nothing, as after a kill while it was created."""
     return database.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
 
 
 def check_pages(database: sqlite3.Connection) -> None:
-    """Raises sqlite3.DatabaseError where tables and their indices do not fit together."""
+    """Raise sqlite3.DatabaseError where tables and their indices are inconsistent."""
     (answer,) = database.execute("PRAGMA integrity_check(1)").fetchone()
     if answer != "ok":
         raise sqlite3.DatabaseError(str(answer).removeprefix("*** in database main ***\n"))

@@ -1,4 +1,4 @@
-"""The names in a run's directory, and which directories a run may write into."""
+"""The files of a run's directory, and which directories a run may write to."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from .loading import is_begun, opened, order, recorded, refuse_stranger
 from .lock import refuse_in_use
 
 TABLE, CONFIG, FIGURES, LOG = "rows.csv", "config.json", "figures", "run.log"
-REPORTS = ("report.html", "comparison.html")  # as rft_fast.report names them, made of the rows
-# Entries of a configuration that the numbers do not depend on.
-DERIVED = ("scored among",)  # from others, and not there in runs of earlier versions
+REPORTS = ("report.html", "comparison.html")  # names of rft_fast.report, made from the rows
+# Entries of a configuration that rows do not depend on.
+DERIVED = ("scored among",)  # computed from other entries; runs of earlier versions lack it
 ASIDE = {("command",), ("date",), ("platform",), ("threads",), ("versions", "python")}
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two configurations differ in what rows depend on, in words.
+    """Describe how two configurations differ in what rows depend on.
 
-    Everything counts but command, date, platform, number of threads, version of Python, and where files lie:
-    any entry called ``path``, as their hashes count. A model or a data set may have any of these names.
+    Ignored are command, date, platform, number of threads, version of Python, and every entry called
+    ``path``, as content hashes count instead. A model or a data set may have any of these names.
+
+    Args:
+        there: The configuration of a run.
+        now: The configuration to compare it with.
+
+    Returns:
+        One phrase per difference; empty where rows would be the same.
     """
 
     def aside(names: tuple[str, ...]) -> bool:
@@ -38,19 +45,22 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check(
     directory: str | os.PathLike[str], overwrite: bool = False, config: Mapping[str, Any] | None = None
 ) -> None:
-    """Refuses a directory that a run must not or cannot write into; changes nothing.
+    """Refuse a directory that a run must not or cannot write to; change nothing.
 
-    A run that is there can be gone on with, where the configuration does not differ.
+    An existing run may be resumed if its configuration does not differ.
 
     Args:
-        overwrite: it shall be replaced instead.
-        config: the configuration, as far as it is known; None: not yet.
+        directory: Directory of a run; need not exist.
+        overwrite: Check that an existing run may be replaced instead.
+        config: The configuration, as far as it is known; None: do not compare.
 
     Raises:
-        ValueError: it is no directory, holds files under our names that are not ours (links and FIFOs among
-            them), is in use by another process, or holds a run of another configuration (with the
-            differences), of a newer version, or damaged.
-        PermissionError: it cannot be written to.
+        InUse: Another process writes to it.
+        Mismatch: It holds a run with other settings; the message lists the differences.
+        Damaged: It holds a run that cannot be read.
+        ValueError: It is not a directory, contains files under a run's names that are not of a run (or links,
+            or FIFOs), or holds a run of a newer version.
+        PermissionError: It cannot be written to.
     """
     directory = pathlib.Path(directory)
     if not directory.exists():
@@ -67,7 +77,7 @@ def check(
     refuse_links(directory, config or {})
     refuse_in_use(directory)
     if not is_begun(directory):
-        # A kill while a run begins, or replaces one, leaves an empty database, and that folder.
+        # A kill while a run begins, or replaces another, leaves an empty database and that folder.
         ours = [directory / FIGURES] if (directory / database.FILE).exists() else []
         written = dict.fromkeys([*replaced(directory, config or {}), directory / FIGURES, directory / LOG])
         if names := [f.relative_to(directory) for f in written if f not in ours and f.exists()]:
@@ -96,14 +106,14 @@ def table_file(directory: pathlib.Path, study: str) -> pathlib.Path:
 
 
 def replaced(directory: pathlib.Path, config: Mapping[str, Any]) -> list[pathlib.Path]:
-    """The files of a run of this configuration that new ones replace."""
+    """The files that a run of this configuration writes anew."""
     names = dict.fromkeys([*STUDIES, *order(config)[1], "cost"])
     named = [make(directory, name) for name in names for make in (figure_file, table_file)]
     return [*named, directory / TABLE, directory / CONFIG]
 
 
 def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Refuses a directory in which a name that a run writes is a link, or no plain file."""
+    """Refuse a directory in which a name that a run writes is a link, or not a plain file."""
     base = directory / database.FILE
     in_place = [base, *(database.beside(base, end) for end in database.BESIDE)]
     in_place += [directory / database.LOCK, directory / LOG]
@@ -121,6 +131,6 @@ def mismatch(directory: pathlib.Path, unlike: Sequence[str]) -> Mismatch:
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The configuration as JSON gives it back."""
     found: dict[str, Any] = json.loads(json.dumps(config))
     return found

@@ -1,15 +1,15 @@
-"""Errors that programs distinguish; each is a ValueError."""
+"""Errors that programs distinguish. Each is a ValueError."""
 
 from __future__ import annotations
 
 
 class Damaged(ValueError):
-    """A run's database that cannot be read."""
+    """The database of a run cannot be read."""
 
 
 class InUse(ValueError):
-    """A directory that another process is writing to."""
+    """Another process writes to the directory."""
 
 
 class Mismatch(ValueError):
-    """A directory that holds a run with other settings."""
+    """The directory holds a run with other settings."""

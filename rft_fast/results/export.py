@@ -15,20 +15,34 @@ from .loading import batches, frame, stored
 
 
 def write_csv(directory: str | os.PathLike[str], file: pathlib.Path) -> None:
-    """Writes the rows that :func:`load` reads as ``rows.csv`` has them. Raises as that does."""
+    """Write the rows of a run as CSV, as in ``rows.csv``.
+
+    Args:
+        directory: Directory of a run.
+        file: Replaced at once, when all rows are written.
+
+    Raises:
+        As :func:`rft_fast.results.load`.
+    """
     with disk.replacing(file) as temporary:
         write_rows(temporary, stored(pathlib.Path(directory)))
 
 
 def write_parquet(directory: str | os.PathLike[str], file: pathlib.Path) -> None:
-    """Writes the rows that :func:`load` reads as Parquet, with their types; a measured NaN stays one.
+    """Write the rows of a run as Parquet, with their types; a measured NaN stays NaN.
 
-    Raises ModuleNotFoundError without pyarrow, else as :func:`load` does.
+    Args:
+        directory: Directory of a run.
+        file: Replaced at once, when all rows are written.
+
+    Raises:
+        ModuleNotFoundError: pyarrow is not installed.
+        As :func:`rft_fast.results.load`.
     """
-    import pyarrow  # only some have it
+    import pyarrow  # optional
     import pyarrow.parquet
 
-    # pandas would write NaN as missing: it takes only the types from there.
+    # Only the types come from pandas, which would write NaN as missing.
     schema = pyarrow.Schema.from_pandas(frame(()), preserve_index=False)
     with disk.replacing(file) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
         for some in batches(stored(pathlib.Path(directory)), 50_000):
@@ -37,7 +51,7 @@ def write_parquet(directory: str | os.PathLike[str], file: pathlib.Path) -> None
 
 
 def write_rows(file: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Stored rows as CSV: a missing value is empty, a NaN is ``nan``. No text is a formula."""
+    """Write stored rows as CSV: missing values are empty, NaN is ``nan``, and no text is a formula."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(COLUMNS)

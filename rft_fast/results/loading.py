@@ -1,4 +1,4 @@
-"""A run's directory, read: also while it is written to, or after an interruption."""
+"""Reading a run's directory, also while it is written or after an interruption."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from ..studies.rows import COLUMNS
 from . import database, records, schema
 from .errors import Damaged
 
-# What SQLite says where not the file is to blame, but the place where it lies, or who has it open.
+# In SQLite's messages these blame not the file, but its folder, or a process that has it open.
 _PLACE = ("unable to open", "locked", "readonly", "disk I/O", "is full", "permission", "locking protocol")
 
 
 def recorded(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The configuration of the run in a directory; None where there is none.
+    """Return the configuration of the run in a directory; None where there is none.
 
-    Raises ValueError for a run of a newer version, and for one that is damaged.
+    Args:
+        directory: Directory of a run.
+
+    Returns:
+        The configuration, as ``config.json`` holds it.
+
+    Raises:
+        Damaged: The database cannot be read.
+        ValueError: The run is of a newer version, or the database of another program.
     """
     directory = pathlib.Path(directory)
     if not is_begun(directory):
@@ -37,15 +45,20 @@ def recorded(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
-    """The rows of a run, also of one that is still running or was interrupted.
+    """Return the rows of a run, also of one that is running or was interrupted.
+
+    Args:
+        directory: Directory of a run.
 
     Returns:
-        The columns and types of :data:`COLUMNS`, by study, by model in the order of the request, and by the
-        place of each measurement in its study: whoever measured them when.
+        The columns and types of :data:`COLUMNS`, sorted by study, by model in the order of the request, and
+        by the
+        position of each measurement in its study.
 
     Raises:
-        FileNotFoundError: the directory holds no ``rows.sqlite``.
-        ValueError: that is not a run's database, of a newer version, or damaged.
+        FileNotFoundError: The directory holds no ``rows.sqlite``.
+        Damaged: The database cannot be read.
+        ValueError: The run is of a newer version, or the database of another program.
     """
     directory = pathlib.Path(directory)
     if not (directory / database.FILE).is_file():
@@ -54,7 +67,7 @@ def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
-    """The rows of the run in a directory, if there is one."""
+    """Yield the stored rows of the run in a directory, if there is one. Raises as :func:`load`."""
     try:
         if not is_begun(directory):
             return
@@ -68,7 +81,7 @@ def stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
 
 
 def frame(rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
-    """Stored rows, with the columns and types of :data:`COLUMNS`."""
+    """Return stored rows as a table with the columns and types of :data:`COLUMNS`."""
     columns: list[list[Any]] = [[] for _ in COLUMNS]
     for some in batches(rows):
         for column, values in zip(columns, zip(*some, strict=True), strict=True):
@@ -98,7 +111,7 @@ def order(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def explained(directory: pathlib.Path) -> Iterator[None]:
-    """What SQLite cannot read, as Damaged; what the disk refuses, as OSError."""
+    """Turn SQLite's errors into Damaged, and into OSError where the disk is to blame."""
     try:
         yield
     except sqlite3.Error as error:
@@ -116,7 +129,7 @@ def opened(directory: pathlib.Path) -> Iterator[sqlite3.Connection]:
 
 
 def is_begun(directory: pathlib.Path) -> bool:
-    """Whether there is a database with anything in it."""
+    """Whether a directory holds a database that is not empty."""
     file = directory / database.FILE
     if not file.is_file() or not file.stat().st_size:
         return False
@@ -125,7 +138,7 @@ def is_begun(directory: pathlib.Path) -> bool:
 
 
 def refuse_stranger(directory: pathlib.Path, base: sqlite3.Connection) -> None:
-    """Refuses a database that is not of a run; earlier versions kept rows alone."""
+    """Refuse a database that is not of a run. Runs of early versions had a table of rows alone."""
     if base.execute("PRAGMA application_id").fetchone()[0] == schema.APPLICATION:
         if base.execute("PRAGMA user_version").fetchone()[0] <= schema.FORMAT:  # else as that has it
             schema.check(base)

@@ -1,4 +1,4 @@
-"""One writer at a time: the lock of a run's directory."""
+"""The lock of a run's directory: one process writes at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from .errors import InUse
 
 
 def hold(directory: pathlib.Path) -> IO[str]:
-    """Holds the lock until it is closed, or the process ends, however it does."""
+    """Take the lock, until the stream is closed or the process ends, however it ends.
+
+    Raises:
+        InUse: Another process holds it.
+    """
     handle = disk.open_plain(directory / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     stream = os.fdopen(handle, "a+", encoding="utf-8")
     try:
@@ -26,7 +30,7 @@ def hold(directory: pathlib.Path) -> IO[str]:
         if error.errno == errno.EWOULDBLOCK:
             stream.close()
             raise InUse(_in_use(directory)) from None
-        # A file system without locks: SQLite's own, and one place for each measurement, have to do.
+        # On a file system without locks, SQLite's own and one place per measurement must suffice.
     stream.seek(0)
     stream.truncate()
     since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -36,12 +40,14 @@ def hold(directory: pathlib.Path) -> IO[str]:
 
 
 def release(stream: IO[str]) -> None:
+    """Give the lock back and empty its file."""
     with suppress(OSError):
         stream.truncate(0)
     stream.close()
 
 
 def refuse_in_use(directory: pathlib.Path) -> None:
+    """Raise InUse while another process holds the lock."""
     file = directory / LOCK
     if not file.is_file():
         return

@@ -1,4 +1,4 @@
-"""What a run's database holds: its configuration, measurements with their rows, and shared scores."""
+"""The contents of a run's database: configuration, measurements with their rows, and shared scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ INSERT_ROW = f"INSERT INTO rows VALUES (?{', ?' * len(COLUMNS)})"
 
 
 def config(database: sqlite3.Connection) -> dict[str, Any]:
-    """What the run is."""
+    """Return the configuration of the run.
+
+    Raises:
+        sqlite3.DatabaseError: It is missing, or not what was written.
+    """
     text, *more, kept = database.execute("SELECT config, begun, crc FROM run").fetchone() or (None, None)
     if not isinstance(text, str) or crc(text, *more) != kept:
         raise sqlite3.DatabaseError("what it says of the run is not what was written")
@@ -42,9 +46,17 @@ def config(database: sqlite3.Connection) -> dict[str, Any]:
 def add(
     database: sqlite3.Connection, study: str, model: str, number: int, rows: Sequence[Mapping[str, object]]
 ) -> None:
-    """One measurement, in a transaction that is on disk on return.
+    """Add one measurement in a transaction that is on disk on return.
 
-    Raises sqlite3.IntegrityError for one that is there.
+    Args:
+        database: Opened for writing.
+        study, model: What was measured.
+        number: The measurement's number in its study.
+        rows: Its rows: column -> value.
+
+    Raises:
+        ValueError: A name is not a column, or a value does not fit its column.
+        sqlite3.IntegrityError: The measurement exists.
     """
     stored = [tuple(_stored(name, value) for name, value in complete(row).items()) for row in rows]
     measured = (str(study), str(model), int(number), now())
@@ -63,7 +75,14 @@ def remove(
     numbers: Iterable[int],
     scores: Iterable[tuple[str, str, float]],
 ) -> None:
-    """Removes measurements of a study of a model, and scores by (of, data set, alpha): all, or none."""
+    """Remove measurements of a study of a model, and scores, in one transaction.
+
+    Args:
+        database: Opened for writing.
+        study, model: What was measured.
+        numbers: The measurements.
+        scores: (of, data set, alpha) of the scores.
+    """
     one = "(SELECT id FROM measurements WHERE study = ? AND model = ? AND number = ?)"
     with transaction(database):
         for number in numbers:
@@ -78,12 +97,17 @@ def remove(
 def rows(
     database: sqlite3.Connection, models: Sequence[str], studies: Sequence[str] = ()
 ) -> Iterator[tuple[Any, ...]]:
-    """All rows as they are stored, sorted by study, model and number.
+    """Yield all rows as stored, sorted by study, model and number.
 
-    Studies are in the paper's order, then in the given one; models in the given one. Those that are not named
-    come last, in order of appearance.
+    Args:
+        database: The database of a run.
+        models: The models in order.
+        studies: Studies that follow those of the paper, in order.
 
-    Raises sqlite3.DatabaseError for a measurement that is not what was written.
+    Studies and models that are not named come last, in order of appearance.
+
+    Raises:
+        sqlite3.DatabaseError: A measurement is not what was written.
     """
     places: dict[str, int] = {}
     for study in (*STUDIES, *studies):
@@ -109,7 +133,7 @@ def rows(
 
 
 def _check_kinds(row: tuple[Any, ...], known: set[tuple[type, ...]]) -> None:
-    """Raises sqlite3.DatabaseError for a row of other types than its columns. known: types that are right."""
+    """Raise sqlite3.DatabaseError for a row whose types do not fit its columns. known: types that fit."""
     if (types := tuple(map(type, row))) in known:
         return
     for (name, kind), value in zip(COLUMNS.items(), row, strict=True):
@@ -126,13 +150,13 @@ def _check_kinds(row: tuple[Any, ...], known: set[tuple[type, ...]]) -> None:
 
 
 def rows_of(database: sqlite3.Connection, identity: int) -> list[tuple[Any, ...]]:
-    """The rows of one measurement as they are stored, as they were added."""
+    """Return the rows of one measurement as stored, in the order in which they were added."""
     query = f"SELECT {NAMES} FROM rows WHERE measurement = ? ORDER BY rowid"
     return database.execute(query, (identity,)).fetchall()
 
 
 def values(row: Sequence[Any]) -> Row:
-    """A stored row as it was added."""
+    """Return a stored row as it was added: column -> value."""
     return {
         name: value if value is None else _PYTHON[kind](value)
         for (name, kind), value in zip(COLUMNS.items(), row, strict=True)
@@ -140,7 +164,14 @@ def values(row: Sequence[Any]) -> Row:
 
 
 def put_scores(database: sqlite3.Connection, of: str, key: tuple[str, float], scores: Scores) -> None:
-    """Keeps scores, in the place of earlier ones of that key."""
+    """Store scores under a key, replacing earlier ones.
+
+    Args:
+        database: Opened for writing.
+        of: What the scores are of.
+        key: Data set and alpha.
+        scores: Loss (float32) and correctness of each image.
+    """
     losses = scores.losses.numpy().astype("<f4", copy=False).tobytes()
     hits = scores.correct.numpy().astype(np.uint8).tobytes()
     with transaction(database):
@@ -150,7 +181,11 @@ def put_scores(database: sqlite3.Connection, of: str, key: tuple[str, float], sc
 
 
 def get_scores(database: sqlite3.Connection, of: str, key: tuple[str, float]) -> Scores | None:
-    """Scores as they were kept, bit for bit."""
+    """Return stored scores, bit for bit; None where there are none.
+
+    Raises:
+        sqlite3.DatabaseError: They are not what was written.
+    """
     query = 'SELECT losses, correct FROM scores WHERE "of" = ? AND dataset = ? AND alpha = ?'
     found = database.execute(query, (of, *key)).fetchone()
     if found is None:
@@ -162,8 +197,10 @@ def get_scores(database: sqlite3.Connection, of: str, key: tuple[str, float]) ->
 
 
 def verify(database: sqlite3.Connection) -> None:
-    """Raises sqlite3.DatabaseError where measurements or scores were damaged since they were written: SQLite
-    alone would not notice a changed number."""
+    """Raise sqlite3.DatabaseError where measurements or scores changed after they were written.
+
+    SQLite alone does not notice a changed number.
+    """
     check_pages(database)
     count = sum(1 for _ in rows(database, ()))
     if count != database.execute("SELECT count(*) FROM rows").fetchone()[0]:
@@ -174,7 +211,7 @@ def verify(database: sqlite3.Connection) -> None:
 
 
 def crc(*values: object) -> int:
-    """Of values as SQLite keeps them: numbers, text, bytes, None, and tuples of these."""
+    """CRC-32 of values as SQLite keeps them: numbers, text, bytes, None, and tuples of these."""
     found = 0
     for value in values:
         found = zlib.crc32(value if isinstance(value, bytes) else ascii(value).encode(), found)
@@ -182,12 +219,12 @@ def crc(*values: object) -> int:
 
 
 def _stored(name: str, value: object) -> object:
-    """A value as SQLite gives it back. It turns NaN into NULL, so NaN goes in as text; and -0.0 into 0.0."""
+    """Return a value as SQLite gives it back: NaN, which SQLite turns into NULL, as text, and -0.0 as 0.0."""
     if value is None:
         return None
     try:
         found: Any = _PYTHON[COLUMNS[name]](value)
-        # Nothing is rounded or cut: SQLite's integers have 64 bits.
+        # Refuse what would be rounded or cut: SQLite's integers have 64 bits.
         fits = not isinstance(found, int) or (found == value and -(2**63) <= found < 2**63)
     except (TypeError, ValueError, OverflowError):
         fits = False

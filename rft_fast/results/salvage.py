@@ -1,4 +1,4 @@
-"""What can still be read of a damaged database, in a new one beside it. The damaged file is left as it is."""
+"""Saving what can be read of a damaged database to a new one beside it. The damaged file is left as it is."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from .lock import refuse_in_use
 
 
 def recover(directory: str | os.PathLike[str]) -> str:
-    """Saves what can be read of a damaged ``rows.sqlite`` to ``rows.recovered.sqlite``, or a name like it.
+    """Save what can be read of a damaged ``rows.sqlite`` to ``rows.recovered.sqlite``, or a similar new name.
 
-    Returns what was saved, in words. The damaged file is left as it is.
+    Args:
+        directory: Directory of a run. The damaged file in it is left as it is.
+
+    Returns:
+        A sentence that says what was saved and where.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a process is writing to it.
-        OSError: the disk refuses the new one.
+        FileNotFoundError: There is no ``rows.sqlite``.
+        InUse: A process writes to it.
+        OSError: The disk refuses the new file.
     """
     file = pathlib.Path(directory) / database.FILE
     if not file.is_file():
@@ -35,9 +39,9 @@ def recover(directory: str | os.PathLike[str]) -> str:
 
 
 def _save(file: pathlib.Path) -> str:
-    """Saves what can be read of a run's database, and says what and where.
+    """Save the whole measurements of a database and describe the result.
 
-    Whole measurements only. Works on a copy, so that not even SQLite touches the damaged file.
+    Works on a copy, so that not even SQLite touches the damaged file.
     """
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".recovering-") as folder:
         copy = database.copy(file, pathlib.Path(folder, file.name))
@@ -67,8 +71,8 @@ def _save(file: pathlib.Path) -> str:
     )
 
 
-PAGE = 4096  # bytes, if SQLite was not built otherwise
-Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # of the table measurements, and its rows
+PAGE = 4096  # bytes, SQLite's default
+Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # a row of the table measurements, and its rows
 
 
 def _read(
@@ -77,15 +81,15 @@ def _read(
     with closing(database.connect(file, bounded=True)) as base:
         try:
             schema.check(base)
-        except sqlite3.Error:  # damaged, or of somebody who would have views and the like run
+        except sqlite3.Error:  # damaged, or made by a stranger to run views and the like
             return None, [], [], 0
         size = sum(
             part.stat().st_size for part in (file, database.beside(file, database.LOG)) if part.exists()
         )
-        with suppress(sqlite3.Error):  # more, where a file was cut short whose log was not
+        with suppress(sqlite3.Error):  # larger where the file was cut short, but not its log
             size = max(size, base.execute("PRAGMA page_count").fetchone()[0] * PAGE)
-        most = size // 32  # nothing of that size holds more rows, and none is numbered higher
-        base.text_factory = lambda text: text.decode("utf-8", "replace")  # damage shows in the checksum
+        most = size // 32  # upper limit of rows in a file of that size, and of their numbers
+        base.text_factory = lambda text: text.decode("utf-8", "replace")  # the checksum shows damage
         rows: dict[int, list[tuple[Any, ...]]] = {}
         for _, identity, *values in _around(base, "rows", f"measurement, {records.NAMES}", most):
             rows.setdefault(identity, []).append(tuple(values))
@@ -107,19 +111,19 @@ def _read(
 
 
 def _put_first_page(file: pathlib.Path, fresh: pathlib.Path) -> None:
-    """Says anew what tables there are, and where they begin, which is the same in every run.
+    """Replace the first page, which names the tables and where they begin, and is the same in every run.
 
-    And no more how large the file is: SQLite does not read one that was cut short.
+    It no longer states the file's size: SQLite does not read a file that is shorter than stated.
     """
     schema.create(fresh, {})
     page = bytearray(fresh.read_bytes()[:PAGE])
-    page[24:28], page[92:96] = b"\0\0\0\1", bytes(4)  # changed since the size was noted
+    page[24:28], page[92:96] = b"\0\0\0\1", bytes(4)  # marks the stated size as outdated
     with file.open("r+b") as stream:
         stream.write(page)
 
 
 def _config(base: sqlite3.Connection, beside: pathlib.Path) -> dict[str, Any] | None:
-    """The configuration; where that is damaged, the copy of it in config.json."""
+    """Return the configuration; where it is damaged, the copy in config.json."""
     with suppress(sqlite3.Error):
         return records.config(base)
     with suppress(OSError, ValueError, TypeError, RecursionError):
@@ -128,7 +132,7 @@ def _config(base: sqlite3.Connection, beside: pathlib.Path) -> dict[str, Any] | 
 
 
 def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> list[tuple[Any, ...]]:
-    """Rows of a table in order, each after its number, around the places that cannot be read."""
+    """Return the rows of a table in order, each after its number, skipping what cannot be read."""
     query = f"SELECT rowid, {columns} FROM {table} NOT INDEXED"
     found: dict[int, tuple[Any, ...]] = {}
     end = most
@@ -141,9 +145,9 @@ def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> li
                     found.setdefault(row[0], row)
             break
         except sqlite3.Error as error:
-            if "no such" in str(error):  # the table itself is lost
+            if "no such" in str(error):  # the table itself is missing
                 break
-    else:  # between the first damage and the last: each on its own
+    else:  # between the first damage and the last: each row on its own
         for identity in range(1, end + 1):
             if identity not in found:
                 with suppress(sqlite3.Error):
@@ -153,7 +157,7 @@ def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> li
 
 
 def _free(file: pathlib.Path) -> pathlib.Path:
-    """A name that nothing has, so that nothing is written over."""
+    """Return a name that does not exist, so that nothing is overwritten."""
     found, number = file, 1
     while found.exists():
         number += 1

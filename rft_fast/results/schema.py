@@ -1,4 +1,4 @@
-"""The tables of a run's database: how they are made, and refused where they are not ours."""
+"""The tables of a run's database: creating them, and refusing others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _STATISTICS = (
 
 
 def _made() -> dict[tuple[str, str], re.Pattern[str]]:
-    """(type, name) -> how its SQL is written. Earlier versions had fewer columns in the table of rows."""
+    """(type, name) -> pattern of its SQL. Earlier versions had fewer columns in the table of rows."""
     found = {}
     for statement in _SCHEMA.split(";")[:5]:
         sql = " ".join(statement.split())
@@ -58,9 +58,14 @@ _MADE = _made()
 
 
 def create(file: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Begins a run: all of it is there afterwards; if this fails or is killed, nothing that counts as one."""
+    """Create the database of a run in one transaction: after a failure or a kill it does not count as a run.
+
+    Args:
+        file: Does not exist, or is empty.
+        config: The run's configuration, as JSON values.
+    """
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
-        database.execute("PRAGMA synchronous = EXTRA")  # on the disk, the folder's entry included
+        database.execute("PRAGMA synchronous = EXTRA")  # syncs the folder's entry, too
         with transaction(database):
             for statement in _SCHEMA.split(";")[:-1]:
                 database.execute(statement)
@@ -70,10 +75,10 @@ def create(file: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def check(database: sqlite3.Connection) -> None:
-    """Raises sqlite3.DatabaseError for anything but the tables of a run, as rft_fast makes them.
+    """Raise sqlite3.DatabaseError for anything but the tables of a run as rft_fast makes them.
 
-    Views, triggers, virtual tables, other indices and generated columns are programs of whoever made the
-    file, which SQLite would run while it reads.
+    Views, triggers, virtual tables, other indices and generated columns are programs of the file's author,
+    which SQLite would run while it reads.
     """
     found = database.execute("SELECT type, name, sql FROM sqlite_master").fetchmany(_MOST_OBJECTS + 1)
     if len(found) > _MOST_OBJECTS:

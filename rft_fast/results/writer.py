@@ -1,4 +1,4 @@
-"""A run's directory, open for measurements: begun, resumed, or refused."""
+"""A run's directory open for writing: a run is created, resumed, or refused."""
 
 from __future__ import annotations
 
@@ -42,21 +42,25 @@ _Access = Callable[[], AbstractContextManager[sqlite3.Connection]]
 class Run:
     """A run's directory, open for measurements; use it in a ``with`` statement.
 
-    Where a run with the same configuration is, it goes on: ``resumed`` tells how many measurements it has. It
-    holds a lock, so that no other process writes. On exit, also through an exception, the rows so far are
-    written to ``rows.csv``.
+    A run with the same configuration is resumed. A lock keeps other processes from writing. On exit, also
+    through an exception, the rows so far are written to ``rows.csv``.
 
     Args:
-        directory: created with its parents when missing.
-        config: the complete request, as JSON values; written to ``config.json``. ``config["finetuned"]``, if
-            there is such a table, tells the order of the models.
-        overwrite: replace a run that is there; its files are removed, and only those.
+        directory: Created with its parents if missing.
+        config: The configuration, as JSON values; written to ``config.json``. The keys of a table
+            ``config["finetuned"]`` give the order of the models.
+        overwrite: Replace an existing run; only its own files are removed.
+
+    Attributes:
+        directory: The directory.
+        config: The configuration of the run.
+        resumed: Number of measurements that it had before.
 
     Raises:
-        ValueError, PermissionError: as :func:`check`, which also serves to find out early. Of a damaged
-            database, what can be read is saved to a new file, ``rows.recovered.sqlite``, which the
-            message names.
-        OSError: the disk fails.
+        InUse, Mismatch, ValueError, PermissionError: As :func:`check`, which finds them out early.
+        Damaged: The database cannot be read; what can be saved is in a new file, ``rows.recovered.sqlite``,
+            which the message names.
+        OSError: The disk fails.
     """
 
     config: dict[str, Any]
@@ -72,8 +76,10 @@ class Run:
         self.directory = pathlib.Path(directory)
         self._file = self.directory / database.FILE
         self._closed = False
-        self._added: dict[tuple[str, str], list[int]] = {}  # (study, model) -> numbers, by this process
-        self._put: set[tuple[str, str, float]] = set()  # of which scores, likewise
+        self._added: dict[
+            tuple[str, str], list[int]
+        ] = {}  # (study, model) -> numbers that this process added
+        self._put: set[tuple[str, str, float]] = set()  # keys of scores that this process stored
         asked = plain(config)
         try:
             check(self.directory, overwrite)
@@ -115,18 +121,22 @@ class Run:
     # --- measurements ---------------------------------------------------------------------------------
 
     def done(self, study: str, model: str) -> set[int]:
-        """Numbers of the measurements that are there."""
+        """Return the numbers of the measurements that exist."""
         query = "SELECT number FROM measurements WHERE study = ? AND model = ?"
         with self._reading() as base:
             return {number for (number,) in base.execute(query, (study, model))}
 
     def add(self, study: str, model: str, number: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Writes the rows of one measurement to the disk; on return all of it is there to stay.
+        """Write the rows of one measurement; on return they are on disk.
+
+        Args:
+            study, model: What was measured.
+            number: The measurement's number in its study.
+            rows: Its rows: column -> value.
 
         Raises:
-            ValueError: a name that is no column, rows of another study or model, a measurement that is
-                there already.
-            OSError: the disk refuses it (full, gone); the measurements before it are kept.
+            ValueError: A name is not a column, a row is of another study or model, or the measurement exists.
+            OSError: The disk refuses it (full, gone); earlier measurements are kept.
         """
         if others := [row for row in rows if (row.get("study"), row.get("model")) != (study, model)]:
             raise ValueError(
@@ -143,16 +153,16 @@ class Run:
         self._added.setdefault((study, model), []).append(int(number))
 
     def withdraw(self, study: str, model: str) -> int:
-        """Removes what this process has measured in a study of a model, and every set of shared scores.
+        """Remove what this process measured in a study of a model, and all shared scores it stored.
 
-        For what turns out to be of other weights than the configuration says. What earlier processes
-        measured stays, and so does everything else.
+        For measurements that turn out to be of other weights than the configuration names. What earlier
+        processes measured is kept, like everything else.
 
         Returns:
-            How many measurements that were.
+            The number of measurements removed.
 
         Raises:
-            OSError: the disk refuses it.
+            OSError: The disk refuses it.
         """
         with self._writing() as base:
             numbers = self._added.pop((study, model), [])
@@ -161,7 +171,11 @@ class Run:
         return len(numbers)
 
     def measurement(self, study: str, model: str, number: int) -> list[Row]:
-        """The rows of a measurement, as they were added. Raises ValueError where it is not there."""
+        """Return the rows of a measurement as they were added.
+
+        Raises:
+            ValueError: It does not exist.
+        """
         query = "SELECT id FROM measurements WHERE study = ? AND model = ? AND number = ?"
         with self._reading() as base:
             found = base.execute(query, (study, model, number)).fetchone()
@@ -170,29 +184,30 @@ class Run:
             return [records.values(row) for row in records.rows_of(base, found[0])]
 
     def rows(self) -> pd.DataFrame:
-        """All rows so far, as :func:`load` gives them."""
+        """Return all rows so far, as :func:`load` does."""
         with self._reading() as base:
             return frame(records.rows(base, *order(self.config)))
 
     def scores(self, of: str) -> MutableMapping[tuple[str, float], Scores]:
-        """(data set, alpha) -> scores that several measurements need, kept in the database; setting commits.
+        """Return a mapping (data set, alpha) -> scores, kept in the database; setting an entry commits it.
 
-        of: what they are of.
+        Args:
+            of: What the scores are of.
         """
         return _Scores(of, self._reading, self._writing, self._put)
 
     # --- files ----------------------------------------------------------------------------------------
 
     def figure(self, study: str) -> pathlib.Path:
-        """Where the picture of a study belongs."""
+        """The file of a study's figure."""
         return figure_file(self.directory, study)
 
     def table(self, study: str) -> pathlib.Path:
-        """Where a table that is made of the rows belongs."""
+        """The file of a table that is computed from the rows."""
         return table_file(self.directory, study)
 
     def close(self) -> None:
-        """Writes ``rows.csv``, closes the database and lets go of the lock. Once; later calls do nothing."""
+        """Write ``rows.csv``, close the database and release the lock. Later calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -214,11 +229,11 @@ class Run:
         try:
             self.close()
         except OSError:
-            if error is None:  # else that is what people are told: the disk may be gone, or full
+            if error is None:  # otherwise report that one: the disk may be gone or full
                 raise
 
     def _check_place(self) -> None:
-        """SQLite would go on writing into a file that nobody can find any more."""
+        """Raise OSError where the database was moved: SQLite would keep writing to a file nobody can find."""
         with suppress(OSError):
             if all(file.stat().st_ino == place for file, place in self._places.items()):
                 return
@@ -226,7 +241,7 @@ class Run:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The database; what SQLite says of the disk, as OSError."""
+        """Yield the database; SQLite's errors become OSError."""
         try:
             yield self._database
         except sqlite3.IntegrityError:
@@ -238,18 +253,21 @@ class Run:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """As ``_reading``, in the place where the run began."""
+        """Yield the database after checking that it is still in its place."""
         self._check_place()
         with self._reading() as base:
             yield base
 
     def _remove_earlier(self, config: Mapping[str, Any]) -> None:
-        """The database last, all of it at once, and not its name: a kill meanwhile leaves no part of a run,
-        nor files that seem to be of nobody."""
+        """Remove the files of an earlier run.
+
+        The database comes last, and only its content is removed, at once: a kill meanwhile leaves no part of
+        a run, nor files that seem to belong to none.
+        """
         for file in [*replaced(self.directory, config), *map(self.directory.joinpath, (LOG, *REPORTS))]:
             file.unlink(missing_ok=True)
         disk.replace(self._file, b"")
-        for end in database.BESIDE:  # of an empty database, SQLite removes them, too
+        for end in database.BESIDE:  # SQLite, too, removes those of an empty database
             database.beside(self._file, end).unlink(missing_ok=True)
 
 
@@ -257,7 +275,7 @@ class _Scores(MutableMapping[tuple[str, float], Scores]):
     """Scores of one model in a run's database."""
 
     def __init__(self, of: str, reading: _Access, writing: _Access, put: set[tuple[str, str, float]]) -> None:
-        """reading, writing: give access to the database. put: gets the key of everything that is set."""
+        """reading, writing: give access to the database. put: receives the key of everything that is set."""
         self._of, self._reading, self._writing, self._put = of, reading, writing, put
 
     def __getitem__(self, key: tuple[str, float]) -> Scores:
