@@ -26,43 +26,43 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0. Refused arguments exit with 2, before anything is written.
     """
-    options = program.parser("results", description=__doc__)
-    options.add_argument(
+    parser = program.parser("results", description=__doc__)
+    parser.add_argument(
         "directory", metavar="DIR", type=pathlib.Path, help="of a run, also of one that goes on"
     )
-    options.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the rows there")
-    options.add_argument(
+    parser.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the rows there")
+    parser.add_argument(
         "--parquet",
         metavar="FILE",
         type=pathlib.Path,
         help="write the rows there, with their types (needs pyarrow)",
     )
-    options.add_argument("--overwrite", action="store_true", help="replace files of these names")
-    options.add_argument(
+    parser.add_argument("--overwrite", action="store_true", help="replace files of these names")
+    parser.add_argument(
         "--recover", action="store_true", help="save what can be read of a damaged rows.sqlite to a new file"
     )
-    asked = options.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        if asked.recover:
-            print(results.recover(asked.directory))
+        if options.recover:
+            print(results.recover(options.directory))
             return 0
-        rows = results.load(asked.directory)
-        files = [file for file in (asked.csv, asked.parquet) if file is not None]
+        rows = results.load(options.directory)
+        files = [file for file in (options.csv, options.parquet) if file is not None]
         for file in files:
-            _check(file, asked.overwrite)
+            _check(file, options.overwrite)
         if len({file.resolve() for file in files}) < len(files):
             raise ValueError(f"results: --csv and --parquet name one file, {files[0]}; give each its own")
-        if asked.parquet is not None:
+        if options.parquet is not None:
             _check_pyarrow()
-        print(describe(asked.directory, rows))
-        if asked.csv is not None:
-            results.export.write_csv(asked.directory, asked.csv)
-        if asked.parquet is not None:
-            results.export.write_parquet(asked.directory, asked.parquet)
+        print(describe(options.directory, rows))
+        if options.csv is not None:
+            results.export.write_csv(options.directory, options.csv)
+        if options.parquet is not None:
+            results.export.write_parquet(options.directory, options.parquet)
         for file in files:
             print(f"{len(rows)} rows in {file}")
     except (OSError, ValueError) as error:
-        options.error(str(error))
+        parser.error(str(error))
     return 0
 
 

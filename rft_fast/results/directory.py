@@ -92,8 +92,8 @@ def check(
         return
     there = recorded(directory)
     if there is not None and config is not None:
-        asked = {name: there[name] for name in config if name in there}
-        if unlike := differences(asked, config):
+        known = {name: there[name] for name in config if name in there}
+        if unlike := differences(known, config):
             raise mismatch(directory, unlike)
 
 

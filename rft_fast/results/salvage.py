@@ -50,7 +50,7 @@ def _save(file: pathlib.Path) -> str:
         if not found[1]:
             _put_first_page(copy, pathlib.Path(folder, "fresh"))
             found = max(found, _read(copy, known), key=lambda of: len(of[1]))
-        config, measurements, scores, lost = found
+        config, measurements, scores, missing = found
         if config is None or not (measurements or scores):
             return "nothing of it could be read; it is left as it is"
         new = pathlib.Path(folder, "recovered")
@@ -66,8 +66,8 @@ def _save(file: pathlib.Path) -> str:
     others = [database.beside(file, end) for end in database.BESIDE]
     remove = "".join(f", remove {other.name}" for other in others if other.exists())
     return (
-        f"{len(measurements)} whole measurements were saved to {place} ({lost} known ones could not be); to "
-        f"go on with them, move that file over {file.name}{remove}, and give the same command"
+        f"{len(measurements)} whole measurements were saved to {place} ({missing} known ones could not be); "
+        f"to go on with them, move that file over {file.name}{remove}, and give the same command"
     )
 
 
@@ -94,7 +94,7 @@ def _read(
         for _, identity, *values in _around(base, "rows", f"measurement, {records.NAMES}", most):
             rows.setdefault(identity, []).append(tuple(values))
         found: dict[tuple[Any, ...], Measured] = {}
-        lost = 0
+        missing = 0
         for identity, *measured, kept in _around(
             base, "measurements", "study, model, number, finished, crc", most
         ):
@@ -102,12 +102,12 @@ def _read(
             if records.crc(*measured, *own) == kept:
                 found.setdefault(tuple(measured[:3]), ((*measured, kept), own))
             else:
-                lost += 1
+                missing += 1
         columns = '"of", dataset, alpha, losses, correct, crc'
         scores = [
             tuple(s) for _, *s in _around(base, "scores", columns, most) if records.crc(*s[:-1]) == s[-1]
         ]
-        return _config(base, beside), list(found.values()), scores, lost
+        return _config(base, beside), list(found.values()), scores, missing
 
 
 def _put_first_page(file: pathlib.Path, fresh: pathlib.Path) -> None:

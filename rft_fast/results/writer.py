@@ -80,25 +80,25 @@ class Run:
             tuple[str, str], list[int]
         ] = {}  # (study, model) -> numbers that this process added
         self._put: set[tuple[str, str, float]] = set()  # keys of scores that this process stored
-        asked = plain(config)
+        requested = plain(config)
         try:
             check(self.directory, overwrite)
             self.directory.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:
                 self._lock = lock.hold(self.directory)
                 stack.callback(lock.release, self._lock)
-                refuse_links(self.directory, asked)
-                self._open(asked, overwrite, stack)
+                refuse_links(self.directory, requested)
+                self._open(requested, overwrite, stack)
                 self._close = stack.pop_all()
         except Damaged as error:
             raise Damaged(f"{error}; {recover(self.directory)}") from error
 
-    def _open(self, asked: dict[str, Any], overwrite: bool, stack: ExitStack) -> None:
+    def _open(self, requested: dict[str, Any], overwrite: bool, stack: ExitStack) -> None:
         if overwrite and is_begun(self.directory):
-            self._remove_earlier(asked)
+            self._remove_earlier(requested)
         if not is_begun(self.directory):
             with explained(self.directory):
-                schema.create(self._file, asked)
+                schema.create(self._file, requested)
             disk.sync_folder(self.directory)
         elif database.has_stray_log(self._file):
             database.beside(self._file, database.LOG).unlink()
@@ -106,7 +106,7 @@ class Run:
             check_version(self.directory, base)
             records.verify(base)
             self.config = records.config(base)
-        if unlike := differences(self.config, asked):
+        if unlike := differences(self.config, requested):
             raise mismatch(self.directory, unlike)
         with explained(self.directory):
             self._database = stack.enter_context(closing(database.connect(self._file)))
