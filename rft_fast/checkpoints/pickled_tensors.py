@@ -56,7 +56,7 @@ def unpickle(
         ) from error
 
 
-# --- what calls are answered with -----------------------------------------------------------------
+# --- replacements of calls --------------------------------------------------------------------------
 
 
 def _nested(read: Callable[[memoryview], Storage] | None, machine: Machine, data: Any) -> Storage:

@@ -80,9 +80,8 @@ def open_plain(file: pathlib.Path, flags: int) -> int:
             raise OSError(errno.ELOOP, "a symbolic link, which is not followed", str(file)) from None
         raise
     status = os.fstat(handle)
-    if (actual := kind(status)) and not stat.S_ISCHR(
-        status.st_mode
-    ):  # such as /dev/null, which only root can create
+    # Character devices such as /dev/null are accepted: only root can create them.
+    if (actual := kind(status)) and not stat.S_ISCHR(status.st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, f"{actual}, expected a file", str(file))
     return handle

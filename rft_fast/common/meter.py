@@ -59,7 +59,7 @@ def measure(run: Callable[[], object]) -> Reading:
     with _plain_attention(), FakeTensorMode(allow_non_fake_inputs=True) as fake, _Ledger(fake) as ledger:
         try:
             run()
-        except Exception as error:  # fake tensors refuse in many ways
+        except Exception as error:  # fake tensors raise many kinds of errors
             reason = str(error).strip().partition("\n")[0]
             raise RuntimeError(
                 f"measure: this cannot run on tensors without values ({type(error).__name__}: {reason}); "
@@ -153,16 +153,16 @@ def _conv_backward(
     return forward * (output_mask[0] + output_mask[1])
 
 
-_TORCHS: Any = flop_counter  # untyped in some versions
+_flop_counter: Any = flop_counter  # untyped in some versions
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
-    return int(_TORCHS.sdpa_flop_count(list(query.shape), list(key.shape), list(value.shape)))
+    return int(_flop_counter.sdpa_flop_count(list(query.shape), list(key.shape), list(value.shape)))
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     shapes = (list(tensor.shape) for tensor in (grad, query, key, value))
-    return int(_TORCHS.sdpa_backward_flop_count(*shapes))
+    return int(_flop_counter.sdpa_backward_flop_count(*shapes))
 
 
 _FORMULAS = {
