@@ -1,4 +1,4 @@
-"""Images for training: decoded and augmented by threads, each by a random stream of its own."""
+"""Training images: decoded and augmented by threads, each image with a random stream of its own."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from rft_fast.names import Mixed
 from .settings import AUGMENT, MAGNITUDES, Setting
 from .training import Batch, autocast, logits
 
-SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the area, width by height
-FEATURES = 128  # images in a forward pass for features
-AHEAD = 2  # batches that are prepared while one is trained on
+SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the area, and width / height
+FEATURES = 128  # images per forward pass for features
+AHEAD = 2  # batches prepared while one is trained on
 
-# What a random stream is for, so that no two are the same.
+# Purposes of random streams, so that no two are the same.
 _ORDER, _IMAGE, _MIXUP = range(3)
 
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -45,11 +45,17 @@ Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def augmentation(name: str, preprocess: Preprocess) -> Augmentation:
-    """What happens to an RGB image before it is trained on; the result has the model's size.
+    """Return the transform of RGB images before training; its results have the model's size.
 
-    ``none``: the evaluation's transform. ``crop``: a random part, .9 to all of the area, resized (bicubic),
-    as open_clip and WiSE-FT train. ``crop-flip``: mirrored half of the time, too. ``rand-mM-nN``: then N
-    operations of RandAugment, of magnitude M of 30, on the scale of its paper and torchvision.
+    Args:
+        name: ``none``: the evaluation's transform. ``crop``: a random part with 0.9 to 1 of the area, resized
+            (bicubic), as open_clip and WiSE-FT train. ``crop-flip``: also mirrored half of the time.
+            ``rand-mM-nN``: then N operations of RandAugment with magnitude M of 30, on the scale of its paper
+            and torchvision.
+        preprocess: Size and normalisation of the model's inputs.
+
+    Raises:
+        ValueError: The name is unknown.
     """
     found = AUGMENT.fullmatch(name)
     if found is None:
@@ -76,9 +82,9 @@ def augmentation(name: str, preprocess: Preprocess) -> Augmentation:
 
 
 def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random part: area uniform in SCALE, shape log-uniform in RATIO.
+    """Return (top, left, height, width) of a random part: area uniform in SCALE, shape log-uniform in RATIO.
 
-    Where ten draws do not fit, it is the largest part in the middle whose shape is allowed.
+    If ten draws do not fit, it is the largest central part whose shape is allowed.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*SCALE)
@@ -129,11 +135,15 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a source that are trained on, and the rows of the head that they belong to.
+    """The training images of a source, and the rows of the head that they belong to.
 
-    source: where they lie. chosen: int64 [n], positions in ``source.files``. labels: int64 [n].
-    preprocess: of the model. workers: threads that decode. in_memory: keep every image decoded, as it is
-    stored, from when it is first read.
+    Args:
+        source: Where they lie.
+        chosen: int64 [n], positions in ``source.files``.
+        labels: int64 [n], rows of the head.
+        preprocess: Of the model.
+        workers: Threads that decode.
+        in_memory: Keep every image decoded, as it is stored, after it is first read.
     """
 
     source: Source
@@ -155,7 +165,7 @@ class Images:
         return self._held[index]
 
     def _read(self, index: int) -> Image.Image:
-        """An image as RGB, its borders trimmed; of the modes that evaluation reads."""
+        """Return an image as RGB, its borders trimmed. Only modes that the evaluation reads are accepted."""
         try:
             image = self.source.open(index)
             if image.mode not in decoding.MODES:
@@ -167,15 +177,16 @@ class Images:
         return image.crop((edge, edge, image.width - edge, image.height - edge)) if edge else image
 
     def where(self, index: int) -> str:
+        """Describe where an image lies."""
         return f"{self.source.path}: {self.source.files[index].name}"
 
     def load(self, position: int, augment: Augmentation, rng: np.random.Generator) -> Tensor:
-        """uint8 [3, h, w]."""
+        """Return an image after augmentation: uint8 [3, h, w]."""
         image = augment(self._image(int(self.chosen[position])), rng)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def digest(self) -> str:
-        """SHA-256 of what tells the images apart: names, sizes, labels; of decoded images, their pixels."""
+        """SHA-256 of what identifies the images: names, sizes, labels; of decoded images, their pixels."""
         found = hashlib.sha256(self.labels.numpy().tobytes())
         for index in self.chosen.tolist():
             file = self.source.files[index]
@@ -185,7 +196,11 @@ class Images:
         return found.hexdigest()
 
     def check(self) -> None:
-        """Opens every image far enough to know that it is one. Raises ValueError that names the others."""
+        """Read the header of every image.
+
+        Raises:
+            ValueError: Some cannot be read, or have another mode; the message names them.
+        """
         if self.source.pixels is not None:
             return
         broken: list[str] = []
@@ -245,7 +260,7 @@ class ImageBatches:
 
 @dataclass(frozen=True, eq=False)
 class FeatureBatches:
-    """Batches of features [n, d] that were computed once: what a head alone is trained on."""
+    """Batches of features [n, d] that were computed once: the data of a head alone."""
 
     features: Tensor
     labels: Tensor
@@ -261,7 +276,7 @@ class FeatureBatches:
 
 
 def prepared(load: Callable[[int], Tensor], batches: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
-    """For each batch of positions the loaded images, stacked; some batches are loaded ahead by threads."""
+    """Yield the loaded images of each batch of positions, stacked; threads load some batches ahead."""
     pool = ThreadPoolExecutor(workers)
     queue: deque[list[Future[Tensor]]] = deque()
     try:
@@ -272,21 +287,21 @@ def prepared(load: Callable[[int], Tensor], batches: Sequence[Tensor], workers: 
         while queue:
             yield torch.stack([future.result() for future in queue.popleft()])
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what is queued
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for queued images
 
 
 def normalised(pixels: Tensor, preprocess: Preprocess | Dataset, device: torch.device) -> Tensor:
-    """uint8 [n, 3, h, w] -> what the model takes, float32 on the device."""
+    """uint8 [n, 3, h, w] -> the model's inputs, float32 on the device."""
     if device.type == "cuda":
         pixels = pixels.pin_memory()
     mean = torch.tensor(preprocess.mean, device=device)[:, None, None]
     std = torch.tensor(preprocess.std, device=device)[:, None, None]
-    white = torch.tensor(255.0, device=device)  # by a number, CUDA multiplies with its reciprocal
+    white = torch.tensor(255.0, device=device)  # a tensor: CUDA divides by a number through its reciprocal
     return (pixels.to(device, non_blocking=True).float() / white - mean) / std
 
 
 def mixed(batch: Batch, alpha: float, rng: np.random.Generator) -> Batch:
-    """Mixup: every image blended with another of the batch, the share drawn from Beta(alpha, alpha)."""
+    """Apply mixup: blend each image with another of the batch, with a share drawn from Beta(alpha, alpha)."""
     if alpha == 0:
         return batch
     share = float(rng.beta(alpha, alpha))
@@ -299,12 +314,12 @@ def _stream(setting: Setting, purpose: int, *place: int) -> np.random.Generator:
     return np.random.default_rng([setting.seed, purpose, *place])
 
 
-# --- what a model makes of images ---------------------------------------------------------------------
+# --- features and accuracy ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def features(model: ImageClassifier, images: Images, precision: Mixed, stop: Stop | None = None) -> Tensor:
-    """What the image tower makes of all images in order, unaugmented: float32 [n, d] on its device."""
+    """Return the image tower's features of all images in order, unaugmented: float32 [n, d] on its device."""
     device = model.classification_head.weight.device
     augment, rng = augmentation("none", images.preprocess), np.random.default_rng(0)
     batches = torch.split(torch.arange(len(images)), FEATURES)
@@ -321,7 +336,10 @@ def features(model: ImageClassifier, images: Images, precision: Mixed, stop: Sto
 
 @torch.no_grad()
 def accuracy(model: ImageClassifier, dataset: Dataset, batch_size: int, precision: Mixed) -> float:
-    """The fraction of a data set's images that a model in eval mode gets right, among the set's classes."""
+    """Return the fraction of a data set's images that a model in eval mode classifies correctly.
+
+    Predictions are among the classes of the data set.
+    """
     device = model.classification_head.weight.device
     right = 0
     batches = zip(
@@ -339,7 +357,7 @@ def accuracy(model: ImageClassifier, dataset: Dataset, batch_size: int, precisio
 
 
 def threads() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     with suppress(AttributeError):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

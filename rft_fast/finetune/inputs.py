@@ -1,4 +1,4 @@
-"""What a request names: words that are checked, and images with the rows of the head they belong to."""
+"""Checks of a request, its data sets, and the rows of the head that their classes belong to."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from .images import Images, threads
 from .settings import Request, Setting
 from .training import COLUMNS
 
-RESERVED = "zeroshot"  # the name of the start, which no model may have
-LabelMaps = Mapping[str, pathlib.Path | str | None]  # data set -> what tells its rows
+RESERVED = "zeroshot"  # the name of the zero-shot model, which no other may have
+LabelMaps = Mapping[str, pathlib.Path | str | None]  # data set -> file that maps its classes to rows
 
 
 def check(request: Request) -> None:
-    """Raises ValueError or TypeError for what no file need be opened for."""
+    """Check what can be checked without opening a file.
+
+    Raises:
+        ValueError, TypeError: The request is inconsistent, or its directory cannot be written to.
+    """
     if not request.settings:
         raise ValueError("finetune: there are no settings")
     if RESERVED in request.settings:
@@ -42,7 +46,7 @@ def check(request: Request) -> None:
         raise ValueError(f"finetune: there is no {missing[0]}")
     if taken := sorted(set(request.val) & set(COLUMNS)):
         raise ValueError(f"finetune: {taken[0]!r} is a column of the tables; give the data another name")
-    json.dumps(in_zoo(request, {}), ensure_ascii=False).encode()  # the zoo's, which is UTF-8
+    json.dumps(in_zoo(request, {}), ensure_ascii=False).encode()  # the zoo is UTF-8
     for name in ("workers", "keep_every"):
         value = getattr(request, name)
         if value is not None and value < 1:
@@ -55,7 +59,7 @@ def check(request: Request) -> None:
 
 
 def training_source(request: Request) -> datasets.Source:
-    """The images that are trained on, as they lie on disk."""
+    """Return the source of the training images."""
     source = datasets.open_source("train", request.train, request.kind)
     if source.path.resolve() != request.train.resolve():
         raise ValueError(
@@ -68,7 +72,7 @@ def training_source(request: Request) -> datasets.Source:
 def training_images(
     request: Request, source: datasets.Source, rows: datasets.Rows, preprocess: Preprocess
 ) -> Images:
-    """The images of a source with labels that are rows of the head."""
+    """Return the images of a source, labelled by rows of the head."""
     found = datasets.assign(source, rows, request.label_map)
     if found.groups is not None:
         raise ValueError(
@@ -89,8 +93,11 @@ def training_images(
 
 
 def named_rows(request: Request, rows: datasets.Rows, images: Images) -> datasets.Rows:
-    """The rows by the training images' classes, where nothing else names them and each has one of those:
-    in a data set with other classes, order alone would shift all that follow."""
+    """Name the rows by the classes of the training images, where nothing else names them.
+
+    Only if each row has exactly one class: in a data set with other classes, order alone would shift all
+    classes that follow.
+    """
     source, known = images.source, dict[int, str]()
     if rows.names or request.label_map not in (None, datasets.ORDER) or not source.class_names:
         return rows
@@ -103,7 +110,7 @@ def named_rows(request: Request, rows: datasets.Rows, images: Images) -> dataset
 
 
 def label_maps(request: Request, rows: datasets.Rows) -> LabelMaps:
-    """What tells the rows of each data set but the training images, here and in the zoo."""
+    """Data set -> label map, for all but the training images, here and in the zoo."""
     sets = {**request.val, **request.ood}
     return {name: _label_map(request, rows, name, path) for name, path in sets.items()}
 
@@ -111,7 +118,7 @@ def label_maps(request: Request, rows: datasets.Rows) -> LabelMaps:
 def _label_map(
     request: Request, rows: datasets.Rows, name: str, path: pathlib.Path
 ) -> pathlib.Path | str | None:
-    """What tells the rows of a data set; None where its classes show them."""
+    """Return the label map of a data set; None where its classes show their rows."""
     given = request.label_map
     try:
         source = datasets.open_source(name, path)
@@ -132,7 +139,7 @@ def _label_map(
 def validation(
     request: Request, preprocess: Preprocess, rows: datasets.Rows, label_maps: LabelMaps
 ) -> dict[str, datasets.Dataset]:
-    """The data sets that are scored after every epoch."""
+    """Load the data sets that are scored after every epoch."""
     return {
         name: datasets.load(
             name,
@@ -150,7 +157,7 @@ def validation(
 def in_zoo(request: Request, label_maps: LabelMaps) -> dict[str, dict[str, object]]:
     """Data set -> its entries in the zoo."""
     sets, kind = {**request.val, **request.ood}, None
-    if not sets:  # a zoo has data
+    if not sets:  # a zoo needs data
         sets, label_maps, kind = {"train": request.train}, {"train": request.label_map}, request.kind
     data: dict[str, dict[str, object]] = {}
     for name, path in sets.items():

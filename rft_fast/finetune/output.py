@@ -1,4 +1,4 @@
-"""The files of fine-tuning: models with what made them in their headers, states to go on from, the zoo."""
+"""The files of fine-tuning: models with their configuration in the header, states to resume from, the zoo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rft_fast.common import disk
 from rft_fast.common.words import cell, differences
 
 START = "zeroshot.safetensors"
-HEADER = "finetune"  # the entry of a file's header that tells, as JSON, how it was made
+HEADER = "finetune"  # entry of a file's header: how it was made, as JSON
 WRITTEN = "# Written by python -m rft_fast.finetune, and again for every model; copy it before you change it."
 
 Configuration = dict[str, Any]
@@ -32,22 +32,33 @@ Configuration = dict[str, Any]
 def write_model(
     file: pathlib.Path, state: Mapping[str, Tensor], configuration: Configuration, dtype: torch.dtype
 ) -> None:
-    """A classifier's state dict in the layout of model-soups: ``model.visual.*``, ``classification_head.*``.
+    """Write a classifier's state dict in the layout of model-soups: ``model.visual.*``,
+    ``classification_head.*``.
 
-    Nothing of a text tower is kept: beside a head it has no effect. The header has the configuration, and
-    the versions that made the file.
+    A text tower is left out: beside a head it has no effect. The header holds the configuration and the
+    versions that made the file.
+
+    Args:
+        file: A safetensors file.
+        state: The weights.
+        configuration: What the model was made with, as JSON values.
+        dtype: Type of the stored floating-point weights.
     """
     stored = {
         name if name.startswith("classification_head.") else f"model.{name}": _as(tensor, dtype)
         for name, tensor in state.items()
     }
-    # One entry: safetensors writes several in any order, and equal models are to be equal files.
+    # One entry: safetensors writes several in any order, and equal models must be equal files.
     header = {"configuration": configuration, "rft_fast": __version__, "torch": torch.__version__}
     disk.replace(file, save(stored, metadata={HEADER: json.dumps(header)}))
 
 
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A state dict as it is read back once it was stored in a type: its values, floats as float32."""
+    """Return a state dict as it is read back after storing it in a type: rounded values, floats as float32.
+
+    Raises:
+        ValueError: A weight is not finite in that type.
+    """
     if lost := overflowing(state, dtype):
         raise ValueError(f"finetune: {lost} of the zero-shot model is not finite in {dtype}")
     found = {name: _as(tensor, dtype) for name, tensor in state.items()}
@@ -55,7 +66,7 @@ def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def overflowing(state: Mapping[str, Tensor], dtype: torch.dtype) -> str:
-    """The first tensor that a type cannot store without infinity or NaN; empty where there is none."""
+    """Return the name of the first tensor that a type stores as infinity or NaN; empty if there is none."""
     return next((name for name, t in state.items() if not bool(_as(t, dtype).isfinite().all())), "")
 
 
@@ -65,9 +76,13 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def configuration_of(file: pathlib.Path) -> Configuration | None:
-    """What a model's file was made with, None for a file of another origin."""
+    """Return the configuration in a model's header; None for a file of another origin.
+
+    Raises:
+        ValueError: The file is not a whole safetensors file.
+    """
     if not file.is_file():
-        raise ValueError(f"finetune: {file} is no file")  # a FIFO, say, which would be waited for
+        raise ValueError(f"finetune: {file} is no file")  # such as a FIFO, which would block
     try:
         with safe_open(file, "pt") as archive:
             text = (archive.metadata() or {}).get(HEADER)
@@ -80,19 +95,29 @@ def configuration_of(file: pathlib.Path) -> Configuration | None:
     return configuration if isinstance(configuration, dict) else None
 
 
-# --- states to go on from -----------------------------------------------------------------------------
+# --- states to resume from ----------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class FileKeeper:
-    """A :class:`~rft_fast.finetune.training.Keeper` in one file, which is always a whole one."""
+    """A :class:`~rft_fast.finetune.training.Keeper` in one file, which is always whole.
+
+    Args:
+        file: Where the state is kept.
+        configuration: What the model is made with; a state of another configuration is refused.
+        every: Optimizer steps between two states; None: only at the end of an epoch.
+    """
 
     file: pathlib.Path
     configuration: Configuration
     every: int | None = None
 
     def load(self) -> dict[str, Any] | None:
-        """Raises ValueError for a file that is damaged, or of another configuration: how it differs."""
+        """Return the state; None where there is none.
+
+        Raises:
+            ValueError: The file is damaged, or of another configuration; the message lists the differences.
+        """
         if not self.file.exists():
             return None
         try:
@@ -100,8 +125,8 @@ class FileKeeper:
             there = json.loads(state.pop("configuration"))
         except FileNotFoundError:  # another process has just finished the model
             return None
-        except Exception as error:  # a damaged file surfaces as almost any exception
-            # Not torch's own words: they advise to run the code in it.
+        except Exception as error:  # a damaged file raises almost anything
+            # Without torch's message, which advises to run the code in the file.
             reason = f" ({error})" if isinstance(error, OSError) else ": damaged, or of another origin"
             raise ValueError(
                 f"finetune: {self.file} cannot be read as a state to go on from{reason}; remove it, and the "
@@ -118,7 +143,7 @@ class FileKeeper:
         with disk.replacing(self.file) as temporary:
             try:
                 torch.save({**state, "configuration": json.dumps(self.configuration)}, temporary)
-            except RuntimeError as error:  # torch's writer says so of a full disk
+            except RuntimeError as error:  # what torch raises for a full disk
                 reason = str(error).partition("\n")[0]
                 raise OSError(f"{self.file} could not be written; is the disk full? ({reason})") from error
 
@@ -127,7 +152,7 @@ class FileKeeper:
 
 
 def write_rows(file: pathlib.Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """A row per epoch as CSV."""
+    """Write one row per epoch as CSV."""
     with disk.replacing(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(map(cell, rows[0]))
@@ -140,9 +165,13 @@ def write_zoo(
     finetuned: Sequence[str],
     data: Mapping[str, Mapping[str, object]],
 ) -> None:
-    """``zoo.toml``, as :func:`rft_fast.config.zoo.read` reads it, with the models of a folder.
+    """Write ``zoo.toml``, as :func:`rft_fast.config.zoo.read` reads it, for the models of a folder.
 
-    entries: of the top level, beside name and zeroshot. finetuned: names. data: name -> its entries.
+    Args:
+        folder: Folder of the models.
+        entries: Further entries of the top level.
+        finetuned: Names of the models.
+        data: Data set -> its entries.
     """
     lines = [WRITTEN, *_entries({"name": folder.resolve().name, "zeroshot": START, **entries})]
     lines += ["", "[finetuned]", *_entries({name: f"{name}.safetensors" for name in finetuned})]
@@ -156,7 +185,7 @@ def write_json(file: pathlib.Path, content: object) -> None:
 
 
 def check_json(file: pathlib.Path, content: object) -> None:
-    """Raises ValueError for a file with another content, which would be lost."""
+    """Raise ValueError for an existing file with other content, which would be lost."""
     if file.exists() and file.read_bytes() != _json(content):
         raise ValueError(
             f"finetune: {file} is there with another content and would be replaced; choose another --out, "
@@ -177,12 +206,12 @@ def _key(key: str) -> str:
 
 
 def _value(value: object) -> str:
-    # JSON's strings and booleans are TOML's, but for one character that TOML wants escaped.
+    # JSON's strings and booleans are TOML's, except for one character that TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def check_zoo(folder: pathlib.Path) -> None:
-    """Raises ValueError for a ``zoo.toml`` that was written by hand and would be lost."""
+    """Raise ValueError for a ``zoo.toml`` written by hand, which would be lost."""
     file = folder / "zoo.toml"
     if file.exists() and file.read_bytes().partition(b"\n")[0] != WRITTEN.encode():
         raise ValueError(

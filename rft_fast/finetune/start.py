@@ -1,4 +1,4 @@
-"""The model that training starts from: a zero-shot checkpoint, its head, and what of it is trained."""
+"""The model that training starts from: a zero-shot checkpoint, its head, and which weights are trained."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .training import freeze
 
 
 class Origin:
-    """A zero-shot checkpoint that is not read yet: what its name and the architecture's tell.
+    """A zero-shot checkpoint before it is read: what its name and its architecture tell.
 
     Attributes:
-        config: the architecture, as open_clip has it.
-        preprocess: how images become inputs.
+        config: Configuration of the architecture, as open_clip has it.
+        preprocess: How images become inputs.
     """
 
     def __init__(self, request: Request) -> None:
@@ -42,7 +42,7 @@ class Origin:
 
 
 def head_prompts(request: Request) -> prompts.Prompts | None:
-    """What a head is made of, where class names are given."""
+    """Return the class names and templates that a head is made from; None without class names."""
     if request.class_names is not None:
         names = prompts.class_names(request.class_names)
         return prompts.Prompts(names, prompts.templates(request.templates or "openai"))
@@ -52,12 +52,12 @@ def head_prompts(request: Request) -> prompts.Prompts | None:
 
 
 class Start:
-    """The zero-shot model in memory, ready to be trained.
+    """The zero-shot model in memory.
 
     Attributes:
-        model: the live classifier, on the device.
-        classes: rows of the head.
-        facts: what models record of their start, as JSON values.
+        model: The live classifier, on the device.
+        classes: Number of rows of the head.
+        facts: What models record of their start, as JSON values.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Start:
         }
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The zero-shot weights; a head that the checkpoint lacks is made now, which takes long."""
+        """Return the zero-shot weights. A head that the checkpoint lacks is computed now, which is slow."""
         return self._ends.zeroshot
 
     def prepare(self) -> None:
-        """Freezes what is not trained, and turns gradient checkpointing on where it is wanted."""
+        """Freeze parameters, and switch gradient checkpointing on where it is requested."""
         request = self._request
         settings = request.settings.values()
         frozen = freeze(self.model, request.freeze, request.freeze_blocks)
@@ -114,18 +114,18 @@ class Start:
 
 
 def _checkpoint_gradients(model: ImageClassifier) -> bool:
-    """Whether the image tower could be made to compute activations twice."""
+    """Make the image tower compute activations twice; returns whether it can."""
     visual = model.visual
-    # timm's own: open_clip's call of it would only log that it cannot.
+    # Call timm directly: open_clip's wrapper only logs a failure.
     tower = visual.trunk if isinstance(getattr(visual, "trunk", None), nn.Module) else visual
     with suppress(Exception):
         cast(Any, tower).set_grad_checkpointing(True)
-    # Some towers take the call and do nothing.
+    # Some towers accept the call and do nothing.
     return any(getattr(module, "grad_checkpointing", False) for module in visual.modules())
 
 
 def _trained_norms(model: nn.Module) -> list[str]:
-    """Batch norms whose statistics the training moves."""
+    """Names of the batch norms whose statistics change in training."""
     return [
         name
         for name, module in model.named_modules()
@@ -139,7 +139,7 @@ def _sha256(text: str) -> str:
 
 
 def _digest(state: Mapping[str, Tensor], whole: bool) -> str:
-    """SHA-256 of image tower and head; of everything, where the text tower makes the head."""
+    """SHA-256 of image tower and head; of all weights where the text tower makes the head."""
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         if not (whole or name.startswith(("visual.", "classification_head."))):

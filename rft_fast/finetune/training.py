@@ -1,4 +1,4 @@
-"""Training: batches through a classifier, AdamW on a schedule, and a state that a killed run goes on from."""
+"""Training: a classifier, batches, AdamW on a schedule, and a state from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .settings import Setting
 
 AUTOCAST = dict(zip(MIXED, (None, None, torch.bfloat16, torch.float16), strict=True))
 
-# Where the blocks of image towers are, and what stands before the first of them.
+# Parameters of the blocks of image towers, and of what comes before the first block.
 _BLOCKS = re.compile(
     r"visual\.(?:transformer\.resblocks\.|trunk\.(?:blocks|stages)\.|layer)(?P<number>\d+)\..+"
 )
@@ -33,20 +33,23 @@ _STEM = re.compile(
 )
 
 Row = dict[str, float]
-COLUMNS = ("epoch", "step", "lr", "loss", "seconds")  # of a row, beside the metrics
+COLUMNS = ("epoch", "step", "lr", "loss", "seconds")  # of a row, in addition to the metrics
 Metrics = Callable[[nn.Module], Mapping[str, float]]
 
 
 class Diverged(ValueError):
-    """A loss or gradient that is not finite."""
+    """A loss, gradient or weight is not finite."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The images of one optimizer step.
 
-    images: float [n, ...], as the model takes them; under mixup already mixed. labels: int64 [n].
-    others: int64 [n], the labels of the images mixed in, None without mixup. share: of ``labels``.
+    Attributes:
+        images: float [n, ...], the model's inputs; under mixup already mixed.
+        labels: int64 [n].
+        others: int64 [n], labels of the images mixed in; None without mixup.
+        share: Weight of ``labels``; ``others`` weigh 1 - share.
     """
 
     images: Tensor
@@ -55,7 +58,7 @@ class Batch:
     share: float = 1.0
 
     def parts(self, count: int) -> Iterator[Batch]:
-        """Up to ``count`` parts of nearly equal size."""
+        """Yield up to ``count`` parts of nearly equal size."""
         others: Sequence[Tensor | None] = [None] * count
         if self.others is not None:
             others = self.others.tensor_split(count)
@@ -66,25 +69,25 @@ class Batch:
 
 
 class Batches(Protocol):
-    """What :func:`train` takes for data."""
+    """The data that :func:`train` takes."""
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches of an epoch."""
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from ``first`` on; to be resumed, always the same ones."""
+        """Yield the batches of an epoch from number ``first`` on: the same ones on every call."""
 
 
 class Keeper(Protocol):
-    """Where :func:`train` keeps what a killed run needs."""
+    """Where :func:`train` keeps the state that a killed run resumes from."""
 
     every: int | None  # steps between two states; None: only at the end of an epoch
 
     def load(self) -> dict[str, Any] | None:
-        """The state last kept, None where there is none."""
+        """Return the last state; None where there is none."""
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Keeps a state of tensors, numbers, strings and containers of those, in place of the one before."""
+        """Replace the state by one of tensors, numbers, strings and containers of those."""
 
 
 def train(
@@ -99,29 +102,38 @@ def train(
     label: str = "",
     stop: Stop | None = None,
 ) -> list[Row]:
-    """Trains, in place, the parameters of ``model`` that require gradients.
+    """Train, in place, the parameters of ``model`` that require gradients.
 
-    model: maps images to logits [n, classes], with weights in float32 on one device.
-    batches: the data; ``setting``'s batch_size, augment, mixup and seed are theirs to know.
-    precision: ``fp32``; ``tf32`` on CUDA; ``bf16``: autocast; ``fp16``: autocast and scaled losses, on CUDA.
-    metrics: called after each epoch with the model in eval mode and no gradients; what it returns joins the
-        epoch's row.
-    keeper: where the state is kept to go on from. With it, a run that is killed and started again ends with
-        the same weights as one that was not, on the same machine.
-    finished: called with all rows after each epoch, and with those that are kept, when it goes on from them.
-    label: of the progress bar and of errors.
-    stop: looked at after each step; when it was asked, the state is kept, and this raises Interrupted.
+    In each step the learning rate is set (:func:`learning_rate`), the mean loss of the batch is computed
+    (cross-entropy with label smoothing; under mixup the weighted losses of both labels), gradients are
+    clipped to norm ``clip``, and AdamW steps. Randomness of the model itself, such as dropout, is that of
+    torch's global generator, which the caller seeds. Modules without trained parameters stay in eval mode, so
+    that their statistics stay unchanged.
 
-    Steps: the learning rate (:func:`learning_rate`) is set, the batch's mean loss is taken (cross-entropy
-    with label smoothing; under mixup the two labels' losses weighted), gradients are cut to ``clip``, and
-    AdamW steps. Randomness of the model itself, such as dropout, is torch's global generator's, which is the
-    caller's to seed. Modules with nothing to train stay in eval mode, so that their statistics stay, too.
+    Args:
+        model: Maps images to logits [n, classes]; float32 weights on one device.
+        batches: The data. ``batch_size``, ``augment``, ``mixup`` and ``seed`` of the setting are theirs to
+            apply.
+        setting: Optimizer, schedule and loss.
+        precision: ``fp32``; ``tf32`` on CUDA; ``bf16``: autocast; ``fp16``: autocast and scaled losses, on
+            CUDA.
+        metrics: Called after each epoch with the model in eval mode, without gradients; its values join the
+            epoch's row.
+        keeper: Where the state is kept. With one, a run that is killed and started again ends with the same
+            weights as an uninterrupted one, on the same machine.
+        finished: Called with all rows after each epoch, and with the kept rows on resuming.
+        label: Name in the progress bar and in errors.
+        stop: Checked after each step; on a request the state is kept.
 
-    Returns a row per epoch: epoch (from 1), step, lr (of the last step), loss (mean over images), the
-    metrics, and seconds.
+    Returns:
+        One row per epoch: epoch (from 1), step, lr (of the last step), loss (mean over images), the metrics,
+            seconds.
 
-    Raises Diverged, which is a ValueError, as soon as a loss is not finite; ValueError for a precision that
-    the device does not have, nothing to train, weights not in float32, or a warm-up as long as the training.
+    Raises:
+        Diverged: A loss, gradient or weight is not finite.
+        Interrupted: ``stop`` was requested.
+        ValueError: The device lacks the precision, nothing is trained, weights are not float32, or the
+            warm-up is as long as the training.
     """
     where = f"finetune: {label}" if label else "finetune"
     device = _check(model, batches, setting, precision, where)
@@ -129,7 +141,7 @@ def train(
     if keeper is not None and (kept := keeper.load()) is not None:
         run.resume(kept)
         if run.rows and finished is not None:
-            finished(run.rows)  # which the process that kept them may not have come to
+            finished(run.rows)  # the process that kept them may have been killed before this
 
     def keep() -> None:
         if keeper is not None:
@@ -144,7 +156,7 @@ def train(
                 loss = run.take(batch)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if run.step % len(batches):  # at the end of an epoch its row is made, and kept, first
+                if run.step % len(batches):  # an epoch's last step is kept after its row is made
                     asked = stop is not None and stop.requested
                     if asked or (keeper is not None and keeper.every and run.step % keeper.every == 0):
                         keep()
@@ -168,7 +180,7 @@ def train(
 
 
 class _Training:
-    """One run of :func:`train`: a model with its optimizer, and how far it is."""
+    """The state of :func:`train`: a model with its optimizer, and its progress."""
 
     def __init__(
         self,
@@ -179,20 +191,20 @@ class _Training:
         batches: int,
         where: str,
     ) -> None:
-        """batches: of an epoch. where: what errors begin with."""
+        """batches: number per epoch. where: prefix of errors."""
         self._model, self._setting, self._precision, self._device = model, setting, precision, device
         self._batches, self._where = batches, where
         self._optimizer = adamw(model, setting)
         self._scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._total, self._images = 0.0, 0  # of the losses of this epoch, and how many they are
+        self._total, self._images = 0.0, 0  # sum of this epoch's losses, and number of its images
         self._start = time.perf_counter()
         self.steps = setting.epochs * batches
         self.step = 0
         self.rows: list[Row] = []
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`resume` needs."""
+        """Return what :meth:`resume` needs."""
         return {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -215,7 +227,7 @@ class _Training:
         self._start = time.perf_counter() - kept["seconds"]
 
     def take(self, batch: Batch) -> float:
-        """One optimizer step; returns the batch's mean loss. Raises Diverged."""
+        """Take one optimizer step and return the mean loss of the batch. Raises Diverged."""
         setting, optimizer, scaler = self._setting, self._optimizer, self._scaler
         lr = learning_rate(setting, self.step, self.steps)
         for group in optimizer.param_groups:
@@ -229,7 +241,7 @@ class _Training:
         if setting.clip is not None:
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(self._trained, setting.clip)
-            # Under a scaler an overflow is expected now and then; it leaves the step out.
+            # A scaler skips the step after an overflow, which it expects now and then.
             if not scaler.is_enabled() and not math.isfinite(norm):
                 raise Diverged(f"{self._where}: the gradient's norm is {float(norm)} {place}; {_REMEDY}")
         scaler.step(optimizer)
@@ -239,7 +251,7 @@ class _Training:
         return loss
 
     def end_epoch(self, metrics: Metrics | None) -> None:
-        """Adds the row of an epoch whose batches have all been taken."""
+        """Add the row of an epoch whose batches have all been taken."""
         lr = learning_rate(self._setting, self.step - 1, self.steps)
         epoch = self.step // self._batches
         row: Row = {"epoch": epoch, "step": self.step, "lr": lr, "loss": self._total / self._images}
@@ -256,7 +268,16 @@ _REMEDY = "take a lower learning rate, a longer warm-up, or fp32"
 
 
 def learning_rate(setting: Setting, step: int, steps: int) -> float:
-    """Of a step counted from 0: linear up to lr over ``warmup`` steps, then a half cosine to 0, or lr."""
+    """Return the learning rate of a step.
+
+    Args:
+        setting: Peak ``lr``, ``warmup`` steps and ``schedule``.
+        step: Counted from 0.
+        steps: Steps of the whole training.
+
+    Returns:
+        Linear up to ``lr`` during warm-up, then a half cosine to 0, or constant.
+    """
     if step < setting.warmup:
         return setting.lr * (step + 1) / setting.warmup
     if setting.schedule == "constant":
@@ -269,7 +290,9 @@ def learning_rate(setting: Setting, step: int, steps: int) -> float:
 
 
 def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
-    """AdamW over what requires gradients; weight decay on what has two dimensions or more only."""
+    """Return AdamW over the parameters that require gradients; weight decay on those with two or more
+    dimensions.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": setting.weight_decay},
@@ -279,13 +302,19 @@ def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
 
 
 def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]:
-    """Makes parameters of a classifier ones that are not trained, and all others ones that are.
+    """Freeze parameters of a classifier, and make all others trainable.
 
-    patterns: regular expressions that match whole names, such as ``visual\\.ln_pre\\..*``. blocks: how many
-    of the image tower's blocks, from the first on, are frozen with all that stands before them.
+    Args:
+        model: The classifier.
+        patterns: Regular expressions that match whole parameter names, such as ``visual\\.ln_pre\\..*``.
+        blocks: Number of blocks of the image tower to freeze, from the first on, with everything before them.
 
-    Returns the names that are frozen. Raises ValueError for a pattern that is invalid or matches nothing,
-    more blocks than there are, a tower whose blocks are not known, and when nothing is left to train.
+    Returns:
+        The names of the frozen parameters.
+
+    Raises:
+        ValueError: A pattern is invalid or matches nothing, there are fewer blocks, the tower's blocks are
+            unknown, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
@@ -324,7 +353,7 @@ def _backward(
     device: torch.device,
     scaler: torch.amp.GradScaler,
 ) -> float:
-    """Adds the gradients of the batch's mean loss, part by part; returns that loss."""
+    """Add the gradients of the batch's mean loss, part by part; return that loss."""
     found = torch.zeros((), device=device)
     for part in batch.parts(setting.accumulate):
         labels = part.labels.to(device)
@@ -341,7 +370,7 @@ def _backward(
 
 
 def logits(model: nn.Module, images: Tensor, precision: Mixed) -> Tensor:
-    """[n, classes], float32, by a model with weights in float32."""
+    """Return float32 logits [n, classes] of a model with float32 weights."""
     if AUTOCAST[precision] is None:
         found: Tensor = model(images)
         return found
@@ -350,12 +379,12 @@ def logits(model: nn.Module, images: Tensor, precision: Mixed) -> Tensor:
             found = model(images)
             return found.float()
         features = model.visual(images)
-    # The head stays in float32: logits of 30 have steps of an eighth in bfloat16.
+    # The head stays in float32: near 30, bfloat16 has steps of 1/8.
     return model.classify(features)
 
 
 def autocast(precision: Mixed, device: torch.device) -> torch.autocast:
-    """torch's, switched off for fp32 and tf32."""
+    """Return torch's autocast; disabled for fp32 and tf32."""
     kind = AUTOCAST[precision]
     return torch.autocast(device.type, kind, enabled=kind is not None)
 
@@ -380,7 +409,7 @@ def _check(
 
 
 def check_precision(precision: Mixed, device: torch.device) -> None:
-    """Raises ValueError for a precision that is not offered, or not on this device."""
+    """Raise ValueError for a precision that is unknown, or that the device lacks."""
     if precision not in AUTOCAST:
         raise ValueError(f"finetune: precision must be one of {', '.join(AUTOCAST)}; got {precision!r}")
     if precision in ("tf32", "fp16") and device.type != "cuda":
@@ -388,7 +417,7 @@ def check_precision(precision: Mixed, device: torch.device) -> None:
 
 
 def check_warmup(setting: Setting, batches: int) -> None:
-    """Raises ValueError for a warm-up that would last to the end of training, or longer."""
+    """Raise ValueError for a warm-up that is at least as long as the training."""
     if setting.warmup >= setting.epochs * batches:
         raise ValueError(
             f"finetune: a warm-up of {setting.warmup} steps does not fit into {setting.epochs} epochs of "
@@ -397,7 +426,7 @@ def check_warmup(setting: Setting, batches: int) -> None:
 
 
 def _train_mode(module: nn.Module, above: bool = True) -> None:
-    """Train mode for what has something to train, and for what has no parameters inside of that."""
+    """Set train mode on modules with trained parameters, and on parameterless modules inside of those."""
     parameters = list(module.parameters())
     module.training = above and (not parameters or any(p.requires_grad for p in parameters))
     for child in module.children():

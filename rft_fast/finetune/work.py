@@ -1,4 +1,4 @@
-"""From a zero-shot checkpoint and a folder of images to a zoo: a fine-tuned model for every setting."""
+"""From a zero-shot checkpoint and a folder of images to a zoo: one fine-tuned model per setting."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ DTYPES = {name: getattr(torch, name) for name in STORED}
 
 @dataclass
 class Outcome:
-    """Names of the models that were trained; that were there already, or are being made by another process;
-    and name -> why it diverged."""
+    """What became of the models of a request.
+
+    Attributes:
+        trained: Names of the models that were trained.
+        skipped: Names of the models that existed, or that another process is training.
+        diverged: Name of a model -> why its training diverged.
+    """
 
     trained: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -37,25 +42,41 @@ class Outcome:
 
 
 def run(request: Request) -> Outcome:
-    """Fine-tunes a model for every setting that has none yet, and writes the zoo after each.
+    """Fine-tune a model for every setting that has none yet, and write the zoo after each.
 
-    Everything is checked before the first step. A killed run that is started again goes on where it was. A
-    model that diverges is left out, and the others are made. Several processes may work on one directory.
+    Everything is checked before the first step. An interrupted run resumes when it is started again. A model
+    that diverges is left out and the others are trained. Several processes may work on one directory.
 
-    Raises ValueError for whatever cannot be done or would be overwritten; OSError where the disk fails.
+    Args:
+        request: What is fine-tuned on what.
+
+    Returns:
+        The names of the models that were trained, skipped, or diverged.
+
+    Raises:
+        ValueError: The request cannot be met, or would overwrite files.
+        OSError: The disk fails.
     """
     return Work(request).run()
 
 
 class Work:
-    """A request, checked: the model, its images, and what is there already. Raises as :func:`run` does."""
+    """A request whose checks have passed: the model, its images, and the models that exist.
+
+    Args:
+        request: What is fine-tuned on what.
+
+    Raises:
+        ValueError: The request cannot be met, or would overwrite files.
+        OSError: The disk fails.
+    """
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._device = env.device(request.device)
         check_precision(request.precision, self._device)
         inputs.check(request)
-        # What takes long comes after all that can be refused before it.
+        # Slow steps come last, after everything that can be refused without them.
         origin = Origin(request)
         zoo_folder.refuse_links(request)
         output.check_zoo(request.out)
@@ -82,7 +103,7 @@ class Work:
         self._dtype = DTYPES[request.store]
         self._folder = zoo_folder.ZooFolder(
             request,
-            json.loads(json.dumps(fixed)),  # as a file's header gives it back
+            json.loads(json.dumps(fixed)),  # as read from a file's header
             origin.preprocess,
             rows,
             inputs.in_zoo(request, label_maps),
@@ -98,9 +119,19 @@ class Work:
         self._start = self._folder.start() or output.rounded(start.weights(), self._dtype)
 
     def run(self, stop: Stop | None = None) -> Outcome:
-        """Makes what is not there yet, and the zoo. Raises Interrupted when ``stop`` was asked."""
+        """Train the models that are missing, and write the zoo.
+
+        Args:
+            stop: Checked after each step.
+
+        Returns:
+            The names of the models that were trained, skipped, or diverged.
+
+        Raises:
+            Interrupted: ``stop`` was requested; the state is kept.
+        """
         self._stop = stop
-        # Training starts from the stored weights, which are the path's zero-shot end.
+        # Training starts from the stored weights, which are the zero-shot end of the path.
         self._start = self._folder.write_start(self._start)
         outcome = Outcome()
         for name, setting in self._request.settings.items():
@@ -127,7 +158,7 @@ class Work:
     def _train(self, name: str, setting: Setting) -> None:
         request, model, keeper = self._request, self._model, self._folder.keeper(name)
         model.load_state_dict(self._start)
-        model.to(self._device).eval()  # one that diverged was left in the middle
+        model.to(self._device).eval()  # a model that diverged was left mid-training
         torch.manual_seed(setting.seed)
         batch_size = max(1, setting.batch_size // setting.accumulate)
         if setting.probe_epochs and not keeper.file.exists():
@@ -165,7 +196,7 @@ class Work:
         keeper.file.unlink(missing_ok=True)
 
     def _probe(self, name: str, setting: Setting) -> None:
-        """The head alone, on features that are computed once for all settings."""
+        """Train the head alone, on features that are computed once for all settings (LP-FT)."""
         if self._features is None:
             self._features = features(self._model, self._images, self._request.precision, self._stop)
         head = replace(
@@ -189,7 +220,7 @@ class Work:
 
 
 class _Head(nn.Module):
-    """The head of a classifier, on features."""
+    """The head of a classifier, applied to features."""
 
     def __init__(self, classifier: ImageClassifier) -> None:
         super().__init__()

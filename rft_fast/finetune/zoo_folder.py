@@ -1,4 +1,4 @@
-"""The folder of a zoo in the making: which models it has, and which files must not be replaced."""
+"""The folder of a zoo while it is made: which models exist, and which files must not be replaced."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from . import output
 from .inputs import RESERVED
 from .settings import Request, as_json
 
-# What all models of a directory have in common.
+# What all models of a folder have in common.
 SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored")
 
 
 def refuse_links(request: Request) -> None:
-    """Refuses a directory in which a name that is written is a link; a finished model may be one."""
+    """Refuse a directory in which a name that is written is a link; a finished model may be one."""
     out, names = request.out, list(request.settings)
     files = [out / f"{name}{end}" for name in names for end in (".csv", ".resume")]
     files += [out / name for name in ("zoo.toml", "model.json", "classes.json")]
@@ -38,15 +38,15 @@ def refuse_links(request: Request) -> None:
 
 
 class ZooFolder:
-    """The models of a request, on disk. Several processes may write to one folder.
+    """The models of a request on disk. Several processes may write to one folder.
 
     Args:
-        request: what is made.
-        fixed: what all models are made with, as JSON values.
-        preprocess: how images become inputs.
-        rows: of the head.
-        data: data set -> its entries in the zoo.
-        dtype: of the stored weights.
+        request: What is fine-tuned on what.
+        fixed: What all models have in common, as JSON values.
+        preprocess: How images become inputs.
+        rows: Rows of the head.
+        data: Data set -> its entries in the zoo.
+        dtype: Type of the stored weights.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ZooFolder:
         self._request, self._fixed, self._data, self._dtype = request, fixed, data, dtype
         self._path = request.out
         self._entries: dict[str, str] = {"arch": request.arch}
-        self._beside: dict[str, object] = {}  # files that the zoo names -> what they hold
+        self._beside: dict[str, object] = {}  # file that the zoo refers to -> its content
         known = not pathlib.Path(request.arch).is_file() and not request.arch.startswith(architectures.HUB)
         if not known or architectures.preprocess(request.arch) != preprocess:
             self._entries["arch"] = "model.json"
@@ -75,6 +75,7 @@ class ZooFolder:
             self._beside["classes.json"] = list(names)
 
     def file(self, name: str) -> pathlib.Path:
+        """The file of a model."""
         return self._path / f"{name}.safetensors"
 
     def keeper(self, name: str) -> output.FileKeeper:
@@ -97,7 +98,7 @@ class ZooFolder:
         return True
 
     def check(self) -> None:
-        """Refuses files and states of another configuration, and files that would be replaced."""
+        """Refuse files and states of another configuration, and files that would be replaced."""
         for name, content in self._beside.items():
             output.check_json(self._path / name, content)
         start = self.is_there(RESERVED)
@@ -108,25 +109,26 @@ class ZooFolder:
             table = self.table(name)
             if name in there or self.keeper(name).load() is not None or not table.exists():
                 continue
-            if not self.file(name).exists():  # else another process has just finished it
+            if not self.file(name).exists():  # otherwise another process has just finished it
                 raise ValueError(
                     f"finetune: {table} is there without a model or a state to go on from, and would be "
                     "replaced; move it, or choose another --out"
                 )
 
     def table(self, name: str) -> pathlib.Path:
-        """The rows of a model's training."""
+        """The file with one row per epoch of a model's training."""
         return self._path / f"{name}.csv"
 
     def start(self) -> dict[str, Tensor] | None:
-        """The stored zero-shot model, None where there is none yet."""
+        """Return the stored zero-shot model; None where there is none yet."""
         file = self.file(RESERVED)
         return output.rounded(checkpoints.load(file), self._dtype) if file.exists() else None
 
     def write_start(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Makes the folder, the zero-shot model, and what the zoo needs beside it.
+        """Create the folder, the zero-shot model, and the files that the zoo refers to.
 
-        Returns the stored weights: of a process that was here first, where there was one.
+        Returns:
+            The stored weights; those of another process, if it was first.
         """
         self._path.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -140,16 +142,17 @@ class ZooFolder:
         return weights
 
     def write_model(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Write a model, with its configuration in the header."""
         output.write_model(self.file(name), weights, self._configuration(name), self._dtype)
 
     def write_zoo(self) -> None:
-        """Of all models of the directory that were made from this zero-shot model, those asked for first."""
+        """Write the zoo of all models in the folder made from this zero-shot model, requested ones first."""
         shared = self._configuration(RESERVED)
         with self._locked():
             names = [name for name in self._request.settings if self.file(name).exists()]
             for file in sorted(self._path.glob("*.safetensors")):
                 there: output.Configuration | None = None
-                with suppress(ValueError):  # whatever it is, it is not ours
+                with suppress(ValueError):  # not a file of fine-tuning
                     there = output.configuration_of(file)
                 if there is None or "setting" not in there or file.stem in names:
                     continue
@@ -159,11 +162,11 @@ class ZooFolder:
                 output.write_zoo(self._path, self._entries, names, self._data)
 
     def _configuration(self, name: str) -> output.Configuration:
-        """What a model is made with; of the start, what all models of a directory share."""
+        """What a model was made with; for the zero-shot model, what all models have in common."""
         if name == RESERVED:
             return {key: self._fixed[key] for key in SHARED}
         return {"setting": as_json(self._request.settings[name]), **self._fixed}
 
     def _locked(self) -> AbstractContextManager[bool]:
-        """For what all models share: other processes wait."""
+        """Lock what all models have in common; other processes wait."""
         return disk.locked(self._path / ".lock", wait=True)
