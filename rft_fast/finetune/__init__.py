@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 from rft_fast.common import lazy
 
 if TYPE_CHECKING:
+    from .freezing import freeze
     from .images import ImageBatches, Images, augmentation
     from .settings import Request, Setting, at_random, grid
-    from .training import Batch, Batches, Diverged, adamw, freeze, learning_rate, train
+    from .training import Batch, Batches, Diverged, adamw, learning_rate, train
     from .work import Outcome, run
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
+        freezing="freeze",
         images="ImageBatches Images augmentation",
         settings="Request Setting at_random grid",
-        training="Batch Batches Diverged adamw freeze learning_rate train",
+        training="Batch Batches Diverged adamw learning_rate train",
         work="Outcome run",
     )
 

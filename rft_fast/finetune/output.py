@@ -59,8 +59,8 @@ def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     Raises:
         ValueError: A weight is not finite in that type.
     """
-    if lost := overflowing(state, dtype):
-        raise ValueError(f"finetune: {lost} of the zero-shot model is not finite in {dtype}")
+    if name := overflowing(state, dtype):
+        raise ValueError(f"finetune: {name} of the zero-shot model is not finite in {dtype}")
     found = {name: _as(tensor, dtype) for name, tensor in state.items()}
     return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
 

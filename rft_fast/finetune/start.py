@@ -19,8 +19,8 @@ from rft_fast.clip import architectures, matching, prompts
 from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.clip.endpoints import Ends, Setup
 
+from .freezing import freeze
 from .settings import Request
-from .training import freeze
 
 
 class Origin:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +16,12 @@ from tqdm import tqdm
 from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.common.program import Stop
 from rft_fast.evaluate.precision import exact
-from rft_fast.names import MIXED, Mixed, Names, never
+from rft_fast.names import MIXED, Mixed, never
 
 from .settings import Setting
 
 AUTOCAST = dict(zip(MIXED, (None, None, torch.bfloat16, torch.float16), strict=True))
 
-# Parameters of the blocks of image towers, and of what comes before the first block.
-_BLOCKS = re.compile(
-    r"visual\.(?:transformer\.resblocks\.|trunk\.(?:blocks|stages)\.|layer)(?P<number>\d+)\..+"
-)
-_STEM = re.compile(
-    r"visual\.(?:class_embedding|positional_embedding|ln_pre\..+|conv\d\..+|bn\d\..+|"
-    r"trunk\.(?:patch_embed|stem|cls_token|reg_token|pos_embed|norm_pre)(?:\..+)?)"
-)
 
 Row = dict[str, float]
 COLUMNS = ("epoch", "step", "lr", "loss", "seconds")  # of a row, in addition to the metrics
@@ -157,8 +148,8 @@ def train(
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if run.step % len(batches):  # an epoch's last step is kept after its row is made
-                    asked = stop is not None and stop.requested
-                    if asked or (keeper is not None and keeper.every and run.step % keeper.every == 0):
+                    stopped = stop is not None and stop.requested
+                    if stopped or (keeper is not None and keeper.every and run.step % keeper.every == 0):
                         keep()
                     if stop is not None:
                         stop.check()
@@ -174,8 +165,8 @@ def train(
             if stop is not None and run.step < run.steps:
                 stop.check()
     model.eval()
-    if lost := [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]:
-        raise Diverged(f"{where}: {lost[0]} is not finite after the last step; {_REMEDY}")
+    if broken := [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]:
+        raise Diverged(f"{where}: {broken[0]} is not finite after the last step; {_REMEDY}")
     return run.rows
 
 
@@ -299,50 +290,6 @@ def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=setting.lr, betas=setting.betas)
-
-
-def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]:
-    """Freeze parameters of a classifier, and make all others trainable.
-
-    Args:
-        model: The classifier.
-        patterns: Regular expressions that match whole parameter names, such as ``visual\\.ln_pre\\..*``.
-        blocks: Number of blocks of the image tower to freeze, from the first on, with everything before them.
-
-    Returns:
-        The names of the frozen parameters.
-
-    Raises:
-        ValueError: A pattern is invalid or matches nothing, there are fewer blocks, the tower's blocks are
-            unknown, or nothing is left to train.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    frozen: set[str] = set()
-    for pattern in patterns:
-        try:
-            found = {name for name in names if re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"freeze: {pattern!r} is no regular expression: {error}") from None
-        if not found:
-            raise ValueError(
-                f"freeze: {pattern!r} matches no parameter's whole name; names are such as {names[0]!r}"
-            )
-        frozen |= found
-    if blocks:
-        block_of = {name: int(match["number"]) for name in names if (match := _BLOCKS.fullmatch(name))}
-        numbers = sorted(set(block_of.values()))
-        if not 0 < blocks <= len(numbers):
-            raise ValueError(
-                f"freeze: {blocks} blocks asked for, but {len(numbers)} were found in the image tower; "
-                "freeze by names instead"
-            )
-        frozen |= {name for name, number in block_of.items() if number in numbers[:blocks]}
-        frozen |= {name for name in names if _STEM.fullmatch(name)}
-    if len(frozen) == len(names):
-        raise ValueError("freeze: every parameter is frozen, so there is nothing to train")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    return [name for name in names if name in frozen]
 
 
 def _backward(

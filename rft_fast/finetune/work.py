@@ -186,9 +186,9 @@ class Work:
             label=name,
             stop=self._stop,
         )
-        if lost := output.overflowing(model.state_dict(), self._dtype):
+        if broken := output.overflowing(model.state_dict(), self._dtype):
             raise Diverged(
-                f"finetune: {lost} is not finite in {self._dtype}, in which it was to be stored; train it "
+                f"finetune: {broken} is not finite in {self._dtype}, in which it was to be stored; train it "
                 f"with --dtype float32, in another --out ({keeper.file.name} keeps this one's weights)"
             )
         self._folder.write_model(name, model.state_dict())
