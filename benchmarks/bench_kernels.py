@@ -1,11 +1,11 @@
-"""The kernels beside what people run today: backends and peers x storage types x shapes x operations.
+"""The kernels against common practice: backends and peers x storage types x shapes x operations.
 
     pytest benchmarks/bench_kernels.py --benchmark-json=out.json && python benchmarks/table.py out.json
     pytest benchmarks/bench_kernels.py --device cuda -k "ViT-L-14 and bfloat16"
 
-Each row first checks the contender's numbers, then is timed, then timed in turns with ours. It carries ns per
-element, GB/s of the bytes that the operation must move, and that as a share of what torch's copy and triad
-(two reads, one write) reach on as many bytes in the same run.
+For each row, the contender's numbers are checked, then it is timed alone, then in turns with ours. A row has
+ns per element, GB/s of the bytes that the operation must move, and the share of the bandwidth that torch's
+copy and triad (two reads, one write) reach on as many bytes in the same run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = ("layer", "64M", "256M", "ViT-B-32", "ViT-L-14")
-# Twelve tensors of 1 GB each, with the peers' scratch: what a large GPU has room for.
+# Twelve tensors of 1 GB each, with the peers' scratch memory: these fit only on a large GPU.
 GPU_ONLY = ("256M",)
-# A reference write of ViT-L/14 takes minutes on a CPU and proves nothing; compiling 160 shapes neither.
+# Too slow for ViT-L/14: a reference write takes minutes on a CPU, and 160 shapes would be compiled.
 ONE_TENSOR_ONLY = ("reference", "torch.compile")
 SLOW = (
     "reference",
@@ -34,7 +34,7 @@ SLOW = (
 
 
 def rows(device: torch.device) -> list[object]:
-    """Shape and dtype outermost: tensors are made once for all rows that share them."""
+    """Return the rows, shape and dtype outermost: rows that share tensors follow each other."""
     timer = pytest.mark.benchmark(timer=clock.clock(device))
     return [
         pytest.param(shape, dtype, operation, name, id=f"{shape}-{dtype}-{operation}-{name}", marks=timer)
@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def cases(device):
-    """One case at a time: ViT-L/14 with its peers' scratch takes 6 GB."""
+    """Keep one case at a time: ViT-L/14 with its peers' scratch memory takes 6 GB."""
     kept: dict[tuple[str, str], peers.Case] = {}
 
     def get(shape: str, dtype: str) -> peers.Case:
@@ -78,7 +78,7 @@ def test_write(benchmark, cases, device, shape, dtype, operation, name):
     contender.run()
     check_numbers(case, op, contender.drawn)
     rounds = turns_of(name, device)
-    # Of ours a GPU does thirty in ten milliseconds.
+    # A GPU does thirty of our writes in ten milliseconds.
     most = 200 if device.type == "cuda" and name in ("native", "triton") else rounds
     clock.clock(device).reset()
     benchmark.group = f"{shape}, {dtype}, {operation}"
@@ -119,7 +119,7 @@ def turns_of(name: str, device: torch.device) -> int:
 
 
 def check_numbers(case: peers.Case, op: peers.Operation, drawn: object) -> None:
-    """The same numbers out, given the same random ones; where those cannot be had, the same distribution."""
+    """Check for the same numbers given the same random ones, or for the same distribution without those."""
     if any(out.isnan().any() for out in case.out):
         raise AssertionError("not everything was written")
     a, b, out = (t[0].flatten()[: peers.CHECKED].double() for t in (case.zeroshot, case.finetuned, case.out))
@@ -143,7 +143,7 @@ def check_numbers(case: peers.Case, op: peers.Operation, drawn: object) -> None:
 
 
 def check_distribution(a, b, out, op: peers.Operation) -> None:
-    large = b.abs() > 5e-3  # below, rounding shows
+    large = b.abs() > 5e-3  # smaller weights show rounding
     a, b, out = a[large], b[large], out[large]
     kept = torch.ones_like(b, dtype=torch.bool)
     if op.keep < 1:

@@ -1,19 +1,20 @@
-"""Whole sweeps beside what people run today: same draws, same numbers out, in turns.
+"""Whole sweeps against common practice: the same draws and numbers, timed in turns.
 
     python benchmarks/bench_sweep.py --device cpu --arch ViT-B-32 --out sweep.json --figure sweep.png
     python benchmarks/bench_sweep.py --device cuda --arch ViT-L-14 --part layer-sharpness busy
     python benchmarks/bench_sweep.py --device cuda --arch tiny ViT-B-32 --part stages graphs attention
     python benchmarks/bench_sweep.py --redraw sweep.json --figure sweep.png
 
-Beside the practice: layer-sharpness, layers (layer-wise interpolation), interpolation (from image files),
-scaling (how the cost grows). Of the device: stages (how many the model is cut into), attention (in float32,
-beside float64), and on a GPU graphs (CUDA graphs on against off), streaming (images from the host) and busy
-(the share of time in which it works). The numbers of both sides are compared in every round; where they
-differ, the run fails. The peers are in peers_sweep.py, models and images in sweep_case.py, the parts in
+Against a peer: layer-sharpness, layers (layer-wise interpolation), interpolation (from image files), scaling
+(how the cost grows). Of the device: stages (number that the model is cut into), attention (in float32,
+compared with float64), and on a GPU graphs (CUDA graphs on and off), streaming (images from the host) and
+busy (share of the time in which it works). The numbers of both sides are compared in every round; a
+difference fails the run. The peers are in peers_sweep.py, models and images in sweep_case.py, the parts in
 sweep_sharpness.py, sweep_parts.py and sweep_device.py.
 
-What is measured is written as it goes: --out is a whole file after every timing, whatever ends the run. Where
-the environment has a DEADLINE (see record.py), nothing begins shortly before it; what is left out is said.
+Results are written as they are measured: --out is a whole file after every timing, however the run ends. With
+a DEADLINE in the environment (see record.py) nothing begins shortly before it, and what is left out is
+reported.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "streaming": sweep_device.streaming,
     "busy": sweep_device.busy,
 }
-FEW = {"stages", "attention", "graphs"}  # do with a few images
+FEW = {"stages", "attention", "graphs"}  # parts that need few images
 
 
 def measure(options: Options, parts: Sequence[str], log: Log) -> bool:
-    """All parts of one architecture. Returns whether none of them failed; one that does not stop the next."""
+    """Measure all parts of one architecture. Returns whether all succeeded; a failed part does not stop the
+    next.
+    """
     device = torch.device(options.device)
 
     images = options.few if set(parts) <= FEW else options.samples
@@ -168,14 +171,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     names = "samples batch draws layers alphas rounds rho files few precisions".split()
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
-    if "precisions" in given:  # fp32 is what the others are compared with
+    if "precisions" in given:  # the others are compared with fp32
         given["precisions"] = tuple(dict.fromkeys(["fp32", *given["precisions"]]))
     parts = list(PARTS) if "all" in asked.part else list(dict.fromkeys(asked.part))
     log, right, interrupted = Log(asked.out), True, False
     try:
         for arch in dict.fromkeys(asked.arch):
             right &= measure(replace(defaults(asked.device, arch), **given), parts, log)
-            gc.collect()  # the last one's models, before the next
+            gc.collect()  # frees the models before the next architecture
             if torch.device(asked.device).type == "cuda":
                 torch.cuda.empty_cache()
     except KeyboardInterrupt:
@@ -190,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(runs: Sequence[dict[str, Any]], figure: pathlib.Path | None) -> None:
-    """Tables of what was measured, and the figure where that was."""
+    """Print tables of the results, and draw the figure if that part was measured."""
     for run in runs:
         print(sweep_report.text(run))
         if figure and "scaling" in run["parts"]:

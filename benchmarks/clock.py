@@ -1,4 +1,4 @@
-"""Seconds of one round from cold caches, on the CPU or a GPU; and the bandwidth to compare with."""
+"""Seconds of one round from cold caches, on the CPU or a GPU, and the bandwidth to compare with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Run = Callable[[], object]
 
 
 class Clock:
-    """A timer to be called before and after each round, as pytest-benchmark calls its timers.
+    """A timer that is called before and after each round, as pytest-benchmark calls its timers.
 
-    The first call of a pair empties the caches, and returns 0. On a GPU it does so by reading, which leaves
-    nothing that the round would have to write back, and returns while that still runs: the host is ahead
-    then, and the time between the two events the device's alone. (A round of so many launches that the
-    device catches up takes the host's time, as it would in use.)
+    The first call of a pair empties the caches and returns 0. On a GPU it empties them by reading, which
+    leaves nothing that the round would have to write back, and returns while that is still running: the host
+    is ahead, and the time between the two events is the device's alone. (A round with so many launches that
+    the device catches up takes the host's time, as it would in use.)
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Clock:
         return event
 
     def reset(self) -> None:
-        """Before a new row: the one before may have failed half-way, and a GPU's clock may have gone down."""
+        """Prepare for a new row: the last may have failed half-way, and a GPU's clock may have slowed."""
         self._begun = None
         if self._sink is None:
             for _ in range(500):  # a tenth of a second
@@ -63,7 +63,7 @@ def clock(device: torch.device) -> Clock:
 
 
 def measure(device: torch.device, run: Run) -> float:
-    """Seconds of one round."""
+    """Return the seconds of one round."""
     timer = clock(device)
     start = timer()
     run()
@@ -71,10 +71,10 @@ def measure(device: torch.device, run: Run) -> float:
 
 
 def in_turns(device: torch.device, ours: Run, peer: Run, rounds: int) -> list[float]:
-    """How many times longer the peer took, round by round, ours and the peer's one after the other.
+    """Return how many times longer the peer took in each round, with ours and the peer's run in turns.
 
-    A shared machine changes its speed by half from one minute to the next, and a GPU its clock: only
-    neighbours compare.
+    A shared machine changes its speed by half from one minute to the next, and a GPU its clock rate: only
+    neighbouring rounds are comparable.
     """
     pairs = [(measure(device, ours), measure(device, peer)) for _ in range(rounds)]
     return [theirs / mine for mine, theirs in pairs]
@@ -82,9 +82,15 @@ def in_turns(device: torch.device, ours: Run, peer: Run, rounds: int) -> list[fl
 
 @cache
 def bandwidth(device: torch.device, moved: int, operands: int) -> float:
-    """GB/s of plain torch moving ``moved`` bytes, read and written: the yardstick for a write.
+    """Return GB/s of plain torch moving ``moved`` bytes, read and written: the yardstick of a write.
 
-    operands: 2 for a copy (out.copy_(a)), 3 for a triad (torch.add(a, b, out=out)), in float32. Median of 25.
+    Args:
+        device: Where to measure.
+        moved: Bytes.
+        operands: 2 for a copy (out.copy_(a)), 3 for a triad (torch.add(a, b, out=out)), in float32.
+
+    Returns:
+        The median of 25 rounds.
     """
     elements = moved // (4 * operands)
     tensors = [torch.randn(elements, device=device) for _ in range(operands)]

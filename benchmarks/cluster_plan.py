@@ -1,13 +1,13 @@
-"""What a zoo costs on many GPUs, on paper: the pieces that a run would deal out, dealt out to clocks.
+"""The cost of a zoo on many GPUs, simulated: the pieces of a run are dealt to clocks instead of workers.
 
     python benchmarks/cluster_plan.py [--models 72] [--arch ViT-B-32] [--tflops 30] [--out FILE.json]
 
-Counted: the FLOPs of every measurement of all five studies (rft_fast.run.pieces), on the six sets of the
-paper with their published sizes. Assumed, and printed: how many FLOPs a GPU does in a second, how long a
-worker takes to load, and to change to another model, and how long the process that deals takes to write a
-measurement down (4 ms measured on a local disk). Pieces are cut and dealt as rft_fast.run.cluster does, but
-for its preference for the model that a worker has at hand; a piece that begins in the middle of a position
-pays for what comes before its first layer again.
+Counted: the FLOPs of every measurement of all five studies (rft_fast.run.pieces), on the six data sets of the
+paper with their published sizes. Assumed, and printed: FLOPs per second of a GPU, seconds until a worker has
+loaded and to change to another model, and seconds of the main process to store a measurement (4 ms measured
+on a local disk). Pieces are cut and dealt as in rft_fast.run.cluster, except that a worker is not preferred
+for the model it has loaded. A piece that begins in the middle of a position pays again for what precedes its
+first layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GPUS = (1, 8, 64, 512, 4096)
 
 
 def request() -> Request:
-    """The defaults of the sweep, but every study on all six sets and all models."""
+    """Return the defaults of the sweep, but with every study on all six data sets and all models."""
     names = list(SETS)
     with tempfile.TemporaryDirectory() as folder:
         asked = read(["--out", f"{folder}/run", "--device", "cpu"])
@@ -66,7 +66,7 @@ def request() -> Request:
 
 
 class Zoo:
-    """Costs of all measurements of a zoo of like models."""
+    """The costs of all measurements of a zoo of equal models."""
 
     def __init__(self, arch: str, models: int) -> None:
         asked = request()
@@ -80,7 +80,7 @@ class Zoo:
         self.found: dict[str, list[tuple[Measurement, float]]] = {}
         self.other: dict[str, list[tuple[Measurement, float]]] = {}
         for study in (study for phase in catalogue.phases() for study in phase):
-            for found in (self.found, self.other):  # the second model knows what all share
+            for found in (self.found, self.other):  # for the second model, shared measurements exist
                 measurements = counter.count(study.name, path, study.guess(asked, path.layers))
                 if found is self.other and study.same_at_zeroshot:
                     measurements = [m for m in measurements if not m.zero]
@@ -98,13 +98,13 @@ class Zoo:
         return made
 
     def again(self, piece: Piece) -> float:
-        """FLOPs of what a piece does that its neighbour before has done: it starts its walk anew."""
+        """Return FLOPs that a piece repeats because it starts its own walk."""
         images = 1024 * self.forward
         return {"layers": 0.5 * images, "layer-sharpness": (0.5 + 1 + 3) * images}.get(piece.study, 0.0)
 
 
 def deal(zoo: Zoo, gpus: int, rate: float, load: float, change: float, commit: float) -> dict[str, Any]:
-    """Seconds from beginning to end, and where they go, on so many GPUs."""
+    """Return the hours of a whole run on so many GPUs, and where they go."""
     wall, busy, count, longest, limited = load, 0.0, 0, 0.0, False
     for phase in catalogue.phases():
         todo = zoo.pieces(phase)

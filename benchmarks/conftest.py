@@ -1,4 +1,4 @@
-"""What every benchmark shares: the device, and what the record says of the machine."""
+"""Shared by all benchmarks: the device, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark's own
 def pytest_sessionfinish(session):
-    """Drops a row that was interrupted: with one of no rounds, pytest-benchmark writes no file at all."""
+    """Drop a row that was interrupted: with a row of no rounds, pytest-benchmark writes no file at all."""
     measured = getattr(session.config, "_benchmarksession", None)
     if measured is not None:
         measured.benchmarks = [row for row in measured.benchmarks if row.stats.data]

@@ -1,7 +1,7 @@
-"""Runs the steps of gpu.sh one after the other, each with a limit, and keeps the summary up to date.
+"""Run the steps of gpu.sh one after the other, each with a time limit, and keep the summary up to date.
 
-A step is a program of its own that appends its measurements to OUT/rows.jsonl (record.py). Nothing here
-imports torch: what is missing on the machine is named in the first second. No step stops the next one.
+A step is a program that appends its measurements to OUT/rows.jsonl (record.py). Nothing here imports torch,
+so that what is missing on the machine is reported in the first second. A failed step does not stop the next.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import record
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICK = 570  # seconds of a whole quick run; a call on a lent machine ends after 600
-GRACE = 4  # seconds between asking a step to end and killing it
-LEAST = 12  # seconds below which no step begins: its imports alone take some eight
-KEPT = 10  # seconds of a run for what happens between steps
+GRACE = 4  # seconds between interrupting a step and killing it
+LEAST = 12  # no step begins with fewer seconds left: imports alone take some eight
+KEPT = 10  # seconds of a run kept free for what happens between steps
 
 FILES = ("rows.jsonl", "summary.md", "log.txt")  # of a run
 PACKAGES = [
@@ -49,7 +49,7 @@ SWEEP_TESTS = (
 
 @dataclass(frozen=True)
 class Step:
-    """limit: seconds in this run. tool: a program that must be on the machine."""
+    """One program of a run. limit: its seconds. tool: a program that the machine must have."""
 
     name: str
     limit: int
@@ -58,19 +58,19 @@ class Step:
 
 
 def steps(device: str, quick: bool) -> Iterator[Step]:
-    """In the order of what matters most, so that a run that is cut off has it."""
+    """Yield the steps, the most important first, as a run may be cut off."""
     python, cuda = sys.executable, device != "cpu"
 
     def script(name: str, *words: str) -> tuple[str, ...]:
         return (python, f"benchmarks/{name}.py", "--device", device, *words)
 
     def pytest(*words: str) -> tuple[str, ...]:
-        # The project's own options are for developers: how many processes run is decided here.
+        # The project's own pytest options are for developers; the number of processes is set here.
         return (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "gpu_rows",
                 "-o", "addopts=--import-mode=importlib", *words)  # fmt: skip
 
     def tests(*names: str, words: Sequence[str] = ()) -> tuple[str, ...]:
-        # Most of the time goes into compiling hundreds of variants, which processes can share.
+        # Compiling hundreds of variants takes most of the time, and processes can share it.
         spread = ("-n", "8", "--dist", "worksteal") if cuda and importlib.util.find_spec("xdist") else ()
         return pytest(*spread, *words, *(f"tests/{name}.py" for name in names))
 
@@ -113,8 +113,8 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
     yield Step(
         "memcheck",
         limit(55, 300),
-        # Every tensor is an allocation of its own, so that an access beyond its end is one to unowned memory.
-        # Errors that a library asks for and handles are none.
+        # Every tensor is a separate allocation, so that an access beyond its end hits unowned memory.
+        # API errors that a library provokes and handles are not reported.
         ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck",
          "--error-exitcode", "9", "--report-api-errors", "no", *script("gpu_program")),
         "compute-sanitizer",
@@ -132,7 +132,7 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
 
 
 class Run:
-    """One run: its folder, its clock, and the step that is running."""
+    """One run: its folder, its clock, and the running step."""
 
     def __init__(self, out: pathlib.Path, device: str, seconds: float) -> None:
         self.out, self.device = out, device
@@ -140,7 +140,7 @@ class Run:
         self.deadline = time.time() + seconds
 
     def step(self, step: Step) -> None:
-        """Runs it, and appends what became of it: a row of kind "step"."""
+        """Run a step and append a row of kind "step" with its outcome."""
         begun = time.time()
         limit = min(step.limit, self.deadline - begun)
         if step.tool and not shutil.which(step.tool):
@@ -158,7 +158,7 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # its workers end with it
+                start_new_session=True,  # so that its workers are killed with it
             )
             ended = self.wait(process, begun + limit)
         found = len(self.measured(step)) - measured
@@ -172,7 +172,7 @@ class Run:
         self.done(step, outcome, why, time.time() - begun)
 
     def wait(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        """Whether the process ended by itself. The summary is rewritten meanwhile."""
+        """Wait for a process, rewriting the summary meanwhile; returns whether it ended by itself."""
         try:
             while time.time() < deadline - GRACE:
                 try:
@@ -187,7 +187,7 @@ class Run:
                 pass
             return False
         finally:
-            kill(process, signal.SIGKILL)  # the group: a step that ended may have left workers behind
+            kill(process, signal.SIGKILL)  # the group, as a step that ended may have left workers
             process.wait()
 
     def environment(self, step: Step, deadline: float) -> dict[str, str]:
@@ -202,7 +202,7 @@ class Run:
         }
 
     def measured(self, step: Step) -> list[dict]:
-        """The rows of a step that are measurements."""
+        """Return the rows of a step that are measurements."""
         rows = (row for row in record.read(self.rows) if row["step"] == step.name)
         rows = (row for row in rows if row.get("outcome") != "skipped")  # tests
         return [row for row in rows if row["kind"] not in ("step", "left out")]
@@ -214,7 +214,7 @@ class Run:
         self.summarize()
 
     def summarize(self) -> None:
-        """Rewrites summary.md. A fault of the report is printed and stops no measurement."""
+        """Rewrite summary.md. An error of the report is printed and stops no measurement."""
         import gpu_report
 
         try:
@@ -239,7 +239,7 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def machine(device: str) -> dict[str, object]:
-    """What the machine says of itself, without torch."""
+    """Describe the machine, without torch."""
     facts: dict[str, object] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": sys.version.split()[0],
@@ -256,7 +256,7 @@ def machine(device: str) -> dict[str, object]:
 
 
 def problems(options: argparse.Namespace, names: Sequence[str]) -> Iterator[str]:
-    """Why this run cannot begin: all reasons at once."""
+    """Yield all reasons why this run cannot begin."""
     for name in options.only:
         if name not in names:
             yield f"there is no step {name!r} here; there are {', '.join(names)}"
@@ -306,7 +306,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
-    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"  # compute-sanitizer and nvcc, where not on it
+    os.environ["PATH"] += (
+        os.pathsep + "/usr/local/cuda/bin"
+    )  # compute-sanitizer and nvcc, if not found otherwise
     listed = list(steps(options.device, options.quick))
     total = sum(step.limit for step in listed) + KEPT
     if options.seconds is None:

@@ -1,8 +1,8 @@
-"""One process that says which backends work, runs every kernel, and measures the host's time of a write.
+"""One process that lists the working backends, runs every kernel, and measures the host's time of a write.
 
-Rows of sizes around the kernels' tiles, aligned and not, in all storage types, in place and out of place, in
-several forms of the write. Results are compared with the CPU's, bit for bit, but for normals.
-compute-sanitizer runs it, too. Each backend, form and time is a row (record.py) the moment it is known.
+Rows have sizes around the kernels' tiles, aligned and not, in all storage types, in place and out of place,
+in several forms of the write. Results are compared with the CPU's bit for bit, except normals.
+compute-sanitizer runs it, too. Each backend, form and time is a row (record.py) as soon as it is known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rft_fast.kernels.registry import BACKENDS
 
 SIZES = (0, 1, 3, 4, 5, 255, 1024, 2047, 2048, 2049, 4101)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# For both backends, of which Triton compiles a variant for each.
+# For both backends; Triton compiles a variant for each.
 FORMS = [
     {"alpha": 0.3},
     {"alpha": 0.7, "rho": 0.1, "noise": "normal", "seed": 5},
@@ -31,7 +31,7 @@ FORMS = [
     {"alpha": 0.4, "rho": 0.1, "noise": "rademacher", "on": "interpolated", "adaptive": False},
     {"alpha": 0.4, "rho": 0.1, "noise": "normal", "keep": 0.9, "fill": "zeroshot", "draw": 2},
 ]
-# With these, every kernel of csrc/cuda.cu runs: the usual forms with or without noise and mask, and the rest.
+# These run every kernel of csrc/cuda.cu: the usual forms with or without noise and mask, and the others.
 MORE_FORMS = [
     *(
         {"alpha": alpha, "rho": rho, "keep": keep}
@@ -48,15 +48,15 @@ MORE_FORMS = [
 
 
 def tensors(device: torch.device) -> list[list[torch.Tensor]]:
-    """out, zeroshot, finetuned: each size in each storage type, once aligned and once one element off.
+    """Return out, zeroshot and finetuned: each size in each storage type, aligned and one element off.
 
-    And a few rows of several types, or aligned to eight bytes only.
+    A few further rows have several types, or are aligned to eight bytes only.
     """
     generator = torch.Generator().manual_seed(0)
     roles: list[list[torch.Tensor]] = [[], [], []]
     for size, dtype, offset in itertools.product(SIZES, DTYPES, (0, 1)):
         for role in roles:
-            # The view ends where its memory ends: an element too far is found.
+            # The view ends where its memory ends, so that an access one element too far is found.
             role.append(torch.randn(size + offset, generator=generator).to(device, dtype)[offset:])
     roles[0][::3] = roles[1][::3]  # in place
     for role, dtype in zip(roles, DTYPES):
@@ -73,7 +73,7 @@ def written(impl: str, device: torch.device, form: dict) -> list[torch.Tensor]:
 
 
 def check(impl: str, device: torch.device) -> int:
-    """How many forms of the write are wrong. Each form is a row."""
+    """Return the number of wrong forms of the write. Each form is a row."""
     forms = FORMS if impl == "triton" else FORMS + MORE_FORMS
     wrong = most = 0
     for number, form in enumerate(forms):
@@ -95,7 +95,7 @@ def check(impl: str, device: torch.device) -> int:
 
 
 def compare(impl: str, device: torch.device, form: dict) -> int:
-    """How many rows one form wrote. Raises AssertionError where one of them is not the reference's."""
+    """Return the number of rows one form wrote; AssertionError if one differs from the reference."""
     expected = written("reference", torch.device("cpu"), form)
     for got, wanted in zip(written(impl, device, form), expected):
         close = {"rtol": 1e-2, "atol": 1e-6} if got.element_size() == 2 else {"rtol": 1e-5, "atol": 1e-6}
@@ -106,11 +106,11 @@ def compare(impl: str, device: torch.device, form: dict) -> int:
 
 
 def host_time(impl: str, device: torch.device) -> None:
-    """What one Plan.write costs its caller, of 296 tensors so small that the writing itself takes no time."""
+    """Measure a caller's cost of one Plan.write of 296 tensors so small that writing them takes no time."""
     tensors = [torch.zeros(8, device=device) for _ in range(296)]
     plan = Plan(tensors, [t.clone() for t in tensors], [t.clone() for t in tensors], impl)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # waking others for 296 x 8 elements would be all that is measured
+    torch.set_num_threads(1)  # otherwise waking threads for 296 x 8 elements would dominate
     try:
         for what, runs in (("whole model", None), ("two tensors", [(100, 102)])):
             times = timed(lambda runs=runs: plan.write(0.3, rho=0.1, tensors=runs, draw=5))
@@ -122,7 +122,7 @@ def host_time(impl: str, device: torch.device) -> None:
 
 
 def timed(run: Callable[[], object], rounds: int = 50, iterations: int = 20) -> list[float]:
-    """Seconds of one call, round by round. Between rounds a GPU catches up, so that no call waits for it."""
+    """Return seconds of one call per round. Between rounds a GPU catches up, so that no call waits for it."""
     times = []
     for number in range(rounds + 3):
         if torch.cuda.is_initialized():
@@ -154,7 +154,7 @@ def main() -> int:
         faults += bool(why)
         if not why and options.host:
             host_time(impl, device)
-    # The check takes longest, and compute-sanitizer runs it once more.
+    # The check takes longest, and compute-sanitizer repeats it.
     return faults + sum(check(impl, device) for impl in impls if not BACKENDS[impl].why_not(device))
 
 

@@ -1,4 +1,4 @@
-"""What a run of gpu.sh proved, from its rows alone: python benchmarks/gpu_report.py OUT/rows.jsonl
+"""The summary of a run of gpu.sh, from its rows alone: python benchmarks/gpu_report.py OUT/rows.jsonl
 
 Prints Markdown: the machine, what was proven, what failed, what was not tried, the steps, and all figures.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import record
 import table
 
-# Least share of the triad's bandwidth, on the tensor of 256 M elements.
+# Goal: least share of the triad's bandwidth, on the tensor of 256 M elements.
 SHARES = {("float32", "both"): 0.90, ("bfloat16", "both"): 0.75, ("float32", "interpolate"): 0.92}
-# Least time of a peer, as a multiple of native's, in float32 on 64 M elements.
+# Goal: least time of a peer as a multiple of native's, in float32 on 64 M elements.
 RATIOS = {
     ("both", "torch._foreach_*"): 5.0,
     ("both", "torch._foreach_* folded"): 5.0,
@@ -29,7 +29,7 @@ HOST_US = 25.0
 Row = dict
 Finding = tuple[str, str]  # "proven", "failed" or "not tried", and what
 KINDS = ("proven", "failed", "not tried")
-RESULT = ("step", "arch", "part", "precision", "name")  # what a result is of
+RESULT = ("step", "arch", "part", "precision", "name")  # the key of a result
 
 
 def findings(rows: list[Row]) -> Iterator[Finding]:
@@ -56,7 +56,7 @@ def of_steps(rows: list[Row]) -> Iterator[Finding]:
 
 
 def of_checks(rows: list[Row]) -> Iterator[Finding]:
-    """Backends, forms of the write, and tests: how many passed, and each that did not."""
+    """Yield backends, forms of the write, and tests: how many passed, and each that did not."""
     passed: Counter[str] = Counter()
     for row in rows:
         if row["kind"] == "backend":
@@ -79,7 +79,7 @@ def of_checks(rows: list[Row]) -> Iterator[Finding]:
 
 
 def of_goals(rows: list[Row]) -> Iterator[Finding]:
-    """The goals of the kernels; those without a row were not tried."""
+    """Yield the goals of the kernels; those without a row were not tried."""
 
     def info(**wanted: str) -> dict | None:
         found = (row["extra_info"] for row in rows if row["kind"] == "write")
@@ -107,7 +107,7 @@ def of_goals(rows: list[Row]) -> Iterator[Finding]:
 
 
 def summary(rows: list[Row]) -> str:
-    """The whole report. Sections without rows are left out."""
+    """Return the whole report. Sections without rows are left out."""
     return "\n".join([*machine(rows), *verdicts(rows), *steps(rows), *kernels(rows), *sweeps(rows)]) + "\n"
 
 
@@ -147,9 +147,9 @@ def kernels(rows: list[Row]) -> Iterator[str]:
 
 
 def sweeps(rows: list[Row]) -> Iterator[str]:
-    """Results and timings of whole sweeps: a table each, with the columns that its rows have.
+    """Yield results and timings of whole sweeps, a table each, with the columns that its rows have.
 
-    A result is written anew after each round: the last one of its name counts.
+    Results are written again after each round; the last one of a name counts.
     """
     last = {tuple(row.get(k) for k in RESULT): row for row in rows if row["kind"] == "result"}
     timings = [row for row in rows if row["kind"] == "timing"]
@@ -163,7 +163,7 @@ def sweeps(rows: list[Row]) -> Iterator[str]:
 
 
 def short(value: object) -> str:
-    """Numbers with four digits, lists in brackets, nothing for None."""
+    """Format a value: numbers with four digits, lists in brackets, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, list):

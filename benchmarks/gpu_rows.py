@@ -1,4 +1,4 @@
-"""A plugin of pytest for gpu.py: an outcome is a row the moment it is there, and no test begins too late."""
+"""A pytest plugin for gpu.py: each outcome becomes a row at once, and no test begins too late."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
-        return  # the process that deals the tests out hears of all of them
+        return  # xdist's main process reports all of them
     why = ""
     if report.skipped:
         why = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -1,9 +1,9 @@
-"""The operations, what people run today to do them, and the shapes they run them on.
+"""The operations, the peers that perform them as is common today, and the shapes.
 
-A contender takes a ``Case`` and an ``Operation`` and returns a ``Prepared``: a callable that performs one
-write, and one that tells which random numbers the last write used. What can be allocated before is allocated
-before, unless allocating is the practice being measured ("state dicts", "published loop", "delta dict"). A
-peer is called published only where it does, call for call, what published code does.
+A contender takes a ``Case`` and an ``Operation`` and returns a ``Prepared``: one callable that performs a
+write, and one that returns the random numbers of the last write. Memory is allocated in advance where
+possible, unless allocating is the practice being measured ("state dicts", "published loop", "delta dict"). A
+peer is called published only if it does, call for call, what published code does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rft_fast.kernels import Plan, keep_mask_like, noise_like
 ALPHA, RHO, KEEP, SEED = 0.3, 0.1, 0.5, 1
 Run = Callable[[], object]
 
-# As many elements of the first tensor are looked at when a contender's numbers are checked.
+# Number of elements of the first tensor that are compared when a contender's numbers are checked.
 CHECKED = 2**20
 
 
@@ -35,7 +35,7 @@ class Operation:
 
     @property
     def tensors(self) -> int:
-        """How many tensors must be moved: the ends that matter, and the output."""
+        """Number of tensors that must be moved: the ends that matter, and the output."""
         return 2 if self.alpha == 1 else 3
 
 
@@ -50,7 +50,7 @@ OPERATIONS = {
 
 @dataclass
 class Case:
-    """The two ends and the place to write, lists of tensors."""
+    """The two ends and the output, as lists of tensors."""
 
     zeroshot: list[Tensor]
     finetuned: list[Tensor]
@@ -71,7 +71,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Prepared:
-    """drawn: None where the random numbers cannot be had."""
+    """A contender ready to run. drawn: None where its random numbers are not accessible."""
 
     run: Run
     drawn: Callable[[], Drawn] | None = Drawn
@@ -129,7 +129,7 @@ def ours(impl: str) -> Contender:
 
 
 def lerp_out(case: Case, op: Operation) -> Prepared:
-    """torch.lerp into the parameter: the least that plain torch can do."""
+    """torch.lerp into the parameter: the cheapest way in plain torch."""
 
     def run() -> None:
         for out, a, b in zip(case.out, case.zeroshot, case.finetuned):
@@ -139,7 +139,7 @@ def lerp_out(case: Case, op: Operation) -> Prepared:
 
 
 def state_dicts(case: Case, op: Operation) -> Prepared:
-    """As WiSE-FT's code merges: both state dicts cloned, a third built, and loaded into the model."""
+    """Merge as WiSE-FT's code does: clone both state dicts, build a third, and load it into the model."""
     model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.out)
     theta_0, theta_1 = ({str(i): t for i, t in enumerate(end)} for end in (case.zeroshot, case.finetuned))
 
@@ -157,7 +157,7 @@ def published_loop(case: Case, op: Operation) -> Prepared:
     github.com/tml-epfl/sharpness-vs-generalization at 6d73be94, sharpness.py: eval_average_sharpness with
     random_init_lw, norm="l2", adaptive=True. Once for all draws: a clone of the parameters, a deep copy of
     the model, a dict of deltas. For each draw: noise for every tensor; |w|, times rho, times the noise; a new
-    tensor for every parameter. It interpolates nothing.
+    tensor for every parameter. It does not interpolate.
     """
     if op != Operation(alpha=1.0, rho=op.rho):
         raise ValueError(f"the published loop perturbs and does nothing else, got {op}")
@@ -174,7 +174,7 @@ def published_loop(case: Case, op: Operation) -> Prepared:
             deltas[name] *= op.rho * original[name].abs()
         for (name, _), (_, p) in zip(deltas.items(), noisy.named_parameters()):
             p.data = original[name] + deltas[name]
-        case.out[:] = [p.data for p in noisy.parameters()]  # for the check: the loop has tensors of its own
+        case.out[:] = [p.data for p in noisy.parameters()]  # for the check: the loop makes its own tensors
 
     def drawn() -> Drawn:
         w = first(case.finetuned).float()
@@ -185,7 +185,7 @@ def published_loop(case: Case, op: Operation) -> Prepared:
 
 
 def delta_dict(case: Case, op: Operation) -> Prepared:
-    """Written out by us: a deep copy of the weights and a dict of deltas for every draw, then loaded."""
+    """Written by us: for every draw a deep copy of the weights and a dict of deltas, then loaded."""
     model = torch.nn.ParameterList(torch.nn.Parameter(t) for t in case.out)
     noise: list[Tensor] = []
 
@@ -213,9 +213,9 @@ def like(case: Case, wanted: bool) -> list[Tensor] | None:
 
 
 def in_place(case: Case, op: Operation, stateless: bool = False) -> Prepared:
-    """The fastest plain-torch sequence of the formula: in-place passes over preallocated memory.
+    """The fastest plain-torch sequence for the formula: in-place passes over preallocated memory.
 
-    stateless: random numbers from torch.func._random, which depend on nothing but their key, as ours.
+    stateless: random numbers from torch.func._random, which depend on their key alone, like ours.
     """
     noise, mask = like(case, op.rho > 0), like(case, op.keep < 1)
     scratch = like(case, True)
@@ -249,7 +249,7 @@ def in_place(case: Case, op: Operation, stateless: bool = False) -> Prepared:
 
 
 def foreach(case: Case, op: Operation) -> Prepared:
-    """Each pass one torch._foreach_* call (which has neither normal_ nor bernoulli_)."""
+    """One torch._foreach_* call per pass (normal_ and bernoulli_ have none)."""
     noise, mask = like(case, op.rho > 0), like(case, op.keep < 1)
     work, scratch = like(case, bool(noise or mask)), like(case, op.rho > 0)
 
@@ -276,7 +276,7 @@ def foreach(case: Case, op: Operation) -> Prepared:
 
 
 def foreach_folded(case: Case, op: Operation) -> Prepared:
-    """w * (1 + rho * eps): fewer passes, other numbers, and the same distribution: noise is symmetric."""
+    """w * (1 + rho * eps): fewer passes, other numbers, the same distribution, as noise is symmetric."""
     noise = like(case, True)
 
     def run() -> None:
@@ -291,7 +291,7 @@ def foreach_folded(case: Case, op: Operation) -> Prepared:
 
 
 def compiled(case: Case, op: Operation) -> Prepared:
-    # All cases share the code below, of which it keeps few variants before it goes on uncompiled.
+    # All cases share the code below; torch keeps few variants of it before running it uncompiled.
     torch._dynamo.reset()
 
     @torch.compile(dynamic=False)
@@ -319,9 +319,9 @@ def has_stateless() -> bool:
 
 
 def contenders(op: Operation, device: torch.device) -> dict[str, Contender]:
-    """Everything that can perform the operation on the device, ours first.
+    """Return everything that can perform the operation on the device, ours first.
 
-    On the CPU Triton is interpreted, for tests: there is nothing to measure.
+    On the CPU Triton is interpreted, for tests, and not measured.
     """
     random = op.rho > 0 or op.keep < 1
     backends = ("native", "triton", "reference") if device.type == "cuda" else ("native", "reference")

@@ -1,11 +1,11 @@
-"""The sweeps as people run them today, written out in plain torch, in the strongest form of each practice.
+"""The sweeps as they are commonly run today, written in plain torch, in the strongest form of each practice.
 
-Kept is what makes the practice: state dicts merged and loaded for every draw and position, a full forward
-pass, the data set rebuilt. Left out is what is only waste: gradients and synchronisations inside, copies of
-the whole model and a clean pass for every draw where one will do. Three things flatter the peers: their noise
-comes from our kernel, which makes that of one layer faster than torch.randn_like would; the batches of a
-sharpness or of a layer-wise interpolation wait on the device as normalised floats, so that no data loader is
-paid for; and the rows of results, with their intervals, are ours alone to make.
+Each peer keeps what makes the practice: state dicts merged and loaded for every draw and position, a full
+forward pass, the data set rebuilt. It omits mere waste: gradients and synchronisations inside, copies of the
+whole model, and a clean pass for every draw where one suffices. Three things favour the peers: their noise
+comes from our kernel, which is faster for one layer than torch.randn_like; the batches of sharpness and
+layer-wise interpolation wait on the device as normalised floats, without a data loader; and only ours makes
+rows of results with intervals.
 
 Batches are lists of (images [n, 3, h, w] in the model's type, labels int64 [n]) on the model's device. State
 dicts are float32; loading them casts to the live model's type.
@@ -31,10 +31,10 @@ Draw = Callable[[Sequence[str], int, int], dict[str, Tensor]]
 
 
 def noise(weights: State) -> Draw:
-    """draw(names, seed, number): normals for these weights, the very ones that a Path's writes use.
+    """Return draw(names, seed, number): normals for these weights, the same as those of a Path's writes.
 
-    weights: all float parameters in the model's order, whose places tell their noise. Memory is made once,
-    as large as the model, where the practice allocates each time.
+    weights: all float parameters in the model's order, which decides their noise. Memory as large as the
+    model is allocated once, where the practice allocates each time.
     """
     rows = {name: row for row, name in enumerate(weights)}
     zeros = [torch.zeros_like(tensor) for tensor in weights.values()]
@@ -50,7 +50,7 @@ def noise(weights: State) -> Draw:
 
 
 def forward(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Losses and hits of all images, still on the device: nothing is waited for."""
+    """Return losses and hits of all images, still on the device, without waiting for it."""
     losses, hits = [], []
     for images, labels in batches:
         logits = model(images).float()
@@ -77,15 +77,15 @@ def layer_sharpness(
     draw: Draw,
     noise_batch: bool,
 ) -> dict[tuple[str, float], list[float]]:
-    """Sharpness of each layer at each alpha, draw by draw, written out by us: no published code measures it.
+    """Sharpness of each layer at each alpha, draw by draw, written by us: no published code measures it.
 
-    As published code for whole models does, it keeps an original clone and makes every draw from it: a dict
-    of deltas, one for each tensor of the layer. Then, as people merge models: a perturbed state dict, which
-    is interpolated and loaded, and a full forward pass. The value is the mean over images of perturbed less
-    clean loss.
+    As in published code for whole models, an original clone is kept and every draw made from it: a dict of
+    deltas, one for each tensor of the layer. Then, as models are usually merged: a perturbed state dict,
+    which is interpolated and loaded, and a full forward pass. The value is the mean over images of perturbed
+    minus clean loss.
 
-    layers: name -> its parameters. noise_batch: a draw for every batch, as in published code for whole
-        models, instead of one for all.
+    layers: name -> its parameters. noise_batch: draw for every batch, as in published code for whole models,
+        instead of once for all.
     """
     original = {name: tensor.clone() for name, tensor in finetuned.items()}
     parts = [[batch] for batch in batches] if noise_batch else [list(batches)]
@@ -119,7 +119,7 @@ def layer_interpolation(
     layers: Mapping[str, Sequence[str]],
     alphas: Sequence[float],
 ) -> dict[tuple[str, float], Measured]:
-    """Each layer at alpha, the others zero-shot: a state dict, a load and a full forward pass for each.
+    """Each layer at alpha, the others zero-shot: one state dict, one load and one full forward pass for each.
 
     The zero-shot model, alpha = 0 of every layer, is measured once.
     """
@@ -150,9 +150,9 @@ def interpolation(
     batch_size: int,
     workers: int,
 ) -> dict[float, Measured]:
-    """As WiSE-FT sweeps: for every alpha both state dicts cloned and merged, the data set built and read.
+    """Sweep as WiSE-FT does: for every alpha clone and merge both state dicts, build and read the data set.
 
-    (That code also pickles a checkpoint of every merged model; here it need not.)
+    (That code also pickles a checkpoint of every merged model, which is omitted here.)
     """
     device = next(model.parameters()).device
     found = {}

@@ -1,13 +1,13 @@
-"""What fewer bits do to loss, accuracy and sharpness, beside the standard error: on the digits zoo.
+"""Effect of precision on loss, accuracy and sharpness, relative to the standard error, on the digits zoo.
 
     python benchmarks/precision.py [--device cuda] [--draws 20] [--samples 256] [--models 3] [--out FILE.json]
 
-Trained weights: the first few of nine models. Along the path, every precision that the device offers is
+The weights are trained: the first few of nine models. Along the path, every precision of the device is
 compared with fp32 on the same images, and fp32 with float64 on the same (float32) weights. Sharpness, general
-and layer by layer, is compared with fp32's for the same draws of noise, and the difference set beside the
-standard error of as many draws: a precision is good enough where that ratio stays well below one.
+and layer-wise, is compared with that of fp32 for the same draws, and the difference with the standard error
+of as many draws: a precision is good enough where that ratio is well below one.
 
-What is measured is written as it goes: --out is a whole file after every measurement, whatever ends the run.
+Results are written as they are measured: --out is a whole file after every measurement, however the run ends.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KEYS = ["model", "study", "layer", "alpha", "rho", "estimator"]
 
 
 def offered(device: torch.device) -> list[str]:
-    """fp32, and what else the device can do."""
+    """Return the precisions of the device, fp32 first."""
     found = []
     for precision in PRECISIONS:
         try:
@@ -59,7 +59,7 @@ def offered(device: torch.device) -> list[str]:
 
 
 class Findings:
-    """What is measured so far: rows of both tables, on disk after every measurement.
+    """The results so far: rows of both tables, on disk after every measurement.
 
     out: a JSON file that always holds what is known.
     """
@@ -70,7 +70,7 @@ class Findings:
         self.sharpness = pd.DataFrame()
 
     def measured(self, part: str, seconds: float, **facts: Any) -> None:
-        """One measurement whose rows are in the tables by now."""
+        """Record a measurement whose rows are in the tables."""
         self.measurements += 1
         record.row("timing", part=part, seconds=seconds, **facts)
         if self.out:
@@ -80,7 +80,7 @@ class Findings:
 
 
 def along_the_path(source: Digits, precisions: Sequence[str], findings: Findings) -> None:
-    """One row per (model, data set, alpha, precision): differences to fp32, and of fp32 to float64.
+    """Add one row per (model, data set, alpha, precision): differences to fp32, and of fp32 to float64.
 
     loss, accuracy: of the whole set. image: the largest difference of one image's loss.
     """
@@ -101,7 +101,7 @@ def along_the_path(source: Digits, precisions: Sequence[str], findings: Findings
 def differences(
     model: str, precision: str, scores: Mapping[str, Mapping[tuple[float, str], Scores]]
 ) -> Iterator[dict[str, Any]]:
-    """Of a precision to fp32; fp64's own rows say how far fp32 is from it."""
+    """Yield differences of a precision to fp32; rows of fp64 compare fp32 with it."""
     base, other = ("fp64", "fp32") if precision == "fp64" else ("fp32", precision)
     for (alpha, dataset), got in scores[other].items():
         wanted = scores[base][alpha, dataset]
@@ -132,7 +132,7 @@ def of_path(source: Digits, model: str, precision: str) -> dict[tuple[float, str
 
 @torch.inference_mode()
 def in_float64(path: rft.Path, data: Sequence[datasets.Dataset]) -> dict[str, Scores]:
-    """The live float32 weights, and all arithmetic in float64."""
+    """Score the live float32 weights with all arithmetic in float64."""
     model = copy.deepcopy(path.model).double().cpu()
     found = {}
     for dataset in data:
@@ -144,7 +144,7 @@ def in_float64(path: rft.Path, data: Sequence[datasets.Dataset]) -> dict[str, Sc
 
 
 def of_sharpness(source: Digits, precisions: Sequence[str], draws: int, findings: Findings) -> None:
-    """One row per (model, study, layer, alpha, rho, estimator, precision), with fp32's of the same draws."""
+    """Add one row per (model, study, layer, alpha, rho, estimator, precision), with fp32's of those draws."""
     layers: list[str] = []
     for model in source.finetuned:
         for precision in precisions:
@@ -172,7 +172,7 @@ def of_sharpness(source: Digits, precisions: Sequence[str], draws: int, findings
 
 
 def beside_fp32(rows: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one precision with what fp32's are, which come before those of all others."""
+    """Join rows of one precision with those of fp32, which come first."""
     base = rows if (rows["precision"] == "fp32").all() else before[before["precision"] == "fp32"]
     matching = base.set_index(KEYS).loc[pd.MultiIndex.from_frame(rows[KEYS])]
     rows = rows.assign(fp32=matching["sharpness"].to_numpy(), fp32_se=matching["sharpness_se"].to_numpy())
@@ -225,7 +225,7 @@ def sharpness_table(table: pd.DataFrame, draws: int) -> Iterator[str]:
 
 
 def errors(group: pd.DataFrame) -> str:
-    """Median and largest, as numbers and in standard errors."""
+    """Format median and largest error, as numbers and in standard errors."""
     ratio = group["error"] / group["fp32_se"]
     return (
         f"{group['error'].median():.1e} ({group['error'].max():.1e}), "
@@ -234,7 +234,7 @@ def errors(group: pd.DataFrame) -> str:
 
 
 def results(findings: Findings) -> Iterator[dict[str, Any]]:
-    """The facts of a row for each median that the tables show."""
+    """Yield the facts of a row for each median that the tables show."""
     if len(findings.path):
         for (precision, against), rows in findings.path.groupby(["precision", "against"], sort=False):
             for name in ("loss", "image", "accuracy"):

@@ -1,4 +1,4 @@
-"""What a run measures, kept as it goes: each timing is on disk before the next begins."""
+"""The results of a run, kept as they are measured: each timing is on disk before the next begins."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import PRECISIONS
 
 T = TypeVar("T")
-# Largest difference of two losses that are the same number, as a share of 1 + loss: batches of other
-# sizes round differently. In fewer bits that is all that can be expected.
+# Largest difference of two losses that count as the same number, as a share of 1 + loss: batches of other
+# sizes round differently.
 SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 class TimeIsUp(Exception):
-    """No further measurement begins."""
+    """There is no time for another measurement."""
 
 
 class Log:
-    """The runs of a call, one for each architecture. ``out``: a JSON file that always holds what is known.
+    """The runs of a call, one per architecture.
 
     Attributes:
-        runs: as the JSON file holds them: about, options, parts, goals, and failures where there are some.
-        timings: how many there are.
+        out: JSON file that always holds what is known.
+        runs: As the JSON file holds them: about, options, parts, goals, and failures if there are any.
+        timings: Number of timings.
     """
 
     def __init__(self, out: pathlib.Path | None = None) -> None:
@@ -44,15 +45,15 @@ class Log:
         self._said: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def begin(self, about: Mapping[str, Any], options: Options) -> dict[str, Any]:
-        """A new run, empty."""
+        """Add a new, empty run."""
         run = {"about": about, "options": asdict(options), "parts": {}, "goals": []}
         self.runs.append(run)
         return run
 
     def save(self, done: bool = False) -> None:
-        """Writes the JSON file, and a row for each result that is new or another one.
+        """Write the JSON file, and a row for each result that is new or has changed.
 
-        done: with a part, whose goals are judged: a row for each of them, too.
+        done: a part is complete, so that its goals are judged; adds a row for each of them.
         """
         run = self.runs[-1]
         run["goals"] = list(sweep_goals.goals(run))
@@ -66,9 +67,9 @@ class Log:
 
 
 class Bench:
-    """One architecture: its case, and what the parts find of it.
+    """One architecture: its case, and the results of the parts.
 
-    case: made already, or what makes it when the first part begins.
+    case: the case, or a function that makes it when the first part begins.
     """
 
     def __init__(
@@ -93,15 +94,15 @@ class Bench:
         return torch.device(self.options.device)
 
     def shared(self, key: Any, make: Callable[[], T]) -> T:
-        """What several parts use, made by the first."""
+        """Return what several parts use; the first one makes it."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     def measure(self, part: str, run: Callable[[Bench], None]) -> dict[str, Any]:
-        """One part. Returns what it found, all that there was time for.
+        """Measure one part and return its results, as many as there was time for.
 
-        Raises AssertionError where two contenders have not the same numbers, once the rest is measured.
+        Raises AssertionError where the numbers of two contenders differ, after the rest is measured.
         """
         self._part, self._found, self.failures = part, {}, []
         try:
@@ -115,26 +116,26 @@ class Bench:
         return self._found
 
     def begin(self, found: dict[str, Any]) -> dict[str, Any]:
-        """What the part fills in as it measures; it counts from its first timing on."""
+        """Set the results that the part fills in; they count from its first timing on."""
         self._found = found
         return found
 
     def not_measured(self, why: str) -> None:
-        """The part says why it cannot be measured here."""
+        """Record why the part cannot be measured here."""
         self.begin({"not measured": why})
         self.run["parts"][self._part] = self._found
         record.row("not measured", arch=self.options.arch, part=self._part, why=why)
         self.log.save()
 
     def check_time(self, what: str) -> None:
-        """Raises TimeIsUp where ``what`` shall not begin any more."""
+        """Raise TimeIsUp if ``what`` should not begin any more."""
         if record.time_is_up():
             raise TimeIsUp(what)
 
     def timed(self, what: str, run: Callable[[], T]) -> tuple[T, float]:
-        """What it returns, and the seconds until the device is done.
+        """Run something; return its result, and the seconds until the device is done.
 
-        Raises TimeIsUp where it is too late to begin.
+        Raises TimeIsUp if it is too late to begin.
         """
         self.check_time(what)
         self._synchronize()
@@ -144,7 +145,7 @@ class Bench:
         return found, perf_counter() - start
 
     def timing(self, contender: str, seconds: float, precision: str = "fp32", **facts: Any) -> None:
-        """A timing whose numbers are found right, and which the part has filled in: on disk on return."""
+        """Record a timing whose numbers are right and in the results; on return it is on disk."""
         self.log.timings += 1
         self.run["parts"][self._part] = self._found
         where = {"arch": self.options.arch, "part": self._part, "contender": contender}
@@ -152,7 +153,7 @@ class Bench:
         self.log.save()
 
     def failed(self, error: AssertionError) -> None:
-        """Numbers that differ. The part goes on, and fails at its end."""
+        """Record numbers that differ. The part continues, and fails at its end."""
         self.failures.append(error)
 
     def _synchronize(self) -> None:
@@ -160,7 +161,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def evaluator(self, precision: str = "fp32", samples: int | None = None) -> Evaluator:
-        """Of the first images, in our batches; the model is cut in stages once for all."""
+        """Return the evaluator of the first images, in our batches; the model is cut into stages once."""
         case = self.case
         if samples in (None, len(case.data.labels)):
             return case.evaluator(precision)
@@ -169,21 +170,21 @@ class Bench:
 
 
 def allowed(precision: str, loss: float) -> float:
-    """How far two losses of about this size may be apart, and be the same number."""
+    """Return by how much two losses of about this size may differ and count as the same number."""
     return (1 + loss) * (2e-3 if precision == "tf32" else SAME[PRECISIONS[precision]])
 
 
 def turns(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """For each round, how many times longer the peer took; the last round may be without one of them."""
+    """Return how many times longer the peer took in each round; the last round may lack one of them."""
     return [theirs / mine for theirs, mine in zip(peer, ours)]
 
 
 def check_same(
     what: str, ours: Mapping[Any, Sequence[float]], peer: Mapping[Any, Sequence[float]], allowed: float
 ) -> float:
-    """The largest difference between numbers under the same keys.
+    """Return the largest difference between numbers under the same keys.
 
-    Raises AssertionError where one is larger than allowed or not finite, and for other keys.
+    Raises AssertionError where one is larger than allowed or not finite, or keys differ.
     """
     if set(ours) != set(peer):
         raise AssertionError(f"{what}: ours and the peer measured different things: {set(ours) ^ set(peer)}")
@@ -205,7 +206,7 @@ def check_scores(
     samples: int,
     precision: str = "fp32",
 ) -> float:
-    """Losses must agree; of the accuracies one image may be a tie that rounds either way."""
+    """Check that losses agree; accuracies may differ by one image, a tie that rounds either way."""
     losses, peers = ({key: value[:1] for key, value in side.items()} for side in (ours, peer))
     hits, peers_hits = ({key: value[1:] for key, value in side.items()} for side in (ours, peer))
     largest = max((value[0] for value in ours.values()), default=0.0)

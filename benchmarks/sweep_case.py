@@ -1,7 +1,7 @@
-"""What the sweeps are measured on: CLIP's shapes with random weights, and images with structure.
+"""Models and images of the sweeps: CLIP's shapes with random weights, and structured images.
 
-Random weights serve for timing. So that losses and their curvature are of a sane size too, the head looks for
-the patterns that the images are made of, and its scale gives logits the spread that CLIP's have.
+Random weights are enough for timing. To give losses and their curvature a realistic size, the head looks for
+the patterns that the images are made of, and its scale gives logits the spread of CLIP's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ARCHS = ("ViT-B-32", "ViT-L-14", "tiny")
 PATTERNS = 32  # classes that have images; tiny has 10
 SPREAD = 3.0  # standard deviation of a CLIP's logits over ImageNet's classes, roughly
 DISTANCE = 0.02  # of the fine-tuned weights from the zero-shot ones, relative to each weight
-TUNED = 2**40  # seed of that distance, far from those of the draws
+TUNED = 2**40  # seed of the fine-tuned weights, far from those of the draws
 
 State = dict[str, Tensor]
 T = TypeVar("T")
@@ -44,10 +44,10 @@ T = TypeVar("T")
 class Case:
     """Both ends as float32 state dicts on the device, and images to score.
 
-    Of each precision there is one live model, one path and one evaluator, which all contenders share: every
+    For each precision there is one live model, one path and one evaluator, shared by all contenders: every
     study, and every peer, writes the whole model before it reads it.
 
-    patterns: classes that have images. batch: images of an evaluator's batch; None: it chooses.
+    patterns: classes that have images. batch: images per batch of an evaluator; None: it chooses.
     """
 
     arch: str
@@ -57,12 +57,12 @@ class Case:
     device: torch.device
     patterns: int
     batch: int | None = None
-    # Precision -> seconds that cutting its model in stages took, and why it was not cut.
+    # Precision -> seconds of cutting its model into stages, and why it was not cut.
     cut: dict[str, tuple[float, str | None]] = field(default_factory=dict)
     _made: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     def live(self, precision: str = "fp32") -> nn.Module:
-        """The model of a precision; at the zero-shot end, unless it has been written since."""
+        """Return the model of a precision; at the zero-shot end, unless it was written since."""
         return self._once(("live", precision), lambda: live(self.arch, self.zeroshot, precision))
 
     def path(self, precision: str = "fp32") -> rft.Path:
@@ -72,7 +72,7 @@ class Case:
         return self._once(("path", precision), make)
 
     def evaluator(self, precision: str = "fp32") -> Evaluator:
-        """Of all images."""
+        """Return the evaluator of all images in a precision."""
 
         def make() -> Evaluator:
             model, start = self.path(precision).model, perf_counter()
@@ -94,17 +94,17 @@ class Case:
 
     @cached_property
     def layers(self) -> dict[str, list[str]]:
-        """All layers in the order in which the model runs them, and the parameters of each."""
+        """All layers in execution order -> their parameters."""
         path = self.path()
         names = in_order(path, self.evaluator())
         return {name: [weight.name for weight in path.weights([name])] for name in names}
 
     def some_layers(self, count: int) -> dict[str, list[str]]:
-        """So many layers, evenly spread over the depth of the model."""
+        """Return ``count`` layers, evenly spread over the depth of the model."""
         return {name: self.layers[name] for name in spread(list(self.layers), count)}
 
     def batches(self, size: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
-        """The images as peers take them: normalised on the device, once."""
+        """Return the images as peers take them: normalised on the device, once."""
         parts = zip(self.data.images.split(size), self.data.labels.split(size))
         return [
             (normalised(images.to(self.device), self.data).to(dtype), labels.to(self.device))
@@ -113,7 +113,7 @@ class Case:
 
 
 class Digits:
-    """The digits zoo, whose weights are trained: its data sets, and paths of its first models."""
+    """The digits zoo, which has trained weights: its data sets, and paths of its first models."""
 
     def __init__(self, device: torch.device, samples: int, models: int) -> None:
         source = zoo.digits()
@@ -135,12 +135,12 @@ class Digits:
 
 
 def in_order(path: rft.Path, evaluator: Evaluator) -> list[str]:
-    """The layers in the order in which the model runs them."""
+    """Return the layers in execution order."""
     return sorted(path.layers, key=lambda name: evaluator.stage_of(path.tensors(name)))
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
-    """So many of them, evenly spread; all if there are no more."""
+    """Return ``count`` of them, evenly spread; all if there are no more."""
     count = min(count, len(names))
     return [names[int((i + 0.5) * len(names) / count)] for i in range(count)]
 
@@ -151,17 +151,19 @@ def normalised(images: Tensor, data: Dataset) -> Tensor:
 
 
 def cut(data: Dataset, samples: int) -> Dataset:
-    """Its first images."""
+    """Return a data set of its first images."""
     return replace(data, images=data.images[:samples], labels=data.labels[:samples])
 
 
 def make_case(arch: str, samples: int, device: torch.device, batch: int | None = None, seed: int = 0) -> Case:
-    """The same weights and images each time on a device; all that is large is made there.
+    """Return the same weights and images on every call; everything large is made on the device.
 
-    batch: images of the evaluators' batches; None: they choose.
+    batch: images per batch of the evaluators; None: they choose.
     """
     classes = 10 if arch == "tiny" else 1000
-    patterns = max(2, min(samples, 10 if arch == "tiny" else PATTERNS))  # one has nothing to be told from
+    patterns = max(
+        2, min(samples, 10 if arch == "tiny" else PATTERNS)
+    )  # a single one cannot be distinguished from others
     preprocess = architectures.preprocess(file_of(arch))
     labels = torch.arange(samples) % patterns
     images = torch.stack([torch.from_numpy(p) for p in pictures(labels.tolist(), *preprocess.size)])
@@ -169,19 +171,19 @@ def make_case(arch: str, samples: int, device: torch.device, batch: int | None =
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(seed)
         visual = tower(arch)
-    # Clones: what is made in inference mode is of no use to kernels outside of it.
+    # Clones, because tensors made in inference mode cannot be used by kernels outside of it.
     weight, bias = (tensor.clone().to(device) for tensor in head(visual, data, classes, patterns))
     zeroshot = {f"visual.{name}": tensor.detach() for name, tensor in visual.state_dict().items()}
     zeroshot |= {"classification_head.weight": weight, "classification_head.bias": bias}
     finetuned = {name: torch.empty_like(tensor) for name, tensor in zeroshot.items()}
-    # Each weight times a normal number around one: what noise relative to the weights is.
+    # Each weight times a normal number around one, like noise relative to the weights.
     ends = list(finetuned.values()), list(zeroshot.values()), list(zeroshot.values())
     rft.write_(*ends, alpha=1.0, rho=DISTANCE, seed=TUNED)
     return Case(arch, zeroshot, finetuned, data, device, patterns, batch)
 
 
 def live(arch: str, state: State, precision: str) -> nn.Module:
-    """A model in the type of a precision, on the device of these weights, without random ones before them."""
+    """Return a model in the type of a precision, on the device of these weights; no random ones are made."""
     weight = state["classification_head.weight"]
     with torch.device("meta"):
         model = ImageClassifier(architectures.visual(file_of(arch)), nn.Linear(*reversed(weight.shape)))
@@ -194,12 +196,12 @@ def live(arch: str, state: State, precision: str) -> nn.Module:
 
 
 def file_of(arch: str) -> str:
-    """As rft_fast.clip.endpoints takes it; tiny is the model of the digits zoo."""
+    """Return the name for rft_fast.clip.endpoints; tiny is the model of the digits zoo."""
     return zoo.digits().arch if arch == "tiny" else arch
 
 
 def tower(arch: str) -> nn.Module:
-    """open_clip's image tower with its random weights."""
+    """Return open_clip's image tower with its random weights."""
     config = architectures.config(file_of(arch))[1]
     text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
@@ -207,7 +209,7 @@ def tower(arch: str) -> nn.Module:
 
 
 def attention_of(arch: str) -> tuple[int, int, int]:
-    """Heads, tokens and the size of a head in the image tower."""
+    """Return number of heads, tokens and size of a head of the image tower."""
     vision = architectures.config(file_of(arch))[1]["vision_cfg"]
     size = vision.get("head_width", 64)
     return vision["width"] // size, (vision["image_size"] // vision["patch_size"]) ** 2 + 1, size
@@ -215,10 +217,11 @@ def attention_of(arch: str) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear head that tells the patterns apart, on the CPU, the same each time.
+    """Return weight and bias of a linear head that distinguishes the patterns, on the CPU, the same on every
+    call.
 
-    Its rows are the patterns' features less their mean, of length one, and random mixtures of these
-    for classes without images.
+    Its rows are the patterns' features minus their mean, normalised to length one, and random mixtures of
+    these for classes without images.
     """
     device = next(visual.parameters()).device
     height, width = data.images.shape[2:]
@@ -235,9 +238,9 @@ def head(visual: nn.Module, data: Dataset, classes: int, patterns: int) -> tuple
 
 
 def pictures(labels: list[int], height: int, width: int, own: float = 0.3) -> Iterator[np.ndarray]:
-    """For each label a picture uint8 [height, width, 3]: the pattern of its class, one of its own, grain.
+    """Yield a picture per label, uint8 [height, width, 3]: its class's pattern, one of its own, and grain.
 
-    own: the strength of what is its own.
+    own: strength of the picture's own pattern.
     """
     grain = np.random.default_rng(1).normal(0, 12, (height, width, 1)).astype(np.float32)
     for index, label in enumerate(labels):
@@ -250,7 +253,7 @@ def pictures(labels: list[int], height: int, width: int, own: float = 0.3) -> It
 
 
 def write_folder(folder: pathlib.Path, patterns: int, count: int, height: int, width: int) -> None:
-    """A tree of JPEG files as an ImageFolder, of the size of photographs."""
+    """Write a tree of JPEG files as an ImageFolder, of the size of photographs."""
     labels = [index % patterns for index in range(count)]
     for index, (label, picture) in enumerate(zip(labels, pictures(labels, height, width))):
         file = folder / f"class{label:02}" / f"{index:05}.jpg"

@@ -1,4 +1,4 @@
-"""What only a device can tell: graphs, stages, streamed images, attention, how busy a GPU is."""
+"""Benchmarks of the device: graphs, stages, streamed images, attention, and how busy a GPU is."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from rft_fast.evaluate.precision import exact
 from rft_fast.studies import interpolation, layerwise_sharpness
 
 NO_GPU = "there is no GPU"
-REPEATS = 10  # of one attention, which is over before a clock has seen it
+REPEATS = 10  # of one attention, which is too short to time
 
 
 def graphs(bench: Bench) -> None:
-    """CUDA graphs of short stages ("on") and of all stages against none ("off").
+    """Compare CUDA graphs of short stages ("on") and of all stages with none ("off").
 
-    The request is plain draws of layer-wise sharpness, of few images, where launches show.
+    The request is plain draws of layer-wise sharpness with few images, where launches matter.
     """
     o, case = bench.options, bench.case
     if not o.on_gpu:
@@ -58,7 +58,7 @@ def graphs(bench: Bench) -> None:
                     path, sides[name], [o.alpha], [o.rho], draws, layers, protocol=o.protocol("plain", 0)
                 )
 
-        for name in (recordings.WARM + 1) * list(sides):  # then all is recorded
+        for name in (recordings.WARM + 1) * list(sides):  # after that all graphs are recorded
             bench.check_time(f"recordings in {precision}")
             run(name)
         found[precision] = {"rounds": []}
@@ -69,7 +69,7 @@ def graphs(bench: Bench) -> None:
 def in_turns(
     bench: Bench, found: dict[str, Any], precision: str, runs: Mapping[str, Callable[[], pd.DataFrame]]
 ) -> None:
-    """Contenders whose numbers must agree: how many times faster each is than the last of them."""
+    """Time contenders whose numbers must agree; record how many times faster each is than the last."""
     *others, base = runs
     found |= {f"{name}_times_faster": [] for name in others}
     for number in range(bench.options.rounds):
@@ -94,9 +94,9 @@ def in_turns(
 
 
 def stages(bench: Bench) -> None:
-    """How many stages the model is cut into here; on another device products may have other bits.
+    """Record how many stages the model is cut into; products may have other bits on another device.
 
-    One precision of each type of weights is looked at: how products are taken changes nothing.
+    One precision per type of weights suffices: the way of taking products changes nothing.
     """
     found = bench.begin({})
     for precision in bench.options.types:
@@ -109,7 +109,7 @@ def stages(bench: Bench) -> None:
 
 
 def streaming(bench: Bench) -> None:
-    """Interpolation with images that are streamed from the host against images on the device, in turns."""
+    """Compare interpolation with images streamed from the host and with images on the device, in turns."""
     o, case = bench.options, bench.case
     if not o.on_gpu:
         return bench.not_measured(NO_GPU)
@@ -118,7 +118,7 @@ def streaming(bench: Bench) -> None:
         bench.check_time(f"warm-up in {precision}")
         path = case.path(precision)
         resident = bench.evaluator(precision)
-        # The same batches and stages; only the room for images on the device is none.
+        # The same batches and stages, but no room for images on the device.
         with mock.patch.object(evaluator, "RESIDENT", 0):
             streamed = resident.on([case.data])
         places = [e._feeds[0].images.device.type for e in (resident, streamed)]
@@ -137,10 +137,10 @@ def streaming(bench: Bench) -> None:
 
 
 def attention(bench: Bench) -> None:
-    """Attention in float32 as torch chooses to compute it, and its plain products, beside float64.
+    """Compare float32 attention by torch's own choice and by plain products, with errors against float64.
 
-    At the shapes of the architecture, on unit normals. Errors are relative to the root mean square of the
-    float64 result.
+    Shapes are those of the architecture, inputs unit normals. Errors are relative to the root mean square of
+    the float64 result.
     """
     o, device = bench.options, bench.device
     heads, tokens, size = sweep_case.attention_of(o.arch)
@@ -181,17 +181,17 @@ def attention(bench: Bench) -> None:
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The name of what torch chooses here, where this version of torch says so."""
+    """Return the name of torch's choice of attention, if this version of torch tells."""
     choose = getattr(torch, "_fused_sdp_choice", None)
     return "unknown" if choose is None else SDPBackend(choose(q, k, v)).name.lower()
 
 
 def busy(bench: Bench) -> None:
-    """Share of a request's time in which the GPU works, in each precision.
+    """Measure the share of a request's time in which the GPU works, in each precision.
 
-    The time in which at least one kernel, copy or fill runs is what the profiler saw. The time of the request
-    is that of runs without it, since it slows the host but not the kernels; the share under the profiler, a
-    lower bound, is given too.
+    The profiler gives the time in which at least one kernel, copy or fill runs. The time of the request is
+    that of runs without the profiler, which slows the host but not the kernels; the share under the profiler,
+    a lower bound, is given too.
     """
     if not bench.options.on_gpu:
         return bench.not_measured(NO_GPU)
@@ -222,7 +222,7 @@ def busy(bench: Bench) -> None:
 
 
 def working(trace: Mapping[str, Any]) -> float:
-    """Seconds of a profiler's trace in which something ran on the GPU; overlaps count once."""
+    """Return the seconds of a profiler's trace in which something ran on the GPU; overlaps count once."""
     spans = sorted(
         (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
         for event in trace["traceEvents"]

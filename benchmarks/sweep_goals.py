@@ -1,4 +1,4 @@
-"""What a run of bench_sweep.py comes to: goals, met or missed, and a row for each result."""
+"""The results of a run of bench_sweep.py: goals met or missed, and a row per result."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-STAGES = 41  # of ViT-L/14 on a GPU: less than that, and what was cut on the CPU was not cut there
-SOME = 10  # so many numbers at most are listed in a row
+STAGES = 41  # of ViT-L/14 on a GPU; fewer: a cut that works on the CPU failed there
+SOME = 10  # most numbers that a row lists
 
 
 def goals(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What was promised of this device and architecture, what was got, and whether that is enough.
+    """Yield each goal for this device and architecture, the measured value, and whether it is met.
 
-    Without what is not measured.
+    Goals that were not measured are left out.
     """
     options, parts = run["options"], run["parts"]
     on_gpu = torch.device(options["device"]).type == "cuda"
@@ -54,9 +54,9 @@ def goals(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def rows(run: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(key, facts) of each result and goal; the key begins with the kind.
+    """Yield (key, facts) of each result and goal; the key begins with the kind.
 
-    A later row with the same key takes the place of an earlier one.
+    A later row replaces an earlier one with the same key.
     """
     arch = run["options"]["arch"]
     for part, found in run["parts"].items():
@@ -72,7 +72,7 @@ def rows(run: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, An
         yield ("goal", goal["what"]), {"arch": arch, **goal}
 
 
-Result = tuple[str, str, Any]  # precision, name, a number or one for each round
+Result = tuple[str, str, Any]  # precision, name, a number or one per round
 
 
 def sharpness(found: Mapping[str, Any]) -> Iterator[Result]:
@@ -101,7 +101,7 @@ def scaling(found: Mapping[str, Any]) -> Iterator[Result]:
 
 
 def by_precision(found: Mapping[str, Any]) -> Iterator[Result]:
-    """Numbers and words that a part found in each precision, without its rounds."""
+    """Yield the results of a part in each precision, without its rounds."""
     for precision, facts in found.items():
         if precision != "not measured":
             yield from ((precision, name, fact) for name, fact in facts.items() if name != "rounds")

@@ -1,4 +1,4 @@
-"""How much of a sweep is measured: the sizes, and what they are by default on a device."""
+"""The sizes of a measured sweep, and their defaults on a device."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from rft_fast.evaluate.precision import PRECISIONS
 from rft_fast.studies import Protocol
 
 PUBLISHED_DRAWS = 20
-FIRST = ("fp32", "bf16")  # of the precisions: what is measured before the time may be up
+FIRST = ("fp32", "bf16")  # precisions that are measured first, in case the time runs out
 
 
 @dataclass(frozen=True)
 class Options:
-    """samples, batch: images that are scored, and how many at a time by the peers; ours takes batches of
-    that size on the CPU, and on a GPU chooses. draws, rho, alpha: of the sharpness. layers: how many, evenly
-    spread over the model. alphas: positions of the interpolations. noise_batch: noise anew for every batch,
-    as published. files: JPEG images of each size for the interpolation. precisions: fp32 first. few: images
-    of the part graphs, where launches show.
+    """The sizes of a measured sweep.
+
+    Attributes:
+        samples: Images that are scored.
+        batch: Images per batch of the peers; ours uses batches of that size on the CPU, and chooses on a GPU.
+        draws, rho, alpha: Of the sharpness.
+        layers: Number of layers, evenly spread over the model.
+        alphas: Positions of the interpolations.
+        noise_batch: New noise for every batch, as published.
+        files: JPEG images of each size for the interpolation.
+        precisions: fp32 first.
+        few: Images of the part graphs, where launches matter.
     """
 
     arch: str = "ViT-B-32"
@@ -43,28 +50,28 @@ class Options:
 
     @property
     def grid(self) -> list[float]:
-        """Positions of the interpolations."""
+        """Return the positions of the interpolations."""
         return [i / (self.alphas - 1) for i in range(self.alphas)]
 
     @property
     def positions(self) -> list[float]:
-        """Where layer-wise sharpness is measured: scaling takes several positions."""
+        """Return the positions of layer-wise sharpness: scaling takes several."""
         return [self.alpha] if self.alpha else [(i + 1) / self.alphas for i in range(self.alphas)]
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Of the image files: ImageNet's, and photographs such as ObjectNet's (12 megapixels)."""
+        """Sizes of the image files: ImageNet's, and photographs such as ObjectNet's (12 megapixels)."""
         tiny = {"60x45": (45, 60), "400x300": (300, 400)}
         return tiny if self.arch == "tiny" else {"500x375": (375, 500), "4000x3000": (3000, 4000)}
 
     @property
     def types(self) -> list[str]:
-        """A precision of each type of weights, for what does not depend on how products are taken."""
+        """One precision per type of weights, for what does not depend on how products are taken."""
         return [precision for precision in FIRST if precision in self.precisions]
 
     @property
     def batch_size(self) -> int | None:
-        """Of our batches; None: the evaluator chooses."""
+        """Size of our batches; None: the evaluator chooses."""
         return None if self.on_gpu else self.batch
 
     def protocol(self, estimator: str, seed: int) -> Protocol:
@@ -72,7 +79,7 @@ class Options:
 
 
 def defaults(device: str, arch: str) -> Options:
-    """What a quiet machine measures in a quarter of an hour, and a GPU in minutes."""
+    """Return sizes that an idle machine measures in a quarter of an hour, and a GPU in minutes."""
     base = Options(arch, device)
     if arch == "tiny":
         base = replace(base, samples=40, batch=16, draws=4, layers=3, rounds=2, alphas=3, files=12)

@@ -1,4 +1,4 @@
-"""Interpolations beside the practice: layer by layer, and the whole path from image files."""
+"""Interpolations against common practice: layer by layer, and the whole path from image files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rft_fast.studies import interpolation, layerwise_interpolation
 
 
 def layers(bench: Bench) -> None:
-    """Layer-wise interpolation against a state dict and a forward pass for each layer and position."""
+    """Compare layer-wise interpolation with a state dict and a forward pass per layer and position."""
     case, o = bench.case, bench.options
     chosen = case.some_layers(o.layers)
     path, model = case.path(), case.live()
@@ -54,7 +54,7 @@ def layers(bench: Bench) -> None:
 
 
 def whole_path(bench: Bench) -> None:
-    """From weights in memory and images on disk to rows; the files are in the page cache, for everyone."""
+    """From weights in memory and images on disk to rows; files are in the page cache for both sides."""
     case, o = bench.case, bench.options
     workers = os.cpu_count() or 1
     preprocess = architectures.preprocess(sweep_case.file_of(case.arch))
@@ -94,7 +94,7 @@ def whole_path(bench: Bench) -> None:
 
 
 def from_files(bench: Bench, size: str, found: dict[str, Any], number: int, runs: dict[str, Any]) -> None:
-    """One round: with an empty cache, the peer, with a full cache."""
+    """Measure one round: with an empty cache, the peer, with a full cache."""
     this: dict[str, Any] = {"round": number, "seconds": {}}
     found["rounds"].append(this)
     got: dict[str, dict[float, tuple[float, float]]] = {}
@@ -105,7 +105,7 @@ def from_files(bench: Bench, size: str, found: dict[str, Any], number: int, runs
             table = {r.alpha: (r.loss, r.accuracy) for r in table.itertuples()}
         got[name] = table
         facts = {}
-        checked = {"peer": "cold", "warm": "warm"}.get(name)  # once both sides are there
+        checked = {"peer": "cold", "warm": "warm"}.get(name)  # when both sides are measured
         if checked:
             files = bench.options.files
             largest = check_scores(f"interpolation, {checked}", got[checked], got["peer"], files)

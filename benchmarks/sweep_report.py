@@ -1,4 +1,4 @@
-"""A run of bench_sweep.py in words and as a picture, from its JSON alone."""
+"""A run of bench_sweep.py as text and as a figure, from its JSON alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from rft_fast.figures.style import CURVES, canvas, key, legend, plain, wrap
 
-MISSING = "–"  # the time was up before it was measured
+MISSING = "–"  # there was no time to measure it
 NAMES = {"peer": "state dict for every draw", "plain": "plain draws", "gradient": "gradient control variate"}
 
 
 def ratio(values: Sequence[float]) -> str:
-    """Median and quartiles."""
+    """Format median and quartiles."""
     if not values:
         return MISSING
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
@@ -155,7 +155,7 @@ WRITERS = {
 
 
 def in_turns(found: Mapping[str, Any]) -> Iterator[str]:
-    """Contenders in each precision, beside the last of them."""
+    """Yield contenders in each precision, relative to the last of them."""
     for precision, facts in found.items():
         ratios = {name.partition("_")[0]: values for name, values in facts.items() if name != "rounds"}
         yield f"{precision}: " + ", ".join(f"{name} {ratio(values)}" for name, values in ratios.items())
@@ -163,7 +163,7 @@ def in_turns(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def seconds_of(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Of all contenders. Of the last round there may be less than of the others."""
+    """Yield the seconds of all contenders. The last round may be incomplete."""
     times: dict[str, list[float]] = {}
     for this in rounds:
         for name, seconds in this["seconds"].items():
@@ -190,7 +190,7 @@ def goals(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def figure(run: Mapping[str, Any], file: str | os.PathLike[str]) -> Figure:
-    """Seconds of layer-wise sharpness against layers, draws, alphas and images, a panel each."""
+    """Draw seconds of layer-wise sharpness over layers, draws, alphas and images, a panel each."""
     found, about, options = (run["parts"]["scaling"], run["about"], run["options"])
     whole = {
         axis: {size: seconds for size, seconds in points.items() if set(seconds) >= set(NAMES)}

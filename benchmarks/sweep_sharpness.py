@@ -1,8 +1,8 @@
-"""Layer-wise sharpness beside the published practice: equal draws, and equal standard error.
+"""Layer-wise sharpness against the published practice, at equal draws and at equal standard error.
 
 At equal standard error, a contender costs (seconds per draw) x (variance of one draw). Seconds are those of
-the whole request, with the clean pass and, for the gradient control variate, the backward pass. Since fewer
-than two draws have no standard error, the request that needs as many draws as it takes is timed, too.
+the whole request, with the clean pass and, for the gradient control variate, the backward pass. Since one
+draw has no standard error, the request with the fewest sufficient draws, two or more, is timed, too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import PRECISIONS, exact
 from rft_fast.studies import Protocol, layerwise_sharpness
 
-CONTENDERS = ("peer", "plain", "two", "gradient")  # what matters most first
+CONTENDERS = ("peer", "plain", "two", "gradient")  # the most important first
 
 
 class Sharpness:
-    """One request for layer-wise sharpness, of both sides, in one precision.
+    """One request for layer-wise sharpness, for both sides, in one precision.
 
-    Both write the same live model: a study writes all of it before it reads any, and so does the peer.
+    Both write the same live model: a study, like the peer, writes all of it before it reads any.
     """
 
     def __init__(self, bench: Bench, precision: str = "fp32", options: Options | None = None) -> None:
@@ -49,7 +49,7 @@ class Sharpness:
     def ours(
         self, estimator: str, seed: int, names: Sequence[str] | None = None, **other: Any
     ) -> pd.DataFrame:
-        """names: of layers; None: as many as there shall be."""
+        """names: of layers; None: as many as the options say."""
         o = replace(self.options, **other)
         return layerwise_sharpness(
             self.path,
@@ -79,16 +79,16 @@ class Sharpness:
             )
 
     def warm_up(self, **other: Any) -> None:
-        """What is made once: workspaces on either side and, on a GPU, recordings, for each request.
+        """Make what is made once for each request: workspaces of either side and, on a GPU, recordings.
 
-        Raises TimeIsUp where it is too late to begin.
+        Raises TimeIsUp if it is too late to begin.
         """
         on_gpu = self.options.on_gpu
         few = other if on_gpu else {**other, "draws": 2}
         key = tuple(sorted(other.items())) if on_gpu else (other.get("samples"),)
         if key in self._warm:
             return
-        # The first layer is followed by all stages, the last has all of the others before it.
+        # All stages come after the first layer, and before the last.
         names = list(self.bench.case.some_layers(few.get("layers", self.options.layers)))
         for estimator in ("plain", "gradient"):
             self.bench.check_time(f"warm-up in {self.precision}")
@@ -98,7 +98,7 @@ class Sharpness:
         self._warm.add(key)
 
     def check(self, ours: pd.DataFrame, peer: dict[tuple[str, float], list[float]]) -> float:
-        """ours: of the plain estimator with the peer's draws. Means and standard errors must agree."""
+        """Check that means and standard errors agree. ours: of the plain estimator with the peer's draws."""
         mine = {(r.layer, r.alpha): (r.sharpness, r.sharpness_se) for r in ours.itertuples()}
         theirs = {key: (float(np.mean(values)), se(values)) for key, values in peer.items()}
         most = allowed(self.precision, float(ours["loss"].max()))
@@ -106,12 +106,12 @@ class Sharpness:
 
 
 def request(bench: Bench, precision: str) -> Sharpness:
-    """The same for all parts of a run."""
+    """Return the request, the same for all parts of a run."""
     return bench.shared(("sharpness", precision), lambda: Sharpness(bench, precision))
 
 
 def first(batches: Sequence[peers_sweep.Batch], samples: int) -> list[peers_sweep.Batch]:
-    """The batches of the first images, the last of them cut."""
+    """Return the batches of the first images, the last of them cut."""
     found, left = [], samples
     for images, labels in batches:
         if left > 0:
@@ -125,10 +125,11 @@ def se(values: Sequence[float]) -> float:
 
 
 def layer_sharpness(bench: Bench) -> None:
-    """Rounds of the peer, plain draws and the control variate in every precision, each with a new seed.
+    """Measure rounds of peer, plain draws and control variate in every precision, each with a new seed.
 
-    How many plain draws one with the control variate is worth depends on the weights, so it is measured on
-    trained ones, of the digits zoo, once the rounds are done, and only stated for the random ones here.
+    The number of plain draws that one with the control variate is worth depends on the weights. It is
+    measured on the trained weights of the digits zoo after the rounds, and only stated for the random weights
+    here.
     """
     o = bench.options
     found = bench.begin(
@@ -141,13 +142,13 @@ def layer_sharpness(bench: Bench) -> None:
         for precision in o.precisions:
             try:
                 one_round(bench, found, this, precision)
-            except AssertionError as error:  # the other precisions are still measured
+            except AssertionError as error:  # continue with the other precisions
                 bench.failed(error)
     worth_on_digits(bench, found)
 
 
 def one_round(bench: Bench, found: dict[str, Any], this: dict[str, Any], precision: str) -> None:
-    """All contenders in one precision, once."""
+    """Measure all contenders in one precision, once."""
     o, seed = bench.options, this["seed"]
     mine = request(bench, precision)
     mine.warm_up()
@@ -184,9 +185,9 @@ def medians(worth: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def worth_on_digits(bench: Bench, found: dict[str, Any]) -> None:
-    """Plain fp32 draws that one with the control variate is worth, for layers of trained models.
+    """Return the plain fp32 draws that one with the control variate is worth, for layers of trained models.
 
-    It is what is known of the weights, and hardly of the device: a GPU takes one model, to save its time.
+    It depends on the weights, and hardly on the device: on a GPU one model suffices.
     """
     o = bench.options
     bench.check_time("what a draw is worth")
@@ -216,12 +217,12 @@ def worth_on_digits(bench: Bench, found: dict[str, Any]) -> None:
 def compare_sharpness(
     rounds: Sequence[dict[str, Any]], options: Options, worth: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The ratios that the rounds show; lists have a number for each round.
+    """Return the ratios of the rounds; lists have a number per round.
 
-    A round counts for a precision where all contenders of it, and of fp32, are there.
+    A round counts for a precision if all contenders of it, and of fp32, were measured.
 
-    worth: for each precision, the plain fp32 draws that one with the control variate is worth. Without it
-    the ratios at equal standard error are left out.
+    worth: for each precision, the plain fp32 draws that one with the control variate is worth. Without it the
+    ratios at equal standard error are left out.
     """
     names = list(dict.fromkeys(name for r in rounds for name in r["seconds"]))
     every = {name: [r["seconds"][name] for r in rounds if name in r["seconds"]] for name in names}
@@ -250,7 +251,7 @@ def complete(this: Mapping[str, Any], precision: str) -> bool:
 
 
 def variance(rounds: Sequence[Mapping[str, Any]], name: str, options: Options) -> np.ndarray:
-    """Of one draw, for each layer, over all rounds."""
+    """Return the variance of one draw, for each layer, over all rounds."""
     return np.mean([np.square(r["sharpness_se"][name]) for r in rounds], axis=0) * options.draws
 
 
@@ -261,7 +262,7 @@ def mode(
     yardstick: np.ndarray,
     worth: float | None,
 ) -> dict[str, Any]:
-    """What one precision's complete rounds show."""
+    """Return the results of one precision's complete rounds."""
 
     def seconds(name: str) -> np.ndarray:
         return np.array([r["seconds"][name] for r in rounds])
@@ -281,7 +282,7 @@ def mode(
     }
     if worth is None:
         return found
-    # A request takes some time, and more for each draw. Fewer than two have no standard error.
+    # A request has a fixed cost and one per draw. Fewer than two draws have no standard error.
     needed = max(2, math.ceil(PUBLISHED_DRAWS / worth))
     request = two + (needed - 2) * (ours - two) / max(options.draws - 2, 1)
     return found | {
@@ -293,7 +294,7 @@ def mode(
 
 
 def precision_errors(rounds: Sequence[dict[str, Any]], precision: str) -> np.ndarray:
-    """How far from fp32's each layer's sharpness is, with the same draws: root mean square over rounds."""
+    """Return each layer's difference to fp32 with the same draws: root mean square over rounds."""
     moved = [
         np.subtract(r["sharpness"][f"gradient {precision}"], r["sharpness"]["gradient fp32"]) for r in rounds
     ]
@@ -301,7 +302,7 @@ def precision_errors(rounds: Sequence[dict[str, Any]], precision: str) -> np.nda
 
 
 def scaling(bench: Bench) -> None:
-    """Seconds of layer-wise sharpness against each of its four sizes, the others as in ``base``."""
+    """Measure seconds of layer-wise sharpness over each of its four sizes, the others as in ``base``."""
     o = bench.options
     most = o.samples
     base = {"layers": 2, "draws": 4, "alphas": 1, "samples": max(most // 2, o.batch)}
@@ -336,7 +337,7 @@ def one_size(
     sizes: Mapping[str, int],
     measured: dict[str, list[float]],
 ) -> None:
-    """One round of all contenders at these sizes."""
+    """Measure one round of all contenders at these sizes."""
     runs = {
         "peer": lambda: mine.peer(0, **sizes),
         "plain": lambda: mine.ours("plain", 0, **sizes),

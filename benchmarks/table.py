@@ -17,7 +17,7 @@ def write_row(row: dict) -> str:
     ns = 1e9 / info["elements"]
     turns = info["times_native"]
     times = f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})" if turns else ""
-    triad = f"{info['share_of_triad']:.0%}" if "share_of_triad" in info else ""  # older rows have none
+    triad = f"{info['share_of_triad']:.0%}" if "share_of_triad" in info else ""  # absent from older rows
     return (
         f"| {info['name']} | {stats['median'] * ns:.4g} ({stats['q1'] * ns:.4g} to {stats['q3'] * ns:.4g}) | "
         f"{info['gb_per_s']:.4g} | {info['share_of_copy']:.0%} | {triad} | {times} |"
@@ -25,7 +25,7 @@ def write_row(row: dict) -> str:
 
 
 def measured(run: dict) -> list[dict]:
-    """The rows of writes that are complete: one that failed after it was timed has no figures of its own."""
+    """Return the complete rows: one that failed after it was timed lacks figures."""
     return [row for row in run["benchmarks"] if "elements" in row["extra_info"]]
 
 
@@ -43,7 +43,7 @@ def tables(path: str) -> str:
 
 
 def grouped(rows: list[dict]) -> list[str]:
-    """A table for each group of rows that compare, with the yardsticks of its bytes."""
+    """Return a table per group of comparable rows, with the bandwidths for its number of bytes."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)

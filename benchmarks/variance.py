@@ -1,11 +1,11 @@
-"""How many plain draws one draw of each estimator is worth: variance reduction on the digits zoo.
+"""Variance reduction on the digits zoo: the number of plain draws that one draw of each estimator is worth.
 
     python benchmarks/variance.py [--draws 40] [--samples 128] [--out FILE.json]
 
-For each model, position and rho, general sharpness (Eq. 3) is measured with the same draws by each
-estimator. The ratio is (standard error of plain / standard error of the other) ** 2 at the same number of
-forward passes: so many times fewer draws reach the same standard error. Cost of the extra backward
-pass: the column of seconds.
+For each model, position and rho, general sharpness (Eq. 3) is measured with the same draws by each estimator.
+The ratio is (standard error of plain / standard error of the other) ** 2 at the same number of forward
+passes: that many times fewer draws reach the same standard error. The column of seconds shows the cost of the
+extra backward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GOALS = {0.02: 40, 0.05: 8}  # of the gradient control variate, median over mode
 
 
 def measure(draws: int, samples: int) -> pd.DataFrame:
-    """One row per (model, alpha, rho, estimator) with ``ratio``: plain draws that one draw is worth."""
+    """Return one row per (model, alpha, rho, estimator); ``ratio``: plain draws that one draw is worth."""
     source = zoo.digits()
     ends = Ends(Setup(source.arch), checkpoints.load(source.zeroshot.source))
     data = datasets.load("mnist", source.data["mnist"].path, architectures.preprocess(source.arch), samples)

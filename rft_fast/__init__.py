@@ -1,4 +1,10 @@
-"""Robust Fine-Tuning paths between CLIP models: interpolate, perturb, prune, in place and fast."""
+"""Robust fine-tuning paths between CLIP models: interpolate, perturb and prune, in place and fast.
+
+The kernels (:func:`write_`, :func:`interpolate_`, :func:`perturb_`, :func:`noise_like`,
+:func:`keep_mask_like`, :class:`Plan`) work on any tensors; :class:`Path` is a live model between a zero-shot
+and a fine-tuned one; :mod:`~rft_fast.studies` measures along it, and :mod:`~rft_fast.results` reads what runs
+have measured.
+"""
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""``python -m rft_fast``: the commands that there are."""
+"""``python -m rft_fast``: the list of commands."""
 
 from __future__ import annotations
 

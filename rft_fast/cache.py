@@ -1,4 +1,4 @@
-"""``python -m rft_fast.cache``: lists the caches of decoded images; ``--clear`` removes them."""
+"""``python -m rft_fast.cache``: list the caches of decoded images, or remove them with ``--clear``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rft_fast.datasets import cache
 
 
 def line(entry: cache.Entry) -> str:
+    """Describe a cache in two lines: size and name, and what it holds."""
     about = entry.about
     if about is None:
         what = "damaged or left unfinished"
@@ -22,6 +23,7 @@ def line(entry: cache.Entry) -> str:
 
 @program.command("cache")
 def main(argv: Sequence[str]) -> int:
+    """Run a command line; returns 0, or 1 where something could not be removed."""
     parser = program.parser(
         "cache",
         description="Lists the decoded images that are kept for later runs: in the directory $RFT_CACHE, "

@@ -1,4 +1,4 @@
-"""``python -m rft_fast.env``: versions, and which backends work here and why the others do not."""
+"""``python -m rft_fast.env``: versions, and for each device which backends work and why the others do not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "numpy", "pandas", "sa
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it stands on; "not installed" where missing."""
+    """Return the versions of Python, this package and its dependencies; "not installed" for missing ones."""
     found = {"rft_fast": rft_fast.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU and every CUDA device that torch sees."""
+    """Return the CPU and every CUDA device that torch sees."""
     import torch
 
     return [
@@ -39,7 +39,14 @@ def devices() -> list[torch.device]:
 
 
 def device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one. Raises ValueError for one that cannot be used."""
+    """Return the device of a name.
+
+    Args:
+        name: As torch names it; None: a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: The device cannot be used; the message gives the reason.
+    """
     import torch
 
     if name is None:
@@ -47,14 +54,14 @@ def device(name: str | None) -> torch.device:
     try:
         found = torch.device(name)
         torch.zeros(1, device=found).item()
-    except Exception as error:  # backends differ in how they say no
+    except Exception as error:  # each backend raises its own
         reason = str(error).partition("\n")[0]
         raise ValueError(f"argument --device: {name!r} cannot be used: {reason}") from None
     return found
 
 
 def report() -> str:
-    """What ``python -m rft_fast.env`` prints."""
+    """Return what ``python -m rft_fast.env`` prints."""
     import torch
 
     from rft_fast.kernels import native
