@@ -19,8 +19,8 @@ from ..studies.chance import among
 from ..studies.facts import Facts, Settings
 from . import identity, planning, running, trackers
 from .cluster.driver import Cluster, Failed
+from .executor import Executor, InProcess
 from .progress import Progress, held_warnings
-from .running import Pool
 
 
 def sweep(request: Request, argv: Sequence[str]) -> int:
@@ -31,7 +31,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
         argv: the command line itself, to be recorded.
     """
     run: results.Run | None = None
-    pool: Pool | None = None
+    executor: Executor | None = None
     try:
         try:
             if request.plan:
@@ -39,8 +39,8 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 return 0
             with held_warnings() as early:
                 request = identity.resumed(request)
-                pool = running.Alone(request) if request.workers is None else Cluster(request)
-                asked = identity.dated(pool.config, argv)
+                executor = InProcess(request) if request.workers is None else Cluster(request)
+                asked = identity.dated(executor.config, argv)
                 run = results.Run(request.out, asked, overwrite=request.overwrite)
                 followers = trackers.open_trackers(
                     request.track, run.directory, run.config, run.directory.name
@@ -53,8 +53,8 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 run.close()
             parser().error(str(error))
         with run:
-            took = _measure(pool, request, run, argv, followers, early)
-            facts = Facts(run.rows(), Settings.of(vars(request)), among(pool.config))
+            took = _measure(executor, request, run, argv, followers, early)
+            facts = Facts(run.rows(), Settings.of(vars(request)), among(executor.config))
             _draw(request, facts, run, took)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
@@ -63,13 +63,13 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
         print(f"\nsweep: error: {message(error)}; {_kept(run, argv)}", file=sys.stderr)
         return 1
     finally:
-        if pool is not None:
-            pool.close()
+        if executor is not None:
+            executor.close()
     return 0
 
 
 def _measure(
-    pool: Pool,
+    executor: Executor,
     request: Request,
     run: results.Run,
     argv: Sequence[str],
@@ -78,12 +78,12 @@ def _measure(
 ) -> list[dict[str, object]]:
     mode = "quiet" if request.quiet else "json" if request.json else "bar"
     with Progress(run.directory / "run.log", mode, followers) as progress:
-        progress.start(identity.command(argv), run.directory, run.resumed, pool.size)
+        progress.start(identity.command(argv), run.directory, run.resumed, executor.size)
         for text in early:
             progress.notice(text)
         try:
             with Stop(progress.notice) as stop:
-                took = running.measure(pool, request, run, progress, stop)
+                took = running.measure(executor, request, run, progress, stop)
         except Interrupted:
             progress.end("interrupted")
             raise

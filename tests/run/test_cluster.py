@@ -24,7 +24,7 @@ from support import PATIENCE, tiny_zoo
 from support.tiny_zoo import BRIEF, own_models, refused
 
 from rft_fast import results, sweep
-from rft_fast.run.cluster import connection, driver
+from rft_fast.run.cluster import connection, dispatch, workers
 from rft_fast.run.cluster.actor import Answer
 from rft_fast.run.pieces import Piece
 
@@ -185,9 +185,9 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
         mourned.append(place)
         ready.append(second)
 
-    cluster: Any = SimpleNamespace(
-        **{"size": 1, "_ready": ready, "_coming": {}, "_models": {}, "_mourn": mourn},
-        _more=lambda wanted: None,
+    crew: Any = SimpleNamespace(
+        **{"size": 1, "ready": ready, "loading": False, "models": {}, "record_death": mourn},
+        start_up_to=lambda wanted: None,
         request=SimpleNamespace(zoo=SimpleNamespace(own_heads=False)),
     )
     ray = SimpleNamespace(
@@ -195,7 +195,7 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
         get=get,
         exceptions=SimpleNamespace(RayError=Lost),
     )
-    monkeypatch.setattr(driver, "client", lambda: ray)
+    monkeypatch.setattr(dispatch, "client", lambda: ray)
     kept: list[int] = []
     watch: Any = SimpleNamespace(
         begun=lambda piece: None,
@@ -204,7 +204,7 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
     )
     piece = Piece("layers", "a", (0, 1, 2), (1.0, 1.0, 1.0))
     shared: Any = SimpleNamespace(scores=lambda of: {})
-    driver._Work(cluster, deque([piece]), shared, watch).run()
+    dispatch.Dispatch(crew, [piece], shared, watch).run()
     assert kept == [0, 1, 2] and len(mourned) == 1
     assert second.asked == ([tuple(n for n in (0, 1, 2) if n not in told)] if len(told) < 3 else [])
 
@@ -273,8 +273,10 @@ def test_a_measurement_that_kills_every_worker_ends_the_run(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     on_each_row(monkeypatch, lambda count: [os.kill(p, signal.SIGKILL) for p in worker_processes()])
-    mourn = driver.Cluster._mourn
-    monkeypatch.setattr(driver.Cluster, "_mourn", lambda self, _, error: mourn(self, "one place", error))
+    record = workers.Workers.record_death
+    monkeypatch.setattr(
+        workers.Workers, "record_death", lambda self, _, error: record(self, "one place", error)
+    )
     out = tmp_path / "run"
     assert sweep.main(arguments(zoo, out)) == 1
     errors = capfd.readouterr().err

@@ -24,7 +24,7 @@ from support.tiny_zoo import BRIEF, own_models, refused
 from rft_fast import results, sweep
 from rft_fast.common.program import Stop
 from rft_fast.evaluate import Evaluator
-from rft_fast.run import running
+from rft_fast.run import ledger
 from rft_fast.run.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,9 +160,9 @@ def test_costs_that_are_no_numbers_are_left_out_and_said_to_be(tmp_path: Path, l
     said: list[str] = []
     run: Any = SimpleNamespace(resumed=1, table=lambda name: tmp_path / f"{name}.csv")
     progress: Any = SimpleNamespace(notice=said.append)
-    books = running._Books(run, progress, Stop(said.append), {})
-    books.models["layers"] = 1
-    assert books.rows() == [{"study": "layers", "models": 1, "seconds": 0.0, "peak_memory": 0}]
+    book = ledger.Ledger(run, progress, Stop(said.append), {})
+    book.models["layers"] = 1
+    assert book.rows() == [{"study": "layers", "models": 1, "seconds": 0.0, "peak_memory": 0}]
     assert len(said) == 1 and "cost.csv" in said[0]
 
 
