@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from rft_fast.evaluate import Evaluator, evaluator
+from rft_fast.evaluate import Evaluator, budget
 from rft_fast.evaluate import graphs as recordings
 from rft_fast.evaluate.precision import exact
 from rft_fast.studies import interpolation, layerwise_sharpness
@@ -119,9 +119,9 @@ def streaming(bench: Bench) -> None:
         path = case.path(precision)
         resident = bench.evaluator(precision)
         # The same batches and stages, but no room for images on the device.
-        with mock.patch.object(evaluator, "RESIDENT", 0):
+        with mock.patch.object(budget, "RESIDENT", 0):
             streamed = resident.on([case.data])
-        places = [e._feeds[0].images.device.type for e in (resident, streamed)]
+        places = [e.feeds[0].images.device.type for e in (resident, streamed)]
         if places != [bench.device.type, "cpu"]:
             raise RuntimeError(f"streaming: expected images on the device and on the host, found {places}")
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -74,8 +74,7 @@ class Batches:
         sample: str = "image",
     ) -> None:
         self._device, self._stated, self._side = device, stated, side if device.type == "cpu" else 1
-        self._room, self._find, self._relieve, self._sample = room, need, relieve, sample
-        self._need: Need | None = None
+        self._room, self._find, self.relieve, self._sample = room, need, relieve, sample
         self._most = sys.maxsize  # as was found out the hard way
 
     @property
@@ -98,18 +97,25 @@ class Batches:
         """How many of so many batches of that size run side by side."""
         workers = min(torch.get_num_threads() // threads_of_a_batch(), items, self._side)
         if workers > 1:
-            need = self._needed()
-            workers = min(workers, self._room // max(1, need.fixed + size * need.each))
+            workers = min(workers, self._room // max(1, self.need.fixed + size * self.need.each))
         return max(1, workers)
 
-    def _needed(self) -> Need:
-        if self._need is None:
-            self._need = self._find()
-        return self._need
+    def count(self, samples: int) -> int:
+        """How many batches a source of so many samples makes."""
+        return -(-samples // self.size(samples))
+
+    def full(self) -> tuple[int, int]:
+        """Samples of a full batch, and how many full batches run side by side."""
+        size = self.size(sys.maxsize)
+        return size, self.workers(sys.maxsize, size)
+
+    @cached_property
+    def need(self) -> Need:
+        """What a batch takes; found out when it is first asked for."""
+        return self._find()
 
     def _fitting(self) -> int:
-        need = self._needed()
-        return (self._room - need.fixed) // need.each if need.each else sys.maxsize
+        return (self._room - self.need.fixed) // self.need.each if self.need.each else sys.maxsize
 
     def map(
         self,
@@ -234,7 +240,7 @@ class Batches:
                 f"going on with {size}{hint}",
                 stacklevel=2,
             )
-        self._relieve()
+        self.relieve()
         return [(source, part) for part in _slices(batch.start, batch.stop, size)]
 
 

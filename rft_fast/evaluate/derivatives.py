@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..names import Precision
-from .batches import Batches, Need
+from .batches import Batches
 from .feed import Images, total
 from .modes import differentiating
-
-if TYPE_CHECKING:
-    from .evaluator import Evaluator
 
 T = TypeVar("T")
 
@@ -24,8 +21,14 @@ T = TypeVar("T")
 _ZEROS: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
 
 
-def gradient(evaluator: Evaluator, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """As :meth:`Evaluator.gradient`."""
+def gradient(
+    model: nn.Module,
+    precision: Precision,
+    batches: Batches,
+    feeds: Sequence[Images],
+    weights: Sequence[Tensor],
+) -> tuple[float, list[Tensor]]:
+    """As :meth:`rft_fast.evaluate.Evaluator.gradient`."""
     total_loss = 0.0
     with torch.inference_mode(False):
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -39,14 +42,22 @@ def gradient(evaluator: Evaluator, weights: Sequence[Tensor]) -> tuple[float, li
         for s, g in zip(sums, found[1], strict=True):
             s.add_(g, alpha=share)
 
-    _differentiate(evaluator, evaluator._slopes, weights, slope, add)
+    with differentiating(model, precision, weights):
+        _differentiate(model, batches, feeds, slope, add)
     return total_loss, sums
 
 
-def curvature(evaluator: Evaluator, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-    """As :meth:`Evaluator.curvature`."""
+def curvature(
+    model: nn.Module,
+    precision: Precision,
+    batches: Batches,
+    feeds: Sequence[Images],
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+) -> Tensor:
+    """As :meth:`rft_fast.evaluate.Evaluator.curvature`."""
     with torch.inference_mode(False):
-        sums = torch.zeros(len(weights), dtype=torch.float64, device=evaluator.device)
+        sums = torch.zeros(len(weights), dtype=torch.float64, device=feeds[0].device)
 
     def product(loss: Tensor) -> Tensor:
         grads = torch.autograd.grad(loss, weights, create_graph=True, **_ZEROS)
@@ -57,32 +68,29 @@ def curvature(evaluator: Evaluator, weights: Sequence[Tensor], directions: Seque
     def add(found: Tensor, share: float) -> None:
         sums.add_(found, alpha=share)
 
-    with _attention(2):
-        _differentiate(evaluator, evaluator._curvatures, weights, product, add)
+    with _attention(2), differentiating(model, precision, weights):
+        _differentiate(model, batches, feeds, product, add)
     return sums
 
 
 def _differentiate(
-    evaluator: Evaluator,
+    model: nn.Module,
     batches: Batches,
-    weights: Sequence[Tensor],
+    feeds: Sequence[Images],
     of: Callable[[Tensor], T],
     take: Callable[[T, float], object],
 ) -> None:
     """Calls ``of`` with each batch's mean loss; ``take`` with the result and its share of all images."""
-    feeds = evaluator._feeds
     images = total(feeds)
 
     def work(feed: Images, batch: slice) -> T:
-        logits = evaluator.model(feed.prepare(batch))
-        losses, _correct = feed.judge(logits, batch, evaluator.normalize_logits)
+        losses, _correct = feed.judge(model(feed.prepare(batch)), batch)
         return of(losses.mean())
 
     def share(feed: Images, batch: slice, found: T) -> None:
         take(found, (batch.stop - batch.start) / images)
 
-    with differentiating(evaluator.model, evaluator.precision, weights):
-        batches.map(feeds, work, share)
+    batches.map(feeds, work, share)
 
 
 def _attention(order: int) -> AbstractContextManager[None]:
@@ -90,10 +98,23 @@ def _attention(order: int) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if order == 2 else nullcontext()
 
 
-def need(model: nn.Module, precision: Precision, example: Callable[[int], Tensor], order: int) -> Need:
-    """What a batch takes for the gradient (order 1) or the curvature (2) at all weights.
+def trial(
+    model: nn.Module,
+    precision: Precision,
+    example: Callable[[int], Tensor],
+    order: int,
+    measure: Callable[[Callable[[int], None]], T],
+) -> T:
+    """Measures what the derivatives of a batch take, at all weights.
 
-    example: number of images -> something of their shape.
+    Args:
+        model, precision: as for :func:`gradient`.
+        example: number of images -> something of their shape.
+        order: 1, the gradient, or 2, the curvature.
+        measure: called with what differentiates the loss of so many images.
+
+    Returns:
+        What ``measure`` returns.
     """
     weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
 
@@ -104,4 +125,4 @@ def need(model: nn.Module, precision: Precision, example: Callable[[int], Tensor
             torch.autograd.grad(grads, weights, [torch.empty_like(w) for w in weights], **_ZEROS)
 
     with differentiating(model, precision, weights), _attention(order):
-        return Need.of(run)
+        return measure(run)

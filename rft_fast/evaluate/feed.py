@@ -20,10 +20,18 @@ class Images:
 
     resident: whether the images are moved to the device. If not, each batch goes there as it is needed,
     from pinned memory and one batch ahead of the computation.
+    normalize: whether logits are normalised before the loss, see :class:`rft_fast.evaluate.Evaluator`.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, dtype: torch.dtype, resident: bool) -> None:
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident: bool,
+        normalize: bool = False,
+    ) -> None:
+        self.dataset, self.normalize = dataset, normalize
         self.device, self.dtype = device, dtype
         self.images = dataset.images.to(device) if resident else dataset.images
         self.labels = dataset.labels.to(device)
@@ -58,6 +66,10 @@ class Images:
             found._stream = _Stream(self.device)
         return found
 
+    def parts(self, size: int) -> list[Images]:
+        """Every ``size`` images in order, sharing their memory; the last part may be smaller."""
+        return [self.cut(slice(at, min(len(self), at + size))) for at in range(0, len(self), size)]
+
     def ahead(self, batch: slice) -> None:
         """Begins to bring a batch to the device, if it is not there and there is room for it."""
         if self._stream is not None:
@@ -73,14 +85,14 @@ class Images:
         # The operations and their order are torchvision's, in float32, so the model sees the same bits.
         return pixels.float().div_(self.white).sub_(self.mean).div_(self.std).to(self.dtype)
 
-    def judge(self, logits: Tensor, batch: slice, normalize: bool) -> tuple[Tensor, Tensor]:
+    def judge(self, logits: Tensor, batch: slice) -> tuple[Tensor, Tensor]:
         """Losses and correctness of a batch, still on the device."""
         logits = logits.float()
         if self.classes is not None:
             logits = logits.index_select(1, self.classes)
         best = logits.argmax(1)
         lost = logits.gather(1, best[:, None])[:, 0].isnan()  # argmax takes NaN for the largest
-        if normalize:
+        if self.normalize:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
         if self.groups is None:

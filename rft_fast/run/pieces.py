@@ -98,7 +98,7 @@ class Counter:
         work = cost.Work.none(self._evaluator)
         counted = cost.counted_path(path, work)
         evaluators = {
-            images: cost.CountedEvaluator(self._evaluator, sizes, work)
+            images: cost.counted_evaluator(self._evaluator, sizes, work)
             for images, sizes in self._sizes.items()
         }
         found: list[Measurement] = []

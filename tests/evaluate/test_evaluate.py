@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores
-from rft_fast.evaluate import evaluator as home
+from rft_fast.evaluate import staging as home
 from rft_fast.evaluate.stages import Stage, Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -473,8 +473,8 @@ def test_among_are_the_named_sets_in_the_given_order_with_the_same_bits() -> Non
         some = evaluator.among(names)
         assert [data.name for data in some.datasets] == list(names)
         assert some.model is model and some.stations == evaluator.stations and some.normalize_logits
-        for got, name in zip(some._feeds, names, strict=True):
-            assert got is evaluator._feeds["abc".index(name)]  # no copy of the images
+        for got, name in zip(some.feeds, names, strict=True):
+            assert got is evaluator.feeds["abc".index(name)]  # no copy of the images
         scores = some.scores()
         assert list(scores) == list(names)
         for name in names:
@@ -498,9 +498,9 @@ def test_parts_cover_a_set_in_order_and_share_its_memory(size: int | None) -> No
     torch.testing.assert_close(losses, whole.losses, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.cat([part.scores()["b"].correct for part in parts]), whole.correct)
     assert all(part.model is model and part.normalize_logits for part in parts)
-    first = [part._feeds[0].images.data_ptr() for part in parts]
+    first = [part.feeds[0].images.data_ptr() for part in parts]
     step = 3 * 8 * 8 * (size or 37)
-    assert first == [evaluator._feeds[1].images.data_ptr() + i * step for i in range(len(parts))]
+    assert first == [evaluator.feeds[1].images.data_ptr() + i * step for i in range(len(parts))]
     assert [d.name for d in evaluator.datasets] == ["a", "b"]  # itself unchanged
 
 
@@ -639,8 +639,8 @@ def test_batches_side_by_side_change_no_bit(threads: int) -> None:
             found.append([*losses, torch.tensor(loss), *gradient, evaluator.curvature(weights, signs)])
             assert torch.get_num_threads() == count
         assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
-        with pytest.raises(ZeroDivisionError), evaluator._scoring():
-            evaluator._images.map(evaluator._feeds, lambda *_: 1 / 0, lambda *_: None)
+        with pytest.raises(ZeroDivisionError), evaluator.runtime.scoring():
+            evaluator.runtime.images.map(evaluator.feeds, lambda *_: 1 / 0, lambda *_: None)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

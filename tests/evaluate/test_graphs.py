@@ -245,14 +245,14 @@ def test_walks_hold_copies_of_what_recordings_return(text: bool) -> None:
     model: Any = two_towers() if text else deep()
     sets = [dataset("a", 21), dataset("b", 5)]
     evaluator = Evaluator(model, sets, batch_size=8)
-    evaluator._graphs, recorder = Graphs(recorder := Recorder()), recorder
+    evaluator.runtime.graphs, recorder = Graphs(recorder := Recorder()), recorder
     for turn in range(3):
         walk = evaluator.walk()
         for station in range(evaluator.stations):
             walk.advance(station)
-            buffers = {buffer.data_ptr() for buffer in evaluator._graphs._buffers.values()}
-            flows = [*walk._flows, *([walk._text] if walk._text is not None else [])]
-            assert not any(f._held is not None and f._held.data_ptr() in buffers for f in flows)
+            buffers = {buffer.data_ptr() for buffer in evaluator.runtime.graphs._buffers.values()}
+            flows = [*walk.flows, *([walk.text] if walk.text is not None else [])]
+            assert not any(f.held is not None and f.held.data_ptr() in buffers for f in flows)
             assert_plain(walk.scores(), model, sets)
             found = walk.variants(lambda k: None, 5, evaluator.stations - 1)
             assert_plain(found[0], model, sets)
@@ -264,7 +264,7 @@ def test_walks_hold_copies_of_what_recordings_return(text: bool) -> None:
 def test_variants_through_recordings() -> None:
     model, sets = deep(), [dataset("a", 5), dataset("b", 3)]
     evaluator = Evaluator(model, sets, batch_size=8)
-    evaluator._graphs = Graphs(recorder := Recorder())
+    evaluator.runtime.graphs = Graphs(recorder := Recorder())
     walk = evaluator.walk()
     walk.advance(1)
     weight = linears(model)[1].weight
@@ -285,11 +285,11 @@ def test_recordings_are_let_go_when_memory_runs_out() -> None:
     model, data = deep(), dataset(count=32)
     expected = plain(model, data)
     evaluator = Evaluator(model, [data], batch_size=16)
-    evaluator._graphs = Graphs(Recorder())
-    evaluator._images._relieve = evaluator._graphs.clear  # as it is on a GPU
+    evaluator.runtime.graphs = Graphs(Recorder())
+    evaluator.runtime.images.relieve = evaluator.runtime.graphs.clear  # as it is on a GPU
     for _ in range(3):
         evaluator.scores()
-    assert evaluator._graphs._buffers
+    assert evaluator.runtime.graphs._buffers
 
     def check(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if len(arguments[0]) > 8:
@@ -299,7 +299,7 @@ def test_recordings_are_let_go_when_memory_runs_out() -> None:
     with pytest.warns(UserWarning, match="going on with 8"):
         losses = evaluator.scores()["set"].losses
     close(losses, expected)
-    assert all(len(buffer) <= 8 for buffer in evaluator._graphs._buffers.values())
+    assert all(len(buffer) <= 8 for buffer in evaluator.runtime.graphs._buffers.values())
 
 
 class Cuda:
@@ -507,8 +507,8 @@ def test_cuda_graphs_compute_what_the_model_computes(make: Callable[[], nn.Modul
                 found = of.walk().variants(lambda k: None, 5, 0)
                 assert len(found) == 5
                 torch.testing.assert_close(found[4]["b"].losses.double(), expected[50:], rtol=1e-4, atol=1e-4)
-    assert evaluator._graphs is not None and without._graphs is None
-    assert any(record.replay is not None for record in evaluator._graphs._recorded.values())
+    assert evaluator.runtime.graphs is not None and without.runtime.graphs is None
+    assert any(record.replay is not None for record in evaluator.runtime.graphs._recorded.values())
 
 
 def exact(model: nn.Module, data: Any) -> Tensor:
@@ -540,7 +540,7 @@ def test_streamed_images_are_those_that_stay() -> None:
     # Images of a limit that is too small for them; room is left for batches and held activations.
     limit = sum(data.images.nbytes for data in sets) * 2
     streamed = Evaluator(model, sets, batch_size=16, memory_limit=limit)
-    assert resident._feeds[0].images.is_cuda and not streamed._feeds[0].images.is_cuda
+    assert resident.feeds[0].images.is_cuda and not streamed.feeds[0].images.is_cuda
     for _ in range(3):
         assert torch.equal(losses_of(streamed), losses_of(resident))
     walk = streamed.walk()
@@ -598,19 +598,19 @@ def test_memory_that_runs_out_on_a_gpu(graphs: bool) -> None:
     for _ in range(4):
         evaluator.scores()
     # Hooks do not run in a replay; the recordings are let go first, as after a real failure.
-    if evaluator._graphs is not None:
-        evaluator._graphs.clear()
+    if evaluator.runtime.graphs is not None:
+        evaluator.runtime.graphs.clear()
     with at_most(8, model.visual.conv1), pytest.warns(UserWarning, match="do not fit in the memory of cuda"):
         losses = evaluator.scores()["set"].losses
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
-    assert evaluator._size(50) == 8
-    if evaluator._graphs is not None:
-        assert all(len(buffer) <= 8 for buffer in evaluator._graphs._buffers.values())
+    assert evaluator.runtime.images.size(50) == 8
+    if evaluator.runtime.graphs is not None:
+        assert all(len(buffer) <= 8 for buffer in evaluator.runtime.graphs._buffers.values())
         with warnings.catch_warnings():  # none of which says that a stage runs without a graph
             warnings.simplefilter("error")
             for _ in range(4):
                 torch.testing.assert_close(evaluator.scores()["set"].losses, expected, rtol=1e-4, atol=1e-4)
-        assert any(record.replay is not None for record in evaluator._graphs._recorded.values())
+        assert any(record.replay is not None for record in evaluator.runtime.graphs._recorded.values())
     with at_most(0, model.visual.conv1), pytest.raises(MemoryError, match="not even one image"):
         Evaluator(model, [data])
 

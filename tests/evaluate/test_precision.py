@@ -53,7 +53,7 @@ def test_halves_are_near_float32(make: Any, name: str, steps: float) -> None:
     data = dataset(count=30)
     expected = plain(make(), data)
     evaluator = Evaluator(cast(make(), name), [data], batch_size=8, precision=name)
-    assert evaluator.precision == name and evaluator._feeds[0].prepare(slice(0, 1)).dtype == HALVES[name]
+    assert evaluator.precision == name and evaluator.feeds[0].prepare(slice(0, 1)).dtype == HALVES[name]
     losses = evaluator.scores()["set"].losses
     assert losses.dtype == torch.float32
     error = (losses - expected).abs().max() / expected.abs().max()
@@ -295,7 +295,7 @@ def test_ieee_on_a_gpu(graphs: bool) -> None:
     assert not any(
         name in kernel for kernel in kernels for name in ("efficient_att", "flash_att", "cudnn_att")
     )
-    images = evaluator._feeds[0].prepare(slice(0, 40)).cpu()
+    images = evaluator.feeds[0].prepare(slice(0, 40)).cpu()
     expected = nn.functional.cross_entropy(model.written_out(images), data.labels, reduction="none")
     for _ in range(4):  # recorded from the third time on
         losses = evaluator.scores()["set"].losses
@@ -307,7 +307,7 @@ def test_ieee_is_float32s_own_attention() -> None:
     evaluator = Evaluator(model, [data], precision="ieee")
     assert evaluator.stations > 2
     with torch.no_grad():
-        logits = model.written_out(evaluator._feeds[0].prepare(slice(0, 40)))
+        logits = model.written_out(evaluator.feeds[0].prepare(slice(0, 40)))
         expected = nn.functional.cross_entropy(logits, data.labels, reduction="none")
     losses = evaluator.scores()["set"].losses
     assert (losses - expected).abs().max() < 4e-7 * expected.abs().max()
@@ -319,7 +319,7 @@ def test_rows_under_ieee_are_those_of_float64() -> None:
     evaluator = Evaluator(path.model, [data], precision="ieee")
     rows = rft.studies.interpolation(path, evaluator, [0, 0.3, 1])
     assert set(rows["precision"]) == {"ieee"}
-    images = evaluator._feeds[0].prepare(slice(0, 30)).double()
+    images = evaluator.feeds[0].prepare(slice(0, 30)).double()
     for alpha, loss in zip(rows["alpha"], rows["loss"], strict=True):
         truth: Any = transformer(2).double()
         ends = (zeroshot.parameters(), finetuned.parameters())

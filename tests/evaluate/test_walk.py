@@ -125,7 +125,7 @@ def test_images_that_are_a_file_in_memory_are_scored(tmp_path: File) -> None:
     mapped = np.memmap(tmp_path / "images", np.uint8, "c", shape=(37, 3, 8, 8))
     images = torch.from_numpy(mapped)
     evaluator = Evaluator(model, [dataset("set", images=images), dataset("b", count=5)], batch_size=10)
-    assert evaluator._feeds[0].images.data_ptr() == mapped.ctypes.data  # no copy
+    assert evaluator.feeds[0].images.data_ptr() == mapped.ctypes.data  # no copy
     walk = evaluator.walk()
     walk.advance(2)
     close(walk.scores()["set"].losses, plain(model, data))
@@ -507,7 +507,7 @@ def test_pieces_change_no_row(study: Callable[..., pd.DataFrame]) -> None:
     for limit in (None, 8_000):
         path, evaluator = studied(limit)
         assert (len(evaluator.pieces()) == 1) == (limit is None)
-        assert [len(p) for p in evaluator.pieces()[-1]._feeds][-1] <= 10
+        assert [len(p) for p in evaluator.pieces()[-1].feeds][-1] <= 10
         told.append(Told())
         before = path.checksum()
         rows.append(study(path, evaluator, model="m", sink=told[-1]))
@@ -524,12 +524,12 @@ def test_pieces_cover_every_image_once_in_order() -> None:
         images = [p.datasets[0].images for p in pieces if p.datasets[0].name == data.name]
         assert len(images) > 1 and torch.equal(torch.cat(images), data.images)
     held = [0, 0]
-    x = evaluator._feeds[0].prepare(slice(0, 1))
+    x = evaluator.feeds[0].prepare(slice(0, 1))
     for stage in evaluator.stages.image:
         x = stage.run(x, x)
         held.append(x.nbytes)
     # While activations change their shape, there are two of them.
-    assert max(len(p._feeds[0]) for p in pieces) * (max(held) + 1) <= 0.3 * 8_000
+    assert max(len(p.feeds[0]) for p in pieces) * (max(held) + 1) <= 0.3 * 8_000
     part = evaluator.parts(9, "a")[0]
     assert torch.cat([p.datasets[0].images for p in part.pieces()]).equal(part.datasets[0].images)
 
@@ -566,10 +566,10 @@ def no_more_than(images: int, modules: list[nn.Linear], error: Exception) -> Ite
 def advance_in_place(evaluator: Evaluator) -> list[Tensor]:
     walk = evaluator.walk()
     walk.advance(1)
-    held = walk._flows[0]._held
+    held = walk.flows[0].held
     assert held is not None
     walk.advance(2)
-    assert walk._flows[0]._held is held  # the same shape: overwritten
+    assert walk.flows[0].held is held  # the same shape: overwritten
     return [scores.losses for scores in walk.scores().values()]
 
 
@@ -737,7 +737,7 @@ def test_all_threads_rest_when_one_fails() -> None:
     statistics = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         torch.set_num_threads(3)
-        evaluator._workers(9)  # the meter, too, calls hooks
+        _ = evaluator.runtime.images.need  # the meter, too, calls hooks
         handle = model[0].register_forward_pre_hook(hook)
         with pytest.raises(ValueError, match="the first"):
             evaluator.scores()
@@ -784,10 +784,10 @@ def test_automatic_batches_fit_the_memory_limit() -> None:
     image = 2 * 64 * 64 * 4
     for limit, size in ((None, 128), (10**9, 128), (image * 50 * 5, 50), (image * 5, 1), (1, 1)):
         evaluator = Evaluator(wide, [data], memory_limit=limit)
-        assert abs(evaluator._size(600) - size) <= size // 10, limit
-    assert Evaluator(wide, [data])._size(511) == 64
+        assert abs(evaluator.runtime.images.size(600) - size) <= size // 10, limit
+    assert Evaluator(wide, [data]).runtime.images.size(511) == 64
     stated = Evaluator(wide, [data], batch_size=100, memory_limit=image * 50)
-    assert stated._size(600) == stated._size(5) == 100
+    assert stated.runtime.images.size(600) == stated.runtime.images.size(5) == 100
     with counted(wide[0]) as (batches,):
         scores = stated.scores()
     assert batches == [100] * 6
@@ -884,7 +884,7 @@ def test_streamed_images_are_asked_for_ahead_where_they_are_read(monkeypatch: py
     monkeypatch.setattr(feed, "_Stream", Arriving)
     model, data = deep(), dataset(count=10)
     evaluator = Evaluator(model, [data], batch_size=4)
-    evaluator._feeds[0]._stream = stream = Arriving(evaluator.device)  # type: ignore[assignment]
+    evaluator.feeds[0]._stream = stream = Arriving(evaluator.device)  # type: ignore[assignment]
     walk = evaluator.walk()
     walk.advance(1)
     assert stream.started == [(4, 8), (8, 10)] and stream.taken == [(0, 4), (4, 8), (8, 10)]
@@ -892,7 +892,7 @@ def test_streamed_images_are_asked_for_ahead_where_they_are_read(monkeypatch: py
     assert len(stream.taken) == 3  # held by now
     part = evaluator.parts(6, "set")[1]
     close(part.scores()["set"].losses, plain(model, data)[6:])
-    assert len(stream.taken) == 3 and part._feeds[0]._stream.taken == [(0, 4)]  # type: ignore[union-attr]
+    assert len(stream.taken) == 3 and part.feeds[0]._stream.taken == [(0, 4)]  # type: ignore[union-attr]
 
 
 def test_a_dataset_is_not_written_to() -> None:

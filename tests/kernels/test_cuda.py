@@ -178,7 +178,7 @@ def evaluate():
         for _ in range(4):
             evaluator.scores()
         evaluator.gradient(list(model.parameters()))
-        evaluator._images._relieve()
+        evaluator.runtime.images.relieve()
 
 w = torch.ones(5000, device=device)
 before = contexts()

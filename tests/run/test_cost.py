@@ -20,7 +20,7 @@ from rft_fast.evaluate.stages import Stages
 from rft_fast.kernels import Plan
 from rft_fast.path import Path
 from rft_fast.run import cost
-from rft_fast.run.cost import CountedEvaluator, Flops, Line, Memory, Rates, Work
+from rft_fast.run.cost import Flops, Line, Memory, Rates, Work, counted_evaluator, counted_path
 from rft_fast.studies.estimators import Protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,10 +134,11 @@ def watched(path: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -
         submit(plan, request, runs)
 
     # Needs are found out with a forward pass of their own, once.
-    for batches in (evaluator._images, evaluator._prompts, evaluator._slopes, evaluator._curvatures):
-        batches._needed()
+    runtime = evaluator.runtime
+    for batches in (runtime.images, runtime.prompts, runtime.slopes, runtime.curvatures):
+        _ = batches.need
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "stages", spied)
+        patch.setattr(runtime, "stages", spied)
         patch.setattr(Plan, "submit", write)
         hook = evaluator.model.register_forward_hook(forward)
         try:
@@ -191,7 +192,7 @@ def assert_counted(
     prompts = evaluator.stages.prompts
     if prompts is not None:
         # A run of a text stage is one of all prompts, in however many batches.
-        once = -(-len(prompts) // evaluator._prompts.size(len(prompts)))
+        once = -(-len(prompts) // evaluator.runtime.prompts.size(len(prompts)))
         assert [once * n for n in counted.runs[:text]] == real.runs[:text]
     assert sum(counted.gradients) + counted.curvatures == sum(real.gradients)
     assert counted.batches == real.batches
@@ -250,7 +251,7 @@ def test_the_worst_case_tells_the_weights_that_it_copies() -> None:
 def test_gradients_of_late_weights_are_told_from_early_ones() -> None:
     path, evaluator, sizes = setting(tiny_models.staged())
     work = Work.none(evaluator)
-    counted, weights = CountedEvaluator(evaluator, sizes, work), cost.counted_path(path, work)
+    counted, weights = counted_evaluator(evaluator, sizes, work), counted_path(path, work)
     for layer in path.layers:
         counted.gradient([w.live for w in weights.weights([layer])])
     expected = [0.0] * evaluator.stations
@@ -261,9 +262,9 @@ def test_gradients_of_late_weights_are_told_from_early_ones() -> None:
 
 def test_a_walk_that_turns_back_is_refused() -> None:
     _, evaluator, sizes = setting(tiny_models.staged())
-    walk = CountedEvaluator(evaluator, sizes, Work.none(evaluator)).walk()
+    walk = counted_evaluator(evaluator, sizes, Work.none(evaluator)).walk()
     walk.advance(1)
-    with pytest.raises(ValueError, match="station"):
+    with pytest.raises(ValueError, match="expected a stage from 1"):
         walk.advance(0)
 
 
@@ -312,8 +313,8 @@ def test_a_calibration_fits_a_clock_that_knows(model: str, monkeypatch: pytest.M
     walk_class = cost.rates._judged
 
     def judged(walk: Any) -> None:
-        counted = CountedEvaluator(
-            evaluator, {f.source.name: (len(f.source), True) for f in walk._flows}, work
+        counted = counted_evaluator(
+            evaluator, {feed.name: (len(feed), True) for feed in walk.feeds}, work
         ).walk()
         if walk.stage:
             before = copy.deepcopy(work)
@@ -407,7 +408,7 @@ def test_memory_is_that_of_its_parts() -> None:
     assert found.total == sum(getattr(found, f.name) for f in fields(Memory))
     walked = cost.count(STUDIES["layers"], path, evaluator, sizes)
     assert walked.held >= 57
-    assert cost.memory(walked, evaluator, path, 57).held == walked.held * evaluator._boundary
+    assert cost.memory(walked, evaluator, path, 57).held == walked.held * evaluator.boundary
     assert cost.memory(walked, evaluator, path, 57).copies == 0
 
 

@@ -466,7 +466,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     variants = Walk.variants
 
     def watching(walk: Walk, write: Callable[[int], object], count: int, last: int) -> Any:
-        found.update({flow.source.name: count for flow in walk._flows})  # type: ignore[union-attr]
+        found.update({feed.name: count for feed in walk.feeds})
         return variants(walk, write, count, last)
 
     monkeypatch.setattr(Walk, "variants", watching)

@@ -10,12 +10,15 @@ each counted thing takes on this machine::
     seconds = cost.forecast(work, rates)
 """
 
-from .counting import CountedEvaluator, CountingWriter, Work, count, counted_path
-from .rates import Flops, Memory, Rates, calibrate, flops, forecast, images_wanted, memory
+from .counting import Counting, CountingWriter, count, counted_evaluator, counted_path
+from .footprint import Memory, memory
+from .operations import Flops, flops
+from .rates import Rates, calibrate, forecast, images_wanted
 from .table import Encoding, Line, duration, table
+from .work import Work
 
 __all__ = [
-    "CountedEvaluator",
+    "Counting",
     "CountingWriter",
     "Encoding",
     "Flops",
@@ -25,6 +28,7 @@ __all__ = [
     "Work",
     "calibrate",
     "count",
+    "counted_evaluator",
     "counted_path",
     "duration",
     "flops",

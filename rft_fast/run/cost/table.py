@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ...path import Path
-from .counting import Work
-from .rates import Flops, Memory, Rates, forecast
+from .footprint import Memory
+from .operations import Flops
+from .rates import Rates, forecast
+from .work import Work
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""The executor that computes: activations through stages, losses, gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from . import derivatives
+from .batches import Batches
+from .feed import Images, Prompts
+from .flow import Flow
+from .runtime import Runtime
+from .scores import Scores
+
+
+class Computing:
+    """Carries out a schedule on the model's device (an :class:`rft_fast.evaluate.executor.Executor`)."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def advance(self, flows: Sequence[Flow], stage: int) -> None:
+        with self._runtime.scoring():
+            for flow in flows:
+                self._advance(flow, stage)
+
+    def _advance(self, flow: Flow, stage: int, keep: bool = False) -> None:
+        """Held before a later stage, in place of what it came from where the shape allows.
+
+        keep: leave alone what it came from.
+        """
+        if stage == flow.position:
+            return
+        held = None if keep else flow.held
+
+        def take(_: Flow, batch: slice, x: Tensor) -> None:
+            nonlocal held
+            if held is None or held.shape[1:] != x.shape[1:] or held.dtype != x.dtype:
+                held = x.new_empty((len(flow), *x.shape[1:]))
+            held[batch] = x
+
+        self._batches(flow).map([flow], lambda _, batch: self._run(flow, batch, stage), take)
+        flow.held, flow.position = held, stage
+
+    def fill(self, flows: Sequence[Flow], place: int, sources: Sequence[Flow]) -> None:
+        with self._runtime.scoring():
+            for flow, source in zip(flows, sources, strict=True):
+                self._fill(flow, place, source)
+
+    def _fill(self, flow: Flow, place: int, source: Flow) -> None:
+        start = place * len(source)
+
+        def take(_: Flow, batch: slice, x: Tensor) -> None:
+            if flow.held is None:
+                flow.held = x.new_empty((len(flow), *x.shape[1:]))
+            flow.held[start + batch.start : start + batch.stop] = x
+
+        self._batches(flow).map([source], lambda _, batch: self._run(source, batch, flow.position), take)
+
+    def results(self, feeds: Sequence[Images], count: int) -> _Results:
+        return _Results(self, self._runtime, feeds, count)
+
+    def holding(self, images: int) -> None:
+        """Nothing: what is held was allocated when it was needed."""
+
+    def gradient(self, feeds: Sequence[Images], weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        runtime = self._runtime
+        return derivatives.gradient(runtime.model, runtime.precision, runtime.slopes, feeds, weights)
+
+    def curvature(
+        self, feeds: Sequence[Images], weights: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> Tensor:
+        runtime = self._runtime
+        batches = runtime.curvatures
+        return derivatives.curvature(runtime.model, runtime.precision, batches, feeds, weights, directions)
+
+    def warn(self, text: str) -> None:
+        warnings.warn(text, stacklevel=4)
+
+    def logits(self, flow: Flow, batch: slice, head: Tensor | None) -> Tensor:
+        """What the rest of the model makes of a batch."""
+        x = self._run(flow, batch, len(flow.stages))
+        join = self._runtime.stages.join
+        return x if head is None or join is None else join(x, head)
+
+    def head(self, text: Flow | None) -> Tensor | None:
+        """The head's weights [classes, d] that the prompts give; None where the head is fixed."""
+        head = self._runtime.stages.head
+        return None if text is None or head is None else head(self._finished(text))
+
+    def _finished(self, flow: Flow) -> Tensor:
+        """What all samples are after the last stage; the flow stays where it is."""
+        last = len(flow.stages)
+        if flow.position == last and flow.held is not None:
+            return flow.held
+        end = copy(flow)
+        self._advance(end, last, keep=True)
+        if end.held is None:
+            raise RuntimeError("Evaluator: a chain without stages or samples has no result")
+        return end.held
+
+    def _run(self, flow: Flow, batch: slice, last: int) -> Tensor:
+        """What a batch is before stage ``last``. Use it, or copy it, before the next run."""
+        stages = flow.stages[flow.position : last]
+        inputs = None
+        if flow.held is None:
+            x = inputs = flow.source.prepare(batch)
+        else:
+            x = flow.held[batch]
+            if any(stage.reads_inputs for stage in stages):
+                inputs = flow.inputs(batch)
+        if self._runtime.graphs is not None:
+            return self._runtime.graphs.run(flow.stages, flow.position, last, x, inputs)
+        for stage in stages:
+            x = stage.run(x, x if inputs is None else inputs)
+        return x
+
+    def _batches(self, flow: Flow) -> Batches:
+        return self._runtime.prompts if isinstance(flow.source, Prompts) else self._runtime.images
+
+
+class _Results:
+    """Losses and hits of several variants, on the device until all are there."""
+
+    def __init__(self, computing: Computing, runtime: Runtime, feeds: Sequence[Images], count: int) -> None:
+        self._computing, self._runtime = computing, runtime
+        self._names = [feed.name for feed in feeds]
+        # Made outside of inference mode, so that callers may use the results in any way.
+        shapes, device = [(count, len(feed)) for feed in feeds], runtime.device
+        self._losses = [torch.empty(shape, device=device) for shape in shapes]
+        self._hits = [torch.empty(shape, device=device, dtype=torch.bool) for shape in shapes]
+
+    def judge(self, flows: Sequence[Flow], text: Flow | None, first: int) -> None:
+        kept = {
+            id(flow): [rows[first : first + flow.copies].view(-1) for rows in pair]
+            for flow, *pair in zip(flows, self._losses, self._hits, strict=True)
+        }
+
+        def work(flow: Flow, batch: slice) -> tuple[Tensor, Tensor]:
+            return flow.judge(self._computing.logits(flow, batch, head), batch)
+
+        def take(flow: Flow, batch: slice, found: tuple[Tensor, Tensor]) -> None:
+            for rows, new in zip(kept[id(flow)], found, strict=True):
+                rows[batch] = new
+
+        with self._runtime.scoring():
+            head = self._computing.head(text)
+            self._runtime.images.map(flows, work, take)
+
+    def scores(self) -> list[dict[str, Scores]]:
+        columns = [(losses.cpu(), hits.cpu()) for losses, hits in zip(self._losses, self._hits, strict=True)]
+        return [
+            {
+                name: Scores(losses[k], hits[k])
+                for name, (losses, hits) in zip(self._names, columns, strict=True)
+            }
+            for k in range(len(columns[0][0]))
+        ]

@@ -1,0 +1,129 @@
+"""A model in stages that are found to compute what it computes, on every data set that it shall score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..clip.classifier import ZeroShotClassifier
+from ..names import Precision
+from . import precision as formats
+from .feed import Images
+from .stages import Stage, Stages, stages
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model in stages.
+
+    image: bytes that a walk holds of one image between two stages, at worst. prompts: of all prompts.
+    """
+
+    chains: Stages
+    image: int = 0
+    prompts: int = 0
+
+
+def staged(
+    model: nn.Module, precision: Precision, feeds: Sequence[Images], known: Stages | None = None
+) -> Staged:
+    """The model in stages, after one image of every data set went through it: image sizes may differ.
+
+    To be called while scoring (:func:`rft_fast.evaluate.modes.scoring`).
+
+    Args:
+        model, precision: as for :class:`rft_fast.evaluate.Evaluator`.
+        feeds: the data sets, at least one.
+        known: its stages, where they are known; else it is cut on images of the first data set.
+
+    Raises:
+        ValueError: a data set that the model cannot score.
+        RuntimeError: stages that do not compute what the model does.
+    """
+    image = prompts = 0
+    for feed in feeds:
+        expected = feed.check(lambda images: _answer(model, images))
+        if known is None:
+            images = feed.prepare(slice(0, 2))
+            with formats.exact("fp32"):  # what is compared there shall differ by no rounding to tf32
+                known = stages(model, images if len(images) == 2 else torch.cat([images, images]))
+        if len(known.image) > 1 or known.text:
+            held, prompts = _verify(known, precision, feed, expected)
+            image = max(image, held)
+    return Staged(known or Stages(()), image, prompts)
+
+
+def _answer(model: nn.Module, images: Tensor) -> Any:
+    """Logits, or what the model gives in their place.
+
+    With two towers those of a single prompt, for all classes: thousands of prompts take a while.
+    """
+    if not isinstance(model, ZeroShotClassifier):
+        return model(images)
+    prompts = model.prompts.flatten(0, 1)
+    return model.join(model.visual(images), model.text(prompts[:1]).expand(len(prompts), -1))
+
+
+def _verify(chains: Stages, precision: Precision, feed: Images, expected: Tensor) -> tuple[int, int]:
+    """Refuses stages that do not compute what the model does. Returns the bytes of :class:`Staged`."""
+    logits, image = _watched(chains.image, feed.prepare(slice(0, 1)))
+    prompts = 0
+    if chains.head is not None and chains.join is not None and chains.prompts is not None:
+        features, held = _watched(chains.text, chains.prompts[:1])
+        prompts = held * len(chains.prompts)
+        logits = chains.join(logits, chains.head(features.expand(len(chains.prompts), -1)))
+    error = (logits - expected).float().abs().max()
+    tolerance = 1e-3 if precision in ("fp32", "ieee") else 0.05
+    if error > tolerance * expected.float().abs().max():
+        raise RuntimeError(
+            f"Evaluator: on {feed.name!r} the model's stages do not compute what its forward pass "
+            "computes; please report this"
+        )
+    return image, prompts
+
+
+def _watched(stages: tuple[Stage, ...], sample: Tensor) -> tuple[Tensor, int]:
+    """What becomes of one sample, and the bytes that a walk holds of it at worst.
+
+    On the way from one boundary to another of a different shape, these are both.
+    """
+    x, sizes = sample, {}
+    for stage in stages:
+        x = stage.run(x, sample)
+        sizes[x.shape, x.dtype] = x.nbytes
+    return x, sum(sorted(sizes.values())[-2:])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Raises ValueError for a model without weights, or on several devices."""
+    tensors = _floats(model)
+    if not tensors:
+        raise ValueError("Evaluator: the model has no weights to score")
+    if len(devices := sorted({str(tensor.device) for tensor in tensors})) > 1:
+        raise ValueError(f"Evaluator: the model must be on one device, it is on {devices}")
+    return tensors[0].device
+
+
+def check_weights(model: nn.Module, precision: Precision) -> None:
+    """Raises ValueError for weights that are not in the type of the precision."""
+    wanted = formats.PRECISIONS[precision]
+    dtypes = {tensor.dtype for tensor in _floats(model)}
+    if wanted not in dtypes or not dtypes <= {wanted, torch.float32}:
+        raise ValueError(
+            f"Evaluator: precision {precision!r} needs a model in {_short(wanted)}, this one has "
+            f"{', '.join(sorted(map(_short, dtypes)))}; call rft_fast.evaluate.precision.cast(model, "
+            f"{precision!r}) before a Path is made of it (the path's ends may stay as they are)"
+        )
+
+
+def _floats(model: nn.Module) -> list[Tensor]:
+    return [t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
