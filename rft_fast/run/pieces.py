@@ -1,4 +1,4 @@
-"""A run in pieces: what each measurement takes, told before it is made, and some of them as one job."""
+"""Work units: the estimated cost of each measurement, and batches of measurements for one worker."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from .wiring import Counts
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement of a study of a model.
+    """One measurement of a study of a model, with its estimated work.
 
-    what: (data set, layer, alpha) of each of its rows: equal ones of two models are of the same thing.
-    zero: whether all of it is at alpha = 0, where models fine-tuned from one are the same.
+    Attributes:
+        number: within its study and model.
+        what: (data set, layer, alpha) of each of its rows. Two models with equal ones measure the same thing.
+        zero: whether all rows are at alpha = 0, where models fine-tuned from one zero-shot model are equal.
+        work: what it takes.
     """
 
     number: int
@@ -31,10 +34,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some measurements of a study of a model, to be made in this order by one worker.
+    """Measurements of a study of a model that one worker makes, in this order.
 
-    costs: FLOPs of each. chosen: layers that the study takes by earlier rows. ahead: whether other pieces
-        need what it finds.
+    Attributes:
+        study, model: their names.
+        numbers: of the measurements.
+        costs: FLOPs of each.
+        chosen: layers that the study picked from earlier rows.
+        ahead: whether other pieces need its scores.
     """
 
     study: str
@@ -54,7 +61,7 @@ class Piece:
         return dict(zip(self.numbers, self.costs, strict=True))
 
     def without(self, numbers: Collection[int]) -> Piece | None:
-        """What is left of it; None where nothing is."""
+        """The piece without these measurements; None where none is left."""
         left = [(n, c) for n, c in zip(self.numbers, self.costs, strict=True) if n not in numbers]
         if not left:
             return None
@@ -63,7 +70,7 @@ class Piece:
 
 
 def split(piece: Piece, most: float) -> list[Piece]:
-    """The piece in consecutive parts that cost no more than ``most`` each, single measurements apart."""
+    """The piece in consecutive parts that cost at most ``most`` each, or are a single measurement."""
     parts: list[list[int]] = []
     total = most
     for place, spent in enumerate(piece.costs):
@@ -83,9 +90,12 @@ def split(piece: Piece, most: float) -> list[Piece]:
 
 
 class Counter:
-    """Counts what the measurements of a request take, on stand-ins that compute nothing (:mod:`.cost`).
+    """Counts the work of a request's measurements, on stand-ins that compute nothing (:mod:`.cost`).
 
-    evaluator: a real one of the model; its images do not matter. whole: the data sets and their sizes.
+    Args:
+        request: the request.
+        evaluator: a real one of the model; its images do not matter.
+        whole: the data sets and their sizes.
     """
 
     def __init__(self, request: Request, evaluator: Evaluator, whole: Counts) -> None:
@@ -94,7 +104,7 @@ class Counter:
         self._shared = bench.InMemory()
 
     def count(self, study: str, path: paths.Path, chosen: Chosen | None = None) -> list[Measurement]:
-        """The measurements of a study of a model. The first that is asked for makes what all models share."""
+        """The measurements of a study of a model. The first model counted makes the scores that all share."""
         work = cost.Work.none(self._evaluator)
         counted = cost.counted_path(path, work)
         evaluators = {
@@ -116,5 +126,5 @@ class Counter:
 
 
 def total(works: Sequence[Measurement], evaluator: Evaluator) -> cost.Work:
-    """What measurements take together."""
+    """The work of all measurements together."""
     return sum((m.work for m in works), cost.Work.none(evaluator))

@@ -9,10 +9,10 @@ from ..config.request import Request
 
 
 def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Study -> the models that it takes, by the rows of the interpolation.
+    """Study -> names of the models that it takes, by the rows of the interpolation.
 
-    Those that gain most and least (:func:`rft_fast.studies.best_gains`), as many as :func:`how_many` has.
-    Models that were named are taken instead, layer by layer.
+    These are the models that gain most and least (:func:`rft_fast.studies.best_gains`), as many as
+    :func:`how_many` says, or the models that the request names.
     """
     everyone = list(request.zoo.finetuned)
     ranked = list(studies.best_gains(rows).sort_values(ascending=False, kind="stable").index)

@@ -1,4 +1,4 @@
-"""One process's share of a run: models and images, loaded once, and the measurements made on them."""
+"""``Worker``: models and images of a request, loaded once in a process, and the measurements on them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from .wiring import Models
 
 
 class Worker:
-    """Models and images of a request.
+    """Makes any measurement of a request.
 
-    config: what the request is about, and what it runs on here, as ``config.json`` has it, but for the
-        command and the date.
+    Attributes:
+        request: the request.
+        config: what the run is and what it runs on here, as in ``config.json``, without command and date.
 
-    Raises ValueError, RuntimeError or OSError for whatever of the request cannot be met here.
+    Raises:
+        ValueError, RuntimeError, OSError: this process cannot meet the request.
     """
 
     def __init__(self, request: Request) -> None:
@@ -43,12 +45,19 @@ class Worker:
         self._counted: dict[tuple[object, ...], list[Measurement]] = {}
 
     def measure(self, piece: Piece, shared: Shared, sink: Sink) -> tuple[float, int]:
-        """Makes the measurements of a piece, and calls ``sink`` with each; what that raises ends the piece.
+        """Makes the measurements of a piece.
 
-        Returns the seconds it took, and the peak of memory in bytes.
+        Args:
+            piece: the measurements.
+            shared: scores of other measurements; missing ones are added.
+            sink: called with each measurement. What it raises ends the piece.
 
-        Raises files.Changed where a file of the model is no longer the one that was hashed: what came of the
-        piece is not to be kept.
+        Returns:
+            Seconds, and peak memory in bytes.
+
+        Raises:
+            files.Changed: a file of the model has changed since it was hashed. The measurements of the piece
+                are invalid.
         """
         start = perf_counter()
         with meter.Peak(self.request.device) as peak, self._models.unchanged(piece.model):
@@ -60,7 +69,7 @@ class Worker:
         return perf_counter() - start, peak.bytes
 
     def _notice_other_images(self) -> None:
-        """Images are in memory, by a hash of their own: rows are of those, whatever is in the file now."""
+        """Warns of changed image files. Rows stay valid: images are in memory, and hashed by themselves."""
         for stored in list(self._stored):
             try:
                 stored.check()
@@ -72,7 +81,7 @@ class Worker:
     def plan(
         self, study: str, models: Sequence[str], chosen: Mapping[str, Chosen]
     ) -> dict[str, list[Measurement]]:
-        """Model -> its measurements of a study. chosen: model -> layers that the study takes."""
+        """Model -> its measurements of a study. chosen: model -> layers that the study picked."""
         found = {}
         for model in models:
             own = chosen.get(model)
@@ -88,12 +97,12 @@ class Worker:
         return found
 
     def _layers(self, study: str, model: str) -> tuple[tuple[str, ...], ...]:
-        """What decides how much is measured: the layers, and those that do not change, where that matters."""
+        """What decides the number of measurements: the layers, and unchanged ones where these are skipped."""
         unchanged = self._models.frozen[model] if catalogue.study(study).skips_unchanged else ()
         return self._models.layers[model], unchanged
 
     def guess(self, study: str, model: str) -> Chosen | None:
-        """Layers to estimate costs with, before it is known which ones the study takes."""
+        """Layers to estimate costs with, before the study can pick any."""
         return catalogue.study(study).guess(self.request, self._models.layers[model])
 
     def cost(self, measurement: Measurement) -> float:
@@ -103,9 +112,16 @@ class Worker:
     def pieces(
         self, study: str, models: Sequence[str], chosen: Mapping[str, Chosen]
     ) -> tuple[list[Piece], dict[str, list[tuple[int, str]]]]:
-        """All of a study: a piece for each model, and model -> (number, model) of what need not be measured.
+        """All measurements of a study.
 
-        At alpha = 0 the sharpness of a model is that of the first one that has the same layers.
+        Args:
+            study: its name.
+            models: names of the models that it takes.
+            chosen: model -> layers that the study picked.
+
+        Returns:
+            The pieces, and model -> (number, other model) of measurements that are copied: at alpha = 0, the
+            sharpness of a model is that of the first model with the same layers.
         """
         what = catalogue.study(study)
         own_heads = self.request.zoo.own_heads

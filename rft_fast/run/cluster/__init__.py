@@ -1,8 +1,8 @@
-"""Workers on several GPUs or machines, by Ray: each loads models and images once, and measures its pieces.
+"""Workers on several GPUs or machines, by Ray. Each loads models and images once and measures pieces.
 
-Results do not depend on which worker made them, nor on how many there are: noise is counted, not drawn, and
-each measurement is of one worker. Every measurement comes back as soon as it is made, and is on the disk of
-the driving process before it counts; a worker that dies loses the one in flight, which another one makes.
+Results depend neither on which worker made them nor on the number of workers: noise is counter-based, and one
+worker makes a measurement as a whole. Each measurement is sent back at once and is on disk before it counts.
+When a worker dies, only the measurement in flight is lost, and another worker repeats it.
 
-Ray is loaded when it is needed, and not before: nothing is imported here.
+This package imports nothing: Ray is loaded only when it is used.
 """

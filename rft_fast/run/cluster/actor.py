@@ -1,4 +1,4 @@
-"""A worker of a cluster: it measures in a thread of its own, and answers in between."""
+"""``Actor``: a worker of a cluster. It measures in a thread of its own and answers questions meanwhile."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ Known = dict[str, dict[tuple[str, float], Scores]]
 
 
 class Problem:
-    """What a worker could not do, in words: exceptions of other processes do not always travel well.
+    """The failure of a worker as text: not every exception can be pickled.
 
-    changed: a file of the model has changed, so that what came of the piece is not to be kept.
+    Attributes:
+        text: machine, class and message.
+        changed: a file of the model has changed, so that measurements of the piece are invalid.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -39,7 +41,7 @@ class Problem:
 
 
 class Answer:
-    """What a worker has found since it was last asked."""
+    """What a worker produced since its last answer."""
 
     def __init__(self) -> None:
         self.measured: list[tuple[int, list[Row]]] = []
@@ -54,7 +56,7 @@ class _Stopped(Exception):
 
 
 class _Table(dict[tuple[str, float], Scores]):
-    """Scores that are known, which tells of those that are added."""
+    """A dictionary of scores that reports each addition."""
 
     def __init__(self, known: Mapping[tuple[str, float], Scores], tell: Callable[..., object]) -> None:
         super().__init__(known)
@@ -69,7 +71,7 @@ _Note = Literal["measured", "known", "notice", "spent", "problem"]
 
 
 class Actor:
-    """A worker: it measures in a thread of its own, and answers in between."""
+    """A worker process, as Ray runs it."""
 
     def __init__(self, request: Request, folder: str, threads: int | None) -> None:
         self._problem: Problem | None = None
@@ -86,11 +88,11 @@ class Actor:
             self._problem = Problem(error)
 
     def describe(self) -> Any:
-        """The configuration, or why there is none."""
+        """The configuration of this worker, or why it could not load."""
         return self._problem or self._worker.config
 
     def ask(self, question: str, *arguments: Any) -> Any:
-        """What a method of the worker answers."""
+        """Calls a method of the worker and returns its result."""
         try:
             return getattr(self._worker, question)(*arguments)
         except Exception as error:
@@ -103,7 +105,7 @@ class Actor:
         return self._tables[of]
 
     def begin(self, piece: Piece, known: Known) -> Answer:
-        """Begins a piece, and gives the first that comes of it."""
+        """Begins a piece and returns its first answer."""
         self._stopping.clear()
         for of, scores in known.items():
             dict.update(self.scores(of), scores)
@@ -111,11 +113,11 @@ class Actor:
         return self.more()
 
     def stop(self) -> None:
-        """The piece ends with the measurement in flight."""
+        """Ends the piece after the measurement in flight."""
         self._stopping.set()
 
     def more(self) -> Answer:
-        """What has been found since: at once where there is something, else after a while."""
+        """What the worker produced since; waits up to :data:`POLL` seconds for something."""
         answer = Answer()
         with suppress(queue.Empty):
             self._note(answer, *self._found.get(timeout=POLL))

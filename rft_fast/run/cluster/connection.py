@@ -1,4 +1,4 @@
-"""The Ray cluster: whether there is one, how to reach it, and what it has."""
+"""The connection to a Ray cluster, on this machine or by address."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def check() -> None:
-    """Raises ValueError where Ray is not installed, or is too old."""
+    """Raises ValueError where Ray is missing or too old."""
     if find_spec("ray") is None:
         raise ValueError('argument --workers: Ray is not installed; pip install "rft-fast[cluster]"')
     if Version(found := version("ray")) < Version(OLDEST):
@@ -38,9 +38,10 @@ def check() -> None:
 
 
 def device(workers: str, asked: str | None) -> torch.device:
-    """What each worker measures on: as asked, else GPUs where the cluster has some.
+    """The device of each worker: the requested one, else a GPU where the cluster has some.
 
-    Raises ValueError where no cluster answers, or there is no such device.
+    Raises:
+        ValueError: no cluster answers, or there is no such device.
     """
     if is_local(workers):
         if asked == "cuda" and torch.cuda.is_available():
@@ -54,7 +55,7 @@ def device(workers: str, asked: str | None) -> torch.device:
 
 
 def client() -> Any:
-    """Ray, which takes a second to load: not before it is needed."""
+    """The module ray, which takes a second to load."""
     return importlib.import_module("ray")
 
 
@@ -63,9 +64,10 @@ def is_local(workers: str) -> bool:
 
 
 def connect(workers: str) -> None:
-    """Starts a cluster on this machine, or reaches the one that is named, unless that was done.
+    """Starts a cluster on this machine, or connects to the named one, unless connected already.
 
-    Raises ValueError where none answers.
+    Raises:
+        ValueError: no cluster answers.
     """
     global _ours
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
@@ -97,7 +99,7 @@ def connect(workers: str) -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A cluster that is started meanwhile listens on 127.0.0.1 alone."""
+    """Within it, a new cluster listens on 127.0.0.1 only."""
     constants: Any = importlib.import_module("ray._private.ray_constants")
     before, was = os.environ.get(_ALONE), constants.ENABLE_RAY_CLUSTER
     os.environ[_ALONE], constants.ENABLE_RAY_CLUSTER = "0", False
@@ -111,7 +113,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _check_loopback() -> None:
-    """Raises RuntimeError, and ends the cluster, where this version of Ray does not keep to that."""
+    """Ends the cluster and raises RuntimeError where this version of Ray listens elsewhere, too."""
     addresses = [node["NodeManagerAddress"] for node in client().nodes()]
     if not all(ip_address(address).is_loopback for address in addresses):
         client().shutdown()
@@ -120,7 +122,7 @@ def _check_loopback() -> None:
 
 @contextmanager
 def _hangup_ignored() -> Iterator[None]:
-    """Processes that are started meanwhile outlive their terminal, so that a run stops in order."""
+    """Within it, new processes ignore the hangup of their terminal, so that a run stops in order."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -132,7 +134,7 @@ def _hangup_ignored() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Undoes :func:`connect`; a connection that was there before stays."""
+    """Undoes :func:`connect`. A connection from before stays."""
     global _ours
     if _ours:
         client().shutdown()

@@ -1,4 +1,4 @@
-"""``Dispatch``: pieces on their way to workers, and what comes back."""
+"""``Dispatch``: sends pieces to workers and collects their answers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Dispatch:
             self._running[worker.begin.remote(piece, known)] = (worker, piece)
 
     def _next(self, model: str | None) -> Piece:
-        """The dearest piece, or one not much cheaper of the model that the worker has at hand."""
+        """The most expensive piece, or one of half its cost or more of the model that is loaded."""
         for place, piece in enumerate(self._waiting):
             if piece.cost < self._waiting[0].cost / 2:
                 break
@@ -104,7 +104,7 @@ class Dispatch:
             self._listener.spent(piece, *answer.spent)
 
     def _tell(self, answer: Answer, piece: Piece) -> None:
-        """All of it is kept, also where the run is to stop after the first."""
+        """Passes on all measurements, also where the listener raises after the first."""
         stopped: Exception | None = None
         for number, rows in answer.measured:
             try:
@@ -115,7 +115,7 @@ class Dispatch:
             raise stopped
 
     def _again(self, piece: Piece, error: Exception) -> None:
-        """What a dead worker left: to the front, for another one."""
+        """Returns the piece of a dead worker to the front of the queue."""
         place = "after its last measurement"
         if piece.numbers:
             self._waiting.appendleft(piece)
@@ -123,7 +123,7 @@ class Dispatch:
         self._workers.record_death(f"{piece.study} of {piece.model}, {place}", error)
 
     def _stop(self) -> None:
-        """Lets every worker finish what is in flight, and keeps it, where that can still be done."""
+        """Lets each worker finish the measurement in flight, and keeps it where possible."""
         with suppress(Exception):  # what is reported is what stopped the run
             ray = client()
             for worker, _ in self._running.values():
