@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
+from rft_fast.common import cwd as _cwd
 from rft_fast.common import lazy as _lazy
-from rft_fast.common import program as _program  # noqa: F401  (refuses to start where torch would crash)
+
+_cwd.check()
 
 if TYPE_CHECKING:
     from rft_fast import results, studies

@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
-from . import words
+from . import cwd, words
 from .terminal import escaped
 
 # Command -> what it does; run as ``python -m rft_fast.NAME``.
@@ -29,8 +29,7 @@ COMMANDS = {
     "cache": "list or remove the decoded images that are kept",
     "env": "print versions, and which kernels work here",
 }
-REFUSED, INTERRUPTED = 2, 130  # exit statuses of argparse and of shells
-_GONE = "the working directory does not exist any more (deleted or renamed); change to one that does"
+INTERRUPTED = 130  # exit status, as shells have it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,34 +115,10 @@ def _check(name: str, argv: Sequence[str]) -> None:
     for argument in argv:
         if nul(argument):
             print(f"{prog} argument {argument!r} holds a NUL byte; no file name does", file=sys.stderr)
-            raise SystemExit(REFUSED)
-    if not _has_directory():
-        print(f"{prog} {_GONE}", file=sys.stderr)
-        raise SystemExit(REFUSED)
-
-
-def _has_directory() -> bool:
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def check_directory() -> None:
-    """Refuse a deleted working directory, in which the import of torch ends the process.
-
-    Raises:
-        SystemExit: in a command, with status 2.
-        FileNotFoundError: elsewhere, unless torch is already imported.
-    """
-    if _has_directory():
-        return
-    if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]).startswith("rft-"):
-        print(f"rft_fast: error: {_GONE}", file=sys.stderr)
-        raise SystemExit(REFUSED)
-    if "torch" not in sys.modules:
-        raise FileNotFoundError(f"rft_fast: {_GONE}")
+            raise SystemExit(cwd.REFUSED)
+    if not cwd.exists():
+        print(f"{prog} {cwd.GONE}", file=sys.stderr)
+        raise SystemExit(cwd.REFUSED)
 
 
 # --- standard output and standard error -----------------------------------------------------------------
@@ -281,6 +256,3 @@ class Stop:
         """Raise Interrupted if a stop was requested."""
         if self.requested:
             raise Interrupted
-
-
-check_directory()

@@ -14,8 +14,8 @@ Which calls are allowed is up to the caller: :mod:`rft_fast.checkpoints.pickled_
 """
 
 from .answers import encode, made_set, ordered_dict
-from .machine import Answers, Machine
-from .objects import Building, Global, Opaque, Refused, Shell, Unreadable, kind_of
+from .machine import Answers, Building, Machine
+from .objects import Global, Opaque, Refused, Shell, Unreadable, kind_of
 from .opcodes import Stream, unpickle
 
 __all__ = [

@@ -12,14 +12,31 @@ are plain values, so that no hash traverses a deep structure.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .objects import Building, Global, Opaque, Refused, Shell, Unreadable, kind_of
+from .objects import Global, Opaque, Refused, Shell, Unreadable, kind_of
 
 Answers = Mapping[str, Callable[..., Any]]
 
 _PLAIN: tuple[type, ...] = (str, int, float, bytes, type(None))
+
+
+class Building(ABC):
+    """An object that is created first and gets its state afterwards, as arrays do in pickles."""
+
+    @abstractmethod
+    def build(self, machine: Machine, state: Any) -> None:
+        """Set the state.
+
+        Args:
+            machine: the machine that reads the pickle; pays for copies.
+            state: as the pickle gives it.
+
+        Raises:
+            ValueError: it is not a state of such an object.
+        """
 
 
 class Machine:

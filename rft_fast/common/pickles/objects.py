@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .machine import Machine
+from typing import Any
 
 
 class Unreadable(Exception):
@@ -74,22 +70,6 @@ class Opaque:
 
     def __str__(self) -> str:
         return self.what
-
-
-class Building(ABC):
-    """An object that is created first and gets its state afterwards, as arrays do in pickles."""
-
-    @abstractmethod
-    def build(self, machine: Machine, state: Any) -> None:
-        """Set the state.
-
-        Args:
-            machine: the machine that reads the pickle; pays for copies.
-            state: as the pickle gives it.
-
-        Raises:
-            ValueError: it is not a state of such an object.
-        """
 
 
 def kind_of(value: Any) -> str:
