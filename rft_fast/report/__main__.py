@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .. import report
 from ..common import program
@@ -19,11 +19,11 @@ def main(argv: Sequence[str]) -> int:
         description="Writes a run as one HTML page that needs nothing else: words, figures to look into, "
         "tables to sort. With two runs, what they differ in.",
     )
-    parser.add_argument("run", type=Path, help="the directory of a run (--out of the sweep)")
-    parser.add_argument("other", type=Path, nargs="?", help="a second run, to compare with the first")
+    parser.add_argument("run", type=pathlib.Path, help="the directory of a run (--out of the sweep)")
+    parser.add_argument("other", type=pathlib.Path, nargs="?", help="a second run, to compare with the first")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=pathlib.Path,
         metavar="FILE",
         help="the page; default: report.html in the run, comparison.html in the second",
     )

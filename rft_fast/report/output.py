@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import pathlib
 
 from .. import catalogue
 from ..common import disk
@@ -16,7 +16,7 @@ from .runs import read
 NAME = "report.html"
 
 
-def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Writes a run as one self-contained HTML page.
 
     Args:
@@ -34,12 +34,13 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         OSError: the page cannot be written.
     """
     file = _check(
-        Path(directory) / NAME if out is None else Path(out), Path(directory) if out is None else None
+        pathlib.Path(directory) / NAME if out is None else pathlib.Path(out),
+        pathlib.Path(directory) if out is None else None,
     )
     page.library()  # is it there?
     run = read(directory)
     config, arch = run.config, str(run.config["arch"])
-    arch = Path(arch).stem if arch.endswith(".json") else arch
+    arch = pathlib.Path(arch).stem if arch.endswith(".json") else arch
     text = page.render(
         title=str(config["zoo"]),
         above="rft_fast report",
@@ -58,7 +59,7 @@ def compare(
     first: str | os.PathLike[str],
     second: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
-) -> Path:
+) -> pathlib.Path:
     """Writes what two runs differ in, their requests and their measurements, as a page.
 
     Args:
@@ -72,14 +73,15 @@ def compare(
         FileNotFoundError, ValueError, ModuleNotFoundError, OSError: as :func:`write`.
     """
     file = _check(
-        Path(second) / "comparison.html" if out is None else Path(out), Path(second) if out is None else None
+        pathlib.Path(second) / "comparison.html" if out is None else pathlib.Path(out),
+        pathlib.Path(second) if out is None else None,
     )
     page.library()
     found = comparison.compare(read(first), read(second))
     return _replace(file, page.render(**found))
 
 
-def _check(file: Path, directory: Path | None) -> Path:
+def _check(file: pathlib.Path, directory: pathlib.Path | None) -> pathlib.Path:
     """Refuses a place where no page can be, before anything is computed."""
     if directory is not None and not directory.is_dir():
         return file  # said better by whoever reads it
@@ -108,7 +110,7 @@ def _check(file: Path, directory: Path | None) -> Path:
     return file
 
 
-def _replace(file: Path, text: str) -> Path:
+def _replace(file: pathlib.Path, text: str) -> pathlib.Path:
     try:
         with disk.replacing(file) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,7 @@ _NEEDED = [
 class RunRead:
     """What a run left behind: its request, the facts of the rows that are complete, and what is missing."""
 
-    directory: Path
+    directory: pathlib.Path
     config: dict[str, Any]
     facts: Facts  # of rows without the models of a study that it did not finish
     count: int  # of all rows
@@ -42,7 +42,7 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
         FileNotFoundError: there is no run.
         ValueError: rows without a config.json or the reverse, an empty run, one of a newer version.
     """
-    directory = Path(directory)
+    directory = pathlib.Path(directory)
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "nothing"
         raise FileNotFoundError(f"report: expected a run's directory, got {kind} at {directory}")
@@ -77,7 +77,7 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     return RunRead(directory, config, facts, count, pd.read_csv(costs) if costs.is_file() else None, notes)
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _config(directory: pathlib.Path) -> dict[str, Any]:
     file = directory / "config.json"
     has_rows = (directory / "rows.sqlite").is_file()
     if not file.is_file():
@@ -103,7 +103,7 @@ def _config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _check_version(config: dict[str, Any], file: Path) -> None:
+def _check_version(config: dict[str, Any], file: pathlib.Path) -> None:
     versions = config.get("versions")
     made_by = versions.get("rft_fast") if isinstance(versions, dict) else None
     try:

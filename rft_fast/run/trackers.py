@@ -10,9 +10,9 @@ import hashlib
 import importlib
 import json
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
@@ -50,7 +50,7 @@ def check(names: Sequence[TrackerName]) -> None:
 
 
 def open_trackers(
-    names: Sequence[TrackerName], directory: Path, config: Mapping[str, object], name: str
+    names: Sequence[TrackerName], directory: pathlib.Path, config: Mapping[str, object], name: str
 ) -> list[Tracker]:
     """Opens trackers for a run.
 
@@ -95,7 +95,7 @@ class TensorBoard:
     A resumed run adds to the same curves.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, object]) -> None:
+    def __init__(self, directory: pathlib.Path, config: Mapping[str, object]) -> None:
         self._writer = _client("tensorboard").SummaryWriter(str(directory / "tensorboard"), flush_secs=10)
         text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
         self._writer.add_text("config", "\n".join("    " + line for line in text.splitlines()))  # as code
@@ -116,7 +116,7 @@ class WeightsAndBiases:
     The client's own environment variables decide first: WANDB_MODE, WANDB_PROJECT and the rest.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, object], name: str) -> None:
+    def __init__(self, directory: pathlib.Path, config: Mapping[str, object], name: str) -> None:
         ours = {
             "project": ("WANDB_PROJECT", "rft_fast"),
             "name": ("WANDB_NAME", name),
@@ -143,7 +143,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def run_id(directory: Path, config: Mapping[str, object]) -> str:
+def run_id(directory: pathlib.Path, config: Mapping[str, object]) -> str:
     """A name for a run that is the same when it is resumed: of its directory and its first date."""
     key = json.dumps([str(directory.absolute()), str(config.get("date", ""))])
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from threading import Event, RLock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -59,7 +59,7 @@ class Progress:
 
     def __init__(
         self,
-        log: Path | None,
+        log: pathlib.Path | None,
         mode: str = "bar",
         trackers: Sequence[Tracker] = (),
         *,
@@ -87,7 +87,7 @@ class Progress:
 
     # --- what a run calls ------------------------------------------------------------------------
 
-    def start(self, command: str, directory: Path, resumed: int, workers: int = 1) -> None:
+    def start(self, command: str, directory: pathlib.Path, resumed: int, workers: int = 1) -> None:
         """The run starts.
 
         Args:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TextIO
 
 from tqdm import TqdmWarning
@@ -52,7 +52,7 @@ def redirect_warnings(notice: Callable[[str], None]) -> Callable[[], None]:
         if file is not None or os.getpid() != process or issubclass(category, TqdmWarning):
             before(message, category, filename, lineno, file, line)
         else:
-            notice(f"{category.__name__}: {message} ({Path(filename).name}, line {lineno})")
+            notice(f"{category.__name__}: {message} ({pathlib.Path(filename).name}, line {lineno})")
 
     def restore() -> None:
         if warnings.showwarning is show:  # else somebody has put another in its place since
