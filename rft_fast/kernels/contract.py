@@ -380,22 +380,3 @@ def check_runs(runs: Iterable[tuple[int, int]], rows: int) -> list[tuple[int, in
             raise ValueError(f"write: runs {before} and ({first}, {last}) overlap; name each tensor once")
         before = (first, last)
     return found
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of the current device or of ``device``."""
-    if device.type != "cuda":
-        return False
-    if torch.cuda.is_current_stream_capturing():
-        return True
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(backend: str, device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is captured: a table cannot be copied to the device then."""
-    if capturing(device):
-        raise RuntimeError(
-            f"{backend}: making a Plan copies its table to the device, which cannot be captured in a CUDA "
-            "graph; make the Plan before the capture"
-        )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_fast.kernels.contract import Row, Write, device_of, refuse_capture
-from rft_fast.kernels.resident import Resident
+from rft_fast.kernels.contract import Row, Write, device_of
+from rft_fast.kernels.resident import Resident, refuse_capture
 
 # Equals VERSION in csrc/bindings.cpp; both change whenever the two sides must change together.
 VERSION = 3

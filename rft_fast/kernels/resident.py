@@ -1,4 +1,4 @@
-"""Memory on the device that holds a backend's own data."""
+"""Memory on the device that holds a backend's own data, which cannot be filled while a graph is captured."""
 
 from __future__ import annotations
 
@@ -40,3 +40,22 @@ class Resident:
             for part in self.parts:
                 part.record_stream(stream)
         return int(stream.cuda_stream)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of the current device or of ``device``."""
+    if device.type != "cuda":
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(backend: str, device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: a table cannot be copied to the device then."""
+    if capturing(device):
+        raise RuntimeError(
+            f"{backend}: making a Plan copies its table to the device, which cannot be captured in a CUDA "
+            "graph; make the Plan before the capture"
+        )

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rft_fast.kernels.contract import BLOCK, Row, Write, capturing, device_of, refuse_capture
-from rft_fast.kernels.resident import Resident
+from rft_fast.kernels.contract import BLOCK, Row, Write, device_of
+from rft_fast.kernels.resident import Resident, capturing, refuse_capture
 
 # Elements and warps of a program: eight elements (two blocks) per thread. Chosen by register counts, not yet
 # tuned on the H100 and H200: for sm_90 ptxas reports 28 to 32 registers without noise, 45 to 50 with normals,

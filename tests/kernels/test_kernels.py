@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rft_fast as rft
 from rft_fast import _native, env
 from rft_fast.kernels import Plan, Write, native, reference, registry, triton
-from rft_fast.kernels.contract import Row, capturing, first_blocks, make_rows
+from rft_fast.kernels.contract import Row, first_blocks, make_rows
+from rft_fast.kernels.resident import capturing
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IMPLS = ("reference", "native")
