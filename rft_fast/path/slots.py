@@ -88,14 +88,12 @@ class Rows:
         self.variances = [slot for slot in floats if not slot.is_parameter and _VARIANCE.search(slot.name)]
 
     @cached_property
-    def size(self) -> int:
-        """How many numbers a write writes, those of buffers included."""
-        return sum(slot.tensor.numel() for slot in self.slots)
-
-    @cached_property
-    def size_without_buffers(self) -> int:
-        """How many numbers a write writes that leaves buffers as they are."""
-        return sum(slot.tensor.numel() for slot in self.slots if slot.is_parameter)
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers the parameters hold, and how many the buffers."""
+        of = {True: 0, False: 0}
+        for slot in self.slots:
+            of[slot.is_parameter] += slot.tensor.numel()
+        return of[True], of[False]
 
     @cached_property
     def _shares(self) -> tuple[float, ...]:

@@ -54,12 +54,13 @@ class CountingWriter:
         """Nothing will be written."""
 
     def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
-        size = rows.size if buffers else rows.size_without_buffers
+        parameters, others = rows.sizes
         self._work.writes += 1
         if request.noisy or request.masked:
-            self._work.noisy += size
+            self._work.noisy += parameters
         else:
-            self._work.written += size
+            self._work.written += parameters
+        self._work.written += others if buffers else 0
         return []
 
     def weights(self, slots: Sequence[Slot]) -> list[Weight]:
