@@ -799,8 +799,9 @@ def test_derivatives_have_smaller_batches_where_memory_is_scarce() -> None:
     model, data = transformer(layers=2), dataset(count=600)
     tight = Evaluator(model, [data], memory_limit=3_000_000)
     plenty = Evaluator(model, [data])
-    scores, slopes, curves = (b.size(600) for b in (tight._images, tight._slopes, tight._curvatures))
-    assert 1 <= curves < slopes < scores <= plenty._slopes.size(600) == plenty._curvatures.size(600) == 128
+    b, p = tight.runtime, plenty.runtime
+    scores, slopes, curves = (batches.size(600) for batches in (b.images, b.slopes, b.curvatures))
+    assert 1 <= curves < slopes < scores <= p.slopes.size(600) == p.curvatures.size(600) == 128
     loss, gradient = tight.gradient(list(model.parameters()))
     other, expected = plenty.gradient(list(model.parameters()))
     assert loss == pytest.approx(other, rel=1e-5)
