@@ -70,7 +70,7 @@ class Study:
     done: float = 0.0
     wanted: dict[str, int] = field(default_factory=dict)
     made: Counter[str] = field(default_factory=Counter)
-    told: set[str] = field(default_factory=set)  # the models that are said to be finished
+    reported: set[str] = field(default_factory=set)  # the models that are said to be finished
     begun: float | None = None
     finished: float | None = None
     announced: bool = False  # is it said that it began?
@@ -114,7 +114,7 @@ class Study:
         return [
             model
             for model, made in self.made.items()
-            if model not in self.told
+            if model not in self.reported
             and (self.finished is not None or made >= self.wanted.get(model, math.inf))
         ]
 
@@ -203,13 +203,13 @@ class Forecast:
         total = sum(study.total or 0.0 for study in self.studies.values())
         return 1.0 if left == 0 else (total - left) / total
 
-    def text(self, name: str, now: float, took: bool = True) -> str:
+    def text(self, name: str, now: float, elapsed: bool = True) -> str:
         """How far a study and the whole are, in words; no study named: the whole."""
         whole = f"in all {percent(self.fraction)}, {time_left(self.left_overall(now))}"
         if not name:
             return whole
         study = self.study(name)
-        times = [duration(study.seconds(now))] if took or study.finished is not None else []
+        times = [duration(study.seconds(now))] if elapsed or study.finished is not None else []
         times += [time_left(self.left(study, now))] if study.finished is None else []
         return f"{percent(study.fraction)}  [{', '.join(times)}]  {whole}"
 
