@@ -23,15 +23,13 @@ import argparse
 import gc
 import json
 import pathlib
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timezone
 from typing import Any
 
+import machine
 import record
 import sweep_case
 import sweep_device
@@ -42,9 +40,7 @@ import torch
 from sweep_bench import Bench, Log
 from sweep_options import Options, defaults
 
-from rft_fast import env
 from rft_fast.evaluate import precision as formats
-from rft_fast.kernels import native
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "layer-sharpness": sweep_sharpness.layer_sharpness,
@@ -71,7 +67,7 @@ def measure(options: Options, parts: Sequence[str], log: Log) -> bool:
     def case() -> sweep_case.Case:
         return sweep_case.make_case(options.arch, images, device, options.batch_size)
 
-    bench = Bench(case, options, log, about(device))
+    bench = Bench(case, options, log, machine.about(device))
     for part in parts:
         try:
             bench.measure(part, PARTS[part])
@@ -82,33 +78,6 @@ def measure(options: Options, parts: Sequence[str], log: Log) -> bool:
             record.row("failed", arch=options.arch, part=part, why=why)
             log.save()
     return "failed" not in bench.run
-
-
-def about(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": env.versions(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = "unknown"
-        with suppress(OSError):
-            driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-        properties = torch.cuda.get_device_properties(device)
-        facts["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
-        facts |= {"driver": driver, "cuda": torch.version.cuda}
-    else:
-        isa = (native.isas() or ["no compiled kernels"])[-1]
-        facts["device"] = f"{processor()}, {torch.get_num_threads()} threads, {isa}"
-    return facts
-
-
-def processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

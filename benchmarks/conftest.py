@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import machine
 import pytest
 import torch
 
 from rft_fast import env
-from rft_fast.kernels import native
 
 
 def pytest_addoption(parser):
@@ -34,13 +34,8 @@ def device(pytestconfig) -> torch.device:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["versions"] = env.versions()
     device = torch.device(config.getoption("device"))
+    processor = machine_info["cpu"].get("brand_raw", machine_info["machine"])
+    machine_info.update(versions=env.versions(), device=machine.name(device, processor))
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine_info["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
         machine_info["cuda"] = torch.version.cuda
-    else:
-        isa = (native.isas() or ["no compiled kernels"])[-1]
-        name = machine_info["cpu"].get("brand_raw", machine_info["machine"])
-        machine_info["device"] = f"{name}, {torch.get_num_threads()} threads, {isa}"

@@ -23,7 +23,7 @@ from itertools import product
 from time import perf_counter
 from typing import Any
 
-import bench_sweep
+import machine
 import pandas as pd
 import record
 import sweep_case
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.out and not options.out.absolute().parent.is_dir():
         parser.error(f"{options.out}: there is no folder {options.out.parent}")
     source = Digits(options.device, options.samples, options.models)
-    about = bench_sweep.about(options.device)
+    about = machine.about(options.device)
     about |= {"draws": options.draws, "samples": options.samples, "models": list(source.finetuned)}
     findings, interrupted = Findings(about, options.out), False
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_sweep
+import machine
 import pandas as pd
 import peers_sweep
 import precision
@@ -280,7 +281,7 @@ def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(Options, "on_gpu", True)
     profile, cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=cpu))
-    about = bench_sweep.about(CPU)
+    about = machine.about(CPU)
     bench = Bench(case, replace(SMALL, rounds=1, noise_batch=True, precisions=("fp32", "bf16")), about=about)
     contenders = {"graphs": ("on", "all"), "streaming": ("resident",)}
     for part, names in contenders.items():
