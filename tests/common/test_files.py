@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import tarfile
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from rft_fast.config import request
 from rft_fast.evaluate import Scores
 from rft_fast.results import Run
 from rft_fast.run.cluster.actor import Answer, Problem
-from rft_fast.run.cluster.driver import Failed, _Work
+from rft_fast.run.cluster.dispatch import Dispatch
+from rft_fast.run.cluster.workers import Failed
 from rft_fast.run.pieces import Piece
 from rft_fast.run.wiring import Models
 
@@ -282,7 +282,7 @@ def test_a_worker_whose_file_changed_keeps_nothing_of_the_piece() -> None:
     answer.measured = [(0, [])]
     answer.problem = Problem(files.Changed("m.pt changed"))
     watch, cluster = Mock(), Mock()
-    work = _Work(cluster, deque(), Mock(), watch)
+    work = Dispatch(cluster, [], Mock(), watch)
     with pytest.raises(Failed, match=r"m\.pt changed"):
         work._keep(answer, piece, Mock())
     assert [call[0] for call in watch.method_calls] == ["measured", "withdrawn"]
