@@ -17,7 +17,6 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -25,12 +24,12 @@ import sweep_case
 import torch
 
 from rft_fast import catalogue
-from rft_fast.config.request import Request, Subset, read
+from rft_fast.config.request import Request, read
 from rft_fast.evaluate import Evaluator
 from rft_fast.run import cost, pieces
 from rft_fast.run.cluster.driver import EACH
 from rft_fast.run.pieces import Counter, Measurement, Piece
-from rft_fast.studies import Protocol
+from rft_fast.settings import Along, Layers, Prune, Sharpness
 
 SETS = {
     "imagenet": (50_000, False),
@@ -45,24 +44,10 @@ GPUS = (1, 8, 64, 512, 4096)
 
 def request() -> Request:
     """Return the defaults of the sweep, but with every study on all six data sets and all models."""
-    names = list(SETS)
+    names = tuple(SETS)
     with tempfile.TemporaryDirectory() as folder:
         asked = read(["--out", f"{folder}/run", "--device", "cpu"])
-    return replace(
-        asked,
-        alphas=[i / 10 for i in range(11)],
-        layer_alphas=[i / 10 for i in range(11)],
-        sharpness_alphas=[i / 10 for i in range(11)],
-        layer_images=Subset(names, 1024),
-        sharpness_images=Subset(names, 1024),
-        rhos=[1.0],
-        draws=20,
-        layer_draws=20,
-        general=Protocol("plain"),
-        layerwise=Protocol("gradient"),
-        mask_seeds=[0, 1, 2],
-        methods=["zero"],
-    )
+    return asked.but(Along(), Layers(data=names), Sharpness(data=names), Prune())
 
 
 class Zoo:

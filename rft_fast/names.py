@@ -7,7 +7,9 @@ type checkers, the command line and the checks at run time know the same names.
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias, get_args
 
@@ -94,6 +96,24 @@ ORDER = "order"  # instead of a label map: class i is row i
 def as_given(text: str) -> Path | str:
     """What stands on a command line for a label map: its file, or the word order."""
     return ORDER if text == ORDER else Path(text)
+
+
+def list_file(what: str, source: str, known: Collection[str]) -> Path:
+    """The file of a list of names that is none of those that are built in.
+
+    Args:
+        what: what is listed, for the error.
+        source: what was given.
+        known: names of the lists that are built in.
+
+    Raises:
+        ValueError: there is no such file; with the nearest of the names.
+    """
+    if not (file := Path(source)).is_file():
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"{what}: {source!r} is neither a known name nor a file; {hint}")
+    return file
 
 
 # --- where results go ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from .common import program
-from .config.options import parser
 from .config.request import NotFetched, read, unfetched
 
 
@@ -27,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         print(unfetched(error))
         return 0
     except (OSError, RuntimeError, ValueError) as error:
-        parser().error(str(error))
+        program.parser("sweep").error(str(error))
     except KeyboardInterrupt:
         print("\nsweep: interrupted; nothing was measured yet", file=sys.stderr)
         return program.INTERRUPTED

@@ -6,12 +6,13 @@ Everything else, such as command line, plan, workers, figures, summary and repor
 
 from __future__ import annotations
 
+from ..common.fields import Tree
 from .correlation import Correlation
 from .interpolation import Interpolation
 from .layers import Layers
 from .prune import Prune
 from .sharpness import LayerSharpness, Sharpness
-from .study import Asked, Chosen, Images, Study, Task
+from .study import Chosen, Images, Study, Task
 
 _TABLE: dict[str, Study] = {
     study.name: study
@@ -51,13 +52,13 @@ def register(new: Study) -> None:
     _TABLE[new.name] = new
 
 
-def measured(requested: list[str], asked: Asked) -> list[str]:
+def measured(requested: list[str], tree: Tree) -> list[str]:
     """Those that are requested and those that they need, in order."""
     found, todo = set[str](), list(requested)
     while todo:
         if (name := todo.pop()) not in found:
             found.add(name)
-            todo += study(name).needs(asked)
+            todo += study(name).needs(tree)
     return [name for name in _TABLE if name in found]
 
 
@@ -71,7 +72,6 @@ def phases() -> list[list[Study]]:
 
 
 __all__ = [
-    "Asked",
     "Chosen",
     "Images",
     "Study",

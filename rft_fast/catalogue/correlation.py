@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from ..common.fields import Tree
+    from ..names import Names
     from ..report.findings import Finding
     from ..report.sections import Section
     from ..studies.facts import Facts
-    from .study import Asked
 
 
 class Correlation(Study):
@@ -25,7 +26,7 @@ class Correlation(Study):
     help = "over three models or more: does sharpness tell accuracy out of distribution?"
     measures = False
 
-    def needs(self, asked: Asked) -> tuple[str, ...]:
+    def needs(self, tree: Tree) -> tuple[str, ...]:
         return ("interpolation", "layers", "sharpness", "layer-sharpness")
 
     def lacks(self, models: int, ood: bool) -> str:
@@ -34,7 +35,7 @@ class Correlation(Study):
         return "" if ood else "out-of-distribution data"
 
     def done(self, facts: Facts) -> bool:
-        return self.name in facts.settings.measured
+        return self.name in facts.measured
 
     def check(self, facts: Facts) -> None:
         _ = facts.correlation
@@ -42,7 +43,7 @@ class Correlation(Study):
     def table(self, facts: Facts) -> pd.DataFrame:
         return facts.correlation
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
         figures.correlation(facts.correlation, file)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import settings
 from .study import Study, Task
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from .. import settings
+    from ..common.fields import Tree
+    from ..names import Names
     from ..report.findings import Finding
     from ..report.sections import Section
     from ..studies.facts import Facts
-    from .study import Asked
 
 
 class Interpolation(Study):
@@ -25,7 +28,7 @@ class Interpolation(Study):
     zeroshot_first = True
     reaches_ends = True
 
-    def needs(self, asked: Asked) -> tuple[str, ...]:
+    def needs(self, tree: Tree) -> tuple[str, ...]:
         return ()
 
     def measure(self, task: Task) -> None:
@@ -35,14 +38,14 @@ class Interpolation(Study):
         studies.interpolation(
             task.path,
             task.evaluator,
-            task.request.alphas,
+            task.request.of(settings.Along).alphas,
             model=task.model,
             zeroshot=ByDataset(task.zeroshot),
             only=task.only,
             sink=task.sink,
         )
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
         figures.interpolation(facts, file)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import settings
 from .study import Study, Task
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from ..names import Names
     from ..report.findings import Finding
     from ..report.sections import Section
     from ..studies.facts import Facts
@@ -29,20 +31,20 @@ class Layers(Study):
         from .. import studies
         from .known import ByDataset
 
-        request = task.request
+        own = task.request.of(settings.Layers)
         studies.layerwise_interpolation(
             task.path,
             task.evaluator,
-            request.layer_alphas,
-            request.layers,
-            others=request.others,
+            own.alphas,
+            own.layers,
+            others=own.others,
             model=task.model,
             zeroshot=ByDataset(task.zeroshot),
             only=task.only,
             sink=task.sink,
         )
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
         figures.layers(facts, file, models=models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import settings
 from ..names import Criterion
 from .study import Study, Task
 
@@ -11,11 +12,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
+    from ..common.fields import Tree
     from ..config.request import Request
+    from ..names import Names
     from ..report.findings import Finding
     from ..report.sections import Section
     from ..studies.facts import Facts
-    from .study import Asked, Chosen
+    from .study import Chosen
 
 _DECIDED_BY: dict[Criterion, str] = {"sharpness": "layer-sharpness", "instability": "layers"}
 
@@ -31,8 +34,9 @@ class Prune(Study):
     reaches_ends = True
     rows_vary = True  # as many as a model has layers to prune
 
-    def needs(self, asked: Asked) -> list[str]:
-        criteria = [] if asked.prune_layers else asked.criteria
+    def needs(self, tree: Tree) -> list[str]:
+        own = tree.of(settings.Prune)
+        criteria = () if own.layers else own.criteria
         return ["interpolation", *(_DECIDED_BY[criterion] for criterion in criteria)]
 
     def choose(self, facts: Facts, model: str) -> Chosen:
@@ -42,35 +46,36 @@ class Prune(Study):
         from ..path.layers import select
         from ..studies.pruning import NAMED
 
-        if request.prune_layers is not None:
-            return {NAMED: select(layers, request.prune_layers)}
-        return {criterion: list(layers[:1]) for criterion in request.criteria}
+        if (named := request.of(settings.Prune).layers) is not None:
+            return {NAMED: select(layers, named)}
+        return {criterion: list(layers[:1]) for criterion in request.of(settings.Prune).criteria}
 
     def assumptions(self, request: Request) -> Iterator[str]:
-        if not request.prune_layers:
+        if not request.of(settings.Prune).layers:
             yield "Pruning: as if each criterion found stragglers in each model; without, it costs less."
 
     def measure(self, task: Task) -> None:
         from .. import studies
         from .known import ByAlpha
 
-        request = task.request
+        request, own = task.request, task.request.of(settings.Prune)
+        seed = request.of(settings.Along).seed
         studies.prune_stragglers(
             task.path,
             task.evaluator,
-            request.alphas,
-            request.keep,
+            request.of(settings.Along).alphas,
+            own.keep,
             layers=task.chosen,
-            methods=request.methods,
-            seeds=request.mask_seeds,
-            control=request.control,
+            methods=own.methods,
+            seeds=range(seed, seed + own.mask_seeds),
+            control=own.control,
             model=task.model,
             unpruned=ByAlpha(task.zeroshot, task.own),
             only=task.only,
             sink=task.sink,
         )
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
         figures.prune(facts, file)

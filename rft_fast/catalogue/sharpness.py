@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import settings
 from .study import Study, Task
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..config.request import Request
+    from ..names import Names
     from ..report.sections import Section
     from ..studies.estimators import Protocol
     from ..studies.facts import Facts
@@ -39,20 +41,20 @@ class Sharpness(Study):
     def measure(self, task: Task) -> None:
         from .. import studies
 
-        request = task.request
+        request, own = task.request, task.request.of(settings.Sharpness)
         studies.sharpness(
             task.path,
             task.evaluator,
-            request.sharpness_alphas,
-            request.rhos,
-            request.draws,
+            own.alphas,
+            own.rhos,
+            own.draws,
             protocol=self.protocol(request),
             model=task.model,
             only=task.only,
             sink=task.sink,
         )
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
         figures.sharpness(facts, file)
@@ -85,21 +87,21 @@ class LayerSharpness(Sharpness):
     def measure(self, task: Task) -> None:
         from .. import studies
 
-        request = task.request
+        request, own = task.request, task.request.of(settings.Sharpness)
         studies.layerwise_sharpness(
             task.path,
             task.evaluator,
-            request.sharpness_alphas,
-            request.rhos,
-            request.layer_draws,
-            request.layers,
+            own.alphas,
+            own.rhos,
+            own.layer_draws,
+            request.of(settings.Layers).layers,
             protocol=self.protocol(request),
             model=task.model,
             only=task.only,
             sink=task.sink,
         )
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
         figures.layer_sharpness(facts, file)

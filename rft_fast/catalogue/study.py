@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ..names import Criterion, Names
+from .. import settings
+from ..names import Names
 
 if TYPE_CHECKING:  # the command line is read before torch and pandas are imported
     import os
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # the command line is read before torch and pandas are import
 
     import pandas as pd
 
+    from ..common.fields import Tree
     from ..config.request import Request
     from ..evaluate import Evaluator, Scores
     from ..path import Path
@@ -27,13 +29,6 @@ Images = Literal["all images", "images of layers and prune", "images of sharpnes
 
 Chosen: TypeAlias = Mapping[str, Names]
 """Layers that a study takes because of earlier rows: what the rows call the choice -> names of layers."""
-
-
-class Asked(Protocol):
-    """The options that decide which studies a study needs."""
-
-    criteria: list[Criterion]
-    prune_layers: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,8 @@ class Study:
     phase: int = 1
     """Studies of a phase run side by side, once all of the phases before are done. The path is phase 0."""
     images: Images = "all images"
+    options: type | None = None
+    """A settings class of its own, whose fields are options of the sweep (:mod:`rft_fast.common.fields`)."""
     measures: bool = True
     """False: it is made of the rows of other studies."""
     most: int | None = None
@@ -95,8 +92,12 @@ class Study:
 
     # --- before it runs -----------------------------------------------------------------------------------
 
-    def needs(self, asked: Asked) -> Collection[str]:
-        """Names of the studies whose rows it, its figure or its choice of models needs."""
+    def needs(self, tree: Tree) -> Collection[str]:
+        """Names of the studies whose rows it, its figure or its choice of models needs.
+
+        Args:
+            tree: the settings of the request.
+        """
         return ("interpolation",)
 
     def lacks(self, models: int, ood: bool) -> str:
@@ -114,7 +115,7 @@ class Study:
         most = self.most_models(request)
         if most is None:
             return everyone
-        return min(everyone, most if request.models is None else len(request.models))
+        return min(everyone, most if (named := request.of(settings.Layers).models) is None else len(named))
 
     def most_models(self, request: Request) -> int | None:
         """:attr:`most`, where the request has a say in it."""
@@ -159,7 +160,7 @@ class Study:
         """What stands in ``<name>.csv`` beside the rows; None: no such file."""
         return None
 
-    def draw(self, facts: Facts, file: str | os.PathLike[str], models: list[str] | None) -> None:
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         """Draws its figure. models: names of models to show; None: the study's own choice."""
         raise NotImplementedError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common import files
-from ..common.words import some, suggestion
+from ..common.words import some
+from ..names import list_file
 from . import tokenizers
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -168,10 +168,7 @@ def _refuse_long(tokenizer: open_clip.SimpleTokenizer, texts: Sequence[str], con
 
 
 def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
-    file = pathlib.Path(source)
-    if not file.is_file():
-        hint = suggestion(source, known)
-        raise ValueError(f"{what}: {source!r} is neither a known name nor a file; {hint}")
+    file = list_file(what, source, known)
     try:
         text = files.read_text(file, "utf-8-sig")
     except UnicodeDecodeError as error:

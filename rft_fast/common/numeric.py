@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import sys
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+
+import numpy as np
 
 
 def as_number(name: str, value: object) -> float:
@@ -64,3 +68,62 @@ def check_alphas(alphas: Iterable[float]) -> list[float]:
             "barrier and instability are measured from the ends"
         )
     return grid
+
+
+# --- as text ----------------------------------------------------------------------------------------------
+
+
+def as_float(text: str) -> float:
+    """The number that a text is; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def whole(low: int, high: int = sys.maxsize) -> Callable[[str], int]:
+    """A check: text -> integer in [low, high]. It raises ValueError."""
+
+    def check(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise ValueError(f"expected an integer from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return check
+
+
+positive = whole(1)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0. Raises ValueError."""
+    value = as_float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1). Raises ValueError."""
+    value = as_float(text)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"expected a fraction from 0 to below 1 (two points of accuracy are 0.02), got {text!r}"
+        )
+    return value
+
+
+def spaced(text: str) -> list[float]:
+    """One number, or ``start:stop:count`` evenly spaced ones with both ends. Raises ValueError."""
+    try:
+        if ":" not in text:
+            return [float(text)]
+        start, stop, count = text.split(":")
+        if int(count) < 2:
+            raise ValueError("a range needs both ends")
+        # Rounded, so that tenths are written as people write them.
+        return [round(x, 12) for x in np.linspace(float(start), float(stop), int(count)).tolist()]
+    except ValueError:
+        raise ValueError(
+            f"expected a number, or start:stop:count with a count of at least 2, got {text!r}"
+        ) from None

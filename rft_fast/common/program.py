@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import functools
 import io
@@ -34,7 +35,19 @@ INTERRUPTED = 130  # exit status, as shells have it
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(words.message(message))
+        """One line, and one with a hint."""
+        hint = f"{self.prog} --help lists the options"
+        option = message.removeprefix("unrecognized arguments: ").partition("=")[0].partition(" ")[0]
+        if message.startswith("unrecognized arguments: --"):
+            known = sorted(self._option_string_actions)
+            if near := difflib.get_close_matches(option, known, n=1):
+                hint = f"did you mean {near[0]}? {hint}"
+        self.exit(cwd.REFUSED, f"{errors(self.prog)} {words.message(message)}\n({hint})\n")
+
+
+def errors(prog: str) -> str:
+    """How an error line of a command begins."""
+    return f"{prog.removeprefix('python -m ').removeprefix('rft_fast.')}: error:"
 
 
 def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentParser:
@@ -95,7 +108,7 @@ def command(name: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..
             for guard in guards:
                 guard.flush()
                 if (error := broken(guard)) is not None and not _reader_left(error):
-                    print(f"{called(name)}: error: output could not be written: {error}", file=sys.stderr)
+                    print(f"{errors(called(name))} output could not be written: {error}", file=sys.stderr)
                     status = status or 1
             return status
 
@@ -111,7 +124,7 @@ def nul(text: str) -> bool:
 
 def _check(name: str, argv: Sequence[str]) -> None:
     """Refuse NUL bytes in arguments, and a deleted working directory."""
-    prog = f"{called(name)}: error:"
+    prog = errors(called(name))
     for argument in argv:
         if nul(argument):
             print(f"{prog} argument {argument!r} holds a NUL byte; no file name does", file=sys.stderr)

@@ -119,7 +119,10 @@ _LOOSE = {stand_in: character for character, stand_in in _FIRM.items()}
 
 
 def differences(
-    there: Mapping[str, Any], now: Mapping[str, Any], but: Callable[[tuple[str, ...]], bool] = lambda _: False
+    there: Mapping[str, Any],
+    now: Mapping[str, Any],
+    but: Callable[[tuple[str, ...]], bool] = lambda _: False,
+    called: Callable[[tuple[str, ...]], str] = ".".join,
 ) -> list[str]:
     """Describe how two nested tables differ.
 
@@ -127,13 +130,14 @@ def differences(
         there: the first table.
         now: the second one.
         but: whether an entry is ignored, by its keys from the outermost table on.
+        called: what an entry is called, likewise.
 
     Returns:
         One clause per differing entry, such as ``run.xi 0.05 there, 0.06 now``.
     """
     a, b = dict(flat(there)), dict(flat(now))
     return [
-        f"{'.'.join(names)} {a.get(names, 'nothing')} there, {b.get(names, 'nothing')} now"
+        f"{called(names)} {a.get(names, 'nothing')} there, {b.get(names, 'nothing')} now"
         for names in dict.fromkeys([*a, *b])
         if not but(names) and (names not in a or names not in b or a[names] != b[names])
     ]

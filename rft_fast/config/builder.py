@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..common.fields import Entry, Group, Tree, entries
 
-Given = dict[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
+Given = Mapping[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
 _Settings = TypeVar("_Settings")
 COMMAND, ZOO = "command line", "zoo"
 _PLAIN = (int, float, str, pathlib.Path)  # of which argparse says itself what is expected
@@ -36,6 +36,12 @@ class Builder:
                 raise ValueError(f"settings: two fields are the option {entry.name}")
             self.entries[entry.name] = entry
 
+    @property
+    def strings(self) -> set[str]:
+        """The options as they are written on a command line."""
+        off = (f"--no-{name}" for name, entry in self.entries.items() if entry.option.off)
+        return {*(f"--{name}" for name in self.entries), *off}
+
     # --- command line -----------------------------------------------------------------------------
 
     def add_to(self, top: argparse.ArgumentParser) -> None:
@@ -54,7 +60,7 @@ class Builder:
         Raises:
             ValueError: values that do not go together.
         """
-        found: Given = {}
+        found: dict[str, Any] = {}
         for name, entry in self.entries.items():
             dest = _dest(name)
             if hasattr(arguments, dest):
@@ -91,20 +97,27 @@ class Builder:
         Raises:
             ValueError: an option that is not known or may not stand there; a value that it cannot have.
         """
-        found: Given = {}
+        found: dict[str, Any] = {}
         for name, value in table.items():
-            entry = self.entries.get(name)
-            if entry is None:
-                near = difflib.get_close_matches(name, self.entries, n=1)
-                hint = f"did you mean {near[0]}?" if near else "--help lists them"
-                raise error(f"{prefix}{name}", f"is no option; {hint}")
-            if reason := entry.option.own or entry.group.own:
-                raise error(f"{prefix}{name}", f"is no option here: {reason}")
             try:
-                found[name] = _of_toml(entry, value)
+                values = _plain(value)
+                entry = self._entry_of_file(name)
+                found[entry.name] = _of_toml(entry, values)
             except ValueError as wrong:
                 raise error(f"{prefix}{name}", str(wrong)) from None
         return found
+
+    def _entry_of_file(self, name: str) -> Entry:
+        entry = self.entries.get(name)
+        if entry is None and name.startswith("no-"):
+            other = self.entries.get(name[3:])
+            entry = other if other is not None and other.option.off else None
+        if entry is None:
+            near = difflib.get_close_matches(name, self.entries, n=1)
+            raise ValueError(f"is no option; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+        if reason := entry.option.own or entry.group.own:
+            raise ValueError(f"is no option of a zoo: {reason}")
+        return entry
 
     # --- trees and JSON ---------------------------------------------------------------------------
 
@@ -135,7 +148,7 @@ class Builder:
 
     def of_json(self, config: Mapping[str, Any]) -> Tree:
         """The settings that ``config.json`` records. What it lacks has its default."""
-        values: Given = {}
+        values: dict[str, Any] = {}
         for name, entry in self.entries.items():
             table: Any = config
             for part in entry.group.place:
@@ -228,23 +241,29 @@ def _whole(entry: Entry, values: Iterable[Any], where: str = "") -> Any:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _of_toml(entry: Entry, value: Any) -> Any:
-    if isinstance(value, bool):
-        if not value:
-            raise ValueError("can only be true; leave it out otherwise")
-        if not entry.flag:
-            raise ValueError("needs a value, got true")
-        return not entry.default
+def _plain(value: Any) -> list[Any]:
+    """The values of an entry of TOML."""
+    if value is False:
+        raise ValueError("can only be true; leave it out otherwise")
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values):
+    plain = [
+        v for v in values if isinstance(v, (str, int, float)) and (v is value or not isinstance(v, bool))
+    ]
+    if not values or len(plain) < len(values):
         raise ValueError(f"must be a string, number, true or a list, got {value!r}")
-    if entry.flag:
-        raise ValueError(f"can only be true, got {value!r}")
+    return values
+
+
+def _of_toml(entry: Entry, values: list[Any]) -> Any:
+    if entry.flag or values[0] is True:
+        if not entry.flag or values[0] is not True:
+            raise ValueError("can only be true" if entry.flag else "needs a value, got true")
+        return not entry.default
     read = [_read(entry, str(one)) for one in values]
     if entry.option.many is not None:
         return _whole(entry, read)
     if len(read) != 1:
-        raise ValueError(f"takes one value, got {value!r}")
+        raise ValueError(f"takes one value, got {values}")
     return read[0]
 
 

@@ -2,99 +2,99 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import catalogue, checkpoints, env
-from ..common.numeric import check_alphas
+from ..common.fields import Tree
 from ..common.words import visible
 from ..datasets import cache
-from ..names import (
-    KINDS,
-    Criterion,
-    Estimator,
-    Impl,
-    Method,
-    On,
-    Others,
-    Precision,
-    TrackerName,
-    as_given,
-)
+from ..names import CLASS_LISTS, KINDS, TEMPLATE_LISTS, as_given, list_file
+from ..settings import Along, Layers, Sharpness, once
 from . import zoo
-from .options import parser, refused_in_zoo
+from .builder import COMMAND, ZOO
+from .conflicts import named, settle
+from .options import parser, split
+from .settings import Computed, Head, Models, Running, builder
 
 if TYPE_CHECKING:  # what can be refused without them is refused before they are imported
     import torch
 
     from ..studies.estimators import Protocol
 
-
-@dataclass(frozen=True)
-class Subset:
-    """The images that a study is measured on: at most so many of each data set; None: of the default one."""
-
-    names: list[str] | None
-    samples: int
+_Settings = TypeVar("_Settings")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, found valid. Nothing is loaded yet."""
+    """What the command line asks for, found valid. Nothing is loaded yet.
 
-    everything: bool  # no study was named: all of them
-    studies: list[str]  # those asked for
-    measured: list[str]  # these, and what they need, in order
+    Attributes:
+        everything: whether no study was named: all of them.
+        studies: those that were.
+        measured: these, and what they need, in order.
+        zoo: models and data, with what the command line says of them.
+        settings: how they are studied, and how the run goes, without contradictions.
+        device: where the models are.
+        fetch: what may be downloaded: anything, nothing; None: what the command line names.
+        notices: what of defaults and of the zoo gave way to the command line, as sentences.
+    """
+
+    everything: bool
+    studies: list[str]
+    measured: list[str]
     zoo: zoo.Zoo
-    alphas: list[float]
-    samples: int | None
-    batch_size: int | None
-    seed: int
+    settings: Tree
     device: torch.device
-    impl: Impl
-    xi: float
-    out: Path
-    overwrite: bool
-    granularity: str
-    layers: list[str] | None
-    models: list[str] | None
-    layer_alphas: list[float]
-    layer_images: Subset
-    others: Others
-    straggler_margin: float
-    sharpness_alphas: list[float]
-    sharpness_images: Subset
-    rhos: list[float]
-    draws: int
-    layer_draws: int
-    normalize_logits: bool
-    general: Protocol
-    layerwise: Protocol
-    zero_margin: float
-    keep: float
-    criteria: list[Criterion]
-    prune_layers: list[str] | None
-    methods: list[Method]
-    mask_seeds: list[int]
-    control: bool
-    precision: Precision
-    memory_limit: int | None  # bytes
-    graphs: bool
-    compile: bool
-    cache: Path | None  # None: none
-    skip_unreadable: bool
-    plan: bool
-    fetch: bool | None  # what may be downloaded: anything, nothing; None: what the command line names
-    workers: str | None  # a number, "auto", or where a Ray cluster is; None: this process alone
-    quiet: bool
-    json: bool
-    track: list[TrackerName]
+    fetch: bool | None
+    notices: tuple[str, ...] = ()
+
+    def of(self, kind: type[_Settings]) -> _Settings:
+        """The settings of a class."""
+        return self.settings.of(kind)
+
+    def but(self, *settings: object) -> Request:
+        """The request with other settings of these classes."""
+        return replace(self, settings=self.settings.but(*settings))
+
+    def named(self, option: str) -> str:
+        """An option, as whoever gave it knows it: for errors."""
+        return named(self.settings, option, self.zoo.name)
+
+    @property
+    def out(self) -> Path:
+        """The directory of the run."""
+        return self.of(Running).out or Path(".")
+
+    @cached_property
+    def general(self) -> Protocol:
+        """How the sharpness of all weights is measured."""
+        return self._protocol(0)
+
+    @cached_property
+    def layerwise(self) -> Protocol:
+        """How the sharpness of single layers is measured."""
+        return self._protocol(1)
+
+    def _protocol(self, which: int) -> Protocol:
+        from ..studies.estimators import Protocol
+
+        own = self.of(Sharpness)
+        return Protocol(
+            estimator=own.estimators[which],
+            on=own.on or ("interpolated", "finetuned")[which],
+            noise=own.noise,
+            adaptive=own.adaptive,
+            seed=self.of(Along).seed,
+            noise_batch=own.noise_batch,
+            goal=own.goal_se,
+            most=own.max_draws,
+        )
 
 
 class NotFetched(Exception):
@@ -120,235 +120,142 @@ def read(argv: Sequence[str]) -> Request:
         NotFetched: ``--plan``, and something would have to be downloaded first.
         SystemExit: with 2, as argparse does, for the rest.
     """
-    options = parser()
-    arguments = options.parse_args(argv)
-    its_zoo = _zoo(arguments)
-    if its_zoo.options:
-        of_zoo = parser(zoo=False)
-        of_zoo.prog = f"options of the zoo {its_zoo.name!r}"
-        _check_names(of_zoo, its_zoo.options)
-        options.set_defaults(**vars(of_zoo.parse_args(its_zoo.options)))
-        arguments = options.parse_args(argv)
-    return _request(arguments, its_zoo)
+    options = builder()
+    studies, zoos, rest = split(argv, options)
+    given = options.given(parser(options).parse_args(rest))
+    tree = options.tree({COMMAND: given})
+    its_zoo = _zoo(tree, zoos)
+    return _request(studies, options.tree({ZOO: its_zoo.options, COMMAND: given}), its_zoo, zoos)
 
 
-def _request(arguments: argparse.Namespace, its_zoo: zoo.Zoo) -> Request:
-    alphas = _checked("--alphas", check_alphas, _flat(arguments.alphas))
-    layer_alphas = alphas
-    if arguments.layer_alphas is not None:
-        layer_alphas = _checked("--layer-alphas", check_alphas, _flat(arguments.layer_alphas))
-    sharpness_alphas = alphas
-    if arguments.sharpness_alphas is not None:
-        sharpness_alphas = sorted(set(_flat(arguments.sharpness_alphas)))
-    named = [study for study in arguments.words if study in catalogue.names()]
-    asked = list(dict.fromkeys(named)) or catalogue.names()
-    if arguments.models is not None:
-        for name in arguments.models:
-            if name not in its_zoo.finetuned:
-                names = list(its_zoo.finetuned)
-                near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
-                raise ValueError(
-                    f"argument --models: there is no fine-tuned model {name!r}; the nearest are "
-                    + ", ".join(near)
-                )
-        _distinct("--models", arguments.models)
-    models, ood = arguments.models or its_zoo.finetuned, any(data.ood for data in its_zoo.data.values())
+def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequence[str]) -> Request:
+    layers, running = tree.of(Layers), tree.of(Running)
+    _check_models_named(tree, its_zoo)
+    asked = [study for study in catalogue.names() if study in studies] or catalogue.names()
+    models, ood = layers.models or its_zoo.finetuned, any(data.ood for data in its_zoo.data.values())
     for name in list(asked):
         if lacking := catalogue.study(name).lacks(len(models), ood):
-            if named:
+            if studies:
                 raise ValueError(f"{name}: it needs {lacking}; leave it out, or name more")
             asked.remove(name)
-    measured = catalogue.measured(asked, arguments)
+    measured = catalogue.measured(asked, tree)
     perturbed = any(catalogue.study(name).images == "images of sharpness" for name in measured)
-    extra = sorted(set(sharpness_alphas) - set(alphas))
-    if extra and perturbed:
-        raise ValueError(
-            f"argument --sharpness-alphas: {extra} are not among --alphas, where accuracies are measured"
-        )
-    if not any(sharpness_alphas) and perturbed:
-        raise ValueError(
-            "argument --sharpness-alphas: expected at least one above 0; no fine-tuned weight matters at 0"
-        )
-    if arguments.plan and arguments.json:
+    tree, notices = settle(tree, its_zoo.name, perturbed)
+    if running.plan and running.json:
         raise ValueError("argument --json: not together with --plan, which is a table to read")
-    if arguments.quiet and arguments.json:
+    if running.quiet and running.json:
         raise ValueError("argument --json: not together with --quiet")
-    if arguments.cache is not None and arguments.no_cache:
-        raise ValueError("argument --no-cache: not together with --cache")
-    layer_draws = arguments.layer_draws or arguments.draws
-    if arguments.goal_se is not None and arguments.max_draws < max(arguments.draws, layer_draws):
-        raise ValueError(
-            f"argument --max-draws: expected at least --draws and --layer-draws, got {arguments.max_draws} "
-            f"and {arguments.draws}, {layer_draws}"
-        )
-    if len(set(arguments.rhos)) < len(arguments.rhos):
-        raise ValueError(f"argument --rhos: expected each once, got {arguments.rhos}")
-    if not arguments.keep:
-        raise ValueError("argument --keep: expected a fraction above 0")
-    if arguments.track:
+    for option, names in (("layer-data", layers.data), ("sharpness-data", tree.of(Sharpness).data)):
+        _check_data_named(named(tree, option, its_zoo.name), names or (), its_zoo)
+    _check_lists(its_zoo)
+    if running.track:
         from ..run import trackers
 
-        trackers.check(arguments.track)
-    layer_images = _subset("--layer-data", arguments.layer_data, arguments.layer_samples, its_zoo)
-    sharpness_images = _subset(
-        "--sharpness-data", arguments.sharpness_data, arguments.sharpness_samples, its_zoo
-    )
-    device = _device(arguments)
-    its_zoo, fetch = _sources(its_zoo, arguments)
-    _check_models(its_zoo)
-    from ..studies.estimators import Protocol
-
-    auto: tuple[Estimator, Estimator] = ("plain" if max(arguments.rhos) > 0.2 else "gradient", "gradient")
-    own: tuple[On, On] = ("interpolated", "finetuned")
-    general, by_layer = (
-        Protocol(
-            estimator=estimator if arguments.estimator == "auto" else arguments.estimator,
-            on=arguments.on or on,
-            noise=arguments.noise,
-            adaptive=not arguments.no_adaptive,
-            seed=arguments.seed,
-            noise_batch=arguments.noise_batch,
-            goal=arguments.goal_se,
-            most=arguments.max_draws,
-        )
-        for on, estimator in zip(own, auto, strict=True)
-    )
-    general.check_draws(arguments.draws)
-    by_layer.check_draws(layer_draws)
-    if arguments.workers is None:
-        _check_device(arguments.impl, arguments.precision, device)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = arguments.out or Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
-    return Request(
-        everything=not named,
+        trackers.check(running.track)
+    device = _device(tree)
+    its_zoo, fetch = _sources(its_zoo, running, zoos)
+    _check_models(its_zoo, tree)
+    request = Request(
+        everything=not studies,
         studies=asked,
         measured=measured,
         zoo=its_zoo,
-        alphas=alphas,
-        samples=arguments.samples,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
+        settings=tree.but(_complete(tree, its_zoo), _canonical(tree.of(Sharpness))),
         device=device,
-        impl=arguments.impl,
-        xi=arguments.xi,
-        out=out,
-        overwrite=arguments.overwrite,
-        granularity=arguments.granularity,
-        layers=arguments.layers,
-        models=arguments.models,
-        layer_alphas=layer_alphas,
-        layer_images=layer_images,
-        others=arguments.others,
-        straggler_margin=arguments.straggler_margin,
-        sharpness_alphas=sharpness_alphas,
-        sharpness_images=sharpness_images,
-        rhos=sorted(arguments.rhos),
-        draws=arguments.draws,
-        layer_draws=layer_draws,
-        normalize_logits=arguments.normalize_logits,
-        general=general,
-        layerwise=by_layer,
-        zero_margin=arguments.zero_margin,
-        keep=arguments.keep,
-        criteria=list(dict.fromkeys(arguments.criteria)),
-        prune_layers=arguments.prune_layers,
-        methods=list(dict.fromkeys(arguments.methods)),
-        mask_seeds=list(range(arguments.seed, arguments.seed + arguments.mask_seeds)),
-        control=not arguments.no_control,
-        precision=arguments.precision,
-        memory_limit=None if arguments.memory_limit is None else int(arguments.memory_limit * 2**30),
-        graphs=not arguments.no_graphs,
-        compile=arguments.compile,
-        cache=None if arguments.no_cache else arguments.cache or cache.directory(),
-        skip_unreadable=arguments.skip_unreadable,
-        plan=arguments.plan,
         fetch=fetch,
-        workers=arguments.workers,
-        quiet=arguments.quiet,
-        json=arguments.json,
-        track=list(dict.fromkeys(arguments.track)),
+        notices=tuple(notices),
     )
+    _ = request.general, request.layerwise
+    if running.workers is None:
+        check_device(request)
+    return request
+
+
+def _complete(tree: Tree, its_zoo: zoo.Zoo) -> Running:
+    """How the run goes, with the directories that nobody named."""
+    running = tree.of(Running)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
+    kept = running.cache if tree.giver("cache") else cache.directory()
+    return replace(running, out=running.out or out, cache=kept)
+
+
+def _canonical(own: Sharpness) -> Sharpness:
+    """With one name for what is the same: ``auto`` where it is not one and the same estimator."""
+    general, layerwise = own.estimators
+    return replace(own, estimator=general if general == layerwise else "auto")
 
 
 def check_device(request: Request) -> None:
     """Raises ValueError for kernels and a precision that the device of the request does not offer."""
-    _check_device(request.impl, request.precision, request.device)
-
-
-def _check_device(impl: Impl, wanted: Precision, device: torch.device) -> None:
     from ..evaluate import precision
     from ..kernels import registry
 
+    computed = request.of(Computed)
     try:
-        registry.pick(impl, device)
+        registry.pick(computed.impl, request.device)
     except RuntimeError as error:
-        raise ValueError(f"argument --impl: {error}") from None
+        raise ValueError(f"{request.named('impl')}: {error}") from None
     try:
-        precision.check(wanted, device)
+        precision.check(computed.precision, request.device)
     except ValueError as error:
-        raise ValueError(f"argument --precision: {error}") from None
+        raise ValueError(f"{request.named('precision')}: {error}") from None
 
 
-def _device(arguments: argparse.Namespace) -> torch.device:
+def _device(tree: Tree) -> torch.device:
     """Where the models are. Workers of a cluster have GPUs of their own; this machine may have none."""
-    if arguments.workers is None or arguments.plan:
-        return env.device(arguments.device)
-    if arguments.device not in (None, "cpu", "cuda"):
+    running, name = tree.of(Running), tree.of(Computed).device
+    if running.workers is None or running.plan:
+        return env.device(name)
+    if name not in (None, "cpu", "cuda"):
         raise ValueError(
-            f"argument --device: each worker has one device of its own: cpu or cuda; got {arguments.device!r}"
+            f"argument --device: each worker has one device of its own: cpu or cuda; got {name!r}"
         )
     from ..run.cluster import connection
 
     connection.check()
-    return connection.device(arguments.workers, arguments.device)
+    return connection.device(running.workers, name)
 
 
-def _check_names(options: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Refuses an unknown entry of a zoo's options in the words that other entries are refused with."""
-    known = sorted(name for action in options._actions for name in action.option_strings)
-    for word in words:
-        if word.startswith("--") and word not in known:
-            if reason := refused_in_zoo(word[2:]):
-                raise ValueError(f"{options.prog}: there is no option {word[2:]} here: {reason}")
-            near = difflib.get_close_matches(word, known, n=1)
-            hint = f"did you mean {near[0][2:]}?" if near else "--help lists them"
-            raise ValueError(f"{options.prog}: there is no option {word[2:]}; {hint}")
-
-
-def _flat(parts: Sequence[Sequence[float]]) -> list[float]:
-    return [number for part in parts for number in part]
-
-
-def _checked(
-    option: str, check: Callable[[Sequence[float]], list[float]], values: Sequence[float]
-) -> list[float]:
-    try:
-        return check(values)
-    except ValueError as error:
-        raise ValueError(f"argument {option}: {error}") from None
-
-
-def _subset(option: str, names: list[str] | None, samples: int, its_zoo: zoo.Zoo) -> Subset:
-    for name in names or ():
-        if name not in its_zoo.data:
+def _check_models_named(tree: Tree, its_zoo: zoo.Zoo) -> None:
+    for name in tree.of(Layers).models or ():
+        if name not in its_zoo.finetuned:
+            names = list(its_zoo.finetuned)
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
             raise ValueError(
-                f"argument {option}: there is no data set {name!r}; there are {', '.join(its_zoo.data)}"
+                f"{named(tree, 'models', its_zoo.name)}: there is no fine-tuned model {name!r}; the nearest "
+                f"are {', '.join(near)}"
             )
-    _distinct(option, names or [])
-    return Subset(names, samples)
 
 
-def _zoo(arguments: argparse.Namespace) -> zoo.Zoo:
+def _check_data_named(where: str, names: Sequence[str], its_zoo: zoo.Zoo) -> None:
+    for name in names:
+        if name not in its_zoo.data:
+            raise ValueError(f"{where}: there is no data set {name!r}; there are {', '.join(its_zoo.data)}")
+
+
+def _check_lists(its_zoo: zoo.Zoo) -> None:
+    """Refuses lists of names that are not known: those that are files are read later."""
+    head = its_zoo.head
+    for what, source, known in (
+        ("class names", head.class_names, CLASS_LISTS),
+        ("templates", head.templates if head.class_names is not None else None, TEMPLATE_LISTS),
+    ):
+        if source is not None and source not in known:
+            list_file(what, source, known)
+
+
+def _zoo(tree: Tree, files: Sequence[str]) -> zoo.Zoo:
     """The zoo that is named, the one made of options, or that of digits; the other options on top."""
-    files = [word for word in arguments.words if isinstance(word, Path)]
+    models = tree.of(Models)
     given = {
-        "--arch": arguments.arch,
-        "--zeroshot": arguments.zeroshot,
-        "--finetuned": arguments.finetuned,
-        "--data or --id-data": arguments.data or arguments.id_data,
+        "--arch": models.arch,
+        "--zeroshot": models.zeroshot,
+        "--finetuned": models.finetuned,
+        "--data or --id-data": models.data or models.id_data,
     }
     if len(files) > 1:
-        raise ValueError(f"a sweep takes one zoo, got {', '.join(map(str, files))}")
+        raise ValueError(f"a sweep takes one zoo, got {', '.join(files)}")
     if files and any(given.values()):
         options = ", ".join(option for option, value in given.items() if value)
         raise ValueError(f"{files[0]} names models and data already; leave out {options}, or the zoo")
@@ -360,91 +267,93 @@ def _zoo(arguments: argparse.Namespace) -> zoo.Zoo:
                 f"a sweep of your own models needs {', '.join(given)}; missing: {', '.join(missing)} "
                 "(leave all of them out for the digits zoo, or name a zoo file)"
             )
-        its_zoo = _zoo_of_options(arguments)
+        its_zoo = _zoo_of_options(models)
     else:
         its_zoo = zoo.digits()
-    return _changed(its_zoo, arguments)
+    return _changed(its_zoo, models, tree.of(Head))
 
 
-def _zoo_of_options(arguments: argparse.Namespace) -> zoo.Zoo:
-    for file in arguments.finetuned:
+def _zoo_of_options(models: Models) -> zoo.Zoo:
+    if models.arch is None or models.zeroshot is None:
+        raise ValueError("a sweep of your own models needs --arch and --zeroshot")
+    for file in models.finetuned:
         if not file.is_file():
             raise ValueError(f"argument --finetuned: there is no file {file}")
-    try:
-        checkpoints.check_source(arguments.zeroshot, arguments.arch)
-    except ValueError as error:
-        raise ValueError(f"argument --zeroshot: {error}") from None
-    sources = [(name, zoo.DataSource(Path(path), ood=False)) for name, path in arguments.id_data]
-    sources += [(name, zoo.DataSource(Path(path), ood=True)) for name, path in arguments.data]
+    sources = [(name, zoo.DataSource(path, ood=False)) for name, path in models.id_data]
+    sources += [(name, zoo.DataSource(path, ood=True)) for name, path in models.data]
     for name, source in sources:
         if not source.path.exists():
             raise ValueError(f"argument --data, --id-data: {name}: there is no {source.path}")
-    _distinct("--data, --id-data", [name for name, _ in sources])
+    try:
+        once([name for name, _ in sources])
+    except ValueError as error:
+        raise ValueError(
+            f"argument --data, --id-data: {error}; give each a name of its own: NAME=PATH"
+        ) from None
+    try:
+        checkpoints.check_source(models.zeroshot, models.arch)
+    except ValueError as error:
+        raise ValueError(f"argument --zeroshot: {error}") from None
     # Stems are the shortest names; files such as */final.pt need their whole paths.
-    names = [file.stem for file in arguments.finetuned]
+    names = [file.stem for file in models.finetuned]
     if len(set(names)) < len(names):
-        names = [str(file) for file in arguments.finetuned]
-    _distinct("--finetuned", names)
+        names = [str(file) for file in models.finetuned]
+    try:
+        once(names)
+    except ValueError as error:
+        raise ValueError(f"argument --finetuned: {error}") from None
     return zoo.Zoo(
-        name=Path(arguments.arch).stem,
-        arch=arguments.arch,
-        zeroshot=zoo.Weights(arguments.zeroshot),
-        finetuned={
-            name: zoo.Weights(str(file)) for name, file in zip(names, arguments.finetuned, strict=True)
-        },
+        name=Path(models.arch).stem,
+        arch=models.arch,
+        zeroshot=zoo.Weights(models.zeroshot),
+        finetuned={name: zoo.Weights(str(file)) for name, file in zip(names, models.finetuned, strict=True)},
         data=dict(sources),
     )
 
 
-def _changed(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> zoo.Zoo:
+def _changed(its_zoo: zoo.Zoo, models: Models, head: Head) -> zoo.Zoo:
     """With what the command line says of its checkpoints, its head and its data."""
-    head = {
-        "choice": arguments.head,
-        "towers": arguments.towers,
-        "class_names": arguments.class_names,
-        "templates": arguments.templates,
-        "scale": arguments.head_scale,
-        "given": arguments.zeroshot_head,
-    }
-    if arguments.zeroshot_head is not None and not arguments.zeroshot_head.is_file():
-        raise ValueError(f"argument --zeroshot-head: there is no file {arguments.zeroshot_head}")
+    if head.zeroshot_head is not None and not head.zeroshot_head.is_file():
+        raise ValueError(f"argument --zeroshot-head: there is no file {head.zeroshot_head}")
     data = dict(its_zoo.data)
-    for option, values in (("--data-kind", arguments.data_kind), ("--data-labels", arguments.data_labels)):
-        _distinct(option, [name for name, _ in values])
-        for name, _ in values:
-            if name not in data:
-                raise ValueError(
-                    f"argument {option}: there is no data set {name!r}; there are {', '.join(data)}"
-                )
-    for name, kind in arguments.data_kind:
+    for option, values in (("--data-kind", models.data_kind), ("--data-labels", models.data_labels)):
+        _check_data_named(f"argument {option}", [name for name, _ in values], its_zoo)
+    for name, kind in models.data_kind:
         if kind not in KINDS:
             raise ValueError(f"argument --data-kind: {name}: no kind {kind!r}; known are {', '.join(KINDS)}")
         data[name] = replace(data[name], kind=kind)
-    for name, file in arguments.data_labels:
+    for name, file in models.data_labels:
         labels = as_given(file)
         if isinstance(labels, Path) and not labels.is_file():
             raise ValueError(f"argument --data-labels: {name}: there is no file {file}")
         data[name] = replace(data[name], labels=labels)
-    finetuned = its_zoo.finetuned
-    if arguments.format is not None:
-        finetuned = {name: replace(w, format=arguments.format) for name, w in finetuned.items()}
-    if arguments.unrelated:
-        finetuned = {name: replace(w, unrelated=True) for name, w in finetuned.items()}
-    changes = {name: value for name, value in head.items() if value is not None}
-    resize = its_zoo.resize_positions or arguments.resize_positions
-    its_zoo = replace(its_zoo, finetuned=finetuned, data=data, resize_positions=resize)
-    return replace(its_zoo, head=replace(its_zoo.head, **changes))
+    of_weights: dict[str, Any] = {} if models.format is None else {"format": models.format}
+    of_weights |= {"unrelated": True} if models.unrelated else {}
+    of_head: dict[str, Any] = {
+        "choice": head.head,
+        "towers": head.towers,
+        "class_names": head.class_names,
+        "templates": head.templates,
+        "scale": head.head_scale,
+        "given": head.zeroshot_head,
+    }
+    return replace(
+        its_zoo,
+        finetuned={name: replace(weights, **of_weights) for name, weights in its_zoo.finetuned.items()},
+        data=data,
+        head=replace(its_zoo.head, **{name: value for name, value in of_head.items() if value is not None}),
+        resize_positions=its_zoo.resize_positions or models.resize_positions,
+    )
 
 
-def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, bool | None]:
+def _sources(its_zoo: zoo.Zoo, running: Running, zoos: Sequence[str]) -> tuple[zoo.Zoo, bool | None]:
     """The zoo with its architecture pinned to a commit, and what of it may be downloaded.
 
     The command line may start a download, by naming what it takes; a zoo file may not, and no plan does.
     """
     from ..clip import architectures
 
-    file = next((word for word in arguments.words if isinstance(word, Path)), None)
-    fetch = True if arguments.fetch else None if file is None and not arguments.plan else False
+    fetch = True if running.fetch else False if zoos or running.plan else None
     missing = []
     if its_zoo.arch.startswith(architectures.HUB):
         pinned = architectures.pin(its_zoo.arch, fetch is not False)
@@ -453,17 +362,17 @@ def _sources(its_zoo: zoo.Zoo, arguments: argparse.Namespace) -> tuple[zoo.Zoo, 
     source = its_zoo.zeroshot.source
     if fetch is False and checkpoints.cached(source, its_zoo.arch) is None:
         missing.append(f"the zero-shot weights {source}")
-    if missing and arguments.plan:
+    if missing and running.plan:
         raise NotFetched("; ".join(missing))
     if missing:
         raise ValueError(
-            f"{file} names what is not on this machine: {'; '.join(missing)}. A zoo file starts no download; "
-            "--fetch does"
+            f"{zoos[0]} names what is not on this machine: {'; '.join(missing)}. A zoo file starts no "
+            "download; --fetch does"
         )
     return its_zoo, fetch
 
 
-def _check_models(its_zoo: zoo.Zoo) -> None:
+def _check_models(its_zoo: zoo.Zoo, tree: Tree) -> None:
     """Refuses architectures, published weights and lists of names that are not known."""
     from ..clip import architectures, matching, prompts
 
@@ -480,11 +389,7 @@ def _check_models(its_zoo: zoo.Zoo) -> None:
     elif head.templates != zoo.Head().templates:
         raise ValueError("argument --templates: they are put around the names of --class-names; give both")
     if head.towers == "both" and head.choice != "interpolate":
+        which = "argument --head" if tree.giver("head") else f"head of the zoo {its_zoo.name!r}"
         raise ValueError(
-            f"argument --head: {head.choice} keeps a linear head, which there is none of with --towers both"
+            f"{which}: {head.choice} keeps a linear head, which there is none of with --towers both"
         )
-
-
-def _distinct(option: str, names: Sequence[str]) -> None:
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"argument {option}: given more than once: {', '.join(twice)}")

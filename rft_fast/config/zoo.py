@@ -6,7 +6,7 @@ import difflib
 import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from ..names import (
     Kind,
     Towers,
 )
+from . import settings
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -88,8 +89,8 @@ class Zoo:
 
     arch: an open_clip model name, the path of a JSON file or ``hf-hub:org/name``
     (:func:`rft_fast.clip.architectures.config`). finetuned: display name -> checkpoint, in the file's
-    order. data: name -> source, likewise. options: how it is studied, as options of ``python -m
-    rft_fast.sweep``; its command line overrides them. resize_positions: as in
+    order. data: name -> source, likewise. options: how it is studied, option of ``python -m
+    rft_fast.sweep`` -> value; its command line overrides them. resize_positions: as in
     :class:`rft_fast.clip.endpoints.Setup`.
     """
 
@@ -99,7 +100,7 @@ class Zoo:
     finetuned: dict[str, Weights]
     data: dict[str, DataSource]
     head: Head = Head()
-    options: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     resize_positions: bool = False
 
     @property
@@ -135,8 +136,8 @@ def read(path: str | PathLike[str]) -> Zoo:
         layer-data = ["sketch"]         # --layer-data sketch
         no-control = true               # --no-control
 
-    Paths may also be absolute, or lead out of the folder: what is there is read, and nothing is written. The
-    options are checked where they are used (:func:`rft_fast.config.options.parser` without ``zoo``).
+    Paths may also be absolute, or lead out of the folder: what is there is read, and nothing is written.
+    Options are those of :func:`rft_fast.config.settings.builder` that a zoo may have.
 
     Raises ValueError, naming the file and the entry, for a file or a path in it that does not
     exist, invalid TOML, a missing or unknown entry (with the nearest known one), or a value of
@@ -170,11 +171,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         if not isinstance(source, dict):
             raise entries.error(f"data.{name}", f"must be a table with a path, got {source!r}")
         entries.known(source, f"data.{name}.", ("path", "ood", "kind", "labels"))
-    options: list[str] = []
-    for name, value in (
-        entries.get(table, "options", dict) if table.get("options", {}) != {} else {}
-    ).items():
-        options += entries.option(name, value)
+    options = entries.get(table, "options", dict) if table.get("options", {}) != {} else {}
     return Zoo(
         name=entries.get(table, "name", str),
         # A name that is no file beside the zoo is open_clip's to know: architectures.config decides.
@@ -183,7 +180,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         finetuned={name: entries.weights(finetuned, name, "finetuned.") for name in finetuned},
         data={name: entries.data(source, f"data.{name}.") for name, source in data.items()},
         head=entries.head(table),
-        options=tuple(options),
+        options=settings.builder().of_table(options, entries.error, "options."),
         resize_positions=entries.get({_RESIZE: False, **table}, _RESIZE, bool),
     )
 
@@ -218,17 +215,6 @@ class _Entries:
         if value in ("", {}):
             raise self.error(f"{prefix}{key}", "is empty")
         return value
-
-    def option(self, name: str, value: Any) -> list[str]:
-        """An entry of ``[options]`` as words of a command line."""
-        if isinstance(value, bool):
-            if not value:
-                raise self.error(f"options.{name}", "can only be true; leave it out otherwise")
-            return [f"--{name}"]
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(v, (str, int, float)) for v in values):
-            raise self.error(f"options.{name}", f"must be a string, number, true or a list, got {value!r}")
-        return [f"--{name}", *map(str, values)]
 
     def path(self, table: Mapping[str, Any], key: str, prefix: str = "") -> Path:
         path: Path = self.file.parent / self.get(table, key, str, prefix)

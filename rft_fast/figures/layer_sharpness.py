@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..settings import Sharpness
 from ..studies.facts import Facts, as_facts
 from ..studies.sharpness import LAYER_STUDY
 from . import heat
@@ -79,7 +80,7 @@ def layer_sharpness(
     facts = as_facts(rows, zero_margin=zero_margin, straggler_margin=straggler_margin)
     flat = facts.near_zero[facts.near_zero["near_zero"]]
     gains, best, unstable = facts.ood_gains, facts.ood_path, facts.unstable
-    edge = facts.settings.zero_margin
+    edge = facts.of(Sharpness).zero_margin
     rows = facts.part(LAYER_STUDY)
     models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
     rows = rows[rows["model"].isin(models)]

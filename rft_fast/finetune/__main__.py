@@ -56,7 +56,7 @@ def _run(argv: Sequence[str]) -> int:
         if wanted.dry_run:
             _list(settings)
             return 0
-        request = BUILDER.of(Request, {"cache": caches.directory()} | given, settings=settings)
+        request = BUILDER.of(Request, {"cache": caches.directory(), **given}, settings=settings)
         import torch
         from tqdm import tqdm
 

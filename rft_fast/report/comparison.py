@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..common.words import flat, some
+from ..config.recorded import shown_as
 from ..studies.interpolate import Z95
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
@@ -173,7 +174,10 @@ def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Keys of config.json whose values differ, with both."""
-    a, b = ({" › ".join(names): said(value) for names, value in flat(config)} for config in (first, second))
+    a, b = (
+        {shown_as(names): said(value) for names, value in flat(config) if names[0] != "run"}
+        for config in (first, second)
+    )
     names = dict.fromkeys([*a, *b])
     return [(name, a.get(name, "–"), b.get(name, "–")) for name in names if a.get(name) != b.get(name)]
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..figures.captions import short
 from ..figures.style import margin
+from ..settings import Layers, Sharpness
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from .charts import points
@@ -41,7 +42,7 @@ def interpolation(facts: Facts) -> Picture:
     layers = list(facts.part("layers")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
-    known, edge = facts.stragglers, facts.settings.straggler_margin
+    known, edge = facts.stragglers, facts.of(Layers).straggler_margin
     largest = _largest(part["rise"], edge)
     maps: list[Trace] = []
     dots: list[Trace] = [rule([edge, edge], [-0.5, len(layers) - 0.5])]
@@ -131,7 +132,7 @@ def sharpness(facts: Facts) -> Picture:
     layers = list(facts.part("layer-sharpness")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
-    edge = facts.settings.zero_margin
+    edge = facts.of(Sharpness).zero_margin
     flat_ones = facts.near_zero[facts.near_zero["near_zero"]]
     flat_ones = flat_ones.assign(setting=[setting(row) for row in flat_ones.to_dict("records")])
     maps: list[Trace] = []

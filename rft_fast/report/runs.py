@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from packaging.version import InvalidVersion, Version
 
 from .. import __version__, catalogue, results
+from ..config.recorded import tree_of, upgraded
 from ..studies.chance import among
-from ..studies.facts import Facts, Settings
+from ..studies.facts import Facts
 
-_NEEDED = [
-    *(field.name for field in fields(Settings)),
-    *("command", "date", "zoo", "arch", "zeroshot", "finetuned", "data", "versions"),
-]
+_NEEDED = "everything measured settings command date zoo arch zeroshot finetuned data versions".split()
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,13 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), *unmeasured}]
     if missing:
         notes.append(f"Asked for, and without rows: {', '.join(missing)}.")
-    facts = Facts(rows, Settings.of(config), among(config))
+    facts = Facts(rows, tree_of(config), among(config), config["measured"], config["everything"])
     for name in unmeasured:
         try:
             known[name].check(facts)
         except ValueError as error:
             notes.append(f"The {name} is left out: {error}.")
-            left = [other for other in facts.settings.measured if other != name]
-            facts = Facts(rows, replace(facts.settings, measured=left), facts.classes)
+            facts = facts.but(measured=[other for other in facts.measured if other != name])
     costs = directory / "cost.csv"
     return RunRead(directory, config, facts, count, pd.read_csv(costs) if costs.is_file() else None, notes)
 
@@ -98,6 +95,7 @@ def _config(directory: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"report: expected an object in {file}, got {type(config).__name__}")
     _check_version(config, file)
+    config = upgraded(config)
     if missing := [name for name in _NEEDED if name not in config]:
         raise ValueError(f"report: {file} lacks {', '.join(missing)}; was it written by the sweep?")
     return config

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..common.words import some
+from ..common.words import flat, some
+from ..config.recorded import shown_as
 from ..run.cost import duration
+from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from . import charts, layer_charts, tables
 from .drawing import Picture
@@ -81,14 +83,14 @@ def layers(facts: Facts) -> Section:
     for (model, dataset), names in found.items():
         warnings.append(
             f"{model} on {dataset}: it cannot be told whether the instability of {len(names)} layers exceeds "
-            f"{facts.settings.straggler_margin:g} nats: {some(names, 4)}."
+            f"{facts.of(Layers).straggler_margin:g} nats: {some(names, 4)}."
         )
     part = facts.part("layers")
     return Section(
         "layers",
         "Figure 2 · Def. 1.1 and 1.2",
         "Layer by layer",
-        f"Each layer on the path alone, the others {ENDS[facts.settings.others]}; {_images(part)}. A "
+        f"Each layer on the path alone, the others {ENDS[facts.of(Layers).others]}; {_images(part)}. A "
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
         "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
         "corrected.",
@@ -141,8 +143,8 @@ def layer_sharpness(facts: Facts) -> Section:
         "Figure 4 · Sec. 3.1",
         "Sharpness of each layer",
         f"The same for one layer at a time; {_drawn(part)}. A layer is near zero when its 95 % interval lies "
-        f"within {facts.settings.zero_margin:g} nats at every α above 0. A wide interval is no evidence of "
-        "that.",
+        f"within {facts.of(Sharpness).zero_margin:g} nats at every α above 0. A wide interval is no evidence "
+        "of that.",
         layer_charts.sharpness(facts),
         [table],
         _unclear(table),
@@ -150,7 +152,7 @@ def layer_sharpness(facts: Facts) -> Section:
 
 
 def prune(facts: Facts) -> Section:
-    part, settings = facts.part("prune"), facts.settings
+    part, own = facts.part("prune"), facts.of(Prune)
     table = tables.prune(facts)
     warnings = [
         f"{row[0].text} on {row[-1].text}, {row[1].text} ({row[2].text}): mean change {row[3].text} points "
@@ -161,8 +163,8 @@ def prune(facts: Facts) -> Section:
         "prune",
         "Figure 5 · Algorithm 1",
         "Pruning the stragglers",
-        f"{100 * settings.keep:g} % of the straggler layers' weights kept, "
-        f"{len(settings.mask_seeds)} masks; {_images(part)}. Bands reach from the lowest to the highest "
+        f"{100 * own.keep:g} % of the straggler layers' weights kept, "
+        f"{own.mask_seeds} masks; {_images(part)}. Bands reach from the lowest to the highest "
         "mask, for the unpruned path it is the pointwise 95 % interval of its difference to zero-shot. The "
         "control prunes as many other layers, at random.",
         charts.prune(facts),
@@ -201,7 +203,8 @@ def correlation(facts: Facts) -> Section:
 def provenance(run: RunRead) -> Section:
     """Versions, settings and hashes, from config.json."""
     config = run.config
-    machine = f"{config.get('device_name') or config.get('device', '')}, {config.get('platform', '')}"
+    device = config.get("device_name") or config["settings"]["computed"]["device"] or ""
+    machine = f"{device}, {config.get('platform', '')}"
     plain = {
         "date": config["date"],
         "machine": machine,
@@ -215,12 +218,17 @@ def provenance(run: RunRead) -> Section:
         "zeroshot",
         "finetuned",
         "data",
-        "device",
         "device_name",
+        "run",
         "platform",
         *plain,
     }
-    settings = plain | {name: said(value) for name, value in config.items() if name not in tabled}
+    settings = plain | {
+        shown_as(names): said(value)
+        for outer, entry in config.items()
+        if outer not in tabled
+        for names, value in (flat({outer: entry}) if outer == "settings" else [((outer,), entry)])
+    }
     models = [("zero-shot", config["zeroshot"]), *config["finetuned"].items()]
     found = [
         Table(

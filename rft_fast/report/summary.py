@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..common.words import paragraph, visible
 from ..run.cost import duration
+from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from .findings import findings, tau
 
@@ -39,7 +40,7 @@ def sections(facts: Facts, studies: Iterable[Study]) -> str:
     for study in studies:
         if study.done(facts):
             lines += study.say(facts)
-        elif facts.settings.everything:
+        elif facts.everything:
             lines += study.say_missing(facts)
     lost = int((~np.isfinite(facts.rows["loss"])).sum())
     lines += [f"\n{lost} mean losses are not finite; nothing was left out of them."] if lost else []
@@ -60,7 +61,7 @@ def interpolation(facts: Facts) -> list[str]:
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
         lines += _table([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
-    return [*lines, "", LEGEND.format(xi=100 * facts.settings.xi)]
+    return [*lines, "", LEGEND.format(xi=100 * facts.of(Along).xi)]
 
 
 def _cells(fact: dict[Any, Any]) -> list[str]:
@@ -93,9 +94,9 @@ def _images(rows: pd.DataFrame) -> str:
 def layers(facts: Facts) -> list[str]:
     lines = paragraphs(
         facts,
-        f"layers: each layer on the path, the others {ENDS[facts.settings.others]}; "
+        f"layers: each layer on the path, the others {ENDS[facts.of(Layers).others]}; "
         f"{_images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
-        f"instability lies above {facts.settings.straggler_margin:g} nats with 95 % confidence, "
+        f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence, "
         "Bonferroni-corrected for layers and alphas, and its loss above that at alpha = 0.",
     )
     for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
@@ -136,7 +137,7 @@ def layer_sharpness(facts: Facts) -> list[str]:
         lines += paragraphs(
             facts,
             f"layer-sharpness: one layer of the {where} perturbed, {_how(group, rho)}. Near zero: the 95 % "
-            f"interval lies within {facts.settings.zero_margin:g} nats at every alpha.",
+            f"interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
         )
         for model, own in group.groupby("model", sort=False):
             same = (near["model"] == model) & (near["dataset"] == dataset) & (near["rho"] == rho)
@@ -172,12 +173,12 @@ def _value(row: Any) -> str:
 
 
 def prune(facts: Facts) -> list[str]:
-    part, settings = facts.part("prune"), facts.settings
-    which = "straggler" if settings.prune_layers is None else "named"
+    part, own = facts.part("prune"), facts.of(Prune)
+    which = "straggler" if own.layers is None else "named"
     lines = paragraphs(
         facts,
-        f"prune: {100 * settings.keep:g} % of the {which} layers' weights kept, "
-        f"{len(settings.mask_seeds)} masks, {_images(part)}. Change in accuracy against the unpruned path, "
+        f"prune: {100 * own.keep:g} % of the {which} layers' weights kept, "
+        f"{own.mask_seeds} masks, {_images(part)}. Change in accuracy against the unpruned path, "
         "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
         "other layers at random.",
     )

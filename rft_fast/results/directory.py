@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common import disk, words
+from ..config.recorded import counts_elsewhere, shown_as
 from ..names import STUDIES
 from . import database
 from .errors import Mismatch
@@ -18,7 +19,7 @@ from .lock import refuse_in_use
 TABLE, CONFIG, FIGURES, LOG = "rows.csv", "config.json", "figures", "run.log"
 REPORTS = ("report.html", "comparison.html")  # names of rft_fast.report, made from the rows
 # Entries of a configuration that rows do not depend on.
-DERIVED = ("scored among",)  # computed from other entries; runs of earlier versions lack it
+DERIVED = ("scored among", "run")  # computed from other entries; how the run went
 ASIDE = {("command",), ("date",), ("platform",), ("threads",), ("versions", "python")}
 
 
@@ -37,9 +38,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
 
     def aside(names: tuple[str, ...]) -> bool:
-        return names in ASIDE or names[0] in DERIVED or names[-1] == "path"
+        return names in ASIDE or names[0] in DERIVED or names[-1] == "path" or counts_elsewhere(names)
 
-    return words.differences(plain(there), plain(now), aside)
+    return words.differences(plain(there), plain(now), aside, lambda names: shown_as(names, "."))
 
 
 def check(
@@ -92,9 +93,25 @@ def check(
         return
     there = recorded(directory)
     if there is not None and config is not None:
-        known = {name: there[name] for name in config if name in there}
+        # Some settings a run finds out for itself.
+        known = {
+            name: _common(there[name], value) if name == "settings" else there[name]
+            for name, value in config.items()
+            if name in there
+        }
         if unlike := differences(known, config):
             raise mismatch(directory, unlike)
+
+
+def _common(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What of nested tables the other has as well."""
+    return {
+        name: _common(value, other[name])
+        if isinstance(value, Mapping) and isinstance(other[name], Mapping)
+        else value
+        for name, value in table.items()
+        if name in other
+    }
 
 
 def figure_file(directory: pathlib.Path, study: str) -> pathlib.Path:

@@ -15,6 +15,7 @@ import pandas as pd
 from packaging.version import InvalidVersion, Version
 
 from .. import __version__
+from ..config.recorded import upgraded
 from ..studies.rows import COLUMNS
 from . import database, records, schema
 from .errors import Damaged
@@ -41,7 +42,7 @@ def recorded(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     with opened(directory) as base:
         check_version(directory, base)
-        return records.config(base)
+        return upgraded(records.config(base))
 
 
 def load(directory: str | os.PathLike[str]) -> pd.DataFrame:

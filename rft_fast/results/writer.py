@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ..common import disk
+from ..config.recorded import upgraded
 from ..evaluate import Scores
 from ..studies.rows import Row
 from . import database, export, lock, records, schema
@@ -80,7 +81,7 @@ class Run:
             tuple[str, str], list[int]
         ] = {}  # (study, model) -> numbers that this process added
         self._put: set[tuple[str, str, float]] = set()  # keys of scores that this process stored
-        requested = plain(config)
+        requested = upgraded(plain(config))
         try:
             check(self.directory, overwrite)
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ class Run:
         with opened(self.directory) as base:
             check_version(self.directory, base)
             records.verify(base)
-            self.config = records.config(base)
+            self.config = upgraded(records.config(base))
         if unlike := differences(self.config, requested):
             raise mismatch(self.directory, unlike)
         with explained(self.directory):

@@ -10,6 +10,7 @@ from ..catalogue import Chosen, Images, Task
 from ..config.request import Request
 from ..evaluate import Evaluator, Scores
 from ..path import Path
+from ..settings import Along, Sharpness
 from ..studies.rows import Sink
 from .wiring import Counts, Models, by_layer, of_sharpness
 
@@ -92,7 +93,7 @@ def make(models: Models, sets: Sequence[datasets.Dataset]) -> Bench:
     found: dict[Images, Evaluator] = {}
     for images, counts in sizes(request, whole).items():
         chosen = [data for data in sets if data.name in counts]
-        some = [datasets.subset(data, counts[data.name][0], request.seed) for data in chosen]
-        normalize = images == "images of sharpness" and request.normalize_logits
+        some = [datasets.subset(data, counts[data.name][0], request.of(Along).seed) for data in chosen]
+        normalize = images == "images of sharpness" and request.of(Sharpness).normalize_logits
         found[images] = evaluator if images == "all images" else evaluator.on(some, normalize)
     return Bench(request, found)

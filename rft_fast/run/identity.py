@@ -21,6 +21,7 @@ from ..clip import architectures
 from ..common import files
 from ..config import zoo
 from ..config.request import Request
+from ..config.settings import Computed, Running, builder
 from ..evaluate import Evaluator
 from ..kernels import registry
 from ..studies.chance import AMONG
@@ -28,24 +29,29 @@ from . import wiring
 from .bench import Bench
 from .wiring import Models
 
-# Of a request: what has an entry of its own, or does not matter for the numbers.
-_ELSEWHERE = (
-    "zoo device impl out overwrite layer_images sharpness_images batch_size memory_limit cache plan fetch "
-    "workers quiet json track"
-).split()
+# What a run finds out where its request leaves it open.
+_FOUND = ("device", "impl", "batch_size", "memory_limit")
 
 
 def asked(request: Request) -> dict[str, Any]:
     """What a request says of its numbers, as JSON has it: what is known before anything is loaded."""
-    known = asdict(request)
-    for name in _ELSEWHERE:
-        del known[name]
+    known: dict[str, Any] = {
+        "everything": request.everything,
+        "studies": request.studies,
+        "measured": request.measured,
+        **builder().as_json(request.settings),
+    }
+    for name in _FOUND:
+        del known["settings"]["computed"][name]
     source = request.zoo
     # A file goes by its content, and not by where it lies.
     arch, file = source.arch, Path(source.arch)
     content = files.sha256(file) if file.is_file() else None
-    known |= {"zoo": source.name, "options of the zoo": list(source.options)}
-    known |= {"arch": file.name if content else arch, "sha256 of the architecture": content}
+    known |= {
+        "zoo": source.name,
+        "arch": file.name if content else arch,
+        "sha256 of the architecture": content,
+    }
     if arch.startswith(architectures.HUB):
         # A repository goes by its configuration: the commit, which may change another file, is only recorded.
         pinned = {"path": arch, "sha256": _digest(architectures.config(arch)[1:])}
@@ -69,9 +75,16 @@ def complete(models: Models, bench: Bench) -> dict[str, Any]:
     def images(evaluator: Evaluator) -> dict[str, int]:
         return {data.name: len(data.labels) for data in evaluator.datasets}
 
-    device = request.device
+    device, computed = request.device, request.of(Computed)
+    computed = replace(
+        computed,
+        device=str(device),
+        impl=registry.pick(computed.impl, device).name,
+        memory_limit=whole.memory_limit,
+    )
     found: dict[str, Any] = {
         **asked(request),
+        **builder().as_json(request.settings.but(computed)),
         **({"resize_positions": True} if source.resize_positions else {}),
         "zeroshot": content(source.zeroshot),
         "finetuned": {name: content(weights) for name, weights in source.finetuned.items()},
@@ -95,10 +108,6 @@ def complete(models: Models, bench: Bench) -> dict[str, Any]:
         AMONG: {data.name: wiring.scored_among(data, models.rows.count) for data in whole.datasets},
         "layer images": images(bench.evaluators["images of layers and prune"]),
         "sharpness images": images(bench.evaluators["images of sharpness"]),
-        "batch_size": request.batch_size,
-        "memory_limit": whole.memory_limit,
-        "impl": registry.pick(request.impl, device).name,
-        "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
         "threads of a batch": whole.threads_of_a_batch,
@@ -136,22 +145,24 @@ def resumed(request: Request) -> Request:
 
     Raises ValueError or OSError where the directory cannot be written to or resumed.
     """
-    if request.plan:
+    running, computed = request.of(Running), request.of(Computed)
+    if running.plan:
         return request
     try:
-        results.check(request.out, request.overwrite, asked(request))
+        results.check(request.out, running.overwrite, asked(request))
     except results.Damaged as error:
         raise ValueError(f"{error}; {results.recover(request.out)}") from error
-    there = None if request.overwrite else results.recorded(request.out)
+    there = None if running.overwrite else results.recorded(request.out)
     if there is None:
         return request
-    sizes = {name: there[name] for name in ("batch_size", "memory_limit") if getattr(request, name) is None}
+    found = there["settings"]["computed"]
+    sizes = {name: found[name] for name in ("batch_size", "memory_limit") if getattr(computed, name) is None}
     for name, size in sizes.items():
         if not (size is None or (type(size) is int and 0 < size < sys.maxsize)):
             raise ValueError(
                 f"results: the run in {request.out} has {name} {size!r}; expected a number above 0"
             )
-    return replace(request, **sizes)
+    return request.but(replace(computed, **sizes))
 
 
 def _digest(content: object) -> str:

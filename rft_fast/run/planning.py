@@ -14,7 +14,9 @@ from .. import path as paths
 from ..catalogue import Study
 from ..clip import architectures, tokenizers
 from ..config.request import NotFetched, Request
+from ..config.settings import Running
 from ..evaluate import Evaluator
+from ..settings import Layers
 from . import bench, cost, selection, wiring
 from .pieces import Counter, total
 from .wiring import Models
@@ -115,18 +117,18 @@ def _noise(request: Request, images: int) -> datasets.Dataset:
 
 
 def _notes(request: Request, sets: Sequence[datasets.Listed]) -> list[str]:
-    notes: list[str] = []
+    notes = list(request.notices)
     seconds, images = 0.0, 0
     for found in sets:
-        if undecoded := found.undecoded(request.cache):
+        if undecoded := found.undecoded(request.of(Running).cache):
             seconds += undecoded * found.time_decoding()
             images += undecoded
     if images:
-        kept = "and then kept" if request.cache is not None else "and not kept (--no-cache)"
+        kept = "and then kept" if request.of(Running).cache is not None else "and not kept (--no-cache)"
         notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")
     studies = [catalogue.study(name) for name in request.measured]
     few = any(study.measures and study.most_models(request) is not None for study in studies)
-    if few and request.models is None and len(request.zoo.finetuned) > 2:
+    if few and request.of(Layers).models is None and len(request.zoo.finetuned) > 2:
         notes.append("Which models are studied layer by layer, the interpolation will tell; they cost alike.")
     notes += dict.fromkeys(note for study in studies for note in study.assumptions(request))
     return notes

@@ -11,7 +11,7 @@ from ..catalogue import Chosen
 from ..common.program import Stop
 from ..config.request import Request
 from ..studies.chance import among
-from ..studies.facts import Facts, Settings
+from ..studies.facts import Facts
 from . import selection
 from .executor import Copies, Executor
 from .ledger import Ledger
@@ -41,7 +41,7 @@ def measure(
     for phase in catalogue.phases():
         todo: list[Piece] = []
         copies: dict[str, Copies] = {}
-        facts = Facts(run.rows(), Settings.of(vars(request)))
+        facts = Facts(run.rows(), request.settings)
         for what in (each for each in phase if each.name in request.measured):
             study, models = what.name, takes[what.name]
             pieces, copies[study] = executor.pieces(study, models, _some(models, partial(what.choose, facts)))

@@ -6,6 +6,7 @@ import pandas as pd
 
 from .. import catalogue, studies
 from ..config.request import Request
+from ..settings import Layers
 
 
 def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -14,12 +15,12 @@ def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
     These are the models that gain most and least (:func:`rft_fast.studies.best_gains`), as many as
     :func:`how_many` says, or the models that the request names.
     """
-    everyone = list(request.zoo.finetuned)
+    everyone, named = list(request.zoo.finetuned), request.of(Layers).models
     ranked = list(studies.best_gains(rows).sort_values(ascending=False, kind="stable").index)
 
     def chosen(count: int) -> list[str]:
-        if count < len(everyone) and request.models is not None:
-            return request.models
+        if count < len(everyone) and named is not None:
+            return list(named)
         picked = set(ranked[: (count + 1) // 2]) | set(ranked[len(ranked) - count // 2 :])
         return [name for name in everyone if name in picked]
 

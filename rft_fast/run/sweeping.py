@@ -9,14 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from .. import catalogue, results
-from ..common import disk
+from ..common import disk, program
 from ..common.program import Interrupted, Stop
 from ..common.words import cell, message
-from ..config.options import parser
 from ..config.request import NotFetched, Request, unfetched
+from ..config.settings import Running
 from ..report import summary
+from ..settings import Layers
 from ..studies.chance import among
-from ..studies.facts import Facts, Settings
+from ..studies.facts import Facts
 from . import identity, planning, running, trackers
 from .cluster.driver import Cluster, Failed
 from .executor import Executor, InProcess
@@ -34,16 +35,17 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
     executor: Executor | None = None
     try:
         try:
-            if request.plan:
+            if request.of(Running).plan:
                 print(planning.plan(request))
                 return 0
             with held_warnings() as early:
+                early += request.notices
                 request = identity.resumed(request)
-                executor = InProcess(request) if request.workers is None else Cluster(request)
+                executor = InProcess(request) if request.of(Running).workers is None else Cluster(request)
                 asked = identity.dated(executor.config, argv)
-                run = results.Run(request.out, asked, overwrite=request.overwrite)
+                run = results.Run(request.out, asked, overwrite=request.of(Running).overwrite)
                 followers = trackers.open_trackers(
-                    request.track, run.directory, run.config, run.directory.name
+                    request.of(Running).track, run.directory, run.config, run.directory.name
                 )
         except NotFetched as error:
             print(unfetched(error))
@@ -51,10 +53,12 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
         except (OSError, RuntimeError, ValueError) as error:
             if run is not None:
                 run.close()
-            parser().error(str(error))
+            program.parser("sweep").error(str(error))
         with run:
             took = _measure(executor, request, run, argv, followers, early)
-            facts = Facts(run.rows(), Settings.of(vars(request)), among(executor.config))
+            facts = Facts(
+                run.rows(), request.settings, among(executor.config), request.measured, request.everything
+            )
             _draw(request, facts, run, took)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
@@ -76,7 +80,8 @@ def _measure(
     followers: Sequence[trackers.Tracker],
     early: Sequence[str],
 ) -> list[dict[str, object]]:
-    mode = "quiet" if request.quiet else "json" if request.json else "bar"
+    how = request.of(Running)
+    mode = "quiet" if how.quiet else "json" if how.json else "bar"
     with Progress(run.directory / "run.log", mode, followers) as progress:
         progress.start(identity.command(argv), run.directory, run.resumed, executor.size)
         for text in early:
@@ -98,8 +103,8 @@ def _draw(request: Request, facts: Facts, run: results.Run, took: Sequence[Mappi
         if table is not None:
             with disk.replacing(run.table(name)) as temporary:
                 table.map(cell).to_csv(temporary, index=False)
-        study.draw(facts, run.figure(name), request.models)
-    if request.quiet or request.json:
+        study.draw(facts, run.figure(name), request.of(Layers).models)
+    if request.of(Running).quiet or request.of(Running).json:
         return
     print(summary.report(facts, catalogue.studies()))
     print("\n" + summary.took(took))

@@ -23,7 +23,9 @@ from ..common import files
 from ..common.words import visible
 from ..config import zoo
 from ..config.request import Request
+from ..config.settings import Computed, Running
 from ..evaluate import Evaluator, precision
+from ..settings import Along, Layers, Prune, Sharpness
 
 Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
 
@@ -62,11 +64,11 @@ class Models:
         with inputs.reading(file):
             state = checkpoints.load(file, request.device, source.zeroshot.format)
         with _at(file):
-            ends = Ends(setup, state, _classes(source), request.device, stand_ins=request.plan)
+            ends = Ends(setup, state, _classes(source), request.device, stand_ins=request.of(Running).plan)
         for weights in source.finetuned.values():
             with _at(weights.source), inputs.reading(weights.source):
                 ends.check(checkpoints.load(weights.source, "meta", weights.format))
-        live = precision.cast(ends.live, request.precision).to(request.device)
+        live = precision.cast(ends.live, request.of(Computed).precision).to(request.device)
         models = cls(request, ends, live, inputs, common)
         models.hashes[source.zeroshot.source] = inputs.sha256(file)
         first: dict[str, str] = {}  # SHA-256 -> the first model of that file
@@ -96,7 +98,8 @@ class Models:
             if name not in self.layers:  # when it is loaded for the first time
                 self.ends.check_lineage(state, weights.unrelated)
             ends = self.ends.pair(state, name)
-            return paths.Path(self.live, *ends, self.request.granularity, impl=self.request.impl)
+            granularity, impl = self.request.of(Layers).granularity, self.request.of(Computed).impl
+            return paths.Path(self.live, *ends, granularity, impl=impl)
 
     def unchanged(self, name: str) -> AbstractContextManager[None]:
         """Raises files.Changed at the end where a file of this model has changed meanwhile."""
@@ -104,23 +107,24 @@ class Models:
 
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
-        asked = (("--layers", self.request.layers), ("--prune-layers", self.request.prune_layers))
+        request = self.request
+        asked = (("layers", request.of(Layers).layers), ("prune-layers", request.of(Prune).layers))
         for option, layers in asked:
             try:
                 path.select(layers)
             except ValueError as error:
-                raise ValueError(f"argument {option}: {error}") from None
+                raise ValueError(f"{request.named(option)}: {error}") from None
 
     def evaluator(self, sets: Sequence[datasets.Dataset]) -> Evaluator:
-        request = self.request
+        computed = self.request.of(Computed)
         return Evaluator(
             self.live,
             sets,
-            request.batch_size,
-            request.precision,
-            memory_limit=request.memory_limit,
-            graphs=request.graphs,
-            compile=request.compile,
+            computed.batch_size,
+            computed.precision,
+            memory_limit=computed.memory_limit,
+            graphs=computed.graphs,
+            compile=computed.compile,
         )
 
 
@@ -179,8 +183,8 @@ def find_images(request: Request, rows: datasets.Rows) -> list[datasets.Listed]:
             name,
             data.path,
             preprocess(request.zoo),
-            request.samples,
-            request.seed,
+            request.of(Along).samples,
+            request.of(Along).seed,
             kind=data.kind,
             rows=rows,
             label_map=data.labels,
@@ -207,8 +211,8 @@ def load_images(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            ood, skip = request.zoo.data[found.name].ood, request.skip_unreadable
-            sets.append(found.load(ood, progress, cache=request.cache, skip_unreadable=skip))
+            ood, skip = request.zoo.data[found.name].ood, request.of(Computed).skip_unreadable
+            sets.append(found.load(ood, progress, cache=request.of(Running).cache, skip_unreadable=skip))
         if stored is not None:
             stored.append(found.source.stored)
     return sets
@@ -240,14 +244,14 @@ def digest(data: datasets.Dataset) -> str:
 
 def by_layer(request: Request, whole: Counts) -> Counts:
     """The images of what is studied layer by layer: of the data sets named, or the first that is OOD."""
-    names = request.layer_images.names or _first(whole, ood=True)
-    return _some(whole, names, request.layer_images.samples)
+    own = request.of(Layers)
+    return _some(whole, own.data or _first(whole, ood=True), own.samples)
 
 
 def of_sharpness(request: Request, whole: Counts) -> Counts:
     """The images of sharpness: of the data sets named, or the first in distribution."""
-    names = request.sharpness_images.names or _first(whole, ood=False)
-    return _some(whole, names, request.sharpness_images.samples)
+    own = request.of(Sharpness)
+    return _some(whole, own.data or _first(whole, ood=False), own.samples)
 
 
 def _first(whole: Counts, ood: bool) -> list[str]:

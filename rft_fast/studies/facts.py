@@ -6,13 +6,15 @@ Summary, figures and report draw from these, so that all show the same numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import pandas as pd
 
-from ..names import STRAGGLER_MARGIN, XI, ZERO_MARGIN, Criterion, Others, never
+from ..common.fields import Tree
+from ..names import never
+from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
 from .correlation import correlate
 from .interpolate import STUDY as INTERPOLATION
@@ -23,35 +25,8 @@ from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
 from .sharpness import near_zero
 
+_Settings = TypeVar("_Settings")
 ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}  # in words
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What rows do not say of themselves, and their reader must know. Fields are named as a request's are."""
-
-    everything: bool = False  # were all studies requested?
-    measured: Sequence[str] = ()
-    xi: float = XI
-    others: Others = "zeroshot"
-    straggler_margin: float = STRAGGLER_MARGIN
-    zero_margin: float = ZERO_MARGIN
-    keep: float = 0.5
-    criteria: Sequence[Criterion] = ("sharpness",)
-    prune_layers: Sequence[str] | None = None
-    mask_seeds: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, source: Mapping[str, Any]) -> Settings:
-        """Picks the settings out of a request's fields, or of a run's ``config.json``.
-
-        Args:
-            source: with an entry for each field; others are left aside.
-
-        Raises:
-            KeyError: a field has no entry.
-        """
-        return cls(**{field.name: source[field.name] for field in fields(cls)})
 
 
 class Facts:
@@ -61,17 +36,45 @@ class Facts:
 
     Args:
         rows: of any studies; they are not changed.
-        settings: margins, and what the run was to measure.
+        settings: margins, and how it was measured.
         classes: data set -> how many classes it is scored among, as far as it is known.
+        measured: the studies that were to be measured.
+        everything: whether that were all.
     """
 
     def __init__(
-        self, rows: pd.DataFrame, settings: Settings | None = None, classes: Mapping[str, int] | None = None
+        self,
+        rows: pd.DataFrame,
+        settings: Tree | None = None,
+        classes: Mapping[str, int] | None = None,
+        measured: Sequence[str] = (),
+        everything: bool = False,
     ) -> None:
         self.rows = rows
-        self.settings = settings or Settings()
+        self.settings = settings or Tree()
         self.classes = classes or {}
+        self.measured = tuple(measured)
+        self.everything = everything
         self._renamed: Facts | None = None
+
+    def of(self, kind: type[_Settings]) -> _Settings:
+        """The settings of a class."""
+        return self.settings.of(kind)
+
+    def but(
+        self,
+        rows: pd.DataFrame | None = None,
+        settings: Tree | None = None,
+        measured: Sequence[str] | None = None,
+    ) -> Facts:
+        """Facts of other rows, with other settings, or of a run that was to measure other studies."""
+        return Facts(
+            self.rows if rows is None else rows,
+            settings or self.settings,
+            self.classes,
+            self.measured if measured is None else measured,
+            self.everything,
+        )
 
     def part(self, study: str) -> pd.DataFrame:
         """The rows of one study, which may be none."""
@@ -80,7 +83,7 @@ class Facts:
     def renamed(self, rows: pd.DataFrame) -> Facts:
         """Facts of these rows with other names in them, always the same ones; they are made once."""
         if self._renamed is None:
-            self._renamed = Facts(rows, self.settings, self.classes)
+            self._renamed = self.but(rows)
         return self._renamed
 
     @cached_property
@@ -93,7 +96,7 @@ class Facts:
     @cached_property
     def path(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.summarize`."""
-        return summarize(self.rows, self.settings.xi)
+        return summarize(self.rows, self.of(Along).xi)
 
     @cached_property
     def ood_rows(self) -> pd.DataFrame:
@@ -122,7 +125,7 @@ class Facts:
     @cached_property
     def stragglers(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.stragglers`."""
-        return stragglers(self.rows, self.settings.straggler_margin)
+        return stragglers(self.rows, self.of(Layers).straggler_margin)
 
     @cached_property
     def unstable(self) -> dict[str, set[str]]:
@@ -135,7 +138,7 @@ class Facts:
     @cached_property
     def near_zero(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.near_zero`."""
-        return near_zero(self.rows, self.settings.zero_margin)
+        return near_zero(self.rows, self.of(Sharpness).zero_margin)
 
     @cached_property
     def pruning(self) -> pd.DataFrame:
@@ -154,10 +157,10 @@ class Facts:
 
     def to_prune(self, model: str) -> dict[str, list[str]]:
         """Criterion -> the layers of a model that pruning takes."""
-        if self.settings.prune_layers is not None:
-            return {NAMED: list(self.settings.prune_layers)}
+        if (named := self.of(Prune).layers) is not None:
+            return {NAMED: list(named)}
         found: dict[str, list[str]] = {}
-        for criterion in self.settings.criteria:
+        for criterion in self.of(Prune).criteria:
             if criterion == "instability":
                 own = self.stragglers[self.stragglers["model"] == model]
                 found[criterion] = list(own.loc[own["straggler"], "layer"].unique())
@@ -171,10 +174,15 @@ class Facts:
         return found
 
 
-def as_facts(rows: pd.DataFrame | Facts, **settings: float | None) -> Facts:
-    """Facts of rows, or facts as they are, with some settings changed; None changes nothing."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if isinstance(rows, Facts) and not given:
-        return rows
+def as_facts(
+    rows: pd.DataFrame | Facts, straggler_margin: float | None = None, zero_margin: float | None = None
+) -> Facts:
+    """Facts of rows, or facts as they are, with other margins; None: as they are."""
     facts = rows if isinstance(rows, Facts) else Facts(rows)
-    return Facts(facts.rows, replace(facts.settings, **given), facts.classes)  # type: ignore[arg-type]
+    if straggler_margin is not None:
+        facts = facts.but(
+            settings=facts.settings.but(replace(facts.of(Layers), straggler_margin=straggler_margin))
+        )
+    if zero_margin is not None:
+        facts = facts.but(settings=facts.settings.but(replace(facts.of(Sharpness), zero_margin=zero_margin)))
+    return facts

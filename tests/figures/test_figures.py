@@ -22,7 +22,7 @@ from support.tiny_report import make_rows as make_run_rows
 from rft_fast import figures, studies
 from rft_fast.figures import captions, heat, style
 from rft_fast.names import STUDIES
-from rft_fast.studies.facts import Facts, Settings
+from rft_fast.studies.facts import Facts
 
 ALPHAS = np.array([0.0, 0.5, 1.0])
 # model, data set -> accuracy and loss at ALPHAS
@@ -625,7 +625,7 @@ LONG = {"bad": "$/a/" + "runs of-seeds/lr1e-3_wd" * 8 + "/end-00", "fog": "x" * 
 @pytest.fixture(scope="module")
 def long_names() -> Facts:
     rows = ({key: LONG.get(str(value), value) for key, value in row.items()} for row in make_run_rows())
-    return Facts(studies.frame(rows), Settings(measured=["correlation"]))
+    return Facts(studies.frame(rows), measured=["correlation"])
 
 
 @pytest.mark.parametrize("study", STUDIES)

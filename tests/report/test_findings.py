@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from support.tiny_report import CONFIG, FAR, LAYERS, MODELS, make_rows, make_run
+from support.tiny_report import CONFIG, FAR, LAYERS, MODELS, make_facts, make_rows, make_run
 
 from rft_fast import catalogue, figures, studies
 from rft_fast.common import words
+from rft_fast.common.fields import Tree
 from rft_fast.report import runs, summary
 from rft_fast.report.findings import Finding, findings, of_correlation, of_pruning
 from rft_fast.report.findings import verdict as verdict_of
-from rft_fast.studies.facts import Facts, Settings, as_facts
+from rft_fast.settings import Along, Layers, Sharpness
+from rft_fast.studies.facts import Facts, as_facts
 
 ANALYSES = (studies.summarize, studies.stragglers, studies.near_zero, studies.pruning_effect,
             studies.best_gains, studies.correlation, studies.zeroshot_chances)  # fmt: skip
@@ -62,7 +64,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_each_analysis_is_made_once_for_words_figures_and_page(tmp_path: Path, counted: Counter[str]) -> None:
     report = pytest.importorskip("rft_fast.report.output")
     pytest.importorskip("plotly", reason="the page needs plotly")
-    facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 2})
+    facts = make_facts(studies.frame(make_rows()), {FAR: 2})
     assert summary.report(facts, catalogue.studies()) and not counted["best_gains"]
     draw_all(facts, tmp_path)
     once = {analysis.__name__ for analysis in ANALYSES} - {"correlation"} | {"correlate"}
@@ -78,7 +80,7 @@ def test_figures_of_names_that_are_written_out_share_their_facts(
 ) -> None:
     """A dollar begins no formula, and the facts with it escaped are made once for all figures."""
     rows = studies.frame(row | {"model": f"${row['model']}\t"} for row in make_rows())
-    facts = Facts(rows, Settings.of(CONFIG | {"measured": ["layers"]}))
+    facts = make_facts(rows, measured=["layers"])
     draw_all(facts, tmp_path)
     assert [study.name for study in shown(facts)] == [
         "interpolation",
@@ -98,13 +100,14 @@ def test_figures_of_names_that_are_written_out_share_their_facts(
 
 def test_facts_are_the_analyses() -> None:
     rows = studies.frame(make_rows())
-    facts = as_facts(Facts(rows, Settings.of(CONFIG)), straggler_margin=0.4, zero_margin=None)
-    assert facts.settings == dataclasses.replace(Settings.of(CONFIG), straggler_margin=0.4)
-    assert as_facts(facts) is facts and as_facts(rows).settings == Settings()
+    made = make_facts(rows)
+    facts = as_facts(made, straggler_margin=0.4, zero_margin=None)
+    assert facts.settings == made.settings.but(dataclasses.replace(made.of(Layers), straggler_margin=0.4))
+    assert as_facts(facts) is facts and as_facts(rows).settings == Tree()
     for found, expected in (
-        (facts.path, studies.summarize(rows, CONFIG["xi"])),
+        (facts.path, studies.summarize(rows, facts.of(Along).xi)),
         (facts.stragglers, studies.stragglers(rows, 0.4)),
-        (facts.near_zero, studies.near_zero(rows, CONFIG["zero_margin"])),
+        (facts.near_zero, studies.near_zero(rows, facts.of(Sharpness).zero_margin)),
         (facts.pruning, studies.pruning_effect(rows)),
         (facts.correlation, studies.correlation(rows, margin=0.4)),
     ):
@@ -122,7 +125,7 @@ def test_facts_are_the_analyses() -> None:
 
 
 def test_findings_are_sentences_with_what_they_are_about() -> None:
-    facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 2})
+    facts = make_facts(studies.frame(make_rows()), {FAR: 2})
     found = findings(facts, catalogue.studies())
     assert [(one.study, one.dataset, one.model) for one in found] == [
         ("interpolation", FAR, None),  # chance
@@ -139,7 +142,7 @@ def test_findings_are_sentences_with_what_they_are_about() -> None:
     printed = " ".join(summary.report(facts, catalogue.studies()).partition("In short")[2].split())
     assert printed == " ".join(one.text if one.paper else f"- {one.text}" for one in found)
     assert not [Finding("x", "layers")] == found
-    without = Facts(facts.rows, dataclasses.replace(facts.settings, measured=["layers"], everything=False))
+    without = make_facts(facts.rows, measured=["layers"], everything=False)
     assert {one.study for one in findings(without, catalogue.studies())} == {
         "interpolation",
         "layers",
@@ -251,7 +254,7 @@ def test_a_perfect_order_is_told_as_such() -> None:
 
 
 def test_a_set_of_one_class_or_one_image_is_no_evidence() -> None:
-    facts = Facts(studies.frame(make_rows()), Settings.of(CONFIG), {FAR: 1})
+    facts = make_facts(studies.frame(make_rows()), {FAR: 1})
     (said, *others) = findings(facts, catalogue.studies())
     assert "nothing can be concluded" in said.text
     assert all(one.dataset != FAR for one in others)

@@ -304,7 +304,7 @@ def test_bad_input(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
         ("[]", "expected an object"),
         ("{}", "does not say which version"),
         (whole.replace(f'"rft_fast": "{__version__}"', '"rft_fast": "99.0"'), "was made by rft_fast 99.0"),
-        (whole.replace('"xi"', '"psi"'), "lacks xi"),
+        (whole.replace('"settings"', '"setings"'), "lacks settings"),
     ]:
         config.write_text(text)
         assert message in refused(capsys, only_rows)

@@ -178,12 +178,12 @@ def test_what_has_changed_is_told_and_nothing_is_touched(
 
     before = contents()
     for more, message in (
-        (["--layer-alphas", "0", "1"], "layer_alphas [0.0, 0.25, 0.5, 0.75, 1.0] there, [0.0, 1.0] now"),
-        (["--draws", "6"], "draws 4 there, 6 now"),
-        (["--seed", "1"], "seed 0 there, 1 now"),
-        (["--batch-size", "5"], "batch_size None there, 5 now"),
-        (["--noise", "uniform"], "general.noise normal there, uniform now"),
-        (["--models", "b"], "models None there, ['b'] now"),
+        (["--layer-alphas", "0", "1"], "--layer-alphas [0.0, 0.25, 0.5, 0.75, 1.0] there, [0.0, 1.0] now"),
+        (["--draws", "6"], "--draws 4 there, 6 now"),
+        (["--seed", "1"], "--seed 0 there, 1 now"),
+        (["--batch-size", "5"], "--batch-size None there, 5 now"),
+        (["--noise", "uniform"], "--noise normal there, uniform now"),
+        (["--models", "b"], "--models None there, ['b'] now"),
         (["layers"], "studies"),
     ):
         refused([*arguments(zoo, out), *more], message, capsys)

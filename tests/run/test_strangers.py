@@ -24,11 +24,13 @@ from tqdm import tqdm
 from rft_fast import figures, results, sweep
 from rft_fast.clip import allowed, architectures, tokenizers
 from rft_fast.common import disk, terminal, words
-from rft_fast.config import options, request
+from rft_fast.config import request
+from rft_fast.config.settings import Computed, builder
 from rft_fast.finetune import Request, output
 from rft_fast.finetune.settings import Setting
 from rft_fast.finetune.zoo_folder import refuse_links
 from rft_fast.run import identity
+from rft_fast.settings import Along, Layers
 from rft_fast.studies.rows import COLUMNS
 
 # --- files --------------------------------------------------------------------------------------------
@@ -380,35 +382,43 @@ def test_options_say_what_is_measured_and_nothing_else(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    every = {name[2:] for name in options.parser()._option_string_actions if name.startswith("--")}
-    may = {name[2:] for name in options.parser(zoo=False)._option_string_actions}
+    options = builder()
+    every = {name[2:] for name in options.strings}
+    own = {name for name, entry in options.entries.items() if entry.option.own or entry.group.own}
+    may = options.entries.keys() - own
     assert {"samples", "rhos", "precision", "seed", "layers"} < may < every
     never = every - may
     assert {
         *"out overwrite workers cache no-cache track device quiet json memory-limit fetch plan".split()
     } < never
     words = [f'{name} = "{tmp_path / "planted"}"' for name in never] + [f"{name} = true" for name in never]
-    words += ['layers = ["--out", "planted"]', 'layers = ["-h"]', '"out=planted" = true', '"" = true']
+    words += ['"out=planted" = true', '"" = true', "help = true"]
     for line in words:
-        tiny_zoo.refused([str(zoo_file(folder, line))], "options of the zoo", capsys)
+        tiny_zoo.refused([str(zoo_file(folder, line))], "is no option", capsys)
+    asked = request.read([str(zoo_file(folder, 'layers = ["--out", "planted"]'))])  # names, and no words
+    assert asked.of(Layers).layers == ("--out", "planted") and asked.out.parent.name == "rft-runs"
     assert not list(tmp_path.iterdir())
     asked = request.read([str(zoo_file(folder, 'samples = 5\nalphas = "0:1:3"\nbatch-size = 7'))])
-    assert (asked.samples, asked.alphas, asked.batch_size) == (5, [0, 0.5, 1], 7)
+    assert (asked.of(Along).samples, asked.of(Along).alphas) == (5, (0, 0.5, 1))
+    assert asked.of(Computed).batch_size == 7
 
 
 @pytest.mark.parametrize("size", ["9", -1, 0, True, 1e9, [1], 2**70])
 def test_sizes_of_a_run_that_is_resumed_are_numbers(
     folder: Path, tmp_path: Path, size: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def of(sizes: dict[str, object]) -> dict[str, Any]:
+        return {"settings": {"computed": sizes}}
+
     asked = request.read([str(zoo_file(folder)), "--out", str(tmp_path)])
     monkeypatch.setattr(results, "check", lambda *_: None)
     for name in ("batch_size", "memory_limit"):
         there = {"batch_size": None, "memory_limit": 2**30}
-        monkeypatch.setattr(results, "recorded", lambda _, there=there, name=name: there | {name: size})
+        monkeypatch.setattr(results, "recorded", lambda _, there=there, name=name: of(there | {name: size}))
         with pytest.raises(ValueError, match=name):
             identity.resumed(asked)
-        monkeypatch.setattr(results, "recorded", lambda _, there=there: there)
-        assert identity.resumed(asked).memory_limit == 2**30
+        monkeypatch.setattr(results, "recorded", lambda _, there=there: of(there))
+        assert identity.resumed(asked).of(Computed).memory_limit == 2**30
 
 
 # --- the hub ------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from rft_fast.config import request
 from rft_fast.config import zoo as zoos
 from rft_fast.names import STUDIES
 from rft_fast.run import trackers, wiring
+from rft_fast.settings import Layers, Sharpness
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +88,11 @@ def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (out / "figures" / "interpolation.png").stat().st_size > 10_000
 
     config = json.loads((out / "config.json").read_text())
-    assert config["alphas"] == [0, 0.1, 0.5, 1] and config["impl"] == "reference"
-    assert (config["samples"], config["seed"], config["batch_size"]) == (10, 3, 7)
+    assert config["settings"]["along"]["alphas"] == [0, 0.1, 0.5, 1]
+    along, computed = config["settings"]["along"], config["settings"]["computed"]
+    assert (along["samples"], along["seed"], along["xi"]) == (10, 3, 0.05)
+    assert (computed["batch_size"], computed["impl"], computed["device"]) == (7, "reference", "cpu")
+    assert config["run"]["out"] == str(out) and config["run"]["overwrite"] is False
     assert config["finetuned"]["b"]["sha256"] == checkpoints.sha256(zoo / "b.safetensors")
     assert config["zeroshot"]["path"] == str(zoo / "zeroshot.safetensors")
     assert config["data"]["far"]["samples"] == 10 and config["data"]["near"]["ood"] is False
@@ -118,7 +121,7 @@ def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     # The same directory for something else: refused, and nothing in it changes; then replaced on purpose.
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     other = [*arguments, "--xi", "0.06"]
-    refused(other, "asked for something else (xi 0.05 there, 0.06 now); ask for the same", capsys)
+    refused(other, "asked for something else (--xi 0.05 there, 0.06 now); ask for the same", capsys)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     short = ["interpolation", *own_models(zoo), "--alphas", "0", "1"]
     assert sweep.main([*short, "--out", str(out), "--overwrite"]) == 0
@@ -172,7 +175,7 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
     assert set(table.loc[table["measure"] == "stragglers", "layer"]) == {", ".join(unstable)}
     config = json.loads((out / "config.json").read_text())
     assert config["sharpness images"] == {"near": 12} and config["layer images"] == {"far": 39}
-    assert config["general"]["estimator"] == "plain" and config["rhos"] == [0.5, 1.0]
+    assert config["settings"]["sharpness"]["rhos"] == [0.5, 1.0]
     assert config["measured"] == list(STUDIES)
 
     # Every number of the report is one of the rows.
@@ -260,7 +263,7 @@ def test_options_that_take_lists_add_up_or_are_refused(zoo: Path) -> None:
     asked = request.read(["interpolation", *own_models(zoo), *kinds])
     assert {name: source.kind for name, source in asked.zoo.data.items()} == {"near": "folder", "far": "npz"}
     # A zoo's own options are no first time.
-    assert request.read(["--layer-data", "uci"]).layer_images.names == ["uci"]
+    assert request.read(["--layer-data", "uci"]).of(Layers).data == ("uci",)
 
 
 @pytest.mark.slow
@@ -333,20 +336,14 @@ def test_the_digits_zoo_is_the_default(
     assert str(out.relative_to(tmp_path)) in capsys.readouterr().out
 
 
-def test_options_of_a_zoo_are_defaults(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_a_zoo_are_defaults() -> None:
     ours = zoos.digits()
-    assert "--layer-draws" in ours.options
+    assert ours.options["layer-draws"] == 5
     asked = request.read(["--out", "nowhere"])
-    assert (asked.layer_draws, asked.layer_images.names, asked.draws) == (5, ["rotated"], 20)
+    assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (5, ("rotated",))
+    assert asked.of(Sharpness).draws == 20
     asked = request.read(["--out", "nowhere", "--layer-draws", "7", "--layer-data", "uci"])
-    assert (asked.layer_draws, asked.layer_images.names) == (7, ["uci"])
-    wrong = dataclasses.replace(ours, options=("--layer-drawz", "5"))
-    monkeypatch.setattr(zoos, "digits", lambda: wrong)
-    refused(
-        [], "options of the zoo 'digits': there is no option layer-drawz; did you mean layer-draws?", capsys
-    )
+    assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (7, ("uci",))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +397,8 @@ def test_options_of_a_zoo_are_defaults(
         (["--device", "meta"], "'meta' cannot be used"),
         (["--impl", "magic"], "invalid choice: 'magic'"),
         (["--arch", "ViT-B-32"], "missing: --zeroshot, --finetuned, --data or --id-data"),
-        (["--data", "x"], "expected NAME=VALUE, got 'x'"),
+        (["--data", "x"], "missing: --arch, --zeroshot, --finetuned"),
+        (["--data", "x="], "expected NAME=VALUE, got 'x='"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

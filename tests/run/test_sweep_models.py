@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rft_fast import checkpoints, results, sweep
 from rft_fast.config import request, zoo
+from rft_fast.settings import Along
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,10 +252,14 @@ def test_options_of_a_zoo_are_no_entries(
         [options]
     """
     (tmp_path / "zoo.toml").write_text(text + 'head = "zeroshot"')
-    refused(["interpolation", str(tmp_path)], "there is no option head", capsys)
+    refused(
+        ["interpolation", str(tmp_path)],
+        "options.head is no option of a zoo: it belongs to the zoo's other entries",
+        capsys,
+    )
     (tmp_path / "zoo.toml").write_text(text + "samples = 7")
     asked_for = request.read(["interpolation", str(tmp_path)])
-    assert asked_for.samples == 7 and asked_for.out.parent == Path("rft-runs")
+    assert asked_for.of(Along).samples == 7 and asked_for.out.parent == Path("rft-runs")
 
 
 @pytest.mark.slow

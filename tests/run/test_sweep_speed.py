@@ -41,7 +41,10 @@ def test_half_precision_is_near_and_said(zoo: Path, tmp_path: Path) -> None:
         assert set(rows["precision"]) == {name}
         difference = (rows["loss"] - exact["loss"]).abs()
         assert 0 < difference.max() < most
-        assert json.loads((tmp_path / name / "config.json").read_text())["precision"] == name
+        assert (
+            json.loads((tmp_path / name / "config.json").read_text())["settings"]["computed"]["precision"]
+            == name
+        )
 
 
 @pytest.mark.slow

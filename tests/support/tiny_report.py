@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rft_fast import __version__, results
+from rft_fast.config.recorded import tree_of
 from rft_fast.names import STUDIES
+from rft_fast.studies.facts import Facts
 
 EVIL = "<script>document.title='owned'</script>"
 MODELS = ["good", "bad", "<b>c&amp;%{x}"]
@@ -78,11 +80,20 @@ CONFIG: dict[str, Any] = {
     "finetuned": {name: {"path": f"/{i}.pt", "sha256": f"{i}" * 64} for i, name in enumerate(MODELS, 1)},
     "data": {name: {"path": "/d", "ood": ood, "samples": 1234, "sha256 of scored images": "d" * 64}
              for name, ood in SETS.items()},
-    "everything": True, "studies": list(STUDIES), "measured": list(STUDIES), "alphas": ALPHAS,
-    "xi": 0.02, "others": "zeroshot", "straggler_margin": 0.1, "zero_margin": 0.02, "keep": 0.5,
-    "criteria": ["instability"], "prune_layers": None, "mask_seeds": [0, 1], "seed": 0,
+    "everything": True, "studies": list(STUDIES), "measured": list(STUDIES),
+    "settings": {"along": {"alphas": ALPHAS}, "prune": {"criteria": ["instability"], "mask_seeds": 2}},
     "versions": {"rft_fast": __version__, "torch": "2.9"},
 }  # fmt: skip
+
+
+def make_facts(
+    rows: Any,
+    classes: dict[str, int] | None = None,
+    measured: Sequence[str] = STUDIES,
+    everything: bool = True,
+) -> Facts:
+    """The facts of such rows, with the settings of that configuration."""
+    return Facts(rows, tree_of(CONFIG), classes, measured, everything)
 
 
 SHORT = [row for row in make_rows() if row["study"] == "interpolation"]
@@ -109,4 +120,5 @@ def make_other(folder: Path) -> Path:
             row["accuracy"] = float(str(row["accuracy"])) + 0.02
         elif row["study"] == "sharpness":
             row["seed"] = 7  # other noise, the same quantity
-    return make_run(folder, rows, seed=7)
+    settings = {**CONFIG["settings"], "along": {"alphas": ALPHAS, "seed": 7}}
+    return make_run(folder, rows, settings=settings)

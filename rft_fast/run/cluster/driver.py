@@ -7,6 +7,7 @@ from typing import Any
 
 from rft_fast.catalogue import Chosen
 from rft_fast.config.request import Request
+from rft_fast.config.settings import Running
 from rft_fast.run import pieces
 from rft_fast.run.bench import Shared
 from rft_fast.run.executor import Copies, Listener
@@ -31,10 +32,11 @@ class Cluster:
     """
 
     def __init__(self, request: Request) -> None:
-        if request.workers is None:
+        workers = request.of(Running).workers
+        if workers is None:
             raise ValueError("cluster: the request names no workers")
         check()
-        connect(request.workers)
+        connect(workers)
         try:
             self._workers = Workers(request)
         except BaseException:

@@ -13,6 +13,7 @@ from typing import Any
 from rft_fast import results
 from rft_fast.common import meter
 from rft_fast.config.request import Request
+from rft_fast.config.settings import Computed, Running
 
 from .actor import Actor, Problem
 from .connection import client, is_local, reason
@@ -45,9 +46,10 @@ class Workers:
     """
 
     def __init__(self, request: Request) -> None:
-        if request.workers is None:
+        wanted, computed = request.of(Running).workers, request.of(Computed)
+        if wanted is None:
             raise ValueError("cluster: the request names no workers")
-        self._wanted, self._local = request.workers, is_local(request.workers)
+        self._wanted, self._local = wanted, is_local(wanted)
         self._started: list[Any] = []
         self._threads = CORES
         if not self._local:
@@ -56,10 +58,10 @@ class Workers:
         self.size = self._count(request)
         if self._local:
             self._threads = max(1, (os.cpu_count() or 1) // self.size)
-        if self._local and request.device.type == "cpu" and request.memory_limit is None:
+        if self._local and request.device.type == "cpu" and computed.memory_limit is None:
             # Each would take half of what is free.
             share = int(meter.available("cpu") / 2 / self.size)
-            request = replace(request, memory_limit=max(1, share))
+            request = request.but(replace(computed, memory_limit=max(1, share)))
         self.request = request
         self.ready: deque[Any] = deque()
         self.models: dict[int, str] = {}
@@ -72,7 +74,8 @@ class Workers:
             self.kill()
             raise
         # Batches of the same size on each: what is computed together decides the last bits.
-        self.request = replace(request, memory_limit=self.config["memory_limit"])
+        limit = self.config["settings"]["computed"]["memory_limit"]
+        self.request = request.but(replace(computed, memory_limit=limit))
         self.ready.append(first)
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...kernels.contract import Write
 from ...names import ESTIMATORS, NOISE, ON, SAMPLING, WORST_CASE, Estimator, Noise, On
+from ...settings import check_draws
 from ..rows import SEEDS, as_number
 
 VARIANCE = {"normal": 1.0, "uniform": 1 / 3, "rademacher": 1.0}
@@ -97,16 +98,7 @@ class Protocol:
         """Raise TypeError or ValueError unless this number of draws can be made."""
         if not _is_int(draws):
             raise TypeError(f"sharpness: draws must be an integer; got {draws!r}")
-        if draws < 1:
-            raise ValueError(f"sharpness: at least one draw is needed; got {draws}")
-        if self.estimator == "antithetic" and draws % 2:
-            raise ValueError(f"sharpness: antithetic draws come in pairs; got {draws}, use {draws + 1}")
-        if self.goal is not None and draws < 4:
-            raise ValueError(
-                f"sharpness: a standard error to compare with the goal needs 4 draws or more; got {draws}"
-            )
-        if self.goal is not None and self.most < draws:
-            raise ValueError(f"sharpness: most must be at least draws; got {self.most} and {draws}")
+        check_draws(draws, self.estimator, self.goal, self.most)
 
 
 def _is_int(value: object) -> bool:

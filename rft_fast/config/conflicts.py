@@ -1,0 +1,131 @@
+"""Contradictions: a default, or an option of a zoo, gives way to what the command line says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..common.fields import Tree
+from ..names import SAMPLING, WORST_CASE
+from ..settings import Along, Prune, Sharpness, check_draws
+from .builder import COMMAND, ZOO
+
+
+def named(tree: Tree, option: str, zoo: str) -> str:
+    """An option, as whoever gave it knows it: for errors."""
+    return f"option {option} of the zoo {zoo!r}" if tree.giver(option) == ZOO else f"argument --{option}"
+
+
+def settle(tree: Tree, zoo: str, perturbed: bool) -> tuple[Tree, list[str]]:
+    """The settings without contradictions, and a sentence for each option that gave way.
+
+    Args:
+        tree: as they were given.
+        zoo: name of the zoo.
+        perturbed: whether any sharpness is measured.
+
+    Raises:
+        ValueError: the command line, or the zoo, contradicts itself.
+    """
+    settling = _Settling(tree, zoo)
+    if perturbed:
+        settling.positions()
+    settling.draws()
+    if not perturbed:
+        settling.notices.clear()
+    if settling.may_give_way("prune-layers", "criteria") and tree.of(Prune).layers is not None:
+        settling.give_way("prune-layers", None, "--criteria")
+    return settling.tree, settling.notices
+
+
+class _Settling:
+    """Settings that are changed until nothing contradicts the command line."""
+
+    def __init__(self, tree: Tree, zoo: str) -> None:
+        self.tree, self.zoo = tree, zoo
+        self.notices: list[str] = []
+
+    def may_give_way(self, option: str, *to: str) -> bool:
+        """Whether one of the others was given on the command line, and the option was not."""
+        return self.tree.giver(option) != COMMAND and any(self.tree.giver(name) == COMMAND for name in to)
+
+    def give_way(self, option: str, value: Any, to: str) -> None:
+        """Gives an option another value. to: what it contradicted."""
+        kind, field = _FIELDS[option]
+        settings = self.tree.of(kind)
+        was = getattr(settings, field)
+        whose = (
+            named(self.tree, option, self.zoo)
+            if self.tree.giver(option) == ZOO
+            else f"the default of --{option}"
+        )
+        self.notices.append(f"{whose} ({_said(was)}) gives way to {to}: {_said(value)}")
+        self.tree = self.tree.but(replace(settings, **{field: value}))
+
+    @property
+    def _sharpness(self) -> Sharpness:
+        return self.tree.of(Sharpness)
+
+    def positions(self) -> None:
+        alphas, own = self.tree.of(Along).alphas, self._sharpness.alphas
+        extra = sorted(set(own) - set(alphas))
+        if extra and self.may_give_way("sharpness-alphas", "alphas"):
+            left = tuple(alpha for alpha in own if alpha in alphas)
+            self.give_way("sharpness-alphas", left if any(left) else alphas, "--alphas")
+        elif extra or not any(own):
+            where = named(self.tree, "sharpness-alphas", self.zoo)
+            raise ValueError(
+                f"{where}: {extra} are not among --alphas, where accuracies are measured"
+                if extra
+                else f"{where}: expected at least one above 0; no fine-tuned weight matters at 0"
+            )
+
+    def draws(self) -> None:
+        estimators, chosen = self._sharpness.estimators, f"--estimator {self._sharpness.estimator}"
+        if self._sharpness.goal_se is not None and set(estimators) & set(WORST_CASE):
+            if self.may_give_way("goal-se", "estimator"):
+                self.give_way("goal-se", None, chosen)
+        if self._sharpness.noise_batch is not None and not set(estimators) <= set(SAMPLING):
+            if self.may_give_way("noise-batch", "estimator"):
+                self.give_way("noise-batch", None, chosen)
+        goal = self._sharpness.goal_se
+        for option, estimator in zip(("draws", "layer-draws"), estimators, strict=True):
+            draws: int = getattr(self._sharpness, _FIELDS[option][1])
+            if goal is not None and draws < 4 and self.may_give_way(option, "goal-se"):
+                self.give_way(option, 4, "--goal-se")
+            elif estimator == "antithetic" and draws % 2 and self.may_give_way(option, "estimator"):
+                self.give_way(option, draws + 1, chosen)
+        own = self._sharpness
+        most = max(own.draws, own.layer_draws)
+        if goal is not None and own.max_draws < most:
+            if not self.may_give_way("max-draws", "draws", "layer-draws"):
+                raise ValueError(
+                    f"{named(self.tree, 'max-draws', self.zoo)}: expected at least --draws and "
+                    f"--layer-draws, got {own.max_draws} and {own.draws}, {own.layer_draws}"
+                )
+            self.give_way("max-draws", most, "the number of draws")
+        for draws, estimator in zip((own.draws, own.layer_draws), estimators, strict=True):
+            try:
+                check_draws(draws, estimator, goal, max(own.max_draws, most))
+            except ValueError as error:
+                if self.tree.giver("estimator") != ZOO:
+                    raise
+                raise ValueError(f"{error} ({named(self.tree, 'estimator', self.zoo)})") from None
+
+
+# Option that may give way -> its field.
+_FIELDS: dict[str, tuple[Any, str]] = {
+    "sharpness-alphas": (Sharpness, "alphas"),
+    "goal-se": (Sharpness, "goal_se"),
+    "noise-batch": (Sharpness, "noise_batch"),
+    "draws": (Sharpness, "draws"),
+    "layer-draws": (Sharpness, "layer_draws"),
+    "max-draws": (Sharpness, "max_draws"),
+    "prune-layers": (Prune, "layers"),
+}
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_said, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,81 @@
+"""``config.json``: settings as a tree, also of runs of versions that had them side by side in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..common.fields import Entry, Tree
+from .settings import builder
+
+_SIGNS = {"alphas", "rhos", "general", "layerwise", "measured"}
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as this version writes it; settings that are not recorded have their defaults.
+
+    Args:
+        config: of a sweep of any version; others are returned as they are.
+    """
+    if "settings" not in config:
+        if not config.keys() >= _SIGNS:
+            return dict(config)
+        config = _nested(config)
+    options = builder()
+    return {**config, "settings": options.as_json(options.of_json(config))["settings"]}
+
+
+def tree_of(config: Mapping[str, Any]) -> Tree:
+    """The settings that an :func:`upgraded` configuration records."""
+    return builder().of_json(config)
+
+
+def option_of(names: Sequence[str]) -> str | None:
+    """The option that an entry records, by all names of the entry; None: none."""
+    return builder().option_of(names)
+
+
+def shown_as(names: Sequence[str], between: str = " › ") -> str:
+    """What people know an entry by: its option, or else all its names."""
+    option = option_of(names)
+    return between.join(names) if option is None else f"--{option}"
+
+
+def counts_elsewhere(names: Sequence[str]) -> bool:
+    """Whether an entry only says how another one came about, which counts instead."""
+    entry = _entry(names)
+    return entry is not None and bool(entry.option.more.get("comes to"))
+
+
+def _entry(names: Sequence[str]) -> Entry | None:
+    option = option_of(names)
+    return None if option is None else builder().entries[option]
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat configuration as a tree."""
+    left = dict(flat)
+    general, layerwise = left.pop("general"), left.pop("layerwise")
+    both = general["estimator"] == layerwise["estimator"]
+    usual = (general["on"], layerwise["on"]) == ("interpolated", "finetuned")
+    left |= {
+        "estimator": general["estimator"] if both else "auto",
+        "on": None if usual else general["on"],
+        "noise": general["noise"],
+        "no_adaptive": general["adaptive"],
+        "noise_batch": general["noise_batch"],
+        "goal_se": general["goal"],
+        "max_draws": general["most"],
+        "no_control": left.pop("control"),
+        "no_graphs": left.pop("graphs"),
+        "mask_seeds": len(left["mask_seeds"]),
+    }
+    for which in ("layer", "sharpness"):
+        images = left.get(f"{which} images", {})
+        left |= {f"{which}_data": [*images], f"{which}_samples": max(images.values(), default=1)}
+    left.pop("options of the zoo", None)
+    settings: dict[str, Any] = {}
+    for name, entry in builder().entries.items():
+        if entry.group.place[:1] == ("settings",) and (key := name.replace("-", "_")) in left:
+            settings.setdefault(entry.group.place[1], {})[entry.field] = left.pop(key)
+    return {**left, "settings": settings}

@@ -1,0 +1,332 @@
+"""What the paper's studies measure: one frozen dataclass for each group of their options.
+
+A field is an option of the sweep, an entry of a zoo's ``[options]`` and one of ``config.json``: to add an
+option, add a field, and use it. Nothing large is loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from . import names
+from .common.fields import Group, option
+from .common.numeric import above_zero, check_alphas, fraction, positive, spaced, whole
+from .names import Criterion, Estimator, Method, Noise, On, Others
+from .path.layers import layer_of
+
+_T = TypeVar("_T")
+
+
+def once(values: Sequence[_T]) -> tuple[_T, ...]:
+    """The values, each of which may be given once. Raises ValueError."""
+    if twice := [str(value) for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"given more than once: {', '.join(twice)}")
+    return tuple(values)
+
+
+def different(values: Sequence[_T]) -> tuple[_T, ...]:
+    """The values without those that come again."""
+    return tuple(dict.fromkeys(values))
+
+
+def _alphas(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(check_alphas(values))
+
+
+def _granularity(text: str) -> str:
+    layer_of("name", text)
+    return text
+
+
+def _rhos(values: Sequence[float]) -> tuple[float, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected each once, got {list(values)}")
+    return tuple(sorted(values))
+
+
+def _ascending(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(sorted(set(values)))
+
+
+def _keep(text: str) -> float:
+    if not (value := fraction(text)):
+        raise ValueError("expected a fraction above 0")
+    return value
+
+
+def _names(help: str, name: str | None = None, whole: Any = once, **how: Any) -> Any:
+    """An option that takes names, of which there are none by default."""
+    return option(None, help, name=name, metavar="NAME", many="once", whole=whole, **how)
+
+
+# What decides whether two runs are the same is which images these come to.
+_IMAGES = {"comes to": "images"}
+
+ALPHAS = tuple(spaced("0:1:11"))
+
+
+@dataclass(frozen=True)
+class Along:
+    """The path.
+
+    Attributes:
+        alphas: positions, ascending, 0 and 1 among them.
+        samples: images of each data set, drawn at random; None: all.
+        seed: of the choice of images, and of the noise.
+        xi: gain in accuracy that counts as high, as a fraction.
+    """
+
+    GROUP: ClassVar = Group("what is measured", place=("settings", "along"))
+
+    alphas: tuple[float, ...] = option(
+        ALPHAS,
+        "positions, as numbers or start:stop:count (default: 0:1:11)",
+        metavar="ALPHA",
+        check=spaced,
+        many="once",
+        whole=_alphas,
+    )
+    samples: int | None = option(
+        None, "images of each data set, drawn at random (default: all)", metavar="N", check=positive
+    )
+    seed: int = option(
+        0,
+        "chooses the images of --samples and the noise (default: 0)",
+        metavar="N",
+        check=whole(0, 2**32 - 1),
+    )
+    xi: float = option(
+        names.XI,
+        "gain in accuracy that counts as high, as a fraction (default: %(default)s)",
+        metavar="X",
+        check=fraction,
+    )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What is studied layer by layer.
+
+    Attributes:
+        granularity: ``module``, ``block``, ``tensor`` or ``re:PATTERN``.
+        layers: only these, by name or ``re:PATTERN``; None: all.
+        models: only these; None: as many as each study takes.
+        data: data sets of layers and prune; None: the first out-of-distribution one.
+        samples: images of each, at most.
+        alphas: positions of layer-wise interpolation.
+        others: where the other layers are meanwhile.
+        straggler_margin: instability beyond which a layer is a straggler, in nats.
+    """
+
+    GROUP: ClassVar = Group("layer by layer (layers, layer-sharpness, prune)", place=("settings", "layers"))
+
+    granularity: str = option(
+        "module",
+        "module, block, tensor, or re:PATTERN (default: module)",
+        metavar="HOW",
+        check=_granularity,
+    )
+    layers: tuple[str, ...] | None = _names(
+        "only these layers; re:PATTERN matches whole names (default: all)", whole=tuple
+    )
+    models: tuple[str, ...] | None = _names(
+        "only these fine-tuned models (default: those with the highest and lowest gain in mean accuracy "
+        "out of distribution, two for layers and prune, four for layer-sharpness; all for what correlation "
+        "needs)"
+    )
+    data: tuple[str, ...] | None = _names(
+        "data sets of layers and prune (default: the first out-of-distribution one)",
+        "layer-data",
+        more=_IMAGES,
+    )
+    samples: int = option(
+        1024,
+        "images of each, at most (default: 1024)",
+        name="layer-samples",
+        metavar="N",
+        check=positive,
+        more=_IMAGES,
+    )
+    alphas: tuple[float, ...] = option(
+        ALPHAS,
+        "positions of layers (default: as --alphas)",
+        name="layer-alphas",
+        metavar="ALPHA",
+        check=spaced,
+        many="once",
+        whole=_alphas,
+        follows="alphas",
+    )
+    others: Others = option(
+        "zeroshot",
+        "where the other layers are in layers (default: zeroshot)",
+        choices=tuple(names.OTHERS),
+    )
+    straggler_margin: float = option(
+        names.STRAGGLER_MARGIN,
+        "instability beyond which a layer is a straggler (default: %(default)s)",
+        metavar="NATS",
+        check=above_zero,
+    )
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """How sharpness is measured, of all weights and layer by layer.
+
+    Attributes:
+        rhos: scales of the noise, ascending, in units of |w|.
+        draws: of noise, for all weights. layer_draws: for each layer.
+        alphas: positions, some of the path's. data: data sets; None: the first in-distribution one, else the
+            first. samples: images of each, at most.
+        estimator: see :class:`rft_fast.studies.Protocol`; ``auto``: gradient, but plain for all weights where
+            a rho is above 0.2.
+        on: which weights are perturbed; None: interpolated, and layer by layer fine-tuned ones.
+        noise, adaptive, noise_batch: as of the protocol.
+        normalize_logits: whether logits are centred and divided by their norm before the loss.
+        goal_se: draws go on until the standard error is this small, in nats. max_draws: but no further.
+        zero_margin: layer-wise sharpness within which a layer is near zero, in nats.
+    """
+
+    GROUP: ClassVar = Group(
+        "sharpness (sharpness, layer-sharpness, prune, correlation)", place=("settings", "sharpness")
+    )
+
+    rhos: tuple[float, ...] = option(
+        (1.0,),
+        "noise in units of |w| (default: 1.0, the paper's)",
+        metavar="RHO",
+        check=above_zero,
+        many="once",
+        whole=_rhos,
+    )
+    draws: int = option(20, "of noise (default: 20)", metavar="N", check=positive)
+    layer_draws: int = option(
+        20, "of noise for each layer (default: as --draws)", metavar="N", check=positive, follows="draws"
+    )
+    alphas: tuple[float, ...] = option(
+        ALPHAS,
+        "positions, some of --alphas (default: as --alphas)",
+        name="sharpness-alphas",
+        metavar="ALPHA",
+        check=spaced,
+        many="once",
+        whole=_ascending,
+        follows="alphas",
+    )
+    data: tuple[str, ...] | None = _names(
+        "data sets (default: the first in-distribution one, else the first)",
+        "sharpness-data",
+        more=_IMAGES,
+    )
+    samples: int = option(
+        1024,
+        "images of each, at most (default: 1024)",
+        name="sharpness-samples",
+        metavar="N",
+        check=positive,
+        more=_IMAGES,
+    )
+    estimator: Estimator | str = option(
+        "auto",
+        "plain draws, antithetic pairs, draws less their linear term (gradient: the fewest draws where "
+        "rho or the layer is small), hessian (the limit for small rho), or the worst case (apgd-...); auto, "
+        "the default: gradient, but plain for all weights where a rho is above 0.2, where it gains nothing",
+        choices=("auto", *names.ESTIMATORS),
+    )
+    on: On | None = option(
+        None,
+        "which weights are perturbed (default: interpolated, layer by layer finetuned)",
+        choices=names.ON,
+    )
+    noise: Noise = option("normal", "(default: normal)", choices=names.NOISE)
+    adaptive: bool = option(True, "noise of the same size for every weight, not of |w|")
+    noise_batch: int | None = option(
+        None,
+        "noise anew for every N images, as in published code (default: one draw for all)",
+        metavar="N",
+        check=positive,
+    )
+    normalize_logits: bool = option(False, "centre the logits and divide them by their norm before the loss")
+    goal_se: float | None = option(
+        None,
+        "go on drawing until the standard error is this small (from 20 draws or more: docs/studies.md)",
+        metavar="NATS",
+        check=above_zero,
+    )
+    max_draws: int = option(1000, "but no further (default: 1000)", metavar="N", check=positive)
+    zero_margin: float = option(
+        names.ZERO_MARGIN,
+        "layer-wise sharpness within which a layer is near zero (default: %(default)s)",
+        metavar="NATS",
+        check=above_zero,
+    )
+
+    @property
+    def estimators(self) -> tuple[Estimator, Estimator]:
+        """Those of all weights, and of single layers."""
+        if self.estimator == "auto":
+            return ("plain" if max(self.rhos) > 0.2 else "gradient", "gradient")
+        return (self.estimator, self.estimator)  # type: ignore[return-value]  # choices has them
+
+
+def check_draws(draws: int, estimator: Estimator, goal: float | None, most: int) -> None:
+    """Refuses a number of draws that cannot be made.
+
+    Args:
+        draws: of noise. estimator: that they are for.
+        goal: the wanted standard error in nats, or None. most: number of draws that it may take.
+
+    Raises:
+        ValueError: they are none, odd where they come in pairs, or too few or too many for the goal.
+    """
+    if draws < 1:
+        raise ValueError(f"sharpness: at least one draw is needed; got {draws}")
+    if estimator == "antithetic" and draws % 2:
+        raise ValueError(f"sharpness: antithetic draws come in pairs; got {draws}, use {draws + 1}")
+    if goal is not None and draws < 4:
+        raise ValueError(
+            f"sharpness: a standard error to compare with the goal needs 4 draws or more; got {draws}"
+        )
+    if goal is not None and most < draws:
+        raise ValueError(f"sharpness: most must be at least draws; got {most} and {draws}")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What is pruned, and how (Algorithm 1).
+
+    Attributes:
+        criteria: by which stragglers are found. layers: these layers instead, by name or ``re:PATTERN``.
+        keep: fraction of the weights that survives. methods: what the others become.
+        mask_seeds: number of random masks. control: whether as many layers at random are pruned beside them.
+    """
+
+    GROUP: ClassVar = Group("prune", place=("settings", "prune"))
+
+    criteria: tuple[Criterion, ...] = option(
+        names.CRITERIA,
+        "how stragglers are told: sharpness near zero (Algorithm 1), instability (default: both)",
+        choices=names.CRITERIA,
+        many="once",
+        whole=different,
+    )
+    layers: tuple[str, ...] | None = _names(
+        "prune these layers instead (re:PATTERN, too)", "prune-layers", whole=tuple
+    )
+    keep: float = option(
+        0.5, "fraction of the weights that survives (default: 0.5)", metavar="P", check=_keep
+    )
+    methods: tuple[Method, ...] = option(
+        ("zero",),
+        "what pruned weights become: zero (default), zeroshot, rescale (zeroshot, and the rest moves "
+        "further: DARE); magnitude: zero, for the smallest",
+        choices=names.METHODS,
+        many="once",
+        whole=different,
+    )
+    mask_seeds: int = option(3, "number of random masks (default: 3)", metavar="N", check=positive)
+    control: bool = option(True, "do not prune as many layers at random beside them")

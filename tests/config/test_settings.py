@@ -1,0 +1,331 @@
+"""Settings: one field is an option of the command line, of a zoo and of config.json; words in any order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from support import tiny_zoo
+from support.tiny_zoo import own_models, refused
+
+from rft_fast import catalogue, results, sweep
+from rft_fast.catalogue import Study
+from rft_fast.common.fields import Group, Tree, option
+from rft_fast.common.numeric import positive
+from rft_fast.config import recorded, request
+from rft_fast.config.builder import COMMAND, ZOO, Builder
+from rft_fast.config.settings import Computed, Models, Running, builder
+from rft_fast.settings import Along, Layers, Prune, Sharpness
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
+
+
+def zoo_file(folder: Path, *options: str) -> Path:
+    lines = ['name = "tiny"', 'arch = "tiny.json"', 'zeroshot = "zeroshot.safetensors"', "[finetuned]"]
+    lines += ['a = "a.safetensors"', "[data.far]", 'path = "far.npz"', "[options]", *options]
+    (folder / "zoo.toml").write_text("\n".join(lines))
+    return folder / "zoo.toml"
+
+
+# --- an option is one field -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """Settings of a study that is not the paper's."""
+
+    GROUP: ClassVar = Group("toy", place=("settings", "toy"))
+
+    turns: int = option(3, "how often it turns (default: %(default)s)", metavar="N", check=positive)
+    loud: bool = option(True, "be silent", name="no-noise-at-all")
+
+
+class Toys(Study):
+    name = "toys"
+    help = "what is no study of the paper"
+    options = Toy
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "_TABLE", {**catalogue._TABLE, "toys": Toys()})
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_new_field_is_an_option_everywhere(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--turns N how often it turns (default: 3)" in printed and "--no-noise-at-all be silent" in printed
+
+    file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), "turns = 4", "no-noise-at-all = true")
+    assert request.read([]).of(Toy) == Toy()
+    assert request.read([str(file)]).of(Toy) == Toy(4, False)
+    assert request.read([str(file), "--turns", "5"]).of(Toy) == Toy(5, False)
+    refused(["--turns", "0"], "argument --turns: expected an integer from 1", capsys)
+    zoo_file(file.parent, "turns = 0")
+    refused([str(file)], f"{file}: options.turns expected an integer from 1", capsys)
+    zoo_file(file.parent, "turms = 4")
+    refused([str(file)], "options.turms is no option; did you mean turns?", capsys)
+
+    words = ["interpolation", *own_models(zoo), "--alphas", "0", "1", "--device", "cpu", "--quiet"]
+    words += ["--out", str(tmp_path / "run")]
+    assert sweep.main([*words, "--turns", "6"]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["toy"] == {"turns": 6, "loud": True}
+    refused(words, "(--turns 6 there, 3 now)", capsys)
+
+
+@pytest.mark.usefixtures("toys")
+def test_runs_from_before_an_option_have_its_default(tmp_path: Path) -> None:
+    config = {"settings": {"along": {"xi": 0.1}}}
+    with results.Run(tmp_path, config):
+        pass
+    there = results.recorded(tmp_path)
+    assert there is not None and there["settings"]["toy"] == {"turns": 3, "loud": True}
+    assert there["settings"]["along"]["xi"] == 0.1
+
+
+def test_two_fields_of_one_option_are_refused() -> None:
+    with pytest.raises(ValueError, match="two fields are the option alphas"):
+        Builder([Along, Along])
+
+
+def test_a_tree_holds_settings_by_class() -> None:
+    tree = Tree(Along(seed=3))
+    assert tree.of(Along).seed == 3 and tree.of(Prune) == Prune()
+    changed = tree.but(Along(seed=4), Prune(keep=0.1))
+    assert (changed.of(Along).seed, changed.of(Prune).keep, tree.of(Along).seed) == (4, 0.1, 3)
+    assert tree == Tree(Along(seed=3)) != changed
+
+
+def test_json_gives_the_tree_back() -> None:
+    options = builder()
+    tree = options.tree(
+        {
+            ZOO: {"layer-draws": 5, "xi": 0.5},
+            COMMAND: {"xi": 0.25, "alphas": (0.0, 0.5, 1.0), "layers": ("a", "b"), "no-control": False},
+        }
+    )
+    assert tree.of(Along).xi == 0.25 and tree.of(Layers).alphas == (0.0, 0.5, 1.0)
+    assert (tree.giver("xi"), tree.giver("layer-draws"), tree.giver("seed")) == (COMMAND, ZOO, "")
+    config = json.loads(json.dumps(options.as_json(tree)))
+    assert options.of_json(config) == tree
+    assert set(config) == {"settings", "run"}
+    assert set(config["settings"]) == {"along", "layers", "sharpness", "prune", "computed"}
+
+
+def test_defaults_pass_their_own_checks() -> None:
+    """What the help calls the default is what the option makes of it."""
+    for name, entry in builder().entries.items():
+        values = entry.default if entry.option.many else (entry.default,)
+        if entry.flag or entry.default in (None, ()):
+            continue
+        assert entry.option.choices is None or set(values) <= set(entry.option.choices), name
+        if entry.option.whole is not None:
+            assert entry.option.whole(list(values)) == entry.default, name
+
+
+# --- runs of earlier versions -----------------------------------------------------------------------------
+
+PROTOCOL = {"estimator": "plain", "on": "interpolated", "noise": "uniform", "adaptive": False, "seed": 2}
+PROTOCOL |= {"noise_batch": 128, "goal": 0.1, "most": 500}
+FLAT: dict[str, Any] = {
+    "measured": ["sharpness"], "alphas": [0.0, 1.0], "samples": 7, "seed": 2, "xi": 0.1,
+    "granularity": "block", "layers": ["a"], "models": None, "layer_alphas": [0.0, 0.5, 1.0],
+    "others": "finetuned", "straggler_margin": 0.2, "sharpness_alphas": [1.0], "rhos": [0.5], "draws": 8,
+    "layer_draws": 6, "normalize_logits": True, "general": PROTOCOL, "zero_margin": 0.3, "keep": 0.25,
+    "layerwise": {**PROTOCOL, "estimator": "gradient", "on": "finetuned"}, "criteria": ["instability"],
+    "prune_layers": ["b"], "methods": ["magnitude"], "mask_seeds": [2, 3, 4, 5], "control": False,
+    "precision": "ieee", "graphs": False, "compile": True, "skip_unreadable": True, "batch_size": 5,
+    "memory_limit": 99, "impl": "native", "device": "cpu", "layer images": {"far": 39},
+    "sharpness images": {"near": 12}, "options of the zoo": ["--xi", "0.1"], "zoo": "tiny",
+}  # fmt: skip
+
+
+def test_a_flat_configuration_becomes_the_tree() -> None:
+    found = recorded.upgraded(FLAT)
+    tree = recorded.tree_of(found)
+    assert tree.of(Along) == Along((0.0, 1.0), 7, 2, 0.1)
+    assert tree.of(Layers) == Layers(
+        "block", ("a",), None, ("far",), 39, (0.0, 0.5, 1.0), "finetuned", straggler_margin=0.2
+    )
+    assert tree.of(Sharpness) == Sharpness(
+        (0.5,), 8, 6, (1.0,), ("near",), 12, "auto", None, "uniform", False, 128, True, 0.1, 500, 0.3
+    )
+    assert tree.of(Prune) == Prune(("instability",), ("b",), 0.25, ("magnitude",), 4, False)
+    assert tree.of(Computed) == Computed("native", 5, "ieee", False, True, "cpu", 99, True)
+    left = {"measured", "zoo", "layer images", "sharpness images", "settings"}
+    assert set(found) == left and recorded.upgraded(found) == found
+    one = recorded.upgraded(FLAT | {"layerwise": PROTOCOL})  # one estimator, and one place, for both
+    assert recorded.tree_of(one).of(Sharpness).estimator == "plain"
+    assert recorded.tree_of(one).of(Sharpness).on == "interpolated"
+
+
+def test_what_is_no_sweeps_configuration_is_left_alone() -> None:
+    assert recorded.upgraded({"alphas": [0, 1], "xi": 3}) == {"alphas": [0, 1], "xi": 3}
+
+
+# --- words in any order -----------------------------------------------------------------------------------
+
+
+def test_words_and_options_in_any_order(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = own_models(zoo)  # it ends with the values of --id-data
+    asked = request.read([*own, "interpolation", "--data", f"b={zoo / 'far.npz'}", "layers"])
+    assert asked.studies == ["interpolation", "layers"] and set(asked.zoo.data) == {"far", "b", "near"}
+    file = str(zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo"))))
+    for where in (file, str(tmp_path / "zoo")):
+        asked = request.read(["--alphas", "0", ".5", "1", where, "--xi", "0.1", "prune"])
+        assert asked.zoo.name == "tiny" and asked.of(Along).alphas == (0, 0.5, 1)
+        assert asked.studies == ["prune"]
+    asked = request.read(["--layers", "visual.conv1", "layers"])
+    assert asked.of(Layers).layers == ("visual.conv1",) and asked.studies == ["layers"]
+    asked = request.read(["--layers", "layers", "--xi=0.1", "layers"])  # the first value is one
+    assert asked.of(Layers).layers == ("layers",) and asked.studies == ["layers"]
+    asked = request.read(["--criteria", "sharpness", "prune", "--", "layers"])
+    assert asked.of(Prune).criteria == ("sharpness",) and asked.studies == ["layers", "prune"]
+    asked = request.read(["--criteria", "instability", "sharpness"])
+    assert asked.of(Prune).criteria == ("instability", "sharpness") and len(asked.studies) == 6
+    monkeypatch.chdir(zoo)
+    asked = request.read([*own[:-2], "--finetuned", "c.safetensors", "sharpness", "--no-graphs", "layers"])
+    assert list(asked.zoo.finetuned) == ["a", "b", "c"] and asked.studies == ["layers", "sharpness"]
+
+
+def test_a_file_with_the_name_of_a_study_is_refused_with_the_cure(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(zoo, tmp_path / "zoo"))
+    shutil.copy(folder / "a.safetensors", folder / "layers")
+    monkeypatch.chdir(folder)
+    models = ["--arch", "tiny.json", "--zeroshot", "zeroshot.safetensors", "--data", "far.npz"]
+    refused([*models, "--finetuned", "b.safetensors", "layers"], "write ./layers for the file", capsys)
+    asked = request.read(["interpolation", *models, "--finetuned", "b.safetensors", "./layers"])
+    assert list(asked.zoo.finetuned) == ["b", "layers"]
+
+
+def test_data_go_by_the_name_of_their_folder(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--arch", "../tiny.json", "--zeroshot", "../zeroshot.safetensors"]
+    models += ["--finetuned", "../a.safetensors"]
+    monkeypatch.chdir(zoo / "near")
+    asked = request.read([*models, "--data", ".", "../far.npz", f"x={zoo}/near", "interpolation"])
+    assert list(asked.zoo.data) == ["near", "far", "x"] and asked.zoo.data["near"].path == Path(".")
+    clash = [*models, "--data", "../near", "--id-data", "."]
+    refused(clash, "given more than once: near; give each a name of its own: NAME=PATH", capsys)
+    refused([*models, "--data", "/"], "/ has no name of its own; give it one: NAME=/", capsys)
+    refused([*models, "--data", "nowhere"], "nowhere: there is no nowhere", capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--sampels", "3"], "did you mean --samples?"),
+        (["--nothing-like-it"], "--help lists the options"),
+        (["--xi", "2"], "--help lists the options"),
+        (["interpolatoin"], "--help lists the options"),
+    ],
+)
+def test_an_error_is_a_line_and_a_hint(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(words)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("sweep: error: ") and second.startswith("(") and hint in second
+
+
+# --- what gives way ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "kind", "field", "value", "notice"),
+    [
+        (
+            ["sharpness-alphas = [0, 0.2, 1]"], "--alphas 0:1:3", Sharpness, "alphas", (0, 1),
+            "option sharpness-alphas of the zoo 'tiny' (0, 0.2, 1) gives way to --alphas: 0, 1",
+        ),
+        (["sharpness-alphas = [0.2]"], "--alphas 0 1", Sharpness, "alphas", (0, 1), "to --alphas: 0, 1"),
+        (["layer-draws = 5"], "--estimator antithetic", Sharpness, "layer_draws", 6, "(5) gives way"),
+        (["layer-draws = 3"], "--goal-se 0.1", Sharpness, "layer_draws", 4, "to --goal-se: 4"),
+        ([], "--goal-se 0.1 --draws 2000", Sharpness, "max_draws", 2000, "the default of --max-draws (1000)"),
+        (["goal-se = 0.1"], "--estimator apgd-l2", Sharpness, "goal_se", None, "apgd-l2: none"),
+        (["noise-batch = 8"], "--estimator hessian", Sharpness, "noise_batch", None, "hessian: none"),
+        (['prune-layers = "re:.*"'], "--criteria sharpness", Prune, "layers", None, "to --criteria: none"),
+    ],
+)  # fmt: skip
+def test_what_nobody_said_gives_way(
+    zoo: Path, tmp_path: Path, options: list[str], words: str, kind: type, field: str, value: Any, notice: str
+) -> None:
+    file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), *options)
+    asked = request.read([str(file), "sharpness", "layer-sharpness", "prune", *words.split()])
+    assert getattr(asked.of(kind), field) == value
+    assert len(asked.notices) == 1 and notice in asked.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "message"),
+    [
+        (
+            ["sharpness-alphas = [0.55]"],
+            "",
+            "option sharpness-alphas of the zoo 'tiny': [0.55] are not among",
+        ),
+        ([], "--sharpness-alphas 0.55", "argument --sharpness-alphas: [0.55] are not among"),
+        (['estimator = "antithetic"'], "--draws 5", "use 6 (option estimator of the zoo 'tiny')"),
+        (['layer-data = "nowhere"'], "", "option layer-data of the zoo 'tiny': there is no data set"),
+        (['models = "x"'], "", "option models of the zoo 'tiny': there is no fine-tuned model 'x'"),
+        (['layers = "visual.conv2"'], "", "option layers of the zoo 'tiny': "),
+    ],
+)
+def test_what_cannot_give_way_is_explained(
+    zoo: Path, tmp_path: Path, options: list[str], words: str, message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), *options)
+    refused([str(file), *words.split(), "--out", str(tmp_path / "run"), "--device", "cpu"], message, capsys)
+
+
+def test_nothing_is_said_where_it_does_not_matter() -> None:
+    assert request.read(["--alphas", "0:1:3", "interpolation"]).notices == ()
+    (notice,) = request.read(["--alphas", "0:1:3"]).notices
+    assert notice.startswith("option sharpness-alphas of the zoo 'digits' (0, 0.2, 0.6, 1)")
+
+
+@pytest.mark.slow
+def test_what_gave_way_is_said_by_the_run_and_by_its_plan(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), "sharpness-alphas = [0.5]")
+    words = [str(file), "sharpness", "--alphas", "0", "1", "--draws", "2", "--device", "cpu"]
+    assert sweep.main([*words, "--plan"]) == 0
+    assert "gives way to --alphas: 0, 1" in capsys.readouterr().out
+    assert sweep.main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count("gives way to --alphas: 0, 1") == 1
+    assert "gives way to --alphas: 0, 1" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_one_estimator_has_one_name() -> None:
+    """What is the same run is recorded the same, so that it resumes."""
+    for words, name in (
+        ("--rhos 0.1", "gradient"),
+        ("--rhos 0.1 --estimator gradient", "gradient"),
+        ("--rhos 1", "auto"),
+        ("--rhos 1 --estimator gradient", "gradient"),
+    ):
+        assert request.read(["sharpness", *words.split()]).of(Sharpness).estimator == name
+
+
+def test_models_and_running_settings_are_no_zoos_to_give() -> None:
+    for name, entry in builder().entries.items():
+        if entry.kind in (Models, Running):
+            assert entry.option.own or entry.group.own, name
