@@ -141,7 +141,7 @@ class Work:
                 if not ours:
                     tqdm.write(f"{name}: being made by another process, skipped")
                     outcome.skipped.append(name)
-                elif self._folder.is_there(name):
+                elif self._folder.is_finished(name):
                     tqdm.write(f"{name}: already there, skipped")
                     outcome.skipped.append(name)
                     self._folder.keeper(name).file.unlink(missing_ok=True)
@@ -173,7 +173,7 @@ class Work:
 
         def finished(rows: Sequence[Row]) -> None:
             output.write_rows(self._folder.table(name), rows)
-            _tell(name, rows[-1], setting.epochs)
+            _report(name, rows[-1], setting.epochs)
 
         train(
             model,
@@ -213,7 +213,7 @@ class Work:
             _Head(self._model),
             batches,
             head,
-            finished=lambda rows: _tell(f"{name}, head alone", rows[-1], head.epochs),
+            finished=lambda rows: _report(f"{name}, head alone", rows[-1], head.epochs),
             label=f"{name}, head alone",
             stop=self._stop,
         )
@@ -231,7 +231,7 @@ class _Head(nn.Module):
         return self.classify(features)
 
 
-def _tell(name: str, row: Row, epochs: int) -> None:
+def _report(name: str, row: Row, epochs: int) -> None:
     scores = "".join(f", {data} {100 * value:.1f} %" for data, value in row.items() if data not in COLUMNS)
     tqdm.write(
         f"{name}: epoch {row['epoch']} of {epochs}, loss {row['loss']:.4f}{scores}, {row['seconds']:.0f} s"

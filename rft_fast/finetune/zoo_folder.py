@@ -83,15 +83,15 @@ class ZooFolder:
         file = self._path / f"{name}.resume"
         return output.FileKeeper(file, self._configuration(name), self._request.keep_every)
 
-    def is_there(self, name: str) -> bool:
+    def is_finished(self, name: str) -> bool:
         """Whether a model is finished; refuses a file of another origin or configuration."""
         file = self.file(name)
         if not file.exists():
             return False
-        there = output.configuration_of(file)
-        if there is None:
+        found = output.configuration_of(file)
+        if found is None:
             raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
-        if different := "; ".join(differences(there, self._configuration(name))):
+        if different := "; ".join(differences(found, self._configuration(name))):
             raise ValueError(
                 f"finetune: {file} was made with another configuration ({different}); choose another --out"
             )
@@ -101,13 +101,13 @@ class ZooFolder:
         """Refuse files and states of another configuration, and files that would be replaced."""
         for name, content in self._beside.items():
             output.check_json(self._path / name, content)
-        start = self.is_there(RESERVED)
-        there = [name for name in self._request.settings if self.is_there(name)]
-        if there and not start:
+        start = self.is_finished(RESERVED)
+        finished = [name for name in self._request.settings if self.is_finished(name)]
+        if finished and not start:
             raise ValueError(f"finetune: {self._path} has models but no {output.START}; choose another --out")
         for name in self._request.settings:
             table = self.table(name)
-            if name in there or self.keeper(name).load() is not None or not table.exists():
+            if name in finished or self.keeper(name).load() is not None or not table.exists():
                 continue
             if not self.file(name).exists():  # otherwise another process has just finished it
                 raise ValueError(
@@ -132,7 +132,7 @@ class ZooFolder:
         """
         self._path.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            if self.is_there(RESERVED):
+            if self.is_finished(RESERVED):
                 weights = self.start() or weights
             else:
                 self.write_model(RESERVED, weights)
@@ -151,12 +151,12 @@ class ZooFolder:
         with self._locked():
             names = [name for name in self._request.settings if self.file(name).exists()]
             for file in sorted(self._path.glob("*.safetensors")):
-                there: output.Configuration | None = None
+                found: output.Configuration | None = None
                 with suppress(ValueError):  # not a file of fine-tuning
-                    there = output.configuration_of(file)
-                if there is None or "setting" not in there or file.stem in names:
+                    found = output.configuration_of(file)
+                if found is None or "setting" not in found or file.stem in names:
                     continue
-                if shared.items() <= there.items():
+                if shared.items() <= found.items():
                     names.append(file.stem)
             if names:
                 output.write_zoo(self._path, self._entries, names, self._data)

@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _says_its_name(function: Callable[P, R]) -> Callable[P, R]:
+def _errors_by_own_name(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function so that its errors begin with its own name instead of the contract's ``write``."""
 
     @functools.wraps(function)
@@ -108,7 +108,7 @@ def write_(
     torch.autograd.graph.increment_version([row.out for row in rows])
 
 
-@_says_its_name
+@_errors_by_own_name
 def interpolate_(
     out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: Impl = "auto"
 ) -> None:
@@ -134,7 +134,7 @@ def interpolate_(
     write_(out, zeroshot, finetuned, alpha, impl=impl)
 
 
-@_says_its_name
+@_errors_by_own_name
 def perturb_(
     params: Tensors,
     rho: float,
@@ -201,7 +201,7 @@ def noise_like(
     noise: Noise = "normal",
     impl: Impl = "auto",
 ) -> list[Tensor]: ...
-@_says_its_name
+@_errors_by_own_name
 def noise_like(
     params: Tensors, seed: int = 0, draw: int = 0, noise: Noise = "normal", impl: Impl = "auto"
 ) -> Tensor | list[Tensor]:
@@ -239,7 +239,7 @@ def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: Impl = "aut
 def keep_mask_like(
     params: Iterable[Tensor], keep: float, seed: int = 0, impl: Impl = "auto"
 ) -> list[Tensor]: ...
-@_says_its_name
+@_errors_by_own_name
 def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: Impl = "auto") -> Tensor | list[Tensor]:
     """Return the Bernoulli mask that the kernels use for these tensors (Algorithm 1).
 

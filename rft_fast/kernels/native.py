@@ -118,7 +118,7 @@ class Table:
         entries = [as_entry(row) for row in rows]
         if self._device.type == "cuda":
             self._table = _native.CudaTable(entries)
-            self._there = Resident(self._device, [as_bytes(self._table)], wait)
+            self._resident = Resident(self._device, [as_bytes(self._table)], wait)
         else:
             self._table = _native.Table(entries)
 
@@ -126,7 +126,7 @@ class Table:
         """Write runs of rows. ``isa``: instruction set of the CPU, for tests; empty: the fastest one here."""
         element = self._element(*as_numbers(write))
         if self._device.type == "cuda":
-            memory, stream = self._there.parts[0].data_ptr(), self._there.stream()
+            memory, stream = self._resident.parts[0].data_ptr(), self._resident.stream()
             index = self._device.index
             with torch.cuda.device(index):  # does not switch back to a device without a context
                 self._table.write(memory, runs, element, index, stream)

@@ -126,7 +126,7 @@ class _Group:
         device = sample.out.device
         self.ready = _ready.setdefault((device, *self.constants), set())
         of_tile = torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles))
-        self.there = Resident(device, [of_tile, torch.tensor(records, dtype=torch.int64)], wait)
+        self.resident = Resident(device, [of_tile, torch.tensor(records, dtype=torch.int64)], wait)
 
     def range(self, first: int, last: int) -> tuple[int, int]:
         """Return the half-open range of this group's tiles among the whole table's rows [first, last)."""
@@ -180,9 +180,9 @@ class Table:
                 "triton: a write of this form has not run yet, and cannot be compiled while a CUDA "
                 "graph is captured; run it once before the capture"
             )
-        group.there.stream()  # records the stream; Triton finds it by itself
+        group.resident.stream()  # records the stream; Triton finds it by itself
         self._kernel.write[(end - begin,)](
-            *group.there.parts, begin, *arguments,
+            *group.resident.parts, begin, *arguments,
             *group.constants, *constants, TILE, self._interpreted,
             num_warps=WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
