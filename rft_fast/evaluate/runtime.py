@@ -20,6 +20,7 @@ from . import precision as formats
 from .batches import Batches, Need
 from .budget import Budget
 from .stages import Stage, Stages
+from .stages.cutting import run
 from .staging import Staged
 
 
@@ -96,7 +97,7 @@ class Runtime:
 
         def forward(chain: tuple[Stage, ...], example: Callable[[int], Tensor]) -> Need:
             with modes.scoring(model, precision):
-                return Need.of(lambda count: _through(chain, example(count)))
+                return Need.of(lambda count: run(chain, example(count)))
 
         def derivative(order: int) -> Need:
             return derivatives.trial(model, precision, images, order, Need.of)
@@ -147,13 +148,6 @@ class Runtime:
         for tensor in self.stages.joined:
             owners.setdefault(id(tensor), []).append(self.stations - 1)
         return owners
-
-
-def _through(stages: tuple[Stage, ...], inputs: Tensor) -> Tensor:
-    x = inputs
-    for stage in stages:
-        x = stage.run(x, inputs)
-    return x
 
 
 def _compiled(chains: Stages, precision: Precision) -> Stages:
