@@ -1,4 +1,4 @@
-"""A live model on the straight line between two ends, and the layers that it is made of."""
+"""A live model on the straight line between two ends, and its layers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def checksum(model: nn.Module) -> int:
-    """A 64-bit hash of a model's parameters and buffers, see :meth:`rft_fast.Path.checksum`."""
+    """Return a 64-bit hash of a model's parameters and buffers, see :meth:`rft_fast.Path.checksum`."""
     total = 0
     weights: dict[torch.device, Tensor] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -34,7 +34,7 @@ def _mix(total: int, part: int) -> int:
 
 
 def _hash_weights(device: torch.device) -> Tensor:
-    """A pseudo-random odd number for every position in a chunk: int64 [_CHUNK]."""
+    """Return a pseudo-random odd number for every position in a chunk: int64 [_CHUNK]."""
     x = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device)
     for factor in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):  # products wrap modulo 2**64
         x = x * factor
@@ -43,7 +43,7 @@ def _hash_weights(device: torch.device) -> Tensor:
 
 
 def _hash_chunks(tensor: Tensor, weights: Tensor) -> list[int]:
-    """One sum of (bits * weight of the position), modulo 2**64, for each chunk of a tensor."""
+    """Return one sum of (bits * weight of the position), modulo 2**64, for each chunk of a tensor."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     flat = tensor.detach().reshape(-1)

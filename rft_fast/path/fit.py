@@ -1,4 +1,4 @@
-"""What a Path refuses: ends that do not fit the live model, and positions at which it would give NaN."""
+"""Checks of a Path: that the ends fit the live model, and that no variance becomes negative."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rft_fast.path.slots import Slot, dtype_name
 
 
 class _Faults(dict[str, list[str]]):
-    """What is wrong -> the tensors concerned."""
+    """Problem -> the tensors that have it."""
 
     def note(self, what: str, name: str) -> None:
         self.setdefault(what, []).append(name)
@@ -29,6 +29,15 @@ class _Faults(dict[str, list[str]]):
 
 
 def state(end: object, label: str) -> Mapping[str, Tensor]:
+    """Return the state dict of an end.
+
+    Args:
+        end: A state dict or a module.
+        label: Name of the end in the error message.
+
+    Raises:
+        TypeError: It is neither.
+    """
     if isinstance(end, nn.Module):
         end = end.state_dict()
     if not isinstance(end, Mapping):
@@ -37,7 +46,15 @@ def state(end: object, label: str) -> Mapping[str, Tensor]:
 
 
 def fit(slots: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuses, all together, what a write could not do right; else gives the slots their ends."""
+    """Check both ends against the live model, then set the ends and magnitudes of the slots.
+
+    Args:
+        slots: All tensors of the live model.
+        ends: "zeroshot" and "finetuned" -> state dict.
+
+    Raises:
+        ValueError: The ends do not fit; the message lists all problems.
+    """
     faults = _Faults()
     for what, names in factors(name for slot in slots if slot.is_float for name in slot.names).items():
         faults[f"the live model has {what}"] = names
@@ -80,7 +97,7 @@ def fit(slots: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 def _unfit(tensor: Tensor, where: str, name: str, faults: _Faults) -> bool:
-    """Notes what makes a tensor unusable, live or at an end."""
+    """Whether a tensor, live or at an end, is unusable; the problem is noted."""
     floating = tensor.is_floating_point() or tensor.is_complex()
     if nn.parameter.is_lazy(tensor):
         what = f"{where} has uninitialised parameters; run one forward pass first"
@@ -106,7 +123,7 @@ def _unfit(tensor: Tensor, where: str, name: str, faults: _Faults) -> bool:
 
 
 def _unlike(slot: Slot, name: str, end: Mapping[str, Tensor], label: str, faults: _Faults) -> bool:
-    """Notes what makes an end's tensor no counterpart of the live one."""
+    """Whether an end has no tensor that matches the live one; the problem is noted."""
     if name not in end:
         faults.note(f"{label} lacks", name)
         return True
@@ -133,7 +150,7 @@ def _unlike(slot: Slot, name: str, end: Mapping[str, Tensor], label: str, faults
 
 
 def _scan(name: str, live: Tensor, tensor: Tensor, label: str, faults: _Faults) -> float:
-    """Notes NaN, infinity and what the live tensor cannot hold. Returns the largest magnitude of floats."""
+    """Note NaN, infinity and values beyond the live dtype; return the largest magnitude."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return 0.0
     # One pass without temporaries; a NaN anywhere makes both of them NaN.
@@ -148,7 +165,7 @@ def _scan(name: str, live: Tensor, tensor: Tensor, label: str, faults: _Faults) 
 
 @torch.no_grad()
 def refuse_negative(slots: Sequence[Slot], alpha: float) -> None:
-    """Refuses an alpha at which a variance that is not negative at the ends would be."""
+    """Raise ValueError if a variance that is not negative at the ends would be negative at alpha."""
     low, high, names = -math.inf, math.inf, []
     for slot in slots:
         w0, w1 = (end.float() for end in slot.ends)
@@ -176,7 +193,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_sharing(live: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]], faults: _Faults) -> None:
-    """Notes live tensors that overlap, and those of an end that share memory with a live one."""
+    """Note live tensors that overlap, and tensors of an end that share memory with a live one."""
     taken = sorted((*_span(slot.tensor), slot.name) for slot in live if slot.tensor.numel())
     for (device, _, stop, name), (other_device, start, _, other) in pairwise(taken):
         if device == other_device and start < stop:

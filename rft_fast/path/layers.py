@@ -1,25 +1,25 @@
-"""Parameter names -> layers.
+"""Layers: which parameters belong together.
 
-A layer is the weight and bias of one module together, as the paper (*In Search of the Successful
-Interpolation*, Abdollahpoorrostam 2024) counts them; other groupings are a choice away:
+A layer is the weight and bias of one module together, as in the paper (*In Search of the Successful
+Interpolation*, Abdollahpoorrostam 2024). Other granularities:
 
 =============  =================================================================================
 granularity    layer of a parameter
 =============  =================================================================================
 ``module``     its name without a trailing ``.weight``, ``.bias``, ``_weight`` or ``_bias``:
                ``...attn.in_proj``, ``...mlp.c_fc``, ``visual.conv1``, ``visual.class_embedding``
-``block``      its name up to the first number, and on through numbers that follow at once or
+``block``      its name up to the first number, and further numbers that follow directly or
                after ``blocks`` or ``layers``: ``visual.transformer.resblocks.3``,
                ``visual.layer2.0``, ``visual.trunk.stages.2.blocks.5``. A name without a number
                keeps its ``module`` layer: ``visual.conv1``, ``classification_head``
 ``tensor``     its name
 ``re:<...>``   a regular expression, matched from the start of the name to the end of one of its
-               dotted components; the layer is the first group (if the pattern has one and it
-               took part), else the whole match: ``re:.*\\.(attn|mlp)``. A name that it does not
-               match keeps its ``module`` layer
+               dotted components. The layer is the first group, if the pattern has one and it
+               matched, else the whole match: ``re:.*\\.(attn|mlp)``. A name that does not match
+               keeps its ``module`` layer
 =============  =================================================================================
 
-Names match exactly or not at all: ``resblocks.1`` never stands for ``resblocks.10``.
+Names match exactly: ``resblocks.1`` never matches ``resblocks.10``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ _BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?:\.(?:(?:blocks|layers)\.)?\d+)*(?![^.])
 
 
 def layer_of(parameter_name: str, granularity: str = "module") -> str:
-    """The layer that a parameter belongs to; see the table at the top of this module.
+    """Return the layer of a parameter.
 
-    Raises ValueError for an unknown granularity or an invalid regular expression.
+    Args:
+        parameter_name: The full dotted name.
+        granularity: See the table at the top of this module.
+
+    Raises:
+        ValueError: The granularity is unknown, or its regular expression is invalid.
     """
     if granularity == "tensor":
         return parameter_name
@@ -58,9 +63,17 @@ def layer_of(parameter_name: str, granularity: str = "module") -> str:
 
 
 def group(parameter_names: Sequence[str], granularity: str = "module") -> dict[str, list[int]]:
-    """Layers in the order of their first parameter, each with the indices of its parameters.
+    """Group parameters into layers.
 
-    Raises ValueError as :func:`layer_of` does, and when a regular expression matches no name.
+    Args:
+        parameter_names: The full dotted names, in the model's order.
+        granularity: See the table at the top of this module.
+
+    Returns:
+        Layer -> indices of its parameters; layers in the order of their first parameter.
+
+    Raises:
+        ValueError: As :func:`layer_of` does; or a regular expression matches no name.
     """
     if granularity.startswith("re:") and parameter_names:
         pattern = _pattern(granularity, ends_component=True)
@@ -77,13 +90,20 @@ def group(parameter_names: Sequence[str], granularity: str = "module") -> dict[s
 
 
 def select(names: Iterable[str], patterns: Names, *, operation: str = "layers.select") -> list[str]:
-    """Those of ``names`` that ``patterns`` ask for, in the order of ``names``, each once.
+    """Select names by exact names and patterns.
 
-    A pattern is an exact name, or ``re:`` and a regular expression that must match a whole name.
-    ``operation`` opens the error messages.
+    Args:
+        names: The names to select from.
+        patterns: Exact names, or ``re:`` and a regular expression that matches a whole name.
+        operation: Start of the error messages.
 
-    Raises ValueError for a pattern that selects nothing (with the nearest names) or is not a
-    valid regular expression, TypeError for anything but a collection of strings.
+    Returns:
+        The selected names, in the order of ``names``, each once.
+
+    Raises:
+        TypeError: ``patterns`` is not a collection of strings.
+        ValueError: A pattern selects nothing (the message lists the nearest names), or is not a valid regular
+            expression.
     """
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise TypeError(f"{operation}: expected a list of names, got {patterns!r}")

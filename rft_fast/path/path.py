@@ -23,47 +23,58 @@ from rft_fast.path.writer import InPlace, Writer
 class Path:
     """A live model at ``theta(alpha) = (1 - alpha) * theta_0 + alpha * theta_1``, written in place.
 
-    (The paper's formulas write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``; its
-    figures and the WiSE-FT code agree with this one: 0 is zero-shot, 1 is fine-tuned.)
+    The paper's formulas write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``. Its figures and the
+    WiSE-FT code agree with this class: alpha = 0 is zero-shot, alpha = 1 is fine-tuned.
 
-    model: the live module. Its weights are overwritten, at once with alpha = 0; their storage never
-        moves, so CUDA graphs, compiled models and optimisers that hold them stay valid.
-    zeroshot, finetuned: state dicts, or modules, whose ``state_dict()`` is taken; names and shapes
-        are those of the model's own state dict, float tensors each float32, bfloat16 or float16.
-        An end that lies elsewhere is copied to the live model's device; one that is there already
-        is used as it is, so leave it unchanged. Resident are the two ends and the live model,
-        nothing else.
-    granularity: how parameters form layers, see :mod:`rft_fast.path.layers`.
-    impl: the kernel backend, see :class:`rft_fast.Plan`; ``path.impl`` tells which one was picked.
-    inert: layers to leave out of ``path.layers``: names, or ``re:`` patterns of whole names.
+    Args:
+        model: The live module. Its weights are overwritten, first with alpha = 0. Their storage never moves,
+            so CUDA graphs, compiled models and optimizers that refer to them stay valid.
+        zeroshot: State dict of the zero-shot end, or a module that has it. Names and shapes are those of the
+            model's own state dict; float tensors are float32, bfloat16 or float16. An end on another device
+            is copied to that of the live model. An end on the same device is used as it is: do not change it.
+        finetuned: State dict of the fine-tuned end, or a module that has it, as for ``zeroshot``.
+        granularity: How parameters form layers, see :mod:`rft_fast.path.layers`.
+        impl: The kernel backend, see :class:`rft_fast.Plan`.
+        inert: Layers to leave out of ``layers``: names, or ``re:`` patterns of whole names.
 
-    What a write does to each tensor:
+    A write treats each kind of tensor as follows:
 
-    - float parameters are interpolated, and perturbed or pruned as asked. A parameter tied to
-      several names is one tensor, written once, with the layer of its first name;
-    - float buffers are interpolated, never perturbed or pruned. They are written with the layer of
-      their module's first parameter, so that BatchNorm statistics follow their layer;
-    - integer and bool tensors are copied from the nearer end (zero-shot for alpha < 0.5), because
-      a number between two counts or two indices means nothing;
-    - non-persistent buffers, which state dicts do not hold, are left alone.
+    - Float parameters are interpolated, and perturbed or pruned as requested. A parameter tied to several
+      names is one tensor, written once, with the layer of its first name.
+    - Float buffers are interpolated, never perturbed or pruned. They are written with the layer of their
+      module's first parameter, so BatchNorm statistics follow their layer.
+    - Integer and bool tensors are copied from the nearer end (zero-shot for alpha < 0.5), since a number
+      between two counts or two indices has no meaning.
+    - Non-persistent buffers, which state dicts do not contain, are not written.
 
-    ``path.layers`` lists the layers in parameter order; ``path.inert`` maps what is left out of it
-    to the reason. Whole-model writes reach inert layers too. ``path.unchanged`` lists those of
-    ``path.layers`` that are the same at both ends; where that is the whole model, a warning says so.
+    Noise depends on the seed, the draw and a weight's position among the model's float parameters, not on
+    which layers are written together. Memory holds the two ends and the live model, and no further copy. A
+    Path must not be used by several threads at once, since they would share one model.
 
-    Noise depends on seed, draw and a weight's place among the model's float parameters, not on
-    which layers are written together. Not for several threads at once: they would share one model.
+    Attributes:
+        model: The live module.
+        impl: Name of the backend in use.
+        layers: Layer names, in the order of the parameters.
+        inert: Layers and buffers that are not in ``layers`` -> the reason. Writes of the whole model include
+            them.
+        slots: The tensors that a write of the whole model writes, with their ends.
+        writer: Carries out the writes, see :class:`rft_fast.path.writer.Writer`.
 
-    Raises ValueError, listing together all that does not fit: missing or unexpected names, shapes,
-    dtypes, NaN or infinite weights, and those that the live model's dtype cannot hold, tied names that
-    disagree, memory shared between the live model and an end, tensors that are not contiguous or hold
-    no data, adapters that are not merged (LoRA) and parametrised weights. TypeError for other types, and for
-    copying or pickling a Path. RuntimeError for a backend that does not work here.
+    Raises:
+        TypeError: An argument has the wrong type; or a Path is copied or pickled.
+        ValueError: The ends do not fit the model. One message lists all problems: missing or unexpected
+            names, shapes, dtypes, NaN or infinite weights, values beyond the live dtype, tied names that
+            differ, memory shared between the live model and an end, tensors that are not contiguous or have
+            no data, unmerged adapters (LoRA) and parametrised weights.
+        RuntimeError: The backend does not work here.
+
+    Warns:
+        UserWarning: The two ends are the same weights.
     """
 
     layers: list[str]
     inert: dict[str, str]
-    slots: tuple[Slot, ...]  # every tensor that a whole-model write writes, with its ends
+    slots: tuple[Slot, ...]
     writer: Writer
 
     def __init__(
@@ -99,8 +110,8 @@ class Path:
         self.layers = list(self._parts)
         self._rest = len(slots) > sum(len(part.slots) for part in self._parts.values())
 
-        # How the live weights came about: the last whole-model write, and the layers that have been
-        # written otherwise since. None stands for a write that was begun but did not end.
+        # The state of the live weights: the last write of the whole model, and the layers that have been
+        # written differently since. None: a write began and did not end.
         self._base: Write | None = None
         self._apart: dict[str, Write | None] = {}
         self.write(0.0)
@@ -119,29 +130,31 @@ class Path:
 
     @property
     def alpha(self) -> float | None:
-        """Where the live model is on the path; None when its layers, inert ones too, differ in alpha."""
+        """Position of the live model; None if its layers, inert ones included, differ in alpha."""
         writes = list(self._apart.values())
-        if self._rest or len(self._apart) < len(self._parts):  # something is as the whole was written
+        if self._rest or len(self._apart) < len(
+            self._parts
+        ):  # some tensors are as the last write of the whole model left them
             writes.append(self._base)
         alphas = {None if write is None else write.alpha for write in writes}
         return alphas.pop() if len(alphas) == 1 else None
 
     @cached_property
     def unchanged(self) -> tuple[str, ...]:
-        """The layers whose tensors, buffers among them, all have the same values at both ends.
+        """The layers whose tensors, buffers included, have the same values at both ends.
 
-        Interpolating them changes nothing; perturbing and pruning do.
+        Interpolation does not change them; noise and pruning do.
         """
         return tuple(
             name for name, part in self._parts.items() if all(slot.is_unchanged() for slot in part.slots)
         )
 
     def warn(self, text: str) -> None:
-        """Warns of what a study found out about this path."""
+        """Issue a UserWarning about this path, on behalf of the caller of a study."""
         self.writer.warn(text)
 
     def written_by(self, writer: Writer) -> Path:
-        """This path in its present state, with another writer; what that writes is not known to this one."""
+        """Return this path in its present state with another writer, whose writes this one does not know."""
         other = object.__new__(Path)
         vars(other).update(vars(self))
         other.writer, other._apart = writer, dict(self._apart)
@@ -163,20 +176,33 @@ class Path:
         *,
         buffers: bool = True,
     ) -> None:
-        """Writes the live weights anew from the two ends.
+        """Write the live weights from the two ends.
 
-        layers: None writes the whole model; a list of names or ``re:`` patterns writes those layers
-        and leaves the rest as they are (an empty list writes nothing). The numbers are those of
-        :class:`rft_fast.kernels.Write`: alpha any finite number; rho >= 0 (relative to the weights
-        when adaptive); keep in [0, 1]. buffers: False leaves all buffers as they are, as suits an alpha
-        beyond the ends that is meant for weights; until these layers are written again with them,
-        ``path.alpha`` is None, and ``at`` and ``perturbed`` have nothing to come back to.
+        Args:
+            alpha: Position on the path, any finite number: 0 is zero-shot, 1 is fine-tuned.
+            rho: Noise scale, at least 0; relative to each weight if ``adaptive``.
+            layers: Layers to write, as names or ``re:`` patterns; the other layers keep their values. None:
+                the whole model. An empty list writes nothing.
+            seed: Key of the random generator, in [0, 2**64).
+            draw: Number of the noise draw, in [0, 2**32).
+            on: Weights that the noise is added to: "finetuned" (Sec. 3.1) or "interpolated" (Eq. 3).
+            keep: Probability, in [0, 1], that a fine-tuned weight survives the mask of Algorithm 1.
+            fill: Value of a masked fine-tuned weight: "zero" or "zeroshot".
+            noise: Distribution of the noise: "normal", "uniform" on (-1, 1) or "rademacher".
+            adaptive: Scale the noise by the magnitude of each weight; False: by rho alone.
+            sign: 1, or -1 for the opposite noise (antithetic pairs).
+            buffers: False leaves all buffers unchanged, for an alpha beyond the ends that is meant for
+                weights only. Until these layers are written again with buffers, ``alpha`` is None, and
+                :meth:`at` and :meth:`perturbed` have no state to restore.
 
-        Raises ValueError or TypeError before anything is written: a bad number, an unknown layer
-        (with the nearest names), an inert one (with the reason), an alpha outside [0, 1] at which a
-        variance (``running_var``) would be negative. ValueError, with the weights as before, where the result
-        is beyond what a live tensor's dtype holds. RuntimeError when a tensor of the live
-        model or of an end no longer is where, and laid out as, this Path found it.
+        Raises:
+            TypeError: A number has the wrong type, or ``layers`` is not a list of names. Nothing is written.
+            ValueError: A number is out of range; a layer is unknown (the message names the nearest) or inert
+                (it names the reason); a variance (``running_var``) would be negative at this alpha outside
+                [0, 1]. Nothing is written. Also: the result exceeds the range of a live dtype; the weights
+                are restored.
+            RuntimeError: A tensor of the live model or of an end has moved, or has another layout, since this
+                Path was made.
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         self._write(request, None if layers is None else self._select(layers), buffers)
@@ -196,15 +222,24 @@ class Path:
         adaptive: bool = True,
         sign: int = 1,
     ) -> Iterator[Path]:
-        """``write`` with the same arguments; on exit the weights are as before entry, bit for bit.
+        """Context manager: :meth:`write` with the same arguments; the exit restores the weights, bit for bit.
 
-        Also after an exception, also after further writes inside, and nested to any depth. Nothing
-        is stored or subtracted: ``layers``, whatever has become of them (in training, BatchNorm moves
-        its statistics), and what else was written inside are written again from the two ends, as
-        they were. Changes that are no writes are not seen in other layers: pass None where there may be some.
+        Restores after exceptions and after further writes inside; contexts nest to any depth. Nothing is
+        stored or subtracted: ``layers`` and all layers that were written inside are written again from the
+        two ends. So changes of ``layers`` that are not writes are undone, too (BatchNorm statistics in
+        training, for example), but such changes of other layers are not: pass ``layers=None`` where they may
+        occur.
 
-        Raises as ``write`` does, and RuntimeError where there is no state to come back to, because weights
-        are borrowed or an earlier write was interrupted.
+        Args:
+            alpha, rho, layers, seed, draw, on, keep, fill, noise, adaptive, sign: As for :meth:`write`.
+
+        Yields:
+            This path.
+
+        Raises:
+            TypeError, ValueError: As :meth:`write` does.
+            RuntimeError: As :meth:`write` does; or there is no state to restore, because weights are borrowed
+                or a write was interrupted.
         """
         request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         parts = None if layers is None else self._select(layers)
@@ -213,20 +248,34 @@ class Path:
             yield self
 
     def at(self, alpha: float, layers: Names | None = None) -> AbstractContextManager[Path]:
-        """``with path.at(alpha):`` the model, or only ``layers``, at alpha; restored on exit.
+        """Context manager: the model, or only ``layers``, at alpha; restored on exit.
 
-        As :meth:`perturbed` with rho = 0.
+        Same as :meth:`perturbed` with rho = 0.
+
+        Args:
+            alpha: Position on the path.
+            layers: Layers to write; None: the whole model.
+
+        Returns:
+            The context manager, which yields this path.
         """
         return self.perturbed(alpha, 0.0, layers)
 
     @contextmanager
     def borrowed(self, layers: Names | None = None) -> Iterator[list[Weight]]:
-        """The weights of ``layers`` (None: all), whose live tensors may be changed at will, in place.
+        """Context manager: float parameters whose live tensors may be changed in place, in any way.
 
-        For what :meth:`write` cannot express. On exit the live model is as before entry, bit for bit;
-        until then ``path.alpha`` is None, and ``at`` and ``perturbed`` have nothing to come back to.
+        For changes that :meth:`write` cannot express. On exit the live model is restored, bit for bit. Until
+        then ``alpha`` is None, and :meth:`at` and :meth:`perturbed` have no state to restore.
 
-        Raises as ``write`` does.
+        Args:
+            layers: Layers to change; None: all.
+
+        Yields:
+            The weights, as :meth:`weights` returns them.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As :meth:`perturbed` does.
         """
         parts = None if layers is None else self._select(layers)
         with self._restored(parts):
@@ -234,36 +283,36 @@ class Path:
             yield self.writer.borrowed(self._floats(layers))
 
     def weights(self, layers: Names | None = None) -> list[Weight]:
-        """The float parameters of ``layers``, in the model's order; None: all, those of inert layers too.
+        """Return the float parameters of ``layers`` in the model's order; None: all, inert ones included.
 
-        That is the order of their noise: ``noise_like([w.live for w in path.weights()], ...)`` is what
-        a write with the same seed and draw uses. Raises as ``write`` does.
+        That is the order of their noise: ``noise_like([w.live for w in path.weights()], ...)`` is the noise
+        of a write with the same seed and draw. Raises as :meth:`write` does.
         """
         return self.writer.weights(self._floats(layers))
 
     def _floats(self, layers: Names | None) -> list[Slot]:
-        """The float parameters of ``layers``, in the model's order."""
+        """Return the float parameters of ``layers`` in the model's order."""
         rows = self._whole if layers is None else join(self._select(layers))
         return sorted((s for s in rows.slots if s.is_float and s.is_parameter), key=lambda s: s.row)
 
     def select(self, layers: Names | None) -> list[str]:
-        """The names of ``layers`` (names or ``re:`` patterns; None: all), as ``write`` reads them.
+        """Return the names of ``layers`` (names or ``re:`` patterns; None: all) as :meth:`write` reads them.
 
-        Raises as ``write`` does.
+        Raises TypeError or ValueError as :meth:`write` does.
         """
         if layers is None:
             return list(self.layers)
         return list(dict.fromkeys(part.name for part in self._select(layers)))
 
     def tensors(self, layer: str) -> list[Tensor]:
-        """All live tensors that are written with a layer: its parameters, and its modules' buffers."""
+        """Return all live tensors that are written with a layer, including the buffers of its modules."""
         return [slot.tensor for slot in self._select([layer])[0].slots]
 
     def checksum(self) -> int:
-        """A 64-bit hash of the names, dtypes, shapes and bits of all live parameters and buffers.
+        """Return a 64-bit hash of the names, dtypes, shapes and bits of all live parameters and buffers.
 
-        The same on every device. Equal before and after means that nothing has changed in between;
-        swapped and moved values are noticed, too. Takes less than 1 MB of temporary memory.
+        It is the same on every device. Any change of one value changes it, and so do swapped and moved
+        values. Takes less than 1 MB of temporary memory.
         """
         return checksum(self.model)
 
@@ -273,20 +322,20 @@ class Path:
         layers = list(layers)
         try:
             return [self._parts[name] for name in layers]
-        except (KeyError, TypeError):  # a pattern, or a mistake: find out which
+        except (KeyError, TypeError):  # a pattern or an error
             for name, reason in self.inert.items():
                 if name in layers:
                     raise ValueError(f"Path.write: {name!r} is left out of path.layers: {reason}") from None
         return [self._parts[name] for name in select(self.layers, layers, operation="Path.write")]
 
     def _write(self, request: Write, parts: Sequence[Part] | None, buffers: bool = True) -> None:
-        """``parts``: the layers to write, or None for the whole model."""
+        """Write ``parts``, or the whole model for None."""
         self.writer.check([self._whole] if parts is None else parts)
         rows = self._whole if parts is None else join(parts)
         if buffers and not 0 <= request.alpha <= 1:
             refuse_negative(rows.variances, request.alpha)
         before = self._base, dict(self._apart)
-        # An interrupted write must not pass for a finished one, so the state is unknown meanwhile.
+        # An interrupted write must not count as complete, so the state is unknown during the write.
         self._forget(parts)
 
         if lost := self.writer.write(request, rows, buffers):
@@ -298,7 +347,7 @@ class Path:
                 "beyond what their dtypes hold; choose smaller ones, or a wider dtype"
             )
         if not buffers:
-            return  # these layers are of no single alpha now
+            return  # these layers are at no single alpha now
 
         if parts is None:
             self._base = request
@@ -310,7 +359,7 @@ class Path:
                     self._apart[p.name] = request
 
     def _forget(self, parts: Sequence[Part] | None) -> None:
-        """From here on the weights of ``parts`` (None: all) come from no write that is known."""
+        """Mark the weights of ``parts`` (None: all) as not known to come from a write."""
         if parts is None:
             self._base, self._apart = None, {}
         else:
@@ -318,7 +367,7 @@ class Path:
 
     @contextmanager
     def _restored(self, parts: Sequence[Part] | None) -> Iterator[None]:
-        """On exit ``parts`` (None: all), and what was written inside, are as before entry."""
+        """On exit, restore ``parts`` (None: all) and whatever was written inside."""
         self.writer.check([self._whole] if parts is None else parts)
         base, apart = self._base, dict(self._apart)
         if base is None or None in apart.values():
@@ -329,7 +378,7 @@ class Path:
         try:
             yield
         finally:
-            self._forget(parts)  # whatever was written there last, it may have been changed since
+            self._forget(parts)  # they may have been changed since their last write
             self._restore(base, apart)
 
     def _restore(self, base: Write, apart: Mapping[str, Write | None]) -> None:

@@ -25,9 +25,13 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One float parameter on the path: the live tensor, and its two ends, all of one shape.
+    """One float parameter on the path.
 
-    The ends are those that the path reads, so leave them as they are.
+    Attributes:
+        name: Its first name in the model.
+        live: The live tensor.
+        zeroshot: Its zero-shot end, of the same shape. The path reads it: do not change it.
+        finetuned: Its fine-tuned end, likewise.
     """
 
     name: str
@@ -38,17 +42,28 @@ class Weight:
 
 @dataclass(eq=False)
 class Slot:
-    """One tensor of the live model, under all the names that it goes by."""
+    """One tensor of the live model, with all of its names.
+
+    Attributes:
+        tensor: The live tensor.
+        is_parameter: Whether it is a parameter; else it is a buffer.
+        names: Its names in the model; several if it is tied.
+        homes: For the tensor under each name, and for the modules above it: the dictionary that holds it, its
+            key, and the expected value.
+        ends: The zero-shot and the fine-tuned tensor, once :func:`rft_fast.path.fit.fit` has checked them.
+        largest: The largest magnitude at each end; of floats.
+        shares: These two, and 1, as fractions of the largest number of the live dtype.
+        row: Its row in its Plan.
+    """
 
     tensor: Tensor
     is_parameter: bool
     names: list[str] = field(default_factory=list)
-    # (dictionary of a module, key, what it must still hold) for the tensor and the modules above it
     homes: list[tuple[dict[str, Any], str, object]] = field(default_factory=list)
-    ends: tuple[Tensor, ...] = ()  # zero-shot, fine-tuned; once they are checked
-    largest: tuple[float, ...] = ()  # magnitudes at either end, likewise; of floats
-    shares: tuple[float, float, float] = (0.0, 0.0, 0.0)  # these, and 1, as shares of the dtype's largest
-    row: int = -1  # in its Plan
+    ends: tuple[Tensor, ...] = ()  # zero-shot, fine-tuned
+    largest: tuple[float, ...] = ()
+    shares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    row: int = -1
 
     @property
     def name(self) -> str:
@@ -59,10 +74,7 @@ class Slot:
         return self.tensor.is_floating_point() or self.tensor.is_complex()
 
     def is_unchanged(self) -> bool:
-        """Whether both ends have the same values.
-
-        Ends of two dtypes are compared in float32, piece by piece.
-        """
+        """Whether both ends have the same values; ends of two dtypes are compared in float32."""
         zeroshot, finetuned = self.ends
         if zeroshot.dtype == finetuned.dtype:
             return zeroshot.data_ptr() == finetuned.data_ptr() or torch.equal(zeroshot, finetuned)
@@ -70,14 +82,14 @@ class Slot:
         return all(torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True))
 
 
-# What is asked of live tensors before every write: by map, since each question takes .1 us a tensor.
+# Properties of live tensors that are compared before every write; with map, .1 us each.
 _LIVE: tuple[Callable[[Tensor], object], ...] = (
     Tensor.data_ptr, Tensor.is_contiguous, attrgetter("nbytes"), attrgetter("dtype"),
 )  # fmt: skip
 
 
 class Rows:
-    """Some slots as one write: rows of the two plans, and integers."""
+    """Tensors that one write writes: rows of the two plans, and integers."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self.slots = list(slots)
@@ -89,7 +101,7 @@ class Rows:
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
-        """How many numbers the parameters hold, and how many the buffers."""
+        """The number of elements in parameters, and in buffers."""
         of = {True: 0, False: 0}
         for slot in self.slots:
             of[slot.is_parameter] += slot.tensor.numel()
@@ -97,12 +109,12 @@ class Rows:
 
     @cached_property
     def _shares(self) -> tuple[float, ...]:
-        """The largest magnitudes at either end, and of unit noise, as shares of what the live dtype holds."""
+        """The maximum of ``Slot.shares`` over these tensors."""
         found = [(0.0, 0.0, 0.0), *(slot.shares for slot in self.slots if slot.is_float)]
         return tuple(map(max, zip(*found, strict=True)))
 
     def may_overflow(self, request: Write) -> bool:
-        """Whether a write could leave the range of a live dtype, by the largest magnitudes; rarely true."""
+        """Whether a write could exceed the range of a live dtype, by the largest magnitudes; rarely true."""
         zeroshot, finetuned, one = self._shares
         noise = request.rho * _LARGEST_NOISE
         reached = abs(1 - request.alpha) * zeroshot + abs(request.alpha) * finetuned
@@ -110,13 +122,13 @@ class Rows:
         return max(reached, zeroshot + finetuned) > 0.99
 
     def not_finite(self) -> list[str]:
-        """The live float tensors that hold NaN or infinity, with their dtypes."""
+        """Return the names and dtypes of the live tensors that contain NaN or infinity."""
         lost = [s for s in self.slots if s.is_float and not bool(s.tensor.isfinite().all())]
         return [f"{slot.name} ({dtype_name(slot.tensor)})" for slot in lost]
 
 
 class Part(Rows):
-    """A layer, or the whole model, and what of it must hold still."""
+    """A layer or the whole model, and the memory that it must still occupy at each write."""
 
     def __init__(self, slots: Iterable[Slot], name: str = "") -> None:
         super().__init__(slots)
@@ -128,12 +140,12 @@ class Part(Rows):
         self._found = self._look()
 
     def _look(self) -> list[list[object]]:
-        """Where the live tensors and their ends are, and how they lie there: a list for each question."""
+        """Address and layout of the live tensors and their ends: one list for each property."""
         live = [list(map(question, self._live)) for question in _LIVE]
         return live + [list(map(torch.UntypedStorage.data_ptr, end)) for end in self._ends]
 
     def check(self) -> None:
-        """Raises RuntimeError unless the live model still holds these tensors, and all are as they were."""
+        """Raise RuntimeError unless the live model still holds these tensors, at the same places."""
         for home, key, held in self._homes:
             if home.get(key) is not held:
                 break
@@ -155,11 +167,12 @@ class Part(Rows):
 
 
 def join(parts: Sequence[Part]) -> Rows:
+    """Return the tensors of several parts as one write."""
     return parts[0] if len(parts) == 1 else Rows({s: None for part in parts for s in part.slots})
 
 
 def _runs(rows: Iterable[int]) -> list[tuple[int, int]]:
-    """Rows as half-open (first, last) runs."""
+    """Group rows into half-open (first, last) runs."""
     runs: list[tuple[int, int]] = []
     for row in sorted(rows):
         if runs and runs[-1][1] == row:
@@ -170,7 +183,7 @@ def _runs(rows: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
-    """The persistent state in ``named_parameters`` order, then buffers; tied tensors once."""
+    """Return the persistent tensors of a model: parameters in ``named_parameters`` order, then buffers."""
     parameters: dict[int, Slot] = {}
     buffers: dict[int, Slot] = {}
     above: dict[str, list[tuple[dict[str, Any], str, object]]] = {"": []}
@@ -192,7 +205,18 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def layers_of(slots: Sequence[Slot], granularity: str) -> tuple[dict[str, list[Slot]], dict[str, str]]:
-    """Layer -> its slots, buffers last; and what forms no layer -> why."""
+    """Group tensors into layers.
+
+    Args:
+        slots: All tensors of the model.
+        granularity: How parameters form layers, see :mod:`rft_fast.path.layers`.
+
+    Returns:
+        Layer -> its tensors, buffers last; and name -> reason, for whatever belongs to no layer.
+
+    Raises:
+        ValueError: The model has no float parameters, or the granularity is invalid.
+    """
     parameters = [slot for slot in slots if slot.is_parameter]
     if not any(slot.is_float for slot in parameters):
         raise ValueError("Path: the live model has no float parameters: there is nothing to write")
@@ -226,5 +250,5 @@ def layers_of(slots: Sequence[Slot], granularity: str) -> tuple[dict[str, list[S
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Its dtype without ``torch.``."""
+    """Return the dtype of a tensor without ``torch.``."""
     return str(tensor.dtype).removeprefix("torch.")

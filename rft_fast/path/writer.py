@@ -1,4 +1,9 @@
-"""The seam between what a Path decides and what is done: which layers are written how, and the writing."""
+"""Writers: what carries out the writes that a Path decides on.
+
+A :class:`rft_fast.Path` decides which layers are written, with which numbers, and which layers must be
+restored. :class:`InPlace` writes them; :class:`rft_fast.run.cost.CountingWriter` counts them. So the cost of
+a study is counted by the code that decides on its writes.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +17,44 @@ from rft_fast.path.slots import Part, Rows, Slot, Weight
 
 
 class Writer(Protocol):
-    """Carries out what a :class:`rft_fast.Path` decides."""
+    """Carries out the writes that a :class:`rft_fast.Path` decides on."""
 
     def check(self, parts: Sequence[Part]) -> None:
-        """Raises RuntimeError unless these parts of the live model and its ends can be written."""
+        """Raise RuntimeError unless these parts of the live model and its ends can be written."""
 
     def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
-        """Writes some of the live tensors from their ends.
+        """Write some of the live tensors from their ends.
 
         Args:
-            request: the numbers of the write. Buffers are interpolated alone.
-            rows: the tensors.
-            buffers: False leaves buffers as they are.
+            request: The numbers of the write. Buffers are interpolated only.
+            rows: The tensors.
+            buffers: False leaves buffers unchanged.
 
         Returns:
-            The names of the tensors whose dtype could not hold the result, which is in them none the less.
+            Names of the tensors whose dtype cannot represent the result; empty if it is finite everywhere.
         """
 
     def weights(self, slots: Sequence[Slot]) -> list[Weight]:
-        """These float parameters, to be read."""
+        """Return these float parameters, for reading."""
 
     def borrowed(self, slots: Sequence[Slot]) -> list[Weight]:
-        """These float parameters, whose live tensors will be changed until the path restores them."""
+        """Return these float parameters, which the caller changes before the path restores them."""
 
     def warn(self, text: str) -> None:
-        """Warns the caller of the study that found this out."""
+        """Issue a UserWarning on behalf of the caller of a study."""
 
 
 class InPlace:
-    """Writes the live model's tensors in place, by one plan of its parameters and one of its buffers.
+    """Writes the live tensors in place, with one plan of the parameters and one of the buffers.
 
     Args:
-        slots: all of the live model's, with their ends. Each gets its row in the plans.
-        impl: the kernel backend, see :class:`rft_fast.Plan`.
+        slots: All tensors of the live model, with their ends. Their ``row`` is set.
+        impl: The kernel backend, see :class:`rft_fast.Plan`.
+
+    Attributes:
+        parameters: Plan of the float parameters.
+        buffers: Plan of the float buffers.
+        impl: Name of the backend in use.
     """
 
     def __init__(self, slots: Sequence[Slot], impl: Impl) -> None:
