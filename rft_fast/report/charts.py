@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import pandas as pd
 
 from ..figures.captions import measures
-from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from .drawing import (
@@ -27,7 +26,7 @@ from .drawing import (
     rule,
     safe,
 )
-from .tables import setting, signed
+from .tables import sharpnesses, signed
 
 ALPHA = "α (0 zero-shot, 1 fine-tuned)"
 
@@ -116,8 +115,7 @@ def path(facts: Facts) -> Picture:
 
 def sharpness(facts: Facts) -> Picture:
     """General sharpness over alpha, and accuracy against it."""
-    part = facts.part("sharpness").sort_values("alpha", kind="stable")
-    part = part.assign(setting=[setting(row) for row in part.to_dict("records")], half=margin(part))
+    part = sharpnesses(facts, "sharpness").sort_values("alpha", kind="stable")
     numbers = colours(facts)
     path_rows = facts.part("interpolation")
     path_rows = path_rows.assign(position=path_rows["alpha"].round(9)).set_index(

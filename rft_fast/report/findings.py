@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from ..common.words import some
 from ..studies.facts import Facts
 from ..studies.pruning import NAMED
+from ..studies.verdicts import Sign, half_width, sign
 
 if TYPE_CHECKING:
     from ..catalogue import Study
@@ -101,15 +101,20 @@ def _freedom(*means: Mapping[str, Any]) -> float:
 
 
 def verdict(value: float, error: float, freedom: float, above: str, below: str) -> str:
-    """By a two-sided test at 5 %, with Student's t for the masks.
+    """A two-sided test at 5 % in words, with Student's t for the masks."""
+    half = half_width(error, freedom)
+    judged = sign(value - half, value + half)
+    if judged in ("above", "below"):
+        return above if judged == "above" else below
+    return {"helped": "neither helped nor hurt clearly"}.get(above, "not clearly different from")
 
-    Accuracies move in steps of one image, so that a few masks may well change the very same ones: an error
-    of nothing is no certainty.
-    """
-    bound = stdtrit(freedom, 0.975) * error if freedom > 0 and error > 0 else np.nan
-    if not abs(value) > bound:
-        return {"helped": "neither helped nor hurt clearly"}.get(above, "not clearly different from")
-    return above if value > 0 else below
+
+_TAU: dict[Sign, str] = {
+    "above": "goes with higher",
+    "below": "goes with lower",
+    "unclear": "is not seen to go with",
+    "unknown": "cannot be judged by",
+}
 
 
 def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
@@ -121,19 +126,15 @@ def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
         ("stragglers", "Sharpness of the stragglers"),
     ):
         for fact in part[part["measure"] == measure].to_dict("records"):
-            low, high = fact["kendall_low"], fact["kendall_high"]
+            judged = sign(fact["kendall_low"], fact["kendall_high"])
             # For a perfect order there is no interval; of four models, one in 12 is perfect by chance.
-            if np.isnan(low) and abs(fact["kendall"]) == 1 and fact["models"] > 4:
-                judged = f"orders all models {'as' if fact['kendall'] > 0 else 'against'}"
-            elif np.isnan(low):
-                judged = "cannot be judged by"
-            elif low <= 0 <= high:
-                judged = "is not seen to go with"
-            else:
-                judged = "goes with higher" if low > 0 else "goes with lower"
+            perfect = judged == "unknown" and abs(fact["kendall"]) == 1 and fact["models"] > 4
+            words = _TAU[judged]
+            if perfect:
+                words = f"orders all models {'as' if fact['kendall'] > 0 else 'against'}"
             text = (
                 f"{claim} (alpha = {fact['alpha']:g}, rho = {fact['rho']:g}, {fact['measured_on']}) "
-                f"{judged} accuracy on {where}: tau {tau(fact)} over {fact['models']} models."
+                f"{words} accuracy on {where}: tau {tau(fact)} over {fact['models']} models."
             )
             yield Finding(text, "correlation", where)
     text = "(The paper finds that the whole model's does not tell, and the stragglers' does.)"

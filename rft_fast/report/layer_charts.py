@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from ..figures.captions import short
-from ..figures.style import margin
 from ..settings import Layers, Sharpness
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.verdicts import straggling
 from .charts import points
 from .drawing import (
     ALL,
@@ -31,7 +31,7 @@ from .drawing import (
     rule,
     safe,
 )
-from .tables import setting, signed, straggler_words
+from .tables import STRAGGLING, sharpnesses, signed
 
 _WORST = 3
 
@@ -127,27 +127,23 @@ def interpolation(facts: Facts) -> Picture:
 
 def sharpness(facts: Facts) -> Picture:
     """The sharpness of each layer along the path: a map, and the values with intervals at one alpha."""
-    part = facts.part("layer-sharpness").sort_values("alpha", kind="stable")
-    part = part.assign(setting=[setting(row) for row in part.to_dict("records")], half=margin(part))
+    part = sharpnesses(facts, "layer-sharpness").sort_values("alpha", kind="stable")
     layers = list(facts.part("layer-sharpness")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
     edge = facts.of(Sharpness).zero_margin
-    flat_ones = facts.near_zero[facts.near_zero["near_zero"]]
-    flat_ones = flat_ones.assign(setting=[setting(row) for row in flat_ones.to_dict("records")])
     maps: list[Trace] = []
     dots: list[Trace] = [rule([x, x], [-0.5, len(layers) - 0.5]) for x in (-edge, edge)]
     for (model, where), group in part.groupby(["model", "setting"], sort=False):
         largest = _largest(part.loc[part["setting"] == where, "sharpness"], edge)
         show = {"model": [model], "setting": [where]}
-        flat = set(flat_ones.loc[(flat_ones["model"] == model) & (flat_ones["setting"] == where), "layer"])
-        group = group.assign(sharpness_half=group["half"])
+        flat = set(group.loc[group["near_zero"], "layer"])
         maps += _map(
-            group, "sharpness", "sharpness_half", layers, edge, largest, "sharpness", flat, show,
+            group, "sharpness", "half", layers, edge, largest, "sharpness", flat, show,
             half=1.0, symbol="circle-open", said="near zero",
         )  # fmt: skip
         for alpha, column in group[group["alpha"] > 0].groupby("alpha"):
-            maybe = (column["sharpness"].abs() <= column["half"]) | column["half"].isna()
+            maybe = column["verdict"].isin(["unclear", "unknown"])
             colour = [
                 "@good" if x in flat else "@grey" if m else "@c0"
                 for x, m in zip(column["layer"], maybe, strict=True)
@@ -270,17 +266,18 @@ def _map(
 
 def _instabilities(facts: pd.DataFrame, place: dict[str, int], show: dict[str, list[str]]) -> list[Trace]:
     found = []
+    judged = [(fact, STRAGGLING[straggling(fact)]) for fact in facts.to_dict("records")]
     for look, colour, symbol in (
         ("bad", "@bad", "triangle-left"),
         ("wide", "@grey", "circle-open"),
         ("", "@c0", "circle"),
     ):
-        some = [fact for fact in facts.to_dict("records") if straggler_words(fact).look == look]
+        some = [fact for fact, cell in judged if cell.look == look]
         if not some:
             continue
         halves = [Z95 * fact["instability_se"] for fact in some]
         hover = [
-            f"<b>{safe(fact['layer'])}</b>: {straggler_words(fact).text}<br>instability "
+            f"<b>{safe(fact['layer'])}</b>: {STRAGGLING[straggling(fact)].text}<br>instability "
             f"{points(fact['instability'], half, 1, '+.3f')} nats (95 %), at α = "
             f"{fact['alpha']:g}<br>corrected lower "
             f"end {signed(format(fact['instability_low'], '+.3f'))}, loss against α = 0 "

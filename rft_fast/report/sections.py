@@ -13,6 +13,7 @@ from ..config.recorded import shown_as
 from ..run.cost import duration
 from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
+from ..studies.verdicts import gains, straggling
 from . import charts, layer_charts, tables
 from .drawing import Picture
 from .runs import RunRead
@@ -44,22 +45,20 @@ def studied(facts: Facts, studies: Iterable[Study]) -> list[Section]:
 
 
 def path(facts: Facts) -> Section:
-    table = tables.path(facts)
-    wide = [(row[0].text, row[1].text, row[3].text) for row in table.wide()]
     warnings = []
-    for dataset in dict.fromkeys(row[1].text for row in table.rows):
-        n = next(row[-1].text for row in table.rows if row[1].text == dataset)
-        gains = [model for model, where, words in wide if where == dataset and words == tables.WIDE]
-        if gains:
+    for dataset, group in gains(facts.path, facts.rows).groupby("dataset", sort=False):
+        here = f"On {dataset} (n = {group['samples'].iloc[0]:,})"
+        unclear = list(group.loc[group["verdict"] == "unclear", "model"])
+        if unclear:
             warnings.append(
-                f"On {dataset} (n = {n}) the 95 % interval of the gain includes 0 for {some(gains, 4)}: too "
-                "wide to conclude that the path beats zero-shot."
+                f"{here} the 95 % interval of the gain includes 0 for {some(unclear, 4)}: too wide to "
+                "conclude that the path beats zero-shot."
             )
-        lost = [model for model, where, words in wide if where == dataset and words != tables.WIDE]
-        if lost:
+        possible = list(group.loc[group["verdict"].isin(["not excluded", "unknown"]), "model"])
+        if possible:
             warnings.append(
-                f"On {dataset} (n = {n}) no position beats zero-shot for {some(lost, 4)}, but at some "
-                "position the interval reaches above it: a small gain is not excluded."
+                f"{here} no position beats zero-shot for {some(possible, 4)}, but at some position the "
+                "interval reaches above it: a small gain is not excluded."
             )
     return Section(
         "path",
@@ -69,21 +68,19 @@ def path(facts: Facts) -> Section:
         "pointwise 95 % interval, which is that of the difference to zero-shot, paired over images. The "
         "gain is the best position against zero-shot on the same images, which makes it optimistic.",
         charts.path(facts),
-        [table],
+        [tables.path(facts)],
         warnings,
     )
 
 
 def layers(facts: Facts) -> Section:
-    table = tables.layers(facts)
+    known = facts.stragglers
+    unclear = known[[straggling(fact) == "unclear" for fact in known.to_dict("records")]]
     warnings = []
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in table.wide():
-        found.setdefault((row[-3].text, row[-2].text), []).append(row[0].text)
-    for (model, dataset), names in found.items():
+    for (model, dataset), group in unclear.groupby(["model", "dataset"], sort=False):
         warnings.append(
-            f"{model} on {dataset}: it cannot be told whether the instability of {len(names)} layers exceeds "
-            f"{facts.of(Layers).straggler_margin:g} nats: {some(names, 4)}."
+            f"{model} on {dataset}: it cannot be told whether the instability of {len(group)} layers exceeds "
+            f"{facts.of(Layers).straggler_margin:g} nats: {some(list(group['layer']), 4)}."
         )
     part = facts.part("layers")
     return Section(
@@ -95,7 +92,7 @@ def layers(facts: Facts) -> Section:
         "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
         "corrected.",
         layer_charts.interpolation(facts),
-        [table],
+        [tables.layers(facts)],
         warnings,
     )
 
@@ -105,12 +102,10 @@ def _images(part: pd.DataFrame) -> str:
     return "; ".join(f"n = {count:,} images of {name}" for name, count in counts.items())
 
 
-def _unclear(table: Table) -> list[str]:
+def _unclear(table: Table, reason: str = "too wide to tell a sign") -> list[str]:
     """How many of a table's rows are too wide to conclude."""
     wide = len(table.wide())
-    if not wide:
-        return []
-    return [f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: too wide to tell a sign."]
+    return [f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: {reason}."] if wide else []
 
 
 def _drawn(part: pd.DataFrame) -> str:
@@ -178,7 +173,6 @@ def correlation(facts: Facts) -> Section:
     picture, names = charts.correlation(found)
     table = tables.correlation(found, names)
     models = int(found["models"].max())
-    wide = len(table.wide())
     return Section(
         "correlation",
         "The central claim",
@@ -188,12 +182,7 @@ def correlation(facts: Facts) -> Section:
         "shown; stragglers found on the same models make their own line optimistic.",
         picture,
         [table],
-        [
-            f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: with {models} models they "
-            "are too wide to conclude."
-        ]
-        if wide
-        else [],
+        _unclear(table, f"with {models} models they are too wide to conclude"),
     )
 
 
@@ -315,6 +304,6 @@ def tiles(run: RunRead) -> list[tuple[str, str]]:
         (f"{run.count:,}", "measurements"),
     ]
     if len(far):
-        clear = (far["gain_low"] > 0) & (far["gain"] > 0)
+        clear = gains(far, run.facts.rows)["verdict"] == "gain"
         found.append((f"{clear.sum()} of {len(far)}", "paths with a gain whose interval is above 0"))
     return found

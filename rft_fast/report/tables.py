@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.verdicts import Gain, Sign, Straggling, gain, gains, half_width, sign, straggling
 
 WIDE = "too wide to conclude"
 
@@ -65,30 +64,35 @@ def interval(value: float, low: float, high: float, form: str = "+.1f", scale: f
     return Cell(f"{texts[0]} [{texts[1]}, {texts[2]}]", float(value), "n")
 
 
-def gain_words(fact: Mapping[str, Any], furthest: float) -> Cell:
+_GAIN: dict[Gain, Cell] = {
+    "gain": Cell("gain", 2, "good"),
+    "unclear": Cell(WIDE, 1, "wide"),
+    "unknown": Cell("no gain seen; no interval", 0, "wide"),
+    "none": Cell("no gain", 0, "bad"),
+}
+
+
+def gain_words(fact: Mapping[Any, Any], furthest: float) -> Cell:
     """What the interval of a gain allows one to say; furthest: the highest end of one at any alpha > 0."""
-    if fact["gain"] > 0:
-        return Cell("gain", 2, "good") if fact["gain_low"] > 0 else Cell(WIDE, 1, "wide")
-    if math.isnan(furthest):  # of a single image
-        return Cell("no gain seen; no interval", 0, "wide")
-    if furthest > 0:
+    verdict = gain(fact, furthest)
+    if verdict == "not excluded":
         return Cell(f"no gain seen; {signed(f'{100 * furthest:+.1f}')} not excluded", 0, "wide")
-    return Cell("no gain", 0, "bad")
+    return _GAIN[verdict]
 
 
 def path(facts: Facts) -> Table:
     """A row per model and data set: :func:`rft_fast.studies.summarize`, and what can be concluded."""
     rows, chosen = [], []
-    for fact in facts.path.to_dict("records"):
+    for fact in gains(facts.path, facts.rows).to_dict("records"):
         fact["mode"] = "–" if pd.isna(fact["mode"]) else fact["mode"]
         looks = {"failure": "bad", "gain": "good", "high gain": "good"}
-        gain = interval(fact["gain"], fact["gain_low"], fact["gain_high"], scale=100)
+        shown = interval(fact["gain"], fact["gain_low"], fact["gain_high"], scale=100)
         rows.append(
             [
                 Cell(fact["model"]),
                 Cell(fact["dataset"]),
-                gain if fact["gain"] else Cell("0.0", 0.0, "n"),
-                gain_words(fact, furthest(facts.rows, fact["model"], fact["dataset"])),
+                shown if fact["gain"] else Cell("0.0", 0.0, "n"),
+                gain_words(fact, fact["furthest"]),
                 Cell(fact["mode"], None, looks.get(fact["mode"], "")),
                 number(fact["best_alpha"], "g"),
                 number(fact["zero_shot"], ".1f", 100),
@@ -107,13 +111,6 @@ def path(facts: Facts) -> Table:
     return Table("Every model on every data set", headings, rows, chosen)
 
 
-def furthest(rows: pd.DataFrame, model: str, dataset: str) -> float:
-    """The highest end of the pointwise 95 % intervals of A(alpha) - A(0), over alpha > 0."""
-    curve = rows[(rows["study"] == "interpolation") & (rows["model"] == model) & (rows["alpha"] > 0)]
-    curve = curve[curve["dataset"] == dataset]
-    return float((curve["gain"] + Z95 * curve["gain_se"]).max(skipna=False))
-
-
 def layers(facts: Facts) -> Table:
     """A row per layer: :func:`rft_fast.studies.stragglers`."""
     rows, chosen = [], []
@@ -123,7 +120,7 @@ def layers(facts: Facts) -> Table:
             [
                 Cell(fact["layer"], None, "code"),
                 interval(fact["instability"], fact["instability"] - half, fact["instability"] + half, "+.3f"),
-                straggler_words(fact),
+                STRAGGLING[straggling(fact)],
                 number(fact["instability_low"], "+.3f"),
                 number(fact["alpha"], "g"),
                 number(fact["rise"], "+.3f"),
@@ -141,38 +138,29 @@ def layers(facts: Facts) -> Table:
     return Table("Every layer on its own", headings, rows, chosen)
 
 
-def straggler_words(fact: Mapping[str, Any]) -> Cell:
-    """Straggler or not; a layer above the margin whose interval reaches below it is neither."""
-    if fact["straggler"]:
-        return Cell("straggler", 2, "bad")
-    if fact["unchanged"]:
-        return Cell("same at both ends", 0)
-    half = Z95 * fact["instability_se"]
-    if fact["instability"] + half > fact["margin"] and fact["rise"] + Z95 * fact["rise_se"] > 0:
-        return Cell(WIDE, 1, "wide")
-    return Cell("not one", 0)
+STRAGGLING: dict[Straggling, Cell] = {
+    "straggler": Cell("straggler", 2, "bad"),
+    "unchanged": Cell("same at both ends", 0),
+    "unclear": Cell(WIDE, 1, "wide"),
+    "stable": Cell("not one", 0),
+}
 
 
 def sharpness(facts: Facts, study: str) -> Table:
     """A row per measurement of a sharpness, general or by layer."""
-    part = facts.part(study)
-    halves = margin(part)
     by_layer = study == "layer-sharpness"
-    keys = ["model", "dataset", "rho", "layer"]
-    flat = facts.near_zero[facts.near_zero["near_zero"]] if by_layer else part[:0]
-    near = set(flat[keys].itertuples(index=False, name=None))
     rows, chosen = [], []
-    for row, half in zip(part.to_dict("records"), halves, strict=True):
+    for row in sharpnesses(facts, study).to_dict("records"):
         if not row["alpha"] and not row["draws"]:
             continue  # nothing is perturbed there
-        value = row["sharpness"]
+        value, half = row["sharpness"], row["half"]
         rows.append(
             [
                 *([Cell(row["layer"], None, "code")] if by_layer else []),
                 Cell(row["model"]),
                 number(row["alpha"], "g"),
                 interval(value, value - half, value + half, "+.3g"),
-                sharpness_words(value, half, tuple(row[key] for key in keys) in near),
+                Cell("layer near zero", 0, "good") if row["near_zero"] else _SHARPNESS[row["verdict"]],
                 number(row["draws"], ",.0f"),
                 number(row["rho"], "g"),
                 Cell(row["dataset"]),
@@ -180,26 +168,58 @@ def sharpness(facts: Facts, study: str) -> Table:
             ]
         )
         alpha = {"alpha": f"{row['alpha']:g}"} if by_layer else {}
-        chosen.append({"model": row["model"], "setting": setting(row), **alpha})
+        chosen.append({"model": row["model"], "setting": row["setting"], **alpha})
     head = ["layer"] if by_layer else []
     head += "model|α|sharpness in nats [95 %]|what the interval says|draws|ρ|measured on|n".split("|")
     folded = "Show every value" if by_layer else ""
     return Table("Sharpness, with Student's t over draws", head, rows, chosen, folded)
 
 
-def sharpness_words(value: float, half: float, near: bool) -> Cell:
-    if near:
-        return Cell("layer near zero", 0, "good")
-    if pd.isna(half):
-        return Cell("no standard error", 1, "wide")
-    if half and abs(value) <= half:
-        return Cell("includes 0: " + WIDE, 1, "wide")
-    return Cell("above 0" if value > 0 else "below 0" if value < 0 else "0", 2)
+_SHARPNESS: dict[str, Cell] = {
+    "above": Cell("above 0", 2),
+    "below": Cell("below 0", 2),
+    "exactly 0": Cell("0", 2),
+    "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
+    "unknown": Cell("no standard error", 1, "wide"),
+}
 
 
-def setting(row: Mapping[str, Any]) -> str:
-    """What one measurement of sharpness is told from another by."""
-    return f"ρ = {row['rho']:g}, {row['dataset']}, {row['on']} weights, {row['estimator']}"
+def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
+    """The rows of a sharpness, with what they allow one to conclude.
+
+    Returns:
+        The rows with ``setting``, which distinguishes one way of measuring from others; ``half``, half of the
+        95 % interval; ``verdict``, a :data:`rft_fast.studies.verdicts.Sign` or "exactly 0"; ``near_zero``,
+        whether the layer is.
+    """
+    part = facts.part(study)
+    value, half = part["sharpness"], margin(part)
+    part = part.assign(
+        setting=_settings(part),
+        half=half,
+        verdict=[sign(v - h, v + h) if v or h else "exactly 0" for v, h in zip(value, half, strict=True)],
+        near_zero=False,
+    )
+    if study == "layer-sharpness":
+        flat = facts.near_zero[facts.near_zero["near_zero"]]
+        keys = ["model", "setting", "layer"]
+        near = set(flat.assign(setting=_settings(flat))[keys].itertuples(index=False, name=None))
+        part["near_zero"] = [key in near for key in part[keys].itertuples(index=False, name=None)]
+    return part
+
+
+def _settings(rows: pd.DataFrame) -> list[str]:
+    return [
+        f"ρ = {row['rho']:g}, {row['dataset']}, {row['on']} weights, {row['estimator']}"
+        for row in rows.to_dict("records")
+    ]
+
+
+_PRUNED: dict[Sign, Cell] = {
+    "above": Cell("helped", 2, "good"),
+    "below": Cell("hurt", 0, "bad"),
+    "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
+}
 
 
 def prune(facts: Facts) -> Table:
@@ -207,20 +227,16 @@ def prune(facts: Facts) -> Table:
     rows, chosen = [], []
     for fact in facts.pruning.to_dict("records"):
         seeds, change, error = int(fact["seeds"]), fact["change"], fact["change_se"]
-        half = float(stdtrit(seeds - 1, 0.975)) * error if seeds > 1 else math.nan
-        if np.isnan(half):
-            words = Cell("one mask: no interval", 1, "wide")
-        elif abs(change) > half:
-            words = Cell("helped", 2, "good") if change > 0 else Cell("hurt", 0, "bad")
-        else:
-            words = Cell("includes 0: " + WIDE, 1, "wide")
+        half = half_width(error, seeds - 1)
+        reason = "one mask" if seeds == 1 else "masks agree"
+        words = _PRUNED | {"unknown": Cell(f"{reason}: no interval", 1, "wide")}
         rows.append(
             [
                 Cell(fact["model"]),
                 Cell("others, at random" if fact["control"] else "stragglers"),
                 Cell(f"{fact['criterion']}, {fact['method']}"),
                 interval(change, change - half, change + half, "+.2f", 100),
-                words,
+                words[sign(change - half, change + half)],
                 number(seeds, ".0f"),
                 number(len(fact["layers"]), ".0f"),
                 number(fact["gain"], "+.1f", 100),
@@ -236,19 +252,20 @@ def prune(facts: Facts) -> Table:
     return Table("What pruning did to accuracy, mean over α > 0", headings, rows, chosen)
 
 
+_KENDALL: dict[Sign, Cell] = {
+    "above": Cell("same direction", 2),
+    "below": Cell("opposite direction", 2),
+    "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
+    "unknown": Cell("no interval", 1, "wide"),
+}
+
+
 def correlation(found: pd.DataFrame, names: Sequence[str]) -> Table:
     """A row per rank correlation; names: of what each row of the correlation measures."""
     rows, chosen = [], []
     for name, fact in zip(names, found.to_dict("records"), strict=True):
         low, high = fact["kendall_low"], fact["kendall_high"]
-        if pd.isna(fact["kendall"]):
-            words = Cell("not defined", 1, "wide")
-        elif pd.isna(low):
-            words = Cell("no interval", 1, "wide")
-        elif low <= 0 <= high:
-            words = Cell("includes 0: " + WIDE, 1, "wide")
-        else:
-            words = Cell("same direction" if low > 0 else "opposite direction", 2)
+        words = _KENDALL[sign(low, high)] if pd.notna(fact["kendall"]) else Cell("not defined", 1, "wide")
         rows.append(
             [
                 Cell(name, None, "code" if fact["measure"] == "layer" else ""),

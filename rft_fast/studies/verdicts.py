@@ -1,0 +1,105 @@
+"""What a 95 % interval allows one to conclude, decided once for summary, findings and report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pandas as pd
+from scipy.special import stdtrit
+
+from .interpolate import STUDY as PATH
+from .interpolate import Z95
+
+Sign = Literal["above", "below", "unclear", "unknown"]
+Gain = Literal["gain", "unclear", "not excluded", "unknown", "none"]
+Straggling = Literal["straggler", "unchanged", "unclear", "stable"]
+
+
+def sign(low: float, high: float) -> Sign:
+    """Classify a quantity by its interval.
+
+    Args:
+        low: lower end; NaN if there is no interval.
+        high: upper end.
+
+    Returns:
+        Whether the quantity is "above" or "below" 0; "unclear" if the interval includes 0; "unknown" without
+        an interval.
+    """
+    if pd.isna(low) or pd.isna(high):
+        return "unknown"
+    if low <= 0 <= high:
+        return "unclear"
+    return "above" if low > 0 else "below"
+
+
+def half_width(error: float, freedom: float) -> float:
+    """Half of the 95 % interval of a mean over masks, by Student's t.
+
+    Accuracies move in steps of one image, so that a few masks may well change the same images: a standard
+    error of 0 is no certainty.
+
+    Args:
+        error: standard error of the mean.
+        freedom: degrees of freedom.
+
+    Returns:
+        NaN if the error is 0 or unknown, or without degrees of freedom.
+    """
+    return float(stdtrit(freedom, 0.975)) * error if freedom > 0 and error > 0 else math.nan
+
+
+def gains(path: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Classify the gain of each path.
+
+    Args:
+        path: the result of :func:`rft_fast.studies.summarize`.
+        rows: the rows it was made of.
+
+    Returns:
+        ``path`` with ``furthest``, the highest upper end of the pointwise 95 % intervals of A(alpha) - A(0)
+        over alpha > 0 (NaN without one), and ``verdict`` (:func:`gain`).
+    """
+    rows = rows[(rows["study"] == PATH) & (rows["alpha"] > 0)]
+    ends = (rows["gain"] + Z95 * rows["gain_se"]).groupby([rows["model"], rows["dataset"]])
+    furthest = ends.agg(lambda own: own.max(skipna=False)).rename("furthest")
+    found = path.join(furthest, on=["model", "dataset"])
+    return found.assign(verdict=[gain(fact, fact["furthest"]) for fact in found.to_dict("records")])
+
+
+def gain(fact: Mapping[Any, Any], furthest: float) -> Gain:
+    """Classify the gain of one path.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.summarize`.
+        furthest: highest upper end of an interval of A(alpha) - A(0) over alpha > 0.
+
+    Returns:
+        "gain", or "unclear" if its interval includes 0. If no alpha beats zero-shot: "none", or "not
+        excluded" if an interval reaches above 0; "unknown" without intervals, as for a single image.
+    """
+    if fact["gain"] > 0:
+        return "gain" if fact["gain_low"] > 0 else "unclear"
+    if math.isnan(furthest):
+        return "unknown"
+    return "not excluded" if furthest > 0 else "none"
+
+
+def straggling(fact: Mapping[Any, Any]) -> Straggling:
+    """Classify a layer.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.stragglers`.
+
+    Returns:
+        "unclear" for a layer that is no straggler but whose pointwise intervals reach above the margin and,
+        for the rise in loss, above 0.
+    """
+    if fact["straggler"]:
+        return "straggler"
+    if fact["unchanged"]:
+        return "unchanged"
+    high, rise = (fact[name] + Z95 * fact[f"{name}_se"] for name in ("instability", "rise"))
+    return "unclear" if high > fact["margin"] and rise > 0 else "stable"
