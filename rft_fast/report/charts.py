@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -26,6 +27,7 @@ from .drawing import (
     rule,
     safe,
 )
+from .phrases import MEASURES
 from .tables import sharpnesses, signed
 
 ALPHA = "α (0 zero-shot, 1 fine-tuned)"
@@ -46,6 +48,38 @@ def points(value: float, half: float, scale: float = 100, form: str = ".1f") -> 
     return text if pd.isna(half) or not half else f"{text} ± {scale * half:{form.lstrip('+')}}"
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """What is shown along a path, and its change, whose standard error is paired over images."""
+
+    value: str  # column of the rows
+    change: str  # column of the rows, with <change>_se
+    scale: float
+    form: str
+    unit: str
+
+
+ACCURACY = Quantity("accuracy", "gain", 100, "+.1f", "%")
+LOSS = Quantity("loss", "rise", 1, "+.3f", " nats")
+
+
+def along(
+    curve: pd.DataFrame, what: Quantity, title: str, zero: str, unit: str
+) -> tuple[list[float], pd.Series, pd.Series, list[str]]:
+    """Positions, values, halves of their intervals, and hovers of a curve.
+
+    title: what the curve is of, for plotly. zero: what the change is against.
+    """
+    alphas, scale, form = curve["alpha"].tolist(), what.scale, what.form
+    y, halves = scale * curve[what.value], scale * Z95 * curve[f"{what.change}_se"]
+    hover = [
+        f"{title}, α = {a:g}<br>{what.value} {v:{form[1:]}}{unit}<br>"
+        f"against {zero} {points(c, h, 1, form)} (95 %)<br>n = {n:,} images"
+        for a, v, c, h, n in zip(alphas, y, scale * curve[what.change], halves, curve["samples"], strict=True)
+    ]
+    return alphas, y, halves, hover
+
+
 def path(facts: Facts) -> Picture:
     """Accuracy and loss along the path."""
     part = facts.part("interpolation").sort_values("alpha", kind="stable")
@@ -62,25 +96,12 @@ def path(facts: Facts) -> Picture:
             "dash": "dash" if fails else "solid",
             "name": model,
         }
-        alphas = curve["alpha"].tolist()
         show = {"dataset": [dataset], "model": [ALL, model]}
         alone = {"dataset": [dataset], "model": [model]}
-        for traces, value, change, scale, unit in (
-            (accuracy, "accuracy", "gain", 100, "%"),
-            (loss, "loss", "rise", 1, " nats"),
-        ):
-            form = "+.1f" if scale == 100 else "+.3f"
-            halves = Z95 * curve[f"{change}_se"]
-            hover = [
-                f"<b>{safe(model)}</b> on {safe(dataset)}, α = {a:g}<br>{value} "
-                f"{scale * v:{form[1:]}}{unit}<br>"
-                f"against zero-shot {points(c, h, scale, form)} (95 %)<br>n = {n:,} images"
-                for a, v, c, h, n in zip(
-                    alphas, curve[value], curve[change], halves, curve["samples"], strict=True
-                )
-            ]
-            y = scale * curve[value]
-            traces.append(band(alphas, list(y - scale * halves), list(y + scale * halves), alone, f"@c{n}"))
+        title = f"<b>{safe(model)}</b> on {safe(dataset)}"
+        for traces, what in ((accuracy, ACCURACY), (loss, LOSS)):
+            alphas, y, half, hover = along(curve, what, title, "zero-shot", what.unit)
+            traces.append(band(alphas, list(y - half), list(y + half), alone, f"@c{n}"))
             traces.append(line(alphas, y.tolist(), hover, show, **style))
     for dataset, curve in part[part["alpha"] == 0].groupby("dataset", sort=False):
         here = {"dataset": [dataset]}
@@ -122,7 +143,7 @@ def sharpness(facts: Facts) -> Picture:
         ["model", "dataset", "position"]
     )
     far = path_rows.loc[path_rows["ood"].fillna(False)].index.get_level_values("dataset").unique()
-    along: list[Trace] = []
+    curves: list[Trace] = []
     against: list[Trace] = []
     for (model, where), curve in part.groupby(["model", "setting"], sort=False):
         n = numbers[model]
@@ -137,7 +158,7 @@ def sharpness(facts: Facts) -> Picture:
         ]
         hover = [a + b for a, b in zip(head, said, strict=True)]
         y, half = curve["sharpness"].tolist(), curve["half"].tolist()
-        along.append(line(curve["alpha"].tolist(), y, hover, show, error=half, **style))
+        curves.append(line(curve["alpha"].tolist(), y, hover, show, error=half, **style))
         for dataset in far:
             at = [(model, dataset, round(a, 9)) for a in curve["alpha"]]
             if not all(place in path_rows.index for place in at):
@@ -159,7 +180,7 @@ def sharpness(facts: Facts) -> Picture:
             "along",
             "Along the path",
             "General sharpness over alpha, a curve for each model",
-            along,
+            curves,
             layout(ALPHA, "general sharpness (nats)", 380),
         )
     ]
@@ -249,8 +270,7 @@ def prune(facts: Facts) -> Picture:
 
 def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     """Rank correlations as a forest plot; and what each row of the table measures, in words."""
-    said = {"general": "all weights", "stragglers": "the stragglers"}
-    labels = list(measures(table, said, "ρ = "))
+    labels = list(measures(table, MEASURES, "ρ = "))
     table = table.assign(name=labels)
     order = [*dict.fromkeys(table.sort_values("measure", key=lambda m: m.map(_ORDER), kind="stable")["name"])]
     place = {name: row for row, name in enumerate(order)}

@@ -13,6 +13,7 @@ from ..common.words import some
 from ..studies.facts import Facts
 from ..studies.pruning import NAMED
 from ..studies.verdicts import Sign, half_width, sign
+from .phrases import tau
 
 if TYPE_CHECKING:
     from ..catalogue import Study
@@ -139,12 +140,3 @@ def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
             yield Finding(text, "correlation", where)
     text = "(The paper finds that the whole model's does not tell, and the stragglers' does.)"
     yield Finding(text, "correlation", paper=True)
-
-
-def tau(fact: Mapping[Any, Any]) -> str:
-    """Kendall's tau and its 95 % interval, where there are any."""
-    if np.isnan(fact["kendall"]):
-        return "-"
-    if np.isnan(fact["kendall_low"]):
-        return f"{fact['kendall']:+.2f}"
-    return f"{fact['kendall']:+.2f} [{fact['kendall_low']:+.2f}, {fact['kendall_high']:+.2f}]"

@@ -12,7 +12,7 @@ from ..settings import Layers, Sharpness
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from ..studies.verdicts import straggling
-from .charts import points
+from .charts import ACCURACY, LOSS, along, points
 from .drawing import (
     ALL,
     Chart,
@@ -57,26 +57,12 @@ def interpolation(facts: Facts) -> Picture:
         for layer, curve in group.groupby("layer", sort=False):
             n = top.index(layer) if layer in top else 0
             here = show | {"layer": [ALL, layer] if layer in top else [layer]}
-            for value, change, scale, form in (
-                ("loss", "rise", 1, "+.3f"),
-                ("accuracy", "gain", 100, "+.1f"),
-            ):
-                half = scale * Z95 * curve[f"{change}_se"]
-                y = scale * curve[value]
-                alphas = curve["alpha"].tolist()
-                hover = [
-                    f"<b>{safe(layer)}</b>, α = {a:g}<br>{value} {v:{form[1:]}}<br>"
-                    f"against α = 0 {points(c, h, 1, form)} (95 %)<br>n = {m:,} images"
-                    for a, v, c, h, m in zip(
-                        alphas, y, scale * curve[change], half, curve["samples"], strict=True
-                    )
-                ]
-                curves[value].append(band(alphas, list(y - half), list(y + half), here, f"@c{n}"))
+            for what in (LOSS, ACCURACY):
+                alphas, y, half, hover = along(curve, what, f"<b>{safe(layer)}</b>", "α = 0", "")
+                curves[what.value].append(band(alphas, list(y - half), list(y + half), here, f"@c{n}"))
                 symbol = ("circle", "square", "triangle-up")[n]
-                curves[value].append(
-                    line(alphas, y.tolist(), hover, here, f"@c{n}", symbol, name=names[layer])
-                )
-                curves[value][-1]["showlegend"] = True
+                trace = line(alphas, y.tolist(), hover, here, f"@c{n}", symbol, name=names[layer])
+                curves[what.value].append(trace | {"showlegend": True})
     height = rows_height(len(layers))
     legend = {"showlegend": True, "legend": {"orientation": "h", "y": -0.24, "yanchor": "top"}}
     every = [(ALL, f"the {_WORST} most unstable")] + [(layer, names[layer]) for layer in layers]
@@ -151,10 +137,10 @@ def sharpness(facts: Facts) -> Picture:
             symbol = ["circle-open" if m else "circle" for m in maybe]
             hover = [
                 f"<b>{safe(layer)}</b>, α = {alpha:g}<br>sharpness {points(v, h, 1, '.3g')} nats (95 %)<br>"
-                f"{d} draws, n = {n:,} images" + ("<br>interval includes 0" if m else "")
-                for layer, v, h, d, n, m in zip(
+                f"{d} draws, n = {n:,} images" + ("<br>interval includes 0" if verdict == "unclear" else "")
+                for layer, v, h, d, n, verdict in zip(
                     column["layer"], column["sharpness"], column["half"], column["draws"], column["samples"],
-                    maybe, strict=True,
+                    column["verdict"], strict=True,
                 )
             ]  # fmt: skip
             trace = line(
@@ -272,19 +258,19 @@ def _instabilities(facts: pd.DataFrame, place: dict[str, int], show: dict[str, l
         ("wide", "@grey", "circle-open"),
         ("", "@c0", "circle"),
     ):
-        some = [fact for fact, cell in judged if cell.look == look]
-        if not some:
+        here = [fact for fact, cell in judged if cell.look == look]
+        if not here:
             continue
-        halves = [Z95 * fact["instability_se"] for fact in some]
+        halves = [Z95 * fact["instability_se"] for fact in here]
         hover = [
             f"<b>{safe(fact['layer'])}</b>: {STRAGGLING[straggling(fact)].text}<br>instability "
             f"{points(fact['instability'], half, 1, '+.3f')} nats (95 %), at α = "
             f"{fact['alpha']:g}<br>corrected lower "
             f"end {signed(format(fact['instability_low'], '+.3f'))}, loss against α = 0 "
             f"{points(fact['rise'], Z95 * fact['rise_se'], 1, '+.3f')}<br>n = {fact['samples']:,} images"
-            for fact, half in zip(some, halves, strict=True)
+            for fact, half in zip(here, halves, strict=True)
         ]
-        x = [fact["instability"] if math.isfinite(fact["instability"]) else math.nan for fact in some]
-        y = [place[fact["layer"]] for fact in some]
+        x = [fact["instability"] if math.isfinite(fact["instability"]) else math.nan for fact in here]
+        y = [place[fact["layer"]] for fact in here]
         found.append(line(x, y, hover, show, colour, symbol, across=halves, mode="markers"))
     return found

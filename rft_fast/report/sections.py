@@ -16,6 +16,7 @@ from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import gains, straggling
 from . import charts, layer_charts, tables
 from .drawing import Picture
+from .phrases import images, span
 from .runs import RunRead
 from .summary import sections as printed
 from .tables import Cell, Table
@@ -98,8 +99,7 @@ def layers(facts: Facts) -> Section:
 
 
 def _images(part: pd.DataFrame) -> str:
-    counts = part.groupby("dataset", sort=False)["samples"].max()
-    return "; ".join(f"n = {count:,} images of {name}" for name, count in counts.items())
+    return images(part, "n = {:,} images of {}", "; ")
 
 
 def _unclear(table: Table, reason: str = "too wide to tell a sign") -> list[str]:
@@ -109,9 +109,7 @@ def _unclear(table: Table, reason: str = "too wide to tell a sign") -> list[str]
 
 
 def _drawn(part: pd.DataFrame) -> str:
-    part = part[part["draws"].fillna(1) > 0]
-    draws = sorted(part["draws"].dropna().unique())
-    count = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else f"{draws[0]}" if draws else "no"
+    count = span(part.loc[part["draws"].fillna(1) > 0, "draws"])
     return f"{count} draws, {_images(part)}"
 
 

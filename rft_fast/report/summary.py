@@ -12,7 +12,8 @@ from ..common.words import paragraph, visible
 from ..run.cost import duration
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
-from .findings import findings, tau
+from .findings import findings
+from .phrases import MEASURES, images, span, tau
 
 if TYPE_CHECKING:
     from ..catalogue import Study
@@ -85,17 +86,11 @@ def _nats(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _images(rows: pd.DataFrame) -> str:
-    """How many images of each data set the rows are of."""
-    counts = rows.groupby("dataset", sort=False)["samples"].max()
-    return ", ".join(f"{count:,} images of {name}" for name, count in counts.items())
-
-
 def layers(facts: Facts) -> list[str]:
     lines = paragraphs(
         facts,
         f"layers: each layer on the path, the others {ENDS[facts.of(Layers).others]}; "
-        f"{_images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
+        f"{images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
         f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence, "
         "Bonferroni-corrected for layers and alphas, and its loss above that at alpha = 0.",
     )
@@ -154,8 +149,7 @@ def layer_sharpness(facts: Facts) -> list[str]:
 
 def _how(group: pd.DataFrame, rho: float) -> str:
     first = group[group["alpha"] > 0].iloc[0]
-    draws = sorted(group.loc[group["alpha"] > 0, "draws"].unique())
-    count = f"{draws[0]}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]}"
+    count = span(group.loc[group["alpha"] > 0, "draws"])
     unit = "|w|" if first["adaptive"] else "1"
     images = f"{first['samples']} images of {first['dataset']}"
     if pd.isna(first["noise"]):
@@ -178,7 +172,7 @@ def prune(facts: Facts) -> list[str]:
     lines = paragraphs(
         facts,
         f"prune: {100 * own.keep:g} % of the {which} layers' weights kept, "
-        f"{own.mask_seeds} masks, {_images(part)}. Change in accuracy against the unpruned path, "
+        f"{own.mask_seeds} masks, {images(part)}. Change in accuracy against the unpruned path, "
         "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
         "other layers at random.",
     )
@@ -213,8 +207,13 @@ def correlation(facts: Facts) -> list[str]:
     shown = shown[shown["alpha"] == shown["alpha"].max()]
     cells = [["out of distribution", "outcome", "sharpness of", "on", "at alpha", "rho", "models", "tau"]]
     for fact in shown.to_dict("records"):
-        what = "all weights" if fact["measure"] == "general" else "the stragglers"
-        where = [fact["dataset"], fact["outcome"], what, fact["measured_on"], f"{fact['alpha']:g}"]
+        where = [
+            fact["dataset"],
+            fact["outcome"],
+            MEASURES[fact["measure"]],
+            fact["measured_on"],
+            f"{fact['alpha']:g}",
+        ]
         cells.append([*where, f"{fact['rho']:g}", str(fact["models"]), tau(fact)])
     return [*lines, *_table(cells)]
 

@@ -1,0 +1,32 @@
+"""Facts in words that summary and page share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+MEASURES = {"general": "all weights", "stragglers": "the stragglers"}
+
+
+def images(rows: pd.DataFrame, each: str = "{:,} images of {}", between: str = ", ") -> str:
+    """How many images of each data set the rows are of."""
+    counts = rows.groupby("dataset", sort=False)["samples"].max()
+    return between.join(each.format(count, name) for name, count in counts.items())
+
+
+def span(counts: pd.Series) -> str:
+    """The lowest and the highest count."""
+    found = sorted(counts.dropna().unique())
+    return " to ".join(map(str, dict.fromkeys([found[0], found[-1]]))) if found else "no"
+
+
+def tau(fact: Mapping[Any, Any]) -> str:
+    """Kendall's tau and its 95 % interval, where there are any."""
+    if np.isnan(fact["kendall"]):
+        return "-"
+    if np.isnan(fact["kendall_low"]):
+        return f"{fact['kendall']:+.2f}"
+    return f"{fact['kendall']:+.2f} [{fact['kendall_low']:+.2f}, {fact['kendall_high']:+.2f}]"
