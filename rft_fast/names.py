@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import pathlib
 from collections.abc import Collection
-from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias, get_args
 
 # Names where a list of them is expected: a lone string, which is a sequence of strings as well, is none.
@@ -44,6 +44,8 @@ SAMPLING: tuple[Sampling, ...] = get_args(Sampling)
 # -> the norm that bounds the perturbation.
 WORST_CASE: dict[Estimator, float] = {"apgd-l2": 2.0, "apgd-linf": math.inf}
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+EstimatorChoice = Literal["auto", Estimator]
+ESTIMATOR_CHOICES: tuple[EstimatorChoice, ...] = get_args(EstimatorChoice)
 ZERO_MARGIN = 0.02  # nats: sharpness that counts as zero
 
 Criterion = Literal["sharpness", "instability"]
@@ -93,12 +95,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ORDER = "order"  # instead of a label map: class i is row i
 
 
-def as_given(text: str) -> Path | str:
+def as_given(text: str) -> pathlib.Path | str:
     """What stands on a command line for a label map: its file, or the word order."""
-    return ORDER if text == ORDER else Path(text)
+    return ORDER if text == ORDER else pathlib.Path(text)
 
 
-def list_file(what: str, source: str, known: Collection[str]) -> Path:
+def list_file(what: str, source: str, known: Collection[str]) -> pathlib.Path:
     """The file of a list of names that is none of those that are built in.
 
     Args:
@@ -109,7 +111,7 @@ def list_file(what: str, source: str, known: Collection[str]) -> Path:
     Raises:
         ValueError: there is no such file; with the nearest of the names.
     """
-    if not (file := Path(source)).is_file():
+    if not (file := pathlib.Path(source)).is_file():
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"{what}: {source!r} is neither a known name nor a file; {hint}")

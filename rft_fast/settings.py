@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from . import names
 from .common.fields import Group, option
 from .common.numeric import above_zero, check_alphas, fraction, positive, spaced, whole
-from .names import Criterion, Estimator, Method, Noise, On, Others
+from .names import Criterion, Estimator, EstimatorChoice, Method, Noise, On, Others
 from .path.layers import layer_of
 
 _T = TypeVar("_T")
@@ -230,12 +230,12 @@ class Sharpness:
         check=positive,
         more=_IMAGES,
     )
-    estimator: Estimator | str = option(
+    estimator: EstimatorChoice = option(
         "auto",
         "plain draws, antithetic pairs, draws less their linear term (gradient: the fewest draws where "
         "rho or the layer is small), hessian (the limit for small rho), or the worst case (apgd-...); auto, "
         "the default: gradient, but plain for all weights where a rho is above 0.2, where it gains nothing",
-        choices=("auto", *names.ESTIMATORS),
+        choices=names.ESTIMATOR_CHOICES,
     )
     on: On | None = option(
         None,
@@ -270,7 +270,7 @@ class Sharpness:
         """Those of all weights, and of single layers."""
         if self.estimator == "auto":
             return ("plain" if max(self.rhos) > 0.2 else "gradient", "gradient")
-        return (self.estimator, self.estimator)  # type: ignore[return-value]  # choices has them
+        return (self.estimator, self.estimator)
 
 
 def check_draws(draws: int, estimator: Estimator, goal: float | None, most: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,26 +17,27 @@ def named(tree: Tree, option: str, zoo: str) -> str:
     return f"option {option} of the zoo {zoo!r}" if tree.giver(option) == ZOO else f"argument --{option}"
 
 
-def settle(tree: Tree, zoo: str, perturbed: bool) -> tuple[Tree, list[str]]:
+def settle(tree: Tree, zoo: str, perturbed: Callable[[Tree], bool]) -> tuple[Tree, list[str]]:
     """The settings without contradictions, and a sentence for each option that gave way.
 
     Args:
         tree: as they were given.
         zoo: name of the zoo.
-        perturbed: whether any sharpness is measured.
+        perturbed: whether any sharpness is measured with these settings.
 
     Raises:
         ValueError: the command line, or the zoo, contradicts itself.
     """
     settling = _Settling(tree, zoo)
-    if perturbed:
-        settling.positions()
-    settling.draws()
-    if not perturbed:
-        settling.notices.clear()
     if settling.may_give_way("prune-layers", "criteria") and tree.of(Prune).layers is not None:
         settling.give_way("prune-layers", None, "--criteria")
-    return settling.tree, settling.notices
+    if perturbed(settling.tree):
+        settling.positions()
+        settling.draws()
+        return settling.tree, settling.notices
+    notices = list(settling.notices)
+    settling.draws()  # what contradicts itself is refused all the same
+    return settling.tree, notices
 
 
 class _Settling:

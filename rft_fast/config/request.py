@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import catalogue, checkpoints, env
@@ -40,6 +40,7 @@ class Request:
         measured: these, and what they need, in order.
         zoo: models and data, with what the command line says of them.
         settings: how they are studied, and how the run goes, without contradictions.
+        out: directory of the run.
         device: where the models are.
         fetch: what may be downloaded: anything, nothing; None: what the command line names.
         notices: what of defaults and of the zoo gave way to the command line, as sentences.
@@ -50,6 +51,7 @@ class Request:
     measured: list[str]
     zoo: zoo.Zoo
     settings: Tree
+    out: pathlib.Path
     device: torch.device
     fetch: bool | None
     notices: tuple[str, ...] = ()
@@ -65,11 +67,6 @@ class Request:
     def named(self, option: str) -> str:
         """An option, as whoever gave it knows it: for errors."""
         return named(self.settings, option, self.zoo.name)
-
-    @property
-    def out(self) -> Path:
-        """The directory of the run."""
-        return self.of(Running).out or Path(".")
 
     @cached_property
     def general(self) -> Protocol:
@@ -138,9 +135,13 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
             if studies:
                 raise ValueError(f"{name}: it needs {lacking}; leave it out, or name more")
             asked.remove(name)
-    measured = catalogue.measured(asked, tree)
-    perturbed = any(catalogue.study(name).images == "images of sharpness" for name in measured)
+
+    def perturbed(tree: Tree) -> bool:
+        measured = map(catalogue.study, catalogue.measured(asked, tree))
+        return any(study.images == "images of sharpness" for study in measured)
+
     tree, notices = settle(tree, its_zoo.name, perturbed)
+    measured = catalogue.measured(asked, tree)
     if running.plan and running.json:
         raise ValueError("argument --json: not together with --plan, which is a table to read")
     if running.quiet and running.json:
@@ -155,12 +156,15 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
     device = _device(tree)
     its_zoo, fetch = _sources(its_zoo, running, zoos)
     _check_models(its_zoo, tree)
+    out = running.out or _new(its_zoo)
+    running = replace(running, out=out, cache=running.cache if tree.giver("cache") else cache.directory())
     request = Request(
         everything=not studies,
         studies=asked,
         measured=measured,
         zoo=its_zoo,
-        settings=tree.but(_complete(tree, its_zoo), _canonical(tree.of(Sharpness))),
+        settings=tree.but(running, _canonical(tree.of(Sharpness))),
+        out=out,
         device=device,
         fetch=fetch,
         notices=tuple(notices),
@@ -171,13 +175,10 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
     return request
 
 
-def _complete(tree: Tree, its_zoo: zoo.Zoo) -> Running:
-    """How the run goes, with the directories that nobody named."""
-    running = tree.of(Running)
+def _new(its_zoo: zoo.Zoo) -> pathlib.Path:
+    """A directory for a run, where none is named."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
-    kept = running.cache if tree.giver("cache") else cache.directory()
-    return replace(running, out=running.out or out, cache=kept)
+    return pathlib.Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
 
 
 def _canonical(own: Sharpness) -> Sharpness:
@@ -303,7 +304,7 @@ def _zoo_of_options(models: Models) -> zoo.Zoo:
     except ValueError as error:
         raise ValueError(f"argument --finetuned: {error}") from None
     return zoo.Zoo(
-        name=Path(models.arch).stem,
+        name=pathlib.Path(models.arch).stem,
         arch=models.arch,
         zeroshot=zoo.Weights(models.zeroshot),
         finetuned={name: zoo.Weights(str(file)) for name, file in zip(names, models.finetuned, strict=True)},
@@ -324,7 +325,7 @@ def _changed(its_zoo: zoo.Zoo, models: Models, head: Head) -> zoo.Zoo:
         data[name] = replace(data[name], kind=kind)
     for name, file in models.data_labels:
         labels = as_given(file)
-        if isinstance(labels, Path) and not labels.is_file():
+        if isinstance(labels, pathlib.Path) and not labels.is_file():
             raise ValueError(f"argument --data-labels: {name}: there is no file {file}")
         data[name] = replace(data[name], labels=labels)
     of_weights: dict[str, Any] = {} if models.format is None else {"format": models.format}
@@ -377,7 +378,7 @@ def _check_models(its_zoo: zoo.Zoo, tree: Tree) -> None:
     from ..clip import architectures, matching, prompts
 
     source, head = its_zoo.zeroshot.source, its_zoo.head
-    published = None if Path(source).is_file() or source.startswith("hf-hub:") else source
+    published = None if pathlib.Path(source).is_file() or source.startswith("hf-hub:") else source
     architectures.preprocess(its_zoo.arch, published)
     if published is not None:
         matching.check_activation(its_zoo.arch, published)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import pathlib
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import checkpoints
@@ -41,9 +41,11 @@ else:
 class Weights:
     """A checkpoint: a file, or, for the zero-shot end, the name of published weights.
 
-    source: an absolute path, a pretrained tag of open_clip, or ``hf-hub:org/name``
-        (:func:`rft_fast.checkpoints.fetch`). format: one of ``checkpoints.FORMATS``; None: detected.
-        unrelated: of a fine-tuned end, whether it may be of another training than the zero-shot end.
+    Attributes:
+        source: an absolute path, a pretrained tag of open_clip, or ``hf-hub:org/name``
+            (:func:`rft_fast.checkpoints.fetch`).
+        format: one of ``checkpoints.FORMATS``; None: detected.
+        unrelated: whether a fine-tuned end may come from another training than the zero-shot end.
     """
 
     source: str
@@ -53,26 +55,33 @@ class Weights:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where a data set lies, and how it is read (:func:`rft_fast.datasets.load`).
+    """Where a data set is, and how it is read (:func:`rft_fast.datasets.load`).
 
-    ood: out of distribution for the fine-tuned models. kind: one of ``datasets.KINDS``; None: detected.
-    labels: which rows of the head its classes are: a file, class -> row, or "order" (class i is row i); None:
-        as their names show.
+    Attributes:
+        path: of its folder or file.
+        ood: whether it is out of distribution for the fine-tuned models.
+        kind: one of ``datasets.KINDS``; None: detected.
+        labels: the rows of the head that its classes are: a file, a table class -> row, or ``"order"``
+            (class i is row i); None: by their names.
     """
 
-    path: Path
+    path: pathlib.Path
     ood: bool = True
     kind: Kind | None = None
-    labels: Path | Mapping[str, Any] | str | None = None
+    labels: pathlib.Path | Mapping[str, Any] | str | None = None
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the models' head is made of (:class:`rft_fast.clip.endpoints.Setup`).
+    """The head of the models (:class:`rft_fast.clip.endpoints.Setup`).
 
-    class_names, templates: as :func:`rft_fast.clip.prompts.class_names` and ``templates`` take them; None:
-    not needed, as the checkpoints have heads. scale: factor of a head made of prompts; None: the model's own.
-    given: a file with the zero-shot head.
+    Attributes:
+        towers: ``image`` or ``both``.
+        choice: ``interpolate``, or the end whose head is kept.
+        class_names: as of :func:`rft_fast.clip.prompts.class_names`; None: the checkpoints have heads.
+        templates: as of :func:`rft_fast.clip.prompts.templates`.
+        scale: factor of a head made from prompts; None: the model's own.
+        given: a file with the zero-shot head.
     """
 
     towers: Towers = "image"
@@ -80,18 +89,23 @@ class Head:
     class_names: str | None = None
     templates: str = "openai"
     scale: float | None = None
-    given: Path | None = None
+    given: pathlib.Path | None = None
 
 
 @dataclass(frozen=True)
 class Zoo:
-    """What a zoo file names, every path absolute and known to exist.
+    """The content of a zoo file. Every path is absolute and exists.
 
-    arch: an open_clip model name, the path of a JSON file or ``hf-hub:org/name``
-    (:func:`rft_fast.clip.architectures.config`). finetuned: display name -> checkpoint, in the file's
-    order. data: name -> source, likewise. options: how it is studied, option of ``python -m
-    rft_fast.sweep`` -> value; its command line overrides them. resize_positions: as in
-    :class:`rft_fast.clip.endpoints.Setup`.
+    Attributes:
+        name: of the zoo.
+        arch: an open_clip model name, the path of a JSON file or ``hf-hub:org/name``
+            (:func:`rft_fast.clip.architectures.config`).
+        zeroshot: the zero-shot end.
+        finetuned: name in tables and figures -> checkpoint, in the order of the file.
+        data: name -> data set, likewise.
+        head: of all models.
+        options: option of ``python -m rft_fast.sweep`` -> value; the command line overrides them.
+        resize_positions: as in :class:`rft_fast.clip.endpoints.Setup`.
     """
 
     name: str
@@ -143,7 +157,7 @@ def read(path: str | PathLike[str]) -> Zoo:
     exist, invalid TOML, a missing or unknown entry (with the nearest known one), or a value of
     another type.
     """
-    file = Path(path).resolve()
+    file = pathlib.Path(path).resolve()
     if file.is_dir():
         file /= "zoo.toml"
         if not file.is_file():
@@ -187,13 +201,13 @@ def read(path: str | PathLike[str]) -> Zoo:
 
 def digits() -> Zoo:
     """The zoo that ships with the package: a tiny CLIP on digits, and nine models fine-tuned."""
-    return read(Path(__file__).parents[1] / "digits" / "zoo.toml")
+    return read(pathlib.Path(__file__).parents[1] / "digits" / "zoo.toml")
 
 
 class _Entries:
     """Reads typed entries out of a file's tables, with errors that name both."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: pathlib.Path) -> None:
         self.file = file
 
     def error(self, key: str, what: str) -> ValueError:
@@ -216,8 +230,8 @@ class _Entries:
             raise self.error(f"{prefix}{key}", "is empty")
         return value
 
-    def path(self, table: Mapping[str, Any], key: str, prefix: str = "") -> Path:
-        path: Path = self.file.parent / self.get(table, key, str, prefix)
+    def path(self, table: Mapping[str, Any], key: str, prefix: str = "") -> pathlib.Path:
+        path: pathlib.Path = self.file.parent / self.get(table, key, str, prefix)
         if not path.exists():
             raise self.error(f"{prefix}{key}", f"names {path}, which does not exist")
         return path
@@ -239,7 +253,7 @@ class _Entries:
                 raise self.error(f"{prefix}{key}", f"names {file}, a directory; expected a checkpoint in it")
             return Weights(str(file), format, unrelated)
         try:
-            if Path(source).exists():  # in the working directory, which a zoo does not depend on
+            if pathlib.Path(source).exists():  # in the working directory, which a zoo does not depend on
                 raise ValueError(f"{source} is relative to the working directory")
             checkpoints.check_source(source, published)
         except ValueError as error:
@@ -247,7 +261,7 @@ class _Entries:
         return Weights(source, format)
 
     def data(self, source: Mapping[str, Any], prefix: str) -> DataSource:
-        labels: Path | Mapping[str, Any] | str | None = None
+        labels: pathlib.Path | Mapping[str, Any] | str | None = None
         if isinstance(source.get("labels"), dict) or source.get("labels") == ORDER:
             labels = source["labels"]
         elif "labels" in source:
@@ -295,7 +309,7 @@ class _Entries:
         if (beside := self.file.parent / value).is_file():
             return str(beside)
         if (
-            value not in built_in and Path(value).is_file()
+            value not in built_in and pathlib.Path(value).is_file()
         ):  # in the working directory, which a zoo does not depend on
             raise self.error(
                 key, f"names no file beside it: {value} is relative to the working directory; move it there"

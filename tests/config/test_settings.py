@@ -295,6 +295,13 @@ def test_what_cannot_give_way_is_explained(
     refused([str(file), *words.split(), "--out", str(tmp_path / "run"), "--device", "cpu"], message, capsys)
 
 
+def test_what_gives_way_decides_what_is_measured(zoo: Path, tmp_path: Path) -> None:
+    file = str(zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), 'prune-layers = "re:.*"'))
+    assert request.read([file, "prune"]).measured == ["interpolation", "prune"]
+    asked = request.read([file, "prune", "--criteria", "instability"])
+    assert asked.measured == ["interpolation", "layers", "prune"]
+
+
 def test_nothing_is_said_where_it_does_not_matter() -> None:
     assert request.read(["--alphas", "0:1:3", "interpolation"]).notices == ()
     (notice,) = request.read(["--alphas", "0:1:3"]).notices
