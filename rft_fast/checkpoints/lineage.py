@@ -257,7 +257,6 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
             not_finite.append(name)
         sums += products
     distance, norm_a, norm_b = sums[:3].sqrt().tolist()
-    product = float(sums[3])
     related = kinship(a.tensors, b.tensors, is_visual)
     if related.same:  # a linear probe differs in its head only
         heads = HEAD_WEIGHT in a.tensors and HEAD_WEIGHT in b.tensors
@@ -276,18 +275,18 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         problem = problem or (None if unrelated else related.unrelated())
         problems += [problem] if problem else []
     return Lineage(
-        tuple(shared),
-        tuple(differing),
-        tuple(only_a),
-        tuple(only_b),
-        tuple(other_shape),
-        distance,
-        distance / norm_a if norm_a else math.nan,
-        product / (norm_a * norm_b) if norm_a and norm_b else math.nan,
-        not (differing or only_a or only_b),
-        related,
-        tuple(problems),
-        tuple(name for name in (*other_shape, *other_kind) if not _on_path(name)),
+        shared=tuple(shared),
+        differing=tuple(differing),
+        only_a=tuple(only_a),
+        only_b=tuple(only_b),
+        other_shape=tuple(other_shape),
+        distance=distance,
+        relative=distance / norm_a if norm_a else math.nan,
+        cosine=float(sums[3]) / (norm_a * norm_b) if norm_a and norm_b else math.nan,
+        identical=not (differing or only_a or only_b),
+        kinship=related,
+        problems=tuple(problems),
+        inert=tuple(name for name in (*other_shape, *other_kind) if not _on_path(name)),
     )
 
 
