@@ -1,4 +1,4 @@
-"""Loss and accuracy of the live model, fast: what a change left as it was is not computed again."""
+"""Loss and accuracy of the live model; only what a change affects is computed again."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Batches: how many samples go through a model at once, how many of those side by side, and what fits."""
+"""Batches: how many samples go through a model at once, how many batches run side by side, and what fits."""
 
 from __future__ import annotations
 
@@ -26,41 +26,49 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def ahead(self, batch: slice) -> None:
-        """Begins to fetch a batch that will be needed next."""
+        """Start to fetch a batch that is needed next."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a batch takes at the worst moment of its way: ``fixed``, and ``each`` for every sample."""
+    """Peak memory of a batch.
+
+    Attributes:
+        fixed: Bytes of any batch.
+        each: Further bytes for every sample.
+    """
 
     fixed: int = 0
     each: int = 0
 
     @staticmethod
     def of(run: Callable[[int], object]) -> Need:
-        """Of ``run(samples)``, by the meter; nothing where it cannot tell."""
+        """Measure ``run(samples)`` by fake tensors; zero where that is not possible."""
         try:
             some, twice = (meter.measure(lambda n=n: run(n)).peak for n in (64, 128))  # type: ignore[misc]
         except RuntimeError:
             return Need()
-        # Of few samples, the worst moment may be another one: when the gradients of all weights are there.
+        # With few samples the peak may be elsewhere, where the gradients of all weights exist.
         each = max(0, (twice - some) // 64)
         return Need(max(0, some - 64 * each), each)
 
 
 class Batches:
-    """Cuts samples into batches, and maps over them.
+    """Cuts samples into batches and maps over them.
 
-    stated: samples per batch; None: 512, but on the CPU 128, whose activations stay in its caches, and 64
-        for sources of fewer than 512 samples, so that there are batches for several cores; less where
-        ``room`` asks for it.
-    side: so many batches at most run side by side, on the CPU. Only for work that keeps no state.
-    room: bytes for all batches in work.
-    need: finds out what a batch takes of it; called once, when it is first asked.
-    relieve: gives memory back that could be done without; called when a batch did not fit.
-    sample: what one sample is called.
+    A batch that does not fit in memory is halved, with a warning, and no later batch is larger.
 
-    A batch that does not fit is halved, with a warning, and no later one is larger.
+    Args:
+        device: Device of the model.
+        stated: Samples per batch. None: 512; on the CPU 128, whose activations stay in the caches, or 64 for
+            sources of fewer than 512 samples, so that there are batches for several cores; fewer if ``room``
+            requires it.
+        side: Largest number of batches that run side by side, on the CPU only. More than 1 only for work
+            without state.
+        room: Bytes for all batches in work.
+        need: Measures the memory of a batch; called once, when it is first needed.
+        relieve: Frees memory that is not needed; called after a batch did not fit.
+        sample: What one sample is called in messages.
     """
 
     def __init__(
@@ -75,43 +83,43 @@ class Batches:
     ) -> None:
         self._device, self._stated, self._side = device, stated, side if device.type == "cpu" else 1
         self._room, self._find, self.relieve, self._sample = room, need, relieve, sample
-        self._most = sys.maxsize  # as was found out the hard way
+        self._most = sys.maxsize  # samples that fit, as far as known
 
     @property
     def side_by_side(self) -> bool:
-        """Whether batches may run beside each other."""
+        """Whether several batches may run side by side."""
         return self._side > 1
 
     def size(self, samples: int) -> int:
-        """Samples per batch of a source of so many. It does not depend on the number of threads."""
+        """Return the samples per batch of a source of so many; independent of the number of threads."""
         if self._stated is not None:
             return min(self._most, self._stated)
         size = 512 if self._device.type != "cpu" else 128 if samples >= 512 else 64
         return max(1, min(self._most, self._fitting(), size))
 
     def enough(self, samples: int) -> int:
-        """So many samples of sources of that size keep the device busy, whatever its number of cores."""
+        """Return how many samples keep the device busy, on any number of cores, from sources of that size."""
         return self.size(samples) * min(self._side, SIDE_BY_SIDE)
 
     def workers(self, items: int, size: int) -> int:
-        """How many of so many batches of that size run side by side."""
+        """Return how many of ``items`` batches of that size run side by side."""
         workers = min(torch.get_num_threads() // threads_of_a_batch(), items, self._side)
         if workers > 1:
             workers = min(workers, self._room // max(1, self.need.fixed + size * self.need.each))
         return max(1, workers)
 
     def count(self, samples: int) -> int:
-        """How many batches a source of so many samples makes."""
+        """Return the number of batches of a source of so many samples."""
         return -(-samples // self.size(samples))
 
     def full(self) -> tuple[int, int]:
-        """Samples of a full batch, and how many full batches run side by side."""
+        """Return the samples of a full batch, and how many full batches run side by side."""
         size = self.size(sys.maxsize)
         return size, self.workers(sys.maxsize, size)
 
     @cached_property
     def need(self) -> Need:
-        """What a batch takes; found out when it is first asked for."""
+        """Peak memory of a batch; measured at the first access."""
         return self._find()
 
     def _fitting(self) -> int:
@@ -123,15 +131,20 @@ class Batches:
         work: Callable[[S, slice], T],
         take: Callable[[S, slice, T], object],
     ) -> None:
-        """Calls work(source, batch) for all batches, and take(source, batch, result), that one here in turn.
+        """Call ``work`` for all batches, and ``take`` with each result, in order and in this thread.
 
         On the CPU several batches run side by side: small operations gain little from several threads, and
-        lose all of it when other programs are running. Each has
-        :func:`threads_of_a_batch`, however many run:
-        torch's products of a few rows come out otherwise by the last bit on another number of threads. All
-        threads have come to rest when this returns or raises.
+        lose it when other programs run. Each batch has :func:`threads_of_a_batch` threads, however many
+        batches run, because the last bits of products of few rows depend on the number of threads. When this
+        returns or raises, no thread is running.
 
-        Raises MemoryError where one sample does not fit, or what ``take`` keeps.
+        Args:
+            sources: Where samples come from.
+            work: (source, batch) -> result.
+            take: Called with (source, batch, result).
+
+        Raises:
+            MemoryError: One sample does not fit, or the results that ``take`` keeps do not.
         """
         pending: deque[tuple[S, slice]] = deque()
         largest = 1
@@ -180,7 +193,7 @@ class Batches:
         torch.set_num_threads(share)  # of libraries that count for the whole process
         try:
             while pending or running:
-                # Two for each: none waits for this thread, and few results wait here.
+                # Two for each worker: no worker waits for this thread, and few results wait here.
                 while pending and len(running) < 2 * workers:
                     item = self._next(pending)
                     running.append((item, _pool(workers).submit(alone, *item)))
@@ -192,7 +205,7 @@ class Batches:
                 else:
                     self._keep(take, *item, result[0])
         finally:
-            # What still runs after an error would see the model change under its hands.
+            # After an error the caller may change the model, so no batch may still run.
             for _, future in running:
                 future.cancel()
             wait([future for _, future in running])
@@ -205,7 +218,7 @@ class Batches:
         return source, first
 
     def _try(self, work: Callable[[S, slice], T], source: S, batch: slice) -> tuple[T] | None:
-        """What comes of a batch; None: it does not fit in memory."""
+        """Return the result of a batch in a tuple; None: it does not fit in memory."""
         try:
             return (work(source, batch),)
         except RuntimeError as error:
@@ -227,7 +240,7 @@ class Batches:
             ) from error
 
     def _halves(self, source: S, batch: slice) -> list[tuple[S, slice]]:
-        """A batch that does not fit, in parts; and from now on batches are no larger than these."""
+        """Split a batch that does not fit; later batches are no larger than these parts."""
         samples = batch.stop - batch.start
         size = min((samples + 1) // 2, self._most)
         if size < self._most:
@@ -245,7 +258,7 @@ class Batches:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory; CPUs, and CUDA's libraries, have no type of their own for that."""
+    """Whether torch ran out of memory; CPUs and CUDA's libraries have no exception type for it."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -253,7 +266,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def too_large(device: torch.device, error: BaseException, sample: str = "image") -> str:
-    """What to say where a single sample does not fit."""
+    """Return the message for a single sample that does not fit."""
     return (
         f"Evaluator: not even one {sample} fits in the memory of {device} beside the weights: "
         f"{_first_line(error)}; use a smaller model, a precision of two bytes (bf16), or another device"

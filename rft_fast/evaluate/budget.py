@@ -1,4 +1,4 @@
-"""How the memory of a device is shared out: images that stay there, held activations, batches in work."""
+"""Shares of a device's memory: for resident images, held activations, and batches in work."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from ..common import meter
 
-# Of the memory limit: for images that stay on the device, for activations that are held between stages, and
-# for those of the batches in work. The rest is for gradients and what libraries take.
+# Shares of the limit: for images that stay on the device, for activations held between stages, and for those
+# of batches in work. The rest is for gradients and workspaces of libraries.
 RESIDENT, HELD, WORKING = 0.4, 0.3, 0.2
 
 
@@ -15,8 +15,11 @@ class Budget:
     """The memory that all evaluators of a model may use together.
 
     Args:
-        device: the model's.
-        limit: in bytes; None: 80 % of what is free now on a GPU, half of what is free on the CPU.
+        device: Device of the model.
+        limit: Bytes; None: 80 % of the free memory of a GPU, half of the free memory of the CPU.
+
+    Attributes:
+        limit: Bytes.
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
@@ -24,7 +27,7 @@ class Budget:
             share = 0.8 if device.type == "cuda" else 0.5
             limit = int(share * meter.available(device))
         self.limit = limit
-        self._on_device = device.type != "cuda"  # where images are in the device's memory already
+        self._on_device = device.type != "cuda"  # images are in the device's memory anyway
         self._resident = 0  # bytes of images that stay on the device
 
     @property
@@ -38,15 +41,15 @@ class Budget:
         return int(WORKING * self.limit)
 
     def keep(self, images: int) -> bool:
-        """Whether so many more bytes of images stay on the device; they are counted if so."""
+        """Whether so many further bytes of images may stay on the device; they count from now on if so."""
         stays = self._on_device or self._resident + images <= self.for_images
         self._resident += images if stays else 0
         return stays
 
     def holds(self, size: int) -> bool:
-        """Whether activations of so many bytes may be held between stages."""
+        """Whether activations of that size in bytes may be held between stages."""
         return size <= HELD * self.limit
 
     def held(self, each: int) -> int:
-        """How many images may be held between stages, at so many bytes each; at least one."""
+        """Return how many images may be held between stages, at so many bytes each; at least one."""
         return max(1, int(HELD * self.limit / max(1, each)))

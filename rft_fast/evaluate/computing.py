@@ -1,4 +1,4 @@
-"""The executor that computes: activations through stages, losses, gradients."""
+"""The executor that computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from .scores import Scores
 
 
 class Computing:
-    """Carries out a schedule on the model's device (an :class:`rft_fast.evaluate.executor.Executor`)."""
+    """Carries out a schedule on the model's device, see :class:`rft_fast.evaluate.executor.Executor`.
+
+    Args:
+        runtime: The model.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -29,10 +33,7 @@ class Computing:
                 self._advance(flow, stage)
 
     def _advance(self, flow: Flow, stage: int, keep: bool = False) -> None:
-        """Held before a later stage, in place of what it came from where the shape allows.
-
-        keep: leave alone what it came from.
-        """
+        """Hold a flow before a later stage; reuse its buffer if the shape is the same, unless ``keep``."""
         if stage == flow.position:
             return
         held = None if keep else flow.held
@@ -65,7 +66,7 @@ class Computing:
         return _Results(self, self._runtime, feeds, count)
 
     def holding(self, images: int) -> None:
-        """Nothing: what is held was allocated when it was needed."""
+        """Nothing to do: memory is allocated when it is needed."""
 
     def gradient(self, feeds: Sequence[Images], weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         runtime = self._runtime
@@ -82,18 +83,27 @@ class Computing:
         warnings.warn(text, stacklevel=4)
 
     def logits(self, flow: Flow, batch: slice, head: Tensor | None) -> Tensor:
-        """What the rest of the model makes of a batch."""
+        """Run the rest of the model on a batch.
+
+        Args:
+            flow: Where the batch is.
+            batch: Which of its samples.
+            head: Weights of the head [classes, d]; None: the head is fixed.
+
+        Returns:
+            Logits [n, classes].
+        """
         x = self._run(flow, batch, len(flow.stages))
         join = self._runtime.stages.join
         return x if head is None or join is None else join(x, head)
 
     def head(self, text: Flow | None) -> Tensor | None:
-        """The head's weights [classes, d] that the prompts give; None where the head is fixed."""
+        """Return the weights of the head [classes, d] that the prompts give; None: the head is fixed."""
         head = self._runtime.stages.head
         return None if text is None or head is None else head(self._finished(text))
 
     def _finished(self, flow: Flow) -> Tensor:
-        """What all samples are after the last stage; the flow stays where it is."""
+        """Return the activations after the last stage; the flow stays at its position."""
         last = len(flow.stages)
         if flow.position == last and flow.held is not None:
             return flow.held
@@ -104,7 +114,7 @@ class Computing:
         return end.held
 
     def _run(self, flow: Flow, batch: slice, last: int) -> Tensor:
-        """What a batch is before stage ``last``. Use it, or copy it, before the next run."""
+        """Return the activations of a batch before stage ``last``; the next run may overwrite them."""
         stages = flow.stages[flow.position : last]
         inputs = None
         if flow.held is None:
@@ -124,12 +134,12 @@ class Computing:
 
 
 class _Results:
-    """Losses and hits of several variants, on the device until all are there."""
+    """Losses and hits of several variants, on the device until all are computed."""
 
     def __init__(self, computing: Computing, runtime: Runtime, feeds: Sequence[Images], count: int) -> None:
         self._computing, self._runtime = computing, runtime
         self._names = [feed.name for feed in feeds]
-        # Made outside of inference mode, so that callers may use the results in any way.
+        # Created outside of inference mode, so that callers may use the results in any way.
         shapes, device = [(count, len(feed)) for feed in feeds], runtime.device
         self._losses = [torch.empty(shape, device=device) for shape in shapes]
         self._hits = [torch.empty(shape, device=device, dtype=torch.bool) for shape in shapes]

@@ -1,4 +1,4 @@
-"""First and second derivatives of the mean loss over all images, batch by batch."""
+"""First and second derivatives of the mean loss over all images, accumulated over batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .modes import differentiating
 
 T = TypeVar("T")
 
-# What cannot change the loss has gradient zero.
+# Weights that cannot change the loss have gradient zero.
 _ZEROS: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
 
 
@@ -28,7 +28,15 @@ def gradient(
     feeds: Sequence[Images],
     weights: Sequence[Tensor],
 ) -> tuple[float, list[Tensor]]:
-    """As :meth:`rft_fast.evaluate.Evaluator.gradient`."""
+    """Compute the mean loss and its gradient, see :meth:`rft_fast.evaluate.Evaluator.gradient`.
+
+    Args:
+        model: Maps images to logits.
+        precision: Its precision.
+        batches: How the images are cut into batches.
+        feeds: The data sets.
+        weights: Weights of the model.
+    """
     total_loss = 0.0
     with torch.inference_mode(False):
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -55,7 +63,12 @@ def curvature(
     weights: Sequence[Tensor],
     directions: Sequence[Tensor],
 ) -> Tensor:
-    """As :meth:`rft_fast.evaluate.Evaluator.curvature`."""
+    """Compute v_i . (H v)_i, see :meth:`rft_fast.evaluate.Evaluator.curvature`.
+
+    Args:
+        model, precision, batches, feeds, weights: As for :func:`gradient`.
+        directions: v, with the shapes of the weights.
+    """
     with torch.inference_mode(False):
         sums = torch.zeros(len(weights), dtype=torch.float64, device=feeds[0].device)
 
@@ -80,7 +93,7 @@ def _differentiate(
     of: Callable[[Tensor], T],
     take: Callable[[T, float], object],
 ) -> None:
-    """Calls ``of`` with each batch's mean loss; ``take`` with the result and its share of all images."""
+    """Call ``of`` with the mean loss of each batch, ``take`` with the result and the share of all images."""
     images = total(feeds)
 
     def work(feed: Images, batch: slice) -> T:
@@ -94,7 +107,7 @@ def _differentiate(
 
 
 def _attention(order: int) -> AbstractContextManager[None]:
-    """Only the plain kernel can be differentiated twice."""
+    """Select the plain attention kernel for order 2: only that can be differentiated twice."""
     return sdpa_kernel(SDPBackend.MATH) if order == 2 else nullcontext()
 
 
@@ -105,16 +118,17 @@ def trial(
     order: int,
     measure: Callable[[Callable[[int], None]], T],
 ) -> T:
-    """Measures what the derivatives of a batch take, at all weights.
+    """Measure the derivatives of one batch at all weights.
 
     Args:
-        model, precision: as for :func:`gradient`.
-        example: number of images -> something of their shape.
-        order: 1, the gradient, or 2, the curvature.
-        measure: called with what differentiates the loss of so many images.
+        model: Maps images to logits.
+        precision: Its precision.
+        example: Number of images -> input of that shape, of any values.
+        order: 1 for the gradient, 2 for the curvature.
+        measure: Called with a function that computes the derivatives of so many images.
 
     Returns:
-        What ``measure`` returns.
+        The result of ``measure``.
     """
     weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
 

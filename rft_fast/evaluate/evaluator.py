@@ -1,4 +1,4 @@
-"""``Evaluator``: scores a live model on data sets, and does not do again what a change left as it was."""
+"""``Evaluator``: scores a live model on data sets; only what a change affects is computed again."""
 
 from __future__ import annotations
 
@@ -28,40 +28,50 @@ from .walk import Walk
 class Evaluator:
     """Scores a live model on data sets.
 
-    model: maps images [n, 3, h, w] to logits [n, classes], on one device, its weights in the type of the
-        precision (:func:`rft_fast.evaluate.precision.cast`) or float32; they may change between calls, as
-        a :class:`rft_fast.Path` does it.
-    datasets: distinct names. They move to the model's device where they fit, as bytes; if not, batches
-        are streamed there while the one before is computed.
-    batch_size: images per forward; the last batch of a set may be smaller. None: 512, but on the CPU
-        128, whose activations stay in its caches, and 64 for sets of fewer than 512 images, so that
-        there are batches for several cores; less where the memory limit asks for it. A batch that
-        does not fit is halved, with a warning, from then on.
-    precision: "fp32"; "ieee", the same with attention by ordinary float32 products (see
-        :mod:`rft_fast.evaluate.precision`); "tf32" (NVIDIA GPUs); "bf16" or "fp16", activations and weights
-        alike. Logits are normalised and judged in float32. Shortcuts that torch is set to take are off while
-        scoring, and as they were afterwards; these switches are global, so score from one thread at a time.
-    normalize_logits: centre the logits of each image and divide them by their l2 norm (at least
-        1e-10) before the loss, so that it does not change with the scale of the logits.
-    memory_limit: bytes for images, held activations and batches; None: 80 % of what is free on a GPU, half of
-        what is free on the CPU, when the evaluator is made.
-    graphs: on a CUDA device, record the launches of stages as CUDA graphs, and replay them.
-    compile: run the stages through ``torch.compile``: minutes of compilation for large models, and numbers
-        that differ in the last digits.
+    One image of each data set goes through the model when the evaluator is created, so that errors are raised
+    then. Logits are normalised and scored in float32. While scoring, global switches of torch that allow less
+    exact products are off, and they are restored afterwards; so score from one thread at a time.
 
-    One image of every set goes through the model here, so that what cannot be scored is refused
-    now: ValueError for sizes that do not fit the model, labels or classes beyond its logits, and
-    folders whose number of classes is another one. MemoryError where one image does not fit.
+    Args:
+        model: Maps images [n, 3, h, w] to logits [n, classes]; on one device. Its weights have the dtype of
+            the precision (see :func:`rft_fast.evaluate.precision.cast`) or float32. They may change between
+            calls, as a :class:`rft_fast.Path` does it.
+        datasets: Data sets with distinct names. Their images move to the model's device as uint8 if they fit;
+            otherwise batches are copied to it while the previous batch is computed.
+        batch_size: Images per forward pass; the last batch of a set may be smaller. None: 512; on the CPU
+            128, whose activations stay in the caches, or 64 for sets of fewer than 512 images, so that there
+            are batches for several cores; fewer if the memory limit requires it. A batch that does not fit in
+            memory is halved, with a warning, and so are all later ones.
+        precision: "fp32"; "ieee", the same with attention by plain float32 products (see
+            :mod:`rft_fast.evaluate.precision`); "tf32" (NVIDIA GPUs only); "bf16" or "fp16", for activations
+            and weights.
+        normalize_logits: Center the logits of each image and divide them by their l2 norm (at least 1e-10)
+            before the loss, which makes the loss independent of the scale of the logits.
+        memory_limit: Bytes for images, held activations and batches. None: 80 % of the free memory of a GPU,
+            half of the free memory of the CPU, at the time of creation.
+        graphs: On a CUDA device, record the kernel launches of stages as CUDA graphs and replay them.
+        compile: Run the stages through ``torch.compile``: takes minutes for large models, and changes the
+            last digits.
+
+    Attributes:
+        runtime: The model in stages; shared by all evaluators of this model.
+        executor: Carries out what the evaluator and its walks decide, see
+            :class:`rft_fast.evaluate.executor.Executor`.
+        feeds: The data sets, as inputs of the model.
+        boundary: Bytes of held activations per image, at most.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range; the precision does not fit the weights or the device; images do
+            not fit the model; labels or classes exceed its logits; a data set has another number of classes.
+        MemoryError: One image does not fit in memory.
+        RuntimeError: The stages do not compute what the model computes.
     """
 
     runtime: Runtime
-    """The model, shared by all evaluators of it."""
     executor: Executor
-    """What carries out what this evaluator and its walks decide."""
     feeds: list[Images]
-    """The data sets as the model takes them."""
     boundary: int
-    """Bytes that a walk holds of one image, at worst."""
 
     def __init__(
         self,
@@ -96,7 +106,7 @@ class Evaluator:
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """Device of the model."""
         return self.runtime.device
 
     @property
@@ -105,27 +115,27 @@ class Evaluator:
 
     @property
     def batch_size(self) -> int | None:
-        """As it was given."""
+        """Images per forward pass, as passed by the caller."""
         return self.runtime.batch_size
 
     @property
     def memory_limit(self) -> int:
-        """In bytes."""
+        """Memory limit in bytes."""
         return self.runtime.budget.limit
 
     @property
     def stages(self) -> Stages:
-        """The model in stages."""
+        """The model in stages, compiled if requested."""
         return self.runtime.stages
 
     @property
     def stations(self) -> int:
-        """How many places there are where a walk can stand: before each stage."""
+        """Number of stations: positions where a :class:`Walk` can stand."""
         return self.runtime.stations
 
     @property
     def datasets(self) -> list[Dataset]:
-        """The data sets that are scored."""
+        """The data sets."""
         return [feed.dataset for feed in self.feeds]
 
     @property
@@ -134,16 +144,22 @@ class Evaluator:
 
     @property
     def threads_of_a_batch(self) -> int | None:
-        """What the last bits of the results depend on, on a CPU; None on other devices."""
+        """CPU threads per batch, which the last bits of results depend on; None on other devices."""
         if self.device.type != "cpu":
             return None
         return threads_of_a_batch() if self.runtime.images.side_by_side else torch.get_num_threads()
 
     def on(self, datasets: Sequence[Dataset], normalize_logits: bool = False) -> Evaluator:
-        """An evaluator of the same model with the same settings on other data sets.
+        """Return an evaluator of the same model on other data sets, with the same settings.
 
-        What was found out about the model, its stages above all, is not found out again. Raises as making
-        an Evaluator does.
+        The stages and needs of the model are reused.
+
+        Args:
+            datasets: As for :class:`Evaluator`.
+            normalize_logits: As for :class:`Evaluator`.
+
+        Raises:
+            TypeError, ValueError, MemoryError, RuntimeError: As :class:`Evaluator` does.
         """
         runtime = self.runtime
         known = runtime.traced
@@ -155,9 +171,11 @@ class Evaluator:
         return other
 
     def of(self, feeds: Sequence[Images], executor: Executor | None = None) -> Evaluator:
-        """An evaluator of the same model on these images, which are found fit for it.
+        """Return an evaluator of the same model on other feeds, which must fit the model.
 
-        executor: what carries out what it decides; None: what does for this one.
+        Args:
+            feeds: The images.
+            executor: The executor; None: that of this evaluator.
         """
         other = copy(self)
         other.feeds = list(feeds)
@@ -167,48 +185,52 @@ class Evaluator:
     # --- what a change leaves as it was ---------------------------------------------------------
 
     def scores(self) -> dict[str, Scores]:
-        """Data set name -> scores of the model as it is now.
+        """Score the model with its present weights on all data sets.
 
-        Runs in eval mode without gradients and leaves every module's training flag as it was. The
-        results come to the CPU at the end; nothing waits for the device before that.
+        Runs in eval mode without gradients, and restores the training flag of every module. Results are
+        copied to the CPU at the end; nothing waits for the device before.
+
+        Returns:
+            Data set name -> per-image losses and hits.
         """
         return self.walk().scores()
 
     def walk(self) -> Walk:
-        """The data sets before the first stage, ready to be scored or to go on."""
+        """Return a walk that stands before the first stage."""
         self._check_device()
         return Walk(self.runtime, self.feeds, self.executor, self._room())
 
     def span(self, tensors: Iterable[Tensor]) -> tuple[int, int]:
-        """The first and last station (see :class:`Walk`) whose stages read these tensors of the model.
+        """Return the first and the last station whose stages read one of these tensors of the model.
 
-        (0, last of all) for tensors of both towers, or that no stage is known to read.
+        See :class:`Walk` for stations. (0, last station) for tensors of both towers, or if no stage is known
+        to read one of them.
         """
         return self.runtime.span(tensors)
 
     def stage_of(self, tensors: Iterable[Tensor]) -> int:
-        """The first station whose stage reads one of these tensors of the model."""
+        """Return the first station whose stage reads one of these tensors of the model."""
         return self.span(tensors)[0]
 
     # --- parts of the data ----------------------------------------------------------------------
 
     def parts(self, size: int | None, name: str) -> list[Evaluator]:
-        """Evaluators of one data set: for every ``size`` images in order (None: for all at once).
+        """Return one evaluator for every ``size`` images of a data set, in order; None: one for all of them.
 
-        They share this one's model and memory; the last one may be smaller.
+        They share the model and the images' memory. The last one may be smaller.
         """
         (feed,) = (feed for feed in self.feeds if feed.name == name)
         return [self.of([part]) for part in feed.parts(size or len(feed))]
 
     def among(self, names: Iterable[str]) -> Evaluator:
-        """An evaluator of the data sets of these names, in this order; it shares model and memory."""
+        """Return an evaluator of the data sets with these names, in this order; it shares their images."""
         feeds = {feed.name: feed for feed in self.feeds}
         return self.of([feeds[name] for name in names])
 
     def pieces(self) -> list[Evaluator]:
-        """Evaluators of consecutive images of all sets, such that what a walk holds fits in memory.
+        """Return evaluators of consecutive images, such that the activations that a walk holds fit in memory.
 
-        Usually this one alone. A layer-wise study walks through one piece after the other.
+        Usually this one only. A layer-wise study walks through one piece after the other.
         """
         room = self._room()
         if total(self.feeds) <= room:
@@ -216,25 +238,39 @@ class Evaluator:
         return [self.of([part]) for feed in self.feeds for part in feed.parts(room)]
 
     def _room(self) -> int:
-        """How many images may be held between stages."""
+        """Return how many images may be held between stages."""
         return self.runtime.budget.held(self.boundary)
 
     # --- derivatives ----------------------------------------------------------------------------
 
     def gradient(self, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """Mean loss over all images, and its gradient at each of these weights of the model, in float32.
+        """Compute the mean loss over all images and its gradient.
 
-        Gradients are zero where a weight cannot change the loss. Training flags, ``.grad`` and
-        ``requires_grad`` stay as they were; one more copy of the weights is held.
+        Training flags, ``.grad`` and ``requires_grad`` are restored. Takes the memory of one more copy of the
+        weights.
+
+        Args:
+            weights: Weights of the model.
+
+        Returns:
+            The mean loss, and for each weight its gradient in float32; zero where a weight cannot change the
+                loss.
         """
         self._check_device()
         return self.executor.gradient(self.feeds, weights)
 
     def curvature(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-        """For each weight i, v_i . (H v)_i with the Hessian H of the mean loss over all images.
+        """Compute v_i . (H v)_i for each weight i, with the Hessian H of the mean loss over all images.
 
-        directions: v, shaped as the weights. Float64 [number of weights], on the device. H couples all
-        ``weights``: for random signs v, the expectation of entry i is the trace of H's block i.
+        H couples all ``weights``: for random signs v, the expectation of entry i is the trace of block i of
+        H.
+
+        Args:
+            weights: Weights of the model.
+            directions: v, with the shapes of the weights.
+
+        Returns:
+            float64 [number of weights], on the device.
         """
         self._check_device()
         return self.executor.curvature(self.feeds, weights, directions)
@@ -253,7 +289,7 @@ def _load(
     normalize_logits: bool,
     known: Stages | None = None,
 ) -> tuple[list[Images], Staged]:
-    """Data sets as the model takes them, on its device where they fit, and the model in stages."""
+    """Return data sets as inputs of the model, on its device if they fit, and the model in stages."""
     _check_datasets(datasets)
     resident = budget.keep(sum(data.images.nbytes for data in datasets))
     dtype = formats.PRECISIONS[precision]

@@ -1,8 +1,9 @@
-"""The seam between a schedule and what carries it out.
+"""Executors: what carries out the schedule of evaluators and walks.
 
 :class:`rft_fast.evaluate.Evaluator` and its walks decide which stages run on which images, when activations
-are held and how variants share batches. An executor does it: :class:`rft_fast.evaluate.computing.Computing`
-computes; :class:`rft_fast.run.cost.Counting` counts, so that what is counted is what would be computed.
+are held, and how variants share batches. :class:`rft_fast.evaluate.computing.Computing` computes it;
+:class:`rft_fast.run.cost.Counting` counts it. So the cost of a study is counted by the code that schedules
+it.
 """
 
 from __future__ import annotations
@@ -18,49 +19,54 @@ from .scores import Scores
 
 
 class Results(Protocol):
-    """The scores of several variants of the weights, as they come in."""
+    """Scores of several variants of the weights."""
 
     def judge(self, flows: Sequence[Flow], text: Flow | None, first: int) -> None:
-        """Runs flows to their end and scores them, with the weights as they are now.
+        """Run flows to the end of their chains and score them with the present weights.
 
         Args:
-            flows: one for each data set, all of as many copies; they stay where they are.
-            text: the prompts, whose features make the head; None: the head is fixed.
-            first: the number of the first copy's variant.
+            flows: One for each data set, all with the same number of copies; they stay at their positions.
+            text: The prompts whose features make the head; None: the head is fixed.
+            first: Number of the variant of the first copy.
         """
 
     def scores(self) -> list[dict[str, Scores]]:
-        """For each variant: data set name -> scores, on the CPU."""
+        """Return, for each variant, data set name -> scores, on the CPU."""
 
 
 class Executor(Protocol):
-    """Carries out what a schedule decides."""
+    """Carries out a schedule."""
 
     def advance(self, flows: Sequence[Flow], stage: int) -> None:
-        """Runs flows to before a later stage, and holds there what comes of them.
+        """Run flows to before a later stage and hold their activations there.
 
-        Raises MemoryError where it does not fit. The flows are good for nothing then but to restart.
+        Raises:
+            MemoryError: They do not fit. The flows must restart then.
         """
 
     def fill(self, flows: Sequence[Flow], place: int, sources: Sequence[Flow]) -> None:
-        """Runs ``sources`` to where ``flows`` are, which hold what comes of them as copy number ``place``.
+        """Run ``sources`` to the positions of ``flows``, and hold the activations there as copy number
+        ``place``.
 
-        The sources stay where they are. Raises MemoryError where it does not fit.
+        The sources stay at their positions.
+
+        Raises:
+            MemoryError: The activations do not fit.
         """
 
     def results(self, feeds: Sequence[Images], count: int) -> Results:
-        """Room for the scores of so many variants."""
+        """Return room for the scores of ``count`` variants."""
 
     def holding(self, images: int) -> None:
-        """Activations of so many images are held at once, or would be for more variants."""
+        """Note that activations of so many images are held at once, or would be with more variants."""
 
     def gradient(self, feeds: Sequence[Images], weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """As :meth:`rft_fast.evaluate.Evaluator.gradient`."""
+        """Compute as :meth:`rft_fast.evaluate.Evaluator.gradient`."""
 
     def curvature(
         self, feeds: Sequence[Images], weights: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> Tensor:
-        """As :meth:`rft_fast.evaluate.Evaluator.curvature`."""
+        """Compute as :meth:`rft_fast.evaluate.Evaluator.curvature`."""
 
     def warn(self, text: str) -> None:
-        """Warns the caller of a walk of what became of it."""
+        """Issue a UserWarning on behalf of the caller of a walk."""

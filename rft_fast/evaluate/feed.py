@@ -1,4 +1,4 @@
-"""Samples as a model takes them: images (or prompts) on the device where they fit, else streamed there."""
+"""Inputs of a model: images and prompts, on its device if they fit, else copied there batch by batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from .batches import is_out_of_memory
 
 
 class Images:
-    """A data set for a model on ``device``, that takes images of this dtype.
+    """A data set as input of a model.
 
-    resident: whether the images are moved to the device. If not, each batch goes there as it is needed,
-    from pinned memory and one batch ahead of the computation.
-    normalize: whether logits are normalised before the loss, see :class:`rft_fast.evaluate.Evaluator`.
+    Args:
+        dataset: The data set.
+        device: Device of the model.
+        dtype: Dtype of the model's input.
+        resident: Whether all images move to the device. If not, each batch is copied when it is needed, from
+            pinned memory, one batch ahead of the computation.
+        normalize: Whether logits are normalised before the loss, see :class:`rft_fast.evaluate.Evaluator`.
     """
 
     def __init__(
@@ -37,9 +41,11 @@ class Images:
         self.labels = dataset.labels.to(device)
         self.mean = torch.tensor(dataset.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(dataset.std, device=device).view(-1, 1, 1)
-        self.white = torch.tensor(255.0, device=device)  # by a number, CUDA multiplies with its reciprocal
+        self.white = torch.tensor(
+            255.0, device=device
+        )  # CUDA divides by a number as a product with its reciprocal
         self.classes = None if dataset.classes is None else dataset.classes.to(device)
-        # The label's place among the scored logits.
+        # Position of each label among the scored logits.
         self.targets = self.labels
         if self.classes is not None:
             ordered, order = self.classes.sort()
@@ -55,7 +61,7 @@ class Images:
         return self.dataset.name
 
     def cut(self, part: slice) -> Images:
-        """Some of the images, sharing their memory."""
+        """Return some of the images, with shared memory."""
         found = copy(self)
         found.dataset = replace(
             self.dataset, images=self.dataset.images[part], labels=self.dataset.labels[part]
@@ -67,31 +73,31 @@ class Images:
         return found
 
     def parts(self, size: int) -> list[Images]:
-        """Every ``size`` images in order, sharing their memory; the last part may be smaller."""
+        """Return every ``size`` images in order, with shared memory; the last part may be smaller."""
         return [self.cut(slice(at, min(len(self), at + size))) for at in range(0, len(self), size)]
 
     def ahead(self, batch: slice) -> None:
-        """Begins to bring a batch to the device, if it is not there and there is room for it."""
+        """Start to copy a batch to the device, if it is not there and fits."""
         if self._stream is not None:
             try:
                 self._stream.start(self.images, batch)
             except RuntimeError as error:
-                if not is_out_of_memory(error):  # it is fetched when it is needed, or halved then
+                if not is_out_of_memory(error):  # it is copied, or halved, when it is needed
                     raise
 
     def prepare(self, batch: slice) -> Tensor:
-        """The model's input: [n, 3, h, w]."""
+        """Return the model's input of a batch: [n, 3, h, w]."""
         pixels = self.images[batch] if self._stream is None else self._stream.take(self.images, batch)
         # The operations and their order are torchvision's, in float32, so the model sees the same bits.
         return pixels.float().div_(self.white).sub_(self.mean).div_(self.std).to(self.dtype)
 
     def judge(self, logits: Tensor, batch: slice) -> tuple[Tensor, Tensor]:
-        """Losses and correctness of a batch, still on the device."""
+        """Return losses, float32 [n], and hits, bool [n], of logits [n, classes], on the device."""
         logits = logits.float()
         if self.classes is not None:
             logits = logits.index_select(1, self.classes)
         best = logits.argmax(1)
-        lost = logits.gather(1, best[:, None])[:, 0].isnan()  # argmax takes NaN for the largest
+        lost = logits.gather(1, best[:, None])[:, 0].isnan()  # for argmax NaN is the largest
         if self.normalize:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
@@ -107,7 +113,18 @@ class Images:
         return losses, hits & ~lost
 
     def check(self, model: Callable[[Tensor], Any]) -> Tensor:
-        """Refuses a set that the model cannot score. Returns the logits of one image."""
+        """Check that a model can score this data set, by one image.
+
+        Args:
+            model: Maps images to logits.
+
+        Returns:
+            The logits of the image, [1, classes].
+
+        Raises:
+            ValueError: The images do not fit the model; it does not return logits; labels or classes exceed
+                them; or the number of class folders differs.
+        """
         dataset = self.dataset
         where = f"Evaluator: data set {dataset.name!r}"
         try:
@@ -139,7 +156,7 @@ class Images:
 
 
 class Prompts:
-    """The tokens of a text chain, int64 [p, context] on the device."""
+    """Tokens of a text chain, int64 [p, context], on the device."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
@@ -148,14 +165,14 @@ class Prompts:
         return len(self.tokens)
 
     def ahead(self, batch: slice) -> None:
-        """They are there."""
+        """Nothing to do: they are on the device."""
 
     def prepare(self, batch: slice) -> Tensor:
         return self.tokens[batch]
 
 
 class _Stream:
-    """Batches on their way from the host's memory to a CUDA device, on a stream of their own."""
+    """Copies batches from host memory to a CUDA device, on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -168,8 +185,8 @@ class _Stream:
             return
         # The pinned copy returns to torch's allocator, which keeps it until the transfer has ended.
         pinned = images[batch].pin_memory()
-        # Of a stream on another device than the current one, torch would go back by choosing that one, and so
-        # create a context there.
+        # For a stream on another device than the current one, torch would restore the current one by
+        # selecting it, which creates a context there.
         with torch.cuda.device(self._device), torch.cuda.stream(self._side):
             there = pinned.to(self._device, non_blocking=True)
             self._coming = (batch, there, self._side.record_event())
@@ -182,7 +199,7 @@ class _Stream:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(arrived)
         there.record_stream(current)
-        # Without this the host would run ahead of a busy device, with a batch in memory for every step.
+        # Otherwise the host would run ahead of a busy device, with one batch in memory per step.
         self._taken.append(current.record_event())
         if len(self._taken) > 2:
             self._taken.popleft().synchronize()
@@ -190,5 +207,5 @@ class _Stream:
 
 
 def total(feeds: Sequence[Images]) -> int:
-    """Images of all sets."""
+    """Return the number of images of all sets."""
     return sum(map(len, feeds))

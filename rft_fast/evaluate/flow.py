@@ -15,10 +15,13 @@ from .stages import Stage
 class Flow:
     """Samples on their way through a chain of stages, held before one of them.
 
-    position: the number of that stage.
-    copies: how often each sample of the source is held, one variant after the other.
-    held: activations [copies * n, ...] before that stage. None: nothing is held, the samples are those of the
-        source; or nothing is computed (:class:`rft_fast.run.cost.Counting`).
+    Attributes:
+        stages: The chain.
+        source: The samples before the first stage.
+        position: Number of the stage before which they are held.
+        copies: Number of variants of each sample that are held, one variant after the other.
+        held: Activations [copies * n, ...] before that stage. None: before the first stage; or nothing is
+            computed (:class:`rft_fast.run.cost.Counting`).
     """
 
     stages: tuple[Stage, ...]
@@ -31,16 +34,16 @@ class Flow:
         return len(self.source) * self.copies
 
     def restart(self) -> None:
-        """Before the first stage again."""
+        """Go back to before the first stage."""
         self.held, self.position = None, 0
 
     def inputs(self, batch: slice) -> Tensor:
-        """What the chain begins with, of samples that may be of several copies."""
+        """Return the inputs of the chain for a batch."""
         parts = [self.source.prepare(part) for part in self.parts(batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, batch: slice) -> list[slice]:
-        """Which samples of the source a batch is: it may reach from one copy into the next."""
+        """Return the samples of the source in a batch, which may extend from one copy into the next."""
         n, at, parts = len(self.source), batch.start, []
         while at < batch.stop:
             stop = min(batch.stop, at - at % n + n)
@@ -49,12 +52,12 @@ class Flow:
         return parts
 
     def ahead(self, batch: slice) -> None:
-        """Begins to fetch a batch, if nothing is held of it."""
+        """Start to fetch a batch, if no activations of it are held."""
         if self.held is None:
             self.source.ahead(batch)
 
     def judge(self, logits: Tensor, batch: slice) -> tuple[Tensor, Tensor]:
-        """Losses and hits of a batch."""
+        """Return losses and hits of a batch of logits, as :meth:`rft_fast.evaluate.feed.Images.judge`."""
         if not isinstance(self.source, Images):
             raise TypeError("Evaluator: prompts have no labels")
         parts = self.parts(batch)

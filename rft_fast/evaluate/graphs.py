@@ -1,7 +1,7 @@
-"""CUDA graphs of stages: the launches of a stage recorded once, and replayed after every write.
+"""CUDA graphs of stages: kernel launches of a stage, recorded once and replayed after every write.
 
-Weights are written in place, so a recorded stage reads the new ones. (A tensor that takes a weight's place in
-the module is not seen by a recording; Path.check refuses it, an Evaluator alone does not.)
+Weights are written in place, so a recorded stage reads the new values. A tensor that replaces a weight in the
+module is not seen by a recording: Path.check refuses it, an Evaluator alone does not.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from .batches import is_out_of_memory
 from .stages import Stage
 
 Body = Callable[[], None]
-Capture = Callable[[Body], Body]  # a callable that is recorded without taking effect -> what replays it
+Capture = Callable[[Body], Body]  # records a callable without executing it; returns the replay
 
-# A stage runs as it is the first times: libraries choose their algorithms then, and a shape that does not
-# come back is not worth a recording.
+# The first runs are not recorded: libraries select algorithms then, and a shape that occurs only once needs
+# no recording.
 WARM = 2
 
 SHORT = 8 << 20
-"""Bytes of a stage's activations, those before and those after it together, up to which it is recorded.
+"""Largest size of a stage's activations, those before and after it together, that is recorded; in bytes.
 
-A recording saves the host some 5 us a launch, and costs one more copy of these activations: they are read
-and written, 3.5 us at most at an H200's 4.8 TB/s, less than one launch. Stages with more are left as they
-are: an MLP of ViT-L/14 in bfloat16 with 8 MiB (2,048 tokens) computes for some 60 us, and its six launches
-take 30, so that the host is ahead without recordings; it would lose the copy's share, some 4 %. Small
-models stay below: a batch of 512 of the digits zoo has 4.3 MiB. Chosen for an H200 by calculation; not
-measured.
+A recording saves about 5 us of host time per launch, and copies these activations once more: they are read
+and written in at most 3.5 us at the 4.8 TB/s of an H200, less than one launch. Larger stages are not
+recorded: an MLP of ViT-L/14 in bfloat16 with 8 MiB (2,048 tokens) computes for about 60 us and its six
+launches take 30, so the host is ahead without a recording, whose copy would cost some 4 %. Small models are
+below the limit: a batch of 512 of the digits zoo has 4.3 MiB. Calculated for an H200, not measured.
 """
 
 
 @dataclass
 class _Recorded:
     runs: int = 0
-    short: bool = False  # as its last run was
+    short: bool = False  # its last run was
     replay: Body | None = None
     source: Tensor | None = None
     result: Tensor | None = None
 
 
 class Graphs:
-    """Runs chains of stages; short ones are recorded from the third time on that they meet a shape.
+    """Runs chains of stages; a short stage is recorded on its third run with the same shape.
 
-    capture: makes the recordings, see :func:`on`.
+    Results are in buffers that the next run overwrites. Between stages there are two buffers of each shape
+    and dtype, used in turns. One thread and one stream per device may use recordings at a time, of whichever
+    evaluator: temporary tensors of all recordings share memory.
 
-    Results lie in buffers that the next run overwrites. Between stages there are two such buffers of each
-    shape and type, taken in turns. One thread and one stream of a device at a time, whoever's recordings they
-    are: what they need for the moment lies in the same memory.
+    Args:
+        capture: Makes the recordings, see :func:`on`.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -68,7 +68,18 @@ class Graphs:
     def run(
         self, stages: tuple[Stage, ...], first: int, last: int, x: Tensor, inputs: Tensor | None
     ) -> Tensor:
-        """Stages ``first`` to before ``last`` on x [n, ...]; as running them one by one, to the bit."""
+        """Run some stages of a chain; the same bits as running them one by one.
+
+        Args:
+            stages: The chain.
+            first: The first stage to run.
+            last: The stage after the last one to run.
+            x: Activations before stage ``first``, [n, ...].
+            inputs: Input of the chain; None: no stage reads it.
+
+        Returns:
+            Activations before stage ``last``; overwritten by the next run.
+        """
         for index in range(first, last):
             stage = stages[index]
             key = (stage, x.shape, x.dtype)
@@ -79,7 +90,7 @@ class Graphs:
             if record.replay is None or record.source is None or record.result is None:
                 before = x.nbytes
                 x = stage.run(x, x if inputs is None else inputs)
-                # One that looks at the chain's input would need that in place, too.
+                # A stage that reads the chain's input would need that in a buffer, too.
                 record.short = not stage.reads_inputs and before + x.nbytes <= SHORT
                 continue
             _put(record.source, x)
@@ -88,16 +99,16 @@ class Graphs:
         return x
 
     def clear(self) -> None:
-        """Forgets all recordings, and gives their memory back."""
+        """Drop all recordings and free their memory."""
         self._recorded.clear()
         self._buffers.clear()
 
     def _record(self, record: _Recorded, stage: Stage, index: int, x: Tensor) -> Tensor:
-        """Returns x where it now lies: in the buffer, of whose memory it may have been a view until now."""
+        """Record a stage. Returns x in its buffer; until then x may be a view of that buffer."""
         source = self._buffer(index % 2, x)
         _put(source, x)
-        # What the stage returns dies with the recording, so that later ones use its memory again. Its shape
-        # comes from one more run, on the very memory that is recorded with.
+        # The result of the recorded stage is freed with the recording, so later ones reuse its memory. Its
+        # shape comes from one more run on the memory that is recorded.
         result = self._buffer(1 - index % 2, stage.run(source, source))
 
         def body() -> None:
@@ -106,7 +117,7 @@ class Graphs:
         try:
             record.replay = self._capture(body)
         except RuntimeError as error:
-            record.runs = -sys.maxsize  # not tried again
+            record.runs = -sys.maxsize  # never again
             reason = str(error).partition("\n")[0]
             warnings.warn(f"Evaluator: a stage runs without a CUDA graph: {reason}", stacklevel=2)
         else:
@@ -121,7 +132,7 @@ class Graphs:
 
 
 def _put(buffer: Tensor, x: Tensor) -> None:
-    """Copies x to a buffer, where it may lie already; maybe as another view."""
+    """Copy x into a buffer, of which it may be a view."""
     if x.data_ptr() == buffer.data_ptr() and x.stride() == buffer.stride():
         return
     shared = x.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
@@ -130,18 +141,18 @@ def _put(buffer: Tensor, x: Tensor) -> None:
 
 @cache
 def on(device: torch.device) -> Capture:
-    """Recordings on this CUDA device; all of them share one pool of memory for what is temporary.
+    """Return the function that makes recordings on a CUDA device; they share one pool of temporary memory.
 
-    One stream and one pool for all evaluators: torch keeps a workspace of cuBLAS for each stream, which lies
-    in the pool that was in use when it was made.
+    All evaluators share one stream and one pool: torch keeps a cuBLAS workspace for each stream, in the pool
+    that was in use when the workspace was created.
     """
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of this pool
+    living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # graphs of this pool
     pool: Any = None
 
     def record(body: Body) -> Body:
         nonlocal pool, living
-        if pool is None or not living:  # torch refuses a pool that no graph uses any more
+        if pool is None or not living:  # torch refuses a pool without graphs
             pool, living = torch.cuda.graph_pool_handle(), WeakSet()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(side):
@@ -150,8 +161,8 @@ def on(device: torch.device) -> Capture:
                 body()
                 graph.capture_end()
             except BaseException:
-                # Some versions of torch leave it to us to end what a failed capture has begun. What of it has
-                # ended by itself says so.
+                # Some versions of torch do not clean up after a failed capture; the others raise an error
+                # here.
                 with suppress(RuntimeError):
                     graph.capture_end()
                 with suppress(RuntimeError):
@@ -171,8 +182,8 @@ def on(device: torch.device) -> Capture:
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
-                # The error is gone, and with it what the attempt held. A capture can use nothing that torch
-                # keeps for others.
+                # The error is gone, and with it the memory of the attempt. A capture cannot use memory that
+                # torch caches for other pools.
                 torch.cuda.empty_cache()
                 return record(body)
             finally:
@@ -182,7 +193,7 @@ def on(device: torch.device) -> Capture:
 
 
 def _refuse_waiting(body: Body) -> None:
-    """Runs it once. Raises RuntimeError where the host waits for the device, which would spoil a capture."""
+    """Run it once; raise RuntimeError if the host waits for the device, which would break a capture."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode is a prototype")
@@ -195,7 +206,7 @@ def _refuse_waiting(body: Body) -> None:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """No dead cycle is collected within: freeing memory of CUDA's own ends a capture."""
+    """Context manager without garbage collection: freeing CUDA memory ends a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""How a model and torch are set while scores or derivatives are taken; all is as it was afterwards."""
+"""Settings of the model and of torch while scores or derivatives are computed; all are restored."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .stages import evaluating
 
 @contextmanager
 def scoring(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Eval mode and exact products, without gradients."""
+    """Context manager: eval mode and exact products, without gradients."""
     with evaluating(model), torch.inference_mode(), formats.exact(precision):
         yield
 
 
 @contextmanager
 def differentiating(model: nn.Module, precision: Precision, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Eval mode and exact products, with gradients at these weights.
+    """Context manager: eval mode and exact products, with gradients at these weights.
 
-    All others take part as well: which kernels torch takes depends on whether a weight asks for a gradient
-    (those of a frozen nn.MultiheadAttention are others), and the bits must not depend on what is asked for.
+    All other float parameters require gradients as well: torch selects kernels by whether a weight requires a
+    gradient (``nn.MultiheadAttention`` uses others for frozen weights), and the bits must not depend on which
+    gradients are requested.
     """
     floats = [p for p in model.parameters() if p.is_floating_point()]
     tensors = list({id(tensor): tensor for tensor in (*weights, *floats)}.values())

@@ -1,10 +1,10 @@
-"""The number format of the forward pass: what the live weights are stored in, and how products are taken.
+"""Number formats of the forward pass: the dtype of the live weights, and how products are computed.
 
-Under "fp32" all matrix products and convolutions are float32's own, but for attention on a GPU. There torch
-picks the fastest kernel, and its memory-efficient one takes each product of float32 as three of TF32 (3xTF32,
-as CUTLASS calls it): about as exact, but not the same bits. No switch of torch reaches inside that kernel.
-"ieee" is "fp32" with torch's plain attention (``SDPBackend.MATH``): softmax(Q K^T) V by ordinary products. It
-is slower, and holds the whole attention matrix.
+With "fp32" all matrix products and convolutions are plain float32, except attention on a GPU. There torch
+selects the fastest kernel, and its memory-efficient one computes each float32 product as three TF32 products
+(3xTF32 in CUTLASS): about as exact, but with other bits. No switch of torch affects that kernel. "ieee" is
+"fp32" with torch's plain attention (``SDPBackend.MATH``): softmax(Q K^T) V by plain products. It is slower
+and stores the whole attention matrix.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import names
 
-# Name -> the type of the live weights and of the activations.
-# ieee: attention by ordinary products, too. tf32: products of values rounded to 10 bits, on tensor cores.
+# Name -> dtype of the live weights and of the activations.
+# ieee: attention by plain products, too. tf32: products of values rounded to 10 bits, on tensor cores.
 PRECISIONS = dict.fromkeys(names.PRECISIONS, torch.float32)
 PRECISIONS |= {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(precision: names.Precision, device: torch.device) -> None:
-    """Raises ValueError for a precision that is not offered, or not on this device."""
+    """Raise ValueError for an unknown precision, or one that the device does not support."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if precision == "tf32" and device.type != "cuda":
@@ -36,12 +36,20 @@ def check(precision: names.Precision, device: torch.device) -> None:
 
 
 def cast(model: nn.Module, precision: names.Precision) -> nn.Module:
-    """Turns the live model's weights into the type of a precision, in place, before a Path is made of it.
+    """Convert the weights of a live model to the dtype of a precision, in place, before a Path is made of it.
 
-    The linear head and what scales the logits stay float32: they cost nothing, and a logit of 30 in
-    bfloat16 has steps of an eighth, which would be all the loss's error. Returns the model.
+    The linear head and the scale of the logits stay float32: they cost nothing, and bfloat16 logits near 30
+    would have steps of 1/8, the dominant error of the loss.
 
-    Raises ValueError for an unknown precision.
+    Args:
+        model: The live model.
+        precision: Name of the precision.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The precision is unknown.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
@@ -57,10 +65,10 @@ def cast(model: nn.Module, precision: names.Precision) -> nn.Module:
 
 @contextmanager
 def exact(precision: names.Precision) -> Iterator[None]:
-    """Products in full float32, or for "tf32" on TF32; sums of half precision products in float32.
+    """Context manager: float32 products, or TF32 for "tf32"; float32 sums of half-precision products.
 
-    For "ieee" attention is made of such products; for the others by the kernel that torch picks (see above).
-    These switches of torch are global, and as they were afterwards.
+    For "ieee", attention consists of such products; for the others it uses the kernel that torch selects, see
+    above. The switches are global and are restored on exit.
     """
     backends: Any = torch.backends
     tf32 = precision == "tf32"
@@ -75,14 +83,14 @@ def exact(precision: names.Precision) -> Iterator[None]:
         put(backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
         put(backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
         operations = []
-        if hasattr(backends.cudnn, "conv"):  # torch 2.9 and newer: one switch per backend and operation
+        if hasattr(backends.cudnn, "conv"):  # torch >= 2.9: one switch per backend and operation
             operations = [backends.cuda.matmul, backends.mkldnn.matmul]
             for backend in (backends.cudnn, backends.mkldnn):
                 operations += [backend.conv, backend.rnn]
         for operation in operations:
             put(operation, "fp32_precision", "ieee")
-        # The older names of the same switches, which torch's compiler still asks by. Torch refuses to answer
-        # where the two disagree, so both are set; all operations are at "ieee" while the older are asked.
+        # The older names of the same switches, which torch's compiler still reads. Torch raises an error if
+        # the two disagree, so both are set; all operations are at "ieee" while the older ones are read.
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         try:

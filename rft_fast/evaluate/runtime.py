@@ -1,4 +1,4 @@
-"""``Runtime``: a model in stages on its device, and how much of it runs at a time."""
+"""``Runtime``: a model in stages on its device, and how its batches are cut."""
 
 from __future__ import annotations
 
@@ -25,42 +25,44 @@ from .staging import Staged
 
 
 class Runtime:
-    """What all evaluators of a model share: its stages, batches, recordings and memory.
+    """What all evaluators of a model share: its stages, batches, recordings and memory budget.
 
-    It refers to no data set and to no evaluator, and so keeps none of them alive.
+    Refers to no data set and no evaluator, so it keeps none of them alive.
 
     Args:
-        model: on one device, its weights in the type of the precision or float32.
-        precision: as :class:`rft_fast.evaluate.Evaluator` takes it.
-        device: the model's.
-        budget: of its memory.
-        staged: the model in stages.
-        pixels: the shape of an image, [3, h, w].
-        batch_size: images per forward; None: as :class:`rft_fast.evaluate.batches.Batches` chooses.
-        graphs: whether stages are recorded as CUDA graphs on a CUDA device.
-        compile: whether stages go through ``torch.compile``.
+        model: On one device, with weights in the dtype of the precision or float32.
+        precision: As for :class:`rft_fast.evaluate.Evaluator`.
+        device: Device of the model.
+        budget: Shares of its memory.
+        staged: The model in stages.
+        pixels: Shape of an image, [3, h, w].
+        batch_size: Images per forward pass; None: as :class:`rft_fast.evaluate.batches.Batches` selects.
+        graphs: Record stages as CUDA graphs, on a CUDA device.
+        compile: Run stages through ``torch.compile``.
+
+    Attributes:
+        traced: The model in stages, not compiled.
+        stages: The model in stages, compiled if requested.
+        stations: Number of stations, see :class:`rft_fast.evaluate.Walk`.
+        holds_prompts: Whether the activations of all prompts fit in memory.
+        graphs: Recordings of stages; None: stages are not recorded.
+        example: Number of images -> input of that shape, uninitialised.
+        images: How images are cut into batches, for the image chain.
+        prompts: How prompts are cut into batches, for the text chain.
+        slopes: How images are cut into batches for the gradient.
+        curvatures: How images are cut into batches for products with the Hessian.
     """
 
     traced: Stages
-    """The model in stages."""
     stages: Stages
-    """The same, compiled where that was asked for."""
     stations: int
-    """How many places there are where a walk can stand, see :class:`rft_fast.evaluate.Walk`."""
     holds_prompts: bool
-    """Whether the activations of all prompts fit in memory."""
     graphs: recordings.Graphs | None
-    """Recordings of stages."""
     example: Callable[[int], Tensor]
-    """A number of images -> the model's input of that shape, without values."""
     images: Batches
-    """How images go through the image chain."""
     prompts: Batches
-    """How prompts go through the text chain."""
     slopes: Batches
-    """How images go through the model and back, for the gradient."""
     curvatures: Batches
-    """The same for products with the Hessian."""
 
     def __init__(
         self,
@@ -84,8 +86,8 @@ class Runtime:
         if graphs and device.type == "cuda":
             self.graphs = recordings.Graphs(recordings.on(device))
 
-        # What follows does not refer to the runtime: in a cycle, its memory would be free only when Python
-        # looks for cycles.
+        # The functions below do not refer to the runtime: a reference cycle would keep its memory until the
+        # next garbage collection.
         dtype, recorded = formats.PRECISIONS[precision], self.graphs
 
         def images(count: int) -> Tensor:
@@ -112,10 +114,10 @@ class Runtime:
         def batches(side: int, need: Callable[[], Need], sample: str = "image") -> Batches:
             return Batches(device, batch_size, side, budget.for_batches, need, relieve, sample)
 
-        # Stages were traced, so that they can keep no state; our own classifiers are known to.
+        # Traced stages keep no state, and neither do our own classifiers, so batches may run side by side.
         pooled = len(chains.image) > 1 or isinstance(model, (ImageClassifier, ZeroShotClassifier))
         side = sys.maxsize if pooled else 1
-        few = min(side, 4)  # because each batch holds gradients of its own
+        few = min(side, 4)  # since each batch has its own gradients
         self.example = images
         self.images = batches(1 if compile else side, lambda: forward(chains.image, images))
         self.prompts = batches(1 if compile else side, lambda: forward(chains.text, prompts), "prompt")
@@ -123,11 +125,13 @@ class Runtime:
         self.curvatures = batches(few, lambda: derivative(2))
 
     def scoring(self) -> AbstractContextManager[None]:
-        """Eval mode and exact products, without gradients; all is as it was afterwards."""
+        """Context manager: eval mode and exact products, without gradients."""
         return modes.scoring(self.model, self.precision)
 
     def span(self, tensors: Iterable[Tensor]) -> tuple[int, int]:
-        """As :meth:`rft_fast.evaluate.Evaluator.span`."""
+        """Return the first and the last station that read some tensors, see
+        :meth:`rft_fast.evaluate.Evaluator.span`.
+        """
         numbers = {station for tensor in tensors for station in self._owners.get(id(tensor), [-1])}
         text, last = len(self.stages.text), self.stations - 1
         towers = {station <= text for station in numbers if station < last}
@@ -137,7 +141,7 @@ class Runtime:
 
     @cached_property
     def _owners(self) -> dict[int, list[int]]:
-        """id of a tensor -> the stations whose stages read it."""
+        """id of a tensor -> stations whose stages read it."""
         owners: dict[int, list[int]] = {}
         text = len(self.stages.text)
         numbered = list(enumerate(self.stages.text, start=1))
@@ -151,7 +155,7 @@ class Runtime:
 
 
 def _compiled(chains: Stages, precision: Precision) -> Stages:
-    # The compiler's patterns would find plain attention, and put the kernel in its place that "ieee" avoids.
+    # The compiler's patterns would replace plain attention by the kernel that "ieee" avoids.
     options: dict[str, Any] | None = {"pattern_matcher": False} if precision == "ieee" else None
 
     def compiled(chain: tuple[Stage, ...]) -> tuple[Stage, ...]:

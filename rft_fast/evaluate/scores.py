@@ -1,4 +1,4 @@
-"""Losses and hits of one model on one data set, per sample, so that differences can be paired."""
+"""Per-image losses and hits of one model on one data set, so that differences can be paired."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import Tensor
 class Scores:
     """One model on one data set.
 
-    losses: cross entropy per sample, float32 [n] on the CPU, in nats, not finite where the model's
-    was not; such values are kept and carry into the means. correct: bool [n] on the CPU.
+    Attributes:
+        losses: Cross entropy of each image in nats, float32 [n] on the CPU. Losses that are not finite are
+            kept, and the means include them.
+        correct: Whether the largest logit of each image is that of its label, bool [n] on the CPU.
     """
 
     losses: Tensor
@@ -23,12 +25,12 @@ class Scores:
 
     @property
     def samples(self) -> int:
-        """The number of samples n."""
+        """Number of images n."""
         return len(self.losses)
 
     @property
     def nonfinite(self) -> int:
-        """How many losses are NaN or infinite."""
+        """Number of losses that are NaN or infinite."""
         return int((~self.losses.isfinite()).sum())
 
     @property
@@ -38,34 +40,52 @@ class Scores:
 
     @property
     def loss_se(self) -> float:
-        """Standard error of the mean loss; NaN for one sample."""
+        """Standard error of the mean loss; NaN for one image."""
         return _mean(self.losses)[1]
 
     @property
     def accuracy(self) -> float:
-        """Fraction of samples whose largest logit, be it infinite, is their label's; of NaN, none is."""
+        """Fraction of images whose largest logit, which may be infinite, is that of their label; NaN never
+        counts.
+        """
         return _mean(self.correct)[0]
 
     @property
     def accuracy_se(self) -> float:
-        """Standard error of the accuracy; NaN for one sample."""
+        """Standard error of the accuracy; NaN for one image."""
         return _mean(self.correct)[1]
 
     def gain_over(self, base: Scores) -> tuple[float, float]:
-        """Accuracy minus that of ``base`` on the same samples, and its paired standard error."""
+        """Return accuracy minus that of ``base`` on the same images, and its paired standard error.
+
+        Raises:
+            ValueError: The numbers of images differ.
+        """
         self._check_paired(base, "gain_over")
         return _mean(self.correct.double() - base.correct.double())
 
     def rise_over(self, base: Scores) -> tuple[float, float]:
-        """Loss minus that of ``base`` on the same samples, and its paired standard error."""
+        """Return mean loss minus that of ``base`` on the same images, and its paired standard error.
+
+        Raises:
+            ValueError: The numbers of images differ.
+        """
         self._check_paired(base, "rise_over")
         return _mean(self.losses.double() - base.losses.double())
 
     def instability(self, first: Scores, last: Scores) -> tuple[tuple[float, float], tuple[float, float]]:
-        """How much worse than the mean of a path's two ends, on the same samples (Def. 1).
+        """Return the instability (Def. 1): how much worse this is than the mean of the two ends of a path.
 
-        Returns (value, paired standard error) twice: in loss, L - (L(0) + L(1)) / 2, and in accuracy,
-        (A(0) + A(1)) / 2 - A.
+        Args:
+            first: Scores at alpha = 0 on the same images.
+            last: Scores at alpha = 1 on the same images.
+
+        Returns:
+            (value, paired standard error) of the loss, L - (L(0) + L(1)) / 2, and of the accuracy,
+            (A(0) + A(1)) / 2 - A.
+
+        Raises:
+            ValueError: The numbers of images differ.
         """
         self._check_paired(first, "instability")
         self._check_paired(last, "instability")
@@ -74,7 +94,7 @@ class Scores:
         return _mean(losses), _mean(misses)
 
     def then(self, more: Scores) -> Scores:
-        """These samples, and further ones after them."""
+        """Return these scores followed by those of further images."""
         return Scores(torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]))
 
     def _check_paired(self, base: Scores, operation: str) -> None:
@@ -86,7 +106,7 @@ class Scores:
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, in float64. By NumPy: torch's sums depend on the number of threads."""
+    """Return mean and standard error in float64. By NumPy: sums of torch depend on the number of threads."""
     numbers = values.double().numpy()
     with np.errstate(invalid="ignore"):  # infinite losses
         spread = float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan

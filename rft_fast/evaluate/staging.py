@@ -1,4 +1,4 @@
-"""A model in stages that are found to compute what it computes, on every data set that it shall score."""
+"""Cuts a model into stages, and checks on every data set that they compute what the model computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .stages import Stage, Stages, stages
 class Staged:
     """A model in stages.
 
-    image: bytes that a walk holds of one image between two stages, at worst. prompts: of all prompts.
+    Attributes:
+        chains: The stages.
+        image: Bytes of held activations per image, at most.
+        prompts: Bytes of held activations of all prompts, at most.
     """
 
     chains: Stages
@@ -32,25 +35,26 @@ class Staged:
 def staged(
     model: nn.Module, precision: Precision, feeds: Sequence[Images], known: Stages | None = None
 ) -> Staged:
-    """The model in stages, after one image of every data set went through it: image sizes may differ.
+    """Cut a model into stages, and check them with one image of every data set, since image sizes may differ.
 
-    To be called while scoring (:func:`rft_fast.evaluate.modes.scoring`).
+    Call it in :func:`rft_fast.evaluate.modes.scoring`.
 
     Args:
-        model, precision: as for :class:`rft_fast.evaluate.Evaluator`.
-        feeds: the data sets, at least one.
-        known: its stages, where they are known; else it is cut on images of the first data set.
+        model: The model.
+        precision: Its precision.
+        feeds: The data sets, at least one.
+        known: Its stages; None: cut the model, with images of the first data set.
 
     Raises:
-        ValueError: a data set that the model cannot score.
-        RuntimeError: stages that do not compute what the model does.
+        ValueError: The model cannot score a data set.
+        RuntimeError: The stages do not compute what the model computes.
     """
     image = prompts = 0
     for feed in feeds:
         expected = feed.check(lambda images: _answer(model, images))
         if known is None:
             images = feed.prepare(slice(0, 2))
-            with formats.exact("fp32"):  # what is compared there shall differ by no rounding to tf32
+            with formats.exact("fp32"):  # no rounding to tf32 in the comparison
                 known = stages(model, images if len(images) == 2 else torch.cat([images, images]))
         if len(known.image) > 1 or known.text:
             held, prompts = _verify(known, precision, feed, expected)
@@ -59,9 +63,9 @@ def staged(
 
 
 def _answer(model: nn.Module, images: Tensor) -> Any:
-    """Logits, or what the model gives in their place.
+    """Return the model's logits, or whatever it returns.
 
-    With two towers those of a single prompt, for all classes: thousands of prompts take a while.
+    With two towers, only one prompt is encoded and used for all classes: thousands would take long.
     """
     if not isinstance(model, ZeroShotClassifier):
         return model(images)
@@ -70,7 +74,7 @@ def _answer(model: nn.Module, images: Tensor) -> Any:
 
 
 def _verify(chains: Stages, precision: Precision, feed: Images, expected: Tensor) -> tuple[int, int]:
-    """Refuses stages that do not compute what the model does. Returns the bytes of :class:`Staged`."""
+    """Raise RuntimeError if stages and model differ; return ``image`` and ``prompts`` of :class:`Staged`."""
     logits, image = _watched(chains.image, feed.prepare(slice(0, 1)))
     prompts = 0
     if chains.head is not None and chains.join is not None and chains.prompts is not None:
@@ -88,9 +92,9 @@ def _verify(chains: Stages, precision: Precision, feed: Images, expected: Tensor
 
 
 def _watched(stages: tuple[Stage, ...], sample: Tensor) -> tuple[Tensor, int]:
-    """What becomes of one sample, and the bytes that a walk holds of it at worst.
+    """Return the result of one sample, and the most bytes that a walk holds of it.
 
-    On the way from one boundary to another of a different shape, these are both.
+    While activations change their shape, both shapes are held.
     """
     x, sizes = sample, {}
     for stage in stages:
@@ -100,7 +104,11 @@ def _watched(stages: tuple[Stage, ...], sample: Tensor) -> tuple[Tensor, int]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Raises ValueError for a model without weights, or on several devices."""
+    """Return the device of a model.
+
+    Raises:
+        ValueError: It has no weights, or is on several devices.
+    """
     tensors = _floats(model)
     if not tensors:
         raise ValueError("Evaluator: the model has no weights to score")
@@ -110,7 +118,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def check_weights(model: nn.Module, precision: Precision) -> None:
-    """Raises ValueError for weights that are not in the type of the precision."""
+    """Raise ValueError if the weights do not have the dtype of the precision."""
     wanted = formats.PRECISIONS[precision]
     dtypes = {tensor.dtype for tensor in _floats(model)}
     if wanted not in dtypes or not dtypes <= {wanted, torch.float32}:

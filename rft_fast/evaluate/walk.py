@@ -1,4 +1,4 @@
-"""``Walk``: data sets on their way through a model's stages, so that what comes before need not run again."""
+"""``Walk``: data sets on their way through the stages of a model."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from .scores import Scores
 
 
 class Walk:
-    """Data sets on their way through a model's stages: what a change late in the model need not redo.
+    """Data sets on their way through the stages of a model, so that earlier stages need not run again.
 
-    Made by :meth:`Evaluator.walk`. ``stage`` is the station where it stands: before the image stage of
-    that number. With a text tower: 0, everything is still to come; 1 to T, before the text stages, with the
-    image features held; then before the image stages, with the text features held; last, before the
-    logits, with both. Scores are the same from whatever station they start, as long as the weights of
-    the stages that are behind have not changed since. Held are activations of all images of the
-    evaluator before the present stage alone.
+    Made by :meth:`Evaluator.walk`. Holds the activations of all images of the evaluator before one stage.
+    Scores do not depend on the station where they start, as long as the weights of the stages before it are
+    unchanged.
 
-    It decides which stages run on what, and what is held; its executor does it.
+    A station is a position where the walk can stand. Without a text tower, station i is before image stage i.
+    With a text tower of T stages, station 0 is before everything; 1 to T are before the text stages, with
+    image features held; the next ones are before the image stages, with text features held; the last one is
+    before the logits, with both held.
+
+    The walk decides which stages run on which images, and what is held; its executor does it.
+
+    Attributes:
+        stage: The present station.
+        feeds: The data sets.
+        flows: The activations of each data set.
+        text: The activations of the prompts; None if the head is fixed.
     """
 
     feeds: list[Images]
-    """The data sets."""
     flows: list[Flow]
-    """Their images, each where it stands."""
     text: Flow | None
-    """The prompts; None where the head is fixed."""
 
     def __init__(self, runtime: Runtime, feeds: Sequence[Images], executor: Executor, room: int) -> None:
         self.stage = 0
         self.feeds = list(feeds)
         self._runtime, self._executor = runtime, executor
-        self._room = room  # images that may be held between stages
+        self._room = room  # images that may be held
         chains = runtime.stages
         self.flows = [Flow(chains.image, feed) for feed in feeds]
         self.text = None
@@ -43,13 +48,17 @@ class Walk:
             self.text = Flow(chains.text, Prompts(chains.prompts))
 
     def advance(self, stage: int) -> None:
-        """On to before this station, with the weights as they are now.
+        """Move on to a later station, with the present weights.
 
-        If it fails, the walk stays where it was, but holds nothing any more: it computes what is behind
-        again when that is needed.
+        After an error the walk is at its old station, but holds nothing: it computes earlier stages again
+        when needed.
 
-        Raises ValueError for a station that is behind: a walk does not turn back. MemoryError where
-        the activations do not fit.
+        Args:
+            stage: The station.
+
+        Raises:
+            ValueError: The station is behind: a walk does not turn back.
+            MemoryError: The activations do not fit.
         """
         if not self.stage <= stage < self._runtime.stations:
             raise ValueError(
@@ -61,7 +70,7 @@ class Walk:
         try:
             self._advance(stage)
         except BaseException:
-            # Activations are replaced in place: some are those before this stage by now, some are not.
+            # Activations are replaced in place: some belong to the new stage now, others do not.
             for flow in [*self.flows, *([self.text] if self.text is not None else [])]:
                 flow.restart()
             raise
@@ -85,23 +94,32 @@ class Walk:
         else:
             self._executor.advance([self.text], text)
             if self.stage <= text and stage < self._runtime.stations - 1:
-                for flow in self.flows:  # back to the images: the whole features are of no use here
+                for flow in self.flows:  # back to the images: their features cannot be used here
                     flow.restart()
             self._executor.advance(self.flows, stage - text - 1)
 
     def scores(self) -> dict[str, Scores]:
-        """As :meth:`Evaluator.scores`, from the present station on."""
+        """Score the model with its present weights, as :meth:`Evaluator.scores`, from this station on."""
         return self.variants(lambda _: None, 1, self._runtime.stations - 1)[0]
 
     def variants(self, write: Callable[[int], object], count: int, last: int) -> list[dict[str, Scores]]:
-        """Scores of several settings of the weights of the stations from the present one to ``last``.
+        """Score several variants of the weights of the stations from the present one to ``last``.
 
-        write(k) makes the weights those of variant k, for k = 0 ... count - 1. It must change nothing else:
-        the stages after ``last`` run once for several variants together where a variant does not fill a
-        batch, with the weights that the last of them left. The results come to the CPU at the end.
+        If a variant does not fill a batch, the stages after ``last`` run once for several variants, with the
+        weights that the last of them has written. Results are copied to the CPU at the end.
 
-        Raises ValueError for a last station that is behind or none, or, from a text station, for one
-        of the image tower, whose features are held.
+        Args:
+            write: write(k) writes the weights of variant k, for k = 0 ... count - 1, and changes nothing
+                else.
+            count: Number of variants.
+            last: The last station whose weights differ.
+
+        Returns:
+            For each variant: data set name -> per-image losses and hits.
+
+        Raises:
+            ValueError: ``last`` is behind or no station; or the walk is at a text station, and ``last`` is in
+                the image tower, whose features are held.
         """
         stations, text = self._runtime.stations, len(self._runtime.stages.text)
         if not self.stage <= last < stations or 0 < self.stage <= text < last < stations - 1:
@@ -130,13 +148,13 @@ class Walk:
         return results.scores()
 
     def _group(self) -> int:
-        """How many variants share a batch after the stages in which they differ."""
+        """Return how many variants share a batch after the stages in which they differ."""
         images = total(self.feeds)
         enough = self._runtime.images.enough(min(map(len, self.feeds)))
         return max(1, min(enough // images, self._room // images - 1))  # one is held already
 
     def _end(self, last: int) -> int | None:
-        """The image stage after station ``last``; None: no stage is left, or the text differs."""
+        """Return the image stage after station ``last``; None: no stage is left, or the text differs."""
         text = len(self._runtime.stages.text)
         if text and self.stage <= text:
             return None

@@ -1,7 +1,7 @@
-"""A model in stages, so that a change late in the model need not compute its beginning again.
+"""A model in stages, so that after a change late in the model the earlier stages need not run again.
 
-Any model that ``torch.fx`` can trace is cut wherever all that goes on is one activation. Nothing here
-knows an architecture: where a block ends follows from what the forward pass does.
+Any model that ``torch.fx`` can trace is cut wherever its state is one activation. Nothing here depends on an
+architecture: the forward pass shows where a block ends.
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ __all__ = ["TOLERANCE", "UNITS", "Stage", "Stages", "evaluating", "stages"]
 
 
 def stages(model: nn.Module, images: Tensor, exact: bool = False) -> Stages:
-    """The model in stages that, run one after the other, compute what ``model(images)`` computes.
+    """Cut a model into stages that, run one after the other, compute ``model(images)``.
 
-    images: an example of the model's input, float [2 or more, 3, h, w]; at most three are looked at.
-    exact: the same bits as the forward pass on the same batch; on a GPU, whose libraries may round the same
-        products differently, within ``UNITS`` in the last place. Otherwise, where a transformer's last
-        block is pooled by taking one token, only that token is computed as far as possible: the same
-        numbers up to rounding (checked: within ``TOLERANCE`` of the largest output; for types of lower
-        precision than float32, within eight of their steps).
+    The model is traced in eval mode, and the stages are for eval mode; its training flags are restored. The
+    stages are compared with the model on two and on three images. A model that cannot be cut is one stage,
+    with a warning that names the reason.
 
-    The model is traced as it is in eval mode, and the stages are meant for eval mode; its training flags
-    stay as they were. That the stages compute what the model computes is checked on two and on three
-    images. A model that cannot be cut is one stage, with a warning that says why.
+    Args:
+        model: The model.
+        images: Example of its input, float [2 or more, 3, h, w]; at most three images are used.
+        exact: Require the bits of the forward pass on the same batch; on a GPU, whose libraries may round the
+            same products differently, differences of at most ``UNITS`` in the last place. Otherwise, if the
+            last block of a transformer is pooled by selecting one token, only that token is computed as far
+            as possible: the same numbers up to rounding (within ``TOLERANCE`` of the largest output; for
+            dtypes less precise than float32, within eight of their steps).
 
-    Raises what the model raises on these images, and ValueError for an example without a batch.
+    Returns:
+        The stages.
+
+    Raises:
+        ValueError: The example has no batch dimension.
+        Exception: Whatever the model raises on these images.
     """
     if not isinstance(images, Tensor) or images.ndim == 0 or len(images) == 0:
         got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__

@@ -1,4 +1,4 @@
-"""From a model to a chain of stages that is checked against the model, or the reason why there is but one."""
+"""From a model to a chain of stages that is checked against the model."""
 
 from __future__ import annotations
 
@@ -17,35 +17,41 @@ from .tracing import Root, Uncut, trace
 from .traits import Facts, version
 
 TOLERANCE = 1e-4
-"""How far logits may be from the forward pass's where only the pooled token is computed in the last
-block, relative to the largest of them (float32; see :func:`stages`)."""
+"""Largest difference of logits from those of the forward pass if only the pooled token is computed in the
+last block, relative to the largest logit (float32; see :func:`stages`)."""
 
 EXACT = ("cpu",)
-"""Types of devices where the same operations give the same bits."""
+"""Types of devices on which the same operations give the same bits."""
 
 UNITS = {1: 8, 2: 8, 4: 64, 8: 64}
-"""How far the stages may be from the forward pass on anything but a CPU, by the bytes of the coarsest type:
-in its units in the last place (``finfo.eps``), relative to the largest output.
+"""Largest difference of the stages from the forward pass on devices other than CPUs, by the bytes of the
+least precise dtype: in units in the last place (``finfo.eps``), relative to the largest output.
 
-A CPU computes the same bits, and nothing else is taken there. A GPU's libraries (cuBLASLt, cuDNN) choose
-their kernels by the alignment of memory, too, so the same operations may be rounded differently. In
-ViT-B/32 a CPU's kernels for other batch sizes are up to 7 units apart in float32, and 1 in bfloat16, whose
-sums are float32's. What is traced wrongly is wrong by far more.
+On a CPU the bits must be the same. The libraries of a GPU (cuBLASLt, cuDNN) select kernels by the alignment
+of memory, too, so the same operations may be rounded differently. In ViT-B/32 a CPU's kernels for other batch
+sizes differ by up to 7 units in float32, and by 1 in bfloat16, whose sums are float32. Errors of tracing are
+far larger.
 """
 
 
 def chain(model: nn.Module, example: Tensor, exact: bool) -> tuple[Stage, ...]:
-    """The model's stages; one, with a warning for the caller of the caller, where it cannot be cut."""
+    """Cut a model into stages; one stage, with a warning, if it cannot be cut.
+
+    Args:
+        model: The model.
+        example: Example of its input, [2 or more, ...].
+        exact: As for :func:`rft_fast.evaluate.stages.stages`.
+    """
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        # Copies: tensors of inference mode do not count their changes, which is looked at here.
+        # Copies: tensors of inference mode have no version counter, which is compared here.
         batches = [example[[i % len(example) for i in order]].clone() for order in ((0, 1), (0, 1, 0))]
-        # Before anything else, so that a model that cannot take its input fails in its own words.
+        # First, so that a model that does not accept its input raises its own error.
         expected = [model(batch.clone()) for batch in batches]
         try:
             return _cut_model(model, batches, expected, exact)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # forward passes may do anything, and so may tracing them
+        except Exception as error:  # forward passes may raise anything, and so may tracing
             words = str(error).strip().splitlines()
             reason = (words[0] if words else "") if isinstance(error, Uncut) else _describe(error)
     warnings.warn(
@@ -65,7 +71,7 @@ def _cut_model(
     model: nn.Module, batches: Sequence[Tensor], expected: Sequence[Any], exact: bool
 ) -> tuple[Stage, ...]:
     pairs = list(zip(batches, expected, strict=True))
-    # Of the weights, too, not of the logits alone: heads stay in float32.
+    # Also of the weights: heads, and so logits, stay in float32.
     dtypes = {tensor.dtype for tensor in (*model.parameters(), *expected) if isinstance(tensor, Tensor)}
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
     tolerance = max([TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in floats)])
@@ -81,7 +87,7 @@ def _cut_model(
     found = build(facts, compact=False)
     if [version(weight) for weight in weights] != versions:
         raise Uncut("its forward pass changes its own weights or buffers")
-    # The same bits, where there are such, whatever is done with them then: what is close may be wrong.
+    # The same bits, on devices that give them: a small difference may be an error.
     if not all(_same(run(found, x), y, rounding) for x, y in pairs):
         raise Uncut("its traced forward pass computes other numbers")
     if len(found) == 1 and opaque is not None:
@@ -96,7 +102,7 @@ def _cut_model(
             return shorter
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # only a saving is lost
+    except Exception:  # only the shortcut is lost
         pass
     return found
 
@@ -114,7 +120,7 @@ def _same(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and as it was afterwards."""
+    """Context manager: all modules in eval mode; training flags are restored."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""What stages are to those that run them."""
+"""``Stage`` and ``Stages``: a model as chains of functions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 class Stage:
     """A part of a model that runs after the stages before it.
 
-    run: (x, inputs) -> the activations after this stage. x: those before it, [n, ...]; for the first
-        stage ``inputs`` itself. inputs: what the first stage got. Changes neither, keeps no state, and
-        may run in several threads at once. Reads the weights as they are when it runs.
-    tensors: the parameters and buffers that it reads. What no stage names belongs to the first.
-    reads_inputs: whether it looks at ``inputs`` beside x.
+    Attributes:
+        run: (x, inputs) -> activations after this stage. x: activations before it, [n, ...]; for the first
+            stage, ``inputs`` itself. inputs: input of the first stage. It changes neither, keeps no state,
+            reads the present weights, and may run in several threads at once.
+        tensors: The parameters and buffers that it reads. Those that no stage names belong to the first one.
+        reads_inputs: Whether it reads ``inputs`` besides x.
     """
 
     run: Callable[[Tensor, Tensor], Tensor]
@@ -26,15 +27,16 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """A model as chains of stages. Every boundary is one tensor with the batch as its first dimension.
+    """A model as chains of stages. Each boundary is one tensor whose first dimension is the batch.
 
-    image: float images [n, 3, h, w] -> ... -> logits [n, classes], or, where there is a text chain, to
-        image features [n, d].
-    text: prompts int64 [p, context] -> ... -> text features [p, d]. Empty: the head is fixed.
-    head: text features [p, d], of all prompts -> weights of the head [classes, d].
-    join: (image features [n, d], weights of the head) -> logits [n, classes].
-    joined: the tensors that ``head`` and ``join`` read.
-    prompts: int64 [p, context], on the model's device.
+    Attributes:
+        image: From float images [n, 3, h, w] to logits [n, classes], or, with a text chain, to image features
+            [n, d].
+        text: From prompts, int64 [p, context], to text features [p, d]. Empty: the head is fixed.
+        head: Text features [p, d] of all prompts -> weights of the head [classes, d].
+        join: (image features [n, d], weights of the head) -> logits [n, classes].
+        joined: The tensors that ``head`` and ``join`` read.
+        prompts: int64 [p, context], on the device of the model.
     """
 
     image: tuple[Stage, ...]

@@ -1,4 +1,4 @@
-"""Where a graph can be cut, and the stages that it falls into."""
+"""Where a graph can be cut, and the stages that result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ _COUNT = count()
 
 
 def build(facts: Facts, compact: bool) -> tuple[Stage, ...]:
-    """The stages of a graph. compact: a boundary that is part of a larger tensor is copied out of it."""
+    """Build the stages of a graph.
+
+    Args:
+        facts: The graph, and what is known about it.
+        compact: Copy a boundary that is a part of a larger tensor.
+
+    Raises:
+        Uncut: The graph cannot be cut.
+    """
     cuts = _cuts(facts)
     starts = [0, *(start for start, _ in cuts), len(facts.flow)]
     last = facts.graph.output_node().all_input_nodes[0]
@@ -44,7 +52,7 @@ def build(facts: Facts, compact: bool) -> tuple[Stage, ...]:
 
 
 def _cuts(facts: Facts) -> list[tuple[int, fx.Node]]:
-    """(place in the flow, the activation that goes on there): right before layers, where possible."""
+    """Return (position in the flow, the only activation there), directly before layers where possible."""
     order = {node: place for place, node in enumerate(facts.flow)}
     last_use = {node: max(order.get(u, len(order)) for u in node.users) for node in facts.flow if node.users}
     boundaries: dict[int, fx.Node] = {}
@@ -83,7 +91,7 @@ class _Part:
     compact: bool
 
     def stage(self, copy: bool = False) -> Stage:
-        """copy: what comes in is copied first, because it would be changed in place."""
+        """Build the stage; ``copy``: its input is copied first, because it would be changed in place."""
         graph = fx.Graph()
         x, inputs = graph.placeholder("x"), graph.placeholder("inputs")
         facts = self.facts
@@ -111,20 +119,20 @@ class _Part:
         return Stage(_function(graph, facts.root), tuple(tensors.values()), bool(inputs.users))
 
     def _turn(self, graph: fx.Graph, x: fx.Node, node: fx.Node) -> fx.Node:
-        """The batch as the first dimension, or back to where the model has it."""
+        """Move the batch to the first dimension, or back."""
         dimension = self.facts.batch_dimension(node)
         return graph.call_method("transpose", (x, 0, dimension)) if dimension else x
 
 
 def _function(graph: fx.Graph, root: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The graph as a function that looks the weights up in ``root`` whenever it is called.
+    """Return the graph as a function that looks the weights up in ``root`` at each call.
 
-    A GraphModule would hold them itself, and go on reading buffers that the model has replaced since.
+    A GraphModule would hold the weights itself, and so read buffers that the model has replaced.
     """
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
-    # A method whose source can be looked up: all others torch.compile wraps in one and the same function, of
-    # which it compiles eight and runs the rest as they are. Tracebacks show the line, too.
+    # A method whose source can be looked up. torch.compile wraps all others in one common function, compiles
+    # eight versions of it, and runs the rest uncompiled. Tracebacks show the line, too.
     file = f"<rft_fast stage {next(_COUNT)}>"
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
     exec(compile(code.src, file, "exec"), names)
@@ -134,7 +142,7 @@ def _function(graph: fx.Graph, root: nn.Module) -> Callable[[Tensor, Tensor], Te
 
 
 def run(chain: Sequence[Stage], inputs: Tensor) -> Tensor:
-    """What comes out behind the last stage."""
+    """Run a chain of stages on its input."""
     x = inputs
     for stage in chain:
         x = stage.run(x, inputs)

@@ -1,4 +1,4 @@
-"""One token computed instead of all, where a graph goes on with one."""
+"""Computes one token instead of all, where a graph continues with one."""
 
 from __future__ import annotations
 
@@ -34,15 +34,19 @@ _ELEMENTWISE_MODULES = (nn.Dropout, nn.GELU, nn.Identity, nn.ReLU, nn.SiLU, nn.S
 
 
 def sink(facts: Facts) -> bool:
-    """Where a graph goes on with one token of many, selects it as early as possible, in place.
+    """Where a graph continues with one of many tokens, select it as early as possible, in place.
 
-    ``x[:, 0]`` of what a token-wise operation returns is that operation on one token of its operands,
-    and attention for one query reads the other tokens, but computes no keys and values of theirs
-    (:func:`attend`). So a transformer's last block is computed for the pooled token alone.
+    For a token-wise operation, ``x[:, 0]`` of its result is the operation on one token of its operands.
+    Attention for one query reads the other tokens but computes none of their keys and values
+    (:func:`attend`). So the last block of a transformer is computed for the pooled token only.
 
-    Returns whether anything was changed.
+    Args:
+        facts: The graph, which is changed, and what is known about it.
+
+    Returns:
+        Whether the graph was changed.
     """
-    if facts.changes:  # selections are views, which must not see changes of what they are part of
+    if facts.changes:  # selections are views, whose base must not change
         return False
     found = False
     for node in facts.flow:
@@ -54,7 +58,7 @@ def sink(facts: Facts) -> bool:
 
 
 def _selected(node: fx.Node) -> int | None:
-    """The token that x[:, token] or x[:, token, :] takes."""
+    """Return the token that x[:, token] or x[:, token, :] selects."""
     index: Any = node.args[1]
     if not isinstance(index, tuple) or len(index) not in (2, 3):
         return None
@@ -66,7 +70,9 @@ def _selected(node: fx.Node) -> int | None:
 def _sink_one(facts: Facts, chosen: fx.Node, source: fx.Node, token: int) -> bool:
     graph, root = facts.graph, facts.root
     tokens = facts.shape(source)[:2]
-    thin: dict[fx.Node, fx.Node | None] = {}  # of which one token is needed; its attention module's call
+    thin: dict[
+        fx.Node, fx.Node | None
+    ] = {}  # nodes of which one token is needed -> call of the attention module
     for node in reversed(facts.flow):
         users = [user for user in node.users if not _asks_type(user)]
         if not users or any(user is not chosen and user not in thin for user in users):
@@ -81,7 +87,7 @@ def _sink_one(facts: Facts, chosen: fx.Node, source: fx.Node, token: int) -> boo
 
     def one(node: fx.Node) -> fx.Node:
         if node not in narrow and facts.shape(node)[:2] == tokens and len(facts.shape(node)) == 3:
-            # Of one length, so that the dimension stays.
+            # A slice of length one keeps the dimension.
             index = (slice(None), slice(token, token + 1 or None))
             narrow[node] = graph.call_function(operator.getitem, (node, index))
         return narrow.get(node, node)
@@ -115,10 +121,22 @@ def attend(
     out_bias: Tensor | None,
     heads: int,
 ) -> Tensor:
-    """Self-attention for one token: query [n, 1, d] and x [n, tokens, d] to [n, 1, d].
+    """Self-attention of one token.
 
-    What ``nn.MultiheadAttention`` computes, but no key and no value is made: q . (W x) is (q W) . x, and
-    the mean of W x is W times the mean of x, so that weights meet one vector for each head.
+    The result is that of ``nn.MultiheadAttention``, without keys and values: q . (W x) is (q W) . x, and the
+    mean of W x is W times the mean of x, so the weights are applied to one vector per head.
+
+    Args:
+        query: The token, [n, 1, d].
+        x: All tokens, [n, tokens, d].
+        in_weight: ``in_proj_weight`` of the module, [3 d, d].
+        in_bias: ``in_proj_bias``, [3 d], or None.
+        out_weight: ``out_proj.weight``, [d, d].
+        out_bias: ``out_proj.bias``, [d], or None.
+        heads: Number of heads.
+
+    Returns:
+        [n, 1, d].
     """
     wq, wk, wv = in_weight.view(3, heads, -1, in_weight.shape[1])
     bq, bk, bv = in_weight.new_zeros(3, 1, 1) if in_bias is None else in_bias.view(3, heads, -1)
@@ -130,7 +148,7 @@ def attend(
 
 
 def _get(graph: fx.Graph, name: str) -> fx.Node:
-    # Graph.get_attr would look for it in the graph's module, which it has none.
+    # Graph.get_attr would look it up in the graph's module, and this graph has none.
     return graph.create_node("get_attr", name)
 
 
@@ -145,7 +163,7 @@ def _is_linear(root: nn.Module, node: fx.Node) -> bool:
 
 
 def _self_attention(facts: Facts, node: fx.Node) -> fx.Node | None:
-    """The call of ``nn.MultiheadAttention`` whose result this is, if it is x to itself without a mask."""
+    """Return the call of ``nn.MultiheadAttention`` behind a node, if it is unmasked self-attention."""
     call = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
     if not isinstance(call, fx.Node) or call.op != "call_module" or len(call.users) != 1:
         return None
@@ -159,7 +177,7 @@ def _self_attention(facts: Facts, node: fx.Node) -> fx.Node | None:
 
 
 def _is_tokenwise(facts: Facts, node: fx.Node, tokens: tuple[int, ...]) -> bool:
-    """Whether each token [n, 1, ...] of the result depends on that token of the operands alone."""
+    """Whether each token [n, 1, ...] of the result depends only on that token of the operands."""
 
     def has_tokens(operand: Any) -> bool:
         shape = facts.shape(operand)
@@ -181,7 +199,7 @@ def _is_tokenwise(facts: Facts, node: fx.Node, tokens: tuple[int, ...]) -> bool:
         or (node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS)
         or (node.op == "call_method" and node.target in _ELEMENTWISE_METHODS)
     ):
-        # Others must be the same for all tokens: numbers, [d], [1, d], [n, 1, d].
+        # Other operands must be the same for all tokens: numbers, [d], [1, d], [n, 1, d].
         return all(
             has_tokens(other) or len(facts.shape(other)) < 2 or facts.shape(other)[-2] == 1
             for other in node.all_input_nodes

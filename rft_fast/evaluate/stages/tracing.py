@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Uncut(Exception):
-    """Why a model cannot be cut."""
+    """A model cannot be cut; the message is the reason."""
 
 
 class Root(nn.Module):
-    """Holds the model while it is traced: fx stows constants in its root, which must not be the model."""
+    """Holds the model while it is traced: fx stores constants in its root, which must not be the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -27,14 +27,14 @@ class Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Traces as deep into the modules as it can; one that it cannot look into is called as a whole."""
+    """Traces into modules as deep as possible; a module that it cannot trace is called as a whole."""
 
-    proxy_buffer_attributes = True  # else what is computed from buffers alone would be a constant
+    proxy_buffer_attributes = True  # otherwise results of buffers alone would be constants
 
     def __init__(self) -> None:
-        # It calls torch.arange on a traced size, which fx cannot follow.
+        # It calls torch.arange on a traced size, which fx cannot trace.
         super().__init__(autowrap_functions=(text_global_pool,))
-        self.opaque: Exception | None = None  # why the first module was not looked into
+        self.opaque: Exception | None = None  # why the first opaque module could not be traced
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -46,20 +46,20 @@ class _Tracer(fx.Tracer):
             self.opaque = self.opaque or error
         self.module_stack = stack
         for node in reversed(self.graph.nodes):
-            # Parameters that were met for the first time in there may be used again.
+            # Parameters that were first used in the module may be used again.
             if node not in before and node.op != "get_attr":
                 self.graph.erase_node(node)
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees which weights are computed with; refused under a tracer, which would make constants of them."""
+    """Records which weights are used; refuses it under a tracer, which would make them constants."""
 
     def __init__(self, model: nn.Module, refuse: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._refuse = refuse
         self.seen: list[Tensor] = []
-        self._weights: dict[int, list[Tensor]] = {}  # those that share memory together
+        self._weights: dict[int, list[Tensor]] = {}  # by storage
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.numel():
                 self._weights.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
@@ -77,14 +77,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def trace(root: Root) -> tuple[fx.Graph, Exception | None]:
-    """The graph of the model in ``root``, and why one of its modules is not looked into, if so."""
+    """Trace the model in ``root``.
+
+    Returns:
+        The graph, and the error that prevented tracing into a module, if any.
+
+    Raises:
+        Uncut: The forward pass does not return one tensor.
+    """
     tracer = _Tracer()
     attributes = {module: dict(vars(module)) for module in root.model.modules()}
     try:
         with Watch(root, refuse=True):
             graph = tracer.trace(root)
     finally:
-        for module, before in attributes.items():  # a forward pass may keep what it computes
+        for module, before in attributes.items():  # a forward pass may store results
             vars(module).clear()
             vars(module).update(before)
     if not isinstance(graph.output_node().args[0], fx.Node):
@@ -93,6 +100,7 @@ def trace(root: Root) -> tuple[fx.Graph, Exception | None]:
 
 
 def drop_dead(graph: fx.Graph, kept: set[fx.Node]) -> None:
+    """Remove unused nodes from a graph, except those in ``kept``."""
     for node in reversed(graph.nodes):
         if not node.users and node not in kept and node.op not in ("placeholder", "output"):
             graph.erase_node(node)

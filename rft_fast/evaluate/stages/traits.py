@@ -1,4 +1,4 @@
-"""What a graph does, seen by running it."""
+"""Properties of a graph, found by running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .tracing import Uncut, Watch, drop_dead
 
 
 class _Probe(fx.Interpreter):
-    """Runs a graph and notes of every node its shape, what it changed in place, and which weights it read."""
+    """Runs a graph and records, for each node, its shape, the nodes that it changed in place, and the weights
+    read.
+    """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
@@ -46,7 +48,7 @@ class _Probe(fx.Interpreter):
 @dataclass(frozen=True)
 class _Value:
     shape: tuple[int, ...]
-    whole: bool  # it is no part of a larger tensor
+    whole: bool  # not a part of a larger tensor
 
 
 def _versions(value: Any) -> list[int]:
@@ -58,7 +60,7 @@ def _versions(value: Any) -> list[int]:
 
 
 def version(tensor: Tensor) -> int:
-    """Grows with every change in place; tensors of inference mode do not count theirs."""
+    """Return a number that grows with every change in place; -1 for tensors of inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -67,7 +69,7 @@ _SHAPE_METHODS = ("dim", "element_size", "is_floating_point", "ndimension", "num
 
 
 def _asks_shape(node: fx.Node) -> bool:
-    """Whether a node knows a tensor's shape or type, and not its values."""
+    """Whether a node depends only on the shape or type of a tensor, not on its values."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in _SHAPE_ATTRIBUTES
     return node.op == "call_method" and node.target in _SHAPE_METHODS
@@ -75,17 +77,25 @@ def _asks_shape(node: fx.Node) -> bool:
 
 @dataclass
 class Facts:
-    """What is known about a graph that has been run on batches of two sizes.
+    """Properties of a graph that has been run on batches of two sizes.
 
-    flow: the nodes that are activations, in order. All others derive from weights alone, or from the
-    input without weights (masks, sizes), and are computed again in every stage that needs them.
+    Attributes:
+        root: Holds the model.
+        graph: The graph; unused nodes are removed.
+        batches: The two batches.
+        flow: The nodes that are activations, in order. All others derive from weights only, or from the input
+            without weights (masks, sizes), and are computed again in every stage that needs them.
+        reads: Node -> the tensors of the model that it depends on, other than through activations.
+        values: Node -> shape in the larger batch.
+        changes: Node -> the nodes that it changes in place.
+        inputs: The node of the input.
     """
 
     root: nn.Module
     graph: fx.Graph
     batches: Sequence[Tensor]
     flow: list[fx.Node] = field(init=False)
-    reads: dict[fx.Node, dict[int, Tensor]] = field(init=False)  # tensors behind a node that is no flow
+    reads: dict[fx.Node, dict[int, Tensor]] = field(init=False)
     values: dict[fx.Node, _Value] = field(init=False)
     changes: dict[fx.Node, list[fx.Node]] = field(init=False)
     inputs: fx.Node = field(init=False)
@@ -112,7 +122,7 @@ class Facts:
         return probe
 
     def _in_place(self, probe: _Probe) -> set[fx.Node]:
-        """Makes uses of a changed tensor uses of the change; returns what must stay in its order."""
+        """Replace later uses of a changed tensor by the change; return the nodes whose order is fixed."""
         order = {node: place for place, node in enumerate(self.graph.nodes)}
         forced: set[fx.Node] = set()
         for node, changed in probe.changes.items():
@@ -147,7 +157,7 @@ class Facts:
         self.flow = list(flow)
 
     def _own(self, node: fx.Node) -> list[Tensor]:
-        """The weights that a node itself reads; also such as it was seen to read and does not name."""
+        """Return the weights that a node itself reads, including those that it does not name."""
         if node.op == "get_attr":
             value = attrgetter(str(node.target))(self.root)
             return [value] if id(value) in self._weights else []  # not constants of the forward pass
@@ -157,11 +167,11 @@ class Facts:
         return self._read[node]
 
     def shape(self, node: Any) -> tuple[int, ...]:
-        """The shape of a tensor in the larger batch; () for anything else."""
+        """Return the shape of a tensor in the larger batch; () for anything else."""
         return self.values[node].shape if node in self.values else ()
 
     def batch_dimension(self, node: fx.Node) -> int | None:
-        """The one dimension that is as long as the batch, if there is one."""
+        """Return the only dimension with the size of the batch; None if there is none."""
         if node not in self.values or node not in self.smaller:
             return None
         small, large = self.smaller[node].shape, self.values[node].shape
