@@ -1,8 +1,8 @@
-"""What studies cost, told before they run: how much they do, how long it takes, how much memory it needs.
+"""The cost of studies, estimated before they run: work, time and memory.
 
-Nothing of a study is written down a second time here. It is run on stand-ins, an evaluator and a path
-that only count, so that the counts are right whatever it does. A calibration then measures what one of
-each counted thing takes on this machine::
+No study is described a second time here. It runs on a path and an evaluator whose writer and executor only
+count, so the counts are those of the run. A calibration measures what one of each counted thing takes on
+this machine::
 
     work = cost.count(lambda path, evaluator: studies.sharpness(path, evaluator, ...), path, evaluator, sizes)
     costs = cost.flops(evaluator, work)

@@ -1,4 +1,4 @@
-"""How much a study does: it runs on a path and an evaluator whose writer and executor only count."""
+"""Counts how much a study does: the study runs on a path and an evaluator that do nothing but count."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ Study = Callable[[Path, Evaluator], object]
 
 
 def count(study: Study, path: Path, evaluator: Evaluator, sizes: Mapping[str, tuple[int, bool]]) -> Work:
-    """The work of ``study(path, evaluator)``, without doing it.
+    """Count the work of ``study(path, evaluator)`` without doing it.
 
-    path, evaluator: of the model in question; the weights stay as they are. The evaluator's own data may be
-        few images; its batch size, memory limit and stages count.
-    sizes: data set -> how many images it has, and whether it is out of distribution.
+    Decisions of a study that depend on scores are unknown: here all losses are 0, and any standard error that
+    is a goal is reached at once.
 
-    What a study decides by its scores cannot be known: here all losses are 0, and a wanted standard
-    error is reached at once. Raises what the study raises.
+    Args:
+        study: The study.
+        path: A path of the model; its live weights stay unchanged.
+        evaluator: An evaluator of the model. Its batch size, memory limit and stages count, its images do
+            not.
+        sizes: Data set -> number of images, and whether it is out of distribution.
+
+    Raises:
+        Exception: Whatever the study raises.
     """
     work = Work.none(evaluator)
     study(counted_path(path, work), counted_evaluator(evaluator, sizes, work))
@@ -39,19 +45,23 @@ def count(study: Study, path: Path, evaluator: Evaluator, sizes: Mapping[str, tu
 
 
 def counted_path(path: Path, work: Work) -> Path:
-    """The path in its present state, whose writes count and change nothing."""
+    """Return the path in its present state with a writer that counts writes in ``work`` and makes none."""
     return path.written_by(CountingWriter(work))
 
 
 class CountingWriter:
-    """Counts the writes that a path decides on, and makes none."""
+    """Counts writes and makes none, see :class:`rft_fast.path.writer.Writer`.
+
+    Args:
+        work: Where they are counted.
+    """
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._stand_ins: dict[str, Weight] = {}
 
     def check(self, parts: Sequence[Part]) -> None:
-        """Nothing will be written."""
+        """Nothing to check: nothing is written."""
 
     def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
         parameters, others = rows.sizes
@@ -64,7 +74,7 @@ class CountingWriter:
         return []
 
     def weights(self, slots: Sequence[Slot]) -> list[Weight]:
-        """These weights without elements, of which the number is known."""
+        """Return stand-ins of these weights, without elements, that know how many they stand for."""
         for slot in slots:
             if slot.name not in self._stand_ins:
                 parts = (_Elements.of(tensor, self._work) for tensor in (slot.tensor, *slot.ends))
@@ -76,13 +86,16 @@ class CountingWriter:
         return self.weights(slots)
 
     def warn(self, text: str) -> None:
-        """The study itself will warn."""
+        """Nothing to say: the study will warn."""
 
 
 def counted_evaluator(evaluator: Evaluator, sizes: Mapping[str, tuple[int, bool]], work: Work) -> Evaluator:
-    """The evaluator on data sets of these sizes, which counts what it would do, and has zeros for all scores.
+    """Return the evaluator on data sets of these sizes with an executor that counts; all scores are 0.
 
-    sizes: as in :func:`count`.
+    Args:
+        evaluator: An evaluator of the model.
+        sizes: As for :func:`count`.
+        work: Where it is counted.
     """
     like = evaluator.feeds[0]
     feeds = [_feed(name, *size, like) for name, size in sizes.items()]
@@ -90,7 +103,7 @@ def counted_evaluator(evaluator: Evaluator, sizes: Mapping[str, tuple[int, bool]
 
 
 def _feed(name: str, images: int, ood: bool, like: Images) -> Images:
-    """A data set of which only the number of images is known."""
+    """Return a data set of that many images, all of which share one element of memory."""
     shape = like.dataset.images.shape[1:]
     pixels = torch.zeros((1,) * (1 + len(shape)), dtype=torch.uint8).expand(images, *shape)
     labels = torch.zeros(1, dtype=torch.int64).expand(images)
@@ -99,11 +112,16 @@ def _feed(name: str, images: int, ood: bool, like: Images) -> Images:
 
 
 class Counting:
-    """Counts what a schedule decides (an :class:`rft_fast.evaluate.executor.Executor`), and does nothing."""
+    """Counts a schedule and computes nothing, see :class:`rft_fast.evaluate.executor.Executor`.
+
+    Args:
+        runtime: The model.
+        work: Where it is counted.
+    """
 
     def __init__(self, runtime: Runtime, work: Work) -> None:
         self._runtime, self._work = runtime, work
-        self._text = len(runtime.stages.text)  # stages of the text chain, which a Work has first
+        self._text = len(runtime.stages.text)  # number of stages of the text chain, the first in a Work
 
     def advance(self, flows: Sequence[Flow], stage: int) -> None:
         for flow in flows:
@@ -115,7 +133,7 @@ class Counting:
             self.run(source, flow.position)
 
     def run(self, flow: Flow, last: int) -> None:
-        """Counts the stages from where the flow is to before ``last``, on all of its samples."""
+        """Count the stages from the position of a flow to before ``last``, on all of its samples."""
         stages = range(flow.position, last)
         if isinstance(flow.source, Prompts):
             for stage in stages:
@@ -124,7 +142,7 @@ class Counting:
             self._add([self._text + stage for stage in stages], len(flow))
 
     def join(self, flow: Flow) -> None:
-        """Counts what makes logits of image features and of those of the prompts."""
+        """Count the join of image features and head."""
         self._add([len(self._work.images) - 1], len(flow))
 
     def _add(self, stages: Sequence[int], images: int) -> None:
@@ -158,11 +176,11 @@ class Counting:
         self._work.differentiated = max(self._work.differentiated, sum(map(_elements, weights)))
 
     def warn(self, text: str) -> None:
-        """The study itself will warn."""
+        """Nothing to say: the study will warn."""
 
 
 class _NoResults:
-    """Counts what is scored, and has zeros for all scores."""
+    """Counts what is scored; all scores are 0."""
 
     def __init__(self, counting: Counting, feeds: Sequence[Images], count: int) -> None:
         self._counting, self._feeds, self._count = counting, feeds, count
@@ -181,7 +199,7 @@ class _NoResults:
 
 
 class _Zeros(Scores):
-    """Scores that are all zero, which nobody needs to add up."""
+    """Scores that are all zero, without computing means."""
 
     @classmethod
     def of(cls, n: int) -> _Zeros:
@@ -208,7 +226,7 @@ class _Zeros(Scores):
 
 
 class _Elements(Tensor):
-    """An empty tensor in place of one of ``count`` elements, which counts what torch does with it."""
+    """An empty tensor that stands for ``count`` elements and counts the operations of torch on it."""
 
     count: int
     source: Tensor
@@ -236,7 +254,7 @@ class _Elements(Tensor):
             largest.work.touches += 1
             largest.work.touched += largest.count
         if isinstance(out, Tensor) and not isinstance(out, _Elements) and out.numel() == 0:
-            # as_subclass of a view would keep what it came from; there is nothing in it anyway.
+            # as_subclass of a view would keep its base alive; it is empty anyway.
             return _Elements.of(out, largest.work, largest.count)
         return out
 
@@ -253,5 +271,5 @@ def _source(weight: Tensor) -> Tensor:
 
 
 def stage_at(runtime: Runtime, station: int) -> int:
-    """The number in a :class:`Work` of the first stage that runs at a station."""
+    """Return the number in a :class:`Work` of the first stage that runs at a station."""
     return max(0, station - 1) if runtime.stages.text else station

@@ -1,4 +1,4 @@
-"""Peak memory of work, and what it is made of."""
+"""Peak memory of work, and its parts."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from ...path import Path
 from .work import Work
 
 COPIES = 5
-"""Of the weights that the worst case climbs with, float32."""
+"""Number of float32 copies of the borrowed weights that the worst case holds."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory in bytes, and what it is made of."""
+    """Peak memory in bytes.
+
+    Attributes:
+        program: On the CPU: memory of the process beside the weights, mostly libraries.
+        weights: The live model and its two ends.
+        images: The images on the device, or the batches that are copied to it.
+        held: Held activations of all images of a walk.
+        batches: Activations of the batches in work.
+        copies: Gradients, and copies of weights for the worst case.
+    """
 
     program: int
-    """On the CPU: what the process holds already beside the weights, libraries above all."""
     weights: int
-    """The live model and its two ends."""
     images: int
-    """Those on the device, or the batches on their way to it."""
     held: int
-    """Activations before a stage, of all images of a walk."""
     batches: int
-    """Activations of the batches in work."""
     copies: int
-    """Gradients, and copies of the weights that the worst case works with."""
 
     @property
     def total(self) -> int:
@@ -38,7 +41,14 @@ class Memory:
 
 
 def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
-    """Peak memory of the work. ``images``: how many are loaded, those of all evaluators together."""
+    """Estimate the peak memory of work.
+
+    Args:
+        work: The work.
+        evaluator: An evaluator of the model.
+        path: The path.
+        images: Number of images in memory, for all evaluators together.
+    """
     runtime, device = evaluator.runtime, evaluator.device
     weights = _bytes(path)
     program = 0 if device.type == "cuda" else max(0, meter.resident() - weights)
@@ -53,7 +63,7 @@ def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
         _in_work(runtime.curvatures) if work.curvatures else 0,
     )
     held = int(work.held * evaluator.boundary)
-    # Gradients are taken before anything is held, so that only the larger of the two counts.
+    # Gradients are computed before anything is held, so only the larger of the two counts.
     if derived > held + activations:
         held, activations = 0, derived
     copies = 4 * int(work.differentiated + COPIES * work.borrowed)
@@ -61,12 +71,12 @@ def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
 
 
 def _in_work(batches: Batches) -> int:
-    """Bytes of the full batches that are in work at once."""
+    """Return the bytes of the full batches that are in work at once."""
     size, workers = batches.full()
     return workers * (batches.need.fixed + size * batches.need.each)
 
 
 def _bytes(path: Path) -> int:
-    """Bytes of the live model and its ends, each piece of memory once."""
+    """Return the bytes of the live model and its ends, each storage counted once."""
     tensors = [t for slot in path.slots for t in (slot.tensor, *slot.ends)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

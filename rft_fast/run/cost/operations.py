@@ -1,4 +1,4 @@
-"""FLOPs: those of a model's stages and derivatives, by measure, and those of work."""
+"""FLOPs of a model's stages and derivatives, measured by fake tensors, and of work."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image through each stage (of the text chain: of one run), as common/meter.py counts them.
+    """FLOPs of one image through each stage, as :mod:`rft_fast.common.meter` counts them.
 
-    gradient, curvature: of one image, in batches of the evaluator's size, for all weights; None: not known,
-    because the model cannot be measured so.
+    Attributes:
+        stages: Of one image through each stage; for a stage of the text chain, of one run on all prompts.
+        text: How many of the stages are in the text chain.
+        gradient: Of the gradient of one image at all weights, in batches of the evaluator's size; None: not
+            measured.
+        curvature: Of a product with the Hessian, likewise.
     """
 
     stages: list[float]
     text: int
-    """How many of the stages are the text chain's."""
     gradient: float | None = None
     curvature: float | None = None
 
     @property
     def forward(self) -> float:
-        """Of one image through the image chain."""
+        """FLOPs of one image through the image chain."""
         return sum(self.stages[self.text :])
 
     def forwards(self, work: Work) -> float:
-        """Images through the image chain, a part of the way counting as its part of the FLOPs."""
+        """Return the images through the image chain; parts of it count by their FLOPs."""
         pairs = zip(work.images[self.text :], self.stages[self.text :], strict=True)
         return sum(n * f for n, f in pairs) / self.forward if self.forward else max(work.images)
 
     def of(self, work: Work) -> float:
-        """FLOPs of all of it. Where those of derivatives are not known: 3 and 9 times the forward pass."""
+        """Return the FLOPs of work. Derivatives that are not measured count as 3 and 9 forward passes."""
         text = zip(work.runs[: self.text], self.stages[: self.text], strict=True)
         total = sum(n * f for n, f in text) + self.forwards(work) * self.forward
         gradient = 3 * self.forward if self.gradient is None else self.gradient
@@ -50,9 +53,12 @@ class Flops:
 
 
 def flops(evaluator: Evaluator, work: Work | None = None) -> Flops:
-    """What the evaluator's stages cost. Runs two images through the model.
+    """Measure the FLOPs of an evaluator's stages. Runs two images through the model.
 
-    work: what it is wanted for, since derivatives take a while to measure; None: for forward passes.
+    Args:
+        evaluator: The evaluator.
+        work: The work to estimate; derivatives are measured only if it has any, since they take a while.
+            None: measure forward passes only.
     """
     chains, feed = evaluator.stages, evaluator.feeds[0]
     with evaluator.runtime.scoring():
@@ -95,7 +101,7 @@ def _measured(run: Callable[[], object]) -> meter.Reading | None:
 
 
 def _derivative(evaluator: Evaluator, order: int) -> float | None:
-    """FLOPs per image of the first or second derivative of a full batch, at all weights."""
+    """Return the FLOPs per image of the first or second derivative of a full batch, at all weights."""
     runtime = evaluator.runtime
     size, _ = (runtime.slopes if order == 1 else runtime.curvatures).full()
 
@@ -107,6 +113,6 @@ def _derivative(evaluator: Evaluator, order: int) -> float | None:
 
 
 def reached(costs: Sequence[float]) -> list[float]:
-    """For each stage, the share of the whole that it and the later ones have."""
+    """Return, for each stage, the share of the total cost in this and the later stages."""
     whole = sum(costs) or 1.0
     return [sum(costs[stage:]) / whole for stage in range(len(costs))]

@@ -1,4 +1,4 @@
-"""Seconds of one of each counted thing, by a calibration, and of work."""
+"""Seconds per counted thing, measured by a calibration, and the time of work."""
 
 from __future__ import annotations
 
@@ -21,15 +21,26 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one of each thing that :class:`Work` counts, on this machine."""
+    """Seconds per unit of each thing that :class:`Work` counts, on this machine.
+
+    Attributes:
+        images: Per image, for each stage.
+        runs: Per run, for each stage.
+        gradient: Per image, for all weights.
+        curvature: Per image, for all weights.
+        batch: Per batch of either, beside its images.
+        write: Per write.
+        written: Per weight without noise or mask.
+        noisy: Per weight with noise or a mask.
+        touch: Per operation of torch.
+        touched: Per weight that it reads.
+    """
 
     images: list[float]
     runs: list[float]
     gradient: float
-    """One image, for all weights."""
     curvature: float
     batch: float
-    """What a batch of either takes, beside its images."""
     write: float
     written: float
     noisy: float
@@ -38,12 +49,12 @@ class Rates:
 
 
 def forecast(work: Work, rates: Rates) -> float:
-    """Seconds that the work takes."""
+    """Estimate the seconds that work takes."""
     total = sum(n * rate for n, rate in zip(work.images, rates.images, strict=True))
     total += sum(n * rate for n, rate in zip(work.runs, rates.runs, strict=True))
     forward = sum(rates.images)
     for images, share in zip(work.gradients, reached(rates.images), strict=True):
-        # All images go forward; the way back is as long as the first weights asked for are early.
+        # All images go forward; the way back ends at the first stage of which weights are differentiated.
         total += images * (min(forward, rates.gradient) + max(0.0, rates.gradient - forward) * share)
     pairs = (
         (work.curvatures, rates.curvature),
@@ -60,16 +71,22 @@ def forecast(work: Work, rates: Rates) -> float:
 def calibrate(
     evaluator: Evaluator, path: Path, costs: Flops, work: Work | None = None, seconds: float = 10.0
 ) -> Rates:
-    """Measures what one of each thing takes, in about so many seconds (large models: at least one pass).
+    """Measure the rates on this machine.
 
-    Through the same calls as the studies', so that threads, batches, graphs and kernels are those of the
-    run. The live model is as it was before once this ends.
+    Measures through the calls of the studies, so threads, batches, graphs and kernels are those of a run. The
+    live model is restored.
 
-    evaluator: of the path's live model, with as many images as are scored at once where the rates are to
-        hold, or :func:`images_wanted` if that is fewer; their values do not matter. What a call costs beside
-        its images is shared out among them, so that few images have other rates than many.
-    costs: of the evaluator's stages; what lies between two that are measured is shared out by them.
-    work: what the rates are wanted for; derivatives are measured only if it has any. None: all.
+    Args:
+        evaluator: An evaluator of the path's live model, with as many images as the studies score at once, or
+            with :func:`images_wanted` if that is fewer. Their values do not matter. Fixed costs of a call are
+            included in the rates per image, so few images have other rates than many.
+        path: The path.
+        costs: FLOPs of the evaluator's stages; they divide the time of stages that are measured together.
+        work: The work to estimate; derivatives are measured only if it has any. None: measure all.
+        seconds: Approximate duration; large models need one pass at least.
+
+    Raises:
+        ValueError: The evaluator is of another model.
     """
     if evaluator.model is not path.model:
         raise ValueError(
@@ -78,7 +95,7 @@ def calibrate(
     clock = _Clock(evaluator.device)
     one = _first(evaluator, 1)
     few = _first(evaluator, 8)
-    _judged(few.walk())  # first calls load and choose things
+    _judged(few.walk())  # the first calls load libraries and select algorithms
     fits = 0.2 * seconds / clock.of(lambda: _judged(few.walk())) * len(few.feeds[0])
     full = _first(evaluator, min(images_wanted(evaluator), max(len(few.feeds[0]), int(fits))))
     with path.at(0.5):
@@ -102,19 +119,19 @@ def calibrate(
 
 
 def images_wanted(evaluator: Evaluator) -> int:
-    """So many images a calibration should have: full batches for every core that takes some."""
+    """Return the number of images for a calibration: full batches for all cores that the evaluator uses."""
     size, workers = evaluator.runtime.images.full()
     return size * workers
 
 
 def _first(evaluator: Evaluator, images: int) -> Evaluator:
-    """An evaluator of so many images of the first set."""
+    """Return an evaluator of the first images of the first data set."""
     feed = evaluator.feeds[0]
     return evaluator.of([feed.cut(slice(0, min(images, len(feed))))])
 
 
 class _Clock:
-    """Seconds of a call, until the device is done with it."""
+    """Seconds of a call, until the device has finished it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -127,9 +144,9 @@ class _Clock:
         return perf_counter() - start
 
     def several(self, call: Callable[[], object], seconds: float) -> list[float]:
-        """As many calls as fit in the time, three or more, after one that does not count.
+        """Time as many calls as fit in the time, at least three, after one that does not count.
 
-        Where the first one takes all of the time, it is the only one.
+        If the first one takes all of the time, it is the only one.
         """
         first = self.of(call)
         if first > seconds:
@@ -150,16 +167,19 @@ def _judged(walk: Walk) -> None:
 def _forward_rates(
     full: Evaluator, costs: Sequence[float], clock: _Clock, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Seconds per image (of the text chain: per run) of each stage, by what is left from some stations on."""
+    """Return seconds per image, and for the text chain per run, of each stage.
+
+    Measures the scoring from several stations; differences give the stages between them.
+    """
     begun = perf_counter()
     whole = clock.of(lambda: _judged(full.walk()))
-    if full.device.type == "cuda":  # libraries choose their algorithms, and launches are recorded
+    if full.device.type == "cuda":  # libraries select algorithms, and launches are recorded
         for _ in range(3):
             whole = clock.of(lambda: _judged(full.walk()))
     elif 4 * whole < seconds:
         whole = clock.of(lambda: _judged(full.walk()))
     text, count = len(full.stages.text), full.stations
-    # A round scores from each of the stations, half of the way on average, and gets from one to the next.
+    # A round scores from each station, half of the stages on average, and advances from one to the next.
     passes = (seconds - (perf_counter() - begun)) / whole
     rounds = 5 if passes > 20 else 3 if passes > 6 else 1
     anchors = int(max(1, min(count, 2 * (passes / rounds - 1))))
@@ -185,20 +205,20 @@ def _forward_rates(
         took = left[first] if after is None else max(0.0, left[first] - left[after])
         for stage, share in zip(stages, shares, strict=True):
             if stage < text:
-                runs[stage] = share * took  # the prompts are the same for any number of images
+                runs[stage] = share * took  # independent of the number of images
             else:
                 images[stage] = share * took / n
     return images, runs
 
 
 def _stretches(stations: Sequence[int], count: int, text: int) -> list[tuple[int, int, int | None]]:
-    """(first station, end, station that is left to do after it) between the stations that were measured."""
+    """Return (first station, end, station that remains after it) between the measured stations."""
     if not text or len(stations) == 1:
         return list(zip(stations, [*stations[1:], count], [*stations[1:], None], strict=True))
     found: list[tuple[int, int, int | None]] = []
     early = [station for station in stations if 1 <= station <= text]
     late = [station for station in stations if station > text]
-    # After the text stages, image features being held, only the join is left.
+    # After the text stages, with image features held, only the join remains.
     found += zip(early, [*early[1:], text + 1], [*early[1:], count - 1], strict=True)
     found += zip(late, [*late[1:], count], [*late[1:], None], strict=True)
     return found
@@ -220,10 +240,10 @@ def _affine(
     clock: _Clock,
     seconds: float,
 ) -> tuple[float, float]:
-    """Seconds per image and per batch."""
+    """Return seconds per image and per batch."""
     short = min(clock.several(lambda: call(one), 0.2 * seconds))
     n = len(full.feeds[0])
-    if full.device.type == "cpu":  # where a batch is hardly faster than its images one by one
+    if full.device.type == "cpu":  # a batch is hardly faster than its images one by one
         full = _first(full, max(8, int(0.8 * seconds / short)))
         n = len(full.feeds[0])
     long = median(clock.several(lambda: call(full), 0.8 * seconds))
@@ -231,7 +251,7 @@ def _affine(
 
 
 def _write_rates(path: Path, clock: _Clock, seconds: float) -> tuple[float, float, float]:
-    """Seconds per write, per weight, and per weight with noise."""
+    """Return seconds per write, per weight, and per weight with noise."""
     sizes = {layer: sum(tensor.numel() for tensor in path.tensors(layer)) for layer in path.layers}
     whole, layer = (
         sum(slot.tensor.numel() for slot in path.slots),
@@ -253,7 +273,7 @@ def _write_rates(path: Path, clock: _Clock, seconds: float) -> tuple[float, floa
 
 
 def _touch_rates(path: Path, clock: _Clock, seconds: float) -> tuple[float, float]:
-    """Seconds per operation on weights, and per weight that it reads."""
+    """Return seconds per operation on weights, and per weight that it reads."""
     lives = [weight.live.detach() for weight in path.weights()]
     smallest = min(lives, key=Tensor.numel)
 

@@ -1,4 +1,4 @@
-"""The cost of studies to read."""
+"""The cost of studies as a table of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Line:
-    """A study in the table. work: of all its models. more: seconds for what is not work, such as loading."""
+    """One study in the table.
+
+    Attributes:
+        study: Name of the study.
+        models: Number of models.
+        work: The work on all models.
+        rates: The rates that hold for it.
+        more: Further seconds, such as for loading.
+    """
 
     study: str
     models: int
@@ -29,7 +37,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Prompts that are encoded before the first measurement, for so many heads; FLOPs and seconds of all."""
+    """The encoding of prompts before the first measurement.
+
+    Attributes:
+        heads: Number of heads that are made from prompts.
+        prompts: Number of prompts, for all heads.
+        flops: FLOPs, for all prompts.
+        seconds: Estimated time, for all prompts.
+    """
 
     heads: int
     prompts: int
@@ -45,7 +60,16 @@ def table(
     notes: Sequence[str] = (),
     encoding: Encoding | None = None,
 ) -> str:
-    """The studies' cost to read: a line for each, the total, peak memory, and what was assumed."""
+    """Format the cost of studies: a line for each, the total, peak memory, and the assumptions.
+
+    Args:
+        lines: One for each study, at least one.
+        costs: FLOPs of the model's stages.
+        peak: Peak memory of all studies.
+        path: A path of the model.
+        notes: Assumptions, one line each.
+        encoding: The encoding of prompts; None: no head is made from prompts.
+    """
     header = ["study", "models", "settings", "forwards", "TFLOP", "GB written", "time"]
     live = [slot.tensor for slot in path.slots]
     per_weight = sum(t.nbytes for t in live) / sum(t.numel() for t in live)
@@ -106,7 +130,7 @@ _HELD = {
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
+    """Format seconds: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""``Work``: how much a study does, in numbers of each thing that takes time or memory."""
+"""``Work``: how much a study does, as counts of everything that takes time or memory."""
 
 from __future__ import annotations
 
@@ -12,44 +12,46 @@ _MAXIMA = ("held", "differentiated", "borrowed")
 
 @dataclass
 class Work:
-    """How much is done. ``+`` joins, ``*`` repeats; numbers of what is held at once become the larger one.
+    """How much is done. ``+`` joins two pieces of work, ``*`` repeats one; counts of things held at once are
+    maxima.
 
-    Stages are numbered along the text chain, then the image chain, then the join, if there is a text
-    chain; else along the image chain.
+    Stages are numbered along the text chain, the image chain, and the join if there is a text chain.
+
+    Attributes:
+        images: Images that go through each stage; 0 for stages of the text chain, whose cost is per run.
+        runs: How often each stage runs on a batch; a stage of the text chain, on all prompts.
+        scorings: Number of settings of the weights that are scored.
+        gradients: Images whose gradient is computed, by the first stage of which weights are differentiated.
+        curvatures: Images for which products with the Hessian are computed.
+        batches: Batches of these two.
+        writes: Writes of weights.
+        written: Weights written without noise or mask.
+        noisy: Weights written with noise or a mask.
+        touches: Operations of torch on weights and gradients, for example for the control variate.
+        touched: Weights that these read.
+        held: Most images whose activations are held at once.
+        differentiated: Most weights whose gradients are held at once.
+        borrowed: Most weights that a study borrows at once.
     """
 
     images: list[float]
-    """Images that go through each stage; through a stage of the text chain 0, its cost is per run."""
     runs: list[float]
-    """How often each stage runs on a batch; a stage of the text chain on all of its prompts."""
     scorings: float = 0
-    """Settings of the weights that are scored."""
     gradients: list[float] = field(default_factory=list)
-    """Images whose loss is differentiated, by the first stage whose weights are asked for."""
     curvatures: float = 0
-    """Images whose loss is differentiated twice."""
     batches: float = 0
-    """Batches of either."""
     writes: float = 0
-    """Writes of weights."""
     written: float = 0
-    """Weights written without noise or mask."""
     noisy: float = 0
-    """Weights written with noise or a mask."""
     touches: float = 0
-    """Operations of torch on weights and gradients, such as the products of the control variate."""
     touched: float = 0
-    """Weights that they read."""
     held: float = 0
-    """Images whose activations are held at once."""
     differentiated: float = 0
-    """Weights whose gradient is held at once."""
     borrowed: float = 0
-    """Weights that a study works on with copies of its own, at once."""
 
     @classmethod
     def none(cls, evaluator: Evaluator) -> Work:
-        """No work yet, for an evaluator with these stages."""
+        """Return no work, for an evaluator with these stages."""
         stages = len(evaluator.stages.text) + len(evaluator.stages.image) + bool(evaluator.stages.text)
         return cls([0.0] * stages, [0.0] * stages, gradients=[0.0] * stages)
 
