@@ -1,8 +1,8 @@
 """A run as one HTML page that opens anywhere: ``python -m rft_fast.report DIRECTORY``.
 
-Data walks one way: a run's directory (:mod:`.runs`) -> tables and charts, plain values with text in them
-(:mod:`.tables`, :mod:`.charts`, :mod:`.layers`) -> sections (:mod:`.sections`, :mod:`.comparison`) -> the
-page (:mod:`.page`), the only place where HTML is made of texts, and where they are escaped.
+Data flows one way: a run's directory (:mod:`.runs`) -> tables and charts, which are plain values
+(:mod:`.tables`, :mod:`.charts`, :mod:`.layer_charts`) -> sections (:mod:`.sections`, :mod:`.comparison`) ->
+the page (:mod:`.page`), which alone produces and escapes HTML.
 """
 
 from typing import TYPE_CHECKING

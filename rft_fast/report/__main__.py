@@ -1,4 +1,4 @@
-"""``python -m rft_fast.report``: a run, or what two runs differ in, as one page."""
+"""``python -m rft_fast.report``: a run, or the differences of two runs, as one page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..common.words import message
 
 @program.command("report")
 def main(argv: Sequence[str]) -> int:
-    """0: written; 2: refused, with the reason."""
+    """Run the command; return 0, or 2 if it was refused."""
     parser = program.parser(
         "report",
         description="Writes a run as one HTML page that needs nothing else: words, figures to look into, "

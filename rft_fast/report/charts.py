@@ -1,4 +1,4 @@
-"""The figures over models: the path (Figure 1), general sharpness (3), pruning (5), the correlation."""
+"""Charts over models: the path (Figure 1), general sharpness (Figure 3), pruning (Figure 5), correlation."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ ALPHA = "α (0 zero-shot, 1 fine-tuned)"
 
 
 def colours(facts: Facts) -> dict[str, int]:
-    """Model -> its number, which is its colour and its symbol, in the order of measurement."""
+    """Number the models in the order of measurement; the number selects colour and symbol."""
     return {model: place for place, model in enumerate(facts.rows["model"].unique())}
 
 
 def model_keys(numbers: Mapping[str, int]) -> list[Key]:
+    """Create the legend entries of the models."""
     return [Key(model, f"@c{n}", SYMBOLS[n % len(SYMBOLS)]) for model, n in numbers.items()]
 
 
 def points(value: float, half: float, scale: float = 100, form: str = ".1f") -> str:
-    """A value and half its interval."""
+    """Format a value with the half-width of its interval."""
     text = signed(format(scale * value, form))
     return text if pd.isna(half) or not half else f"{text} ± {scale * half:{form.lstrip('+')}}"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is shown along a path, and its change, whose standard error is paired over images."""
+    """A quantity along a path, and its change, whose standard error is paired over images."""
 
     value: str  # column of the rows
     change: str  # column of the rows, with <change>_se
@@ -66,9 +67,17 @@ LOSS = Quantity("loss", "rise", 1, "+.3f", " nats")
 def along(
     curve: pd.DataFrame, what: Quantity, title: str, zero: str, unit: str
 ) -> tuple[list[float], pd.Series, pd.Series, list[str]]:
-    """Positions, values, halves of their intervals, and hovers of a curve.
+    """Prepare a curve with intervals.
 
-    title: what the curve is of, for plotly. zero: what the change is against.
+    Args:
+        curve: rows of one curve, by alpha.
+        what: the quantity.
+        title: name of the curve, escaped for plotly.
+        zero: name of what the change is relative to.
+        unit: unit of the value in the hover texts.
+
+    Returns:
+        Positions, values, half-widths of the pointwise 95 % intervals, and hover texts.
     """
     alphas, scale, form = curve["alpha"].tolist(), what.scale, what.form
     y, halves = scale * curve[what.value], scale * Z95 * curve[f"{what.change}_se"]
@@ -81,7 +90,7 @@ def along(
 
 
 def path(facts: Facts) -> Picture:
-    """Accuracy and loss along the path."""
+    """Draw accuracy and loss along the path."""
     part = facts.part("interpolation").sort_values("alpha", kind="stable")
     numbers = colours(facts)
     gains = facts.path.set_index(["model", "dataset"])["gain"]
@@ -135,7 +144,7 @@ def path(facts: Facts) -> Picture:
 
 
 def sharpness(facts: Facts) -> Picture:
-    """General sharpness over alpha, and accuracy against it."""
+    """Draw general sharpness over alpha, and accuracy against it."""
     part = sharpnesses(facts, "sharpness").sort_values("alpha", kind="stable")
     numbers = colours(facts)
     path_rows = facts.part("interpolation")
@@ -205,7 +214,7 @@ def sharpness(facts: Facts) -> Picture:
 
 
 def prune(facts: Facts) -> Picture:
-    """Accuracy along the path, unpruned, pruned and with other layers pruned."""
+    """Draw accuracy along the path: unpruned, pruned, and with other layers pruned."""
     part = facts.part("prune").sort_values("alpha", kind="stable")
     variants = {
         key: n
@@ -261,7 +270,7 @@ def prune(facts: Facts) -> Picture:
     for (criterion, method), n in variants.items():
         keys.append(Key(f"stragglers by {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9]))
         keys.append(Key(f"its control, {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot"))
-    # First those of which something was pruned.
+    # Models of which something was pruned come first.
     found = [*facts.pruning["model"], *part["model"]]
     return Picture(
         [choices("model", "Model", found), choices("dataset", "Data set", part["dataset"])], [chart], keys
@@ -269,7 +278,11 @@ def prune(facts: Facts) -> Picture:
 
 
 def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
-    """Rank correlations as a forest plot; and what each row of the table measures, in words."""
+    """Draw rank correlations as a forest plot.
+
+    Returns:
+        The picture, and text for the measure of each row of the table.
+    """
     labels = list(measures(table, MEASURES, "ρ = "))
     table = table.assign(name=labels)
     order = [*dict.fromkeys(table.sort_values("measure", key=lambda m: m.map(_ORDER), kind="stable")["name"])]

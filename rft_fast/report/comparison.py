@@ -1,4 +1,4 @@
-"""What two runs differ in: their requests, and the measurements that both made."""
+"""The comparison of two runs: their settings, and the measurements that both made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .runs import RunRead
 from .sections import Section, said
 from .tables import Cell, Table, interval, number, signed
 
-# What tells one measurement of a run from another.
+# Columns that identify a measurement of a run.
 _KEYS = (
     "study model dataset layer others alpha rho on noise adaptive keep method criterion control estimator "
     "noise_batch normalized seed"
@@ -28,12 +28,19 @@ _SCALE = {
     "loss": (1.0, "+.3f", "nats"),
     "sharpness": (1.0, "+.3g", "nats"),
 }
-_MANY = 1e9  # degrees of freedom: Student's t is the normal distribution then
-_SHOWN = 500  # rows of the table: those that differ most
+_MANY = 1e9  # degrees of freedom with which Student's t is the normal distribution
+_SHOWN = 500  # most rows of the table
 
 
 def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
-    """The arguments of :func:`rft_fast.report.page.render`.
+    """Compare two runs.
+
+    Args:
+        first: run A.
+        second: run B.
+
+    Returns:
+        Arguments of :func:`rft_fast.report.page.render`.
 
     Raises:
         ValueError: the runs have no measurement in common.
@@ -80,12 +87,21 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
 
 
 def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """One row per value that both runs have: ``a``, ``b``, their standard errors, and whether they differ.
+    """Match the values that two runs have in common, and test whether they differ.
 
-    Columns besides the keys: ``value`` (its name), ``a``, ``b``, ``a_se``, ``b_se``, ``difference``, ``half``
-    (half the 95 % interval of it by Student's t, as of independent measurements), ``apart``, ``corrected``
-    (the same with Bonferroni's correction), ``known`` (does the difference have a standard error?), ``n_a``,
-    ``n_b``.
+    Args:
+        first: rows of run A.
+        second: rows of run B.
+
+    Returns:
+        One row per value, with columns that identify it and
+
+        - ``value``: "accuracy", "loss" or "sharpness";
+        - ``a``, ``b``, ``a_se``, ``b_se``, ``n_a``, ``n_b``: the values, their standard errors, and images;
+        - ``difference``: b - a, and ``half``, the half-width of its 95 % interval by Student's t, as of
+          independent measurements;
+        - ``apart``: whether the interval excludes 0; ``corrected``: the same with Bonferroni's correction;
+        - ``known``: whether the difference has a standard error.
     """
     sides = [_long(rows) for rows in (first, second)]
     both = sides[0].merge(sides[1], on=["place", "value"], suffixes=("", "_b"))
@@ -106,7 +122,7 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     freedom = _freedom(both)
     half = stdtrit(freedom, 0.975) * error
     bound = stdtrit(freedom, 1 - 0.025 / max(int(known.sum()), 1))
-    # Without a standard error nothing can be said, unless the values are the same or not finite on one side.
+    # Without a standard error there is no test, unless one side is not finite.
     lost = np.isfinite(both["a"]) != np.isfinite(both["b"])
     return both.assign(
         difference=difference,
@@ -118,14 +134,14 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def _count(rows: pd.DataFrame) -> pd.Series:
-    """What a standard error is over: images, or draws, of which antithetic ones come in pairs."""
+    """Return the number of samples of each standard error: images, draws, or pairs of antithetic draws."""
     pairs = (rows["estimator"] == "antithetic").fillna(False)
     draws = rows["draws"].astype(float) / np.where(pairs, 2, 1)
     return draws.where(rows["estimator"].notna(), rows["samples"].astype(float))
 
 
 def _freedom(both: pd.DataFrame) -> pd.Series:
-    """Degrees of freedom of the differences (Welch and Satterthwaite); many where no error is to be had."""
+    """Degrees of freedom of the differences (Welch and Satterthwaite); many without an error."""
     parts = [(both[f"{side}_se"] ** 2, both[f"count_{side}"] - 1) for side in "ab"]
     spread = sum((variance**2 / freedom).where(freedom > 0, 0) for variance, freedom in parts)
     found = sum(variance for variance, _ in parts) ** 2 / spread
@@ -133,8 +149,8 @@ def _freedom(both: pd.DataFrame) -> pd.Series:
 
 
 def _long(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per value, and ``place``: all of its keys as one text."""
-    # Zero-shot is one measurement, whatever model its row is of; and seeds are names only of masks.
+    """Reshape to one row per value, with ``place``, all of its keys as one text."""
+    # The zero-shot measurement is the same for all models, and seeds identify only masks.
     shared = (rows["study"] == "interpolation") & (rows["alpha"] == 0)
     rows = rows.assign(
         alpha=rows["alpha"].round(9),
@@ -144,7 +160,7 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
     place = rows[_KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
     parts = []
     for value in ("accuracy", "loss", "sharpness"):
-        # A row with an estimator is a sharpness: its mean accuracy and loss under noise are not compared.
+        # Rows with an estimator are of a sharpness; their mean accuracy and loss are not compared.
         part = rows[rows[value].notna() & ((value == "sharpness") == rows["estimator"].notna())]
         facts = part[
             ["study", "model", "dataset", "layer", "alpha", "rho", "criterion", "control", "seed", "samples"]
@@ -173,7 +189,7 @@ def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str
 
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Keys of config.json whose values differ, with both."""
+    """Return the keys of ``config.json`` whose values differ, with both values."""
     a, b = (
         {shown_as(names): said(value) for names, value in flat(config) if names[0] != "run"}
         for config in (first, second)
@@ -253,7 +269,7 @@ def _bars(half: pd.Series, colour: str) -> dict[str, Any]:
 
 
 def _table(found: pd.DataFrame) -> Table:
-    """Those that differ first, the furthest apart in standard errors on top."""
+    """Create the table of values: different ones first, in descending order of standard errors apart."""
     far = (found["difference"].abs() / (found["half"] / Z95)).fillna(0)
     shown = found.assign(far=far).sort_values(["apart", "far"], ascending=False, kind="stable").head(_SHOWN)
     rows, chosen = [], []

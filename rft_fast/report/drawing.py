@@ -1,8 +1,8 @@
-"""What the charts share: plotly's traces as plain dictionaries, in colours that the page names by theme.
+"""Building blocks of charts: plotly traces as plain dictionaries.
 
-A colour is a token that page.js replaces: ``@c0`` and on (one per model), ``@ink``, ``@grey``,
-``@bad``, ``@good``, each with an opacity if need be: ``@c3/.15``. ``show`` says what each control of the
-section may be for a trace to be drawn; ``ALL`` is a control's "all".
+Colours are tokens that page.js replaces by those of the theme: ``@c0``, ``@c1`` and so on (one per model),
+``@ink``, ``@grey``, ``@bad``, ``@good``, each with an optional opacity: ``@c3/.15``. ``show`` of a trace
+lists the values of each control of the section for which it is drawn; ``ALL`` is a control's "all".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FONT = 12
 
 @dataclass(frozen=True)
 class Control:
-    """A selector: what it chooses by, and its options as (value, text); the first is chosen at first."""
+    """A selector with options (value, text), of which the first is selected initially."""
 
     key: str
     label: str
@@ -36,7 +36,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: ``alt`` says what it shows; ``wide`` takes the whole width of the page."""
+    """One picture; ``alt`` describes it, ``wide`` gives it the full width of the page."""
 
     name: str
     title: str
@@ -48,7 +48,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: a model's number, or a token of colour, a symbol of plotly's, a dash."""
+    """An entry of a legend: text, colour token, plotly symbol and dash."""
 
     text: str
     colour: str
@@ -58,7 +58,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Picture:
-    """The charts of a section, what they are chosen by, and what their signs mean."""
+    """The charts of a section, with their controls and legend."""
 
     controls: list[Control] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
@@ -66,19 +66,19 @@ class Picture:
 
 
 def choices(key: str, label: str, values: Iterable[Any], everything: str = "") -> Control:
-    """A control over values; ``everything``: the words for all of them, which then come first."""
+    """Create a control of these values; ``everything``: text of an option for all, which comes first."""
     options = [(str(value), str(value)) for value in dict.fromkeys(values)]
     first = [(ALL, everything)] if everything and len(options) > 1 else []
     return Control(key, label, first + options)
 
 
 def safe(text: object) -> str:
-    """Text for plotly, which reads a little HTML in what it draws."""
+    """Escape text for plotly, which interprets some HTML."""
     return html.escape(visible(str(text), lines=True), quote=False)
 
 
 def layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
-    """Axes with their names; the colours are the page's."""
+    """Create a plotly layout with titled axes; the page adds the colours."""
     found: dict[str, Any] = {
         "xaxis": {"title": {"text": x}},
         "yaxis": {"title": {"text": y}},
@@ -105,7 +105,7 @@ def line(
     mode: str = "lines+markers",
     name: str = "",
 ) -> Trace:
-    """A curve with its points; errors are half an interval."""
+    """Create a curve; ``error`` and ``across`` are half-widths of vertical and horizontal bars."""
     trace: Trace = {
         "type": "scatter",
         "mode": mode,
@@ -133,7 +133,7 @@ def band(
     show: Mapping[str, Sequence[str]],
     colour: str,
 ) -> Trace:
-    """An interval around a curve, as one closed shape; where it is not finite, there is none."""
+    """Create a band around a curve, without the points where it is not finite."""
     points = [
         (a, b, c) for a, b, c in zip(x, low, high, strict=True) if math.isfinite(b) and math.isfinite(c)
     ]
@@ -152,7 +152,7 @@ def band(
 
 
 def rule(x: Sequence[float], y: Sequence[float], show: Mapping[str, Sequence[str]] | None = None) -> Trace:
-    """A thin dotted line of reference."""
+    """Create a thin dotted reference line."""
     return {
         "type": "scatter",
         "mode": "lines",
@@ -165,7 +165,10 @@ def rule(x: Sequence[float], y: Sequence[float], show: Mapping[str, Sequence[str
 
 
 def heat(values: pd.DataFrame, small: float, largest: float, hover: list[list[str]], what: str) -> Trace:
-    """Layers down, alphas across; about linear up to a small value, logarithmic beyond, centred at zero."""
+    """Create a heat map, layers down and alphas across.
+
+    Colours are centred at zero, about linear up to ``small`` and logarithmic beyond.
+    """
     width = min(small, largest) / 2
     top = math.asinh(largest / width)
     stops = ticks(width, largest)
@@ -194,12 +197,12 @@ def heat(values: pd.DataFrame, small: float, largest: float, hover: list[list[st
 
 
 def rows_height(count: int) -> int:
-    """Pixels for so many layers."""
+    """Return the height in pixels of a chart with so many layers."""
     return 70 + count * (19 if count <= 60 else 12)
 
 
 def layer_axis(names: Sequence[str]) -> dict[str, Any]:
-    """An axis of layers, the first on top."""
+    """Create an axis of layers, the first on top."""
     return {
         "title": {"text": ""},
         "tickmode": "array",
@@ -220,7 +223,7 @@ def marks(
     size: int = 8,
     colour: str = "@ink",
 ) -> Trace:
-    """Signs beside or on a heat map."""
+    """Create marks beside or on a heat map."""
     return {
         "type": "scatter",
         "mode": "markers",

@@ -1,4 +1,4 @@
-"""What a run found, as sentences, whether or not it agrees with the paper."""
+"""The findings of a run as sentences, whether or not they agree with the paper."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence, or two, on what was found. Names stand in the text as they are, control characters too.
+    """One or two sentences on a result.
 
-    study: what it comes of. dataset, model: what it is about; None: several, or all. paper: the sentence says
-    what the paper finds, for comparison.
+    Attributes:
+        text: the sentences; names in them are not escaped.
+        study: name of the study that it results from.
+        dataset: name of the data set that it is about; None: several.
+        model: name of the model that it is about; None: several.
+        paper: whether it states the paper's result, for comparison.
     """
 
     text: str
@@ -35,14 +39,14 @@ class Finding:
 
 
 def findings(facts: Facts, studies: Iterable[Study]) -> list[Finding]:
-    """What the studies of a run found, in their order.
+    """Collect the findings of studies, in their order, after the zero-shot ends that are near chance.
 
     Args:
-        facts: of a run with rows of the interpolation.
-        studies: those to ask; one without rows has no findings.
+        facts: facts of a run, with rows of the interpolation.
+        studies: the studies; those without rows are skipped.
 
     Raises:
-        ValueError: as the analyses of :class:`rft_fast.studies.facts.Facts`.
+        ValueError: an analysis of :class:`rft_fast.studies.facts.Facts` refuses the rows.
     """
     ends = [Finding(end.text, "interpolation", end.dataset) for end in facts.chances if end.text]
     nothing = {end.dataset for end in facts.chances if end.verdict == "unknown"}
@@ -51,7 +55,11 @@ def findings(facts: Facts, studies: Iterable[Study]) -> list[Finding]:
 
 
 def of_path(path: pd.DataFrame) -> Iterator[Finding]:
-    """Which models fail. path: the summary of one data set."""
+    """Yield which models fail.
+
+    Args:
+        path: :func:`rft_fast.studies.summarize` of one data set.
+    """
     if path["mode"].notna().all():
         where, failing = path["dataset"].iloc[0], list(path.loc[path["mode"] == "failure", "model"])
         names = f" ({', '.join(failing)})" if failing else ""
@@ -60,7 +68,12 @@ def of_path(path: pd.DataFrame) -> Iterator[Finding]:
 
 
 def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]:
-    """The stragglers of each model. path: the summary of one data set, which says whether models fail."""
+    """Yield the stragglers of each model on each data set.
+
+    Args:
+        stragglers: the result of :func:`rft_fast.studies.stragglers`.
+        path: :func:`rft_fast.studies.summarize` of one data set, for the mode of each model.
+    """
     modes = path.set_index("model")["mode"].fillna("in distribution")
     for (model, dataset), group in stragglers.groupby(["model", "dataset"], sort=False):
         names = list(group[group["straggler"]].sort_values("instability", ascending=False)["layer"])
@@ -69,12 +82,16 @@ def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]
 
 
 def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
-    """What pruning did, and whether it did so more than its control."""
+    """Yield the effect of pruning, alone and compared with the control.
+
+    Args:
+        effects: the result of :func:`rft_fast.studies.pruning_effect`.
+    """
     for key, group in effects.groupby(["model", "dataset", "criterion", "method"], sort=False):
         model, dataset, criterion, method = key
         facts = {bool(fact["control"]): fact for fact in group.to_dict("records")}
         pruned = facts[False]
-        gained = "came with one mask, without an error,"  # by magnitude, or one seed
+        gained = "came with one mask, without an error,"  # pruned by magnitude, or with one seed
         if pruned["seeds"] > 1:
             gained = verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
         what, how = ("the named layers", f"({method})")
@@ -90,9 +107,9 @@ def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
 
 
 def _freedom(*means: Mapping[str, Any]) -> float:
-    """Degrees of freedom of a difference of means whose variances differ (Welch and Satterthwaite).
+    """Degrees of freedom of a difference of means with different variances (Welch and Satterthwaite).
 
-    A control varies much more than what it is for: it draws its layers, too.
+    The control varies more than the pruning it is compared with: its layers are random, too.
     """
     variances = [fact["change_se"] ** 2 for fact in means]
     if not sum(variances) > 0:
@@ -102,7 +119,7 @@ def _freedom(*means: Mapping[str, Any]) -> float:
 
 
 def verdict(value: float, error: float, freedom: float, above: str, below: str) -> str:
-    """A two-sided test at 5 % in words, with Student's t for the masks."""
+    """Describe the result of a two-sided test at 5 %, by Student's t over masks."""
     half = half_width(error, freedom)
     judged = sign(value - half, value + half)
     if judged in ("above", "below"):
@@ -119,7 +136,12 @@ _TAU: dict[Sign, str] = {
 
 
 def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
-    """Whether sharpness goes with accuracy on one data set, at the highest alpha; what the paper finds."""
+    """Yield whether sharpness and accuracy are associated at the highest alpha, and the paper's result.
+
+    Args:
+        table: the result of :func:`rft_fast.studies.correlation`.
+        where: name of the data set of the accuracy.
+    """
     part = table[(table["dataset"] == where) & (table["outcome"] == "accuracy")]
     part = part[part["alpha"] == part["alpha"].max()]
     for measure, claim in (

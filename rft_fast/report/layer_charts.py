@@ -1,4 +1,4 @@
-"""The figures over layers: each on the path alone (Figure 2), and its sharpness (Figure 4)."""
+"""Charts over layers: layer-wise interpolation (Figure 2) and layer-wise sharpness (Figure 4)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WORST = 3
 
 
 def interpolation(facts: Facts) -> Picture:
-    """What each layer does to the loss on its own: a map, instabilities with intervals, curves."""
+    """Draw the effect of each layer alone: a map of the loss, instabilities with intervals, curves."""
     part = facts.part("layers").sort_values("alpha", kind="stable")
     layers = list(facts.part("layers")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
@@ -112,7 +112,7 @@ def interpolation(facts: Facts) -> Picture:
 
 
 def sharpness(facts: Facts) -> Picture:
-    """The sharpness of each layer along the path: a map, and the values with intervals at one alpha."""
+    """Draw the sharpness of each layer: a map along the path, and values with intervals at one alpha."""
     part = sharpnesses(facts, "layer-sharpness").sort_values("alpha", kind="stable")
     layers = list(facts.part("layer-sharpness")["layer"].unique())
     place = {layer: row for row, layer in enumerate(layers)}
@@ -188,13 +188,13 @@ def sharpness(facts: Facts) -> Picture:
 
 
 def _largest(values: pd.Series, small: float) -> float:
-    """The largest finite size among values, for a scale that all models share."""
+    """Return the largest finite magnitude, for a scale that all models share."""
     sizes = values.abs().to_numpy(dtype=float)
     return float(max(sizes[np.isfinite(sizes)], default=0.0)) or small or 1.0
 
 
 def _across(part: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """The axis of a map's alphas: a cell each, and room for the signs on the right."""
+    """Create the axis of a map's alphas, with room for marks on the right."""
     alphas = sorted(part["alpha"].unique())
     return {
         "xaxis": {
@@ -222,7 +222,7 @@ def _map(
     symbol: str = "triangle-left",
     said: str = "straggler",
 ) -> list[Trace]:
-    """A heat map of a model, signs for what is not finite, and signs beside the marked layers."""
+    """Create a heat map of one model, with marks on values that are not finite and beside marked layers."""
     values = group.pivot(index="layer", columns="alpha", values=value).reindex(layers).sort_index(axis=1)
     halves = half * group.pivot(index="layer", columns="alpha", values=error).reindex_like(values)
     hover = [

@@ -1,4 +1,4 @@
-"""From a run's directory to a file: reads, lays out, writes whole or not at all."""
+"""Write the page of a run, or of the comparison of two, atomically."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ NAME = "report.html"
 
 
 def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> pathlib.Path:
-    """Writes a run as one self-contained HTML page.
+    """Write a run as one self-contained HTML page.
 
     Args:
-        directory: of a run, as :class:`rft_fast.results.Run` leaves it; also of an interrupted one.
-        out: the page; None: ``report.html`` in the directory. An earlier report there is replaced.
+        directory: directory of a run (:class:`rft_fast.results.Run`), which may be unfinished.
+        out: output file; None: ``report.html`` in ``directory``. An earlier report is replaced.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        FileNotFoundError: no run in the directory.
-        ValueError: rows without config.json, no rows, a newer version's run; ``out`` is a folder, stands in
-            none, or is a file of something else.
+        FileNotFoundError: there is no run in the directory.
+        ValueError: the run has no rows, lacks ``config.json``, or was made by a newer version; ``out`` is a
+            directory, has no parent directory, or exists and is not a report.
         ModuleNotFoundError: plotly is not installed.
         OSError: the page cannot be written.
     """
@@ -37,7 +37,7 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         pathlib.Path(directory) / NAME if out is None else pathlib.Path(out),
         pathlib.Path(directory) if out is None else None,
     )
-    page.library()  # is it there?
+    page.library()  # before any computation: plotly may be missing
     run = read(directory)
     config, arch = run.config, str(run.config["arch"])
     arch = pathlib.Path(arch).stem if arch.endswith(".json") else arch
@@ -60,17 +60,21 @@ def compare(
     second: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
 ) -> pathlib.Path:
-    """Writes what two runs differ in, their requests and their measurements, as a page.
+    """Write the differences of two runs, in settings and measurements, as one HTML page.
 
     Args:
-        first, second: directories of runs.
-        out: the page; None: ``comparison.html`` in the second.
+        first: directory of a run.
+        second: directory of another run.
+        out: output file; None: ``comparison.html`` in ``second``.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError, OSError: as :func:`write`.
+        FileNotFoundError: as :func:`write`.
+        ValueError: as :func:`write`, or the runs have no measurement in common.
+        ModuleNotFoundError: plotly is not installed.
+        OSError: the page cannot be written.
     """
     file = _check(
         pathlib.Path(second) / "comparison.html" if out is None else pathlib.Path(out),
@@ -82,9 +86,9 @@ def compare(
 
 
 def _check(file: pathlib.Path, directory: pathlib.Path | None) -> pathlib.Path:
-    """Refuses a place where no page can be, before anything is computed."""
+    """Refuse an output file that cannot be written, before anything is computed."""
     if directory is not None and not directory.is_dir():
-        return file  # said better by whoever reads it
+        return file  # read() explains what is wrong
     if file.is_dir():
         raise ValueError(
             f"report: expected a file to write, got the directory {file}; say --out {file / NAME}"

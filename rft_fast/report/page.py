@@ -1,4 +1,4 @@
-"""Sections as HTML. All texts are escaped here, and nowhere else."""
+"""Render sections as HTML. Text is escaped here and nowhere else."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from .tables import Cell, Table
 
 
 def escape(text: str) -> str:
-    """Text for HTML; control characters, and those that turn its direction, are written out."""
+    """Escape text for HTML, including control characters and marks that change its direction."""
     return html.escape(visible(text, lines=True))
 
 
 MARK = '<meta name="generator" content="rft_fast.report'
-# style.MUTED, lightened so that lines stand out on a dark ground (contrast of at least 4.5 to 1).
+# style.MUTED, lightened for a dark background (contrast of at least 4.5 to 1).
 _ON_DARK = "#9D8FF0 #F08FA0 #5CC8B6 #D9649A #E6D98A #45B86F #98D5F2 #D98BCB #C2C25A".split()
 
 
 @functools.cache
 def library() -> str:
-    """plotly.js, compressed and in base64: two fifths of its size.
+    """Return plotly.js, compressed and encoded in base64: two fifths of its size.
 
-    Raises ModuleNotFoundError where plotly is not installed.
+    Raises:
+        ModuleNotFoundError: plotly is not installed.
     """
     try:
         offline = importlib.import_module("plotly.offline")
@@ -66,16 +67,21 @@ def render(
     parts: Sequence[Section],
     models: int,
 ) -> str:
-    """The whole page.
+    """Render the whole page.
 
     Args:
-        title, above, about: of the head.
-        commands: what was run.
-        tiles: large numbers, each with what it counts.
+        title: heading of the page.
+        above: small text above the title.
+        about: line below the title.
+        commands: command lines of the runs.
+        tiles: large numbers, each with a caption.
         findings: paragraphs under "In short".
-        notes: what is missing.
+        notes: sentences on what is missing.
         parts: the sections.
-        models: how many colours are needed.
+        models: number of models, each of which has a colour.
+
+    Returns:
+        HTML that needs no other file.
     """
     charts = {f"{part.name}-{chart.name}": _chart(chart) for part in parts for chart in part.picture.charts}
     data = _packed(_json({"charts": charts, "palette": palette(models)}))
@@ -190,7 +196,7 @@ def _figure(section: str, chart: Chart) -> str:
     )
 
 
-# Symbols of plotly in a box of 12, for the legend.
+# Plotly's symbols as SVG paths in a box of 12 by 12, for the legend.
 _PATHS = {
     "circle": "M6 2a4 4 0 1 0 .01 0z",
     "square": "M2.5 2.5h7v7h-7z",
@@ -252,7 +258,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Escaped text with places to break long dotted names at."""
+    """Allow line breaks within long dotted names of escaped text."""
     return re.sub(r"(?<=[A-Za-z_])\.(?=\w)|(?<=\.\d)\.(?=[a-z])|(?<=[a-z])/(?=\w)", r"\g<0><wbr>", text)
 
 
@@ -261,7 +267,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
 
 
 def palette(models: int) -> dict[str, list[str]]:
-    """Colours of models in both themes; beyond nine, an even scale, as in the figures."""
+    """Return the models' colours by theme, "light" or "dark"; for more than nine, an even scale."""
     light = [to_hex(colour) for colour in style.colours(models)]
     if models <= len(style.MUTED):
         return {"light": list(style.MUTED), "dark": list(_ON_DARK)}
@@ -283,7 +289,7 @@ def _colours(models: int) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON in which what is not finite is null."""
+    """Encode as JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

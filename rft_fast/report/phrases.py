@@ -1,4 +1,4 @@
-"""Facts in words that summary and page share."""
+"""Texts that summary and page share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ MEASURES = {"general": "all weights", "stragglers": "the stragglers"}
 
 
 def images(rows: pd.DataFrame, each: str = "{:,} images of {}", between: str = ", ") -> str:
-    """How many images of each data set the rows are of."""
+    """Describe the number of images of each data set."""
     counts = rows.groupby("dataset", sort=False)["samples"].max()
     return between.join(each.format(count, name) for name, count in counts.items())
 
 
 def span(counts: pd.Series) -> str:
-    """The lowest and the highest count."""
+    """Describe the range of counts: ``"20"``, ``"20 to 200"``, or ``"no"`` without any."""
     found = sorted(counts.dropna().unique())
     return " to ".join(map(str, dict.fromkeys([found[0], found[-1]]))) if found else "no"
 
 
 def tau(fact: Mapping[Any, Any]) -> str:
-    """Kendall's tau and its 95 % interval, where there are any."""
+    """Format Kendall's tau with its 95 % interval, if defined."""
     if np.isnan(fact["kendall"]):
         return "-"
     if np.isnan(fact["kendall_low"]):

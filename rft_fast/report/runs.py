@@ -1,4 +1,4 @@
-"""A run's directory, read and found fit for a report."""
+"""Read a run's directory and check that it can be reported."""
 
 from __future__ import annotations
 
@@ -21,24 +21,36 @@ _NEEDED = "everything measured settings command date zoo arch zeroshot finetuned
 
 @dataclass(frozen=True)
 class RunRead:
-    """What a run left behind: its request, the facts of the rows that are complete, and what is missing."""
+    """A run on disk.
+
+    Attributes:
+        directory: directory of the run.
+        config: contents of its ``config.json``.
+        facts: facts of its rows, without the models that a study did not finish.
+        count: number of all rows.
+        costs: time and memory of each study; None if they were not recorded.
+        notes: sentences on what is missing.
+    """
 
     directory: pathlib.Path
     config: dict[str, Any]
-    facts: Facts  # of rows without the models of a study that it did not finish
-    count: int  # of all rows
-    costs: pd.DataFrame | None  # what each study took
-    notes: list[str]  # what is missing, as sentences
+    facts: Facts
+    count: int
+    costs: pd.DataFrame | None
+    notes: list[str]
 
 
 def read(directory: str | os.PathLike[str]) -> RunRead:
-    """Reads a run, also one that was interrupted.
+    """Read a run, which may be unfinished.
 
-    Models of a study that was not finished for them are left out of it, and ``notes`` says so.
+    Rows of a model that a study did not finish are left out, with a note.
+
+    Args:
+        directory: directory of the run.
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: rows without a config.json or the reverse, an empty run, one of a newer version.
+        ValueError: rows without ``config.json``, no complete rows, or a run made by a newer version.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -116,7 +128,7 @@ def _check_version(config: dict[str, Any], file: pathlib.Path) -> None:
 
 
 def _unfinished(part: pd.DataFrame) -> list[str]:
-    """Models that a study was not done with: a curve lacks an end, or rows that other models have."""
+    """Return the models that a study did not finish: a curve lacks an end, or there are fewer rows."""
     keys = [name for name in _CURVE if part[name].notna().any()]
     ends = part.groupby(keys, sort=False, dropna=False)["alpha"].agg(["min", "max"])
     known = [study for study in catalogue.studies() if study.name == part["study"].iloc[0]]

@@ -1,4 +1,4 @@
-"""A run as sections: words, charts and tables; nothing here knows HTML."""
+"""The sections of a report: text, charts and tables, independent of HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Section:
-    """``name`` is its anchor, ``above`` the small words over its title."""
+    """A section of the page.
+
+    Attributes:
+        name: anchor.
+        above: small text above the title.
+        title: heading.
+        lead: first paragraph.
+        picture: charts with their controls and legend.
+        tables: tables below the charts.
+        warnings: sentences on what cannot be concluded.
+        printed: the section of the summary.
+    """
 
     name: str
     above: str
@@ -35,17 +46,18 @@ class Section:
     lead: str
     picture: Picture = field(default_factory=Picture)
     tables: list[Table] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)  # what cannot be concluded
+    warnings: list[str] = field(default_factory=list)
     printed: str = ""
 
 
 def studied(facts: Facts, studies: Iterable[Study]) -> list[Section]:
-    """A section for each study that has anything to show, with its summary as the sweep prints it."""
+    """Create a section for each study with results, including its summary as the sweep prints it."""
     shown = [study for study in studies if study.done(facts)]
     return [replace(study.section(facts), printed=printed(facts, [study]).strip("\n")) for study in shown]
 
 
 def path(facts: Facts) -> Section:
+    """Create the section on the path (Figure 1)."""
     warnings = []
     for dataset, group in gains(facts.path, facts.rows).groupby("dataset", sort=False):
         here = f"On {dataset} (n = {group['samples'].iloc[0]:,})"
@@ -75,6 +87,7 @@ def path(facts: Facts) -> Section:
 
 
 def layers(facts: Facts) -> Section:
+    """Create the section on the layer-wise interpolation (Figure 2)."""
     known = facts.stragglers
     unclear = known[[straggling(fact) == "unclear" for fact in known.to_dict("records")]]
     warnings = []
@@ -103,7 +116,7 @@ def _images(part: pd.DataFrame) -> str:
 
 
 def _unclear(table: Table, reason: str = "too wide to tell a sign") -> list[str]:
-    """How many of a table's rows are too wide to conclude."""
+    """Describe how many intervals of a table are too wide to conclude."""
     wide = len(table.wide())
     return [f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: {reason}."] if wide else []
 
@@ -114,6 +127,7 @@ def _drawn(part: pd.DataFrame) -> str:
 
 
 def sharpness(facts: Facts) -> Section:
+    """Create the section on general sharpness (Figure 3)."""
     part = facts.part("sharpness")
     table = tables.sharpness(facts, "sharpness")
     return Section(
@@ -129,6 +143,7 @@ def sharpness(facts: Facts) -> Section:
 
 
 def layer_sharpness(facts: Facts) -> Section:
+    """Create the section on layer-wise sharpness (Figure 4)."""
     part = facts.part("layer-sharpness")
     table = tables.sharpness(facts, "layer-sharpness")
     return Section(
@@ -145,6 +160,7 @@ def layer_sharpness(facts: Facts) -> Section:
 
 
 def prune(facts: Facts) -> Section:
+    """Create the section on pruning (Figure 5)."""
     part, own = facts.part("prune"), facts.of(Prune)
     table = tables.prune(facts)
     warnings = [
@@ -167,6 +183,7 @@ def prune(facts: Facts) -> Section:
 
 
 def correlation(facts: Facts) -> Section:
+    """Create the section on the correlation of sharpness with accuracy and gain."""
     found = facts.correlation
     picture, names = charts.correlation(found)
     table = tables.correlation(found, names)
@@ -188,7 +205,7 @@ def correlation(facts: Facts) -> Section:
 
 
 def provenance(run: RunRead) -> Section:
-    """Versions, settings and hashes, from config.json."""
+    """Create the section on versions, settings and hashes, from ``config.json``."""
     config = run.config
     device = config.get("device_name") or config["settings"]["computed"]["device"] or ""
     machine = f"{device}, {config.get('platform', '')}"
@@ -259,7 +276,7 @@ def _code(fact: Mapping[str, Any], key: str) -> Cell:
 
 
 def said(value: Any) -> str:
-    """A value of config.json in a line."""
+    """Format a value of ``config.json`` in one line."""
     if isinstance(value, dict):
         return (
             "; ".join(f"{name}: {said(inner)}" for name, inner in value.items() if inner is not None) or "–"
@@ -291,7 +308,7 @@ def _cost(costs: pd.DataFrame) -> Table:
 
 
 def tiles(run: RunRead) -> list[tuple[str, str]]:
-    """A few numbers that say how large the run is and what it comes to."""
+    """Return the numbers at the top of the page, each with a caption."""
     path = run.facts.path
     far = path[path["ood"]]
     images = path.drop_duplicates("dataset")["samples"].sum()

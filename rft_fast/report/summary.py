@@ -1,4 +1,4 @@
-"""The rows of a run in words and numbers, for a terminal."""
+"""The summary of a run, for a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (-
 
 
 def report(facts: Facts, studies: Iterable[Study]) -> str:
-    """A section for each study, then what the run comes to."""
+    """Format a section for each study, then the findings.
+
+    Args:
+        facts: facts of the run's rows.
+        studies: the studies, in order.
+
+    Raises:
+        ValueError: an analysis refuses the rows.
+    """
     lines = []
     for found in findings(facts, studies):
         lines += paragraph(visible(found.text), facts.names, "  " if found.paper else "- ")
@@ -36,7 +44,7 @@ def report(facts: Facts, studies: Iterable[Study]) -> str:
 
 
 def sections(facts: Facts, studies: Iterable[Study]) -> str:
-    """A section for each of the studies that has anything to show, or was left out of a run of all."""
+    """Format a section for each study with results, and for those missing from a run of all studies."""
     lines = []
     for study in studies:
         if study.done(facts):
@@ -49,6 +57,7 @@ def sections(facts: Facts, studies: Iterable[Study]) -> str:
 
 
 def interpolation(facts: Facts) -> list[str]:
+    """Format the path of each model (Figure 1), in lines."""
     header = [
         ["", "zero-", "fine-", "best", "", "", "instability", "", ""],
         ["model", "shot", "tuned", "alpha", "gain [95 %]", "barrier", "loss", "accuracy", "mode"],
@@ -82,11 +91,12 @@ def _cells(fact: dict[Any, Any]) -> list[str]:
 
 
 def _nats(value: float) -> str:
-    """Losses may overflow: nobody wants to read 38 digits."""
+    """Format a loss; one that overflowed would have 38 digits."""
     return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def layers(facts: Facts) -> list[str]:
+    """Format the stragglers (Figure 2), in lines."""
     lines = paragraphs(
         facts,
         f"layers: each layer on the path, the others {ENDS[facts.of(Layers).others]}; "
@@ -109,6 +119,7 @@ def layers(facts: Facts) -> list[str]:
 
 
 def sharpness(facts: Facts) -> list[str]:
+    """Format general sharpness (Figure 3) at the ends and in the middle, in lines."""
     lines = []
     for (_, rho), group in facts.part("sharpness").groupby(["dataset", "rho"], sort=False):
         lines += paragraphs(
@@ -125,6 +136,7 @@ def sharpness(facts: Facts) -> list[str]:
 
 
 def layer_sharpness(facts: Facts) -> list[str]:
+    """Format the flattest and the sharpest layers (Figure 4), in lines."""
     lines = []
     near = facts.near_zero
     for (dataset, rho), group in facts.part("layer-sharpness").groupby(["dataset", "rho"], sort=False):
@@ -167,6 +179,7 @@ def _value(row: Any) -> str:
 
 
 def prune(facts: Facts) -> list[str]:
+    """Format the effects of pruning (Figure 5), in lines."""
     part, own = facts.part("prune"), facts.of(Prune)
     which = "straggler" if own.layers is None else "named"
     lines = paragraphs(
@@ -197,6 +210,7 @@ def _change(group: pd.DataFrame) -> str:
 
 
 def correlation(facts: Facts) -> list[str]:
+    """Format the rank correlations at the highest alpha, in lines."""
     lines = paragraphs(
         facts,
         "correlation of sharpness with what happens out of distribution, over models: Kendall's tau "
@@ -219,12 +233,12 @@ def correlation(facts: Facts) -> list[str]:
 
 
 def paragraphs(facts: Facts, text: str) -> list[str]:
-    """A paragraph, after an empty line."""
+    """Wrap a paragraph, with an empty line before it."""
     return ["", *paragraph(visible(text), facts.names)]
 
 
 def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
-    """Lines with columns that stand under each other: the first flush left, with ``last`` the last, too."""
+    """Align columns: the first to the left, the others to the right, except the last if ``last``."""
     cells = [[visible(cell) for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -238,7 +252,7 @@ def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
 
 
 def took(costs: Sequence[Mapping[str, Any]]) -> str:
-    """What each study took, in words: time, and memory at its peak."""
+    """Describe the time and the peak memory of each study."""
     parts = [
         f"{cost['study']} {duration(cost['seconds'])}, {cost['peak_memory'] / 2**30:.1f} GiB"
         for cost in costs

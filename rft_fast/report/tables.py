@@ -1,4 +1,4 @@
-"""What is shown as a table: plain values, each with its text, and what rows can be chosen by."""
+"""The tables of a report, as plain values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ WIDE = "too wide to conclude"
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, what it sorts by (None: the text), and its look: "", n (a number), good, bad, wide or code."""
+    """A cell of a table.
+
+    Attributes:
+        text: what it shows.
+        value: key for sorting; None: the text.
+        look: "", "n" (a number), "good", "bad", "wide" (nothing can be concluded) or "code".
+    """
 
     text: str
     value: float | None = None
@@ -29,13 +35,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under headings. ``chosen``: for each row, what the section's controls must be to show it."""
+    """A table.
+
+    Attributes:
+        caption: its caption.
+        headings: headings of the columns.
+        rows: cells by row.
+        chosen: for each row, the values of the section's controls for which it is shown.
+        folded: text of the control that unfolds the table; empty: it is open.
+    """
 
     caption: str
     headings: Sequence[str]
     rows: list[list[Cell]]
     chosen: Sequence[Mapping[str, str]] = field(default_factory=list)
-    folded: str = ""  # the words to unfold it with; empty: open
+    folded: str = ""
 
     def wide(self) -> list[list[Cell]]:
         """The rows of which nothing can be concluded."""
@@ -43,19 +57,19 @@ class Table:
 
 
 def number(value: Any, form: str = ".3f", scale: float = 1.0) -> Cell:
-    """A number as a cell; a dash where there is none."""
+    """Create a cell of a number; a dash if it is missing."""
     if value is None or pd.isna(value):
         return Cell("–", math.inf, "n")
     return Cell(signed(format(scale * float(value), form)), float(value), "n")
 
 
 def signed(text: str) -> str:
-    """With a minus that is one, and zeros without a sign."""
+    """Use the minus sign for hyphens, and remove the sign of zeros."""
     return re.sub(r"(?<![\w.])[-+](0(\.0+)?)(?![\d.])", r"\1", text).replace("-", "\N{MINUS SIGN}")
 
 
 def interval(value: float, low: float, high: float, form: str = "+.1f", scale: float = 1.0) -> Cell:
-    """A value and its interval in brackets."""
+    """Create a cell of a value with its interval in brackets."""
     if pd.isna(value):
         return Cell("–", math.inf, "n")
     texts = [signed(format(scale * float(x), form)) for x in (value, low, high)]
@@ -73,7 +87,7 @@ _GAIN: dict[Gain, Cell] = {
 
 
 def gain_words(fact: Mapping[Any, Any], furthest: float) -> Cell:
-    """What the interval of a gain allows one to say; furthest: the highest end of one at any alpha > 0."""
+    """Create the cell of a gain's verdict; for the arguments, see :func:`rft_fast.studies.verdicts.gain`."""
     verdict = gain(fact, furthest)
     if verdict == "not excluded":
         return Cell(f"no gain seen; {signed(f'{100 * furthest:+.1f}')} not excluded", 0, "wide")
@@ -81,7 +95,7 @@ def gain_words(fact: Mapping[Any, Any], furthest: float) -> Cell:
 
 
 def path(facts: Facts) -> Table:
-    """A row per model and data set: :func:`rft_fast.studies.summarize`, and what can be concluded."""
+    """Create a row per model and data set: :func:`rft_fast.studies.summarize`, and what can be concluded."""
     rows, chosen = [], []
     for fact in gains(facts.path, facts.rows).to_dict("records"):
         fact["mode"] = "–" if pd.isna(fact["mode"]) else fact["mode"]
@@ -112,7 +126,7 @@ def path(facts: Facts) -> Table:
 
 
 def layers(facts: Facts) -> Table:
-    """A row per layer: :func:`rft_fast.studies.stragglers`."""
+    """Create a row per layer: :func:`rft_fast.studies.stragglers`."""
     rows, chosen = [], []
     for fact in facts.stragglers.to_dict("records"):
         half = Z95 * fact["instability_se"]
@@ -147,7 +161,7 @@ STRAGGLING: dict[Straggling, Cell] = {
 
 
 def sharpness(facts: Facts, study: str) -> Table:
-    """A row per measurement of a sharpness, general or by layer."""
+    """Create a row per measurement of a sharpness, general or by layer."""
     by_layer = study == "layer-sharpness"
     rows, chosen = [], []
     for row in sharpnesses(facts, study).to_dict("records"):
@@ -185,7 +199,7 @@ _SHARPNESS: dict[str, Cell] = {
 
 
 def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
-    """The rows of a sharpness, with what they allow one to conclude.
+    """Add to the rows of a sharpness what they allow one to conclude.
 
     Returns:
         The rows with ``setting``, which distinguishes one way of measuring from others; ``half``, half of the
@@ -223,7 +237,7 @@ _PRUNED: dict[Sign, Cell] = {
 
 
 def prune(facts: Facts) -> Table:
-    """A row per way of pruning: :func:`rft_fast.studies.pruning_effect` with its interval over masks."""
+    """Create a row per way of pruning: :func:`rft_fast.studies.pruning_effect` with intervals over masks."""
     rows, chosen = [], []
     for fact in facts.pruning.to_dict("records"):
         seeds, change, error = int(fact["seeds"]), fact["change"], fact["change_se"]
@@ -261,7 +275,12 @@ _KENDALL: dict[Sign, Cell] = {
 
 
 def correlation(found: pd.DataFrame, names: Sequence[str]) -> Table:
-    """A row per rank correlation; names: of what each row of the correlation measures."""
+    """Create a row per rank correlation.
+
+    Args:
+        found: the result of :func:`rft_fast.studies.correlation`.
+        names: text for the measure of each of its rows.
+    """
     rows, chosen = [], []
     for name, fact in zip(names, found.to_dict("records"), strict=True):
         low, high = fact["kendall_low"], fact["kendall_high"]
