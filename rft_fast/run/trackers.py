@@ -1,7 +1,7 @@
-"""A run in TensorBoard or Weights & Biases, through their own clients. docs/progress.md shows them.
+"""Runs in TensorBoard and Weights & Biases, through their own clients; see docs/progress.md.
 
-Both get one curve over alpha for whatever a study measures apart: ``study/dataset/model``, then the layer,
-the noise scale or the pruning where there is one, then the value.
+Each curve over alpha is named ``study/dataset/model``, followed by the layer, the noise scale or the pruning
+if there is one, and by the value.
 """
 
 from __future__ import annotations
@@ -21,27 +21,37 @@ from ..common import disk
 from ..names import TRACKERS as NAMES
 from ..names import TrackerName, never
 
-VALUES = ("accuracy", "loss", "sharpness", "gain", "change")  # the columns that are logged
-STEPS = 1000  # TensorBoard's steps are whole numbers: thousandths of alpha
+VALUES = ("accuracy", "loss", "sharpness", "gain", "change")  # logged columns
+STEPS = 1000  # steps of TensorBoard, which are integers, per unit of alpha
 
 _CLIENTS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 class Tracker(Protocol):
-    """What gets the rows of a run."""
+    """Receives the rows of a run."""
 
     def measured(self, study: str, model: str, number: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Logs the rows of one measurement. What it raises ends the tracking, not the run."""
+        """Log the rows of one measurement; an exception ends the tracking, not the run.
+
+        Args:
+            study: name of the study.
+            model: name of the model.
+            number: number of the measurement within study and model.
+            rows: its rows, with the columns of :data:`rft_fast.studies.COLUMNS`.
+        """
 
     def close(self) -> None:
-        """Hands over what is still to be logged. May be called more than once."""
+        """Flush and close; repeated calls do nothing."""
 
 
 def check(names: Sequence[TrackerName]) -> None:
-    """Finds out early whether trackers can be opened; changes nothing.
+    """Check that trackers can be opened, without side effects.
+
+    Args:
+        names: among :data:`NAMES`.
 
     Raises:
-        ValueError: a name that is not in :data:`NAMES`, or whose client is not installed.
+        ValueError: a name is unknown, or its client is not installed.
     """
     for name in names:
         if name not in NAMES:
@@ -52,18 +62,18 @@ def check(names: Sequence[TrackerName]) -> None:
 def open_trackers(
     names: Sequence[TrackerName], directory: pathlib.Path, config: Mapping[str, object], name: str
 ) -> list[Tracker]:
-    """Opens trackers for a run.
+    """Open trackers for a run.
 
     Args:
-        names: among :data:`NAMES`; one that is named twice is opened once.
-        directory: of the run; it exists. TensorBoard's files go to ``tensorboard/`` there, W&B's to
+        names: among :data:`NAMES`; duplicates are ignored.
+        directory: existing directory of the run. TensorBoard writes to ``tensorboard/`` in it, W&B to
             ``wandb/``.
-        config: the complete request, as JSON values. Its ``"date"``, when the run first started, tells
-            W&B together with the directory which run is gone on with.
-        name: of the run, to show.
+        config: the run's configuration, as JSON values. Directory and ``"date"`` (of the first start)
+            identify a resumed run to W&B.
+        name: name of the run for display.
 
     Raises:
-        ValueError: as :func:`check`; and a client that refuses to open, with its reason.
+        ValueError: :func:`check` refuses the names, or a client cannot be opened, with the reason.
     """
     check(names)
     try:
@@ -79,7 +89,7 @@ def open_trackers(
                 opened.append(WeightsAndBiases(directory, config, name))
             else:
                 never(which)
-        except Exception as error:  # whatever the clients raise
+        except Exception as error:  # clients raise errors of any class
             for tracker in opened:
                 tracker.close()
             remedy = "; log in (wandb login) or set WANDB_MODE=offline" if which == "wandb" else ""
@@ -90,9 +100,13 @@ def open_trackers(
 
 
 class TensorBoard:
-    """Scalars at step ``round(1000 * alpha)``, and the config as text.
+    """Logs scalars at step ``round(1000 * alpha)``, and the configuration as text.
 
-    A resumed run adds to the same curves.
+    A resumed run extends the same curves.
+
+    Args:
+        directory: directory of the run.
+        config: the run's configuration.
     """
 
     def __init__(self, directory: pathlib.Path, config: Mapping[str, object]) -> None:
@@ -111,9 +125,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Every row as one entry of its run's history, with alpha as the axis of its charts.
+    """Logs every row as one entry of the run's history, with alpha as the axis of the charts.
 
-    The client's own environment variables decide first: WANDB_MODE, WANDB_PROJECT and the rest.
+    The client's environment variables, such as WANDB_MODE and WANDB_PROJECT, take precedence.
+
+    Args:
+        directory: directory of the run.
+        config: the run's configuration.
+        name: name of the run for display.
     """
 
     def __init__(self, directory: pathlib.Path, config: Mapping[str, object], name: str) -> None:
@@ -144,20 +163,16 @@ class WeightsAndBiases:
 
 
 def run_id(directory: pathlib.Path, config: Mapping[str, object]) -> str:
-    """A name for a run that is the same when it is resumed: of its directory and its first date."""
+    """Return an identifier of a run, from its directory and first date, that is the same when resumed."""
     key = json.dumps([str(directory.absolute()), str(config.get("date", ""))])
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _client(name: str) -> Any:
-    """The client's module.
-
-    Raises:
-        ValueError: it is not installed, or does not import.
-    """
+    """Import a client; raise ValueError if that fails."""
     try:
         module = importlib.import_module(_CLIENTS[name])
-    except Exception as error:  # one that is installed but broken raises anything
+    except Exception as error:  # a broken installation raises errors of any class
         reason = f"{type(error).__name__}: {error}"
     else:
         if getattr(module, "__file__", None) is not None:
@@ -167,14 +182,14 @@ def _client(name: str) -> Any:
 
 
 def _read(study: str, model: str, row: Mapping[str, object]) -> tuple[float, dict[str, float]]:
-    """A row's alpha and its values, each under the name of its curve."""
+    """Return the alpha of a row, and its values by name of curve."""
     has = {name: value for name, value in row.items() if value is not None and value is not pd.NA}
     place = "/".join(_tag(str(part)) for part in (study, has["dataset"], model, *_apart(has)))
     return _number(has["alpha"]), {f"{place}/{name}": _number(has[name]) for name in VALUES if name in has}
 
 
 def _apart(row: Mapping[str, object]) -> list[str]:
-    """What tells a row's curve from others of the same study, data set and model."""
+    """Return what distinguishes the curve of a row from others of its study, data set and model."""
     if "method" in row:  # pruned: the layers' names together would be long
         parts = [str(row[name]) for name in ("criterion", "method") if name in row]
         parts += ["control"] if row.get("control") else []
@@ -190,5 +205,5 @@ def _number(value: Any) -> float:
 
 
 def _tag(name: str) -> str:
-    """A part of a curve's name, of the characters that both clients leave as they are."""
+    """Replace characters that one of the clients changes in names."""
     return re.sub(r"[^-\w.]", "_", name)

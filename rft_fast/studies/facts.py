@@ -1,6 +1,6 @@
-"""What the rows of a run say: each analysis is made once, when it is first needed.
+"""``Facts``: the analyses of a run's rows, each made once, on first use.
 
-Summary, figures and report draw from these, so that all show the same numbers.
+Summary, figures and report are made of them, so that all show the same numbers.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .pruning import STUDY as PRUNING
 from .sharpness import near_zero
 
 _Settings = TypeVar("_Settings")
-ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}  # in words
+ENDS = {"zeroshot": "zero-shot", "finetuned": "fine-tuned"}  # for display
 
 
 class Facts:
     """The analyses of a run's rows, each made once.
 
-    What an analysis raises is raised again at each use.
+    Attributes that are analyses raise the errors of these, at each use.
 
     Args:
-        rows: of any studies; they are not changed.
-        settings: margins, and how it was measured.
-        classes: data set -> how many classes it is scored among, as far as it is known.
-        measured: the studies that were to be measured.
-        everything: whether that were all.
+        rows: rows of any studies, which are not modified.
+        settings: settings of the run, such as margins; None: the defaults.
+        classes: data set -> number of classes among which it is scored, as far as known.
+        measured: names of the studies that the run measures.
+        everything: whether all studies were requested.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Facts:
         self._renamed: Facts | None = None
 
     def of(self, kind: type[_Settings]) -> _Settings:
-        """The settings of a class."""
+        """Return the settings of a class."""
         return self.settings.of(kind)
 
     def but(
@@ -67,7 +67,7 @@ class Facts:
         settings: Tree | None = None,
         measured: Sequence[str] | None = None,
     ) -> Facts:
-        """Facts of other rows, with other settings, or of a run that was to measure other studies."""
+        """Return facts of other rows, settings or measured studies; None changes nothing."""
         return Facts(
             self.rows if rows is None else rows,
             settings or self.settings,
@@ -77,19 +77,19 @@ class Facts:
         )
 
     def part(self, study: str) -> pd.DataFrame:
-        """The rows of one study, which may be none."""
+        """Return the rows of one study, which may be none."""
         return self.rows[self.rows["study"] == study]
 
     def renamed(self, rows: pd.DataFrame) -> Facts:
-        """Facts of these rows with other names in them, always the same ones; they are made once."""
+        """Return facts of the same rows with other names; made once, as the names are always the same."""
         if self._renamed is None:
             self._renamed = self.but(rows)
         return self._renamed
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Of models, data sets and layers."""
-        single = self.rows["layer"].where(self.rows["study"] != PRUNING)  # whose layers are joined
+        """Names of models, data sets and layers."""
+        single = self.rows["layer"].where(self.rows["study"] != PRUNING)  # pruning joins names of layers
         columns = (self.rows["model"], self.rows["dataset"], single)
         return frozenset(str(name) for column in columns for name in column.dropna().unique())
 
@@ -113,7 +113,7 @@ class Facts:
     @cached_property
     def ood_gains(self) -> pd.Series:
         """Model -> :func:`rft_fast.studies.best_gains` on out-of-distribution data; empty without any."""
-        # The path's summary refuses an incomplete path.
+        # ood_path refuses an incomplete path.
         return pd.Series(dtype=float) if self.ood_path.empty else best_gains(self.ood_rows)
 
     @cached_property
@@ -156,7 +156,7 @@ class Facts:
         return zeroshot_chances(self.rows, self.classes)
 
     def to_prune(self, model: str) -> dict[str, list[str]]:
-        """Criterion -> the layers of a model that pruning takes."""
+        """Return the layers of a model to prune, by criterion."""
         if (named := self.of(Prune).layers) is not None:
             return {NAMED: list(named)}
         found: dict[str, list[str]] = {}
@@ -165,7 +165,7 @@ class Facts:
                 own = self.stragglers[self.stragglers["model"] == model]
                 found[criterion] = list(own.loc[own["straggler"], "layer"].unique())
             elif criterion == "sharpness":
-                # At every rho and on every data set of the sharpness.
+                # Near zero at every rho and on every data set.
                 own = self.near_zero[self.near_zero["model"] == model]
                 everywhere = own.groupby("layer", sort=False)["near_zero"].all()
                 found[criterion] = list(everywhere.index[everywhere])

@@ -38,8 +38,8 @@ def sign(low: float, high: float) -> Sign:
 def half_width(error: float, freedom: float) -> float:
     """Half of the 95 % interval of a mean over masks, by Student's t.
 
-    Accuracies move in steps of one image, so that a few masks may well change the same images: a standard
-    error of 0 is no certainty.
+    Accuracy changes in steps of one image, so a few masks may change the same images: a standard error of 0
+    is no certainty.
 
     Args:
         error: standard error of the mean.

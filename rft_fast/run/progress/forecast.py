@@ -1,20 +1,19 @@
-"""How much is done, and how long the rest takes.
+"""Completed share and estimated remaining time.
 
-How long is left: seconds for a unit of cost, times the cost that is left, summed over the studies. The
-seconds are of the wall clock and of this process alone, so that workers beside each other need no account
-of their own:
+The remaining time is the remaining cost times seconds per unit of cost, summed over the studies. Seconds are
+wall-clock time of this process, so workers need no accounts of their own:
 
-- The time from one measurement's end to the next one's belongs to the study of the latter.
-- Studies that take turns ran at the same time, on several workers. Whose the time was cannot be told, so
-  from then on they share one rate: all their seconds for all their cost.
-- A rate forgets: what was seen counts half after 10 minutes, or after half of the time seen where that is
-  longer. So a slower machine shows soon, and one odd measurement among few does not.
-- Until a study has made two measurements for each worker, the rate of everything that ran is used for it.
+- The time between the ends of two consecutive measurements belongs to the study of the second.
+- Studies whose measurements alternate run at the same time, on several workers. Their times cannot be
+  separated, so they share one rate from then on: the sum of their seconds per sum of their costs.
+- Rates are weighted averages: the weight of an observation halves after 10 minutes, or after half of the
+  observed time if that is longer. A machine that becomes slower shows soon; one outlier among few
+  measurements does not.
+- Until a study has two measurements per worker, the common rate of all studies is used.
 
-It is exact where a unit of cost always takes the same time, and for a study that ran on its own from its
-second measurement on, whatever a unit took in those before. With several workers it is too long until
-their longest measurements have ended once, since what is in flight is not seen, and a little too short at the
-end of a phase, when some find nothing more to do.
+The estimate is exact if a unit of cost always takes the same time and, from its second measurement on, for a
+study that runs alone. With several workers it is too high until their longest measurements have ended once,
+as unfinished ones are not counted, and slightly too low at the end of a phase, when some workers are idle.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from dataclasses import dataclass, field
 from ..cost.table import duration
 from .phrases import percent, time_left
 
-_HALF_LIFE = 600.0  # seconds after which a rate has forgotten half
-_FEW = 2  # measurements for each worker before a study's own rate is believed
-_NOTHING = 1e-9  # a share of the cost that is only the rounding of a sum
+_HALF_LIFE = 600.0  # seconds
+_FEW = 2  # measurements per worker before a study's own rate is used
+_NOTHING = 1e-9  # largest share of the cost that is a rounding error
 
 
 class _Pace:
-    """Seconds for a unit of cost, of late."""
+    """Seconds per unit of cost, a weighted average."""
 
     def __init__(self) -> None:
-        self.seconds = self.cost = 0.0  # both forget alike
-        self.whole = 0.0
-        self.count = 0  # of measurements that cost something
+        self.seconds = self.cost = 0.0  # sums with the same weights
+        self.whole = 0.0  # seconds, unweighted
+        self.count = 0  # measurements with a cost above 0
 
     def add(self, seconds: float, cost: float) -> None:
         self.whole += seconds
@@ -61,7 +60,22 @@ class _Pace:
 
 @dataclass
 class Study:
-    """A study's costs. total: None where nobody told. wanted, made: measurements of this process by model."""
+    """Costs and times of a study.
+
+    Attributes:
+        name: name of the study.
+        pace: its rate, which studies can share.
+        total: cost of all measurements; None if unknown.
+        had: cost of those made by earlier processes.
+        done: cost of those made by this process.
+        wanted: model -> number of measurements that this process makes.
+        made: model -> number of those that are made.
+        reported: models reported as finished.
+        begun: time of the beginning, in seconds of the clock.
+        finished: time of the end.
+        announced: whether the beginning was reported.
+        closed: whether the end was reported.
+    """
 
     name: str
     pace: _Pace = field(default_factory=_Pace)
@@ -70,14 +84,14 @@ class Study:
     done: float = 0.0
     wanted: dict[str, int] = field(default_factory=dict)
     made: Counter[str] = field(default_factory=Counter)
-    reported: set[str] = field(default_factory=set)  # the models that are said to be finished
+    reported: set[str] = field(default_factory=set)
     begun: float | None = None
     finished: float | None = None
-    announced: bool = False  # is it said that it began?
-    closed: bool = False  # is it said that it is finished?
+    announced: bool = False
+    closed: bool = False
 
     def settle(self, now: float, anyway: bool = False) -> None:
-        """Finds out whether the study is finished; ``anyway``: it is, if it ever began."""
+        """Update whether the study is finished; with ``anyway``, it is if it has begun."""
         if not (self._complete or anyway):
             self.finished, self.closed = None, False
         elif self.begun is not None and self.finished is None:
@@ -98,19 +112,19 @@ class Study:
 
     @property
     def remaining(self) -> float | None:
-        """Cost that is left; None where nobody told."""
+        """Remaining cost; None if unknown."""
         return self._rest if self.finished is None else 0.0
 
     @property
     def fraction(self) -> float | None:
-        """Of the cost that is done; None where nobody told."""
+        """Completed share of the cost; None if unknown."""
         remaining = self.remaining
         if not remaining:
             return None if remaining is None else 1.0
         return 1 - remaining / (self.total or remaining)
 
     def finished_models(self) -> list[str]:
-        """Those that have all their measurements and are not yet said to be finished."""
+        """Return the models that have all their measurements and are not yet reported as finished."""
         return [
             model
             for model, made in self.made.items()
@@ -119,38 +133,46 @@ class Study:
         ]
 
     def seconds(self, now: float) -> float:
-        """Since it began, until it finished."""
+        """Return the seconds from the beginning to the end, or to ``now``."""
         if self.begun is None:
             return 0.0
         return (now if self.finished is None else self.finished) - self.begun
 
 
 class Forecast:
-    """What is done and what is left, in cost and in seconds. See above."""
+    """Completed and remaining cost and time of all studies.
+
+    Args:
+        now: time in seconds of the clock, as in all methods.
+    """
 
     def __init__(self, now: float) -> None:
         self.studies: dict[str, Study] = {}
         self.started = now
         self._workers = 1
-        self._last = now  # when the last measurement ended
+        self._last = now  # end of the last measurement
         self._order: list[str] = []  # studies, in the order of their last measurements
-        self._current = ""  # the study that the time since then belongs to
+        self._current = ""  # study to which the time since then belongs
 
     def start(self, now: float, workers: int) -> None:
+        """Start the clock of the run."""
         self.started = self._last = now
         self._workers = workers
 
     def study(self, name: str) -> Study:
+        """Return the study of that name, which is created if need be."""
         return self.studies.setdefault(name, Study(name))
 
     def begin(self, name: str, now: float) -> None:
+        """Record the beginning of a study or of one of its models."""
         if not self._order:
-            self._last = now  # what was before the first study was no measuring
+            self._last = now  # the time before the first study is not measuring
         self._current = name
         study = self.study(name)
         study.begun = now if study.begun is None else study.begun
 
     def measured(self, name: str, model: str, cost: float, now: float) -> Study:
+        """Record a finished measurement; return its study."""
         study = self.study(name)
         study.begun = self._last if study.begun is None else study.begun
         if name in self._order:
@@ -165,7 +187,7 @@ class Forecast:
         return study
 
     def _pool(self, names: Sequence[str]) -> None:
-        """One rate for studies that run at the same time, and for those that ran with them before."""
+        """Merge the rates of studies that run at the same time, and of those merged with them before."""
         if len(names) < 2:
             return
         paces = list({id(pace): pace for pace in (self.studies[name].pace for name in names)}.values())
@@ -177,7 +199,7 @@ class Forecast:
                 study.pace = pooled
 
     def left(self, study: Study, now: float) -> float | None:
-        """Seconds that a study still takes; None where that is not known."""
+        """Estimate the remaining seconds of a study; None if unknown."""
         remaining = study.remaining
         if not remaining:
             return remaining
@@ -192,11 +214,12 @@ class Forecast:
         return seconds if math.isfinite(seconds) else None
 
     def left_overall(self, now: float) -> float | None:
+        """Estimate the remaining seconds of all studies; None if unknown."""
         return _sum([self.left(study, now) for study in self.studies.values()])
 
     @property
     def fraction(self) -> float | None:
-        """Of the cost of all studies; None where that is not known."""
+        """Completed share of the cost of all studies; None if unknown."""
         left = _sum([study.remaining for study in self.studies.values()])
         if left is None:
             return None
@@ -204,7 +227,13 @@ class Forecast:
         return 1.0 if left == 0 else (total - left) / total
 
     def text(self, name: str, now: float, elapsed: bool = True) -> str:
-        """How far a study and the whole are, in words; no study named: the whole."""
+        """Describe the progress of a study and of the whole run.
+
+        Args:
+            name: name of the study; empty: only the whole run.
+            now: time in seconds of the clock.
+            elapsed: include the time since a running study began.
+        """
         whole = f"in all {percent(self.fraction)}, {time_left(self.left_overall(now))}"
         if not name:
             return whole
@@ -218,11 +247,12 @@ class Forecast:
 
 
 def _sum(numbers: Sequence[float | None]) -> float | None:
-    """None where one is missing, or all."""
+    """Add numbers; None if there are none or one is None."""
     known = [number for number in numbers if number is not None]
     return sum(known) if known and len(known) == len(numbers) else None
 
 
 def check_cost(what: str, cost: float) -> None:
+    """Raise ValueError for a cost that is negative or not finite."""
     if not (math.isfinite(cost) and cost >= 0):
         raise ValueError(f"progress: the cost of {what} must be finite and not below 0; got {cost}")

@@ -1,4 +1,4 @@
-"""Numbers, rows and errors as the words and the JSON of a run's log."""
+"""Numbers, rows and errors as text and as JSON values."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from ..cost.table import duration
 
 
 def percent(fraction: float | None) -> str:
-    """Rounded down, so that 100 % means all (but for what is only the rounding of a sum)."""
+    """Format a fraction, rounded down (up to rounding errors), so that 100 % means complete."""
     return "? %" if fraction is None else f"{math.floor(100 * fraction + 1e-9)} %"
 
 
 def time_left(seconds: float | None) -> str:
+    """Format a remaining time."""
     return "? left" if seconds is None else f"{duration(seconds)} left"
 
 
 def counted(count: int, what: str) -> str:
+    """Format a count with its noun, in the plural if need be."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def one_line(study: str, model: str, rest: str, width: int | None = None) -> str:
-    """The parts on one line; where that is too long, the model's name gives way in its middle."""
+    """Join the parts in one line, shortening the middle of the model's name to fit ``width`` columns."""
 
     def joined(model: str) -> str:
         return plain("  ".join(part for part in (study, model, rest) if part))
@@ -42,27 +44,29 @@ def one_line(study: str, model: str, rest: str, width: int | None = None) -> str
 
 
 def plain(text: str) -> str:
-    """Text as one line that does nothing to a terminal."""
+    """Return the text as one line without control characters."""
     return visible(re.sub(r"[^\S ]+", " ", text.strip()))
 
 
 def rounded(seconds: float | None) -> float | None:
-    """To milliseconds."""
+    """Round to milliseconds."""
     return None if seconds is None else round(seconds, 3)
 
 
 def said(error: BaseException) -> str:
+    """Format an error with its class."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def outcome_of(error: BaseException | None) -> str:
+    """Return the outcome of a run that ended with this error, or without one."""
     if error is None:
         return "finished"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {said(error)}"
 
 
 def json_row(row: Mapping[str, object]) -> dict[str, object]:
-    """A row as strict JSON: without what is missing, and what is not finite as a word."""
+    """Convert a row to strict JSON: without missing values, and with text for numbers that are not finite."""
     return {
         name: _json_value(value) for name, value in row.items() if value is not None and value is not pd.NA
     }

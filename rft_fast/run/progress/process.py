@@ -1,4 +1,4 @@
-"""What belongs to the whole process: its warnings, its standard output, its terminal."""
+"""State of the whole process: warnings, standard output, terminal."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from tqdm import TqdmWarning
 
 from ...common.words import message
 
-_WIDTH = 80  # of a terminal that does not tell
+_WIDTH = 80  # columns of a terminal of unknown size
 
 
 @contextmanager
 def held_warnings() -> Iterator[list[str]]:
-    """Meanwhile Python's warnings become texts in the list, for a :class:`Progress` that is not there yet.
+    """Collect Python's warnings until there is a :class:`Progress` that can report them.
 
-    Where that never comes, because of an error, they are printed on standard error.
+    Yields:
+        The list that receives their texts. On an error, they are printed on standard error.
     """
     texts: list[str] = []
     restore = redirect_warnings(texts.append)
@@ -36,7 +37,7 @@ def held_warnings() -> Iterator[list[str]]:
 
 
 def redirect_warnings(notice: Callable[[str], None]) -> Callable[[], None]:
-    """Sends Python's warnings to ``notice`` until the function that is returned is called."""
+    """Pass Python's warnings to ``notice`` until the returned function is called."""
     before, process = warnings.showwarning, os.getpid()
 
     def show(
@@ -47,15 +48,15 @@ def redirect_warnings(notice: Callable[[str], None]) -> Callable[[], None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        # Not those that are on their way to a file; not in a forked worker, where our lock may be held
-        # by a thread that is not there; not those that tqdm raises while it holds its lock.
+        # Except those for a file; those in a forked worker, where a thread that does not exist there may hold
+        # the lock; and those that tqdm issues while it holds its own lock.
         if file is not None or os.getpid() != process or issubclass(category, TqdmWarning):
             before(message, category, filename, lineno, file, line)
         else:
             notice(f"{category.__name__}: {message} ({pathlib.Path(filename).name}, line {lineno})")
 
     def restore() -> None:
-        if warnings.showwarning is show:  # else somebody has put another in its place since
+        if warnings.showwarning is show:  # otherwise it has been replaced since
             warnings.showwarning = before
 
     warnings.showwarning = show
@@ -63,18 +64,18 @@ def redirect_warnings(notice: Callable[[str], None]) -> Callable[[], None]:
 
 
 def discard(stream: TextIO) -> None:
-    """Lets standard output go nowhere. What waits in its buffer would fail again when Python exits."""
+    """Redirect standard output to the null device, or its buffered text would fail again at exit."""
     if stream is sys.stdout:
-        with suppress(OSError, ValueError):  # no file of the system's
+        with suppress(OSError, ValueError):  # it has no file descriptor
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
 
 
 def columns(terminal: TextIO | None) -> int:
-    """What fits on a line of a terminal; not its last column, after which some would wrap."""
+    """Return the usable columns of a terminal: all but the last, after which some terminals wrap."""
     try:
         columns = os.get_terminal_size(terminal.fileno()).columns if terminal else 0
-    except (OSError, ValueError):  # no terminal of the system's
+    except (OSError, ValueError):  # not a terminal
         columns = 0
     return (columns or _WIDTH) - 1

@@ -1,4 +1,4 @@
-"""How a run is going: a line on the terminal, a log to read, JSON for machines. See docs/progress.md."""
+"""``Progress``: what a run reports while it measures."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ _LOGGED = 10.0  # seconds between lines of the log about how far a run is
 
 
 class Progress:
-    """Tells people and machines how a run is going; use it in a ``with`` statement.
+    """Reports the progress and the remaining time of a run; a context manager.
 
-    Meanwhile Python's warnings become notices. On exit the bar and the trackers are closed; where
-    :meth:`end` was not called, the exception tells how it ended. Methods may be called from any thread.
-    What cannot be written any more (disk full, pipe closed, tracker down) is left out from then on, which
-    is said once; the run goes on.
+    Inside the ``with`` statement, Python's warnings become notices. On exit the live line and the trackers
+    are closed, and without a call of :meth:`end`, the exception determines the outcome. Methods may be called
+    from any thread. An output that fails (disk full, pipe closed, tracker down) is dropped with one notice,
+    and the run continues.
 
     Args:
-        log: file that gets lines appended, in every mode; None: none.
-        mode: ``"bar"``: a live line where standard error is a terminal, and notices on standard error;
-            ``"json"``: one JSON object a line on standard output; ``"quiet"``: neither.
-        trackers: get every measurement's rows; see :mod:`rft_fast.run.trackers`.
-        stream: instead of standard error (bar) or standard output (json).
-        clock: seconds that never go back.
-        now: the time of day; without a time zone, local time.
+        log: text file, to which lines are appended in every mode; None: no log.
+        mode: ``"bar"``: a live line if standard error is a terminal, and notices on standard error;
+            ``"json"``: one JSON object per line on standard output; ``"quiet"``: neither.
+        trackers: receive the rows of every measurement; see :mod:`rft_fast.run.trackers`.
+        stream: replaces standard error (bar) or standard output (json).
+        clock: returns seconds that never decrease.
+        now: returns the time of day; without a time zone, it is local.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: ``mode`` is unknown.
     """
 
     def __init__(
@@ -78,17 +78,16 @@ class Progress:
         self._ended = False
         self._restore: Callable[[], None] = lambda: None
 
-    # --- what a run calls ------------------------------------------------------------------------
+    # --- called by a run -------------------------------------------------------------------------
 
     def start(self, command: str, directory: pathlib.Path, resumed: int, workers: int = 1) -> None:
-        """The run starts.
+        """Report the start of the run.
 
         Args:
-            command: what was asked.
-            directory: where the results go.
-            resumed: how many measurements an earlier process has made.
-            workers: how many measure at the same time. They only tell how many measurements a rate
-                needs before it is believed.
+            command: command line of the run.
+            directory: directory of the results.
+            resumed: number of measurements made by earlier processes.
+            workers: number of simultaneous workers, which sets how many measurements an estimate needs.
         """
         with self._lock:
             self._forecast.start(self._clock(), workers)
@@ -106,18 +105,17 @@ class Progress:
         had: Mapping[str, float] | None = None,
         counts: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
-        """What there is to do. May be called again with better numbers, for some studies or all.
+        """Set the work of the run; call again to correct the numbers of some or all studies.
 
         Args:
-            costs: study -> cost of all its measurements, in any unit that is the same for all.
-            had: study -> cost of those that an earlier process made.
-            counts: study -> model -> how many measurements this process makes, from its start. They tell
-                exactly when a model and a study are finished. Without them a study is when its cost
-                is reached, and its models are with it.
+            costs: study -> cost of all its measurements, in any unit common to all studies.
+            had: study -> cost of the measurements made by earlier processes.
+            counts: study -> model -> number of measurements that this process makes. A model and a study are
+                finished when these are made; without them, a study and its models are when its cost is
+                reached.
 
         Raises:
-            ValueError: a cost that is negative or not finite; a study in ``had`` or ``counts`` that has
-                no cost.
+            ValueError: a cost is negative or not finite, or a study of ``had`` or ``counts`` has no cost.
         """
         had, counts = had or {}, counts or {}
         for what, cost in (*costs.items(), *had.items()):
@@ -139,7 +137,7 @@ class Progress:
             self._terminal.draw()
 
     def begin(self, study: str, model: str = "") -> None:
-        """A study, or a model of it, begins. Need not be called: its first measurement tells, only later."""
+        """Report the start of a study or of one of its models; otherwise, the first measurement does."""
         with self._lock:
             now = self._clock()
             self._forecast.begin(study, now)
@@ -149,14 +147,17 @@ class Progress:
     def measured(
         self, study: str, model: str, number: int, rows: Sequence[Mapping[str, object]], cost: float
     ) -> None:
-        """A measurement is made, and its rows are safe.
+        """Report a finished measurement whose rows are stored.
 
         Args:
-            number: of the measurement within its study and model.
-            cost: that of this measurement; 0 is fine.
+            study: name of the study.
+            model: name of the model.
+            number: number of the measurement within study and model.
+            rows: rows of the measurement.
+            cost: cost of the measurement, which may be 0.
 
         Raises:
-            ValueError: a cost that is negative or not finite.
+            ValueError: the cost is negative or not finite.
         """
         check_cost(f"{study} of {model}", cost)
         with self._lock:
@@ -169,12 +170,12 @@ class Progress:
                 self._logged = now
                 self._log.write(one_line(study, model, forecast.text(study, now)))
             self._show(study, model)
-        # Outside the lock: a tracker may wait for a thread of its own, which may be about to warn.
+        # Without the lock: a tracker may wait for its own thread, which may issue a warning.
         for tracker in list(self._trackers):
             self._call(tracker, partial(tracker.measured, study, model, number, rows))
 
     def notice(self, text: str) -> None:
-        """Something worth knowing: a warning, a dead worker, a halved batch."""
+        """Report a warning, a dead worker, a halved batch or the like."""
         with self._lock:
             self._log.write(f"notice: {text}")
             self._json.write("notice", text=text)
@@ -182,7 +183,7 @@ class Progress:
                 self._terminal.write(text)
 
     def end(self, outcome: str) -> None:
-        """The run ends; only the first call counts.
+        """Report the end of the run; only the first call counts.
 
         Args:
             outcome: ``"finished"``, ``"interrupted"`` or ``"failed: ..."``.
@@ -200,7 +201,7 @@ class Progress:
             with self._lock:
                 now = self._clock()
                 for study in self._forecast.studies.values():
-                    # The cost of a study may have been estimated, and not be reached exactly.
+                    # An estimated cost may not be reached exactly.
                     study.settle(now, anyway=outcome == "finished")
                     self._report_finished(study)
                 seconds = now - self._forecast.started
@@ -234,7 +235,7 @@ class Progress:
         self._json.write("study", study=name, state="begun", seconds=None)
 
     def _report_finished(self, study: Study) -> None:
-        """Says which models are finished, and whether the study is, once each."""
+        """Report finished models, and the study if it is finished, once each."""
         for model in study.finished_models():
             study.reported.add(model)
             self._log.write(f"{study.name}: {model} finished")
@@ -247,10 +248,10 @@ class Progress:
     # --- trackers --------------------------------------------------------------------------------
 
     def _call(self, tracker: Tracker, call: Callable[[], None]) -> None:
-        """A call of a tracker; one that fails is dropped, and it is said why."""
+        """Call a tracker; if it fails, drop it with a notice."""
         try:
             call()
-        except Exception as error:  # whatever their clients raise must not end the run
+        except Exception as error:  # no error of a client may end the run
             self._trackers = [other for other in self._trackers if other is not tracker]
             with suppress(Exception):
                 tracker.close()
