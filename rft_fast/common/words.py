@@ -74,6 +74,19 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     return ", ".join(visible(str(name)) for name in names[:shown]) + more
 
 
+def duration(seconds: float) -> str:
+    """Format seconds: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Suggest the known name nearest to an unknown one, or list all of them.
 

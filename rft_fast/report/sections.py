@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..common.words import flat, some
+from ..common.words import duration, flat, some
 from ..config.recorded import shown_as
-from ..run.cost import duration
 from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import gains, straggling

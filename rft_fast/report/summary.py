@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..common.words import paragraph, visible
-from ..run.cost import duration
+from ..common.words import duration, paragraph, visible
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from .findings import findings

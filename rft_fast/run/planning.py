@@ -13,6 +13,7 @@ from .. import catalogue, datasets
 from .. import path as paths
 from ..catalogue import Study
 from ..clip import architectures, tokenizers
+from ..common.words import duration
 from ..config.request import NotFetched, Request
 from ..config.settings import Running
 from ..evaluate import Evaluator
@@ -125,7 +126,7 @@ def _notes(request: Request, sets: Sequence[datasets.Listed]) -> list[str]:
             images += undecoded
     if images:
         kept = "and then kept" if request.of(Running).cache is not None else "and not kept (--no-cache)"
-        notes.append(f"Decoding {images:,} images first, {kept}: {cost.duration(seconds)}, not in the table.")
+        notes.append(f"Decoding {images:,} images first, {kept}: {duration(seconds)}, not in the table.")
     studies = [catalogue.study(name) for name in request.measured]
     few = any(study.measures and study.most_models(request) is not None for study in studies)
     if few and request.of(Layers).models is None and len(request.zoo.finetuned) > 2:

@@ -15,6 +15,7 @@ from support import tiny_models
 from torch import Tensor, nn
 
 from rft_fast import studies
+from rft_fast.common.words import duration
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.stages import Stages
 from rft_fast.kernels import Plan
@@ -430,8 +431,8 @@ def test_a_table_says_all_of_it() -> None:
     assert rows[1].split()[:4] == ["interpolation", "2", "6", "342"]
     assert rows[2].split()[:4] == ["layers", "1", "3", "171"]
     assert rows[3].split()[:3] == ["total", "9", "513"]
-    assert rows[1].endswith(cost.duration(3 * 342)) and rows[2].endswith(cost.duration(6 * 171 + 60))
-    assert rows[3].endswith(cost.duration(3 * 342 + 6 * 171 + 60))
+    assert rows[1].endswith(duration(3 * 342)) and rows[2].endswith(duration(6 * 171 + 60))
+    assert rows[3].endswith(duration(3 * 342 + 6 * 171 + 60))
     assert f"peak memory: {memory.total / 2**30:.3g} GiB (" in text and "- which layers is not known" in text
 
 
@@ -440,4 +441,4 @@ def test_a_table_says_all_of_it() -> None:
     [(0.25, "0.2 s"), (45, "45 s"), (720, "12 min"), (12000, "3 h 20 min"), (190800, "53 h 0 min")],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert cost.duration(seconds) == (words if seconds < 172800 else "2 d 5 h")
+    assert duration(seconds) == (words if seconds < 172800 else "2 d 5 h")

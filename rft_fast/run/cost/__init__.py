@@ -14,7 +14,7 @@ from .counting import Counting, CountingWriter, count, counted_evaluator, counte
 from .footprint import Memory, memory
 from .operations import Flops, flops
 from .rates import Rates, calibrate, forecast, images_wanted
-from .table import Encoding, Line, duration, table
+from .table import Encoding, Line, table
 from .work import Work
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "count",
     "counted_evaluator",
     "counted_path",
-    "duration",
     "flops",
     "forecast",
     "images_wanted",

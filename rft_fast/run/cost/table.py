@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from ...common.words import duration
 from ...path import Path
 from .footprint import Memory
 from .operations import Flops
@@ -127,16 +128,3 @@ _HELD = {
     "batches": "batches",
     "copies": "gradients and copies",
 }
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

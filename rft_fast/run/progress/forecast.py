@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..cost.table import duration
+from ...common.words import duration
 from .phrases import percent, time_left
 
 _HALF_LIFE = 600.0  # seconds

@@ -10,8 +10,7 @@ from typing import Any
 import pandas as pd
 from tqdm.utils import disp_len, disp_trim
 
-from ...common.words import visible
-from ..cost.table import duration
+from ...common.words import duration, visible
 
 
 def percent(fraction: float | None) -> str:

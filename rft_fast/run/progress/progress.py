@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm.utils import disp_len
 
-from ..cost.table import duration
+from ...common.words import duration
 from .forecast import Forecast, Study, check_cost
 from .outputs import JsonLines, Log, Terminal
 from .phrases import counted, json_row, one_line, outcome_of, percent, rounded, said
