@@ -159,22 +159,22 @@ def sharpness(facts: Facts) -> Picture:
         style = {"colour": f"@c{n}", "symbol": SYMBOLS[n % len(SYMBOLS)], "name": model}
         show = {"model": [ALL, model], "setting": [where]}
         head = [f"<b>{safe(model)}</b>, α = {a:g}<br>sharpness " for a in curve["alpha"]]
-        said = [
+        values = [
             f"{points(s, h, 1, '.3g')} nats (95 %)<br>{d} draws, n = {m:,} images"
             for s, h, d, m in zip(
                 curve["sharpness"], curve["half"], curve["draws"], curve["samples"], strict=True
             )
         ]
-        hover = [a + b for a, b in zip(head, said, strict=True)]
+        hover = [a + b for a, b in zip(head, values, strict=True)]
         y, half = curve["sharpness"].tolist(), curve["half"].tolist()
         curves.append(line(curve["alpha"].tolist(), y, hover, show, error=half, **style))
         for dataset in far:
             at = [(model, dataset, round(a, 9)) for a in curve["alpha"]]
             if not all(place in path_rows.index for place in at):
                 continue
-            found = path_rows.loc[at]
-            percent = (100 * found["accuracy"]).tolist()
-            up = (100 * Z95 * found["accuracy_se"]).tolist()
+            here = path_rows.loc[at]
+            percent = (100 * here["accuracy"]).tolist()
+            up = (100 * Z95 * here["accuracy_se"]).tolist()
             texts = [
                 f"{text}<br>accuracy on {safe(dataset)} {points(p, u, 1)} %"
                 for text, p, u in zip(hover, percent, up, strict=True)
@@ -271,9 +271,9 @@ def prune(facts: Facts) -> Picture:
         keys.append(Key(f"stragglers by {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9]))
         keys.append(Key(f"its control, {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot"))
     # Models of which something was pruned come first.
-    found = [*facts.pruning["model"], *part["model"]]
+    models = [*facts.pruning["model"], *part["model"]]
     return Picture(
-        [choices("model", "Model", found), choices("dataset", "Data set", part["dataset"])], [chart], keys
+        [choices("model", "Model", models), choices("dataset", "Data set", part["dataset"])], [chart], keys
     )
 
 

@@ -15,7 +15,7 @@ from ..studies.interpolate import Z95
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
 from .runs import RunRead
-from .sections import Section, said
+from .sections import Section, in_line
 from .tables import Cell, Table, interval, number, signed
 
 # Columns that identify a measurement of a run.
@@ -45,23 +45,23 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     Raises:
         ValueError: the runs have no measurement in common.
     """
-    found = matched(first.facts.rows, second.facts.rows)
-    if found.empty:
+    common = matched(first.facts.rows, second.facts.rows)
+    if common.empty:
         raise ValueError(
             f"report: {first.directory} and {second.directory} have no measurement in common: no model, data "
             "set and position that both have"
         )
     settings = _settings(first.config, second.config)
-    apart = found["apart"].to_numpy(dtype=bool)
-    corrected = found["corrected"].to_numpy(dtype=bool)
-    by_study = found.groupby("study", sort=False)["apart"].agg(["sum", "size"])
+    apart = common["apart"].to_numpy(dtype=bool)
+    corrected = common["corrected"].to_numpy(dtype=bool)
+    by_study = common.groupby("study", sort=False)["apart"].agg(["sum", "size"])
     findings = [
         f"{study}: {int(row['sum'])} of {int(row['size'])} values differ beyond their error bars."
         for study, row in by_study.iterrows()
     ]
-    chance = 0.05 * found["known"].sum()
+    chance = 0.05 * common["known"].sum()
     findings.append(
-        f"In all {apart.sum():,} of {len(found):,}; about {chance:,.0f} would by chance, were nothing "
+        f"In all {apart.sum():,} of {len(common):,}; about {chance:,.0f} would by chance, were nothing "
         f"different and the values independent. {corrected.sum():,} differ also when corrected for all "
         "comparisons (Bonferroni)."
     )
@@ -75,13 +75,13 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
         "commands": [f"A  {first.config['command']}", f"B  {second.config['command']}"],
         "tiles": [
             (f"{len(settings)}", "settings differ"),
-            (f"{len(found):,}", "values that both measured"),
+            (f"{len(common):,}", "values that both measured"),
             (f"{apart.sum():,}", "differ beyond their error bars"),
             (f"{corrected.sum():,}", "of them when corrected for all"),
         ],
         "findings": findings,
-        "notes": [*_notes(first, second, found)],
-        "parts": [_configuration(settings), _measurements(found)],
+        "notes": [*_notes(first, second, common)],
+        "parts": [_configuration(settings), _measurements(common)],
         "models": 2,
     }
 
@@ -123,13 +123,13 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     half = stdtrit(freedom, 0.975) * error
     bound = stdtrit(freedom, 1 - 0.025 / max(int(known.sum()), 1))
     # Without a standard error there is no test, unless one side is not finite.
-    lost = np.isfinite(both["a"]) != np.isfinite(both["b"])
+    one_sided = np.isfinite(both["a"]) != np.isfinite(both["b"])
     return both.assign(
         difference=difference,
         half=half,
         known=known,
-        apart=(difference.abs() > half) | lost,
-        corrected=(difference.abs() > bound * error) | lost,
+        apart=(difference.abs() > half) | one_sided,
+        corrected=(difference.abs() > bound * error) | one_sided,
     )
 
 
@@ -144,8 +144,8 @@ def _freedom(both: pd.DataFrame) -> pd.Series:
     """Degrees of freedom of the differences (Welch and Satterthwaite); many without an error."""
     parts = [(both[f"{side}_se"] ** 2, both[f"count_{side}"] - 1) for side in "ab"]
     spread = sum((variance**2 / freedom).where(freedom > 0, 0) for variance, freedom in parts)
-    found = sum(variance for variance, _ in parts) ** 2 / spread
-    return found.where(np.isfinite(found), _MANY)
+    freedom = sum(variance for variance, _ in parts) ** 2 / spread
+    return freedom.where(np.isfinite(freedom), _MANY)
 
 
 def _long(rows: pd.DataFrame) -> pd.DataFrame:
@@ -175,7 +175,7 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts).drop_duplicates(["place", "value"])
 
 
-def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str]:
+def _notes(first: RunRead, second: RunRead, common: pd.DataFrame) -> Iterator[str]:
     for name, run in (("A", first), ("B", second)):
         yield from (f"{name}: {note}" for note in run.notes)
         others = (second if run is first else first).facts.rows
@@ -184,14 +184,14 @@ def _notes(first: RunRead, second: RunRead, found: pd.DataFrame) -> Iterator[str
                 str(x) for x in run.facts.rows[column].unique() if x not in set(others[column].unique())
             ]:
                 yield f"Only {name} has the {what} {some(alone)}."
-    if count := int((~found["known"]).sum()):
+    if count := int((~common["known"]).sum()):
         yield f"{count} values have no standard error: nothing is said of them."
 
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the keys of ``config.json`` whose values differ, with both values."""
     a, b = (
-        {shown_as(names): said(value) for names, value in flat(config) if names[0] != "run"}
+        {shown_as(names): in_line(value) for names, value in flat(config) if names[0] != "run"}
         for config in (first, second)
     )
     names = dict.fromkeys([*a, *b])
@@ -211,10 +211,10 @@ def _configuration(settings: list[tuple[str, str, str]]) -> Section:
     )
 
 
-def _measurements(found: pd.DataFrame) -> Section:
+def _measurements(common: pd.DataFrame) -> Section:
     traces = [rule([-1e3, 1e3], [-1e3, 1e3])]
     ranges: dict[str, list[float]] = {}
-    for (study, value), group in found.groupby(["study", "value"], sort=False):
+    for (study, value), group in common.groupby(["study", "value"], sort=False):
         scale, form, unit = _SCALE[value]
         where = f"{study}, {value}"
         for apart, colour, symbol in ((False, "@grey/.7", "circle-open"), (True, "@bad", "diamond")):
@@ -249,7 +249,7 @@ def _measurements(found: pd.DataFrame) -> Section:
         wide=True,
     )
     control = choices(
-        "what", "Values", (f"{s}, {v}" for s, v in zip(found["study"], found["value"], strict=True))
+        "what", "Values", (f"{s}, {v}" for s, v in zip(common["study"], common["value"], strict=True))
     )
     keys = [Key("differs beyond its error bars", "@bad", "diamond"), Key("does not", "@grey", "circle-open")]
     return Section(
@@ -260,7 +260,7 @@ def _measurements(found: pd.DataFrame) -> Section:
         "Error bars of a difference are those of independent measurements. Where both runs scored the same "
         "images or drew the same noise they are cautious: the true ones are narrower.",
         Picture([control], [chart], keys),
-        [_table(found)],
+        [_table(common)],
     )
 
 
@@ -268,10 +268,10 @@ def _bars(half: pd.Series, colour: str) -> dict[str, Any]:
     return {"array": half.tolist(), "color": colour.partition("/")[0] + "/.3", "thickness": 1, "width": 0}
 
 
-def _table(found: pd.DataFrame) -> Table:
+def _table(common: pd.DataFrame) -> Table:
     """Create the table of values: different ones first, in descending order of standard errors apart."""
-    far = (found["difference"].abs() / (found["half"] / Z95)).fillna(0)
-    shown = found.assign(far=far).sort_values(["apart", "far"], ascending=False, kind="stable").head(_SHOWN)
+    far = (common["difference"].abs() / (common["half"] / Z95)).fillna(0)
+    shown = common.assign(far=far).sort_values(["apart", "far"], ascending=False, kind="stable").head(_SHOWN)
     rows, chosen = [], []
     for row in shown.to_dict("records"):
         scale, form, unit = _SCALE[row["value"]]
@@ -302,7 +302,7 @@ def _table(found: pd.DataFrame) -> Table:
             ]
         )
         chosen.append({"what": f"{row['study']}, {row['value']}"})
-    more = f", the {_SHOWN} furthest apart of {len(found):,}" if len(found) > _SHOWN else ""
+    more = f", the {_SHOWN} furthest apart of {len(common):,}" if len(common) > _SHOWN else ""
     return Table(
         f"Both runs side by side{more}",
         signed("model|data set|what|α|A|B|B − A [95 %]|verdict|n of A|n of B|layer").split("|"),

@@ -79,7 +79,7 @@ def safe(text: object) -> str:
 
 def layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
     """Create a plotly layout with titled axes; the page adds the colours."""
-    found: dict[str, Any] = {
+    made: dict[str, Any] = {
         "xaxis": {"title": {"text": x}},
         "yaxis": {"title": {"text": y}},
         "height": height,
@@ -88,8 +88,8 @@ def layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
         "hovermode": "closest",
     }
     for name, value in more.items():
-        found[name] = {**found.get(name, {}), **value} if isinstance(value, dict) else value
-    return found
+        made[name] = {**made.get(name, {}), **value} if isinstance(value, dict) else value
+    return made
 
 
 def line(

@@ -77,8 +77,8 @@ def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]
     modes = path.set_index("model")["mode"].fillna("in distribution")
     for (model, dataset), group in stragglers.groupby(["model", "dataset"], sort=False):
         names = list(group[group["straggler"]].sort_values("instability", ascending=False)["layer"])
-        said = f"{len(names)} stragglers ({some(names, 3)})" if names else "no stragglers"
-        yield Finding(f"{model} ({modes[model]}) has {said} on {dataset}.", "layers", dataset, model)
+        which = f"{len(names)} stragglers ({some(names, 3)})" if names else "no stragglers"
+        yield Finding(f"{model} ({modes[model]}) has {which} on {dataset}.", "layers", dataset, model)
 
 
 def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:

@@ -48,12 +48,12 @@ def interpolation(facts: Facts) -> Picture:
     dots: list[Trace] = [rule([edge, edge], [-0.5, len(layers) - 0.5])]
     curves: dict[str, list[Trace]] = {"loss": [], "accuracy": []}
     for (model, dataset), group in part.groupby(["model", "dataset"], sort=False):
-        found = known[(known["model"] == model) & (known["dataset"] == dataset)]
+        own = known[(known["model"] == model) & (known["dataset"] == dataset)]
         show = {"model": [model], "dataset": [dataset]}
-        worst = set(found[found["straggler"]]["layer"])
+        worst = set(own[own["straggler"]]["layer"])
         maps += _map(group, "rise", "rise_se", layers, edge, largest, "rise in loss", worst, show)
-        dots += _instabilities(found, place, show)
-        top = list(found.sort_values("instability", ascending=False, kind="stable")["layer"][:_WORST])
+        dots += _instabilities(own, place, show)
+        top = list(own.sort_values("instability", ascending=False, kind="stable")["layer"][:_WORST])
         for layer, curve in group.groupby("layer", sort=False):
             n = top.index(layer) if layer in top else 0
             here = show | {"layer": [ALL, layer] if layer in top else [layer]}
@@ -126,7 +126,7 @@ def sharpness(facts: Facts) -> Picture:
         flat = set(group.loc[group["near_zero"], "layer"])
         maps += _map(
             group, "sharpness", "half", layers, edge, largest, "sharpness", flat, show,
-            half=1.0, symbol="circle-open", said="near zero",
+            half=1.0, symbol="circle-open", label="near zero",
         )  # fmt: skip
         for alpha, column in group[group["alpha"] > 0].groupby("alpha"):
             maybe = column["verdict"].isin(["unclear", "unknown"])
@@ -220,14 +220,14 @@ def _map(
     show: dict[str, list[str]],
     half: float = Z95,
     symbol: str = "triangle-left",
-    said: str = "straggler",
+    label: str = "straggler",
 ) -> list[Trace]:
     """Create a heat map of one model, with marks on values that are not finite and beside marked layers."""
     values = group.pivot(index="layer", columns="alpha", values=value).reindex(layers).sort_index(axis=1)
     halves = half * group.pivot(index="layer", columns="alpha", values=error).reindex_like(values)
     hover = [
         [
-            f"<b>{safe(layer)}</b>{f' ({said})' if layer in marked else ''}, α = {alpha:g}<br>"
+            f"<b>{safe(layer)}</b>{f' ({label})' if layer in marked else ''}, α = {alpha:g}<br>"
             f"{what} {points(v, h, 1, '+.3g')} nats (95 %)"
             for alpha, v, h in zip(values.columns, line_, halves_, strict=True)
         ]
@@ -236,22 +236,22 @@ def _map(
         )
     ]
     finite = values.where(np.isfinite(values.to_numpy(dtype=float)))
-    found = [heat(finite, small or largest, largest, hover, f"{what} (nats)")]
-    lost = [(a, b) for b, a in np.argwhere(~np.isfinite(values.to_numpy(dtype=float)))]
-    if lost:
-        texts = [hover[b][a] for a, b in lost]
-        found.append(marks([a for a, _ in lost], [b for _, b in lost], "x", texts))
+    traces = [heat(finite, small or largest, largest, hover, f"{what} (nats)")]
+    places = [(a, b) for b, a in np.argwhere(~np.isfinite(values.to_numpy(dtype=float)))]
+    if places:
+        texts = [hover[b][a] for a, b in places]
+        traces.append(marks([a for a, _ in places], [b for _, b in places], "x", texts))
     rows = [row for row, layer in enumerate(layers) if layer in marked]
     edge = values.shape[1] - 0.5 + 0.03 * values.shape[1]
-    colour = "@bad" if said == "straggler" else "@good"
-    found.append(
-        marks([edge] * len(rows), rows, symbol, [f"{safe(layers[r])}: {said}" for r in rows], colour=colour)
+    colour = "@bad" if label == "straggler" else "@good"
+    traces.append(
+        marks([edge] * len(rows), rows, symbol, [f"{safe(layers[r])}: {label}" for r in rows], colour=colour)
     )
-    return [{**trace, "show": show} for trace in found]
+    return [{**trace, "show": show} for trace in traces]
 
 
 def _instabilities(facts: pd.DataFrame, place: dict[str, int], show: dict[str, list[str]]) -> list[Trace]:
-    found = []
+    traces = []
     judged = [(fact, STRAGGLING[straggling(fact)]) for fact in facts.to_dict("records")]
     for look, colour, symbol in (
         ("bad", "@bad", "triangle-left"),
@@ -272,5 +272,5 @@ def _instabilities(facts: pd.DataFrame, place: dict[str, int], show: dict[str, l
         ]
         x = [fact["instability"] if math.isfinite(fact["instability"]) else math.nan for fact in here]
         y = [place[fact["layer"]] for fact in here]
-        found.append(line(x, y, hover, show, colour, symbol, across=halves, mode="markers"))
-    return found
+        traces.append(line(x, y, hover, show, colour, symbol, across=halves, mode="markers"))
+    return traces

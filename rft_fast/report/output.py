@@ -33,10 +33,7 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         ModuleNotFoundError: plotly is not installed.
         OSError: the page cannot be written.
     """
-    file = _check(
-        pathlib.Path(directory) / NAME if out is None else pathlib.Path(out),
-        pathlib.Path(directory) if out is None else None,
-    )
+    file = _target(directory, out, NAME)
     page.library()  # before any computation: plotly may be missing
     run = read(directory)
     config, arch = run.config, str(run.config["arch"])
@@ -76,18 +73,15 @@ def compare(
         ModuleNotFoundError: plotly is not installed.
         OSError: the page cannot be written.
     """
-    file = _check(
-        pathlib.Path(second) / "comparison.html" if out is None else pathlib.Path(out),
-        pathlib.Path(second) if out is None else None,
-    )
+    file = _target(second, out, "comparison.html")
     page.library()
-    found = comparison.compare(read(first), read(second))
-    return _replace(file, page.render(**found))
+    return _replace(file, page.render(**comparison.compare(read(first), read(second))))
 
 
-def _check(file: pathlib.Path, directory: pathlib.Path | None) -> pathlib.Path:
-    """Refuse an output file that cannot be written, before anything is computed."""
-    if directory is not None and not directory.is_dir():
+def _target(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None, name: str) -> pathlib.Path:
+    """Return the output file; refuse one that cannot be written, before anything is computed."""
+    file = pathlib.Path(directory) / name if out is None else pathlib.Path(out)
+    if out is None and not os.path.isdir(directory):
         return file  # read() explains what is wrong
     if file.is_dir():
         raise ValueError(

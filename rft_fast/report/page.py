@@ -278,9 +278,9 @@ def palette(models: int) -> dict[str, list[str]]:
 
 
 def _colours(models: int) -> str:
-    found = palette(models)
+    scales = palette(models)
     light, dark = (
-        "".join(f"--c{i}:{colour};" for i, colour in enumerate(found[theme])) for theme in ("light", "dark")
+        "".join(f"--c{i}:{colour};" for i, colour in enumerate(scales[theme])) for theme in ("light", "dark")
     )
     return (
         f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"

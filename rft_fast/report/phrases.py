@@ -19,8 +19,8 @@ def images(rows: pd.DataFrame, each: str = "{:,} images of {}", between: str = "
 
 def span(counts: pd.Series) -> str:
     """Describe the range of counts: ``"20"``, ``"20 to 200"``, or ``"no"`` without any."""
-    found = sorted(counts.dropna().unique())
-    return " to ".join(map(str, dict.fromkeys([found[0], found[-1]]))) if found else "no"
+    ordered = sorted(counts.dropna().unique())
+    return " to ".join(map(str, dict.fromkeys([ordered[0], ordered[-1]]))) if ordered else "no"
 
 
 def tau(fact: Mapping[Any, Any]) -> str:

@@ -63,9 +63,9 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     count, notes = len(rows), []
     for study in rows["study"].unique():
         for model in _unfinished(rows[rows["study"] == study]):
-            lost = (rows["study"] == study) & (rows["model"] == model)
-            notes.append(f"{study} was not finished for {model}: its {lost.sum()} rows are left out.")
-            rows = rows[~lost]
+            cut = (rows["study"] == study) & (rows["model"] == model)
+            notes.append(f"{study} was not finished for {model}: its {cut.sum()} rows are left out.")
+            rows = rows[~cut]
     if not (rows["study"] == "interpolation").any():
         raise ValueError(
             f"report: the run in {directory} has no model whose path was measured to its end; run it again"
@@ -136,11 +136,11 @@ def _unfinished(part: pd.DataFrame) -> list[str]:
     if any(study.reaches_ends for study in known):
         low, high = 0.0, 1.0
     cut = ends[(ends["min"] > low) | (ends["max"] < high)]
-    found = set(cut.index.get_level_values("model"))
+    unfinished = set(cut.index.get_level_values("model"))
     if not any(study.rows_vary for study in known):
         counts = part["model"].value_counts()
-        found |= set(counts.index[counts < counts.max()])
-    return [model for model in part["model"].unique() if model in found]
+        unfinished |= set(counts.index[counts < counts.max()])
+    return [model for model in part["model"].unique() if model in unfinished]
 
 
 _CURVE = "model dataset others layer rho on noise method criterion control estimator seed".split()

@@ -183,10 +183,10 @@ def prune(facts: Facts) -> Section:
 
 def correlation(facts: Facts) -> Section:
     """Create the section on the correlation of sharpness with accuracy and gain."""
-    found = facts.correlation
-    picture, names = charts.correlation(found)
-    table = tables.correlation(found, names)
-    models = int(found["models"].max())
+    known = facts.correlation
+    picture, names = charts.correlation(known)
+    table = tables.correlation(known, names)
+    models = int(known["models"].max())
     return Section(
         "correlation",
         "The central claim",
@@ -227,13 +227,13 @@ def provenance(run: RunRead) -> Section:
         *plain,
     }
     settings = plain | {
-        shown_as(names): said(value)
+        shown_as(names): in_line(value)
         for outer, entry in config.items()
         if outer not in tabled
         for names, value in (flat({outer: entry}) if outer == "settings" else [((outer,), entry)])
     }
     models = [("zero-shot", config["zeroshot"]), *config["finetuned"].items()]
-    found = [
+    shown = [
         Table(
             "Settings",
             ["setting", "value"],
@@ -260,13 +260,13 @@ def provenance(run: RunRead) -> Section:
         ),
     ]
     if run.costs is not None:
-        found.append(_cost(run.costs))
+        shown.append(_cost(run.costs))
     return Section(
         "run",
         "config.json",
         "What was run",
         "Enough to run it again: the request, what it ran on, and the contents of every input by their hash.",
-        tables=found,
+        tables=shown,
     )
 
 
@@ -274,23 +274,18 @@ def _code(fact: Mapping[str, Any], key: str) -> Cell:
     return Cell(str(fact.get(key, "–")), None, "code")
 
 
-def said(value: Any) -> str:
+def in_line(value: Any) -> str:
     """Format a value of ``config.json`` in one line."""
     if isinstance(value, dict):
-        return (
-            "; ".join(f"{name}: {said(inner)}" for name, inner in value.items() if inner is not None) or "–"
-        )
+        entries = (f"{name}: {in_line(inner)}" for name, inner in value.items() if inner is not None)
+        return "; ".join(entries) or "–"
     if isinstance(value, list):
-        return ", ".join(map(said, value)) or "–"
+        return ", ".join(map(in_line, value)) or "–"
     if value is None:
         return "–"
-    return (
-        ("no", "yes")[value]
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cost(costs: pd.DataFrame) -> Table:
@@ -311,7 +306,7 @@ def tiles(run: RunRead) -> list[tuple[str, str]]:
     path = run.facts.path
     far = path[path["ood"]]
     images = path.drop_duplicates("dataset")["samples"].sum()
-    found = [
+    shown = [
         (f"{path['model'].nunique()}", "fine-tuned models"),
         (f"{path['dataset'].nunique()}", f"image sets, {far['dataset'].nunique()} out of distribution"),
         (f"{images:,}", "images scored at every position"),
@@ -319,5 +314,5 @@ def tiles(run: RunRead) -> list[tuple[str, str]]:
     ]
     if len(far):
         clear = gains(far, run.facts.rows)["verdict"] == "gain"
-        found.append((f"{clear.sum()} of {len(far)}", "paths with a gain whose interval is above 0"))
-    return found
+        shown.append((f"{clear.sum()} of {len(far)}", "paths with a gain whose interval is above 0"))
+    return shown

@@ -37,8 +37,8 @@ def report(facts: Facts, studies: Iterable[Study]) -> str:
         ValueError: an analysis refuses the rows.
     """
     lines = []
-    for found in findings(facts, studies):
-        lines += paragraph(visible(found.text), facts.names, "  " if found.paper else "- ")
+    for finding in findings(facts, studies):
+        lines += paragraph(visible(finding.text), facts.names, "  " if finding.paper else "- ")
     return "\n".join([sections(facts, studies), *(["\nIn short", *lines] if lines else [])])
 
 
@@ -50,8 +50,8 @@ def sections(facts: Facts, studies: Iterable[Study]) -> str:
             lines += study.say(facts)
         elif facts.everything:
             lines += study.say_missing(facts)
-    lost = int((~np.isfinite(facts.rows["loss"])).sum())
-    lines += [f"\n{lost} mean losses are not finite; nothing was left out of them."] if lost else []
+    infinite = int((~np.isfinite(facts.rows["loss"])).sum())
+    lines += [f"\n{infinite} mean losses are not finite; nothing was left out of them."] if infinite else []
     return "\n".join(lines)
 
 
@@ -250,7 +250,7 @@ def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
     return lines
 
 
-def took(costs: Sequence[Mapping[str, Any]]) -> str:
+def cost(costs: Sequence[Mapping[str, Any]]) -> str:
     """Describe the time and the peak memory of each study."""
     parts = [
         f"{cost['study']} {duration(cost['seconds'])}, {cost['peak_memory'] / 2**30:.1f} GiB"

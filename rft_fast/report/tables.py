@@ -274,15 +274,15 @@ _KENDALL: dict[Sign, Cell] = {
 }
 
 
-def correlation(found: pd.DataFrame, names: Sequence[str]) -> Table:
+def correlation(table: pd.DataFrame, names: Sequence[str]) -> Table:
     """Create a row per rank correlation.
 
     Args:
-        found: the result of :func:`rft_fast.studies.correlation`.
+        table: the result of :func:`rft_fast.studies.correlation`.
         names: text for the measure of each of its rows.
     """
     rows, chosen = [], []
-    for name, fact in zip(names, found.to_dict("records"), strict=True):
+    for name, fact in zip(names, table.to_dict("records"), strict=True):
         low, high = fact["kendall_low"], fact["kendall_high"]
         words = _KENDALL[sign(low, high)] if pd.notna(fact["kendall"]) else Cell("not defined", 1, "wide")
         rows.append(

@@ -107,7 +107,7 @@ def _draw(request: Request, facts: Facts, run: results.Run, took: Sequence[Mappi
     if request.of(Running).quiet or request.of(Running).json:
         return
     print(summary.report(facts, catalogue.studies()))
-    print("\n" + summary.took(took))
+    print("\n" + summary.cost(took))
     print(
         f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"
         f"rows     {run.directory / 'rows.csv'} (also rows.sqlite)\n"

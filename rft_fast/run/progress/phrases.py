@@ -52,7 +52,7 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
 
 
-def said(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """Format an error with its class."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
@@ -61,7 +61,7 @@ def outcome_of(error: BaseException | None) -> str:
     """Return the outcome of a run that ended with this error, or without one."""
     if error is None:
         return "finished"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {said(error)}"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {described(error)}"
 
 
 def json_row(row: Mapping[str, object]) -> dict[str, object]:

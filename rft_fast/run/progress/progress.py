@@ -19,7 +19,7 @@ from tqdm.utils import disp_len
 from ...common.words import duration
 from .forecast import Forecast, Study, check_cost
 from .outputs import JsonLines, Log, Terminal
-from .phrases import counted, json_row, one_line, outcome_of, percent, rounded, said
+from .phrases import counted, described, json_row, one_line, outcome_of, percent, rounded
 from .process import redirect_warnings
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ class Progress:
             self._trackers = [other for other in self._trackers if other is not tracker]
             with suppress(Exception):
                 tracker.close()
-            self.notice(f"{type(tracker).__name__} gets no more rows: {said(error)}")
+            self.notice(f"{type(tracker).__name__} gets no more rows: {described(error)}")
 
     def _write_measured(
         self, study: Study, model: str, number: int, rows: Sequence[Mapping[str, object]], now: float

@@ -1,0 +1,76 @@
+"""What intervals allow one to conclude, against intervals that are computed here."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rft_fast.report import tables
+from rft_fast.studies import frame
+from rft_fast.studies.facts import Facts
+from rft_fast.studies.verdicts import Sign, gains, half_width, sign, straggling
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.1, 0.3, "above"), (-0.3, -0.1, "below"), (-0.1, 0.3, "unclear"), (0, 0.3, "unclear"),
+     (-0.3, 0, "unclear"), (math.nan, math.nan, "unknown")],
+)  # fmt: skip
+def test_a_sign_is_that_of_the_whole_interval(low: float, high: float, expected: Sign) -> None:
+    assert sign(low, high) == expected
+
+
+def test_an_interval_over_masks_needs_an_error() -> None:
+    assert half_width(0.01, 4) == pytest.approx(0.01 * stats.t.ppf(0.975, 4))
+    assert all(math.isnan(half_width(*given)) for given in [(0.0, 4), (math.nan, 4), (0.01, 0)])
+
+
+def test_gains_by_the_intervals_of_all_positions() -> None:
+    """Gains at alpha = 0.5 and 1, each +- 1.96 points, and what they allow one to say."""
+    curves = {
+        "gain": [0.05, 0.03],
+        "unclear": [0.01, -0.05],
+        "not excluded": [-0.05, -0.01],
+        "none": [-0.05, -0.03],
+        "unknown": [-0.05, math.nan],
+    }
+    rows = frame(
+        {"study": "interpolation", "model": model, "dataset": "far", "alpha": alpha, "gain": 0.0 if
+         math.isnan(gain) else gain, "gain_se": math.nan if math.isnan(gain) else 0.01}
+        for model, curve in curves.items() for alpha, gain in zip((0.5, 1.0), curve, strict=True)
+    )  # fmt: skip
+    path = pd.DataFrame(
+        {"model": model, "dataset": "far", "gain": max(0.0, curve[0]), "gain_low": curve[0] - 0.0196}
+        for model, curve in curves.items()
+    )
+    found = gains(path, rows).set_index("model")
+    assert dict(found["verdict"]) == {name: name for name in curves}
+    assert found.loc["not excluded", "furthest"] == pytest.approx(-0.01 + 1.959964 * 0.01)
+
+
+@pytest.mark.parametrize(
+    ("instability", "rise", "expected"),
+    [(0.09, 0.1, "unclear"), (0.07, 0.1, "stable"), (0.09, -0.1, "stable")],
+)
+def test_a_layer_whose_interval_reaches_above_the_margin(
+    instability: float, rise: float, expected: str
+) -> None:
+    fact = {"straggler": False, "unchanged": False, "margin": 0.1, "rise": rise, "rise_se": 0.01,
+            "instability": instability, "instability_se": 0.01}  # fmt: skip
+    assert straggling(fact) == expected
+    assert straggling(fact | {"straggler": True}) == "straggler"
+    assert straggling(fact | {"unchanged": True}) == "unchanged"
+
+
+def test_a_layer_is_near_zero_by_one_estimator_and_not_by_another() -> None:
+    rows = frame(
+        {"study": "layer-sharpness", "model": "m", "dataset": "d", "layer": "a", "alpha": 1.0, "rho": 0.1,
+         "on": "finetuned", "estimator": estimator, "draws": 10, "samples": 5, "sharpness": sharpness,
+         "sharpness_se": 0.0001}
+        for estimator, sharpness in (("plain", 0.001), ("gradient", 1.0))
+    )  # fmt: skip
+    shown = [row[4].text for row in tables.sharpness(Facts(rows), "layer-sharpness").rows]
+    assert shown == ["layer near zero", "above 0"]
