@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from .. import settings
     from ..common.fields import Tree
     from ..names import Names
-    from ..report.findings import Finding
-    from ..report.sections import Section
+    from ..report.shown import Finding, Section
     from ..studies.facts import Facts
 
 

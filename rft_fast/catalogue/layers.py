@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..names import Names
-    from ..report.findings import Finding
-    from ..report.sections import Section
+    from ..report.shown import Finding, Section
     from ..studies.facts import Facts
 
 

@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..common.fields import Tree
-    from ..config.request import Request
     from ..names import Names
-    from ..report.findings import Finding
-    from ..report.sections import Section
+    from ..report.shown import Finding, Section
     from ..studies.facts import Facts
-    from .study import Chosen
+    from .study import Chosen, Request
 
 _DECIDED_BY: dict[Criterion, str] = {"sharpness": "layer-sharpness", "instability": "layers"}
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from ..config.request import Request
-    from ..names import Names
-    from ..report.sections import Section
+    from ..names import Names, On
+    from ..report.shown import Section
     from ..studies.estimators import Protocol
     from ..studies.facts import Facts
+    from .study import Request
 
 
 class Sharpness(Study):
@@ -28,7 +28,32 @@ class Sharpness(Study):
 
     def protocol(self, request: Request) -> Protocol:
         """How it is measured."""
-        return request.general
+        return self._protocol(request, 0, "interpolated")
+
+    def _protocol(self, request: Request, which: int, on: On) -> Protocol:
+        """The protocol of the settings.
+
+        Args:
+            request: the request.
+            which: 0 for all weights, 1 for single layers: :attr:`rft_fast.settings.Sharpness.estimators`.
+            on: the weights that are perturbed, where the settings name none.
+        """
+        from ..studies.estimators import Protocol
+
+        own = request.of(settings.Sharpness)
+        return Protocol(
+            estimator=own.estimators[which],
+            on=own.on or on,
+            noise=own.noise,
+            adaptive=own.adaptive,
+            seed=request.of(settings.Along).seed,
+            noise_batch=own.noise_batch,
+            goal=own.goal_se,
+            most=own.max_draws,
+        )
+
+    def validate(self, request: Request) -> None:
+        self.protocol(request)
 
     def images_at_once(self, request: Request, images: int) -> int:
         return min(images, self.protocol(request).noise_batch or images)
@@ -82,7 +107,7 @@ class LayerSharpness(Sharpness):
         return 4 if self.name in request.studies else 2
 
     def protocol(self, request: Request) -> Protocol:
-        return request.layerwise
+        return self._protocol(request, 1, "finetuned")
 
     def measure(self, task: Task) -> None:
         from .. import studies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 from .. import settings
 from ..names import Names
@@ -16,11 +16,9 @@ if TYPE_CHECKING:  # the command line is read before torch and pandas are import
     import pandas as pd
 
     from ..common.fields import Tree
-    from ..config.request import Request
     from ..evaluate import Evaluator, Scores
     from ..path import Path
-    from ..report.findings import Finding
-    from ..report.sections import Section
+    from ..report.shown import Finding, Section
     from ..studies.facts import Facts
     from ..studies.rows import Sink
 
@@ -29,6 +27,31 @@ Images = Literal["all images", "images of layers and prune", "images of sharpnes
 
 Chosen: TypeAlias = Mapping[str, Names]
 """Layers that a study takes because of earlier rows: what the rows call the choice -> names of layers."""
+
+_Settings = TypeVar("_Settings")
+
+
+class Zoo(Protocol):
+    """What a study needs to know of models."""
+
+    @property
+    def finetuned(self) -> Mapping[str, object]:
+        """Fine-tuned models by name."""
+
+
+class Request(Protocol):
+    """What a study needs to know of a request (:class:`rft_fast.config.request.Request`)."""
+
+    @property
+    def studies(self) -> Sequence[str]:
+        """Names of the requested studies, without those that they need."""
+
+    @property
+    def zoo(self) -> Zoo:
+        """The models."""
+
+    def of(self, kind: type[_Settings]) -> _Settings:
+        """The settings of a class."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +131,9 @@ class Study:
             ood: whether there is out-of-distribution data.
         """
         return ""
+
+    def validate(self, request: Request) -> None:
+        """Raises ValueError where the settings of a request do not allow its measurements."""
 
     def models(self, request: Request) -> int:
         """How many models it takes."""

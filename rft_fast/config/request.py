@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import catalogue, checkpoints, env
@@ -15,7 +14,7 @@ from ..common.fields import Tree
 from ..common.words import visible
 from ..datasets import cache
 from ..names import CLASS_LISTS, KINDS, TEMPLATE_LISTS, as_given, list_file
-from ..settings import Along, Layers, Sharpness, once
+from ..settings import Layers, Sharpness, once
 from . import zoo
 from .builder import COMMAND, ZOO
 from .conflicts import named, settle
@@ -25,7 +24,6 @@ from .settings import Computed, Head, Models, Running, builder
 if TYPE_CHECKING:  # what can be refused without them is refused before they are imported
     import torch
 
-    from ..studies.estimators import Protocol
 
 _Settings = TypeVar("_Settings")
 
@@ -67,31 +65,6 @@ class Request:
     def named(self, option: str) -> str:
         """An option, as whoever gave it knows it: for errors."""
         return named(self.settings, option, self.zoo.name)
-
-    @cached_property
-    def general(self) -> Protocol:
-        """How the sharpness of all weights is measured."""
-        return self._protocol(0)
-
-    @cached_property
-    def layerwise(self) -> Protocol:
-        """How the sharpness of single layers is measured."""
-        return self._protocol(1)
-
-    def _protocol(self, which: int) -> Protocol:
-        from ..studies.estimators import Protocol
-
-        own = self.of(Sharpness)
-        return Protocol(
-            estimator=own.estimators[which],
-            on=own.on or ("interpolated", "finetuned")[which],
-            noise=own.noise,
-            adaptive=own.adaptive,
-            seed=self.of(Along).seed,
-            noise_batch=own.noise_batch,
-            goal=own.goal_se,
-            most=own.max_draws,
-        )
 
 
 class NotFetched(Exception):
@@ -169,7 +142,8 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
         fetch=fetch,
         notices=tuple(notices),
     )
-    _ = request.general, request.layerwise
+    for name in measured:
+        catalogue.study(name).validate(request)
     if running.workers is None:
         check_device(request)
     return request

@@ -14,8 +14,9 @@ from ..config.recorded import shown_as
 from ..studies.interpolate import Z95
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
+from .provenance import in_line
 from .runs import RunRead
-from .sections import Section, in_line
+from .shown import Section
 from .tables import Cell, Table, interval, number, signed
 
 # Columns that identify a measurement of a run.

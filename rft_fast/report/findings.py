@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,31 +13,10 @@ from ..studies.facts import Facts
 from ..studies.pruning import NAMED
 from ..studies.verdicts import Sign, half_width, sign
 from .phrases import tau
-
-if TYPE_CHECKING:
-    from ..catalogue import Study
+from .shown import Finding, Shown
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One or two sentences on a result.
-
-    Attributes:
-        text: the sentences; names in them are not escaped.
-        study: name of the study that it results from.
-        dataset: name of the data set that it is about; None: several.
-        model: name of the model that it is about; None: several.
-        paper: whether it states the paper's result, for comparison.
-    """
-
-    text: str
-    study: str
-    dataset: str | None = None
-    model: str | None = None
-    paper: bool = False
-
-
-def findings(facts: Facts, studies: Iterable[Study]) -> list[Finding]:
+def findings(facts: Facts, studies: Iterable[Shown]) -> list[Finding]:
     """Collect the findings of studies, in their order, after the zero-shot ends that are near chance.
 
     Args:

@@ -8,7 +8,7 @@ import pathlib
 from .. import catalogue
 from ..common import disk
 from ..common.words import visible
-from . import comparison, page, sections
+from . import comparison, page, provenance, sections
 from .charts import colours
 from .findings import findings
 from .runs import read
@@ -43,10 +43,10 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         above="rft_fast report",
         about=f"{config['date'][:10]} · {arch} · rft_fast {config['versions']['rft_fast']}",
         commands=[config["command"]],
-        tiles=sections.tiles(run),
+        tiles=provenance.tiles(run),
         findings=[visible(finding.text) for finding in findings(run.facts, catalogue.studies())],
         notes=run.notes,
-        parts=[*sections.studied(run.facts, catalogue.studies()), sections.provenance(run)],
+        parts=[*sections.studied(run.facts, catalogue.studies()), provenance.provenance(run)],
         models=len(colours(run.facts)),
     )
     return _replace(file, text)

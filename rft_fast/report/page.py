@@ -21,7 +21,7 @@ from .. import __version__
 from ..common.words import visible
 from ..figures import style
 from .drawing import Chart, Control, Key
-from .sections import Section
+from .shown import Section
 from .tables import Cell, Table
 
 

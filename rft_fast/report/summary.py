@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,7 @@ from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from .findings import findings
 from .phrases import MEASURES, images, span, tau
-
-if TYPE_CHECKING:
-    from ..catalogue import Study
+from .shown import Shown
 
 LEGEND = """\
 Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
@@ -26,7 +24,7 @@ the worst position is than the mean of the two ends. Mode, on out-of-distributio
 no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
 
 
-def report(facts: Facts, studies: Iterable[Study]) -> str:
+def report(facts: Facts, studies: Iterable[Shown]) -> str:
     """Format a section for each study, then the findings.
 
     Args:
@@ -42,7 +40,7 @@ def report(facts: Facts, studies: Iterable[Study]) -> str:
     return "\n".join([sections(facts, studies), *(["\nIn short", *lines] if lines else [])])
 
 
-def sections(facts: Facts, studies: Iterable[Study]) -> str:
+def sections(facts: Facts, studies: Iterable[Shown]) -> str:
     """Format a section for each study with results, and for those missing from a run of all studies."""
     lines = []
     for study in studies:

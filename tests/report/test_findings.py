@@ -20,8 +20,9 @@ from rft_fast import catalogue, figures, studies
 from rft_fast.common import words
 from rft_fast.common.fields import Tree
 from rft_fast.report import runs, summary
-from rft_fast.report.findings import Finding, findings, of_correlation, of_pruning
+from rft_fast.report.findings import findings, of_correlation, of_pruning
 from rft_fast.report.findings import verdict as verdict_of
+from rft_fast.report.shown import Finding
 from rft_fast.settings import Along, Layers, Sharpness
 from rft_fast.studies.facts import Facts, as_facts
 

@@ -44,11 +44,11 @@ class Halfway(Study):
         return ["", f"halfway: at most {100 * best:.1f} %"]
 
     def findings(self, facts: Any) -> Iterator[Any]:
-        from rft_fast.report.findings import Finding
+        from rft_fast.report.shown import Finding
 
         yield Finding("Halfway was measured.", self.name)
 
     def section(self, facts: Any) -> Any:
-        from rft_fast.report.sections import Section
+        from rft_fast.report.shown import Section
 
         return Section(self.name, "A toy", "Halfway there", "Accuracy at a few positions.")

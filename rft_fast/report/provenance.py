@@ -1,0 +1,131 @@
+"""What was run: the settings, models, images and cost of a run, and a few numbers for the top of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from ..common.words import duration, flat
+from ..config.recorded import shown_as
+from ..studies.verdicts import gains
+from . import tables
+from .runs import RunRead
+from .shown import Section
+from .tables import Cell, Table
+
+
+def provenance(run: RunRead) -> Section:
+    """Create the section on versions, settings and hashes, from ``config.json``."""
+    config = run.config
+    device = config.get("device_name") or config["settings"]["computed"]["device"] or ""
+    machine = f"{device}, {config.get('platform', '')}"
+    plain = {
+        "date": config["date"],
+        "machine": machine,
+        "versions": ", ".join(f"{name} {value}" for name, value in config["versions"].items()),
+        "architecture": config["arch"],
+    }
+    tabled = {
+        "command",
+        "zoo",
+        "arch",
+        "zeroshot",
+        "finetuned",
+        "data",
+        "device_name",
+        "run",
+        "platform",
+        *plain,
+    }
+    settings = plain | {
+        shown_as(names): in_line(value)
+        for outer, entry in config.items()
+        if outer not in tabled
+        for names, value in (flat({outer: entry}) if outer == "settings" else [((outer,), entry)])
+    }
+    models = [("zero-shot", config["zeroshot"]), *config["finetuned"].items()]
+    shown = [
+        Table(
+            "Settings",
+            ["setting", "value"],
+            [[Cell(a), Cell(str(b), None, "code")] for a, b in settings.items()],
+        ),
+        Table(
+            "Models",
+            ["model", "file", "SHA-256"],
+            [[Cell(name), *(_code(fact, key) for key in ("path", "sha256"))] for name, fact in models],
+        ),
+        Table(
+            "Images",
+            ["data set", "distribution", "n", "file", "SHA-256 of images and labels"],
+            [
+                [
+                    Cell(name),
+                    Cell("out of distribution" if fact.get("ood") else "in distribution"),
+                    tables.number(fact.get("samples"), ",.0f"),
+                    _code(fact, "path"),
+                    _code(fact, next((key for key in fact if key.startswith("sha256")), "sha256")),
+                ]
+                for name, fact in config["data"].items()
+            ],
+        ),
+    ]
+    if run.costs is not None:
+        shown.append(_cost(run.costs))
+    return Section(
+        "run",
+        "config.json",
+        "What was run",
+        "Enough to run it again: the request, what it ran on, and the contents of every input by their hash.",
+        tables=shown,
+    )
+
+
+def _code(fact: Mapping[str, Any], key: str) -> Cell:
+    return Cell(str(fact.get(key, "–")), None, "code")
+
+
+def in_line(value: Any) -> str:
+    """Format a value of ``config.json`` in one line."""
+    if isinstance(value, dict):
+        entries = (f"{name}: {in_line(inner)}" for name, inner in value.items() if inner is not None)
+        return "; ".join(entries) or "–"
+    if isinstance(value, list):
+        return ", ".join(map(in_line, value)) or "–"
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cost(costs: pd.DataFrame) -> Table:
+    rows = [
+        [
+            Cell(str(cost["study"])),
+            tables.number(cost["models"], ".0f"),
+            Cell(duration(cost["seconds"]), cost["seconds"]),
+            tables.number(cost["peak_memory"] / 2**30, ".1f"),
+        ]
+        for cost in costs.to_dict("records")
+    ]
+    return Table("What it took", ["study", "models", "time", "peak memory, GiB"], rows)
+
+
+def tiles(run: RunRead) -> list[tuple[str, str]]:
+    """Return the numbers at the top of the page, each with a caption."""
+    path = run.facts.path
+    far = path[path["ood"]]
+    images = path.drop_duplicates("dataset")["samples"].sum()
+    shown = [
+        (f"{path['model'].nunique()}", "fine-tuned models"),
+        (f"{path['dataset'].nunique()}", f"image sets, {far['dataset'].nunique()} out of distribution"),
+        (f"{images:,}", "images scored at every position"),
+        (f"{run.count:,}", "measurements"),
+    ]
+    if len(far):
+        clear = gains(far, run.facts.rows)["verdict"] == "gain"
+        shown.append((f"{clear.sum()} of {len(far)}", "paths with a gain whose interval is above 0"))
+    return shown
