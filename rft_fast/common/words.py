@@ -171,16 +171,3 @@ def flat(table: Mapping[str, Any], outer: tuple[str, ...] = ()) -> Iterator[tupl
             yield from flat(value, (*outer, key))
         else:
             yield (*outer, key), value
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
