@@ -62,9 +62,6 @@ def _names(help: str, name: str | None = None, whole: Any = once, **how: Any) ->
     return option(None, help, name=name, metavar="NAME", many="once", whole=whole, **how)
 
 
-# What decides whether two runs are the same is which images these come to.
-_IMAGES = {"comes to": "images"}
-
 ALPHAS = tuple(spaced("0:1:11"))
 
 
@@ -140,7 +137,7 @@ class Layers:
     data: tuple[str, ...] | None = _names(
         "data sets of layers and prune (default: the first out-of-distribution one)",
         "layer-data",
-        more=_IMAGES,
+        compared=False,
     )
     samples: int = option(
         1024,
@@ -148,7 +145,7 @@ class Layers:
         name="layer-samples",
         metavar="N",
         check=positive,
-        more=_IMAGES,
+        compared=False,
     )
     alphas: tuple[float, ...] = option(
         ALPHAS,
@@ -220,7 +217,7 @@ class Sharpness:
     data: tuple[str, ...] | None = _names(
         "data sets (default: the first in-distribution one, else the first)",
         "sharpness-data",
-        more=_IMAGES,
+        compared=False,
     )
     samples: int = option(
         1024,
@@ -228,7 +225,7 @@ class Sharpness:
         name="sharpness-samples",
         metavar="N",
         check=positive,
-        more=_IMAGES,
+        compared=False,
     )
     estimator: EstimatorChoice = option(
         "auto",

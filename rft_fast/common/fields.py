@@ -46,6 +46,8 @@ class Option:
         follows: the option whose value this one has where it is not given.
         off: help of the option ``--no-NAME``, which sets None; empty: there is none.
         own: why it may not stand in a zoo file; empty where it may.
+        compared: whether two runs are different where it differs; False where what it comes to is recorded
+            beside it, and compared instead.
         group: another than that of the class.
         more: what the program itself wants to know of the field.
     """
@@ -61,6 +63,7 @@ class Option:
     follows: str | None = None
     off: str = ""
     own: str = ""
+    compared: bool = True
     group: Group | None = None
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -157,11 +157,11 @@ class Builder:
                 values[name] = _of_json(table[entry.field])
         return self._made(values, {})
 
-    def option_of(self, names: Sequence[str]) -> str | None:
-        """The option that is recorded in an entry of ``config.json``, by all its names; None: none."""
-        for name, entry in self.entries.items():
+    def recorded(self, names: Sequence[str]) -> Entry | None:
+        """The option that an entry of ``config.json`` records, by all names of the entry; None: none."""
+        for entry in self.entries.values():
             if entry.group.place and (*entry.group.place, entry.field) == tuple(names):
-                return name
+                return entry
         return None
 
     def _made(self, values: Given, givers: Mapping[str, str]) -> Tree:

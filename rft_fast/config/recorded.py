@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..common.fields import Entry, Tree
+from ..common.fields import Tree
 from .settings import builder
 
-_SIGNS = {"alphas", "rhos", "general", "layerwise", "measured"}
+# What every flat configuration has.
+_FLAT = {"alphas", "control", "general", "graphs", "layerwise", "mask_seeds", "measured", "rhos"}
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
         config: of a sweep of any version; others are returned as they are.
     """
     if "settings" not in config:
-        if not config.keys() >= _SIGNS:
+        if not config.keys() >= _FLAT:
             return dict(config)
         config = _nested(config)
     options = builder()
@@ -30,26 +31,16 @@ def tree_of(config: Mapping[str, Any]) -> Tree:
     return builder().of_json(config)
 
 
-def option_of(names: Sequence[str]) -> str | None:
-    """The option that an entry records, by all names of the entry; None: none."""
-    return builder().option_of(names)
-
-
 def shown_as(names: Sequence[str], between: str = " › ") -> str:
     """What people know an entry by: its option, or else all its names."""
-    option = option_of(names)
-    return between.join(names) if option is None else f"--{option}"
+    entry = builder().recorded(names)
+    return between.join(names) if entry is None else f"--{entry.name}"
 
 
-def counts_elsewhere(names: Sequence[str]) -> bool:
-    """Whether an entry only says how another one came about, which counts instead."""
-    entry = _entry(names)
-    return entry is not None and bool(entry.option.more.get("comes to"))
-
-
-def _entry(names: Sequence[str]) -> Entry | None:
-    option = option_of(names)
-    return None if option is None else builder().entries[option]
+def is_compared(names: Sequence[str]) -> bool:
+    """Whether an entry decides if two runs are the same (:attr:`rft_fast.common.fields.Option.compared`)."""
+    entry = builder().recorded(names)
+    return entry is None or entry.option.compared
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common import disk, words
-from ..config.recorded import counts_elsewhere, shown_as
+from ..config.recorded import is_compared, shown_as
 from ..names import STUDIES
 from . import database
 from .errors import Mismatch
@@ -38,7 +38,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
 
     def aside(names: tuple[str, ...]) -> bool:
-        return names in ASIDE or names[0] in DERIVED or names[-1] == "path" or counts_elsewhere(names)
+        return names in ASIDE or names[0] in DERIVED or names[-1] == "path" or not is_compared(names)
 
     return words.differences(plain(there), plain(now), aside, lambda names: shown_as(names, "."))
 
