@@ -96,6 +96,26 @@ def test_no_module_leads_back_to_itself() -> None:
     assert circles(arrows(ROOT)) == []
 
 
+def test_no_package_leads_back_to_itself() -> None:
+    found: dict[str, set[str]] = {}
+    for module, others in arrows(ROOT).items():
+        if module not in ("rft_fast", *commands()):  # a command may know all packages
+            own = first_package(module)
+            found.setdefault(own, set()).update(
+                {first_package(other) for other in others} - {own, "rft_fast"}
+            )
+    assert [group for group in circles(found) if UNDER_WAY not in group] == []
+
+
+def commands() -> list[str]:
+    return [module for module in modules(ROOT) if module.endswith(".__main__")]
+
+
+def first_package(module: str) -> str:
+    """The package or module of rft_fast that it is in."""
+    return ".".join(module.split(".")[:2])
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
