@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.wording import refused
 from torch import nn
 
 from rft_fast import checkpoints
@@ -120,32 +121,28 @@ def test_sha256(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)
     (tmp_path / "a").write_bytes(content)
     assert checkpoints.sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
-    with pytest.raises(ValueError, match=r"^sha256: there is no file"):
+    with refused(ValueError, "sha256"):
         checkpoints.sha256(tmp_path / "b")
 
 
-def refused(file: Path, *words: str) -> str:
-    with pytest.raises(ValueError) as caught:
+def not_loaded(file: Path, *facts: str) -> str:
+    with refused(ValueError, file.name, *facts) as caught:
         checkpoints.load(file)
-    message = str(caught.value)
-    assert message.startswith("load: ") and file.name in message
-    for word in words:
-        assert word in message, message
-    return message
+    return str(caught.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    refused(tmp_path / "missing.pt", "no file")
-    refused(tmp_path, "directory")
+    not_loaded(tmp_path / "missing.pt")
+    not_loaded(tmp_path)
     (tmp_path / "empty.safetensors").touch()
-    refused(tmp_path / "empty.safetensors", "empty")
+    not_loaded(tmp_path / "empty.safetensors")
     (tmp_path / "notes.pt").write_text("these are not the weights you are looking for")
-    refused(tmp_path / "notes.pt", "text file", "these are not")
+    not_loaded(tmp_path / "notes.pt")
     (tmp_path / "noise.pt").write_bytes(b"\x01\xff\x00\x02" * 9)
-    refused(tmp_path / "noise.pt", "no known format", "safetensors", "torch.save")
+    not_loaded(tmp_path / "noise.pt", "torch.save")
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("a/b.txt", "hello")
-    refused(tmp_path / "images.zip", "not of torch.save")
+    not_loaded(tmp_path / "images.zip", "torch.save")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 605143316\n"
@@ -154,52 +151,51 @@ INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "m-1-of-2.bin", "b": "m-
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors", "bin"])
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        (LFS, ["Git LFS", "605,143,316", "git lfs pull"]),
-        (b"\xef\xbb\xbf" + LFS, ["Git LFS"]),
-        (b"/annex/objects/SHA256E-s605--1.pt\n", ["git-annex"]),
-        (b"<!DOCTYPE html><html><title>Sign in</title>", ["web page", "ownload"]),
-        (b"\n  <HTML lang='en'>", ["web page"]),
-        (b"<!-- cached --><html>", ["web page"]),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", ["web page"]),
-        (INDEX, ["index", "2 files", "m-1-of-2.bin", "max_shard_size"]),
-        (b'{"mode":{"a":1}}', ["JSON"]),  # its ninth byte is that of a safetensors file
-        (b'{"error": "Repository not found\\u001b[2J"}', ["server", "Repository not found"]),
-        (b'{"a":' * 5000, ["JSON"]),
-        ("<!DOCTYPE html>".encode("utf-16"), ["web page"]),
-        (b"<center>403 Forbidden</center>", ["web page"]),
-        (b"# xet version 0\nfilesize = 12\n", ["Xet"]),
-        (b"outs:\n- md5: abc\n", ["dvc pull"]),
-        (b"\x08\x07\x12\x07pytorch\x1a" + bytes(99), ["ONNX"]),
-        (b"\x82\xa6params\x81\xa1a\x01", ["Flax"]),
-        (b"GGUF\x03\x00\x00\x00" + bytes(64), ["GGUF", "quantised"]),
-        (b"\x1f\x8b\x08\x00" + bytes(range(99)), ["gzip", "npack"]),
-        (b"\x89HDF\r\n\x1a\n" + bytes(99), ["HDF5"]),
-        (b"\x93NUMPY\x01\x00v\x00{'descr'", ["NumPy"]),
-        (b"model.pt" + bytes(249) + b"ustar\x00" + bytes(255), ["tar", "npack"]),
-        (bytes(4096), ["zero bytes", "ownload"]),
-        ("weights \u00fc\u00df are elsewhere".encode("utf-16"), ["text file"]),
-        (b"(dp0\nS'a'\n", ["protocol 0 or 1"]),
-        (b"}q\x00X\x01\x00\x00\x00aq\x01K\x01s.", ["protocol 0 or 1"]),
+        LFS,
+        b"\xef\xbb\xbf" + LFS,
+        b"/annex/objects/SHA256E-s605--1.pt\n",
+        b"<!DOCTYPE html><html><title>Sign in</title>",
+        b"\n  <HTML lang='en'>",
+        b"<!-- cached --><html>",
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        INDEX,
+        b'{"mode":{"a":1}}',  # its ninth byte is that of a safetensors file
+        b'{"error": "Repository not found\\u001b[2J"}',
+        b'{"a":' * 5000,
+        "<!DOCTYPE html>".encode("utf-16"),
+        b"<center>403 Forbidden</center>",
+        b"# xet version 0\nfilesize = 12\n",
+        b"outs:\n- md5: abc\n",
+        b"\x08\x07\x12\x07pytorch\x1a" + bytes(99),
+        b"\x82\xa6params\x81\xa1a\x01",
+        b"GGUF\x03\x00\x00\x00" + bytes(64),
+        b"\x1f\x8b\x08\x00" + bytes(range(99)),
+        b"\x89HDF\r\n\x1a\n" + bytes(99),
+        b"\x93NUMPY\x01\x00v\x00{'descr'",
+        b"model.pt" + bytes(249) + b"ustar\x00" + bytes(255),
+        bytes(4096),
+        "weights \u00fc\u00df are elsewhere".encode("utf-16"),
+        b"(dp0\nS'a'\n",
+        b"}q\x00X\x01\x00\x00\x00aq\x01K\x01s.",
     ],
-)  # fmt: skip
-def test_files_of_other_kinds_are_named(
-    tmp_path: Path, content: bytes, words: list[str], ending: str
-) -> None:
+    ids=range(26),
+)
+def test_files_of_other_kinds_are_named(tmp_path: Path, content: bytes, ending: str) -> None:
     (tmp_path / f"a.{ending}").write_bytes(content)
-    assert refused(tmp_path / f"a.{ending}", *words).isprintable()
+    assert not_loaded(tmp_path / f"a.{ending}").isprintable()
 
 
 @pytest.mark.parametrize(
-    ("names", "word"),
-    [(["a.npy", "b.npy"], "npz"), (["x/model.pt"], "model.pt"), (["word/a.xml"], "torch.save")],
+    ("names", "facts"),
+    [(["a.npy", "b.npy"], ""), (["x/model.pt"], "model.pt"), (["word/a.xml"], "torch.save")],
 )
-def test_zip_files_of_other_kinds_are_named(tmp_path: Path, names: list[str], word: str) -> None:
+def test_zip_files_of_other_kinds_are_named(tmp_path: Path, names: list[str], facts: str) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         for name in names:
             archive.writestr(name, b"1")
-    refused(tmp_path / "a.pt", word)
+    not_loaded(tmp_path / "a.pt", *facts.split())
 
 
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.3, 0.7, 0.999])
@@ -209,7 +205,7 @@ def test_truncated_files(tmp_path: Path, share: float) -> None:
         write({"visual.proj": torch.randn(64, 64)}, file)
         content = file.read_bytes()
         file.write_bytes(content[: max(1, int(len(content) * share))])
-        refused(file)
+        not_loaded(file)
 
 
 class Hostile:
@@ -226,18 +222,18 @@ def test_pickles_that_run_something_run_nothing(tmp_path: Path, protocol: int) -
     marker = tmp_path / "marker"
     hostile = {"visual.proj": torch.ones(2), "classification_head.weight": Hostile(marker)}
     torch.save(hostile, tmp_path / "zip.pt", pickle_protocol=protocol)
-    refused(tmp_path / "zip.pt", "posix.system", "Nothing was executed", "state_dict()")
+    not_loaded(tmp_path / "zip.pt", "posix.system", "state_dict")
     torch.save(
         hostile,
         tmp_path / "old.pt",
         pickle_protocol=protocol,
         _use_new_zipfile_serialization=False,
     )
-    refused(tmp_path / "old.pt", "posix.system", "Nothing was executed")
+    not_loaded(tmp_path / "old.pt", "posix.system")
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps([Hostile(marker)], protocol=protocol))
-    refused(tmp_path / "bare.pkl", "posix.system", "Nothing was executed")
+    not_loaded(tmp_path / "bare.pkl", "posix.system")
     torch.save({"state_dict": hostile, "epoch": 1}, tmp_path / "wrapped.pt")
-    refused(tmp_path / "wrapped.pt", "posix.system")
+    not_loaded(tmp_path / "wrapped.pt", "posix.system")
     assert not marker.exists()
 
 
@@ -251,9 +247,9 @@ def test_a_module_of_torch_is_read(tmp_path: Path) -> None:
 
 def test_pickle_that_claims_huge_sizes(tmp_path: Path) -> None:
     (tmp_path / "huge.pkl").write_bytes(b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b"x")
-    refused(tmp_path / "huge.pkl", "truncated", "nothing was executed")
+    not_loaded(tmp_path / "huge.pkl")
     (tmp_path / "memo.pkl").write_bytes(b"\x80\x04Nr" + (1 << 31).to_bytes(4, "little") + b".")
-    refused(tmp_path / "memo.pkl", "holds a NoneType")
+    not_loaded(tmp_path / "memo.pkl", "NoneType")
 
 
 def test_torchscript_archive_without_content(tmp_path: Path) -> None:
@@ -261,7 +257,7 @@ def test_torchscript_archive_without_content(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         for entry in ("data.pkl", "constants.pkl", "code/__torch__.py"):
             archive.writestr(f"model/{entry}", b"")
-    refused(file, "truncated", "nothing was executed")
+    not_loaded(file)
 
 
 def rewritten(file: Path, change: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
@@ -276,36 +272,36 @@ def rewritten(file: Path, change: dict[str, bytes], compression: int = zipfile.Z
 
 def test_tampered_archives(tmp_path: Path) -> None:
     torch.save({"visual.proj": torch.zeros(1000)}, tmp_path / "a.pt")
-    refused(rewritten(tmp_path / "a.pt", {}, zipfile.ZIP_DEFLATED), "compressed")
-    refused(rewritten(tmp_path / "a.pt", {"data/0": b"short"}), "nothing was executed")
-    refused(rewritten(tmp_path / "a.pt", {"data.pkl": b"garbage"}), "nothing was executed")
+    not_loaded(rewritten(tmp_path / "a.pt", {}, zipfile.ZIP_DEFLATED))
+    not_loaded(rewritten(tmp_path / "a.pt", {"data/0": b"short"}))
+    not_loaded(rewritten(tmp_path / "a.pt", {"data.pkl": b"garbage"}))
 
 
 def test_a_shape_beyond_what_is_stored(tmp_path: Path) -> None:
     torch.save({"visual.proj": torch.zeros(1).expand(1 << 40)}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "visual.proj", "4 bytes")
+    not_loaded(tmp_path / "a.pt", "visual.proj", "4")
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_holds_more_than_tensors(tmp_path: Path) -> None:
     cases = {
-        "plain": ({**STATE, "temperature": 0.1, "note": "x"}, ("'temperature' (float)", "'note'")),
-        "number_name": ({3: torch.ones(1)}, ("3 (Tensor)",)),
-        "ema": ({"state_dict": STATE, "state_dict_ema": STATE}, ("state_dict_ema",)),
-        "inner": ({"state_dict": {"a": 1}}, ("'a' (int)",)),
-        "tensor": (torch.ones(3), ("holds a Tensor",)),
-        "nothing": ({}, ("no tensors",)),
-        "sparse": ({"visual.proj": torch.eye(3).to_sparse()}, ("visual.proj", "dense")),
+        "plain": ({**STATE, "temperature": 0.1, "note": "x"}, "temperature note"),
+        "number_name": ({3: torch.ones(1)}, "3"),
+        "ema": ({"state_dict": STATE, "state_dict_ema": STATE}, "state_dict_ema"),
+        "inner": ({"state_dict": {"a": 1}}, "a"),
+        "tensor": (torch.ones(3), ""),
+        "nothing": ({}, ""),
+        "sparse": ({"visual.proj": torch.eye(3).to_sparse()}, "visual.proj"),
     }
-    for name, (content, words) in cases.items():
+    for name, (content, facts) in cases.items():
         torch.save(content, tmp_path / f"{name}.pt")
-        refused(tmp_path / f"{name}.pt", *words)
+        not_loaded(tmp_path / f"{name}.pt", *facts.split())
 
 
 def test_names_that_collide(tmp_path: Path) -> None:
     state = {"visual.proj": torch.ones(1), "model.visual.proj": torch.zeros(1)}
     save_file(state, tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", "'model.visual.proj'", "'visual.proj'")
+    not_loaded(tmp_path / "a.safetensors", "model.visual.proj", "visual.proj")
 
 
 def test_unmerged_adapters_are_named(tmp_path: Path) -> None:
@@ -319,4 +315,4 @@ def test_unmerged_adapters_are_named(tmp_path: Path) -> None:
     (adapter,) = checkpoints.read(tmp_path / "adapter_model.safetensors").notes
     assert "LoRA" in adapter and "merge" in adapter and f"{q}lora_A.weight" in adapter
     assert "remove_weight_norm" in "".join(checkpoints.read(tmp_path / "b").notes)
-    refused(tmp_path / "c", "LoRA", "merge")
+    not_loaded(tmp_path / "c", "LoRA")

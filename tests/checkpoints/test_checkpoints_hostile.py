@@ -29,6 +29,7 @@ from support.tiny_pickles import (
     rebuilt,
     text,
 )
+from support.wording import refused
 from torch import nn
 
 from rft_fast import checkpoints
@@ -42,18 +43,14 @@ def canary(tmp_path: Path) -> Iterator[Path]:
     assert not file.exists(), "code in a file ran"
 
 
-def refused(file: Path, *words: str) -> str:
+def not_loaded(file: Path, *facts: str) -> str:
     """With no more than a gigabyte of memory, and not after hours."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, file.name, *facts) as caught:
         checkpoints.load(file)
     assert time.process_time() - start < 60  # of CPU: most take a hundredth of a second
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
-    message = str(caught.value)
-    assert message.startswith("load: ") and file.name in message
-    for word in words:
-        assert word in message, message
-    return message
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("how", calls(""))
@@ -63,7 +60,7 @@ def test_calls_are_refused_by_name_in_every_container(
 ) -> None:
     file = tmp_path / "a.pt"
     file.write_bytes(CONTAINERS[container](calls(f"touch {canary}")[how]))
-    refused(file, "os.system", "Nothing was executed")
+    not_loaded(file, "os.system")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +81,7 @@ def test_what_else_is_not_called(tmp_path: Path, name: str, protocol: int) -> No
         f"c{module}\n{function}\n".encode() if protocol == 2 else text(module) + text(function) + b"\x93"
     )
     (tmp_path / "a.pt").write_bytes(b"\x80" + bytes([protocol]) + imported + text("x") + b"\x85R.")
-    refused(tmp_path / "a.pt", f"asks to call {name} ")
+    not_loaded(tmp_path / "a.pt", name)
 
 
 class Builds:
@@ -130,53 +127,54 @@ def test_functions_that_are_only_kept_are_inert(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(module))
     assert checkpoints.load(tmp_path / "a.pkl").keys() == {"weight", "bias"}
     (tmp_path / "b.pkl").write_bytes(pickle.dumps({"visual.proj": os.system}))
-    refused(tmp_path / "b.pkl", "'visual.proj' (posix.system)")
+    not_loaded(tmp_path / "b.pkl", "visual.proj", "posix.system")
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + text("os\x1b[2J") + text("sys\ntem") + b"\x93)R.")
-    message = refused(tmp_path / "a.pkl", "asks to call os??2J.sys?tem")
+    message = not_loaded(tmp_path / "a.pkl", "os??2J.sys?tem")
     assert "\x1b" not in message and "\n" not in message
     for name in ("visual.\x1b[2J", "visual.\ud800", "x" * 2000):
         torch.save({name: torch.ones(1)}, tmp_path / "b.pt")
-        assert refused(tmp_path / "b.pt", "no name").isprintable()
+        assert not_loaded(tmp_path / "b.pt").isprintable()
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        (b"\x80\x02\x82\x01.", "EXT1"),
-        (b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b"x.", "damaged or truncated"),
-        (b"\x80\x05\x96" + struct.pack("<Q", 1) + b"x.", "holds a bytes"),
-        (b"\x80\x05\x97.", "NEXT_BUFFER"),
-        (b"\x80\x02" + text("x") + b"Q.", "outside of its pickle"),
-        (b"\x80\x02Px\n.", "outside of its pickle"),
-        (b"\x80\x02h\x05.", "never stored"),
-        (b"\x80\x02R.", "damaged"),
-        (b"\x80\x02t.", "damaged"),
-        (b"\x80\x02\x85.", "damaged"),
-        (b"\x80\x02}(Nu.", "no value"),
-        (b"\x80\x02}]Ns.", "is used as a key"),
-        (b"\x80\x02K\x01Na.", "appends to a int"),
-        (b"\x80\x02K\x01K\x01K\x01s.", "sets items of a int"),
-        (b"\x80\x02K\x01}b.", "sets the state of a int"),
-        (b"\x80\x02K\x01)\x81.", "object of int"),
-        (b"\x80\x04K\x01K\x01\x93.", "no name"),
-        (b"\x80\x02cos\nsystem\n.", "holds a os.system"),
-        (b"\x80\x02ctorch.nn\nModule\n)\x81.", "no torch module"),
-        (b"\x80\x02c" + b"x" * 100_000, "damaged"),
-        (b"\x80\x02}I" + b"9" * 10_000 + b"\nNs.", "damaged"),
-        (b"\x80\x02}\x8b" + struct.pack("<i", 5000) + b"\x11" * 5000 + b"Ns.", "too large a number"),
-        (load_from_bytes(b"hello"), "damaged"),
-        (load_from_bytes(in_zip(b"\x80\x02}.")), "damaged"),
-        (load_from_bytes(load_from_bytes(b"")), "deeper"),
-        (load_from_bytes(LEGACY + LITTLE + b"\x80\x02K\x01.\x80\x02]."), "something other than numbers"),
-        (load_from_bytes(pickle.dumps(1)), "torch's own format"),
+        b"\x80\x02\x82\x01.",
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 60) + b"x.",
+        b"\x80\x05\x96" + struct.pack("<Q", 1) + b"x.",
+        b"\x80\x05\x97.",
+        b"\x80\x02" + text("x") + b"Q.",
+        b"\x80\x02Px\n.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02R.",
+        b"\x80\x02t.",
+        b"\x80\x02\x85.",
+        b"\x80\x02}(Nu.",
+        b"\x80\x02}]Ns.",
+        b"\x80\x02K\x01Na.",
+        b"\x80\x02K\x01K\x01K\x01s.",
+        b"\x80\x02K\x01}b.",
+        b"\x80\x02K\x01)\x81.",
+        b"\x80\x04K\x01K\x01\x93.",
+        b"\x80\x02cos\nsystem\n.",
+        b"\x80\x02ctorch.nn\nModule\n)\x81.",
+        b"\x80\x02c" + b"x" * 100_000,
+        b"\x80\x02}I" + b"9" * 10_000 + b"\nNs.",
+        b"\x80\x02}\x8b" + struct.pack("<i", 5000) + b"\x11" * 5000 + b"Ns.",
+        load_from_bytes(b"hello"),
+        load_from_bytes(in_zip(b"\x80\x02}.")),
+        load_from_bytes(load_from_bytes(b"")),
+        load_from_bytes(LEGACY + LITTLE + b"\x80\x02K\x01.\x80\x02]."),
+        load_from_bytes(pickle.dumps(1)),
     ],
+    ids=range(27),
 )
-def test_damaged_and_odd_pickles(tmp_path: Path, content: bytes, words: str) -> None:
+def test_damaged_and_odd_pickles(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
-    refused(tmp_path / "a.pt", words)
+    not_loaded(tmp_path / "a.pt")
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -195,29 +193,29 @@ def test_claimed_sizes(tmp_path: Path, size: int) -> None:
     }
     for name, content in cases.items():
         (tmp_path / f"{name}.pt").write_bytes(content)
-        refused(tmp_path / f"{name}.pt", "visual.proj" if "claims shape" in name else name)
+        not_loaded(tmp_path / f"{name}.pt", "visual.proj" if "claims shape" in name else name)
 
 
 @pytest.mark.parametrize(
-    ("offset", "size", "stride", "words"),
+    ("offset", "size", "stride"),
     [
-        (1, (4,), (1,), "goes beyond its storage"),
-        (0, (2, 2), (3, 1), "goes beyond its storage"),
-        (0, (5,), (0,), "claims shape (5,) but stores only 16 bytes"),
-        (0, (2,), (-1,), "natural number"),
-        (0, (2,), (1, 1), "do not fit"),
-        (0, (True,), (1,), "natural number"),
-        (0, (1,) * 100, (1,) * 100, "claims shape"),
-        (0, (1,) * 3, ("x",) * 3, "natural number"),
+        (1, (4,), (1,)),
+        (0, (2, 2), (3, 1)),
+        (0, (5,), (0,)),
+        (0, (2,), (-1,)),
+        (0, (2,), (1, 1)),
+        (0, (True,), (1,)),
+        (0, (1,) * 100, (1,) * 100),
+        (0, (1,) * 3, ("x",) * 3),
     ],
 )
 def test_tensors_that_leave_their_storage(
-    tmp_path: Path, offset: int, size: tuple[int, ...], stride: tuple[Any, ...], words: str
+    tmp_path: Path, offset: int, size: tuple[int, ...], stride: tuple[Any, ...]
 ) -> None:
     (tmp_path / "a.pt").write_bytes(
         in_zip(rebuilt(identity(4), offset, size, stride), **{"data/0": bytes(16)})
     )
-    refused(tmp_path / "a.pt", words)
+    not_loaded(tmp_path / "a.pt")
 
 
 def test_old_files_that_claim_more_than_they_have(tmp_path: Path) -> None:
@@ -227,23 +225,23 @@ def test_old_files_that_claim_more_than_they_have(tmp_path: Path) -> None:
         return LEGACY + LITTLE + body + pickle.dumps(list(keys), 2) + struct.pack("<q", stored) + data
 
     cases = {
-        "missing": (old(4, 4, bytes(15)), "1 bytes of tensors are missing"),
-        "huge": (old(2**60, 2**60, bytes(16)), "truncated"),
-        "other": (old(4, 5, bytes(20)), "not as large"),
-        "negative": (old(4, -4, bytes(16)), "not as large"),
-        "no_key": (old(4, 4, bytes(16), ()), "lists other storages"),
-        "other_key": (old(4, 4, bytes(16), ("1",)), "lists other storages"),
+        "missing": old(4, 4, bytes(15)),
+        "huge": old(2**60, 2**60, bytes(16)),
+        "other": old(4, 5, bytes(20)),
+        "negative": old(4, -4, bytes(16)),
+        "no_key": old(4, 4, bytes(16), ()),
+        "other_key": old(4, 4, bytes(16), ("1",)),
     }
-    for name, (content, words) in cases.items():
+    for name, content in cases.items():
         (tmp_path / f"{name}.pt").write_bytes(content)
-        refused(tmp_path / f"{name}.pt", words)
+        not_loaded(tmp_path / f"{name}.pt")
     twice = (
         rebuilt(identity(4)[:-2] + b"NtQ", 0, (1,), (1,))[:-2] + text("b") + identity(5)[:-2] + b"NtQ" + b"u."
     )
     (tmp_path / "twice.pt").write_bytes(
         LEGACY + LITTLE + twice.replace(b"\x80\x02}", b"\x80\x02}(", 1) + b"\x80\x02]."
     )
-    refused(tmp_path / "twice.pt", "twice, differently")
+    not_loaded(tmp_path / "twice.pt")
 
 
 def foreign(kind: str, key: bytes, count: int = 4) -> bytes:
@@ -251,20 +249,20 @@ def foreign(kind: str, key: bytes, count: int = 4) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("pid", "words"),
+    ("pid", "facts"),
     [
-        (text("storage"), "unknown way"),
-        (b"(" + text("module") + text("os") + b"NNt", "unknown way"),
+        (text("storage"), ""),
+        (b"(" + text("module") + text("os") + b"NNt", ""),
         (foreign("os\nsystem", text("0")), "os.system"),
         (foreign("torch\nQInt8Storage", text("0")), "QInt8Storage"),
-        (foreign("torch\nFloatStorage", text("../../etc/passwd")), "no entry"),
-        (foreign("torch\nFloatStorage", b"K\x01"), "no name"),
-        (foreign("torch\nFloatStorage", text("0"), 5), "claims 20 bytes"),
+        (foreign("torch\nFloatStorage", text("../../etc/passwd")), ""),
+        (foreign("torch\nFloatStorage", b"K\x01"), ""),
+        (foreign("torch\nFloatStorage", text("0"), 5), "20"),
     ],
 )
-def test_persistent_ids(tmp_path: Path, pid: bytes, words: str) -> None:
+def test_persistent_ids(tmp_path: Path, pid: bytes, facts: str) -> None:
     (tmp_path / "a.pt").write_bytes(in_zip(b"\x80\x02" + pid + b"Q.", **{"data/0": bytes(16)}))
-    refused(tmp_path / "a.pt", words)
+    not_loaded(tmp_path / "a.pt", *facts.split())
 
 
 # --- truncation and noise -------------------------------------------------------------------------
@@ -304,12 +302,13 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
     whole, file = (tmp_path / "whole.safetensors").read_bytes(), tmp_path / "a.safetensors"
     for length in range(1, len(whole)):
         file.write_bytes(whole[:length])
-        refused(file)
+        with pytest.raises(ValueError, match=r"^load: "):
+            checkpoints.load(file)
     file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    refused(file)
+    not_loaded(file)
     header = b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4]}}'
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    refused(file)
+    not_loaded(file)
 
 
 @pytest.mark.parametrize("how", samples())
@@ -338,17 +337,17 @@ def test_zip_bombs_and_their_like(tmp_path: Path) -> None:
     file = tmp_path / "a.pt"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", bytes(1 << 24))
-    refused(file, "compressed")
+    not_loaded(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/data.pkl", rebuilt(identity(1 << 22), 0, (1 << 22,), (1,)))
         archive.writestr("a/data/0", bytes(1 << 24), zipfile.ZIP_DEFLATED)
-    refused(file, "compressed")
+    not_loaded(file)
     with zipfile.ZipFile(file, "w") as archive:  # code of a TorchScript archive is compressed, and read
         archive.writestr("a/data.pkl", b"\x80\x02c__torch__\nM\n)\x81.")
         archive.writestr("a/constants.pkl", b"\x80\x02).")
         for name in "ab":
             archive.writestr(f"a/code/{name}.py", bytes(10 << 20), zipfile.ZIP_DEFLATED)
-    refused(file, "more than 16 MiB of code")
+    not_loaded(file, "16", "MiB")
     whole = in_zip(rebuilt(identity(4), 0, (4,), (1,)), **{"data/0": bytes(16)})
     for name, change in {
         "entry sizes": lambda entry: (
@@ -364,7 +363,7 @@ def test_zip_bombs_and_their_like(tmp_path: Path) -> None:
             archive.writestr("a/data.pkl", rebuilt(identity(4), 0, (4,), (1,)))
             archive.writestr("a/data/0", bytes(16))
             change(archive.infolist()[1])  # the directory at the end is written on closing
-        refused(file)
+        not_loaded(file)
 
 
 def test_two_entries_of_one_name_and_two_archives(tmp_path: Path) -> None:
@@ -373,11 +372,11 @@ def test_two_entries_of_one_name_and_two_archives(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
             archive.writestr("a/data.pkl", b"\x80\x02}.")
             archive.writestr("a/data.pkl", b"\x80\x02}.")
-    refused(tmp_path / "a.pt", "several entries of one name")
+    not_loaded(tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
         archive.writestr("b/data.pkl", b"\x80\x02}.")
-    refused(tmp_path / "b.pt", "not of torch.save")
+    not_loaded(tmp_path / "b.pt", "torch.save")
 
 
 def test_nothing_is_unpacked(tmp_path: Path) -> None:
@@ -394,10 +393,10 @@ def test_nothing_is_unpacked(tmp_path: Path) -> None:
 def test_a_big_endian_machine(tmp_path: Path) -> None:
     whole = in_zip(rebuilt(identity(4), 0, (4,), (1,)), **{"data/0": bytes(16), "byteorder": b"big"})
     (tmp_path / "a.pt").write_bytes(whole)
-    refused(tmp_path / "a.pt", "big-endian")
+    not_loaded(tmp_path / "a.pt")
     sizes = pickle.dumps({"little_endian": False}, 2)
     (tmp_path / "b.pt").write_bytes(LEGACY + sizes + b"\x80\x02}.\x80\x02].")
-    refused(tmp_path / "b.pt", "big-endian")
+    not_loaded(tmp_path / "b.pt")
 
 
 BOMBS = {
@@ -426,13 +425,13 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs(tmp_path: Path, bomb: str) -> None:
     (tmp_path / "a.pt").write_bytes(BOMBS[bomb])
-    refused(tmp_path / "a.pt")
+    not_loaded(tmp_path / "a.pt")
 
 
 def test_more_steps_than_any_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opcodes, "MOST_OPCODES", 50_000)
     (tmp_path / "a.pt").write_bytes(b"\x80\x02" + b"N0" * 30_000 + b"N.")
-    refused(tmp_path / "a.pt", "more than 50,000 steps")
+    not_loaded(tmp_path / "a.pt", "50,000")
 
 
 def modules(*body: bytes) -> bytes:
@@ -459,7 +458,7 @@ def test_modules_without_end(tmp_path: Path) -> None:
     wide += module(b"}(" + b"".join(text(f"m{i}") + b"h\x01" for i in range(3_000)) + b"u")
     for name, content in {"doubled": doubled, "itself": itself, "wide": wide}.items():
         (tmp_path / name).write_bytes(modules(content))
-        refused(tmp_path / name, "without end")
+        not_loaded(tmp_path / name)
 
 
 def test_many_copies_of_one_storage(tmp_path: Path) -> None:
@@ -467,7 +466,7 @@ def test_many_copies_of_one_storage(tmp_path: Path) -> None:
     base = torch.zeros(1000, 1000)
     state = {f"visual.{i}": base[:, i:].t() for i in range(200)}
     torch.save(state, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "unfold to more than its size")
+    not_loaded(tmp_path / "a.pt")
 
 
 def test_the_hand_written_pickles_are_what_they_seem(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
+from support.wording import command_refused, refused, said
 from torch import Tensor, nn
 
 from rft_fast import checkpoints
@@ -69,18 +70,18 @@ def test_load_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "facts"),
     [
-        ({"visual.proj": torch.ones(2)}, "has no head"),
-        ({"bias": torch.ones(2)}, "has no head"),
-        ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "visual.proj": torch.ones(2)}, "has no head"),
-        ({"weight": torch.ones(2)}, r"weight \[2\]"),
-        ({"weight": torch.ones(2, 3), "bias": torch.ones(3)}, r"bias \[3\]"),
+        ({"visual.proj": torch.ones(2)}, ""),
+        ({"bias": torch.ones(2)}, ""),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "visual.proj": torch.ones(2)}, ""),
+        ({"weight": torch.ones(2)}, "[2]"),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(3)}, "[3]"),
     ],
 )
-def test_files_without_a_head(tmp_path: Path, content: State, words: str) -> None:
+def test_files_without_a_head(tmp_path: Path, content: State, facts: str) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=rf"^load_head: .*{words}"):
+    with refused(ValueError, "load_head", *facts.split()):
         checkpoints.load_head(tmp_path / "a.pt")
 
 
@@ -103,7 +104,7 @@ def test_lineage_of_two(tmp_path: Path) -> None:
     assert math.isclose(lineage.distance, float((y - x).norm()), rel_tol=1e-12)
     assert math.isclose(lineage.relative, float((y - x).norm() / x.norm()), rel_tol=1e-12)
     assert math.isclose(lineage.cosine, float(nn.functional.cosine_similarity(x, y, dim=0)), rel_tol=1e-12)
-    assert "can be the ends of one path" in str(lineage) and "positional_embedding" in str(lineage)
+    said(str(lineage), "positional_embedding")
 
 
 def test_lineage_of_one(tmp_path: Path) -> None:
@@ -169,28 +170,26 @@ def test_two_activations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "facts"),
     [
-        (lambda s: {"other": torch.ones(2)}, "they share nothing"),
-        (lambda s: {n: t for n, t in s.items() if "visual" not in n}, "share no image tower"),
+        (lambda s: {"other": torch.ones(2)}, ()),
+        (lambda s: {n: t for n, t in s.items() if "visual" not in n}, ()),
         (
             lambda s: {n: t for n, t in s.items() if "proj" not in n},
-            "3 tensors of the image tower are in one",
+            ("3",),
         ),
-        (lambda s: state(0, classes=7), "heads are for 4 and 7 classes"),
-        (lambda s: {**s, "model.visual.proj": torch.ones(6, 4)}, r"visual.proj \[6, 5\] and \[6, 4\]"),
-        (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).double()}, "other than float32"),
-        (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).long()}, "of another kind"),
-        (lambda s: {**s, "model.visual.steps": torch.tensor(0, dtype=torch.int32)}, "of another kind"),
-        (lambda s: {**s, "model.visual.proj": torch.full((6, 5), torch.nan)}, "NaN or infinity"),
+        (lambda s: state(0, classes=7), ("4", "7")),
+        (lambda s: {**s, "model.visual.proj": torch.ones(6, 4)}, ("visual.proj", "[6, 5]", "[6, 4]")),
+        (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).double()}, ("float32",)),
+        (lambda s: {**s, "model.visual.proj": torch.ones(6, 5).long()}, ()),
+        (lambda s: {**s, "model.visual.steps": torch.tensor(0, dtype=torch.int32)}, ()),
+        (lambda s: {**s, "model.visual.proj": torch.full((6, 5), torch.nan)}, ("NaN",)),
     ],
 )
-def test_what_no_path_can_join(tmp_path: Path, change: Any, words: str) -> None:
+def test_what_no_path_can_join(tmp_path: Path, change: Any, facts: tuple[str, ...]) -> None:
     lineage = checkpoints.compare(wrote(tmp_path, "a", state()), wrote(tmp_path, "b", change(state())))
     assert len(lineage.problems) >= 1
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(str(lineage))
-    assert "cannot be the ends" in str(lineage)
+    said(str(lineage), *facts)
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -207,23 +206,23 @@ def test_sources_that_can_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("source", "arch", "words"),
+    ("source", "arch", "facts"),
     [
-        ("laion2b_s34b", "ViT-B-32", "did you mean .*laion2b_s34b_b79k"),
-        ("opnai", "ViT-B-32", r"did you mean openai\b.*"),
-        ("zzz", "ViT-B-32", "did you mean openai"),
-        ("openai", "model.json", "no pretrained weights for 'model.json'; give a file or hf-hub"),
-        ("missing.pt", "ViT-B-32", "no file missing.pt"),
-        ("some/where", "ViT-B-32", "no file some/where"),
-        ("hf-hub:name", "ViT-B-32", "must be hf-hub:org/name"),
-        ("hf-hub:a/b/c", "ViT-B-32", "must be hf-hub:org/name"),
-        (".", "ViT-B-32", "is a directory"),
-        ("", "ViT-B-32", "is a directory"),
+        ("laion2b_s34b", "ViT-B-32", "laion2b_s34b_b79k"),
+        ("opnai", "ViT-B-32", ""),
+        ("zzz", "ViT-B-32", ""),
+        ("openai", "model.json", "model.json"),
+        ("missing.pt", "ViT-B-32", "missing.pt"),
+        ("some/where", "ViT-B-32", "some/where"),
+        ("hf-hub:name", "ViT-B-32", "hf-hub:org/name"),
+        ("hf-hub:a/b/c", "ViT-B-32", "hf-hub:org/name"),
+        (".", "ViT-B-32", ""),
+        ("", "ViT-B-32", ""),
     ],
 )
-def test_sources_that_cannot(source: str, arch: str, words: str) -> None:
+def test_sources_that_cannot(source: str, arch: str, facts: str) -> None:
     for function in (checkpoints.check_source, checkpoints.fetch):
-        with pytest.raises(ValueError, match=f"^check_source: .*{words}"):
+        with refused(ValueError, "check_source", *facts.split()):
             function(source, arch)
 
 
@@ -240,11 +239,11 @@ def test_fetch_of_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Name or service not known\nand a long traceback")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    with pytest.raises(ValueError, match=r"'openai' of ViT-B-32.*\(Name or service not known\)\. Offline: "):
+    with refused(ValueError, "openai", "ViT-B-32"):
         checkpoints.fetch("openai", "ViT-B-32")
     for result in ("", str(tmp_path / "nowhere")):
         monkeypatch.setattr(open_clip, "download_pretrained", lambda config, result=result: result)
-        with pytest.raises(ValueError, match=r"^fetch: .*(not where its file is|no such file)"):
+        with refused(ValueError):
             checkpoints.fetch("openai", "ViT-B-32")
 
 
@@ -271,17 +270,17 @@ def test_fetch_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert checkpoints.fetch("hf-hub:org/name@v1", "ViT-B-32") == file
     assert asked[0] == ("org/name", "open_clip_model.safetensors", "v1") and len(asked) == 4
     assert checkpoints.load(file).activation["image"].quick  # type: ignore[attr-defined]
-    for kind, words in (
-        (EntryNotFoundError, "hf-hub:org/name has none of open_clip_model.safetensors"),
-        (LocalEntryNotFoundError, "hf-hub:org/name is not on this machine.*HF_HOME"),
-        (ConnectionError, "hf-hub:org/name is not on this machine.*HF_HOME"),
+    for kind, facts in (
+        (EntryNotFoundError, "hf-hub:org/name open_clip_model.safetensors"),
+        (LocalEntryNotFoundError, "hf-hub:org/name HF_HOME"),
+        (ConnectionError, "hf-hub:org/name HF_HOME"),
     ):
 
         def fail(*_: Any, kind: type[Exception] = kind, **__: Any) -> str:
             raise error(kind)
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-        with pytest.raises(ValueError, match=f"^fetch: {words}"):
+        with refused(ValueError, *facts.split()):
             checkpoints.fetch("hf-hub:org/name", "ViT-B-32")
 
 
@@ -291,22 +290,15 @@ def test_fetch_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({**state(), "model.extra": torch.ones(1)}, tmp_path / "model_0.pt")
     assert main([str(tmp_path / "model_0.pt")]) == 0
-    shown = capsys.readouterr().out
-    for words in (
-        "soup: model-soups",
+    said(
+        capsys.readouterr().out,
         "266 in 9 tensors, 7 layers",
         "float32 (7), float16 (1), int64 (1)",
-        "image tower   229 in 5 tensors",
-        "text tower    12 in 1 tensors",
-        "head          24 in 2 tensors, 4 classes",
-        "other         1 in 1 tensors",
-        "likely arch",
-        "not floating-point, copied and never interpolated: visual.steps",
+        *("229 in 5", "12 in 1", "24 in 2", "4 classes", "1 in 1", "visual.steps"),
         "visual.transformer.resblocks.0.attn.in_proj  weight [18, 6], bias [18]",
         "visual.conv1  weight [6, 3, 2, 2]",
         "visual.proj  [6, 5]",
-    ):
-        assert words in shown, shown
+    )
 
 
 def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,30 +306,28 @@ def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.save(content, tmp_path / name)
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert main([a, b]) == 0
-    assert "they can be the ends of one path" in capsys.readouterr().out
+    said(capsys.readouterr().out)
     assert main([a, b, "--format", "soup"]) == 0
     torch.save({"state_dict": moved(0.4), "epoch": 1}, tmp_path / "d")
     assert main([a, str(tmp_path / "d"), "--format", "soup"]) == 0  # which is of the first alone
-    assert "d (open_clip)" in capsys.readouterr().out
+    said(capsys.readouterr().out, "open_clip")
     assert main([a, c]) == 1
-    assert "heads are for 4 and 7 classes" in capsys.readouterr().out
+    said(capsys.readouterr().out, "4", "7")
     torch.save(state(1), tmp_path / "e")
     assert main([a, str(tmp_path / "e")]) == 1 and main([a, str(tmp_path / "e"), "--unrelated"]) == 0
 
 
-def test_errors_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_command_line(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "a")
     (tmp_path / "b").write_bytes(b"\x80\x02cos\nsystem\n)R.")
     for arguments in (["missing"], [str(tmp_path / "b")], [str(tmp_path / "a"), str(tmp_path / "b")]):
-        assert main(arguments) == 2
-        shown = capsys.readouterr()
-        assert shown.err.startswith("read: ") and shown.err.count("\n") == 1 and not shown.out
-    assert main([str(tmp_path / "a"), "--format", "openai"]) == 2
-    assert "'openai' but 'soup'" in capsys.readouterr().err
+        assert command_refused(main, arguments).count("\n") == 1
+    command_refused(main, [tmp_path / "a", "--format", "openai"], "openai", "soup")
 
 
 @pytest.mark.slow
 def test_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rft_fast.checkpoints", str(tmp_path / "missing.pt")]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 2 and "no file" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    said(run.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
+from support.wording import refused
 
 from rft_fast.clip import architectures, matching, tokenizers
 
@@ -30,11 +32,9 @@ def write(tmp_path: Path, content: Any) -> Path:
     return file
 
 
-def refused(call: Any, *arguments: Any, words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as caught:
+def refuses(call: Any, *arguments: Any, facts: Sequence[str] = ()) -> None:
+    with refused(ValueError, *facts):
         call(*arguments)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def shapes(name: str) -> dict[str, torch.Tensor]:
@@ -111,11 +111,11 @@ def test_text_towers_of_open_clip_models(name: str) -> None:
 
 
 def test_towers_that_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Hugging Face's roberta-base.*--zeroshot-head"):
+    with refused(ValueError, "--zeroshot-head"):
         architectures.text("roberta-ViT-B-32")
     file = tmp_path / "arch.json"
     file.write_text(json.dumps({key: value for key, value in CONFIG.items() if key != "text_cfg"}))
-    with pytest.raises(ValueError, match="model_cfg needs a text_cfg"):
+    with refused(ValueError, "model_cfg", "text_cfg"):
         architectures.text(file)
     architectures.visual(file)
 
@@ -136,7 +136,7 @@ def test_tokenizers_are_open_clips(tmp_path: Path) -> None:
 def test_tokenizers_of_other_vocabularies_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "arch.json"
     file.write_text(json.dumps(CONFIG))
-    with pytest.raises(ValueError, match=r"vocabulary of 20 tokens.*49408.*--zeroshot-head"):
+    with refused(ValueError, "20", "49408", "--zeroshot-head"):
         tokenizers.tokenizer(file)
 
 
@@ -145,7 +145,7 @@ def test_a_tokenizer_of_hugging_face_that_is_not_to_be_had(monkeypatch: pytest.M
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", offline)
-    with pytest.raises(ValueError, match=r"'timm/ViT-B-16-SigLIP' of Hugging Face.*no network.*transformers"):
+    with refused(ValueError, "timm/ViT-B-16-SigLIP"):
         tokenizers.tokenizer("ViT-B-16-SigLIP")
 
 
@@ -189,11 +189,11 @@ def test_every_tag_prepares_images_as_open_clip_does(name: str) -> None:
 
 
 def test_unknown_tags(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ViT-B-32 has no pretrained tag 'opena1'; it has openai"):
+    with refused(ValueError, "ViT-B-32", "opena1"):
         architectures.preprocess("ViT-B-32", "opena1")
     file = tmp_path / "arch.json"
     file.write_text(json.dumps(CONFIG))
-    with pytest.raises(ValueError, match="leave the tag 'openai' out"):
+    with refused(ValueError, "openai"):
         architectures.preprocess(file, "openai")
 
 
@@ -201,9 +201,9 @@ def test_quick_gelu_goes_with_the_weights(tmp_path: Path) -> None:
     fine = ("ViT-B-32-quickgelu", "openai"), ("ViT-B-32", "laion2b_s34b_b79k"), ("RN50-quickgelu", "cc12m")
     for arch, tag in fine:
         matching.check_activation(arch, tag)
-    with pytest.raises(ValueError, match=r"'openai' was trained with QuickGELU.*name ViT-B-32-quickgelu"):
+    with refused(ValueError, "openai", "QuickGELU", "ViT-B-32-quickgelu"):
         matching.check_activation("ViT-B-32", "openai")
-    with pytest.raises(ValueError, match=r"trained without QuickGELU.*name ViT-B-32 instead"):
+    with refused(ValueError, "QuickGELU", "ViT-B-32"):
         matching.check_activation("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
     # Not a question of activation, or none that can be answered.
     unknown = ("ViT-B-32", "nonsense"), ("ViT-B-16-SigLIP", "webli"), (str(tmp_path / "a.json"), "openai")
@@ -215,24 +215,24 @@ def test_quick_gelu_goes_with_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "facts"),
     [
-        ("{", ("not valid JSON",)),
-        ([1], ("must hold an object",)),
-        ({"model_cfg": changed(), "preproces_cfg": {}}, ("did you mean 'preprocess_cfg'?",)),
-        (changed(quickgelu=True), ("did you mean 'quick_gelu'?",)),
-        ({"model_cfg": {"vision_cfg": CONFIG["vision_cfg"]}}, ("embed_dim",)),
-        ({"embed_dim": 16}, ("vision_cfg",)),
-        (changed(vision_cfg={**CONFIG["vision_cfg"], "depth": 3}), ("depth", "has no entry")),
+        ("{", ""),
+        ([1], ""),
+        ({"model_cfg": changed(), "preproces_cfg": {}}, "preprocess_cfg"),
+        (changed(quickgelu=True), "quick_gelu"),
+        ({"model_cfg": {"vision_cfg": CONFIG["vision_cfg"]}}, "embed_dim"),
+        ({"embed_dim": 16}, "vision_cfg"),
+        (changed(vision_cfg={**CONFIG["vision_cfg"], "depth": 3}), ""),
     ],
 )
-def test_bad_config_files(tmp_path: Path, content: Any, words: tuple[str, ...]) -> None:
-    refused(architectures.visual, write(tmp_path, content), words=("arch: ", *words))
+def test_bad_config_files(tmp_path: Path, content: Any, facts: str) -> None:
+    refuses(architectures.visual, write(tmp_path, content), facts=facts.split())
 
 
 def test_unknown_model_names_come_with_the_nearest() -> None:
-    refused(architectures.config, "ViT-B-32-quickgelo", words=("ViT-B-32-quickgelu",))
-    refused(architectures.preprocess, "nonsense!", words=("neither an open_clip model, nor a JSON file",))
+    refuses(architectures.config, "ViT-B-32-quickgelo", facts=("ViT-B-32-quickgelu",))
+    refuses(architectures.preprocess, "nonsense!", facts=("open_clip",))
 
 
 def test_preprocess(tmp_path: Path) -> None:
@@ -248,20 +248,20 @@ def test_preprocess(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cfg", "words"),
+    ("cfg", "facts"),
     [
         ({"size": 64}, ("(64, 64)", "(32, 32)")),
-        ({"meen": 1}, ("did you mean 'mean'?",)),
-        ({"mean": [1, 2]}, ("mean must be one or three numbers",)),
-        ({"std": 0}, ("std must be positive",)),
-        ({"mode": "L"}, ("mode must be one of ('RGB',), got 'L'",)),
-        ({"interpolation": "nearest"}, ("interpolation must be one of",)),
-        ({"resize_mode": "fit"}, ("resize_mode must be one of",)),
+        ({"meen": 1}, ("mean",)),
+        ({"mean": [1, 2]}, ()),
+        ({"std": 0}, ()),
+        ({"mode": "L"}, ("RGB", "L")),
+        ({"interpolation": "nearest"}, ()),
+        ({"resize_mode": "fit"}, ("resize_mode",)),
     ],
 )
-def test_bad_preprocessing(tmp_path: Path, cfg: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_bad_preprocessing(tmp_path: Path, cfg: dict[str, Any], facts: tuple[str, ...]) -> None:
     file = write(tmp_path, {"model_cfg": changed(), "preprocess_cfg": cfg})
-    refused(architectures.preprocess, file, words=("preprocess: ", *words))
+    refuses(architectures.preprocess, file, facts=(*facts,))
 
 
 # --- the hub ------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ValueError, match=r"hf-hub:some/model could not be had: no network\. Offline, fetch"):
+    with refused(ValueError, "hf-hub:some/model"):
         architectures.config("hf-hub:some/model")
 
 
@@ -316,7 +316,7 @@ def test_sizes_that_no_model_has_are_refused_before_memory_is_taken(
     file = tmp_path / "arch.json"
     file.write_text(json.dumps({"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {}, **change}))
     for ask in (architectures.config, architectures.preprocess, architectures.visual, architectures.text):
-        with pytest.raises(ValueError, match=r"must be|not valid JSON"):
+        with refused(ValueError):
             ask(file)
 
 
@@ -327,7 +327,7 @@ def test_sizes_that_no_model_has_are_refused_before_memory_is_taken(
 )
 def test_files_that_are_no_architecture_end_in_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "arch.json").write_text(text)
-    with pytest.raises(ValueError, match="arch"):
+    with refused(ValueError):
         architectures.config(tmp_path / "arch.json")
 
 
@@ -336,5 +336,5 @@ def test_files_that_are_no_architecture_end_in_an_error(text: str, tmp_path: Pat
 def test_preprocessing_takes_finite_numbers(entry: str, tmp_path: Path) -> None:
     model = json.dumps({"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {}})
     (tmp_path / "arch.json").write_text(f'{{"model_cfg": {model}, "preprocess_cfg": {{{entry}}}}}')
-    with pytest.raises(ValueError, match="must be"):
+    with refused(ValueError):
         architectures.preprocess(tmp_path / "arch.json")

@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast.clip import classifier
@@ -187,38 +188,77 @@ def test_what_has_no_effect_is_told_and_a_missing_bias_is_zero(tmp_path: Path) -
     assert set(used) | set(inert) == before | {"classification_head.bias"}
 
 
-def refused(call: Any, *arguments: Any, words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as caught:
+def refuses(call: Any, *arguments: Any, facts: tuple[str, ...] = ()) -> None:
+    with refused(ValueError, *facts):
         call(*arguments)
-    for word in words:
-        assert word in str(caught.value), caught.value
 
 
 def test_weights_of_another_architecture(tmp_path: Path) -> None:
     _, state = clip_with_head(config())
     other = write(tmp_path, config(vision_cfg={**VISION, "width": 48, "layers": 3}))
-    words = ("visual.conv1.weight (32, 3, 8, 8) instead of (48, 3, 8, 8)", "missing: ", "and ")
-    refused(ends_of, other, state, words=words)
+    refuses(
+        ends_of,
+        other,
+        state,
+        facts=(
+            "visual.conv1.weight",
+            "(32, 3, 8, 8)",
+            "(48, 3, 8, 8)",
+        ),
+    )
     file = write(tmp_path, config())
     extra = {**state, "visual.extra": torch.ones(2)}
-    refused(ends_of, file, extra, words=("unexpected: visual.extra (2,)",))
+    refuses(
+        ends_of,
+        file,
+        extra,
+        facts=(
+            "visual.extra",
+            "(2,)",
+        ),
+    )
     less = {name: tensor for name, tensor in state.items() if name != "visual.proj"}
-    refused(ends_of, file, less, words=("missing: visual.proj",))
+    refuses(ends_of, file, less, facts=("visual.proj",))
     wide = {**state, "classification_head.weight": torch.ones(5, 17)}
-    refused(ends_of, file, wide, words=("must be [classes, 16], got [5, 17]",))
+    refuses(
+        ends_of,
+        file,
+        wide,
+        facts=(
+            "16",
+            "[5, 17]",
+        ),
+    )
     bias = {**state, "classification_head.bias": torch.ones(6)}
-    refused(ends_of, file, bias, words=("'classification_head.bias' must be [5], got [6]",))
+    refuses(
+        ends_of,
+        file,
+        bias,
+        facts=(
+            "classification_head.bias",
+            "[5]",
+            "[6]",
+        ),
+    )
 
 
 def test_the_right_architecture_is_named() -> None:
     with torch.device("meta"):
         clip = open_clip.create_model("ViT-B-16", device="meta", load_weights=False)
     state = {**clip.state_dict(), "classification_head.weight": torch.empty(10, 512, device="meta")}
-    words = ("not those of ViT-B-32", "They fit ViT-B-16 or ViT-B-16-quickgelu")
-    refused(ends_of, "ViT-B-32", state, words=words)
+    refuses(
+        ends_of,
+        "ViT-B-32",
+        state,
+        facts=(
+            "ViT-B-32",
+            "ViT-B-16",
+            "ViT-B-16-quickgelu",
+        ),
+    )
     # Where the name is right and something else is wrong, none is named.
     del state["visual.proj"]
-    refused(ends_of, "ViT-B-16", state, words=("missing: visual.proj. Name their own arch",))
+    refuses(ends_of, "ViT-B-16", state, facts=("visual.proj",))
 
 
 def test_classify_normalises_the_features() -> None:
@@ -300,21 +340,20 @@ def test_prompts_are_no_part_of_a_checkpoint_but_move_with_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "words"),
+    ("changes", "error", "facts"),
     [
-        ({"visual": len}, TypeError, "visual must be an nn.Module, got builtin_function_or_method"),
-        ({"text": None}, TypeError, "text must be an nn.Module, got NoneType"),
-        ({"prompts": [[1]]}, TypeError, "prompts must be a tensor, got list"),
-        ({"prompts": torch.zeros(3, 2, 6)}, ValueError, "got torch.float32 [3, 2, 6]"),
-        ({"prompts": torch.zeros(3, 6, dtype=torch.int64)}, ValueError, "got torch.int64 [3, 6]"),
-        ({"prompts": torch.zeros(3, 0, 6, dtype=torch.int64)}, ValueError, "got torch.int64 [3, 0, 6]"),
-        ({"logit_scale": 1.5}, TypeError, "logit_scale must be a tensor, got float"),
-        ({"logit_scale": torch.tensor(1.5)}, TypeError, "logit_scale must be an nn.Parameter"),
-        ({"logit_scale": nn.Parameter(torch.ones(2))}, ValueError, "got torch.float32 [2]"),
-        ({"logit_scale": nn.Parameter(torch.ones(1, 1))}, ValueError, "got torch.float32 [1, 1]"),
+        ({"visual": len}, TypeError, "nn.Module builtin_function_or_method"),
+        ({"text": None}, TypeError, "nn.Module NoneType"),
+        ({"prompts": [[1]]}, TypeError, ""),
+        ({"prompts": torch.zeros(3, 2, 6)}, ValueError, "torch.float32 2"),
+        ({"prompts": torch.zeros(3, 6, dtype=torch.int64)}, ValueError, "torch.int64"),
+        ({"prompts": torch.zeros(3, 0, 6, dtype=torch.int64)}, ValueError, "torch.int64 0"),
+        ({"logit_scale": 1.5}, TypeError, "logit_scale"),
+        ({"logit_scale": torch.tensor(1.5)}, TypeError, "logit_scale nn.Parameter"),
+        ({"logit_scale": nn.Parameter(torch.ones(2))}, ValueError, "torch.float32"),
+        ({"logit_scale": nn.Parameter(torch.ones(1, 1))}, ValueError, "torch.float32"),
     ],
 )
-def test_bad_arguments_of_both_towers(changes: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error) as caught:
+def test_bad_arguments_of_both_towers(changes: dict[str, Any], error: type[Exception], facts: str) -> None:
+    with refused(error, *facts.split()):
         both_towers(**changes)
-    assert str(caught.value).startswith("ZeroShotClassifier: ") and words in str(caught.value)

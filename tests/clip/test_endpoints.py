@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
+from support.wording import refused, warned
 from torch import Tensor, nn
 
 from rft_fast import Path as WeightPath
@@ -286,7 +287,7 @@ def test_whose_head(arch: str, choice: str) -> None:
 
 def test_a_finetuned_head_for_a_zero_shot_file_without_one(arch: str) -> None:
     zero, tuned = checkpoint(0), soup(1)
-    with pytest.raises(ValueError, match=r"zero-shot end: it has no head.*give --class-names"):
+    with refused(ValueError, "--class-names"):
         Ends(Setup(arch, head="finetuned"), zero)
     for ends in (
         Ends(Setup(arch, head="finetuned"), zero, classes=CLASSES),
@@ -354,36 +355,35 @@ def test_the_random_state_is_kept_and_weights_are_not_changed(arch: str) -> None
 def test_weights_of_another_architecture_are_named(arch: str) -> None:
     with torch.device("meta"):
         other = dict(open_clip.create_model("ViT-B-16", device="meta", load_weights=False).state_dict())
-    fits = "They fit ViT-B-16 or ViT-B-16-quickgelu"
+    fits = "ViT-B-16", "ViT-B-16-quickgelu"
     for setup in (Setup("ViT-B-32", prompts=PROMPTS), Setup("ViT-B-32", "both", prompts=PROMPTS)):
-        with pytest.raises(ValueError, match=fits) as caught:
+        with refused(ValueError, "ViT-B-32", *fits):
             Ends(setup, other)
-        assert "zero-shot end: arch: the weights are not those of ViT-B-32" in str(caught.value)
     ends = Ends(Setup(arch), soup(0))
-    with pytest.raises(ValueError, match=f"fine-tuned end: .*{fits}"):
+    with refused(ValueError, *fits):
         ends.pair(other)
-    with pytest.raises(ValueError, match=fits):  # the text tower's are compared as well
+    with refused(ValueError, *fits):  # the text tower's are compared as well
         zeroshot_head("ViT-L-14", other, PROMPTS)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "facts"),
     [
-        ({"towers": "text"}, "towers must be one of image, both; got 'text'"),
-        ({"head": "mean"}, "head must be one of interpolate, zeroshot, finetuned; got 'mean'"),
-        ({"towers": "both"}, "give --class-names"),
-        ({"towers": "both", "prompts": PROMPTS, "head": "zeroshot"}, "no other can be chosen"),
-        ({"towers": "both", "prompts": PROMPTS, "zeroshot_head": head(0)}, "no other can be chosen"),
-        ({"head": "finetuned", "zeroshot_head": head(0)}, "leave --zeroshot-head out"),
-        ({"zeroshot_head": {"weight": torch.ones(1)}}, "got weight"),
-        ({"zeroshot_head": {}}, "got nothing"),
-        ({"scale": 100.0}, "leave --head-scale out"),
-        ({"scale": 0.0, "prompts": PROMPTS}, "must be a positive number, got 0.0"),
-        ({"scale": float("nan"), "prompts": PROMPTS}, "must be a positive number, got nan"),
+        ({"towers": "text"}, "text"),
+        ({"head": "mean"}, "mean"),
+        ({"towers": "both"}, "--class-names"),
+        ({"towers": "both", "prompts": PROMPTS, "head": "zeroshot"}, ""),
+        ({"towers": "both", "prompts": PROMPTS, "zeroshot_head": head(0)}, ""),
+        ({"head": "finetuned", "zeroshot_head": head(0)}, "--zeroshot-head"),
+        ({"zeroshot_head": {"weight": torch.ones(1)}}, ""),
+        ({"zeroshot_head": {}}, ""),
+        ({"scale": 100.0}, "--head-scale"),
+        ({"scale": 0.0, "prompts": PROMPTS}, "0.0"),
+        ({"scale": float("nan"), "prompts": PROMPTS}, ""),
     ],
 )
-def test_setups_that_make_no_sense(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
+def test_setups_that_make_no_sense(change: dict[str, Any], facts: str) -> None:
+    with refused(ValueError, *facts.split()) as caught:
         Setup("ViT-B-32", **change)
     assert str(caught.value).startswith("Setup: ")
 
@@ -396,52 +396,52 @@ HEADLESS = without(soup(0), "classification_head")
 
 
 @pytest.mark.parametrize(
-    ("setup", "state", "words"),
+    ("setup", "state", "facts"),
     [
-        ({}, HEADLESS, r"no text tower.*model-soups.*give --zeroshot-head FILE"),
-        ({}, checkpoint(0), r"has no head.*give --class-names .*or give --zeroshot-head FILE"),
-        ({"towers": "both", "prompts": PROMPTS}, HEADLESS, r"no text tower.*use --towers image"),
-        ({"prompts": PROMPTS}, without(checkpoint(0), "logit_scale"), "give --head-scale"),
+        ({}, HEADLESS, "--zeroshot-head"),
+        ({}, checkpoint(0), "--class-names --zeroshot-head"),
+        ({"towers": "both", "prompts": PROMPTS}, HEADLESS, "--towers"),
+        ({"prompts": PROMPTS}, without(checkpoint(0), "logit_scale"), "--head-scale"),
         *(
-            (setup, {**checkpoint(0), "logit_scale": torch.tensor(scale)}, rf"'logit_scale' is {scale:g}")
+            (setup, {**checkpoint(0), "logit_scale": torch.tensor(scale)}, f"logit_scale {scale:g}")
             for setup in ({"prompts": PROMPTS}, {"prompts": PROMPTS, "towers": "both"})
             for scale in (100.0, 1000.0, math.inf, -math.inf, math.nan)
         ),
-        ({"prompts": PROMPTS}, without(checkpoint(0), "ln_final"), "missing: text.ln_final.weight"),
-        ({"prompts": PROMPTS}, {**HEADLESS, **head(0, 4)}, "its head has 4 classes, but there are 3"),
-        ({"zeroshot_head": {HEAD_WEIGHT: torch.ones(3, 5)}}, soup(0), r"\[classes, 12\], got \[3, 5\]"),
-        ({}, {**soup(0), HEAD_WEIGHT: torch.ones(EMBED)}, r"\[classes, 12\], got \[12\]"),
-        ({}, {**soup(0), HEAD_BIAS: torch.ones(2)}, r"must be \[3\], got \[2\]"),
-        ({}, {**soup(0), "encoder.weight": torch.ones(2)}, "encoder.weight belong neither"),
-        ({}, {**soup(0), "classification_head.extra": torch.ones(2)}, "extra belong neither"),
-        ({}, without(soup(0), "visual."), "no image tower"),
-        ({}, without(soup(0), "visual.proj"), "missing: visual.proj"),
-        ({"prompts": PROMPTS, "scale": 9.0, "head": "zeroshot"}, soup(0), "would change nothing"),
+        ({"prompts": PROMPTS}, without(checkpoint(0), "ln_final"), "text.ln_final.weight"),
+        ({"prompts": PROMPTS}, {**HEADLESS, **head(0, 4)}, "4 3"),
+        ({"zeroshot_head": {HEAD_WEIGHT: torch.ones(3, 5)}}, soup(0), "12] 5]"),
+        ({}, {**soup(0), HEAD_WEIGHT: torch.ones(EMBED)}, "[12]"),
+        ({}, {**soup(0), HEAD_BIAS: torch.ones(2)}, "[3] [2]"),
+        ({}, {**soup(0), "encoder.weight": torch.ones(2)}, "encoder.weight"),
+        ({}, {**soup(0), "classification_head.extra": torch.ones(2)}, "classification_head.extra"),
+        ({}, without(soup(0), "visual."), ""),
+        ({}, without(soup(0), "visual.proj"), "visual.proj"),
+        ({"prompts": PROMPTS, "scale": 9.0, "head": "zeroshot"}, soup(0), ""),
     ],
 )
-def test_zero_shot_ends_that_are_refused(arch: str, setup: dict[str, Any], state: State, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_zero_shot_ends_that_are_refused(arch: str, setup: dict[str, Any], state: State, facts: str) -> None:
+    with refused(ValueError, *facts.split()):
         Ends(Setup(arch, **setup), state)
 
 
 @pytest.mark.parametrize(
-    ("setup", "state", "words"),
+    ("setup", "state", "facts"),
     [
-        ({}, HEADLESS, r"fine-tuned end: .*no text tower.*use --head zeroshot"),
-        ({}, checkpoint(1), r"fine-tuned end: .*give --class-names .*or use --head zeroshot"),
-        ({}, {**soup(1), **head(1, 5)}, r"its head has 5 classes, where 3 were expected.*--head zeroshot"),
-        ({"prompts": PROMPTS, "scale": 9.0}, soup(1), "would change nothing"),
-        ({"head": "finetuned"}, {**soup(1), **head(1, 5)}, "5 classes, where the others have 3"),
-        ({"head": "zeroshot"}, without(soup(1), "visual.proj"), "fine-tuned end: .*missing: visual.proj"),
+        ({}, HEADLESS, "--head"),
+        ({}, checkpoint(1), "--class-names --head"),
+        ({}, {**soup(1), **head(1, 5)}, "5 3 --head"),
+        ({"prompts": PROMPTS, "scale": 9.0}, soup(1), ""),
+        ({"head": "finetuned"}, {**soup(1), **head(1, 5)}, "5 3"),
+        ({"head": "zeroshot"}, without(soup(1), "visual.proj"), "visual.proj"),
     ],
 )
 def test_fine_tuned_ends_that_are_refused(
-    arch: str, setup: dict[str, Any], state: State, words: str, monkeypatch: pytest.MonkeyPatch
+    arch: str, setup: dict[str, Any], state: State, facts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = Ends(Setup(arch, **setup), soup(0))
     monkeypatch.setattr("rft_fast.clip.heads._encode", None)  # nothing is computed before
     for operation in (ends.check, ends.pair):
-        with pytest.raises(ValueError, match=words):
+        with refused(ValueError, *facts.split()):
             operation(state)
 
 
@@ -458,7 +458,7 @@ def test_nothing_is_encoded_before_it_is_asked_for(arch: str, monkeypatch: pytes
 
 def test_both_towers_need_a_scale(arch: str) -> None:
     state = without(checkpoint(0), "logit_scale")
-    with pytest.raises(ValueError, match=r"zero-shot end: .*'logit_scale'.*give --head-scale"):
+    with refused(ValueError, "logit_scale", "--head-scale"):
         Ends(Setup(arch, "both", prompts=PROMPTS), state)
     pair = Ends(Setup(arch, "both", prompts=PROMPTS, scale=9.0), state).pair(state)
     assert [end["logit_scale"].exp().item() for end in pair] == pytest.approx([9.0, 9.0])
@@ -482,9 +482,9 @@ def test_an_architecture_with_the_other_activation_is_refused(tmp_path: Path) ->
         ends = Ends(right, Tensors(state, told))
         ends.check(Tensors(state, told))
         ends.check(state)  # says nothing of itself
-        with pytest.raises(ValueError, match=rf'^zero-shot end: .*"quick_gelu": {str(quick).lower()}'):
+        with refused(ValueError, "quick_gelu", str(quick).lower()):
             Ends(wrong, Tensors(state, told))
-        with pytest.raises(ValueError, match=r"^fine-tuned end: .*GELU"):
+        with refused(ValueError):
             Ends(wrong, state).check(Tensors(state, told))
         # Of a text tower that makes no head, nothing depends.
         Ends(wrong, Tensors(state, {"text": told["image"]}))
@@ -492,11 +492,11 @@ def test_an_architecture_with_the_other_activation_is_refused(tmp_path: Path) ->
 
 def test_the_architecture_to_name_instead() -> None:
     quick = {"image": Activation(True, "its code")}
-    with pytest.raises(ValueError, match="--arch ViT-B-32-quickgelu instead"):
+    with refused(ValueError, "--arch", "ViT-B-32-quickgelu"):
         matching.check_evidence("ViT-B-32", quick)
-    with pytest.raises(ValueError, match="--arch ViT-B-32 instead"):
+    with refused(ValueError, "--arch", "ViT-B-32"):
         matching.check_evidence("ViT-B-32-quickgelu", {"image": Activation(False, "its code")})
-    with pytest.raises(ValueError, match=r'JSON.*"quick_gelu": true'):
+    with refused(ValueError, "quick_gelu"):
         matching.check_evidence("ViT-B-32-256", quick)
     matching.check_evidence("RN50", quick)  # whose image tower has ReLU
     with torch.device("meta"):
@@ -509,7 +509,7 @@ def test_the_architecture_to_name_instead() -> None:
 def test_unmerged_adapters_are_no_ends(arch: str) -> None:
     unmerged = {**soup(1), "visual.transformer.resblocks.0.attn.out_proj.lora_A.weight": torch.ones(2, 2)}
     for make in (lambda: Ends(Setup(arch), unmerged), lambda: Ends(Setup(arch), soup(0)).check(unmerged)):
-        with pytest.raises(ValueError, match=r"LoRA.*merge"):
+        with refused(ValueError, "LoRA"):
             make()
 
 
@@ -526,9 +526,9 @@ def test_positions_of_another_image_size_are_resampled_as_open_clip_does(
     setup = Setup(str(tmp_path / "larger.json"), head="zeroshot")
     small, large = soup(0), {**clip(1, LARGER).state_dict(), **head(1)}
     small["visual.positional_embedding"] = small["visual.positional_embedding"].to(dtype)
-    with pytest.raises(ValueError, match=r"4 cells instead of 16.*--resize-positions"):
+    with refused(ValueError, "4", "16", "--resize-positions"):
         Ends(setup, small)
-    with pytest.warns(UserWarning, match="resampled from 4 cells to 4 x 4"):
+    with warned(UserWarning, "4"):
         ends = Ends(replace(setup, resize_positions=True), small)
     ends.check(large)
     start, _ = ends.pair(large)
@@ -545,15 +545,15 @@ def test_positions_of_another_image_size_are_resampled_as_open_clip_does(
     # A fine-tuned end, too; and in the other direction.
     (tmp_path / "smaller.json").write_text(json.dumps(CONFIG))
     shrink = Ends(Setup(str(tmp_path / "smaller.json"), head="zeroshot", resize_positions=True), small)
-    with pytest.warns(UserWarning, match="fine-tuned end: .* to 2 x 2"):
+    with warned(UserWarning, "2"):
         assert shrink.pair(large)[1]["visual.positional_embedding"].shape == (5, 32)
     odd = {**small, "visual.positional_embedding": torch.ones(7, 32)}
-    with pytest.raises(ValueError, match="no square"):
+    with refused(ValueError):
         Ends(replace(setup, resize_positions=True), odd)
 
 
 def test_shapes_alone_can_be_checked_for_another_image_size(tmp_path: Path) -> None:
     (tmp_path / "larger.json").write_text(json.dumps(LARGER))
     meta = {name: tensor.to("meta") for name, tensor in soup(0).items()}
-    with pytest.warns(UserWarning, match="4 x 4"):
+    with warned(UserWarning, "4"):
         Ends(Setup(str(tmp_path / "larger.json"), head="zeroshot", resize_positions=True), meta)

@@ -8,6 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from support.wording import refused
 
 from rft_fast.clip import prompts
 from rft_fast.clip.prompts import Prompts
@@ -54,24 +55,24 @@ def test_names_from_json_and_templates_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content"),
     [
-        ("a.txt", "", "is empty"),
-        ("a.txt", " \n\n", "is empty"),
-        ("a.txt", "a\n\nb\n", "entry 2 is empty"),
-        ("a.txt", "a\nb\na\n", "has a more than once"),
-        ("a.txt", "caf\u00e9\nb\ncafe\u0301\n", "more than once"),
-        ("a.txt", b"\xff\xfe", "is not text in UTF-8"),
-        ("a.json", "[", "is not valid JSON"),
-        ("a.json", '{"a": 1}', "must hold a list of strings"),
-        ("a.json", "[1]", "must hold a list of strings"),
-        ("a.json", '["a", ""]', "entry 2 is empty"),
+        ("a.txt", ""),
+        ("a.txt", " \n\n"),
+        ("a.txt", "a\n\nb\n"),
+        ("a.txt", "a\nb\na\n"),
+        ("a.txt", "caf\u00e9\nb\ncafe\u0301\n"),
+        ("a.txt", b"\xff\xfe"),
+        ("a.json", "["),
+        ("a.json", '{"a": 1}'),
+        ("a.json", "[1]"),
+        ("a.json", '["a", ""]'),
     ],
 )
-def test_bad_files(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+def test_bad_files(tmp_path: Path, name: str, content: str | bytes) -> None:
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=words) as caught:
+    with refused(ValueError) as caught:
         prompts.class_names(str(file))
     assert str(caught.value).startswith(f"class names: {file}")
 
@@ -80,26 +81,26 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, words: str) 
 def test_bad_templates(tmp_path: Path, template: str) -> None:
     file = tmp_path / "a.txt"
     file.write_text(f"a {{}}.\n{template}\n")
-    with pytest.raises(ValueError, match=r"exactly one \{\}") as caught:
+    with refused(ValueError) as caught:
         prompts.templates(str(file))
     assert repr(template) in str(caught.value)
 
 
 def test_unknown_sources_come_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'imagnet' is neither.*did you mean 'imagenet'"):
+    with refused(ValueError, "imagnet", "imagenet"):
         prompts.class_names("imagnet")
-    with pytest.raises(ValueError, match=r"'8' is neither.*known are openai, simple, photo"):
+    with refused(ValueError, "8"):
         prompts.templates("8")
 
 
 def test_bad_prompts() -> None:
-    for bad, words in (
-        (((),), "no class names"),
-        ((("a", " "),), "class name is empty"),
-        ((("a",), ()), "no templates"),
-        ((["a"],), "must be a tuple of strings"),
+    for bad in (
+        ((),),
+        (("a", " "),),
+        (("a",), ()),
+        (["a"],),
     ):
-        with pytest.raises(ValueError, match=words):
+        with refused(ValueError):
             Prompts(*bad)  # type: ignore[arg-type]
 
 
@@ -122,6 +123,6 @@ def test_prompts_are_not_cut_off(tmp_path: Path) -> None:
 
     longest = open_clip.SimpleTokenizer()(["a photo of a tench."]).count_nonzero()
     assert tokens(int(longest)).shape == (2, 1, longest)
-    with pytest.raises(ValueError, match=rf"'a photo of a tench\.' is {longest} tokens long") as caught:
+    with refused(ValueError, "a photo of a tench.", int(longest)) as caught:
         tokens(int(longest) - 1)
     assert f"context of {longest - 1}" in str(caught.value)

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image, ImageFile
+from support.wording import refused, warned
 from torchvision.datasets import ImageFolder
 
 from rft_fast import datasets
@@ -34,11 +35,9 @@ def tree(root: Path, classes: list[str], each: int = 2) -> Path:
     return root
 
 
-def refused(*words: str, **arguments: Any) -> None:
-    with pytest.raises(ValueError) as caught:
+def not_loaded(*facts: str, **arguments: Any) -> None:
+    with refused(ValueError, "set", *facts):
         datasets.load(**{"name": "set", "preprocess": PREPROCESS, **arguments})
-    for word in ("'set'", *words):
-        assert word in str(caught.value), caught.value
 
 
 @pytest.mark.parametrize(
@@ -111,10 +110,8 @@ def test_modes_that_bytes_cannot_hold_are_refused(tmp_path: Path) -> None:
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "a" / "deep.tif")
     Image.fromarray(grey.astype(np.int32)).save(tmp_path / "a" / "whole.tif")
     Image.fromarray((grey / 65536).astype(np.float32)).save(tmp_path / "a" / "float.tif")
-    words = [f"{name} (of mode I;16" for name in ("deep.png", "deep.tif")]
-    words += ["whole.tif (of mode I,", "float.tif (of mode F,"]
-    refused("4 of 6 images cannot be read", *words, path=tmp_path)
-    with pytest.warns(UserWarning, match="4 of 6"):
+    not_loaded("4", "6", "deep.png", "deep.tif", "I;16", "whole.tif", "float.tif", path=tmp_path)
+    with warned(UserWarning, "4", "6"):
         assert datasets.load("set", tmp_path, PREPROCESS, skip_unreadable=True).skipped == 4
 
 
@@ -138,9 +135,9 @@ def test_numbered_folders_sort_as_numbers(tmp_path: Path) -> None:
 
 def test_numbers_with_gaps_are_refused(tmp_path: Path) -> None:
     tree(tmp_path / "a", ["0", "1", "3", "4", "7"], each=1)
-    refused("2, 5, 6 missing", path=tmp_path / "a")
+    not_loaded("2", "5", "6", path=tmp_path / "a")
     tree(tmp_path / "b", ["1", "01", "2"], each=1)
-    refused("one number twice", path=tmp_path / "b")
+    not_loaded(path=tmp_path / "b")
 
 
 def test_order_and_nesting(tmp_path: Path) -> None:
@@ -159,18 +156,18 @@ def test_order_and_nesting(tmp_path: Path) -> None:
 def test_folder_traps_are_named(tmp_path: Path) -> None:
     tree(tmp_path / "empty", ["cat", "dog"])
     (tmp_path / "empty" / "eel").mkdir()
-    refused("empty class folders: eel", path=tmp_path / "empty")
+    not_loaded("eel", path=tmp_path / "empty")
     tree(tmp_path / "stray", ["cat"])
     picture(9, 9).save(tmp_path / "stray" / "lost.png")
-    refused("outside of any class: lost.png", path=tmp_path / "stray")
+    not_loaded("lost.png", path=tmp_path / "stray")
     tree(tmp_path / "foreign", ["cat"])
     (tmp_path / "foreign" / "cat" / "labels.csv").touch()
-    refused("no images, which end in .jpg, ", "labels.csv", path=tmp_path / "foreign")
+    not_loaded("labels.csv", path=tmp_path / "foreign")
     (tmp_path / "bare").mkdir()
-    refused("no class folders", path=tmp_path / "bare")
-    refused("does not exist", path=tmp_path / "nowhere")
+    not_loaded(path=tmp_path / "bare")
+    not_loaded(path=tmp_path / "nowhere")
     (tmp_path / "set.rar").touch()
-    refused("is neither", path=tmp_path / "set.rar")
+    not_loaded(path=tmp_path / "set.rar")
 
 
 def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
@@ -178,7 +175,7 @@ def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "1.png").write_text("<html>404</html>")
     whole = (tmp_path / "b" / "2.png").read_bytes()
     (tmp_path / "b" / "2.png").write_bytes(whole[: len(whole) // 2])
-    refused("2 of 6 images cannot be read", "a/1.png", "b/2.png", path=tmp_path)
+    not_loaded("2", "6", "a/1.png", "b/2.png", path=tmp_path)
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -193,8 +190,8 @@ def test_truncated_images_are_refused_whatever_pillow_was_told(
         picture(60, 80).save(file, progressive=name == "6.jpg")
         file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
     picture(30, 30).save(tmp_path / "a" / "whole.png")
-    refused("7 of 8 images cannot be read", path=tmp_path)
-    with pytest.warns(UserWarning, match="7 of 8"):
+    not_loaded("7", "8", path=tmp_path)
+    with warned(UserWarning, "7", "8"):
         assert len(datasets.load("set", tmp_path, PREPROCESS, skip_unreadable=True).labels) == 1
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
@@ -219,22 +216,22 @@ def test_skipped_images_are_named_and_counted(tmp_path: Path, cached: bool) -> N
     assert torch.equal(got.images, whole.images[keep]) and torch.equal(got.labels, whole.labels[keep])
     chosen = sorted(np.random.RandomState(5).permutation(20)[:12].tolist())
     assert 0 < len(set(chosen) & set(bad)) < 4
-    with pytest.warns(UserWarning, match=f"{len(set(chosen) & set(bad))} of 12"):
+    with warned(UserWarning, len(set(chosen) & set(bad)), "12"):
         part = datasets.load("set", data, PREPROCESS, samples=12, seed=5, cache=cache, skip_unreadable=True)
     left = [index for index in chosen if index not in bad]
     assert part.skipped == 12 - len(left)
     assert torch.equal(part.images, whole.images[left]) and torch.equal(part.labels, whole.labels[left])
     drawn = datasets.subset(got, 16)
     assert len(drawn.labels) == 16 and drawn.skipped == 4
-    refused("4 of 20 images cannot be read", path=data, cache=cache)
+    not_loaded("4", "20", path=data, cache=cache)
 
 
 def test_nothing_readable_is_refused_all_the_same(tmp_path: Path) -> None:
     tree(tmp_path, ["a"], each=2)
     for file in (tmp_path / "a").iterdir():
         file.write_bytes(b"")
-    refused("2 of 2 images cannot be read", path=tmp_path, skip_unreadable=True)
-    with pytest.raises(ValueError, match="'set': no image tried can be read"):
+    not_loaded("2", path=tmp_path, skip_unreadable=True)
+    with refused(ValueError, "set"):
         datasets.find("set", tmp_path, PREPROCESS).time_decoding()
 
 
@@ -247,16 +244,16 @@ def test_links(tmp_path: Path) -> None:
     found = datasets.load("set", tmp_path / "data", PREPROCESS)
     assert found.labels.tolist() == [0] * 7 + [1] * 2
     (tmp_path / "data" / "a" / "z.png").symlink_to(tmp_path / "nowhere.png")
-    refused("links to nowhere", "a/z.png", path=tmp_path / "data")
+    not_loaded("a/z.png", path=tmp_path / "data")
     (tmp_path / "data" / "a" / "z.png").unlink()
     (tmp_path / "data" / "b" / "up").symlink_to("..")
-    refused("links to folders that they lie in", "b/up", path=tmp_path / "data")
+    not_loaded("b/up", path=tmp_path / "data")
 
 
 def test_images_of_other_extensions_are_no_images(tmp_path: Path) -> None:
     tree(tmp_path, ["a"], each=2)
     picture(9, 9).save(tmp_path / "a" / "z.gif")
-    refused("which end in .jpg, .jpeg, ", "z.gif", "convert", path=tmp_path)
+    not_loaded("z.gif", path=tmp_path)
 
 
 def test_found_counts_without_decoding_or_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,10 +278,10 @@ def test_found_counts_without_decoding_or_writing(tmp_path: Path, monkeypatch: p
     assert {file: file.read_bytes() for file in cache.iterdir()} == before
     found = datasets.find("x", save(tmp_path / "x.npz", **arrays()), PREPROCESS, samples=3)
     assert (found.count, found.undecoded(cache)) == (3, 0)
-    with pytest.raises(ValueError, match="'set': 13 samples"):
+    with refused(ValueError, "set", "13"):
         counts(samples=13)
     (data / "d").mkdir()
-    with pytest.raises(ValueError, match=r"'set': .*empty class folders: d"):
+    with refused(ValueError, "set"):
         counts()
 
 
@@ -389,28 +386,28 @@ class Bomb:
 def test_npz_traps_are_named(tmp_path: Path) -> None:
     good, file, marker = arrays(), tmp_path / "x.npz", tmp_path / "marker"
     cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-        ({"labels": good["labels"]}, ("no array 'images'", "labels")),
-        ({**good, "extra": np.ones(1)}, ("unknown here: extra",)),
-        ({**good, "images": good["images"] / 255}, ("must be uint8", "float64")),
+        ({"labels": good["labels"]}, ("images", "labels")),
+        ({**good, "extra": np.ones(1)}, ("extra",)),
+        ({**good, "images": good["images"] / 255}, ("uint8", "float64")),
         ({**good, "images": good["images"][..., None]}, ("[10, 24, 24, 1]",)),
         ({**good, "images": good["images"][:, :20]}, ("(24, 24)", "(20, 24)")),
-        ({**good, "labels": good["labels"][1:]}, ("10 images but 9 labels",)),
-        ({**good, "labels": good["labels"] * 0.5}, ("labels", "integers")),
-        ({**good, "labels": good["labels"].astype(np.int8) - 1}, ("rows of a head", "-1 to 2")),
-        ({**good, "labels": good["labels"].astype(np.uint64) + 2**63}, ("rows of a head",)),
-        ({**good, "images": good["images"][:, :0]}, ("no images", "[10, 0, 24]")),
-        ({**good, "classes": np.array([0, 1])}, ("labels 2, 3 are not among",)),
-        ({**good, "classes": np.array([0, 1, 2, 3, 3])}, ("distinct",)),
-        ({"images": good["images"][:0], "labels": good["labels"][:0]}, ("no images",)),
-        ({**good, "labels": np.array([Bomb(marker)] * 10)}, ("cannot be read",)),
+        ({**good, "labels": good["labels"][1:]}, ("10", "9")),
+        ({**good, "labels": good["labels"] * 0.5}, ("labels",)),
+        ({**good, "labels": good["labels"].astype(np.int8) - 1}, ("-1 to 2",)),
+        ({**good, "labels": good["labels"].astype(np.uint64) + 2**63}, ()),
+        ({**good, "images": good["images"][:, :0]}, ("[10, 0, 24]",)),
+        ({**good, "classes": np.array([0, 1])}, ("2, 3",)),
+        ({**good, "classes": np.array([0, 1, 2, 3, 3])}, ()),
+        ({"images": good["images"][:0], "labels": good["labels"][:0]}, ()),
+        ({**good, "labels": np.array([Bomb(marker)] * 10)}, ()),
     ]
-    for content, words in cases:
-        refused(*words, path=save(file, **content))
+    for content, facts in cases:
+        not_loaded(*facts, path=save(file, **content))
     assert not marker.exists()
     file.write_bytes(save(file, **good).read_bytes()[:500])
-    refused("no .npz archive", "or not whole", path=file)
+    not_loaded(path=file)
     file.write_text("images, labels")
-    refused("no .npz archive", path=file)
+    not_loaded(path=file)
 
 
 def test_samples_are_a_seeded_subset(tmp_path: Path) -> None:
@@ -437,10 +434,10 @@ def test_samples_are_a_seeded_subset(tmp_path: Path) -> None:
 
 def test_bad_samples_and_seeds(tmp_path: Path) -> None:
     file = save(tmp_path / "x.npz", **arrays())
-    refused("11 samples", "only 10", path=file, samples=11)
-    refused("at least 1", path=file, samples=0)
-    refused("seed", path=file, seed=-1)
-    with pytest.raises(TypeError, match="samples must be an int"):
+    not_loaded("11", "10", path=file, samples=11)
+    not_loaded("1", path=file, samples=0)
+    not_loaded(path=file, seed=-1)
+    with refused(TypeError):
         datasets.load("set", file, PREPROCESS, samples=2.5)  # type: ignore[arg-type]
 
 
@@ -469,9 +466,9 @@ def test_datasets_are_checked_when_made() -> None:
         {"classes": torch.tensor([0, 1]), "groups": torch.tensor([0.0, 1.0])},
     ]
     for bad in refusals:
-        with pytest.raises(ValueError, match=r"^Dataset 'bad': "):
+        with refused(ValueError, "bad"):
             datasets.Dataset("bad", **{**good, **bad})
-    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+    with refused(TypeError):
         datasets.Dataset("bad", **{**good, "images": images.numpy()})
 
 
@@ -500,8 +497,8 @@ def test_a_subset_is_what_load_would_have_drawn(tmp_path: Path) -> None:
 def test_subsets_that_cannot_be() -> None:
     images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
     small = datasets.Dataset("small", images, torch.arange(3), (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(ValueError, match=r"^datasets: 'small': 4 samples asked for, but it has only 3"):
+    with refused(ValueError, "small", "4", "3"):
         datasets.subset(small, 4)
     for none in (0, -1):
-        with pytest.raises(ValueError, match=f"samples must be at least 1, got {none}"):
+        with refused(ValueError, "1", none):
             datasets.subset(small, none)

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from support.tiny_sources import encoded, holds, pictures, refused, scored
+from support.tiny_sources import encoded, holds, pictures, scored, unreadable
+from support.wording import refused
 
 from rft_fast.common import files
 from rft_fast.datasets import arrow, shards
@@ -95,39 +96,39 @@ PNG = encoded(pictures(1)[0])
 
 
 @pytest.mark.parametrize(
-    ("members", "words"),
+    ("members", "facts"),
     [
-        ({"1.png": PNG, "1.cls": b"0", "2.png": PNG}, ["'2'", "no label", "png"]),
-        ({"1.cls": b"0"}, ["'1'", "0 images"]),
-        ({"1.png": PNG, "1.jpg": PNG, "1.cls": b"0"}, ["'1'", "2 images"]),
-        ({"a.1.png": PNG, "a.1.cls": b"0", "a.2.png": PNG, "a.2.cls": b"0"}, ["'a'", "2 images"]),
-        ({"1.PNG": PNG, "1.png": PNG, "1.cls": b"0"}, ["1.png", "twice"]),
-        ({"1.png": PNG, "1.cls": b"dog"}, ["'1'", "'dog'"]),
-        ({"1.png": PNG, "1.cls": b"-1"}, ["'1'", "'-1'"]),
-        ({"1.png": PNG, "1.json": b'{"text": "a dog", "id": 3}'}, ["'1'", "text, id"]),
-        ({"1.png": PNG, "1.json": b'{"label": 1, "cls": 2}'}, ["'1'", "one class"]),
-        ({"1.png": PNG, "1.json": b'{"label": true}'}, ["'1'", "label"]),
-        ({"1.png": PNG, "1.json": b"[" * 100_000}, ["'1'", ".json"]),
-        ({"1.png": PNG, "1.json": b" " * (2 << 20)}, ["1.json", "no label"]),
-        ({"README": b"nothing"}, ["no samples"]),
+        ({"1.png": PNG, "1.cls": b"0", "2.png": PNG}, "2"),
+        ({"1.cls": b"0"}, "1 0"),
+        ({"1.png": PNG, "1.jpg": PNG, "1.cls": b"0"}, "1 2"),
+        ({"a.1.png": PNG, "a.1.cls": b"0", "a.2.png": PNG, "a.2.cls": b"0"}, "a 2"),
+        ({"1.PNG": PNG, "1.png": PNG, "1.cls": b"0"}, "1.png"),
+        ({"1.png": PNG, "1.cls": b"dog"}, "1 dog"),
+        ({"1.png": PNG, "1.cls": b"-1"}, "1 -1"),
+        ({"1.png": PNG, "1.json": b'{"text": "a dog", "id": 3}'}, "1"),
+        ({"1.png": PNG, "1.json": b'{"label": 1, "cls": 2}'}, "1"),
+        ({"1.png": PNG, "1.json": b'{"label": true}'}, "1"),
+        ({"1.png": PNG, "1.json": b"[" * 100_000}, "1"),
+        ({"1.png": PNG, "1.json": b" " * (2 << 20)}, "1.json"),
+        ({"README": b"nothing"}, ""),
     ],
 )
 def test_samples_that_would_score_wrong_are_named(
-    tmp_path: Path, members: dict[str, bytes], words: list[str]
+    tmp_path: Path, members: dict[str, bytes], facts: str
 ) -> None:
-    refused(shards.source, tar(tmp_path / "x.tar", members), "x.tar", *words)
+    unreadable(shards.source, tar(tmp_path / "x.tar", members), "x.tar", *facts.split())
 
 
 def test_labels_beyond_the_names_and_shards_that_lack_are_refused(tmp_path: Path) -> None:
     root = clip_benchmark(tmp_path, pictures(4), [0, 1, 2, 3])
-    refused(shards.source, root, "0 to 3", "3 class names")
+    unreadable(shards.source, root, "0", "3", "3")
     (root / "test" / "1.tar").unlink()
-    refused(shards.source, root, "nshards.txt", "'2'", "1 are there")
+    unreadable(shards.source, root, "nshards.txt", "2", "1")
     (root / "classnames.txt").write_text("a\n\nb\n")
     (root / "test" / "nshards.txt").unlink()
-    refused(shards.source, root, "classnames.txt", "empty lines")
+    unreadable(shards.source, root, "classnames.txt")
     (tmp_path / "none").mkdir()
-    refused(shards.source, tmp_path / "none", "expected a .tar")
+    unreadable(shards.source, tmp_path / "none")
     assert not shards.matches(tmp_path / "none") and not shards.matches(tmp_path / "nowhere")
 
 
@@ -138,22 +139,22 @@ def test_truncated_joined_and_compressed_shards_are_refused(tmp_path: Path) -> N
     path = tmp_path / "cut.tar"
     for length in [1, 511, 513, 700, *range(1000, used, 391), used - 512, used, used + 511]:
         path.write_bytes(whole[:length])
-        refused(shards.source, path, "cut.tar")
+        unreadable(shards.source, path, "cut.tar")
     path.write_bytes(b"")
-    refused(shards.source, path, "cut.tar", "empty")
+    unreadable(shards.source, path, "cut.tar")
     path.write_bytes(whole + whole)
-    refused(shards.source, path, "joined")
+    unreadable(shards.source, path)
     damaged = bytearray(whole)
     damaged[2048 + 150] ^= 1  # in the checksum of a later header, which tarfile takes for the end
     path.write_bytes(damaged)
-    refused(shards.source, path, "damaged")
+    unreadable(shards.source, path)
     path.write_bytes(b"\x89PNG" * 1000)
-    refused(shards.source, path, "no tar archive")
-    for form, name in (("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")):
+    unreadable(shards.source, path)
+    for form in ("gz", "bz2", "xz"):
         with tarfile.open(tmp_path / f"y.tar.{form}", f"w:{form}") as archive:
             archive.add(tmp_path / "x.tar", "x")
         assert shards.matches(tmp_path / f"y.tar.{form}")
-        refused(shards.source, tmp_path / f"y.tar.{form}", name, "unpack")
+        unreadable(shards.source, tmp_path / f"y.tar.{form}")
 
 
 def test_claims_links_and_control_characters_do_no_harm(tmp_path: Path) -> None:
@@ -164,17 +165,17 @@ def test_claims_links_and_control_characters_do_no_harm(tmp_path: Path) -> None:
         header = tarfile.TarInfo("1.png")
         header.size = size
         path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        refused(shards.source, path, "x.tar", "truncated")
+        unreadable(shards.source, path, "x.tar")
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         with tarfile.open(path, "w") as archive:
             info = tarfile.TarInfo("1.png")
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
-        refused(shards.source, path, "1.png", "link")
+        unreadable(shards.source, path, "1.png")
     huge = tarfile.TarInfo("pax")  # a header for the next file that says it takes 2**50 bytes
     huge.type, huge.size = tarfile.XHDTYPE, 1 << 50
     path.write_bytes(huge.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
-    refused(shards.source, path, "x.tar")
+    unreadable(shards.source, path, "x.tar")
 
 
 def test_a_shard_that_changes_is_not_read_on(tmp_path: Path) -> None:
@@ -236,12 +237,12 @@ def test_a_dict_of_splits_takes_the_one_that_is_named(tmp_path: Path) -> None:
         saved(tmp_path / name, [table(embedded(pixels[rows]), [0, 1, 1, 0][rows], told)], told)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert arrow.matches(tmp_path)
-    refused(arrow.source, tmp_path, "train, test")
+    unreadable(arrow.source, tmp_path)
     holds(arrow.source(tmp_path / "test", ""), pixels[1:], [1, 1, 0])
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
     holds(arrow.source(tmp_path, ""), pixels[1:], [1, 1, 0])
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["../elsewhere"]}')
-    refused(arrow.source, tmp_path, "dataset_dict.json")
+    unreadable(arrow.source, tmp_path, "dataset_dict.json")
 
 
 def test_parquet_of_the_hub_is_read_by_row_groups(tmp_path: Path) -> None:
@@ -260,12 +261,12 @@ def test_parquet_of_the_hub_is_read_by_row_groups(tmp_path: Path) -> None:
     holds(arrow.source(folder / "test-00001-of-00002.parquet", ""), pixels[20:], labels[20:])
     scored(tmp_path / "set", "arrow", pixels, labels)
     parquet.write_table(table(rows[:1], [0], told), folder / "train-00000-of-00001.parquet")
-    refused(arrow.source, tmp_path / "set", "test, train")
+    unreadable(arrow.source, tmp_path / "set")
     assert not arrow.matches(tmp_path / "set" / "validation")
     (folder / "test-00000-of-00002.parquet").unlink()
-    refused(arrow.source, tmp_path / "set" / "test", "1 of 2")
+    unreadable(arrow.source, tmp_path / "set" / "test", "1", "2")
     (folder / "test-00001-of-00002.parquet").write_bytes(b"PAR1 cut")
-    refused(arrow.source, folder / "test-00001-of-00002.parquet", "no Parquet")
+    unreadable(arrow.source, folder / "test-00001-of-00002.parquet")
 
 
 def test_images_by_path_have_to_be_there(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_images_by_path_have_to_be_there(tmp_path: Path) -> None:
     holds(arrow.source(folder, ""), pixels, [0, 0])
     rows += [{"bytes": None, "path": "gone/x.png"}, None]
     folder = saved(tmp_path / "b", [table(rows, [0] * 4, told)], told)
-    refused(arrow.source, folder, "3 images", "row 2 ('gone/x.png')", "row 3 (no path)")
+    unreadable(arrow.source, folder, "3", "2", "gone/x.png", "3")
 
 
 @pytest.mark.parametrize("how", ["arrow", "parquet"])
@@ -316,20 +317,20 @@ def test_large_arrow_files_are_mapped(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("labels", "told", "words"),
+    ("labels", "told", "facts"),
     [
-        ([0, -1], features(["a"]), ["-1 to 0", "'label'"]),
-        ([0, 2], features(["a", "b"]), ["0 to 2", "beyond 2 names"]),
-        ([0, None], features(["a"]), ["1 images", "'label'"]),
-        ([0, 0], {"label": {"_type": "ClassLabel", "names": "abc"}}, ["features"]),
-        ([], features(["a"]), ["no images"]),
+        ([0, -1], features(["a"]), "-1 0 label"),
+        ([0, 2], features(["a", "b"]), "0 2 2"),
+        ([0, None], features(["a"]), "1 label"),
+        ([0, 0], {"label": {"_type": "ClassLabel", "names": "abc"}}, ""),
+        ([], features(["a"]), ""),
     ],
 )
 def test_labels_that_would_score_wrong_are_refused(
-    tmp_path: Path, labels: list[Any], told: dict[str, Any], words: list[str]
+    tmp_path: Path, labels: list[Any], told: dict[str, Any], facts: str
 ) -> None:
     images = embedded(pictures(len(labels)))
-    refused(arrow.source, saved(tmp_path / "set", [table(images, labels, told)], told), *words)
+    unreadable(arrow.source, saved(tmp_path / "set", [table(images, labels, told)], told), *facts.split())
 
 
 def test_columns_are_told_apart_or_listed(tmp_path: Path) -> None:
@@ -345,14 +346,13 @@ def test_columns_are_told_apart_or_listed(tmp_path: Path) -> None:
     source = read("two", cifar100, {"image": {"_type": "Image"}, **kinds})
     holds(source, pixels, [0, 1])
     assert "'fine_label'" in source.notes[0]
-    for name, columns, words in [
-        ("three", base.append_column("mask", base["image"]), ["2 columns of images", "mask"]),
-        ("none", base.select(["label"]), ["0 columns of images", "label (int64)"]),
-        ("bare", base.rename_columns(["image", "kind"]), ["0 columns of labels", "kind (int64)"]),
+    for name, columns, facts in [
+        ("three", base.append_column("mask", base["image"]), ["2", "mask"]),
+        ("none", base.select(["label"]), ["0", "label (int64)"]),
+        ("bare", base.rename_columns(["image", "kind"]), ["0", "kind (int64)"]),
     ]:
-        with pytest.raises(ValueError) as caught:
+        with refused(ValueError, *facts):
             read(name, columns, None)
-        assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_damaged_arrow_folders_are_refused(tmp_path: Path) -> None:
@@ -362,11 +362,11 @@ def test_damaged_arrow_folders_are_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for length in (0, 3, 100, len(whole) // 2, len(whole) - 100):
         file.write_bytes(whole[:length])
-        refused(arrow.source, folder, "data-00000-of-00001.arrow")
+        unreadable(arrow.source, folder, "data-00000-of-00001.arrow")
     file.unlink()
-    refused(arrow.source, folder, "lacks data-00000-of-00001.arrow")
+    unreadable(arrow.source, folder, "data-00000-of-00001.arrow")
     for state in ({}, {"_data_files": [{"filename": "../x.arrow"}]}, [], {"_indices_data_files": [1]}):
         (folder / "state.json").write_text(json.dumps(state))
-        refused(arrow.source, folder)
+        unreadable(arrow.source, folder)
     (folder / "state.json").write_text("{")
-    refused(arrow.source, folder, "state.json")
+    unreadable(arrow.source, folder, "state.json")

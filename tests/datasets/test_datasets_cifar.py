@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from support.tiny_sources import PREPROCESS, holds, pictures, refused, scored
+from support.tiny_sources import PREPROCESS, holds, pictures, scored, unreadable
+from support.wording import refused
 
 from rft_fast import datasets
 from rft_fast.datasets import cifar, pickled_arrays
@@ -98,7 +99,7 @@ def test_pickled_cifar_is_read_as_torchvision_reads_it(
             np.testing.assert_array_equal(truth.data, pixels)
         scored(ten, "cifar", pixels, labels)
     (ten / "data_batch_3").unlink()
-    refused(cifar.source, ten / "train", "expected 5", "data_batch_4")
+    unreadable(cifar.source, ten / "train", "5", "data_batch_4")
 
 
 def test_binary_cifar(tmp_path: Path) -> None:
@@ -121,21 +122,21 @@ def test_binary_cifar(tmp_path: Path) -> None:
         scored(folder, "cifar", pixels, labels)
         (file,) = folder.glob("test*.bin")
         file.write_bytes(file.read_bytes()[:-1])
-        refused(cifar.source, folder, file.name, "whole images")
+        unreadable(cifar.source, folder, file.name)
         file.write_bytes(b"")
-        refused(cifar.source, folder, file.name, "0 bytes")
+        unreadable(cifar.source, folder, file.name, "0")
 
 
 def test_cifar_10_1_and_10_2(tmp_path: Path) -> None:
     pixels, labels = pictures(3, 32, 32), [9, 0, 3]
     np.save(tmp_path / "cifar10.1_v6_data.npy", pixels)
-    refused(cifar.source, tmp_path, "cifar10.1_v6_labels.npy")
+    unreadable(cifar.source, tmp_path, "cifar10.1_v6_labels.npy")
     np.save(tmp_path / "cifar10.1_v6_labels.npy", np.array(labels, np.int32))
     holds(cifar.source(tmp_path, ""), pixels, labels)
     scored(tmp_path, "cifar", pixels, labels)
     np.save(tmp_path / "cifar10.1_v4_data.npy", pixels[:2])
     np.save(tmp_path / "cifar10.1_v4_labels.npy", np.array(labels[:2], np.int64))
-    refused(cifar.source, tmp_path, "cifar10.1_v4_data.npy, cifar10.1_v6_data.npy", "give the path")
+    unreadable(cifar.source, tmp_path, "cifar10.1_v4_data.npy", "cifar10.1_v6_data.npy")
     holds(cifar.source(tmp_path / "cifar10.1_v4_data.npy", ""), pixels[:2], labels[:2])
 
     held = {"images": pixels, "labels": np.array(labels), "keywords": np.array(["a", 1, None], object)}
@@ -150,7 +151,7 @@ def test_cifar_10_1_and_10_2(tmp_path: Path) -> None:
         whole = (tmp_path / name).read_bytes()
         for length in (0, 50, 500, len(whole) - 40):
             (tmp_path / name).write_bytes(whole[:length])
-            refused(cifar.source, tmp_path / name, name)
+            unreadable(cifar.source, tmp_path / name, *name.split())
 
 
 def test_stl10_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,17 +169,17 @@ def test_stl10_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pyte
     np.testing.assert_array_equal(truth.data.transpose(0, 2, 3, 1), pixels)
     assert truth.labels.tolist() == labels and tuple(truth.classes) == source.class_names
     scored(folder, "cifar", pixels, labels)
-    for data, word in (
-        (b"\0\1\2", "0 to 2"),
-        (b"\1\2\13", "1 to 11"),
-        (b"\1\2", "3 images"),
-        (b"", "3 images"),
+    for data, facts in (
+        (b"\0\1\2", "0 2"),
+        (b"\1\2\13", "1 11"),
+        (b"\1\2", "3"),
+        (b"", "3"),
     ):
         (folder / "test_y.bin").write_bytes(data)
-        refused(cifar.source, folder, "test_X.bin", word)
+        unreadable(cifar.source, folder, "test_X.bin", *facts.split())
     (folder / "class_names.txt").write_text("airplane\n")
     (folder / "test_y.bin").write_bytes(b"\1\2\3")
-    refused(cifar.source, folder, "class_names.txt", "1 class names")
+    unreadable(cifar.source, folder, "class_names.txt", "1")
 
 
 def test_stl10_under_a_head_for_cifar10_needs_a_map(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_stl10_under_a_head_for_cifar10_needs_a_map(tmp_path: Path) -> None:
     (tmp_path / "test_X.bin").write_bytes(pixels.transpose(0, 3, 2, 1).tobytes())
     (tmp_path / "test_y.bin").write_bytes(bytes(label + 1 for label in labels))
     rows = datasets.Rows(10, cifar.CIFAR10)
-    with pytest.raises(ValueError, match="another order"):  # as many classes, so in order they would do
+    with refused(ValueError):  # as many classes, so in order they would do
         datasets.load("stl10", tmp_path, PREPROCESS, rows=rows)
     rowed: dict[str, str | None] = {name: name for name in cifar.STL10}
     got = datasets.load(
@@ -212,41 +213,42 @@ AGAIN += (
 
 
 @pytest.mark.parametrize(
-    ("data", "word"),
+    ("data", "called"),
     [
         *[(pickle.dumps(Hostile(os.mkdir, "made"), protocol), "posix.mkdir") for protocol in (0, 2, 4, 5)],
         (pickle.dumps(Hostile(eval, "1/0"), 2), "eval"),
-        (b"\x80\x02cnumpy\nload\n)R.", "asks to call numpy.load"),
+        (b"\x80\x02cnumpy\nload\n)R.", "numpy.load"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02ls\x85R.", "os.system"),
         (
             b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI63\ntbcnumpy\nndarray\n\x81.",
-            "damaged",
+            "",
         ),
-        (b"(ios\nsystem\n.", "asks to call os.system"),
-        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "unknown encoding"),
-        (b"\x80\x02P1\n.", "outside of its pickle"),
-        (b"\x80\x02\x82\x01.", "EXT1"),
-        (DEEP, "used as a key"),
-        (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),
-        (b"\x80\x02h\x05.", "damaged"),
-        (b"\x80\x02.", "damaged"),
-        (AGAIN, "unfolds to far more than its size"),
-        (b"\x80\x02]", "STOP"),
-        (b"\x80\x05\x96" + b"\xff" * 6 + b"\x00\x00.", "bytearray8"),
-        (b"\x80\x04\x8e" + b"\xff" * 6 + b"\x00\x00.", "bytes8"),
-        (b"", "STOP"),
-        (b"\xff\xfe", "opcode"),
+        (b"(ios\nsystem\n.", "os.system"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", ""),
+        (b"\x80\x02P1\n.", ""),
+        (b"\x80\x02\x82\x01.", ""),
+        (DEEP, ""),
+        (b"\x80\x02r\xff\xff\xff\xff.", ""),
+        (b"\x80\x02h\x05.", ""),
+        (b"\x80\x02.", ""),
+        (AGAIN, ""),
+        (b"\x80\x02]", ""),
+        (b"\x80\x05\x96" + b"\xff" * 6 + b"\x00\x00.", ""),
+        (b"\x80\x04\x8e" + b"\xff" * 6 + b"\x00\x00.", ""),
+        (b"", ""),
+        (b"\xff\xfe", ""),
     ],
+    ids=range(22),
 )
 def test_pickles_that_ask_for_more_than_arrays_do_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, word: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, called: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=word):
+    with refused(ValueError, called):
         pickled_arrays.read(data)
     assert not Path("made").exists() and not copyreg._extension_cache  # type: ignore[attr-defined]
     Path("test_batch").write_bytes(data)
-    refused(cifar.source, Path("test_batch"), "test_batch", word)
+    unreadable(cifar.source, Path("test_batch"), "test_batch", called)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_pickles_that_ask_for_more_than_arrays_do_nothing(
 def test_batches_of_other_contents_are_refused(tmp_path: Path, batch: Any) -> None:
     for protocol in (2, 4):
         (tmp_path / "test_batch").write_bytes(pickle.dumps(batch, protocol))
-        refused(cifar.source, tmp_path, "test_batch")
+        unreadable(cifar.source, tmp_path, "test_batch")
 
 
 def test_arrays_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
@@ -279,12 +281,12 @@ def test_arrays_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> No
     header = {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 32, 32, 3)}
     with file.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
-    refused(cifar.source, tmp_path, "takes")
+    unreadable(cifar.source, tmp_path)
     with zipfile.ZipFile(tmp_path / "cifar102_test.npz", "w") as archive:
         for name in ("images", "labels"):
             archive.writestr(f"{name}.npy", file.read_bytes())
-    refused(cifar.source, tmp_path / "cifar102_test.npz", "takes")
+    unreadable(cifar.source, tmp_path / "cifar102_test.npz")
     np.save(file, np.array([Hostile(os.mkdir, "made")]), allow_pickle=True)
-    refused(cifar.source, tmp_path / file.name, "objects")
+    unreadable(cifar.source, tmp_path / file.name)
     np.save(tmp_path / "cifar102_test.npy", np.array(Hostile(os.mkdir, "made"), object), allow_pickle=True)
-    refused(cifar.source, tmp_path / "cifar102_test.npy", "posix.mkdir")
+    unreadable(cifar.source, tmp_path / "cifar102_test.npy", "posix.mkdir")

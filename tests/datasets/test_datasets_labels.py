@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from support.tiny_trees import ids
+from support.wording import refused
 
 from rft_fast.datasets import Assignment, Rows, Source, assign
 
@@ -38,11 +39,9 @@ def rows_of(found: Assignment, each: int = 2) -> list[int]:
     return labels
 
 
-def refused(names: Sequence[str], rows: Rows | None, *words: str, label_map: Any = None) -> None:
-    with pytest.raises(ValueError, match=r"^labels of data: ") as caught:
+def not_assigned(names: Sequence[str], rows: Rows | None, *facts: str, label_map: Any = None) -> None:
+    with refused(ValueError, *facts):
         assign(source(names), rows, label_map)
-    for word in words:
-        assert word in str(caught.value), caught.value
 
 
 def test_without_rows_a_class_is_its_place() -> None:
@@ -128,36 +127,36 @@ def test_rows_are_found_by_evidence(
 # Names of a data set; names of the head, or how many rows; what is said.
 WITHOUT: list[tuple[Sequence[str], Sequence[str] | int, tuple[str, ...]]] = [
     (LETTERS, CIFAR10, ("none of its classes", "a, b, c", "airplane, automobile", "label map", '"order"')),
-    (LETTERS, 10, ("not known", "a -> 0, b -> 1", '"order"', "--class-names")),
-    (STL10, 10, ("not known", "bird -> 1")),
-    (["car" if name == "automobile" else name for name in CIFAR10], CIFAR10, ("1 of its 10", "car")),
-    (["dogs", "cat"], ["cat", "dog"], ("1 of its 2", "dogs")),
-    (["a", "B"], ["b", "\uff21", "c"], ("2 classes, but the head has 3 rows",)),
-    (["Cat", "cat"], ["cat", "dog"], ("one by their names", "Cat, cat")),
-    (["dog", "CAT", "owl"], ["Cat", "cat", "dog"], ("1 of its 3", "owl")),
-    (["Cat", "cat"], ["cat", "Cat"], ("several rows of the head", "Cat, cat")),
-    (["cat", "Cat"], ["cat", "Cat"], ("several rows of the head",)),
-    (["1 1", "2"], ["11", "2"], ("1 of its 2",)),
-    (["0", "1", "cat"], 3, ("not known",)),
-    (["1", "2", "3"], ["0", "1", "2"], ("1 of its 3", "3")),
-    (["0", "2", "3"], 3, ("not known",)),
-    (ids("r"), 200, ("WordNet ids", "not ImageNet's", "-> 0")),
-    (SYNSETS[:10], CIFAR10, ("WordNet ids", "not ImageNet's", "airplane")),
-    (SYNSETS, [f"thing {i}" for i in range(1000)], ("WordNet ids", "not ImageNet's", "thing 0")),
-    (sorted(WORDS[SYNSETS[row]] for row in CLEAR), 1000, ("4 of the classes of ImageNet-1k are missing",)),
-    (["crane", "tench", "goldfish"], 1000, ("several of ImageNet's", "crane (rows 134, 517)")),
-    (["tench", "Tinca tinca".replace(" ", "_"), *SYNSETS[1:120]], 1000, ("one class of ImageNet",)),
+    (LETTERS, 10, ("a -> 0, b -> 1", '"order"', "--class-names")),
+    (STL10, 10, ("bird -> 1",)),
+    (["car" if name == "automobile" else name for name in CIFAR10], CIFAR10, ("1", "10", "car")),
+    (["dogs", "cat"], ["cat", "dog"], ("1", "2", "dogs")),
+    (["a", "B"], ["b", "\uff21", "c"], ("2", "3")),
+    (["Cat", "cat"], ["cat", "dog"], ("Cat, cat",)),
+    (["dog", "CAT", "owl"], ["Cat", "cat", "dog"], ("1", "3", "owl")),
+    (["Cat", "cat"], ["cat", "Cat"], ("Cat, cat",)),
+    (["cat", "Cat"], ["cat", "Cat"], ()),
+    (["1 1", "2"], ["11", "2"], ("1", "2",)),
+    (["0", "1", "cat"], 3, ()),
+    (["1", "2", "3"], ["0", "1", "2"], ("1", "3", "3")),
+    (["0", "2", "3"], 3, ()),
+    (ids("r"), 200, ("WordNet ids", "-> 0")),
+    (SYNSETS[:10], CIFAR10, ("WordNet ids", "airplane")),
+    (SYNSETS, [f"thing {i}" for i in range(1000)], ("WordNet ids", "thing 0")),
+    (sorted(WORDS[SYNSETS[row]] for row in CLEAR), 1000, ("4", "ImageNet-1k")),
+    (["crane", "tench", "goldfish"], 1000, ("crane (rows 134, 517)",)),
+    (["tench", "Tinca tinca".replace(" ", "_"), *SYNSETS[1:120]], 1000, ("ImageNet",)),
     (["n01443537 (1)", "n01443537", "n01440764"], 1000, ("n01443537 (1)",)),
-    ([*SYNSETS[:-1], "thing"], 1000, ("1 of 1000 classes are not among", "thing")),
-    (sorted(EXPORTED), 1000, ("4 of 1000", "missile (rows 657, 744)", "missile 2 (rows 657, 744)")),
+    ([*SYNSETS[:-1], "thing"], 1000, ("1", "1000", "thing")),
+    (sorted(EXPORTED), 1000, ("4", "1000", "missile (rows 657, 744)", "missile 2 (rows 657, 744)")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("names", "head", "words"), WITHOUT, ids=range(len(WITHOUT)))
+@pytest.mark.parametrize(("names", "head", "facts"), WITHOUT, ids=range(len(WITHOUT)))
 def test_without_evidence_nothing_is_assigned(
-    names: Sequence[str], head: Sequence[str] | int, words: tuple[str, ...]
+    names: Sequence[str], head: Sequence[str] | int, facts: tuple[str, ...]
 ) -> None:
-    refused(names, Rows(head) if isinstance(head, int) else Rows(len(head), tuple(head)), *words)
+    not_assigned(names, Rows(head) if isinstance(head, int) else Rows(len(head), tuple(head)), *facts)
 
 
 def test_the_order_is_taken_where_it_is_asked_for() -> None:
@@ -166,10 +165,10 @@ def test_the_order_is_taken_where_it_is_asked_for() -> None:
     assert rows_of(assign(source(["10", "9"]), Rows(2), "order")) == [1, 0]
     renamed = ["car" if name == "automobile" else name for name in CIFAR10]
     assert rows_of(assign(source(renamed), Rows(10, CIFAR10), "order")) == list(range(10))
-    refused(STL10, Rows(10, CIFAR10), "another order", "bird", label_map="order")
-    refused(["ab", "cd"], Rows(3), "2 classes, but the head has 3 rows", label_map="order")
+    not_assigned(STL10, Rows(10, CIFAR10), label_map="order")
+    not_assigned(["ab", "cd"], Rows(3), "2", "3", label_map="order")
     words = [WORDS[wnid] for wnid in SYNSETS]
-    refused(SYNSETS, Rows(1000, tuple(words[::-1])), "another order", label_map="order")
+    not_assigned(SYNSETS, Rows(1000, tuple(words[::-1])), label_map="order")
 
 
 def test_a_head_of_imagenet_in_another_order() -> None:
@@ -185,19 +184,19 @@ def test_a_head_of_imagenet_in_another_order() -> None:
     assert rows_of(assign(v2, Rows(1000, tuple(names)))) == list(range(1000))  # any other numbers
     thing = Rows(1000, tuple(f"thing {i}" for i in range(1000)))
     objects = replace(source(["chair"]), imagenet={"chair": (423, 559)})
-    with pytest.raises(ValueError, match="other classes"):
+    with refused(ValueError):
         assign(objects, thing)
     assert assign(objects, Rows(1000, tuple(names))).labels.tolist() == [999 - 559] * 2
 
 
 def test_names_in_another_order_are_not_taken_by_place() -> None:
     """STL-10 under a head of CIFAR-10: ten classes each, and only half of them at their place."""
-    refused(STL10, Rows(10, CIFAR10), "in another order", "bird", "car, monkey", "give a label map")
+    not_assigned(STL10, Rows(10, CIFAR10))
 
 
 def test_counts_that_differ() -> None:
-    refused(["a", "b"], Rows(10), "2 classes, but the head has 10 rows", "label map")
-    refused(list("abc"), Rows(2, ("a", "b")), "3 classes, but the head has 2 rows")
+    not_assigned(["a", "b"], Rows(10), "2", "10")
+    not_assigned(list("abc"), Rows(2, ("a", "b")), "3", "2")
 
 
 def test_label_maps() -> None:
@@ -220,32 +219,32 @@ def test_label_maps_compare_names_as_folders_do() -> None:
     cafe = source([NFD("café"), "Dog", "dog"])
     label_map = {"CAFÉ": "Über", "dog": 0, "Dog": 1}
     assert rows_of(assign(cafe, Rows(3, ("a", "b", NFD("über"))), label_map)) == [2, 1, 0]
-    refused(["Dog", "dog"], Rows(2), "may be several classes", label_map={"DOG": 0})
+    not_assigned(["Dog", "dog"], Rows(2), label_map={"DOG": 0})
 
 
 def test_label_maps_that_do_not_fit() -> None:
     head = Rows(6, ("cat", "dog", "big dog", "bird", "fish", "fish"))
     cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-        ({"a": 0}, ("does not name 1 of 2 classes: b",)),
-        ({"a": 0, "B": 1, "\uff42": 1}, ("may be several classes", "B")),
-        ({"a": 0, "b": 1, "c": 2}, ("does not have: c",)),
-        ({"a": 0, "b": 6}, ("beyond the head, which are 0 to 5: b = 6",)),
+        ({"a": 0}, ("1", "2", "b")),
+        ({"a": 0, "B": 1, "\uff42": 1}, ("B",)),
+        ({"a": 0, "b": 1, "c": 2}, ("c",)),
+        ({"a": 0, "b": 6}, ("0 to 5", "b = 6")),
         ({"a": 0, "b": -1}, ("b = -1",)),
-        ({"a": 0, "b": "horse"}, ("class 'b': 'horse' is no class of the head",)),
-        ({"a": 0, "b": "fish"}, ("'fish' are those of rows 4, 5; give one's number",)),
-        ({"a": 0, "b": True}, ("expected a row or the name of one, got True",)),
+        ({"a": 0, "b": "horse"}, ("'b'", "'horse'")),
+        ({"a": 0, "b": "fish"}, ("'fish'", "4, 5")),
+        ({"a": 0, "b": True}, ("True",)),
         ({"a": 0, "b": 1.5}, ("'b'", "1.5")),
         ({"a": 0, "b": {"x": 1}}, ("'b'", "{'x': 1}")),
-        ({"a": [0, 1], "b": [1, 2]}, ("row 1 is right for classes that differ",)),
-        ({"a": 0, "b": [0, 1]}, ("row 0 is right for classes that differ",)),
-        ({"a": [0, 0], "b": 1}, ("has a row twice: 0, 0",)),
-        ({"a": None, "b": []}, ("none of its images is scored",)),
+        ({"a": [0, 1], "b": [1, 2]}, ("1",)),
+        ({"a": 0, "b": [0, 1]}, ("0",)),
+        ({"a": [0, 0], "b": 1}, ("0, 0",)),
+        ({"a": None, "b": []}, ()),
     ]
-    for label_map, words in cases:
-        refused(["a", "b"], head, *words, label_map=label_map)
-    refused(["a", "b"], None, "the head's are not known here", label_map={"a": 0, "b": "dog"})
-    refused(["a"], None, "beyond the head", label_map={"a": -2})
-    refused(["a"], None, "beyond the head", label_map={"a": 10**30})
+    for label_map, facts in cases:
+        not_assigned(["a", "b"], head, *facts, label_map=label_map)
+    not_assigned(["a", "b"], None, label_map={"a": 0, "b": "dog"})
+    not_assigned(["a"], None, label_map={"a": -2})
+    not_assigned(["a"], None, label_map={"a": 10**30})
 
 
 def test_label_maps_in_files(tmp_path: Path) -> None:
@@ -263,29 +262,29 @@ def test_label_maps_in_files(tmp_path: Path) -> None:
 
 def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
     cases = {
-        "x.json": ('{"a": 0, "a": 1}', "named twice"),
-        "y.json": ("[1, 2]", "expected a table of classes, got list"),
-        "z.json": ("{", "label map"),
-        "x.toml": ("a = = 1", "label map"),
-        "x.csv": ("a,0\n", "the first line must be class,row"),
-        "y.csv": ("class,row\na,0,1\n", "expected two columns"),
-        "z.csv": ("class,row\na,0\na,\n", "both scored and not"),
-        "e.csv": ("", "the first line must be class,row"),
-        "deep.json": ("[" * 100_000, "recursion"),
-        "deep.toml": ("a = " + "[" * 100_000, "recursion"),
-        "long.csv": ("class,row\n" + "x" * 200_000 + ",1\n", "larger than field limit"),
-        "x.txt": ("a 0", "expected a .json, .toml or .csv"),
+        "x.json": '{"a": 0, "a": 1}',
+        "y.json": "[1, 2]",
+        "z.json": "{",
+        "x.toml": "a = = 1",
+        "x.csv": "a,0\n",
+        "y.csv": "class,row\na,0,1\n",
+        "z.csv": "class,row\na,0\na,\n",
+        "e.csv": "",
+        "deep.json": "[" * 100_000,
+        "deep.toml": "a = " + "[" * 100_000,
+        "long.csv": "class,row\n" + "x" * 200_000 + ",1\n",
+        "x.txt": "a 0",
     }
-    for name, (content, words) in cases.items():
+    for name, content in cases.items():
         (tmp_path / name).write_text(content)
-        refused(["a"], Rows(2), name, words, label_map=tmp_path / name)
-    refused(["a"], Rows(2), "nowhere.json", label_map=tmp_path / "nowhere.json")
+        not_assigned(["a"], Rows(2), name, label_map=tmp_path / name)
+    not_assigned(["a"], Rows(2), "nowhere.json", label_map=tmp_path / "nowhere.json")
 
 
 def test_rows_are_checked() -> None:
-    with pytest.raises(ValueError, match="got 3 rows and 2 names"):
+    with refused(ValueError, "3", "2"):
         Rows(3, ("a", "b"))
-    with pytest.raises(ValueError, match="0 rows"):
+    with refused(ValueError, "0"):
         Rows(0)
 
 
@@ -321,10 +320,12 @@ def test_odd_names_are_assigned_right_or_not_at_all(seed: int) -> None:
         sorted([*map(other, classes[:changed]), *map(same, classes[changed:])]),
         sorted([*names, random.choice(names).upper()]),
     ):
-        refused(wrong, head)
+        with pytest.raises(ValueError):
+            assign(source(wrong), head)
     if len(classes) > 1:
-        refused(names, Rows(len(classes)), "not known")
-        refused(names[1:], head, "but the head has")
+        for fewer, rows in ((names, Rows(len(classes))), (names[1:], head)):
+            with pytest.raises(ValueError):
+                assign(source(fewer), rows)
     by_name = {same(name): same(classes[row_of[plainly(name)]]) for name in names}
     assert rows_of(assign(source(names), head, by_name)) == [row_of[plainly(name)] for name in names]
 
@@ -335,14 +336,14 @@ def test_an_id_decides_between_two_classes_of_one_name() -> None:
     rows = Rows(3, ("tench", "crane", "missile"))
     wnids = sorted(SYNSETS[row] for row in part)
     assert rows_of(assign(source(wnids), rows)) == [0, 1, 2]
-    refused([*wnids, "n04008634"], Rows(4, (*rows.names, "missile")), "n04008634")
+    not_assigned([*wnids, "n04008634"], Rows(4, (*rows.names, "missile")), "n04008634")
 
 
 def test_numbers_from_1_are_not_taken_for_the_order_of_a_head_of_imagenet() -> None:
     """ILSVRC2012_ID 1 is the kit fox, row 278."""
     numbers = sorted(map(str, range(1, 1001)))
     for names in ((), tuple(open_clip.IMAGENET_CLASSNAMES)):
-        refused(numbers, Rows(1000, names), "ILSVRC2012_ID")
+        not_assigned(numbers, Rows(1000, names), "ILSVRC2012_ID")
         assert rows_of(assign(source(numbers), Rows(1000, names), "order"))[:2] == [0, 9]
         assert rows_of(assign(source(sorted(map(str, range(1000)))), Rows(1000, names)))[:3] == [0, 1, 10]
 
@@ -351,4 +352,4 @@ def test_a_number_in_csv_is_no_name_of_another_row(tmp_path: Path) -> None:
     file = tmp_path / "map.csv"
     file.write_text("class,row\na,1\nb,0\n")
     assert rows_of(assign(source("ab"), Rows(2, ("x", "1")), file)) == [1, 0]
-    refused("ab", Rows(2, ("1", "0")), "1 is a row", label_map=file)
+    not_assigned("ab", Rows(2, ("1", "0")), "1", label_map=file)

@@ -37,18 +37,27 @@ Entries = dict[str, str]
 # --- what tests call -------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def refused(error: type[BaseException], *facts: object) -> Iterator[pytest.ExceptionInfo[Any]]:
+class refused:
     """Expects an error, compares its message with the snapshot, and looks for the facts in it.
 
     Args:
-        error: its class.
+        error: its class, or several.
         facts: what the message must name, each as a whole word: names, files and numbers that the test knows.
     """
-    __tracebackhide__ = True
-    with pytest.raises(error) as caught:
-        yield caught
-    _check(str(caught.value), facts)
+
+    # No generator: the error's traceback would hold its frame, and so the error itself.
+    def __init__(self, error: type[BaseException] | tuple[type[BaseException], ...], *facts: object) -> None:
+        self._raises, self._facts = pytest.raises(error), facts
+
+    def __enter__(self) -> pytest.ExceptionInfo[Any]:
+        return self._raises.__enter__()
+
+    def __exit__(self, *error: Any) -> bool:
+        __tracebackhide__ = True
+        if not self._raises.__exit__(*error):
+            return False
+        _check(str(error[1]), self._facts)
+        return True
 
 
 @contextlib.contextmanager
@@ -107,6 +116,9 @@ def normal(text: str, base: str = "", numbers: bool = True) -> str:
         if path not in ("/", "~"):
             text = re.sub(re.escape(path) + r"(?![\w.-])", name, text)
     text = re.sub(r"\b0x[0-9a-fA-F]{4,}\b", "0x#", text)
+    text = re.sub(
+        r"(?<![0-9a-zA-Z])(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{12,}(?![0-9a-zA-Z])", "#", text
+    )  # hashes
     text = re.sub(r"\b(process|pid|PID) \d+", r"\1 #", text)
     text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", text)
     text = re.sub(r"\b\d+(?:\.\d+)?(?= ?(?:s|ms|µs|seconds|min|minutes)\b)", "#", text)
