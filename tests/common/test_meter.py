@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.modified_resnet import AttentionPool2d
+from support.wording import refused
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -259,13 +260,13 @@ def test_a_model_is_as_it_was() -> None:
 
 
 def test_values_are_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match=r"tensors without values.*run it for real") as caught:
+    with refused(RuntimeError) as caught:
         measure(lambda: torch.zeros(2).sum().item())
     assert caught.value.__cause__ is not None
 
 
 def test_an_error_of_the_run_itself_is_the_cause() -> None:
-    with pytest.raises(RuntimeError, match="ValueError: mine") as caught:
+    with refused(RuntimeError, "ValueError") as caught:
         measure(lambda: (_ for _ in ()).throw(ValueError("mine")))
     assert isinstance(caught.value.__cause__, ValueError)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import PATIENCE
+from support.wording import refused
 
 import rft_fast
 from rft_fast.common import program
@@ -247,6 +248,6 @@ def test_a_directory_that_is_deleted_later_is_named(
 )
 def test_nul_bytes_in_zoos_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "zoo.toml").write_text(text)
-    with pytest.raises(ValueError, match="NUL") as caught:
+    with refused(ValueError) as caught:
         zoo.read(tmp_path)
     assert "\0" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.wording import refused
 
 from rft_fast.config import zoo
 
@@ -64,7 +65,7 @@ def test_the_order_is_said_by_a_word_and_by_no_other(folder: Path) -> None:
     write(folder, GOOD + 'labels = "order"')
     assert zoo.read(folder).data["sketch"].labels == "order"
     write(folder, GOOD + 'labels = "ordr"')
-    with pytest.raises(ValueError, match="ordr"):
+    with refused(ValueError):
         zoo.read(folder)
 
 
@@ -78,7 +79,7 @@ def test_no_file_of_the_working_directory_is_taken(
     monkeypatch.chdir(here)
     text = "\n".join(line for line in GOOD.splitlines() if not line.startswith(f"{key} ="))
     file = write(folder, f'{key} = "mine.txt"\n{text}')
-    with pytest.raises(ValueError, match=rf"{key}.* names no file beside it: mine\.txt is relative"):
+    with refused(ValueError, key, "mine.txt"):
         zoo.read(file)
     (folder / "mine.txt").write_text("a photo of a {}")
     taken = zoo.read(file)
@@ -145,32 +146,32 @@ def test_options_have_the_values_of_the_command_line(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "facts"),
     [
-        ("no-control = false", "options.no-control can only be true"),
-        ("rhos = []", "options.rhos must be a string, number, true or a list, got \[\]"),
-        ("rhos = [[1]]", "options.rhos must be a string, number, true or a list"),
-        ("since = 2026-11-22", "options.since must be a string, number, true or a list"),
-        ("layer-drawz = 5", r"options.layer-drawz is no option; did you mean layer-draws\?"),
-        ("layer-draws = 0", "options.layer-draws expected an integer from 1"),
-        ("layer-draws = [1, 2]", r"options.layer-draws takes one value, got \[1, 2\]"),
-        ("layer-draws = true", "options.layer-draws needs a value"),
-        ("no-control = 1", "options.no-control can only be true"),
-        ('estimator = "best"', "options.estimator must be one of auto, plain, .*; got 'best'"),
-        ("rhos = [1, 1]", "options.rhos expected each once"),
-        ("alphas = [0, 2]", r"options.alphas alphas: expected finite numbers in \[0, 1\]"),
-        ('out = "here"', "options.out is no option of a zoo: where results are written is for the user"),
-        ('arch = "RN50"', "options.arch is no option of a zoo: it belongs to the zoo's other entries"),
-        ("no-cache = true", "options.no-cache is no option of a zoo: which files are kept where"),
+        ("no-control = false", "options.no-control"),
+        ("rhos = []", "options.rhos"),
+        ("rhos = [[1]]", "options.rhos"),
+        ("since = 2026-11-22", "options.since"),
+        ("layer-drawz = 5", "options.layer-drawz"),
+        ("layer-draws = 0", "options.layer-draws"),
+        ("layer-draws = [1, 2]", "options.layer-draws [1, 2]"),
+        ("layer-draws = true", "options.layer-draws"),
+        ("no-control = 1", "options.no-control"),
+        ('estimator = "best"', "options.estimator best"),
+        ("rhos = [1, 1]", "options.rhos"),
+        ("alphas = [0, 2]", "options.alphas [0, 1]"),
+        ('out = "here"', "options.out"),
+        ('arch = "RN50"', "options.arch"),
+        ("no-cache = true", "options.no-cache"),
     ],
 )
-def test_options_that_cannot_be(folder: Path, line: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_options_that_cannot_be(folder: Path, line: str, facts: str) -> None:
+    with refused(ValueError, *facts.split()):
         zoo.read(write(folder, GOOD + "[options]\n" + line))
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^zoo: there is no file .*nowhere\.toml"):
+    with refused(ValueError, "nowhere.toml"):
         zoo.read(tmp_path / "nowhere.toml")
 
 

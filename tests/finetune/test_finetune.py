@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast import finetune
@@ -226,17 +227,17 @@ def test_statistics_of_frozen_layers_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patterns", "blocks", "message"),
+    ("patterns", "blocks", "facts"),
     [
-        (["visual"], 0, "matches no parameter's whole name"),
-        (["("], 0, "is no regular expression"),
-        ([], 4, "4 blocks asked for, but 3 were found"),
-        ([], -1, "-1 blocks asked for"),
-        ([".*"], 0, "nothing to train"),
+        (["visual"], 0, ""),
+        (["("], 0, ""),
+        ([], 4, "4 3"),
+        ([], -1, "-1"),
+        ([".*"], 0, ""),
     ],
 )
-def test_what_cannot_be_frozen_is_refused(patterns: list[str], blocks: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_frozen_is_refused(patterns: list[str], blocks: int, facts: str) -> None:
+    with refused(ValueError, *facts.split()):
         finetune.freeze(classifier(), patterns, blocks)
 
 
@@ -265,31 +266,30 @@ def test_blocks_of_other_towers_are_found(name: str, stem: tuple[str, ...], firs
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate() -> None:
     data = batches(7)
     data.batches[1].images[0, 0] = math.nan
-    message = r"finetune: mine: the loss is nan at step 1 of 6 \(epoch 1, learning rate 0.00933\)"
-    with pytest.raises(finetune.Diverged, match=message):
+    with refused(finetune.Diverged, "mine", "1 of 6", "epoch 1", "0.00933"):
         finetune.train(small(), data, PLAIN, label="mine")
 
 
 def test_training_that_cannot_work_is_refused() -> None:
     data = batches(7)
-    with pytest.raises(ValueError, match="'fp16' needs CUDA"):
+    with refused(ValueError, "fp16"):
         finetune.train(small(), data, PLAIN, precision="fp16")
-    with pytest.raises(ValueError, match="must be one of fp32, tf32, bf16, fp16"):
+    with refused(ValueError, "fp32", "tf32", "bf16", "fp16"):
         finetune.train(small(), data, PLAIN, precision="fp8")
-    with pytest.raises(ValueError, match="warm-up of 6 steps does not fit into 2 epochs of 3 steps"):
+    with refused(ValueError, "6", "2", "3"):
         finetune.train(small(), data, replace(PLAIN, warmup=6))
-    with pytest.raises(ValueError, match=r"must be float32 to be trained, 0.weight \(torch.float64\)"):
+    with refused(ValueError, "float32", "0.weight", "torch.float64"):
         finetune.train(small().double(), data, PLAIN)
-    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
+    with refused(ValueError):
         finetune.train(small().requires_grad_(False), data, PLAIN)
-    with pytest.raises(ValueError, match="there are no batches"):
+    with refused(ValueError):
         finetune.train(small(), Fixed([]), PLAIN)
 
     class Liar(Fixed):
         def __len__(self) -> int:
             return 4
 
-    with pytest.raises(ValueError, match="ended after 3 of the 4 batches"):
+    with refused(ValueError, "3", "4"):
         finetune.train(small(), Liar(data.batches), PLAIN)
 
 
@@ -314,14 +314,14 @@ def test_training_that_cannot_work_is_refused() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"Setting: {field} must be"):
+    with refused(ValueError, field):
         Setting(**{field: value})  # type: ignore[arg-type]
 
 
 def test_settings_of_another_type_are_refused() -> None:
-    with pytest.raises(TypeError, match="epochs must be an int"):
+    with refused(TypeError):
         Setting(epochs=2.0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="lr must be a number, got '1'"):
+    with refused(TypeError, "1"):
         Setting(lr="1")  # type: ignore[arg-type]
 
 
@@ -341,11 +341,11 @@ def test_a_grid_is_the_product_of_its_options() -> None:
     assert list(made) == ["lr1e-5-ep4", "lr1e-5-ep4-seed1", "lr3e-5-ep4", "lr3e-5-ep4-seed1"]
     assert made["lr3e-5-ep4-seed1"] == Setting(lr=3e-5, epochs=4, seed=1, batch_size=32)
     assert list(finetune.grid({})) == [Setting().name]
-    with pytest.raises(ValueError, match="lr1e-5-ep8 is asked for twice"):
+    with refused(ValueError, "lr1e-5-ep8"):
         finetune.grid({"lr": [1e-5, 1e-5]})
-    with pytest.raises(ValueError, match="cannot vary 'clip'"):
+    with refused(ValueError, "clip"):
         finetune.grid({"clip": [1.0]})
-    with pytest.raises(ValueError, match="lr has no values"):
+    with refused(ValueError):
         finetune.grid({"lr": []})
 
 

@@ -32,6 +32,7 @@ from support.tiny_report import (
     make_rows,
     make_run,
 )
+from support.wording import command_refused, refused, said
 
 from rft_fast import __version__, catalogue, report, results, studies
 from rft_fast.report import comparison, runs, summary, tables
@@ -264,7 +265,7 @@ def test_an_interrupted_run(tmp_path: Path) -> None:
     assert "The correlation is left out" in plain(text) and 'id="layers"' in text and 'id="prune"' not in text
     only_a_part = runs.read(make_run(tmp_path / "short", rows[:10]))
     assert "interpolation was not finished for bad: its 1 rows are left out." in only_a_part.notes
-    with pytest.raises(ValueError, match="no model whose path was measured to its end"):
+    with refused(ValueError):
         runs.read(make_run(tmp_path / "shorter", rows[:2]))
 
 
@@ -281,24 +282,27 @@ def test_many_models_have_colours_of_their_own() -> None:
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("python -m rft_fast.report: report: ")
-    return said.err
+def refuses(*arguments: object, facts: tuple[object, ...] = ()) -> str:
+    return command_refused(main, arguments, *facts)
 
 
 def test_bad_input(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "got nothing at" in refused(capsys, tmp_path / "none")
+    refuses(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "no run in" in refused(capsys, tmp_path / "empty")
-    assert "got a file" in refused(capsys, run / "config.json")
-    assert "has no rows yet" in refused(capsys, make_run(tmp_path / "fresh", []))
+    refuses(tmp_path / "empty")
+    refuses(run / "config.json")
+    refuses(make_run(tmp_path / "fresh", []))
     only_rows = make_run(tmp_path / "rows")
     config = only_rows / "config.json"
     whole = config.read_text()
     config.unlink()
-    assert "rows.sqlite but no config.json" in refused(capsys, only_rows)
+    refuses(
+        only_rows,
+        facts=(
+            "rows.sqlite",
+            "config.json",
+        ),
+    )
     for text, message in [
         ("{", "cannot be read as JSON"),
         ("[]", "expected an object"),
@@ -307,7 +311,7 @@ def test_bad_input(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
         (whole.replace('"settings"', '"setings"'), "lacks settings"),
     ]:
         config.write_text(text)
-        assert message in refused(capsys, only_rows)
+        assert message in refuses(only_rows)
     config.write_text(whole)
     (only_rows / "rows.sqlite").write_bytes(b"not a database" * 100)
     assert "not a readable table" in main_error(capsys, only_rows)
@@ -322,19 +326,19 @@ def main_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_places_that_cannot_be_written(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "is no directory" in refused(capsys, run, "--out", tmp_path / "none" / "x.html")
-    assert "got the directory" in refused(capsys, run, "--out", tmp_path)
+    refuses(run, "--out", tmp_path / "none" / "x.html")
+    refuses(run, "--out", tmp_path)
     short = make_run(tmp_path / "short", SHORT)
     csv = run / "rows.csv"
     before = csv.read_bytes()
-    assert "is no report; it is left alone" in refused(capsys, run, "--out", csv)
+    refuses(run, "--out", csv)
     assert csv.read_bytes() == before
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
-        assert "is not writable" in refused(capsys, run, "--out", tmp_path / "x.html")
+        refuses(run, "--out", tmp_path / "x.html")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", _full)
-        assert "No space left" in refused(capsys, short, "--out", tmp_path / "x.html")
+        refuses(short, "--out", tmp_path / "x.html")
         assert not list(tmp_path.glob("x.html*"))  # which would keep the disk full
 
 
@@ -350,7 +354,7 @@ def test_without_plotly(
 
     pages.library.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert "pip install 'rft-fast[report]'" in refused(capsys, run)
+    refuses(run, facts=("rft-fast[report]",))
     pages.library.cache_clear()
 
 
@@ -396,13 +400,13 @@ def test_few_draws_of_the_same_differ_as_seldom_as_many(estimator: str, draws: i
 
 def test_the_comparison_page(run: Path, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), str(pair)]) == 0
-    assert "comparison.html" in capsys.readouterr().out
+    said(capsys.readouterr().out, "comparison.html")
     text = plain((pair / "comparison.html").read_text())
     assert "Settings that differ" in text and "seed 0 7" in plain(text.replace("seed07", "seed 0 7"))
     assert "Only A has the models <b>c&amp;%{x}." in text
     assert "differ beyond their error bars" in text
     nothing = make_run(pair.parent / "nothing", [{**row, "dataset": "x"} for row in SHORT])
-    assert "no measurement in common" in refused(capsys, run, nothing)
+    refuses(run, nothing)
 
 
 def test_a_run_against_itself(run: Path) -> None:
@@ -422,4 +426,4 @@ def test_the_command_line(
     with pytest.raises(SystemExit) as done:
         runpy.run_module("rft_fast.report", run_name="__main__")
     assert done.value.code == 0
-    assert f"{out} (2.0 MB, opens without a network)" in capsys.readouterr().out
+    said(capsys.readouterr().out, out, "2.0")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast.datasets import Dataset
@@ -707,59 +708,59 @@ def test_weights_come_back_after_a_failure(
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "facts"),
     [
-        ({"estimator": "exact"}, r"estimator must be one of plain, .*apgd-linf; got 'exact'"),
-        ({"on": "zeroshot"}, r"on must be one of finetuned, interpolated; got 'zeroshot'"),
-        ({"noise": "cauchy"}, r"noise must be one of normal, uniform, rademacher; got 'cauchy'"),
-        ({"seed": -1}, r"seed must lie in \[0, 2\*\*64\)"),
-        ({"seed": 2**63}, r"^sharpness: seed must lie in \[0, 2\*\*63\), since tables hold signed 64-bit"),
-        ({"seed": 2**64 - 1}, r"seed must lie in \[0, 2\*\*63\).*; got 18446744073709551615"),
-        ({"noise_batch": 0}, r"noise_batch must be a number of images or None; got 0"),
-        ({"noise_batch": 2.5}, r"noise_batch must be a number of images"),
-        ({"goal": 0.0}, r"goal must be a standard error above 0"),
-        ({"goal": math.nan}, r"goal must be a standard error above 0"),
-        ({"goal": math.inf}, r"goal must be a standard error above 0"),
-        ({"most": 0}, r"most must be a number of draws, at least 1; got 0"),
-        ({"goal": 0.1, "estimator": "apgd-l2"}, r"a goal needs a standard error, and 'apgd-l2' has none"),
-        ({"goal": 0.1, "estimator": "apgd-linf"}, r"a goal needs a standard error"),
+        ({"estimator": "exact"}, "exact"),
+        ({"on": "zeroshot"}, "zeroshot"),
+        ({"noise": "cauchy"}, "cauchy"),
+        ({"seed": -1}, "2**64"),
+        ({"seed": 2**63}, "2**63 64-bit"),
+        ({"seed": 2**64 - 1}, "2**63 18446744073709551615"),
+        ({"noise_batch": 0}, "noise_batch"),
+        ({"noise_batch": 2.5}, "noise_batch"),
+        ({"goal": 0.0}, ""),
+        ({"goal": math.nan}, ""),
+        ({"goal": math.inf}, ""),
+        ({"most": 0}, ""),
+        ({"goal": 0.1, "estimator": "apgd-l2"}, "apgd-l2"),
+        ({"goal": 0.1, "estimator": "apgd-linf"}, ""),
         (
             {"noise_batch": 8, "estimator": "hessian"},
-            r"'hessian' draws no such noise; leave noise_batch \(--noise-batch\) out",
+            "hessian noise_batch --noise-batch",
         ),
-        ({"noise_batch": 8, "estimator": "apgd-l2"}, r"'apgd-l2' draws no such noise"),
+        ({"noise_batch": 8, "estimator": "apgd-l2"}, "apgd-l2"),
     ],
 )
-def test_protocols_that_cannot_be(how: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_protocols_that_cannot_be(how: dict[str, Any], facts: str) -> None:
+    with refused(ValueError, *facts.split()):
         Protocol(**how)
 
 
 def test_protocols_of_wrong_types() -> None:
-    with pytest.raises(TypeError, match="seed must be an integer"):
+    with refused(TypeError):
         Protocol(seed=1.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="adaptive must be True or False"):
+    with refused(TypeError):
         Protocol(adaptive="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("how", "draws", "words"),
+    ("how", "draws", "facts"),
     [
-        ({}, 0, r"at least one draw is needed; got 0"),
-        ({}, -3, r"at least one draw is needed; got -3"),
-        ({"estimator": "antithetic"}, 5, r"come in pairs; got 5, use 6"),
-        ({"goal": 0.1}, 3, r"needs 4 draws or more; got 3"),
-        ({"goal": 0.1, "most": 10}, 12, r"most must be at least draws; got 10 and 12"),
+        ({}, 0, ""),
+        ({}, -3, "-3"),
+        ({"estimator": "antithetic"}, 5, "5 6"),
+        ({"goal": 0.1}, 3, "4 3"),
+        ({"goal": 0.1, "most": 10}, 12, "10 12"),
     ],
 )
-def test_draws_that_cannot_be(how: dict[str, Any], draws: int, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_draws_that_cannot_be(how: dict[str, Any], draws: int, facts: str) -> None:
+    with refused(ValueError, *facts.split()):
         Protocol(**how).check_draws(draws)
 
 
 @pytest.mark.parametrize("draws", [2.0, True, None, "20"])
 def test_draws_of_wrong_types(draws: Any) -> None:
-    with pytest.raises(TypeError, match="draws must be an integer"):
+    with refused(TypeError):
         Protocol().check_draws(draws)
 
 

@@ -14,6 +14,7 @@ import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
 from support.tiny_models import MEAN, STD, Told, counted, normalised, pictures, random_state
+from support.wording import refused, warned
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -234,20 +235,20 @@ def test_weights_come_back(error: Any, where: str, monkeypatch: pytest.MonkeyPat
 def test_bad_requests() -> None:
     s, other = Setting(staged()), Setting(staged())
     before = s.path.checksum()
-    refusals: list[tuple[dict[str, Any], str]] = [
-        ({"alphas": [0.0, 0.5]}, r"add \[1.0\]"),
-        ({"alphas": [0.0, 1.0, 1.5]}, r"finite numbers in \[0, 1\], got \[1.5\]"),
-        ({"alphas": [0.0, 0.0, 1.0]}, "each position once"),
-        ({"evaluator": other.evaluator}, "^layers: expected an evaluator of the path's live model"),
-        ({"others": "pretrained"}, "others must be one of zeroshot, finetuned; got 'pretrained'"),
-        ({"layers": ["55"]}, r"'55' names nothing here; the nearest are '5'"),
+    refusals: list[tuple[dict[str, Any], tuple[object, ...]]] = [
+        ({"alphas": [0.0, 0.5]}, ("[1.0]",)),
+        ({"alphas": [0.0, 1.0, 1.5]}, ("[1.5]",)),
+        ({"alphas": [0.0, 0.0, 1.0]}, ("alphas",)),
+        ({"evaluator": other.evaluator}, ()),
+        ({"others": "pretrained"}, ("others", "pretrained")),
+        ({"layers": ["55"]}, ("'55'", "'5'")),
     ]
-    for change, words in refusals:
+    for change, facts in refusals:
         arguments: dict[str, Any] = {"evaluator": s.evaluator, "alphas": ALPHAS, **change}
-        with pytest.raises(ValueError, match=words):
+        with refused(ValueError, *facts):
             studies.layerwise_interpolation(s.path, sink=lambda *told: pytest.fail("a row"), **arguments)
     path = Path(s.model, s.zero, s.one, inert=["0"])
-    with pytest.raises(ValueError, match=r"'0' is left out of path.layers: left out by inert="):
+    with refused(ValueError, "0", "path.layers"):
         studies.layerwise_interpolation(path, s.evaluator, ALPHAS, ["0"])
     assert s.path.checksum() == before
 
@@ -399,14 +400,14 @@ def test_stragglers_of_what_was_measured() -> None:
 def test_what_holds_no_stragglers_is_refused() -> None:
     rows = studies.frame(curve("x", [0.0, 0.5, 0.0], 0.001))
     for margin in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="margin of at least 0"):
+        with refused(ValueError):
             stragglers(rows, margin)
     for nothing in (rows.iloc[:0], rows.assign(study="interpolation")):
-        with pytest.raises(ValueError, match="expected rows of the study 'layers', got none"):
+        with refused(ValueError, "layers"):
             stragglers(nothing)
-    with pytest.raises(ValueError, match=r"'x' of 'm' on 'far': .*add \[1.0\]"):
+    with refused(ValueError, "x", "m", "far", "1.0"):
         stragglers(rows.iloc[:-1])  # a run that was stopped
-    with pytest.raises(ValueError, match="more than once"):
+    with refused(ValueError):
         stragglers(pd.concat([rows, rows]))
 
 
@@ -421,7 +422,7 @@ def test_layers_that_are_the_same_at_both_ends_take_no_forward_pass(others: str)
     path = Path(model, zero, one)
     assert path.unchanged == ("conv", "norm")
     evaluator = Evaluator(model, [pictures("far", 41, True), pictures("near", 15, False)], batch_size=16)
-    with pytest.warns(UserWarning, match=r"2 of 3 layers of m are the same at both ends.*conv, norm"):
+    with warned(UserWarning, "2", "3"):
         found = studies.layerwise_interpolation(path, evaluator, ALPHAS, others=others, model="m")
     assert list(found["layer"].unique()) == ["conv", "norm", "head"]
     still = found[found["layer"] != "head"]
@@ -457,5 +458,5 @@ def test_statistics_that_move_make_a_layer_move() -> None:
     half = {name: t.half().to(t.dtype if "conv" in name else t.half().dtype) if t.is_floating_point() else t
             for name, t in zero.items()}  # fmt: skip
     rounded = {name: t.float() if t.is_floating_point() else t for name, t in half.items()}
-    with pytest.warns(UserWarning, match="same weights"):
+    with warned(UserWarning):
         assert Path(model, half, rounded).unchanged == ("conv", "norm", "head")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 from support.tiny_models import Told
+from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -151,7 +152,7 @@ class Failing:
 
 def test_an_evaluator_of_another_model_is_refused() -> None:
     s, other = Setting(), Setting()
-    with pytest.raises(ValueError, match="evaluator of the path's live model"):
+    with refused(ValueError):
         studies.interpolation(s.path, other.evaluator, ALPHAS)
 
 
@@ -170,11 +171,11 @@ def test_an_evaluator_of_another_model_is_refused() -> None:
     ],
 )
 def test_unfit_alphas_are_refused(alphas: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match="alphas: expected") as caught:
+    with refused(ValueError) as caught:
         studies.check_alphas(alphas)
     assert caught.match(message)
     s = Setting()
-    with pytest.raises(ValueError, match="alphas: expected"):
+    with refused(ValueError):
         studies.interpolation(s.path, s.evaluator, alphas)
 
 
@@ -299,18 +300,18 @@ def test_summary_of_many_keeps_their_order() -> None:
 def test_what_cannot_be_summarized_is_refused() -> None:
     rows = Scripted(HAND).rows()
     for xi in (-0.1, 1.0, 2.0, math.nan):
-        with pytest.raises(ValueError, match="xi as a fraction"):
+        with refused(ValueError):
             studies.summarize(rows, xi)
-    with pytest.raises(ValueError, match="got none"):
+    with refused(ValueError):
         studies.summarize(rows.iloc[:0])
-    with pytest.raises(ValueError, match=r"'m' on 'set': .*add \[1.0\]"):
+    with refused(ValueError, "m", "set", "1.0"):
         studies.summarize(rows.iloc[:-1])  # a run that was stopped
-    with pytest.raises(ValueError, match="more than once"):
+    with refused(ValueError):
         studies.summarize(pd.concat([rows, rows]))
 
 
 def test_unknown_columns_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got \['accurcy'\]"):
+    with refused(ValueError, "accurcy"):
         studies.frame([{"accurcy": 0.5}])
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from support.tiny_models import State, Told, normalised, pictures, random_state
+from support.wording import refused, warned
 from torch import nn
 
 from rft_fast import studies
@@ -185,7 +186,7 @@ def test_several_methods_without_control() -> None:
 def test_several_choices_of_layers_each_with_its_control() -> None:
     s = Setting()
     choice = {"by sharpness": ["5"], "by hand": ["re:[01]"], "nobody": []}
-    with pytest.warns(UserWarning, match="^prune: no layer is a straggler by nobody; none is pruned"):
+    with warned(UserWarning):
         rows = studies.prune_stragglers(s.path, s.evaluator, [0, 0.7, 1], layers=choice, seeds=[1, 2])
     assert rows["method"].isna().sum() == 6  # one unpruned path for all
     pruned = rows[rows["method"].notna()]
@@ -203,12 +204,12 @@ def test_several_choices_of_layers_each_with_its_control() -> None:
 
 def test_a_control_of_fewer_layers_is_said_and_of_none_left_out() -> None:
     s = Setting()
-    with pytest.warns(UserWarning, match="control to 3 layers by named has only 2 other layers"):
+    with warned(UserWarning, "3", "2"):
         rows = studies.prune_stragglers(s.path, s.evaluator, [0, 1], layers=["0", "1", "3"], seeds=[1, 2])
     control = rows[rows["control"].fillna(False)]
     assert set(control["layer"]) == {"5, 7"} and len(control) == 8
     assert_brute(s, rows)
-    with pytest.warns(UserWarning, match="control to 5 layers by named has only 0 other layers"):
+    with warned(UserWarning, "5"):
         rows = studies.prune_stragglers(s.path, s.evaluator, [0, 1], layers=LAYERS, seeds=[1])
     assert not rows["control"].fillna(False).any() and len(rows) == 8
     assert_brute(s, rows)
@@ -275,7 +276,7 @@ def test_near_zero_on_one_data_set_alone_is_not_enough(monkeypatch: pytest.Monke
 
 def test_without_stragglers_the_path_alone_is_left_and_it_is_said() -> None:
     s = Setting()
-    with pytest.warns(UserWarning, match="^prune: no layer of m is a straggler by sharpness; none is pruned"):
+    with warned(UserWarning):
         rows = studies.prune_stragglers(s.path, s.evaluator, ALPHAS, rho=5.0, model="m")
     assert rows["method"].isna().all() and len(rows) == 8
     assert_brute(s, rows)
@@ -321,36 +322,33 @@ def test_weights_come_back(method: str, error: Any, where: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change",
     [
-        ({"alphas": [0.0, 0.5]}, r"add \[1.0\]"),
-        ({"keep": 0.0}, r"keep must lie between 0 and 1, .*; got 0.0"),
-        ({"keep": 1.0}, r"keep must lie between 0 and 1, .*; got 1.0"),
-        ({"keep": math.nan}, r"keep must lie between 0 and 1"),
-        (
-            {"criterion": "loudness"},
-            r"criterion must be one of sharpness, instability; got 'l",
-        ),
-        ({"methods": ["zero", "one"]}, r"methods must be some of zero, zeroshot, rescale, magnitude; got"),
-        ({"methods": "zero"}, r"methods must be some of zero"),
-        ({"methods": []}, r"methods must be some of zero"),
-        ({"seeds": []}, r"seeds must be distinct integers in \[0, 2\*\*32\), at least one; got \[\]"),
-        ({"seeds": [1, 1]}, r"seeds must be distinct"),
-        ({"seeds": [-1]}, r"seeds must be distinct integers"),
-        ({"seeds": [2**32]}, r"seeds must be distinct integers .*RandomState, which takes no others"),
-        ({"seeds": [0, 2**63]}, r"seeds must be distinct integers in \[0, 2\*\*32\)"),
-        ({"seeds": [0.5]}, r"seeds must be distinct integers"),
-        ({"seeds": [True]}, r"seeds must be distinct integers"),
-        ({"layers": ["33"]}, r"'33' names nothing here; the nearest are '3'"),
-        ({"layers": None, "draws": 0}, r"at least one draw is needed"),
-        ({"layers": None, "rho": 0.0}, r"rhos must be above 0"),
+        {"alphas": [0.0, 0.5]},
+        {"keep": 0.0},
+        {"keep": 1.0},
+        {"keep": math.nan},
+        {"criterion": "loudness"},
+        {"methods": ["zero", "one"]},
+        {"methods": "zero"},
+        {"methods": []},
+        {"seeds": []},
+        {"seeds": [1, 1]},
+        {"seeds": [-1]},
+        {"seeds": [2**32]},
+        {"seeds": [0, 2**63]},
+        {"seeds": [0.5]},
+        {"seeds": [True]},
+        {"layers": ["33"]},
+        {"layers": None, "draws": 0},
+        {"layers": None, "rho": 0.0},
     ],
 )
-def test_bad_requests(change: dict[str, Any], words: str) -> None:
+def test_bad_requests(change: dict[str, Any]) -> None:
     s = Setting()
     before = s.path.checksum()
     arguments: dict[str, Any] = {"alphas": ALPHAS, "layers": ["3"], **change}
-    with pytest.raises(ValueError, match=words):
+    with refused(ValueError):
         studies.prune_stragglers(s.path, s.evaluator, sink=lambda *told: pytest.fail("a row"), **arguments)
     assert s.path.checksum() == before
 
@@ -359,9 +357,9 @@ def test_bad_requests(change: dict[str, Any], words: str) -> None:
 def test_inert_layers_and_other_evaluators_are_refused() -> None:
     s, other = Setting(), Setting()
     path = Path(s.model, s.zero, s.one, inert=["5"])
-    with pytest.raises(ValueError, match=r"'5' is left out of path.layers: left out by inert="):
+    with refused(ValueError, "5", "path.layers"):
         studies.prune_stragglers(path, s.evaluator, ALPHAS, layers=["5"])
-    with pytest.raises(ValueError, match=r"^prune: expected an evaluator of the path's live model"):
+    with refused(ValueError):
         studies.prune_stragglers(s.path, other.evaluator, ALPHAS, layers=["5"])
     rows = studies.prune_stragglers(path, s.evaluator, [0, 1], layers=["3"], seeds=list(range(20)))
     assert "5" not in set(rows["layer"].dropna())  # nor is it a control
@@ -427,7 +425,7 @@ def test_keeps_and_criteria_are_told_apart() -> None:
     facts = studies.pruning_effect(rows)
     assert facts["change"].tolist() == pytest.approx([0.3, 0.4, 0.5, 0.6])
     assert facts["unpruned_gain"].tolist() == [0.2, 0.2, 0.2, 0.1]
-    with pytest.raises(ValueError, match="expected rows of the study 'prune', got none"):
+    with refused(ValueError, "prune"):
         studies.pruning_effect(rows.assign(study="layers"))
 
 

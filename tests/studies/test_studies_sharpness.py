@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
 from support.tiny_models import MEAN, STD, State, Told, normalised, pictures, random_state
+from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -389,7 +390,7 @@ def test_weights_come_back(estimator: str, error: type[BaseException] | None) ->
         if error is None:
             study(*arguments, protocol=Protocol(estimator), sink=sink)
         else:
-            with pytest.raises(error, match="full"):
+            with pytest.raises(error, match="stop"):
                 study(*arguments, protocol=Protocol(estimator), sink=sink)
         assert calls >= 2 and s.path.checksum() == before and s.path.alpha is None
 
@@ -397,42 +398,42 @@ def test_weights_come_back(estimator: str, error: type[BaseException] | None) ->
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def refused(error: type[Exception], words: str, both: bool = True, **how: Any) -> None:
+def refuses(error: type[Exception], *facts: str, both: bool = True, **how: Any) -> None:
     s = Setting()
     before = s.path.checksum()
     arguments = {"alphas": [0.0, 1.0], "rhos": [0.1], "draws": 4, **how}
     for study in (studies.layerwise_sharpness, studies.sharpness) if both else (studies.layerwise_sharpness,):
-        with pytest.raises(error, match=words):
+        with refused(error, *facts):
             study(s.path, s.evaluator, sink=lambda *told: pytest.fail("a row"), **arguments)
     assert s.path.checksum() == before
 
 
 @pytest.mark.parametrize("rhos", [[0.0], [-0.1, 0.1], [math.nan], [math.inf], [], [0.1, 0.1]])
 def test_bad_rhos(rhos: list[float]) -> None:
-    refused(ValueError, "rhos", rhos=rhos)
+    refuses(ValueError, rhos=rhos)
 
 
 @pytest.mark.parametrize("alphas", [[], [math.nan], [0.5, math.inf], [0.5, 0.5], [0.0, -0.0]])
 def test_bad_alphas(alphas: list[float]) -> None:
-    refused(ValueError, "alphas: expected finite numbers, each once", alphas=alphas)
+    refuses(ValueError, alphas=alphas)
 
 
 def test_bad_draws() -> None:
-    refused(ValueError, "at least one draw is needed; got 0", draws=0)
-    refused(TypeError, "draws must be an integer", draws=2.5)
-    refused(ValueError, "come in pairs; got 5", draws=5, protocol=Protocol("antithetic"))
-    refused(ValueError, "needs 4 draws or more", draws=3, protocol=Protocol(goal=1.0))
+    refuses(ValueError, draws=0)
+    refuses(TypeError, draws=2.5)
+    refuses(ValueError, "5", draws=5, protocol=Protocol("antithetic"))
+    refuses(ValueError, "4", draws=3, protocol=Protocol(goal=1.0))
 
 
 def test_bad_layers() -> None:
-    refused(ValueError, "'11' names nothing here; the nearest are '1'", layers=["11"], both=False)
-    refused(TypeError, "must be a list of names, got '1'", layers="1", both=False)
+    refuses(ValueError, "11", "1", layers=["11"], both=False)
+    refuses(TypeError, "1", layers="1", both=False)
     s = Setting()
     for end in (s.zero, s.one):
         end["5.bias"].zero_()
     path = Path(s.model, s.zero, s.one, granularity="tensor", inert=["1.weight"])
     for name, reason in (("5.bias", "zero at both ends"), ("1.weight", "left out by inert=")):
-        with pytest.raises(ValueError, match=rf"'{name}' is left out of path.layers: .*{reason}"):
+        with refused(ValueError, name, "path.layers", reason):
             studies.layerwise_sharpness(path, s.evaluator, [1.0], [0.1], 2, ["3.bias", name])
     rows = studies.layerwise_sharpness(path, s.evaluator, [1.0], [0.1], 2)
     assert rows["layer"].unique().tolist() == ["1.bias", "3.weight", "3.bias", "5.weight"]
@@ -441,7 +442,7 @@ def test_bad_layers() -> None:
 def test_an_evaluator_of_another_model_is_refused() -> None:
     s, other = Setting(), Setting()
     for study, name in ((studies.sharpness, "sharpness"), (studies.layerwise_sharpness, "layer-sharpness")):
-        with pytest.raises(ValueError, match=rf"^{name}: expected an evaluator of the path's live model"):
+        with refused(ValueError, name):
             study(s.path, other.evaluator, [0.5], [0.1])
 
 
@@ -532,8 +533,8 @@ def test_near_zero_of_what_was_measured() -> None:
 def test_near_zero_refuses() -> None:
     rows = studies.frame([row("x", 1.0, 0.0, 0.001)])
     for margin in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="margin above 0"):
+        with refused(ValueError):
             near_zero(rows, margin)
     for nothing in (rows.iloc[:0], rows.assign(study="sharpness"), rows.assign(alpha=0.0)):
-        with pytest.raises(ValueError, match="expected rows of the study 'layer-sharpness'"):
+        with refused(ValueError, "layer-sharpness"):
             near_zero(nothing)

@@ -85,10 +85,8 @@ def command_refused(main: Callable[[list[str]], Any], arguments: Sequence[object
         except SystemExit as ended:
             status = ended.code
     assert (status, out.getvalue()) == (2, ""), err.getvalue()
-    # argparse's usage is not ours.
-    message = re.sub(r"\Ausage: .*?\n(?=\S+(?: \S+)*: error: )", "", err.getvalue(), flags=re.DOTALL)
-    _check(message, facts)
-    return message
+    _check(err.getvalue(), facts)
+    return err.getvalue()
 
 
 def said(text: str, *facts: object) -> None:
@@ -108,6 +106,8 @@ def normal(text: str, base: str = "", numbers: bool = True) -> str:
         base: the folder of pytest's temporary folders.
         numbers: keep decimal numbers.
     """
+    # argparse's usage is not ours.
+    text = re.sub(r"^usage: .*?\n(?=\S[^\n]*: error: )", "", text, flags=re.DOTALL | re.MULTILINE)
     for path in {base, os.path.realpath(base)} if base else ():
         text = re.sub(re.escape(path) + r"/[^/\s'\",;:)]+", "TMP", text)
     for folder in {tempfile.gettempdir(), os.path.realpath(tempfile.gettempdir())}:
@@ -119,6 +119,7 @@ def normal(text: str, base: str = "", numbers: bool = True) -> str:
     text = re.sub(
         r"(?<![0-9a-zA-Z])(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{12,}(?![0-9a-zA-Z])", "#", text
     )  # hashes
+    text = re.sub(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S*?(?=[;,.]?(?:\s|$))", "#", text)
     text = re.sub(r"\b(process|pid|PID) \d+", r"\1 #", text)
     text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", text)
     text = re.sub(r"\b\d+(?:\.\d+)?(?= ?(?:s|ms|µs|seconds|min|minutes)\b)", "#", text)
