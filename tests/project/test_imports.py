@@ -259,7 +259,7 @@ def test_a_plan_encodes_no_prompts_and_counts_them(
 
 @pytest.mark.slow
 def test_the_count_is_what_a_run_encodes(
-    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, tables = planned(clips, ["one", "headed"]), []
     table = cost.table
@@ -280,9 +280,9 @@ def test_the_count_is_what_a_run_encodes(
     assert tables[0].flops == pytest.approx(sum(flops) - projections, rel=0.01)
 
 
-def test_a_plan_refuses_what_a_run_refuses(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_refuses_what_a_run_refuses(clips: Path) -> None:
     """A fine-tuned end that is the zero-shot one, text tower and all, which stand-ins must not hide."""
-    tiny_zoo.refused([*planned(clips, ["zero"]), "--plan"], "same weights", capsys)
+    tiny_zoo.sweep_refused([*planned(clips, ["zero"]), "--plan"])
 
 
 def test_the_same_text_tower_has_the_same_stand_in(clips: Path) -> None:

@@ -323,9 +323,7 @@ def main_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_places_that_cannot_be_written(
-    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_places_that_cannot_be_written(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuses(run, "--out", tmp_path / "none" / "x.html")
     refuses(run, "--out", tmp_path)
     short = make_run(tmp_path / "short", SHORT)
@@ -347,9 +345,7 @@ def _full(file: Path, *_: object, **__: object) -> int:
     raise OSError(28, "No space left on device")
 
 
-def test_without_plotly(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_plotly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rft_fast.report import page as pages
 
     pages.library.cache_clear()

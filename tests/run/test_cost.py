@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_models
+from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast import studies
@@ -268,7 +269,7 @@ def test_a_walk_that_turns_back_is_refused() -> None:
     _, evaluator, sizes = setting(tiny_models.staged())
     walk = counted_evaluator(evaluator, sizes, Work.none(evaluator)).walk()
     walk.advance(1)
-    with pytest.raises(ValueError, match="expected a stage from 1"):
+    with refused(ValueError):
         walk.advance(0)
 
 
@@ -365,7 +366,7 @@ def test_a_real_calibration_has_all_rates_and_leaves_the_model(seconds: float) -
 def test_an_evaluator_of_another_model_is_refused() -> None:
     path, _, _ = setting(tiny_models.staged())
     _, other, _ = setting(tiny_models.staged())
-    with pytest.raises(ValueError, match="another model"):
+    with refused(ValueError):
         cost.calibrate(other, path, cost.flops(other))
 
 

@@ -28,6 +28,7 @@ import pandas as pd
 import pytest
 import tqdm
 from support import PATIENCE
+from support.wording import refused
 
 from rft_fast.run.progress import Progress, held_warnings
 
@@ -263,7 +264,7 @@ def test_a_study_that_nobody_expected_has_no_time_left_to_tell() -> None:
     assert [found[name] for name in ("done", "seconds_left", "overall_done", "overall_seconds_left")] == [
         None
     ] * 4
-    with pytest.raises(ValueError, match=r"expected the costs of \['sharpness'\], too"):
+    with refused(ValueError, "sharpness"):
         progress.expect({"layers": 1.0}, had={"sharpness": 1.0})
 
 
@@ -292,9 +293,9 @@ def test_no_number_is_ever_negative_or_not_finite(seed: int) -> None:
 @pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
 def test_costs_that_are_none_are_refused(cost: float) -> None:
     progress, stream = made(Clock())
-    with pytest.raises(ValueError, match="cost of layers must be finite and not below 0"):
+    with refused(ValueError):
         progress.expect({"layers": cost})
-    with pytest.raises(ValueError, match="cost of layers of m must be finite"):
+    with refused(ValueError):
         progress.measured("layers", "m", 0, [], cost)
     assert stream.getvalue() == ""
 
@@ -487,7 +488,7 @@ def test_the_end_that_nobody_told(error: BaseException | None, outcome: str) -> 
 
 
 def test_modes_are_checked() -> None:
-    with pytest.raises(ValueError, match="mode must be one of bar, json, quiet; got 'loud'"):
+    with refused(ValueError, "loud"):
         Progress(None, "loud")
 
 

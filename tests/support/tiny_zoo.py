@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rft_fast import sweep
+from support.wording import command_refused
 
 VISION = {"image_size": 8, "patch_size": 4, "width": 8, "head_width": 4, "layers": 1}
 ARCH: dict[str, Any] = {
@@ -65,9 +65,5 @@ def own_models(zoo: Path, models: str = "ab") -> list[str]:
     ]
 
 
-def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        sweep.main(arguments)
-    assert caught.value.code == 2
-    errors = capsys.readouterr().err
-    assert message in errors, errors
+def sweep_refused(arguments: list[str], *facts: object) -> None:
+    command_refused(sweep.main, arguments, *facts, silent=False)

@@ -70,13 +70,16 @@ def warned(category: type[Warning], *facts: object) -> Iterator[pytest.WarningsR
     _check("\n".join(dict.fromkeys(messages)), facts)
 
 
-def command_refused(main: Callable[[list[str]], Any], arguments: Sequence[object], *facts: object) -> str:
-    """Expects that a command ends with status 2 and prints nothing but a message on stderr; returns it.
+def command_refused(
+    main: Callable[[list[str]], Any], arguments: Sequence[object], *facts: object, silent: bool = True
+) -> str:
+    """Expects that a command ends with status 2 and a message on stderr, which is compared; returns it.
 
     Args:
         main: the command's function.
         arguments: its words.
         facts: what the message must name, as for `refused`.
+        silent: it prints nothing on stdout.
     """
     __tracebackhide__ = True
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -84,7 +87,7 @@ def command_refused(main: Callable[[list[str]], Any], arguments: Sequence[object
             status = main([str(word) for word in arguments])
         except SystemExit as ended:
             status = ended.code
-    assert (status, out.getvalue()) == (2, ""), err.getvalue()
+    assert status == 2 and not (silent and out.getvalue()), out.getvalue() + err.getvalue()
     _check(err.getvalue(), facts)
     return err.getvalue()
 
