@@ -901,7 +901,7 @@ def test_who_may_not_write_can_read(shared: Path, make: Callable[[Path], None]) 
             (out / "new").touch()
         same(results.load(out), [one for number in range(5) for one in truth(number)])
         assert results.recorded(out) == CONFIG
-        with refused(PermissionError):
+        with pytest.raises(PermissionError, match="not writable"):  # in a process of its own
             results.Run(out, CONFIG)
         with refused(OSError):
             results.recover(out)
