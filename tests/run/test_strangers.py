@@ -392,7 +392,8 @@ def test_options_say_what_is_measured_and_nothing_else(
     assert {
         *"out overwrite workers cache no-cache track device quiet json memory-limit fetch plan".split()
     } < never
-    words = [f'{name} = "{tmp_path / "planted"}"' for name in never] + [f"{name} = true" for name in never]
+    words = [f'{name} = "{tmp_path / "planted"}"' for name in sorted(never)]
+    words += [f"{name} = true" for name in sorted(never)]
     words += ['"out=planted" = true', '"" = true', "help = true"]
     for line in words:
         tiny_zoo.sweep_refused([str(zoo_file(folder, line))])
