@@ -31,7 +31,6 @@ import sweep_report
 import sweep_sharpness
 import torch
 from support import PATIENCE
-from support.wording import refused, said
 from sweep_bench import Bench
 from sweep_options import Options
 
@@ -271,7 +270,7 @@ def test_several_architectures_in_one_process(
 def test_a_request_that_makes_no_sense_is_refused(
     capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
-    with refused(SystemExit, "2"):
+    with pytest.raises(SystemExit, match="2"):
         bench_sweep.main(words.split())
     assert message in capsys.readouterr().err
 
@@ -324,7 +323,7 @@ def test_a_difference_in_one_precision_does_not_stop_the_others(
     monkeypatch.setattr(sweep_sharpness.Sharpness, "check", check)
     monkeypatch.setattr(sweep_sharpness, "worth_on_digits", lambda *_: None)
     bench = Bench(case, replace(SMALL, rounds=1, precisions=("fp32", "bf16")))
-    with refused(AssertionError):
+    with pytest.raises(AssertionError, match="other numbers"):
         bench.measure("layer-sharpness", sweep_sharpness.layer_sharpness)
     (this,) = bench.run["parts"]["layer-sharpness"]["rounds"]
     assert list(this["seconds"]) == ["peer fp32", *(f"{c} bf16" for c in sweep_sharpness.CONTENDERS)]
@@ -336,7 +335,7 @@ def test_noise_for_every_batch_is_the_same_on_both_sides(case: sweep_case.Case) 
     once, anew = (sweep_sharpness.Sharpness(Bench(case, options)) for options in (SMALL, each))
     for request in (once, anew):
         assert request.check(request.ours("plain", 5), request.peer(5)) < 1e-5
-    with refused(AssertionError, "fp32"):
+    with pytest.raises(AssertionError, match="layer-wise sharpness in fp32"):
         once.check(once.ours("plain", 5), anew.peer(5))
 
 
@@ -393,50 +392,54 @@ def wrong_ours(study: str, column: str, factor: float) -> Callable[[pytest.Monke
 
 @pytest.mark.slow(but="^layers-patch")
 @pytest.mark.parametrize(
-    ("part", "broken"),
+    "part, broken, message",
     [
-        ("layer-sharpness", wrong_noise),
-        ("layer-sharpness", wrong_merge),
+        ("layer-sharpness", wrong_noise, "layer-wise sharpness in fp32"),
+        ("layer-sharpness", wrong_merge, "layer-wise sharpness in fp32"),
         (
             "layer-sharpness",
             wrong_ours("layerwise_sharpness", "sharpness", 1.1),
+            "layer-wise sharpness",
         ),
         (
             "layer-sharpness",
             wrong_ours("layerwise_sharpness", "sharpness_se", 2),
+            "layer-wise sharpness",
         ),
-        ("scaling", wrong_noise),
-        ("layers", wrong_layer),
-        ("layers", wrong_ours("layerwise_interpolation", "loss", 1.0001)),
+        ("scaling", wrong_noise, "layer-wise sharpness in fp32"),
+        ("layers", wrong_layer, "layer-wise interpolation: "),
+        ("layers", wrong_ours("layerwise_interpolation", "loss", 1.0001), "interpolation: loss"),
         (
             "layers",
             wrong_ours("layerwise_interpolation", "accuracy", 0.8),
+            "interpolation: accuracy",
         ),
-        ("interpolation", wrong_images),
-        ("interpolation", wrong_merge),
+        ("interpolation", wrong_images, "interpolation, cold: "),
+        ("interpolation", wrong_merge, "interpolation, cold: "),
         (
             "interpolation",
             wrong_ours("interpolation", "loss", float("nan")),
+            "interpolation, cold: loss",
         ),
     ],
 )
 def test_other_numbers_are_refused(
-    case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch, part: str, broken: Any
+    case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch, part: str, broken: Any, message: str
 ) -> None:
     broken(monkeypatch)
-    with refused(AssertionError):
+    with pytest.raises(AssertionError, match=message):
         Bench(case, replace(SMALL, rounds=1)).measure(part, bench_sweep.PARTS[part])
 
 
 def test_same_means_the_same_keys_and_finite_numbers() -> None:
     ours = {"a": (1.0, 2.0), "b": (3.0, 4.0)}
     assert sweep_bench.check_same("x", ours, {"a": (1.0, 2.5), "b": (3.0, 4.0)}, 0.6) == 0.5
-    for peer, facts in (
-        ({"a": (1.0, 2.0)}, ""),
-        ({"a": (1.0, float("nan")), "b": (3.0, 4.0)}, "2.0"),
-        ({"a": (1.0, 2.0), "b": (3.0, 4.7)}, "4.0 4.7 6.0e-01"),
+    for peer, message in (
+        ({"a": (1.0, 2.0)}, "x: ours and the peer measured different things: {'b'}"),
+        ({"a": (1.0, float("nan")), "b": (3.0, 4.0)}, "x: a: ours 2.0, the peer's nan"),
+        ({"a": (1.0, 2.0), "b": (3.0, 4.7)}, "x: b: ours 4.0, the peer's 4.7, allowed 6.0e-01"),
     ):
-        with refused(AssertionError, *facts.split()):
+        with pytest.raises(AssertionError, match=message):
             sweep_bench.check_same("x", ours, peer, 0.6)
 
 
@@ -612,7 +615,7 @@ def test_precisions_that_were_measured_are_on_disk(
     if limit:
         rows = json.loads(out.read_text())["path"]
         assert {(row["precision"], row["against"]) for row in rows} == {("fp32", "fp64")}
-        said(capsys.readouterr().out, "fp32", "float64")
+        assert "| fp32 against float64 |" in capsys.readouterr().out
     assert bool(record_of(tmp_path, "left out")) == ended.startswith("out of time")
 
 
