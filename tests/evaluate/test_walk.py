@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support import PATIENCE
 from support.tiny_models import (
     CLASSES,
     STARTS,
@@ -718,7 +719,7 @@ def test_all_threads_rest_when_one_fails() -> None:
     """A forward pass that goes on would change batch statistics as soon as the model trains again."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, CLASSES)).train()
     before = torch.get_num_threads()
-    calls, lock, failed = 0, threading.Lock(), threading.Event()
+    calls, lock, failed, another = 0, threading.Lock(), threading.Event(), threading.Event()
     trained: list[bool] = []
 
     def hook(module: nn.Module, arguments: Any) -> None:
@@ -727,8 +728,10 @@ def test_all_threads_rest_when_one_fails() -> None:
             calls += 1
             mine = calls
         if mine == 1:
+            assert another.wait(PATIENCE)  # on a busy machine the first may fail before another begins
             failed.set()
             raise ValueError("the first")
+        another.set()
         failed.wait()
         threading.Event().wait(0.3)
         trained.append(module.training)
