@@ -383,7 +383,7 @@ def test_a_form_that_has_not_run_is_not_captured(monkeypatch: pytest.MonkeyPatch
     plan = Plan(w, w, w, impl="triton")
     plan.write(0.5, rho=0.1)
     monkeypatch.setattr(backend, "capturing", lambda device: True)
-    plan.write(0.25, rho=0.3, seed=5)  # other numbers are the same form
+    plan.write(0.75, rho=0.3, seed=5)  # other numbers are the same form
     plan._table._groups[0].ready.clear()  # type: ignore[attr-defined]
     with refused(RuntimeError):
         plan.write(0.5, rho=0.1)
