@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -87,6 +88,26 @@ def described(help: str, **how: Any) -> dict[type[Option], Option]:
         how: its other attributes.
     """
     return {Option: Option(help, **how)}
+
+
+def named_path(text: str) -> tuple[str, pathlib.Path]:
+    """A check: ``NAME=PATH``, or a path -> name and path.
+
+    A path alone goes by the name of its folder, or of its file without the ending.
+
+    Raises:
+        ValueError: a part is empty, or the path has no name, such as ``/``.
+    """
+    if "=" in text:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise ValueError(f"expected NAME=PATH, got {text!r}")
+        return name, pathlib.Path(value)
+    path = pathlib.Path(text).resolve()
+    name = path.stem if path.is_file() else path.name
+    if not name:
+        raise ValueError(f"{text} has no name of its own; give it one: NAME={text}")
+    return name, pathlib.Path(text)
 
 
 @dataclass(frozen=True)

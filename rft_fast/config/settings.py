@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .. import catalogue, names
-from ..common.fields import Group, option
+from ..common.fields import Group, named_path, option
 from ..common.numeric import above_zero, as_float, positive
 from ..names import Format, HeadChoice, Impl, Precision, Towers, TrackerName
 from ..settings import Along, Layers, Prune, Sharpness, different, once
@@ -32,25 +32,13 @@ def _entry(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _data(text: str) -> tuple[str, pathlib.Path]:
-    """NAME=PATH, or a path, which goes by the name of its folder, or of its file without the ending."""
-    if "=" in text:
-        name, value = _entry(text)
-        return name, pathlib.Path(value)
-    path = pathlib.Path(text).resolve()
-    name = path.stem if path.is_file() else path.name
-    if not name:
-        raise ValueError(f"{text} has no name of its own; give it one: NAME={text}")
-    return name, pathlib.Path(text)
-
-
 def _by_name(values: Sequence[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     once([name for name, _ in values])
     return tuple(values)
 
 
 def _sets(help: str) -> Any:
-    return option((), help, metavar="[NAME=]PATH", check=_data, many="each", paths=True)
+    return option((), help, metavar="[NAME=]PATH", check=named_path, many="each", paths=True)
 
 
 def _of_sets(help: str, metavar: str) -> Any:

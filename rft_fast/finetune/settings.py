@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rft_fast import names
-from rft_fast.common.fields import Group, described, entries, option
+from rft_fast.common.fields import Group, described, entries, named_path, option
 from rft_fast.names import SCHEDULES, Kind, Mixed, Names, Schedule, Stored, as_given
 
 AUGMENT = re.compile(r"none|crop|crop-flip|rand-m(?P<m>\d{1,2})-n(?P<n>\d)")
@@ -138,21 +138,14 @@ SHORT: dict[str, str | None] = {
 _DEFAULTS = {field.name: field.default for field in fields(Setting)}
 
 
-def _named_path(text: str) -> tuple[str, pathlib.Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"expected NAME=PATH, got {text!r}")
-    return name, pathlib.Path(path)
-
-
 def _by_name(paths: Sequence[tuple[str, pathlib.Path]]) -> dict[str, pathlib.Path]:
     if len(found := dict(paths)) < len(paths):
-        raise ValueError("two data sets have the same name")
+        raise ValueError("two data sets have the same name; give each one of its own: NAME=PATH")
     return found
 
 
 def _sets(help: str) -> dict[Any, Any]:
-    return described(help, metavar="NAME=PATH", check=_named_path, many="each", whole=_by_name, paths=True)
+    return described(help, metavar="[NAME=]PATH", check=named_path, many="each", whole=_by_name, paths=True)
 
 
 @dataclass(frozen=True)

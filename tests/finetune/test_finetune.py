@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from rft_fast import finetune
 from rft_fast.clip import architectures
 from rft_fast.clip.classifier import ImageClassifier
-from rft_fast.finetune import Batch, Setting
+from rft_fast.finetune import Batch, Request, Setting
+from rft_fast.finetune.__main__ import BUILDER, parser
 
 CLASSES = 5
 VISION = open_clip.CLIPVisionCfg(layers=3, width=8, head_width=4, mlp_ratio=2.0, patch_size=4, image_size=8)
@@ -361,3 +363,18 @@ def test_random_settings_span_the_published_ranges() -> None:
     assert list(finetune.at_random(3, {"epochs": [4, 8]}).values()) == drawn[:3]
     assert list(finetune.at_random(3, {}, 1).values()) != list(finetune.at_random(3, {}).values())
     assert [setting.seed for setting in drawn[:3]] == [0, 1, 2]
+
+
+def test_data_go_by_the_name_of_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "far")
+    words = "--arch a --zeroshot z --train t --out o --val . x=../far --ood ../near --no-clip".split()
+    given = BUILDER.given(parser().parse_args(words))
+    request = BUILDER.of(Request, given, settings={})
+    assert request.val == {"far": Path("."), "x": Path("../far")} and request.ood == {"near": Path("../near")}
+    assert BUILDER.fields(Setting, given) == {"clip": None}
+    again = parser().parse_args([*words, "--val", "near", "y/near"])
+    with pytest.raises(ValueError, match="--val: two data sets have the same name"):
+        BUILDER.given(again)
+    with pytest.raises(SystemExit):
+        parser().parse_args([*words, "--clip", "2"])

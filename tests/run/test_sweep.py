@@ -398,7 +398,7 @@ def test_options_of_a_zoo_are_defaults() -> None:
         (["--impl", "magic"], ("magic",)),
         (["--arch", "ViT-B-32"], ("--zeroshot", "--finetuned", "--data", "--id-data")),
         (["--data", "x"], ("--arch", "--zeroshot", "--finetuned")),
-        (["--data", "x="], ("NAME=VALUE", "x=")),
+        (["--data", "x="], ("NAME=PATH", "x=")),
         (["--nonsense"], ("--nonsense",)),
     ],
 )
