@@ -1,4 +1,4 @@
-"""``python -m rft_fast.checkpoints FILE [FILE2]``: what it holds; whether two are ends of one path."""
+"""Describe a checkpoint, or check whether two are the ends of one path."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ def main(arguments: Sequence[str]) -> int:
         0; 1 for two files that cannot be ends of one path; 2 for a file that cannot be read.
     """
     parser = program.parser("checkpoints", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="a checkpoint; what is in it")
-    parser.add_argument("other", metavar="FILE2", nargs="?", help="another; whether a path can join them")
+    parser.add_argument("file", metavar="FILE", help="checkpoint to describe")
     parser.add_argument(
-        "--format", choices=tuple(FORMATS), help="the format that FILE must have; default: any"
+        "other",
+        metavar="FILE2",
+        nargs="?",
+        help="second checkpoint: check whether both can be the ends of one path",
     )
+    parser.add_argument("--format", choices=tuple(FORMATS), help="required format of FILE; default: any")
     parser.add_argument(
         "--unrelated",
         action="store_true",
-        help="neither of two needs to be fine-tuned from the other, as with the sweep's --unrelated",
+        help="accept checkpoints of which neither was fine-tuned from the other, as the sweep's --unrelated",
     )
     options = parser.parse_args(arguments)
     try:

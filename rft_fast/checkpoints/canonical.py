@@ -11,7 +11,7 @@ POSITIONS = "visual.positional_embedding"
 TEXT = ("ln_final", "positional_embedding", "text_projection", "token_embedding", "transformer")
 # First component of a name -> why it cannot change the output if the head is fixed.
 INERT = {
-    **dict.fromkeys((*TEXT, "text", "text_decoder"), "text tower: unused beside a fixed head"),
+    **dict.fromkeys((*TEXT, "text", "text_decoder"), "text tower: unused with a fixed head"),
     **dict.fromkeys(("logit_bias", "logit_scale"), "logit scale: already in the head"),
 }
 

@@ -38,7 +38,7 @@ def read(stream: BinaryIO, file: pathlib.Path) -> Container:
     data = Content(stream)
     size = len(data)
     if not size:
-        raise Unreadable("is empty: the rest of an interrupted download, or of a full disk. Get it again")
+        raise Unreadable("is empty, as after an interrupted download or on a full disk. Get it again")
     head = bytes(data[: foreign.FIRST])
     # A safetensors file starts with the length of its header; in text, these eight bytes are a huge number.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
@@ -51,7 +51,7 @@ def read(stream: BinaryIO, file: pathlib.Path) -> Container:
         return torch_files.read_archive(stream, data)
     if not head.startswith(b"\x80"):  # PROTO, the first opcode of every binary pickle
         raise Unreadable(
-            f"is in no known format (it starts with {head[:9]!r}). Supported: {foreign.SUPPORTED}"
+            f"has an unknown format (it starts with {head[:9]!r}). Supported: {foreign.SUPPORTED}"
         )
     position = Stream(data[:])
     value = unpickle(position, nested=torch_files.nested_storage)
@@ -66,12 +66,12 @@ def _safetensors(data: Content) -> Container:
     """Read safetensors: length of the header, header in JSON (name -> dtype, shape, offsets), tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
     if start > min(len(data), 8 + _MOST_HEADER):
-        raise _not_whole("its header is longer than the file, or than any header")
+        raise _not_whole("its header is longer than the file, or than the format allows")
     try:
         header = json.loads(bytes(data[8:start]), object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are no texts")
+            raise ValueError("its metadata are not strings")
         entries = [(*map(natural, entry["data_offsets"]), name, entry) for name, entry in header.items()]
         tensors, end = {}, 0
         for first, last, name, entry in sorted(entries, key=lambda entry: entry[:3]):
@@ -79,10 +79,10 @@ def _safetensors(data: Content) -> Container:
             if len(shape) > MOST_DIMENSIONS:
                 raise ValueError(f"{name[:80]!r} has {len(shape)} dimensions")
             if entry["dtype"] not in SAFETENSORS:
-                raise Unreadable(f"has {name[:80]!r} of type {entry['dtype']!r}, which is unknown here")
+                raise Unreadable(f"has {name[:80]!r} of the unknown type {entry['dtype']!r}")
             dtype = SAFETENSORS[entry["dtype"]]
             if first != end or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name[:80]!r} is not where, or not as large as, it says")
+                raise ValueError(f"{name[:80]!r} has wrong offsets or a wrong size")
             steps = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
             kept = Storage(dtype, last - first, Span(data, start + first, start + last))
             tensors[name], end = Stored(kept, dtype, 0, shape, tuple(steps)), last
@@ -94,10 +94,12 @@ def _safetensors(data: Content) -> Container:
 
 
 def _not_whole(why: str) -> Unreadable:
-    return Unreadable(f"is not a whole safetensors file: {why}. If it was downloaded, do so again")
+    return Unreadable(
+        f"is a damaged or incomplete safetensors file: {why}. If it was downloaded, download it again"
+    )
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table := dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return table

@@ -12,7 +12,7 @@ SUPPORTED = (
 )
 FIRST = 512  # bytes that identify a file
 _LARGEST_INDEX = 64 << 20  # bytes of JSON that are parsed; an index has about 100 KiB
-_AGAIN = "Download it again, and compare its size with the one that its page states"
+_AGAIN = "Download it again, and compare its size with the size on its page"
 
 # (First bytes, what such a file is and what to do.)
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
@@ -33,7 +33,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, TensorFlow). Convert it to PyTorch first"),
     (b"\x93NUMPY", "is a single NumPy array, not the weights of a model"),
     *(
-        (magic, f"is compressed ({how}). Unpack it, and name the checkpoint in it")
+        (magic, f"is compressed ({how}). Unpack it and use the checkpoint inside")
         for magic, how in (
             (b"\x1f\x8b", "gzip"),
             (b"BZh", "bzip2"),
@@ -51,8 +51,8 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     *(
         (
             magic,
-            "is a pickle of protocol 0 or 1, which is not read here. Open it where it was made, and "
-            "torch.save(model.state_dict(), ...) from there",
+            "is a pickle of protocol 0 or 1, which is not supported. Load it where it was made, and "
+            "save it with torch.save(model.state_dict(), ...)",
         )
         for magic in (
             *(b"(dp", b"(lp", b"(i__", b"}q\x00", b"]q\x00"),
@@ -105,7 +105,8 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
             return answer
     if head[4:8] in (b"PTMF", b"TFL3"):
         return (
-            "is a model for mobile devices, without names of its weights. Use the one that it was made from"
+            "is a model for mobile devices, without names of weights. Use the checkpoint that it was "
+            "made from"
         )
     if _ONNX.match(head):
         return _ENDINGS[".onnx"]
@@ -113,15 +114,15 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
         return _ENDINGS[".msgpack"]
     if head[257:262] == b"ustar" or head.startswith(b"sys_info"):
         return (
-            "is a tar archive. Unpack it, and name the checkpoint in it (files of torch before 0.4 are such "
-            "archives, too: load and save them with a torch of that time)"
+            "is a tar archive. Unpack it and use the checkpoint inside (files of torch before 0.4 are "
+            "tar archives as well: load and save them with such a version)"
         )
     if not head.strip(b"\0"):
-        return f"begins with {len(head)} zero bytes: the rest of an interrupted download. {_AGAIN}"
+        return f"starts with {len(head)} zero bytes, as after an interrupted download. {_AGAIN}"
     if file.suffix.lower() in _ENDINGS and not head.startswith((b"PK", b"\x80")):
         return _ENDINGS[file.suffix.lower()]
     if _is_text(head):
-        return f"is a text file, not weights (it begins with {_quoted(text)})"
+        return f"is a text file, not weights (it starts with {_quoted(text)})"
     return None
 
 
@@ -138,9 +139,7 @@ def of_zip(names: list[str]) -> str:
         return "is an .npz file of NumPy, not a checkpoint. Save a dict of torch tensors by name instead"
     endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".tar")
     if checkpoints := [name for name in names if name.endswith(endings)]:
-        return (
-            f"is a zip archive. Unpack it, and name the checkpoint in it, such as {_quoted(checkpoints[0])}"
-        )
+        return f"is a zip archive. Unpack it and use the checkpoint inside, such as {_quoted(checkpoints[0])}"
     first = f", but {_quoted(names[0])}" if names else ""
     return f"is a zip archive, but not of torch.save: it has no data.pkl{first}"
 
@@ -169,8 +168,8 @@ def _json(stream: IO[bytes]) -> str:
                 'from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="100GB")'
             )
         if isinstance(content, dict) and (answer := content.get("error") or content.get("message")):
-            return f"is the answer of a server, not weights: {_quoted(str(answer))}. {_AGAIN}"
-    return "is a JSON file, not weights: a configuration, an index or the answer of a server"
+            return f"is the response of a server, not weights: {_quoted(str(answer))}. {_AGAIN}"
+    return "is a JSON file, not weights: a configuration, an index or the response of a server"
 
 
 def _is_text(head: bytes) -> bool:

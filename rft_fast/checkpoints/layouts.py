@@ -143,13 +143,14 @@ def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool
         known = TRAINING_FIELDS | {"state_dict"}
         if unknown := [repr(name)[:80] for name in content if name not in known]:
             raise Unreadable(
-                f"holds {some(unknown)} beside 'state_dict', so which weights are "
-                f"meant is unclear (known there: {', '.join(sorted(TRAINING_FIELDS))}). "
-                "Save the wanted state dict alone"
+                f"holds {some(unknown)} beside 'state_dict', so it is unclear which weights to use "
+                f"(allowed beside it: {', '.join(sorted(TRAINING_FIELDS))}). Save the state dict "
+                "alone"
             )
         if len(content) > 1:
             notes.append(
-                f"left out, the training's own: {', '.join(name for name in content if name != 'state_dict')}"
+                "left out, state of the training: "
+                f"{', '.join(name for name in content if name != 'state_dict')}"
             )
         content = content["state_dict"]
         content = content.items if isinstance(content, Shell) else content
@@ -164,8 +165,7 @@ def _state_dict(content: Any, notes: list[str]) -> tuple[Mapping[str, Any], bool
     ]
     if foreign:
         raise Unreadable(
-            f"should map names to tensors alone, but holds {some(foreign)}; save the model's "
-            "state dict without them"
+            f"must map names to tensors, but holds {some(foreign)}; save the state dict without them"
         )
     return content, wrapped
 
@@ -176,7 +176,7 @@ def _unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]
     origin: dict[str, str] = {}
     for stored, value in state.items():
         if len(stored) > _LONGEST_NAME or not stored.isprintable():
-            raise Unreadable(f"has a tensor whose name is no name: {stored[:40]!r}")
+            raise Unreadable(f"has a tensor with an invalid name: {stored[:40]!r}")
         name = _WRAPPER.sub("", stored)
         if name in result:
             raise Unreadable(
@@ -229,7 +229,7 @@ def _module(root: Shell, container: Container, doubts: list[str], evidence: Evid
         own, children = _script_parts(shell, container.own) if script else _module_parts(shell)
         entries += 1 + len(own) + len(children) + len(shell.state)
         if depth > _DEEPEST or entries > _MOST_ENTRIES or len(prefix) > _LONGEST_NAME:
-            raise Unreadable("holds modules within modules without end; nothing was executed")
+            raise Unreadable("holds too many nested modules; nothing was executed")
         if shell.state.get("normalize") is False:
             where = prefix.removesuffix(".") or str(shell)
             doubts.append(f"{where} does not normalise its input (normalize=False); rft_fast does")
@@ -247,7 +247,7 @@ def _module_parts(shell: Shell) -> tuple[list[tuple[str, Any]], list[tuple[str, 
     tables = [shell.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
     parameters, buffers, modules = (table if isinstance(table, dict) else None for table in tables)
     if parameters is None or buffers is None or modules is None:
-        raise Unreadable(f"holds a {shell}, which is no torch module. Supported: {SUPPORTED}")
+        raise Unreadable(f"holds a {shell}, which is not a torch module. Supported: {SUPPORTED}")
     passing = shell.state.get("_non_persistent_buffers_set")
     passing = passing if isinstance(passing, set) else ()
     own = [*parameters.items(), *((name, value) for name, value in buffers.items() if name not in passing)]
@@ -308,7 +308,7 @@ _HF_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.positi
 
 def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """Convert CLIP's weights to open_clip's names: q, k and v in one tensor, projections transposed."""
-    state = _without(state, _HF_IDS, "numbers of the positions", notes)
+    state = _without(state, _HF_IDS, "position ids", notes)
     result: dict[str, Tensor] = {}
     unknown = []
     for stored, tensor in state.items():
@@ -321,13 +321,13 @@ def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str
                 result[name] = value
     if unknown:
         raise Unreadable(
-            f"holds {some(unknown)}, which the CLIP of transformers has not; "
-            "format='state-dict' keeps its names"
+            f"holds {some(unknown)}, which transformers' CLIP does not have; format='state-dict' keeps "
+            "its names"
         )
     if any(map(is_visual, result)) and "visual.proj" not in result:
         notes.append(
-            "the image tower has no projection (visual_projection): "
-            "CLIPVisionModel alone does not end in CLIP's space"
+            "the image tower has no projection (visual_projection): the features of a CLIPVisionModel "
+            "are not in CLIP's embedding space"
         )
     return result
 
@@ -354,7 +354,7 @@ def _converted(
             parts = [state[name] for name in trio if name in state]
             if len(parts) < 3 or len({(p.shape, p.dtype) for p in parts}) > 1 or tensor.ndim == 0:
                 raise Unreadable(
-                    f"needs {', '.join(trio)}, all of one shape and type, for one tensor of all three"
+                    f"needs {', '.join(trio)}, all of one shape and dtype: they become one tensor"
                 )
             if part == "self_attn.q_proj":
                 yield f"{block}.attn.in_proj_{kind}", torch.cat(parts)

@@ -59,24 +59,24 @@ class Kinship:
             if not (self.ratio < 0.5 or self.ratio > 2):
                 return None
             return (
-                f"weights of another size: the norm of their matrices is {self.ratio:.2g} times that of the "
-                "zero-shot ones, where fine-tuning keeps it (0.5 to 2). Is it a sum of models that was not "
-                "divided? --unrelated measures the path all the same"
+                f"weights of another norm: the norm of their matrices is {self.ratio:.2g} times that of "
+                "the zero-shot ones (expected after fine-tuning: 0.5 to 2). Is it a sum of models "
+                "instead of their mean? --unrelated measures the path anyway"
             )
         why = (
-            f"unrelated weights: the cosine between their matrices is {self.cosine:.2f}, where fine-tuned "
-            f"ones stay close to where they began (expected: at least {UNRELATED:g})"
+            f"unrelated weights: the cosine between their matrices is {self.cosine:.2f}, but fine-tuned "
+            f"ones stay close to their start (expected: at least {UNRELATED:g})"
         )
         if not 0.5 <= self.ratio <= 2:
             smaller, share = ("fine-tuned", self.ratio) if self.ratio < 1 else ("zero-shot", 1 / self.ratio)
             return (
-                f"{why}; the norm of the {smaller} ones is only {share:.2g} of the others', so they may be a "
-                "difference (a task vector): add it to the weights that it was taken from first. --unrelated "
-                "measures the path all the same"
+                f"{why}; the norm of the {smaller} ones is only {share:.2g} of the others', so they may "
+                "be a difference (task vector): add it to its base weights first. --unrelated measures "
+                "the path anyway"
             )
         return (
-            f"{why}. Is it fine-tuned from another zero-shot model, or another training? --unrelated "
-            "measures the path all the same"
+            f"{why}. Is it fine-tuned from another zero-shot model, or in another training? --unrelated "
+            "measures the path anyway"
         )
 
 
@@ -137,10 +137,10 @@ def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
         moved += [(int(part[i]), int(best[i])) for i in torch.nonzero((near > 0.9) & (own < 0.5)).flatten()]
     if len(moved) < 2:
         return None
-    pairs = some([f"row {place} is row {other} there" for place, other in moved], 3)
+    pairs = some([f"row {place} is the zero-shot row {other}" for place, other in moved], 3)
     return (
-        f"a head with {len(moved)} of {len(rows_b)} rows in another order than the zero-shot end's ({pairs})"
-        ", so that classes would be mixed on the way; put its rows into that order, or use one head for both "
+        f"a head with {len(moved)} of {len(rows_b)} rows in another order than the zero-shot end's "
+        f"({pairs}), so interpolation would mix classes; reorder its rows, or use one head for both "
         "ends (--head zeroshot)"
     )
 
@@ -214,7 +214,7 @@ class Lineage:
             f"{self.kinship.cosine:.6f}",
         ]
         if self.inert:
-            lines.append(f"inert       text side of another shape or type: {some(self.inert)}")
+            lines.append(f"inert       text side, shapes or dtypes differ: {some(self.inert)}")
         if self.problems:
             lines.append("they cannot be the ends of one path:")
             return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
@@ -264,8 +264,8 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         related = replace(related, same=kinship(a.tensors, b.tensors, beside).same)
     problems = _problems(a, b, shared, [*only_a, *only_b], [name for name in other_shape if _on_path(name)])
     for what, names in (
-        ("are numbers of another kind, float against integer or integers of two types", other_kind),
-        ("are of a type other than float32, bfloat16 and float16", unfit),
+        ("differ in kind, float and integer or integers of two dtypes", other_kind),
+        ("have a dtype other than float32, bfloat16 and float16", unfit),
         ("hold NaN or infinity in one of them", not_finite),
     ):
         if names := list(filter(_on_path, names)):
@@ -314,13 +314,15 @@ def _problems(
         if name not in heads
     ]
     if towers:
-        problems.append(f"{len(towers)} tensors are of other shapes: {some(towers)}")
+        problems.append(f"{len(towers)} tensors have different shapes: {some(towers)}")
         if list(filter(is_visual, other_shape)) == [POSITIONS]:
             problems[-1] += " (the sweep's --resize-positions resamples them for one image size)"
     if not any(map(is_visual, shared)):
         problems.append("they share no image tower ('visual.*')")
     if images := list(filter(is_visual, alone)):
-        problems.append(f"{len(images)} tensors of the image tower are in one of them only: {some(images)}")
+        problems.append(
+            f"{len(images)} tensors of the image tower are in one checkpoint only: {some(images)}"
+        )
     for checkpoint in (a, b):
         unknown = [n for n in checkpoint.tensors if _on_path(n) and not n.startswith(("visual.", HEAD))]
         if unknown:
@@ -331,7 +333,7 @@ def _problems(
     one, other = (x.tensors.activation.get("image") for x in (a, b))
     if one is not None and other is not None and one.quick != other.quick:
         problems.append(
-            f"their image towers have other activations: {NAMES[one.quick]} ({one.source}) and "
+            f"their image towers have different activations: {NAMES[one.quick]} ({one.source}) and "
             f"{NAMES[other.quick]} ({other.source})"
         )
     return problems

@@ -51,8 +51,8 @@ def unpickle(
         return pickles.unpickle(stream, answers, DTYPES, persistent)
     except Refused as error:
         raise Unreadable(
-            f"{error}. If you trust its origin, open it where it was made and "
-            "torch.save(model.state_dict(), ...) from there"
+            f"{error}. If you trust its origin, load it where it was made and save it with "
+            "torch.save(model.state_dict(), ...)"
         ) from error
 
 
@@ -85,7 +85,7 @@ def _typed_tensor(
     *_: Any,
 ) -> Stored:
     if not isinstance(source, Storage) or not isinstance(dtype, torch.dtype):
-        raise ValueError("a tensor is made of no storage, or of an unknown type")
+        raise ValueError("a tensor has no storage, or an unknown dtype")
     if (
         not isinstance(size, (tuple, list))
         or not isinstance(stride, (tuple, list))
@@ -98,7 +98,7 @@ def _typed_tensor(
 
 def _parameter(machine: Machine, data: Any = None, *_: Any) -> Any:
     if not isinstance(data, (Stored, Opaque)):
-        raise ValueError("a parameter is made of no tensor")
+        raise ValueError("a parameter has no tensor")
     return data
 
 

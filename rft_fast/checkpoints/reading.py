@@ -110,8 +110,8 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
     weight, bias = head.get(HEAD_WEIGHT), head.get(HEAD_BIAS)
     if weight is None:
         raise ValueError(
-            f"load_head: {path} has no head: neither {HEAD_WEIGHT!r} nor 'weight' alone, but "
-            f"{len(tensors)} tensors from {next(iter(tensors))!r} on"
+            f"load_head: {path} has no head: expected {HEAD_WEIGHT!r}, or 'weight' alone; got "
+            f"{len(tensors)} tensors, the first of them {next(iter(tensors))!r}"
         )
     if weight.ndim != 2 or 0 in weight.shape or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in head.items())
@@ -148,10 +148,12 @@ def _read(path: str | PathLike[str], format: Format | None, operation: str, meta
     activation, contradictions = evidence.judged()
     notes += [*notes_of(activation), *contradictions]
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        notes.append(f"not floating-point, copied and never interpolated: {some(integers, 3)}")
+        notes.append(f"not floating-point, copied instead of interpolated: {some(integers, 3)}")
     if operation != "read":
         for doubt in doubts:
-            warnings.warn(f"{file}: {doubt}, so its scores may differ from its own code's", stacklevel=3)
+            warnings.warn(
+                f"{file}: {doubt}, so its scores may differ from those of its own code", stacklevel=3
+            )
     return Checkpoint(file, detected, Tensors(tensors, activation), (*doubts, *notes), tuple(doubts))
 
 

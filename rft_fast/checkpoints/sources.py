@@ -49,8 +49,8 @@ def check_source(source: str, arch: str) -> None:
         return
     if not tags:
         raise ValueError(
-            f"check_source: {source!r} is no file, and open_clip has no pretrained weights for {arch!r}; "
-            "give a file or hf-hub:org/name"
+            f"check_source: {source!r} is not a file, and open_clip has no pretrained weights for "
+            f"{arch!r}; give a file or hf-hub:org/name"
         )
     near = difflib.get_close_matches(source, tags, n=3, cutoff=0.4) or tags[:6]
     raise ValueError(
@@ -87,7 +87,7 @@ def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
     hub = _HUB.fullmatch(source)
     file = _from_hub(hub[1], hub[2]) if hub else _from_open_clip(source, arch)
     if not file.is_file():
-        raise ValueError(f"fetch: {source!r} of {arch} was fetched to {file}, but there is no such file")
+        raise ValueError(f"fetch: {source!r} of {arch} was downloaded to {file}, but there is no such file")
     return file
 
 
@@ -173,13 +173,15 @@ def _from_open_clip(tag: str, arch: str) -> pathlib.Path:
     except Exception as error:
         raise ValueError(_offline(f"{tag!r} of {arch}", error)) from error
     if not target:
-        raise ValueError(f"fetch: open_clip knows the tag {tag!r} of {arch}, but not where its file is")
+        raise ValueError(
+            f"fetch: open_clip has no download for the tag {tag!r} of {arch}; give the path of a file"
+        )
     return pathlib.Path(target)
 
 
 def _offline(what: str, error: Exception) -> str:
     return (
         f"fetch: {what} is not on this machine and cannot be downloaded ({first_line(error)[:200]}). "
-        "Offline: fetch it once where there is a network and copy the cache (HF_HOME, ~/.cache/clip), or "
-        "give the path of the file"
+        "Offline: download it once with a network and copy the cache (HF_HOME, ~/.cache/clip), or give "
+        "the path of the file"
     )

@@ -153,7 +153,7 @@ def storage(kind: Any, count: Any) -> Storage:
     """
     match = _STORAGE_NAME.fullmatch(kind.name) if isinstance(kind, Global) else None
     if match is None or match[1] not in _STORAGES:
-        raise Unreadable(f"stores tensors as {kind_of(kind)}, which is unknown here")
+        raise Unreadable(f"stores tensors as the unknown type {kind_of(kind)}")
     dtype = _STORAGES[match[1]]
     return Storage(dtype, natural(count) * (1 if dtype is None else dtype.itemsize))
 
@@ -165,7 +165,7 @@ def natural(value: Any) -> int:
         ValueError: it is not an integer from 0 to 2**63 - 1.
     """
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError("a size or offset is no natural number below 2**63")
+        raise ValueError("a size or offset is not an integer from 0 to 2**63 - 1")
     return value
 
 
@@ -203,7 +203,7 @@ class Maker:
     def _make(self, stored: Stored) -> Tensor:
         data = stored.storage.data
         if data is None:
-            raise Unreadable("has a storage whose bytes are nowhere: it is damaged")
+            raise Unreadable("has a storage without bytes: it is damaged")
         count = 1
         for side in stored.size:
             count *= side
@@ -237,5 +237,5 @@ class Maker:
         """Pay for a copy."""
         self.budget -= tensor.nbytes
         if self.budget < 0:
-            raise Unreadable("holds tensors that unfold to more than its size")
+            raise Unreadable("holds tensors that expand to more than its size")
         return tensor

@@ -40,7 +40,7 @@ def read_archive(stream: BinaryIO, data: Content) -> Container:
             entries = archive.infolist()
     except Exception as error:  # zipfile raises many kinds of errors
         raise Unreadable(
-            f"is a damaged or truncated zip file: {error}. If it was downloaded, do so again"
+            f"is a damaged or truncated zip file: {error}. If it was downloaded, download it again"
         ) from error
     by_name = {entry.filename: entry for entry in entries}
     if len(by_name) < len(entries):
@@ -140,8 +140,8 @@ class _Parts:
         # torch does not compress; compressed entries could expand to any size.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise Unreadable(
-                f"has compressed entries ({entry.filename!r}), which torch.save never writes and which "
-                "cannot be read where they lie; save it again with torch.save"
+                f"has compressed entries ({entry.filename!r}), which torch.save never writes; save it "
+                "again with torch.save"
             )
         if entry.flag_bits & 1:
             raise Unreadable(f"has encrypted entries ({entry.filename!r})")
@@ -175,7 +175,7 @@ class _Parts:
 
 def _same_claim(known: Storage, claimed: Storage, key: str) -> None:
     if (known.dtype, known.nbytes) != (claimed.dtype, claimed.nbytes):
-        raise Unreadable(f"claims storage {key[:40]!r} twice, differently; nothing was executed")
+        raise Unreadable(f"claims two sizes or dtypes of storage {key[:40]!r}; nothing was executed")
 
 
 # --- files of torch.save before they were zip files, and storages within a pickle --------------------
@@ -215,7 +215,7 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
         Unreadable: it is damaged, hostile, or of a big-endian machine.
     """
     if unpickle(stream) != _PROTOCOL:
-        raise Unreadable(f"is a file of torch.save in another protocol than {_PROTOCOL}")
+        raise Unreadable(f"is a file of torch.save in an unknown protocol (expected {_PROTOCOL})")
     machine = unpickle(stream)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise Unreadable("was written on a big-endian machine, which is not supported")
@@ -224,7 +224,9 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
     value = unpickle(stream, partial(_old_storage, roots, views), nested)
     keys = unpickle(stream)
     if not isinstance(keys, list) or len(keys) != len(roots) or any(key not in roots for key in keys):
-        raise Unreadable("is damaged: it lists other storages than its tensors use; nothing was executed")
+        raise Unreadable(
+            "is damaged: it does not list the storages that its tensors use; nothing was executed"
+        )
     for key in keys:
         root = roots[key]
         itemsize = 1 if root.dtype is None else root.dtype.itemsize

@@ -64,12 +64,12 @@ _MOST = {
 
 # Check of a value -> what it requires, in words.
 _WORDS: dict[Any, str] = {
-    _number: "a finite number from 0 on",
+    _number: "a finite number, at least 0",
     _signed: "a finite number",
     _flag: "true or false",
-    _sizes: "a number from 0 on, or a list of such numbers",
+    _sizes: "a number, at least 0, or a list of such numbers",
     _word: "a word",
-    _timm: "the name of a model of timm's own (timm.list_models()), from no hub and no folder",
+    _timm: "the name of a model in timm.list_models(), not of a hub or a folder",
     _text: "a string",
 }
 _CLEAN = re.compile("lower|canonicalize|whitespace")
@@ -205,8 +205,8 @@ def tokenizer(name: str, beside: pathlib.Path | None, where: str) -> tuple[str, 
         base, folder = beside.resolve(), (beside / name).resolve()
         if not folder.is_relative_to(base) or folder == base:
             raise ValueError(
-                f"{where} the tokenizer {name!r} lies in {folder}, outside the folder of the file, {base}; "
-                "put its folder there"
+                f"{where} the tokenizer {name!r} is in {folder}, outside the folder of the file, "
+                f"{base}; move its folder there"
             )
         if not folder.is_dir():
             raise ValueError(f"{where} the tokenizer {name!r}: there is no folder {folder}")
@@ -216,8 +216,8 @@ def tokenizer(name: str, beside: pathlib.Path | None, where: str) -> tuple[str, 
         raise ValueError(f"{where} the tokenizer {name!r} is neither a folder beside the file nor ORG/NAME")
     if os.path.lexists(name):  # transformers would use it
         raise ValueError(
-            f"{where} the tokenizer {name!r} is a repository of Hugging Face, but the working directory has "
-            "something of that name, which would be taken for it; run this elsewhere"
+            f"{where} the tokenizer {name!r} is a repository of Hugging Face, but the working directory "
+            "has something of that name, which would be loaded instead; run this in another directory"
         )
     return name, False
 
@@ -227,7 +227,8 @@ def _check_folder(folder: pathlib.Path, where: str) -> None:
         mode = file.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ValueError(
-                f"{where} the tokenizer's folder has {file}, a link or no file; put the file there"
+                f"{where} the tokenizer's folder contains {file}, a link or special file; replace it by "
+                "the file itself"
             )
         if file.suffix == ".json" and stat.S_ISREG(mode):
             try:
@@ -236,8 +237,8 @@ def _check_folder(folder: pathlib.Path, where: str) -> None:
                 continue  # transformers reports what is wrong, if it matters
             if isinstance(content, dict) and "auto_map" in content:
                 raise ValueError(
-                    f"{where} {file} asks to import Python (auto_map), which never happens; remove that "
-                    "entry, or make the head elsewhere (--zeroshot-head FILE)"
+                    f"{where} {file} imports Python code (auto_map), which is not supported; remove "
+                    "that entry, or give a head that was made elsewhere (--zeroshot-head FILE)"
                 )
 
 

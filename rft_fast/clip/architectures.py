@@ -126,8 +126,8 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
         cfg = _of_tags(label, pretrained)
     elif pretrained is not None:
         raise ValueError(
-            f"preprocess: pretrained tags belong to open_clip's model names, and {label} is none; "
-            f"leave the tag {pretrained!r} out, and write its settings into preprocess_cfg"
+            f"preprocess: only model names of open_clip have pretrained tags, and {label} is not one; "
+            f"leave out the tag {pretrained!r}, and write its settings into preprocess_cfg"
         )
     allowed.known(cfg, _PREPROCESS_KEYS, f"preprocess: {label}: preprocess_cfg")
     expected = image_size(model_cfg)
@@ -207,7 +207,7 @@ def text_config(label: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     text_cfg = model_cfg.get("text_cfg")
     if not isinstance(text_cfg, dict):
-        raise ValueError(f"arch: {label}: model_cfg needs a text_cfg where prompts are encoded")
+        raise ValueError(f"arch: {label}: model_cfg needs a text_cfg to encode prompts")
     return text_cfg
 
 
@@ -257,8 +257,8 @@ def _from_hub(arch: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, _CONFIG, revision=revision))
     except Exception as error:  # of the network, the hub, or an invalid name
         raise ValueError(
-            f"arch: the open_clip_config.json of {arch} could not be had: {error}. Offline, fetch it once "
-            "where there is a network, and name that file as the arch"
+            f"arch: the open_clip_config.json of {arch} could not be downloaded: {error}. Offline: "
+            "download it once with a network, and use that file as the arch"
         ) from error
 
 
@@ -292,7 +292,7 @@ def _make(
         return open_clip.CustomTextCLIP(model_cfg["embed_dim"], {**vision}, {**text}, quick_gelu=quick_gelu)
     except Exception as error:  # open_clip and timm raise asserts and many kinds of errors
         what = str(error) or type(error).__name__  # an assert has no message
-        raise ValueError(f"arch: open_clip cannot make the tower of {label}: {what}") from error
+        raise ValueError(f"arch: open_clip cannot build the tower of {label}: {what}") from error
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -305,5 +305,5 @@ def _pair(size: Any) -> tuple[int, int]:
 def _triple(value: Any, where: str) -> tuple[float, float, float]:
     values = value if isinstance(value, (list, tuple)) else (value,) * 3
     if len(values) != 3 or not all(isinstance(v, (int, float)) and -1e30 < v < 1e30 for v in values):
-        raise ValueError(f"{where} must be one or three numbers, finite ones, got {value!r}")
+        raise ValueError(f"{where} must be one or three finite numbers, got {value!r}")
     return (float(values[0]), float(values[1]), float(values[2]))

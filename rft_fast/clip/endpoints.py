@@ -24,9 +24,9 @@ from .prompts import Prompts
 ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
 # First component of a name -> why it cannot change the output if both towers are on the path.
 _INERT_BOTH = {
-    "classification_head": "head: made anew from the prompts",
+    "classification_head": "head: made from the prompts instead",
     "logit_bias": "logit bias: the same for every class",
-    "text_decoder": "text decoder: no part of a classifier",
+    "text_decoder": "text decoder: not part of a classifier",
 }
 
 
@@ -71,26 +71,25 @@ class Setup:
                 raise ValueError("Setup: both towers need prompts to make the head from; give --class-names")
             if self.head != "interpolate" or self.zeroshot_head is not None:
                 raise ValueError(
-                    "Setup: with both towers on the path, the head is what the text tower makes of the "
-                    "prompts at every point, and no other can be chosen; leave --head and --zeroshot-head "
-                    "out, or use --towers image"
+                    "Setup: with both towers on the path, the text tower makes the head from the "
+                    "prompts at every alpha, so no other can be chosen; leave out --head and "
+                    "--zeroshot-head, or use --towers image"
                 )
         if self.zeroshot_head is not None:
             if self.head == "finetuned":
                 raise ValueError(
-                    "Setup: with --head finetuned, the zero-shot head counts nowhere; leave --zeroshot-head "
-                    "out"
+                    "Setup: --head finetuned does not use the zero-shot head; leave out --zeroshot-head"
                 )
             if HEAD_WEIGHT not in self.zeroshot_head or set(self.zeroshot_head) - {HEAD_WEIGHT, HEAD_BIAS}:
                 raise ValueError(
-                    f"Setup: a head has {HEAD_WEIGHT!r} and perhaps {HEAD_BIAS!r}; got "
+                    f"Setup: a head must have {HEAD_WEIGHT!r}, and may have {HEAD_BIAS!r}; got "
                     f"{some(list(self.zeroshot_head)) or 'nothing'}"
                 )
         if self.scale is not None:
             if self.prompts is None:
                 raise ValueError(
-                    "Setup: the scale is that of a head made from prompts, and there are none; give "
-                    "--class-names, or leave --head-scale out"
+                    "Setup: the scale applies to a head made from prompts, but there are none; give "
+                    "--class-names, or leave out --head-scale"
                 )
             if not (math.isfinite(self.scale) and self.scale > 0):
                 raise ValueError(f"Setup: the head's scale must be a positive number, got {self.scale}")
@@ -236,14 +235,14 @@ class Ends:
             self._refuse_scale()
         if rows != self.classes and self.setup.head == "finetuned":
             raise ValueError(
-                f"{FINETUNED}: its head has {rows} classes, where the others have {self.classes}; models of "
-                "other classes need a sweep of their own"
+                f"{FINETUNED}: its head has {rows} classes, the others have {self.classes}; sweep "
+                "models with other classes separately"
             )
         if rows != self.classes:
             raise ValueError(
-                f"{FINETUNED}: its head has {rows} classes, where {self.classes} were expected, as at the "
-                "zero-shot end; use --head zeroshot (or finetuned) for one end's head at both, or models of "
-                "the same classes"
+                f"{FINETUNED}: its head has {rows} classes, expected {self.classes} as at the zero-shot "
+                "end; use one head for both ends (--head zeroshot or finetuned), or models with the "
+                "same classes"
             )
 
     def check_lineage(self, finetuned: Mapping[str, Tensor], unrelated: bool = False) -> None:
@@ -325,8 +324,8 @@ class Ends:
         used[POSITIONS] = resized = matching.resized(positions, self._grid)
         if resized is not positions:
             warnings.warn(
-                f"{end}: its positions were resampled from {len(positions) - 1} cells to {self._grid[0]} x "
-                f"{self._grid[1]}, the image size of {self.setup.arch}",
+                f"{end}: its position embeddings were resampled from {len(positions) - 1} cells to "
+                f"{self._grid[0]} x {self._grid[1]}, the image size of {self.setup.arch}",
                 stacklevel=2,
             )
 
@@ -347,16 +346,15 @@ class Ends:
         if HEAD_WEIGHT in zeroshot:
             return self._heads.check_shape(zeroshot, ZEROSHOT)
         raise ValueError(
-            f"{ZEROSHOT}: it has no head, so how many classes the fine-tuned ones have is not known; "
-            "give --class-names"
+            f"{ZEROSHOT}: it has no head, so the number of classes is unknown; give --class-names"
         )
 
     def _refuse_scale(self) -> None:
         """Refuse a scale if no head is made."""
         if self.setup.scale is not None:
             raise ValueError(
-                f"ends: a head scale of {self.setup.scale} would change nothing, as no head is made from "
-                "prompts here: they are given as they are; leave --head-scale out"
+                f"ends: a head scale of {self.setup.scale} has no effect, because no head is made from "
+                "prompts; leave out --head-scale"
             )
 
     def _check_head(self, state: Mapping[str, Tensor], end: str) -> int:

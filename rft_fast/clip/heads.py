@@ -76,8 +76,8 @@ class HeadMaker:
             rows = self.check_shape(state, end)
             if names is not None and rows != len(names):
                 raise ValueError(
-                    f"{end}: its head has {rows} classes, but there are {len(names)} class names; name the "
-                    "classes of that head, in its order (--class-names)"
+                    f"{end}: its head has {rows} classes, but there are {len(names)} class names; give "
+                    "the class names of that head, in its order (--class-names)"
                 )
             return rows
         refuse_without_text(state, end, f"it has no head either: {remedy}")
@@ -111,7 +111,7 @@ class HeadMaker:
         if weight.shape != (rows, self.features) or rows == 0:
             raise ValueError(
                 f"{end}: {HEAD_WEIGHT!r} must be [classes, {self.features}], got {list(weight.shape)}; "
-                "it is of another architecture"
+                "it belongs to another architecture"
             )
         if HEAD_BIAS in head and head[HEAD_BIAS].shape != (rows,):
             raise ValueError(f"{end}: {HEAD_BIAS!r} must be [{rows}], got {list(head[HEAD_BIAS].shape)}")
@@ -227,7 +227,7 @@ def refuse_without_text(state: Mapping[str, Tensor], end: str, remedy: str) -> N
     """
     if not any(name.startswith(("transformer.", "text.")) for name in state):
         raise ValueError(
-            f"{end}: the checkpoint has no text tower, or only a rest of it (model-soups' files lack "
+            f"{end}: the checkpoint has no text tower, or only parts of it (model-soups' files lack "
             f"'transformer'); {remedy}"
         )
 
@@ -250,15 +250,15 @@ def check_scale(state: Mapping[str, Tensor]) -> None:
     """
     if SCALE not in state or state[SCALE].numel() != 1:
         raise ValueError(
-            f"the checkpoint has no {SCALE!r} of one element, which gives the scale of a head that is made "
-            "from prompts; give --head-scale (100 for models that descend from OpenAI's)"
+            f"the checkpoint has no {SCALE!r} with one element, which scales a head made from prompts; "
+            "give --head-scale (100 for models that descend from OpenAI's)"
         )
     # The logarithm of the factor of the logits: 4.6 for CLIP, whose factor is 100.
     scale = 0.0 if state[SCALE].is_meta else float(state[SCALE])
     if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
         raise ValueError(
-            f"the checkpoint's {SCALE!r} is {scale:g}, whose exponential float32 cannot hold; is it the "
-            "factor itself, instead of its logarithm, or is the file damaged?"
+            f"the checkpoint's {SCALE!r} is {scale:g}, whose exponential overflows float32; is it the "
+            "factor instead of its logarithm, or is the file damaged?"
         )
 
 

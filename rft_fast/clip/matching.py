@@ -46,7 +46,7 @@ def check_activation(arch: str | PathLike[str], pretrained: str) -> None:
     if trained != quick[name]:
         was = "with" if trained else "without"
         raise ValueError(
-            f"arch: {pretrained!r} was trained {was} QuickGELU, and {name} is not; name {other} instead"
+            f"arch: {pretrained!r} was trained {was} QuickGELU, unlike {name}; use {other} instead"
         )
 
 
@@ -74,11 +74,11 @@ def check_evidence(
             continue
         other = label.removesuffix(_QUICK) if label.endswith(_QUICK) else label + _QUICK
         if _known(other):
-            remedy = f"name --arch {other} instead"
+            remedy = f"use --arch {other} instead"
         else:
             remedy = f'set "quick_gelu": {json.dumps(known.quick)} in its model_cfg'
             if not pathlib.Path(label).is_file():
-                remedy = f"write its configuration to a JSON file, {remedy}, and name that file (--arch)"
+                remedy = f"write its configuration to a JSON file, {remedy}, and use that file (--arch)"
         raise ValueError(
             f"arch: the {tower} tower was trained with {known}, but {label} computes {NAMES[quick]}; {remedy}"
         )
@@ -153,12 +153,12 @@ def compare(
         found = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
         fits = likely(whole)
         known = fits and str(arch) not in fits
-        advice = f"They fit {' or '.join(fits[:4])}" if known else "Name their own arch"
+        advice = f"They fit {' or '.join(fits[:4])}" if known else "Use their own architecture"
         if _differ_in_number(state.get(POSITIONS), shapes.get(POSITIONS)):
             here, expected = len(state[POSITIONS]) - 1, shapes[POSITIONS][0] - 1
             advice += (
-                f". The positions are those of another image size ({here} cells instead of {expected}): "
-                f"--resize-positions resamples them to that of {arch}, at either end (in Python: "
+                f". The position embeddings are for another image size ({here} cells instead of "
+                f"{expected}): --resize-positions resamples them for {arch}, at either end (in Python: "
                 "Setup(resize_positions=True), or open_clip.model.resize_pos_embed beforehand)"
             )
         raise ValueError(f"arch: the weights are not those of {arch}: {found}. {advice}")
@@ -191,7 +191,7 @@ def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     cells = len(positions) - 1
     if cells < 1 or math.isqrt(cells) ** 2 != cells:
         raise ValueError(
-            f"arch: {POSITIONS!r} has {cells} cells, which form no square: they cannot be resampled"
+            f"arch: {POSITIONS!r} has {cells} cells, which do not form a square, so they cannot be resampled"
         )
     if positions.is_meta:
         return positions.new_empty(1 + grid[0] * grid[1], positions.shape[1])

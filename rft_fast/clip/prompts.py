@@ -106,7 +106,7 @@ def class_names(source: str) -> tuple[str, ...]:
     )
     if twice:
         raise ValueError(
-            f"class names: {source} has {some(twice)} more than once; give every class a name of its own"
+            f"class names: {source} has {some(twice)} more than once; class names must be distinct"
         )
     return Prompts(names).class_names
 

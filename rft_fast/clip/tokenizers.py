@@ -41,7 +41,7 @@ def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
     try:
         simple = open_clip.SimpleTokenizer(context_length=context, **options)
     except Exception as error:  # options of a configuration can cause any error
-        raise ValueError(f"arch: open_clip cannot make the tokenizer of {label}: {error}") from error
+        raise ValueError(f"arch: open_clip cannot build the tokenizer of {label}: {error}") from error
     vocabulary = text_cfg.get("vocab_size", 49408)
     if vocabulary != simple.vocab_size:
         raise ValueError(
@@ -82,7 +82,7 @@ def _of_hugging_face(
         except Exception as error:  # of the network, the hub or transformers, which may be missing
             problem = error
     failure = (
-        f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be had: "
+        f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be loaded: "
         f"{first_line(problem)}."
     )
     other = "or give a head that was made elsewhere (--zeroshot-head FILE)"
@@ -92,6 +92,6 @@ def _of_hugging_face(
         remedy = "Install transformers and download it once while online"
         raise ValueError(f"{failure} {remedy}, {other}") from problem
     raise NotHere(
-        f"{failure} Nothing downloads it unless you say so: install transformers, then hf download {name}, "
-        f"or --fetch, {other}"
+        f"{failure} It is downloaded only on request: install transformers, then run hf download {name} "
+        f"or use --fetch, {other}"
     ) from problem

@@ -136,7 +136,7 @@ class Content:
         while done < len(data):  # one call reads at most 2 GB
             got = self._stream.readinto(data[done:])  # type: ignore[attr-defined]
             if not got:
-                raise Changed("has become shorter while it was read")
+                raise Changed("became shorter while it was read")
             done += got
         return data
 
@@ -318,10 +318,10 @@ def sha256(path: str | PathLike[str]) -> str:
 
 def _changed(path: pathlib.Path, before: Stamp, now: Stamp) -> Changed:
     size, other = before.identity[2], now.identity[2]
-    what = f"from {size:,} to {other:,} bytes" if size != other else f"its {size:,} bytes are others now"
+    what = f"from {size:,} to {other:,} bytes" if size != other else f"still {size:,} bytes, but other ones"
     return Changed(
-        f"{path} changed while it was in use ({what}), so that its results would stand under another "
-        "file's SHA-256; restore it, or start a run of its own once nothing writes to it"
+        f"{path} changed while it was in use ({what}), so results would be recorded under the SHA-256 "
+        "of another file; restore it, or start a new run once nothing writes to it"
     )
 
 

@@ -6,32 +6,34 @@ import re
 from collections.abc import Iterable
 
 _MERGE = (
-    "merge them into their layers in both models first (peft: model.merge_and_unload()), and name the merged "
-    "weights"
+    "merge them into their layers in both models first (peft: model.merge_and_unload()), and use the "
+    "merged weights"
 )
 # (Problem and remedy, pattern of a component of a dotted name.)
 _COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
-        "unmerged low-rank adapters (LoRA): interpolating both factors is no straight line of weights; "
-        f"{_MERGE}",
+        "unmerged low-rank adapters (LoRA): interpolating both factors is not a straight line in "
+        f"weight space; {_MERGE}",
         re.compile(r"(?:.*_)?(?:lora|Lora|LoRA)(?:_.*|[A-Z0-9].*)?"),
     ),
     (
-        f"unmerged adapters of peft: interpolating their factors is no straight line of weights; {_MERGE}",
+        "unmerged adapters of peft: interpolating their factors is not a straight line in weight "
+        f"space; {_MERGE}",
         re.compile(
             r"(?:ia3_l|hada_[wt]\d?|lokr_[wt]\d?|(?:oft|boft)_[rRs]|vera_lambda|vera_[AB]|fourierft)(?:_.*)?"
         ),
     ),
     (
-        "parametrised weights: interpolating what they are computed from is no straight line of weights; "
-        'remove_parametrizations(module, "weight") of torch.nn.utils.parametrize in both models first',
+        "parametrised weights: interpolating what they are computed from is not a straight line in "
+        'weight space; remove_parametrizations(module, "weight") of torch.nn.utils.parametrize in both '
+        "models first",
         re.compile(r"parametrizations"),
     ),
 )
 # (Problem and remedy, suffixes of the two tensors by which an older torch function replaces a weight.)
 _PAIRS: tuple[tuple[str, tuple[str, str]], ...] = (
     (
-        "weight_norm's factors: interpolating them is no straight line of weights; "
+        "weight_norm's factors: interpolating them is not a straight line in weight space; "
         "torch.nn.utils.remove_weight_norm(module) in both models first",
         ("_g", "_v"),
     ),
@@ -40,7 +42,7 @@ _PAIRS: tuple[tuple[str, tuple[str, str]], ...] = (
         ("_orig", "_mask"),
     ),
     (
-        "spectral_norm's factors: interpolating them is no straight line of weights; "
+        "spectral_norm's factors: interpolating them is not a straight line in weight space; "
         "torch.nn.utils.remove_spectral_norm(module) in both models first",
         ("_orig", "_u"),
     ),

@@ -23,12 +23,12 @@ from .terminal import escaped
 COMMANDS = {
     "sweep": "measure fine-tuned models along their paths: tables, figures, a summary",
     "finetune": "fine-tune a zero-shot CLIP model, once or in a grid, for the sweep",
-    "checkpoints": "say what a checkpoint holds, and whether two are the ends of one path",
-    "datasets": "say what a data set is, and what is wrong with it",
-    "results": "list what a run has measured, and export its rows",
-    "report": "write a run, or the differences of two, as one HTML page",
-    "cache": "list or remove the decoded images that are kept",
-    "env": "print versions, and which kernels work here",
+    "checkpoints": "describe a checkpoint, or check whether two are the ends of one path",
+    "datasets": "describe a data set and its problems",
+    "results": "list the measurements of a run, and export them",
+    "report": "write a run, or a comparison of two, as one HTML page",
+    "cache": "list or remove cached images",
+    "env": "print versions and the kernels that work here",
 }
 INTERRUPTED = 130  # exit status, as shells have it
 
@@ -63,7 +63,7 @@ def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentPar
     result = _Parser(prog=called(name), allow_abbrev=False, **more)
     if version:
         text = f"rft_fast {__version__}"
-        result.add_argument("--version", action="version", version=text, help="show it and exit")
+        result.add_argument("--version", action="version", version=text, help="show the version and exit")
     return result
 
 
@@ -127,7 +127,9 @@ def _check(name: str, argv: Sequence[str]) -> None:
     prog = errors(called(name))
     for argument in argv:
         if nul(argument):
-            print(f"{prog} argument {argument!r} holds a NUL byte; no file name does", file=sys.stderr)
+            print(
+                f"{prog} argument {argument!r} contains a NUL byte, which no file name can", file=sys.stderr
+            )
             raise SystemExit(cwd.REFUSED)
     if not cwd.exists():
         print(f"{prog} {cwd.GONE}", file=sys.stderr)
@@ -261,9 +263,9 @@ class Stop:
                 return
             raise KeyboardInterrupt
         self.requested = True
-        what = {signal.SIGINT: "Ctrl-C again: now", signal.SIGTERM: "SIGTERM again: now"}
-        again = what.get(signal.Signals(number), "after SIGHUP; SIGTERM: now")
-        self._notice(f"stopping when the {self._step} in flight is there ({again})")
+        what = {signal.SIGINT: "Ctrl-C again: at once", signal.SIGTERM: "SIGTERM again: at once"}
+        again = what.get(signal.Signals(number), "after SIGHUP; SIGTERM: at once")
+        self._notice(f"stopping after the current {self._step} ({again})")
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""

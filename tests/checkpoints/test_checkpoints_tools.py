@@ -139,7 +139,7 @@ def moved(size: float) -> State:
         (lambda a: {n: t for n, t in a.items() if "head" not in n}, ""),  # a head that is made
         (
             lambda a: {n: t[[0, 2, 1, 3]] if "head" in n else t for n, t in moved(0.05).items()},
-            "row 1 is row 2",
+            "row 1 is the zero-shot row 2",
         ),
         (lambda a: moved(8.0), "unrelated"),
         (lambda a: {n: 3 * t for n, t in moved(0.1).items()}, "sum of models"),
@@ -166,7 +166,7 @@ def test_two_activations(tmp_path: Path) -> None:
         content = {n.removeprefix("model."): t.contiguous() for n, t in moved(ord(name) / 1e3).items()}
         save_file(content, tmp_path / name, {"quick_gelu": quick})
     a, b = (checkpoints.read(tmp_path / name) for name in "ab")
-    assert "other activations" in checkpoints.compare(a, b).problems[0]
+    assert "different activations" in checkpoints.compare(a, b).problems[0]
 
 
 @pytest.mark.parametrize(

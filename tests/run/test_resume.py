@@ -104,7 +104,7 @@ def test_stopped_after_every_study_and_in_the_midst(
         # The one in flight when the signal came was the one just kept: no other was begun. What is the same
         # for all models at alpha = 0 is copied, not measured.
         assert status == 130 and stop <= made <= stop + COPIED
-        assert "stopping when the measurement in flight is there" in printed.err
+        assert "stopping after the current measurement" in printed.err
         assert f"--out {out}" in printed.err and "Traceback" not in printed.err
         assert len(pd.read_csv(out / "rows.csv")) == len(results.load(out))
         costs = pd.read_csv(out / "cost.csv").set_index("study")["seconds"]

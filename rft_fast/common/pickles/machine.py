@@ -74,7 +74,7 @@ class Machine:
         """
         self.budget -= steps
         if self.budget < 0:
-            raise Unreadable("is a pickle that unfolds to far more than its size; nothing was executed")
+            raise Unreadable("is a pickle that expands to far more than its size; nothing was executed")
 
     def push(self, value: Any) -> None:
         """Push a value."""
@@ -90,7 +90,7 @@ class Machine:
     def import_(self, module: Any, name: Any) -> None:
         """Push the value or the Global of an imported name."""
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("it imports something that is no name")
+            raise ValueError("it imports something that is not a name")
         full = f"{module}.{name}"
         known = self.globals.setdefault(full, Global(full))
         self.stack.append(self.values.get(full, known))
@@ -187,5 +187,5 @@ class Machine:
     def refer(self, value: Any) -> None:
         """Push the value of a persistent id."""
         if self.persistent is None:
-            raise Unreadable("refers to data outside of its pickle, which a plain pickle has not")
+            raise Unreadable("refers to data outside its pickle, which a plain pickle cannot have")
         self.stack.append(self.persistent(value))

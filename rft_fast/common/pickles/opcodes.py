@@ -87,7 +87,9 @@ def unpickle(
 def _run(machine: Machine, stream: Stream) -> Any:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
         if count > MOST_OPCODES:
-            raise Unreadable(f"is a pickle of more than {MOST_OPCODES:,} steps, which none needs")
+            raise Unreadable(
+                f"is a pickle of more than {MOST_OPCODES:,} steps, more than any checkpoint needs"
+            )
         name = opcode.name
         if name in _PUSH:
             machine.push(argument)
@@ -98,8 +100,8 @@ def _run(machine: Machine, stream: Stream) -> Any:
         elif name == "BYTEARRAY8":
             machine.push(bytes(argument or b""))
         else:
-            raise Unreadable(f"is a pickle with the opcode {name}, which no honest one needs")
-    raise ValueError("it has no end")
+            raise Unreadable(f"is a pickle with the opcode {name}, which is not supported")
+    raise ValueError("it does not end")
 
 
 _PUSH = frozenset(
