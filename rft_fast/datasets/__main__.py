@@ -21,27 +21,27 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = program.parser(
         "datasets",
-        description="Says what a data set is, how it would be scored, and all that is wrong with it. "
-        "Exit status: 0 nothing wrong was found, 1 something is wrong, 2 it is no data set.",
+        description="Describe a data set and how it would be scored, and list its problems. "
+        "Exit status: 0 no problems, 1 problems found, 2 not a data set.",
     )
     parser.add_argument("path", type=_path, help="a folder of class folders, an archive, a file of arrays")
-    parser.add_argument("--kind", choices=sorted(names.KINDS), help="what it is; else detected")
+    parser.add_argument("--kind", choices=sorted(names.KINDS), help="its format; detected by default")
     parser.add_argument(
         "--rows",
         metavar="HEAD",
-        help="the rows of the head: imagenet, cifar10, ... or a file of class names, or their number",
+        help="rows of the head: imagenet, cifar10, ..., a file of class names, or their number",
     )
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="class -> row of the head: .json, .toml or .csv; or the word order: class i is row i",
+        help="class -> row of the head, in .json, .toml or .csv; or the word order: class i is row i",
     )
-    parser.add_argument("--quick", action="store_true", help="list the files, decode none")
+    parser.add_argument("--quick", action="store_true", help="list the files without decoding them")
     parser.add_argument(
         "--write-labels",
         metavar="FILE.csv",
         type=pathlib.Path,
-        help="only begin a label map, with the rows that the classes' names show, for you to complete",
+        help="only draft a label map, with the rows that class names indicate, for you to complete",
     )
     options = parser.parse_args(argv)
     from tqdm import tqdm
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _path(text: str) -> pathlib.Path:
     if not text:  # as from an unset shell variable; an empty path would mean the current folder
-        raise argparse.ArgumentTypeError("expected a path, got nothing; this folder is .")
+        raise argparse.ArgumentTypeError("expected a path, got an empty one; the current folder is .")
     return pathlib.Path(text)
 
 

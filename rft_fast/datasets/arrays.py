@@ -40,7 +40,7 @@ def source(path: pathlib.Path, where: str) -> Source:
     stored = files.Inputs()
     with reading(stored, path, f"{where}: {path} cannot be read as arrays"), files.opened(path) as stream:
         if not zipfile.is_zipfile(stream):  # numpy would advise to unpickle it
-            raise ValueError("it is no .npz archive, as numpy.savez writes, or not whole")
+            raise ValueError("it is not an .npz archive, as numpy.savez writes, or is incomplete")
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -48,7 +48,9 @@ def source(path: pathlib.Path, where: str) -> Source:
         if key not in arrays:
             raise ValueError(f"{where}: {path} has no array {key!r}, it has {some(list(arrays))}")
     if unknown := [key for key in arrays if key not in ("images", "labels", "classes")]:
-        raise ValueError(f"{where}: {path} has arrays unknown here: {some(unknown)}")
+        raise ValueError(
+            f"{where}: {path} has unknown arrays: {some(unknown)}; expected images, labels, perhaps classes"
+        )
     images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
         raise ValueError(
@@ -56,7 +58,7 @@ def source(path: pathlib.Path, where: str) -> Source:
             f"got {images.dtype} {list(images.shape)} in {path}"
         )
     if 0 in images.shape:
-        raise ValueError(f"{where}: {path} holds no images: their shape is {list(images.shape)}")
+        raise ValueError(f"{where}: {path} has no images: their shape is {list(images.shape)}")
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
     labels = _integers(arrays["labels"], f"{where}: labels in {path}")
@@ -87,5 +89,7 @@ def _integers(array: np.ndarray[Any, Any], where: str) -> Tensor:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"{where} must be integers [n], got {array.dtype} {list(array.shape)}")
     if len(array) and not (array.min() >= 0 and array.max() < MOST_ROWS):
-        raise ValueError(f"{where} must be rows of a head, from 0 on, got {array.min()} to {array.max()}")
+        raise ValueError(
+            f"{where} must be rows of a head, from 0 to {MOST_ROWS - 1}; got {array.min()} to {array.max()}"
+        )
     return torch.from_numpy(array.astype(np.int64))

@@ -72,25 +72,25 @@ def source(path: pathlib.Path, where: str) -> Source:
     try:
         image, label = _columns(features, parts[0].schema, f"{where}: {parts[0].file}")
     except UnicodeError as error:
-        raise ValueError(f"{where}: {parts[0].file} is damaged: names of columns are no texts") from error
+        raise ValueError(f"{where}: {parts[0].file} is damaged: column names are not text") from error
     files: list[caches.File] = []
     labels: list[Tensor] = []
     stored = on_disk.Inputs()
     for part in parts:
         stored.add(part.file)
         if not part.schema.equals(parts[0].schema):
-            raise ValueError(f"{where}: {part.file} has other columns than {parts[0].file}")
+            raise ValueError(f"{where}: the columns of {part.file} differ from those of {parts[0].file}")
         files += numbered(part.file, part.rows)
         labels.append(part.labels(label))
         part.check_images(image)
     numbers = torch.cat(labels)
     names = features.get(label, {}).get("names") or []
     if not len(numbers):
-        raise ValueError(f"{where}: {path} holds no images")
+        raise ValueError(f"{where}: {path} has no images")
     least, most = int(numbers.min()), int(numbers.max())
     if least < 0 or most >= (len(names) or MOST_ROWS):
-        beyond = f", beyond {len(names)} names" if names else ", which are no rows of a head"
-        hint = "; a test split without labels? take another" if least < 0 else beyond
+        beyond = f", beyond {len(names)} names" if names else ", which cannot be rows of a head"
+        hint = "; a test split without labels? use another split" if least < 0 else beyond
         raise ValueError(f"{where}: {path} has labels from {least} to {most} in {label!r}{hint}")
     pieces = _Pieces(part.rows for part in parts)
 
@@ -184,7 +184,7 @@ class _Part(ABC):
         if missing:
             raise ValueError(
                 f"{self.where} has {len(missing)} images that are neither embedded nor files here: "
-                f"{some(missing)}; save it again where the files are, with save_to_disk"
+                f"{some(missing)}; save the data set again, with save_to_disk, where the files are"
             )
 
     def beside(self, path: str | None) -> pathlib.Path:
@@ -217,7 +217,7 @@ class _ArrowPart(_Part):
         import pyarrow as pa
 
         self._mapped = on_disk.Inputs()
-        with _reading(f"{where}: {file} is truncated or no Arrow stream"):
+        with _reading(f"{where}: {file} is truncated or not an Arrow stream"):
             with on_disk.opened(file) as stream:
                 if held:
                     source = pa.BufferReader(pa.py_buffer(on_disk.Content(stream)[:]))
@@ -252,7 +252,7 @@ class _ParquetPart(_Part):
 
         if kind := on_disk.special(file):
             raise ValueError(f"{where}: {file} is {kind}, expected a file")
-        with _reading(f"{where}: {file} is truncated or no Parquet"):
+        with _reading(f"{where}: {file} is truncated or not Parquet"):
             self.parquet = parquet.ParquetFile(file)  # read, not mapped
             super().__init__(file, where, data_set, self.parquet.schema_arrow, self.parquet.metadata.num_rows)
         metadata = self.parquet.metadata
@@ -293,7 +293,7 @@ def _features(schema: Any, file: pathlib.Path, where: str) -> dict[str, Any]:
             return {}
         known = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
         if not all(isinstance(feature.get("names") or [], list) for feature in known.values()):
-            raise ValueError("class names that are no list")
+            raise ValueError("class names are not a list")
         return known
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where}: its features cannot be read: {type(error).__name__}: {error}") from error

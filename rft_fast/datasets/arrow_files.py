@@ -99,5 +99,7 @@ def _splits(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 
 def _only(splits: Sequence[str], path: pathlib.Path, where: str) -> str:
     if len(splits) != 1:
-        raise ValueError(f"{where}: {path} has the splits {some(splits, 20)}; put one behind it: {path}/test")
+        raise ValueError(
+            f"{where}: {path} has the splits {some(splits, 20)}; append one to the path: {path}/test"
+        )
     return splits[0]

@@ -86,13 +86,14 @@ def source(path: pathlib.Path, where: str) -> Source:
     found = _found(path)
     names = [file.name for _, paths in found for file in paths]
     if len(found) != 1:
-        listed = f"holds {some(names)}; give the path of one of them" if names else "holds none"
+        listed = f"has {some(names)}; give the path of one of them" if names else "has none"
         raise ValueError(f"{where}: expected one set of CIFAR or STL-10 images, {path} {listed}")
     ((layout, paths),) = found
     parts = layout.parts if path.name == "train" and not path.exists() else 1
     if len(paths) != parts:
+        noun = "file" if parts == 1 else "files"
         raise ValueError(
-            f"{where}: expected {parts} of the files of {layout.title}, {path} stands for {some(names)}; "
+            f"{where}: expected {parts} {noun} of {layout.title}, {path} has {some(names)}; "
             "complete them, or give the path of one"
         )
     images: list[Array] = []
@@ -160,7 +161,7 @@ def _class_names(layout: _Layout, folder: pathlib.Path, where: str) -> tuple[str
         else:
             names = [_text(name) for name in _expect(_read_pickle(file)[key], list)]
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {file} does not tell class names: {error}") from error
+        raise ValueError(f"{where}: {file} has no readable class names: {error}") from error
     if len(names) != len(layout.names):
         raise ValueError(f"{where}: {file} has {len(names)} class names, {layout.title} {len(layout.names)}")
     return tuple(names)
@@ -235,9 +236,7 @@ def _cifar102(file: pathlib.Path) -> tuple[Array, Array]:
 def _whole_records(file: pathlib.Path, record: int) -> Array:
     data = on_disk.read_bytes(file)
     if not data or len(data) % record:
-        raise ValueError(
-            f"it has {len(data)} bytes, which are not whole images of {record} bytes; fetch it again"
-        )
+        raise ValueError(f"its {len(data)} bytes are not whole images of {record} bytes; download it again")
     return np.frombuffer(data, np.uint8).reshape(-1, record)
 
 
@@ -264,7 +263,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
         return readers[np.lib.format.read_magic(stream)](stream)
     except Exception as error:  # numpy raises almost anything on damaged headers
-        raise ValueError(f"the head of an array cannot be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the header of an array cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -> int:
@@ -273,7 +272,9 @@ def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -
         raise ValueError(f"{name} holds objects, expected numbers")
     size = math.prod(shape) * dtype.itemsize
     if size != held or size == 0:
-        raise ValueError(f"{name}: {dtype} {list(shape)} takes {size} bytes, it has {held}; fetch it again")
+        raise ValueError(
+            f"{name}: {dtype} {list(shape)} needs {size} bytes, it has {held}; download it again"
+        )
     return size
 
 
@@ -284,7 +285,7 @@ def _read_pickle(file: pathlib.Path) -> dict[str, Any]:
 def _beside(file: pathlib.Path, name: str) -> pathlib.Path:
     other = file.with_name(name)
     if not other.is_file():
-        raise ValueError(f"its labels, {name}, do not lie beside it")
+        raise ValueError(f"its labels, {name}, are missing beside it")
     return other
 
 
@@ -297,7 +298,7 @@ def _text(value: object) -> str:
     if isinstance(value, bytes):
         return value.decode("latin-1")
     if not isinstance(value, str):
-        raise ValueError(f"it holds a {type(value).__name__} where a text was expected")
+        raise ValueError(f"it holds a {type(value).__name__}, expected a string")
     return value
 
 
@@ -311,7 +312,7 @@ def _integers(value: object) -> Array:
     if isinstance(value, pickled_arrays.Array):
         return value.numpy()
     if not all(type(entry) is int and abs(entry) < 2**31 for entry in _expect(value, list)):
-        raise ValueError("its labels are not all numbers of classes")
+        raise ValueError("its labels are not all class numbers")
     return np.array(value, np.int64)
 
 

@@ -109,8 +109,8 @@ def choose(count: int, samples: int | None, seed: int, where: str) -> Tensor:
         raise ValueError(f"{where}: samples must be at least 1, got {samples}")
     if samples > count:
         raise ValueError(
-            f"{where}: {samples} samples asked for, but it has only {count} images; ask for {count} or fewer "
-            "of every set, or for all (no number)"
+            f"{where}: {samples} samples requested, but it has only {count} images; request at most {count} "
+            "of every data set, or all (no number)"
         )
     # RandomState's stream is frozen, so a seed selects the same images everywhere.
     return torch.from_numpy(np.sort(np.random.RandomState(seed).permutation(count)[:samples]))

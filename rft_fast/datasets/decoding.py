@@ -146,7 +146,7 @@ def examine(source: Source, index: int) -> tuple[str, tuple[int, int]] | str:
 
 def loss(mode: str) -> str:
     """The reason why images of a mode are refused."""
-    return f"of mode {mode}, which RGB bytes cannot hold: convert it to 8 bits by the scale that is meant"
+    return f"of mode {mode}, which RGB bytes cannot represent: convert to 8 bits with the intended scale"
 
 
 def _trimmed(image: Image.Image, border: int) -> Image.Image:
@@ -216,8 +216,8 @@ def pixel_transform(preprocess: Preprocess) -> Callable[[Image.Image], Image.Ima
     cut = next((i for i, step in enumerate(steps) if isinstance(step, ToTensor)), None)
     if cut is None or cut != len(steps) - 2:
         raise RuntimeError(
-            f"datasets: open_clip {open_clip.__version__} builds its image transform in another "
-            f"way than expected ({whole}); please report this"
+            f"datasets: open_clip {open_clip.__version__} builds its image transform "
+            f"differently than expected ({whole}); please report this"
         )
 
     def apply(image: Image.Image) -> Image.Image:

@@ -61,7 +61,7 @@ class Report:
         count = len(self.problems)
         end = [f"{count} problems:" if count > 1 else "1 problem:", *(f"- {p}" for p in self.problems)]
         if not self.problems:
-            end = ["nothing wrong was found, but:"] if self.unchecked else ["sound"]
+            end = ["no problems found, but:"] if self.unchecked else ["sound"]
         lines = [*self.facts, *end, *(f"- not checked: {text}" for text in self.unchecked)]
         return "\n".join(map(message, lines))
 
@@ -132,17 +132,19 @@ def write_labels(
     source = kinds.open_source(path.name, path, kind)
     rows = rows or _default_rows(source)
     if not source.class_names or rows is None:
-        what = "labels without names are rows" if not source.class_names else "which head? give --rows"
-        raise ValueError(f"no label map can be begun for {path}: {what}")
+        what = (
+            "its labels are rows, without names"
+            if not source.class_names
+            else "the head is unknown, give --rows"
+        )
+        raise ValueError(f"cannot write a draft of a label map for {path}: {what}")
     if file.suffix != ".csv":
-        raise ValueError(f"a label map is written as .csv, got {file}")
+        raise ValueError(f"expected a .csv file for the label map, got {file}")
     found = proposed(source, rows)
     maps.write_csv(file, {name: [maps.UNKNOWN if row is None else row] for name, row in found.items()})
     unknown = sum(row is None for row in found.values())
     state = (
-        f"{unknown} are question marks, to be replaced by rows or left empty"
-        if unknown
-        else "none is left open"
+        f"{unknown} are question marks, to be replaced by rows or left empty" if unknown else "all have rows"
     )
     return f"{file}: {len(found)} classes; {state}"
 
@@ -185,12 +187,12 @@ def _count(report: Report, source: Source, title: str) -> None:
     if title in _PUBLISHED:
         published = " or ".join(f"{count:,}" for count in _PUBLISHED[title])
         if len(source.files) not in _PUBLISHED[title]:
-            report.problems.append(f"{title} has {published} images, here are {len(source.files):,}")
+            report.problems.append(f"{title} has {published} images, this has {len(source.files):,}")
         else:
-            report.facts.append(f"{title} has {published} images: so it has here")
+            report.facts.append(f"{title} has {published} images, and so does this")
     if title in _EACH and (wrong := [f"{n} ({c:,})" for n, c in counts.items() if c != _EACH[title]]):
         report.problems.append(
-            f"{len(wrong)} classes have not the {_EACH[title]} images of {title}: {some(wrong, SHOWN)}"
+            f"{len(wrong)} classes do not have the {_EACH[title]} images of {title}: {some(wrong, SHOWN)}"
         )
     wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
     if len(wnids) < len(names) and (missing := imagenet.almost(wnids)[1]):  # otherwise reported with the rows
@@ -202,7 +204,7 @@ def _count(report: Report, source: Source, title: str) -> None:
             report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")
     if source.kind == "objectnet" and len(names) != imagenet.OBJECTNET_FOLDERS:
         report.problems.append(
-            f"ObjectNet has {imagenet.OBJECTNET_FOLDERS} class folders, here are {len(names)}"
+            f"ObjectNet has {imagenet.OBJECTNET_FOLDERS} class folders, this has {len(names)}"
         )
 
 
@@ -213,7 +215,7 @@ def _look_for_copies(report: Report, source: Source) -> None:
         alike.setdefault(fold(_COPY.sub("", name)), []).append(name)
     for group in alike.values():
         if len(group) > 1:
-            report.problems.append(f"class folders that seem to be one, twice: {some(group, SHOWN)}")
+            report.problems.append(f"class folders that seem to be copies: {some(group, SHOWN)}")
     contents: dict[str, list[tuple[str, int]]] = {name: [] for name in source.class_names}
     first: dict[str, str] = {}
     nested = set()
@@ -224,9 +226,7 @@ def _look_for_copies(report: Report, source: Source) -> None:
         if len(parts) > 2 and parts[1].casefold() == parts[0].casefold():
             nested.add(parts[0])
     if nested:
-        report.problems.append(
-            f"class folders that lie in folders of their own name: {some(sorted(nested), SHOWN)}"
-        )
+        report.problems.append(f"class folders in a folder of the same name: {some(sorted(nested), SHOWN)}")
     listed: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for name, files in contents.items():
         if len(files) > 1:
@@ -267,11 +267,11 @@ def _scored(
         return
     if rows is None:
         report.unchecked.append(
-            "which rows of a head its classes are, as no head was named; give --rows (imagenet, cifar10, "
+            "the rows of its classes, as no head was given; use --rows (imagenet, cifar10, "
             "..., a file of class names, or a number)"
         )
     elif label_map == ORDER and not rows.names:
-        report.unchecked.append("whether its classes are in the head's order, as the word order says")
+        report.unchecked.append("whether its classes are in the head's order, as requested")
     classes = len(set(found.labels.tolist()))
     rows_of = f"the head's {rows.count:,} rows" if rows is not None else "a head's rows, class i being row i"
     if rows is None and (found.classes is not None or source.imagenet or label_map is not None):
@@ -286,7 +286,7 @@ def _scored(
     )
     if source.kind == "objectnet" and label_map is None and len(found.images) != imagenet.OBJECTNET_SCORED:
         report.problems.append(
-            f"ObjectNet has {imagenet.OBJECTNET_SCORED:,} images to score, here are {len(found.images):,}"
+            f"ObjectNet has {imagenet.OBJECTNET_SCORED:,} images to score, this has {len(found.images):,}"
         )
 
 

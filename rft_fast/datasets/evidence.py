@@ -82,8 +82,8 @@ def by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
     if not any(own) and (found := numbers(names)):
         if of_head is not None and rows.count == imagenet.CLASSES and min(found) == 1:
             raise ValueError(
-                "its classes are numbers from 1 on, and the head is ImageNet's: as ILSVRC2012_ID of the "
-                f"published archives they are in another order than the head's rows; {CURE}"
+                "its classes are numbers from 1, and the head is ImageNet's: the published archives number "
+                f"classes by ILSVRC2012_ID, in another order than the head's rows; {CURE}"
             )
         return single(ordered(names)), "by number"
     if rows.names:
@@ -173,7 +173,7 @@ def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, 
     if missing and len(row_of) == imagenet.CLASSES:
         raise ValueError(
             f"{len(missing)} of the classes of {title} are missing, so it would score too high: "
-            f"{some(missing)}; complete it, or give a label map if these are meant"
+            f"{some(missing)}; complete it, or give a label map if this is intended"
         )
     return [row_of[row] for row in classes]
 
@@ -230,17 +230,17 @@ def _other_names(names: Sequence[str], rows: Rows, own: _Candidates, wnids: bool
     if wnids:
         what = "its classes are WordNet ids, and the head's are not ImageNet's"
     elif len(unknown) == len(names):
-        what = "none of its classes is named as one of the head's"
+        what = "none of its classes has the name of one of the head's"
     elif unknown:
-        what = f"{len(unknown)} of its {len(names)} classes are not named as the head's: {some(unknown)}"
+        what = f"{len(unknown)} of its {len(names)} class names are not among the head's: {some(unknown)}"
         if moved := elsewhere(names, ordered(names), own):
-            cure = f"others are in another order than there, such as {some(moved)}; give a label map"
+            cure = f"others are in another order than in the head, such as {some(moved)}; give a label map"
     elif unclear:
         what = f"several rows of the head have the name of {some(unclear)} ({_ALIKE})"
     else:
         by_name = places(names)
         twice = [", ".join(names[place] for place in of) for of in by_name.values() if len(of) > 1]
-        what = f"classes that are one by their names: {some(twice)} ({_ALIKE})"
+        what = f"classes with equal names: {some(twice)} ({_ALIKE})"
     return f"{what}; {cure}; {both(names, rows)}"
 
 
@@ -266,6 +266,6 @@ def _unclear_imagenet(names: Sequence[str], classes: _Candidates) -> str:
         if found
     ]
     return (
-        f"{'; '.join(parts)}; give a label map in which they have rows, or none (python -m rft_fast.datasets "
-        "... --write-labels FILE.csv begins one)"
+        f"{'; '.join(parts)}; give a label map with rows for them, or none (python -m rft_fast.datasets "
+        "... --write-labels FILE.csv writes a draft)"
     )

@@ -118,7 +118,7 @@ class Listed:
                     decoded += 1
         if not decoded:
             raise ValueError(
-                f"datasets: {self.name!r}: no image tried can be read, such as {failure}; "
+                f"datasets: {self.name!r}: none of the images tried can be read, such as {failure}; "
                 "replace or remove them"
             )
         return (time.perf_counter() - start) / decoded
@@ -152,8 +152,8 @@ def find(
     if source.pixels is not None and tuple(source.pixels.shape[2:]) != preprocess.size:
         raise ValueError(
             f"{where}: the model takes {preprocess.size} images, {path} has "
-            f"{tuple(source.pixels.shape[2:])}; resize them, or give the images as a "
-            "folder, which is resized while it is read"
+            f"{tuple(source.pixels.shape[2:])}; resize them, or give a folder of "
+            "images, which are resized on reading"
         )
     try:
         found = assign(source, rows, label_map)

@@ -77,7 +77,7 @@ def source(path: pathlib.Path, where: str, kind: Kind | None = None) -> Source:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if listing.problems:
-        more = f" (python -m rft_fast.datasets {path} tells more)" if len(listing.problems) > 1 else ""
+        more = f" (for all problems: python -m rft_fast.datasets {path})" if len(listing.problems) > 1 else ""
         raise ValueError(f"{where}: {listing.problems[0]}{more}")
     return listing.source
 
@@ -96,7 +96,7 @@ def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
     if not names:
         raise ValueError(f"{root} has no class folders")
     if stray := [entry.name for entry in entries if is_image(entry)]:
-        problems.append(f"{root} has images outside of any class: {some(stray)}")
+        problems.append(f"{root} has images outside of class folders: {some(stray)}")
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
         problems += _gaps([int(name) for name in names], root)
@@ -106,7 +106,7 @@ def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
     if place.mappings is not None:
         known, scored = imagenet.objectnet(place.mappings)
         if unknown := [name for name in names if name not in known]:
-            problems.append(f"{root} has folders that its mappings do not know: {some(unknown)}")
+            problems.append(f"{root} has folders that are not in its mappings: {some(unknown)}")
         if missing := sorted(scored.keys() - set(names)):
             problems.append(
                 f"{root} lacks {len(missing)} of the {len(scored)} scored classes: {some(missing)}"
@@ -133,7 +133,7 @@ def find(path: pathlib.Path, kind: Kind | None = None) -> Place:
         ValueError: there are none, they are ambiguous, or they are of another kind.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} {'is no folder' if path.exists() else 'does not exist'}")
+        raise ValueError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
     if kind == "folder":
         return Place("folder", path)
     place = _find(path)
@@ -141,12 +141,12 @@ def find(path: pathlib.Path, kind: Kind | None = None) -> Place:
         return place
     if kind == "objectnet":
         raise ValueError(
-            f"{path} is not ObjectNet as it ships: its folder {MAPPINGS} (with {imagenet.TO_IMAGENET} and "
-            f"others) must lie beside images, or in or beside the folder of its classes"
+            f"{path} is not ObjectNet as published: expected its folder {MAPPINGS} (with "
+            f"{imagenet.TO_IMAGENET} and others) beside images, or in or beside the folder of its classes"
         )
-    wanted = "WordNet ids such as n01440764" if kind == "imagenet" else "0 to 999"
+    wanted = "by WordNet ids such as n01440764" if kind == "imagenet" else "0 to 999"
     raise ValueError(
-        f"{place.path} is no {kind}: its class folders are not {wanted}: {some(_folders(place.path))}"
+        f"{place.path} is not {kind}: expected class folders named {wanted}; got {some(_folders(place.path))}"
     )
 
 
@@ -172,7 +172,7 @@ def _find(path: pathlib.Path) -> Place:
         return Place("imagenet-v2", path)
     if sets := [name for name in names if _is_set(path / name)]:
         if names != sets or len(sets) > 1:
-            raise ValueError(f"{path} holds data sets, not classes: {some(sets)}; name one of them")
+            raise ValueError(f"{path} contains data sets, not classes: {some(sets)}; give the path of one")
         return _inside(path, sets[0])
     return Place("folder", path)
 
@@ -182,10 +182,14 @@ def _split(path: pathlib.Path, names: list[str]) -> Place:
     fit = [name for name in names if name in EVALUATION and _folders(path / name)]
     if len(fit) == 1:
         return _inside(path, fit[0])
-    which = f"several to evaluate on: {some(fit)}" if fit else "none to evaluate on that has class folders"
+    which = (
+        f"of which several are to evaluate on: {some(fit)}"
+        if fit
+        else "but none to evaluate on that has class folders"
+    )
     raise ValueError(
-        f"{path} holds parts of a data set ({some(sorted(names))}), {which}; name the folder of class "
-        "folders that is meant (if these are classes, say kind folder)"
+        f"{path} contains parts of a data set ({some(sorted(names))}), {which}; give the path of the "
+        "intended folder of class folders (if these are classes, use kind folder)"
     )
 
 
@@ -251,11 +255,11 @@ class _Files:
             (self.empty, f"{root} has empty class folders", ""),
             (
                 self.foreign,
-                f"files that are no images, which end in {', '.join(EXTENSIONS)}",
-                "; move them elsewhere, or convert what is an image",
+                f"files that are not images ({', '.join(EXTENSIONS)})",
+                "; move them elsewhere, or convert images to one of these formats",
             ),
-            (self.broken, "links to nowhere, and what is no file", "; mend or remove them"),
-            (self.loops, "links to folders that they lie in, so that they have no end", ""),
+            (self.broken, "broken links, or not regular files", "; repair or remove them"),
+            (self.loops, "links to a folder that contains them, an endless loop", "; remove them"),
         )
         return [f"{what}: {some(names)}{cure}" for names, what, cure in found if names]
 
@@ -266,7 +270,7 @@ def _unfit(kind: Kind, root: pathlib.Path, names: list[str]) -> list[str]:
         return []
     if other := [name for name in names if not imagenet.WNID.fullmatch(name)]:
         return [
-            f"{root} has folders that are no WordNet ids, among {len(names) - len(other)} that are: "
+            f"{root} has folders that are not WordNet ids, beside {len(names) - len(other)} that are: "
             f"{some(other)}"
         ]
     return []
@@ -283,7 +287,7 @@ def _gaps(numbers: list[int], folder: pathlib.Path) -> list[str]:
     if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return []
     missing = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
-    what = f"{some(missing)} missing" if missing else "one number twice"
+    what = f"{some(missing)} missing" if missing else "a duplicate number"
     return [
         f"numbered folders of {folder} run from {numbers[0]} to {numbers[-1]} with "
         f"{what}, so labels would shift; complete or rename them"

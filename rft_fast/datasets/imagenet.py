@@ -187,7 +187,7 @@ def _object(file: pathlib.Path, of: type[_Value]) -> dict[str, _Value]:
     try:
         found = json.loads(files.read_text(file))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; it ships with ObjectNet") from error
+        raise ValueError(f"{file} cannot be read: {error}; it is part of ObjectNet") from error
     if not isinstance(found, dict) or not found or not all(type(value) is of for value in found.values()):
         raise ValueError(f"{file} must hold a JSON object of {of.__name__} values")
     return found

@@ -39,7 +39,7 @@ def detect(path: str | PathLike[str]) -> names.Kind:
             readings.append(f"{place.kind} in {place.path}")
     if len(readings) > 1 and readings != ["cifar", "npz"]:  # an .npz may be CIFAR's by its name
         raise ValueError(
-            f"{path} may be read as {' or as '.join(readings)}; say which kind, or name one of them"
+            f"{path} can be read as {' or as '.join(readings)}; give its kind, or the path of one"
         )
     if formats:
         return formats[0]
@@ -82,5 +82,5 @@ def open_source(name: str, path: str | PathLike[str], kind: names.Kind | None = 
         if kind in TREES:  # kind "folder" would mean the path itself, not class folders below it
             return folders.source(path, where)
     elif kind not in KINDS:
-        raise ValueError(f"{where}: unknown kind {kind!r}; there are {', '.join(sorted(KINDS))}")
+        raise ValueError(f"{where}: unknown kind {kind!r}; expected one of {', '.join(sorted(KINDS))}")
     return KINDS[kind](path, where)

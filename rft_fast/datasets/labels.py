@@ -172,14 +172,14 @@ def _assignment(source: Source, answers: Answers, rows: Rows | None, how: str) -
     for row, right in ((row, frozenset(answer)) for answer in answers for row in answer):
         if owner.setdefault(row, right) != right:
             raise ValueError(
-                f"row {row} is right for classes that differ in their other rows, so neither is scored right"
+                f"row {row} is right for classes whose other rows differ, so neither is scored correctly"
             )
     used = sorted(owner)
     table = torch.tensor([min(answer) if answer else -1 for answer in answers], dtype=torch.int64)
     labels = table[source.labels]
     images = torch.nonzero(labels >= 0).flatten()
     if not len(images):
-        raise ValueError("none of its images is scored")
+        raise ValueError("none of its images would be scored")
     every = rows is not None and len(used) == rows.count
     grouped = any(len(answer) > 1 for answer in answers)
     return Assignment(

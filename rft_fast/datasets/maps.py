@@ -73,7 +73,7 @@ def _read_csv(file: pathlib.Path) -> dict[str, Any]:
             raise ValueError(f"expected two columns, got {','.join(line)!r}")
         name, row = line[0], line[1].strip()
         if name in found and not (found[name] and row):
-            raise ValueError(f"class {name!r} is both scored and not, or twice not")
+            raise ValueError(f"class {name!r} has both a row and an empty one, or two empty ones")
         found.setdefault(name, [])
         if row:
             found[name].append(_Written(row) if row.isdecimal() else row)
@@ -87,7 +87,7 @@ class _Written(int):
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"classes {some(twice)} are named twice")
+        raise ValueError(f"classes {some(twice)} occur twice")
     return dict(pairs)
 
 
@@ -104,14 +104,12 @@ def of_classes(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]
     unclear = [keys[of[0]] for key, of in by_fold.items() if key in wanted and len(of) + len(wanted[key]) > 2]
     if unclear:
         raise ValueError(
-            f"the label map's {some(unclear)} may be several classes, or are there twice, since case, spaces "
-            "and Unicode forms do not count; write these as the data set does"
+            f"the label map's {some(unclear)} are ambiguous or duplicate, since case, spaces and Unicode "
+            "forms do not count; spell them exactly as the data set does"
         )
     entries |= {name: given[keys[by_fold[fold(name)][0]]] for name in rest if fold(name) in by_fold}
     if missing := [name for name in names if name not in entries]:
-        raise ValueError(
-            f"the label map does not name {len(missing)} of {len(names)} classes: {some(missing)}"
-        )
+        raise ValueError(f"the label map lacks {len(missing)} of {len(names)} classes: {some(missing)}")
     if unknown := [key for key in keys if fold(key) not in wanted]:
         raise ValueError(f"the label map names classes that the data set does not have: {some(unknown)}")
     return entries
@@ -152,8 +150,8 @@ def answers(names: Sequence[str], head: Sequence[str], most: int, given: Mapping
                 rows.append(_row_named(part, name, rows_of))
             elif isinstance(part, _Written) and rows_of.get(fold(str(part)), [part]) != [part]:
                 raise ValueError(
-                    f"class {name!r}: {part} is a row, and the name of row {some(rows_of[fold(str(part))])}; "
-                    "give a map in .json, where names are in quotes and rows are not"
+                    f"class {name!r}: {part} may be a row or the name of {some(rows_of[fold(str(part))])}; "
+                    "use a map in .json, where names are in quotes and rows are not"
                 )
             elif isinstance(part, bool) or not isinstance(part, int):
                 raise ValueError(f"class {name!r}: expected a row or the name of one, got {part!r}")
@@ -162,7 +160,7 @@ def answers(names: Sequence[str], head: Sequence[str], most: int, given: Mapping
         wrong += [f"{name} = {row}" for row in rows if not 0 <= row < most]
         found.append(tuple(rows))
     if wrong:
-        raise ValueError(f"rows beyond the head, which are 0 to {most - 1}: {some(wrong)}")
+        raise ValueError(f"rows outside of the head's 0 to {most - 1}: {some(wrong)}")
     return found
 
 
@@ -172,7 +170,11 @@ def _row_named(part: str, name: str, rows_of: Mapping[str, list[int]]) -> int:
         return found[0]
     if not rows_of:
         raise ValueError(
-            f"class {name!r}: {part!r} is a name, but the head's are not known here; give the row"
+            f"class {name!r}: {part!r} is a name, but the head's are unknown; give the row's number"
         )
-    state = f"are those of rows {some(found)}; give one's number" if found else "is no class of the head"
+    state = (
+        f"is the name of rows {some(found)}; give the number of one"
+        if found
+        else "is not a class of the head"
+    )
     raise ValueError(f"class {name!r}: {part!r} {state}")

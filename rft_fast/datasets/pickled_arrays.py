@@ -105,7 +105,7 @@ _ANSWERS: Answers = {
 def _shape(value: object) -> tuple[int, ...]:
     shape = _expect(value, tuple)
     if len(shape) > 8 or not all(type(extent) is int and 0 <= extent < 2**48 for extent in shape):
-        raise ValueError("an array whose shape is no list of lengths")
+        raise ValueError("an array whose shape is not a tuple of lengths")
     return tuple(shape)
 
 

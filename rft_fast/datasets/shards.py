@@ -78,7 +78,7 @@ def source(path: pathlib.Path, where: str) -> Source:
     archives = [path] if path.is_file() else _archives(path)
     if not archives:
         raise ValueError(
-            f"{where}: expected a .tar, a folder of them, or one with them in test/; {path} is none"
+            f"{where}: expected a .tar, a folder of them, or one with them in test/; {path} is none of these"
         )
     _counted(archives, path, where)
     names = _class_names(archives[0].parent, where)
@@ -102,15 +102,15 @@ def source(path: pathlib.Path, where: str) -> Source:
                 # A member's own time is often constant, so the shard's time shows a change.
                 files.append(caches.File(f"{archive.name}/{_shown(image.name)}", image.size, shard.time))
     if not files:
-        raise ValueError(f"{where}: {path} holds no samples")
+        raise ValueError(f"{where}: {path} has no samples")
     if len({file.name for file in files}) != len(files):
-        raise ValueError(f"{where}: {path} has members whose names differ in unprintable characters alone")
+        raise ValueError(f"{where}: {path} has members whose names differ only in unprintable characters")
     if names and max(labels) >= len(names):
         raise ValueError(
             f"{where}: {path} has labels from {min(labels)} to {max(labels)}, its {len(names)} class names "
             f"allow 0 to {len(names) - 1}"
         )
-    note = (f"left aside, being of no sample: {some(ignored)}",) if ignored else ()
+    note = (f"ignored, as they belong to no sample: {some(ignored)}",) if ignored else ()
     return Source(
         kind="webdataset",
         path=path,
@@ -158,8 +158,8 @@ def _counted(archives: list[pathlib.Path], path: pathlib.Path, where: str) -> No
     text = on_disk.read_bytes(file).decode("utf-8", "replace").strip()
     if text != str(len(archives)):
         raise ValueError(
-            f"{where}: {file} tells of {text[:20]!r} shards, {len(archives)} are there; fetch the others, "
-            "or give one shard's path"
+            f"{where}: {file} states {text[:20]!r} shards, found {len(archives)}; download the others, "
+            "or give the path of one shard"
         )
 
 
@@ -173,7 +173,7 @@ def _class_names(folder: pathlib.Path, where: str) -> tuple[str, ...]:
                 raise ValueError(f"{where}: {file} cannot be read: {error}") from error
             names = [name.strip() for name in names]
             if not all(names):
-                raise ValueError(f"{where}: {file} has empty lines, expected the name of a class on each")
+                raise ValueError(f"{where}: {file} has empty lines; expected one class name per line")
             return tuple(names)
     return ()
 
@@ -191,8 +191,8 @@ def _samples(archive: pathlib.Path, where: str) -> tuple[dict[str, dict[str, Mem
         sample, extension = samples.setdefault(f"{folder}/{stem}" if folder else stem, {}), extension.lower()
         if extension in sample:
             raise ValueError(
-                f"{where}: {_shown(member.name)!r} is there twice, or its name up to the first dot, by which "
-                "WebDataset tells samples apart, is another's too; rename it"
+                f"{where}: {_shown(member.name)!r} occurs twice, or differs from another "
+                "file only in the case of its extension; rename it"
             )
         sample[extension] = member
     return samples, others
@@ -203,19 +203,23 @@ def _members(archive: pathlib.Path, where: str) -> Iterator[Member]:
     with on_disk.opened(archive) as stream:
         content = _Content(stream)
         if not len(content):
-            raise ValueError(f"{where} is empty; fetch it again")
+            raise ValueError(f"{where} is empty; download it again")
         first = bytes(content[:4])
         if kind := next((kind for magic, kind in _COMPRESSED.items() if first.startswith(magic)), None):
-            raise ValueError(f"{where} is compressed ({kind}), so images cannot be read singly; unpack it")
+            raise ValueError(
+                f"{where} is compressed ({kind}), so single images cannot be read; decompress it"
+            )
         end = yield from _listed(content, where)
         # tarfile mistakes damage for the end.
         if len(content) - end < tarfile.BLOCKSIZE:
             raise ValueError(
-                f"{where} is truncated: the blocks that end an archive are missing; fetch it again"
+                f"{where} is truncated: the blocks that end an archive are missing; download it again"
             )
         for start in range(end, len(content), 1 << 20):
             if bytes(content[start : start + (1 << 20)]).strip(b"\0"):
-                raise ValueError(f"{where} goes on behind its end at {end}: damaged, or two archives joined")
+                raise ValueError(
+                    f"{where} continues after its end at {end}: it is damaged, or two archives were joined"
+                )
 
 
 class _Content(on_disk.Content):
@@ -244,18 +248,22 @@ def _listed(content: _Content, where: str) -> Generator[Member, None, int]:
             tar = tar or tarfile.open(fileobj=content, mode="r:")  # type: ignore[call-overload]
             info = tar.next()
         except Exception as error:  # tarfile raises almost anything on damaged headers
-            raise ValueError(f"{where} is truncated or no tar archive: {error}; fetch it again") from error
+            raise ValueError(
+                f"{where} is truncated or not a tar archive: {error}; download it again"
+            ) from error
         if info is None:
             return int(tar.offset)
         name = _shown(info.name)
         if info.size < 0 or info.offset_data + info.size > len(content):
             raise ValueError(
-                f"{where} is truncated in {name!r}, which takes {info.size} bytes; fetch it again"
+                f"{where} is truncated in {name!r}, which has {info.size} bytes; download it again"
             )
         if info.isdir():
             continue
         if not info.isreg() or info.issparse():
-            raise ValueError(f"{where}: {name!r} is a link, sparse or no file; store it as a file")
+            raise ValueError(
+                f"{where}: {name!r} is a link, a sparse file or not a file; store it as a regular file"
+            )
         yield Member(info.name, info.offset_data, info.size)
 
 
@@ -271,7 +279,7 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
     if member is None:
         raise ValueError(f"{where} has no label: neither .cls nor .json, but {some(list(sample))}")
     if member.size > LARGEST_LABEL:
-        raise ValueError(f"{where}: {_shown(member.name)} of {member.size} bytes is no label")
+        raise ValueError(f"{where}: {_shown(member.name)} has {member.size} bytes, too many for a label")
     stream.seek(member.offset)
     data = stream.read(member.size)
     if "cls" in sample:
@@ -288,7 +296,7 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
     labels = {entries[field] for field in LABEL_FIELDS if type(entries.get(field)) is int}
     if len(labels) != 1 or not 0 <= (label := labels.pop()) < MOST_ROWS:
         raise ValueError(
-            f"{where}: .json must tell one class as a number under {', '.join(LABEL_FIELDS)}; "
+            f"{where}: .json must give one class as a number under {', '.join(LABEL_FIELDS)}; "
             f"it has {some([_shown(field) for field in entries], 10)}"
         )
     return int(label)

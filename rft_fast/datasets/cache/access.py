@@ -87,7 +87,7 @@ class Images:
             try:
                 self._file = open_cache(source, directory)
             except OSError as error:
-                self._warn(error, "nothing is kept there")
+                self._warn(error, "nothing is stored there")
         # A whole folder is mapped; a part of one must be copied together.
         self._whole = self._file is not None and len(chosen) == len(source.files)
         if self._file is not None:
@@ -170,7 +170,7 @@ class Images:
         if damaged:
             warnings.warn(
                 f"cache: {damaged} of {len(marked)} images in {file.path} are damaged; they are decoded "
-                "again. If this comes back, the disk is at fault",
+                "again. If this happens again, check the disk",
                 stacklevel=4,
             )
         wanted = int((~self.there).sum()) * file.head.slot
@@ -195,11 +195,11 @@ class Images:
         self._file = None
         removed = file.made and file.remove()
         file.close()
-        self._warn(error, f"{file.path} is " + ("removed" if removed else "left as it was"))
+        self._warn(error, f"{file.path} is " + ("removed" if removed else "left unchanged"))
 
     def _warn(self, error: OSError, what: str) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space, or name a larger place" if full else "name a place that can be written"
+        remedy = "free some space, or choose a larger directory" if full else "choose a writable directory"
         warnings.warn(
             f"cache: {error}; {what}, and images of {self.source.folder} are decoded for this run alone. To "
             f"decode them once for all runs, {remedy} (--cache, or the environment variable RFT_CACHE)",

@@ -279,18 +279,18 @@ def _new_head(source: Source) -> tuple[bytes, _Head]:
 def parse(fd: int) -> _Head:
     start = os.pread(fd, 16, 0)
     if len(start) < 16 or start[:8] != MAGIC:
-        raise Damaged("it does not begin as a cache does")
+        raise Damaged("it does not start as a cache does")
     length, checksum = struct.unpack("<II", start[8:])
     text = os.pread(fd, min(length, 1 << 20), 16)
     if len(text) != length or zlib.crc32(text) != checksum:
-        raise Damaged("its head is not what was written")
+        raise Damaged("the checksum of its head does not match")
     about = json.loads(text)
     if about.get("format") != FORMAT:
         raise Damaged(f"its format is {about.get('format')}, not {FORMAT}")
     table_at = _padded(16 + length)
     table = storage.read(fd, RECORD * about["count"], table_at)
     if zlib.crc32(table) != about["table"]:
-        raise Damaged("its table is not what was written")
+        raise Damaged("the checksum of its table does not match")
     marks_at = table_at + _padded(len(table))
     head = _Head(about, table, marks_at, marks_at + _padded(8 * about["count"]))
     if os.fstat(fd).st_size != head.bytes:
@@ -327,11 +327,11 @@ def made_otherwise(about: Mapping[str, Any], source: Source) -> str:
         list(source.size),
         source.transform,
     ]:
-        return f"those kept come from {about['folder']} by {about['transform']} (was the file renamed?)"
+        return f"its images come from {about['folder']} by {about['transform']} (was the file renamed?)"
     before, now = about["versions"], source.versions
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     found = [f"{name} {before.get(name)} instead of {now.get(name)}" for name in names]
-    return f"decoded before with {', '.join(found)}" if found else ""
+    return f"they were decoded with {', '.join(found)}" if found else ""
 
 
 def _difference(head: _Head, source: Source) -> str:
@@ -348,7 +348,7 @@ def _difference(head: _Head, source: Source) -> str:
         "changed": sum(before[name] != now[name] for name in before.keys() & now.keys()),
     }
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{found or 'put in another order'} since they were decoded (now {len(source.files)} images)"
+    return f"{found or 'reordered'} since they were decoded (now {len(source.files)} images)"
 
 
 def _read_slot(fd: int, head: _Head, index: int) -> bytes:
