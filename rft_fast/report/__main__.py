@@ -16,16 +16,16 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return 0, or 2 if it was refused."""
     parser = program.parser(
         "report",
-        description="Writes a run as one HTML page that needs nothing else: words, figures to look into, "
-        "tables to sort. With two runs, what they differ in.",
+        description="Write a run as one self-contained HTML page with text, interactive charts and sortable "
+        "tables. With two runs, write their differences.",
     )
     parser.add_argument("run", type=pathlib.Path, help="the directory of a run (--out of the sweep)")
-    parser.add_argument("other", type=pathlib.Path, nargs="?", help="a second run, to compare with the first")
+    parser.add_argument("other", type=pathlib.Path, nargs="?", help="a second run, for a comparison")
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         metavar="FILE",
-        help="the page; default: report.html in the run, comparison.html in the second",
+        help="the page; default: report.html in the run, or comparison.html in the second run",
     )
     options = parser.parse_args(argv)
     try:

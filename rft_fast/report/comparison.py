@@ -62,8 +62,8 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     ]
     chance = 0.05 * common["known"].sum()
     findings.append(
-        f"In all {apart.sum():,} of {len(common):,}; about {chance:,.0f} would by chance, were nothing "
-        f"different and the values independent. {corrected.sum():,} differ also when corrected for all "
+        f"In all {apart.sum():,} of {len(common):,}; about {chance:,.0f} would by chance if the runs "
+        f"were equal and the values independent. {corrected.sum():,} still differ after correction for all "
         "comparisons (Bonferroni)."
     )
     return {
@@ -78,7 +78,7 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
             (f"{len(settings)}", "settings differ"),
             (f"{len(common):,}", "values that both measured"),
             (f"{apart.sum():,}", "differ beyond their error bars"),
-            (f"{corrected.sum():,}", "of them when corrected for all"),
+            (f"{corrected.sum():,}", "still differ after correction for all"),
         ],
         "findings": findings,
         "notes": [*_notes(first, second, common)],
@@ -186,7 +186,7 @@ def _notes(first: RunRead, second: RunRead, common: pd.DataFrame) -> Iterator[st
             ]:
                 yield f"Only {name} has the {what} {some(alone)}."
     if count := int((~common["known"]).sum()):
-        yield f"{count} values have no standard error: nothing is said of them."
+        yield f"{count} values have no standard error: they cannot be compared."
 
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -204,10 +204,10 @@ def _configuration(settings: list[tuple[str, str, str]]) -> Section:
     return Section(
         "configuration",
         "config.json",
-        "What was asked",
+        "Settings",
         "The settings, versions and hashes in which the two runs differ; everything else is the same."
         if rows
-        else "The two runs were asked for the same, on the same contents.",
+        else "The two runs have the same settings and inputs.",
         tables=[Table("Settings that differ", ["setting", "A", "B"], rows)] if rows else [],
     )
 
@@ -256,10 +256,10 @@ def _measurements(common: pd.DataFrame) -> Section:
     return Section(
         "measurements",
         "rows.sqlite",
-        "What was measured",
+        "Measurements",
         "Values that both runs have under the same name: study, model, data set, layer, position and noise. "
         "Error bars of a difference are those of independent measurements. Where both runs scored the same "
-        "images or drew the same noise they are cautious: the true ones are narrower.",
+        "images or drew the same noise, they are conservative: the true ones are narrower.",
         Picture([control], [chart], keys),
         [_table(common)],
     )

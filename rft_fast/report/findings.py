@@ -40,9 +40,15 @@ def of_path(path: pd.DataFrame) -> Iterator[Finding]:
     """
     if path["mode"].notna().all():
         where, failing = path["dataset"].iloc[0], list(path.loc[path["mode"] == "failure", "model"])
-        names = f" ({', '.join(failing)})" if failing else ""
-        text = f"On {where}, {len(failing)} of {len(path)} models fail: no alpha beats zero-shot{names}."
-        yield Finding(text, "interpolation", where)
+        if failing:
+            fail = f"{len(failing)} of {len(path)} models {'fails' if len(failing) == 1 else 'fail'}"
+            text = f"{fail}: no alpha beats zero-shot ({', '.join(failing)})"
+        else:
+            beat = {1: "the model beats", 2: "both models beat"}.get(
+                len(path), f"all {len(path)} models beat"
+            )
+            text = f"{beat} zero-shot at some alpha"
+        yield Finding(f"On {where}, {text}.", "interpolation", where)
 
 
 def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]:
@@ -69,7 +75,7 @@ def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
         model, dataset, criterion, method = key
         facts = {bool(fact["control"]): fact for fact in group.to_dict("records")}
         pruned = facts[False]
-        gained = "came with one mask, without an error,"  # pruned by magnitude, or with one seed
+        gained = "cannot be judged from one mask"  # pruned by magnitude, or with one seed
         if pruned["seeds"] > 1:
             gained = verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
         what, how = ("the named layers", f"({method})")
@@ -80,7 +86,7 @@ def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
             more = pruned["change"] - control["change"]
             error = float(np.hypot(pruned["change_se"], control["change_se"]))
             against = verdict(more, error, _freedom(pruned, control), "better than", "worse than")
-            text += f"; {against} the control: {100 * more:+.1f}"
+            text += f"; {against} the control: difference {100 * more:+.1f}"
         yield Finding(f"{text}.", "prune", dataset, model)
 
 
@@ -102,14 +108,14 @@ def verdict(value: float, error: float, freedom: float, above: str, below: str) 
     judged = sign(value - half, value + half)
     if judged in ("above", "below"):
         return above if judged == "above" else below
-    return {"helped": "neither helped nor hurt clearly"}.get(above, "not clearly different from")
+    return {"helped": "had no clear effect"}.get(above, "not clearly different from")
 
 
 _TAU: dict[Sign, str] = {
-    "above": "goes with higher",
-    "below": "goes with lower",
-    "unclear": "is not seen to go with",
-    "unknown": "cannot be judged by",
+    "above": "is associated with higher",
+    "below": "is associated with lower",
+    "unclear": "has no clear association with",
+    "unknown": "has an undetermined association with",
 }
 
 
@@ -132,11 +138,14 @@ def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
             perfect = judged == "unknown" and abs(fact["kendall"]) == 1 and fact["models"] > 4
             words = _TAU[judged]
             if perfect:
-                words = f"orders all models {'as' if fact['kendall'] > 0 else 'against'}"
+                words = f"ranks all models {'in' if fact['kendall'] > 0 else 'against'} the order of"
             text = (
                 f"{claim} (alpha = {fact['alpha']:g}, rho = {fact['rho']:g}, {fact['measured_on']}) "
                 f"{words} accuracy on {where}: tau {tau(fact)} over {fact['models']} models."
             )
             yield Finding(text, "correlation", where)
-    text = "(The paper finds that the whole model's does not tell, and the stragglers' does.)"
+    text = (
+        "(In the paper, the sharpness of the whole model does not predict accuracy; that of the stragglers "
+        "does.)"
+    )
     yield Finding(text, "correlation", paper=True)

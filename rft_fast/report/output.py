@@ -85,11 +85,11 @@ def _target(directory: str | os.PathLike[str], out: str | os.PathLike[str] | Non
         return file  # read() explains what is wrong
     if file.is_dir():
         raise ValueError(
-            f"report: expected a file to write, got the directory {file}; say --out {file / NAME}"
+            f"report: expected a file to write, got the directory {file}; use --out {file / NAME}"
         )
     if not file.absolute().parent.is_dir():
         raise ValueError(
-            f"report: cannot write {file}: {file.absolute().parent} is no directory; make it first"
+            f"report: cannot write {file}: {file.absolute().parent} is not a directory; create it first"
         )
     if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
         raise PermissionError(
@@ -103,7 +103,7 @@ def _target(directory: str | os.PathLike[str], out: str | os.PathLike[str] | Non
         with file.open("rb") as old:
             if page.MARK.encode() not in old.read(1000):
                 raise ValueError(
-                    f"report: {file} is there and is no report; it is left alone: choose another --out"
+                    f"report: {file} exists and is not a report, so it is not overwritten; use another --out"
                 )
     return file
 

@@ -121,12 +121,12 @@ def render(
 {_callout("What is missing", notes)}
 <noscript><p class="callout">Charts and sorting need JavaScript; all numbers are in the tables, and the run's
 <code>figures</code> folder has the pictures.</p></noscript>
-<p id="failed" class="callout" hidden>The charts cannot be drawn: this browser is too old (it cannot
-decompress). All numbers are in the tables, and the run's <code>figures</code> folder has the pictures.</p>
+<p id="failed" class="callout" hidden>The charts cannot be drawn: this browser is too old to decompress
+them. All numbers are in the tables, and the run's <code>figures</code> folder has the pictures.</p>
 </section>
 {body}
-<footer><p>Written by rft_fast {escape(__version__)}. This file needs nothing else: no network, no other
-files.</p></footer>
+<footer><p>Written by rft_fast {escape(__version__)}. This file is self-contained: it needs no network and no
+other files.</p></footer>
 </main>
 <script type="application/octet-stream" id="data">{data}</script>
 <script type="application/octet-stream" id="library">{library()}</script>

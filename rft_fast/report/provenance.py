@@ -78,7 +78,7 @@ def provenance(run: RunRead) -> Section:
         "run",
         "config.json",
         "What was run",
-        "Enough to run it again: the request, what it ran on, and the contents of every input by their hash.",
+        "All that is needed to repeat the run: its settings, the machine, and a hash of every input.",
         tables=shown,
     )
 
@@ -111,7 +111,7 @@ def _cost(costs: pd.DataFrame) -> Table:
         ]
         for cost in costs.to_dict("records")
     ]
-    return Table("What it took", ["study", "models", "time", "peak memory, GiB"], rows)
+    return Table("Cost", ["study", "models", "time", "peak memory, GiB"], rows)
 
 
 def tiles(run: RunRead) -> list[tuple[str, str]]:

@@ -59,7 +59,7 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     config = _config(directory)
     rows = results.load(directory)
     if rows.empty:
-        raise ValueError(f"report: the run in {directory} has no rows yet; let it measure something first")
+        raise ValueError(f"report: the run in {directory} has no rows yet; wait for its first measurement")
     count, notes = len(rows), []
     for study in rows["study"].unique():
         for model in _unfinished(rows[rows["study"] == study]):
@@ -74,7 +74,7 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     unmeasured = {name for name in config["measured"] if name in known and not known[name].measures}
     missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), *unmeasured}]
     if missing:
-        notes.append(f"Asked for, and without rows: {', '.join(missing)}.")
+        notes.append(f"Requested, but without rows: {', '.join(missing)}.")
     facts = Facts(rows, tree_of(config), among(config), config["measured"], config["everything"])
     for name in unmeasured:
         try:
@@ -92,8 +92,8 @@ def _config(directory: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         if has_rows:
             raise ValueError(
-                f"report: {directory} has rows.sqlite but no config.json, which says what was run; put back "
-                "the one that the sweep wrote beside them"
+                f"report: {directory} has rows.sqlite but no config.json, which describes the run; restore "
+                "the one that the sweep wrote beside it"
             )
         raise FileNotFoundError(f"report: no run in {directory}: expected rows.sqlite and config.json there")
     if not has_rows:

@@ -61,7 +61,7 @@ def layers(facts: Facts) -> Section:
     warnings = []
     for (model, dataset), group in unclear.groupby(["model", "dataset"], sort=False):
         warnings.append(
-            f"{model} on {dataset}: it cannot be told whether the instability of {len(group)} layers exceeds "
+            f"{model} on {dataset}: it is unclear whether the instability of {len(group)} layers exceeds "
             f"{facts.of(Layers).straggler_margin:g} nats: {some(list(group['layer']), 4)}."
         )
     part = facts.part("layers")
@@ -83,10 +83,10 @@ def _images(part: pd.DataFrame) -> str:
     return images(part, "n = {:,} images of {}", "; ")
 
 
-def _unclear(table: Table, reason: str = "too wide to tell a sign") -> list[str]:
+def _unclear(table: Table, reason: str = "their sign is unclear") -> list[str]:
     """Describe how many intervals of a table are too wide to conclude."""
     wide = len(table.wide())
-    return [f"{wide} of {len(table.rows)} intervals include 0 or cannot be given: {reason}."] if wide else []
+    return [f"{wide} of {len(table.rows)} intervals include 0 or are missing: {reason}."] if wide else []
 
 
 def _drawn(part: pd.DataFrame) -> str:
@@ -142,7 +142,7 @@ def prune(facts: Facts) -> Section:
         "Pruning the stragglers",
         f"{100 * own.keep:g} % of the straggler layers' weights kept, "
         f"{own.mask_seeds} masks; {_images(part)}. Bands reach from the lowest to the highest "
-        "mask, for the unpruned path it is the pointwise 95 % interval of its difference to zero-shot. The "
+        "mask; that of the unpruned path is the pointwise 95 % interval of its difference to zero-shot. The "
         "control prunes as many other layers, at random.",
         charts.prune(facts),
         [table],
@@ -159,7 +159,7 @@ def correlation(facts: Facts) -> Section:
     return Section(
         "correlation",
         "The central claim",
-        "Does sharpness tell?",
+        "Does sharpness predict accuracy?",
         f"Rank correlation over n = {models} models of sharpness with accuracy or gain out of distribution. "
         "Intervals are pointwise 95 %, approximate for so few models, and not corrected for how many are "
         "shown; stragglers found on the same models make their own line optimistic.",

@@ -49,7 +49,7 @@ def sections(facts: Facts, studies: Iterable[Shown]) -> str:
         elif facts.everything:
             lines += study.say_missing(facts)
     infinite = int((~np.isfinite(facts.rows["loss"])).sum())
-    lines += [f"\n{infinite} mean losses are not finite; nothing was left out of them."] if infinite else []
+    lines += [f"\n{infinite} mean losses are not finite; they are means over all images."] if infinite else []
     return "\n".join(lines)
 
 
@@ -64,7 +64,7 @@ def interpolation(facts: Facts) -> list[str]:
         first = group.iloc[0]
         where = "out of" if first["ood"] else "in"
         skipped = int(facts.rows.loc[facts.rows["dataset"] == dataset, "skipped"].fillna(0).max())
-        left_out = f" ({skipped:,} that cannot be read left out)" if skipped else ""
+        left_out = f" (without {skipped:,} that cannot be read)" if skipped else ""
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
         lines += _table([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
@@ -98,8 +98,8 @@ def layers(facts: Facts) -> list[str]:
         facts,
         f"layers: each layer on the path, the others {ENDS[facts.of(Layers).others]}; "
         f"{images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
-        f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence, "
-        "Bonferroni-corrected for layers and alphas, and its loss above that at alpha = 0.",
+        f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence "
+        "(Bonferroni-corrected for layers and alphas), and its loss above that at alpha = 0.",
     )
     for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
@@ -167,7 +167,7 @@ def _how(group: pd.DataFrame, rho: float) -> str:
     text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
     text += f"{images}, seed {first['seed']}"
     missed = int((~group["reached"].fillna(True)).sum())
-    return text + (f"; {missed} rows missed the wanted standard error" if missed else "")
+    return text + (f"; {missed} rows did not reach the requested standard error" if missed else "")
 
 
 def _value(row: Any) -> str:
@@ -210,7 +210,7 @@ def correlation(facts: Facts) -> list[str]:
     """Format the rank correlations at the highest alpha, in lines."""
     lines = paragraphs(
         facts,
-        "correlation of sharpness with what happens out of distribution, over models: Kendall's tau "
+        "correlation of sharpness with out-of-distribution accuracy and gain, over models: Kendall's tau "
         "[95 % interval]. All alphas and layers are in correlation.csv.",
     )
     table = facts.correlation
@@ -254,4 +254,4 @@ def cost(costs: Sequence[Mapping[str, Any]]) -> str:
         f"{cost['study']} {duration(cost['seconds'])}, {cost['peak_memory'] / 2**30:.1f} GiB"
         for cost in costs
     ]
-    return "took     " + "; ".join(parts)
+    return "cost     " + "; ".join(parts)

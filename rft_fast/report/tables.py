@@ -156,7 +156,7 @@ STRAGGLING: dict[Straggling, Cell] = {
     "straggler": Cell("straggler", 2, "bad"),
     "unchanged": Cell("same at both ends", 0),
     "unclear": Cell(WIDE, 1, "wide"),
-    "stable": Cell("not one", 0),
+    "stable": Cell("no straggler", 0),
 }
 
 
@@ -301,4 +301,6 @@ def correlation(table: pd.DataFrame, names: Sequence[str]) -> Table:
     headings = "sharpness of|Kendall's τ [95 %]|by τ|Spearman's ρ [95 %]|data set|against|α|n (models)".split(
         "|"
     )
-    return Table("Sharpness against what happens out of distribution, over models", headings, rows, chosen)
+    return Table(
+        "Sharpness against out-of-distribution accuracy and gain, over models", headings, rows, chosen
+    )

@@ -94,7 +94,7 @@ def open_trackers(
                 tracker.close()
             remedy = "; log in (wandb login) or set WANDB_MODE=offline" if which == "wandb" else ""
             raise ValueError(
-                f"track: {which} does not open: {type(error).__name__}: {error}{remedy}"
+                f"track: {which} cannot be opened: {type(error).__name__}: {error}{remedy}"
             ) from error
     return opened
 
@@ -177,7 +177,7 @@ def _client(name: str) -> Any:
     else:
         if getattr(module, "__file__", None) is not None:
             return module
-        reason = f"there is only a folder of its name, {next(iter(module.__path__))}"  # as W&B itself makes
+        reason = f"only a folder has its name, {next(iter(module.__path__))}"  # W&B creates one
     raise ValueError(f'track: {name} cannot be used ({reason}); pip install "rft-fast[track]"')
 
 

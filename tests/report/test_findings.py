@@ -194,11 +194,11 @@ def test_names_within_names_and_of_data_sets_are_not_broken() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "verdict"),
     [
-        (0.02, 0.0, "neither helped nor hurt clearly"),  # all masks changed the same image
+        (0.02, 0.0, "had no clear effect"),  # all masks changed the same image
         (0.02, 0.001, "helped"),
         (-0.02, 0.001, "hurt"),
-        (0.02, 0.01, "neither helped nor hurt clearly"),
-        (0.02, np.nan, "neither helped nor hurt clearly"),
+        (0.02, 0.01, "had no clear effect"),
+        (0.02, np.nan, "had no clear effect"),
     ],
 )
 def test_a_verdict_needs_an_error_that_is_known(change: float, error: float, verdict: str) -> None:
@@ -233,7 +233,7 @@ def test_one_mask_has_no_error_and_no_verdict() -> None:
     facts = [effect(-0.6, np.nan, 1, False, "magnitude"), effect(0.1, np.nan, 1, True, "magnitude")]
     (found,) = of_pruning(pd.DataFrame(facts))
     assert (found.study, found.dataset, found.model) == ("prune", "far", "m")
-    assert "came with one mask, without an error" in found.text and "not clearly different" in found.text
+    assert "cannot be judged from one mask" in found.text and "not clearly different" in found.text
     assert "-60.0 points" in found.text and "-70.0" in found.text
 
 
@@ -247,10 +247,10 @@ def test_a_perfect_order_is_told_as_such() -> None:
         "kendall_high": np.nan,
     }
     found, _ = of_correlation(pd.DataFrame([fact]), "far")
-    assert "orders all models against accuracy on far: tau -1.00 over 9 models." in found.text
+    assert "ranks all models against the order of accuracy on far: tau -1.00 over 9 models." in found.text
     for change in ({"kendall": np.nan}, {"models": 4}):
         found, paper = of_correlation(pd.DataFrame([fact | change]), "far")
-        assert "cannot be judged by accuracy on far: tau -" in found.text
+        assert "has an undetermined association with accuracy on far: tau -" in found.text
         assert (found.dataset, found.paper, paper.paper) == ("far", False, True)
 
 

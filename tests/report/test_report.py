@@ -115,7 +115,7 @@ def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:
     verdicts = {(row[7].text, row[0].text): row[2].text for row in tables.layers(read.facts).rows}
     assert verdicts["bad", LAYERS[2]] == "straggler"
     assert verdicts["bad", LAYERS[1]] == tables.WIDE  # 0.3 +- 0.2, corrected: below the margin of 0.1
-    assert set(verdicts["good", layer] for layer in (LAYERS[0], LAYERS[2])) == {"not one"}
+    assert set(verdicts["good", layer] for layer in (LAYERS[0], LAYERS[2])) == {"no straggler"}
     words = {row[4].text for row in tables.prune(read.facts).rows}
     assert words == {"helped", "hurt"}
     assert "the 95 % interval of the gain includes 0 for <b>c&amp;%{x}" in plain(page)
@@ -261,7 +261,7 @@ def test_an_interrupted_run(tmp_path: Path) -> None:
     cut = next(i for i, row in enumerate(rows) if row["study"] == "layers" and row["model"] == "bad") + 4
     text = report.write(make_run(tmp_path / "run", rows[:cut])).read_text()
     assert "layers was not finished for bad: its 4 rows are left out." in plain(text)
-    assert "Asked for, and without rows: sharpness, layer-sharpness, prune." in plain(text)
+    assert "Requested, but without rows: sharpness, layer-sharpness, prune." in plain(text)
     assert "The correlation is left out" in plain(text) and 'id="layers"' in text and 'id="prune"' not in text
     only_a_part = runs.read(make_run(tmp_path / "short", rows[:10]))
     assert "interpolation was not finished for bad: its 1 rows are left out." in only_a_part.notes

@@ -372,7 +372,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
     run.stdin.close()
     said = run.stderr.read()
     assert run.wait() == 0
-    assert said == "nobody reads the JSON lines any more, the run goes on: [Errno 32] Broken pipe\n"
+    assert said == "JSON lines cannot be written, the run continues without them: [Errno 32] Broken pipe\n"
     assert "end: finished" in (tmp_path / "run.log").read_text()
 
 
@@ -396,8 +396,8 @@ def test_the_log(tmp_path: Path) -> None:
             progress.end("failed: no\npower")
             progress.end("finished")  # it is said already
         wanted = """\
-12:00:00  start: sweep --out x; in runs/1; 12 measurements there already
-12:00:02  layers: begun, 35 % there already
+12:00:00  start: sweep --out x; in runs/1; 12 measurements already made
+12:00:02  layers: begun, 35 % already done
 12:00:02  layers  a  35 %  [2.0 s, 78 s left]  in all 32 %, 86 s left
 12:00:12  layers  a  43 %  [12 s, 68 s left]  in all 40 %, 76 s left
 12:00:20  layers: a finished
@@ -452,7 +452,7 @@ def test_a_log_that_cannot_be_written_is_said_once(
         progress.measured("layers", "m", 0, [], 1.0)
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("the log is not written any more, the run goes on: [Errno ")
+    assert said.err.startswith("the log cannot be written, the run continues without it: [Errno ")
     assert why in said.err and said.err.count("\n") == 1
     if stream is not None:
         assert events(stream)[-1]["outcome"] == "finished"
@@ -780,7 +780,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on() -> None:
     assert good.calls == unclosed.calls == wanted and bad.calls == wanted[:1]
     assert good.closed == 1 and bad.closed == 1
     assert [event["text"] for event in events(stream) if event["event"] == "notice"] == [
-        "Recorder gets no more rows: ConnectionError: no\nnetwork",
-        "Recorder gets no more rows: RuntimeError: cannot finish",
+        "Recorder receives no more rows: ConnectionError: no\nnetwork",
+        "Recorder receives no more rows: RuntimeError: cannot finish",
     ]
     assert events(stream)[-1]["event"] == "end"  # after all notices

@@ -114,7 +114,7 @@ def test_stopped_after_every_study_and_in_the_midst(
     pd.testing.assert_frame_equal(rows_of(out), rows_of(undisturbed[0]), check_exact=True)
     log = (out / "run.log").read_text()
     assert log.count("interrupted") == 6
-    assert len(re.findall(r"; \d+ measurements? there already", log)) == 6
+    assert len(re.findall(r"; \d+ measurements? already made", log)) == 6
 
 
 @pytest.mark.slow

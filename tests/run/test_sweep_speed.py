@@ -97,7 +97,7 @@ def test_unreadable_images_are_refused_or_counted(
     sweep_refused(["interpolation", *own_models(tmp_path / "zoo")], "12")
     rows = run(tmp_path / "zoo", tmp_path / "out", "interpolation", "sharpness", "--skip-unreadable")
     printed = capsys.readouterr()
-    assert "near: in distribution, 11 images (1 that cannot be read left out), 3 alphas" in printed.out
+    assert "near: in distribution, 11 images (without 1 that cannot be read), 3 alphas" in printed.out
     assert "far: out of distribution, 40 images, 3 alphas" in printed.out
     assert "4.png" in printed.err  # as any other notice
     assert re.search(r"  notice: UserWarning: .*4\.png", (tmp_path / "out" / "run.log").read_text())
@@ -117,7 +117,7 @@ def test_what_a_run_took(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (took["seconds"] > 0).all()
     # The models are tiny: it is this process, now as then. Tells other units apart.
     assert (took["peak_memory"] / meter.resident()).between(0.5, 4).all()
-    assert "took     interpolation " in capsys.readouterr().out
+    assert "cost     interpolation " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ class Log:
                 file.write(line.encode("utf-8", "backslashreplace"))
         except OSError as error:
             self._file = None
-            self._failed(f"the log is not written any more, the run goes on: {error}")
+            self._failed(f"the log cannot be written, the run continues without it: {error}")
 
 
 class JsonLines:
@@ -90,7 +90,7 @@ class JsonLines:
         except (OSError, ValueError) as error:  # ValueError: closed in this process
             discard(self._stream)
             self._stream = None
-            self._failed(f"nobody reads the JSON lines any more, the run goes on: {error}")
+            self._failed(f"JSON lines cannot be written, the run continues without them: {error}")
 
 
 class Terminal:

@@ -91,7 +91,7 @@ class Progress:
         """
         with self._lock:
             self._forecast.start(self._clock(), workers)
-            there = f"; {counted(resumed, 'measurement')} there already" if resumed else ""
+            there = f"; {counted(resumed, 'measurement')} already made" if resumed else ""
             beside = f"; {workers} workers" if workers > 1 else ""
             self._log.write(f"start: {command}; in {directory}{there}{beside}")
             self._json.write(
@@ -230,7 +230,7 @@ class Progress:
         if study.announced:
             return
         study.announced = True
-        there = f", {percent(study.fraction)} there already" if study.had else ""
+        there = f", {percent(study.fraction)} already done" if study.had else ""
         self._log.write(f"{name}: begun{there}")
         self._json.write("study", study=name, state="begun", seconds=None)
 
@@ -255,7 +255,7 @@ class Progress:
             self._trackers = [other for other in self._trackers if other is not tracker]
             with suppress(Exception):
                 tracker.close()
-            self.notice(f"{type(tracker).__name__} gets no more rows: {described(error)}")
+            self.notice(f"{type(tracker).__name__} receives no more rows: {described(error)}")
 
     def _write_measured(
         self, study: Study, model: str, number: int, rows: Sequence[Mapping[str, object]], now: float
