@@ -13,7 +13,7 @@ def line(entry: cache.Entry) -> str:
     """Describe a cache in two lines: size and name, and what it holds."""
     about = entry.about
     if about is None:
-        what = "damaged or left unfinished"
+        what = "damaged or unfinished"
     else:
         height, width = about["size"]
         how = " ".join(f"{name}={value}" for name, value in about["transform"].items())
@@ -26,12 +26,10 @@ def main(argv: Sequence[str]) -> int:
     """Run a command line; returns 0, or 1 where something could not be removed."""
     parser = program.parser(
         "cache",
-        description="Lists the decoded images that are kept for later runs: in the directory $RFT_CACHE, "
+        description="List the decoded images that are kept for later runs, in the directory $RFT_CACHE, "
         "else $XDG_CACHE_HOME/rft_fast, else ~/.cache/rft_fast.",
     )
-    parser.add_argument(
-        "--clear", action="store_true", help="remove them; sweeps that are using them go on undisturbed"
-    )
+    parser.add_argument("--clear", action="store_true", help="remove them; running sweeps are not disturbed")
     clear = parser.parse_args(argv).clear
     directory = cache.directory()
     found = cache.entries(directory)

@@ -136,6 +136,7 @@ def differences(
     now: Mapping[str, Any],
     but: Callable[[tuple[str, ...]], bool] = lambda _: False,
     called: Callable[[tuple[str, ...]], str] = ".".join,
+    sides: tuple[str, str] = ("there", "now"),
 ) -> list[str]:
     """Describe how two nested tables differ.
 
@@ -144,13 +145,14 @@ def differences(
         now: the second one.
         but: whether an entry is ignored, by its keys from the outermost table on.
         called: what an entry is called, likewise.
+        sides: what the two tables are called.
 
     Returns:
-        One clause per differing entry, such as ``run.xi 0.05 there, 0.06 now``.
+        One clause per differing entry, such as ``run.xi: 0.05 there, 0.06 now``.
     """
     a, b = dict(flat(there)), dict(flat(now))
     return [
-        f"{called(names)} {a.get(names, 'nothing')} there, {b.get(names, 'nothing')} now"
+        f"{called(names)}: {a.get(names, 'nothing')} {sides[0]}, {b.get(names, 'nothing')} {sides[1]}"
         for names in dict.fromkeys([*a, *b])
         if not but(names) and (names not in a or names not in b or a[names] != b[names])
     ]

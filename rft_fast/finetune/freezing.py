@@ -39,7 +39,7 @@ def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]
         try:
             found = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
-            raise ValueError(f"freeze: {pattern!r} is no regular expression: {error}") from None
+            raise ValueError(f"freeze: {pattern!r} is not a regular expression: {error}") from None
         if not found:
             raise ValueError(
                 f"freeze: {pattern!r} matches no parameter's whole name; names are such as {names[0]!r}"
@@ -50,7 +50,7 @@ def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]
         numbers = sorted(set(block_of.values()))
         if not 0 < blocks <= len(numbers):
             raise ValueError(
-                f"freeze: {blocks} blocks asked for, but {len(numbers)} were found in the image tower; "
+                f"freeze: {blocks} blocks requested, but {len(numbers)} were found in the image tower; "
                 "freeze by names instead"
             )
         frozen |= {name for name, number in block_of.items() if number in numbers[:blocks]}

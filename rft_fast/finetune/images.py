@@ -59,7 +59,7 @@ def augmentation(name: str, preprocess: Preprocess) -> Augmentation:
     """
     found = AUGMENT.fullmatch(name)
     if found is None:
-        raise ValueError(f"augmentation: {name!r} is none of none, crop, crop-flip, rand-mM-nN")
+        raise ValueError(f"augmentation: expected none, crop, crop-flip or rand-mM-nN, got {name!r}")
     if name == "none":
         whole = pixel_transform(preprocess)
         return lambda image, rng: whole(image)

@@ -30,22 +30,24 @@ def check(request: Request) -> None:
         ValueError, TypeError: The request is inconsistent, or its directory cannot be written to.
     """
     if not request.settings:
-        raise ValueError("finetune: there are no settings")
+        raise ValueError("finetune: no settings are given")
     if RESERVED in request.settings:
-        raise ValueError(f"finetune: a model cannot be called {RESERVED!r}, which the start is")
+        raise ValueError(f"finetune: a model cannot be called {RESERVED!r}, the name of the zero-shot model")
     for name, setting in request.settings.items():
         if not name or pathlib.Path(name).name != name:
             raise ValueError(f"finetune: {name!r} cannot be the name of a file")
         if not isinstance(setting, Setting):
-            raise TypeError(f"finetune: settings are of Setting, got {type(setting).__name__}")
+            raise TypeError(f"finetune: expected settings of type Setting, got {type(setting).__name__}")
     if request.store not in STORED:
         raise ValueError(f"finetune: store must be one of {', '.join(STORED)}; got {request.store!r}")
     if both := sorted(set(request.val) & set(request.ood)):
-        raise ValueError(f"finetune: {both[0]!r} names a data set in distribution and one out of it")
+        raise ValueError(
+            f"finetune: {both[0]!r} names a data set of --val and one of --ood; give each its own name"
+        )
     if missing := [str(path) for path in (*request.val.values(), *request.ood.values()) if not path.exists()]:
-        raise ValueError(f"finetune: there is no {missing[0]}")
+        raise ValueError(f"finetune: {missing[0]} does not exist")
     if taken := sorted(set(request.val) & set(COLUMNS)):
-        raise ValueError(f"finetune: {taken[0]!r} is a column of the tables; give the data another name")
+        raise ValueError(f"finetune: {taken[0]!r} is a column of the tables; give the data set another name")
     json.dumps(in_zoo(request, {}), ensure_ascii=False).encode()  # the zoo is UTF-8
     for name in ("workers", "keep_every"):
         value = getattr(request, name)
@@ -63,8 +65,8 @@ def training_source(request: Request) -> datasets.Source:
     source = datasets.open_source("train", request.train, request.kind)
     if source.path.resolve() != request.train.resolve():
         raise ValueError(
-            f"finetune: {request.train} has several parts, of which {source.path.name!r} would be taken; "
-            "name the folder that is to be trained on"
+            f"finetune: {request.train} contains several data sets, of which {source.path.name!r} "
+            "would be used; name the folder to train on"
         )
     return source
 
@@ -76,11 +78,11 @@ def training_images(
     found = datasets.assign(source, rows, request.label_map)
     if found.groups is not None:
         raise ValueError(
-            "finetune: some classes of the training images have several rows of the head; give a label "
-            "map that has one for each"
+            "finetune: some classes of the training images belong to several rows of the head; give a "
+            "label map with one row for each class"
         )
     if not len(found.labels):
-        raise ValueError(f"finetune: {request.train} has no images that are trained on")
+        raise ValueError(f"finetune: {request.train} contains no training images")
     if int(found.labels.max()) >= rows.count:
         raise ValueError(
             f"finetune: labels go up to {int(found.labels.max())}, but the head has {rows.count} classes"
@@ -131,7 +133,7 @@ def _label_map(
     except ValueError as error:
         more = ""
         if name in request.ood:
-            more = "; or leave it out here, and name it in the sweep, with --data and --data-labels"
+            more = "; or leave it out here, and pass it to the sweep with --data and --data-labels"
         raise ValueError(f"finetune: {name!r}: {error}{more}") from error
     return given
 

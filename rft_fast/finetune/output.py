@@ -24,6 +24,7 @@ HEADER = "finetune"  # entry of a file's header: how it was made, as JSON
 WRITTEN = "# Written by python -m rft_fast.finetune, and again for every model; copy it before you change it."
 
 Configuration = dict[str, Any]
+SIDES = ("in the file", "requested")  # of two configurations that differ
 
 
 # --- models -------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def configuration_of(file: pathlib.Path) -> Configuration | None:
         ValueError: The file is not a whole safetensors file.
     """
     if not file.is_file():
-        raise ValueError(f"finetune: {file} is no file")  # such as a FIFO, which would block
+        raise ValueError(f"finetune: {file} is not a regular file")  # such as a FIFO, which would block
     try:
         with safe_open(file, "pt") as archive:
             text = (archive.metadata() or {}).get(HEADER)
@@ -129,12 +130,12 @@ class FileKeeper:
             # Without torch's message, which advises to run the code in the file.
             reason = f" ({error})" if isinstance(error, OSError) else ": damaged, or of another origin"
             raise ValueError(
-                f"finetune: {self.file} cannot be read as a state to go on from{reason}; remove it, and the "
-                "table beside it, to start that model anew"
+                f"finetune: {self.file} cannot be read as the state of a training{reason}; remove it, and "
+                "the table beside it, to train that model from the start"
             ) from error
-        if different := "; ".join(differences(there, self.configuration)):
+        if different := "; ".join(differences(there, self.configuration, sides=SIDES)):
             raise ValueError(
-                f"finetune: {self.file} is the state of another configuration ({different}); ask for that "
+                f"finetune: {self.file} holds the state of another configuration ({different}); use that "
                 "one, remove the file, or choose another --out"
             )
         return state
@@ -188,7 +189,7 @@ def check_json(file: pathlib.Path, content: object) -> None:
     """Raise ValueError for an existing file with other content, which would be lost."""
     if file.exists() and file.read_bytes() != _json(content):
         raise ValueError(
-            f"finetune: {file} is there with another content and would be replaced; choose another --out, "
+            f"finetune: {file} exists with other content and would be replaced; choose another --out, "
             "or move it"
         )
 

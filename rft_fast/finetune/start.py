@@ -47,7 +47,9 @@ def head_prompts(request: Request) -> prompts.Prompts | None:
         names = prompts.class_names(request.class_names)
         return prompts.Prompts(names, prompts.templates(request.templates or "openai"))
     if request.templates is not None or request.head_scale is not None:
-        raise ValueError("finetune: templates and a head scale are of a head made from --class-names")
+        raise ValueError(
+            "finetune: --templates and --head-scale apply only to a head made from --class-names"
+        )
     return None
 
 
@@ -67,8 +69,7 @@ class Start:
         has_head = HEAD_WEIGHT in state
         if has_head and (request.head_scale is not None or request.templates is not None):
             raise ValueError(
-                "finetune: the zero-shot checkpoint has a head, used as it is; leave --templates and "
-                "--head-scale out"
+                "finetune: the zero-shot checkpoint has its own head; leave --templates and --head-scale out"
             )
         ends = Ends(Setup(request.arch, prompts=made, scale=request.head_scale), state, device=device)
         self._request, self._ends = request, ends
@@ -97,18 +98,18 @@ class Start:
         settings = request.settings.values()
         frozen = freeze(self.model, request.freeze, request.freeze_blocks)
         if HEAD_WEIGHT in frozen and any(setting.probe_epochs for setting in settings):
-            raise ValueError(f"finetune: the head is to be trained first, but {HEAD_WEIGHT} is frozen")
+            raise ValueError(f"finetune: --probe-epochs train the head, but {HEAD_WEIGHT} is frozen")
         norms = _trained_norms(self.model)
         if request.checkpointing and not _checkpoint_gradients(self.model):
             raise ValueError(
                 f"finetune: the image tower of {request.arch} offers no gradient checkpointing; "
-                "take a higher --accumulate instead"
-                + (", which with batch norm is another step" if norms else "")
+                "use a higher --accumulate instead"
+                + (" (with batch norm, that changes the step)" if norms else "")
             )
         if norms and any(setting.accumulate > 1 for setting in settings):
             warnings.warn(
-                f"finetune: with --accumulate, the statistics of {len(norms)} batch norms, such as "
-                f"{norms[0]}, are those of parts of a batch, so the step is another one than without",
+                f"finetune: with --accumulate, {len(norms)} batch norms, such as {norms[0]}, use the "
+                "statistics of parts of a batch, which changes the step",
                 stacklevel=4,
             )
 

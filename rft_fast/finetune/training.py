@@ -156,7 +156,7 @@ def train(
             if run.step % len(batches):
                 raise ValueError(
                     f"{where}: epoch {epoch + 1} ended after {run.step % len(batches)} of the {len(batches)} "
-                    "batches that len() tells"
+                    "batches that len() reports"
                 )
             run.end_epoch(metrics)
             keep()

@@ -91,7 +91,7 @@ class ZooFolder:
         found = output.configuration_of(file)
         if found is None:
             raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
-        if different := "; ".join(differences(found, self._configuration(name))):
+        if different := "; ".join(differences(found, self._configuration(name), sides=output.SIDES)):
             raise ValueError(
                 f"finetune: {file} was made with another configuration ({different}); choose another --out"
             )
@@ -111,7 +111,7 @@ class ZooFolder:
                 continue
             if not self.file(name).exists():  # otherwise another process has just finished it
                 raise ValueError(
-                    f"finetune: {table} is there without a model or a state to go on from, and would be "
+                    f"finetune: {table} exists without a model or a state to resume from, and would be "
                     "replaced; move it, or choose another --out"
                 )
 

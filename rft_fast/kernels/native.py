@@ -17,7 +17,7 @@ from rft_fast.kernels.resident import Resident, refuse_capture
 # Equals VERSION in csrc/bindings.cpp; both change whenever the two sides must change together.
 VERSION = 3
 
-_REBUILD = "build it in the sources: pip install --force-reinstall --no-deps ."
+_REBUILD = "rebuild it from the sources: pip install --force-reinstall --no-deps ."
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -31,8 +31,8 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     if module.VERSION != VERSION:
         return None, (
-            f"the compiled module has version {module.VERSION}, this package needs {VERSION}: it is of other "
-            f"sources than the Python files; {_REBUILD}"
+            f"the compiled module has version {module.VERSION}, this package needs {VERSION}: it was "
+            f"built from other sources than the Python files; {_REBUILD}"
         )
     return module, ""
 

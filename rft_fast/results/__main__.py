@@ -28,16 +28,16 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = program.parser("results", description=__doc__)
     parser.add_argument(
-        "directory", metavar="DIR", type=pathlib.Path, help="of a run, also of one that goes on"
+        "directory", metavar="DIR", type=pathlib.Path, help="directory of a run, which may still be running"
     )
-    parser.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the rows there")
+    parser.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the rows to FILE")
     parser.add_argument(
         "--parquet",
         metavar="FILE",
         type=pathlib.Path,
-        help="write the rows there, with their types (needs pyarrow)",
+        help="write the rows to FILE, with their types (needs pyarrow)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files of these names")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument(
         "--recover", action="store_true", help="save what can be read of a damaged rows.sqlite to a new file"
     )
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         for file in files:
             _check(file, options.overwrite)
         if len({file.resolve() for file in files}) < len(files):
-            raise ValueError(f"results: --csv and --parquet name one file, {files[0]}; give each its own")
+            raise ValueError(f"results: --csv and --parquet name the same file, {files[0]}")
         if options.parquet is not None:
             _check_pyarrow()
         print(describe(options.directory, rows))
@@ -88,13 +88,13 @@ def _check(file: pathlib.Path, overwrite: bool) -> None:
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"results: cannot write {file}: it is a folder, or its folder does not exist")
     if file.exists() and not file.is_file():
-        raise ValueError(f"results: cannot write {file}: expected a file, or nothing of that name")
+        raise ValueError(f"results: cannot write {file}: it exists and is not a regular file")
     if file.exists() and not overwrite:
-        raise ValueError(f"results: {file} exists; give another name, or --overwrite")
+        raise ValueError(f"results: {file} exists; choose another name, or --overwrite")
     if file.exists():
         with file.open("rb") as stream:
             if stream.read(15) == b"SQLite format 3":
-                raise ValueError(f"results: {file} is a database, which may hold a run; give another name")
+                raise ValueError(f"results: {file} is a database, which may hold a run; choose another name")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def connect(file: pathlib.Path, how: str = "mode=rw", bounded: bool = False) -> 
 def _refuse_others(file: pathlib.Path) -> None:
     for path in (file, *(beside(file, end) for end in BESIDE)):
         if kind := files.special(path) or (path != file and path.is_symlink() and "a link"):
-            raise ValueError(f"results: {path} is {kind}, expected a file of SQLite")
+            raise ValueError(f"results: {path} is {kind}, expected a SQLite file")
 
 
 @contextmanager

@@ -23,7 +23,9 @@ DERIVED = ("scored among", "run")  # computed from other entries; how the run we
 ASIDE = {("command",), ("date",), ("platform",), ("threads",), ("versions", "python")}
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], sides: tuple[str, str] = ("in the run", "requested")
+) -> list[str]:
     """Describe how two configurations differ in what rows depend on.
 
     Ignored are command, date, platform, number of threads, version of Python, and every entry called
@@ -32,6 +34,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Args:
         there: The configuration of a run.
         now: The configuration to compare it with.
+        sides: What the two are called.
 
     Returns:
         One phrase per difference; empty where rows would be the same.
@@ -40,7 +43,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     def aside(names: tuple[str, ...]) -> bool:
         return names in ASIDE or names[0] in DERIVED or names[-1] == "path" or not is_compared(names)
 
-    return words.differences(plain(there), plain(now), aside, lambda names: shown_as(names, "."))
+    return words.differences(
+        plain(there), plain(now), aside, called=lambda names: shown_as(names, "."), sides=sides
+    )
 
 
 def check(
@@ -83,8 +88,8 @@ def check(
         written = dict.fromkeys([*replaced(directory, config or {}), directory / FIGURES, directory / LOG])
         if names := [f.relative_to(directory) for f in written if f not in ours and f.exists()]:
             raise ValueError(
-                f"results: {directory} holds {', '.join(map(str, names))} but no {database.FILE} with a run, "
-                "so they are not from one; choose another directory"
+                f"results: {directory} contains {', '.join(map(str, names))} but no {database.FILE} with a "
+                "run, so they do not belong to a run; choose another directory"
             )
         return
     if overwrite:
@@ -142,8 +147,8 @@ def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def mismatch(directory: pathlib.Path, unlike: Sequence[str]) -> Mismatch:
     return Mismatch(
-        f"results: the run in {directory} was asked for something else ({'; '.join(unlike)}); ask for the "
-        "same to go on with it, choose another directory, or replace it (--overwrite, overwrite=True)"
+        f"results: {directory} holds a run with other settings ({'; '.join(unlike)}). To resume it, use the "
+        "same settings; otherwise choose another --out, or --overwrite"
     )
 
 

@@ -63,7 +63,9 @@ def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
     """
     directory = pathlib.Path(directory)
     if not (directory / database.FILE).is_file():
-        raise FileNotFoundError(f"results: expected a run's directory, got no {directory / database.FILE}")
+        raise FileNotFoundError(
+            f"results: expected the directory of a run, but {directory} has no {database.FILE}"
+        )
     return frame(stored(directory))
 
 
@@ -118,9 +120,7 @@ def explained(directory: pathlib.Path) -> Iterator[None]:
     except sqlite3.Error as error:
         if isinstance(error, sqlite3.OperationalError) and any(words in str(error) for words in _PLACE):
             raise OSError(f"results: {directory} cannot be used: {error}") from error
-        raise Damaged(
-            f"results: {directory / database.FILE} is not a readable table of rows: {error}"
-        ) from error
+        raise Damaged(f"results: {directory / database.FILE} cannot be read: {error}") from error
 
 
 @contextmanager
@@ -159,10 +159,10 @@ def check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
     if made == 0:
         if not base.execute("SELECT count(*) FROM sqlite_master WHERE name = 'run'").fetchone()[0]:
             raise ValueError(
-                f"results: the run in {directory} is of a version that could not go on with runs; replace it "
-                "(--overwrite), or choose another directory"
+                f"results: the run in {directory} was made by a version whose runs cannot be resumed; "
+                "replace it (--overwrite), or choose another directory"
             )
-        raise sqlite3.DatabaseError("it does not say its version")
+        raise sqlite3.DatabaseError("its version is missing")
     newer, by = made > schema.FORMAT, "of a later version"
     if not newer:
         versions = records.config(base).get("versions")

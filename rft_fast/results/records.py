@@ -33,13 +33,13 @@ def config(database: sqlite3.Connection) -> dict[str, Any]:
     """
     text, *more, kept = database.execute("SELECT config, begun, crc FROM run").fetchone() or (None, None)
     if not isinstance(text, str) or crc(text, *more) != kept:
-        raise sqlite3.DatabaseError("what it says of the run is not what was written")
+        raise sqlite3.DatabaseError("the run's configuration is not what was written")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise sqlite3.DatabaseError(f"what it says of the run is no JSON: {error}") from error
+        raise sqlite3.DatabaseError(f"the run's configuration is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise sqlite3.DatabaseError("what it says of the run is no table of entries")
+        raise sqlite3.DatabaseError("the run's configuration is not a table")
     return found
 
 
@@ -118,7 +118,7 @@ def rows(
     kinds: set[tuple[type, ...]] = set()
     for identity, study, model, number, *more in database.execute(query).fetchall():
         if not (isinstance(number, int) and isinstance(study, str) and isinstance(model, str)):
-            raise sqlite3.DatabaseError(f"{study!r}, {model!r}, {number!r} is no measurement")
+            raise sqlite3.DatabaseError(f"{study!r}, {model!r}, {number!r} is not a measurement")
         place = places.setdefault(study, len(places))
         found.append((place, order.setdefault(model, len(order)), number, study, model, identity, *more))
     for _, _, number, study, model, identity, finished, kept in sorted(found, key=itemgetter(0, 1, 2)):
@@ -204,7 +204,7 @@ def verify(database: sqlite3.Connection) -> None:
     check_pages(database)
     count = sum(1 for _ in rows(database, ()))
     if count != database.execute("SELECT count(*) FROM rows").fetchone()[0]:
-        raise sqlite3.DatabaseError("it holds rows of no measurement")
+        raise sqlite3.DatabaseError("it holds rows without a measurement")
     for *scores, kept in database.execute('SELECT "of", dataset, alpha, losses, correct, crc FROM scores'):
         if crc(*scores) != kept:
             raise sqlite3.DatabaseError(f"scores of {scores[0]} are not what was written")

@@ -32,7 +32,9 @@ def recover(directory: str | os.PathLike[str]) -> str:
     """
     file = pathlib.Path(directory) / database.FILE
     if not file.is_file():
-        raise FileNotFoundError(f"results: expected a run's directory, got no {file}")
+        raise FileNotFoundError(
+            f"results: expected the directory of a run, but {directory} has no {database.FILE}"
+        )
     refuse_in_use(pathlib.Path(directory))
     with explained(pathlib.Path(directory)):
         return _save(file)
@@ -52,7 +54,7 @@ def _save(file: pathlib.Path) -> str:
             found = max(found, _read(copy, known), key=lambda of: len(of[1]))
         config, measurements, scores, missing = found
         if config is None or not (measurements or scores):
-            return "nothing of it could be read; it is left as it is"
+            return "none of it could be read; the file is unchanged"
         new = pathlib.Path(folder, "recovered")
         schema.create(new, config)
         with closing(database.connect(new)) as target, database.transaction(target):
@@ -66,8 +68,8 @@ def _save(file: pathlib.Path) -> str:
     others = [database.beside(file, end) for end in database.BESIDE]
     remove = "".join(f", remove {other.name}" for other in others if other.exists())
     return (
-        f"{len(measurements)} whole measurements were saved to {place} ({missing} known ones could not be); "
-        f"to go on with them, move that file over {file.name}{remove}, and give the same command"
+        f"{len(measurements)} whole measurements were saved to {place} ({missing} known ones could not be). "
+        f"To resume from them, move that file over {file.name}{remove}, and repeat the command"
     )
 
 

@@ -90,5 +90,5 @@ def check(database: sqlite3.Connection) -> None:
             continue
         if (made := _MADE.get((kind, name))) is None or not made.fullmatch(" ".join(str(sql).split())):
             raise sqlite3.DatabaseError(
-                f"it holds the {str(kind)[:20]} {str(name)[:80]!r}, which rft_fast does not make so"
+                f"it holds the {str(kind)[:20]} {str(name)[:80]!r}, which is not of a run"
             )

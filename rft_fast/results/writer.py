@@ -149,7 +149,7 @@ class Run:
                 records.add(base, study, model, number, rows)
         except sqlite3.IntegrityError as error:
             raise ValueError(
-                f"results: measurement {number} of {study} of {model!r} is there already"
+                f"results: measurement {number} of {study} of {model!r} already exists"
             ) from error
         self._added.setdefault((study, model), []).append(int(number))
 
@@ -181,7 +181,7 @@ class Run:
         with self._reading() as base:
             found = base.execute(query, (study, model, number)).fetchone()
             if found is None:
-                raise ValueError(f"results: there is no measurement {number} of {study} of {model!r}")
+                raise ValueError(f"results: measurement {number} of {study} of {model!r} does not exist")
             return [records.values(row) for row in records.rows_of(base, found[0])]
 
     def rows(self) -> pd.DataFrame:
@@ -249,7 +249,7 @@ class Run:
             raise
         except sqlite3.Error as error:
             raise OSError(
-                f"results: cannot use {self._file} any more: {error}; what was measured before is kept"
+                f"results: cannot use {self._file} any more: {error}; earlier measurements are kept"
             ) from error
 
     @contextmanager
@@ -292,7 +292,7 @@ class _Scores(MutableMapping[tuple[str, float], Scores]):
         self._put.add((self._of, *key))
 
     def __delitem__(self, key: tuple[str, float]) -> None:
-        raise TypeError("results: scores of a run are kept")
+        raise TypeError("results: scores of a run cannot be deleted")
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         query = 'SELECT dataset, alpha FROM scores WHERE "of" = ? ORDER BY rowid'

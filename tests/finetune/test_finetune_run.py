@@ -140,7 +140,7 @@ def test_finished_models_are_skipped_and_others_are_added(
     before = (file.stat().st_mtime_ns, file.read_bytes())
     capsys.readouterr()
     assert main(arguments(folder, tmp_path, "--seed", "0", "3")) == 0
-    assert "lr0.01-ep2-warm1: already there, skipped" in capsys.readouterr().out
+    assert "lr0.01-ep2-warm1: already exists, skipped" in capsys.readouterr().out
     assert (file.stat().st_mtime_ns, file.read_bytes()) == before
     assert main(arguments(folder, tmp_path, "--seed", "4")) == 0
     seeds = ("-seed4", "-seed3", "")
@@ -349,7 +349,7 @@ def test_stopped_between_a_model_and_its_zoo(
     (tmp_path / ".lr0.01-ep2-warm1.lock").touch()
     (tmp_path / "other.safetensors").write_bytes(b"damaged, and none of ours")
     assert main(argv) == 0
-    assert "already there, skipped" in capsys.readouterr().out and not left.exists()
+    assert "already exists, skipped" in capsys.readouterr().out and not left.exists()
     assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1"]
     assert not list(tmp_path.glob("*.resume")) and not list(tmp_path.glob(".*.lock"))
 
@@ -360,7 +360,7 @@ def test_what_another_process_makes_is_left_to_it(
     argv = arguments(folder, tmp_path, "--seed", "0", "1")
     with disk.locked(tmp_path / ".lr0.01-ep2-warm1.lock") as ours:
         assert ours and main(argv) == 0
-    assert "lr0.01-ep2-warm1: being made by another process" in capsys.readouterr().out
+    assert "lr0.01-ep2-warm1: another process is training it" in capsys.readouterr().out
     assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1-seed1"]
     assert main(argv) == 0
     assert list(zoo.read(tmp_path).finetuned) == ["lr0.01-ep2-warm1", "lr0.01-ep2-warm1-seed1"]

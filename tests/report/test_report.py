@@ -314,7 +314,7 @@ def test_bad_input(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
         assert message in refuses(only_rows)
     config.write_text(whole)
     (only_rows / "rows.sqlite").write_bytes(b"not a database" * 100)
-    assert "not a readable table" in main_error(capsys, only_rows)
+    assert "cannot be read" in main_error(capsys, only_rows)
     assert not list(tmp_path.rglob("*.html*"))
 
 

@@ -667,7 +667,9 @@ def test_what_the_numbers_do_not_depend_on_is_not_compared(tmp_path: Path) -> No
     assert results.recorded(tmp_path) == ASKED
     assert results.differences({"path": "/x", "a": (1, 2)}, {"path": "/y", "a": [1, 2]}) == []
     # Only Python's version is left out, of whatever else is called so.
-    assert results.differences({"python": "3.10"}, {"python": "3.11"}) == ["python 3.10 there, 3.11 now"]
+    assert results.differences({"python": "3.10"}, {"python": "3.11"}) == [
+        "python: 3.10 in the run, 3.11 requested"
+    ]
 
 
 @pytest.mark.parametrize("table", ["finetuned", "data"])
@@ -680,7 +682,7 @@ def test_a_model_may_be_called_as_what_is_not_compared(tmp_path: Path, table: st
     with refused(ValueError, f"{table}.{name}.sha256", "2"):
         results.Run(tmp_path, {table: {name: {"path": "/a", "sha256": "2"}}})
     # What is not there is not the word for it.
-    assert results.differences({"a": "nothing"}, {}) == ["a nothing there, nothing now"]
+    assert results.differences({"a": "nothing"}, {}) == ["a: nothing in the run, nothing requested"]
     assert results.differences({"a": {"b": 1}}, {"a.b": 1}) != []
 
 
@@ -761,7 +763,7 @@ def test_a_database_of_others_is_refused_and_kept(
             read(tmp_path)
     with refused(ValueError):
         results.check(tmp_path, overwrite=True)
-    assert "nothing of it could be read" in results.recover(tmp_path)
+    assert "none of it could be read" in results.recover(tmp_path)
     assert files(tmp_path) == before
 
 
@@ -1238,7 +1240,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     before = base.read_bytes()
     for option in ("--csv", "--parquet"):
         message = refuses(tmp_path / "run", option, base, "--overwrite")
-        assert "is a database, which may hold a run; give another name" in message
+        assert "is a database, which may hold a run; choose another name" in message
     assert base.read_bytes() == before
 
 
@@ -1381,7 +1383,7 @@ def test_damage(tmp_path: Path, whole: Path, everything: pd.DataFrame, base: str
         after = files(out)
         assert {name: after[name] for name in database_files} == database_files
         new = sorted(after.keys() - before.keys())
-        assert new in (["rows.recovered.sqlite"], []) and "not a readable table of rows" in message
+        assert new in (["rows.recovered.sqlite"], []) and "cannot be read" in message
         saved = check_saved(out / new[0]) if new else 0
         assert (
             f"{saved} whole measurements were saved to {out / 'rows.recovered.sqlite'}" in message
@@ -1393,7 +1395,7 @@ def test_damage(tmp_path: Path, whole: Path, everything: pd.DataFrame, base: str
         said = results.recover(out)
         assert {*files(out)} - {*after} == ({"rows.recovered-2.sqlite"} if new else set()), said
         if not new:
-            assert "nothing of it could be read" in said
+            assert "none of it could be read" in said
             continue
         # And the run goes on with it, although the log of the damaged file is still there.
         rows = sum(len(truth(number)) for *_, number in read_sqlite(out / new[0]))
@@ -1555,7 +1557,7 @@ def test_a_damaged_configuration_is_taken_from_its_copy(tmp_path: Path, whole: P
     with closing(sqlite3.connect(tmp_path / "rows.recovered.sqlite")) as base:
         assert json.loads(base.execute("SELECT config FROM run").fetchone()[0]) == BIG
     (tmp_path / "config.json").write_text("[1")
-    assert "nothing of it could be read" in results.recover(tmp_path)
+    assert "none of it could be read" in results.recover(tmp_path)
     (tmp_path / "config.json").write_bytes(copy)
     (tmp_path / "rows.recovered.sqlite").rename(file)
     with results.Run(tmp_path, BIG) as run:
@@ -1581,7 +1583,7 @@ def test_recovering_by_hand(
     assert command.main([str(tmp_path), "--recover"]) == 0
     said = capsys.readouterr().out
     assert f"{len(MEASURED)} whole measurements were saved" in said
-    assert "move that file over rows.sqlite, remove rows.sqlite-wal, and give the same command" in said
+    assert "move that file over rows.sqlite, remove rows.sqlite-wal, and repeat the command" in said
     after = files(tmp_path)
     assert after.keys() - before.keys() == {"rows.recovered.sqlite"} and before.items() <= after.items()
     (tmp_path / "rows.recovered.sqlite").rename(tmp_path / "rows.sqlite")

@@ -201,7 +201,7 @@ class Workers:
                     f"cluster: {answer.text}; every machine needs the same files at the same paths, and the "
                     "same packages"
                 )
-            if unlike := results.differences(self.config, answer):
+            if unlike := results.differences(self.config, answer, ("on one", "on another")):
                 raise Failed(
                     "cluster: the workers are not alike, so that their numbers could differ: "
                     f"{'; '.join(unlike)}; use machines of one kind, with the same files and versions"
