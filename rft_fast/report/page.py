@@ -67,7 +67,7 @@ def render(
     parts: Sequence[Section],
     models: int,
 ) -> str:
-    """Render the whole page.
+    """Render the whole page as HTML that needs no other file.
 
     Args:
         title: heading of the page.
@@ -79,9 +79,6 @@ def render(
         notes: sentences on what is missing.
         parts: the sections.
         models: number of models, each of which has a colour.
-
-    Returns:
-        HTML that needs no other file.
     """
     charts = {f"{part.name}-{chart.name}": _chart(chart) for part in parts for chart in part.picture.charts}
     data = _packed(_json({"charts": charts, "palette": palette(models)}))
