@@ -67,13 +67,13 @@ ALPHAS = tuple(spaced("0:1:11"))
 
 @dataclass(frozen=True)
 class Along:
-    """The path.
+    """Settings of the path as a whole.
 
     Attributes:
-        alphas: positions, ascending, 0 and 1 among them.
-        samples: images of each data set, drawn at random; None: all.
-        seed: of the choice of images, and of the noise.
-        xi: gain in accuracy that counts as high, as a fraction.
+        alphas: positions, ascending, including 0 and 1.
+        samples: number of images of each data set, drawn at random; None: all.
+        seed: seed of that draw and of the noise.
+        xi: gain in accuracy that counts as high, a fraction (Eq. 2).
     """
 
     GROUP: ClassVar = Group("what is measured", place=("settings", "along"))
@@ -105,17 +105,17 @@ class Along:
 
 @dataclass(frozen=True)
 class Layers:
-    """What is studied layer by layer.
+    """Settings of the studies that go layer by layer.
 
     Attributes:
-        granularity: ``module``, ``block``, ``tensor`` or ``re:PATTERN``.
-        layers: only these, by name or ``re:PATTERN``; None: all.
-        models: only these; None: as many as each study takes.
-        data: data sets of layers and prune; None: the first out-of-distribution one.
-        samples: images of each, at most.
+        granularity: how parameters form layers: ``module``, ``block``, ``tensor`` or ``re:PATTERN``.
+        layers: names or ``re:PATTERN`` of the layers to study; None: all.
+        models: names of the models to study; None: each study's own choice.
+        data: names of the data sets of ``layers`` and ``prune``; None: the first out-of-distribution one.
+        samples: largest number of images of each.
         alphas: positions of layer-wise interpolation.
-        others: where the other layers are meanwhile.
-        straggler_margin: instability beyond which a layer is a straggler, in nats.
+        others: position of the other layers, ``"zeroshot"`` or ``"finetuned"``.
+        straggler_margin: instability above which a layer is a straggler, in nats (Def. 1.2).
     """
 
     GROUP: ClassVar = Group("layer by layer (layers, layer-sharpness, prune)", place=("settings", "layers"))
@@ -172,20 +172,23 @@ class Layers:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """How sharpness is measured, of all weights and layer by layer.
+    """Settings of sharpness, general (Eq. 3) and layer-wise (Sec. 3.1).
 
     Attributes:
         rhos: scales of the noise, ascending, in units of |w|.
-        draws: of noise, for all weights. layer_draws: for each layer.
-        alphas: positions, some of the path's. data: data sets; None: the first in-distribution one, else the
-            first. samples: images of each, at most.
-        estimator: see :class:`rft_fast.studies.Protocol`; ``auto``: gradient, but plain for all weights where
-            a rho is above 0.2.
-        on: which weights are perturbed; None: interpolated, and layer by layer fine-tuned ones.
-        noise, adaptive, noise_batch: as of the protocol.
+        draws: draws of noise for all weights together.
+        layer_draws: draws of noise for each layer.
+        alphas: positions, a subset of the path's.
+        data: names of data sets; None: the first in-distribution one, else the first.
+        samples: largest number of images of each.
+        estimator: see :class:`rft_fast.studies.Protocol`. ``"auto"`` is ``"gradient"``, and ``"plain"`` for
+            all weights together where a rho is above 0.2.
+        on: weights to perturb; None: interpolated ones in general, fine-tuned ones layer by layer.
+        noise, adaptive, noise_batch: see :class:`rft_fast.studies.Protocol`.
         normalize_logits: whether logits are centred and divided by their norm before the loss.
-        goal_se: draws go on until the standard error is this small, in nats. max_draws: but no further.
-        zero_margin: layer-wise sharpness within which a layer is near zero, in nats.
+        goal_se: standard error to reach, in nats; None: a fixed number of draws.
+        max_draws: largest number of draws for ``goal_se``.
+        zero_margin: layer-wise sharpness that counts as near zero, in nats.
     """
 
     GROUP: ClassVar = Group(
@@ -271,14 +274,16 @@ class Sharpness:
 
 
 def check_draws(draws: int, estimator: Estimator, goal: float | None, most: int) -> None:
-    """Refuses a number of draws that cannot be made.
+    """Check a number of draws against estimator and goal.
 
     Args:
-        draws: of noise. estimator: that they are for.
-        goal: the wanted standard error in nats, or None. most: number of draws that it may take.
+        draws: draws of noise.
+        estimator: estimator that uses them.
+        goal: standard error to reach, in nats; None: no goal.
+        most: largest number of draws for the goal.
 
     Raises:
-        ValueError: they are none, odd where they come in pairs, or too few or too many for the goal.
+        ValueError: there is no draw, an odd number for pairs, or too few or too many for the goal.
     """
     if draws < 1:
         raise ValueError(f"sharpness: at least one draw is needed; got {draws}")
@@ -294,12 +299,15 @@ def check_draws(draws: int, estimator: Estimator, goal: float | None, most: int)
 
 @dataclass(frozen=True)
 class Prune:
-    """What is pruned, and how (Algorithm 1).
+    """Settings of pruning (Algorithm 1).
 
     Attributes:
-        criteria: by which stragglers are found. layers: these layers instead, by name or ``re:PATTERN``.
-        keep: fraction of the weights that survives. methods: what the others become.
-        mask_seeds: number of random masks. control: whether as many layers at random are pruned beside them.
+        criteria: criteria that pick the layers to prune.
+        layers: names or ``re:PATTERN`` of layers to prune instead.
+        keep: fraction of the weights that survives.
+        methods: what pruned weights become.
+        mask_seeds: number of random masks.
+        control: whether as many random layers are pruned for comparison.
     """
 
     GROUP: ClassVar = Group("prune", place=("settings", "prune"))

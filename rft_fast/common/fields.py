@@ -21,7 +21,7 @@ class Group:
         title: heading in the help.
         about: text below it.
         place: table of ``config.json`` that records them, by its names from the outermost on; empty: none.
-        own: why none of them may stand in a zoo file; empty where they may.
+        own: reason why no zoo file may set them; empty where it may.
     """
 
     title: str
@@ -35,22 +35,21 @@ class Option:
     """How a field is given on the command line and in files.
 
     Attributes:
-        help: its line in the help. ``%(default)s`` stands for the default.
-        name: of the option, without dashes; None: the field's, behind ``no-`` where its default is True.
-        metavar: what stands for the value in the help.
-        check: text -> value; raises ValueError. A list that it returns is several values.
-        choices: the values that there are, instead of a check.
-        many: it takes several values, and may be given ``once``; or as often as wanted: ``each`` time adds to
-            them, or the ``last`` one counts. None: a single value.
-        whole: all values of an option with several -> the field's value; raises ValueError. None: a tuple.
-        paths: values may be names of files.
-        follows: the option whose value this one has where it is not given.
-        off: help of the option ``--no-NAME``, which sets None; empty: there is none.
-        own: why it may not stand in a zoo file; empty where it may.
-        compared: whether two runs are different where it differs; False where what it comes to is recorded
-            beside it, and compared instead.
-        group: another than that of the class.
-        more: what the program itself wants to know of the field.
+        help: text of the help. ``%(default)s`` stands for the default.
+        name: name without dashes; None: the field's, with ``no-`` before it where the default is True.
+        metavar: placeholder of the value in the help.
+        check: text -> value, or a list of several; raises ValueError.
+        choices: the possible values, instead of a check.
+        many: the option takes several values, and may be given ``once``, or repeatedly: ``each`` adds values,
+            or the ``last`` counts. None: a single value.
+        whole: all values -> the value of the field; raises ValueError. None: a tuple.
+        paths: whether values may be file names.
+        follows: the option whose value is the default.
+        off: help of ``--no-NAME``, which sets None; empty: no such option.
+        own: reason why no zoo file may set it; empty where it may.
+        compared: whether runs with different values differ. False where the effect is recorded and compared.
+        group: a group other than that of the class.
+        more: what the program itself needs to know of the field.
     """
 
     help: str
@@ -112,7 +111,7 @@ def named_path(text: str) -> tuple[str, pathlib.Path]:
 
 @dataclass(frozen=True)
 class Entry:
-    """An option, and the field that it sets."""
+    """An option and the field that it sets."""
 
     kind: type
     field: str
@@ -122,7 +121,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of the option, without dashes."""
+        """Name of the option, without dashes."""
         plain = self.field.replace("_", "-")
         return self.option.name or (f"no-{plain}" if self.default is True else plain)
 
@@ -132,12 +131,12 @@ class Entry:
 
     @property
     def flag(self) -> bool:
-        """Whether it has no value."""
+        """Whether the option takes no value."""
         return isinstance(self.default, bool)
 
 
 def entries(kind: type) -> Iterator[Entry]:
-    """The options of a settings class, in the order of its fields."""
+    """Return the options of a settings class, in the order of its fields."""
     for field in dataclasses.fields(kind):
         if (found := field.metadata.get(Option)) is not None:
             group = found.group or kind.GROUP  # type: ignore[attr-defined]
@@ -147,7 +146,7 @@ def entries(kind: type) -> Iterator[Entry]:
 
 
 class Tree:
-    """Settings by their classes; immutable. A class that it does not hold has its defaults.
+    """Settings by class, immutable. A missing class has its defaults.
 
     Args:
         settings: instances of different settings classes.

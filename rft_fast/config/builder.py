@@ -1,4 +1,4 @@
-"""Options of a command line, tables of TOML and JSON: all made of the fields of settings classes."""
+"""``Builder``: command line, TOML and JSON made from the fields of settings classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Builder:
 
     Args:
         kinds: the classes.
-        groups: those of their groups that come first in the help, in order.
+        groups: groups that come first in the help, in this order.
 
     Raises:
         ValueError: two fields are the same option.
@@ -45,7 +45,7 @@ class Builder:
     # --- command line -----------------------------------------------------------------------------
 
     def add_to(self, top: argparse.ArgumentParser) -> None:
-        """Adds the options, group by group. What is not given is not in the namespace that it parses."""
+        """Add the options, group by group. Options that are not given are missing in the parsed namespace."""
         groups: dict[Group, list[Entry]] = {group: [] for group in self._groups}
         for entry in self.entries.values():
             groups.setdefault(entry.group, []).append(entry)
@@ -55,10 +55,10 @@ class Builder:
                 _add(shown, entry)
 
     def given(self, arguments: argparse.Namespace) -> Given:
-        """What a command line gave.
+        """Return the options that a command line gave, with their values.
 
         Raises:
-            ValueError: values that do not go together.
+            ValueError: the values of an option do not go together.
         """
         found: dict[str, Any] = {}
         for name, entry in self.entries.items():
@@ -71,7 +71,7 @@ class Builder:
         return found
 
     def fields(self, kind: type, given: Given) -> dict[str, Any]:
-        """What is given of one settings class: field -> value."""
+        """Return the given fields of one settings class: field -> value."""
         return {
             entry.field: given[name]
             for name, entry in self.entries.items()
@@ -79,7 +79,7 @@ class Builder:
         }
 
     def of(self, kind: type[_Settings], given: Given, **others: Any) -> _Settings:
-        """One settings class. others: its fields that are no options."""
+        """Create the settings of one class. others: its fields that are no options."""
         return kind(**self.fields(kind, given), **others)
 
     # --- tables of TOML ---------------------------------------------------------------------------
@@ -87,15 +87,15 @@ class Builder:
     def of_table(
         self, table: Mapping[str, Any], error: Callable[[str, str], ValueError], prefix: str = ""
     ) -> Given:
-        """What a table of a file that may be somebody else's gives.
+        """Read options from a table of a TOML file, which is not trusted.
 
         Args:
             table: option, without dashes -> a string, number, true or a list.
-            error: makes an error of the name of an entry, and what is wrong with it.
-            prefix: of such names.
+            error: creates an error from the name of an entry and what is wrong with it.
+            prefix: prefix of such names.
 
         Raises:
-            ValueError: an option that is not known or may not stand there; a value that it cannot have.
+            ValueError: an unknown option, one that a file may not set, or an invalid value.
         """
         found: dict[str, Any] = {}
         for name, value in table.items():
@@ -122,10 +122,10 @@ class Builder:
     # --- trees and JSON ---------------------------------------------------------------------------
 
     def tree(self, sources: Mapping[str, Given]) -> Tree:
-        """The settings.
+        """Create the settings from their sources.
 
         Args:
-            sources: who gives something -> what; a later one overrides those before.
+            sources: name of a source -> the options that it gives. Later sources override earlier ones.
         """
         givers = {name: who for who, given in sources.items() for name in given}
         values = {name: value for given in sources.values() for name, value in given.items()}
@@ -136,7 +136,7 @@ class Builder:
         return self._made(values, givers)
 
     def as_json(self, tree: Tree) -> dict[str, Any]:
-        """The tables that record the settings in ``config.json``."""
+        """Return the tables of ``config.json`` that record the settings."""
         found: dict[str, Any] = {}
         for entry in self.entries.values():
             if place := entry.group.place:
@@ -147,7 +147,7 @@ class Builder:
         return found
 
     def of_json(self, config: Mapping[str, Any]) -> Tree:
-        """The settings that ``config.json`` records. What it lacks has its default."""
+        """Read settings from ``config.json``. Missing ones have their defaults."""
         values: dict[str, Any] = {}
         for name, entry in self.entries.items():
             table: Any = config
@@ -158,7 +158,7 @@ class Builder:
         return self._made(values, {})
 
     def recorded(self, names: Sequence[str]) -> Entry | None:
-        """The option that an entry of ``config.json`` records, by all names of the entry; None: none."""
+        """Find the option that an entry of ``config.json`` records. names: of the entry, outermost first."""
         for entry in self.entries.values():
             if entry.group.place and (*entry.group.place, entry.field) == tuple(names):
                 return entry
@@ -208,7 +208,7 @@ def _typed(check: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 class _Once(argparse.Action):
-    """All values stand behind one option. Given again, it would silently replace what it was given first."""
+    """Refuses a repeated option, whose values would silently replace the first ones."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if hasattr(namespace, self.dest):
@@ -220,7 +220,7 @@ _MANY = {"once": _Once, "each": "extend", "last": "store"}
 
 
 class _OnOrOff(argparse.Action):
-    """An option with a value, or its opposite without one: not both."""
+    """An option with a value, or ``--no-OPTION`` without one, but not both."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         off = self.nargs == 0
@@ -242,7 +242,7 @@ def _whole(entry: Entry, values: Iterable[Any], where: str = "") -> Any:
 
 
 def _plain(value: Any) -> list[Any]:
-    """The values of an entry of TOML."""
+    """The values of an entry of TOML, as a list."""
     if value is False:
         raise ValueError("can only be true; leave it out otherwise")
     values = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Contradictions: a default, or an option of a zoo, gives way to what the command line says."""
+"""Conflicts between settings: the command line overrides defaults and options of a zoo that contradict it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from .builder import COMMAND, ZOO
 
 
 def named(tree: Tree, option: str, zoo: str) -> str:
-    """An option, as whoever gave it knows it: for errors."""
+    """The name of an option for errors: of the zoo where it comes from there, else of the command line."""
     return f"option {option} of the zoo {zoo!r}" if tree.giver(option) == ZOO else f"argument --{option}"
 
 
 def settle(tree: Tree, zoo: str, perturbed: Callable[[Tree], bool]) -> tuple[Tree, list[str]]:
-    """The settings without contradictions, and a sentence for each option that gave way.
+    """Resolve conflicts between settings.
 
     Args:
-        tree: as they were given.
+        tree: the settings as given.
         zoo: name of the zoo.
-        perturbed: whether any sharpness is measured with these settings.
+        perturbed: whether any sharpness is measured with some settings.
+
+    Returns:
+        The settings without conflicts, and a sentence for each option that changed.
 
     Raises:
         ValueError: the command line, or the zoo, contradicts itself.
@@ -41,18 +44,18 @@ def settle(tree: Tree, zoo: str, perturbed: Callable[[Tree], bool]) -> tuple[Tre
 
 
 class _Settling:
-    """Settings that are changed until nothing contradicts the command line."""
+    """Changes settings until none contradicts the command line."""
 
     def __init__(self, tree: Tree, zoo: str) -> None:
         self.tree, self.zoo = tree, zoo
         self.notices: list[str] = []
 
     def may_give_way(self, option: str, *to: str) -> bool:
-        """Whether one of the others was given on the command line, and the option was not."""
+        """Whether the command line gave one of the others, and not the option."""
         return self.tree.giver(option) != COMMAND and any(self.tree.giver(name) == COMMAND for name in to)
 
     def give_way(self, option: str, value: Any, to: str) -> None:
-        """Gives an option another value. to: what it contradicted."""
+        """Set an option to another value and add a notice. to: what it contradicted."""
         kind, field = _FIELDS[option]
         settings = self.tree.of(kind)
         was = getattr(settings, field)
