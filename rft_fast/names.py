@@ -46,6 +46,9 @@ WORST_CASE: dict[Estimator, float] = {"apgd-l2": 2.0, "apgd-linf": math.inf}
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 EstimatorChoice = Literal["auto", Estimator]
 ESTIMATOR_CHOICES: tuple[EstimatorChoice, ...] = get_args(EstimatorChoice)
+Coupling = Literal["shared", "image"]  # whether images share their noise, or each has its own
+COUPLINGS: tuple[Coupling, ...] = get_args(Coupling)
+NOISE_BATCH = 128  # images per base perturbation with noise per image; the published protocol's batch
 ZERO_MARGIN = 0.02  # nats: sharpness that counts as zero
 
 Criterion = Literal["sharpness", "instability"]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from . import names
 from .common.fields import Group, option
 from .common.numeric import above_zero, check_alphas, fraction, positive, spaced, whole
-from .names import Criterion, Estimator, EstimatorChoice, Method, Noise, On, Others
+from .names import Coupling, Criterion, Estimator, EstimatorChoice, Method, Noise, On, Others
 from .path.layers import layer_of
 
 _T = TypeVar("_T")
@@ -182,9 +182,9 @@ class Sharpness:
         data: names of data sets; None: the first in-distribution one, else the first.
         samples: largest number of images of each.
         estimator: see :class:`rft_fast.studies.Protocol`. ``"auto"`` is ``"gradient"``, and ``"plain"`` for
-            all weights together where a rho is above 0.2.
+            all weights together where a rho is above 0.2 and images share their noise.
         on: weights to perturb; None: interpolated ones in general, fine-tuned ones layer by layer.
-        noise, adaptive, noise_batch: see :class:`rft_fast.studies.Protocol`.
+        noise, adaptive, noise_batch, coupling: see :class:`rft_fast.studies.Protocol`.
         normalize_logits: whether logits are centred and divided by their norm before the loss.
         goal_se: standard error to reach, in nats; None: a fixed number of draws.
         max_draws: largest number of draws for ``goal_se``.
@@ -250,6 +250,12 @@ class Sharpness:
         metavar="N",
         check=positive,
     )
+    coupling: Coupling = option(
+        "shared",
+        "noise of its own for each image (image), by random signs: one pass is worth many draws that all "
+        "images share (shared, the default); goes with plain, antithetic and gradient",
+        choices=names.COUPLINGS,
+    )
     normalize_logits: bool = option(False, "centre the logits and divide them by their norm before the loss")
     goal_se: float | None = option(
         None,
@@ -269,6 +275,8 @@ class Sharpness:
     def estimators(self) -> tuple[Estimator, Estimator]:
         """Those of all weights, and of single layers."""
         if self.estimator == "auto":
+            if self.coupling == "image":
+                return ("gradient", "gradient")
             return ("plain" if max(self.rhos) > 0.2 else "gradient", "gradient")
         return (self.estimator, self.estimator)
 

@@ -50,13 +50,14 @@ class Sharpness(Study):
             noise_batch=own.noise_batch,
             goal=own.goal_se,
             most=own.max_draws,
+            coupling=own.coupling,
         )
 
     def validate(self, request: Request) -> None:
         self.protocol(request)
 
     def images_at_once(self, request: Request, images: int) -> int:
-        return min(images, self.protocol(request).noise_batch or images)
+        return min(images, self.protocol(request).images_per_noise or images)
 
     def assumptions(self, request: Request) -> Iterator[str]:
         goal = self.protocol(request).goal

@@ -93,6 +93,9 @@ class _Settling:
         if self._sharpness.noise_batch is not None and not set(estimators) <= set(SAMPLING):
             if self.may_give_way("noise-batch", "estimator"):
                 self.give_way("noise-batch", None, chosen)
+        if self._sharpness.coupling != "shared" and not set(estimators) <= set(SAMPLING):
+            if self.may_give_way("coupling", "estimator"):
+                self.give_way("coupling", "shared", chosen)
         goal = self._sharpness.goal_se
         for option, estimator in zip(("draws", "layer-draws"), estimators, strict=True):
             draws: int = getattr(self._sharpness, _FIELDS[option][1])
@@ -123,6 +126,7 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "sharpness-alphas": (Sharpness, "alphas"),
     "goal-se": (Sharpness, "goal_se"),
     "noise-batch": (Sharpness, "noise_batch"),
+    "coupling": (Sharpness, "coupling"),
     "draws": (Sharpness, "draws"),
     "layer-draws": (Sharpness, "layer_draws"),
     "max-draws": (Sharpness, "max_draws"),

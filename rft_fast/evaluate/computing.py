@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from . import derivatives
+from . import precision as formats
 from .batches import Batches
 from .feed import Images, Prompts
+from .flipping import Flips, Perturbation, Record, frozen
+from .flips import Flipped
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
+from .stages import evaluating
 
 
 class Computing:
@@ -78,6 +82,105 @@ class Computing:
         runtime = self._runtime
         batches = runtime.curvatures
         return derivatives.curvature(runtime.model, runtime.precision, batches, feeds, weights, directions)
+
+    def flipped(
+        self,
+        flow: Flow,
+        weights: Sequence[Flipped],
+        end: int,
+        perturb: Callable[[int], Perturbation],
+        count: int,
+        control: bool,
+    ) -> list[tuple[Scores, Tensor]]:
+        runtime = self._runtime
+        flips = self._flips(flow, weights, end)
+        shape, device = (count, len(flow)), runtime.device
+        losses, hits = torch.empty(shape, device=device), torch.empty(shape, device=device, dtype=torch.bool)
+        controls = torch.zeros(shape, device=device, dtype=torch.float64)
+        # The records of all sites are held as long as draws are made.
+        group = runtime.budget.held(flips.bytes) if control else len(flow)
+        for start in range(0, len(flow), group):
+            images = slice(start, min(start + group, len(flow)))
+            part = flow.cut(images)
+            record = self._record(flips, part) if control else None
+            for k in range(count):
+                rows = [found[k, images] for found in (losses, hits, controls)]
+                self._perturbed(flips, part, end, perturb(k), record, rows)
+        losses, hits, controls = losses.cpu(), hits.cpu(), controls.cpu()
+        return [(Scores(losses[k], hits[k]), controls[k]) for k in range(count)]
+
+    def _flips(self, flow: Flow, weights: Sequence[Flipped], end: int) -> Flips:
+        """The stages with these weights, of which it is found out once how they are read."""
+        known = self._runtime.flips
+        key = (flow.position, end, *(id(weight.live) for weight in weights))
+        if key not in known:
+            with self._runtime.scoring():
+                sample = flow.source.prepare(slice(0, min(2, len(flow))))
+                x = sample
+                for stage in self._runtime.traced.image[: flow.position]:
+                    x = stage.run(x, sample)
+                known[key] = Flips(self._runtime.traced.image, flow.position, end, weights, x, sample)
+        return known[key]
+
+    def _record(self, flips: Flips, flow: Flow) -> Record:
+        """What the control variate takes of the unperturbed model, of all of these images."""
+        found: Record | None = None
+
+        def work(flow: Flow, batch: slice) -> Record:
+            x, inputs = self._start(flow, batch)
+            return flips.record(x.clone(), inputs.clone(), lambda logits: flow.judge(logits, batch)[0])
+
+        def take(flow: Flow, batch: slice, part: Record) -> None:
+            nonlocal found
+            found = found or part.empty(len(flow))
+            found.put(batch, part)
+
+        with (
+            formats.exact(self._runtime.precision),
+            evaluating(self._runtime.model),
+            frozen(self._runtime.model),
+        ):
+            self._runtime.slopes.map([flow], work, take)
+        if found is None:
+            raise ValueError("Evaluator: a data set without images has no losses")
+        return found
+
+    def _perturbed(
+        self,
+        flips: Flips,
+        flow: Flow,
+        end: int,
+        perturbation: Perturbation,
+        record: Record | None,
+        rows: Sequence[Tensor],
+    ) -> None:
+        """Losses, hits and controls of one perturbation into rows, [n] each."""
+
+        def work(flow: Flow, batch: slice) -> tuple[Tensor, ...]:
+            x, inputs = self._start(flow, batch)
+            signs = flips.signs(perturbation, flow.numbers(batch))
+            control = None if record is None else flips.control(record.of(batch), perturbation, signs)
+            for number in range(flow.position, len(flow.stages)):
+                if number in flips.sites:
+                    x = flips.run(number, x, inputs, perturbation, signs)
+                else:
+                    x = flow.stages[number].run(x, inputs)
+            return (*flow.judge(x, batch), *([] if control is None else [control]))
+
+        def take(_: Flow, batch: slice, found: tuple[Tensor, ...]) -> None:
+            for row, new in zip(rows, found, strict=False):
+                row[batch] = new
+
+        with self._runtime.scoring():
+            self._runtime.images.map([flow], work, take)
+
+    def _start(self, flow: Flow, batch: slice) -> tuple[Tensor, Tensor]:
+        """A batch where the flow is, and the inputs of the chain."""
+        if flow.held is None:
+            x = flow.source.prepare(batch)
+            return x, x
+        reads = any(stage.reads_inputs for stage in flow.stages[flow.position :])
+        return flow.held[batch], flow.inputs(batch) if reads else flow.held[batch]
 
     def warn(self, text: str) -> None:
         warnings.warn(text, stacklevel=4)

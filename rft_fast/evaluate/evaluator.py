@@ -237,6 +237,10 @@ class Evaluator:
             return [self]
         return [self.of([part]) for feed in self.feeds for part in feed.parts(room)]
 
+    def holds(self, images: int) -> bool:
+        """Whether activations of so many images may be held between stages."""
+        return images <= self._room()
+
     def _room(self) -> int:
         """Return how many images may be held between stages."""
         return self.runtime.budget.held(self.boundary)

@@ -8,12 +8,14 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from .feed import Images
+from .flipping import Perturbation
+from .flips import Flipped
 from .flow import Flow
 from .scores import Scores
 
@@ -67,6 +69,17 @@ class Executor(Protocol):
         self, feeds: Sequence[Images], weights: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> Tensor:
         """Compute as :meth:`rft_fast.evaluate.Evaluator.curvature`."""
+
+    def flipped(
+        self,
+        flow: Flow,
+        weights: Sequence[Flipped],
+        end: int,
+        perturb: Callable[[int], Perturbation],
+        count: int,
+        control: bool,
+    ) -> list[tuple[Scores, Tensor]]:
+        """As :meth:`rft_fast.evaluate.Walk.flipped`; ``end``: the stage after the last with weights."""
 
     def warn(self, text: str) -> None:
         """Issue a UserWarning on behalf of the caller of a walk."""

@@ -36,6 +36,7 @@ class Images:
         normalize: bool = False,
     ) -> None:
         self.dataset, self.normalize = dataset, normalize
+        self.first = 0  # number of the first image in the whole data set
         self.device, self.dtype = device, dtype
         self.images = dataset.images.to(device) if resident else dataset.images
         self.labels = dataset.labels.to(device)
@@ -66,6 +67,7 @@ class Images:
         found.dataset = replace(
             self.dataset, images=self.dataset.images[part], labels=self.dataset.labels[part]
         )
+        found.first = self.first + part.start
         found.images, found.labels = self.images[part], self.labels[part]
         found.targets = self.targets[part]
         if self._stream is not None:
@@ -75,6 +77,10 @@ class Images:
     def parts(self, size: int) -> list[Images]:
         """Return every ``size`` images in order, with shared memory; the last part may be smaller."""
         return [self.cut(slice(at, min(len(self), at + size))) for at in range(0, len(self), size)]
+
+    def numbers(self, batch: slice) -> Tensor:
+        """Numbers of a batch's images in the whole data set: int64, on the device."""
+        return torch.arange(self.first + batch.start, self.first + batch.stop, device=self.device)
 
     def ahead(self, batch: slice) -> None:
         """Start to copy a batch to the device, if it is not there and fits."""

@@ -37,6 +37,19 @@ class Flow:
         """Go back to before the first stage."""
         self.held, self.position = None, 0
 
+    def cut(self, images: slice) -> Flow:
+        """Some of the images of a flow of one copy, sharing its memory."""
+        if not isinstance(self.source, Images) or self.copies != 1:
+            raise TypeError("Evaluator: only a single copy of images can be cut")
+        held = None if self.held is None else self.held[images]
+        return Flow(self.stages, self.source.cut(images), self.position, 1, held)
+
+    def numbers(self, batch: slice) -> Tensor:
+        """Numbers of a batch's images in their data set, of a flow of one copy."""
+        if not isinstance(self.source, Images):
+            raise TypeError("Evaluator: prompts have no numbers")
+        return self.source.numbers(batch)
+
     def inputs(self, batch: slice) -> Tensor:
         """Return the inputs of the chain for a batch."""
         parts = [self.source.prepare(part) for part in self.parts(batch)]

@@ -19,6 +19,7 @@ from . import graphs as recordings
 from . import precision as formats
 from .batches import Batches, Need
 from .budget import Budget
+from .flipping import Flips
 from .stages import Stage, Stages
 from .stages.cutting import run
 from .staging import Staged
@@ -51,6 +52,7 @@ class Runtime:
         prompts: How prompts are cut into batches, for the text chain.
         slopes: How images are cut into batches for the gradient.
         curvatures: How images are cut into batches for products with the Hessian.
+        flips: How stages read weights that differ between images, by what has been requested.
     """
 
     traced: Stages
@@ -63,6 +65,7 @@ class Runtime:
     prompts: Batches
     slopes: Batches
     curvatures: Batches
+    flips: dict[tuple[int, ...], Flips]
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class Runtime:
         pooled = len(chains.image) > 1 or isinstance(model, (ImageClassifier, ZeroShotClassifier))
         side = sys.maxsize if pooled else 1
         few = min(side, 4)  # since each batch has its own gradients
+        self.flips = {}
         self.example = images
         self.images = batches(1 if compile else side, lambda: forward(chains.image, images))
         self.prompts = batches(1 if compile else side, lambda: forward(chains.text, prompts), "prompt")

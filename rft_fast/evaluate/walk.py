@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from .executor import Executor
 from .feed import Images, Prompts, total
+from .flipping import Perturbation
+from .flips import Flipped, NoRule
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
@@ -146,6 +150,35 @@ class Walk:
         if group > 1 and count > 1:
             self._executor.holding((1 + group) * total(self.feeds))
         return results.scores()
+
+    def flipped(
+        self,
+        weights: Sequence[Flipped],
+        last: int,
+        perturb: Callable[[int], Perturbation],
+        count: int,
+        control: bool,
+    ) -> list[tuple[Scores, Tensor]]:
+        """Scores with perturbations of its own for each image, of a walk of one data set.
+
+        Args:
+            weights: those that are perturbed, read by the stations from the present one to ``last`` alone.
+            perturb: returns perturbation k, for k = 0 ... count - 1. It is called for one at a time, and
+                again where not all images are held at once.
+            control: whether the control variate is computed: one forward and one backward pass more.
+
+        Returns:
+            For each perturbation the scores, and of each image <gradient of its loss, its perturbation>
+            (float64 [n] on the CPU; zeros without control).
+
+        Raises:
+            NoRule: the weights cannot differ between images (:mod:`rft_fast.evaluate.flips`).
+            MemoryError: a single image does not fit.
+        """
+        if self.text is not None:
+            raise NoRule("the images share the text tower, which makes the head")
+        (flow,) = self.flows
+        return self._executor.flipped(flow, weights, last + 1, perturb, count, control)
 
     def _group(self) -> int:
         """Return how many variants share a batch after the stages in which they differ."""

@@ -28,9 +28,10 @@ from rft_fast.names import FILL, NOISE, ON, Fill, Noise, On
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The last word of the Philox counter: noise and mask never share a random bit.
+# The last word of the Philox counter: noise, mask and signs of images never share a random bit.
 PURPOSE_NOISE = 0
 PURPOSE_MASK = 1
+PURPOSE_SIGN = 2
 
 # Consecutive elements served by one Philox block of four words.
 BLOCK = 4

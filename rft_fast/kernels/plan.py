@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -24,6 +24,8 @@ class Plan:
         finetuned: As many tensors of the same shapes: the weights at alpha = 1.
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
         names: What error messages call the tensors; None: "tensor 0", "tensor 1" ...
+        blocks: Philox block (of four elements) at which the noise of each tensor starts; None: one tensor
+            after the other from 0. Tensors of a larger model get the noise that they have there.
 
     Each tensor may be float32, bfloat16 or float16, whatever the others are; all are contiguous and on one
     device. An output may be its own source (in place), and may share memory with nothing else.
@@ -60,8 +62,9 @@ class Plan:
         finetuned: Tensors,
         impl: Impl = "auto",
         names: Names | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> None:
-        rows = make_rows(out, zeroshot, finetuned, None if names is None else list(names))
+        rows = make_rows(out, zeroshot, finetuned, None if names is None else list(names), blocks)
         backend = registry.pick(impl, device_of(rows))
         self.impl = backend.name
         self._rows = rows

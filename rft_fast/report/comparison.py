@@ -136,7 +136,7 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 def _count(rows: pd.DataFrame) -> pd.Series:
     """Return the number of samples of each standard error: images, draws, or pairs of antithetic draws."""
-    pairs = (rows["estimator"] == "antithetic").fillna(False)
+    pairs = rows["estimator"].str.startswith("antithetic").fillna(False)
     draws = rows["draws"].astype(float) / np.where(pairs, 2, 1)
     return draws.where(rows["estimator"].notna(), rows["samples"].astype(float))
 

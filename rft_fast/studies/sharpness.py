@@ -172,7 +172,7 @@ def _study(
         if not wanted:
             continue
         numbers = {target: n for n, unit in wanted.items() for target in unit}
-        parts = evaluator.parts(protocol.noise_batch, data.name)
+        parts = evaluator.parts(protocol.images_per_noise, data.name)
         with closing(estimate(path, parts, alpha, list(numbers), scales, draws, protocol)) as found:
             for results in found:
                 rows = []
@@ -182,16 +182,19 @@ def _study(
                     row |= {"samples": len(data.labels), "skipped": data.skipped}
                     row |= {"normalized": evaluator.normalize_logits}
                     row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
+                    if result.coupling == "image":
+                        row["estimator"] = f"{protocol.estimator}-image"
                     rows.append(row)
                 record.add(numbers[target], rows)
     return record.frame()
 
 
 def _asked(protocol: Protocol) -> dict[str, object]:
-    names = ["on", "adaptive", "estimator", "noise_batch"]
+    names = ["on", "adaptive", "estimator"]
     if protocol.estimator not in WORST_CASE:  # which draws nothing
         names += ["noise", "seed"]
-    return {name: getattr(protocol, name) for name in names}
+    asked = {name: getattr(protocol, name) for name in names}
+    return {**asked, "noise_batch": protocol.images_per_noise}
 
 
 def _measured(found: Estimate) -> dict[str, object]:
@@ -250,6 +253,6 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
 
 def student_t(rows: pd.DataFrame) -> pd.Series:
     """Student's t of the two-sided 95 % interval of each row's sharpness; NaN for a single draw."""
-    pairs = (rows["estimator"] == "antithetic").to_numpy(dtype=bool, na_value=False)
+    pairs = rows["estimator"].str.startswith("antithetic").to_numpy(dtype=bool, na_value=False)
     freedom = (rows["draws"] // np.where(pairs, 2, 1) - 1).astype("float64")
     return pd.Series(stdtrit(freedom.where(freedom > 0), 0.975), index=rows.index)

@@ -161,7 +161,22 @@ def test_a_flat_configuration_becomes_the_tree() -> None:
         "block", ("a",), None, ("far",), 39, (0.0, 0.5, 1.0), "finetuned", straggler_margin=0.2
     )
     assert tree.of(Sharpness) == Sharpness(
-        (0.5,), 8, 6, (1.0,), ("near",), 12, "auto", None, "uniform", False, 128, True, 0.1, 500, 0.3
+        (0.5,),
+        8,
+        6,
+        (1.0,),
+        ("near",),
+        12,
+        "auto",
+        None,
+        "uniform",
+        False,
+        128,
+        "shared",
+        True,
+        0.1,
+        500,
+        0.3,
     )
     assert tree.of(Prune) == Prune(("instability",), ("b",), 0.25, ("magnitude",), 4, False)
     assert tree.of(Computed) == Computed("native", 5, "ieee", False, True, "cpu", 99, True)

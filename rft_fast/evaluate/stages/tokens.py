@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
 from .tracing import drop_dead
@@ -138,6 +139,10 @@ def attend(
     Returns:
         [n, 1, d].
     """
+    tensors = (query, x, in_weight, in_bias, out_weight, out_bias)
+    if has_torch_function(tensors):  # see rft_fast.evaluate.flips
+        mixed: Tensor = handle_torch_function(attend, tensors, *tensors, heads)
+        return mixed
     wq, wk, wv = in_weight.view(3, heads, -1, in_weight.shape[1])
     bq, bk, bv = in_weight.new_zeros(3, 1, 1) if in_bias is None else in_bias.view(3, heads, -1)
     q = torch.einsum("nd,hed->nhe", query.squeeze(1), wq) + bq

@@ -13,6 +13,8 @@ from ...datasets import Dataset
 from ...evaluate import Evaluator, Scores
 from ...evaluate.batches import Batches
 from ...evaluate.feed import Images, Prompts, total
+from ...evaluate.flipping import Perturbation
+from ...evaluate.flips import Flipped
 from ...evaluate.flow import Flow
 from ...evaluate.runtime import Runtime
 from ...kernels import Write
@@ -174,6 +176,29 @@ class Counting:
     def _differentiated(self, batches: Batches, feeds: Sequence[Images], weights: Sequence[Tensor]) -> None:
         self._work.batches += sum(batches.count(len(feed)) for feed in feeds)
         self._work.differentiated = max(self._work.differentiated, sum(map(_elements, weights)))
+
+    def flipped(
+        self,
+        flow: Flow,
+        weights: Sequence[Flipped],
+        end: int,
+        perturb: Callable[[int], Perturbation],
+        count: int,
+        control: bool,
+    ) -> list[tuple[Scores, Tensor]]:
+        reading = range(flow.position, end)  # which have a second product each
+        images = len(flow)
+        size = sum(weight.live.numel() for weight in weights)
+        if control:
+            self._work.gradients[flow.position] += images
+            self._work.batches += self._runtime.slopes.count(images)
+        for _ in range(count):
+            self._add([*reading, *range(flow.position, len(flow.stages))], images)
+            self._work.writes += 1
+            self._work.noisy += size
+        self._work.scorings += count
+        zeros = torch.zeros(1, dtype=torch.float64).expand(images)
+        return [(_Zeros.of(images), zeros)] * count
 
     def warn(self, text: str) -> None:
         """Nothing to say: the study will warn."""

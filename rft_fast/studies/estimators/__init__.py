@@ -14,6 +14,7 @@ from ...kernels.contract import Write
 from ...names import ESTIMATORS, WORST_CASE, never
 from .estimates import Estimate, Results, Target, clean_scores
 from .hessian import curvature
+from .per_image import per_image
 from .protocol import Protocol
 from .sampling import sample
 from .worst_case import worst_case
@@ -59,6 +60,8 @@ def estimate(
         return
     with path.at(alpha):
         match protocol.estimator:
+            case "plain" | "antithetic" | "gradient" if protocol.coupling == "image":
+                yield from per_image(path, parts, alpha, targets, rhos, draws, protocol)
             case "plain" | "antithetic" | "gradient":
                 yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
             case "hessian":
@@ -89,6 +92,6 @@ def _zeros(
         loss, accuracy, lost = clean_scores(parts)
     seconds = (perf_counter() - start) / (len(targets) * len(rhos))
     reached = None if protocol.goal is None else True
-    found = Estimate(0.0, 0.0, loss, 0.0, accuracy, 0.0, 0, lost, reached, seconds)
+    found = Estimate(0.0, 0.0, loss, 0.0, accuracy, 0.0, 0, lost, reached, seconds, protocol.coupling)
     for group in together(targets, protocol):
         yield {(target, rho): found for target in group for rho in rhos}

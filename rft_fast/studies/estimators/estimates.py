@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...names import Coupling
 from ..rows import only_one
 from .protocol import Protocol
 
@@ -56,6 +57,8 @@ class Estimate:
             products, number of such products.
         reached: whether the requested standard error was reached; None: none requested.
         seconds: duration.
+        coupling: how the noises of different images were coupled: as the protocol says, but ``"shared"``
+            where no other noise is possible.
     """
 
     sharpness: float
@@ -68,6 +71,7 @@ class Estimate:
     nonfinite: int
     reached: bool | None
     seconds: float
+    coupling: Coupling = "shared"
 
 
 Results = dict[tuple[Target, float], Estimate]

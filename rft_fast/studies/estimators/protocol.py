@@ -6,7 +6,19 @@ import math
 from dataclasses import dataclass
 
 from ...kernels.contract import Write
-from ...names import ESTIMATORS, NOISE, ON, SAMPLING, WORST_CASE, Estimator, Noise, On
+from ...names import (
+    COUPLINGS,
+    ESTIMATORS,
+    NOISE,
+    NOISE_BATCH,
+    ON,
+    SAMPLING,
+    WORST_CASE,
+    Coupling,
+    Estimator,
+    Noise,
+    On,
+)
 from ...settings import check_draws
 from ..rows import SEEDS, as_number
 
@@ -38,7 +50,17 @@ class Protocol:
         seed: seed of the noise, in [0, 2**63), as tables hold signed integers. A draw is determined by its
             number and the seed, on every device.
         noise_batch: images per draw of noise (m-sharpness; 128 in the published code); None: one draw for the
-            whole data set.
+            whole data set, or with noise per image one base perturbation for each 128 images.
+        coupling: how the noises of different images are coupled; the expectation is the same:
+
+            - ``"shared"``: they are the same for all images of a ``noise_batch``;
+            - ``"image"``: each image has noise of its own, by random signs of its own for the rows and
+              columns of each weight (flipout; Wen et al., ICLR 2018, arXiv 1803.04386). One pass over the
+              images is worth many shared draws. The control of ``"gradient"`` is taken image by image: it
+              needs memory for the layer's inputs and outputs of the images at hand. The standard error is
+              from the draws of each ``noise_batch``. Weights that images cannot differ in get noise per
+              ``noise_batch``, with a warning.
+
         goal: standard error to reach, in nats: drawing continues until every target has reached it, or
             ``most`` draws are made; None: a fixed number of draws.
         most: largest number of draws with a goal.
@@ -56,9 +78,15 @@ class Protocol:
     noise_batch: int | None = None
     goal: float | None = None
     most: int = 1000
+    coupling: Coupling = "shared"
 
     def __post_init__(self) -> None:
-        for name, offered in (("estimator", ESTIMATORS), ("on", (None, *ON)), ("noise", NOISE)):
+        for name, offered in (
+            ("estimator", ESTIMATORS),
+            ("on", (None, *ON)),
+            ("noise", NOISE),
+            ("coupling", COUPLINGS),
+        ):
             if getattr(self, name) not in offered:
                 raise ValueError(
                     f"sharpness: {name} must be one of {', '.join(filter(None, offered))}; "
@@ -88,6 +116,18 @@ class Protocol:
             raise ValueError(
                 f"sharpness: {self.estimator!r} draws no such noise; leave noise_batch (--noise-batch) out"
             )
+        if self.estimator not in SAMPLING and self.coupling == "image":
+            raise ValueError(
+                f"sharpness: {self.estimator!r} draws no noise for images to have of their own; coupling "
+                f"(--coupling) 'image' goes with the estimators {', '.join(SAMPLING)}"
+            )
+
+    @property
+    def images_per_noise(self) -> int | None:
+        """Images per draw of noise, or per base perturbation; None: all."""
+        if self.coupling == "image" and self.noise_batch is None:
+            return NOISE_BATCH
+        return self.noise_batch
 
     @property
     def where(self) -> On:
