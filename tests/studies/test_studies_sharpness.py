@@ -390,7 +390,7 @@ def test_weights_come_back(estimator: str, error: type[BaseException] | None) ->
         if error is None:
             study(*arguments, protocol=Protocol(estimator), sink=sink)
         else:
-            with pytest.raises(error, match="stop"):
+            with pytest.raises(error, match="full"):
                 study(*arguments, protocol=Protocol(estimator), sink=sink)
         assert calls >= 2 and s.path.checksum() == before and s.path.alpha is None
 
