@@ -25,7 +25,13 @@ from rft_fast.common import meter, program
 from rft_fast.config.options import parser
 from rft_fast.run import cost
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PACKAGE = Path(rft_fast.__file__).parent
+ROOT = Path(__file__).parents[2]
 HEAVY = {
     "torch",
     "pandas",
@@ -63,6 +69,13 @@ def of_command(name: str, *words: str, status: int) -> set[str]:
     """The modules of a command that ends before it measures anything."""
     run = f"runpy.run_module('rft_fast.{name}', run_name='__main__')"
     return loaded(f"import runpy, sys\nsys.argv = ['x', *{words!r}]\n{run}", status)
+
+
+def test_every_package_is_installed() -> None:
+    """Those that pyproject.toml names, which an installation in place does not need."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {init.parent.relative_to(ROOT) for init in (ROOT / "rft_fast").rglob("__init__.py")}
+    assert listed == sorted(".".join(folder.parts) for folder in folders)
 
 
 def test_the_package_loads_nothing_large_and_shows_what_is_public() -> None:
