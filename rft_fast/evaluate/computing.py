@@ -13,8 +13,8 @@ from . import derivatives
 from . import precision as formats
 from .batches import Batches
 from .feed import Images, Prompts
+from .flipped import Flipped
 from .flipping import Flips, Perturbation, Record, frozen
-from .flips import Flipped
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores

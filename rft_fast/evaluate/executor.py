@@ -14,8 +14,8 @@ from typing import Protocol
 from torch import Tensor
 
 from .feed import Images
+from .flipped import Flipped
 from .flipping import Perturbation
-from .flips import Flipped
 from .flow import Flow
 from .scores import Scores
 

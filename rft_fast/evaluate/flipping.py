@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.signs import BITS, blocks_of, signs_of_blocks
-from .flips import Conflict, Flipped, NoRule, Rules, Shift, Signs, Site
+from .flipped import Conflict, Flipped, NoRule, Shift, Signs, Site
+from .flips import Rules
 from .stages import TOLERANCE, Stage
 
 # By how many units of the type's last place, relative to the largest, two ways of computing may differ.

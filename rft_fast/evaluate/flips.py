@@ -9,7 +9,6 @@ shift of its result. So rules know single images, and no layout of batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,85 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .flipped import Conflict, Flipped, Layout, NoRule, Shift, Signs, Site
 from .stages.tokens import attend
-
-Signs = tuple[Tensor, ...]
-# (input of the operation, base perturbation, signs of the image) -> shift of the operation's result.
-Shift = Callable[[Tensor, Tensor, Signs], Tensor]
 
 LARGEST = 1 << 20
 """Elements of the largest weight that is made for each image where its operation has no rule."""
-
-
-class NoRule(Exception):
-    """Why weights cannot differ between images."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the signs of an image cover a weight.
-
-    Attributes:
-        rows: Signs r along the first dimension; without columns, signs of all elements.
-        columns: Signs s along the others, for D o (r s^T); see the rule of convolutions.
-    """
-
-    rows: int
-    columns: int = 0
-
-    @property
-    def count(self) -> int:
-        """Signs per image."""
-        return self.rows + self.columns
-
-    def split(self, signs: Tensor, shape: Sequence[int]) -> Signs:
-        """Signs [n, count] as the rules take them, of a weight of this shape."""
-        if not self.columns:
-            return (signs.reshape(len(signs), *shape),)
-        return signs[:, : self.rows], signs[:, self.rows :]
-
-
-@dataclass(eq=False)
-class Flipped:
-    """A perturbed weight.
-
-    Attributes:
-        live: The model's tensor.
-        name: What messages call it.
-        block: Philox block at which its noise starts.
-        layout: Layout of its signs; None: not known yet.
-    """
-
-    live: Tensor
-    name: str
-    block: int
-    layout: Layout | None = None
-
-    @property
-    def by_element(self) -> Layout:
-        """A sign for every element."""
-        return Layout(self.live.numel())
-
-
-@dataclass(frozen=True)
-class Site:
-    """An operation that reads a perturbed weight, in a single image's run of a stage.
-
-    Attributes:
-        weight: Number of the weight among the perturbed ones.
-        shift: See :data:`Shift`.
-        shape: Shape of the shift.
-        input: Input of the operation; None where the weight itself is shifted.
-    """
-
-    weight: int
-    shift: Shift
-    shape: torch.Size
-    input: Tensor | None
-
-
-class Conflict(Exception):
-    """A weight that two operations read needs a sign for every element."""
 
 
 class Rules(TorchFunctionMode):

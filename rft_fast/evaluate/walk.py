@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .executor import Executor
 from .feed import Images, Prompts, total
+from .flipped import Flipped, NoRule
 from .flipping import Perturbation
-from .flips import Flipped, NoRule
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from rft_fast import studies
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, flips
+from rft_fast.evaluate.flipped import Flipped, NoRule
 from rft_fast.evaluate.flipping import Perturbation
-from rft_fast.evaluate.flips import Flipped, NoRule
 from rft_fast.kernels import noise_like
 from rft_fast.kernels.signs import signs
 from rft_fast.path import Path

@@ -13,8 +13,8 @@ from ...datasets import Dataset
 from ...evaluate import Evaluator, Scores
 from ...evaluate.batches import Batches
 from ...evaluate.feed import Images, Prompts, total
+from ...evaluate.flipped import Flipped
 from ...evaluate.flipping import Perturbation
-from ...evaluate.flips import Flipped
 from ...evaluate.flow import Flow
 from ...evaluate.runtime import Runtime
 from ...kernels import Write

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...evaluate.flipped import Flipped, NoRule
 from ...evaluate.flipping import Perturbation
-from ...evaluate.flips import Flipped, NoRule
 from ...kernels import Plan
 from ...kernels.contract import first_blocks
 from ..rows import AT_ONCE, chunks, only_one, walk_to
