@@ -320,7 +320,7 @@ def test_a_goal_that_is_not_reached_is_said(
     assert sweep.main(["sharpness", *own_models(zoo), *BRIEF, *goal, "--out", str(out)]) == 0
     rows = results.load(out).query("study == 'sharpness'")
     assert len(rows) == 2 * 3 * 2 and not rows["reached"].any() and set(rows["draws"]) == {8}
-    assert "6 rows missed the wanted standard error" in capsys.readouterr().out
+    assert "6 rows did not reach the requested standard error" in capsys.readouterr().out
 
 
 @pytest.mark.slow

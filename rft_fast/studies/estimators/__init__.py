@@ -14,7 +14,6 @@ from ...kernels.contract import Write
 from ...names import ESTIMATORS, WORST_CASE, never
 from .estimates import Estimate, Results, Target, clean_scores
 from .hessian import curvature
-from .per_image import per_image
 from .protocol import Protocol
 from .sampling import sample
 from .worst_case import worst_case
@@ -61,6 +60,8 @@ def estimate(
     with path.at(alpha):
         match protocol.estimator:
             case "plain" | "antithetic" | "gradient" if protocol.coupling == "image":
+                from .per_image import per_image  # loads open_clip, which rows and words do not need
+
                 yield from per_image(path, parts, alpha, targets, rhos, draws, protocol)
             case "plain" | "antithetic" | "gradient":
                 yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
