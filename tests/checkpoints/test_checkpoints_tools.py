@@ -112,10 +112,11 @@ def test_lineage_of_one(tmp_path: Path) -> None:
     lineage = checkpoints.compare(a, wrote(tmp_path, "b", state()))
     assert lineage.identical and lineage.distance == 0 == lineage.relative
     assert math.isclose(lineage.cosine, 1)
-    assert "the same weights" in lineage.problems[0]
+    said("\n".join(lineage.problems))
     half = {name: t.half() if t.is_floating_point() else t for name, t in state().items()}
     rounded = checkpoints.compare(a, wrote(tmp_path, "h", half))
-    assert not rounded.identical and "the same weights" in rounded.problems[0]
+    assert not rounded.identical
+    said("\n".join(rounded.problems))
     other = wrote(tmp_path, "c", state(1))
     assert ["unrelated" in problem for problem in checkpoints.compare(a, other).problems] == [True]
     assert checkpoints.compare(a, other, unrelated=True).problems == ()
@@ -166,7 +167,7 @@ def test_two_activations(tmp_path: Path) -> None:
         content = {n.removeprefix("model."): t.contiguous() for n, t in moved(ord(name) / 1e3).items()}
         save_file(content, tmp_path / name, {"quick_gelu": quick})
     a, b = (checkpoints.read(tmp_path / name) for name in "ab")
-    assert "different activations" in checkpoints.compare(a, b).problems[0]
+    said("\n".join(checkpoints.compare(a, b).problems))
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ def test_what_could_not_be_checked_is_not_sound(tmp_path: Path, capsys: pytest.C
     )
     for arguments in ([named], [numbered], [named, "--rows", 2, "--labels", "order"]):
         out = checked(capsys, 0, *arguments)
-        assert "not checked" in out and "sound" not in out
-    assert "by number" in (out := checked(capsys, 0, numbered, "--rows", 2)) and out.endswith("sound\n")
+        assert "sound" not in out
+    assert checked(capsys, 0, numbered, "--rows", 2).endswith("sound\n")
     checked(capsys, 1, numbered, "--rows", _names(tmp_path, "1", "0"), "--labels", "order")
 
 
