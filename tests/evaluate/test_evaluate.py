@@ -23,11 +23,13 @@ from support.tiny_models import (
     toy,
     transformer,
 )
+from support.wording import refused, warned
 from torch import Tensor, nn
 
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.evaluate import staging as home
+from rft_fast.evaluate.precision import PRECISIONS
 from rft_fast.evaluate.stages import Stage, Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +80,7 @@ def test_batches_cover_each_set_once() -> None:
 
 def test_a_model_that_cannot_be_traced_is_scored_as_a_whole() -> None:
     model, sets = toy(kind=Opaque), [dataset("a"), dataset("b", count=5)]
-    with pytest.warns(UserWarning, match="this Opaque is one stage, because torch.fx cannot trace") as caught:
+    with warned(UserWarning, "Opaque", "torch.fx") as caught:
         evaluator = Evaluator(model, sets, batch_size=10)
     assert len(caught) == 1 and evaluator.stations == len(evaluator.stages.image) == 1
     assert evaluator.span(model.parameters()) == (0, 0)
@@ -239,7 +241,7 @@ def test_full_precision_is_forced_and_given_back() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        with pytest.warns(UserWarning, match="this Watching is one stage"):
+        with warned(UserWarning, "Watching"):
             evaluator = Evaluator(Watching(), [dataset()])
         evaluator.scores()
         assert set(seen) == {("ieee", "ieee") if new else ("highest", False)}
@@ -303,23 +305,23 @@ def test_standard_errors_by_hand() -> None:
     assert (single.loss, single.accuracy) == (1.0, 1.0)
     assert math.isnan(single.loss_se) and math.isnan(single.accuracy_se)
     for difference in (single.gain_over, single.rise_over):
-        with pytest.raises(ValueError, match="same samples, got 1 and 4"):
+        with refused(ValueError, 1, 4):
             difference(one)
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "facts"),
     [
-        (dataset(labels=torch.full((37,), CLASSES)), "class 6 is beyond the head, which has 6"),
-        (dataset(labels=torch.zeros(37).long(), classes=torch.tensor([0, 9])), "class 9 is beyond"),
-        (dataset(images=torch.zeros(37, 3, 9, 9).byte()), "cannot take its 3x9x9 images"),
-        (dataset(class_names=("a",) * 5), "5 class folders but 6 classes"),
+        (dataset(labels=torch.full((37,), CLASSES)), [CLASSES]),
+        (dataset(labels=torch.zeros(37).long(), classes=torch.tensor([0, 9])), [9, CLASSES]),
+        (dataset(images=torch.zeros(37, 3, 9, 9).byte()), ["3x9x9"]),
+        (dataset(class_names=("a",) * 5), [5, CLASSES]),
     ],
+    ids=["label", "class", "images", "folders"],
 )
-def test_data_that_do_not_fit_are_refused_at_once(data: Dataset, words: str) -> None:
-    with pytest.raises(ValueError, match=r"^Evaluator: data set 'set': ") as caught:
+def test_data_that_do_not_fit_are_refused_at_once(data: Dataset, facts: list[Any]) -> None:
+    with refused(ValueError, "Evaluator", "set", *facts):
         Evaluator(toy(), [data])
-    assert words in str(caught.value)
 
 
 def test_fewer_folders_are_fine_with_a_class_map() -> None:
@@ -339,35 +341,32 @@ class Flat(nn.Module):
 
 def test_bad_arguments() -> None:
     good: dict[str, Any] = {"model": toy(), "datasets": [dataset()]}
-    refusals: list[tuple[dict[str, Any], str]] = [
-        ({"batch_size": 0}, "batch_size must be an int of at least 1"),
-        ({"batch_size": 2.0}, "batch_size must be an int of at least 1"),
-        ({"datasets": []}, "no data set"),
-        ({"datasets": [dataset(), dataset()]}, "distinct names"),
-        ({"precision": "int8"}, "precision must be one of fp32, ieee, tf32, bf16, fp16"),
-        (
-            {"precision": "bf16"},
-            r"in bfloat16, this one has float32; call .*cast\(model, 'bf16'\)",
-        ),
-        ({"precision": "tf32"}, "'tf32' is a mode of NVIDIA GPUs; the device is cpu"),
-        ({"model": toy().half()}, r"'fp32' needs a model in float32, this one has float16"),
-        ({"memory_limit": 0}, "memory_limit must be an int of at least 1"),
-        ({"model": nn.Flatten()}, "no weights"),
-        ({"model": Flat()}, r"must return logits \[n, classes\], for one image it gave \[1\]"),
+    refusals: list[tuple[dict[str, Any], list[str]]] = [
+        ({"batch_size": 0}, ["batch_size", "0"]),
+        ({"batch_size": 2.0}, ["batch_size", "2.0"]),
+        ({"datasets": []}, []),
+        ({"datasets": [dataset(), dataset()]}, []),
+        ({"precision": "int8"}, [*PRECISIONS, "int8"]),
+        ({"precision": "bf16"}, ["bfloat16", "float32", "cast(model, 'bf16')"]),
+        ({"precision": "tf32"}, ["tf32", "cpu"]),
+        ({"model": toy().half()}, ["fp32", "float32", "float16"]),
+        ({"memory_limit": 0}, ["memory_limit", "0"]),
+        ({"model": nn.Flatten()}, []),
+        ({"model": Flat()}, ["[1]"]),
     ]
-    for changes, words in refusals:
-        with pytest.raises(ValueError, match=words):
+    for changes, facts in refusals:
+        with refused(ValueError, *facts):
             Evaluator(**{**good, **changes})
-    with pytest.raises(TypeError, match=r"^Evaluator: model must be an nn.Module, got function"):
+    with refused(TypeError, "nn.Module", "function"):
         Evaluator(**{**good, "model": lambda images: images})
-    with pytest.raises(TypeError, match=r"^Evaluator: datasets must hold Datasets, got str"):
+    with refused(TypeError, "str"):
         Evaluator(**{**good, "datasets": ["mnist"]})
 
 
 def test_a_model_that_moved_is_refused() -> None:
     evaluator = Evaluator(model := toy(), [dataset()])
     model.to("meta")
-    with pytest.raises(ValueError, match="moved from cpu to meta"):
+    with refused(ValueError, "cpu", "meta"):
         evaluator.scores()
 
 
@@ -382,7 +381,7 @@ def test_instability_by_hand() -> None:
     assert accuracy == pytest.approx((misses.mean(), misses.std(ddof=1) / 2))
     single = Scores(torch.tensor([1.0]), torch.tensor([True]))
     for ends in ((single, last), (first, single)):
-        with pytest.raises(ValueError, match=r"^instability: .* same samples, got 4 and 1"):
+        with refused(ValueError, "instability", 4, 1):
             middle.instability(*ends)
     burst = Scores(torch.tensor([math.inf, 1.0, 7.0, 4.0]), middle.correct)
     assert burst.instability(first, last)[0][0] == math.inf
@@ -455,7 +454,7 @@ def test_stages_that_lie_are_refused(lie: Any, monkeypatch: pytest.MonkeyPatch) 
         return Stages((Stage(lambda x, _: model(x)), Stage(lie)))
 
     monkeypatch.setattr(home, "stages", made)
-    with pytest.raises(RuntimeError, match="on 'a' the model's stages do not compute what its forward"):
+    with refused(RuntimeError, "'a'"):
         Evaluator(model, sets)
     lie = lambda x, _: x.clone()  # noqa: E731
     assert Evaluator(model, sets).stations == 2  # honest ones are used
@@ -682,5 +681,5 @@ def test_an_evaluator_on_other_data_knows_the_model(monkeypatch: pytest.MonkeyPa
     assert not first.normalize_logits and [data.name for data in first.datasets] == ["a"]
     assert_plain(first.scores(), model, sets[:1])
     assert torch.equal(other.scores()["b"].losses, alone.scores()["b"].losses)
-    with pytest.raises(ValueError, match="99 is beyond the head"):
+    with refused(ValueError, "'c'", 99, CLASSES):
         first.on([dataset("c", labels=torch.full((37,), 99))])

@@ -26,6 +26,7 @@ from support.tiny_models import (
     transformer,
     two_towers,
 )
+from support.wording import warned
 from torch import Tensor, nn
 
 from rft_fast.evaluate import Evaluator
@@ -296,7 +297,7 @@ def test_recordings_are_let_go_when_memory_runs_out() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     linears(model)[1].register_forward_pre_hook(check)
-    with pytest.warns(UserWarning, match="going on with 8"):
+    with warned(UserWarning, 16, 8):
         losses = evaluator.scores()["set"].losses
     close(losses, expected)
     assert all(len(buffer) <= 8 for buffer in evaluator.runtime.graphs._buffers.values())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import PATIENCE
+from support.wording import refused, said
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -312,13 +313,12 @@ def test_layers_of_zeros_are_inert(zeroshot: State, finetuned: State) -> None:
     assert {"head", "blocks.1.conv", "scale", "blocks.10.conv", "blocks.10.bn"} <= set(path.inert)
     assert not set(path.inert) & set(path.layers)
     assert {"blocks.0.bn", "blocks.2.conv", "blocks.1.bn"} <= set(path.layers)
-    assert "zero at both ends" in path.inert["head"]
-    assert path.inert["scale"] == "left out by inert="
+    said("\n".join(path.inert[layer] for layer in ("head", "scale")), "inert=")
     path.write(1.0)  # reaches inert layers, too
     assert same_bits(path.model.state_dict(), finetuned)
-    with pytest.raises(ValueError, match=r"^Path\.write: 'scale' is left out .*by inert="):
+    with refused(ValueError, "Path.write", "scale", "inert="):
         path.write(0.5, layers=["head_", "scale"])
-    with pytest.raises(ValueError, match="nothing here"):  # patterns do not reach them
+    with refused(ValueError, "re:scale"):  # patterns do not reach them
         path.write(0.5, layers=["re:scale"])
 
 
@@ -382,7 +382,7 @@ def test_restored_after_exceptions(path: Path) -> None:
             raise error
         assert same_bits(snapshot(path.model), before)
     with pytest.raises(ValueError, match="unknown"), path.at(0.8):
-        with pytest.raises(ValueError, match="rho must be >= 0"):
+        with refused(ValueError, "rho", -1.0):
             path.write(0.1, -1.0)
         assert path.alpha == 0.8  # a refused write changes nothing
         raise ValueError("unknown")
@@ -423,7 +423,7 @@ def test_an_interrupted_write_is_restored(path: Path, monkeypatch: pytest.Monkey
         m.setattr(path.writer.parameters, "submit", interrupted)
         path.write(0.9)
     assert path.alpha is None
-    with pytest.raises(RuntimeError, match="interrupted"), path.at(0.5):
+    with refused(RuntimeError), path.at(0.5):
         pass
     path.write(0.4)
     assert same_bits(snapshot(path.model), before)
@@ -495,14 +495,14 @@ def test_weights_of_layers_come_in_the_order_of_the_model(path: Path) -> None:
     assert [w.name for w in some] == ["scale", "blocks.2.bn.weight", "blocks.2.bn.bias", "head.bias"]
     assert [w.name for w in path.weights(["embed"])] == ["embed.weight"]  # tied: once, no buffers
     assert path.weights([]) == []
-    with pytest.raises(ValueError, match="'hed' names nothing here"):
+    with refused(ValueError, "hed"):
         path.weights(["hed"])
 
 
 def test_weights_of_inert_layers_are_among_all(zeroshot: State, finetuned: State) -> None:
     path = Path(Net(), zeroshot, finetuned, inert=["scale"])
     assert path.weights()[0].name == "scale" and "scale" not in path.layers
-    with pytest.raises(ValueError, match="'scale' is left out"):
+    with refused(ValueError, "scale"):
         path.weights(["scale"])
 
 
@@ -512,9 +512,9 @@ def test_select_reads_layers_as_write_does(path: Path) -> None:
     assert path.select([r"re:blocks\.1\d?\.bn"]) == ["blocks.1.bn", "blocks.10.bn"]
     assert path.select([]) == []
     for wrong in ("head", 3):
-        with pytest.raises(TypeError, match="must be a list of names"):
+        with refused(TypeError, wrong):
             path.select(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'blocks\.1' names nothing here; .*'blocks\.1\.conv'"):
+    with refused(ValueError, "'blocks.1'", "blocks.1.conv"):
         path.select(["blocks.1"])
 
 
@@ -531,7 +531,7 @@ def test_tensors_of_a_layer_are_all_that_is_written_with_it(path: Path) -> None:
     bn = model.blocks[4].bn
     expected = [bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
     assert {id(t) for t in path.tensors("blocks.4.bn")} == {id(t) for t in expected}
-    with pytest.raises(ValueError, match="names nothing here"):
+    with refused(ValueError, "blocks.44.bn"):
         path.tensors("blocks.44.bn")
 
 
@@ -550,7 +550,7 @@ def test_borrowed_weights_come_back(path: Path, layers: list[str] | None, error:
             for weight in weights:
                 weight.live.data.normal_()
             for entered in (path.at(0.5), path.perturbed(0.5, 0.1, ["head"]), path.borrowed()):
-                with pytest.raises(RuntimeError, match="weights are borrowed, so there is no known state"):
+                with refused(RuntimeError):
                     entered.__enter__()
             assert path.checksum() != checksum
             if error is not None:
@@ -576,7 +576,7 @@ def test_writes_while_weights_are_borrowed_are_undone_too(path: Path) -> None:
         path.write(0.1)
         assert path.alpha == 0.1
     assert path.checksum() == checksum and path.alpha == 0.4
-    with pytest.raises(ValueError, match="names nothing here"), path.borrowed(["hed"]):
+    with refused(ValueError, "hed"), path.borrowed(["hed"]):
         pass
     assert path.alpha == 0.4
 
@@ -585,7 +585,7 @@ def test_a_model_that_was_moved_cannot_be_borrowed(path: Path) -> None:
     model: Any = path.model
     model.head.bias.data = model.head.bias.data.clone()
     for layers in (None, ["head"]):
-        with pytest.raises(RuntimeError, match="are not where this Path found them"), path.borrowed(layers):
+        with refused(RuntimeError, "head.bias"), path.borrowed(layers):
             pass
     with path.borrowed(["scale"]) as weights:
         weights[0].live.data.fill_(3.0)
@@ -643,11 +643,10 @@ def test_checksum_of_large_and_odd_tensors() -> None:
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def refused(pattern: str, model: nn.Module, zeroshot: object, finetuned: object) -> None:
+def refuses(model: nn.Module, zeroshot: object, finetuned: object, *facts: str) -> None:
     before = snapshot(model) if isinstance(model, Net) and not is_meta(model) else None
-    with pytest.raises(ValueError, match=pattern) as info:
+    with refused(ValueError, *facts):
         Path(model, zeroshot, finetuned)  # type: ignore[arg-type]
-    assert str(info.value).startswith("Path: the live model and its ends do not fit.")
     assert before is None or same_bits(before, snapshot(model))
 
 
@@ -667,18 +666,19 @@ def test_refuses_names_shapes_and_kinds_all_at_once(zeroshot: State, finetuned: 
     finetuned["blocks.5.bn.running_var"][1] = float("-inf")
     finetuned["_extra_state"] = {}  # type: ignore[assignment]
     finetuned["embed.mask"] = "yes"  # type: ignore[assignment]
-    for pattern in (
-        r"zeroshot lacks \(1\): blocks\.3\.bn\.bias",
-        r"zeroshot has unexpected names \(6\): extra\.0, extra\.1, extra\.2, extra\.3 and 2 more",
-        r"finetuned has other shapes .*\(1\): head\.bias \(expected \[7\], got \[8\]\)",
-        r"other kinds of numbers .*\(2\): scale \(expected float32, got int64\), "
-        r"embed\.position_ids \(expected int64, got int32\)",
-        r"finetuned has dtypes other than .*\(1\): blocks\.0\.conv\.weight \(float64\)",
-        r"NaN or infinite weights \(2\): blocks\.4\.conv\.weight, blocks\.5\.bn\.running_var",
-        r"finetuned has unexpected names \(1\): _extra_state",
-        r"something other than tensors \(1\): embed\.mask \(str\)",
-    ):
-        refused(pattern, Net(), zeroshot, finetuned)
+    refuses(
+        Net(),
+        zeroshot,
+        finetuned,
+        "blocks.3.bn.bias",
+        "(6): extra.0, extra.1, extra.2, extra.3 and 2 more",
+        "(1): head.bias (expected [7], got [8])",
+        "(2): scale (expected float32, got int64), embed.position_ids (expected int64, got int32)",
+        "(1): blocks.0.conv.weight (float64)",
+        "(2): blocks.4.conv.weight, blocks.5.bn.running_var",
+        "(1): _extra_state",
+        "(1): embed.mask (str)",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -688,53 +688,47 @@ def test_refuses_non_finite_weights_wherever_they_are(value: float, dtype: torch
         model = nn.ParameterList([torch.zeros(1001)])
         bad = torch.zeros(1001, dtype=dtype)
         bad[at] = value
-        refused(r"zeroshot has NaN or infinite .*\(1\): 0$", model, {"0": bad},
-                {"0": torch.zeros(1001)})  # fmt: skip
+        refuses(model, {"0": bad}, {"0": torch.zeros(1001)}, "zeroshot", "(1): 0")
 
 
 def test_refuses_tied_names_that_disagree(zeroshot: State, finetuned: State) -> None:
     finetuned["head.weight"] = finetuned["head.weight"] + 1
-    refused(r"finetuned differs .* tied .*: embed\.weight and head\.weight", Net(), zeroshot,
-            finetuned)  # fmt: skip
+    refuses(Net(), zeroshot, finetuned, "finetuned", "embed.weight and head.weight")
     del finetuned["head.weight"]
-    refused(r"finetuned lacks \(1\): head\.weight", Net(), zeroshot, finetuned)
+    refuses(Net(), zeroshot, finetuned, "finetuned", "(1): head.weight")
 
 
 def test_refuses_shared_memory(zeroshot: State, finetuned: State) -> None:
     model = Net()
     model.load_state_dict(zeroshot)
-    refused(r"zeroshot shares memory .*copy\.deepcopy \(\d+\): scale", model, model, finetuned)
+    refuses(model, model, finetuned, "zeroshot", "scale")
     inside = torch.zeros(20)
     model.head.bias = nn.Parameter(inside[:7])
     finetuned["scale"] = inside[6]  # a view of the last live number
-    refused(r"finetuned shares memory .* \(1\): scale", model, zeroshot, finetuned)
+    refuses(model, zeroshot, finetuned, "finetuned", "(1): scale")
     finetuned["scale"] = inside[7]  # its neighbour is free
     Path(model, zeroshot, finetuned)
     model.embed.bias = nn.Parameter(inside[2:9])
     for end in (zeroshot, finetuned):
         end["embed.bias"] = torch.zeros(7)
     finetuned["scale"] = torch.tensor(1.0)
-    refused(r"overlap in memory \(1\): head\.bias and embed\.bias", model, zeroshot, finetuned)
+    refuses(model, zeroshot, finetuned, "(1): head.bias and embed.bias")
     zeroshot["head.bias"] = finetuned["head.bias"]  # the ends may share
     del model.embed.bias, zeroshot["embed.bias"], finetuned["embed.bias"]
     Path(model, zeroshot, finetuned)
 
 
 def test_refuses_memory_it_cannot_write(zeroshot: State, finetuned: State) -> None:
-    refused(r"the live model has tensors that are not contiguous.*channels-last.*\(11\): blocks\.0",
-            Net().to(memory_format=torch.channels_last), zeroshot, finetuned)  # fmt: skip
-    refused(r"the live model has meta tensors", Net().to("meta"), zeroshot, finetuned)
-    refused(r"the live model has dtypes other than .*scale \(float64\)", Net().double(), zeroshot,
-            finetuned)  # fmt: skip
+    refuses(Net().to(memory_format=torch.channels_last), zeroshot, finetuned, "(11): blocks.0.conv.weight")
+    refuses(Net().to("meta"), zeroshot, finetuned, "meta")
+    refuses(Net().double(), zeroshot, finetuned, "scale (float64)")
     lazy = nn.LazyLinear(3)
-    refused(r"uninitialised parameters; run one forward .*\(2\): weight, bias", lazy,
-            {"weight": torch.ones(3, 2), "bias": torch.ones(3)}, lazy)  # fmt: skip
-    refused(r"zeroshot has meta tensors", Net(), Net().to("meta"), finetuned)
+    refuses(lazy, {"weight": torch.ones(3, 2), "bias": torch.ones(3)}, lazy, "(2): weight, bias")
+    refuses(Net(), Net().to("meta"), finetuned, "zeroshot", "meta")
     finetuned["embed.weight"] = finetuned["embed.weight"].t().contiguous().t()
-    refused(r"finetuned has tensors that are not contiguous; .*\(1\): embed\.weight", Net(),
-            zeroshot, finetuned)  # fmt: skip
+    refuses(Net(), zeroshot, finetuned, "finetuned", "(1): embed.weight")
     finetuned["embed.weight"] = finetuned["embed.weight"].to_sparse()
-    refused(r"finetuned has tensors that are not contiguous", Net(), zeroshot, finetuned)
+    refuses(Net(), zeroshot, finetuned, "finetuned", "(1): embed.weight")
 
 
 @pytest.mark.parametrize("left", [0, 8])
@@ -747,13 +741,10 @@ def test_refuses_memory_that_was_freed(zeroshot: State, finetuned: State, left: 
     for end, label in ((zeroshot, "zeroshot"), (finetuned, "finetuned")):
         bad = {**end, "head.bias": freed(end["head.bias"]), "embed.position_ids": freed(torch.arange(7))}
         both = {"zeroshot": zeroshot, "finetuned": finetuned, label: bad}
-        refused(rf"{label} has tensors whose storage was freed .*\(2\): head\.bias, embed\.position_ids$",
-                Net(), *both.values())  # fmt: skip
+        refuses(Net(), *both.values(), label, "(2): head.bias, embed.position_ids")
     model = Net()
     model.blocks[1].conv.weight.untyped_storage().resize_(left)  # type: ignore[union-attr, operator]
-    with pytest.raises(
-        ValueError, match=r"the live model has tensors whose .*\(1\): blocks\.1\.conv\.weight$"
-    ):
+    with refused(ValueError, "(1): blocks.1.conv.weight"):
         Path(model, zeroshot, finetuned)
 
 
@@ -769,48 +760,46 @@ def test_refuses_memory_that_is_freed_later(path: Path, of: str, again: bool) ->
     if again:
         storage.resize_(size)  # somewhere else
     for layers in (None, ["scale"], ["head", "scale"]):
-        with pytest.raises(
-            RuntimeError, match=r"^Path\.write: scale of the live model, or of its ends, are not"
-        ):
+        with refused(RuntimeError, "Path.write", "scale"):
             path.write(0.5, layers=layers)
-        with pytest.raises(RuntimeError, match=r"make a Path$"), path.at(0.5, layers):
+        with refused(RuntimeError, "scale"), path.at(0.5, layers):
             pass
     assert path.alpha == 0.4 and not any(taken)
     path.write(0.5, layers=["head"])
 
 
 def test_refuses_other_types(zeroshot: State, finetuned: State) -> None:
-    with pytest.raises(TypeError, match=r"^Path: model must be an nn\.Module, got int"):
+    with refused(TypeError, "nn.Module", "int"):
         Path(3, zeroshot, finetuned)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^Path: finetuned must be a state dict .*, got str"):
+    with refused(TypeError, "finetuned", "str"):
         Path(Net(), zeroshot, "model.pt")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^Path: the live model has no float parameters"):
+    with refused(ValueError):
         Path(nn.ReLU(), {}, {})
     path = Path(Net(), zeroshot, finetuned)
     for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(TypeError, match=r"^Path: .* cannot be copied .* make a Path of the copy"):
+        with refused(TypeError):
             duplicate(path)
-    with pytest.raises(ValueError, match=r"^Path: inert: 'heed' names nothing here; .*'head'"):
+    with refused(ValueError, "inert", "heed", "head"):
         Path(Net(), zeroshot, finetuned, inert=["heed"])
-    with pytest.raises(ValueError, match="granularity"):
+    with refused(ValueError, "granularity", "modules"):
         Path(Net(), zeroshot, finetuned, granularity="modules")
-    with pytest.raises(ValueError, match="impl"):
+    with refused(ValueError, "impl", "fast"):
         Path(Net(), zeroshot, finetuned, impl="fast")
 
 
 def test_write_refuses_before_it_writes(path: Path) -> None:
     path.write(0.4)
     before = path.checksum()
-    with pytest.raises(ValueError, match=r"^Path\.write: 'blocks\.1\.con' .*'blocks\.1\.conv'"):
+    with refused(ValueError, "blocks.1.con", "blocks.1.conv"):
         path.write(0.5, layers=["head", "blocks.1.con"])
-    with pytest.raises(TypeError, match=r"^Path\.write: layers must be a list of names, got 'head"):
+    with refused(TypeError, "head"):
         path.write(0.5, layers="head")
-    with pytest.raises(TypeError, match=r"^Path\.write: layers must be a list of names, got 3"):
+    with refused(TypeError, 3):
         path.write(0.5, layers=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="names as strings"):
+    with refused(TypeError):
         path.write(0.5, layers=[["head"]])  # type: ignore[list-item]
     for arguments in ({"rho": -0.1}, {"keep": 1.5}, {"on": "both"}, {"alpha": float("nan")}):
-        with pytest.raises(ValueError, match=r"^write: "):
+        with refused(ValueError, *arguments):
             path.write(**{"alpha": 0.5, **arguments})  # type: ignore[arg-type]
     assert path.checksum() == before
     assert path.alpha == 0.4
@@ -841,7 +830,7 @@ def test_refuses_a_model_that_was_moved(zeroshot: State, finetuned: State) -> No
         path = Path(Net(), zeroshot, finetuned)
         change(path.model)  # type: ignore[arg-type]
         for layers in (None, ["head"], ["scale", "head"]):
-            with pytest.raises(RuntimeError, match=r"^Path\.write: \w+.* make a Path$"):
+            with refused(RuntimeError, "Path.write"):
                 path.write(0.5, layers=layers)
         assert path.alpha == 0.0
     path = Path(Net(), zeroshot, finetuned)
@@ -849,12 +838,12 @@ def test_refuses_a_model_that_was_moved(zeroshot: State, finetuned: State) -> No
     path.write(0.5, layers=["embed"])  # what still lies where it was can be written
     conv: Any = path.model.blocks[0].conv  # type: ignore[union-attr, index]
     conv.weight.data = conv.weight.data.transpose(0, 1)
-    with pytest.raises(RuntimeError, match=r"^Path\.write: blocks\.0\.conv\.weight of .* not laid out so"):
+    with refused(RuntimeError, "blocks.0.conv.weight"):
         path.write(0.5, layers=["blocks.0.conv"])
     path = Path(Net().half(), zeroshot, finetuned)
     bias: Any = path.model.head.bias
     bias.data = bias.data.view(torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"^Path\.write: head\.bias of .* not laid out so"):
+    with refused(RuntimeError, "head.bias"):
         path.write(0.5)
 
 
@@ -921,7 +910,7 @@ def test_variances_do_not_become_negative() -> None:
             lambda alpha=alpha: path.write(alpha),
             lambda alpha=alpha: path.at(alpha).__enter__(),
         ):
-            with pytest.raises(ValueError, match=rf"running_var.*between {low:.4g} and {high:.4g}"):
+            with refused(ValueError, f"{low:.4g}", f"{high:.4g}"):
                 refusing()
     assert path.checksum() == before
     path.write(50.0, layers=["head", "embed"])  # which have none
@@ -933,7 +922,7 @@ def test_variances_do_not_become_negative() -> None:
     buffers = {name for name, _ in path.model.named_buffers()}
     assert_close(path.model, {name: (kept if name in buffers else expected)[name] for name in expected})
     assert path.alpha is None
-    with pytest.raises(RuntimeError, match="no known state"):
+    with refused(RuntimeError):
         path.at(0.5).__enter__()
     path.write(0.5)
     assert_close(path.model, kept)
@@ -941,22 +930,22 @@ def test_variances_do_not_become_negative() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_a_dtype_cannot_hold_is_refused_and_undone(dtype: torch.dtype) -> None:
-    most = torch.finfo(dtype).max
+    most, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
     ends = [{"weight": torch.tensor([[-1.0, share * most]]), "bias": torch.ones(1)} for share in (0.5, 0.75)]
     path = Path(nn.Linear(2, 1).to(dtype), *ends)
     path.write(1.5)  # to 0.875
     before = snapshot(path.model)
     for write in ({"alpha": 2.5}, {"alpha": -9.0}, {"alpha": 1.0, "rho": 99.0}, {"alpha": 0.5, "rho": 1e9}):
-        with pytest.raises(ValueError, match=r"weight \(float"):
+        with refused(ValueError, f"weight ({name}"):
             path.write(**write)  # type: ignore[arg-type]
         assert same_bits(snapshot(path.model), before) and path.alpha == 1.5
-    with pytest.raises(ValueError, match=r"weight \(float"), path.at(9.0):
+    with refused(ValueError, f"weight ({name}"), path.at(9.0):
         pass
     assert same_bits(snapshot(path.model), before)
     path.write(9.0, layers=["bias"]) if "bias" in path.layers else path.write(0.0)
     if dtype == torch.float16:
         large = {"weight": torch.tensor([[1.0, 7e4]]), "bias": torch.ones(1)}
-        with pytest.raises(ValueError, match=r"finetuned has weights beyond what .*float16.*weight"):
+        with refused(ValueError, "finetuned", name, "weight"):
             Path(nn.Linear(2, 1).to(dtype), ends[0], large)
 
 
@@ -984,21 +973,21 @@ def normed(new: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "facts"),
     [
-        (Lora, "LoRA.*merge.*lora_A.weight, lora_B.weight"),
-        (lambda: nn.ModuleDict({"lora": nn.Linear(2, 2)}), "LoRA"),
-        (lambda: Named("q_proj_lora_A", "q_proj_lora_B"), "LoRA"),
-        (lambda: Lora("hada_w1"), "peft"),
-        (lambda: Named("ia3_l"), "peft"),
-        (lambda: normed(True), r"remove_parametrizations.*original0"),
-        (lambda: normed(False), r"remove_weight_norm.*0.weight_g, 0.weight_v"),
-        (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "remove_parametrizations"),
-        (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), r"prune.remove"),
+        (Lora, ["LoRA", "lora_A.weight, lora_B.weight"]),
+        (lambda: nn.ModuleDict({"lora": nn.Linear(2, 2)}), ["LoRA"]),
+        (lambda: Named("q_proj_lora_A", "q_proj_lora_B"), ["LoRA", "q_proj_lora_A", "q_proj_lora_B"]),
+        (lambda: Lora("hada_w1"), ["peft"]),
+        (lambda: Named("ia3_l"), ["peft", "ia3_l"]),
+        (lambda: normed(True), ["remove_parametrizations", "original0"]),
+        (lambda: normed(False), ["remove_weight_norm", "0.weight_g, 0.weight_v"]),
+        (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), ["remove_parametrizations"]),
+        (lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 2), ["prune.remove"]),
     ],
 )
-def test_factors_of_weights_are_refused_by_name(make: Callable[[], nn.Module], words: str) -> None:
-    with pytest.raises(ValueError, match=f"(?s){words}"):
+def test_factors_of_weights_are_refused_by_name(make: Callable[[], nn.Module], facts: list[str]) -> None:
+    with refused(ValueError, *facts):
         Path(make(), fill(make(), 1), fill(make(), 2))
 
 
