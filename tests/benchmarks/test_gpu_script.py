@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -134,10 +135,10 @@ def test_rows_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(step), signal.SIGKILL)
             process.wait()
-        said = (out / "log.txt").read_text().count("measured")
+        said = len(re.findall(r"^measured \d+$", (out / "log.txt").read_text(), re.M))
         kept = record.read(out / "rows.jsonl")
         assert [row["number"] for row in kept] == list(range(len(kept)))
-        assert 5 <= said <= len(kept) <= said + 1
+        assert 4 <= said <= len(kept) <= said + 1
 
 
 def test_the_cpu_version_keeps_what_it_measured_when_it_is_killed(tmp_path: Path) -> None:
