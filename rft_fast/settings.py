@@ -322,7 +322,7 @@ class Prune:
 
     criteria: tuple[Criterion, ...] = option(
         names.CRITERIA,
-        "how stragglers are told: sharpness near zero (Algorithm 1), instability (default: both)",
+        "how the layers to prune are found: sharpness near zero (Algorithm 1), instability (default: both)",
         choices=names.CRITERIA,
         many="once",
         whole=different,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
@@ -82,7 +83,7 @@ class Task:
     sink: Sink | None
 
 
-class Study:
+class Study(ABC):
     """One study. A subclass says what is special about it; :mod:`rft_fast.catalogue` lists an instance.
 
     Methods that need torch, pandas or matplotlib import them when they run: a command reads its arguments
@@ -132,7 +133,7 @@ class Study:
         """
         return ""
 
-    def validate(self, request: Request) -> None:
+    def validate(self, request: Request) -> None:  # noqa: B027 (may be left as it is)
         """Raises ValueError where the settings of a request do not allow its measurements."""
 
     def models(self, request: Request) -> int:
@@ -179,20 +180,20 @@ class Study:
         """Whether a run has anything of it to show."""
         return not facts.part(self.name).empty
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: Facts) -> None:  # noqa: B027 (may be left as it is)
         """Raises ValueError, with the reason, where the rows of a run do not allow its analysis."""
 
     def table(self, facts: Facts) -> pd.DataFrame | None:
         """What stands in ``<name>.csv`` beside the rows; None: no such file."""
         return None
 
+    @abstractmethod
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         """Draws its figure. models: names of models to show; None: the study's own choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def say(self, facts: Facts) -> list[str]:
         """Its part of the summary, as lines for a terminal."""
-        raise NotImplementedError
 
     def say_missing(self, facts: Facts) -> list[str]:
         """Its part of the summary where it was left out of a run of all studies."""
@@ -202,6 +203,6 @@ class Study:
         """What it found, as sentences."""
         return iter(())
 
+    @abstractmethod
     def section(self, facts: Facts) -> Section:
         """Its section of the report."""
-        raise NotImplementedError

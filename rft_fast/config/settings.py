@@ -234,8 +234,8 @@ class Running:
 
     out: pathlib.Path | None = option(
         None,
-        "directory for rows and figures; the same command goes on with the run that is there (default: a "
-        "new one in rft-runs/)",
+        "directory for rows and figures; the same command resumes the run in it (default: a new one in "
+        "rft-runs/)",
         metavar="DIR",
         check=pathlib.Path,
         own=_yours("where results are written"),

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import pytest
 from support import tiny_zoo
 from support.tiny_zoo import own_models, sweep_refused
+from support.toy_study import Halfway
 from support.wording import refused
 
 from rft_fast import catalogue, results, sweep
-from rft_fast.catalogue import Study
 from rft_fast.common.fields import Group, Tree, option
 from rft_fast.common.numeric import positive
 from rft_fast.config import recorded, request
@@ -48,7 +48,7 @@ class Toy:
     loud: bool = option(True, "be silent", name="no-noise-at-all")
 
 
-class Toys(Study):
+class Toys(Halfway):
     name = "toys"
     help = "what is no study of the paper"
     options = Toy

@@ -49,6 +49,14 @@ def test_a_name_is_taken_once(toy: Study) -> None:
         catalogue.study("halfways")
 
 
+def test_a_study_that_shows_nothing_is_refused_before_it_measures() -> None:
+    class Mute(Study):
+        name = "mute"
+
+    with pytest.raises(TypeError, match=r"draw.*say.*section"):  # Python's words
+        Mute()  # type: ignore[abstract]
+
+
 def test_a_study_more_needs_one_file(
     toy: Study, zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
