@@ -37,7 +37,8 @@ Others = Literal["zeroshot", "finetuned"]
 OTHERS: dict[Others, float] = {"zeroshot": 0.0, "finetuned": 1.0}
 STRAGGLER_MARGIN = 0.1  # nats: instability that makes a straggler
 
-Sampling = Literal["plain", "antithetic", "gradient"]
+# Means over draws of noise. Without "per-image", all images of a noise batch share each draw.
+Sampling = Literal["plain", "gradient", "per-image", "per-image-antithetic", "per-image-gradient"]
 WorstCase = Literal["apgd-l2", "apgd-linf"]
 Estimator = Literal[Sampling, "hessian", WorstCase]
 SAMPLING: tuple[Sampling, ...] = get_args(Sampling)
@@ -46,9 +47,7 @@ WORST_CASE: dict[Estimator, float] = {"apgd-l2": 2.0, "apgd-linf": math.inf}
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 EstimatorChoice = Literal["auto", Estimator]
 ESTIMATOR_CHOICES: tuple[EstimatorChoice, ...] = get_args(EstimatorChoice)
-Coupling = Literal["shared", "image"]  # whether images share their noise, or each has its own
-COUPLINGS: tuple[Coupling, ...] = get_args(Coupling)
-NOISE_BATCH = 128  # images per base perturbation with noise per image; the published protocol's batch
+NOISE_BATCH = 128  # images per draw of noise: the published protocol's batch
 ZERO_MARGIN = 0.02  # nats: sharpness that counts as zero
 
 Criterion = Literal["sharpness", "instability"]

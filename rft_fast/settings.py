@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from . import names
 from .common.fields import Group, option
 from .common.numeric import above_zero, check_alphas, fraction, positive, spaced, whole
-from .names import Coupling, Criterion, Estimator, EstimatorChoice, Method, Noise, On, Others
+from .names import Criterion, EstimatorChoice, Method, Noise, On, Others
 from .path.layers import layer_of
 
 _T = TypeVar("_T")
@@ -45,6 +45,10 @@ def _rhos(values: Sequence[float]) -> tuple[float, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"expected each once, got {list(values)}")
     return tuple(sorted(values))
+
+
+def _noise_batch(text: str) -> int | None:
+    return None if text == "all" else positive(text)
 
 
 def _ascending(values: Sequence[float]) -> tuple[float, ...]:
@@ -181,13 +185,13 @@ class Sharpness:
         alphas: positions, a subset of the path's.
         data: names of data sets; None: the first in-distribution one, else the first.
         samples: largest number of images of each.
-        estimator: see :class:`rft_fast.studies.Protocol`. ``"auto"`` is ``"gradient"``, and ``"plain"`` for
-            all weights together where a rho is above 0.2 and images share their noise.
+        estimator: see :class:`rft_fast.studies.Protocol`.
         on: weights to perturb; None: interpolated ones in general, fine-tuned ones layer by layer.
-        noise, adaptive, noise_batch, coupling: see :class:`rft_fast.studies.Protocol`.
+        noise, adaptive, noise_batch: see :class:`rft_fast.studies.Protocol`.
+        exclude: names or ``re:PATTERN`` of layers that general sharpness leaves as they are; None: none.
         normalize_logits: whether logits are centred and divided by their norm before the loss.
         goal_se: standard error to reach, in nats; None: a fixed number of draws.
-        max_draws: largest number of draws for ``goal_se``.
+        max_draws: largest number of draws for ``goal_se``, with those of the pilot.
         zero_margin: layer-wise sharpness that counts as near zero, in nats.
     """
 
@@ -232,9 +236,10 @@ class Sharpness:
     )
     estimator: EstimatorChoice = option(
         "auto",
-        "plain draws, antithetic pairs, draws less their linear term (gradient: the fewest draws where "
-        "rho or the layer is small), hessian (the limit for small rho), or the worst case (apgd-...); auto, "
-        "the default: gradient, but plain for all weights where a rho is above 0.2, where it gains nothing",
+        "plain draws (the published protocol); noise of its own for each image (per-image-...), of which one "
+        "pass is worth many plain draws; less the linear term (...gradient); hessian (the limit for small "
+        "rho), or the worst case (apgd-...); auto, the default: per-image, less the linear term where the "
+        "first draws show that it pays",
         choices=names.ESTIMATOR_CHOICES,
     )
     on: On | None = option(
@@ -245,25 +250,24 @@ class Sharpness:
     noise: Noise = option("normal", "(default: normal)", choices=names.NOISE)
     adaptive: bool = option(True, "noise of the same size for every weight, not of |w|")
     noise_batch: int | None = option(
-        None,
-        "noise anew for every N images, as in published code (default: one draw for all)",
+        names.NOISE_BATCH,
+        "images that share a draw of noise (default: %(default)s, as in published code), or all",
         metavar="N",
-        check=positive,
+        check=_noise_batch,
     )
-    coupling: Coupling = option(
-        "shared",
-        "noise of its own for each image (image), by random signs: one pass is worth many draws that all "
-        "images share (shared, the default); goes with plain, antithetic and gradient",
-        choices=names.COUPLINGS,
+    exclude: tuple[str, ...] | None = _names(
+        "layers that sharpness leaves as they are; re:PATTERN matches whole names (default: none)",
+        whole=tuple,
     )
     normalize_logits: bool = option(False, "centre the logits and divide them by their norm before the loss")
     goal_se: float | None = option(
         None,
-        "go on drawing until the standard error is this small (from 20 draws or more: docs/studies.md)",
+        "standard error to reach: a pilot of --draws, in all noise batches together, decides on how many "
+        "draws are made",
         metavar="NATS",
         check=above_zero,
     )
-    max_draws: int = option(1000, "but no further (default: 1000)", metavar="N", check=positive)
+    max_draws: int = option(1000, "draws for it, at most (default: 1000)", metavar="N", check=positive)
     zero_margin: float = option(
         names.ZERO_MARGIN,
         "layer-wise sharpness within which a layer is near zero (default: %(default)s)",
@@ -271,21 +275,12 @@ class Sharpness:
         check=above_zero,
     )
 
-    @property
-    def estimators(self) -> tuple[Estimator, Estimator]:
-        """Those of all weights, and of single layers."""
-        if self.estimator == "auto":
-            if self.coupling == "image":
-                return ("gradient", "gradient")
-            return ("plain" if max(self.rhos) > 0.2 else "gradient", "gradient")
-        return (self.estimator, self.estimator)
 
-
-def check_draws(draws: int, estimator: Estimator, goal: float | None, most: int) -> None:
+def check_draws(draws: int, estimator: EstimatorChoice, goal: float | None, most: int) -> None:
     """Check a number of draws against estimator and goal.
 
     Args:
-        draws: draws of noise.
+        draws: draws of noise; with a goal, of the pilot.
         estimator: estimator that uses them.
         goal: standard error to reach, in nats; None: no goal.
         most: largest number of draws for the goal.
@@ -295,14 +290,15 @@ def check_draws(draws: int, estimator: Estimator, goal: float | None, most: int)
     """
     if draws < 1:
         raise ValueError(f"sharpness: at least one draw is needed; got {draws}")
-    if estimator == "antithetic" and draws % 2:
+    if estimator == "per-image-antithetic" and draws % 2:
         raise ValueError(f"sharpness: antithetic draws come in pairs; got {draws}, use {draws + 1}")
     if goal is not None and draws < 4:
+        raise ValueError(f"sharpness: the pilot for a standard error needs 4 draws or more; got {draws}")
+    if goal is not None and most < 2 * draws:
         raise ValueError(
-            f"sharpness: a standard error to compare with the goal needs 4 draws or more; got {draws}"
+            f"sharpness: a pilot of {draws} draws and as many after it need a maximum of at least "
+            f"{2 * draws}; got {most}"
         )
-    if goal is not None and most < draws:
-        raise ValueError(f"sharpness: most must be at least draws; got {most} and {draws}")
 
 
 @dataclass(frozen=True)

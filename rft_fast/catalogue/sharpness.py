@@ -28,21 +28,15 @@ class Sharpness(Study):
 
     def protocol(self, request: Request) -> Protocol:
         """How it is measured."""
-        return self._protocol(request, 0, "interpolated")
+        return self._protocol(request, "interpolated")
 
-    def _protocol(self, request: Request, which: int, on: On) -> Protocol:
-        """The protocol of the settings.
-
-        Args:
-            request: the request.
-            which: 0 for all weights, 1 for single layers: :attr:`rft_fast.settings.Sharpness.estimators`.
-            on: the weights that are perturbed, where the settings name none.
-        """
+    def _protocol(self, request: Request, on: On) -> Protocol:
+        """The protocol of the settings. on: the weights that are perturbed, where the settings name none."""
         from ..studies.estimators import Protocol
 
         own = request.of(settings.Sharpness)
         return Protocol(
-            estimator=own.estimators[which],
+            estimator=own.estimator,
             on=own.on or on,
             noise=own.noise,
             adaptive=own.adaptive,
@@ -50,19 +44,21 @@ class Sharpness(Study):
             noise_batch=own.noise_batch,
             goal=own.goal_se,
             most=own.max_draws,
-            coupling=own.coupling,
         )
 
     def validate(self, request: Request) -> None:
         self.protocol(request)
 
     def images_at_once(self, request: Request, images: int) -> int:
-        return min(images, self.protocol(request).images_per_noise or images)
+        return min(images, self.protocol(request).noise_batch or images)
 
     def assumptions(self, request: Request) -> Iterator[str]:
         goal = self.protocol(request).goal
         if goal is not None:
-            yield f"Sharpness: as if --draws reached --goal-se {goal:g}; more draws cost in proportion."
+            yield (
+                f"Sharpness: as if --goal-se {goal:g} took as many draws as its pilot. More draws cost in "
+                "proportion."
+            )
 
     def measure(self, task: Task) -> None:
         from .. import studies
@@ -74,8 +70,10 @@ class Sharpness(Study):
             own.alphas,
             own.rhos,
             own.draws,
+            exclude=own.exclude,
             protocol=self.protocol(request),
             model=task.model,
+            zeroshot=task.kept,
             only=task.only,
             sink=task.sink,
         )
@@ -108,7 +106,7 @@ class LayerSharpness(Sharpness):
         return 4 if self.name in request.studies else 2
 
     def protocol(self, request: Request) -> Protocol:
-        return self._protocol(request, 1, "finetuned")
+        return self._protocol(request, "finetuned")
 
     def measure(self, task: Task) -> None:
         from .. import studies

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from .. import settings
 from ..names import Names
@@ -68,6 +68,8 @@ class Task:
         zeroshot: (data set, 0.0) -> scores at alpha = 0, shared by all models that start there. The study
             adds what it needs.
         own: (data set, alpha) -> scores of this model that several measurements need, likewise.
+        kept: what the study keeps between measurements in this process, for all models that share
+            ``zeroshot``.
         only: numbers of the measurements to make; None: all.
         sink: called with each measurement's number and rows as soon as it is made.
     """
@@ -79,6 +81,7 @@ class Task:
     chosen: Chosen | None
     zeroshot: MutableMapping[tuple[str, float], Scores]
     own: MutableMapping[tuple[str, float], Scores]
+    kept: MutableMapping[Any, Any]
     only: Collection[int] | None
     sink: Sink | None
 

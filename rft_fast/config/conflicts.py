@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..common.fields import Tree
-from ..names import SAMPLING, WORST_CASE
+from ..names import WORST_CASE
 from ..settings import Along, Prune, Sharpness, check_draws
 from .builder import COMMAND, ZOO
 
@@ -86,35 +86,29 @@ class _Settling:
             )
 
     def draws(self) -> None:
-        estimators, chosen = self._sharpness.estimators, f"--estimator {self._sharpness.estimator}"
-        if self._sharpness.goal_se is not None and set(estimators) & set(WORST_CASE):
-            if self.may_give_way("goal-se", "estimator"):
-                self.give_way("goal-se", None, chosen)
-        if self._sharpness.noise_batch is not None and not set(estimators) <= set(SAMPLING):
-            if self.may_give_way("noise-batch", "estimator"):
-                self.give_way("noise-batch", None, chosen)
-        if self._sharpness.coupling != "shared" and not set(estimators) <= set(SAMPLING):
-            if self.may_give_way("coupling", "estimator"):
-                self.give_way("coupling", "shared", chosen)
-        goal = self._sharpness.goal_se
-        for option, estimator in zip(("draws", "layer-draws"), estimators, strict=True):
+        own = self._sharpness
+        goal, estimator, chosen = own.goal_se, own.estimator, f"--estimator {own.estimator}"
+        if goal is not None and estimator in WORST_CASE and self.may_give_way("goal-se", "estimator"):
+            self.give_way("goal-se", None, chosen)
+            goal = None
+        for option in ("draws", "layer-draws"):
             draws: int = getattr(self._sharpness, _FIELDS[option][1])
             if goal is not None and draws < 4 and self.may_give_way(option, "goal-se"):
                 self.give_way(option, 4, "--goal-se")
-            elif estimator == "antithetic" and draws % 2 and self.may_give_way(option, "estimator"):
+            elif estimator == "per-image-antithetic" and draws % 2 and self.may_give_way(option, "estimator"):
                 self.give_way(option, draws + 1, chosen)
         own = self._sharpness
-        most = max(own.draws, own.layer_draws)
-        if goal is not None and own.max_draws < most:
+        least = 2 * max(own.draws, own.layer_draws)
+        if goal is not None and own.max_draws < least:
             if not self.may_give_way("max-draws", "draws", "layer-draws"):
                 raise ValueError(
-                    f"{named(self.tree, 'max-draws', self.zoo)}: expected at least --draws and "
-                    f"--layer-draws, got {own.max_draws} and {own.draws}, {own.layer_draws}"
+                    f"{named(self.tree, 'max-draws', self.zoo)}: expected at least {least}, twice "
+                    f"--draws and --layer-draws (the pilot's), got {own.max_draws}"
                 )
-            self.give_way("max-draws", most, "the number of draws")
-        for draws, estimator in zip((own.draws, own.layer_draws), estimators, strict=True):
+            self.give_way("max-draws", least, "the number of draws")
+        for draws in (own.draws, own.layer_draws):
             try:
-                check_draws(draws, estimator, goal, max(own.max_draws, most))
+                check_draws(draws, estimator, goal, max(own.max_draws, least))
             except ValueError as error:
                 if self.tree.giver("estimator") != ZOO:
                     raise
@@ -125,8 +119,6 @@ class _Settling:
 _FIELDS: dict[str, tuple[Any, str]] = {
     "sharpness-alphas": (Sharpness, "alphas"),
     "goal-se": (Sharpness, "goal_se"),
-    "noise-batch": (Sharpness, "noise_batch"),
-    "coupling": (Sharpness, "coupling"),
     "draws": (Sharpness, "draws"),
     "layer-draws": (Sharpness, "layer_draws"),
     "max-draws": (Sharpness, "max_draws"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common.fields import Tree
+from ..names import NOISE_BATCH
 from .settings import builder
 
 # What every flat configuration has.
@@ -22,6 +23,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
         if not config.keys() >= _FLAT:
             return dict(config)
         config = _nested(config)
+    config = _renamed(config)
     options = builder()
     return {**config, "settings": options.as_json(options.of_json(config))["settings"]}
 
@@ -41,6 +43,24 @@ def is_compared(names: Sequence[str]) -> bool:
     """Whether an entry decides if two runs are the same (:attr:`rft_fast.common.fields.Option.compared`)."""
     entry = builder().recorded(names)
     return entry is None or entry.option.compared
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the estimator's present name, of versions that had ``coupling`` beside it, or no such setting.
+
+    Their ``auto`` was another choice: as it has no present name, such a run is only resumed by its version.
+    """
+    own = dict(config["settings"].get("sharpness", {}))
+    if "exclude" in own:  # which came with the names
+        return dict(config)
+    shared = own.pop("coupling", "shared") == "shared"
+    estimator = own.get("estimator", "auto")
+    if estimator == "auto":
+        own["estimator"] = f"auto with {'shared noise' if shared else 'noise per image'}"
+    elif not shared:
+        own["estimator"] = "per-image" if estimator == "plain" else f"per-image-{estimator}"
+    own.setdefault("noise_batch", None if shared else NOISE_BATCH)
+    return {**config, "settings": {**config["settings"], "sharpness": own}}
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
         studies=asked,
         measured=measured,
         zoo=its_zoo,
-        settings=tree.but(running, _canonical(tree.of(Sharpness))),
+        settings=tree.but(running),
         out=out,
         device=device,
         fetch=fetch,
@@ -153,12 +153,6 @@ def _new(its_zoo: zoo.Zoo) -> pathlib.Path:
     """A directory for a run, where none is named."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return pathlib.Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
-
-
-def _canonical(own: Sharpness) -> Sharpness:
-    """With one name for what is the same: ``auto`` where it is not one and the same estimator."""
-    general, layerwise = own.estimators
-    return replace(own, estimator=general if general == layerwise else "auto")
 
 
 def check_device(request: Request) -> None:

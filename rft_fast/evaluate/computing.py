@@ -86,6 +86,7 @@ class Computing:
     def flipped(
         self,
         flow: Flow,
+        text: Flow | None,
         weights: Sequence[Flipped],
         end: int,
         perturb: Callable[[int], Perturbation],
@@ -94,6 +95,8 @@ class Computing:
     ) -> list[tuple[Scores, Tensor]]:
         runtime = self._runtime
         flips = self._flips(flow, weights, end)
+        with runtime.scoring():
+            head = self.head(text)
         shape, device = (count, len(flow)), runtime.device
         losses, hits = torch.empty(shape, device=device), torch.empty(shape, device=device, dtype=torch.bool)
         controls = torch.zeros(shape, device=device, dtype=torch.float64)
@@ -102,10 +105,10 @@ class Computing:
         for start in range(0, len(flow), group):
             images = slice(start, min(start + group, len(flow)))
             part = flow.cut(images)
-            record = self._record(flips, part) if control else None
+            record = self._record(flips, part, head) if control else None
             for k in range(count):
                 rows = [found[k, images] for found in (losses, hits, controls)]
-                self._perturbed(flips, part, end, perturb(k), record, rows)
+                self._perturbed(flips, part, head, perturb(k), record, rows)
         losses, hits, controls = losses.cpu(), hits.cpu(), controls.cpu()
         return [(Scores(losses[k], hits[k]), controls[k]) for k in range(count)]
 
@@ -122,13 +125,16 @@ class Computing:
                 known[key] = Flips(self._runtime.traced.image, flow.position, end, weights, x, sample)
         return known[key]
 
-    def _record(self, flips: Flips, flow: Flow) -> Record:
+    def _record(self, flips: Flips, flow: Flow, head: Tensor | None) -> Record:
         """What the control variate takes of the unperturbed model, of all of these images."""
         found: Record | None = None
+        own_head = None if head is None else head.clone()  # of no inference mode
 
         def work(flow: Flow, batch: slice) -> Record:
             x, inputs = self._start(flow, batch)
-            return flips.record(x.clone(), inputs.clone(), lambda logits: flow.judge(logits, batch)[0])
+            return flips.record(
+                x.clone(), inputs.clone(), lambda x: flow.judge(self._joined(x, own_head), batch)[0]
+            )
 
         def take(flow: Flow, batch: slice, part: Record) -> None:
             nonlocal found
@@ -149,7 +155,7 @@ class Computing:
         self,
         flips: Flips,
         flow: Flow,
-        end: int,
+        head: Tensor | None,
         perturbation: Perturbation,
         record: Record | None,
         rows: Sequence[Tensor],
@@ -165,7 +171,7 @@ class Computing:
                     x = flips.run(number, x, inputs, perturbation, signs)
                 else:
                     x = flow.stages[number].run(x, inputs)
-            return (*flow.judge(x, batch), *([] if control is None else [control]))
+            return (*flow.judge(self._joined(x, head), batch), *([] if control is None else [control]))
 
         def take(_: Flow, batch: slice, found: tuple[Tensor, ...]) -> None:
             for row, new in zip(rows, found, strict=False):
@@ -196,7 +202,10 @@ class Computing:
         Returns:
             Logits [n, classes].
         """
-        x = self._run(flow, batch, len(flow.stages))
+        return self._joined(self._run(flow, batch, len(flow.stages)), head)
+
+    def _joined(self, x: Tensor, head: Tensor | None) -> Tensor:
+        """Logits of image features and the weights of the head; where that is fixed, x are logits."""
         join = self._runtime.stages.join
         return x if head is None or join is None else join(x, head)
 

@@ -73,13 +73,16 @@ class Executor(Protocol):
     def flipped(
         self,
         flow: Flow,
+        text: Flow | None,
         weights: Sequence[Flipped],
         end: int,
         perturb: Callable[[int], Perturbation],
         count: int,
         control: bool,
     ) -> list[tuple[Scores, Tensor]]:
-        """As :meth:`rft_fast.evaluate.Walk.flipped`; ``end``: the stage after the last with weights."""
+        """As :meth:`rft_fast.evaluate.Walk.flipped`; ``text``: what makes the head; ``end``: the
+        stage after the last with weights.
+        """
 
     def warn(self, text: str) -> None:
         """Issue a UserWarning on behalf of the caller of a walk."""

@@ -175,10 +175,11 @@ class Walk:
             NoRule: the weights cannot differ between images (:mod:`rft_fast.evaluate.flips`).
             MemoryError: a single image does not fit.
         """
-        if self.text is not None:
-            raise NoRule("the images share the text tower, which makes the head")
+        text = 0 if self.text is None else len(self.text.stages) + 1
+        if self.stage < text or last >= text + len(self._runtime.stages.image):
+            raise NoRule("the images share the head that the text tower makes")
         (flow,) = self.flows
-        return self._executor.flipped(flow, weights, last + 1, perturb, count, control)
+        return self._executor.flipped(flow, self.text, weights, last + 1 - text, perturb, count, control)
 
     def _group(self) -> int:
         """Return how many variants share a batch after the stages in which they differ."""

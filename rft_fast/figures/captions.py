@@ -12,7 +12,7 @@ import pandas as pd
 from .style import fold, margin
 
 # Columns that distinguish one measurement of sharpness from another.
-SETTING = "rho dataset on estimator noise adaptive noise_batch normalized".split()
+SETTING = "rho dataset on asked noise adaptive noise_batch normalized".split()
 
 
 def not_finite(values: Iterable[float], what: str) -> str:

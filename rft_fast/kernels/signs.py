@@ -7,6 +7,8 @@ seed, draw, the image's number in its data set and the tensor's position in the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,16 @@ def signs_of_blocks(seed: int, draw: int, images: Tensor, blocks: Tensor) -> Ten
         torch.full((shape[0] * shape[1],), request.draw, device=images.device),
         torch.full((shape[0] * shape[1],), PURPOSE_SIGN, device=images.device),
     )
-    words = philox(counter, request.seed)
-    found = torch.empty((*words.shape, 32), dtype=torch.float32, device=images.device)
-    for bit in range(32):  # in turn: all bits as int64 at once would take eight times the memory
-        found[..., bit] = (words >> bit) & 1
-    return found.mul_(2).sub_(1).view(shape[0], shape[1] * BITS)
+    words = philox(counter, request.seed).to(torch.int32).contiguous()  # the low halves
+    octets = (
+        words.view(torch.uint8).flatten().int()
+    )  # the lowest first, as on every machine that torch runs on
+    table = _table(images.device)
+    return torch.nn.functional.embedding(octets, table).view(shape[0], shape[1] * BITS)
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """The signs of the bits of each byte, the lowest first: float32 [256, 8]."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8)
+    return ((bits & 1) * 2 - 1).float().to(device)

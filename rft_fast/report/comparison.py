@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from ..common.words import flat, some
 from ..config.recorded import shown_as
 from ..studies.interpolate import Z95
+from ..studies.rows import asked
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
 from .provenance import in_line
@@ -135,9 +136,10 @@ def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def _count(rows: pd.DataFrame) -> pd.Series:
-    """Return the number of samples of each standard error: images, draws, or pairs of antithetic draws."""
+    """Return one more than the degrees of freedom of each standard error: of images, or of draws."""
     pairs = rows["estimator"].str.startswith("antithetic").fillna(False)
     draws = rows["draws"].astype(float) / np.where(pairs, 2, 1)
+    draws = (rows["sharpness_df"] + 1).fillna(draws)
     return draws.where(rows["estimator"].notna(), rows["samples"].astype(float))
 
 
@@ -157,6 +159,7 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
         alpha=rows["alpha"].round(9),
         model=rows["model"].mask(shared, "zero-shot"),
         seed=rows["seed"].where(rows["method"].notna()),
+        estimator=asked(rows),
     )
     place = rows[_KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
     parts = []

@@ -143,4 +143,4 @@ def _unfinished(part: pd.DataFrame) -> list[str]:
     return [model for model in part["model"].unique() if model in unfinished]
 
 
-_CURVE = "model dataset others layer rho on noise method criterion control estimator seed".split()
+_CURVE = "model dataset others layer rho on noise method criterion control asked seed".split()

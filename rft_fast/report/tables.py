@@ -224,7 +224,7 @@ def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
 
 def _settings(rows: pd.DataFrame) -> list[str]:
     return [
-        f"ρ = {row['rho']:g}, {row['dataset']}, {row['on']} weights, {row['estimator']}"
+        f"ρ = {row['rho']:g}, {row['dataset']}, {row['on']} weights, {row['asked']}"
         for row in rows.to_dict("records")
     ]
 

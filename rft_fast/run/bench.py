@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from .. import catalogue, datasets
 from ..catalogue import Chosen, Images, Task
@@ -37,6 +37,7 @@ class Bench:
 
     def __init__(self, request: Request, evaluators: Mapping[Images, Evaluator]) -> None:
         self.request, self.evaluators = request, evaluators
+        self._kept: dict[tuple[str, str], dict[Any, Any]] = {}
 
     def run(
         self,
@@ -60,9 +61,11 @@ class Bench:
             only, sink: as studies take them.
         """
         what = catalogue.study(study)
-        zeroshot, own = (shared.scores(of) for of in self.shares(study, model))
+        names = self.shares(study, model)
+        zeroshot, own = (shared.scores(of) for of in names)
+        kept = self._kept.setdefault((study, names[0]), {})
         evaluator = self.evaluators[what.images]
-        what.measure(Task(self.request, path, evaluator, model, chosen, zeroshot, own, only, sink))
+        what.measure(Task(self.request, path, evaluator, model, chosen, zeroshot, own, kept, only, sink))
 
     def shares(self, study: str, model: str) -> tuple[str, str]:
         """Names of the scores that its measurements share: at alpha = 0, and elsewhere."""

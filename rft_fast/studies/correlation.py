@@ -20,7 +20,7 @@ from .interpolate import Z95, summarize
 from .layers import MARGIN
 from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
-from .rows import COLUMNS, check_table
+from .rows import COLUMNS, asked, check_table
 
 # Columns that distinguish one measurement of the models' sharpness from another.
 SETTING = ["dataset", "rho", "on", "estimator"]
@@ -121,7 +121,7 @@ _TYPES |= dict.fromkeys(["outcome", "measured_on", "measure"], "string")
 
 def _rounded(rows: pd.DataFrame) -> pd.DataFrame:
     # One grid may write 0.3 and another 0.30000000000000004.
-    return rows.assign(alpha=rows["alpha"].round(9))
+    return rows.assign(alpha=rows["alpha"].round(9), estimator=asked(rows))
 
 
 def _ood(rows: pd.DataFrame) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from .layers import STUDY as LAYERS
 from .layers import stragglers
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
+from .rows import asked
 from .sharpness import near_zero
 
 _Settings = TypeVar("_Settings")
@@ -50,7 +51,7 @@ class Facts:
         measured: Sequence[str] = (),
         everything: bool = False,
     ) -> None:
-        self.rows = rows
+        self.rows = rows.assign(asked=asked(rows)) if "asked" in rows else rows
         self.settings = settings or Tree()
         self.classes = classes or {}
         self.measured = tuple(measured)

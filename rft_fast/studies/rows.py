@@ -43,6 +43,8 @@ COLUMNS: dict[str, str] = {
     "control": "boolean",  # whether as many other layers, chosen at random, were pruned instead
     # How it was measured.
     "estimator": "string",
+    "asked": "string",  # the estimator that was asked for, say auto
+    "excluded": "string",  # layers that were not perturbed, joined by ", "
     "noise_batch": "Int64",  # images per draw of noise; missing: one draw for all images
     "normalized": "boolean",  # whether logits were normalised before the loss
     "seed": "Int64",
@@ -66,8 +68,12 @@ COLUMNS: dict[str, str] = {
     "change": "float64",  # A(pruned) - A(unpruned) at the same alpha, paired over samples
     "change_se": "float64",
     "sharpness": "float64",
-    "sharpness_se": "float64",
-    "reached": "boolean",  # whether the requested standard error was reached; missing: none requested
+    "sharpness_se": "float64",  # over draws, for these images
+    "sharpness_df": "float64",  # degrees of freedom of sharpness_se
+    "sharpness_se_images": "float64",  # over images, for these draws
+    "sharpness_change": "float64",  # sharpness less that at alpha = 0, paired over draws
+    "sharpness_change_se": "float64",
+    "reached": "boolean",  # whether the draws for the requested standard error were made
     "precision": "string",
     "seconds": "float64",
 }
@@ -97,6 +103,14 @@ def of_study(rows: pd.DataFrame, study: str, caller: str) -> pd.DataFrame:
     if rows.empty:
         raise ValueError(f"{caller}: expected rows of the study {study!r}, got none")
     return rows
+
+
+def asked(rows: pd.DataFrame) -> pd.Series:
+    """The estimator that each row was asked for: what keeps the rows of one request together.
+
+    ``auto`` chooses among estimators of the same expectation. Rows of earlier versions name what they used.
+    """
+    return rows["asked"].fillna(rows["estimator"])
 
 
 def complete(row: Mapping[str, object]) -> Row:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +14,12 @@ from scipy.special import stdtrit  # quantiles of Student's t; scipy.stats takes
 
 from ..names import ZERO_MARGIN, Names, On
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
+from .estimators.estimates import Results
 from .interpolate import check_evaluator
-from .rows import COLUMNS, Measured, Sink, as_number, ascending, of_study
+from .rows import COLUMNS, Measured, Row, Sink, as_number, ascending, asked, of_study
 
 if TYPE_CHECKING:
+    from ..datasets import Dataset
     from ..evaluate import Evaluator
     from ..path import Path
 
@@ -33,8 +35,10 @@ def sharpness(
     rhos: Iterable[float],
     draws: int = 20,
     *,
+    exclude: Names | None = None,
     protocol: Protocol | None = None,
     model: str = "",
+    zeroshot: MutableMapping[tuple[str, float], Estimate] | None = None,
     only: Collection[int] | None = None,
     sink: Sink | None = None,
 ) -> pd.DataFrame:
@@ -50,9 +54,13 @@ def sharpness(
         rhos: noise scales, above 0 and distinct; the paper's Figure 3 uses 1.0.
         draws: draws of noise per (alpha, rho, data set); Hessian products or steps with the estimators that
             :class:`rft_fast.studies.Protocol` describes.
+        exclude: names or ``re:`` patterns of layers that are not perturbed, such as the head or LayerNorms;
+            None: all are.
         protocol: estimator, noise and stopping rule; None: ``Protocol()``. Its ``on`` defaults to
             ``"interpolated"`` here.
         model: name of the fine-tuned model, written into the rows.
+        zeroshot: estimates at alpha = 0 by data set and rho, if there are any; the study adds what it needs.
+            They are the same for all models fine-tuned from one checkpoint.
         only: numbers of the measurements to make; None: all. There is one per (alpha, data set), numbered
             from 0 in ascending order of alpha and, for each alpha, in the evaluator's order of data sets.
             Those at alpha = 0 are the same for all models fine-tuned from one checkpoint.
@@ -61,23 +69,28 @@ def sharpness(
     Returns:
         One row per (alpha, rho, data set), with the columns of :data:`rft_fast.studies.COLUMNS`:
 
-        - ``sharpness``, in nats, with ``sharpness_se`` and ``draws``. Standard errors are over draws, for the
-          given images; NaN for a single draw and for the worst case;
-        - ``loss``: the clean loss plus ``sharpness``. This is the mean loss over draws for ``"plain"`` and
-          ``"antithetic"``, that mean without the part linear in delta for ``"gradient"``, the limit of small
-          rho for ``"hessian"``, and the highest loss found for the worst case;
+        - ``sharpness``, in nats, with ``sharpness_se`` and ``draws``: the error over draws, for the given
+          images, of the draws of each ``noise_batch``, with ``sharpness_df`` degrees of freedom (for the
+          worst case over these batches). NaN for a single draw. ``sharpness_se_images``: the error over
+          images, for the given draws;
+        - ``sharpness_change``, ``sharpness_change_se``: sharpness less that at alpha = 0, paired by draw,
+          if 0 is among the alphas;
+        - ``loss``: the clean loss plus ``sharpness``;
         - ``accuracy``: the mean over draws, a fraction; of the clean model for ``"hessian"``;
-        - ``reached``: whether the standard error requested by ``protocol.goal`` was reached.
+        - ``estimator``: the one that was used; ``asked``: the one that the protocol names;
+        - ``excluded``: the layers that were not perturbed, joined by ", ";
+        - ``reached``: whether as many draws were made as ``protocol.goal`` calls for.
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: alphas, rhos or draws out of range, the evaluator belongs to another model, or ``only``
-            holds a number that no measurement has.
+        ValueError: alphas, rhos or draws out of range, ``exclude`` names no layer or all of them, the
+            evaluator belongs to another model, or ``only`` holds a number that no measurement has.
     """
     protocol = _on(protocol, "interpolated")
     check_evaluator(path, evaluator, STUDY)
-    targets = [Target(None, 0, evaluator.stations - 1)]
-    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, STUDY, model, only, sink)
+    target = _rest(path, evaluator, exclude)
+    study = _Study(STUDY, path, evaluator, protocol, draws, model, {} if zeroshot is None else zeroshot)
+    return study.run(alphas, rhos, [target], only, sink)
 
 
 def layerwise_sharpness(
@@ -136,7 +149,8 @@ def layerwise_sharpness(
     check_evaluator(path, evaluator, LAYER_STUDY)
     targets = [Target(layer, *evaluator.span(path.tensors(layer))) for layer in path.select(layers)]
     targets.sort(key=lambda target: target.stage)
-    return _study(path, evaluator, alphas, rhos, draws, targets, protocol, LAYER_STUDY, model, only, sink)
+    study = _Study(LAYER_STUDY, path, evaluator, protocol, draws, model, {})
+    return study.run(alphas, rhos, targets, only, sink)
 
 
 def _on(protocol: Protocol | None, default: On) -> Protocol:
@@ -147,59 +161,131 @@ def _on(protocol: Protocol | None, default: On) -> Protocol:
     return protocol if protocol.on else replace(protocol, on=default)
 
 
-def _study(
-    path: Path,
-    evaluator: Evaluator,
-    alphas: Iterable[float],
-    rhos: Iterable[float],
-    draws: int,
-    targets: Sequence[Target],
-    protocol: Protocol,
-    study: str,
-    model: str,
-    only: Collection[int] | None,
-    sink: Sink | None,
-) -> pd.DataFrame:
-    protocol.check_draws(draws)
-    positions, scales = _numbers("alphas", alphas), _numbers("rhos", rhos)
-    if not all(rho > 0 for rho in scales):
-        raise ValueError(f"{study}: rhos must be above 0; got {scales}")
-    units = together(targets, protocol)
-    places = [(alpha, data) for alpha in positions for data in evaluator.datasets]
-    record = Measured(study, len(places) * len(units), only, sink)
-    for place, (alpha, data) in enumerate(places):
-        wanted = {n: unit for n, unit in enumerate(units, place * len(units)) if record.wants(n)}
-        if not wanted:
-            continue
-        numbers = {target: n for n, unit in wanted.items() for target in unit}
-        parts = evaluator.parts(protocol.images_per_noise, data.name)
-        with closing(estimate(path, parts, alpha, list(numbers), scales, draws, protocol)) as found:
-            for results in found:
+def _rest(path: Path, evaluator: Evaluator, exclude: Names | None) -> Target:
+    """All layers but the excluded ones."""
+    if exclude is None:
+        return Target(None, 0, evaluator.stations - 1)
+    excluded = path.select(exclude)
+    if not (rest := tuple(layer for layer in path.layers if layer not in set(excluded))):
+        raise ValueError(f"{STUDY}: exclude leaves no layer to perturb; got {list(exclude)}")
+    spans = [evaluator.span(path.tensors(layer)) for layer in rest]
+    first, last = min(first for first, _ in spans), max(last for _, last in spans)
+    return Target(None, first, last, tuple(excluded), rest)
+
+
+@dataclass
+class _Study:
+    """What all measurements of a call share."""
+
+    name: str
+    path: Path
+    evaluator: Evaluator
+    protocol: Protocol
+    draws: int
+    model: str
+    zeroshot: MutableMapping[tuple[str, float], Estimate]
+
+    def run(
+        self,
+        alphas: Iterable[float],
+        rhos: Iterable[float],
+        targets: Sequence[Target],
+        only: Collection[int] | None,
+        sink: Sink | None,
+    ) -> pd.DataFrame:
+        self.protocol.check_draws(self.draws)
+        positions, scales = _numbers("alphas", alphas), _numbers("rhos", rhos)
+        if not all(rho > 0 for rho in scales):
+            raise ValueError(f"{self.name}: rhos must be above 0; got {scales}")
+        units = together(targets, self.protocol)
+        places = [(alpha, data) for alpha in positions for data in self.evaluator.datasets]
+        record = Measured(self.name, len(places) * len(units), only, sink)
+        if self.protocol.noise_batch and self._images_per_noise is None:
+            self.path.warn(
+                f"{self.name}: a text tower makes the head for all images, so all of them share each draw of "
+                "noise (noise_batch is not used)"
+            )
+        for place, (alpha, data) in enumerate(places):
+            wanted = {n: unit for n, unit in enumerate(units, place * len(units)) if record.wants(n)}
+            numbers = {target: n for n, unit in wanted.items() for target in unit}
+            for results in self._estimates(alpha, data.name, list(numbers), scales) if wanted else ():
                 rows = []
                 for (target, rho), result in results.items():
-                    row = {"study": study, "model": model, "dataset": data.name, "ood": data.ood}
-                    row |= {"layer": target.layer, "alpha": alpha, "rho": rho, "keep": 1.0}
-                    row |= {"samples": len(data.labels), "skipped": data.skipped}
-                    row |= {"normalized": evaluator.normalize_logits}
-                    row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
-                    if result.coupling == "image":
-                        row["estimator"] = f"{protocol.estimator}-image"
+                    row = self._row(data, target, alpha, rho, result)
+                    if self.name == STUDY and 0.0 in positions:
+                        if alpha and (data.name, rho) not in self.zeroshot:
+                            self._start(data.name, target, scales)
+                        row |= self._change(data.name, alpha, rho, result)
                     rows.append(row)
                 record.add(numbers[target], rows)
-    return record.frame()
+        return record.frame()
+
+    def _estimates(
+        self, alpha: float, dataset: str, targets: Sequence[Target], rhos: Sequence[float]
+    ) -> Iterator[Results]:
+        parts = self.evaluator.parts(self._images_per_noise, dataset)
+        found = estimate(self.path, parts, alpha, targets, rhos, self.draws, self.protocol)
+        with closing(found):
+            yield from found
+
+    @property
+    def _images_per_noise(self) -> int | None:
+        return images_per_noise(self.protocol, self.evaluator)
+
+    def _start(self, dataset: str, target: Target, rhos: Sequence[float]) -> None:
+        """Measure the zero-shot model, with which others are compared."""
+        for results in self._estimates(0.0, dataset, [target], rhos):
+            for (_, rho), result in results.items():
+                self.zeroshot[dataset, rho] = result
+
+    def _change(self, dataset: str, alpha: float, rho: float, result: Estimate) -> Row:
+        if not alpha:
+            self.zeroshot[dataset, rho] = result
+            return {"sharpness_change": 0.0, "sharpness_change_se": 0.0}
+        change = result.change(self.zeroshot[dataset, rho])
+        return {"sharpness_change": change.value, "sharpness_change_se": change.se}
+
+    def _row(self, data: Dataset, target: Target, alpha: float, rho: float, found: Estimate) -> Row:
+        protocol = self.protocol
+        drawn = {} if found.estimator in WORST_CASE else {"noise": protocol.noise, "seed": protocol.seed}
+        return {
+            "study": self.name,
+            "model": self.model,
+            "dataset": data.name,
+            "ood": data.ood,
+            "layer": target.layer,
+            "excluded": ", ".join(target.excluded) or None,
+            "alpha": alpha,
+            "rho": rho,
+            "keep": 1.0,
+            "on": protocol.where,
+            "adaptive": protocol.adaptive,
+            "estimator": found.estimator,
+            "asked": protocol.estimator,
+            **drawn,
+            "noise_batch": self._images_per_noise,
+            "samples": len(data.labels),
+            "skipped": data.skipped,
+            "normalized": self.evaluator.normalize_logits,
+            "precision": self.evaluator.precision,
+            "sharpness": found.sharpness.value,
+            "sharpness_se": found.sharpness.se,
+            "sharpness_df": found.sharpness.df,
+            "sharpness_se_images": found.images_se,
+            "loss": found.loss + found.sharpness.value,
+            "loss_se": found.sharpness.se,
+            "accuracy": found.accuracy.value,
+            "accuracy_se": found.accuracy.se,
+            "draws": found.draws,
+            "nonfinite": found.nonfinite,
+            "reached": found.reached,
+            "seconds": found.seconds,
+        }
 
 
-def _asked(protocol: Protocol) -> dict[str, object]:
-    names = ["on", "adaptive", "estimator"]
-    if protocol.estimator not in WORST_CASE:  # which draws nothing
-        names += ["noise", "seed"]
-    asked = {name: getattr(protocol, name) for name in names}
-    return {**asked, "noise_batch": protocol.images_per_noise}
-
-
-def _measured(found: Estimate) -> dict[str, object]:
-    names = "sharpness sharpness_se loss loss_se accuracy accuracy_se draws nonfinite reached seconds"
-    return {name: getattr(found, name) for name in names.split()}
+def images_per_noise(protocol: Protocol, evaluator: Evaluator) -> int | None:
+    """Images that share a draw: ``noise_batch``, but all of them (None) where a text tower makes the head."""
+    return None if evaluator.stages.text else protocol.noise_batch
 
 
 def _numbers(name: str, values: Iterable[float]) -> list[float]:
@@ -214,19 +300,18 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     """Find the layers whose sharpness is near zero (the criterion of Alg. 1) by an equivalence test.
 
     A layer is near zero if, at every alpha > 0, the two-sided 95 % interval of its sharpness lies within
-    ``margin`` of zero: ``|S| + t * se < margin``, with Student's t for ``draws - 1`` degrees of freedom
-    (``pairs - 1`` for antithetic draws). A wide interval is no evidence, so a layer without a finite
-    standard error is never near zero.
+    ``margin`` of zero: ``|S| + t * se < margin``, with Student's t for ``sharpness_df`` degrees of freedom. A
+    wide interval is no evidence, so a layer without a finite standard error is never near zero.
 
     Args:
         rows: rows of :func:`layerwise_sharpness`; rows of other studies are ignored.
         margin: largest sharpness that counts as zero, in nats, above 0.
 
     Returns:
-        One row per (model, data set, on, rho, estimator, noise, adaptive, noise_batch, normalized, layer), in
-        the order of measurement: ``near_zero`` and ``margin``, and, from the alpha whose interval reaches
-        furthest from zero, ``alpha``, ``sharpness``, ``sharpness_se``, ``bound`` (the far end, in nats) and
-        ``draws``.
+        One row per (model, data set, on, rho, asked, noise, adaptive, noise_batch, normalized,
+        layer), in the order of measurement: ``near_zero`` and ``margin``, and, from the alpha whose interval
+        reaches furthest from zero, ``alpha``, ``sharpness``, ``sharpness_se``, ``bound`` (the far end, in
+        nats) and ``draws``.
 
     Raises:
         TypeError: ``rows`` is not a table of rows, or ``margin`` is not a number.
@@ -238,7 +323,8 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     rows = rows[rows["alpha"] > 0]
     if rows.empty:
         raise ValueError(f"near_zero: expected rows of the study {LAYER_STUDY!r} with alpha > 0, got none")
-    keys = "model dataset on rho estimator noise adaptive noise_batch normalized layer".split()
+    rows = rows.assign(asked=asked(rows))
+    keys = "model dataset on rho asked noise adaptive noise_batch normalized layer".split()
     found = []
     for key, group in rows.groupby(keys, sort=False, dropna=False):
         bounds = group["sharpness"].abs() + student_t(group) * group["sharpness_se"]
@@ -252,7 +338,11 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
 
 
 def student_t(rows: pd.DataFrame) -> pd.Series:
-    """Student's t of the two-sided 95 % interval of each row's sharpness; NaN for a single draw."""
+    """Student's t of the two-sided 95 % interval of each row's sharpness; NaN for a single draw.
+
+    Rows of versions without ``sharpness_df`` have one degree of freedom less than draws, or pairs of them.
+    """
     pairs = rows["estimator"].str.startswith("antithetic").to_numpy(dtype=bool, na_value=False)
     freedom = (rows["draws"] // np.where(pairs, 2, 1) - 1).astype("float64")
-    return pd.Series(stdtrit(freedom.where(freedom > 0), 0.975), index=rows.index)
+    freedom = rows["sharpness_df"].fillna(freedom.where(freedom > 0))
+    return pd.Series(stdtrit(freedom, 0.975), index=rows.index)

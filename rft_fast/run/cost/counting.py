@@ -180,6 +180,7 @@ class Counting:
     def flipped(
         self,
         flow: Flow,
+        text: Flow | None,
         weights: Sequence[Flipped],
         end: int,
         perturb: Callable[[int], Perturbation],
@@ -190,10 +191,13 @@ class Counting:
         images = len(flow)
         size = sum(weight.live.numel() for weight in weights)
         if control:
-            self._work.gradients[flow.position] += images
+            self._work.gradients[self._text + flow.position] += images
             self._work.batches += self._runtime.slopes.count(images)
         for _ in range(count):
-            self._add([*reading, *range(flow.position, len(flow.stages))], images)
+            stages = [*reading, *range(flow.position, len(flow.stages))]
+            self._add([self._text + stage for stage in stages], images)
+            if text is not None:
+                self.join(flow)
             self._work.writes += 1
             self._work.noisy += size
         self._work.scorings += count

@@ -6,23 +6,25 @@ and yields an :class:`Estimate` per target and rho.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...kernels.contract import Write
-from ...names import ESTIMATORS, WORST_CASE, never
-from .estimates import Estimate, Results, Target, clean_scores
+from ...names import ESTIMATORS, WORST_CASE
+from .estimates import Estimate, Mean, Results, Target, clean_scores, shares_of
 from .hessian import curvature
 from .protocol import Protocol
-from .sampling import sample
 from .worst_case import worst_case
 
 if TYPE_CHECKING:
     from ...evaluate import Evaluator
     from ...path import Path
 
-__all__ = ["ESTIMATORS", "WORST_CASE", "Estimate", "Protocol", "Target", "estimate", "together"]
+__all__ = ["ESTIMATORS", "WORST_CASE", "Estimate", "Mean", "Protocol", "Target", "estimate", "together"]
 
 
 def estimate(
@@ -59,18 +61,14 @@ def estimate(
         return
     with path.at(alpha):
         match protocol.estimator:
-            case "plain" | "antithetic" | "gradient" if protocol.coupling == "image":
-                from .per_image import per_image  # loads open_clip, which rows and words do not need
-
-                yield from per_image(path, parts, alpha, targets, rhos, draws, protocol)
-            case "plain" | "antithetic" | "gradient":
-                yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
             case "hessian":
                 yield curvature(path, parts, alpha, targets, rhos, draws, protocol)
-            case "apgd-l2" | "apgd-linf":
-                yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol)
-            case other:
-                never(other)
+            case "apgd-l2" | "apgd-linf" as norm:
+                yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol, norm)
+            case _:
+                from .sampling import sample  # loads open_clip, which rows and words do not need
+
+                yield from sample(path, parts, alpha, targets, rhos, draws, protocol)
 
 
 def together(targets: Sequence[Target], protocol: Protocol) -> list[list[Target]]:
@@ -93,6 +91,8 @@ def _zeros(
         loss, accuracy, lost = clean_scores(parts)
     seconds = (perf_counter() - start) / (len(targets) * len(rhos))
     reached = None if protocol.goal is None else True
-    found = Estimate(0.0, 0.0, loss, 0.0, accuracy, 0.0, 0, lost, reached, seconds, protocol.coupling)
+    zero, nothing = Mean(0.0, 0.0, math.nan), np.zeros((0, len(parts)))
+    clean, used = Mean(accuracy, 0.0, math.nan), protocol.used
+    found = Estimate(zero, 0.0, loss, clean, 0, lost, reached, seconds, used, nothing, shares_of(parts))
     for group in together(targets, protocol):
         yield {(target, rho): found for target in group for rho in rhos}

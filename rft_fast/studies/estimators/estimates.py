@@ -1,4 +1,4 @@
-"""Inputs and outputs of the estimators, and what they share."""
+"""Inputs and outputs of the estimators, and the standard errors that they share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.special import stdtrit  # quantiles of Student's t; scipy.stats takes ten times as long to load
 from torch import Tensor
 
-from ...names import Coupling
+from ...names import WORST_CASE, Estimator
 from ..rows import only_one
 from .protocol import Protocol
 
@@ -19,25 +20,50 @@ if TYPE_CHECKING:
     from ...evaluate import Evaluator
     from ...path import Weight
 
+PILOT = 20
+"""Draws times parts of a pilot, which decides on the estimator (``auto``)."""
+_Z95 = 1.959963984540054
+
 
 @dataclass(frozen=True)
 class Target:
-    """What is perturbed: one layer, or the whole model.
+    """What is perturbed: one layer, or many.
 
     Attributes:
-        layer: name of the layer; None: the whole model.
+        layer: name of the layer; None: all layers but the excluded ones.
         stage: first stage of a walk that reads it.
         last: last stage that does.
+        excluded: names of layers that stay as they are, if ``layer`` is None.
+        others: names of the layers that are perturbed then; None: all.
     """
 
     layer: str | None
     stage: int
     last: int
+    excluded: tuple[str, ...] = ()
+    others: tuple[str, ...] | None = None
 
     @property
     def layers(self) -> list[str] | None:
         """The layers as :meth:`rft_fast.Path.write` takes them."""
-        return None if self.layer is None else [self.layer]
+        if self.layer is not None:
+            return [self.layer]
+        return None if self.others is None else list(self.others)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its standard error.
+
+    Attributes:
+        value: the mean.
+        se: its standard error; NaN where there is none.
+        df: degrees of freedom of ``se``; NaN where there is none.
+    """
+
+    value: float
+    se: float
+    df: float
 
 
 @dataclass(frozen=True)
@@ -45,36 +71,89 @@ class Estimate:
     """Sharpness, with mean loss and accuracy of the perturbed model.
 
     Attributes:
-        sharpness: in nats.
-        sharpness_se: its standard error over draws, for the given images; NaN for a single draw.
-        loss: loss of the clean model plus ``sharpness``, in nats: the mean over draws for ``"plain"`` and
-            ``"antithetic"``, the mean less <gradient, delta> for ``"gradient"``.
-        loss_se: as ``sharpness_se``.
+        sharpness: in nats, with its standard error for the given images: over draws within each part, over
+            parts for the worst case.
+        images_se: standard error of ``sharpness`` over images, with these draws: of the images' own means
+            over draws; NaN for the worst case and for Hessian products.
+        loss: of the clean model, in nats.
         accuracy: mean over draws, a fraction; of the clean model for Hessian products.
-        accuracy_se: its standard error over draws.
-        draws: number of draws, products or steps made.
+        draws: number of draws, products or steps.
         nonfinite: number of perturbed losses of single images that were NaN or infinite; for Hessian
             products, number of such products.
-        reached: whether the requested standard error was reached; None: none requested.
+        reached: whether as many draws were made as the pilot called for; None: no standard error was
+            requested.
         seconds: duration.
-        coupling: how the noises of different images were coupled: as the protocol says, but ``"shared"``
-            where no other noise is possible.
+        estimator: the one that was used.
+        values: float64 [draws, parts]: sharpness by draw (pair of antithetic draws; one row for the worst
+            case) and part. Draws of equal number share their noise at all positions and models.
+        shares: float64 [parts]: fraction of all images that each part has.
     """
 
-    sharpness: float
-    sharpness_se: float
+    sharpness: Mean
+    images_se: float
     loss: float
-    loss_se: float
-    accuracy: float
-    accuracy_se: float
+    accuracy: Mean
     draws: int
     nonfinite: int
     reached: bool | None
     seconds: float
-    coupling: Coupling = "shared"
+    estimator: Estimator
+    values: np.ndarray
+    shares: np.ndarray
+
+    def change(self, base: Estimate) -> Mean:
+        """Sharpness less that of ``base``, paired by draw and part.
+
+        Args:
+            base: an estimate with the same protocol and parts, at another position.
+        """
+        if not base.draws or not self.draws:  # exactly 0 at one of them
+            one, sign = (self, 1) if self.draws else (base, -1)
+            return Mean(sign * one.sharpness.value, one.sharpness.se, one.sharpness.df)
+        common = min(len(self.values), len(base.values))
+        paired = self.values[:common] - base.values[:common]
+        return (
+            over_parts(paired[0], self.shares) if self.estimator in WORST_CASE else mean(paired, self.shares)
+        )
 
 
 Results = dict[tuple[Target, float], Estimate]
+
+
+def mean(values: np.ndarray, shares: np.ndarray) -> Mean:
+    """The mean over draws and images, from the draws of each part, which are independent.
+
+    The degrees of freedom are those of Welch and Satterthwaite.
+
+    Args:
+        values: [draws, parts].
+        shares: [parts]: fraction of all images that each part has.
+    """
+    found = float(values.mean(0) @ shares)
+    draws, parts = values.shape
+    with np.errstate(invalid="ignore"):  # infinite losses
+        if draws < 2:
+            return Mean(found, math.nan, math.nan)
+        each = values.var(0, ddof=1) / draws * shares**2
+        total = float(each.sum())
+        spread = float((each**2).sum()) / (draws - 1)
+        df = total**2 / spread if spread > 0 else float(parts * (draws - 1))
+    return Mean(found, math.sqrt(total) if total >= 0 else math.nan, df)
+
+
+def over_parts(values: np.ndarray, shares: np.ndarray) -> Mean:
+    """The mean over parts and its standard error, NaN for a single part.
+
+    Args:
+        values: [parts].
+        shares: [parts]: fraction of all images that each part has.
+    """
+    found, parts = float(values @ shares), len(values)
+    if parts < 2:
+        return Mean(found, math.nan, math.nan)
+    with np.errstate(invalid="ignore"):  # infinite losses
+        variance = float((shares**2) @ (values - found) ** 2) * parts / (parts - 1)
+    return Mean(found, math.sqrt(variance), float(parts - 1))
 
 
 def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
@@ -86,31 +165,33 @@ def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
     return scale if on_path else scale * alpha
 
 
-def draws_for(now: Estimate, protocol: Protocol) -> int:
-    """Number of draws expected to reach the requested standard error; even, at most ``protocol.most``."""
-    if protocol.goal is None or now.reached or not math.isfinite(now.sharpness_se):
-        return now.draws
-    wanted = now.draws * min(4.0, 1.1 * (now.sharpness_se / protocol.goal) ** 2)
-    wanted = min(protocol.most, max(now.draws + 2, math.ceil(wanted)))
-    return wanted - wanted % 2
+def draws_for(pilot: Estimate, goal: float) -> int:
+    """Draws that reach a standard error, by Stein's two-stage rule; no fewer than the pilot's.
+
+    The pilot's variance is uncertain, so the rule counts Student's quantile instead of the normal one.
+
+    Args:
+        pilot: an estimate whose draws are not used again.
+        goal: standard error to reach, in nats.
+    """
+    least = len(pilot.values)
+    if not math.isfinite(pilot.sharpness.se) or not pilot.sharpness.se:
+        return least
+    ratio = float(stdtrit(pilot.sharpness.df, 0.975)) / _Z95 * pilot.sharpness.se / goal
+    return max(least, math.ceil(least * ratio**2))
 
 
-def shares_of(parts: Sequence[Evaluator]) -> list[float]:
+def shares_of(parts: Sequence[Evaluator]) -> np.ndarray:
     """Fraction of all images that each part has."""
-    counts = [sum(len(data.labels) for data in part.datasets) for part in parts]
-    return [count / sum(counts) for count in counts]
+    counts = np.array([sum(len(data.labels) for data in part.datasets) for part in parts], dtype=float)
+    shares: np.ndarray = counts / counts.sum()
+    return shares
 
 
 def clean_scores(parts: Sequence[Evaluator]) -> tuple[float, float, int]:
     """Loss, accuracy and number of non-finite losses of the model as it is."""
     scores = [only_one(part.scores()) for part in parts]
     shares = shares_of(parts)
-    loss = sum(share * score.loss for share, score in zip(shares, scores, strict=True))
-    accuracy = sum(share * score.accuracy for share, score in zip(shares, scores, strict=True))
+    loss = float(shares @ [score.loss for score in scores])
+    accuracy = float(shares @ [score.accuracy for score in scores])
     return loss, accuracy, sum(score.nonfinite for score in scores)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over draws and its standard error, NaN for a single draw."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from ...kernels.contract import Write
 from ...names import (
-    COUPLINGS,
-    ESTIMATORS,
+    ESTIMATOR_CHOICES,
     NOISE,
     NOISE_BATCH,
     ON,
-    SAMPLING,
     WORST_CASE,
-    Coupling,
     Estimator,
+    EstimatorChoice,
     Noise,
     On,
 )
@@ -30,18 +28,28 @@ class Protocol:
     """How sharpness is measured. The same noise serves every alpha, model and data set.
 
     Args:
-        estimator: how the expectation is estimated:
+        estimator: how the expectation over noise is estimated. It is taken image by image, so noise may
+            differ between images; one pass over the images is then worth many draws that they share.
 
-            - ``"plain"``: mean over draws of L(w + delta) - L(w);
-            - ``"antithetic"``: draws in pairs +delta, -delta, so that odd terms cancel;
-            - ``"gradient"``: each draw less <gradient, delta>, whose mean is zero. One backward pass serves
-              all layers and draws. Unbiased; most effective at small rho;
+            - ``"auto"``: ``"per-image-gradient"`` or ``"per-image"``, whichever has the lower product of
+              variance and cost in the first draws of each target and rho; rows name the choice. Weights that
+              cannot differ between images get ``"gradient"`` or ``"plain"``, with a warning;
+            - ``"plain"``: mean over draws of L(w + delta) - L(w), the published protocol. The images of a
+              ``noise_batch`` share each draw;
+            - ``"gradient"``: the same, each draw less <gradient, delta>, whose mean is zero (a control
+              variate). Unbiased; most effective at small rho;
+            - ``"per-image"``: each image has noise of its own, by random signs of its own for the rows and
+              columns of each weight (flipout; Wen et al., ICLR 2018, arXiv 1803.04386). One base perturbation
+              serves the images of a ``noise_batch``;
+            - ``"per-image-antithetic"``: in pairs +delta, -delta, so that odd terms cancel;
+            - ``"per-image-gradient"``: each image's rise less <gradient of its loss, its perturbation>. One
+              backward pass serves all draws and rhos. It needs memory for the layer's inputs and outputs of
+              the images at hand;
             - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit of small rho (Prop. A.1), by
               Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
             - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho (c
-              = |w| if adaptive), by Auto-PGD with ``draws`` steps: a lower bound, without a standard error.
-              Needs
-              memory for five copies of the layer's weights.
+              = |w| if adaptive), by Auto-PGD with ``draws`` steps for each ``noise_batch``, and the mean over
+              these: a lower bound. Needs memory for five copies of the layer's weights.
 
         on: weights that the noise is added to: ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1);
             None: as the study defines it.
@@ -49,43 +57,34 @@ class Protocol:
         adaptive: whether noise is scaled by |w|.
         seed: seed of the noise, in [0, 2**63), as tables hold signed integers. A draw is determined by its
             number and the seed, on every device.
-        noise_batch: images per draw of noise (m-sharpness; 128 in the published code); None: one draw for the
-            whole data set, or with noise per image one base perturbation for each 128 images.
-        coupling: how the noises of different images are coupled; the expectation is the same:
-
-            - ``"shared"``: they are the same for all images of a ``noise_batch``;
-            - ``"image"``: each image has noise of its own, by random signs of its own for the rows and
-              columns of each weight (flipout; Wen et al., ICLR 2018, arXiv 1803.04386). One pass over the
-              images is worth many shared draws. The control of ``"gradient"`` is taken image by image: it
-              needs memory for the layer's inputs and outputs of the images at hand. The standard error is
-              from the draws of each ``noise_batch``. Weights that images cannot differ in get noise per
-              ``noise_batch``, with a warning.
-
-        goal: standard error to reach, in nats: drawing continues until every target has reached it, or
-            ``most`` draws are made; None: a fixed number of draws.
-        most: largest number of draws with a goal.
+        noise_batch: images per draw of noise, per base perturbation, per Hessian product or per worst case
+            (m-sharpness; 128 in the published code); None: the whole data set. The standard error is from
+            the draws of each of these parts. Where a text tower makes the head, all images share it, and so
+            the noise: None is used, with a warning.
+        goal: standard error to reach, in nats; None: a fixed number of draws. A pilot of ``draws`` in all
+            parts together decides how many further draws are made (Stein's two-stage rule); only these make
+            the result.
+        most: largest number of draws with a goal, with those of the pilot.
 
     Raises:
         TypeError: an argument has a wrong type.
         ValueError: an argument is out of range, or does not apply to the estimator; the message names it.
     """
 
-    estimator: Estimator = "gradient"
+    estimator: EstimatorChoice = "auto"
     on: On | None = None
     noise: Noise = "normal"
     adaptive: bool = True
     seed: int = 0
-    noise_batch: int | None = None
+    noise_batch: int | None = NOISE_BATCH
     goal: float | None = None
     most: int = 1000
-    coupling: Coupling = "shared"
 
     def __post_init__(self) -> None:
         for name, offered in (
-            ("estimator", ESTIMATORS),
+            ("estimator", ESTIMATOR_CHOICES),
             ("on", (None, *ON)),
             ("noise", NOISE),
-            ("coupling", COUPLINGS),
         ):
             if getattr(self, name) not in offered:
                 raise ValueError(
@@ -112,22 +111,26 @@ class Protocol:
             raise ValueError(
                 f"sharpness: a goal needs a standard error, and {self.estimator!r} has none; leave it out"
             )
-        if self.estimator not in SAMPLING and self.noise_batch is not None:
-            raise ValueError(
-                f"sharpness: {self.estimator!r} draws no such noise; leave noise_batch (--noise-batch) out"
-            )
-        if self.estimator not in SAMPLING and self.coupling == "image":
-            raise ValueError(
-                f"sharpness: {self.estimator!r} draws no noise for images to have of their own; coupling "
-                f"(--coupling) 'image' goes with the estimators {', '.join(SAMPLING)}"
-            )
 
     @property
-    def images_per_noise(self) -> int | None:
-        """Images per draw of noise, or per base perturbation; None: all."""
-        if self.coupling == "image" and self.noise_batch is None:
-            return NOISE_BATCH
-        return self.noise_batch
+    def per_image(self) -> bool:
+        """Whether images have noise of their own."""
+        return self.estimator in ("auto", "per-image", "per-image-antithetic", "per-image-gradient")
+
+    @property
+    def antithetic(self) -> bool:
+        """Whether draws come in pairs."""
+        return self.estimator == "per-image-antithetic"
+
+    @property
+    def control(self) -> bool | None:
+        """Whether a gradient is the control variate; None: the first draws decide."""
+        return None if self.estimator == "auto" else self.estimator in ("gradient", "per-image-gradient")
+
+    @property
+    def used(self) -> Estimator:
+        """The estimator that is named where nothing is drawn."""
+        return "per-image-gradient" if self.estimator == "auto" else self.estimator
 
     @property
     def where(self) -> On:
@@ -139,6 +142,11 @@ class Protocol:
         if not _is_int(draws):
             raise TypeError(f"sharpness: draws must be an integer; got {draws!r}")
         check_draws(draws, self.estimator, self.goal, self.most)
+
+    def pilot(self, draws: int, parts: int) -> int:
+        """Draws of a pilot of so many draws in all parts together: two or more, in pairs where they are."""
+        unit = 2 if self.antithetic else 1
+        return unit * max(2, math.ceil(draws / (unit * parts)))
 
 
 def _is_int(value: object) -> bool:

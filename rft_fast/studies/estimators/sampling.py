@@ -1,8 +1,17 @@
-"""The mean over draws of noise: plain, in antithetic pairs, or with the gradient as a control variate."""
+"""The mean over draws of noise: shared by the images of a part, or of its own for each image.
+
+Noise per image: all images of a part share one base perturbation D; image n is perturbed by D o (r_n s_n^T)
+with random signs r_n and s_n of its own, which has the same distribution. So one pass over the images is
+worth many draws that all images share.
+
+Numbering: draw d of part p of P has the noise of draw d P + p. The signs of an image depend on d and on its
+number in the data set, see :mod:`rft_fast.kernels.signs`. Antithetic pairs share noise and signs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -12,68 +21,20 @@ import torch
 from torch import Tensor
 
 from ...common.threads import few_threads
+from ...evaluate.flipped import Flipped, NoRule
+from ...evaluate.flipping import Perturbation
+from ...kernels import Plan
+from ...kernels.contract import first_blocks
+from ...names import Estimator
 from ..rows import AT_ONCE, chunks, only_one, walk_to
-from .estimates import Estimate, Results, Target, draws_for, mean_and_error, shares_of
+from .estimates import PILOT, Estimate, Results, Target, draws_for, mean, shares_of, spread
 from .protocol import Protocol
 
 if TYPE_CHECKING:
-    from ...evaluate import Evaluator, Walk
-    from ...path import Path
+    from ...evaluate import Evaluator, Scores, Walk
+    from ...path import Path, Weight
 
-
-@dataclass
-class _Tally:
-    """Results so far of one target and rho, one number per draw."""
-
-    values: list[float] = field(default_factory=list)  # L(w + delta) - L(w)
-    controls: list[float] = field(default_factory=list)  # <gradient, delta>
-    accuracies: list[float] = field(default_factory=list)
-    nonfinite: int = 0
-    seconds: float = 0.0
-
-    def estimate(self, clean: float, protocol: Protocol) -> Estimate:
-        draws = len(self.values)
-        values, accuracies = np.array(self.values), np.array(self.accuracies)
-        values = values - np.array(self.controls)
-        if protocol.estimator == "antithetic":
-            values, accuracies = (x.reshape(-1, 2).mean(1) for x in (values, accuracies))
-        sharpness, error = mean_and_error(values)
-        accuracy, accuracy_error = mean_and_error(accuracies)
-        reached = None if protocol.goal is None else bool(error <= protocol.goal)
-        return Estimate(
-            sharpness,
-            error,
-            clean + sharpness,
-            error,
-            accuracy,
-            accuracy_error,
-            draws,
-            self.nonfinite,
-            reached,
-            self.seconds,
-        )
-
-
-@dataclass
-class _View:
-    """Some of the images on their way through the stages, with the weights at the position."""
-
-    share: float  # of all images
-    part: int
-    walk: Walk
-    clean: float  # their loss
-    slope: _Slope | None
-
-
-def _views(
-    path: Path, parts: Sequence[Evaluator], targets: Sequence[Target], protocol: Protocol
-) -> Iterator[_View]:
-    for index, (share, part) in enumerate(zip(shares_of(parts), parts, strict=True)):
-        slope = _Slope(path, part, targets) if protocol.estimator == "gradient" else None
-        pieces = part.pieces()  # unlike parts, these share their noise
-        for portion, piece in zip(shares_of(pieces), pieces, strict=True):
-            walk = piece.walk()
-            yield _View(share * portion, index, walk, only_one(walk.scores()).loss, slope)
+_Key = tuple[Target, float]  # target and rho
 
 
 def sample(
@@ -85,126 +46,304 @@ def sample(
     draws: int,
     protocol: Protocol,
 ) -> Iterator[Results]:
-    """Draw until each target has reached its goal or its most draws; yield targets in the order of stages."""
+    """Yield the results of one target after another, in the order of stages.
+
+    With a goal, a pilot decides on the number of draws, and further draws make the result.
+    """
+    study = _Study(path, parts, alpha, protocol)
     targets = sorted(targets, key=lambda target: target.stage)
-    # One walk through all images serves the targets one after another. Where the images come in several
-    # pieces, which are not held together, each piece goes through a few targets before the next one.
-    rolling = len(parts) == 1 and len(parts[0].pieces()) == 1
-    walks = list(_views(path, parts, targets, protocol)) if rolling else None
+    # One walk through all images serves the targets one after another, where they are held together.
+    rolling = parts[0].holds(sum(len(data.labels) for part in parts for data in part.datasets))
+    views = list(study.views()) if rolling else None
     for chunk in chunks(targets, 1 if rolling else AT_ONCE):
-        tallies = {(target, rho): _Tally() for target in chunk for rho in rhos}
-        found: Results = {}
-        wanted = dict.fromkeys(tallies, range(draws))
-        while wanted:
-            views = walks or _views(path, parts, list(dict.fromkeys(t for t, _ in wanted)), protocol)
-            clean = _draw(path, views, alpha, tallies, wanted, len(parts), protocol)
-            found |= {key: tallies[key].estimate(clean, protocol) for key in wanted}
-            more = {key: draws_for(found[key], protocol) for key in wanted}
-            wanted = {key: range(found[key].draws, n) for key, n in more.items() if n > found[key].draws}
+        keys = [(target, rho) for target in chunk for rho in rhos]
+        first = range(draws)
+        if protocol.goal is not None:
+            first = range(protocol.pilot(draws, len(parts)))
+        found = study.measure(views, {key: _Asked(first, protocol.control) for key in keys})
+        if protocol.goal is not None:
+            pairs = 2 if protocol.antithetic else 1
+            pilots = {key: tally.estimate() for key, tally in found.items()}
+            wanted = {key: pairs * draws_for(pilot, protocol.goal) for key, pilot in pilots.items()}
+            room = protocol.most - len(first)
+            more = {
+                key: _Asked(
+                    range(len(first), len(first) + min(count, room - room % pairs)), found[key].control
+                )
+                for key, count in wanted.items()
+            }
+            found = study.measure(views, more)
+            for key, tally in found.items():
+                tally.reached = wanted[key] <= room
         for target in chunk:
-            yield {(target, rho): found[target, rho] for rho in rhos}
+            yield {(target, rho): found[target, rho].estimate() for rho in rhos}
 
 
-def _draw(
-    path: Path,
-    views: Iterable[_View],
-    alpha: float,
-    tallies: Mapping[tuple[Target, float], _Tally],
-    wanted: Mapping[tuple[Target, float], range],
-    parts: int,
-    protocol: Protocol,
-) -> float:
-    """Add the wanted draws to the tallies; return the clean loss."""
-    rhos: dict[Target, list[float]] = {}
-    for target, rho in wanted:
-        rhos.setdefault(target, []).append(rho)
-    values = {key: np.zeros((3, len(draws))) for key, draws in wanted.items()}
-    clean = 0.0
-    for view in views:
-        clean += view.share * view.clean
-        for target in rhos:
-            walk_to(view.walk, target.stage)
-            for rho in rhos[target]:
-                start = perf_counter()
-                draws, tally, found = wanted[target, rho], tallies[target, rho], values[target, rho]
-                noise = _Noise(path, alpha, rho, target, draws, view.part, parts, protocol, view.slope)
-                scores = [only_one(s) for s in view.walk.variants(noise.write, len(draws), target.last)]
-                found[0] += [view.share * (score.loss - view.clean) for score in scores]
-                found[1] += view.share * noise.controls()
-                found[2] += [view.share * score.accuracy for score in scores]
-                tally.nonfinite += sum(score.nonfinite for score in scores)
-                tally.seconds += perf_counter() - start
-            path.write(alpha, layers=target.layers)
-    for key, found in values.items():
-        tally = tallies[key]
-        for kept, new in zip((tally.values, tally.controls, tally.accuracies), found, strict=True):
-            kept.extend(new.tolist())
-    return clean
+@dataclass(frozen=True)
+class _Asked:
+    """Draws that are to be made, and whether with the control variate; None: the first parts decide."""
+
+    draws: range
+    control: bool | None
 
 
 @dataclass
-class _Noise:
-    """Draws of noise on one target, written one after another for one part of the data."""
+class _Tally:
+    """Results of one target and rho."""
 
-    path: Path
-    alpha: float
-    rho: float
-    target: Target
-    draws: range
-    part: int
-    parts: int
     protocol: Protocol
-    slope: _Slope | None
-    along: list[Tensor] = field(default_factory=list)
+    draws: range
+    shares: np.ndarray  # [parts]
+    control: bool | None
+    cost: float  # of a pass with control, in passes without
+    values: np.ndarray = field(init=False)  # [draws, parts]: mean losses less those of the clean model
+    controls: np.ndarray = field(init=False)  # [draws, parts]: <gradient, perturbation>
+    accuracies: np.ndarray = field(init=False)  # [draws, parts]
+    # float64 [n] of each view: sums over draws of losses less those of the clean model, and of controls
+    images: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    clean: float = 0.0  # mean loss of the clean model
+    nonfinite: int = 0
+    seconds: float = 0.0
+    reached: bool | None = None
+    shared: bool = False  # the images of a part share their noise
 
-    def write(self, k: int) -> None:
-        """Perturb the target by the k-th of these draws."""
-        draw, sign = self.draws[k], 1
-        if self.protocol.estimator == "antithetic":
-            draw, sign = draw // 2, 1 - 2 * (draw % 2)
-        self.path.write(
-            self.alpha,
-            self.rho,
-            self.target.layers,
-            seed=self.protocol.seed,
-            draw=draw * self.parts + self.part,
-            on=self.protocol.where,
-            noise=self.protocol.noise,
-            adaptive=self.protocol.adaptive,
-            sign=sign,
+    def __post_init__(self) -> None:
+        shape = len(self.draws), len(self.shares)
+        self.values, self.controls, self.accuracies = (np.zeros(shape) for _ in range(3))
+
+    @property
+    def pilot(self) -> int:
+        """Parts whose draws decide on the control."""
+        return min(len(self.shares), math.ceil(PILOT / len(self.draws)))
+
+    def decide(self, parts: int) -> None:
+        """Choose the lower product of variance and cost, by the draws of the first parts."""
+        if self.control is None:
+            values, controls, shares = self.values[:, :parts], self.controls[:, :parts], self.shares[:parts]
+            plain, less = (mean(rises, shares).se for rises in (values, values - controls))
+            cost = 1.0 if self.shared else self.cost
+            self.control = not plain**2 < cost * less**2  # also where neither has an error
+
+    def add(
+        self, view: _View, scores: Sequence[Scores], controls: Sequence[np.ndarray], seconds: float
+    ) -> None:
+        """Add the scores of all draws on some images. controls: [n] each, or one number."""
+        losses = np.sum([score.losses.double().numpy() for score in scores], 0)
+        rises = losses - len(scores) * view.clean.losses.double().numpy()
+        self.images.append((rises, np.zeros(1) if self.shared else np.sum(controls, 0)))
+        for draw, (score, control) in enumerate(zip(scores, controls, strict=True)):
+            self.values[draw, view.part] += view.share * score.rise_over(view.clean)[0]
+            self.controls[draw, view.part] += view.share * float(control.mean())
+            self.accuracies[draw, view.part] += view.share * score.accuracy
+            self.nonfinite += score.nonfinite
+        self.clean += self.shares[view.part] * view.share * view.clean.loss
+        self.seconds += seconds
+
+    def estimate(self) -> Estimate:
+        self.decide(len(self.shares))
+        values, accuracies = self.values - self.controls * bool(self.control), self.accuracies
+        if self.protocol.antithetic and not self.shared:
+            values, accuracies = (x.reshape(-1, 2, x.shape[1]).mean(1) for x in (values, accuracies))
+        sharpness = mean(values, self.shares)
+        images = np.concatenate([rises - bool(self.control) * less for rises, less in self.images])
+        images /= len(self.draws)
+        with np.errstate(invalid="ignore"):  # infinite losses
+            error = float(images.std(ddof=1)) / math.sqrt(len(images)) if len(images) > 1 else math.nan
+        return Estimate(
+            sharpness,
+            error,
+            self.clean,
+            mean(accuracies, self.shares),
+            len(self.draws),
+            self.nonfinite,
+            self.reached,
+            self.seconds,
+            self.estimator,
+            values,
+            self.shares,
         )
-        if self.slope is not None:
-            self.along.append(self.slope.along(self.target))
 
-    def controls(self) -> np.ndarray:
-        """<gradient, delta> of each draw; zeros without a gradient."""
-        if not self.along:
-            return np.zeros(len(self.draws))
-        found: np.ndarray = torch.stack(self.along).cpu().numpy()
-        return found
+    @property
+    def estimator(self) -> Estimator:
+        """What was done."""
+        if self.shared:
+            return "gradient" if self.control else "plain"
+        if self.protocol.antithetic:
+            return "per-image-antithetic"
+        return "per-image-gradient" if self.control else "per-image"
+
+
+@dataclass
+class _View:
+    """Some images of a part on their way through the stages, with the weights at the position."""
+
+    part: int
+    share: float  # of the part's images
+    evaluator: Evaluator
+    walk: Walk
+    clean: Scores
+
+
+class _Study:
+    """What all targets at a position share."""
+
+    def __init__(self, path: Path, parts: Sequence[Evaluator], alpha: float, protocol: Protocol) -> None:
+        self.path, self.parts, self.alpha, self.protocol = path, parts, alpha, protocol
+        self.shares = shares_of(parts)
+        self.alike: set[Target] = set()  # whose noise images share, for want of a rule
+        slots = (slot for slot in path.slots if slot.is_float and slot.is_parameter)
+        lives = sorted(slots, key=lambda slot: slot.row)
+        starts = first_blocks([slot.tensor for slot in lives])
+        self.flipped = {
+            slot.name: Flipped(slot.tensor, slot.name, start)
+            for slot, start in zip(lives, starts, strict=True)
+        }
+
+    def views(self) -> Iterator[_View]:
+        """The images of all parts, before the first stage."""
+        for index, part in enumerate(self.parts):
+            pieces = part.pieces()  # unlike parts, these share their noise
+            for portion, piece in zip(shares_of(pieces), pieces, strict=True):
+                walk = piece.walk()
+                yield _View(index, portion, piece, walk, only_one(walk.scores()))
+
+    def measure(self, views: Sequence[_View] | None, asked: Mapping[_Key, _Asked]) -> dict[_Key, _Tally]:
+        """Make draws on all images."""
+        tallies = {
+            (target, rho): _Tally(
+                self.protocol, wanted.draws, self.shares, wanted.control, self._cost(target)
+            )
+            for (target, rho), wanted in asked.items()
+        }
+        for view in views or self.views():
+            for target in dict.fromkeys(target for target, _ in asked):
+                walk_to(view.walk, target.stage)
+                own = {rho: tally for (of, rho), tally in tallies.items() if of == target}
+                for tally in own.values():
+                    if view.part >= tally.pilot:
+                        tally.decide(tally.pilot)
+                for control in (True, False):
+                    some = {
+                        rho: tally for rho, tally in own.items() if (tally.control is not False) == control
+                    }
+                    if some:
+                        self._draw(view, target, some, control)
+        return tallies
+
+    def _cost(self, target: Target) -> float:
+        """Cost of a pass with control, in passes without: the products of perturbed stages once more."""
+        flipped, rest = target.last - target.stage + 1, self.parts[0].stations - target.stage
+        return 1 + flipped / (rest + flipped)
+
+    def _draw(self, view: _View, target: Target, tallies: Mapping[float, _Tally], control: bool) -> None:
+        """Add the draws of one target on some images to the tallies by rho."""
+        start = perf_counter()
+        draws = [(rho, draw) for rho, tally in tallies.items() for draw in tally.draws]
+        found = None
+        if self.protocol.per_image and target not in self.alike:
+            noise = _Base(self, target, draws, view.part)
+            try:
+                found = view.walk.flipped(noise.weights, target.last, noise.perturb, len(draws), control)
+            except NoRule as reason:
+                self.alike.add(target)
+                what = target.layer or "the model"
+                self.path.warn(f"sharpness: {what} gets noise per batch, not per image: {reason}")
+        shared = found is None
+        results = _shared(self, view, target, draws, control) if found is None else found
+        seconds = (perf_counter() - start) / len(tallies)
+        for number, tally in enumerate(tallies.values()):
+            tally.shared = shared
+            before = sum(len(other.draws) for other in list(tallies.values())[:number])
+            own = results[before : before + len(tally.draws)]
+            tally.add(view, [score for score, _ in own], [by_image.numpy() for _, by_image in own], seconds)
+
+
+def _shared(
+    study: _Study, view: _View, target: Target, draws: Sequence[tuple[float, int]], control: bool
+) -> list[tuple[Scores, Tensor]]:
+    """Scores under noise that the images of a part share, and <gradient, perturbation>, a number each."""
+    path, protocol = study.path, study.protocol
+    slope = _Slope(path, view.evaluator, target) if control else None
+    along: list[Tensor] = []
+
+    def write(k: int) -> None:
+        rho, draw = draws[k]
+        path.write(
+            study.alpha,
+            rho,
+            target.layers,
+            seed=protocol.seed,
+            draw=draw * len(study.parts) + view.part,
+            on=protocol.where,
+            noise=protocol.noise,
+            adaptive=protocol.adaptive,
+        )
+        if slope is not None:
+            along.append(slope.along())
+
+    scores = [only_one(found) for found in view.walk.variants(write, len(draws), target.last)]
+    path.write(study.alpha, layers=target.layers)
+    controls = torch.stack(along).cpu() if along else torch.zeros(len(draws), dtype=torch.float64)
+    return list(zip(scores, controls, strict=True))
 
 
 class _Slope:
-    """The gradient of a part's loss, and its product with a perturbation."""
+    """The gradient of the loss of some images, and its product with a perturbation."""
 
-    def __init__(self, path: Path, part: Evaluator, targets: Iterable[Target]) -> None:
-        lives = {target: [w.live for w in path.weights(target.layers)] for target in targets}
-        weights = list({id(live): live for group in lives.values() for live in group}.values())
-        gradients = dict(zip(map(id, weights), part.gradient(weights)[1], strict=True))
-        self._pairs = {
-            target: [(gradients[id(live)], live) for live in group] for target, group in lives.items()
-        }
-        self._clean = {target: self._dot(target) for target in self._pairs}
+    def __init__(self, path: Path, images: Evaluator, target: Target) -> None:
+        lives = [weight.live for weight in path.weights(target.layers)]
+        self._pairs = list(zip(images.gradient(lives)[1], lives, strict=True))
+        self._clean = self._dot()
 
-    def along(self, target: Target) -> Tensor:
+    def along(self) -> Tensor:
         """<gradient, delta> of the current perturbation: float64, 0-d, on the weights' device.
 
         The difference of two products in float64: delta itself is never stored, and roundings of the live
         weights are included.
         """
-        return self._dot(target) - self._clean[target]
+        return self._dot() - self._clean
 
-    def _dot(self, target: Target) -> Tensor:
+    def _dot(self) -> Tensor:
         with torch.no_grad(), few_threads():
-            sums = [torch.dot(g.double().flatten(), w.double().flatten()) for g, w in self._pairs[target]]
+            sums = [torch.dot(g.double().flatten(), w.double().flatten()) for g, w in self._pairs]
             return torch.stack(sums).sum()
+
+
+class _Base:
+    """Base perturbations D of one target for one part of the data, one after another."""
+
+    def __init__(self, study: _Study, target: Target, draws: Sequence[tuple[float, int]], part: int) -> None:
+        self._study, self._draws, self._part = study, draws, part
+        self._own: list[Weight] = study.path.weights(target.layers)
+        self.weights = [study.flipped[weight.name] for weight in self._own]
+        self._plan: Plan | None = None
+
+    def perturb(self, k: int) -> Perturbation:
+        """The k-th one, in the memory of the one before."""
+        study, protocol = self._study, self._study.protocol
+        if self._plan is None:
+            self._bases = [
+                torch.empty_like(weight.live, dtype=torch.float32, requires_grad=False)
+                for weight in self._own
+            ]
+            blocks = [weight.block for weight in self.weights]
+            self._plan = Plan(self._bases, self._bases, self._bases, study.path.impl, blocks=blocks)
+            self._scales = [spread(weight, study.alpha, protocol) for weight in self._own]
+        (rho, draw), sign = self._draws[k], 1
+        if protocol.antithetic:
+            draw, sign = draw // 2, 1 - 2 * (draw % 2)
+        number = draw * len(study.parts) + self._part
+        with torch.no_grad():
+            torch._foreach_zero_(self._bases)
+            self._plan.write(
+                1.0,
+                rho=rho,
+                noise=protocol.noise,
+                adaptive=False,
+                seed=protocol.seed,
+                draw=number,
+                sign=sign,
+            )
+            torch._foreach_mul_(self._bases, self._scales)
+        bases = [base.to(w.live.dtype) for base, w in zip(self._bases, self.weights, strict=True)]
+        return Perturbation(bases, protocol.seed, draw)

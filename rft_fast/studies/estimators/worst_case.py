@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...common.threads import few_threads
-from ...names import WORST_CASE
+from ...names import WORST_CASE, WorstCase
 from ..rows import only_one
-from .estimates import Estimate, Results, Target, clean_scores, spread
+from .estimates import Estimate, Results, Target, over_parts, shares_of, spread
 from .protocol import Protocol
 
 if TYPE_CHECKING:
@@ -29,29 +30,39 @@ def worst_case(
     rhos: Sequence[float],
     steps: int,
     protocol: Protocol,
+    estimator: WorstCase,
 ) -> Iterator[Results]:
-    """Yield the results of one target after another; each search starts at the clean weights."""
-    (part,) = parts
-    clean, _, _ = clean_scores(parts)
+    """Yield the results of one target after another: the mean over parts of each part's own worst case.
+
+    Each search starts at the clean weights.
+    """
+    shares = shares_of(parts)
+    clean = np.array([only_one(part.scores()).loss for part in parts])
     for target in targets:
         results: Results = {}
         for rho in rhos:
             start = perf_counter()
+            losses, accuracies, nonfinite = np.zeros(len(parts)), np.zeros(len(parts)), 0
             with path.borrowed(target.layers) as weights:
-                climb = _Climb(part, weights, alpha, rho, protocol)
-                climb.run(steps)
-                score = only_one(part.scores())
+                climb = _Climb(weights, alpha, rho, WORST_CASE[estimator], protocol)
+                for index, part in enumerate(parts):
+                    climb.run(part, steps)
+                    score = only_one(part.scores())
+                    losses[index] = score.loss - clean[index]
+                    accuracies[index] = score.accuracy
+                    nonfinite += score.nonfinite
             results[target, rho] = Estimate(
-                score.loss - clean,
+                over_parts(losses, shares),
                 math.nan,
-                score.loss,
-                math.nan,
-                score.accuracy,
-                math.nan,
+                float(clean @ shares),
+                over_parts(accuracies, shares),
                 steps,
-                score.nonfinite,
+                nonfinite,
                 None,
                 perf_counter() - start,
+                estimator,
+                losses[None],
+                shares,
             )
         yield results
 
@@ -63,16 +74,16 @@ class _Climb:
     """
 
     def __init__(
-        self, part: Evaluator, weights: Sequence[Weight], alpha: float, rho: float, protocol: Protocol
+        self, weights: Sequence[Weight], alpha: float, rho: float, norm: float, protocol: Protocol
     ) -> None:
-        self._part, self._rho = part, rho
-        self._norm = WORST_CASE[protocol.estimator]
+        self._rho, self._norm = rho, norm
         self._live = [weight.live for weight in weights]
         self._clean = [weight.live.detach().clone() for weight in weights]
         self._scale = [spread(weight, alpha, protocol) for weight in weights]
 
-    def run(self, steps: int) -> None:
-        """Leave the live weights at the highest loss found."""
+    def run(self, part: Evaluator, steps: int) -> None:
+        """Leave the live weights at the highest loss found on a part of the data."""
+        self._part = part
         u = [torch.zeros_like(scale) for scale in self._scale]
         before = u
         loss, slope = self._look(u)
