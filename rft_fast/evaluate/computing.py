@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -14,7 +14,7 @@ from . import precision as formats
 from .batches import Batches
 from .feed import Images, Prompts
 from .flipped import Flipped
-from .flipping import Flips, Perturbation, Record, frozen
+from .flipping import Flips, Perturb, Perturbation, Record, frozen
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
@@ -89,7 +89,7 @@ class Computing:
         text: Flow | None,
         weights: Sequence[Flipped],
         end: int,
-        perturb: Callable[[int], Perturbation],
+        perturb: Perturb,
         count: int,
         control: bool,
     ) -> list[tuple[Scores, Tensor]]:
@@ -108,7 +108,7 @@ class Computing:
             record = self._record(flips, part, head) if control else None
             for k in range(count):
                 rows = [found[k, images] for found in (losses, hits, controls)]
-                self._perturbed(flips, part, head, perturb(k), record, rows)
+                self._perturbed(flips, part, head, perturb(k, flips.weights), record, rows)
         losses, hits, controls = losses.cpu(), hits.cpu(), controls.cpu()
         return [(Scores(losses[k], hits[k]), controls[k]) for k in range(count)]
 

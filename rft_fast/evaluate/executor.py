@@ -8,14 +8,14 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from .feed import Images
 from .flipped import Flipped
-from .flipping import Perturbation
+from .flipping import Perturb
 from .flow import Flow
 from .scores import Scores
 
@@ -76,7 +76,7 @@ class Executor(Protocol):
         text: Flow | None,
         weights: Sequence[Flipped],
         end: int,
-        perturb: Callable[[int], Perturbation],
+        perturb: Perturb,
         count: int,
         control: bool,
     ) -> list[tuple[Scores, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,13 @@ from torch import Tensor
 Signs = tuple[Tensor, ...]
 # (input of the operation, base perturbation, signs of the image) -> shift of the operation's result.
 Shift = Callable[[Tensor, Tensor, Signs], Tensor]
+
+
+COPIES = 16
+"""Base perturbations of a weight with a sign for every element: image n takes number n mod 16.
+
+Such weights are small and their noise costs nothing, and images with the same base share its magnitudes.
+"""
 
 
 class NoRule(Exception):
@@ -34,10 +41,16 @@ class Layout:
         """Signs per image."""
         return self.rows + self.columns
 
-    def split(self, signs: Tensor, shape: Sequence[int]) -> Signs:
-        """Signs [n, count] as the rules take them, of a weight of this shape."""
+    def split(self, signs: Tensor, base: Tensor, images: Tensor) -> Signs:
+        """Signs [n, count] as the rules take them; of all elements, with the base perturbation of each image.
+
+        Args:
+            signs: [n, count].
+            base: base perturbation; of all elements, ``COPIES`` of them.
+            images: [n]: numbers of the images.
+        """
         if not self.columns:
-            return (signs.reshape(len(signs), *shape),)
+            return (signs.view(len(signs), *base.shape[1:]) * base[images % COPIES],)
         return signs[:, : self.rows], signs[:, self.rows :]
 
 

@@ -27,7 +27,8 @@ class Perturbation:
     """One draw of noise: base perturbations D of the weights, in their order, and where the signs come from.
 
     Attributes:
-        bases: Tensors of the shapes and dtypes of the weights.
+        bases: Tensors of the shapes and dtypes of the weights; of those with a sign for every element,
+            ``COPIES`` of them, [copies, ...].
         seed: Key of the random generator.
         draw: Number of the draw, for the signs.
     """
@@ -35,6 +36,10 @@ class Perturbation:
     bases: Sequence[Tensor]
     seed: int
     draw: int
+
+
+# (number of a perturbation, the weights) -> the perturbation.
+Perturb = Callable[[int, Sequence[Flipped]], Perturbation]
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,11 @@ class Flips:
         """Of each weight, the signs of the images of these numbers."""
         bits = signs_of_blocks(perturbation.seed, perturbation.draw, numbers, self._blocks)
         found: list[Signs] = []
-        for weight, count, start in zip(self.weights, self._counts, self._starts, strict=False):
+        bases = perturbation.bases
+        for weight, base, count, start in zip(self.weights, bases, self._counts, self._starts, strict=False):
             if count and weight.layout is not None:
                 one = bits[:, start : start + count].to(weight.live.dtype)
-                found.append(weight.layout.split(one, weight.live.shape))
+                found.append(weight.layout.split(one, base, numbers))
             else:
                 found.append(())
         return found

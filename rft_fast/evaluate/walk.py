@@ -9,7 +9,7 @@ from torch import Tensor
 from .executor import Executor
 from .feed import Images, Prompts, total
 from .flipped import Flipped, NoRule
-from .flipping import Perturbation
+from .flipping import Perturb
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
@@ -155,7 +155,7 @@ class Walk:
         self,
         weights: Sequence[Flipped],
         last: int,
-        perturb: Callable[[int], Perturbation],
+        perturb: Perturb,
         count: int,
         control: bool,
     ) -> list[tuple[Scores, Tensor]]:
@@ -163,8 +163,8 @@ class Walk:
 
         Args:
             weights: those that are perturbed, read by the stations from the present one to ``last`` alone.
-            perturb: returns perturbation k, for k = 0 ... count - 1. It is called for one at a time, and
-                again where not all images are held at once.
+            perturb: returns perturbation k, for k = 0 ... count - 1, of these weights, whose layouts are
+                known then. It is called for one at a time, and again where not all images are held at once.
             control: whether the control variate is computed: one forward and one backward pass more.
 
         Returns:

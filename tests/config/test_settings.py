@@ -167,12 +167,12 @@ def test_a_flat_configuration_becomes_the_tree() -> None:
         (1.0,),
         ("near",),
         12,
-        "auto",
+        "auto with shared noise",  # type: ignore[arg-type]
         None,
         "uniform",
         False,
         128,
-        "shared",
+        None,
         True,
         0.1,
         500,
@@ -269,11 +269,10 @@ def test_an_error_is_a_line_and_a_hint(
             "option sharpness-alphas of the zoo 'tiny' (0, 0.2, 1) gives way to --alphas: 0, 1",
         ),
         (["sharpness-alphas = [0.2]"], "--alphas 0 1", Sharpness, "alphas", (0, 1), "to --alphas: 0, 1"),
-        (["layer-draws = 5"], "--estimator antithetic", Sharpness, "layer_draws", 6, "(5) gives way"),
+        (["layer-draws = 5"], "--estimator per-image-antithetic", Sharpness, "layer_draws", 6, "(5) gives"),
         (["layer-draws = 3"], "--goal-se 0.1", Sharpness, "layer_draws", 4, "to --goal-se: 4"),
-        ([], "--goal-se 0.1 --draws 2000", Sharpness, "max_draws", 2000, "the default of --max-draws (1000)"),
+        ([], "--goal-se 0.1 --draws 2000", Sharpness, "max_draws", 4000, "the default of --max-draws (1000)"),
         (["goal-se = 0.1"], "--estimator apgd-l2", Sharpness, "goal_se", None, "apgd-l2: none"),
-        (["noise-batch = 8"], "--estimator hessian", Sharpness, "noise_batch", None, "hessian: none"),
         (['prune-layers = "re:.*"'], "--criteria sharpness", Prune, "layers", None, "to --criteria: none"),
     ],
 )  # fmt: skip
@@ -295,7 +294,7 @@ def test_what_nobody_said_gives_way(
             "tiny 0.55",
         ),
         ([], "--sharpness-alphas 0.55", "--sharpness-alphas 0.55"),
-        (['estimator = "antithetic"'], "--draws 5", "6 tiny"),
+        (['estimator = "per-image-antithetic"'], "--draws 5", "6 tiny"),
         (['layer-data = "nowhere"'], "", "tiny"),
         (['models = "x"'], "", "tiny x"),
         (['layers = "visual.conv2"'], "", "tiny"),
@@ -336,15 +335,29 @@ def test_what_gave_way_is_said_by_the_run_and_by_its_plan(
     assert "gives way to --alphas: 0, 1" in (tmp_path / "run" / "run.log").read_text()
 
 
-def test_one_estimator_has_one_name() -> None:
-    """What is the same run is recorded the same, so that it resumes."""
-    for words, name in (
-        ("--rhos 0.1", "gradient"),
-        ("--rhos 0.1 --estimator gradient", "gradient"),
-        ("--rhos 1", "auto"),
-        ("--rhos 1 --estimator gradient", "gradient"),
-    ):
-        assert request.read(["sharpness", *words.split()]).of(Sharpness).estimator == name
+@pytest.mark.parametrize(("words", "size"), [("", 128), ("--noise-batch all", None), ("--noise-batch 9", 9)])
+def test_images_that_share_noise(words: str, size: int | None) -> None:
+    assert request.read(["sharpness", *words.split()]).of(Sharpness).noise_batch == size
+
+
+@pytest.mark.parametrize(
+    ("estimator", "coupling", "now"),
+    [
+        ("auto", "shared", "auto with shared noise"),
+        ("auto", "image", "auto with noise per image"),
+        ("gradient", "shared", "gradient"),
+        ("gradient", "image", "per-image-gradient"),
+        ("plain", "image", "per-image"),
+        ("hessian", "shared", "hessian"),
+    ],
+)
+def test_estimators_of_earlier_versions_have_their_present_names(
+    estimator: str, coupling: str, now: str
+) -> None:
+    own = {"estimator": estimator, "coupling": coupling, "noise_batch": None}
+    found = recorded.upgraded({"settings": {"sharpness": own}})
+    assert recorded.tree_of(found).of(Sharpness).estimator == now
+    assert recorded.upgraded(found) == found
 
 
 def test_models_and_running_settings_are_no_zoos_to_give() -> None:

@@ -129,7 +129,7 @@ def test_commands_answer_before_they_load_anything_large(name: str, word: str, s
         ("sweep", "nowhere.toml"),
         ("sweep", "--precision fp8"),
         ("sweep", "--device gpu"),
-        ("sweep", "--estimator antithetic --draws 5"),
+        ("sweep", "--estimator per-image-antithetic --draws 5"),
         ("sweep", "--class-names imagnet"),
         ("sweep", "--class-names imagenet --templates opnai"),
         ("sweep", "--sharpness-alphas .55"),

@@ -57,7 +57,7 @@ def offered(option: str, parser: Any = options.parser) -> tuple[str, ...]:
         ([rft.write_, rft.Plan.write, rft.Path.write, contract.Write], "on", offered("--on")),
         ([rft.studies.Protocol], "on", offered("--on")),
         ([rft.write_, rft.Plan.write, rft.Path.write, contract.Write], "fill", ("zero", "zeroshot")),
-        ([rft.studies.Protocol], "estimator", tuple(n for n in offered("--estimator") if n != "auto")),
+        ([rft.studies.Protocol], "estimator", offered("--estimator")),
         ([rft.studies.prune_stragglers], "criterion", offered("--criteria")),
         ([rft.studies.prune_stragglers], "methods", offered("--methods")),
         ([rft.studies.layerwise_interpolation], "others", offered("--others")),

@@ -60,7 +60,6 @@ STUDIES: dict[str, Study] = {
     "layers": lambda p, e: studies.layerwise_interpolation(p, e, ALPHAS),
     "layers from fine-tuned": lambda p, e: studies.layerwise_interpolation(p, e, ALPHAS, others="finetuned"),
     "plain": general("plain"),
-    "antithetic": general("antithetic"),
     "gradient": general("gradient"),
     "noise batches": general("gradient", noise_batch=10),
     "layer-wise": layerwise("plain"),

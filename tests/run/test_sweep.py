@@ -381,7 +381,7 @@ def test_options_of_a_zoo_are_defaults() -> None:
         (["--rhos", "0"], ("0",)),
         (["--rhos", "1", "1"], ()),
         (["--draws", "0"], ()),
-        (["--draws", "5", "--estimator", "antithetic"], ("5", "6")),
+        (["--draws", "5", "--estimator", "per-image-antithetic"], ("5", "6")),
         (["--estimator", "best"], ("best",)),
         (["--estimator", "apgd-l2", "--goal-se", "0.1"], ()),
         (
@@ -393,7 +393,8 @@ def test_options_of_a_zoo_are_defaults() -> None:
         (["--layers", "visual.proj", "--layers", "visual.conv1"], ("--layers",)),
         (["--rhos", "1", "--seed", "1", "--rhos", "2"], ("--rhos",)),
         (["--data-kind", "uci=npz", "--data-kind", "uci=wds"], ("--data-kind",)),
-        (["--estimator", "hessian", "--noise-batch", "8"], ("noise_batch", "--noise-batch")),
+        (["--noise-batch", "0"], ("0",)),
+        (["--noise-batch", "some"], ("some",)),
         (["--keep", "0"], ()),
         (["--keep", "1"], ()),
         (["--criteria", "luck"], ("luck",)),

@@ -14,7 +14,7 @@ from ...evaluate import Evaluator, Scores
 from ...evaluate.batches import Batches
 from ...evaluate.feed import Images, Prompts, total
 from ...evaluate.flipped import Flipped
-from ...evaluate.flipping import Perturbation
+from ...evaluate.flipping import Perturb
 from ...evaluate.flow import Flow
 from ...evaluate.runtime import Runtime
 from ...kernels import Write
@@ -183,7 +183,7 @@ class Counting:
         text: Flow | None,
         weights: Sequence[Flipped],
         end: int,
-        perturb: Callable[[int], Perturbation],
+        perturb: Perturb,
         count: int,
         control: bool,
     ) -> list[tuple[Scores, Tensor]]:

@@ -5,7 +5,10 @@ with random signs r_n and s_n of its own, which has the same distribution. So on
 worth many draws that all images share.
 
 Numbering: draw d of part p of P has the noise of draw d P + p. The signs of an image depend on d and on its
-number in the data set, see :mod:`rft_fast.kernels.signs`. Antithetic pairs share noise and signs.
+number in the data set, see :mod:`rft_fast.kernels.signs`. Antithetic pairs share noise and signs. A weight
+that has a sign for every element (biases, LayerNorms, embeddings) has ``COPIES`` base perturbations; image n
+takes number n mod ``COPIES``, and copy c of a weight at block b has the noise of block b + c B, where B is
+the number of blocks of the whole model.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...common.threads import few_threads
-from ...evaluate.flipped import Flipped, NoRule
+from ...evaluate.flipped import COPIES, Flipped, NoRule
 from ...evaluate.flipping import Perturbation
 from ...kernels import Plan
 from ...kernels.contract import first_blocks
@@ -193,7 +196,7 @@ class _Study:
         self.alike: set[Target] = set()  # whose noise images share, for want of a rule
         slots = (slot for slot in path.slots if slot.is_float and slot.is_parameter)
         lives = sorted(slots, key=lambda slot: slot.row)
-        starts = first_blocks([slot.tensor for slot in lives])
+        *starts, self.blocks = first_blocks([*(slot.tensor for slot in lives), torch.empty(0)])
         self.flipped = {
             slot.name: Flipped(slot.tensor, slot.name, start)
             for slot, start in zip(lives, starts, strict=True)
@@ -318,21 +321,14 @@ class _Base:
         self.weights = [study.flipped[weight.name] for weight in self._own]
         self._plan: Plan | None = None
 
-    def perturb(self, k: int) -> Perturbation:
+    def perturb(self, k: int, weights: Sequence[Flipped]) -> Perturbation:
         """The k-th one, in the memory of the one before."""
         study, protocol = self._study, self._study.protocol
         if self._plan is None:
-            self._bases = [
-                torch.empty_like(weight.live, dtype=torch.float32, requires_grad=False)
-                for weight in self._own
-            ]
-            blocks = [weight.block for weight in self.weights]
-            self._plan = Plan(self._bases, self._bases, self._bases, study.path.impl, blocks=blocks)
-            self._scales = [spread(weight, study.alpha, protocol) for weight in self._own]
+            self._plan = self._make_room(weights)
         (rho, draw), sign = self._draws[k], 1
         if protocol.antithetic:
             draw, sign = draw // 2, 1 - 2 * (draw % 2)
-        number = draw * len(study.parts) + self._part
         with torch.no_grad():
             torch._foreach_zero_(self._bases)
             self._plan.write(
@@ -341,9 +337,22 @@ class _Base:
                 noise=protocol.noise,
                 adaptive=False,
                 seed=protocol.seed,
-                draw=number,
+                draw=draw * len(study.parts) + self._part,
                 sign=sign,
             )
             torch._foreach_mul_(self._bases, self._scales)
-        bases = [base.to(w.live.dtype) for base, w in zip(self._bases, self.weights, strict=True)]
+        bases = [base.to(w.live.dtype) for base, w in zip(self._bases, weights, strict=True)]
         return Perturbation(bases, protocol.seed, draw)
+
+    def _make_room(self, weights: Sequence[Flipped]) -> Plan:
+        """Make memory for D; return its plan. Copies have the noise of blocks behind the whole model."""
+        pieces, blocks = [], []
+        self._bases, self._scales = [], []
+        for weight, own in zip(weights, self._own, strict=True):
+            copies = (COPIES,) if weight.layout == weight.by_element else ()
+            base = torch.empty((*copies, *own.live.shape), device=own.live.device)
+            pieces += list(base) if copies else [base]
+            blocks += [weight.block + copy * self._study.blocks for copy in range(*copies or (1,))]
+            self._bases.append(base)
+            self._scales.append(spread(own, self._study.alpha, self._study.protocol).expand(base.shape))
+        return Plan(pieces, pieces, pieces, self._study.path.impl, blocks=blocks)
