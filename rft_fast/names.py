@@ -125,6 +125,12 @@ def list_file(what: str, source: str, known: Collection[str]) -> pathlib.Path:
 
 TrackerName = Literal["tensorboard", "wandb"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
+FigureFormat = Literal["png", "pdf", "svg"]
+FIGURE_FORMATS: tuple[FigureFormat, ...] = get_args(FigureFormat)
+FigureWidth = Literal["auto", "one", "two"]  # columns of a paper
+FIGURE_WIDTHS: tuple[FigureWidth, ...] = get_args(FigureWidth)
+Captions = Literal["file", "in", "none"]
+CAPTIONS: tuple[Captions, ...] = get_args(Captions)
 
 # --- fine-tuning --------------------------------------------------------------------------------------
 

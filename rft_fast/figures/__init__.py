@@ -6,7 +6,8 @@ from .correlation import correlation
 from .interpolation import interpolation
 from .layer_sharpness import layer_sharpness
 from .layers import layers
+from .look import look
 from .prune import prune
 from .sharpness import sharpness
 
-__all__ = ["correlation", "interpolation", "layer_sharpness", "layers", "prune", "sharpness"]
+__all__ = ["correlation", "interpolation", "layer_sharpness", "layers", "look", "prune", "sharpness"]

@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 
 from . import heat
 from .captions import measures, several, stated
+from .look import MUTED
 from .style import (
-    CURVES,
     GREY,
-    MUTED,
-    SMALL,
     Style,
     canvas,
     curve,
+    curve_styles,
     drawing,
     extra,
     finish,
@@ -66,26 +65,26 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     table = table.assign(name=measures(table)).sort_values("alpha", kind="stable")
     at = table[table["alpha"] == alpha]
     names = [name for measure in _MEASURES for name in at.loc[at["measure"] == measure, "name"].unique()]
-    styles = dict(zip(table.loc[table["measure"] != "layer", "name"].unique(), cycle(CURVES)))
+    styles = dict(zip(table.loc[table["measure"] != "layer", "name"].unique(), cycle(curve_styles())))
     parts = table.groupby(["dataset", "outcome"], sort=False)
     columns = list(parts.groups)
 
     figure = canvas(max(7.0, 1.8 + 1.7 * len(columns)), 5)
     heights = [1.5, heat.height(len(names))] if styles else [heat.height(len(names))]
     panels = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
-    titles = headings([dataset for dataset, _ in columns], figure, 1.8, 8)
+    titles = headings([dataset for dataset, _ in columns], figure, 1.8, "small")
     for column, outcome, title in zip(panels.T, columns, titles, strict=True):
         here = parts.get_group(outcome)
         models = several(here["models"].unique())
-        column[0].set_title(f"{outcome[1]} on\n{title}\n{models} models", fontsize=8)
+        column[0].set_title(f"{outcome[1]} on\n{title}\n{models} models", fontsize="small")
         if here["kendall"].isna().all():
-            column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize=SMALL)
+            column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize="small")
         for panel in column[:-1]:
             _along(panel, here, styles)
             panel.set_xlim(alphas[0] - 0.05, alphas[-1] + 0.05)
         _forest(column[-1], here[here["alpha"] == alpha].set_index("name").reindex(names))
     heat.label(panels[-1, 0], names)
-    panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "", fontsize=9)
+    panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "")
 
     general = table["measure"] == "general"
     note = wrap(
@@ -106,7 +105,7 @@ def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None
     plain(panel)
     panel.set_ylim(-1.05, 1.05)
     panel.axhline(0, **_ZERO)
-    panel.set_xlabel(r"$\alpha$", fontsize=9)
+    panel.set_xlabel(r"$\alpha$")
     for name, style in styles.items():
         own = rows[rows["name"] == name]
         columns = (own[column] for column in ("alpha", "kendall", "kendall_low", "kendall_high"))
@@ -120,7 +119,7 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
     panel.set_xlim(-1.05, 1.05)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, **_ZERO)
-    panel.set_xlabel("rank correlation", fontsize=9)
+    panel.set_xlabel("rank correlation")
     for name, style, shift in (("kendall", _KENDALL, -0.2), ("spearman", _SPEARMAN, 0.2)):
         places = np.arange(len(rows)) + shift
         ends = rows[f"{name}_low"], rows[f"{name}_high"]

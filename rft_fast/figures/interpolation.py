@@ -18,7 +18,6 @@ from .captions import not_finite
 from .style import (
     BEATS,
     FAILS,
-    SMALL,
     ZERO_SHOT,
     Style,
     canvas,
@@ -81,17 +80,17 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
 
     figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
     panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
-    titles = headings(datasets, figure, 0.7, 9)
+    titles = headings(datasets, figure, 0.7, "title")
     for (top, bottom), dataset, title in zip(panels.T, datasets, titles, strict=True):
         curves = rows[rows["dataset"] == dataset]
         here = summary[summary["dataset"] == dataset]
         where = "" if here["ood"].iloc[0] else "in distribution, "
-        top.set_title(f"{title}\n({where}{here['samples'].iloc[0]:,} images)", fontsize=9)
-        bottom.set_xlabel(r"$\alpha$", fontsize=9)
+        top.set_title(f"{title}\n({where}{here['samples'].iloc[0]:,} images)")
+        bottom.set_xlabel(r"$\alpha$")
         _draw(top, curves, here, palette, _ACCURACY)
         _draw(bottom, curves, here, palette, _LOSS)
-    panels[0, 0].set_ylabel("accuracy (%)", fontsize=9)
-    panels[1, 0].set_ylabel("loss", fontsize=9)
+    panels[0, 0].set_ylabel("accuracy (%)")
+    panels[1, 0].set_ylabel("loss")
     marks = [
         key("zero-shot", ZERO_SHOT),
         key("beats zero-shot", BEATS),
@@ -139,7 +138,7 @@ def _draw(
         panel.plot([where, where], span, color="black", lw=0.9, marker="_", ms=6, zorder=4)
     low, high = panel.get_ylim()
     panel.set_ylim(low, high + 0.13 * (high - low))  # room for the text
-    panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize=SMALL)
+    panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize="small")
 
 
 def _note(rows: pd.DataFrame) -> str:

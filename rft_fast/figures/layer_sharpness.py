@@ -90,7 +90,7 @@ def layer_sharpness(
 
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
     panels = figure.subplots(len(parts), len(models), squeeze=False, sharex=True)
-    titles = headings(models, figure, 2.2, 8)
+    titles = headings(models, figure, 2.2, "small")
     for line, part in zip(panels, parts, strict=True):
         near = flat.merge(part[SETTING].drop_duplicates())
         curves = [part[part["model"] == model] for model in models]
@@ -102,12 +102,12 @@ def layer_sharpness(
             heat.mark(panel, names, set(near.loc[near["model"] == model, "layer"]), _NEAR_ZERO)
             heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
             _positions(panel, best[best["model"] == model], stars)
-            panel.set_title(heading(name, model, gains), fontsize=8, pad=6 + 8 * len(stars))
+            panel.set_title(heading(name, model, gains), fontsize="small", pad=6 + 8 * len(stars))
         heat.label(line[0], list(short(names).values()))
-        line[0].set_ylabel(setting(part), fontsize=9)
+        line[0].set_ylabel(setting(part))
         heat.colorbar(figure, mesh, line, "layer-wise sharpness")
     for panel in panels[-1]:
-        panel.set_xlabel(r"$\alpha$", fontsize=9)
+        panel.set_xlabel(r"$\alpha$")
 
     note = wrap(
         figure,

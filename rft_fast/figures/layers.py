@@ -17,11 +17,11 @@ from ..studies.layers import STUDY
 from . import heat
 from .captions import choose, heading, modes_explained, not_finite, several, short
 from .style import (
-    CURVES,
     ZERO_SHOT,
     Style,
     canvas,
     curve,
+    curve_styles,
     drawing,
     extra,
     finish,
@@ -75,7 +75,7 @@ def layers(
     facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])
     columns = [at for model in models for at in facts.loc[[model]].index.unique()]
     names = list(rows["layer"].unique())
-    curves = dict(zip(_worst(facts, models), CURVES, strict=False))
+    curves = dict(zip(_worst(facts, models), curve_styles(), strict=False))
 
     figure = canvas(max(7.0, 2.2 + 1.75 * len(columns)), 5)
     panels = figure.subplots(
@@ -90,16 +90,16 @@ def layers(
         found = facts.loc[[at]]
         unstable = set(found.loc[found["straggler"], "layer"])
         heat.mark(top, names, unstable, heat.STRAGGLER)
-        top.set_title(_title(at, part, len(unstable), room), fontsize=8)
+        top.set_title(_title(at, part, len(unstable), room), fontsize="small")
         _curves(below[0], part, curves, "loss", "rise_se", 1)
         _curves(below[1], part, curves, "accuracy", "gain_se", 100)
-        below[1].set_xlabel(r"$\alpha$ of the layer", fontsize=9)
+        below[1].set_xlabel(r"$\alpha$ of the layer")
     headers = _name_models(panels[0], [at[0] for at in columns], room, gains)
     labels = short(names)
     heat.label(panels[0, 0], list(labels.values()))
     heat.colorbar(figure, mesh, panels, "rise in loss")
-    panels[1, 0].set_ylabel("loss", fontsize=9)
-    panels[2, 0].set_ylabel("accuracy (%)", fontsize=9)
+    panels[1, 0].set_ylabel("loss")
+    panels[2, 0].set_ylabel("accuracy (%)")
 
     note = wrap(
         figure,
@@ -137,16 +137,16 @@ def _name_models(panels: Sequence[Axes], models: Sequence[str], room: float, gai
     lines = max(panel.get_title().count("\n") + 1 for panel in panels)
     headers = []
     for model in dict.fromkeys(models):
-        name = fold(model, room * models.count(model), 9)
+        name = fold(model, room * models.count(model), "title")
         headers.append(heading(name, model, gains) + lines * "\n")
-        panels[models.index(model)].set_title(headers[-1], fontsize=8, fontweight="bold", loc="left")
+        panels[models.index(model)].set_title(headers[-1], fontsize="small", fontweight="bold", loc="left")
     return headers
 
 
 def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int, room: float) -> str:
     _, others, dataset = at
     images = several(part["samples"].unique())
-    return f"{fold(dataset, room, 8)}\n{images} images\nothers {ENDS[others]}\n{unstable} stragglers"
+    return f"{fold(dataset, room, 'small')}\n{images} images\nothers {ENDS[others]}\n{unstable} stragglers"
 
 
 def _curves(

@@ -73,21 +73,21 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
     panels = figure.subplots(len(parts), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets))
     unmatched = 0
-    titles = [fold(name, 2.2, 9) for name in sets]
+    titles = [fold(name, 2.2, "title") for name in sets]
     for (left, *others), part in zip(panels, parts, strict=True):
         _along(left, part, palette, set(gains.index[gains <= 0]))
-        left.set_title(setting(part), fontsize=9)
-        left.set_ylabel("general sharpness", fontsize=9)
+        left.set_title(setting(part))
+        left.set_ylabel("general sharpness")
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
             _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
-            panel.set_title(name, fontsize=9)
+            panel.set_title(name)
     for panel, dataset in zip(panels[-1], ["", *sets], strict=True):
-        panel.set_xlabel("general sharpness" if dataset else r"$\alpha$", fontsize=9)
+        panel.set_xlabel("general sharpness" if dataset else r"$\alpha$")
     for panel in panels[:, 1:2].flat:
-        panel.set_ylabel("accuracy (%)", fontsize=9)
+        panel.set_ylabel("accuracy (%)")
 
     note = wrap(
         figure,

@@ -22,6 +22,7 @@ from support.wording import refused, said
 
 from rft_fast import figures, studies
 from rft_fast.figures import captions, heat, style
+from rft_fast.figures.look import in_points
 from rft_fast.names import STUDIES
 from rft_fast.studies.facts import Facts
 
@@ -653,5 +654,7 @@ def test_folding_leaves_nothing_out() -> None:
         text, inches = "".join(signs), float(rng.uniform(0, 3))
         lines = style.fold(text, inches).split("\n")
         assert "".join(lines) == text and not any(line.startswith("$") for line in lines)
-        assert max(len(line.replace(r"\$", "$")) for line in lines) <= max(8, 110 * inches / style.SMALL)
+        assert max(len(line.replace(r"\$", "$")) for line in lines) <= max(
+            8, 110 * inches / in_points("small")
+        )
     assert style.fold("runs/one/two", 0) == "runs/\none/two"
