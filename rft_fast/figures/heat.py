@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 
-from .look import in_points
+from .looks import in_points
 from .style import GREY, Style, fix_ticks, points
 
 MAP = "RdBu_r"  # diverging, symmetric in lightness, safe for colour deficiencies

@@ -27,7 +27,7 @@ from ..common import disk
 from ..common.words import visible
 from ..studies.facts import Facts
 from ..studies.sharpness import student_t
-from .look import MUTED, WIDTHS, Size, applied, current, in_points
+from .looks import MUTED, WIDTHS, Size, applied, current, in_points
 
 GREY = "0.3"
 LINE = 0.15  # inches, height of a line of a title

@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 from .. import __version__
 from ..common.words import visible
 from ..figures import style
-from ..figures.look import MUTED
+from ..figures.looks import MUTED
 from .drawing import Chart, Control, Key
 from .shown import Section
 from .tables import Cell, Table

@@ -22,7 +22,7 @@ from support.wording import refused, said
 
 from rft_fast import figures, studies
 from rft_fast.figures import captions, heat, style
-from rft_fast.figures.look import in_points
+from rft_fast.figures.looks import in_points
 from rft_fast.names import STUDIES
 from rft_fast.studies.facts import Facts
 

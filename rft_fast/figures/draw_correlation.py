@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from . import heat
 from .captions import measures, several, stated
-from .look import MUTED
+from .looks import MUTED
 from .style import (
     GREY,
     Style,
