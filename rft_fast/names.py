@@ -35,6 +35,12 @@ XI = 0.02  # a gain of two points of accuracy counts as high
 Others = Literal["zeroshot", "finetuned"]
 # Where the other layers are -> the alpha that they have.
 OTHERS: dict[Others, float] = {"zeroshot": 0.0, "finetuned": 1.0}
+Reference = Literal["own", "models"]
+# What instability is measured from, layer by layer -> in words.
+REFERENCES: dict[Reference, str] = {
+    "own": "the mean loss of the layer's own two ends",
+    "models": "the mean loss of the two original models",
+}
 STRAGGLER_MARGIN = 0.1  # nats: instability that makes a straggler
 
 Sampling = Literal["plain", "antithetic", "gradient"]

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Interpolation(Study):
-    """The whole model on the path: gain, barrier, instability and mode (Eq. 1, Eq. 2, Def. 1)."""
+    """The whole model on the path: gain, barrier, bump, instability and mode (Eq. 1, Eq. 2, Def. 1)."""
 
     name = "interpolation"
-    help = "accuracy and loss along the path: gain, barrier, instability, mode (Figure 1)"
+    help = "accuracy and loss along the path: gain, barrier, bump, mode (Figure 1)"
     phase = 0
     zeroshot_first = True
     reaches_ends = True
@@ -40,6 +40,7 @@ class Interpolation(Study):
             task.request.of(settings.Along).alphas,
             model=task.model,
             zeroshot=ByDataset(task.zeroshot),
+            finetuned=ByDataset(task.own, 1.0),
             only=task.only,
             sink=task.sink,
         )

@@ -37,8 +37,10 @@ class Layers(Study):
             own.alphas,
             own.layers,
             others=own.others,
+            reference=own.reference,
             model=task.model,
             zeroshot=ByDataset(task.zeroshot),
+            finetuned=ByDataset(task.own, 1.0),
             only=task.only,
             sink=task.sink,
         )

@@ -93,6 +93,28 @@ class Scores:
         misses = (first.correct.double() + last.correct.double()) / 2 - self.correct.double()
         return _mean(losses), _mean(misses)
 
+    def bump(self, first: Scores, last: Scores, alpha: float) -> tuple[float, float]:
+        """Return how far the mean loss at ``alpha`` lies above the straight line between the two ends.
+
+        That is the barrier over the chord of Entezari et al. (2022): the mean over images of
+        l - ((1 - alpha) l(0) + alpha l(1)). It is 0 at both ends and negative where a curve sags.
+
+        Args:
+            first: Scores at alpha = 0 on the same images.
+            last: Scores at alpha = 1 on the same images.
+            alpha: Position of these scores, in [0, 1].
+
+        Returns:
+            Value in nats and its paired standard error.
+
+        Raises:
+            ValueError: The numbers of images differ.
+        """
+        self._check_paired(first, "bump")
+        self._check_paired(last, "bump")
+        chord = (1 - alpha) * first.losses.double() + alpha * last.losses.double()
+        return _mean(self.losses.double() - chord)
+
     def then(self, more: Scores) -> Scores:
         """Return these scores followed by those of further images."""
         return Scores(torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]))

@@ -14,6 +14,7 @@ from ..names import Names
 from ..studies.facts import ENDS, Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.layers import STUDY
+from ..studies.verdicts import layer_shape
 from . import heat
 from .captions import choose, heading, modes_explained, not_finite, several, short
 from .style import (
@@ -90,7 +91,11 @@ def layers(
         found = facts.loc[[at]]
         unstable = set(found.loc[found["straggler"], "layer"])
         heat.mark(top, names, unstable, heat.STRAGGLER)
-        top.set_title(_title(at, part, len(unstable), room), fontsize="small")
+        shapes = [layer_shape(fact) for fact in found.to_dict("records")]
+        counted = f"{len(unstable)} stragglers"
+        if "bump" in shapes or "slope" in shapes:
+            counted += f", {shapes.count('bump')} by a bump"
+        top.set_title(_title(at, part, counted, room), fontsize="small")
         _curves(below[0], part, curves, "loss", "rise_se", 1)
         _curves(below[1], part, curves, "accuracy", "gain_se", 100)
         below[1].set_xlabel(r"$\alpha$ of the layer")
@@ -108,7 +113,8 @@ def layers(
         r"Colour: loss minus that at $\alpha$ = 0. Curves: the layers of largest instability in loss,",
         f"{_WORST} of each model; bands: pointwise 95 % intervals of the difference to $\\alpha$ = 0, paired",
         "over images. Stragglers: lower end of the one-sided 95 % interval of the instability in loss,",
-        f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats. No noise.",
+        f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats; by a",
+        "bump: its loss rises above the straight line between the layer's own ends, so corrected. No noise.",
         not_finite(rows["loss"], "losses"),
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]
@@ -143,10 +149,10 @@ def _name_models(panels: Sequence[Axes], models: Sequence[str], room: float, gai
     return headers
 
 
-def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int, room: float) -> str:
+def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: str, room: float) -> str:
     _, others, dataset = at
     images = several(part["samples"].unique())
-    return f"{fold(dataset, room, 'small')}\n{images} images\nothers {ENDS[others]}\n{unstable} stragglers"
+    return f"{fold(dataset, room, 'small')}\n{images} images\nothers {ENDS[others]}\n{unstable}"
 
 
 def _curves(

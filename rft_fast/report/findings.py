@@ -11,8 +11,8 @@ import pandas as pd
 from ..common.words import some
 from ..studies.facts import Facts
 from ..studies.pruning import NAMED
-from ..studies.verdicts import Sign, half_width, sign
-from .phrases import tau
+from ..studies.verdicts import Sign, half_width, shape, sign
+from .phrases import by_shape, tau
 from .shown import Finding, Shown
 
 
@@ -33,7 +33,7 @@ def findings(facts: Facts, studies: Iterable[Shown]) -> list[Finding]:
 
 
 def of_path(path: pd.DataFrame) -> Iterator[Finding]:
-    """Yield which models fail.
+    """Yield which models fail, and on whose paths the loss has a bump.
 
     Args:
         path: :func:`rft_fast.studies.summarize` of one data set.
@@ -49,6 +49,23 @@ def of_path(path: pd.DataFrame) -> Iterator[Finding]:
             )
             text = f"{beat} zero-shot at some alpha"
         yield Finding(f"On {where}, {text}.", "interpolation", where)
+    yield from _of_shapes(path)
+
+
+def _of_shapes(path: pd.DataFrame) -> Iterator[Finding]:
+    """Yield on how many models' paths the loss has a bump."""
+    where = path["dataset"].iloc[0]
+    shapes = [shape(fact) for fact in path.to_dict("records")]
+    known = len(shapes) - shapes.count("unknown")
+    if not known:
+        return
+    of = f"of {known} model{'s' if known > 1 else ''}"
+    bumps = path[[each == "bump" for each in shapes]].sort_values("bump", ascending=False)
+    listed = [f"{fact['model']} {fact['bump']:.3f}" for fact in bumps.to_dict("records")]
+    text = f"the loss of {len(listed) or 'none'} {of} rises above the straight line between its ends"
+    text += f" (bump in nats: {some(listed, 4)})" if listed else ""
+    text += f"; that of {shapes.count('slope') or 'none'} only slopes upward"
+    yield Finding(f"On {where}, {text}.", "interpolation", where)
 
 
 def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]:
@@ -60,9 +77,10 @@ def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]
     """
     modes = path.set_index("model")["mode"].fillna("in distribution")
     for (model, dataset), group in stragglers.groupby(["model", "dataset"], sort=False):
-        names = list(group[group["straggler"]].sort_values("instability", ascending=False)["layer"])
-        which = f"{len(names)} stragglers ({some(names, 3)})" if names else "no stragglers"
-        yield Finding(f"{model} ({modes[model]}) has {which} on {dataset}.", "layers", dataset, model)
+        worst = group[group["straggler"]].sort_values("instability", ascending=False)
+        which = f"{len(worst) or 'no'} straggler{'' if len(worst) == 1 else 's'} on {dataset}"
+        which += f": {by_shape(worst)}" if len(worst) else ""
+        yield Finding(f"{model} ({modes[model]}) has {which}.", "layers", dataset, model)
 
 
 def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:

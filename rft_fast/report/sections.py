@@ -8,6 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from ..common.words import some
+from ..names import REFERENCES
 from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import gains, straggling
@@ -47,7 +48,9 @@ def path(facts: Facts) -> Section:
         "The path",
         "Accuracy and loss on the straight line from zero-shot to fine-tuned. Choose one model to see its "
         "pointwise 95 % interval, which is that of the difference to zero-shot, paired over images. The "
-        "gain is the best position against zero-shot on the same images, which makes it optimistic.",
+        "gain is the best position against zero-shot on the same images, which makes it optimistic. The "
+        "barrier is the highest loss above that of zero-shot; the bump, the highest above the straight line "
+        "between the losses of the two ends: a loss that only slopes upward has a barrier and no bump.",
         charts.path(facts),
         [tables.path(facts)],
         warnings,
@@ -71,8 +74,10 @@ def layers(facts: Facts) -> Section:
         "Layer by layer",
         f"Each layer on the path alone, the others {ENDS[facts.of(Layers).others]}; {_images(part)}. A "
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
-        "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
-        "corrected.",
+        "positions (Bonferroni), and its loss above that at α = 0. Instability is measured from "
+        f"{REFERENCES[facts.of(Layers).reference]}. By a bump: the loss rises above the straight line "
+        "between the layer's own ends, so corrected; by a slope: that is not shown. Bars are pointwise 95 % "
+        "intervals, not corrected.",
         layer_charts.interpolation(facts),
         [tables.layers(facts)],
         warnings,

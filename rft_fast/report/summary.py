@@ -9,19 +9,24 @@ import numpy as np
 import pandas as pd
 
 from ..common.words import duration, paragraph, visible
+from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
+from ..studies.verdicts import shape
 from .findings import findings
-from .phrases import MEASURES, images, span, tau
+from .phrases import MEASURES, by_shape, images, span, tau
 from .shown import Shown
 
 LEGEND = """\
-Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
-Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 % normal
-interval at that alpha, paired over images. Choosing the best alpha on the same images makes the
-gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Instability (Def. 1): how much worse
-the worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when
-no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
+Accuracies, gain and instability in accuracy in points (%), barrier, bump and instability in loss
+in nats. Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 %
+normal interval at that alpha, paired over images. Choosing the best alpha on the same images makes
+the gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Bump: highest loss above the
+straight line between the losses of the two ends. Shape of the loss: a bump where that lies above 0
+with 95 % confidence, a slope where only the loss lies above zero-shot, no rise where neither is
+shown (Student's t, Bonferroni-corrected for the positions). Instability (Def. 1): how much worse the
+worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when no
+alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
 
 
 def report(facts: Facts, studies: Iterable[Shown]) -> str:
@@ -56,8 +61,20 @@ def sections(facts: Facts, studies: Iterable[Shown]) -> str:
 def interpolation(facts: Facts) -> list[str]:
     """Format the path of each model (Figure 1), in lines."""
     header = [
-        ["", "zero-", "fine-", "best", "", "", "instability", "", ""],
-        ["model", "shot", "tuned", "alpha", "gain [95 %]", "barrier", "loss", "accuracy", "mode"],
+        ["", "zero-", "fine-", "best", "", "", "", "", "instability", "", ""],
+        [
+            "model",
+            "shot",
+            "tuned",
+            "alpha",
+            "gain [95 %]",
+            "barrier",
+            "bump",
+            "shape",
+            "loss",
+            "acc.",
+            "mode",
+        ],
     ]
     lines = []
     for dataset, group in facts.path.groupby("dataset", sort=False):
@@ -81,6 +98,8 @@ def _cells(fact: dict[Any, Any]) -> list[str]:
         f"{fact['best_alpha']:g}",
         f"{gain:+.1f}{interval}" if gain else "0.0" + " " * len(interval),
         _nats(fact["barrier"]),
+        _nats(fact["bump"]) if pd.notna(fact["bump"]) else "-",
+        shape(fact).replace("unknown", "-"),
         _nats(fact["instability_loss"]),
         f"{100 * fact['instability_accuracy']:.1f}",
         fact["mode"],
@@ -99,17 +118,21 @@ def layers(facts: Facts) -> list[str]:
         f"layers: each layer on the path, the others {ENDS[facts.of(Layers).others]}; "
         f"{images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
         f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence "
-        "(Bonferroni-corrected for layers and alphas), and its loss above that at alpha = 0.",
+        "(Bonferroni-corrected for layers and alphas), and its loss above that at alpha = 0. Instability is "
+        f"measured from {REFERENCES[facts.of(Layers).reference]}. By a bump: the rise above the straight "
+        "line between the layer's own ends lies above 0, so corrected; by a slope: it is not shown to.",
     )
     for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
         on = visible(f"{model} on {dataset}")
         same = int(group["unchanged"].sum())
         left_out = f"; {same} more are the same at both ends" if same else ""
-        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}")
+        shapes = f": {by_shape(worst)}" if len(worst) else ""
+        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}{shapes}")
         lines += [
             f"    {fact['layer']}: instability {_nats(fact['instability'])} "
-            f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points"
+            f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points; "
+            f"bump {_nats(fact['bump'])}"
             for fact in worst.to_dict("records")
         ]
     return lines

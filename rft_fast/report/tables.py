@@ -13,7 +13,19 @@ import pandas as pd
 from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
-from ..studies.verdicts import Gain, Sign, Straggling, gain, gains, half_width, sign, straggling
+from ..studies.verdicts import (
+    Gain,
+    Shape,
+    Sign,
+    Straggling,
+    gain,
+    gains,
+    half_width,
+    layer_shape,
+    shape,
+    sign,
+    straggling,
+)
 
 WIDE = "too wide to conclude"
 
@@ -112,6 +124,8 @@ def path(facts: Facts) -> Table:
                 number(fact["zero_shot"], ".1f", 100),
                 number(fact["fine_tuned"], ".1f", 100),
                 number(fact["barrier"]),
+                number(fact["bump"]),
+                SHAPE[shape(fact)],
                 number(fact["instability_loss"]),
                 number(fact["instability_accuracy"], ".1f", 100),
                 number(fact["samples"], ",.0f"),
@@ -120,9 +134,17 @@ def path(facts: Facts) -> Table:
         chosen.append({"model": fact["model"], "dataset": fact["dataset"]})
     headings = (
         "model|data set|gain [95 %]|what the interval says|mode|best α|zero-shot %|fine-tuned %|barrier|"
-        "instability, loss|instability, acc.|n"
+        "bump|shape of the loss|instability, loss|instability, acc.|n"
     ).split("|")
     return Table("Every model on every data set", headings, rows, chosen)
+
+
+SHAPE: dict[Shape, Cell] = {
+    "bump": Cell("bump", 2, "bad"),
+    "slope": Cell("slope", 1),
+    "no rise": Cell("no rise", 0),
+    "unknown": Cell("not known", -1, "wide"),
+}
 
 
 def layers(facts: Facts) -> Table:
@@ -136,6 +158,8 @@ def layers(facts: Facts) -> Table:
                 interval(fact["instability"], fact["instability"] - half, fact["instability"] + half, "+.3f"),
                 STRAGGLING[straggling(fact)],
                 number(fact["instability_low"], "+.3f"),
+                number(fact["bump"]),
+                SHAPE[layer_shape(fact)] if fact["straggler"] else Cell("–"),
                 number(fact["alpha"], "g"),
                 number(fact["rise"], "+.3f"),
                 number(fact["instability_accuracy"], "+.1f", 100),
@@ -146,8 +170,8 @@ def layers(facts: Facts) -> Table:
         )
         chosen.append({"model": fact["model"], "dataset": fact["dataset"]})
     headings = (
-        "layer|instability in nats [95 %]|verdict|corrected lower end|at α|rise there|instability, acc.|"
-        "model|data set|n"
+        "layer|instability in nats [95 %]|verdict|corrected lower end|bump|by a|at α|rise there|"
+        "instability, acc.|model|data set|n"
     ).split("|")
     return Table("Every layer on its own", headings, rows, chosen)
 

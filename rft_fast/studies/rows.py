@@ -32,6 +32,7 @@ COLUMNS: dict[str, str] = {
     # What was written.
     "layer": "string",  # the layer that differs from the others; several: joined by ", "; missing: all layers
     "others": "string",  # end of the other layers: zeroshot or finetuned; missing: at alpha, too
+    "reference": "string",  # what instability is measured from: own or models; missing: own
     "alpha": "float64",
     "rho": "float64",
     "on": "string",
@@ -63,6 +64,8 @@ COLUMNS: dict[str, str] = {
     "instability_se": "float64",
     "instability_accuracy": "float64",  # (A(0) + A(1)) / 2 - A(alpha), paired over samples
     "instability_accuracy_se": "float64",
+    "bump": "float64",  # L(alpha) - [(1 - alpha) L(0) + alpha L(1)], paired over samples
+    "bump_se": "float64",
     "change": "float64",  # A(pruned) - A(unpruned) at the same alpha, paired over samples
     "change_se": "float64",
     "sharpness": "float64",

@@ -15,6 +15,7 @@ from .interpolate import Z95
 Sign = Literal["above", "below", "unclear", "unknown"]
 Gain = Literal["gain", "unclear", "not excluded", "unknown", "none"]
 Straggling = Literal["straggler", "unchanged", "unclear", "stable"]
+Shape = Literal["bump", "slope", "no rise", "unknown"]
 
 
 def sign(low: float, high: float) -> Sign:
@@ -85,6 +86,42 @@ def gain(fact: Mapping[Any, Any], furthest: float) -> Gain:
     if math.isnan(furthest):
         return "unknown"
     return "not excluded" if furthest > 0 else "none"
+
+
+def shape(fact: Mapping[Any, Any]) -> Shape:
+    """Classify how the loss goes along a path, by corrected intervals.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.summarize`.
+
+    Returns:
+        "bump" if the loss rises above the straight line between its ends; otherwise "slope" if it rises above
+        that at alpha = 0, for which the ends alone may be the reason, and "no rise" if it is not shown to;
+        "unknown" without intervals, or without a position between the ends.
+    """
+    if fact["bump_low"] > 0:
+        return "bump"
+    if math.isnan(fact["bump_low"]) or math.isnan(fact["barrier_low"]):
+        return "unknown"
+    return "slope" if fact["barrier_low"] > 0 else "no rise"
+
+
+def layer_shape(fact: Mapping[Any, Any]) -> Shape:
+    """Classify the instability of a straggler, by corrected intervals.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.stragglers`.
+
+    Returns:
+        "bump" if the loss rises above the straight line between the layer's own ends, otherwise "slope": its
+        ends alone may be the reason; "no rise" for a layer that is no straggler; "unknown" where the bump was
+        not measured or is not finite.
+    """
+    if not fact["straggler"]:
+        return "no rise"
+    if math.isnan(fact["bump_low"]):
+        return "unknown"
+    return "bump" if fact["bump_low"] > 0 else "slope"
 
 
 def straggling(fact: Mapping[Any, Any]) -> Straggling:

@@ -45,6 +45,8 @@ def make_rows(curves: dict[tuple[str, str], tuple[list[float], list[float]]]) ->
                 "ood": dataset != "near", "samples": 1234, "loss": loss[i],
                 "accuracy": accuracy[i], "gain": accuracy[i] - accuracy[0], "gain_se": 0.01 * i,
                 "rise": loss[i] - loss[0], "rise_se": 0.1 * i,
+                "bump": loss[i] - float(1 - alpha) * loss[0] - float(alpha) * loss[2],
+                "bump_se": 0.1 * (i == 1),
             })  # fmt: skip
     return studies.frame(rows)
 
@@ -174,7 +176,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     curves = {**CURVES, ("bad", "far"): ([0.5, 0.1, 0.3], [1.0, math.nan, math.inf])}
     drawn = figures.interpolation(make_rows(curves), tmp_path / "lost.png")
     _, bottom = panels(drawn)["far"]
-    assert bottom.texts[0].get_text() == "no barrier; 1 not finite"
+    assert bottom.texts[0].get_text() == "no rise; 1 not finite"
     said(note(drawn), "2 of 12 losses")
 
 

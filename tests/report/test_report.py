@@ -118,7 +118,7 @@ def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:
     assert gains["good", "fog"] == "gain"  # +10 +- 2 points
     assert gains[MODELS[2], "fog"] == tables.WIDE  # +1 +- 2
     assert gains["bad", "fog"] == "no gain"  # -10 +- 2 at best
-    verdicts = {(row[7].text, row[0].text): row[2].text for row in tables.layers(read.facts).rows}
+    verdicts = {(row[9].text, row[0].text): row[2].text for row in tables.layers(read.facts).rows}
     assert verdicts["bad", LAYERS[2]] == "straggler"
     assert verdicts["bad", LAYERS[1]] == tables.WIDE  # 0.3 +- 0.2, corrected: below the margin of 0.1
     assert set(verdicts["good", layer] for layer in (LAYERS[0], LAYERS[2])) == {"no straggler"}
