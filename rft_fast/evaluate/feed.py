@@ -52,6 +52,7 @@ class Images:
             ordered, order = self.classes.sort()
             self.targets = order[torch.searchsorted(ordered, self.labels)]
         self.groups = None if dataset.groups is None else dataset.groups.to(device)
+        self.among: int | None = None  # number of classes that images are scored among, known once checked
         self._stream = _Stream(device) if self.images.device != device else None
 
     def __len__(self) -> int:
@@ -158,6 +159,9 @@ class Images:
                 f"{where}: {folders} class folders but {classes} classes in the head, so labels "
                 "would mean other classes; tell by Dataset.classes which rows of the head they are"
             )
+        self.among = classes if dataset.classes is None else len(dataset.classes)
+        if dataset.groups is not None:
+            self.among = len(set(dataset.groups.tolist()))
         return logits
 
 

@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..studies.correlation import COMPETITORS
+from ..studies.permutation import LEVEL, least
 from . import heat
 from .captions import measures, several, stated
 from .looks import MUTED
@@ -29,8 +31,10 @@ from .style import (
     wrap,
 )
 
-_MEASURES = ["general", "stragglers", "layer"]
-_KENDALL: Style = {"ls": "", "marker": "o", "ms": 3.5, "color": MUTED[0]}
+_MEASURES = ["general", "stragglers", *COMPETITORS, "layer"]
+_KENDALL: Style = {"ls": "", "marker": "o", "ms": 3.5, "color": MUTED[0], "mfc": "white"}
+_SIGNIFICANT: Style = {**_KENDALL, "mfc": MUTED[0]}
+_SATURATED: Style = {"ls": "", "marker": "x", "ms": 6, "mew": 1, "color": GREY}
 _SPEARMAN: Style = {"ls": "", "marker": "D", "ms": 3, "color": MUTED[1], "mfc": "white"}
 _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 
@@ -39,11 +43,12 @@ _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float | None = None) -> Figure:
     """Draw rank correlations of sharpness with accuracy and gain; one column per outcome and data set.
 
-    Top: Kendall's tau over alpha, for general sharpness and for that of the stragglers. Bottom: Kendall's
-    tau and Spearman's rho at one alpha, for these two and for every layer. Bands and bars are pointwise 95 %
-    intervals, not corrected for the number of layers nor for the noise of each sharpness. Names include the
-    settings of the sharpness that vary, such as rho. Undefined correlations leave gaps and are counted, as
-    are those without an interval.
+    Top: Kendall's tau over alpha, for general sharpness, that of the stragglers, and measures that need no
+    perturbation. Bottom: Kendall's tau and Spearman's rho at one alpha, for these and for every layer. A tau
+    is filled where its permutation p, corrected for all of the same outcome, is at most 0.05, and crossed
+    where the sharpness is saturated. Bands and bars are pointwise 95 % intervals, for orientation. Names
+    include the settings of the sharpness that vary, such as rho. Undefined correlations leave gaps and are
+    counted, as are those without an interval.
 
     Args:
         table: the result of :func:`rft_fast.studies.correlation`.
@@ -86,16 +91,20 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     heat.label(panels[-1, 0], names)
     panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "")
 
-    general = table["measure"] == "general"
+    general, layers = table["measure"] == "general", table["measure"].isin(["stragglers", "layer"])
     note = wrap(
         figure,
         f"General sharpness: {stated(table[general])}" if general.any() else "",
-        f"Layer-wise sharpness: {stated(table[~general])}" if not general.all() else "",
-        f"Lower panels: $\\alpha$ = {alpha:g}. Bands and bars: pointwise 95 % intervals over models, not",
-        "corrected for the number of layers.",
+        f"Layer-wise sharpness: {stated(table[layers])}" if layers.any() else "",
+        f"Lower panels: $\\alpha$ = {alpha:g}. Filled: p by permutation of the models, corrected for all "
+        "measures and positions of the same outcome.",
+        _limits(table),
+        "Bands and bars: pointwise 95 % intervals, for orientation.",
         *_gaps(table),
     )
-    marks = [key("Kendall", _KENDALL), key("Spearman", _SPEARMAN)]
+    marks = [key("Kendall", _KENDALL), key(f"p at most {LEVEL:g}, corrected", _SIGNIFICANT)]
+    marks += [key("saturated: not tested", _SATURATED)] if (table["saturated"] > 0).any() else []
+    marks += [key("Spearman", _SPEARMAN)]
     marks += [key(name, style) for name, style in styles.items()]
     return finish(figure, file, sum(heights) + 1.6 + extra(titles), marks, note)
 
@@ -125,8 +134,22 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
         ends = rows[f"{name}_low"], rows[f"{name}_high"]
         panel.hlines(places, *ends, color=style["color"], lw=0.8)
         panel.plot(rows[name], places, label=name, **style)
+    for label, chosen, style in (
+        ("significant", rows["p_max"] <= LEVEL, _SIGNIFICANT),
+        ("saturated", rows["saturated"] > 0, _SATURATED),
+    ):
+        at = np.flatnonzero(chosen.to_numpy(dtype=bool, na_value=False))
+        panel.plot(rows["kendall"].iloc[at], at - 0.2, label=label, **style)
     for change in np.flatnonzero(rows["measure"].to_numpy()[1:] != rows["measure"].to_numpy()[:-1]):
         panel.axhline(change + 0.5, color="0.8", lw=0.6)
+
+
+def _limits(table: pd.DataFrame) -> str:
+    """A sentence on what so few models can show."""
+    counts = sorted(count for count in table["models"].unique() if count >= 3)
+    limits = {int(count): least(int(count)) for count in counts}
+    texts = [f"{limit:.2f} ({n} models)" for n, limit in limits.items() if not np.isnan(limit)]
+    return f"Even one test alone needs $|\\tau|$ of {', '.join(texts)}." if texts else ""
 
 
 def _gaps(table: pd.DataFrame) -> Iterator[str]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..figures.captions import measures
+from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.verdicts import Association, association
 from .drawing import (
     ALL,
     SYMBOLS,
@@ -27,7 +29,7 @@ from .drawing import (
     rule,
     safe,
 )
-from .phrases import MEASURES
+from .phrases import MEASURES, p_value
 from .tables import sharpnesses, signed
 
 ALPHA = "α (0 zero-shot, 1 fine-tuned)"
@@ -291,18 +293,24 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     for (dataset, outcome, alpha), group in table.groupby(["dataset", "outcome", "alpha"], sort=False):
         show = {"dataset": [dataset], "outcome": [outcome], "alpha": [f"{alpha:g}"]}
         for name, letter, colour, symbol, shift in (
-            ("kendall", "Kendall's τ", "@c0", "circle", -0.17),
+            ("kendall", "Kendall's τ", "@c0", "circle-open", -0.17),
             ("spearman", "Spearman's ρ", "@c1", "diamond-open", 0.17),
         ):
             low, value, high = (group[f"{name}{end}"] for end in ("_low", "", "_high"))
             hover = [
                 f"<b>{safe(what)}</b>, α = {alpha:g}<br>{letter} with {outcome} on {safe(dataset)}<br>"
                 + signed(f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" if pd.notna(a) else f"{v:+.2f}, no interval")
-                + f"<br>over {n} models"
-                for what, v, a, b, n in zip(group["name"], value, low, high, group["models"], strict=True)
+                + f"<br>over {fact['models']} models, p = {p_value(fact['p_max'])} corrected"
+                + ("<br>saturated: says nothing of flatness" if fact["saturated"] else "")
+                for what, v, a, b, fact in zip(
+                    group["name"], value, low, high, group.to_dict("records"), strict=True
+                )
             ]
             y = [place[what] + shift for what in group["name"]]
             trace = line(value.tolist(), y, hover, show, colour, symbol, mode="markers", name=letter)
+            if name == "kendall":
+                judged = [association(fact) for fact in group.to_dict("records")]
+                trace["marker"]["symbol"] = [_JUDGED.get(verdict, symbol) for verdict in judged]
             trace["error_x"] = {
                 "symmetric": False,
                 "array": (high - value).tolist(),
@@ -332,8 +340,14 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
         choices("outcome", "Sharpness against", table["outcome"]),
         Control("alpha", "At α", [(f"{a:g}", f"{a:g}") for a in alphas]),
     ]
-    keys = [Key("Kendall's τ", "@c0", "circle"), Key("Spearman's ρ", "@c1", "diamond-open")]
+    keys = [
+        Key("Kendall's τ", "@c0", "circle-open"),
+        Key("p at most 0.05, corrected", "@c0", "circle"),
+        Key("saturated", "@c0", "x"),
+        Key("Spearman's ρ", "@c1", "diamond-open"),
+    ]
     return Picture(controls, [chart], keys), labels
 
 
-_ORDER = {"general": 0, "stragglers": 1, "layer": 2}
+_ORDER = {"general": 0, "stragglers": 1, **dict.fromkeys(COMPETITORS, 2), "layer": 3}
+_JUDGED: dict[Association, str] = {"above": "circle", "below": "circle", "saturated": "x"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from ..common.words import some
+from ..studies.permutation import least
 from ..studies.verdicts import Shape, layer_shape
 
 MEASURES = {"general": "all weights", "stragglers": "the stragglers"}
@@ -44,10 +44,29 @@ def by_shape(facts: pd.DataFrame, most: int = 3) -> str:
     )
 
 
-def tau(fact: Mapping[Any, Any]) -> str:
-    """Format Kendall's tau with its 95 % interval, if defined."""
-    if np.isnan(fact["kendall"]):
-        return "-"
-    if np.isnan(fact["kendall_low"]):
-        return f"{fact['kendall']:+.2f}"
-    return f"{fact['kendall']:+.2f} [{fact['kendall_low']:+.2f}, {fact['kendall_high']:+.2f}]"
+def limits(table: pd.DataFrame) -> str:
+    """Say which correlations so few models cannot show, in sentences.
+
+    Args:
+        table: the result of :func:`rft_fast.studies.correlation`, or some of its rows.
+    """
+    texts = []
+    for models, group in table[table["models"] >= 3].groupby("models"):
+        alone, tests = least(int(models)), group["tests"].max()
+        if np.isnan(alone):
+            texts.append(f"With {models} models, no rank correlation can be significant at 5 %.")
+            continue
+        text = (
+            f"With {models} models and no ties, a Kendall's tau below {alone:.2f} is never significant at 5 %"
+        )
+        if tests > 1:
+            needed = group.loc[group["tests"] == tests, "needed"].median()
+            text += f"; corrected for {tests} tests, "
+            text += "none is" if np.isnan(needed) else f"it takes about {needed:.2f}"
+        texts.append(f"{text}.")
+    return " ".join(texts)
+
+
+def p_value(value: float) -> str:
+    """Format a p value; a dash if there is none."""
+    return "-" if pd.isna(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -11,9 +11,9 @@ from ..common.words import some
 from ..names import REFERENCES
 from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
-from ..studies.verdicts import gains, straggling
+from ..studies.verdicts import association, gains, straggling
 from . import charts, layer_charts, tables
-from .phrases import images, span
+from .phrases import images, limits, span
 from .shown import Section, Shown
 from .summary import sections as printed
 from .tables import Table
@@ -161,14 +161,25 @@ def correlation(facts: Facts) -> Section:
     picture, names = charts.correlation(known)
     table = tables.correlation(known, names)
     models = int(known["models"].max())
+    judged = [association(fact) for fact in known.to_dict("records")]
+    tested = [verdict for verdict in judged if verdict in ("above", "below", "unclear")]
+    warnings = [f"{tested.count('unclear')} of {len(tested)} tests are not significant after correction."]
+    if count := judged.count("saturated"):
+        warnings.append(
+            f"{count} correlations are of a saturated sharpness (perturbed models answer at chance), which "
+            "says nothing of flatness: they are not tested."
+        )
+    if known["circular"].any():
+        warnings.append("Circular: measure and outcome are of the same images.")
     return Section(
         "correlation",
         "The central claim",
         "Does sharpness predict accuracy?",
-        f"Rank correlation over n = {models} models of sharpness with accuracy or gain out of distribution. "
-        "Intervals are pointwise 95 %, approximate for so few models, and not corrected for how many are "
-        "shown; stragglers found on the same models make their own line optimistic.",
+        f"Rank correlation over n = {models} models of sharpness, and of measures that cost less, with "
+        "accuracy or gain out of distribution. p by permutation of the models, corrected for all rows of the "
+        f"same outcome (max-T). {limits(known)} Intervals are pointwise 95 %, for orientation. Stragglers "
+        "found on the same models make their own line optimistic.",
         picture,
         [table],
-        _unclear(table, f"with {models} models they are too wide to conclude"),
+        warnings,
     )

@@ -12,9 +12,9 @@ from ..common.words import duration, paragraph, visible
 from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
-from ..studies.verdicts import shape
+from ..studies.verdicts import association, shape
 from .findings import findings
-from .phrases import MEASURES, by_shape, images, span, tau
+from .phrases import MEASURES, by_shape, images, limits, p_value, span
 from .shown import Shown
 
 LEGEND = """\
@@ -231,24 +231,42 @@ def _change(group: pd.DataFrame) -> str:
 
 def correlation(facts: Facts) -> list[str]:
     """Format the rank correlations at the highest alpha, in lines."""
-    lines = paragraphs(
-        facts,
-        "correlation of sharpness with out-of-distribution accuracy and gain, over models: Kendall's tau "
-        "[95 % interval]. All alphas and layers are in correlation.csv.",
-    )
     table = facts.correlation
     shown = table[table["measure"] != "layer"]
     shown = shown[shown["alpha"] == shown["alpha"].max()]
-    cells = [["out of distribution", "outcome", "sharpness of", "on", "at alpha", "rho", "models", "tau"]]
-    for fact in shown.to_dict("records"):
-        where = [
-            fact["dataset"],
-            fact["outcome"],
-            MEASURES[fact["measure"]],
-            fact["measured_on"],
-            f"{fact['alpha']:g}",
-        ]
-        cells.append([*where, f"{fact['rho']:g}", str(fact["models"]), tau(fact)])
+    ties = table.loc[table["ties"] != "none", "ties"]
+    lines = paragraphs(
+        facts,
+        "correlation over models with out-of-distribution accuracy and gain: Kendall's tau, its range with "
+        "one model left out, and tau given the clean loss. p: by permutation of the models, and corrected "
+        "for all layers and alphas of the same outcome (max-T). "
+        + (f"Sharpnesses within 2 standard errors ({ties.iloc[0]}) are tied. " if len(ties) else "")
+        + f"{limits(table)} All alphas and layers are in correlation.csv.",
+    )
+    cells = [
+        "out of distribution|outcome|measure|on|alpha|rho|tau|without one|given loss|p|corrected".split("|")
+    ]
+    for fact in pd.concat([own for _, own in shown.groupby(["dataset", "outcome"], sort=False)]).to_dict(
+        "records"
+    ):
+        numbers = [fact[name] for name in ("kendall", "without_low", "without_high", "partial")]
+        value, low, high, given = ("-" if np.isnan(number) else f"{number:+.2f}" for number in numbers)
+        judged = association(fact)
+        cells.append(
+            [
+                fact["dataset"],
+                fact["outcome"],
+                MEASURES.get(fact["measure"], fact["measure"]),
+                fact["measured_on"] + (" (circular)" if fact["circular"] else ""),
+                f"{fact['alpha']:g}",
+                "" if pd.isna(fact["rho"]) else f"{fact['rho']:g}",
+                value,
+                f"{low} to {high}" if low != "-" else "-",
+                given,
+                p_value(fact["p"]),
+                "saturated" if judged == "saturated" else p_value(fact["p_max"]),
+            ]
+        )
     return [*lines, *_table(cells)]
 
 

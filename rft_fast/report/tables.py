@@ -14,10 +14,12 @@ from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from ..studies.verdicts import (
+    Association,
     Gain,
     Shape,
     Sign,
     Straggling,
+    association,
     gain,
     gains,
     half_width,
@@ -290,11 +292,12 @@ def prune(facts: Facts) -> Table:
     return Table("What pruning did to accuracy, mean over α > 0", headings, rows, chosen)
 
 
-_KENDALL: dict[Sign, Cell] = {
-    "above": Cell("same direction", 2),
-    "below": Cell("opposite direction", 2),
-    "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
-    "unknown": Cell("no interval", 1, "wide"),
+_KENDALL: dict[Association, Cell] = {
+    "above": Cell("same direction", 3),
+    "below": Cell("opposite direction", 3),
+    "unclear": Cell("not significant", 2, "wide"),
+    "saturated": Cell("saturated: not tested", 1, "wide"),
+    "unknown": Cell("not defined", 0, "wide"),
 }
 
 
@@ -307,24 +310,29 @@ def correlation(table: pd.DataFrame, names: Sequence[str]) -> Table:
     """
     rows, chosen = [], []
     for name, fact in zip(names, table.to_dict("records"), strict=True):
-        low, high = fact["kendall_low"], fact["kendall_high"]
-        words = _KENDALL[sign(low, high)] if pd.notna(fact["kendall"]) else Cell("not defined", 1, "wide")
+        low, high = fact["without_low"], fact["without_high"]
         rows.append(
             [
                 Cell(name, None, "code" if fact["measure"] == "layer" else ""),
-                interval(fact["kendall"], low, high, "+.2f"),
-                words,
+                number(fact["kendall"], "+.2f"),
+                _KENDALL[association(fact)],
+                number(fact["p_max"]),
+                number(fact["p"]),
+                number(fact["needed"], ".2f"),
+                number(fact["partial"], "+.2f"),
+                Cell("–" if pd.isna(low) else signed(f"{low:+.2f} to {high:+.2f}"), low, "n"),
                 interval(fact["spearman"], fact["spearman_low"], fact["spearman_high"], "+.2f"),
-                Cell(fact["dataset"]),
+                Cell(fact["dataset"] + (" (circular)" if fact["circular"] else "")),
                 Cell(fact["outcome"]),
                 number(fact["alpha"], "g"),
                 number(fact["models"], ".0f"),
             ]
         )
         chosen.append({"dataset": fact["dataset"], "outcome": fact["outcome"], "alpha": f"{fact['alpha']:g}"})
-    headings = "sharpness of|Kendall's τ [95 %]|by τ|Spearman's ρ [95 %]|data set|against|α|n (models)".split(
-        "|"
-    )
+    headings = (
+        "measure|Kendall's τ|verdict|p, corrected|p alone|size needed|τ given clean loss|τ without one model|"
+        "Spearman's ρ [95 %, pointwise]|data set|against|α|n (models)"
+    ).split("|")
     return Table(
         "Sharpness against out-of-distribution accuracy and gain, over models", headings, rows, chosen
     )

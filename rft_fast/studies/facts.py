@@ -148,7 +148,7 @@ class Facts:
     @cached_property
     def correlation(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.correlation`."""
-        return correlate(self.rows, lambda: self.path, lambda: self.stragglers)
+        return correlate(self.rows, lambda: self.path, lambda: self.stragglers, classes=self.classes)
 
     @cached_property
     def chances(self) -> list[Chance]:

@@ -70,6 +70,7 @@ COLUMNS: dict[str, str] = {
     "change_se": "float64",
     "sharpness": "float64",
     "sharpness_se": "float64",
+    "saturated": "boolean",  # whether the perturbed model answers at chance; missing: unknown
     "reached": "boolean",  # whether the requested standard error was reached; missing: none requested
     "precision": "string",
     "seconds": "float64",

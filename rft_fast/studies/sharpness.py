@@ -16,6 +16,7 @@ from ..names import ZERO_MARGIN, Names, On
 from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, together
 from .interpolate import check_evaluator
 from .rows import COLUMNS, Measured, Sink, as_number, ascending, of_study
+from .saturation import saturated
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator
@@ -166,6 +167,7 @@ def _study(
         raise ValueError(f"{study}: rhos must be above 0; got {scales}")
     units = together(targets, protocol)
     places = [(alpha, data) for alpha in positions for data in evaluator.datasets]
+    classes = {feed.name: feed.among for feed in evaluator.feeds}
     record = Measured(study, len(places) * len(units), only, sink)
     for place, (alpha, data) in enumerate(places):
         wanted = {n: unit for n, unit in enumerate(units, place * len(units)) if record.wants(n)}
@@ -184,6 +186,7 @@ def _study(
                     row |= {"precision": evaluator.precision, **_asked(protocol), **_measured(result)}
                     if result.coupling == "image":
                         row["estimator"] = f"{protocol.estimator}-image"
+                    row["saturated"] = saturated(row, classes[data.name])
                     rows.append(row)
                 record.add(numbers[target], rows)
     return record.frame()

@@ -11,9 +11,11 @@ from scipy.special import stdtrit
 
 from .interpolate import STUDY as PATH
 from .interpolate import Z95
+from .permutation import LEVEL
 
 Sign = Literal["above", "below", "unclear", "unknown"]
 Gain = Literal["gain", "unclear", "not excluded", "unknown", "none"]
+Association = Literal["above", "below", "unclear", "saturated", "unknown"]
 Straggling = Literal["straggler", "unchanged", "unclear", "stable"]
 Shape = Literal["bump", "slope", "no rise", "unknown"]
 
@@ -122,6 +124,25 @@ def layer_shape(fact: Mapping[Any, Any]) -> Shape:
     if math.isnan(fact["bump_low"]):
         return "unknown"
     return "bump" if fact["bump_low"] > 0 else "slope"
+
+
+def association(fact: Mapping[Any, Any]) -> Association:
+    """Classify a rank correlation by its permutation p, corrected for the others of its family.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.correlation`.
+
+    Returns:
+        "above" or "below" 0 where ``p_max`` is at most 0.05, else "unclear"; "saturated" where a sharpness
+        says nothing of flatness; "unknown" without a test.
+    """
+    if fact["saturated"]:
+        return "saturated"
+    if pd.isna(fact["p_max"]):
+        return "unknown"
+    if fact["p_max"] > LEVEL:
+        return "unclear"
+    return "above" if fact["kendall"] > 0 else "below"
 
 
 def straggling(fact: Mapping[Any, Any]) -> Straggling:

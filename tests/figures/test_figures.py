@@ -565,7 +565,8 @@ def correlations(measure: str, layer: str | None, taus: list[float], **other: An
                 "estimator": "gradient", "noise": "normal", "adaptive": True, "noise_batch": None,
                 "normalized": False, "draws": 20, "samples": 2000, "seed": 7, "models": 9, "nonfinite": 0,
                 "kendall": tau, "kendall_low": tau - 0.3, "kendall_high": tau + 0.3,
-                "spearman": tau + 0.1, "spearman_low": tau - 0.2, "spearman_high": tau + 0.4, **other,
+                "spearman": tau + 0.1, "spearman_low": tau - 0.2, "spearman_high": tau + 0.4,
+                "saturated": 0, "p_max": 0.04 if tau < -0.5 else 0.3, **other,
             })  # fmt: skip
     return rows
 
@@ -573,7 +574,8 @@ def correlations(measure: str, layer: str | None, taus: list[float], **other: An
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     one, two, three = layer_names(3)
-    rows = correlations("general", None, [0.1, -0.2]) + correlations("general", None, [0.5, 0.4], rho=2.0)
+    rows = correlations("general", None, [0.1, -0.2])
+    rows += correlations("general", None, [0.5, 0.4], rho=2.0, saturated=9, p_max=math.nan)
     rows += correlations("stragglers", f"{one}, {two}", [-0.5, -0.6])
     rows += correlations("layer", one, [0.0, 0.3]) + correlations("layer", two, [0.2, 0.1])
     gone = dict.fromkeys(
@@ -598,6 +600,9 @@ def test_forest_of_correlations(table: pd.DataFrame, tmp_path: Path) -> None:
         np.testing.assert_allclose(kendall.get_xdata(), sign * np.array(taus))
         np.testing.assert_allclose(spearman.get_xdata(), sign * np.array(taus) + 0.1)
         np.testing.assert_allclose(kendall.get_ydata(), np.arange(7), atol=0.3)
+        assert lines(panel)["saturated"].get_xdata() == pytest.approx([sign * 0.4])
+    assert lines(forest)["significant"].get_xdata() == pytest.approx([-0.6])
+    assert lines(other)["significant"].get_xdata() == pytest.approx([-1.0])  # of the exact row
     bars = next(x for x in forest.collections if isinstance(x, LineCollection)).get_segments()
     assert bars[0][:, 0].tolist() == pytest.approx([-0.5, 0.1])
     assert one(forest, linestyle=":").get_xdata() == [0, 0]
