@@ -20,6 +20,8 @@ from .captions import SETTING, not_finite, setting, stated, unknown_errors
 from .style import (
     BEATS,
     FAILS,
+    SATURATED,
+    SATURATED_EXPLAINED,
     Style,
     canvas,
     colours,
@@ -49,7 +51,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     at one alpha, joined in order of alpha, with a cross at zero-shot and a square at the fine-tuned end.
     Bars are pointwise 95 %
     intervals: of the sharpness over draws, by Student's t, and of the accuracy over images. Values that are
-    not finite are counted.
+    not finite are counted, saturated ones have a diamond.
 
     Args:
         rows: rows of :func:`rft_fast.studies.sharpness`, and of the interpolation at the same alphas, which
@@ -64,6 +66,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     """
     facts = as_facts(rows)
     measured = of_study(facts.rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
+    measured = measured.assign(saturated=facts.saturated(measured))
     accuracies, far, gains = facts.ood_rows, facts.ood_path, facts.ood_gains
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
@@ -99,6 +102,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
         not_finite(measured["sharpness"], "values of sharpness"),
         unknown_errors(measured),
+        SATURATED_EXPLAINED if measured["saturated"].any() else "",
     )
     marks = [
         key("beats zero-shot", BEATS),
@@ -107,6 +111,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         key(r"fine-tuned, $\alpha$ = 1", _END),
     ]
     marks = marks if sets else [key("mean over draws", BEATS)]
+    marks += [key("saturated", SATURATED)] if measured["saturated"].any() else []
     return finish(figure, file, 0.3 + (2.6 + extra(titles)) * len(parts), marks, note, swatches(palette))
 
 
@@ -123,6 +128,8 @@ def _along(panel: Axes, part: pd.DataFrame, palette: Mapping[str, Any], failures
         x = curve["alpha"] + room * ((i + 0.5) / len(palette) - 0.5)
         style = FAILS if model in failures else BEATS
         panel.errorbar(x, curve["sharpness"], margin(curve), label=model, **_bars(colour), **style)
+        flagged = curve["saturated"]
+        panel.plot(x[flagged], curve.loc[flagged, "sharpness"], zorder=4, **SATURATED)
 
 
 def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
@@ -134,7 +141,8 @@ def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], fail
         style = (FAILS if model in failures else BEATS) | {"lw": 0.6}
         across, up = margin(curve), 100 * Z95 * curve["ood_accuracy_se"]
         panel.errorbar(x, y, up, across, label=model, **_bars(colour), **style)
-        start, end = curve["alpha"] == 0, curve["alpha"] == 1
+        start, end, flagged = curve["alpha"] == 0, curve["alpha"] == 1, curve["saturated"]
+        panel.plot(x[flagged], y[flagged], zorder=5, **SATURATED)
         panel.plot(x[start], y[start], zorder=4, **_ZERO)
         panel.plot(x[end], y[end], zorder=4, color=colour, mfc=style.get("mfc"), **_END)
 

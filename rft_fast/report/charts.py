@@ -14,6 +14,7 @@ from ..studies.interpolate import Z95
 from ..studies.verdicts import Association, association
 from .drawing import (
     ALL,
+    SATURATED,
     SYMBOLS,
     Chart,
     Control,
@@ -163,13 +164,16 @@ def sharpness(facts: Facts) -> Picture:
         head = [f"<b>{safe(model)}</b>, α = {a:g}<br>sharpness " for a in curve["alpha"]]
         values = [
             f"{points(s, h, 1, '.3g')} nats (95 %)<br>{d} draws, n = {m:,} images"
-            for s, h, d, m in zip(
-                curve["sharpness"], curve["half"], curve["draws"], curve["samples"], strict=True
+            + ("<br>saturated: at chance" if verdict == "saturated" else "")
+            for s, h, d, m, verdict in zip(
+                *(curve[name] for name in ("sharpness", "half", "draws", "samples", "verdict")), strict=True
             )
         ]
+        crossed = [SATURATED if verdict == "saturated" else style["symbol"] for verdict in curve["verdict"]]
         hover = [a + b for a, b in zip(head, values, strict=True)]
         y, half = curve["sharpness"].tolist(), curve["half"].tolist()
         curves.append(line(curve["alpha"].tolist(), y, hover, show, error=half, **style))
+        curves[-1]["marker"]["symbol"] = crossed
         for dataset in far:
             at = [(model, dataset, round(a, 9)) for a in curve["alpha"]]
             if not all(place in path_rows.index for place in at):
@@ -185,6 +189,7 @@ def sharpness(facts: Facts) -> Picture:
                 line(y, percent, texts, show | {"dataset": [dataset]}, error=up, across=half, **style)
             )
             against[-1]["line"]["width"] = 0.8
+            against[-1]["marker"]["symbol"] = crossed
             against[-1]["marker"]["size"] = [11 if a == 1 else 7 for a in curve["alpha"]]
     charts = [
         Chart(
@@ -210,9 +215,9 @@ def sharpness(facts: Facts) -> Picture:
                 layout("general sharpness (nats)", "accuracy (%)", 380),
             )
         )
-    return Picture(
-        controls, charts, [*model_keys(numbers), Key("larger sign: fine-tuned, α = 1", "@grey", "circle")]
-    )
+    keys = [*model_keys(numbers), Key("larger sign: fine-tuned, α = 1", "@grey", "circle")]
+    keys += [Key("saturated", "@grey", SATURATED)] if (part["verdict"] == "saturated").any() else []
+    return Picture(controls, charts, keys)
 
 
 def prune(facts: Facts) -> Picture:
@@ -343,11 +348,11 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     keys = [
         Key("Kendall's τ", "@c0", "circle-open"),
         Key("p at most 0.05, corrected", "@c0", "circle"),
-        Key("saturated", "@c0", "x"),
+        Key("saturated", "@c0", SATURATED),
         Key("Spearman's ρ", "@c1", "diamond-open"),
     ]
     return Picture(controls, [chart], keys), labels
 
 
 _ORDER = {"general": 0, "stragglers": 1, **dict.fromkeys(COMPETITORS, 2), "layer": 3}
-_JUDGED: dict[Association, str] = {"above": "circle", "below": "circle", "saturated": "x"}
+_JUDGED: dict[Association, str] = {"above": "circle", "below": "circle", "saturated": SATURATED}

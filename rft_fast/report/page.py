@@ -197,6 +197,7 @@ def _figure(section: str, chart: Chart) -> str:
 # Plotly's symbols as SVG paths in a box of 12 by 12, for the legend.
 _PATHS = {
     "circle": "M6 2a4 4 0 1 0 .01 0z",
+    "star": "M6 1.2l1.2 3.2 3.4.1-2.7 2.1 1 3.3L6 8 3.1 9.9l1-3.3L1.4 4.5l3.4-.1z",
     "square": "M2.5 2.5h7v7h-7z",
     "triangle-up": "M6 2l4.4 7.6H1.6z",
     "triangle-down": "M6 10L1.6 2.4h8.8z",

@@ -11,6 +11,7 @@ from ..common.words import some
 from ..studies.permutation import least
 from ..studies.verdicts import Shape, layer_shape
 
+SATURATED = "the perturbed model answers at chance, which says nothing of flatness"
 MEASURES = {"general": "all weights", "stragglers": "the stragglers"}
 
 

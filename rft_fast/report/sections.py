@@ -13,7 +13,7 @@ from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import association, gains, straggling
 from . import charts, layer_charts, tables
-from .phrases import images, limits, span
+from .phrases import SATURATED, images, limits, span
 from .shown import Section, Shown
 from .summary import sections as printed
 from .tables import Table
@@ -94,6 +94,12 @@ def _unclear(table: Table, reason: str = "their sign is unclear") -> list[str]:
     return [f"{wide} of {len(table.rows)} intervals include 0 or are missing: {reason}."] if wide else []
 
 
+def _saturated(facts: Facts, part: pd.DataFrame) -> list[str]:
+    """Describe how many perturbed models answer at chance."""
+    count = int(facts.saturated(part).sum())
+    return [f"{count} of {len(part)} values are saturated: {SATURATED}; use a smaller rho."] if count else []
+
+
 def _drawn(part: pd.DataFrame) -> str:
     count = span(part.loc[part["draws"].fillna(1) > 0, "draws"])
     return f"{count} draws, {_images(part)}"
@@ -111,7 +117,7 @@ def sharpness(facts: Facts) -> Section:
         "intervals: of sharpness over draws (Student's t), of accuracy over images.",
         charts.sharpness(facts),
         [table],
-        _unclear(table),
+        _unclear(table) + _saturated(facts, part),
     )
 
 
@@ -128,7 +134,7 @@ def layer_sharpness(facts: Facts) -> Section:
         "of that.",
         layer_charts.sharpness(facts),
         [table],
-        _unclear(table),
+        _unclear(table) + _saturated(facts, part),
     )
 
 
@@ -165,10 +171,7 @@ def correlation(facts: Facts) -> Section:
     tested = [verdict for verdict in judged if verdict in ("above", "below", "unclear")]
     warnings = [f"{tested.count('unclear')} of {len(tested)} tests are not significant after correction."]
     if count := judged.count("saturated"):
-        warnings.append(
-            f"{count} correlations are of a saturated sharpness (perturbed models answer at chance), which "
-            "says nothing of flatness: they are not tested."
-        )
+        warnings.append(f"{count} correlations are of a saturated sharpness, and not tested: {SATURATED}.")
     if known["circular"].any():
         warnings.append("Circular: measure and outcome are of the same images.")
     return Section(

@@ -143,7 +143,7 @@ def sharpness(facts: Facts) -> list[str]:
     lines = []
     for (_, rho), group in facts.part("sharpness").groupby(["dataset", "rho"], sort=False):
         lines += paragraphs(
-            facts, f"sharpness: all weights perturbed, {_how(group, rho)}. In nats, +- standard error."
+            facts, f"sharpness: all weights perturbed, {_how(facts, group, rho)}. In nats, +- standard error."
         )
         alphas = sorted(group["alpha"].unique())
         shown = [alphas[index] for index in sorted({0, len(alphas) // 2, len(alphas) - 1})]
@@ -163,8 +163,8 @@ def layer_sharpness(facts: Facts) -> list[str]:
         where = "fine-tuned weights" if (group["on"] == "finetuned").all() else "interpolated weights"
         lines += paragraphs(
             facts,
-            f"layer-sharpness: one layer of the {where} perturbed, {_how(group, rho)}. Near zero: the 95 % "
-            f"interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
+            f"layer-sharpness: one layer of the {where} perturbed, {_how(facts, group, rho)}. Near zero: the "
+            f"95 % interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
         )
         for model, own in group.groupby("model", sort=False):
             same = (near["model"] == model) & (near["dataset"] == dataset) & (near["rho"] == rho)
@@ -179,18 +179,25 @@ def layer_sharpness(facts: Facts) -> list[str]:
     return lines
 
 
-def _how(group: pd.DataFrame, rho: float) -> str:
+def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
     first = group[group["alpha"] > 0].iloc[0]
     count = span(group.loc[group["alpha"] > 0, "draws"])
     unit = "|w|" if first["adaptive"] else "1"
     images = f"{first['samples']} images of {first['dataset']}"
     if pd.isna(first["noise"]):
         worst = f"the worst case by {count} steps ({first['estimator']})"
-        return f"rho = {rho:g} in units of {unit}, {worst}, {images}"
+        return f"rho = {rho:g} in units of {unit}, {worst}, {images}{_saturated(facts, group)}"
     text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
     text += f"{images}, seed {first['seed']}"
     missed = int((~group["reached"].fillna(True)).sum())
-    return text + (f"; {missed} rows did not reach the requested standard error" if missed else "")
+    text += f"; {missed} rows did not reach the requested standard error" if missed else ""
+    return text + _saturated(facts, group)
+
+
+def _saturated(facts: Facts, group: pd.DataFrame) -> str:
+    count = int(facts.saturated(group).sum())
+    many = f"; in {count} of {len(group)} rows the perturbed model answers at chance (saturated)"
+    return f"{many}, which says nothing of flatness" if count else ""
 
 
 def _value(row: Any) -> str:

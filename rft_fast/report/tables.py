@@ -221,6 +221,7 @@ _SHARPNESS: dict[str, Cell] = {
     "exactly 0": Cell("0", 2),
     "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
     "unknown": Cell("no standard error", 1, "wide"),
+    "saturated": Cell("saturated: at chance", 0, "bad"),
 }
 
 
@@ -229,15 +230,19 @@ def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
 
     Returns:
         The rows with ``setting``, which distinguishes one way of measuring from others; ``half``, half of the
-        95 % interval; ``verdict``, a :data:`rft_fast.studies.verdicts.Sign` or "exactly 0"; ``near_zero``,
-        whether the layer is.
+        95 % interval; ``verdict``, a :data:`rft_fast.studies.verdicts.Sign`, "exactly 0" or "saturated";
+        ``near_zero``, whether the layer is.
     """
     part = facts.part(study)
     value, half = part["sharpness"], margin(part)
+    flagged = facts.saturated(part)
     part = part.assign(
         setting=_settings(part),
         half=half,
-        verdict=[sign(v - h, v + h) if v or h else "exactly 0" for v, h in zip(value, half, strict=True)],
+        verdict=[
+            "saturated" if bad else sign(v - h, v + h) if v or h else "exactly 0"
+            for v, h, bad in zip(value, half, flagged, strict=True)
+        ],
         near_zero=False,
     )
     if study == "layer-sharpness":

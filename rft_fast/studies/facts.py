@@ -23,6 +23,7 @@ from .layers import STUDY as LAYERS
 from .layers import stragglers
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
+from .saturation import flags
 from .sharpness import near_zero
 
 _Settings = TypeVar("_Settings")
@@ -85,6 +86,10 @@ class Facts:
         if self._renamed is None:
             self._renamed = self.but(rows)
         return self._renamed
+
+    def saturated(self, rows: pd.DataFrame) -> pd.Series:
+        """Return which rows of a sharpness are known to be of a perturbed model at chance."""
+        return flags(rows, self.classes).fillna(False).astype(bool)
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -550,6 +550,25 @@ def test_nothing_pruned_is_said(tmp_path: Path) -> None:
     said(note(drawn))
 
 
+def test_saturated_sharpness_has_diamonds(tmp_path: Path) -> None:
+    """Of one model at 0.5 and 1, by the rows themselves; of others nothing is known."""
+    rows = whole_paths({"up": 0.1, "down": -0.2}) + sharp("up", [1, 2, 4]) + sharp("down", [1, 3, 5])
+    rows += [
+        row | {"study": "layer-sharpness", "layer": "conv"} for row in rows if row["study"] == "sharpness"
+    ]
+    frame = studies.frame(rows)
+    frame.loc[(frame["model"] == "up") & (frame["alpha"] > 0), "saturated"] = True
+    drawn = figures.sharpness(frame, tmp_path / "all.png")
+    for panel, column, values in zip(drawn.axes[:2], (1, 0), ([2, 4], [2, 4]), strict=True):
+        assert [place[column] for place in places(panel, "D")] == values
+    assert "saturated" in [text.get_text() for text in drawn.legends[0].get_texts()]
+    said(note(drawn), "Saturated")
+    layers = figures.layer_sharpness(frame, tmp_path / "layers.png")
+    up = next(panel for panel in layers.axes if panel.get_title().startswith("up"))
+    assert places(up, "D") == [(0.5, 0), (1.0, 0)]
+    assert "saturated" in [text.get_text() for text in layers.legends[0].get_texts()]
+
+
 # --- the correlation -------------------------------------------------------------------------------
 
 
