@@ -26,6 +26,7 @@ class Interpolation(Study):
     phase = 0
     zeroshot_first = True
     reaches_ends = True
+    keeps_images = True
 
     def needs(self, tree: Tree) -> tuple[str, ...]:
         return ()
@@ -43,6 +44,7 @@ class Interpolation(Study):
             finetuned=ByDataset(task.own, 1.0),
             only=task.only,
             sink=task.sink,
+            images=task.images,
         )
 
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:

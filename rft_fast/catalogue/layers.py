@@ -25,6 +25,7 @@ class Layers(Study):
     most = 2
     skips_unchanged = True
     reaches_ends = True
+    keeps_images = True
 
     def measure(self, task: Task) -> None:
         from .. import studies
@@ -43,6 +44,7 @@ class Layers(Study):
             finetuned=ByDataset(task.own, 1.0),
             only=task.only,
             sink=task.sink,
+            images=task.images,
         )
 
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:

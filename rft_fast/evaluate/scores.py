@@ -1,4 +1,4 @@
-"""Per-image losses and hits of one model on one data set, so that differences can be paired."""
+"""Per-image losses, hits and predictions of one model on one data set, so that differences can be paired."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ class Scores:
         losses: Cross entropy of each image in nats, float32 [n] on the CPU. Losses that are not finite are
             kept, and the means include them.
         correct: Whether the largest logit of each image is that of its label, bool [n] on the CPU.
+        predictions: Predicted class of each image, int32 [n] on the CPU: the row of the head with the largest
+            logit among the scored ones, or the row that it counts as (``Dataset.groups``); -1 for logits with
+            NaN. None: not known.
     """
 
     losses: Tensor
     correct: Tensor
+    predictions: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -117,7 +121,12 @@ class Scores:
 
     def then(self, more: Scores) -> Scores:
         """Return these scores followed by those of further images."""
-        return Scores(torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]))
+        predictions = None
+        if self.predictions is not None and more.predictions is not None:
+            predictions = torch.cat([self.predictions, more.predictions])
+        return Scores(
+            torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]), predictions
+        )
 
     def _check_paired(self, base: Scores, operation: str) -> None:
         if self.samples != base.samples:

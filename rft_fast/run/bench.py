@@ -11,6 +11,7 @@ from ..config.request import Request
 from ..evaluate import Evaluator, Scores
 from ..path import Path
 from ..settings import Along, Sharpness
+from ..studies.images import Kept
 from ..studies.rows import Sink
 from .wiring import Counts, Models, by_layer, of_sharpness
 
@@ -48,6 +49,7 @@ class Bench:
         model: str = "",
         only: Collection[int] | None = None,
         sink: Sink | None = None,
+        images: Kept | None = None,
     ) -> None:
         """Makes measurements of one study of one model.
 
@@ -57,12 +59,12 @@ class Bench:
             chosen: layers, where the study takes some by earlier rows.
             shared: scores of other measurements; those that are missing are added.
             model: name of the fine-tuned model.
-            only, sink: as studies take them.
+            only, sink, images: as studies take them.
         """
         what = catalogue.study(study)
         zeroshot, own = (shared.scores(of) for of in self.shares(study, model))
-        evaluator = self.evaluators[what.images]
-        what.measure(Task(self.request, path, evaluator, model, chosen, zeroshot, own, only, sink))
+        evaluator, kept = self.evaluators[what.images], images if what.keeps_images else None
+        what.measure(Task(self.request, path, evaluator, model, chosen, zeroshot, own, only, sink, kept))
 
     def shares(self, study: str, model: str) -> tuple[str, str]:
         """Names of the scores that its measurements share: at alpha = 0, and elsewhere."""

@@ -18,6 +18,7 @@ from scipy.special import stdtrit
 
 from ..common.numeric import check_alphas as check_alphas
 from ..names import XI as XI
+from .images import Kept
 from .rows import Measured, Sink, as_number, check_table, of_study, scored
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def interpolation(
     finetuned: MutableMapping[str, Scores] | None = None,
     only: Collection[int] | None = None,
     sink: Sink | None = None,
+    images: Kept | None = None,
 ) -> pd.DataFrame:
     """Measure accuracy and loss of ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` (Figure 1).
 
@@ -73,6 +75,8 @@ def interpolation(
         only: numbers of the measurements to make; None: all. There is one per (alpha, data set), numbered
             from 0 in ascending order of alpha and, for each alpha, in the evaluator's order of data sets.
         sink: called with the number and the rows of each measurement as soon as it is made.
+        images: a dictionary that receives the results of single images: number of a measurement -> those of
+            each of its rows (:func:`rft_fast.studies.image_results`). None: they are not kept.
 
     Returns:
         One row per (alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is in
@@ -91,7 +95,7 @@ def interpolation(
     finetuned = {} if finetuned is None else finetuned
     ahead: dict[str, float] = {}  # data set -> seconds of its scores at alpha = 1 before their turn
     names = [data.name for data in evaluator.datasets]
-    record = Measured(STUDY, len(grid) * len(names), only, sink)
+    record = Measured(STUDY, len(grid) * len(names), only, sink, images)
     for place, alpha in enumerate(grid):
         for group in _together(evaluator):
             numbers = [place * len(names) + names.index(name) for name in group]
@@ -118,7 +122,7 @@ def interpolation(
                 row["gain"], row["gain_se"] = score.gain_over(base[name])
                 row["rise"], row["rise_se"] = score.rise_over(base[name])
                 row["bump"], row["bump_se"] = score.bump(base[name], last[name], alpha)
-                record.add(number, [row])
+                record.add(number, [row], [score])
     return record.frame()
 
 

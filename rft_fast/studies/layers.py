@@ -17,6 +17,7 @@ from scipy.special import stdtrit
 
 from ..common.words import some
 from ..names import OTHERS, REFERENCES, STRAGGLER_MARGIN, Names, Others, Reference
+from .images import Kept
 from .interpolate import check_alphas, check_evaluator, end_scores, lower_end
 from .rows import AT_ONCE, Measured, Row, Sink, as_number, chunks, of_study, only_one, scored, walk_to
 
@@ -41,6 +42,7 @@ def layerwise_interpolation(
     finetuned: MutableMapping[str, Scores] | None = None,
     only: Collection[int] | None = None,
     sink: Sink | None = None,
+    images: Kept | None = None,
 ) -> pd.DataFrame:
     """Measure each layer at alpha with all other layers zero-shot, on every data set (Def. 1.1, Figure 2).
 
@@ -66,6 +68,8 @@ def layerwise_interpolation(
         only: numbers of the measurements to make; None: all. There is one per (data set, layer), numbered
             from 0 in the evaluator's order of data sets and, for each of them, in the order of the layers.
         sink: called with the number and the rows of each measurement as soon as it is made.
+        images: a dictionary that receives the results of single images: number of a measurement -> those of
+            each of its rows (:func:`rft_fast.studies.image_results`). None: they are not kept.
 
     Returns:
         One row per (data set, layer, alpha), with the columns of :data:`rft_fast.studies.COLUMNS`. ``gain``,
@@ -92,7 +96,7 @@ def layerwise_interpolation(
     }
     spans = {layer: evaluator.span(path.tensors(layer)) for layer in path.select(layers)}
     ordered = sorted(spans, key=spans.__getitem__)
-    record = Measured(STUDY, len(ordered) * len(evaluator.datasets), only, sink)
+    record = Measured(STUDY, len(ordered) * len(evaluator.datasets), only, sink, images)
     unchanged = [layer for layer in ordered if layer in set(path.unchanged)]
     if unchanged:
         of = f" of {model}" if model else ""
@@ -119,7 +123,7 @@ def layerwise_interpolation(
                 at[rest], once = (held, once), 0.0
                 rows = [_row(evaluator, data.name, at, alpha, models) for alpha in grid]
                 common = {"model": model, "layer": layer, "others": others, "reference": reference}
-                record.add(numbers[layer], [row | common for row in rows])
+                record.add(numbers[layer], [row | common for row in rows], [at[alpha][0] for alpha in grid])
     return record.frame()
 
 
