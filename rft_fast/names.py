@@ -35,6 +35,12 @@ XI = 0.02  # a gain of two points of accuracy counts as high
 Others = Literal["zeroshot", "finetuned"]
 # Where the other layers are -> the alpha that they have.
 OTHERS: dict[Others, float] = {"zeroshot": 0.0, "finetuned": 1.0}
+Reference = Literal["own", "models"]
+# What instability is measured from, layer by layer -> in words.
+REFERENCES: dict[Reference, str] = {
+    "own": "the mean loss of the layer's own two ends",
+    "models": "the mean loss of the two original models",
+}
 STRAGGLER_MARGIN = 0.1  # nats: instability that makes a straggler
 
 # Means over draws of noise. Without "per-image", all images of a noise batch share each draw.
@@ -124,6 +130,12 @@ def list_file(what: str, source: str, known: Collection[str]) -> pathlib.Path:
 
 TrackerName = Literal["tensorboard", "wandb"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
+FigureFormat = Literal["png", "pdf", "svg"]
+FIGURE_FORMATS: tuple[FigureFormat, ...] = get_args(FigureFormat)
+FigureWidth = Literal["auto", "one", "two"]  # columns of a paper
+FIGURE_WIDTHS: tuple[FigureWidth, ...] = get_args(FigureWidth)
+Captions = Literal["file", "in", "none"]
+CAPTIONS: tuple[Captions, ...] = get_args(Captions)
 
 # --- fine-tuning --------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from . import names
 from .common.fields import Group, option
 from .common.numeric import above_zero, check_alphas, fraction, positive, spaced, whole
-from .names import Criterion, EstimatorChoice, Method, Noise, On, Others
+from .names import Criterion, EstimatorChoice, Method, Noise, On, Others, Reference
 from .path.layers import layer_of
 
 _T = TypeVar("_T")
@@ -119,6 +119,8 @@ class Layers:
         samples: largest number of images of each.
         alphas: positions of layer-wise interpolation.
         others: position of the other layers, ``"zeroshot"`` or ``"finetuned"``.
+        reference: what instability is measured from: the mean loss of the layer's own ends, ``"own"``, or
+            that of the two original models, ``"models"`` (Def. 1.1).
         straggler_margin: instability above which a layer is a straggler, in nats (Def. 1.2).
     """
 
@@ -165,6 +167,12 @@ class Layers:
         "zeroshot",
         "where the other layers are in layers (default: zeroshot)",
         choices=tuple(names.OTHERS),
+    )
+    reference: Reference = option(
+        "own",
+        "what instability is measured from: the mean loss of the layer's own two ends (own, the default), or "
+        "that of the two original models (models), as the paper words it",
+        choices=tuple(names.REFERENCES),
     )
     straggler_margin: float = option(
         names.STRAGGLER_MARGIN,

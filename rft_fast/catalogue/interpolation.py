@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class Interpolation(Study):
-    """The whole model on the path: gain, barrier, instability and mode (Eq. 1, Eq. 2, Def. 1)."""
+    """The whole model on the path: gain, barrier, bump, instability and mode (Eq. 1, Eq. 2, Def. 1)."""
 
     name = "interpolation"
-    help = "accuracy and loss along the path: gain, barrier, instability, mode (Figure 1)"
+    help = "accuracy and loss along the path: gain, barrier, bump, mode (Figure 1)"
     phase = 0
     zeroshot_first = True
     reaches_ends = True
+    keeps_images = True
 
     def needs(self, tree: Tree) -> tuple[str, ...]:
         return ()
@@ -40,8 +41,10 @@ class Interpolation(Study):
             task.request.of(settings.Along).alphas,
             model=task.model,
             zeroshot=ByDataset(task.zeroshot),
+            finetuned=ByDataset(task.own, 1.0),
             only=task.only,
             sink=task.sink,
+            images=task.images,
         )
 
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:

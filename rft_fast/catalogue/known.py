@@ -11,22 +11,27 @@ Table = MutableMapping[tuple[str, float], Scores]
 
 
 class ByDataset(MutableMapping[str, Scores]):
-    """Data set -> scores at alpha = 0."""
+    """Data set -> scores at one end of the path, out of a table.
 
-    def __init__(self, table: Table) -> None:
-        self._table = table
+    Args:
+        table: the table.
+        alpha: the end, 0 or 1.
+    """
+
+    def __init__(self, table: Table, alpha: float = 0.0) -> None:
+        self._table, self._alpha = table, alpha
 
     def __getitem__(self, name: str) -> Scores:
-        return self._table[name, 0.0]
+        return self._table[name, self._alpha]
 
     def __setitem__(self, name: str, scores: Scores) -> None:
-        self._table[name, 0.0] = scores
+        self._table[name, self._alpha] = scores
 
     def __delitem__(self, name: str) -> None:
-        del self._table[name, 0.0]
+        del self._table[name, self._alpha]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, alpha in self._table if alpha == 0)
+        return (name for name, alpha in self._table if alpha == self._alpha)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -25,6 +25,7 @@ class Layers(Study):
     most = 2
     skips_unchanged = True
     reaches_ends = True
+    keeps_images = True
 
     def measure(self, task: Task) -> None:
         from .. import studies
@@ -37,10 +38,13 @@ class Layers(Study):
             own.alphas,
             own.layers,
             others=own.others,
+            reference=own.reference,
             model=task.model,
             zeroshot=ByDataset(task.zeroshot),
+            finetuned=ByDataset(task.own, 1.0),
             only=task.only,
             sink=task.sink,
+            images=task.images,
         )
 
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:

@@ -30,6 +30,7 @@ class Prune(Study):
     images = "images of layers and prune"
     most = 2
     reaches_ends = True
+    keeps_images = True
     rows_vary = True  # as many as a model has layers to prune
 
     def needs(self, tree: Tree) -> list[str]:
@@ -71,6 +72,7 @@ class Prune(Study):
             unpruned=ByAlpha(task.zeroshot, task.own),
             only=task.only,
             sink=task.sink,
+            images=task.images,
         )
 
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the command line is read before torch and pandas are import
     from ..path import Path
     from ..report.shown import Finding, Section
     from ..studies.facts import Facts
+    from ..studies.images import Kept
     from ..studies.rows import Sink
 
 Images = Literal["all images", "images of layers and prune", "images of sharpness"]
@@ -72,6 +73,8 @@ class Task:
             ``zeroshot``.
         only: numbers of the measurements to make; None: all.
         sink: called with each measurement's number and rows as soon as it is made.
+        images: receives the results of single images of each measurement before the sink is called, from a
+            study that keeps them (:attr:`Study.keeps_images`); None: they are not kept.
     """
 
     request: Request
@@ -84,6 +87,7 @@ class Task:
     kept: MutableMapping[Any, Any]
     only: Collection[int] | None
     sink: Sink | None
+    images: Kept | None = None
 
 
 class Study(ABC):
@@ -116,6 +120,8 @@ class Study(ABC):
     """Each of its curves has alpha = 0 and alpha = 1."""
     rows_vary: bool = False
     """Models have different numbers of rows."""
+    keeps_images: bool = False
+    """It fills :attr:`Task.images`."""
 
     # --- before it runs -----------------------------------------------------------------------------------
 

@@ -253,6 +253,11 @@ class Running:
         off="decode images anew, keep nothing",
         own=_yours("which files are kept where"),
     )
+    image_results: bool = option(
+        True,
+        "do not keep the results of single images, which intervals and comparisons need (docs/results.md)",
+        own=_yours("what is kept of a run"),
+    )
     workers: str | None = option(
         None,
         "measure on several GPUs or machines with Ray (docs/cluster.md): a number, auto for one to a GPU "

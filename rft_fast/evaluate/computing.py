@@ -98,7 +98,7 @@ class Computing:
         with runtime.scoring():
             head = self.head(text)
         shape, device = (count, len(flow)), runtime.device
-        losses, hits = torch.empty(shape, device=device), torch.empty(shape, device=device, dtype=torch.bool)
+        losses, best = torch.empty(shape, device=device), torch.empty(shape, device=device, dtype=torch.int32)
         controls = torch.zeros(shape, device=device, dtype=torch.float64)
         # The records of all sites are held as long as draws are made.
         group = runtime.budget.held(flips.bytes) if control else len(flow)
@@ -107,10 +107,11 @@ class Computing:
             part = flow.cut(images)
             record = self._record(flips, part, head) if control else None
             for k in range(count):
-                rows = [found[k, images] for found in (losses, hits, controls)]
+                rows = [found[k, images] for found in (losses, best, controls)]
                 self._perturbed(flips, part, head, perturb(k, flips.weights), record, rows)
-        losses, hits, controls = losses.cpu(), hits.cpu(), controls.cpu()
-        return [(Scores(losses[k], hits[k]), controls[k]) for k in range(count)]
+        losses, best, controls = losses.cpu(), best.cpu(), controls.cpu()
+        feed = flow.images
+        return [(feed.scores(losses[k], best[k]), controls[k]) for k in range(count)]
 
     def _flips(self, flow: Flow, weights: Sequence[Flipped], end: int) -> Flips:
         """The stages with these weights, of which it is found out once how they are read."""
@@ -160,7 +161,7 @@ class Computing:
         record: Record | None,
         rows: Sequence[Tensor],
     ) -> None:
-        """Losses, hits and controls of one perturbation into rows, [n] each."""
+        """Losses, predictions and controls of one perturbation into rows, [n] each."""
 
         def work(flow: Flow, batch: slice) -> tuple[Tensor, ...]:
             x, inputs = self._start(flow, batch)
@@ -246,20 +247,20 @@ class Computing:
 
 
 class _Results:
-    """Losses and hits of several variants, on the device until all are computed."""
+    """Losses and predictions of several variants, on the device until all are computed."""
 
     def __init__(self, computing: Computing, runtime: Runtime, feeds: Sequence[Images], count: int) -> None:
         self._computing, self._runtime = computing, runtime
-        self._names = [feed.name for feed in feeds]
+        self._feeds = feeds
         # Created outside of inference mode, so that callers may use the results in any way.
         shapes, device = [(count, len(feed)) for feed in feeds], runtime.device
         self._losses = [torch.empty(shape, device=device) for shape in shapes]
-        self._hits = [torch.empty(shape, device=device, dtype=torch.bool) for shape in shapes]
+        self._best = [torch.empty(shape, device=device, dtype=torch.int32) for shape in shapes]
 
     def judge(self, flows: Sequence[Flow], text: Flow | None, first: int) -> None:
         kept = {
             id(flow): [rows[first : first + flow.copies].view(-1) for rows in pair]
-            for flow, *pair in zip(flows, self._losses, self._hits, strict=True)
+            for flow, *pair in zip(flows, self._losses, self._best, strict=True)
         }
 
         def work(flow: Flow, batch: slice) -> tuple[Tensor, Tensor]:
@@ -274,11 +275,11 @@ class _Results:
             self._runtime.images.map(flows, work, take)
 
     def scores(self) -> list[dict[str, Scores]]:
-        columns = [(losses.cpu(), hits.cpu()) for losses, hits in zip(self._losses, self._hits, strict=True)]
+        columns = [(losses.cpu(), best.cpu()) for losses, best in zip(self._losses, self._best, strict=True)]
         return [
             {
-                name: Scores(losses[k], hits[k])
-                for name, (losses, hits) in zip(self._names, columns, strict=True)
+                feed.name: feed.scores(losses[k], best[k])
+                for feed, (losses, best) in zip(self._feeds, columns, strict=True)
             }
             for k in range(len(columns[0][0]))
         ]

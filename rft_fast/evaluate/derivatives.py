@@ -97,7 +97,7 @@ def _differentiate(
     images = total(feeds)
 
     def work(feed: Images, batch: slice) -> T:
-        losses, _correct = feed.judge(model(feed.prepare(batch)), batch)
+        losses, _predictions = feed.judge(model(feed.prepare(batch)), batch)
         return of(losses.mean())
 
     def share(feed: Images, batch: slice, found: T) -> None:

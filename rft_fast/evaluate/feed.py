@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..datasets import Dataset
 from .batches import is_out_of_memory
+from .scores import Scores
 
 
 class Images:
@@ -52,6 +53,7 @@ class Images:
             ordered, order = self.classes.sort()
             self.targets = order[torch.searchsorted(ordered, self.labels)]
         self.groups = None if dataset.groups is None else dataset.groups.to(device)
+        self.among: int | None = None  # number of classes that images are scored among, known once checked
         self._stream = _Stream(device) if self.images.device != device else None
 
     def __len__(self) -> int:
@@ -98,7 +100,10 @@ class Images:
         return pixels.float().div_(self.white).sub_(self.mean).div_(self.std).to(self.dtype)
 
     def judge(self, logits: Tensor, batch: slice) -> tuple[Tensor, Tensor]:
-        """Return losses, float32 [n], and hits, bool [n], of logits [n, classes], on the device."""
+        """Return losses, float32 [n], and predictions, int64 [n], of logits [n, classes], on the device.
+
+        A prediction is right where it equals the label: see :attr:`rft_fast.evaluate.Scores.predictions`.
+        """
         logits = logits.float()
         if self.classes is not None:
             logits = logits.index_select(1, self.classes)
@@ -108,15 +113,16 @@ class Images:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
         if self.groups is None:
-            targets = self.targets[batch]
-            hits = best == targets
-            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            losses = nn.functional.cross_entropy(logits, self.targets[batch], reduction="none")
         else:
-            labels = self.labels[batch]
-            hits = self.groups[best] == labels
-            others = self.groups != labels[:, None]
+            others = self.groups != self.labels[batch, None]
             losses = -logits.log_softmax(1).masked_fill(others, -torch.inf).logsumexp(1)
-        return losses, hits & ~lost
+        rows = self.classes if self.groups is None else self.groups
+        return losses, (best if rows is None else rows[best]).masked_fill(lost, -1)
+
+    def scores(self, losses: Tensor, predictions: Tensor) -> Scores:
+        """Return scores of all images from losses, float32 [n], and predictions, int32 [n], on the CPU."""
+        return Scores(losses, predictions == self.dataset.labels, predictions)
 
     def check(self, model: Callable[[Tensor], Any]) -> Tensor:
         """Check that a model can score this data set, by one image.
@@ -158,6 +164,9 @@ class Images:
                 f"{where}: {folders} class folders but {classes} classes in the head, so labels "
                 "would mean other classes; tell by Dataset.classes which rows of the head they are"
             )
+        self.among = classes if dataset.classes is None else len(dataset.classes)
+        if dataset.groups is not None:
+            self.among = len(set(dataset.groups.tolist()))
         return logits
 
 

@@ -37,18 +37,27 @@ class Flow:
         """Go back to before the first stage."""
         self.held, self.position = None, 0
 
+    @property
+    def images(self) -> Images:
+        """The source, if it is images.
+
+        Raises:
+            TypeError: They are prompts.
+        """
+        if not isinstance(self.source, Images):
+            raise TypeError("Evaluator: prompts have neither labels nor numbers")
+        return self.source
+
     def cut(self, images: slice) -> Flow:
         """Some of the images of a flow of one copy, sharing its memory."""
-        if not isinstance(self.source, Images) or self.copies != 1:
+        if self.copies != 1:
             raise TypeError("Evaluator: only a single copy of images can be cut")
         held = None if self.held is None else self.held[images]
-        return Flow(self.stages, self.source.cut(images), self.position, 1, held)
+        return Flow(self.stages, self.images.cut(images), self.position, 1, held)
 
     def numbers(self, batch: slice) -> Tensor:
         """Numbers of a batch's images in their data set, of a flow of one copy."""
-        if not isinstance(self.source, Images):
-            raise TypeError("Evaluator: prompts have no numbers")
-        return self.source.numbers(batch)
+        return self.images.numbers(batch)
 
     def inputs(self, batch: slice) -> Tensor:
         """Return the inputs of the chain for a batch."""
@@ -70,12 +79,10 @@ class Flow:
             self.source.ahead(batch)
 
     def judge(self, logits: Tensor, batch: slice) -> tuple[Tensor, Tensor]:
-        """Return losses and hits of a batch of logits, as :meth:`rft_fast.evaluate.feed.Images.judge`."""
-        if not isinstance(self.source, Images):
-            raise TypeError("Evaluator: prompts have no labels")
+        """Return losses and predictions of a batch of logits, as :meth:`.Images.judge` does."""
         parts = self.parts(batch)
         rows = torch.split(logits, [part.stop - part.start for part in parts])
-        found = [self.source.judge(row, part) for row, part in zip(rows, parts, strict=True)]
+        found = [self.images.judge(row, part) for row, part in zip(rows, parts, strict=True)]
         if len(found) == 1:
             return found[0]
-        return torch.cat([losses for losses, _ in found]), torch.cat([hits for _, hits in found])
+        return torch.cat([losses for losses, _ in found]), torch.cat([best for _, best in found])

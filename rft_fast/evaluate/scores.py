@@ -1,4 +1,4 @@
-"""Per-image losses and hits of one model on one data set, so that differences can be paired."""
+"""Per-image losses, hits and predictions of one model on one data set, so that differences can be paired."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ class Scores:
         losses: Cross entropy of each image in nats, float32 [n] on the CPU. Losses that are not finite are
             kept, and the means include them.
         correct: Whether the largest logit of each image is that of its label, bool [n] on the CPU.
+        predictions: Predicted class of each image, int32 [n] on the CPU: the row of the head with the largest
+            logit among the scored ones, or the row that it counts as (``Dataset.groups``); -1 for logits with
+            NaN. None: not known.
     """
 
     losses: Tensor
     correct: Tensor
+    predictions: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -93,9 +97,36 @@ class Scores:
         misses = (first.correct.double() + last.correct.double()) / 2 - self.correct.double()
         return _mean(losses), _mean(misses)
 
+    def bump(self, first: Scores, last: Scores, alpha: float) -> tuple[float, float]:
+        """Return how far the mean loss at ``alpha`` lies above the straight line between the two ends.
+
+        That is the barrier over the chord of Entezari et al. (2022): the mean over images of
+        l - ((1 - alpha) l(0) + alpha l(1)). It is 0 at both ends and negative where a curve sags.
+
+        Args:
+            first: Scores at alpha = 0 on the same images.
+            last: Scores at alpha = 1 on the same images.
+            alpha: Position of these scores, in [0, 1].
+
+        Returns:
+            Value in nats and its paired standard error.
+
+        Raises:
+            ValueError: The numbers of images differ.
+        """
+        self._check_paired(first, "bump")
+        self._check_paired(last, "bump")
+        chord = (1 - alpha) * first.losses.double() + alpha * last.losses.double()
+        return _mean(self.losses.double() - chord)
+
     def then(self, more: Scores) -> Scores:
         """Return these scores followed by those of further images."""
-        return Scores(torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]))
+        predictions = None
+        if self.predictions is not None and more.predictions is not None:
+            predictions = torch.cat([self.predictions, more.predictions])
+        return Scores(
+            torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]), predictions
+        )
 
     def _check_paired(self, base: Scores, operation: str) -> None:
         if self.samples != base.samples:

@@ -1,12 +1,30 @@
-"""One figure per study, drawn from its rows; legible in print and to readers with colour deficiencies."""
+"""One figure per study, drawn from its rows; legible in print and to readers with colour deficiencies.
 
-from __future__ import annotations
+``python -m rft_fast.figures RUN`` draws those of a run again. See docs/figures.md.
+"""
 
-from .correlation import correlation
-from .interpolation import interpolation
-from .layer_sharpness import layer_sharpness
-from .layers import layers
-from .prune import prune
-from .sharpness import sharpness
+from typing import TYPE_CHECKING
 
-__all__ = ["correlation", "interpolation", "layer_sharpness", "layers", "prune", "sharpness"]
+from rft_fast.common import lazy
+
+if TYPE_CHECKING:
+    from .draw_correlation import correlation
+    from .draw_interpolation import interpolation
+    from .draw_layer_sharpness import layer_sharpness
+    from .draw_layers import layers
+    from .draw_prune import prune
+    from .draw_sharpness import sharpness
+    from .looks import look
+else:
+    __getattr__, __dir__ = lazy.face(
+        __name__,
+        draw_correlation="correlation",
+        draw_interpolation="interpolation",
+        draw_layer_sharpness="layer_sharpness",
+        draw_layers="layers",
+        draw_prune="prune",
+        draw_sharpness="sharpness",
+        looks="look",
+    )
+
+__all__ = ["correlation", "interpolation", "layer_sharpness", "layers", "look", "prune", "sharpness"]

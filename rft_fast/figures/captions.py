@@ -59,7 +59,7 @@ def stated(rows: pd.DataFrame) -> str:
 def setting(rows: pd.DataFrame) -> str:
     """The settings that identify a measurement of sharpness, in two lines."""
     first = rows.iloc[0]
-    where = fold(first["dataset"], 2, 9)
+    where = fold(first["dataset"], 2, "title")
     return f"$\\rho$ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
 
 

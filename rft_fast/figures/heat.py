@@ -13,7 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 
-from .style import GREY, SMALL, Style, points
+from .looks import in_points
+from .style import GREY, Style, fix_ticks, points
 
 MAP = "RdBu_r"  # diverging, symmetric in lightness, safe for colour deficiencies
 STRAGGLER: Style = {"ls": "", "marker": "<", "ms": 5, "color": "black", "mew": 0}
@@ -51,7 +52,9 @@ def draw(panel: Axes, values: pd.DataFrame, norm: AsinhNorm) -> ScalarMappable:
     if len(layer):
         panel.plot(values.columns.to_numpy()[alpha], layer, **NOT_FINITE)
     panel.set_ylim(len(values) - 0.5, -0.5)
-    panel.tick_params(labelsize=8, labelleft=False, left=False)
+    fix_ticks(panel)
+    panel.tick_params(labelleft=False, left=False)
+    panel.grid(False)
     return mesh
 
 
@@ -60,7 +63,9 @@ def label(panel: Axes, names: Sequence[str]) -> None:
     room = 72 * 0.85 * height(len(names)) / len(names)  # points
     step = math.ceil(_SMALLEST / room)
     panel.set_yticks(range(0, len(names), step), names[::step])
-    panel.tick_params("y", labelleft=True, left=step > 1, labelsize=max(_SMALLEST, min(SMALL, room)))
+    panel.tick_params(
+        "y", labelleft=True, left=step > 1, labelsize=max(_SMALLEST, min(in_points("small"), room))
+    )
 
 
 def mark(panel: Axes, layers: Sequence[str], marked: Collection[str], style: Style, column: int = 0) -> None:
@@ -93,8 +98,8 @@ def colorbar(figure: Figure, mesh: ScalarMappable, panels: np.ndarray, text: str
     bar = figure.colorbar(mesh, ax=panels, aspect=30, shrink=0.5, pad=0.02, anchor=(0, 1), ticks=marks)
     bar.ax.set_yticklabels([f"{tick:.2g}" for tick in marks])
     bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=8)
-    bar.set_label(text, fontsize=9)
+    fix_ticks(bar.ax)
+    bar.set_label(f"{text}\n(asinh scale)")
 
 
 def _edges(alphas: np.ndarray) -> np.ndarray:

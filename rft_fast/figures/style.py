@@ -1,4 +1,4 @@
-"""What figures share: colours, sizes, legends, and the description of a measurement in words."""
+"""What figures share: colours, panels, legends, captions, and how they are saved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any, Literal, ParamSpec
 
 import numpy as np
@@ -26,49 +27,90 @@ from ..common import disk
 from ..common.words import visible
 from ..studies.facts import Facts
 from ..studies.sharpness import student_t
+from .looks import MUTED, WIDTHS, Size, applied, current, in_points
 
-# Paul Tol's "muted" scheme: nine colours that stay distinct under the common colour deficiencies.
-MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
 GREY = "0.3"
-SMALL = 7.5  # points
 LINE = 0.15  # inches, height of a line of a title
+_UNDATED: Mapping[str, Mapping[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+_ALIKE = 1 / 3  # part of a shared axis that the curves of every panel must fill
+
+_SYMBOLS = {r"$\alpha$": "α", r"$\rho$": "ρ", r"$\tau$": "τ", r"$\xi$": "ξ", r"$\pm$": "±"}
 
 _P = ParamSpec("_P")
 Style = dict[str, Any]
 Place = Literal["outside upper center", "outside lower center"]
-BEATS: Style = {"ls": "-", "lw": 1.2, "marker": "o", "ms": 3}
-FAILS: Style = {"ls": (0, (3.5, 1.5)), "lw": 1.2, "marker": "o", "ms": 3.5, "mfc": "white"}
+BEATS: Style = {"ls": "-", "marker": "o"}
+FAILS: Style = {"ls": (0, (3.5, 1.5)), "marker": "o", "ms": 3.5, "mfc": "white"}
+SATURATED: Style = {"ls": "", "marker": "D", "ms": 5, "mfc": "none", "mec": "black", "mew": 0.8}
+SATURATED_EXPLAINED = "Saturated: the perturbed model answers at chance; it says nothing of flatness."
 ZERO_SHOT: Style = {"ls": ":", "lw": 1, "color": GREY}
-# Distinct by line style and marker, too.
-CURVES: list[Style] = [
-    {"color": colour, "marker": marker, "ls": line, "lw": 1.2, "ms": 3}
-    for colour, marker, line in zip(MUTED, "os^vDPX<>", ["-", "--", "-."] * 3, strict=True)
-]
+
+
+def curve_styles() -> list[Style]:
+    """Nine styles of curves, distinct by line style and marker, too."""
+    kinds = zip(cycle(_palette()), "os^vDPX<>", ["-", "--", "-."] * 3)
+    return [{"color": colour, "marker": marker, "ls": line} for colour, marker, line in kinds]
 
 
 def canvas(width: float, height: float) -> Figure:
-    """Create an empty figure of this size in inches, which needs no display."""
+    """Create an empty figure, which needs no display.
+
+    Args:
+        width: in inches, where the look does not fix it.
+        height: in inches.
+    """
+    width = WIDTHS.get(current().width, width)
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
+def side_by_side(figure: Figure, count: int, margin: float, least: float) -> int:
+    """How many of some panels stand side by side: all of them, if the look does not fix the width.
+
+    Args:
+        figure: the figure.
+        count: number of panels.
+        margin: inches of its width without panels.
+        least: width in inches of a panel with its labels.
+    """
+    if current().width == "auto":
+        return count
+    return max(1, min(count, int((figure.get_figwidth() - margin) / least)))
+
+
+def level(panels: Sequence[Axes]) -> None:
+    """Give the panels of a row the same vertical axis, or mark the row where that would flatten a panel.
+
+    Args:
+        panels: from left to right, with all that they show; the first one has the label of the axis.
+    """
+    limits = [panel.get_ylim() for panel in panels]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    first, *others = panels
+    if min(high - low for low, high in limits) < _ALIKE * (high - low):
+        first.set_ylabel("\n".join(filter(None, [first.get_ylabel(), "(scales differ)"])))
+        return
+    for panel in panels:
+        panel.set_ylim(low, high)
+    for panel in others:
+        panel.tick_params("y", labelleft=False)
+
+
 def drawing(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     """Decorate a drawing function so that any names are shown as they are.
 
-    ``$`` does not start a formula, control characters are escaped, and characters that the font lacks become
-    boxes without a warning for each.
+    ``$`` does not start a formula, control characters are escaped, characters that the style's fonts lack
+    come from others, and those that all fonts lack become boxes, which the caption says.
     """
 
     @functools.wraps(draw)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
         shown: dict[str, str] = {}
-        with warnings.catch_warnings():
+        changed: Any = [_shown(value, shown) for value in args]
+        named: Any = {key: value if key == "file" else _shown(value, shown) for key, value in kwargs.items()}
+        with applied("".join(shown.values())), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
-            changed: Any = [_shown(value, shown) for value in args]
-            named: Any = {
-                key: value if key == "file" else _shown(value, shown) for key, value in kwargs.items()
-            }
             return draw(*changed, **named)
 
     return run
@@ -79,6 +121,8 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
 
     def name(text: Any) -> Any:
         if not isinstance(text, str) or (new := visible(text).replace("$", r"\$")) == text:
+            if isinstance(text, str) and not text.isascii():
+                shown.setdefault(text, text)
             return text
         while text not in shown and new in shown.values():  # different names stay different
             new += "'"
@@ -98,9 +142,16 @@ def _shown(value: Any, shown: dict[str, str]) -> Any:
 
 
 def plain(panel: Axes) -> None:
-    """Set small tick labels and remove the spines at the top and right."""
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
+    """Prepare a panel of curves: no spines at the top and right, unless a style file sets them."""
+    fix_ticks(panel)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(current().style.get(f"axes.spines.{side}", False))
+
+
+def fix_ticks(panel: Axes) -> None:
+    """Fix the sizes of tick labels, by which ticks are chosen, for later uses of the figure."""
+    panel.tick_params("x", labelsize=in_points("x"))
+    panel.tick_params("y", labelsize=in_points("y"))
 
 
 def points(panel: Axes, x: float, y: float) -> ScaledTranslation:
@@ -110,10 +161,15 @@ def points(panel: Axes, x: float, y: float) -> ScaledTranslation:
 
 
 def colours(count: int) -> list[Any]:
-    """Nine distinct colours; for more models, an even scale in their order."""
-    if count <= len(MUTED):
-        return list(MUTED[:count])
+    """Distinct colours, nine or those of the style; for more models, an even scale in their order."""
+    if count <= len(palette := _palette()):
+        return palette[:count]
     return list(colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def _palette() -> list[str]:
+    chosen = current().style.get("axes.prop_cycle")
+    return list(MUTED if chosen is None else chosen.by_key()["color"])
 
 
 def swatches(palette: Mapping[str, Any]) -> list[Line2D]:
@@ -141,11 +197,8 @@ def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str =
         handle.set_label(fold(str(handle.get_label()), figure.get_figwidth() - 0.6))
 
     def make(columns: int) -> Legend:
-        legend: Legend = figure.legend(
-            handles=handles, loc=place, ncols=columns, fontsize=SMALL, frameon=False
-        )
+        legend: Legend = figure.legend(handles=handles, loc=place, ncols=columns)
         legend.set_title(title)
-        legend.get_title().set_fontsize(SMALL)
         legend.get_title().set_multialignment("center")
         return legend
 
@@ -153,7 +206,7 @@ def legend(figure: Figure, place: Place, handles: Sequence[Line2D], title: str =
     if legend.get_window_extent().width > figure.bbox.width:
         legend.remove()
         legend = make(1)  # as wide as the widest entry
-        spacing = legend.columnspacing * SMALL * figure.dpi / 72
+        spacing = legend.columnspacing * in_points("small") * figure.dpi / 72
         fitting = max(1, figure.bbox.width // (legend.get_window_extent().width + spacing))
         legend.remove()
         lines = math.ceil(len(handles) / fitting)
@@ -169,24 +222,50 @@ def finish(
     note: str,
     names: Sequence[Line2D] = (),
 ) -> Figure:
-    """Add legends, set the final height, and save the figure atomically.
+    """Add legends, set the final height, and save the figure and its caption atomically.
 
     Args:
         figure: the figure.
         file: output file; its extension selects the format.
         height: height without the legends, in inches.
         marks: entries of the legend above the panels.
-        note: text above those entries.
+        note: the caption; above those entries, or in a text file, by the look.
         names: entries of the legend below the panels.
     """
-    legends = legend(figure, "outside upper center", marks, note)
+    where = current()
+    note = " ".join(f"{note} {_boxes(where.boxes)}".split())
+    title = wrap(figure, note) if where.captions == "in" else ""
+    legends = legend(figure, "outside upper center", marks, title)
     if names:
         legends += legend(figure, "outside lower center", names)
     figure.set_figheight(height + legends)
     file = pathlib.Path(file)
+    kind = file.suffix[1:] or "png"
     with disk.replacing(file) as temporary:
-        figure.savefig(temporary, format=file.suffix[1:] or "png")
+        figure.savefig(temporary, format=kind, metadata=_UNDATED.get(kind))
+    if where.captions == "file":
+        disk.replace(caption_file(file), f"{_without_formulas(note)}\n".encode())
     return figure
+
+
+def caption_file(figure: pathlib.Path) -> pathlib.Path:
+    """The file with the caption of a figure."""
+    return figure.with_suffix(".txt")
+
+
+def _boxes(characters: str) -> str:
+    return (
+        f"No font that is installed here has the characters {characters}, which are shown as boxes."
+        if characters
+        else ""
+    )
+
+
+def _without_formulas(text: str) -> str:
+    """The text with the characters of its formulas, which are single symbols."""
+    for symbol, character in _SYMBOLS.items():
+        text = text.replace(symbol, character)
+    return text.replace(r"\$", "$")
 
 
 def wrap(figure: Figure, *sentences: str) -> str:
@@ -194,15 +273,15 @@ def wrap(figure: Figure, *sentences: str) -> str:
     return textwrap.fill(" ".join(filter(None, sentences)), int(18 * figure.get_figwidth()))
 
 
-def fold(name: str, inches: float, size: float = SMALL) -> str:
+def fold(name: str, inches: float, size: Size = "small") -> str:
     """Break a name into lines of this width, at separators if possible, without abbreviation."""
-    most = max(8, int(110 * inches / size))
+    most = max(8, int(110 * inches / in_points(size)))
     one = r"(?:\\\$|\\(?!\$)|[^\\])"  # an escaped dollar stays one character
     pattern = rf"{one}{{1,{most}}}\Z|{one}{{{most // 2},{most}}}(?<=[/ _.-])|{one}{{1,{most}}}"
     return name if len(name) <= most else "\n".join(re.findall(pattern, name))
 
 
-def headings(names: Sequence[str], figure: Figure, margin: float, size: float) -> list[str]:
+def headings(names: Sequence[str], figure: Figure, margin: float, size: Size) -> list[str]:
     """Fold names of columns to their width; ``margin``: inches of the figure's width without columns."""
     return [fold(name, (figure.get_figwidth() - margin) / len(names), size) for name in names]
 

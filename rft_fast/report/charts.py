@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..figures.captions import measures
+from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.verdicts import Association, association
 from .drawing import (
     ALL,
+    SATURATED,
     SYMBOLS,
     Chart,
     Control,
@@ -27,7 +30,7 @@ from .drawing import (
     rule,
     safe,
 )
-from .phrases import MEASURES
+from .phrases import MEASURES, p_value
 from .tables import sharpnesses, signed
 
 ALPHA = "α (0 zero-shot, 1 fine-tuned)"
@@ -161,13 +164,16 @@ def sharpness(facts: Facts) -> Picture:
         head = [f"<b>{safe(model)}</b>, α = {a:g}<br>sharpness " for a in curve["alpha"]]
         values = [
             f"{points(s, h, 1, '.3g')} nats (95 %)<br>{d} draws, n = {m:,} images"
-            for s, h, d, m in zip(
-                curve["sharpness"], curve["half"], curve["draws"], curve["samples"], strict=True
+            + ("<br>saturated: at chance" if verdict == "saturated" else "")
+            for s, h, d, m, verdict in zip(
+                *(curve[name] for name in ("sharpness", "half", "draws", "samples", "verdict")), strict=True
             )
         ]
+        crossed = [SATURATED if verdict == "saturated" else style["symbol"] for verdict in curve["verdict"]]
         hover = [a + b for a, b in zip(head, values, strict=True)]
         y, half = curve["sharpness"].tolist(), curve["half"].tolist()
         curves.append(line(curve["alpha"].tolist(), y, hover, show, error=half, **style))
+        curves[-1]["marker"]["symbol"] = crossed
         for dataset in far:
             at = [(model, dataset, round(a, 9)) for a in curve["alpha"]]
             if not all(place in path_rows.index for place in at):
@@ -183,6 +189,7 @@ def sharpness(facts: Facts) -> Picture:
                 line(y, percent, texts, show | {"dataset": [dataset]}, error=up, across=half, **style)
             )
             against[-1]["line"]["width"] = 0.8
+            against[-1]["marker"]["symbol"] = crossed
             against[-1]["marker"]["size"] = [11 if a == 1 else 7 for a in curve["alpha"]]
     charts = [
         Chart(
@@ -208,9 +215,9 @@ def sharpness(facts: Facts) -> Picture:
                 layout("general sharpness (nats)", "accuracy (%)", 380),
             )
         )
-    return Picture(
-        controls, charts, [*model_keys(numbers), Key("larger sign: fine-tuned, α = 1", "@grey", "circle")]
-    )
+    keys = [*model_keys(numbers), Key("larger sign: fine-tuned, α = 1", "@grey", "circle")]
+    keys += [Key("saturated", "@grey", SATURATED)] if (part["verdict"] == "saturated").any() else []
+    return Picture(controls, charts, keys)
 
 
 def prune(facts: Facts) -> Picture:
@@ -291,18 +298,24 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
     for (dataset, outcome, alpha), group in table.groupby(["dataset", "outcome", "alpha"], sort=False):
         show = {"dataset": [dataset], "outcome": [outcome], "alpha": [f"{alpha:g}"]}
         for name, letter, colour, symbol, shift in (
-            ("kendall", "Kendall's τ", "@c0", "circle", -0.17),
+            ("kendall", "Kendall's τ", "@c0", "circle-open", -0.17),
             ("spearman", "Spearman's ρ", "@c1", "diamond-open", 0.17),
         ):
             low, value, high = (group[f"{name}{end}"] for end in ("_low", "", "_high"))
             hover = [
                 f"<b>{safe(what)}</b>, α = {alpha:g}<br>{letter} with {outcome} on {safe(dataset)}<br>"
                 + signed(f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" if pd.notna(a) else f"{v:+.2f}, no interval")
-                + f"<br>over {n} models"
-                for what, v, a, b, n in zip(group["name"], value, low, high, group["models"], strict=True)
+                + f"<br>over {fact['models']} models, p = {p_value(fact['p_max'])} corrected"
+                + ("<br>saturated: says nothing of flatness" if fact["saturated"] else "")
+                for what, v, a, b, fact in zip(
+                    group["name"], value, low, high, group.to_dict("records"), strict=True
+                )
             ]
             y = [place[what] + shift for what in group["name"]]
             trace = line(value.tolist(), y, hover, show, colour, symbol, mode="markers", name=letter)
+            if name == "kendall":
+                judged = [association(fact) for fact in group.to_dict("records")]
+                trace["marker"]["symbol"] = [_JUDGED.get(verdict, symbol) for verdict in judged]
             trace["error_x"] = {
                 "symmetric": False,
                 "array": (high - value).tolist(),
@@ -332,8 +345,14 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
         choices("outcome", "Sharpness against", table["outcome"]),
         Control("alpha", "At α", [(f"{a:g}", f"{a:g}") for a in alphas]),
     ]
-    keys = [Key("Kendall's τ", "@c0", "circle"), Key("Spearman's ρ", "@c1", "diamond-open")]
+    keys = [
+        Key("Kendall's τ", "@c0", "circle-open"),
+        Key("p at most 0.05, corrected", "@c0", "circle"),
+        Key("saturated", "@c0", SATURATED),
+        Key("Spearman's ρ", "@c1", "diamond-open"),
+    ]
     return Picture(controls, [chart], keys), labels
 
 
-_ORDER = {"general": 0, "stragglers": 1, "layer": 2}
+_ORDER = {"general": 0, "stragglers": 1, **dict.fromkeys(COMPETITORS, 2), "layer": 3}
+_JUDGED: dict[Association, str] = {"above": "circle", "below": "circle", "saturated": SATURATED}

@@ -22,6 +22,7 @@ from ..figures.heat import ticks
 ALL = "*"
 Trace = dict[str, Any]
 SYMBOLS = "circle square triangle-up triangle-down diamond cross x triangle-left triangle-right".split()
+SATURATED = "star-open"
 FONT = 12
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 from ..common.words import some
 from ..studies.facts import Facts
 from ..studies.pruning import NAMED
-from ..studies.verdicts import Sign, half_width, sign
-from .phrases import tau
+from ..studies.verdicts import Association, association, half_width, shape, sign
+from .phrases import by_shape, limits, p_value
 from .shown import Finding, Shown
 
 
@@ -33,7 +33,7 @@ def findings(facts: Facts, studies: Iterable[Shown]) -> list[Finding]:
 
 
 def of_path(path: pd.DataFrame) -> Iterator[Finding]:
-    """Yield which models fail.
+    """Yield which models fail, and on whose paths the loss has a bump.
 
     Args:
         path: :func:`rft_fast.studies.summarize` of one data set.
@@ -49,6 +49,23 @@ def of_path(path: pd.DataFrame) -> Iterator[Finding]:
             )
             text = f"{beat} zero-shot at some alpha"
         yield Finding(f"On {where}, {text}.", "interpolation", where)
+    yield from _of_shapes(path)
+
+
+def _of_shapes(path: pd.DataFrame) -> Iterator[Finding]:
+    """Yield on how many models' paths the loss has a bump."""
+    where = path["dataset"].iloc[0]
+    shapes = [shape(fact) for fact in path.to_dict("records")]
+    known = len(shapes) - shapes.count("unknown")
+    if not known:
+        return
+    of = f"of {known} model{'s' if known > 1 else ''}"
+    bumps = path[[each == "bump" for each in shapes]].sort_values("bump", ascending=False)
+    listed = [f"{fact['model']} {fact['bump']:.3f}" for fact in bumps.to_dict("records")]
+    text = f"the loss of {len(listed) or 'none'} {of} rises above the straight line between its ends"
+    text += f" (bump in nats: {some(listed, 4)})" if listed else ""
+    text += f"; that of {shapes.count('slope') or 'none'} only slopes upward"
+    yield Finding(f"On {where}, {text}.", "interpolation", where)
 
 
 def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]:
@@ -60,9 +77,10 @@ def of_layers(stragglers: pd.DataFrame, path: pd.DataFrame) -> Iterator[Finding]
     """
     modes = path.set_index("model")["mode"].fillna("in distribution")
     for (model, dataset), group in stragglers.groupby(["model", "dataset"], sort=False):
-        names = list(group[group["straggler"]].sort_values("instability", ascending=False)["layer"])
-        which = f"{len(names)} stragglers ({some(names, 3)})" if names else "no stragglers"
-        yield Finding(f"{model} ({modes[model]}) has {which} on {dataset}.", "layers", dataset, model)
+        worst = group[group["straggler"]].sort_values("instability", ascending=False)
+        which = f"{len(worst) or 'no'} straggler{'' if len(worst) == 1 else 's'} on {dataset}"
+        which += f": {by_shape(worst)}" if len(worst) else ""
+        yield Finding(f"{model} ({modes[model]}) has {which}.", "layers", dataset, model)
 
 
 def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
@@ -111,11 +129,11 @@ def verdict(value: float, error: float, freedom: float, above: str, below: str) 
     return {"helped": "had no clear effect"}.get(above, "not clearly different from")
 
 
-_TAU: dict[Sign, str] = {
+_TAU: dict[Association, str] = {
     "above": "is associated with higher",
     "below": "is associated with lower",
-    "unclear": "has no clear association with",
-    "unknown": "has an undetermined association with",
+    "unclear": "has no significant association with",
+    "unknown": "has an undefined association with",
 }
 
 
@@ -133,19 +151,35 @@ def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
         ("stragglers", "Sharpness of the stragglers"),
     ):
         for fact in part[part["measure"] == measure].to_dict("records"):
-            judged = sign(fact["kendall_low"], fact["kendall_high"])
-            # For a perfect order there is no interval; of four models, one in 12 is perfect by chance.
-            perfect = judged == "unknown" and abs(fact["kendall"]) == 1 and fact["models"] > 4
-            words = _TAU[judged]
-            if perfect:
-                words = f"ranks all models {'in' if fact['kendall'] > 0 else 'against'} the order of"
-            text = (
-                f"{claim} (alpha = {fact['alpha']:g}, rho = {fact['rho']:g}, {fact['measured_on']}) "
-                f"{words} accuracy on {where}: tau {tau(fact)} over {fact['models']} models."
-            )
-            yield Finding(text, "correlation", where)
+            yield Finding(_associated(fact, claim, where, part), "correlation", where)
+    if text := limits(part):
+        yield Finding(text, "correlation", where)
     text = (
         "(In the paper, the sharpness of the whole model does not predict accuracy; that of the stragglers "
         "does.)"
     )
     yield Finding(text, "correlation", paper=True)
+
+
+def _associated(fact: Mapping[Any, Any], claim: str, where: str, part: pd.DataFrame) -> str:
+    """Describe one rank correlation, beside that of the clean loss on the same images."""
+    judged = association(fact)
+    claim += f" (alpha = {fact['alpha']:g}, rho = {fact['rho']:g}, {fact['measured_on']})"
+    if judged == "saturated":
+        return (
+            f"{claim} is saturated in {fact['saturated']} of {fact['models']} models: perturbed, they answer "
+            f"at chance. Its tau with accuracy on {where}, {fact['kendall']:+.2f}, says nothing of "
+            "flatness; a smaller rho may."
+        )
+    text = f"{claim} {_TAU[judged]} accuracy on {where}: "
+    if judged == "unknown":
+        return f"{text}it is not defined over {fact['models']} models."
+    text += f"tau {fact['kendall']:+.2f} over {fact['models']} models, p = {p_value(fact['p_max'])} "
+    text += f"(permutation, corrected for {fact['tests']} tests)"
+    if pd.notna(fact["partial"]):
+        text += f"; given the clean loss, tau {fact['partial']:+.2f}"
+    same = part["measured_on"] == fact["measured_on"]
+    for other in part[same & (part["measure"] == "minus clean loss")].to_dict("records"):
+        text += f"; minus the clean loss alone, tau {other['kendall']:+.2f}, p = {p_value(other['p_max'])}"
+    circular = " Circular: both are of the same images." if fact["circular"] else ""
+    return f"{text}.{circular}"

@@ -15,6 +15,7 @@ from ..studies.verdicts import straggling
 from .charts import ACCURACY, LOSS, along, points
 from .drawing import (
     ALL,
+    SATURATED,
     Chart,
     Control,
     Key,
@@ -118,6 +119,7 @@ def sharpness(facts: Facts) -> Picture:
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
     edge = facts.of(Sharpness).zero_margin
+    said = {"unclear": "<br>interval includes 0", "saturated": "<br>saturated: at chance"}
     maps: list[Trace] = []
     dots: list[Trace] = [rule([x, x], [-0.5, len(layers) - 0.5]) for x in (-edge, edge)]
     for (model, where), group in part.groupby(["model", "setting"], sort=False):
@@ -135,9 +137,12 @@ def sharpness(facts: Facts) -> Picture:
                 for x, m in zip(column["layer"], maybe, strict=True)
             ]
             symbol = ["circle-open" if m else "circle" for m in maybe]
+            symbol = [
+                SATURATED if v == "saturated" else s for v, s in zip(column["verdict"], symbol, strict=True)
+            ]
             hover = [
                 f"<b>{safe(layer)}</b>, α = {alpha:g}<br>sharpness {points(v, h, 1, '.3g')} nats (95 %)<br>"
-                f"{d} draws, n = {n:,} images" + ("<br>interval includes 0" if verdict == "unclear" else "")
+                f"{d} draws, n = {n:,} images" + said.get(verdict, "")
                 for layer, v, h, d, n, verdict in zip(
                     column["layer"], column["sharpness"], column["half"], column["draws"], column["samples"],
                     column["verdict"], strict=True,
@@ -182,6 +187,7 @@ def sharpness(facts: Facts) -> Picture:
         [
             Key("layer near zero at every α", "@good", "circle-open"),
             Key("interval includes 0", "@grey", "circle-open"),
+            *([Key("saturated", "@c0", SATURATED)] if (part["verdict"] == "saturated").any() else []),
             Key(f"± {edge:g} nats", "@grey", "", "dot"),
         ],
     )

@@ -20,6 +20,7 @@ from matplotlib.colors import to_hex
 from .. import __version__
 from ..common.words import visible
 from ..figures import style
+from ..figures.looks import MUTED
 from .drawing import Chart, Control, Key
 from .shown import Section
 from .tables import Cell, Table
@@ -31,7 +32,7 @@ def escape(text: str) -> str:
 
 
 MARK = '<meta name="generator" content="rft_fast.report'
-# style.MUTED, lightened for a dark background (contrast of at least 4.5 to 1).
+# MUTED, lightened for a dark background (contrast of at least 4.5 to 1).
 _ON_DARK = "#9D8FF0 #F08FA0 #5CC8B6 #D9649A #E6D98A #45B86F #98D5F2 #D98BCB #C2C25A".split()
 
 
@@ -196,6 +197,7 @@ def _figure(section: str, chart: Chart) -> str:
 # Plotly's symbols as SVG paths in a box of 12 by 12, for the legend.
 _PATHS = {
     "circle": "M6 2a4 4 0 1 0 .01 0z",
+    "star": "M6 1.2l1.2 3.2 3.4.1-2.7 2.1 1 3.3L6 8 3.1 9.9l1-3.3L1.4 4.5l3.4-.1z",
     "square": "M2.5 2.5h7v7h-7z",
     "triangle-up": "M6 2l4.4 7.6H1.6z",
     "triangle-down": "M6 10L1.6 2.4h8.8z",
@@ -266,8 +268,8 @@ def _chart(chart: Chart) -> dict[str, Any]:
 def palette(models: int) -> dict[str, list[str]]:
     """Return the models' colours by theme, "light" or "dark"; for more than nine, an even scale."""
     light = [to_hex(colour) for colour in style.colours(models)]
-    if models <= len(style.MUTED):
-        return {"light": list(style.MUTED), "dark": list(_ON_DARK)}
+    if models <= len(MUTED):
+        return {"light": list(MUTED), "dark": list(_ON_DARK)}
     return {
         "light": light,
         "dark": [to_hex(colormaps["viridis"](0.25 + 0.75 * i / (models - 1))) for i in range(models)],

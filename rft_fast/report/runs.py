@@ -75,7 +75,14 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     missing = [name for name in config["measured"] if name not in {*rows["study"].unique(), *unmeasured}]
     if missing:
         notes.append(f"Requested, but without rows: {', '.join(missing)}.")
-    facts = Facts(rows, tree_of(config), among(config), config["measured"], config["everything"])
+    facts = Facts(
+        rows,
+        tree_of(config),
+        among(config),
+        config["measured"],
+        config["everything"],
+        results.Stored(directory),
+    )
     for name in unmeasured:
         try:
             known[name].check(facts)

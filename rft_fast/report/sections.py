@@ -8,11 +8,12 @@ from dataclasses import replace
 import pandas as pd
 
 from ..common.words import some
+from ..names import REFERENCES
 from ..settings import Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
-from ..studies.verdicts import gains, straggling
+from ..studies.verdicts import association, gains, straggling
 from . import charts, layer_charts, tables
-from .phrases import images, span
+from .phrases import SATURATED, images, limits, span
 from .shown import Section, Shown
 from .summary import sections as printed
 from .tables import Table
@@ -47,7 +48,9 @@ def path(facts: Facts) -> Section:
         "The path",
         "Accuracy and loss on the straight line from zero-shot to fine-tuned. Choose one model to see its "
         "pointwise 95 % interval, which is that of the difference to zero-shot, paired over images. The "
-        "gain is the best position against zero-shot on the same images, which makes it optimistic.",
+        "gain is the best position against zero-shot on the same images, which makes it optimistic. The "
+        "barrier is the highest loss above that of zero-shot; the bump, the highest above the straight line "
+        "between the losses of the two ends: a loss that only slopes upward has a barrier and no bump.",
         charts.path(facts),
         [tables.path(facts)],
         warnings,
@@ -71,8 +74,10 @@ def layers(facts: Facts) -> Section:
         "Layer by layer",
         f"Each layer on the path alone, the others {ENDS[facts.of(Layers).others]}; {_images(part)}. A "
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
-        "positions (Bonferroni), and its loss above that at α = 0. Bars are pointwise 95 % intervals, not "
-        "corrected.",
+        "positions (Bonferroni), and its loss above that at α = 0. Instability is measured from "
+        f"{REFERENCES[facts.of(Layers).reference]}. By a bump: the loss rises above the straight line "
+        "between the layer's own ends, so corrected; by a slope: that is not shown. Bars are pointwise 95 % "
+        "intervals, not corrected.",
         layer_charts.interpolation(facts),
         [tables.layers(facts)],
         warnings,
@@ -87,6 +92,12 @@ def _unclear(table: Table, reason: str = "their sign is unclear") -> list[str]:
     """Describe how many intervals of a table are too wide to conclude."""
     wide = len(table.wide())
     return [f"{wide} of {len(table.rows)} intervals include 0 or are missing: {reason}."] if wide else []
+
+
+def _saturated(facts: Facts, part: pd.DataFrame) -> list[str]:
+    """Describe how many perturbed models answer at chance."""
+    count = int(facts.saturated(part).sum())
+    return [f"{count} of {len(part)} values are saturated: {SATURATED}; use a smaller rho."] if count else []
 
 
 def _drawn(part: pd.DataFrame) -> str:
@@ -106,7 +117,7 @@ def sharpness(facts: Facts) -> Section:
         "intervals: of sharpness over draws (Student's t), of accuracy over images.",
         charts.sharpness(facts),
         [table],
-        _unclear(table),
+        _unclear(table) + _saturated(facts, part),
     )
 
 
@@ -123,7 +134,7 @@ def layer_sharpness(facts: Facts) -> Section:
         "of that.",
         layer_charts.sharpness(facts),
         [table],
-        _unclear(table),
+        _unclear(table) + _saturated(facts, part),
     )
 
 
@@ -156,14 +167,22 @@ def correlation(facts: Facts) -> Section:
     picture, names = charts.correlation(known)
     table = tables.correlation(known, names)
     models = int(known["models"].max())
+    judged = [association(fact) for fact in known.to_dict("records")]
+    tested = [verdict for verdict in judged if verdict in ("above", "below", "unclear")]
+    warnings = [f"{tested.count('unclear')} of {len(tested)} tests are not significant after correction."]
+    if count := judged.count("saturated"):
+        warnings.append(f"{count} correlations are of a saturated sharpness, and not tested: {SATURATED}.")
+    if known["circular"].any():
+        warnings.append("Circular: measure and outcome are of the same images.")
     return Section(
         "correlation",
         "The central claim",
         "Does sharpness predict accuracy?",
-        f"Rank correlation over n = {models} models of sharpness with accuracy or gain out of distribution. "
-        "Intervals are pointwise 95 %, approximate for so few models, and not corrected for how many are "
-        "shown; stragglers found on the same models make their own line optimistic.",
+        f"Rank correlation over n = {models} models of sharpness, and of measures that cost less, with "
+        "accuracy or gain out of distribution. p by permutation of the models, corrected for all rows of the "
+        f"same outcome (max-T). {limits(known)} Intervals are pointwise 95 %, for orientation. Stragglers "
+        "found on the same models make their own line optimistic.",
         picture,
         [table],
-        _unclear(table, f"with {models} models they are too wide to conclude"),
+        warnings,
     )

@@ -9,19 +9,24 @@ import numpy as np
 import pandas as pd
 
 from ..common.words import duration, paragraph, visible
+from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
+from ..studies.verdicts import association, shape
 from .findings import findings
-from .phrases import MEASURES, images, span, tau
+from .phrases import MEASURES, by_shape, images, limits, p_value, span
 from .shown import Shown
 
 LEGEND = """\
-Accuracies, gain and instability in accuracy in points (%), barrier and instability in loss in nats.
-Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 % normal
-interval at that alpha, paired over images. Choosing the best alpha on the same images makes the
-gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Instability (Def. 1): how much worse
-the worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when
-no alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
+Accuracies, gain and instability in accuracy in points (%), barrier, bump and instability in loss
+in nats. Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 %
+normal interval at that alpha, paired over images. Choosing the best alpha on the same images makes
+the gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Bump: highest loss above the
+straight line between the losses of the two ends. Shape of the loss: a bump where that lies above 0
+with 95 % confidence, a slope where only the loss lies above zero-shot, no rise where neither is
+shown (Student's t, Bonferroni-corrected for the positions). Instability (Def. 1): how much worse the
+worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when no
+alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
 
 
 def report(facts: Facts, studies: Iterable[Shown]) -> str:
@@ -56,8 +61,20 @@ def sections(facts: Facts, studies: Iterable[Shown]) -> str:
 def interpolation(facts: Facts) -> list[str]:
     """Format the path of each model (Figure 1), in lines."""
     header = [
-        ["", "zero-", "fine-", "best", "", "", "instability", "", ""],
-        ["model", "shot", "tuned", "alpha", "gain [95 %]", "barrier", "loss", "accuracy", "mode"],
+        ["", "zero-", "fine-", "best", "", "", "", "", "instability", "", ""],
+        [
+            "model",
+            "shot",
+            "tuned",
+            "alpha",
+            "gain [95 %]",
+            "barrier",
+            "bump",
+            "shape",
+            "loss",
+            "acc.",
+            "mode",
+        ],
     ]
     lines = []
     for dataset, group in facts.path.groupby("dataset", sort=False):
@@ -81,6 +98,8 @@ def _cells(fact: dict[Any, Any]) -> list[str]:
         f"{fact['best_alpha']:g}",
         f"{gain:+.1f}{interval}" if gain else "0.0" + " " * len(interval),
         _nats(fact["barrier"]),
+        _nats(fact["bump"]) if pd.notna(fact["bump"]) else "-",
+        shape(fact).replace("unknown", "-"),
         _nats(fact["instability_loss"]),
         f"{100 * fact['instability_accuracy']:.1f}",
         fact["mode"],
@@ -99,17 +118,21 @@ def layers(facts: Facts) -> list[str]:
         f"layers: each layer on the path, the others {ENDS[facts.of(Layers).others]}; "
         f"{images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
         f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence "
-        "(Bonferroni-corrected for layers and alphas), and its loss above that at alpha = 0.",
+        "(Bonferroni-corrected for layers and alphas), and its loss above that at alpha = 0. Instability is "
+        f"measured from {REFERENCES[facts.of(Layers).reference]}. By a bump: the rise above the straight "
+        "line between the layer's own ends lies above 0, so corrected; by a slope: it is not shown to.",
     )
     for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
         on = visible(f"{model} on {dataset}")
         same = int(group["unchanged"].sum())
         left_out = f"; {same} more are the same at both ends" if same else ""
-        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}")
+        shapes = f": {by_shape(worst)}" if len(worst) else ""
+        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}{shapes}")
         lines += [
             f"    {fact['layer']}: instability {_nats(fact['instability'])} "
-            f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points"
+            f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points; "
+            f"bump {_nats(fact['bump'])}"
             for fact in worst.to_dict("records")
         ]
     return lines
@@ -120,7 +143,7 @@ def sharpness(facts: Facts) -> list[str]:
     lines = []
     for (_, rho), group in facts.part("sharpness").groupby(["dataset", "rho"], sort=False):
         lines += paragraphs(
-            facts, f"sharpness: all weights perturbed, {_how(group, rho)}. In nats, +- standard error."
+            facts, f"sharpness: all weights perturbed, {_how(facts, group, rho)}. In nats, +- standard error."
         )
         alphas = sorted(group["alpha"].unique())
         shown = [alphas[index] for index in sorted({0, len(alphas) // 2, len(alphas) - 1})]
@@ -140,8 +163,8 @@ def layer_sharpness(facts: Facts) -> list[str]:
         where = "fine-tuned weights" if (group["on"] == "finetuned").all() else "interpolated weights"
         lines += paragraphs(
             facts,
-            f"layer-sharpness: one layer of the {where} perturbed, {_how(group, rho)}. Near zero: the 95 % "
-            f"interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
+            f"layer-sharpness: one layer of the {where} perturbed, {_how(facts, group, rho)}. Near zero: the "
+            f"95 % interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
         )
         for model, own in group.groupby("model", sort=False):
             same = (near["model"] == model) & (near["dataset"] == dataset) & (near["rho"] == rho)
@@ -156,18 +179,25 @@ def layer_sharpness(facts: Facts) -> list[str]:
     return lines
 
 
-def _how(group: pd.DataFrame, rho: float) -> str:
+def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
     first = group[group["alpha"] > 0].iloc[0]
     count = span(group.loc[group["alpha"] > 0, "draws"])
     unit = "|w|" if first["adaptive"] else "1"
     images = f"{first['samples']} images of {first['dataset']}"
     if pd.isna(first["noise"]):
         worst = f"the worst case by {count} steps ({first['estimator']})"
-        return f"rho = {rho:g} in units of {unit}, {worst}, {images}"
+        return f"rho = {rho:g} in units of {unit}, {worst}, {images}{_saturated(facts, group)}"
     text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
     text += f"{images}, seed {first['seed']}"
     missed = int((~group["reached"].fillna(True)).sum())
-    return text + (f"; {missed} rows did not reach the requested standard error" if missed else "")
+    text += f"; {missed} rows did not reach the requested standard error" if missed else ""
+    return text + _saturated(facts, group)
+
+
+def _saturated(facts: Facts, group: pd.DataFrame) -> str:
+    count = int(facts.saturated(group).sum())
+    many = f"; in {count} of {len(group)} rows the perturbed model answers at chance (saturated)"
+    return f"{many}, which says nothing of flatness" if count else ""
 
 
 def _value(row: Any) -> str:
@@ -208,24 +238,42 @@ def _change(group: pd.DataFrame) -> str:
 
 def correlation(facts: Facts) -> list[str]:
     """Format the rank correlations at the highest alpha, in lines."""
-    lines = paragraphs(
-        facts,
-        "correlation of sharpness with out-of-distribution accuracy and gain, over models: Kendall's tau "
-        "[95 % interval]. All alphas and layers are in correlation.csv.",
-    )
     table = facts.correlation
     shown = table[table["measure"] != "layer"]
     shown = shown[shown["alpha"] == shown["alpha"].max()]
-    cells = [["out of distribution", "outcome", "sharpness of", "on", "at alpha", "rho", "models", "tau"]]
-    for fact in shown.to_dict("records"):
-        where = [
-            fact["dataset"],
-            fact["outcome"],
-            MEASURES[fact["measure"]],
-            fact["measured_on"],
-            f"{fact['alpha']:g}",
-        ]
-        cells.append([*where, f"{fact['rho']:g}", str(fact["models"]), tau(fact)])
+    ties = table.loc[table["ties"] != "none", "ties"]
+    lines = paragraphs(
+        facts,
+        "correlation over models with out-of-distribution accuracy and gain: Kendall's tau, its range with "
+        "one model left out, and tau given the clean loss. p: by permutation of the models, and corrected "
+        "for all layers and alphas of the same outcome (max-T). "
+        + (f"Sharpnesses within 2 standard errors ({ties.iloc[0]}) are tied. " if len(ties) else "")
+        + f"{limits(table)} All alphas and layers are in correlation.csv.",
+    )
+    cells = [
+        "out of distribution|outcome|measure|on|alpha|rho|tau|without one|given loss|p|corrected".split("|")
+    ]
+    for fact in pd.concat([own for _, own in shown.groupby(["dataset", "outcome"], sort=False)]).to_dict(
+        "records"
+    ):
+        numbers = [fact[name] for name in ("kendall", "without_low", "without_high", "partial")]
+        value, low, high, given = ("-" if np.isnan(number) else f"{number:+.2f}" for number in numbers)
+        judged = association(fact)
+        cells.append(
+            [
+                fact["dataset"],
+                fact["outcome"],
+                MEASURES.get(fact["measure"], fact["measure"]),
+                fact["measured_on"] + (" (circular)" if fact["circular"] else ""),
+                f"{fact['alpha']:g}",
+                "" if pd.isna(fact["rho"]) else f"{fact['rho']:g}",
+                value,
+                f"{low} to {high}" if low != "-" else "-",
+                given,
+                p_value(fact["p"]),
+                "saturated" if judged == "saturated" else p_value(fact["p_max"]),
+            ]
+        )
     return [*lines, *_table(cells)]
 
 

@@ -13,7 +13,21 @@ import pandas as pd
 from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
-from ..studies.verdicts import Gain, Sign, Straggling, gain, gains, half_width, sign, straggling
+from ..studies.verdicts import (
+    Association,
+    Gain,
+    Shape,
+    Sign,
+    Straggling,
+    association,
+    gain,
+    gains,
+    half_width,
+    layer_shape,
+    shape,
+    sign,
+    straggling,
+)
 
 WIDE = "too wide to conclude"
 
@@ -112,6 +126,8 @@ def path(facts: Facts) -> Table:
                 number(fact["zero_shot"], ".1f", 100),
                 number(fact["fine_tuned"], ".1f", 100),
                 number(fact["barrier"]),
+                number(fact["bump"]),
+                SHAPE[shape(fact)],
                 number(fact["instability_loss"]),
                 number(fact["instability_accuracy"], ".1f", 100),
                 number(fact["samples"], ",.0f"),
@@ -120,9 +136,17 @@ def path(facts: Facts) -> Table:
         chosen.append({"model": fact["model"], "dataset": fact["dataset"]})
     headings = (
         "model|data set|gain [95 %]|what the interval says|mode|best α|zero-shot %|fine-tuned %|barrier|"
-        "instability, loss|instability, acc.|n"
+        "bump|shape of the loss|instability, loss|instability, acc.|n"
     ).split("|")
     return Table("Every model on every data set", headings, rows, chosen)
+
+
+SHAPE: dict[Shape, Cell] = {
+    "bump": Cell("bump", 2, "bad"),
+    "slope": Cell("slope", 1),
+    "no rise": Cell("no rise", 0),
+    "unknown": Cell("not known", -1, "wide"),
+}
 
 
 def layers(facts: Facts) -> Table:
@@ -136,6 +160,8 @@ def layers(facts: Facts) -> Table:
                 interval(fact["instability"], fact["instability"] - half, fact["instability"] + half, "+.3f"),
                 STRAGGLING[straggling(fact)],
                 number(fact["instability_low"], "+.3f"),
+                number(fact["bump"]),
+                SHAPE[layer_shape(fact)] if fact["straggler"] else Cell("–"),
                 number(fact["alpha"], "g"),
                 number(fact["rise"], "+.3f"),
                 number(fact["instability_accuracy"], "+.1f", 100),
@@ -146,8 +172,8 @@ def layers(facts: Facts) -> Table:
         )
         chosen.append({"model": fact["model"], "dataset": fact["dataset"]})
     headings = (
-        "layer|instability in nats [95 %]|verdict|corrected lower end|at α|rise there|instability, acc.|"
-        "model|data set|n"
+        "layer|instability in nats [95 %]|verdict|corrected lower end|bump|by a|at α|rise there|"
+        "instability, acc.|model|data set|n"
     ).split("|")
     return Table("Every layer on its own", headings, rows, chosen)
 
@@ -195,6 +221,7 @@ _SHARPNESS: dict[str, Cell] = {
     "exactly 0": Cell("0", 2),
     "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
     "unknown": Cell("no standard error", 1, "wide"),
+    "saturated": Cell("saturated: at chance", 0, "bad"),
 }
 
 
@@ -203,15 +230,19 @@ def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
 
     Returns:
         The rows with ``setting``, which distinguishes one way of measuring from others; ``half``, half of the
-        95 % interval; ``verdict``, a :data:`rft_fast.studies.verdicts.Sign` or "exactly 0"; ``near_zero``,
-        whether the layer is.
+        95 % interval; ``verdict``, a :data:`rft_fast.studies.verdicts.Sign`, "exactly 0" or "saturated";
+        ``near_zero``, whether the layer is.
     """
     part = facts.part(study)
     value, half = part["sharpness"], margin(part)
+    flagged = facts.saturated(part)
     part = part.assign(
         setting=_settings(part),
         half=half,
-        verdict=[sign(v - h, v + h) if v or h else "exactly 0" for v, h in zip(value, half, strict=True)],
+        verdict=[
+            "saturated" if bad else sign(v - h, v + h) if v or h else "exactly 0"
+            for v, h, bad in zip(value, half, flagged, strict=True)
+        ],
         near_zero=False,
     )
     if study == "layer-sharpness":
@@ -266,11 +297,12 @@ def prune(facts: Facts) -> Table:
     return Table("What pruning did to accuracy, mean over α > 0", headings, rows, chosen)
 
 
-_KENDALL: dict[Sign, Cell] = {
-    "above": Cell("same direction", 2),
-    "below": Cell("opposite direction", 2),
-    "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
-    "unknown": Cell("no interval", 1, "wide"),
+_KENDALL: dict[Association, Cell] = {
+    "above": Cell("same direction", 3),
+    "below": Cell("opposite direction", 3),
+    "unclear": Cell("not significant", 2, "wide"),
+    "saturated": Cell("saturated: not tested", 1, "wide"),
+    "unknown": Cell("not defined", 0, "wide"),
 }
 
 
@@ -283,24 +315,29 @@ def correlation(table: pd.DataFrame, names: Sequence[str]) -> Table:
     """
     rows, chosen = [], []
     for name, fact in zip(names, table.to_dict("records"), strict=True):
-        low, high = fact["kendall_low"], fact["kendall_high"]
-        words = _KENDALL[sign(low, high)] if pd.notna(fact["kendall"]) else Cell("not defined", 1, "wide")
+        low, high = fact["without_low"], fact["without_high"]
         rows.append(
             [
                 Cell(name, None, "code" if fact["measure"] == "layer" else ""),
-                interval(fact["kendall"], low, high, "+.2f"),
-                words,
+                number(fact["kendall"], "+.2f"),
+                _KENDALL[association(fact)],
+                number(fact["p_max"]),
+                number(fact["p"]),
+                number(fact["needed"], ".2f"),
+                number(fact["partial"], "+.2f"),
+                Cell("–" if pd.isna(low) else signed(f"{low:+.2f} to {high:+.2f}"), low, "n"),
                 interval(fact["spearman"], fact["spearman_low"], fact["spearman_high"], "+.2f"),
-                Cell(fact["dataset"]),
+                Cell(fact["dataset"] + (" (circular)" if fact["circular"] else "")),
                 Cell(fact["outcome"]),
                 number(fact["alpha"], "g"),
                 number(fact["models"], ".0f"),
             ]
         )
         chosen.append({"dataset": fact["dataset"], "outcome": fact["outcome"], "alpha": f"{fact['alpha']:g}"})
-    headings = "sharpness of|Kendall's τ [95 %]|by τ|Spearman's ρ [95 %]|data set|against|α|n (models)".split(
-        "|"
-    )
+    headings = (
+        "measure|Kendall's τ|verdict|p, corrected|p alone|size needed|τ given clean loss|τ without one model|"
+        "Spearman's ρ [95 %, pointwise]|data set|against|α|n (models)"
+    ).split("|")
     return Table(
         "Sharpness against out-of-distribution accuracy and gain, over models", headings, rows, chosen
     )

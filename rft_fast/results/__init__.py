@@ -1,7 +1,8 @@
 """The directory of a run, which holds its rows on disk.
 
 ===================  ===============================================================
-``rows.sqlite``      every measurement with its rows, committed as soon as it is made; the run's configuration
+``rows.sqlite``      every measurement with its rows and the results of its images, committed as soon as it is
+                     made; the run's configuration
 ``rows.csv``         the same rows, written when the run ends or is interrupted
 ``correlation.csv``  the table of that study, computed from the rows
 ``cost.csv``         time and peak memory (bytes) of each study
@@ -21,16 +22,18 @@ from rft_fast.common import lazy
 if TYPE_CHECKING:
     from ..studies.rows import COLUMNS
     from .directory import check, differences
-    from .errors import Damaged, InUse, Mismatch
+    from .errors import Damaged, InUse, Mismatch, NoImages
     from .loading import load, recorded
     from .salvage import recover
+    from .single_images import Stored, images
     from .writer import Run
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         loading="COLUMNS load recorded",
         directory="check differences",
-        errors="Damaged InUse Mismatch",
+        errors="Damaged InUse Mismatch NoImages",
+        single_images="Stored images",
         salvage="recover",
         writer="Run",
     )
@@ -40,9 +43,12 @@ __all__ = [
     "Damaged",
     "InUse",
     "Mismatch",
+    "NoImages",
     "Run",
+    "Stored",
     "check",
     "differences",
+    "images",
     "load",
     "recorded",
     "recover",

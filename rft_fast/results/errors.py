@@ -11,5 +11,9 @@ class InUse(ValueError):
     """Another process writes to the directory."""
 
 
+class NoImages(ValueError):
+    """A run has no results of single images where they are needed."""
+
+
 class Mismatch(ValueError):
     """The directory holds a run with other settings."""

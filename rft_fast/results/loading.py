@@ -62,22 +62,34 @@ def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
         ValueError: The run is of a newer version, or the database of another program.
     """
     directory = pathlib.Path(directory)
+    refuse_missing(directory)
+    return frame(stored(directory))
+
+
+def refuse_missing(directory: pathlib.Path) -> None:
+    """Raise FileNotFoundError for a directory without a database."""
     if not (directory / database.FILE).is_file():
         raise FileNotFoundError(
             f"results: expected the directory of a run, but {directory} has no {database.FILE}"
         )
-    return frame(stored(directory))
 
 
 def stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
     """Yield the stored rows of the run in a directory, if there is one. Raises as :func:`load`."""
-    try:
+    with remedied(directory):
         if not is_begun(directory):
             return
         with opened(directory) as base:
             check_version(directory, base)
             database.check_pages(base)
             yield from records.rows(base, *order(records.config(base)))
+
+
+@contextmanager
+def remedied(directory: pathlib.Path) -> Iterator[None]:
+    """Add to Damaged what to do."""
+    try:
+        yield
     except Damaged as error:
         remedy = f"python -m rft_fast.results {shlex.quote(str(directory))} --recover"
         raise Damaged(f"{error}; to save what can still be read: {remedy}") from error
@@ -163,7 +175,7 @@ def check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
                 "replace it (--overwrite), or choose another directory"
             )
         raise sqlite3.DatabaseError("its version is missing")
-    newer, by = made > schema.FORMAT, "of a later version"
+    newer, by = made > schema.FORMAT or not {*records.columns(base)} <= {*COLUMNS}, "of a later version"
     if not newer:
         versions = records.config(base).get("versions")
         by = versions.get("rft_fast", "") if isinstance(versions, Mapping) else ""

@@ -7,7 +7,9 @@ import os
 import pathlib
 import sqlite3
 import tempfile
-from contextlib import closing, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ..common import disk, files
@@ -57,10 +59,19 @@ def _save(file: pathlib.Path) -> str:
             return "none of it could be read; the file is unchanged"
         new = pathlib.Path(folder, "recovered")
         schema.create(new, config)
-        with closing(database.connect(new)) as target, database.transaction(target):
-            for identity, (measurement, rows) in enumerate(measurements, start=1):
-                target.execute("INSERT INTO measurements VALUES (?, ?, ?, ?, ?, ?)", (identity, *measurement))
-                target.executemany(records.INSERT_ROW, [(identity, *row) for row in rows])
+        with ExitStack() as stack:
+            target = stack.enter_context(closing(database.connect(new)))
+            base = stack.enter_context(closing(database.connect(copy, bounded=True)))
+            stack.enter_context(database.transaction(target))
+            for identity, each in enumerate(measurements, start=1):
+                measurement = (identity, *each.key, records.crc(*each.key, *each.rows, *each.checksums))
+                target.execute("INSERT INTO measurements VALUES (?, ?, ?, ?, ?, ?)", measurement)
+                target.executemany(records.INSERT_ROW, [(identity, *row) for row in each.rows])
+                for position, (number, _) in enumerate(each.images):
+                    packed = base.execute(
+                        f"SELECT {_IMAGES} FROM images WHERE rowid = ?", (number,)
+                    ).fetchone()
+                    target.execute(records.INSERT_IMAGES, (identity, position, *packed))
             target.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?)", scores)
         place = _free(file.with_name("rows.recovered.sqlite"))
         new.rename(place)
@@ -74,12 +85,31 @@ def _save(file: pathlib.Path) -> str:
 
 
 PAGE = 4096  # bytes, SQLite's default
-Measured = tuple[tuple[Any, ...], list[tuple[Any, ...]]]  # a row of the table measurements, and its rows
+_IMAGES = "crc, hits, losses, predictions"
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A whole measurement.
+
+    Attributes:
+        key: study, model, number, time.
+        rows: its rows, with the columns of this version.
+        images: the numbers in their table and the checksums of its image results.
+    """
+
+    key: tuple[Any, ...]
+    rows: list[tuple[Any, ...]]
+    images: list[tuple[int, Any]]
+
+    @property
+    def checksums(self) -> list[Any]:
+        return [kept for _, kept in self.images]
 
 
 def _read(
     file: pathlib.Path, beside: pathlib.Path
-) -> tuple[dict[str, Any] | None, list[Measured], list[tuple[Any, ...]], int]:
+) -> tuple[dict[str, Any] | None, list[_Measured], list[tuple[Any, ...]], int]:
     with closing(database.connect(file, bounded=True)) as base:
         try:
             schema.check(base)
@@ -92,17 +122,27 @@ def _read(
             size = max(size, base.execute("PRAGMA page_count").fetchone()[0] * PAGE)
         most = size // 32  # upper limit of rows in a file of that size, and of their numbers
         base.text_factory = lambda text: text.decode("utf-8", "replace")  # the checksum shows damage
+        names = records.columns(base)
         rows: dict[int, list[tuple[Any, ...]]] = {}
-        for _, identity, *values in _around(base, "rows", f"measurement, {records.NAMES}", most):
+        listed = ", ".join(f'"{name}"' for name in ("measurement", *names))
+        for _, identity, *values in _around(base, "rows", listed, most):
             rows.setdefault(identity, []).append(tuple(values))
-        found: dict[tuple[Any, ...], Measured] = {}
+        images: dict[int, dict[int, tuple[int, Any]]] = {}
+        for number, identity, place, kept in _around(
+            base, "images", f"measurement, place, {_IMAGES}", most, _without_content
+        ):
+            if isinstance(place, int):
+                images.setdefault(identity, {})[place] = (number, kept)
+        found: dict[tuple[Any, ...], _Measured] = {}
         missing = 0
         for identity, *measured, kept in _around(
             base, "measurements", "study, model, number, finished, crc", most
         ):
             own = rows.get(identity, [])
-            if records.crc(*measured, *own) == kept:
-                found.setdefault(tuple(measured[:3]), ((*measured, kept), own))
+            pictured = [image for _, image in sorted(images.get(identity, {}).items())]
+            if records.crc(*measured, *own, *(checksum for _, checksum in pictured)) == kept:
+                arranged = [records.arrange(row, names) for row in own]
+                found.setdefault(tuple(measured[:3]), _Measured(tuple(measured), arranged, pictured))
             else:
                 missing += 1
         columns = '"of", dataset, alpha, losses, correct, crc'
@@ -110,6 +150,12 @@ def _read(
             tuple(s) for _, *s in _around(base, "scores", columns, most) if records.crc(*s[:-1]) == s[-1]
         ]
         return _config(base, beside), list(found.values()), scores, missing
+
+
+def _without_content(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Image results without what they are, and without a checksum if that does not fit."""
+    number, identity, place, kept, *packed = row
+    return number, identity, place, kept if records.crc(place, *packed) == kept else None
 
 
 def _put_first_page(file: pathlib.Path, fresh: pathlib.Path) -> None:
@@ -133,8 +179,22 @@ def _config(base: sqlite3.Connection, beside: pathlib.Path) -> dict[str, Any] | 
     return None
 
 
-def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> list[tuple[Any, ...]]:
-    """Return the rows of a table in order, each after its number, skipping what cannot be read."""
+def _around(
+    base: sqlite3.Connection,
+    table: str,
+    columns: str,
+    most: int,
+    of: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple,
+) -> list[tuple[Any, ...]]:
+    """Return the rows of a table in order, each after its number, skipping what cannot be read.
+
+    Args:
+        base: The database.
+        table: Name of the table.
+        columns: Its columns, as SQL.
+        most: Upper limit of their number.
+        of: What is kept of a row.
+    """
     query = f"SELECT rowid, {columns} FROM {table} NOT INDEXED"
     found: dict[int, tuple[Any, ...]] = {}
     end = most
@@ -144,7 +204,7 @@ def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> li
                 if order == "DESC" and end == most:
                     end = min(row[0], most)
                 if 0 < row[0] <= most:
-                    found.setdefault(row[0], row)
+                    found.setdefault(row[0], of(row))
             break
         except sqlite3.Error as error:
             if "no such" in str(error):  # the table itself is missing
@@ -154,7 +214,7 @@ def _around(base: sqlite3.Connection, table: str, columns: str, most: int) -> li
             if identity not in found:
                 with suppress(sqlite3.Error):
                     if row := base.execute(f"{query} WHERE rowid = ?", (identity,)).fetchone():
-                        found[identity] = row
+                        found[identity] = of(row)
     return [found[identity] for identity in sorted(found)]
 
 

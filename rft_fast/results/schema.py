@@ -12,9 +12,9 @@ from typing import Any
 
 from ..studies.rows import COLUMNS
 from .database import transaction
-from .records import crc, now
+from .records import checksum_again, columns, crc, now
 
-FORMAT = 1  # PRAGMA user_version
+FORMAT = 2  # PRAGMA user_version; 1 had no table of image results
 APPLICATION = 0x7266745F  # PRAGMA application_id: "rft_"
 
 _SQL = {"string": "TEXT", "float64": "REAL", "Int64": "INTEGER", "boolean": "INTEGER"}
@@ -30,6 +30,9 @@ CREATE INDEX rows_of_measurements ON rows (measurement);
 CREATE TABLE scores (
     "of" TEXT NOT NULL, dataset TEXT NOT NULL, alpha REAL NOT NULL, losses BLOB NOT NULL,
     correct BLOB NOT NULL, crc INTEGER NOT NULL, UNIQUE ("of", dataset, alpha));
+CREATE TABLE images (
+    measurement INTEGER NOT NULL REFERENCES measurements (id), place INTEGER NOT NULL, crc INTEGER NOT NULL,
+    hits BLOB NOT NULL, losses BLOB NOT NULL, predictions BLOB, UNIQUE (measurement, place));
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {FORMAT};
 """
@@ -41,9 +44,9 @@ _STATISTICS = (
 
 
 def _made() -> dict[tuple[str, str], re.Pattern[str]]:
-    """(type, name) -> pattern of its SQL. Earlier versions had fewer columns in the table of rows."""
+    """(type, name) -> pattern of its SQL. Versions differ in the columns of the table of rows."""
     found = {}
-    for statement in _SCHEMA.split(";")[:5]:
+    for statement in _SCHEMA.split(";")[:6]:
         sql = " ".join(statement.split())
         _, kind, name, *_ = sql.split()
         pattern = re.escape(sql)
@@ -72,6 +75,26 @@ def create(file: pathlib.Path, config: Mapping[str, Any]) -> None:
             text = json.dumps(config, indent=2, ensure_ascii=False)
             begun = now()
             database.execute("INSERT INTO run VALUES (?, ?, ?)", (text, begun, crc(text, begun)))
+
+
+def upgrade(database: sqlite3.Connection) -> None:
+    """Give the tables of a run of an earlier version what this version writes, in one transaction.
+
+    Args:
+        database: Opened for writing, verified.
+    """
+    (made,) = database.execute("PRAGMA user_version").fetchone()
+    missing = [name for name in COLUMNS if name not in columns(database)]
+    if made == FORMAT and not missing:
+        return
+    with transaction(database):
+        for name in missing:
+            database.execute(f'ALTER TABLE rows ADD COLUMN "{name}" {_SQL[COLUMNS[name]]}')
+        if missing:
+            checksum_again(database)
+        if made < FORMAT:
+            database.execute(_SCHEMA.split(";")[5])
+            database.execute(f"PRAGMA user_version = {FORMAT}")
 
 
 def check(database: sqlite3.Connection) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 from ..common import disk
 from ..config.recorded import upgraded
 from ..evaluate import Scores
+from ..studies.images import ImageScores
 from ..studies.rows import Row
 from . import database, export, lock, records, schema
 from .directory import (
@@ -112,6 +113,7 @@ class Run:
         with explained(self.directory):
             self._database = stack.enter_context(closing(database.connect(self._file)))
             database.start_writing(self._database, self._file)
+            schema.upgrade(self._database)
             (self.resumed,) = self._database.execute("SELECT count(*) FROM measurements").fetchone()
         (self.directory / FIGURES).mkdir(exist_ok=True)
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
@@ -127,16 +129,25 @@ class Run:
         with self._reading() as base:
             return {number for (number,) in base.execute(query, (study, model))}
 
-    def add(self, study: str, model: str, number: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Write the rows of one measurement; on return they are on disk.
+    def add(
+        self,
+        study: str,
+        model: str,
+        number: int,
+        rows: Sequence[Mapping[str, object]],
+        images: Sequence[ImageScores] = (),
+    ) -> None:
+        """Write the rows of one measurement and the results of their images; on return they are on disk.
 
         Args:
             study, model: What was measured.
             number: The measurement's number in its study.
             rows: Its rows: column -> value.
+            images: The results of the images of each row; empty: not kept.
 
         Raises:
-            ValueError: A name is not a column, a row is of another study or model, or the measurement exists.
+            ValueError: A name is not a column, a row is of another study or model, there are image results of
+                some rows only, or the measurement exists.
             OSError: The disk refuses it (full, gone); earlier measurements are kept.
         """
         if others := [row for row in rows if (row.get("study"), row.get("model")) != (study, model)]:
@@ -144,9 +155,14 @@ class Run:
                 f"results: expected rows of {study} of {model!r}, got one of {others[0].get('study')} of "
                 f"{others[0].get('model')!r}"
             )
+        if images and len(images) != len(rows):
+            raise ValueError(
+                f"results: expected image results of each of the {len(rows)} rows of {study} of {model!r}, "
+                f"or of none; got {len(images)}"
+            )
         try:
             with self._writing() as base:
-                records.add(base, study, model, number, rows)
+                records.add(base, study, model, number, rows, images)
         except sqlite3.IntegrityError as error:
             raise ValueError(
                 f"results: measurement {number} of {study} of {model!r} already exists"
@@ -177,12 +193,25 @@ class Run:
         Raises:
             ValueError: It does not exist.
         """
-        query = "SELECT id FROM measurements WHERE study = ? AND model = ? AND number = ?"
         with self._reading() as base:
-            found = base.execute(query, (study, model, number)).fetchone()
-            if found is None:
-                raise ValueError(f"results: measurement {number} of {study} of {model!r} does not exist")
-            return [records.values(row) for row in records.rows_of(base, found[0])]
+            identity = self._identity(base, study, model, number)
+            return [records.values(row) for row in records.rows_of(base, identity)]
+
+    def images(self, study: str, model: str, number: int) -> list[ImageScores]:
+        """Return the image results of the rows of a measurement, in their order; empty: not kept.
+
+        Raises:
+            ValueError: It does not exist.
+        """
+        with self._reading() as base:
+            return records.images_of(base, self._identity(base, study, model, number))
+
+    def _identity(self, base: sqlite3.Connection, study: str, model: str, number: int) -> int:
+        query = "SELECT id FROM measurements WHERE study = ? AND model = ? AND number = ?"
+        found = base.execute(query, (study, model, number)).fetchone()
+        if found is None:
+            raise ValueError(f"results: measurement {number} of {study} of {model!r} does not exist")
+        return int(found[0])
 
     def rows(self) -> pd.DataFrame:
         """Return all rows so far, as :func:`load` does."""

@@ -11,6 +11,7 @@ from ..config.request import Request
 from ..evaluate import Evaluator, Scores
 from ..path import Path
 from ..settings import Along, Sharpness
+from ..studies.images import Kept
 from ..studies.rows import Sink
 from .wiring import Counts, Models, by_layer, of_sharpness
 
@@ -49,6 +50,7 @@ class Bench:
         model: str = "",
         only: Collection[int] | None = None,
         sink: Sink | None = None,
+        images: Kept | None = None,
     ) -> None:
         """Makes measurements of one study of one model.
 
@@ -58,14 +60,16 @@ class Bench:
             chosen: layers, where the study takes some by earlier rows.
             shared: scores of other measurements; those that are missing are added.
             model: name of the fine-tuned model.
-            only, sink: as studies take them.
+            only, sink, images: as studies take them.
         """
         what = catalogue.study(study)
         names = self.shares(study, model)
         zeroshot, own = (shared.scores(of) for of in names)
         kept = self._kept.setdefault((study, names[0]), {})
-        evaluator = self.evaluators[what.images]
-        what.measure(Task(self.request, path, evaluator, model, chosen, zeroshot, own, kept, only, sink))
+        evaluator, found = self.evaluators[what.images], images if what.keeps_images else None
+        what.measure(
+            Task(self.request, path, evaluator, model, chosen, zeroshot, own, kept, only, sink, found)
+        )
 
     def shares(self, study: str, model: str) -> tuple[str, str]:
         """Names of the scores that its measurements share: at alpha = 0, and elsewhere."""

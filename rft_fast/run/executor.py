@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ..catalogue import Chosen
 from ..common import files
 from ..config.request import Request
+from ..studies.images import ImageScores
 from ..studies.rows import Row
 from .bench import Shared
 from .pieces import Piece
@@ -25,8 +26,11 @@ class Listener(Protocol):
     def begun(self, piece: Piece) -> None:
         """A worker begins the piece."""
 
-    def measured(self, piece: Piece, number: int, rows: list[Row]) -> None:
-        """One measurement of the piece is made. An exception raised here ends the work."""
+    def measured(self, piece: Piece, number: int, rows: list[Row], images: Sequence[ImageScores]) -> None:
+        """One measurement of the piece is made. An exception raised here ends the work.
+
+        images: results of the images of each row; none where they are not kept.
+        """
 
     def spent(self, piece: Piece, seconds: float, peak: int) -> None:
         """The piece is done. peak: of memory, in bytes."""
@@ -78,8 +82,10 @@ class InProcess:
     def measure(self, pieces: Sequence[Piece], shared: Shared, listener: Listener) -> None:
         for piece in pieces:
 
-            def sink(number: int, rows: list[Row], piece: Piece = piece) -> None:
-                listener.measured(piece, number, rows)
+            def sink(
+                number: int, rows: list[Row], images: Sequence[ImageScores], piece: Piece = piece
+            ) -> None:
+                listener.measured(piece, number, rows, images)
 
             listener.begun(piece)
             start = perf_counter()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from .. import catalogue, results, studies
 from ..common import disk, words
 from ..common.program import Stop
+from ..studies.images import ImageScores
 from ..studies.rows import Row
 from .pieces import Piece
 from .progress import Progress
@@ -46,8 +47,8 @@ class Ledger:
     def begun(self, piece: Piece) -> None:
         self._progress.begin(piece.study, piece.model)
 
-    def measured(self, piece: Piece, number: int, rows: list[Row]) -> None:
-        self._run.add(piece.study, piece.model, number, rows)
+    def measured(self, piece: Piece, number: int, rows: list[Row], images: Sequence[ImageScores]) -> None:
+        self._run.add(piece.study, piece.model, number, rows, images)
         self._progress.measured(piece.study, piece.model, number, rows, piece.cost_of[number])
         if catalogue.study(piece.study).phase == 0:
             self._compare_with_chance(rows)

@@ -41,7 +41,7 @@ def measure(
     for phase in catalogue.phases():
         todo: list[Piece] = []
         copies: dict[str, Copies] = {}
-        facts = Facts(run.rows(), request.settings)
+        facts = Facts(run.rows(), request.settings, images=results.Stored(run.directory))
         for what in (each for each in phase if each.name in request.measured):
             study, models = what.name, takes[what.name]
             pieces, copies[study] = executor.pieces(study, models, _some(models, partial(what.choose, facts)))
@@ -86,5 +86,7 @@ def _copy(run: results.Run, study: str, copies: Copies) -> None:
         done = run.done(study, model)
         for number, holder in same:
             if number not in done:
-                rows = run.measurement(study, holder, number)
-                run.add(study, model, number, [{**row, "model": model, "seconds": 0.0} for row in rows])
+                rows = [
+                    {**row, "model": model, "seconds": 0.0} for row in run.measurement(study, holder, number)
+                ]
+                run.add(study, model, number, rows, run.images(study, holder, number))

@@ -57,7 +57,12 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
         with run:
             took = _measure(executor, request, run, argv, followers, early)
             facts = Facts(
-                run.rows(), request.settings, among(executor.config), request.measured, request.everything
+                run.rows(),
+                request.settings,
+                among(executor.config),
+                request.measured,
+                request.everything,
+                results.Stored(run.directory),
             )
             _draw(request, facts, run, took)
     except (KeyboardInterrupt, Interrupted):

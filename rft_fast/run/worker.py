@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from time import perf_counter
 
@@ -12,13 +12,17 @@ from .. import path as paths
 from ..catalogue import Chosen
 from ..common import files, meter
 from ..config.request import Request, check_device
+from ..config.settings import Running
 from ..evaluate import Evaluator
-from ..studies.rows import Sink
+from ..studies.images import ImageScores, Kept
+from ..studies.rows import Row
 from . import bench, identity, wiring
 from . import cost as costs
 from .bench import Shared
 from .pieces import Counter, Measurement, Piece
 from .wiring import Models
+
+FullSink = Callable[[int, list[Row], Sequence[ImageScores]], object]
 
 
 class Worker:
@@ -44,13 +48,14 @@ class Worker:
         self._path: tuple[str, paths.Path] | None = None
         self._counted: dict[tuple[object, ...], list[Measurement]] = {}
 
-    def measure(self, piece: Piece, shared: Shared, sink: Sink) -> tuple[float, int]:
+    def measure(self, piece: Piece, shared: Shared, sink: FullSink) -> tuple[float, int]:
         """Makes the measurements of a piece.
 
         Args:
             piece: the measurements.
             shared: scores of other measurements; missing ones are added.
-            sink: called with each measurement. What it raises ends the piece.
+            sink: called with the number of each measurement, its rows and the results of their images, which
+                are none where they are not kept. What it raises ends the piece.
 
         Returns:
             Seconds, and peak memory in bytes.
@@ -59,11 +64,23 @@ class Worker:
             files.Changed: a file of the model has changed since it was hashed. The measurements of the piece
                 are invalid.
         """
+        kept: Kept | None = {} if self.request.of(Running).image_results else None
+
+        def with_images(number: int, rows: list[Row]) -> None:
+            sink(number, rows, () if kept is None else kept.pop(number, ()))
+
         start = perf_counter()
         with meter.Peak(self.request.device) as peak, self._models.unchanged(piece.model):
             path = self._on(piece.model)
             self._bench.run(
-                piece.study, path, piece.chosen, shared, model=piece.model, only=piece.numbers, sink=sink
+                piece.study,
+                path,
+                piece.chosen,
+                shared,
+                model=piece.model,
+                only=piece.numbers,
+                sink=with_images,
+                images=kept,
             )
         self._notice_other_images()
         return perf_counter() - start, peak.bytes

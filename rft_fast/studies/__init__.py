@@ -5,6 +5,7 @@ from __future__ import annotations
 from .chance import Chance, against_chance, zeroshot_chances
 from .correlation import correlation
 from .estimators import ESTIMATORS, Protocol
+from .images import ImageResults, ImageScores, image_results
 from .interpolate import XI, best_gains, check_alphas, interpolation, summarize
 from .layers import layerwise_interpolation, stragglers
 from .pruning import prune_stragglers, pruning_effect
@@ -16,12 +17,15 @@ __all__ = [
     "ESTIMATORS",
     "XI",
     "Chance",
+    "ImageResults",
+    "ImageScores",
     "Protocol",
     "against_chance",
     "best_gains",
     "check_alphas",
     "correlation",
     "frame",
+    "image_results",
     "interpolation",
     "layerwise_interpolation",
     "layerwise_sharpness",

@@ -1,47 +1,70 @@
 """The paper's central claim as a table: does sharpness predict which model does well out of distribution?
 
 The claim is that general sharpness does not, and that the layer-wise sharpness of straggler layers does. Each
-row of the table is one answer: a rank correlation over the models of a zoo.
+row of the table is one answer: a rank correlation over the models of a zoo. Other measures of the same
+models, which cost less, stand beside it.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..names import Names
+from .associations import Pairing, associate
 from .interpolate import STUDY as INTERPOLATION
-from .interpolate import Z95, summarize
+from .interpolate import summarize
 from .layers import MARGIN
 from .layers import STUDY as LAYERS
 from .layers import stragglers as find_stragglers
 from .rows import COLUMNS, asked, check_table
+from .saturation import flags
 
 # Columns that distinguish one measurement of the models' sharpness from another.
 SETTING = ["dataset", "rho", "on", "estimator"]
 # Columns that must not vary within one of them, or their effect would be mixed with that of the models.
 PROTOCOL = ["noise", "adaptive", "noise_batch", "normalized"]
+COMPETITORS = ("minus clean loss", "ID accuracy", "bump")
+"""Measures that need no perturbation: the loss of the unperturbed model on the images of the sharpness, with
+the sign changed; accuracy in distribution; the bump there, the largest height of the path's loss above the
+straight line between its ends."""
 _STUDIES = ["sharpness", "layer-sharpness"]
 
 
-def correlation(rows: pd.DataFrame, stragglers: Names | None = None, margin: float = MARGIN) -> pd.DataFrame:
+def correlation(
+    rows: pd.DataFrame,
+    stragglers: Names | None = None,
+    margin: float = MARGIN,
+    *,
+    classes: Mapping[str, int] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
     """Correlate sharpness with out-of-distribution accuracy and gain, by rank, over models.
 
     Sharpness is the general sharpness, that of one layer, or the mean over the straggler layers of each
     model. The outcome is the accuracy at the same alpha, or the gain (Eq. 2), on an out-of-distribution data
-    set. Only models with both are correlated.
+    set. Only models with both are correlated. The rows of :data:`COMPETITORS` correlate other measures of
+    the same models.
 
-    The 95 % intervals are closed forms on Fisher's z = atanh(r): for Kendall's tau with the variance 0.437 /
-    (n - 4) of Fieller, Hartley and Pearson (1957), for Spearman's rho with (1 + r^2 / 2) / (n - 3) of Bonett
-    and Wright (2000). They are approximate for few models, treat models as independent draws, and correct
-    neither for the noise of each sharpness nor for the number of rows. Stragglers found on the same models
-    also make their own row optimistic. There is no interval (NaN) for n <= 4 models (Kendall) or n <= 3
-    (Spearman), where the variance is not defined, nor at r = 1 or -1, where z is infinite.
+    Tests are by permutation of the models (:func:`rft_fast.studies.permutation.max_t`): of all orders for up
+    to 9 models, of 20,000 seeded ones for more. ``p_max`` is corrected for all rows of a family by the
+    largest statistic of each permutation: the rows of one data set and outcome that are of general sharpness,
+    of layer-wise sharpness (stragglers included), or of the competitors. Stragglers found on the same models
+    still make their own row optimistic. Rows with a saturated sharpness are not tested and not in the family.
+
+    Two models are tied in a sharpness if it differs by less than two standard errors of the difference: of
+    that of their changes against zero-shot, which are paired over draws, where all rows have
+    ``sharpness_change_se``, else of their own, taken as independent.
+
+    The 95 % intervals are pointwise, for orientation. They are closed forms on Fisher's z = atanh(r): for
+    Kendall's tau with the variance 0.437 / (n - 4) of Fieller, Hartley and Pearson (1957), for Spearman's rho
+    with (1 + r^2 / 2) / (n - 3) of Bonett and Wright (2000). There is none (NaN) for n <= 4 models
+    (Kendall) or n <= 3 (Spearman), where the variance is not defined, nor at r = 1 or -1.
 
     Args:
         rows: rows of the interpolation and of general or layer-wise sharpness, or both, of several models;
@@ -49,20 +72,31 @@ def correlation(rows: pd.DataFrame, stragglers: Names | None = None, margin: flo
         stragglers: the straggler layers; None: those that :func:`rft_fast.studies.stragglers` finds in any
             model, from rows of the layer-wise interpolation. Without any, the table has no such measure.
         margin: margin of that search, in nats.
+        classes: data set -> number of classes that it is scored among, to decide which rows are saturated
+            where they do not say so themselves.
+        groups: model -> group, such as its recipe, for ``without_low`` and ``without_high``; None: each model
+            is a group.
 
     Returns:
         One row per outcome, measure and alpha > 0:
 
         - ``dataset``, ``outcome``: the out-of-distribution data set, and *accuracy* or *gain* on it;
-        - ``measure``: *general*, *stragglers* or *layer*; ``layer``: its name (for stragglers joined by ",
-          ", for general missing); ``measured_on``: the data set of the sharpness;
+        - ``measure``: *general*, *stragglers*, *layer* or one of :data:`COMPETITORS`; ``layer``: its name
+          (for stragglers joined by ", "); ``measured_on``: the data set of the measure; ``circular``: whether
+          its images are those of the outcome, so that the loss of the same images stands on both sides;
         - ``alpha``, ``rho``, ``on``, ``estimator``, ``noise``, ``adaptive``, ``noise_batch``, ``normalized``
           and ``draws``, ``samples``, ``seed`` of the sharpness, the last three missing if they vary;
         - ``models``: number of models correlated; ``nonfinite``: number of those with a value that is not
-          finite;
-        - ``kendall`` (tau-b), ``kendall_low``, ``kendall_high``, ``spearman``, ``spearman_low``,
-          ``spearman_high``: NaN with fewer than three models, with ``nonfinite`` above 0, or if either side
-          is the same for all models.
+          finite; ``saturated``: number of those whose sharpness is;
+        - ``ties``: errors that decide on ties, *paired*, *unpaired* or *none*; ``tied``: number of tied
+          pairs;
+        - ``kendall`` (tau-b), ``kendall_low``, ``kendall_high``, ``spearman`` (without those ties),
+          ``spearman_low``, ``spearman_high``: NaN with fewer than three models, with ``nonfinite`` above 0,
+          or if either side is the same for all models; ``without_low``, ``without_high``: range of tau with
+          one group left out; ``partial``: Kendall's partial tau given the clean loss on the same images;
+        - ``p``, ``p_max``, ``tests`` (the number of rows of the family), and ``needed``: the smallest size of
+          tau for which ``p_max`` would be at most 0.05, NaN if there is none. Missing if the row is not
+          tested.
 
     Raises:
         TypeError: ``rows`` is not a table of rows.
@@ -73,7 +107,14 @@ def correlation(rows: pd.DataFrame, stragglers: Names | None = None, margin: flo
     """
     check_table(rows, "correlation")
     rows = _rounded(rows)
-    return correlate(rows, lambda: summarize(_ood(rows)), lambda: find_stragglers(rows, margin), stragglers)
+    return correlate(
+        rows,
+        lambda: summarize(_ood(rows)),
+        lambda: find_stragglers(rows, margin),
+        stragglers,
+        classes or {},
+        groups,
+    )
 
 
 def correlate(
@@ -81,6 +122,8 @@ def correlate(
     path: Callable[[], pd.DataFrame],
     unstable: Callable[[], pd.DataFrame],
     stragglers: Names | None = None,
+    classes: Mapping[str, int] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Make the table of :func:`correlation` from analyses that exist already.
 
@@ -89,18 +132,19 @@ def correlate(
         path: returns :func:`rft_fast.studies.summarize` of the rows, at least of those out of distribution.
         unstable: returns :func:`rft_fast.studies.stragglers`; called if there are rows of the layer-wise
             interpolation and ``stragglers`` is None.
-        stragglers: as for :func:`correlation`.
+        stragglers, classes, groups: as for :func:`correlation`.
     """
     rows = _rounded(rows)
     outcomes = list(_outcomes(rows, path))
-    table = pd.DataFrame(
-        [
-            {"dataset": dataset, "outcome": outcome, **measure, **facts}
-            for measure, x in _measures(rows, stragglers, unstable)
-            for dataset, outcome, y in outcomes
-            for facts in _associations(x, y)
-        ]
-    )
+    measures = list(_measures(rows, stragglers, unstable, classes or {}))
+    measures += _competitors(rows, measures)
+    pairings = [
+        pairing
+        for measure in measures
+        for dataset, outcome, y in outcomes
+        for pairing in _pairings(measure, dataset, outcome, y)
+    ]
+    table = pd.DataFrame(associate(pairings, groups))
     if (table["models"] < 3).all():
         raise ValueError(
             f"correlation: expected at least 3 models with both interpolation and sharpness, got "
@@ -111,12 +155,39 @@ def correlate(
 
 
 _COLUMNS = (
-    "dataset outcome measured_on measure layer alpha rho on estimator noise adaptive noise_batch normalized "
-    "draws samples seed models nonfinite "
-    "kendall kendall_low kendall_high spearman spearman_low spearman_high"
+    "dataset outcome measured_on circular measure layer alpha rho on estimator noise adaptive noise_batch "
+    "normalized draws samples seed models nonfinite saturated ties tied "
+    "kendall kendall_low kendall_high without_low without_high p p_max tests needed partial "
+    "spearman spearman_low spearman_high"
 ).split()
-_TYPES = {name: COLUMNS[name] for name in _COLUMNS if name in COLUMNS and name != "nonfinite"}
-_TYPES |= dict.fromkeys(["outcome", "measured_on", "measure"], "string")
+_TYPES = {
+    name: COLUMNS[name] for name in _COLUMNS if name in COLUMNS and name not in ("nonfinite", "saturated")
+}
+_TYPES |= dict.fromkeys(["outcome", "measured_on", "measure", "ties"], "string") | {
+    "circular": "boolean",
+    "tests": "Int64",
+}
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A measure of the models.
+
+    Attributes:
+        stated: the columns that identify it.
+        family: what it is corrected together with.
+        values: models by alphas.
+        errors: standard errors that decide on ties, likewise; None: none.
+        clean: loss of the unperturbed models in nats, likewise; None: unknown.
+        saturated: which values are saturated, likewise; None: none.
+    """
+
+    stated: Mapping[str, Any]
+    family: str
+    values: pd.DataFrame
+    errors: pd.DataFrame | None = None
+    clean: pd.DataFrame | None = None
+    saturated: pd.DataFrame | None = None
 
 
 def _rounded(rows: pd.DataFrame) -> pd.DataFrame:
@@ -142,27 +213,35 @@ def _outcomes(rows: pd.DataFrame, path: Callable[[], pd.DataFrame]) -> Iterator[
 
 
 def _measures(
-    rows: pd.DataFrame, stragglers: Names | None, unstable: Callable[[], pd.DataFrame]
-) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Yield the columns that identify a measure of sharpness, and its values: models by alphas."""
+    rows: pd.DataFrame,
+    stragglers: Names | None,
+    unstable: Callable[[], pd.DataFrame],
+    classes: Mapping[str, int],
+) -> Iterator[_Measure]:
+    """Yield each measure of sharpness."""
     measured = rows[rows["study"].isin(_STUDIES) & (rows["alpha"] > 0)]
     if measured.empty:
         raise ValueError(f"correlation: expected rows of the study {' or '.join(_STUDIES)}, got none")
     names = _straggler_layers(rows, measured["layer"].dropna().unique(), stragglers, unstable)
+    measured = measured.assign(saturated=flags(measured, classes).fillna(False).astype(bool))
     for (dataset, *setting), group in measured.groupby([*SETTING, "study"], sort=False, dropna=False):
         _check(group, f"correlation: {setting.pop()} on {dataset!r} at rho={setting[0]:g}")
+        paired = "sharpness_change_se" in group and bool(group["sharpness_change_se"].notna().all())
+        known = paired or bool(group["sharpness_se"].notna().any())
         stated = {
             "measured_on": dataset,
             **dict(zip(SETTING[1:], setting, strict=True)),
             **{name: _common(group[name]) for name in (*PROTOCOL, "draws", "samples", "seed")},
+            "ties": "paired" if paired else "unpaired" if known else "none",
         }
+        error = "sharpness_change_se" if paired else "sharpness_se"
         layers = {
-            layer: part.pivot(index="model", columns="alpha", values="sharpness")
+            layer: _measure(part, {**stated, "measure": "layer", "layer": layer}, "layers", error)
             for layer, part in group.groupby("layer", sort=False, dropna=False)
         }
         if group["layer"].isna().all():
             (general,) = layers.values()
-            yield {**stated, "measure": "general", "layer": None}, general
+            yield replace(general, stated={**stated, "measure": "general", "layer": None}, family="general")
             continue
         if names:
             if missing := [name for name in names if name not in layers]:
@@ -170,10 +249,87 @@ def _measures(
                     f"correlation: the layer-wise sharpness on {dataset!r} has no rows of the stragglers "
                     f"{missing}; measure them as well, or name the stragglers"
                 )
-            mean = sum(layers[name] for name in names) / len(names)
-            yield {**stated, "measure": "stragglers", "layer": ", ".join(names)}, mean
-        for layer, values in layers.items():
-            yield {**stated, "measure": "layer", "layer": layer}, values
+            own = {**stated, "measure": "stragglers", "layer": ", ".join(names)}
+            yield _mean([layers[name] for name in names], own)
+        yield from layers.values()
+
+
+def _measure(rows: pd.DataFrame, stated: Mapping[str, Any], family: str, error: str) -> _Measure:
+    """The measure of one row per model and alpha."""
+    rows = rows.assign(clean=rows["loss"] - rows["sharpness"])
+    values, errors, clean, saturated = (
+        rows.pivot(index="model", columns="alpha", values=name)
+        for name in ("sharpness", error, "clean", "saturated")
+    )
+    return _Measure(stated, family, values, errors, clean, saturated)
+
+
+def _mean(measures: Sequence[_Measure], stated: Mapping[str, Any]) -> _Measure:
+    """The mean of layers, whose noises are independent."""
+    first, count = measures[0], len(measures)
+    return replace(
+        first,
+        stated=stated,
+        values=sum(each.values for each in measures) / count,
+        errors=sum(each.errors**2 for each in measures if each.errors is not None) ** 0.5 / count,
+        saturated=sum(each.saturated for each in measures if each.saturated is not None) > 0,
+    )
+
+
+def _competitors(rows: pd.DataFrame, measures: Sequence[_Measure]) -> Iterator[_Measure]:
+    """Yield measures that need no perturbation, at the alphas of the sharpness."""
+    alphas = sorted({alpha for measure in measures for alpha in measure.values})
+
+    def made(
+        name: str, dataset: object, values: pd.DataFrame, errors: pd.DataFrame | None = None
+    ) -> _Measure:
+        empty = dict.fromkeys(["layer", *SETTING[1:], *PROTOCOL, "draws", "samples", "seed"])
+        ties = "none" if errors is None else "unpaired"
+        return _Measure(
+            {**empty, "measure": name, "measured_on": dataset, "ties": ties}, "competitors", values, errors
+        )
+
+    seen = set()
+    for measure in measures:
+        dataset = measure.stated["measured_on"]
+        if dataset not in seen and measure.clean is not None and measure.clean.notna().to_numpy().any():
+            seen.add(dataset)
+            yield made(COMPETITORS[0], dataset, -measure.clean)
+    paths = rows[rows["study"] == INTERPOLATION]
+    near = paths[~paths["ood"].fillna(False).astype(bool)]
+    for dataset, group in near.groupby("dataset", sort=False):
+        found = group.pivot(index="model", columns="alpha", values="accuracy")
+        yield made(COMPETITORS[1], dataset, found.reindex(columns=alphas).dropna(axis=1, how="all"))
+    if "bump" not in near:
+        return
+    for dataset, group in near.dropna(subset=["bump"]).groupby("dataset", sort=False):
+        worst = group.loc[group.groupby("model", sort=False)["bump"].idxmax()].set_index("model")
+        values, errors = (pd.DataFrame(dict.fromkeys(alphas, worst[name])) for name in ("bump", "bump_se"))
+        yield made(COMPETITORS[2], dataset, values, errors)
+
+
+def _pairings(measure: _Measure, dataset: str, outcome: str, y: Any) -> Iterator[Pairing]:
+    """Yield the measure with an outcome at each alpha, over the models that have both."""
+    models = measure.values.index.intersection(y.index)
+    stated = {"dataset": dataset, "outcome": outcome, "circular": measure.stated["measured_on"] == dataset}
+    for alpha in measure.values:
+        own = models if y.ndim == 1 or alpha in y else models[:0]  # no accuracies there
+        results = (y if y.ndim == 1 else y.get(alpha, pd.Series(dtype=float))).loc[own]
+        values, errors, clean, saturated = (
+            None if each is None else each.loc[own, alpha].to_numpy(dtype=float)
+            for each in (measure.values, measure.errors, measure.clean, measure.saturated)
+        )
+        assert values is not None
+        yield Pairing(
+            {**measure.stated, **stated, "alpha": alpha},
+            (measure.family, dataset, outcome),
+            tuple(own),
+            values,
+            results.to_numpy(dtype=float),
+            errors,
+            clean,
+            0 if saturated is None else int(np.nansum(saturated)),
+        )
 
 
 def _straggler_layers(
@@ -227,51 +383,3 @@ def _common(values: pd.Series) -> Any:
 
 def _names(rows: pd.DataFrame, studies: Sequence[str]) -> list[str]:
     return list(rows.loc[rows["study"].isin(studies), "model"].unique())
-
-
-def _associations(x: pd.DataFrame, y: Any) -> Iterator[dict[str, float]]:
-    """Yield both rank correlations at each alpha, over the models that x and y share."""
-    models = x.index.intersection(y.index)
-    x, y = x.loc[models], y.loc[models]
-    for alpha in x:
-        if y.ndim == 2 and alpha not in y:  # no accuracies there
-            yield {"alpha": alpha, **_association(np.empty(0), np.empty(0))}
-        else:
-            outcome = y if y.ndim == 1 else y[alpha]
-            yield {"alpha": alpha, **_association(x[alpha].to_numpy(), outcome.to_numpy())}
-
-
-def _association(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    n = len(x)
-    finite = np.isfinite(x) & np.isfinite(y)
-    tau = rho = math.nan
-    if n >= 3 and finite.all():
-        signs = [np.sign(np.subtract.outer(values, values)) for values in (x, y)]
-        # The sums of signs are twice the centred ranks, with ties at their mean.
-        tau, rho = _cosine(*signs), _cosine(*(each.sum(1) for each in signs))
-    tau_low, tau_high = _interval(tau, 0.437, n - 4)
-    rho_low, rho_high = _interval(rho, 1 + rho**2 / 2, n - 3)
-    return {
-        "models": n,
-        "nonfinite": int((~finite).sum()),
-        "kendall": tau,
-        "kendall_low": tau_low,
-        "kendall_high": tau_high,
-        "spearman": rho,
-        "spearman_low": rho_low,
-        "spearman_high": rho_high,
-    }
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of the angle: tau-b for the signs of all pairs, Pearson's r for centred values."""
-    size = math.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / size) if size else math.nan
-
-
-def _interval(r: float, scale: float, degrees: int) -> tuple[float, float]:
-    """95 % interval of a correlation whose z = atanh(r) has the variance ``scale / degrees``."""
-    if degrees <= 0 or not abs(r) < 1 - 1e-9:  # rounding puts some just below 1
-        return math.nan, math.nan
-    z, margin = math.atanh(r), Z95 * math.sqrt(scale / degrees)
-    return math.tanh(z - margin), math.tanh(z + margin)

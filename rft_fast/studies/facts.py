@@ -17,6 +17,7 @@ from ..names import never
 from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
 from .correlation import correlate
+from .images import Images, Renamed
 from .interpolate import STUDY as INTERPOLATION
 from .interpolate import best_gains, summarize
 from .layers import STUDY as LAYERS
@@ -24,6 +25,7 @@ from .layers import stragglers
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
 from .rows import asked
+from .saturation import flags
 from .sharpness import near_zero
 
 _Settings = TypeVar("_Settings")
@@ -41,6 +43,7 @@ class Facts:
         classes: data set -> number of classes among which it is scored, as far as known.
         measured: names of the studies that the run measures.
         everything: whether all studies were requested.
+        images: gives the results of single images, of one model and data set at a time; None: there are none.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class Facts:
         classes: Mapping[str, int] | None = None,
         measured: Sequence[str] = (),
         everything: bool = False,
+        images: Images | None = None,
     ) -> None:
         self.rows = rows.assign(asked=asked(rows)) if "asked" in rows else rows
+        self.images = images
         self.settings = settings or Tree()
         self.classes = classes or {}
         self.measured = tuple(measured)
@@ -75,6 +80,7 @@ class Facts:
             self.classes,
             self.measured if measured is None else measured,
             self.everything,
+            self.images,
         )
 
     def part(self, study: str) -> pd.DataFrame:
@@ -85,7 +91,17 @@ class Facts:
         """Return facts of the same rows with other names; made once, as the names are always the same."""
         if self._renamed is None:
             self._renamed = self.but(rows)
+            if self.images is not None:
+                keys = ["model", "dataset"]
+                pairs = self.rows[keys].drop_duplicates()
+                new = rows.loc[pairs.index, keys]
+                original = dict(zip(map(tuple, new.to_numpy()), map(tuple, pairs.to_numpy()), strict=True))
+                self._renamed.images = Renamed(self.images, original)
         return self._renamed
+
+    def saturated(self, rows: pd.DataFrame) -> pd.Series:
+        """Return which rows of a sharpness are known to be of a perturbed model at chance."""
+        return flags(rows, self.classes).fillna(False).astype(bool)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -149,7 +165,7 @@ class Facts:
     @cached_property
     def correlation(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.correlation`."""
-        return correlate(self.rows, lambda: self.path, lambda: self.stragglers)
+        return correlate(self.rows, lambda: self.path, lambda: self.stragglers, classes=self.classes)
 
     @cached_property
     def chances(self) -> list[Chance]:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from ..common.numeric import check_alphas as check_alphas
 from ..names import XI as XI
+from .images import Kept
 from .rows import Measured, Sink, as_number, check_table, of_study, scored
 
 if TYPE_CHECKING:
@@ -52,8 +54,10 @@ def interpolation(
     *,
     model: str = "",
     zeroshot: MutableMapping[str, Scores] | None = None,
+    finetuned: MutableMapping[str, Scores] | None = None,
     only: Collection[int] | None = None,
     sink: Sink | None = None,
+    images: Kept | None = None,
 ) -> pd.DataFrame:
     """Measure accuracy and loss of ``theta(alpha) = (1 - alpha) theta_0 + alpha theta_1`` (Figure 1).
 
@@ -66,15 +70,19 @@ def interpolation(
         model: name of the fine-tuned model, written into the rows.
         zeroshot: scores at alpha = 0 by data set, if known; missing ones are measured and added. Models
             fine-tuned from the same checkpoint can share this dictionary.
+        finetuned: scores at alpha = 1 by data set, likewise, of this model. Any other position needs them
+            for its bump, so they are made first.
         only: numbers of the measurements to make; None: all. There is one per (alpha, data set), numbered
             from 0 in ascending order of alpha and, for each alpha, in the evaluator's order of data sets.
         sink: called with the number and the rows of each measurement as soon as it is made.
+        images: a dictionary that receives the results of single images: number of a measurement -> those of
+            each of its rows (:func:`rft_fast.studies.image_results`). None: they are not kept.
 
     Returns:
         One row per (alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is in
-        nats, ``accuracy`` a fraction. ``gain`` is A(alpha) - A(0) and ``rise`` is L(alpha) - L(0), each with
-        a standard error paired over samples. ``seconds`` is the time of the position, divided among the data
-        sets in proportion to their samples.
+        nats, ``accuracy`` a fraction. ``gain`` is A(alpha) - A(0), ``rise`` is L(alpha) - L(0) and ``bump``
+        is L(alpha) - [(1 - alpha) L(0) + alpha L(1)], each with a standard error paired over samples.
+        ``seconds`` is the time of the position, divided among the data sets in proportion to their samples.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -84,21 +92,28 @@ def interpolation(
     grid = check_alphas(alphas)
     check_evaluator(path, evaluator, STUDY)
     zeroshot = {} if zeroshot is None else zeroshot
+    finetuned = {} if finetuned is None else finetuned
+    ahead: dict[str, float] = {}  # data set -> seconds of its scores at alpha = 1 before their turn
     names = [data.name for data in evaluator.datasets]
-    record = Measured(STUDY, len(grid) * len(names), only, sink)
+    record = Measured(STUDY, len(grid) * len(names), only, sink, images)
     for place, alpha in enumerate(grid):
         for group in _together(evaluator):
             numbers = [place * len(names) + names.index(name) for name in group]
             if not any(map(record.wants, numbers)):
                 continue
             start = perf_counter()
-            base = zeroshot_scores(path, evaluator, group, zeroshot)
-            scores = base
+            base = end_scores(path, evaluator, group, zeroshot, 0.0)
+            last, scores = base, base  # at alpha = 0 the bump is 0, whatever the other end
             if alpha != 0:
                 start = perf_counter()  # the time at alpha = 0 is in that row
+                last = scores = end_scores(path, evaluator, group, finetuned, 1.0)
+            if 0 < alpha < 1:
+                now = perf_counter()
+                ahead[group[0]] = ahead.get(group[0], 0.0) + now - start
+                start = now
                 with path.at(alpha):
                     scores = evaluator.among(base).scores()
-            seconds = perf_counter() - start
+            seconds = perf_counter() - start + (ahead.get(group[0], 0.0) if alpha == 1 else 0.0)
             for number, (name, score) in zip(numbers, scores.items(), strict=True):
                 if not record.wants(number):
                     continue
@@ -106,20 +121,21 @@ def interpolation(
                 row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
                 row["gain"], row["gain_se"] = score.gain_over(base[name])
                 row["rise"], row["rise_se"] = score.rise_over(base[name])
-                record.add(number, [row])
+                row["bump"], row["bump_se"] = score.bump(base[name], last[name], alpha)
+                record.add(number, [row], [score])
     return record.frame()
 
 
-def zeroshot_scores(
-    path: Path, evaluator: Evaluator, names: Iterable[str], known: MutableMapping[str, Scores]
+def end_scores(
+    path: Path, evaluator: Evaluator, names: Iterable[str], known: MutableMapping[str, Scores], alpha: float
 ) -> dict[str, Scores]:
-    """Return the scores at alpha = 0 on the named data sets, in their order.
+    """Return the scores at an end of the path on the named data sets, in their order.
 
     Scores missing from ``known`` are measured and added to it.
     """
     names = list(names)
     if not all(name in known for name in names):
-        with path.at(0.0):
+        with path.at(alpha):
             for name, scores in evaluator.among(names).scores().items():
                 if name not in known:
                     known[name] = scores
@@ -144,7 +160,7 @@ def _together(evaluator: Evaluator) -> list[list[str]]:
 
 
 def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
-    """Summarize the path of each model on each data set: gain, barrier, instability and mode.
+    """Summarize the path of each model on each data set: gain, barrier, bump, instability and mode.
 
     The 95 % interval of the gain is normal, pointwise and paired over samples, at the best alpha. It does not
     correct for choosing that alpha on the same samples, which makes the gain optimistic.
@@ -161,13 +177,19 @@ def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
           ``gain_low``, ``gain_high`` and ``best_alpha``, the smallest alpha that reaches it;
         - ``barrier`` (Eq. 1), also called depth: max over alpha of L(alpha) - L(0), in nats, with
           ``barrier_se`` and ``barrier_alpha``;
+        - ``bump`` (Entezari et al. 2022, their barrier): max over alpha of L(alpha) - [(1 - alpha) L(0) +
+          alpha L(1)], in nats, 0 for a path that never rises above the straight line between its ends, with
+          ``bump_se`` and ``bump_alpha``; missing for rows of versions that did not measure it;
+        - ``barrier_low``, ``bump_low``: lower ends of one-sided 95 % intervals of barrier and bump, by
+          Student's t over images, Bonferroni-corrected for the positions above 0, or between 0 and 1; the
+          bump's is missing without such a position;
         - ``instability_loss`` (Def. 1): max over alpha of L(alpha) - (L(0) + L(1)) / 2, in nats, and
           ``instability_accuracy``: (A(0) + A(1)) / 2 - min over alpha of A(alpha);
         - ``mode``: *failure* if no alpha beats A(0), *high gain* if one does by at least ``xi``, otherwise
           *gain*; missing for data in distribution, where it is not defined;
         - ``ood``, ``samples``, ``alphas`` (the number of positions), ``xi``.
 
-        If the loss is not finite at some alpha, neither are barrier and loss instability.
+        If the loss is not finite at some alpha, neither are barrier, bump and loss instability.
 
     Raises:
         TypeError: ``rows`` is not a table of rows, or ``xi`` is not a number.
@@ -218,6 +240,8 @@ def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[s
     loss, accuracy = curve["loss"].to_numpy(), curve["accuracy"].to_numpy()
     gain, rise = curve["gain"].to_numpy(), curve["rise"].to_numpy()
     best, worst = int(np.argmax(gain)), int(np.argmax(rise))  # unlike max, argmax finds a NaN
+    bump = curve["bump"].to_numpy()
+    top = int(np.argmax(bump))
     ood = bool(curve["ood"].iloc[0])
     gain_se = float(curve["gain_se"].iloc[best])
     mode = "failure" if gain[best] <= 0 else "high gain" if gain[best] >= xi else "gain"
@@ -236,12 +260,38 @@ def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[s
         "gain_high": gain[best] + Z95 * gain_se,
         "barrier": rise[worst],
         "barrier_se": float(curve["rise_se"].iloc[worst]),
+        "barrier_low": lower_end(curve[curve["alpha"] > 0], "rise"),
         "barrier_alpha": alphas[worst],
+        "bump": bump[top],
+        "bump_se": float(curve["bump_se"].iloc[top]),
+        "bump_low": lower_end(curve[curve["alpha"].between(0, 1, inclusive="neither")], "bump"),
+        "bump_alpha": alphas[top] if bump[top] == bump[top] else math.nan,
         "instability_loss": _above_ends(loss),
         "instability_accuracy": _above_ends(-accuracy),
         "mode": mode if ood else None,
         "xi": xi,
     }
+
+
+def lower_end(rows: pd.DataFrame, name: str, tests: int | None = None) -> float:
+    """Return the lower end of a one-sided 95 % interval of the largest value of a column of rows.
+
+    Student's t over images, Bonferroni-corrected: this far in the tail, the normal distribution would see
+    effects in few images.
+
+    Args:
+        rows: rows of the same images, each of which is a test.
+        name: the column; ``<name>_se`` has its standard error.
+        tests: number of tests to correct for; None: the number of rows.
+
+    Returns:
+        NaN without rows, or where a value or an error is missing or not finite.
+    """
+    if rows.empty:
+        return math.nan
+    t = stdtrit(rows["samples"].iloc[0] - 1, 1 - 0.05 / (tests or len(rows)))
+    ends = (rows[name] - t * rows[f"{name}_se"]).to_numpy(dtype=float)
+    return float(ends.max()) if np.isfinite(ends).all() else math.nan
 
 
 def _above_ends(curve: np.ndarray) -> float:

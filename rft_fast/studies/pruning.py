@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..names import CRITERIA, METHODS, Criterion, Fill, Method, Names, never
 from .estimators import Protocol
+from .images import Kept
 from .interpolate import check_alphas, check_evaluator
 from .layers import layerwise_interpolation, stragglers
 from .rows import Measured, Sink, as_number, of_study, scored
@@ -58,6 +59,7 @@ def prune_stragglers(
     unpruned: MutableMapping[tuple[str, float], Scores] | None = None,
     only: Collection[int] | None = None,
     sink: Sink | None = None,
+    images: Kept | None = None,
 ) -> pd.DataFrame:
     """Measure the path with straggler layers of the fine-tuned weights pruned (Alg. 1, Figure 5).
 
@@ -98,6 +100,8 @@ def prune_stragglers(
             curves, so
             give ``layers`` together with this.
         sink: called with the number and the rows of each measurement as soon as it is made.
+        images: a dictionary that receives the results of single images: number of a measurement -> those of
+            each of its rows (:func:`rft_fast.studies.image_results`). None: they are not kept.
 
     Returns:
         One row per (curve, alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`;
@@ -129,7 +133,7 @@ def prune_stragglers(
             warnings.warn(f"prune: no layer{of} is a straggler by {label}; none is pruned", stacklevel=2)
         variants += _variants(path.layers, label, names, methods, seeds, control)
     unpruned = {} if unpruned is None else unpruned
-    record = Measured(STUDY, len(variants) * len(grid), only, sink)
+    record = Measured(STUDY, len(variants) * len(grid), only, sink, images)
     places = enumerate((variant, alpha) for variant in variants for alpha in grid)
     for number, (variant, alpha) in places:
         if not record.wants(number):
@@ -153,7 +157,7 @@ def prune_stragglers(
                 row |= {"keep": keep, "layer": ", ".join(variant.layers), "seed": variant.seed}
                 row |= {name: getattr(variant, name) for name in ("method", "criterion", "control")}
             rows.append(row)
-        record.add(number, rows)
+        record.add(number, rows, scores.values())
     return record.frame()
 
 

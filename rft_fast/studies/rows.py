@@ -11,6 +11,7 @@ import pandas as pd
 from ..common.numeric import as_number as as_number
 from ..common.numeric import ascending as ascending
 from ..common.words import some
+from .images import ImageScores, Kept
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores, Walk
@@ -32,6 +33,7 @@ COLUMNS: dict[str, str] = {
     # What was written.
     "layer": "string",  # the layer that differs from the others; several: joined by ", "; missing: all layers
     "others": "string",  # end of the other layers: zeroshot or finetuned; missing: at alpha, too
+    "reference": "string",  # what instability is measured from: own or models; missing: own
     "alpha": "float64",
     "rho": "float64",
     "on": "string",
@@ -65,6 +67,8 @@ COLUMNS: dict[str, str] = {
     "instability_se": "float64",
     "instability_accuracy": "float64",  # (A(0) + A(1)) / 2 - A(alpha), paired over samples
     "instability_accuracy_se": "float64",
+    "bump": "float64",  # L(alpha) - [(1 - alpha) L(0) + alpha L(1)], paired over samples
+    "bump_se": "float64",
     "change": "float64",  # A(pruned) - A(unpruned) at the same alpha, paired over samples
     "change_se": "float64",
     "sharpness": "float64",
@@ -73,6 +77,7 @@ COLUMNS: dict[str, str] = {
     "sharpness_se_images": "float64",  # over images, for these draws
     "sharpness_change": "float64",  # sharpness less that at alpha = 0, paired over draws
     "sharpness_change_se": "float64",
+    "saturated": "boolean",  # whether the perturbed model answers at chance; missing: unknown
     "reached": "boolean",  # whether the draws for the requested standard error were made
     "precision": "string",
     "seconds": "float64",
@@ -145,13 +150,21 @@ class Measured:
         count: number of measurements in the study.
         only: numbers of the measurements to make; None: all.
         sink: called with the number and the rows of each measurement.
+        images: receives the results of single images, before the sink is called; None: they are not kept.
 
     Raises:
         TypeError: ``only`` does not hold integers.
         ValueError: a number outside 0 to ``count - 1``.
     """
 
-    def __init__(self, study: str, count: int, only: Collection[int] | None, sink: Sink | None) -> None:
+    def __init__(
+        self,
+        study: str,
+        count: int,
+        only: Collection[int] | None,
+        sink: Sink | None,
+        images: Kept | None = None,
+    ) -> None:
         if isinstance(only, str) or not isinstance(only, Iterable | None):
             raise TypeError(f"{study}: only: expected numbers of measurements, got {only!r}")
         self._only = range(count) if only is None else frozenset(only)
@@ -161,16 +174,24 @@ class Measured:
             raise ValueError(
                 f"{study}: only: measurements are numbered from 0 to {count - 1}; got {some(outside, 4)}"
             )
-        self._sink = sink
+        self._sink, self._images = sink, images
         self._rows: dict[int, list[Row]] = {}
 
     def wants(self, number: int) -> bool:
         """Whether this measurement has to be made."""
         return number in self._only
 
-    def add(self, number: int, rows: Iterable[Mapping[str, object]]) -> None:
-        """Record a finished measurement and pass it to the sink."""
+    def add(self, number: int, rows: Iterable[Mapping[str, object]], scores: Iterable[Scores] = ()) -> None:
+        """Record a finished measurement and pass it to the sink.
+
+        Args:
+            number: its number.
+            rows: its rows.
+            scores: the scores of each row, for a study that keeps results of single images.
+        """
         self._rows[number] = [complete(row) for row in rows]
+        if self._images is not None:
+            self._images[number] = [ImageScores.of(each) for each in scores]
         if self._sink is not None:
             self._sink(number, self._rows[number])
 

@@ -17,6 +17,7 @@ from .estimators import WORST_CASE, Estimate, Protocol, Target, estimate, togeth
 from .estimators.estimates import Results
 from .interpolate import check_evaluator
 from .rows import COLUMNS, Measured, Row, Sink, as_number, ascending, asked, of_study
+from .saturation import saturated
 
 if TYPE_CHECKING:
     from ..datasets import Dataset
@@ -205,18 +206,19 @@ class _Study:
                 f"{self.name}: a text tower makes the head for all images, so all of them share each draw of "
                 "noise (noise_batch is not used)"
             )
+        compared = self.name == STUDY and 0.0 in positions
         for place, (alpha, data) in enumerate(places):
             wanted = {n: unit for n, unit in enumerate(units, place * len(units)) if record.wants(n)}
+            if not wanted:
+                continue
+            if compared and alpha and any((data.name, rho) not in self.zeroshot for rho in scales):
+                self._start(data.name, targets, scales)
             numbers = {target: n for n, unit in wanted.items() for target in unit}
-            for results in self._estimates(alpha, data.name, list(numbers), scales) if wanted else ():
+            for results in self._estimates(alpha, data.name, list(numbers), scales):
                 rows = []
                 for (target, rho), result in results.items():
                     row = self._row(data, target, alpha, rho, result)
-                    if self.name == STUDY and 0.0 in positions:
-                        if alpha and (data.name, rho) not in self.zeroshot:
-                            self._start(data.name, target, scales)
-                        row |= self._change(data.name, alpha, rho, result)
-                    rows.append(row)
+                    rows.append(row | (self._change(data.name, alpha, rho, result) if compared else {}))
                 record.add(numbers[target], rows)
         return record.frame()
 
@@ -232,9 +234,9 @@ class _Study:
     def _images_per_noise(self) -> int | None:
         return images_per_noise(self.protocol, self.evaluator)
 
-    def _start(self, dataset: str, target: Target, rhos: Sequence[float]) -> None:
+    def _start(self, dataset: str, targets: Sequence[Target], rhos: Sequence[float]) -> None:
         """Measure the zero-shot model, with which others are compared."""
-        for results in self._estimates(0.0, dataset, [target], rhos):
+        for results in self._estimates(0.0, dataset, targets, rhos):
             for (_, rho), result in results.items():
                 self.zeroshot[dataset, rho] = result
 
@@ -248,7 +250,8 @@ class _Study:
     def _row(self, data: Dataset, target: Target, alpha: float, rho: float, found: Estimate) -> Row:
         protocol = self.protocol
         drawn = {} if found.estimator in WORST_CASE else {"noise": protocol.noise, "seed": protocol.seed}
-        return {
+        (classes,) = (feed.among for feed in self.evaluator.feeds if feed.name == data.name)
+        row: Row = {
             "study": self.name,
             "model": self.model,
             "dataset": data.name,
@@ -281,6 +284,7 @@ class _Study:
             "reached": found.reached,
             "seconds": found.seconds,
         }
+        return {**row, "saturated": saturated(row, classes)}
 
 
 def images_per_noise(protocol: Protocol, evaluator: Evaluator) -> int | None:

@@ -11,10 +11,13 @@ from scipy.special import stdtrit
 
 from .interpolate import STUDY as PATH
 from .interpolate import Z95
+from .permutation import LEVEL
 
 Sign = Literal["above", "below", "unclear", "unknown"]
 Gain = Literal["gain", "unclear", "not excluded", "unknown", "none"]
+Association = Literal["above", "below", "unclear", "saturated", "unknown"]
 Straggling = Literal["straggler", "unchanged", "unclear", "stable"]
+Shape = Literal["bump", "slope", "no rise", "unknown"]
 
 
 def sign(low: float, high: float) -> Sign:
@@ -85,6 +88,61 @@ def gain(fact: Mapping[Any, Any], furthest: float) -> Gain:
     if math.isnan(furthest):
         return "unknown"
     return "not excluded" if furthest > 0 else "none"
+
+
+def shape(fact: Mapping[Any, Any]) -> Shape:
+    """Classify how the loss goes along a path, by corrected intervals.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.summarize`.
+
+    Returns:
+        "bump" if the loss rises above the straight line between its ends; otherwise "slope" if it rises above
+        that at alpha = 0, for which the ends alone may be the reason, and "no rise" if it is not shown to;
+        "unknown" without intervals, or without a position between the ends.
+    """
+    if fact["bump_low"] > 0:
+        return "bump"
+    if math.isnan(fact["bump_low"]) or math.isnan(fact["barrier_low"]):
+        return "unknown"
+    return "slope" if fact["barrier_low"] > 0 else "no rise"
+
+
+def layer_shape(fact: Mapping[Any, Any]) -> Shape:
+    """Classify the instability of a straggler, by corrected intervals.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.stragglers`.
+
+    Returns:
+        "bump" if the loss rises above the straight line between the layer's own ends, otherwise "slope": its
+        ends alone may be the reason; "no rise" for a layer that is no straggler; "unknown" where the bump was
+        not measured or is not finite.
+    """
+    if not fact["straggler"]:
+        return "no rise"
+    if math.isnan(fact["bump_low"]):
+        return "unknown"
+    return "bump" if fact["bump_low"] > 0 else "slope"
+
+
+def association(fact: Mapping[Any, Any]) -> Association:
+    """Classify a rank correlation by its permutation p, corrected for the others of its family.
+
+    Args:
+        fact: a row of :func:`rft_fast.studies.correlation`.
+
+    Returns:
+        "above" or "below" 0 where ``p_max`` is at most 0.05, else "unclear"; "saturated" where a sharpness
+        says nothing of flatness; "unknown" without a test.
+    """
+    if fact["saturated"]:
+        return "saturated"
+    if pd.isna(fact["p_max"]):
+        return "unknown"
+    if fact["p_max"] > LEVEL:
+        return "unclear"
+    return "above" if fact["kendall"] > 0 else "below"
 
 
 def straggling(fact: Mapping[Any, Any]) -> Straggling:

@@ -97,8 +97,8 @@ def run(zoo: Path, monkeypatch: pytest.MonkeyPatch, file: str, act: Act, during:
     """An interpolation of two models; something happens to a file after a measurement of one of them."""
     add = Run.add
 
-    def hooked(self: Run, study: str, model: str, number: int, rows: Any) -> None:
-        add(self, study, model, number, rows)
+    def hooked(self: Run, study: str, model: str, number: int, *rows: Any) -> None:
+        add(self, study, model, number, *rows)
         if model == during and number == 1:
             act(zoo / file)
 
@@ -280,7 +280,7 @@ def test_a_time_in_the_future_is_no_reason_to_hash_again(
 def test_a_worker_whose_file_changed_keeps_nothing_of_the_piece() -> None:
     piece = Piece("interpolation", "m", (0, 1), (1.0, 1.0))
     answer = Answer()
-    answer.measured = [(0, [])]
+    answer.measured = [(0, [], ())]
     answer.problem = Problem(files.Changed("m.pt changed"))
     watch, cluster = Mock(), Mock()
     work = Dispatch(cluster, [], Mock(), watch)

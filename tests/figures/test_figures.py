@@ -22,6 +22,7 @@ from support.wording import refused, said
 
 from rft_fast import figures, studies
 from rft_fast.figures import captions, heat, style
+from rft_fast.figures.looks import in_points
 from rft_fast.names import STUDIES
 from rft_fast.studies.facts import Facts
 
@@ -44,6 +45,8 @@ def make_rows(curves: dict[tuple[str, str], tuple[list[float], list[float]]]) ->
                 "ood": dataset != "near", "samples": 1234, "loss": loss[i],
                 "accuracy": accuracy[i], "gain": accuracy[i] - accuracy[0], "gain_se": 0.01 * i,
                 "rise": loss[i] - loss[0], "rise_se": 0.1 * i,
+                "bump": loss[i] - float(1 - alpha) * loss[0] - float(alpha) * loss[2],
+                "bump_se": 0.1 * (i == 1),
             })  # fmt: skip
     return studies.frame(rows)
 
@@ -173,7 +176,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     curves = {**CURVES, ("bad", "far"): ([0.5, 0.1, 0.3], [1.0, math.nan, math.inf])}
     drawn = figures.interpolation(make_rows(curves), tmp_path / "lost.png")
     _, bottom = panels(drawn)["far"]
-    assert bottom.texts[0].get_text() == "no barrier; 1 not finite"
+    assert bottom.texts[0].get_text() == "no rise; 1 not finite"
     said(note(drawn), "2 of 12 losses")
 
 
@@ -547,6 +550,25 @@ def test_nothing_pruned_is_said(tmp_path: Path) -> None:
     said(note(drawn))
 
 
+def test_saturated_sharpness_has_diamonds(tmp_path: Path) -> None:
+    """Of one model at 0.5 and 1, by the rows themselves; of others nothing is known."""
+    rows = whole_paths({"up": 0.1, "down": -0.2}) + sharp("up", [1, 2, 4]) + sharp("down", [1, 3, 5])
+    rows += [
+        row | {"study": "layer-sharpness", "layer": "conv"} for row in rows if row["study"] == "sharpness"
+    ]
+    frame = studies.frame(rows)
+    frame.loc[(frame["model"] == "up") & (frame["alpha"] > 0), "saturated"] = True
+    drawn = figures.sharpness(frame, tmp_path / "all.png")
+    for panel, column, values in zip(drawn.axes[:2], (1, 0), ([2, 4], [2, 4]), strict=True):
+        assert [place[column] for place in places(panel, "D")] == values
+    assert "saturated" in [text.get_text() for text in drawn.legends[0].get_texts()]
+    said(note(drawn), "Saturated")
+    layers = figures.layer_sharpness(frame, tmp_path / "layers.png")
+    up = next(panel for panel in layers.axes if panel.get_title().startswith("up"))
+    assert places(up, "D") == [(0.5, 0), (1.0, 0)]
+    assert "saturated" in [text.get_text() for text in layers.legends[0].get_texts()]
+
+
 # --- the correlation -------------------------------------------------------------------------------
 
 
@@ -562,7 +584,8 @@ def correlations(measure: str, layer: str | None, taus: list[float], **other: An
                 "estimator": "gradient", "noise": "normal", "adaptive": True, "noise_batch": None,
                 "normalized": False, "draws": 20, "samples": 2000, "seed": 7, "models": 9, "nonfinite": 0,
                 "kendall": tau, "kendall_low": tau - 0.3, "kendall_high": tau + 0.3,
-                "spearman": tau + 0.1, "spearman_low": tau - 0.2, "spearman_high": tau + 0.4, **other,
+                "spearman": tau + 0.1, "spearman_low": tau - 0.2, "spearman_high": tau + 0.4,
+                "saturated": 0, "p_max": 0.04 if tau < -0.5 else 0.3, **other,
             })  # fmt: skip
     return rows
 
@@ -570,7 +593,8 @@ def correlations(measure: str, layer: str | None, taus: list[float], **other: An
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     one, two, three = layer_names(3)
-    rows = correlations("general", None, [0.1, -0.2]) + correlations("general", None, [0.5, 0.4], rho=2.0)
+    rows = correlations("general", None, [0.1, -0.2])
+    rows += correlations("general", None, [0.5, 0.4], rho=2.0, saturated=9, p_max=math.nan)
     rows += correlations("stragglers", f"{one}, {two}", [-0.5, -0.6])
     rows += correlations("layer", one, [0.0, 0.3]) + correlations("layer", two, [0.2, 0.1])
     gone = dict.fromkeys(
@@ -595,6 +619,9 @@ def test_forest_of_correlations(table: pd.DataFrame, tmp_path: Path) -> None:
         np.testing.assert_allclose(kendall.get_xdata(), sign * np.array(taus))
         np.testing.assert_allclose(spearman.get_xdata(), sign * np.array(taus) + 0.1)
         np.testing.assert_allclose(kendall.get_ydata(), np.arange(7), atol=0.3)
+        assert lines(panel)["saturated"].get_xdata() == pytest.approx([sign * 0.4])
+    assert lines(forest)["significant"].get_xdata() == pytest.approx([-0.6])
+    assert lines(other)["significant"].get_xdata() == pytest.approx([-1.0])  # of the exact row
     bars = next(x for x in forest.collections if isinstance(x, LineCollection)).get_segments()
     assert bars[0][:, 0].tolist() == pytest.approx([-0.5, 0.1])
     assert one(forest, linestyle=":").get_xdata() == [0, 0]
@@ -653,5 +680,7 @@ def test_folding_leaves_nothing_out() -> None:
         text, inches = "".join(signs), float(rng.uniform(0, 3))
         lines = style.fold(text, inches).split("\n")
         assert "".join(lines) == text and not any(line.startswith("$") for line in lines)
-        assert max(len(line.replace(r"\$", "$")) for line in lines) <= max(8, 110 * inches / style.SMALL)
+        assert max(len(line.replace(r"\$", "$")) for line in lines) <= max(
+            8, 110 * inches / in_points("small")
+        )
     assert style.fold("runs/one/two", 0) == "runs/\none/two"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import re
 import sys
 from collections import Counter
@@ -132,14 +133,14 @@ def test_findings_are_sentences_with_what_they_are_about() -> None:
     assert [(one.study, one.dataset, one.model) for one in found] == [
         ("interpolation", FAR, None),  # chance
         ("interpolation", FAR, None),  # failures
+        ("interpolation", FAR, None),  # bumps
         ("layers", FAR, "good"),
         ("layers", FAR, "bad"),
         ("prune", FAR, "bad"),
-        ("correlation", FAR, None),
-        ("correlation", FAR, None),
+        *[("correlation", FAR, None)] * 3,  # two measures, and what three models can show
         ("correlation", None, None),
     ]
-    assert [one.paper for one in found] == [False] * 7 + [True]
+    assert [one.paper for one in found] == [False] * 9 + [True]
     assert all("\n" not in one.text for one in found)
     printed = " ".join(summary.report(facts, catalogue.studies()).partition("In short")[2].split())
     assert printed == " ".join(one.text if one.paper else f"- {one.text}" for one in found)
@@ -237,21 +238,25 @@ def test_one_mask_has_no_error_and_no_verdict() -> None:
     said(found.text, "-60.0 points", "-70.0", "one mask")
 
 
-def test_a_perfect_order_is_told_as_such() -> None:
-    fact = {"measure": "general", "dataset": "far", "outcome": "accuracy", "alpha": 1.0, "rho": 0.5}
-    fact |= {
-        "measured_on": "near",
-        "models": 9,
-        "kendall": -1.0,
-        "kendall_low": np.nan,
-        "kendall_high": np.nan,
-    }
-    found, _ = of_correlation(pd.DataFrame([fact]), "far")
-    said(found.text, "accuracy on far", "tau -1.00", "9 models")
-    for change in ({"kendall": np.nan}, {"models": 4}):
-        found, paper = of_correlation(pd.DataFrame([fact | change]), "far")
-        said(found.text, "accuracy on far", f"{change.get('models', 9)} models")
-        assert (found.dataset, found.paper, paper.paper) == ("far", False, True)
+def test_the_verdict_on_a_correlation_is_by_the_corrected_p() -> None:
+    fact = {"measure": "general", "dataset": "far", "outcome": "accuracy", "alpha": 1.0, "rho": 0.5,
+            "measured_on": "near", "models": 9, "kendall": -0.8, "p_max": 0.03, "tests": 7, "needed": 0.72,
+            "partial": -0.5, "saturated": 0, "circular": False}  # fmt: skip
+    loss = {**fact, "measure": "minus clean loss", "kendall": 0.6, "p_max": 0.2, "rho": math.nan}
+    found, limits, paper = of_correlation(pd.DataFrame([fact, loss]), "far")
+    facts = ("rho = 0.5", "near", "lower accuracy on far", "tau -0.80", "9 models", "p = 0.030", "7 tests")
+    said(found.text, *facts, "tau -0.50", "tau +0.60", "p = 0.200")
+    said(limits.text, "9 models", "0.56", "7 tests", "0.72")
+    assert (found.dataset, found.paper, paper.paper) == ("far", False, True)
+    for change, word in (
+        ({"p_max": 0.06}, "no significant"),
+        ({"kendall": math.nan, "p_max": math.nan}, "undefined"),
+        ({"saturated": 4}, "4 of 9"),
+        ({"circular": True}, "Circular"),
+    ):
+        (found, *_) = of_correlation(pd.DataFrame([fact | change]), "far")
+        said(found.text, "far", "9 models", word)
+        assert "is associated" not in found.text or "circular" in change
 
 
 def test_a_set_of_one_class_or_one_image_is_no_evidence() -> None:

@@ -112,13 +112,32 @@ def test_a_zero_shot_end_that_guesses_is_reported(tmp_path: Path) -> None:
     ] == found
 
 
+def test_saturated_sharpness_is_flagged_and_concludes_nothing(tmp_path: Path) -> None:
+    """Two classes, of which half the answers are right: chance."""
+    run = make_run(tmp_path / "run", **{"scored among": {"near": 2}})
+    facts = runs.read(run).facts
+    general = facts.part("sharpness")
+    assert facts.saturated(general).all()
+    assert {row[3].text for row in tables.sharpness(facts, "sharpness").rows} == {"saturated: at chance"}
+    layers = facts.part("layer-sharpness")
+    assert (facts.saturated(layers) == (layers["alpha"] > 0)).all()  # at 0 nothing is perturbed
+    assert facts.correlation.loc[facts.correlation["measure"] == "general", "p_max"].isna().all()
+    page = plain(report.write(run).read_text(encoding="utf-8"))
+    for text in ("9 of 9 values are saturated", "18 of 27 values are saturated", "saturated in 3 of 3 models",
+                 "in 9 of 9 rows the perturbed model answers at chance"):  # fmt: skip
+        assert text in page
+    drawn = charts((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    curves = next(chart for name, chart in drawn.items() if name.startswith("sharpness"))
+    assert {sign for trace in curves["traces"] for sign in trace["marker"]["symbol"]} == {"star-open"}
+
+
 def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:
     read = runs.read(run)
     gains = {(row[0].text, row[1].text): row[3].text for row in tables.path(read.facts).rows}
     assert gains["good", "fog"] == "gain"  # +10 +- 2 points
     assert gains[MODELS[2], "fog"] == tables.WIDE  # +1 +- 2
     assert gains["bad", "fog"] == "no gain"  # -10 +- 2 at best
-    verdicts = {(row[7].text, row[0].text): row[2].text for row in tables.layers(read.facts).rows}
+    verdicts = {(row[9].text, row[0].text): row[2].text for row in tables.layers(read.facts).rows}
     assert verdicts["bad", LAYERS[2]] == "straggler"
     assert verdicts["bad", LAYERS[1]] == tables.WIDE  # 0.3 +- 0.2, corrected: below the margin of 0.1
     assert set(verdicts["good", layer] for layer in (LAYERS[0], LAYERS[2])) == {"no straggler"}

@@ -104,8 +104,8 @@ def test_it_is_resumed(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytes
     added: list[tuple[str, int]] = []
     add: Callable[..., None] = results.Run.add
 
-    def then(run: results.Run, study: str, model: str, number: int, rows: Any) -> None:
-        add(run, study, model, number, rows)
+    def then(run: results.Run, study: str, model: str, number: int, *rows: Any) -> None:
+        add(run, study, model, number, *rows)
         added.append((study, number))
         if [name for name, _ in added][-2:] == ["halfway"] * 2:
             raise KeyboardInterrupt

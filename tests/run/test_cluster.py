@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import PATIENCE, tiny_zoo
+from support.tiny_images import check_images
 from support.tiny_zoo import BRIEF, own_models, sweep_refused
 
 from rft_fast import results, sweep
@@ -140,6 +141,7 @@ def test_two_workers_one_killed_in_mid_run(
     assert sweep.main(arguments(zoo, out)) == 0
     assert len(killed) == 1
     pd.testing.assert_frame_equal(rows_of(out), alone, check_exact=True)
+    check_images(out)
     assert "a worker died" in (out / "run.log").read_text()
     assert not worker_processes()
     costs = pd.read_csv(out / "cost.csv")
@@ -157,7 +159,7 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
 
     def answer(numbers: Sequence[int], done: bool) -> Answer:
         found = Answer()
-        found.measured, found.spent = [(number, []) for number in numbers], (1.0, 1) if done else None
+        found.measured, found.spent = [(number, [], ()) for number in numbers], (1.0, 1) if done else None
         return found
 
     class Fake:
@@ -199,7 +201,7 @@ def test_what_a_dead_worker_has_told_is_not_made_again(
     kept: list[int] = []
     watch: Any = SimpleNamespace(
         begun=lambda piece: None,
-        measured=lambda piece, number, rows: kept.append(number),
+        measured=lambda piece, number, rows, images: kept.append(number),
         spent=lambda piece, seconds, peak: None,
     )
     piece = Piece("layers", "a", (0, 1, 2), (1.0, 1.0, 1.0))

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support import tiny_kills, tiny_zoo
+from support.tiny_images import check_images
 from support.tiny_kills import Tally, attempt, kill_until_done, rows_of
 from support.tiny_zoo import BRIEF, own_models, sweep_refused
 from support.wording import said
@@ -64,6 +65,7 @@ def test_killed_at_random_moments(zoo: Path, undisturbed: tuple[Path, float], tm
         own = arguments(zoo, out)[:-2]
         kill_until_done(own, out, seconds, random.Random(seed), tally, 5)
         pd.testing.assert_frame_equal(rows_of(out), rows_of(alone), check_exact=True)
+        assert check_images(out) == check_images(alone)
         assert (out / "correlation.csv").read_bytes() == (alone / "correlation.csv").read_bytes()
         configs = [json.loads((place / "config.json").read_text()) for place in (out, alone)]
         # How much memory was free is another matter; a run that goes on keeps what it began with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.wording import refused
 
 from rft_fast import studies
 from rft_fast.studies.correlation import correlation
+from rft_fast.studies.verdicts import association
 
 ALPHAS = (0.0, 0.5, 1.0)
 Row = dict[str, object]
@@ -122,7 +124,7 @@ def test_intervals_cover_the_truth(n: int, r: float) -> None:
         y = r * x + math.sqrt(1 - r * r) * rng.normal(size=n)
         # Only ranks matter: numbering the models by y lets all layers share one set of accuracies.
         for m, sharpness in enumerate(x[np.argsort(y)]):
-            rows += sharp(f"m{m}", [0.0, sharpness], f"layer {i}")[2:]
+            rows += sharp(f"m{m}", [0.0, sharpness], f"layer {i}", sharpness_se=0.0)[2:]
     table = correlation(studies.frame(rows))
     table = table[table["outcome"] == "accuracy"]
     assert len(table) == 300
@@ -147,7 +149,8 @@ def layered() -> list[Row]:
 def test_stragglers_are_the_mean_of_their_layers() -> None:
     table = correlation(studies.frame(layered()), ["y.b", "x.c", "y.b"])
     table = table[(table["alpha"] == 1) & (table["outcome"] == "accuracy")]
-    assert table["measure"].tolist() == ["general", "stragglers", "layer", "layer", "layer"]
+    assert table["measure"].tolist() == ["general", "stragglers", "layer", "layer", "layer", "ID accuracy"]
+    table = table[table["measure"] != "ID accuracy"]
     assert table["layer"].tolist()[1:] == ["y.b, x.c", "z.a", "y.b", "x.c"]  # in measured order
     assert pick(table, measure="stragglers")["kendall"] == pytest.approx(1)
     assert abs(pick(table, layer="y.b")["kendall"]) < 0.6
@@ -261,3 +264,101 @@ def test_bad_rows_are_refused() -> None:
     gone = (layers["layer"] == "y.b") & (layers["model"] == "m3")
     with refused(ValueError, "2", "36", "m3", "y.b", "alpha=0.5"):
         correlation(layers[~gone])
+
+
+# --- ties, tests, competitors ------------------------------------------------------------------------------
+
+
+def judged(rows: pd.DataFrame, **keys: Any) -> dict[str, Any]:
+    return pick(correlation(rows), outcome="accuracy", alpha=1, **keys)
+
+
+def test_sharpnesses_within_their_errors_are_tied() -> None:
+    x, y = [1.0, 1.2, 3.0, 3.1, 9.0], [0.1, 0.2, 0.3, 0.5, 0.4]
+    rows = zoo(x, y)  # errors of 0.1: differences below 0.28 are ties
+    row = judged(rows, measure="general")
+    assert (row["ties"], row["tied"]) == ("unpaired", 2)
+    assert row["kendall"] == pytest.approx((7 - 1) / math.sqrt(8 * 10))
+    assert row["spearman"] == pytest.approx(spearmanr(x, y).statistic)
+    changes = rows.assign(sharpness_change_se=rows["sharpness_se"] / 2)  # below 0.14: one tie
+    row = judged(changes, measure="general")
+    assert (row["ties"], row["tied"]) == ("paired", 1)
+    assert row["kendall"] == pytest.approx((8 - 1) / math.sqrt(9 * 10))
+    exact = judged(rows.assign(sharpness_se=math.nan), measure="general")
+    assert (exact["ties"], exact["tied"], exact["kendall"]) == ("none", 0, pytest.approx(kendalltau(x, y)[0]))
+
+
+def test_p_is_that_of_all_orders_and_corrected_within_its_family() -> None:
+    """Two layers, of which one orders the models as the accuracy does at both alphas."""
+    names, a, b = range(5), [1.0, 2, 3, 4, 5], [2.0, 1, 4, 5, 3]
+    rows: list[Row] = []
+    for i in names:
+        rows += path(f"m{i}", [0.1, 0.2 + 0.01 * i, 0.3 + 0.01 * i])
+        rows += sharp(f"m{i}", [a[i], a[i]], "a") + sharp(f"m{i}", [b[i], a[i]], "b")
+    table = correlation(studies.frame(rows))
+    table = table[table["outcome"] == "accuracy"]
+    taus = np.abs([[kendalltau([v[k] for k in order], a).statistic for v in (a, b)]
+                   for order in permutations(names)])  # fmt: skip
+    largest = taus.max(1)
+    for layer, alpha, x in (("a", 0.5, a), ("a", 1, a), ("b", 0.5, b), ("b", 1, a)):
+        row = pick(table, layer=layer, alpha=alpha)
+        size = abs(kendalltau(x, a).statistic)
+        assert row["p"] == pytest.approx((taus[:, int(x is b)] >= size - 1e-9).mean())
+        assert row["p_max"] == pytest.approx((largest >= size - 1e-9).mean())
+        assert row["tests"] == 4
+    row = pick(table, layer="b", alpha=0.5)
+    left_out = [kendalltau(np.delete(b, i), np.delete(a, i)).statistic for i in names]
+    assert (row["without_low"], row["without_high"]) == pytest.approx((min(left_out), max(left_out)))
+    grouped = correlation(studies.frame(rows), groups={"m0": "g", "m1": "g"})
+    row = pick(grouped, layer="b", alpha=0.5, outcome="accuracy")
+    left_out = [kendalltau(b[2:], a[2:]).statistic, *left_out[2:]]
+    assert (row["without_low"], row["without_high"]) == pytest.approx((min(left_out), max(left_out)))
+
+
+def test_competitors_and_the_partial_correlation() -> None:
+    """Clean losses, accuracies in distribution and bumps of six models, and tau given the loss."""
+    rng = np.random.default_rng(0)
+    x, loss, near, bump, y = rng.permuted(np.tile(np.arange(6.0), (5, 1)), axis=1)
+    rows: list[Row] = []
+    for i in range(6):
+        rows += path(f"m{i}", [0.0, 0.1, y[i] / 10])
+        rows += path(f"m{i}", [0.0, 0.1, near[i] / 10], "id", ood=False)
+        rows += sharp(f"m{i}", [1.0, x[i]], sharpness_se=0.0, loss=loss[i] + x[i])
+    frame = studies.frame(rows)
+    table = correlation(frame)
+    taus = {name: kendalltau(value, y).statistic for name, value in (("x", x), ("z", loss), ("id", near))}
+    xz = kendalltau(x, loss).statistic
+    row = judged(frame, measure="general")
+    assert row["kendall"] == pytest.approx(taus["x"])
+    given = (taus["x"] - xz * taus["z"]) / math.sqrt((1 - xz**2) * (1 - taus["z"] ** 2))
+    assert row["partial"] == pytest.approx(given)
+    at_end = dict(outcome="accuracy", alpha=1)
+    assert pick(table, measure="minus clean loss", **at_end)["kendall"] == pytest.approx(-taus["z"])
+    assert pick(table, measure="ID accuracy", measured_on="id", **at_end)["kendall"] == pytest.approx(
+        taus["id"]
+    )
+    assert "bump" not in set(table["measure"])
+    heights = frame["model"].map({f"m{i}": bump[i] for i in range(6)}).where(frame["alpha"] == 0.5, 0.0)
+    bumps = correlation(frame.assign(bump=heights, bump_se=0.01))
+    row = pick(bumps, measure="bump", measured_on="id", **at_end)
+    assert row["kendall"] == pytest.approx(kendalltau(bump, y).statistic)
+    assert not row["circular"]
+    there = frame.assign(dataset=frame["dataset"].where(frame["study"] != "sharpness", "far"))
+    assert pick(correlation(there), measure="general", **at_end)["circular"]
+
+
+def test_saturated_sharpness_is_shown_and_not_tested() -> None:
+    rows = zoo([1.0, 2.0, 3.0, 4.0, 5.0], [0.1, 0.2, 0.3, 0.4, 0.5])
+    rows.loc[rows["study"] == "sharpness", ["loss", "accuracy"]] = [6.0, 0.1]
+    chance = correlation(rows, classes={"near": 10})
+    row = pick(chance, outcome="accuracy", alpha=1, measure="general")
+    assert (row["saturated"], row["kendall"]) == (5, 1)
+    assert math.isnan(row["p"]) and math.isnan(row["p_max"]) and pd.isna(row["tests"])
+    assert association(row) == "saturated"
+    row = pick(correlation(rows), outcome="accuracy", alpha=1, measure="general")
+    assert row["saturated"] == 0 and row["p"] == pytest.approx(2 / math.factorial(5))
+    assert association(row) == "above" and association(row | {"p_max": 0.051}) == "unclear"
+    assert (
+        association(row | {"kendall": -1.0}) == "below"
+        and association(row | {"p_max": math.nan}) == "unknown"
+    )

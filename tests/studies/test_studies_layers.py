@@ -23,6 +23,7 @@ from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
 from rft_fast.path import Path
 from rft_fast.studies.layers import MARGIN, stragglers
+from rft_fast.studies.verdicts import layer_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +83,7 @@ class Setting:
         return layer in (name, module, name.removesuffix("_weight"), name.removesuffix("_bias"))
 
 
-def assert_brute(s: Setting, rows: pd.DataFrame, others: str) -> None:
+def assert_brute(s: Setting, rows: pd.DataFrame, others: str, reference: str = "own") -> None:
     rest = {"zeroshot": 0.0, "finetuned": 1.0}[others]
     known: dict[tuple[str, float, str], Any] = {}
 
@@ -102,19 +103,29 @@ def assert_brute(s: Setting, rows: pd.DataFrame, others: str) -> None:
         def paired(values: np.ndarray, root: float = math.sqrt(n)) -> tuple[float, float]:
             return values.mean(), values.std(ddof=1) / root
 
+        ends = [s.brute(set(s.zero), alpha, rest, data) for alpha in (0.0, 1.0)]  # of the whole models
+        if reference == "own":
+            ends = [(losses0, hits0), (losses1, hits1)]
+        (start, start_hits), (end, end_hits) = ends
+        chord = (1 - row["alpha"]) * losses0 + row["alpha"] * losses1
         truth = {
             "loss": paired(losses),
             "accuracy": paired(hits),
             "gain": paired(hits - hits0),
             "rise": paired(losses - losses0),
-            "instability": paired(losses - (losses0 + losses1) / 2),
-            "instability_accuracy": paired((hits0 + hits1) / 2 - hits),
+            "instability": paired(losses - (start + end) / 2),
+            "instability_accuracy": paired((start_hits + end_hits) / 2 - hits),
+            "bump": paired(losses - chord),
         }
         for name, (value, error) in truth.items():
             assert row[name] == pytest.approx(value, abs=5e-6), (name, row)
             assert row[f"{name}_se"] == pytest.approx(error, abs=5e-6), (name, row)
         assert row["samples"] == n and row["ood"] == data.ood and row["nonfinite"] == 0
-        assert row["others"] == others and (row["rho"], row["keep"]) == (0.0, 1.0)
+        assert (
+            row["reference"] == reference
+            and row["others"] == others
+            and (row["rho"], row["keep"]) == (0.0, 1.0)
+        )
 
 
 # --- the study ------------------------------------------------------------------------------------
@@ -136,6 +147,23 @@ def test_rows_equal_brute_force(make: Any, others: str) -> None:
     assert set(rows["study"]) == {"layers"} and set(rows["model"]) == {"m"}
     assert (rows["seconds"] >= 0).all() and rows["sharpness"].isna().all()
     assert_brute(s, rows, others)
+
+
+@pytest.mark.parametrize("others", ["zeroshot", "finetuned"])
+def test_instability_is_measured_from_the_original_models_on_request(others: Any) -> None:
+    s = Setting(staged())
+    known: dict[str, Any] = {}
+    rows = studies.layerwise_interpolation(
+        s.path, s.evaluator, [0, 0.3, 1], others=others, reference="models", finetuned=known
+    )
+    assert_brute(s, rows, others, "models")
+    assert set(known) == {"far", "near"}
+    own = studies.layerwise_interpolation(s.path, s.evaluator, [0, 0.3, 1], others=others)
+    shift = (rows["instability"] - own["instability"]).groupby([own["dataset"], own["layer"]])
+    assert (shift.std() < 1e-6).all() and (shift.mean().abs() > 1e-3).any()
+    assert list(stragglers(rows)["reference"].unique()) == ["models"]
+    with refused(ValueError, "own", "models", "end"):
+        studies.layerwise_interpolation(s.path, s.evaluator, ALPHAS, reference="end")  # type: ignore[arg-type]
 
 
 def test_layers_differ_from_each_other_and_from_the_whole_path() -> None:
@@ -336,6 +364,21 @@ def test_few_images_seldom_make_a_straggler() -> None:
                 rows += curve(f"layer {k}", peak, error, samples=images)
             wrong += bool(stragglers(studies.frame(rows))["straggler"].any())
         assert wrong / families < 0.15, images
+
+
+def test_bumps_of_stragglers_are_corrected_like_their_instability() -> None:
+    """Two layers at three positions: six tests, although only the position between can have a bump."""
+    t = float(scipy.stats.t.ppf(1 - 0.05 / 6, 99))
+    rows = studies.frame(
+        [row | {"bump": bump, "bump_se": 0.1 * (row["alpha"] == 0.5)}
+         for name, peak in (("hill", 0.4), ("flank", 0.2))
+         for row, bump in zip(curve(name, [-0.5, 0.5, 0.5], 0.01), (0.0, peak, 0.0), strict=True)]
+    )  # fmt: skip
+    facts = stragglers(rows).set_index("layer")
+    assert facts["straggler"].all() and facts["bump"].to_dict() == {"hill": 0.4, "flank": 0.2}
+    assert facts["bump_low"].to_dict() == pytest.approx({"hill": 0.4 - 0.1 * t, "flank": 0.2 - 0.1 * t})
+    assert list(facts["bump_alpha"]) == [0.5, 0.5] and list(facts["reference"]) == ["own", "own"]
+    assert [layer_shape(fact) for fact in facts.to_dict("records")] == ["bump", "slope"]
 
 
 def test_one_image_tells_no_straggler() -> None:

@@ -20,6 +20,7 @@ from rft_fast import studies
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.path import Path
+from rft_fast.studies.verdicts import shape
 
 ALPHAS = [0.0, 0.25, 0.5, 1.0]
 
@@ -100,6 +101,9 @@ def test_rows_equal_brute_force() -> None:
         rises = losses - losses0
         assert row["rise"] == pytest.approx(rises.mean(), abs=1e-5)
         assert row["rise_se"] == pytest.approx(rises.std(ddof=1) / math.sqrt(n), abs=1e-5)
+        bumps = losses - (1 - row["alpha"]) * losses0 - row["alpha"] * s.brute(1.0, data)[0]
+        assert row["bump"] == pytest.approx(bumps.mean(), abs=1e-5)
+        assert row["bump_se"] == pytest.approx(bumps.std(ddof=1) / math.sqrt(n), abs=1e-5)
 
 
 def test_known_zeroshot_scores_change_nothing() -> None:
@@ -109,6 +113,26 @@ def test_known_zeroshot_scores_change_nothing() -> None:
         known = s.evaluator.scores()
     rows = studies.interpolation(s.path, s.evaluator, ALPHAS, zeroshot=known)
     pd.testing.assert_frame_equal(rows.drop(columns="seconds"), plain.drop(columns="seconds"))
+
+
+def test_a_position_alone_has_the_bump_of_the_whole_path() -> None:
+    """What is resumed measures the fine-tuned end once more, unless somebody kept its scores."""
+    s = Setting()
+    plain = studies.interpolation(s.path, s.evaluator, ALPHAS)
+    known: dict[str, Scores] = {}
+    seen = []
+    scores = s.evaluator.among(["far"]).scores
+    with s.path.at(1.0):
+        truth = scores()["far"]
+    for _ in range(2):  # measured, then known
+        alone = studies.interpolation(s.path, s.evaluator, ALPHAS, finetuned=known, only=[4])
+        assert set(known) == {"far", "near"} and torch.equal(known["far"].losses, truth.losses)
+        seen.append(alone.drop(columns="seconds"))
+    expected = plain.drop(columns="seconds").iloc[[4]].reset_index(drop=True)
+    for alone in seen:
+        pd.testing.assert_frame_equal(alone, expected)
+    studies.interpolation(s.path, s.evaluator, ALPHAS, finetuned=(none := {}), only=[0])
+    assert not none  # at alpha = 0 there is no bump, whatever the other end
 
 
 def test_weights_come_back_also_after_a_failure() -> None:
@@ -237,6 +261,18 @@ def test_summary_by_hand() -> None:
     assert (fact["barrier"], fact["barrier_alpha"]) == (1.5, 0.6)
     # Differences of losses at 0.6: 3, 0, 0, 3: variance 9/3, standard error sqrt(3 / 4).
     assert fact["barrier_se"] == pytest.approx(math.sqrt(3 / 4))
+    # Rises above 0: -.75, 1.5, 0, -.5; four tests.
+    errors = [np.std(np.subtract(HAND[a][0], HAND[0.0][0]), ddof=1) / 2 for a in (0.3, 0.6, 0.8, 1.0)]
+    rises = np.array([-0.75, 1.5, 0.0, -0.5])
+    t = stats.t.ppf(1 - 0.05 / 4, 3)
+    assert fact["barrier_low"] == pytest.approx(max(rises - t * np.array(errors)))
+    # The chord runs from 2 to 1.5: bumps of -.6, 1.8 and .4; at 0.6 image by image 1.8, .6, 1.2, 3.6.
+    assert (fact["bump"], fact["bump_alpha"]) == (pytest.approx(1.8), 0.6)
+    assert fact["bump_se"] == pytest.approx(np.std([1.8, 0.6, 1.2, 3.6], ddof=1) / 2)
+    chords = {a: (1 - a) * np.array(HAND[0.0][0]) + a * np.array(HAND[1.0][0]) for a in HAND}
+    bumps = [np.array(HAND[a][0]) - chords[a] for a in (0.3, 0.6, 0.8)]
+    t = stats.t.ppf(1 - 0.05 / 3, 3)
+    assert fact["bump_low"] == pytest.approx(max(b.mean() - t * b.std(ddof=1) / 2 for b in bumps))
     assert fact["instability_loss"] == pytest.approx(3.5 - (2.0 + 1.5) / 2)
     assert fact["instability_accuracy"] == pytest.approx((0.5 + 0.75) / 2 - 0.25)
     assert fact["mode"] == "high gain"
@@ -277,12 +313,48 @@ def test_threshold_is_settable_and_in_distribution_has_no_mode() -> None:
     assert pd.isna(fact["mode"]) and fact["gain"] == 0.25
 
 
+def curve_of(losses: list[float], ood: bool = True) -> dict[str, Any]:
+    """The summary of a path of 100 images whose mean losses are these; changes have a spread of 0.1."""
+    alphas = np.linspace(0, 1, len(losses))
+    wobble = np.random.default_rng(0).normal(size=100)
+    script = {float(a): ([m + 0.1 * a * w for w in wobble], [1] * 100)
+              for a, m in zip(alphas, losses, strict=True)}  # fmt: skip
+    (fact,) = studies.summarize(Scripted(script, ood).rows()).to_dict("records")
+    return {str(name): value for name, value in fact.items()}
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([1.0, 1.5, 2.0], "slope"),  # a straight line: half the difference of its ends by Def. 1, and no bump
+        ([1.0, 1.2, 2.0], "slope"),
+        ([1.0, 1.8, 2.0], "bump"),  # monotone, and yet above the line
+        ([2.0, 1.8, 1.0], "bump"),  # never above zero-shot
+        ([1.0, 0.9, 0.5], "bump"),
+        ([1.0, 0.6, 0.5], "no rise"),
+        ([1.0, 1.0, 1.0], "no rise"),
+        ([1.0, 2.0], "unknown"),  # nothing between the ends
+    ],
+)
+def test_a_slope_is_no_bump(losses: list[float], expected: str) -> None:
+    fact = curve_of(losses)
+    assert shape(fact) == expected
+    middle = losses[1] - (losses[0] + losses[-1]) / 2
+    assert fact["bump"] == pytest.approx(max(0.0, middle if len(losses) > 2 else 0.0), abs=1e-6)
+
+
+def test_rows_without_bumps_have_an_unknown_shape() -> None:
+    (fact,) = studies.summarize(Scripted(HAND).rows().assign(bump=math.nan)).to_dict("records")
+    assert math.isnan(fact["bump"]) and math.isnan(fact["bump_alpha"]) and shape(fact) == "unknown"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_not_averaged_away(bad: float) -> None:
     script = {**HAND, 0.6: ([bad, 2.0, 3.0, 5.0], [0, 0, 0, 1])}
     (fact,) = studies.summarize(Scripted(script).rows()).to_dict("records")
-    for name in ("barrier", "instability_loss"):
+    for name in ("barrier", "bump", "instability_loss"):
         assert str(fact[name]) == str(bad)
+    assert math.isnan(fact["barrier_low"]) and math.isnan(fact["bump_low"]) and shape(fact) == "unknown"
     assert fact["barrier_alpha"] == 0.6 and fact["gain"] == 0.25
     script = {**HAND, 0.0: ([bad, 2.0, 3.0, 5.0], [1, 1, 0, 0])}
     (fact,) = studies.summarize(Scripted(script).rows()).to_dict("records")

@@ -11,7 +11,7 @@ from scipy import stats
 from rft_fast.report import tables
 from rft_fast.studies import frame
 from rft_fast.studies.facts import Facts
-from rft_fast.studies.verdicts import Sign, gains, half_width, sign, straggling
+from rft_fast.studies.verdicts import Sign, gains, half_width, layer_shape, sign, straggling
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,14 @@ def test_a_layer_whose_interval_reaches_above_the_margin(
     assert straggling(fact) == expected
     assert straggling(fact | {"straggler": True}) == "straggler"
     assert straggling(fact | {"unchanged": True}) == "unchanged"
+
+
+def test_a_straggler_by_a_bump_or_a_slope() -> None:
+    fact = {"straggler": True, "bump": 0.3, "bump_low": 0.1}
+    assert layer_shape(fact) == "bump"
+    assert layer_shape(fact | {"bump_low": -0.1}) == "slope"
+    assert layer_shape(fact | {"bump": math.nan, "bump_low": math.nan}) == "unknown"
+    assert layer_shape(fact | {"straggler": False}) == "no rise"
 
 
 def test_a_layer_is_near_zero_by_one_estimator_and_not_by_another() -> None:

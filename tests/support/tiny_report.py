@@ -28,11 +28,12 @@ def make_rows() -> Iterator[dict[str, object]]:
             accuracy = FAR_CURVES[model] if ood else [0.8, 0.85, 0.9]
             for i, alpha in enumerate(ALPHAS):
                 gain = accuracy[i] - accuracy[0]
+                bump = (1 - alpha) * accuracy[0] + alpha * accuracy[2] - accuracy[i]
                 yield {
                     "study": "interpolation", "model": model, "dataset": dataset, "ood": ood, "alpha": alpha,
                     "rho": 0.0, "keep": 1.0, "samples": 1234, "accuracy": accuracy[i], "accuracy_se": 0.01,
                     "loss": 2 - accuracy[i], "loss_se": 0.02, "gain": gain, "gain_se": 0.01 * (i > 0),
-                    "rise": -gain, "rise_se": 0.02 * (i > 0),
+                    "rise": -gain, "rise_se": 0.02 * (i > 0), "bump": bump, "bump_se": 0.02 * (i == 1),
                 }  # fmt: skip
     for model in MODELS[:2]:
         for layer_number, layer in enumerate(LAYERS):
@@ -43,6 +44,7 @@ def make_rows() -> Iterator[dict[str, object]]:
                     "others": "zeroshot", "alpha": alpha, "rho": 0.0, "keep": 1.0, "samples": 77,
                     "loss": 1 + hump, "loss_se": 0.01, "accuracy": 0.5 - hump / 4, "accuracy_se": 0.01,
                     "rise": hump, "rise_se": 0.1 * (alpha > 0), "gain": -hump / 4, "gain_se": 0.01,
+                    "bump": hump, "bump_se": 0.01 * (0 < alpha < 1), "reference": "own",
                     "instability": hump, "instability_se": 0.1 if layer_number == 1 else 0.01,
                     "instability_accuracy": hump / 4, "instability_accuracy_se": 0.01,
                 }  # fmt: skip

@@ -7,7 +7,7 @@ import queue
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from rft_fast.evaluate import Scores
 from rft_fast.names import never
 from rft_fast.run.pieces import Piece
 from rft_fast.run.worker import Worker
+from rft_fast.studies.images import ImageScores
 from rft_fast.studies.rows import Row
 
 POLL = 1.0  # seconds that a worker waits for a measurement before it answers that there is none
@@ -44,7 +45,7 @@ class Answer:
     """What a worker produced since its last answer."""
 
     def __init__(self) -> None:
-        self.measured: list[tuple[int, list[Row]]] = []
+        self.measured: list[tuple[int, list[Row], Sequence[ImageScores]]] = []
         self.known: Known = {}
         self.notices: list[str] = []
         self.spent: tuple[float, int] | None = None  # the piece is done, or was stopped
@@ -141,8 +142,8 @@ class Actor:
             never(kind)
 
     def _measure(self, piece: Piece) -> None:
-        def sink(number: int, rows: list[Row]) -> None:
-            self._found.put(("measured", (number, rows)))
+        def sink(number: int, rows: list[Row], images: Sequence[ImageScores]) -> None:
+            self._found.put(("measured", (number, rows, images)))
             if self._stopping.is_set():
                 raise _Stopped
 

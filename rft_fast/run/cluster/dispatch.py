@@ -89,7 +89,7 @@ class Dispatch:
             for key, score in scores.items():
                 if key not in table:
                     table[key] = score
-        done = {number for number, _ in answer.measured}
+        done = {number for number, *_ in answer.measured}
         for reference, (busy, at) in self._running.items():
             if busy is worker:
                 # Nothing may be left, although the worker has not said yet that it is done.
@@ -106,9 +106,9 @@ class Dispatch:
     def _tell(self, answer: Answer, piece: Piece) -> None:
         """Passes on all measurements, also where the listener raises after the first."""
         stopped: Exception | None = None
-        for number, rows in answer.measured:
+        for number, rows, images in answer.measured:
             try:
-                self._listener.measured(piece, number, rows)
+                self._listener.measured(piece, number, rows, images)
             except Exception as error:
                 stopped = stopped or error
         if stopped is not None:

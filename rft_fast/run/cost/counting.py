@@ -250,6 +250,11 @@ class _Zeros(Scores):
         self._check_paired(last, "instability")
         return (0.0, 0.0), (0.0, 0.0)
 
+    def bump(self, first: Scores, last: Scores, alpha: float) -> tuple[float, float]:
+        self._check_paired(first, "bump")
+        self._check_paired(last, "bump")
+        return 0.0, 0.0
+
     def then(self, more: Scores) -> Scores:
         return _Zeros.of(self.samples + more.samples)
 

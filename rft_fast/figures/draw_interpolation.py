@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import STUDY, Z95
+from ..studies.verdicts import shape
 from .captions import not_finite
 from .style import (
     BEATS,
     FAILS,
-    SMALL,
     ZERO_SHOT,
     Style,
     canvas,
@@ -48,10 +48,15 @@ class _Quantity:
     scale: float
     digits: int
     mark: Style
+    name: str  # of the change, in words
+
+    def called(self, fact: Mapping[Any, Any]) -> str:
+        """Name of a change: a rise in loss is a barrier only where the loss has a bump over its chord."""
+        return "barrier" if self.change == "barrier" and shape(fact) == "bump" else self.name
 
 
-_ACCURACY = _Quantity("accuracy", "gain_se", "gain", "best_alpha", 100, 1, _STAR)
-_LOSS = _Quantity("loss", "rise_se", "barrier", "barrier_alpha", 1, 2, _TRIANGLE)
+_ACCURACY = _Quantity("accuracy", "gain_se", "gain", "best_alpha", 100, 1, _STAR, "gain")
+_LOSS = _Quantity("loss", "rise_se", "barrier", "barrier_alpha", 1, 2, _TRIANGLE, "rise")
 
 
 @drawing
@@ -59,9 +64,10 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
     """Draw accuracy (top) and loss (bottom) over alpha, as in Figure 1; one column per data set.
 
     One colour per model; dashed with open markers if no alpha beats zero-shot. A star marks the best alpha
-    if one does, a triangle the highest loss if it lies above zero-shot. The largest gain and the deepest
-    barrier of each data set are annotated with their 95 % intervals. Bands are pointwise 95 % intervals of
-    the difference to zero-shot, paired over samples. Losses that are not finite leave gaps and are counted
+    if one does, a triangle the highest loss if it lies above zero-shot. The largest gain and the largest
+    rise in loss of each data set are annotated with their 95 % intervals; a rise is called a barrier where
+    the loss has a bump. Bands are pointwise 95 % intervals of the difference to zero-shot, paired over
+    samples. Losses that are not finite leave gaps and are counted
     below the figure.
 
     Args:
@@ -81,17 +87,17 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
 
     figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
     panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
-    titles = headings(datasets, figure, 0.7, 9)
+    titles = headings(datasets, figure, 0.7, "title")
     for (top, bottom), dataset, title in zip(panels.T, datasets, titles, strict=True):
         curves = rows[rows["dataset"] == dataset]
         here = summary[summary["dataset"] == dataset]
         where = "" if here["ood"].iloc[0] else "in distribution, "
-        top.set_title(f"{title}\n({where}{here['samples'].iloc[0]:,} images)", fontsize=9)
-        bottom.set_xlabel(r"$\alpha$", fontsize=9)
+        top.set_title(f"{title}\n({where}{here['samples'].iloc[0]:,} images)")
+        bottom.set_xlabel(r"$\alpha$")
         _draw(top, curves, here, palette, _ACCURACY)
         _draw(bottom, curves, here, palette, _LOSS)
-    panels[0, 0].set_ylabel("accuracy (%)", fontsize=9)
-    panels[1, 0].set_ylabel("loss", fontsize=9)
+    panels[0, 0].set_ylabel("accuracy (%)")
+    panels[1, 0].set_ylabel("loss")
     marks = [
         key("zero-shot", ZERO_SHOT),
         key("beats zero-shot", BEATS),
@@ -113,7 +119,7 @@ def _draw(
     plain(panel)
     for level in rows.loc[rows["alpha"] == 0, what.value].unique():
         panel.axhline(what.scale * level, zorder=1, **ZERO_SHOT)
-    largest, text = 0.0, f"no {what.change}"
+    largest, text = 0.0, f"no {what.name}"
     for fact in facts.to_dict("records"):
         own = rows[rows["model"] == fact["model"]]
         alpha, value = own["alpha"].to_numpy(), what.scale * own[what.value].to_numpy()
@@ -129,7 +135,7 @@ def _draw(
             largest, span = change, [value[0], value[0] + change]
             error = what.scale * Z95 * fact[f"{what.change}_se"]
             text = (
-                f"{what.change} +{change:.{what.digits}f} $\\pm$ {error:.{what.digits}f}"
+                f"{what.called(fact)} +{change:.{what.digits}f} $\\pm$ {error:.{what.digits}f}"
                 f" at $\\alpha$ = {at:g}"
             )
             where = at
@@ -139,7 +145,7 @@ def _draw(
         panel.plot([where, where], span, color="black", lw=0.9, marker="_", ms=6, zorder=4)
     low, high = panel.get_ylim()
     panel.set_ylim(low, high + 0.13 * (high - low))  # room for the text
-    panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize=SMALL)
+    panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize="small")
 
 
 def _note(rows: pd.DataFrame) -> str:
@@ -147,7 +153,9 @@ def _note(rows: pd.DataFrame) -> str:
     note = (
         f"{' or '.join(map(str, counts))} positions $\\alpha$ per curve. Bands: pointwise 95 % "
         "intervals of the difference to zero-shot, paired over images.\n"
-        "Written out: the largest gain and barrier with that interval; their $\\alpha$ is chosen "
-        "on the same images, which overstates both."
+        "Written out: the largest gain and rise in loss with that interval; their $\\alpha$ is chosen "
+        "on the same images, which overstates both.\n"
+        "A rise is called a barrier where the loss has a bump: above the straight line between its ends "
+        "(95 %, corrected)."
     )
     return "\n".join(filter(None, [note, not_finite(rows["loss"], "losses")]))

@@ -16,11 +16,10 @@ from ..studies.interpolate import Z95
 from ..studies.pruning import NAMED, STUDY
 from .captions import heading, modes_explained, not_finite, several
 from .style import (
-    CURVES,
-    SMALL,
     Style,
     canvas,
     curve,
+    curve_styles,
     drawing,
     extra,
     finish,
@@ -65,7 +64,7 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     rows = facts.part(STUDY).sort_values("alpha", kind="stable")
     models, datasets = list(rows["model"].unique()), list(rows["dataset"].unique())
     variants = effects[_VARIANT].drop_duplicates().itertuples(index=False, name=None)
-    styles = dict(zip(variants, cycle(CURVES)))
+    styles = dict(zip(variants, cycle(curve_styles())))
 
     varying = [name for name in _VARIANT if effects[name].nunique() > 1]
 
@@ -77,10 +76,10 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
             found = (effects["model"] == model) & (effects["dataset"] == dataset)
             _panel(panel, rows[here], effects[found], styles, varying)
         images = several(rows.loc[rows["dataset"] == dataset, "samples"].unique())
-        line[0].set_ylabel(f"{fold(dataset, 2, 9)}\n{images} images\naccuracy (%)", fontsize=9)
-    titles = headings(models, figure, 1.5, 9)
+        line[0].set_ylabel(f"{fold(dataset, 2, 'title')}\n{images} images\naccuracy (%)")
+    titles = headings(models, figure, 1.5, "title")
     for panel, model, name in zip(panels[0], models, titles, strict=True):
-        panel.set_title(heading(name, model, gains), fontsize=9)
+        panel.set_title(heading(name, model, gains))
 
     pruned = rows[rows["method"].notna()]
     note = wrap(
@@ -122,7 +121,7 @@ def _panel(
         style = styles[tuple(effect[name] for name in _VARIANT)] | (_CONTROL if effect["control"] else {})
         mean, low, high = (seeds.agg(how, axis=1, skipna=False) for how in ("mean", "min", "max"))
         handles += curve(panel, seeds.index, mean, low, high, label=_label(effect, varying), **style)
-    panel.set_xlabel(r"$\alpha$", fontsize=9)
+    panel.set_xlabel(r"$\alpha$")
     if handles:
         panel.legend(
             handles=handles,
@@ -130,8 +129,6 @@ def _panel(
             bbox_to_anchor=(0.5, 0),
             bbox_transform=panel.transAxes + points(panel, 0, -34),  # below the axis and its label
             borderaxespad=0,
-            fontsize=SMALL,
-            frameon=False,
         )
 
 

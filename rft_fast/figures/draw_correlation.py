@@ -11,16 +11,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..studies.correlation import COMPETITORS
+from ..studies.permutation import LEVEL, least
 from . import heat
 from .captions import measures, several, stated
+from .looks import MUTED
 from .style import (
-    CURVES,
     GREY,
-    MUTED,
-    SMALL,
     Style,
     canvas,
     curve,
+    curve_styles,
     drawing,
     extra,
     finish,
@@ -30,8 +31,10 @@ from .style import (
     wrap,
 )
 
-_MEASURES = ["general", "stragglers", "layer"]
-_KENDALL: Style = {"ls": "", "marker": "o", "ms": 3.5, "color": MUTED[0]}
+_MEASURES = ["general", "stragglers", *COMPETITORS, "layer"]
+_KENDALL: Style = {"ls": "", "marker": "o", "ms": 3.5, "color": MUTED[0], "mfc": "white"}
+_SIGNIFICANT: Style = {**_KENDALL, "mfc": MUTED[0]}
+_SATURATED: Style = {"ls": "", "marker": "x", "ms": 6, "mew": 1, "color": GREY}
 _SPEARMAN: Style = {"ls": "", "marker": "D", "ms": 3, "color": MUTED[1], "mfc": "white"}
 _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 
@@ -40,11 +43,12 @@ _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float | None = None) -> Figure:
     """Draw rank correlations of sharpness with accuracy and gain; one column per outcome and data set.
 
-    Top: Kendall's tau over alpha, for general sharpness and for that of the stragglers. Bottom: Kendall's
-    tau and Spearman's rho at one alpha, for these two and for every layer. Bands and bars are pointwise 95 %
-    intervals, not corrected for the number of layers nor for the noise of each sharpness. Names include the
-    settings of the sharpness that vary, such as rho. Undefined correlations leave gaps and are counted, as
-    are those without an interval.
+    Top: Kendall's tau over alpha, for general sharpness, that of the stragglers, and measures that need no
+    perturbation. Bottom: Kendall's tau and Spearman's rho at one alpha, for these and for every layer. A tau
+    is filled where its permutation p, corrected for all of the same outcome, is at most 0.05, and crossed
+    where the sharpness is saturated. Bands and bars are pointwise 95 % intervals, for orientation. Names
+    include the settings of the sharpness that vary, such as rho. Undefined correlations leave gaps and are
+    counted, as are those without an interval.
 
     Args:
         table: the result of :func:`rft_fast.studies.correlation`.
@@ -66,37 +70,41 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     table = table.assign(name=measures(table)).sort_values("alpha", kind="stable")
     at = table[table["alpha"] == alpha]
     names = [name for measure in _MEASURES for name in at.loc[at["measure"] == measure, "name"].unique()]
-    styles = dict(zip(table.loc[table["measure"] != "layer", "name"].unique(), cycle(CURVES)))
+    styles = dict(zip(table.loc[table["measure"] != "layer", "name"].unique(), cycle(curve_styles())))
     parts = table.groupby(["dataset", "outcome"], sort=False)
     columns = list(parts.groups)
 
     figure = canvas(max(7.0, 1.8 + 1.7 * len(columns)), 5)
     heights = [1.5, heat.height(len(names))] if styles else [heat.height(len(names))]
     panels = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
-    titles = headings([dataset for dataset, _ in columns], figure, 1.8, 8)
+    titles = headings([dataset for dataset, _ in columns], figure, 1.8, "small")
     for column, outcome, title in zip(panels.T, columns, titles, strict=True):
         here = parts.get_group(outcome)
         models = several(here["models"].unique())
-        column[0].set_title(f"{outcome[1]} on\n{title}\n{models} models", fontsize=8)
+        column[0].set_title(f"{outcome[1]} on\n{title}\n{models} models", fontsize="small")
         if here["kendall"].isna().all():
-            column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize=SMALL)
+            column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize="small")
         for panel in column[:-1]:
             _along(panel, here, styles)
             panel.set_xlim(alphas[0] - 0.05, alphas[-1] + 0.05)
         _forest(column[-1], here[here["alpha"] == alpha].set_index("name").reindex(names))
     heat.label(panels[-1, 0], names)
-    panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "", fontsize=9)
+    panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "")
 
-    general = table["measure"] == "general"
+    general, layers = table["measure"] == "general", table["measure"].isin(["stragglers", "layer"])
     note = wrap(
         figure,
         f"General sharpness: {stated(table[general])}" if general.any() else "",
-        f"Layer-wise sharpness: {stated(table[~general])}" if not general.all() else "",
-        f"Lower panels: $\\alpha$ = {alpha:g}. Bands and bars: pointwise 95 % intervals over models, not",
-        "corrected for the number of layers.",
+        f"Layer-wise sharpness: {stated(table[layers])}" if layers.any() else "",
+        f"Lower panels: $\\alpha$ = {alpha:g}. Filled: p by permutation of the models, corrected for all "
+        "measures and positions of the same outcome.",
+        _limits(table),
+        "Bands and bars: pointwise 95 % intervals, for orientation.",
         *_gaps(table),
     )
-    marks = [key("Kendall", _KENDALL), key("Spearman", _SPEARMAN)]
+    marks = [key("Kendall", _KENDALL), key(f"p at most {LEVEL:g}, corrected", _SIGNIFICANT)]
+    marks += [key("saturated: not tested", _SATURATED)] if (table["saturated"] > 0).any() else []
+    marks += [key("Spearman", _SPEARMAN)]
     marks += [key(name, style) for name, style in styles.items()]
     return finish(figure, file, sum(heights) + 1.6 + extra(titles), marks, note)
 
@@ -106,7 +114,7 @@ def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None
     plain(panel)
     panel.set_ylim(-1.05, 1.05)
     panel.axhline(0, **_ZERO)
-    panel.set_xlabel(r"$\alpha$", fontsize=9)
+    panel.set_xlabel(r"$\alpha$")
     for name, style in styles.items():
         own = rows[rows["name"] == name]
         columns = (own[column] for column in ("alpha", "kendall", "kendall_low", "kendall_high"))
@@ -120,14 +128,28 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
     panel.set_xlim(-1.05, 1.05)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, **_ZERO)
-    panel.set_xlabel("rank correlation", fontsize=9)
+    panel.set_xlabel("rank correlation")
     for name, style, shift in (("kendall", _KENDALL, -0.2), ("spearman", _SPEARMAN, 0.2)):
         places = np.arange(len(rows)) + shift
         ends = rows[f"{name}_low"], rows[f"{name}_high"]
         panel.hlines(places, *ends, color=style["color"], lw=0.8)
         panel.plot(rows[name], places, label=name, **style)
+    for label, chosen, style in (
+        ("significant", rows["p_max"] <= LEVEL, _SIGNIFICANT),
+        ("saturated", rows["saturated"] > 0, _SATURATED),
+    ):
+        at = np.flatnonzero(chosen.to_numpy(dtype=bool, na_value=False))
+        panel.plot(rows["kendall"].iloc[at], at - 0.2, label=label, **style)
     for change in np.flatnonzero(rows["measure"].to_numpy()[1:] != rows["measure"].to_numpy()[:-1]):
         panel.axhline(change + 0.5, color="0.8", lw=0.6)
+
+
+def _limits(table: pd.DataFrame) -> str:
+    """A sentence on what so few models can show."""
+    counts = sorted(count for count in table["models"].unique() if count >= 3)
+    limits = {int(count): least(int(count)) for count in counts}
+    texts = [f"{limit:.2f} ({n} models)" for n, limit in limits.items() if not np.isnan(limit)]
+    return f"Even one test alone needs $|\\tau|$ of {', '.join(texts)}." if texts else ""
 
 
 def _gaps(table: pd.DataFrame) -> Iterator[str]:

@@ -14,14 +14,15 @@ from ..names import Names
 from ..studies.facts import ENDS, Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.layers import STUDY
+from ..studies.verdicts import layer_shape
 from . import heat
 from .captions import choose, heading, modes_explained, not_finite, several, short
 from .style import (
-    CURVES,
     ZERO_SHOT,
     Style,
     canvas,
     curve,
+    curve_styles,
     drawing,
     extra,
     finish,
@@ -75,7 +76,7 @@ def layers(
     facts = facts[facts["model"].isin(models)].set_index(["model", "others", "dataset"])
     columns = [at for model in models for at in facts.loc[[model]].index.unique()]
     names = list(rows["layer"].unique())
-    curves = dict(zip(_worst(facts, models), CURVES, strict=False))
+    curves = dict(zip(_worst(facts, models), curve_styles(), strict=False))
 
     figure = canvas(max(7.0, 2.2 + 1.75 * len(columns)), 5)
     panels = figure.subplots(
@@ -90,16 +91,20 @@ def layers(
         found = facts.loc[[at]]
         unstable = set(found.loc[found["straggler"], "layer"])
         heat.mark(top, names, unstable, heat.STRAGGLER)
-        top.set_title(_title(at, part, len(unstable), room), fontsize=8)
+        shapes = [layer_shape(fact) for fact in found.to_dict("records")]
+        counted = f"{len(unstable)} stragglers"
+        if "bump" in shapes or "slope" in shapes:
+            counted += f", {shapes.count('bump')} by a bump"
+        top.set_title(_title(at, part, counted, room), fontsize="small")
         _curves(below[0], part, curves, "loss", "rise_se", 1)
         _curves(below[1], part, curves, "accuracy", "gain_se", 100)
-        below[1].set_xlabel(r"$\alpha$ of the layer", fontsize=9)
+        below[1].set_xlabel(r"$\alpha$ of the layer")
     headers = _name_models(panels[0], [at[0] for at in columns], room, gains)
     labels = short(names)
     heat.label(panels[0, 0], list(labels.values()))
     heat.colorbar(figure, mesh, panels, "rise in loss")
-    panels[1, 0].set_ylabel("loss", fontsize=9)
-    panels[2, 0].set_ylabel("accuracy (%)", fontsize=9)
+    panels[1, 0].set_ylabel("loss")
+    panels[2, 0].set_ylabel("accuracy (%)")
 
     note = wrap(
         figure,
@@ -108,7 +113,8 @@ def layers(
         r"Colour: loss minus that at $\alpha$ = 0. Curves: the layers of largest instability in loss,",
         f"{_WORST} of each model; bands: pointwise 95 % intervals of the difference to $\\alpha$ = 0, paired",
         "over images. Stragglers: lower end of the one-sided 95 % interval of the instability in loss,",
-        f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats. No noise.",
+        f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats; by a",
+        "bump: its loss rises above the straight line between the layer's own ends, so corrected. No noise.",
         not_finite(rows["loss"], "losses"),
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]
@@ -137,16 +143,16 @@ def _name_models(panels: Sequence[Axes], models: Sequence[str], room: float, gai
     lines = max(panel.get_title().count("\n") + 1 for panel in panels)
     headers = []
     for model in dict.fromkeys(models):
-        name = fold(model, room * models.count(model), 9)
+        name = fold(model, room * models.count(model), "title")
         headers.append(heading(name, model, gains) + lines * "\n")
-        panels[models.index(model)].set_title(headers[-1], fontsize=8, fontweight="bold", loc="left")
+        panels[models.index(model)].set_title(headers[-1], fontsize="small", fontweight="bold", loc="left")
     return headers
 
 
-def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: int, room: float) -> str:
+def _title(at: tuple[str, str, str], part: pd.DataFrame, unstable: str, room: float) -> str:
     _, others, dataset = at
     images = several(part["samples"].unique())
-    return f"{fold(dataset, room, 8)}\n{images} images\nothers {ENDS[others]}\n{unstable} stragglers"
+    return f"{fold(dataset, room, 'small')}\n{images} images\nothers {ENDS[others]}\n{unstable}"
 
 
 def _curves(

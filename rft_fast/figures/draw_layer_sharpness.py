@@ -26,6 +26,8 @@ from .captions import (
     unknown_errors,
 )
 from .style import (
+    SATURATED,
+    SATURATED_EXPLAINED,
     Style,
     canvas,
     drawing,
@@ -61,7 +63,7 @@ def layer_sharpness(
     path on each out-of-distribution data set. Of more than four models, the two with the highest and the two
     with the lowest gain in mean out-of-distribution accuracy are shown; without those rows, the first four.
     Other settings, such as rho or the data set, have rows of their own. Values that are not finite are
-    crossed out and counted.
+    crossed out and counted, saturated ones have a diamond.
 
     Args:
         rows: rows of :func:`rft_fast.studies.layerwise_sharpness` and of the studies named above; or their
@@ -84,13 +86,14 @@ def layer_sharpness(
     rows = facts.part(LAYER_STUDY)
     models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
     rows = rows[rows["model"].isin(models)]
+    rows = rows.assign(saturated=facts.saturated(rows))
     names = list(rows["layer"].unique())
     parts = [part for _, part in rows.groupby(SETTING, sort=False, dropna=False)]
     stars = dict(zip(best["dataset"].unique(), cycle(_STARS)))
 
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
     panels = figure.subplots(len(parts), len(models), squeeze=False, sharex=True)
-    titles = headings(models, figure, 2.2, 8)
+    titles = headings(models, figure, 2.2, "small")
     for line, part in zip(panels, parts, strict=True):
         near = flat.merge(part[SETTING].drop_duplicates())
         curves = [part[part["model"] == model] for model in models]
@@ -99,15 +102,17 @@ def layer_sharpness(
         for panel, model, name, curve, values in zip(line, models, titles, curves, maps, strict=True):
             mesh = heat.draw(panel, values, norm)
             _uncertain(panel, curve, names)
+            flagged = curve[curve["saturated"]]
+            panel.plot(flagged["alpha"], flagged["layer"].map(names.index), zorder=3, **SATURATED)
             heat.mark(panel, names, set(near.loc[near["model"] == model, "layer"]), _NEAR_ZERO)
             heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
             _positions(panel, best[best["model"] == model], stars)
-            panel.set_title(heading(name, model, gains), fontsize=8, pad=6 + 8 * len(stars))
+            panel.set_title(heading(name, model, gains), fontsize="small", pad=6 + 8 * len(stars))
         heat.label(line[0], list(short(names).values()))
-        line[0].set_ylabel(setting(part), fontsize=9)
+        line[0].set_ylabel(setting(part))
         heat.colorbar(figure, mesh, line, "layer-wise sharpness")
     for panel in panels[-1]:
-        panel.set_xlabel(r"$\alpha$", fontsize=9)
+        panel.set_xlabel(r"$\alpha$")
 
     note = wrap(
         figure,
@@ -120,8 +125,10 @@ def layer_sharpness(
         r"$\alpha$*: the best position of the whole path; 0 where none beats zero-shot." if stars else "",
         not_finite(rows["sharpness"], "values"),
         unknown_errors(rows),
+        SATURATED_EXPLAINED if rows["saturated"].any() else "",
     )
     marks = [key("interval includes zero", _UNCERTAIN), key("layer near zero", _NEAR_ZERO)]
+    marks += [key("saturated", SATURATED)] if rows["saturated"].any() else []
     marks += [key("straggler", heat.STRAGGLER)] if unstable else []
     marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
     height = (heat.height(len(names)) + 0.6 + extra(titles)) * len(parts) + 0.6

@@ -20,6 +20,8 @@ from .captions import SETTING, not_finite, setting, stated, unknown_errors
 from .style import (
     BEATS,
     FAILS,
+    SATURATED,
+    SATURATED_EXPLAINED,
     Style,
     canvas,
     colours,
@@ -49,7 +51,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     at one alpha, joined in order of alpha, with a cross at zero-shot and a square at the fine-tuned end.
     Bars are pointwise 95 %
     intervals: of the sharpness over draws, by Student's t, and of the accuracy over images. Values that are
-    not finite are counted.
+    not finite are counted, saturated ones have a diamond.
 
     Args:
         rows: rows of :func:`rft_fast.studies.sharpness`, and of the interpolation at the same alphas, which
@@ -64,6 +66,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     """
     facts = as_facts(rows)
     measured = of_study(facts.rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
+    measured = measured.assign(saturated=facts.saturated(measured))
     accuracies, far, gains = facts.ood_rows, facts.ood_path, facts.ood_gains
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
@@ -73,21 +76,21 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
     panels = figure.subplots(len(parts), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets))
     unmatched = 0
-    titles = [fold(name, 2.2, 9) for name in sets]
+    titles = [fold(name, 2.2, "title") for name in sets]
     for (left, *others), part in zip(panels, parts, strict=True):
         _along(left, part, palette, set(gains.index[gains <= 0]))
-        left.set_title(setting(part), fontsize=9)
-        left.set_ylabel("general sharpness", fontsize=9)
+        left.set_title(setting(part))
+        left.set_ylabel("general sharpness")
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
             _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
-            panel.set_title(name, fontsize=9)
+            panel.set_title(name)
     for panel, dataset in zip(panels[-1], ["", *sets], strict=True):
-        panel.set_xlabel("general sharpness" if dataset else r"$\alpha$", fontsize=9)
+        panel.set_xlabel("general sharpness" if dataset else r"$\alpha$")
     for panel in panels[:, 1:2].flat:
-        panel.set_ylabel("accuracy (%)", fontsize=9)
+        panel.set_ylabel("accuracy (%)")
 
     note = wrap(
         figure,
@@ -99,6 +102,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
         not_finite(measured["sharpness"], "values of sharpness"),
         unknown_errors(measured),
+        SATURATED_EXPLAINED if measured["saturated"].any() else "",
     )
     marks = [
         key("beats zero-shot", BEATS),
@@ -107,6 +111,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         key(r"fine-tuned, $\alpha$ = 1", _END),
     ]
     marks = marks if sets else [key("mean over draws", BEATS)]
+    marks += [key("saturated", SATURATED)] if measured["saturated"].any() else []
     return finish(figure, file, 0.3 + (2.6 + extra(titles)) * len(parts), marks, note, swatches(palette))
 
 
@@ -123,6 +128,8 @@ def _along(panel: Axes, part: pd.DataFrame, palette: Mapping[str, Any], failures
         x = curve["alpha"] + room * ((i + 0.5) / len(palette) - 0.5)
         style = FAILS if model in failures else BEATS
         panel.errorbar(x, curve["sharpness"], margin(curve), label=model, **_bars(colour), **style)
+        flagged = curve["saturated"]
+        panel.plot(x[flagged], curve.loc[flagged, "sharpness"], zorder=4, **SATURATED)
 
 
 def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
@@ -134,7 +141,8 @@ def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], fail
         style = (FAILS if model in failures else BEATS) | {"lw": 0.6}
         across, up = margin(curve), 100 * Z95 * curve["ood_accuracy_se"]
         panel.errorbar(x, y, up, across, label=model, **_bars(colour), **style)
-        start, end = curve["alpha"] == 0, curve["alpha"] == 1
+        start, end, flagged = curve["alpha"] == 0, curve["alpha"] == 1, curve["saturated"]
+        panel.plot(x[flagged], y[flagged], zorder=5, **SATURATED)
         panel.plot(x[start], y[start], zorder=4, **_ZERO)
         panel.plot(x[end], y[end], zorder=4, color=colour, mfc=style.get("mfc"), **_END)
 

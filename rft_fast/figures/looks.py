@@ -1,0 +1,126 @@
+"""How figures look: width, place of captions and style, chosen for a block of code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import matplotlib
+from cycler import cycler
+from matplotlib.font_manager import FontProperties
+
+from ..names import Captions, FigureWidth
+from . import fonts, stylefile
+
+# Paul Tol's "muted" scheme: nine colours that stay distinct under the common colour deficiencies.
+MUTED = "#332288 #CC6677 #44AA99 #882255 #DDCC77 #117733 #88CCEE #AA4499 #999933".split()
+# In inches: columns of journals and conferences are 3.3 to 3.5, pages 6.5 to 7.2.
+WIDTHS: Mapping[FigureWidth, float] = {"one": 3.4, "two": 7.0}
+_BASE: Mapping[str, Any] = {
+    "axes.titlesize": "medium",
+    "axes.labelsize": "medium",
+    "xtick.labelsize": "small",
+    "ytick.labelsize": "small",
+    "legend.fontsize": "small",
+    "legend.title_fontsize": "small",
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
+    "axes.prop_cycle": cycler(color=MUTED),
+    # Text stays text; the same figure gives the same bytes.
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rft_fast",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How figures look.
+
+    Attributes:
+        width: ``"auto"``: as wide as the panels need; or that of ``"one"`` or ``"two"`` columns of a paper.
+        captions: caption in a text ``"file"`` beside the figure, ``"in"`` the figure, or ``"none"``.
+        style: settings of matplotlib, of a style file.
+        boxes: characters of names that no font has, which become boxes.
+    """
+
+    width: FigureWidth = "auto"
+    captions: Captions = "in"
+    style: Mapping[str, Any] = field(default_factory=dict)
+    boxes: str = ""
+
+
+_CURRENT: ContextVar[Look | None] = ContextVar("look", default=None)
+
+
+def current() -> Look:
+    """How figures look now."""
+    return _CURRENT.get() or Look()
+
+
+@contextmanager
+def look(
+    *,
+    width: FigureWidth = "auto",
+    captions: Captions = "in",
+    style: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
+    """Set how the figures look that are drawn in a ``with`` block.
+
+    Args:
+        width: as wide as the panels need, or the width of ``"one"`` (3.4 inches) or ``"two"`` (7 inches)
+            columns of a paper.
+        captions: ``"file"``: text file beside the figure, with its name and the ending ``.txt``, which is
+            replaced; ``"in"``: above the panels; ``"none"``.
+        style: style file of matplotlib; None: ours. Other settings of matplotlib have no effect on figures.
+
+    Raises:
+        OSError, ValueError: as :func:`rft_fast.figures.stylefile.read`.
+    """
+    chosen = Look(width, captions, {} if style is None else stylefile.read(style))
+    token = _CURRENT.set(chosen)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def applied(text: str) -> Iterator[None]:
+    """Apply the look to matplotlib's settings in a ``with`` block, with fonts for a text."""
+    before = current()
+    settings: Any = matplotlib.rcParams
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # neither a matplotlibrc nor the caller's settings change a figure
+        sizes = {"font.size": 9 if before.width == "auto" else 8}
+        settings.update({**_BASE, **sizes, **before.style})
+        families = fonts.installed(before.style)
+        more, boxes = fonts.covering(text, families)
+        settings["font.family"] = [*families, *more]
+        token = _CURRENT.set(replace(before, boxes="".join(boxes)))
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+
+_SIZES = {
+    "title": "axes.titlesize",
+    "label": "axes.labelsize",
+    "small": "legend.fontsize",
+    "x": "xtick.labelsize",
+    "y": "ytick.labelsize",
+}
+Size = Literal["title", "label", "small", "x", "y"]
+
+
+def in_points(size: Size) -> float:
+    """A size of text in points, by the look in use. x, y: labels of ticks."""
+    settings: Any = matplotlib.rcParams
+    return float(FontProperties(size=settings[_SIZES[size]]).get_size_in_points())
