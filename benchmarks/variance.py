@@ -1,11 +1,13 @@
-"""Variance reduction on the digits zoo: the number of plain draws that one draw of each estimator is worth.
+"""Sharpness on the digits zoo: what one draw of each estimator is worth, and whether its intervals hold.
 
-    python benchmarks/variance.py [--draws 40] [--samples 128] [--out FILE.json]
+    python benchmarks/variance.py [--part general layers coverage] [--draws 8] [--samples 500] [--out FILE.json]
 
-For each model, position and rho, general sharpness (Eq. 3) is measured with the same draws by each estimator.
-The ratio is (standard error of plain / standard error of the other) ** 2 at the same number of forward
-passes: that many times fewer draws reach the same standard error. The column of seconds shows the cost of the
-extra backward pass.
+``general``, ``layers``: the same forward passes by each estimator. The worth of a draw is the variance of the
+published protocol (plain draws, noise anew for every 128 images) over that of the estimator: so many times
+fewer draws reach the same standard error. ``cost`` is the time of a draw over that of a published one, with
+the backward pass of the control, on one thread.
+
+``coverage``: intervals of many seeds against the mean of many plain draws with other seeds.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ import argparse
 import json
 import pathlib
 import platform
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.special import stdtrit
 
 import rft_fast as rft
 from rft_fast import checkpoints, datasets
@@ -25,52 +33,176 @@ from rft_fast.clip import architectures
 from rft_fast.clip.endpoints import Ends, Setup
 from rft_fast.config import zoo
 from rft_fast.evaluate import Evaluator
-from rft_fast.studies import Protocol, sharpness
+from rft_fast.studies import Protocol, layerwise_sharpness, sharpness
 
-RHOS = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-GOALS = {0.02: 40, 0.05: 8}  # of the gradient control variate, median over models and positions
+PUBLISHED = Protocol("plain")
+ESTIMATORS = ("gradient", "per-image", "per-image-antithetic", "per-image-gradient", "auto")
+RHOS = [0.1, 0.2, 0.5, 1.0]
+LAYER_RHOS = [0.2, 1.0]
+# Fine-tuned model -> position: one that gains on the path, and one that fails.
+MODELS = {"lr1e-3-ep6-aug-smooth": 0.6, "lr4e-3-ep8": 0.6}
+BLOCKS = "visual.transformer.resblocks"
+# The layer with the most noise per image; a matrix; LayerNorm; the head.
+LAYERS = ["visual.conv1", f"{BLOCKS}.1.attn.in_proj", "visual.ln_pre", "classification_head"]
+COVERAGE_RHOS = [0.05, 0.2, 1.0]
+GOALS = {"general": {0.1: 8, 0.2: 8, 1.0: 8}, "layers": {0.2: 20, 1.0: 6}}
 
 
-def measure(draws: int, samples: int) -> pd.DataFrame:
-    """Return one row per (model, alpha, rho, estimator); ``ratio``: plain draws that one draw is worth."""
-    source = zoo.digits()
-    ends = Ends(Setup(source.arch), checkpoints.load(source.zeroshot.source))
-    data = datasets.load("mnist", source.data["mnist"].path, architectures.preprocess(source.arch), samples)
-    evaluator = Evaluator(ends.live, [data])
-    rows = []
-    for name, weights in source.finetuned.items():
-        path = rft.Path(ends.live, *ends.pair(checkpoints.load(weights.source)))
-        for estimator in ("plain", "antithetic", "gradient"):
-            found = sharpness(
-                path, evaluator, [0.5, 1.0], RHOS, draws, protocol=Protocol(estimator), model=name
-            )
-            rows.append(found[["model", "alpha", "rho", "estimator", "sharpness", "sharpness_se", "seconds"]])
-    table = pd.concat(rows)
-    plain = table[table["estimator"] == "plain"].set_index(["model", "alpha", "rho"])["sharpness_se"]
-    keys = table.set_index(["model", "alpha", "rho"]).index
-    return table.assign(ratio=(plain.loc[keys].to_numpy() / table["sharpness_se"].to_numpy()) ** 2)
+class Setting:
+    """The digits zoo with some images of mnist."""
+
+    def __init__(self, samples: int) -> None:
+        self._zoo, self._samples = zoo.digits(), samples
+
+    @cached_property
+    def ends(self) -> Ends:
+        return Ends(Setup(self._zoo.arch), checkpoints.load(self._zoo.zeroshot.source))
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        preprocess = architectures.preprocess(self._zoo.arch)
+        images = datasets.load("mnist", self._zoo.data["mnist"].path, preprocess, self._samples)
+        return Evaluator(self.ends.live, [images])
+
+    @property
+    def models(self) -> list[str]:
+        return list(self._zoo.finetuned)
+
+    def path(self, model: str) -> rft.Path:
+        return rft.Path(self.ends.live, *self.ends.pair(checkpoints.load(self._zoo.finetuned[model].source)))
+
+
+def protocols() -> Iterator[tuple[str, Protocol]]:
+    """Name -> protocol."""
+    yield "published", PUBLISHED
+    yield "one draw for all", replace(PUBLISHED, noise_batch=None)
+    for estimator in ESTIMATORS:
+        yield estimator, Protocol(estimator)
+
+
+COLUMNS = "model layer alpha rho way estimator sharpness sharpness_se sharpness_df draws seconds".split()
+
+
+def worth(setting: Setting, part: str, draws: int) -> pd.DataFrame:
+    """One row per (model, layer, alpha, rho, way), with ``worth`` and ``cost`` of a draw."""
+    tables = []
+    places = (
+        [(model, alpha) for model in setting.models for alpha in (0.5, 1.0)]
+        if part == "general"
+        else list(MODELS.items())
+    )
+    for model, alpha in places:
+        path = setting.path(model)
+        for way, protocol in protocols():
+            how: dict[str, Any] = {"protocol": protocol, "model": model}
+            if part == "general":
+                rows = sharpness(path, setting.evaluator, [alpha], RHOS, draws, **how)
+            elif way in ("per-image-antithetic", "gradient"):  # of which the general table tells
+                continue
+            else:
+                rows = layerwise_sharpness(path, setting.evaluator, [alpha], LAYER_RHOS, draws, **how)
+            tables.append(rows.assign(way=way)[[*COLUMNS]])
+        print(f"{part}: {model} at {alpha:g}", flush=True)
+    table = pd.concat(tables).fillna({"layer": "all weights"}).reset_index(drop=True)
+    keys = ["model", "layer", "alpha", "rho"]
+    base = table[table["way"] == "published"].set_index(keys)
+    own = base.loc[table.set_index(keys).index]
+    return table.assign(
+        worth=(own["sharpness_se"].to_numpy() / table["sharpness_se"].to_numpy()) ** 2,
+        cost=table["seconds"].to_numpy() / own["seconds"].to_numpy(),
+    )
+
+
+def coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
+    """One row per (layer, rho, way): what 95 % intervals cover, bias, and the error over the stated one."""
+    model, alpha = next(iter(MODELS.items()))
+    path, evaluator = setting.path(model), setting.evaluator
+    found = []
+    for layer in [None, *LAYERS]:
+        for rho in COVERAGE_RHOS:
+
+            def rows(protocol: Protocol, draws: int, layer: Any = layer, rho: float = rho) -> pd.Series:
+                if layer is None:
+                    return sharpness(path, evaluator, [alpha], [rho], draws, protocol=protocol).iloc[0]
+                return layerwise_sharpness(
+                    path, evaluator, [alpha], [rho], draws, [layer], protocol=protocol
+                ).iloc[0]
+
+            # The strongest estimator with noise that is otherwise numbered: its own error is small.
+            truth = rows(Protocol("per-image-gradient", seed=10**6, noise_batch=16), 8 * draws)
+            pilot = rows(Protocol(seed=10**6 + 1), draws)
+            ways = {
+                "auto": (Protocol(), draws),
+                "published": (PUBLISHED, draws),
+                "auto, goal": (Protocol(goal=pilot["sharpness_se"] / 1.5), 20),
+            }
+            for way, (protocol, count) in ways.items():
+                made = pd.DataFrame([rows(replace(protocol, seed=seed), count) for seed in range(seeds)])
+                values, errors = made["sharpness"].to_numpy(), made["sharpness_se"].to_numpy()
+                # Around the mean over seeds, whose own error is counted in the bias.
+                half = stdtrit(made["sharpness_df"].to_numpy(dtype=float), 0.975) * errors
+                bias = values.mean() - truth["sharpness"]
+                found.append(
+                    {
+                        "layer": layer or "all weights", "rho": rho, "way": way, "seeds": seeds,
+                        "draws": float(made["draws"].mean()), "sharpness": values.mean(),
+                        "covered": float(np.mean(np.abs(values - values.mean()) <= half)),
+                        "bias": bias / truth["sharpness"],
+                        "bias_se": float(
+                            np.hypot(values.std(ddof=1) / seeds**0.5, truth["sharpness_se"])
+                        ) / abs(truth["sharpness"]),
+                        "spread": float(values.std(ddof=1) / np.sqrt((errors**2).mean())),
+                    }
+                )  # fmt: skip
+                fact = found[-1]
+                print(
+                    f"{fact['layer']}, rho {rho:g}, {way}: {100 * fact['covered']:.1f} % covered, bias "
+                    f"{100 * fact['bias']:+.2f} +- {100 * fact['bias_se']:.2f} %",
+                    flush=True,
+                )
+    return pd.DataFrame(found)
+
+
+def show(part: str, table: pd.DataFrame) -> None:
+    """Print medians, and whether goals are met."""
+    if part == "coverage":
+        for way, own in table.groupby("way", sort=False):
+            low, mean, high = (100 * own["covered"].agg(what) for what in ("min", "mean", "max"))
+            print(f"{way}: {low:.1f} to {high:.1f} % covered, mean {mean:.1f}")
+        return
+    groups = table.groupby(["way", "rho"], sort=False)
+    spread = groups["worth"].agg(["min", "median", "max"]).join(groups["cost"].median())
+    print(spread.round(2).unstack("rho").swaplevel(axis=1).sort_index(axis=1, level=0).to_string())
+    auto = table[table["way"] == "auto"]
+    for rho, goal in GOALS[part].items():
+        own = auto[auto["rho"] == rho]
+        median, least = own["worth"].median(), own["worth"].min()
+        met = "met" if median >= goal else "MISSED"
+        print(f"{part}, rho {rho:g}: goal {goal} in the median, {median:.1f}: {met}; least {least:.2f}")
+        print(f"  auto took {own['estimator'].value_counts().to_dict()}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draws", type=int, default=40)
-    parser.add_argument("--samples", type=int, default=128)
+    parts = ("general", "layers", "coverage")
+    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=200, help="of coverage (with 256 images, 4 draws)")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
-    table = measure(arguments.draws, arguments.samples)
-    spread = table[table["estimator"] != "plain"].groupby(["rho", "estimator"])["ratio"]
-    print(
-        f"digits zoo, nine models at alpha .5 and 1, {arguments.draws} draws, {arguments.samples} images "
-        "of mnist"
-    )
-    print("plain draws that one draw is worth:")
-    print(spread.describe()[["min", "25%", "50%", "75%", "max"]].round(1).to_string())
-    medians = spread.median()
-    for rho, goal in GOALS.items():
-        got = medians[rho, "gradient"]
-        print(f"goal at rho = {rho}: {goal}, median {got:.1f}: {'met' if got >= goal else 'MISSED'}")
+    torch.set_num_threads(1)
+    tables = {}
+    for part in arguments.part:
+        setting = Setting(min(arguments.samples, 256) if part == "coverage" else arguments.samples)
+        tables[part] = (
+            coverage(setting, arguments.seeds, 4)
+            if part == "coverage"
+            else worth(setting, part, arguments.draws)
+        )
+        show(part, tables[part])
     if arguments.out:
         about = {
             "date": date.today().isoformat(),
@@ -79,8 +211,8 @@ def main() -> None:
             "draws": arguments.draws,
             "samples": arguments.samples,
         }
-        rows = json.loads(table.to_json(orient="records"))
-        arguments.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        rows = {part: json.loads(table.to_json(orient="records")) for part, table in tables.items()}
+        arguments.out.write_text(json.dumps({"about": about, **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
