@@ -1,6 +1,6 @@
 """Sharpness on the digits zoo: what one draw of each estimator is worth, and whether its intervals hold.
 
-    python benchmarks/variance.py [--part general layers coverage] [--draws 8] [--samples 500] [--out FILE.json]
+    python benchmarks/variance.py [--part general layers coverage] [--draws 8] [--samples 500] [--out FILE]
 
 ``general``, ``layers``: the same forward passes by each estimator. The worth of a draw is the variance of the
 published protocol (plain draws, noise anew for every 128 images) over that of the estimator: so many times
