@@ -138,7 +138,7 @@ class Layers:
     models: tuple[str, ...] | None = _names(
         "only these fine-tuned models (default: those with the highest and lowest gain in mean accuracy "
         "out of distribution, two for layers and prune, four for layer-sharpness; all for what correlation "
-        "needs)"
+        "and claim need)"
     )
     data: tuple[str, ...] | None = _names(
         "data sets of layers and prune (default: the first out-of-distribution one)",
@@ -204,7 +204,7 @@ class Sharpness:
     """
 
     GROUP: ClassVar = Group(
-        "sharpness (sharpness, layer-sharpness, prune, correlation)", place=("settings", "sharpness")
+        "sharpness (sharpness, layer-sharpness, prune, correlation, claim)", place=("settings", "sharpness")
     )
 
     rhos: tuple[float, ...] = option(

@@ -7,6 +7,7 @@ Everything else, such as command line, plan, workers, figures, summary and repor
 from __future__ import annotations
 
 from ..common.fields import Tree
+from .claim import Claim
 from .correlation import Correlation
 from .interpolation import Interpolation
 from .layers import Layers
@@ -16,7 +17,7 @@ from .study import Chosen, Images, Study, Task
 
 _TABLE: dict[str, Study] = {
     study.name: study
-    for study in (Interpolation(), Layers(), Sharpness(), LayerSharpness(), Prune(), Correlation())
+    for study in (Interpolation(), Layers(), Sharpness(), LayerSharpness(), Prune(), Correlation(), Claim())
 }
 
 

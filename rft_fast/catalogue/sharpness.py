@@ -101,7 +101,7 @@ class LayerSharpness(Sharpness):
     help = "the same for one layer at a time (Figure 4)"
 
     def most_models(self, request: Request) -> int:
-        if "correlation" in request.studies:
+        if {"correlation", "claim"} & set(request.studies):
             return len(request.zoo.finetuned)
         return 4 if self.name in request.studies else 2
 

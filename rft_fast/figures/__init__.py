@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rft_fast.common import lazy
 
 if TYPE_CHECKING:
+    from .draw_claim import claim
     from .draw_correlation import correlation
     from .draw_interpolation import interpolation
     from .draw_layer_sharpness import layer_sharpness
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
+        draw_claim="claim",
         draw_correlation="correlation",
         draw_interpolation="interpolation",
         draw_layer_sharpness="layer_sharpness",
@@ -27,4 +29,4 @@ else:
         looks="look",
     )
 
-__all__ = ["correlation", "interpolation", "layer_sharpness", "layers", "look", "prune", "sharpness"]
+__all__ = ["claim", "correlation", "interpolation", "layer_sharpness", "layers", "look", "prune", "sharpness"]

@@ -84,7 +84,7 @@ def interpolation(facts: Facts) -> list[str]:
         left_out = f" (without {skipped:,} that cannot be read)" if skipped else ""
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
-        lines += _table([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
+        lines += aligned([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
     return [*lines, "", LEGEND.format(xi=100 * facts.of(Along).xi)]
 
 
@@ -151,7 +151,7 @@ def sharpness(facts: Facts) -> list[str]:
         for model, curve in group.groupby("model", sort=False):
             by_alpha = curve.set_index("alpha")
             table.append([str(model), *(_value(by_alpha.loc[alpha]) for alpha in shown)])
-        lines += _table(table)
+        lines += aligned(table)
     return lines
 
 
@@ -225,7 +225,7 @@ def prune(facts: Facts) -> list[str]:
         for criterion in facts.to_prune(model):
             if effects.query("model == @model and criterion == @criterion").empty:
                 table.append([model, "", criterion, "", "0", "-", "-"])
-    return [*lines, *_table(table)]
+    return [*lines, *aligned(table)]
 
 
 def _change(group: pd.DataFrame) -> str:
@@ -274,7 +274,7 @@ def correlation(facts: Facts) -> list[str]:
                 "saturated" if judged == "saturated" else p_value(fact["p_max"]),
             ]
         )
-    return [*lines, *_table(cells)]
+    return [*lines, *aligned(cells)]
 
 
 def paragraphs(facts: Facts, text: str) -> list[str]:
@@ -282,7 +282,7 @@ def paragraphs(facts: Facts, text: str) -> list[str]:
     return ["", *paragraph(visible(text), facts.names)]
 
 
-def _table(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
+def aligned(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
     """Align columns: the first to the left, the others to the right, except the last if ``last``."""
     cells = [[visible(cell) for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

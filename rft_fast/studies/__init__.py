@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .chance import Chance, against_chance, zeroshot_chances
+from .claim import claim, claim_tests
 from .correlation import correlation
 from .estimators import ESTIMATORS, Protocol
 from .images import ImageResults, ImageScores, image_results
@@ -23,6 +24,8 @@ __all__ = [
     "against_chance",
     "best_gains",
     "check_alphas",
+    "claim",
+    "claim_tests",
     "correlation",
     "frame",
     "image_results",

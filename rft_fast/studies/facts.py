@@ -16,6 +16,7 @@ from ..common.fields import Tree
 from ..names import never
 from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
+from .claim import claim_tests, count_flat
 from .correlation import correlate
 from .images import Images, Renamed
 from .interpolate import STUDY as INTERPOLATION
@@ -166,6 +167,16 @@ class Facts:
     def correlation(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.correlation`."""
         return correlate(self.rows, lambda: self.path, lambda: self.stragglers, classes=self.classes)
+
+    @cached_property
+    def claim(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.claim`."""
+        return count_flat(self.rows, lambda: self.path, self.of(Sharpness).zero_margin, self.classes)
+
+    @cached_property
+    def claim_tests(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.claim_tests`."""
+        return claim_tests(self.claim)
 
     @cached_property
     def chances(self) -> list[Chance]:

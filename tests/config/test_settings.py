@@ -210,7 +210,7 @@ def test_words_and_options_in_any_order(zoo: Path, tmp_path: Path, monkeypatch: 
     asked = request.read(["--criteria", "sharpness", "prune", "--", "layers"])
     assert asked.of(Prune).criteria == ("sharpness",) and asked.studies == ["layers", "prune"]
     asked = request.read(["--criteria", "instability", "sharpness"])
-    assert asked.of(Prune).criteria == ("instability", "sharpness") and len(asked.studies) == 6
+    assert asked.of(Prune).criteria == ("instability", "sharpness") and len(asked.studies) == 7
     monkeypatch.chdir(zoo)
     asked = request.read([*own[:-2], "--finetuned", "c.safetensors", "sharpness", "--no-graphs", "layers"])
     assert list(asked.zoo.finetuned) == ["a", "b", "c"] and asked.studies == ["layers", "sharpness"]

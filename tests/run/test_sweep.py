@@ -168,8 +168,9 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
     best = far.groupby("model")["gain"].max().sort_values()
     assert {best.index[0], best.index[-1]} == set(part["layers"]["model"]) == set(part["prune"]["model"])
 
-    for study in (*counts.index, "correlation"):
+    for study in (*counts.index, "correlation", "claim"):
         assert (out / "figures" / f"{study}.png").stat().st_size > 10_000
+    assert set(pd.read_csv(out / "claim.csv")["layers"]) == {13}
     table = pd.read_csv(out / "correlation.csv")
     assert set(table["measure"]) >= {"general", "layer"} and set(table["models"]) == {3}
     # --straggler-margin reaches the correlation, too.
@@ -181,7 +182,7 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["sharpness images"] == {"near": 12} and config["layer images"] == {"far": 39}
     assert config["settings"]["sharpness"]["rhos"] == [0.5, 1.0]
-    assert config["measured"] == list(STUDIES)
+    assert config["measured"] == [*STUDIES, "claim"]
 
     # Every number of the report is one of the rows.
     facts = studies.stragglers(rows, 1e-4)

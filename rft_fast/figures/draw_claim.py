@@ -1,0 +1,92 @@
+"""The paper's claim: flat layers of models that fail and of models that gain."""
+
+from __future__ import annotations
+
+import os
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..studies.claim import SETTING
+from .captions import setting
+from .style import (
+    BEATS,
+    FAILS,
+    Style,
+    canvas,
+    colours,
+    drawing,
+    extra,
+    finish,
+    headings,
+    key,
+    plain,
+    swatches,
+    wrap,
+)
+
+_UNDECIDED: Style = {"ls": ":", "lw": 1.2, "marker": "D", "ms": 3}
+
+
+@drawing
+def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
+    """Draw the flat layers of each model at alpha = 1: over the margin, and against the gain.
+
+    There are two panels per out-of-distribution data set, and a row per way of measuring. Left: number of
+    flat layers at each margin in nats. Right: that number at the middle margin, over the gain. Models that
+    fail are dashed with open markers, undecided ones dotted with diamonds.
+
+    Args:
+        table: the result of :func:`rft_fast.studies.claim`.
+        file: output file; its extension selects the format.
+
+    Returns:
+        The figure, which is already saved.
+
+    Raises:
+        ValueError: the table is empty.
+    """
+    if table.empty:
+        raise ValueError("figures.claim: expected rows of studies.claim, got none")
+    here = table[(table["at"] == "finetuned") & (table["unit"] == "nats")]
+    margins = sorted(here["margin"].unique())
+    middle = margins[(len(margins) - 1) // 2]
+    models, sets = list(here["model"].unique()), list(here["dataset"].unique())
+    palette = dict(zip(models, colours(len(models)), strict=True))
+    parts = [part for _, part in here.groupby(["measured_on", *SETTING[1:]], sort=False, dropna=False)]
+
+    figure = canvas(max(7.0, 1 + 3.6 * len(sets)), 5)
+    panels = figure.subplots(len(parts), 2 * len(sets), squeeze=False, sharey="row")
+    titles = headings(sets, figure, 1.0, "small")
+    for line, part in zip(panels, parts, strict=True):
+        how = setting(part.rename(columns={"measured_on": "dataset", "dataset": "set"}))
+        line[0].set_ylabel(f"flat layers of {part['layers'].iloc[0]}\n{how}")
+        for left, right, dataset in zip(line[::2], line[1::2], sets, strict=True):
+            for (model, mode), own in part[part["dataset"] == dataset].groupby(
+                ["model", "mode"], sort=False, dropna=False
+            ):
+                style = {"failure": FAILS, "gain": BEATS, "high gain": BEATS}.get(mode, _UNDECIDED)
+                own = own.sort_values("margin")
+                left.plot(own["margin"], own["flat"], color=palette[model], label=model, **style)
+                at = own[own["margin"] == middle]
+                right.plot(100 * at["gain"], at["flat"], color=palette[model], label=model, **style)
+            for panel in (left, right):
+                plain(panel)
+            left.set_xscale("log")
+            left.set_xticks(margins, [f"{margin:g}" for margin in margins], minor=False)
+            left.minorticks_off()
+    for left, title in zip(panels[0, ::2], titles, strict=True):
+        left.set_title(title, loc="left")
+    for left, right in zip(panels[-1, ::2], panels[-1, 1::2], strict=True):
+        left.set_xlabel("margin (nats, log scale)")
+        right.set_xlabel("gain (points)")
+
+    note = wrap(
+        figure,
+        "Layers of the fine-tuned model, at $\\alpha$ = 1, whose sharpness, with its 95 % interval, lies",
+        f"within the margin of zero. Over the gain: at {middle:g} nats.",
+    )
+    marks = [key("gains", BEATS), key("fails", FAILS)]
+    if not here["mode"].isin(["failure", "gain", "high gain"]).all():
+        marks.append(key("undecided", _UNDECIDED))
+    return finish(figure, file, 0.3 + (2.4 + extra(titles)) * len(parts), marks, note, swatches(palette))
