@@ -169,9 +169,8 @@ def _rest(path: Path, evaluator: Evaluator, exclude: Names | None) -> Target:
     excluded = path.select(exclude)
     if not (rest := tuple(layer for layer in path.layers if layer not in set(excluded))):
         raise ValueError(f"{STUDY}: exclude leaves no layer to perturb; got {list(exclude)}")
-    spans = [evaluator.span(path.tensors(layer)) for layer in rest]
-    first, last = min(first for first, _ in spans), max(last for _, last in spans)
-    return Target(None, first, last, tuple(excluded), rest)
+    span = evaluator.span(tensor for layer in rest for tensor in path.tensors(layer))
+    return Target(None, *span, tuple(excluded), rest)
 
 
 @dataclass
