@@ -267,7 +267,7 @@ def test_the_variance_falls_as_it_must(repeated: dict[str, list[Estimate]]) -> N
     for name, variance in exact.items():
         got = np.array([found.sharpness.value for found in repeated[name]]).var(ddof=1)
         assert got == pytest.approx(variance, rel=0.35), name
-    assert exact["gradient"] < exact["plain"] / 4 and exact["per-image"] < exact["plain"] / 4
+    assert exact["gradient"] < exact["plain"] / 4 and exact["per-image"] < exact["plain"] / 2
     assert exact["per-image-gradient"] < exact["gradient"] / 2
 
 
@@ -626,14 +626,13 @@ def test_a_pilot_decides_on_the_draws_which_come_after_it(name: str, noise_batch
     """Stein's rule: enough draws for Student's quantile, on the pilot's error, in place of the normal one."""
     s, pairs = two(), 2 if name == "per-image-antithetic" else 1
     how: dict[str, Any] = {"estimator": name, "seed": 2, "noise_batch": noise_batch}
-    sizes = [24] if noise_batch is None else [9, 9, 6]
-    first = {(1, 1): 12, (1, 3): 4, (2, 1): 12, (2, 3): 4}[pairs, len(sizes)]  # 12 draws of all parts
+    sizes, draws, first = ([24], 12, 12) if noise_batch is None else ([9, 9, 6], 24, 8)
     pilot = by_brute(s, 0.3, range(first), Protocol(**how))
     _, error, freedom = moments(pilot, sizes)
     goal = error / 1.2
     ratio = scipy.stats.t.ppf(0.975, freedom) / scipy.stats.norm.ppf(0.975) * error / goal
     wanted = len(pilot) * ratio**2
-    got = s.estimate(0.7, 0.3, 12, goal=goal, **how)
+    got = s.estimate(0.7, 0.3, draws, goal=goal, **how)
     assert got.reached is True
     assert got.draws // pairs in (math.ceil(wanted * 0.998), math.ceil(wanted * 1.002))  # float32
     assert first < got.draws and got.draws % pairs == 0 and len(got.values) == got.draws // pairs
@@ -643,7 +642,7 @@ def test_a_pilot_decides_on_the_draws_which_come_after_it(name: str, noise_batch
     assert got.sharpness.value == pytest.approx(value, abs=3e-6)
     assert got.sharpness.se == pytest.approx(error, abs=3e-6, rel=1e-3)
     assert got.sharpness.df == pytest.approx(freedom, rel=0.01)
-    met = s.estimate(0.7, 0.3, 12, goal=100.0, **how)
+    met = s.estimate(0.7, 0.3, draws, goal=100.0, **how)
     assert (met.draws, met.reached) == (first, True)  # never fewer than the pilot's
     assert met.values == pytest.approx(after[: first // pairs], abs=3e-6, rel=1e-4)
 
