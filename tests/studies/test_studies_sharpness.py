@@ -184,6 +184,23 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert set(rows["on"]) == {"finetuned"}
 
 
+@pytest.mark.slow
+def test_auto_chooses_by_the_first_parts() -> None:
+    """By as many as have 20 draws together: here one of six, with 20 draws."""
+    s, rhos = Setting(), [1.0, 2.0, 3.0, 4.0]
+    protocol = Protocol(on="interpolated", noise_batch=4)
+    rows = studies.sharpness(s.path, s.evaluator.among(["far"]), [0.4], rhos, 20, protocol=protocol)
+    assert_rows_are_brute(s, rows, protocol, range(20))
+    by_all = [
+        s.brute["far"]
+        .draws(0.4, rho, range(20), protocol, estimator="per-image")
+        .control_wins(s.cost(None), 6)
+        for rho in rhos
+    ]
+    assert rows["estimator"].nunique() == 2
+    assert (rows["estimator"] == "per-image-gradient").tolist() != by_all
+
+
 @pytest.mark.parametrize("estimator", SAMPLING)
 def test_normalized_logits(estimator: str) -> None:
     s = Setting(normalize_logits=True)
