@@ -249,7 +249,7 @@ class _Study:
             except NoRule as reason:
                 self.alike.add(target)
                 what = target.layer or "the model"
-                self.path.warn(f"sharpness: {what} gets noise per batch, not per image: {reason}")
+                self.path.warn(f"sharpness: images share each draw of the noise of {what}: {reason}")
         shared = found is None
         results = _shared(self, view, target, draws, control) if found is None else found
         seconds = (perf_counter() - start) / len(tallies)
