@@ -1,4 +1,4 @@
-"""Random signs of single images, with which one base perturbation serves many images (``coupling="image"``).
+"""Random signs of single images, with which one base perturbation serves many images.
 
 Sign i of a tensor for image n is a bit of Philox4x32-10: key = seed; counter = (first block of the tensor's
 noise + i // 128, n, draw, ``PURPOSE_SIGN``); bit i % 32 of word (i // 32) % 4; 1 is plus. So signs depend on

@@ -169,9 +169,8 @@ def _rest(path: Path, evaluator: Evaluator, exclude: Names | None) -> Target:
     excluded = path.select(exclude)
     if not (rest := tuple(layer for layer in path.layers if layer not in set(excluded))):
         raise ValueError(f"{STUDY}: exclude leaves no layer to perturb; got {list(exclude)}")
-    spans = [evaluator.span(path.tensors(layer)) for layer in rest]
-    first, last = min(first for first, _ in spans), max(last for _, last in spans)
-    return Target(None, first, last, tuple(excluded), rest)
+    span = evaluator.span(tensor for layer in rest for tensor in path.tensors(layer))
+    return Target(None, *span, tuple(excluded), rest)
 
 
 @dataclass
@@ -203,8 +202,8 @@ class _Study:
         record = Measured(self.name, len(places) * len(units), only, sink)
         if self.protocol.noise_batch and self._images_per_noise is None:
             self.path.warn(
-                f"{self.name}: a text tower makes the head for all images, so all of them share each draw of "
-                "noise (noise_batch is not used)"
+                f"{self.name}: a text tower makes the head for all images, so noise_batch is not used: each "
+                "draw, and each base of noise per image, serves all images"
             )
         compared = self.name == STUDY and 0.0 in positions
         for place, (alpha, data) in enumerate(places):

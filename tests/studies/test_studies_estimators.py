@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,20 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from support.brute import Brute, first_blocks, moments
 from support.wording import refused
 from torch import Tensor, nn
 
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
 from rft_fast.kernels import noise_like
+from rft_fast.kernels.signs import signs
+from rft_fast.names import ESTIMATOR_CHOICES, SAMPLING
 from rft_fast.path import Path
 from rft_fast.studies import ESTIMATORS, Protocol
 from rft_fast.studies.estimators import Estimate, Target, estimate
 
 State = dict[str, Tensor]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-SAMPLING = ("plain", "antithetic", "gradient")
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,17 @@ class Setting:
         (results,) = estimate(self.path, parts, alpha, [target], [rho], draws, protocol)
         return results[target, rho]
 
+    @property
+    def brute(self) -> Brute:
+        return Brute(self.model, self.zero, self.one, self.data)
+
+    def of(self, images: Sequence[int]) -> Setting:
+        """The same with some of the images."""
+        other, chosen = copy.copy(self), list(images)
+        other.data = Dataset("set", self.data.images[chosen], self.data.labels[chosen], MEAN, STD)
+        other._x = self._x[chosen]
+        return other
+
     def at(self, alpha: float) -> State:
         return {n: (1 - alpha) * self.zero[n].double() + alpha * self.one[n].double() for n in self.names}
 
@@ -146,14 +161,55 @@ def two(n: int = 24) -> Setting:
 # --- draws of noise: the exact expectation --------------------------------------------------------
 
 
+PATTERNS = np.array(list(itertools.product((-1.0, 1.0), repeat=8)))  # the last one is -first
+
+
+def by_image(s: Setting, alpha: float, rho: float, on: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of every sign pattern of the eight weights, each as likely as any other, and image: [256, n].
+
+    Returns:
+        The rise of the loss, and <gradient, perturbation>.
+    """
+    scale, rises, along = s.scale(alpha, on, True), [], []
+    images = [s.of([image]) for image in range(len(s.data.labels))]
+    w = {n: t.requires_grad_() for n, t in s.at(alpha).items()}
+    slopes = [torch.autograd.grad(one.loss(w), list(w.values())) for one in images]
+    clean = torch.stack([one.loss(w).detach() for one in images])
+    for pattern in torch.tensor(PATTERNS):
+        by = {"1.weight": pattern[:6].view(2, 3), "1.bias": pattern[6:]}
+        delta = {n: rho * scale[n] * by[n] for n in w}
+        logits = s.logits({n: w[n].detach() + delta[n] for n in w})
+        losses = logits.logsumexp(1) - logits[torch.arange(len(logits)), s.data.labels]
+        rises.append(losses - clean)
+        along.append(
+            [
+                sum(float((g * d).sum()) for g, d in zip(slope, delta.values(), strict=True))
+                for slope in slopes
+            ]
+        )
+    return torch.stack(rises).numpy(), np.array(along)
+
+
 def enumerated(s: Setting, alpha: float, rho: float, on: str) -> np.ndarray:
-    """L(w + delta) - L(w) for every sign pattern of the eight weights, each as likely as any other."""
-    scale, values = s.scale(alpha, on, True), []
-    clean = float(s.loss(s.at(alpha)))
-    for signs in itertools.product((-1.0, 1.0), repeat=8):
-        by = {"1.weight": torch.tensor(signs[:6]).double().view(2, 3), "1.bias": torch.tensor(signs[6:])}
-        values.append(s.moved(alpha, scale, {n: rho * b for n, b in by.items()}) - clean)
-    return np.array(values)
+    """L(w + delta) - L(w) for every sign pattern."""
+    return by_image(s, alpha, rho, on)[0].mean(1)
+
+
+def variance_per_image(values: np.ndarray) -> float:
+    """Of the mean over images whose perturbations are D o (r s^T), for the weight, and D o b, for the bias.
+
+    All images share D, so a covariance is left: that of their means over r, s and b, given D.
+    """
+    own = np.array(
+        [
+            [*np.outer(signs[:2], signs[2:5]).ravel(), *signs[5:]]
+            for signs in itertools.product((-1, 1), repeat=7)
+        ]
+    )
+    places = ((PATTERNS[:, None] * own + 1) / 2 @ 2 ** np.arange(7, -1, -1)).astype(int)  # [256, 128]
+    given = values[places].mean(1)  # [256, n]
+    covariance = given.sum(1).var() - given.var(0).sum()
+    return float(values.var(0).sum() + covariance) / values.shape[1] ** 2
 
 
 SEEDS, DRAWS, RHO = 120, 8, 0.8
@@ -174,7 +230,7 @@ def repeated() -> dict[str, list[Estimate]]:
 @pytest.mark.parametrize("name", SAMPLING)
 def test_unbiased_for_all_sign_patterns(name: str, repeated: dict[str, list[Estimate]]) -> None:
     truth = enumerated(linear(), 0.6, RHO, "interpolated").mean()
-    values = np.array([found.sharpness for found in repeated[name]])
+    values = np.array([found.sharpness.value for found in repeated[name]])
     error = values.std(ddof=1) / math.sqrt(SEEDS)
     assert abs(values.mean() - truth) < 4 * error
     assert error < truth / 10  # so that was a test
@@ -183,41 +239,36 @@ def test_unbiased_for_all_sign_patterns(name: str, repeated: dict[str, list[Esti
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLING)
 def test_standard_errors_are_those_that_seeds_show(name: str, repeated: dict[str, list[Estimate]]) -> None:
-    values = np.array([found.sharpness for found in repeated[name]])
-    told = np.array([found.sharpness_se for found in repeated[name]])
+    values = np.array([found.sharpness.value for found in repeated[name]])
+    told = np.array([found.sharpness.se for found in repeated[name]])
     # 120 seeds tell a variance to some 13 %; a factor of two would be far outside.
     assert 0.6 < np.mean(told**2) / values.var(ddof=1) < 1.7
-    hits = np.array([found.accuracy for found in repeated[name]])
-    told = np.array([found.accuracy_se for found in repeated[name]])
-    assert 0.6 < np.mean(told**2) / hits.var(ddof=1) < 1.7
+    hits = np.array([found.accuracy.value for found in repeated[name]])
+    told_hits = np.array([found.accuracy.se for found in repeated[name]])
+    assert 0.6 < np.mean(told_hits**2) / hits.var(ddof=1) < 1.7
     # The interval of Student's t with DRAWS - 1 (pairs - 1) degrees of freedom holds the truth in 95 %.
     truth = enumerated(linear(), 0.6, RHO, "interpolated").mean()
-    t = {7: 2.365, 3: 3.182}[(DRAWS // 2 if name == "antithetic" else DRAWS) - 1]
-    told = np.array([found.sharpness_se for found in repeated[name]])
+    freedom = (DRAWS // 2 if name == "per-image-antithetic" else DRAWS) - 1
+    assert {round(found.sharpness.df, 6) for found in repeated[name]} == {freedom}
+    t = scipy.stats.t.ppf(0.975, freedom)
     assert 0.89 < np.mean(np.abs(values - truth) < t * told) < 0.995
 
 
 @pytest.mark.slow
 def test_the_variance_falls_as_it_must(repeated: dict[str, list[Estimate]]) -> None:
-    s = linear()
-    values = enumerated(s, 0.6, RHO, "interpolated")
-    w = {n: t.requires_grad_() for n, t in s.at(0.6).items()}
-    slope = dict(zip(w, torch.autograd.grad(s.loss(w), list(w.values())), strict=True))
-    scale = s.scale(0.6, "interpolated", True)
-    along = [
-        RHO * float((slope["1.weight"] * scale["1.weight"] * torch.tensor(p[:6]).view(2, 3)).sum())
-        + RHO * float((slope["1.bias"] * scale["1.bias"] * torch.tensor(p[6:])).sum())
-        for p in itertools.product((-1.0, 1.0), repeat=8)
-    ]
+    rises, along = by_image(linear(), 0.6, RHO, "interpolated")
     exact = {
-        "plain": values.var() / DRAWS,
-        "gradient": (values - np.array(along)).var() / DRAWS,
-        "antithetic": ((values + values[::-1]) / 2).var() / (DRAWS // 2),  # the last pattern is -first
+        "plain": rises.mean(1).var() / DRAWS,
+        "gradient": (rises - along).mean(1).var() / DRAWS,
+        "per-image": variance_per_image(rises) / DRAWS,
+        "per-image-antithetic": variance_per_image((rises + rises[::-1]) / 2) / (DRAWS // 2),
+        "per-image-gradient": variance_per_image(rises - along) / DRAWS,
     }
     for name, variance in exact.items():
-        got = np.array([found.sharpness for found in repeated[name]]).var(ddof=1)
+        got = np.array([found.sharpness.value for found in repeated[name]]).var(ddof=1)
         assert got == pytest.approx(variance, rel=0.35), name
-    assert exact["gradient"] < exact["plain"] / 4 and exact["antithetic"] < exact["plain"] / 4
+    assert exact["gradient"] < exact["plain"] / 4 and exact["per-image"] < exact["plain"] / 2
+    assert exact["per-image-gradient"] < exact["gradient"] / 2
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -243,8 +294,8 @@ def test_unbiased_also_on_the_finetuned_weights_and_with_noise_by_batch(name: st
     )
     logits = hidden @ w["last.weight"].T + w["last.bias"]
     losses = (logits.logsumexp(2) - logits[:, torch.arange(24), s.data.labels]).mean(1) - s.loss(w)
-    error = math.hypot(got.sharpness_se, float(losses.std()) / math.sqrt(len(losses)))
-    assert abs(got.sharpness - float(losses.mean())) < 4 * error
+    error = math.hypot(got.sharpness.se, float(losses.std()) / math.sqrt(len(losses)))
+    assert abs(got.sharpness.value - float(losses.mean())) < 4 * error
     assert abs(losses.mean()) > 6 * error  # not zero for any reason
 
 
@@ -266,14 +317,40 @@ def test_products_are_those_of_the_exact_hessian(on: str, adaptive: bool, layer:
         mine = torch.tensor([s.inside(s.names[i], layer) for i in owner.tolist()])
         values.append(rho**2 / 2 * float((v * (hessian @ v))[mine].sum()))
     got = s.estimate(alpha, rho, 3, layer, estimator="hessian", on=on, adaptive=adaptive, seed=4)
-    assert got.sharpness == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
-    assert got.sharpness_se == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), rel=1e-4, abs=1e-6)
-    assert got.loss == pytest.approx(float(s.loss(s.at(alpha))) + np.mean(values), abs=1e-5)
+    assert got.sharpness.value == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
+    assert got.sharpness.se == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), rel=1e-4, abs=1e-6)
+    assert got.loss == pytest.approx(float(s.loss(s.at(alpha))), abs=1e-5)
     assert (got.draws, got.nonfinite, got.reached) == (3, 0, None)
     uniform = s.estimate(
         alpha, rho, 3, layer, estimator="hessian", on=on, adaptive=adaptive, seed=4, noise="uniform"
     )
-    assert uniform.sharpness == pytest.approx(got.sharpness / 3, rel=1e-6)  # its variance is 1/3
+    assert uniform.sharpness.value == pytest.approx(got.sharpness.value / 3, rel=1e-6)  # its variance is 1/3
+
+
+def products(s: Setting, alpha: float, rho: float, draws: Sequence[int], protocol: Protocol) -> np.ndarray:
+    """rho^2 / 2 * v . H v of the exact Hessian of each part, with signs of its own: [draws, parts]."""
+    parts = s.brute.parts(protocol.noise_batch)
+    hessians = [s.of(part).hessian(alpha)[0] for part in parts]
+    scale, values = s.scale(alpha, protocol.where, protocol.adaptive), np.zeros((len(draws), len(parts)))
+    for place, draw in enumerate(draws):
+        for index, hessian in enumerate(hessians):
+            eps = s.noise(protocol.seed, draw * len(parts) + index, "rademacher")
+            v = torch.cat([(scale[n] * eps[n]).flatten() for n in s.names])
+            values[place, index] = rho**2 / 2 * float(v @ hessian @ v)
+    return values
+
+
+def test_each_part_has_products_with_signs_of_its_own() -> None:
+    s, rho = two(), 0.3
+    protocol = Protocol("hessian", noise_batch=9, seed=4)
+    got = s.estimate(0.7, rho, 4, estimator="hessian", noise_batch=9, seed=4)
+    values = products(s, 0.7, rho, range(4), protocol)
+    assert got.values == pytest.approx(values, rel=1e-4, abs=1e-6)
+    value, error, freedom = moments(values, [9, 9, 6])
+    assert got.sharpness.value == pytest.approx(value, rel=1e-4)
+    assert got.sharpness.se == pytest.approx(error, rel=1e-3)
+    assert got.sharpness.df == pytest.approx(freedom, rel=1e-3)
+    assert math.isnan(got.images_se) and math.isnan(got.accuracy.se)
 
 
 def trace(s: Setting, alpha: float, layer: str | None, on: str = "interpolated") -> float:
@@ -291,19 +368,19 @@ def test_the_limit_is_the_trace_layer_by_layer_and_adds_up() -> None:
     assert exact[None] == pytest.approx(exact["first"] + exact["last"])
     for layer in (None, *layers):
         found = s.estimate(alpha, 1.0, 150, layer, estimator="hessian", seed=1)
-        assert abs(2 * found.sharpness - exact[layer]) < 4 * 2 * found.sharpness_se
-        assert found.sharpness_se < abs(exact[layer]) / 10
+        assert abs(2 * found.sharpness.value - exact[layer]) < 4 * 2 * found.sharpness.se
+        assert found.sharpness.se < abs(exact[layer]) / 10
 
         errors, distances = [], []
         for rho in (0.4, 0.1, 0.03):
-            drawn = s.estimate(alpha, rho, 100, layer, seed=2, noise="rademacher")
-            errors.append(2 * drawn.sharpness_se / rho**2)
-            distances.append(abs(2 * drawn.sharpness / rho**2 - exact[layer]))
+            drawn = s.estimate(alpha, rho, 100, layer, estimator="gradient", seed=2, noise="rademacher")
+            errors.append(2 * drawn.sharpness.se / rho**2)
+            distances.append(abs(2 * drawn.sharpness.value / rho**2 - exact[layer]))
             # What is left of higher order is of order rho^2, up to the draws' error and float32.
             assert distances[-1] < 4 * errors[-1] + 2 * rho**2 + 1e-7 / rho**2
         assert errors[-1] < abs(exact[layer]) / 10
     whole, *each = (s.estimate(alpha, 1.0, 5, layer, estimator="hessian") for layer in (None, *layers))
-    assert whole.sharpness == pytest.approx(sum(found.sharpness for found in each), rel=1e-5)
+    assert whole.sharpness.value == pytest.approx(sum(found.sharpness.value for found in each), rel=1e-5)
 
 
 @pytest.mark.parametrize("on", ["interpolated", "finetuned"])
@@ -312,10 +389,10 @@ def test_the_same_signs_meet_draw_by_draw_as_rho_shrinks(on: str) -> None:
     s = two()
     limit = s.estimate(0.7, 1.0, 10, estimator="hessian", on=on, seed=6)
     for rho in (0.4, 0.1, 0.03, 0.01):
-        drawn = s.estimate(0.7, rho, 10, on=on, seed=6, noise="rademacher")
+        drawn = s.estimate(0.7, rho, 10, estimator="gradient", on=on, seed=6, noise="rademacher")
         float32 = 1e-6 / rho**2
-        assert abs(drawn.sharpness / rho**2 / limit.sharpness - 1) < 0.5 * rho + float32
-        assert drawn.sharpness_se / rho**2 == pytest.approx(limit.sharpness_se, rel=3 * rho)
+        assert abs(drawn.sharpness.value / rho**2 / limit.sharpness.value - 1) < 0.5 * rho + float32
+        assert drawn.sharpness.se / rho**2 == pytest.approx(limit.sharpness.se, rel=3 * rho)
 
 
 def test_small_rho_converges_to_the_trace() -> None:
@@ -328,8 +405,11 @@ def test_small_rho_converges_to_the_trace() -> None:
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.2)  # of second order
     # The estimator's own numbers converge alike, within their standard errors.
     for rho, ratio in zip((0.4, 0.2, 0.1), ratios, strict=True):
-        found = s.estimate(0.6, rho, 200, "1", noise="rademacher", seed=3)
-        assert abs(2 * found.sharpness / rho**2 / exact - ratio) < 4 * 2 * found.sharpness_se / rho**2 / exact
+        found = s.estimate(0.6, rho, 200, "1", estimator="per-image-gradient", noise="rademacher", seed=3)
+        assert (
+            abs(2 * found.sharpness.value / rho**2 / exact - ratio)
+            < 4 * 2 * found.sharpness.se / rho**2 / exact
+        )
 
 
 # --- the worst case -------------------------------------------------------------------------------
@@ -377,10 +457,10 @@ def test_the_worst_case_stays_in_the_ball_and_beats_a_hundred_guesses(
     assert max(lengths) <= rho * (1 + 1e-4) and max(lengths) > 0.9 * rho
     # What it tells is the worst it saw, the clean weights included.
     assert watch.looks[0][0] < 1e-5
-    assert got.loss == pytest.approx(max(look[2] for look in watch.looks), abs=1e-5)
-    assert got.loss >= watch.looks[0][2] and got.sharpness > 0
-    assert got.sharpness == pytest.approx(got.loss - float(s.loss(s.at(alpha))), abs=1e-5)
-    assert math.isnan(got.sharpness_se) and got.draws == 12 and got.reached is None
+    assert got.loss + got.sharpness.value == pytest.approx(max(look[2] for look in watch.looks), abs=1e-5)
+    assert got.sharpness.value > 0
+    assert got.loss == pytest.approx(float(s.loss(s.at(alpha))), abs=1e-5)
+    assert math.isnan(got.sharpness.se) and got.draws == 12 and got.reached is None
 
     scale = s.scale(alpha, on, adaptive, layer)
     generator = torch.Generator().manual_seed(0)
@@ -391,9 +471,12 @@ def test_the_worst_case_stays_in_the_ball_and_beats_a_hundred_guesses(
             u = {n: rho / size * part for n, part in u.items()}
         else:
             u = {n: rho * part.sign() for n, part in u.items()}
-        assert s.moved(alpha, scale, u) <= got.loss + 1e-6
+        assert s.moved(alpha, scale, u) <= got.loss + got.sharpness.value + 1e-6
     again = s.estimate(alpha, rho, 12, layer, **{**how, "seed": 9, "noise": "uniform"})
-    assert (again.loss, again.accuracy) == (got.loss, got.accuracy)  # no chance in it
+    assert (again.sharpness.value, again.accuracy.value) == (
+        got.sharpness.value,
+        got.accuracy.value,
+    )  # no chance in it
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -413,11 +496,11 @@ def test_the_worst_case_of_logistic_regression_is_known(
     c = torch.cat([(g * scale[n]).flatten() for n, g in zip(w, slope, strict=True)])
     lowest = float(margin.detach()) - rho * float(c.norm() if norm == "l2" else c.abs().sum())
     got = s.estimate(alpha, rho, 20, estimator=f"apgd-{norm}", on=on, adaptive=adaptive)
-    assert got.loss == pytest.approx(math.log1p(math.exp(-lowest)), rel=1e-5)
-    assert got.accuracy == float(lowest > 0)
+    assert got.loss + got.sharpness.value == pytest.approx(math.log1p(math.exp(-lowest)), rel=1e-5)
+    assert got.accuracy.value == float(lowest > 0)
     # A step is as long as the ball is wide: one reaches the edge, and being linear, the maximum.
     one = s.estimate(alpha, rho, 1, estimator=f"apgd-{norm}", on=on, adaptive=adaptive)
-    assert one.loss == pytest.approx(got.loss, rel=1e-5)
+    assert one.sharpness.value == pytest.approx(got.sharpness.value, rel=1e-4)
 
 
 def auto_pgd(s: Setting, alpha: float, rho: float, steps: int, norm: str) -> list[float]:
@@ -487,15 +570,30 @@ def test_the_worst_case_is_searched_as_published(
     got = s.estimate(0.7, rho, steps, estimator=f"apgd-{norm}")
     expected = auto_pgd(s, 0.7, rho, steps, norm)
     assert seen == pytest.approx(expected, rel=1e-3)
-    assert got.loss == pytest.approx(max(expected), rel=1e-3)
+    assert got.loss + got.sharpness.value == pytest.approx(max(expected), rel=1e-3)
     if (norm, rho, steps) == ("linf", 1.0, 2):
         assert expected[-1] < max(expected)  # so it is the best that is told, not the last
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_each_part_has_a_worst_case_of_its_own(norm: str) -> None:
+    s, rho = two(), 0.5
+    got = s.estimate(0.7, rho, 4, estimator=f"apgd-{norm}", noise_batch=9)
+    parts = [s.of(part) for part in (range(9), range(9, 18), range(18, 24))]
+    rises = np.array([max(auto_pgd(p, 0.7, rho, 4, norm)) - float(p.loss(p.at(0.7))) for p in parts])
+    assert got.values == pytest.approx(rises[None], rel=1e-3)
+    shares = np.array([9, 9, 6]) / 24
+    value = float(shares @ rises)
+    assert got.sharpness.value == pytest.approx(value, rel=1e-3)
+    error = math.sqrt(3 / 2 * sum(shares**2 * (rises - value) ** 2))
+    assert got.sharpness.se == pytest.approx(error, rel=1e-2) and got.sharpness.df == 2
+    assert math.isnan(got.images_se) and got.loss == pytest.approx(float(s.loss(s.at(0.7))), abs=1e-5)
 
 
 # --- at zero-shot nothing of the fine-tuned weights is left ---------------------------------------
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ESTIMATOR_CHOICES)
 def test_noise_on_the_finetuned_weights_is_exactly_nothing_at_zero_shot(name: str) -> None:
     s = two()
     s.path.write(0.0, 0.7, seed=1, draw=3)  # the model itself: not one bit differs
@@ -504,47 +602,67 @@ def test_noise_on_the_finetuned_weights_is_exactly_nothing_at_zero_shot(name: st
     for layer in (None, "first"):
         for goal in (None,) if name.startswith("apgd") else (None, 1e-9):
             got = s.estimate(0.0, 0.7, 4, layer, estimator=name, on="finetuned", goal=goal)
-            assert (got.sharpness, got.sharpness_se, got.draws, got.nonfinite) == (0.0, 0.0, 0, 0)
+            assert (got.sharpness.value, got.sharpness.se, got.draws, got.nonfinite) == (0.0, 0.0, 0, 0)
+            assert got.images_se == got.accuracy.se == 0.0 and got.values.shape == (0, 1)
             assert got.loss == pytest.approx(float(s.loss(s.at(0.0))), abs=1e-6)
             assert got.reached is (None if goal is None else True)
     on_path = s.estimate(0.0, 0.7, 4, "first", estimator=name, on="interpolated")
-    assert on_path.sharpness != 0.0 and on_path.draws == 4
+    assert on_path.sharpness.value != 0.0 and on_path.draws == 4
 
 
-# --- draws until the wanted standard error --------------------------------------------------------
+# --- draws in two stages --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SAMPLING, "hessian"])
-def test_draws_grow_until_the_goal_and_are_those_of_a_plain_run(name: str) -> None:
-    s = two()
-    first = s.estimate(0.7, 0.3, 6, estimator=name, seed=2)
-    goal = first.sharpness_se / 4
-    got = s.estimate(0.7, 0.3, 6, estimator=name, seed=2, goal=goal)
-    assert got.reached is True and got.sharpness_se <= goal
-    assert 6 < got.draws < 1000 and not (name == "antithetic" and got.draws % 2)
-    plain = s.estimate(0.7, 0.3, got.draws, estimator=name, seed=2)
-    for field in ("sharpness", "sharpness_se", "loss", "accuracy", "nonfinite"):
-        assert getattr(got, field) == getattr(plain, field), field
-    assert plain.reached is None
-    met = s.estimate(0.7, 0.3, 6, estimator=name, seed=2, goal=first.sharpness_se)
-    assert (met.draws, met.reached) == (6, True)  # a goal that is met at once costs nothing more
+def by_brute(s: Setting, rho: float, draws: Sequence[int], protocol: Protocol) -> np.ndarray:
+    """Sharpness at alpha = 0.7 by draw, or pair, and part."""
+    if protocol.estimator == "hessian":
+        return products(s, 0.7, rho, draws, protocol)
+    return s.brute.draws(0.7, rho, draws, protocol).values
 
 
 @pytest.mark.parametrize("name", [*SAMPLING, "hessian"])
-@pytest.mark.parametrize("most", [6, 7, 20])
-def test_a_goal_out_of_reach_is_said_and_the_draws_are_kept(name: str, most: int) -> None:
+@pytest.mark.parametrize("noise_batch", [None, 9])
+def test_a_pilot_decides_on_the_draws_which_come_after_it(name: str, noise_batch: int | None) -> None:
+    """Stein's rule: enough draws for Student's quantile, on the pilot's error, in place of the normal one."""
+    s, pairs = two(), 2 if name == "per-image-antithetic" else 1
+    how: dict[str, Any] = {"estimator": name, "seed": 2, "noise_batch": noise_batch}
+    sizes, draws, first = ([24], 12, 12) if noise_batch is None else ([9, 9, 6], 24, 8)
+    pilot = by_brute(s, 0.3, range(first), Protocol(**how))
+    _, error, freedom = moments(pilot, sizes)
+    goal = error / 1.2
+    ratio = scipy.stats.t.ppf(0.975, freedom) / scipy.stats.norm.ppf(0.975) * error / goal
+    wanted = len(pilot) * ratio**2
+    got = s.estimate(0.7, 0.3, draws, goal=goal, **how)
+    assert got.reached is True
+    assert got.draws // pairs in (math.ceil(wanted * 0.998), math.ceil(wanted * 1.002))  # float32
+    assert first < got.draws and got.draws % pairs == 0 and len(got.values) == got.draws // pairs
+    after = by_brute(s, 0.3, range(first, first + got.draws), Protocol(**how))
+    value, error, freedom = moments(after, sizes)
+    assert got.values == pytest.approx(after, abs=3e-6, rel=1e-4)
+    assert got.sharpness.value == pytest.approx(value, abs=3e-6)
+    assert got.sharpness.se == pytest.approx(error, abs=3e-6, rel=1e-3)
+    assert got.sharpness.df == pytest.approx(freedom, rel=0.01)
+    met = s.estimate(0.7, 0.3, draws, goal=100.0, **how)
+    assert (met.draws, met.reached) == (first, True)  # never fewer than the pilot's
+    assert met.values == pytest.approx(after[: first // pairs], abs=3e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*SAMPLING, "hessian"])
+@pytest.mark.parametrize("most", [12, 13, 21])
+def test_no_more_draws_than_the_maximum_with_those_of_the_pilot(name: str, most: int) -> None:
     s = two()
     got = s.estimate(0.7, 0.3, 6, estimator=name, goal=1e-9, most=most)
-    assert got.reached is False and got.draws == most - most % 2
-    plain = s.estimate(0.7, 0.3, got.draws, estimator=name)
-    assert (got.sharpness, got.sharpness_se) == (plain.sharpness, plain.sharpness_se)
+    room = most - 6
+    assert got.reached is False and got.draws == room - (room % 2 if name == "per-image-antithetic" else 0)
+    after = by_brute(s, 0.3, range(6, 6 + got.draws), Protocol(name))
+    assert got.sharpness.value == pytest.approx(after.mean(), abs=3e-6)
 
 
 def test_each_target_and_rho_stops_on_its_own() -> None:
     s = two()
     parts = s.evaluator.parts(None, "set")
     targets, rhos = [Target("first", 0, 1), Target("last", 0, 1)], [0.01, 0.4]
-    protocol = Protocol("plain", goal=0.02)
+    protocol = Protocol("plain", goal=0.06)
     together = {
         k: v for found in estimate(s.path, parts, 0.7, targets, rhos, 4, protocol) for k, v in found.items()
     }
@@ -553,9 +671,20 @@ def test_each_target_and_rho_stops_on_its_own() -> None:
     draws = {found.draws for found in together.values()}
     assert min(draws) == 4 and max(draws) > 20
     for (target, rho), found in together.items():
-        (results,) = estimate(s.path, parts, 0.7, [target], [rho], found.draws, Protocol("plain"))
+        (results,) = estimate(s.path, parts, 0.7, [target], [rho], 4, protocol)
         alone = results[target, rho]
-        assert (found.sharpness, found.sharpness_se) == (alone.sharpness, alone.sharpness_se)
+        assert (found.sharpness, found.draws) == (alone.sharpness, alone.draws)
+        names = [n for n in s.names if n.startswith(str(target.layer))]
+        after = s.brute.draws(0.7, rho, range(4, 4 + found.draws), protocol, names)
+        assert found.sharpness.value == pytest.approx(after.values.mean(), abs=3e-6)
+
+
+def test_a_goal_fixes_the_choice_of_auto_by_the_pilot() -> None:
+    s = two()
+    got = s.estimate(0.7, 0.1, 8, estimator="auto", goal=0.001)
+    own = s.estimate(0.7, 0.1, 8, estimator=got.estimator, goal=0.001)
+    assert got.draws > 8 and got.estimator == "per-image-gradient"
+    assert (got.sharpness, got.draws, got.accuracy) == (own.sharpness, own.draws, own.accuracy)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -603,41 +732,46 @@ def bursting() -> Setting:
     return s
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", [*SAMPLING, "auto"])
 @pytest.mark.parametrize("noise_batch", [None, 9])
 def test_losses_that_are_not_finite_are_counted_and_never_averaged_away(
     name: str, noise_batch: int | None
 ) -> None:
     s, rho, draws = bursting(), 0.01, 12
-    sizes = [24] if noise_batch is None else [9, 9, 6]
+    parts = s.brute.parts(noise_batch)
+    names = list(s.brute.names)
+    block = first_blocks([s.zero[n].numel() for n in names])[names.index("gate")]
     burst = []  # for each draw: how many images
     for draw in range(draws):
-        pair, sign = (draw // 2, 1 - 2 * (draw % 2)) if name == "antithetic" else (draw, 1)
-        gates = [
-            88.0 * (1 + sign * rho * float(s.noise(3, pair * len(sizes) + part, "normal")["gate"]))
-            for part in range(len(sizes))
-        ]
-        burst.append(sum(n for n, gate in zip(sizes, gates, strict=True) if gate > 88.7228))
-    assert 2 < sum(map(bool, burst)) < draws
+        number, sign = (draw // 2, 1 - 2 * (draw % 2)) if name == "per-image-antithetic" else (draw, 1)
+        gates: list[float] = []
+        for index, part in enumerate(parts):
+            by = sign * rho * float(s.noise(3, number * len(parts) + index, "normal")["gate"])
+            own = signs(3, number, torch.tensor(list(part)), block, 1)[:, 0].tolist()
+            gates += [88.0 * (1 + by * (1 if name in ("plain", "gradient") else r)) for r in own]
+        burst.append(sum(gate > 88.7228 for gate in gates))
+    pilot = 12 // len(parts)
+    assert 2 < sum(map(bool, burst)) and any(burst[:pilot])
     how: dict[str, Any] = {"estimator": name, "on": "finetuned", "seed": 3, "noise_batch": noise_batch}
     got = s.estimate(1.0, rho, draws, "gate", **how)
     assert got.nonfinite == sum(burst) and got.draws == draws
-    assert not math.isfinite(got.sharpness) and math.isnan(got.sharpness_se) and not math.isfinite(got.loss)
-    assert 0 <= got.accuracy < 1  # what has no loss is no hit
-    # A wanted standard error is not reached, and no draws are spent on it.
+    assert not math.isfinite(got.sharpness.value) and math.isnan(got.sharpness.se)
+    assert math.isnan(got.images_se) and math.isfinite(got.loss)
+    assert 0 <= got.accuracy.value < 1  # what has no loss is no hit
+    # A wanted standard error is not reached, and no more draws are spent on it than on the pilot.
     got = s.estimate(1.0, rho, draws, "gate", goal=0.1, **how)
-    assert (got.draws, got.reached) == (draws, False)
+    assert (got.draws, got.reached) == (pilot, False)
     calm = s.estimate(1.0, rho, draws, "mix", **how)
-    assert calm.nonfinite == 0 and math.isfinite(calm.sharpness)
+    assert calm.nonfinite == 0 and math.isfinite(calm.sharpness.value)
 
 
 def test_clean_losses_that_are_not_finite_show_everywhere() -> None:
     s = bursting()
     s.one["gate"] = torch.tensor(89.0)
     s.path = Path(s.model, s.zero, s.one)
-    for name in ESTIMATORS:
+    for name in ESTIMATOR_CHOICES:
         got = s.estimate(1.0, 0.01, 4, "mix", estimator=name)
-        assert got.nonfinite > 0 and not math.isfinite(got.sharpness), name
+        assert got.nonfinite > 0 and not math.isfinite(got.sharpness.value), name
     assert s.estimate(0.0, 0.01, 4, "mix", on="finetuned").nonfinite == 0
 
 
@@ -681,7 +815,7 @@ def test_weights_come_back_bit_for_bit(name: str, layer: str | None) -> None:
     assert s.path.checksum() == before and flags(s) == flagged
     assert s.path.alpha is None
     second = s.estimate(0.7, 0.3, 4, layer, estimator=name)
-    assert (first.sharpness, first.loss) == (second.sharpness, second.loss)
+    assert (first.sharpness.value, first.accuracy.value) == (second.sharpness.value, second.accuracy.value)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -724,11 +858,7 @@ def test_weights_come_back_after_a_failure(
         ({"most": 0}, ""),
         ({"goal": 0.1, "estimator": "apgd-l2"}, "apgd-l2"),
         ({"goal": 0.1, "estimator": "apgd-linf"}, ""),
-        (
-            {"noise_batch": 8, "estimator": "hessian"},
-            "hessian noise_batch --noise-batch",
-        ),
-        ({"noise_batch": 8, "estimator": "apgd-l2"}, "apgd-l2"),
+        ({"estimator": "antithetic"}, "antithetic per-image-antithetic"),
     ],
 )
 def test_protocols_that_cannot_be(how: dict[str, Any], facts: str) -> None:
@@ -748,9 +878,9 @@ def test_protocols_of_wrong_types() -> None:
     [
         ({}, 0, ""),
         ({}, -3, "-3"),
-        ({"estimator": "antithetic"}, 5, "5 6"),
+        ({"estimator": "per-image-antithetic"}, 5, "5 6"),
         ({"goal": 0.1}, 3, "4 3"),
-        ({"goal": 0.1, "most": 10}, 12, "10 12"),
+        ({"goal": 0.1, "most": 23}, 12, "12 23 24"),
     ],
 )
 def test_draws_that_cannot_be(how: dict[str, Any], draws: int, facts: str) -> None:
@@ -766,5 +896,18 @@ def test_draws_of_wrong_types(draws: Any) -> None:
 
 def test_draws_that_can_be() -> None:
     Protocol().check_draws(1)
-    Protocol("antithetic").check_draws(2)
-    Protocol(goal=0.1, most=4).check_draws(4)
+    Protocol("per-image-antithetic").check_draws(2)
+    Protocol(goal=0.1, most=8).check_draws(4)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "draws", "parts", "pilot"),
+    [
+        ("plain", 20, 1, 20), ("plain", 20, 8, 3), ("plain", 20, 50, 2), ("auto", 4, 3, 2),
+        ("per-image-antithetic", 20, 1, 20), ("per-image-antithetic", 20, 3, 8),
+        ("per-image-antithetic", 20, 50, 4),
+    ],
+)  # fmt: skip
+def test_draws_of_a_pilot(estimator: Any, draws: int, parts: int, pilot: int) -> None:
+    """In all parts together, as many as asked for, but two draws, or pairs, of each part."""
+    assert Protocol(estimator).pilot(draws, parts) == pilot

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import scipy.stats
 import torch
 from open_clip.transformer import VisionTransformer
-from support.tiny_models import MEAN, STD, State, Told, normalised, pictures, random_state
+from support.brute import Brute, moments
+from support.tiny_models import MEAN, STD, Told, dataset, pictures, random_state, two_towers
 from support.wording import refused
 from torch import Tensor, nn
 
@@ -20,9 +22,10 @@ from rft_fast import studies
 from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
-from rft_fast.kernels import noise_like
+from rft_fast.names import SAMPLING
 from rft_fast.path import Path
 from rft_fast.studies import ESTIMATORS, Protocol
+from rft_fast.studies.estimators import Estimate, Mean
 from rft_fast.studies.sharpness import MARGIN, near_zero, student_t
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,125 +60,82 @@ class Setting:
         self.sets = [pictures("far", 23, True), pictures("near", 8, False)]
         self.normalize = how.get("normalize_logits", False)
         self.evaluator = Evaluator(self.model, self.sets, batch_size=6, **how)
-        self.names = [name for name, _ in self.model.named_parameters()]
-        self.drawn: dict[tuple[int, int, str], State] = {}
-        self.double = copy.deepcopy(self.model).double().eval()
-
-    def at(self, alpha: float) -> State:
-        return {
-            n: (1 - alpha) * self.zero[n].double() + alpha * self.one[n].double()
-            for n in self.zero
-            if self.zero[n].is_floating_point()
+        self.brute = {
+            data.name: Brute(self.model, self.zero, self.one, data, self.normalize) for data in self.sets
         }
 
-    def scale(self, alpha: float, on: str, adaptive: bool, layer: str | None) -> State:
-        """By how much noise of size one moves each parameter; none outside of the layer, or of buffers."""
-        of = self.at(alpha) if on == "interpolated" else {n: t.double() for n, t in self.one.items()}
-        factor = 1.0 if on == "interpolated" else alpha
-        return {
-            n: factor * (of[n].abs() if adaptive else torch.ones_like(of[n]))
-            for n in self.names
-            if layer is None or n.rpartition(".")[0] == layer
-        }
+    def names(self, layer: str | None) -> list[str] | None:
+        """The parameters of a layer; None: all."""
+        if layer is None:
+            return None
+        return [n for n, _ in self.model.named_parameters() if n.rpartition(".")[0] == layer]
 
-    def noise(self, seed: int, draw: int, kind: str) -> State:
-        key = (seed, draw, kind)
-        if key not in self.drawn:
-            eps = noise_like([self.zero[n] for n in self.names], seed, draw, kind, impl="reference")
-            self.drawn[key] = {n: e.double() for n, e in zip(self.names, eps, strict=True)}
-        return self.drawn[key]
-
-    def losses(self, w: State, data: Dataset, part: slice = slice(None)) -> tuple[Tensor, np.ndarray]:
-        """Losses, which can be differentiated in w, and hits, of some of the images."""
-        x = normalised(data, part)
-        logits = torch.func.functional_call(self.double, w, (x,))
-        labels = data.labels[part]
-        hits = (logits.argmax(1) == labels).numpy()
-        if self.normalize:
-            logits = logits - logits.mean(1, keepdim=True)
-            logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
-        return logits.logsumexp(1) - logits[torch.arange(len(x)), labels], hits
-
-    def brute(
-        self, data: Dataset, alpha: float, rho: float, draws: int, layer: str | None, protocol: Protocol
-    ) -> dict[str, float]:
-        """Every draw and every part anew, one after the other."""
-        n = len(data.labels)
-        size = protocol.noise_batch or n
-        parts = [slice(first, min(first + size, n)) for first in range(0, n, size)]
-        clean, scale = self.at(alpha), self.scale(alpha, protocol.on, protocol.adaptive, layer)
-        values, hits = np.zeros(draws), np.zeros(draws)
-        leaves = {k: w.clone().requires_grad_(k in scale) for k, w in clean.items()}
-        before = [self.losses(leaves, data, part)[0].mean() for part in parts]
-        slopes = [torch.autograd.grad(loss, [leaves[k] for k in scale]) for loss in before]
-        for draw in range(draws):
-            number, sign = draw, 1
-            if protocol.estimator == "antithetic":
-                number, sign = draw // 2, (1, -1)[draw % 2]
-            for index, part in enumerate(parts):
-                eps = self.noise(protocol.seed, number * len(parts) + index, protocol.noise)
-                delta = {name: sign * rho * c * eps[name] for name, c in scale.items()}
-                moved = {k: w + delta[k] if k in delta else w for k, w in clean.items()}
-                losses, right = self.losses(moved, data, part)
-                share = (part.stop - part.start) / n
-                values[draw] += share * float((losses.mean() - before[index]).detach())
-                hits[draw] += share * right.mean()
-                if protocol.estimator == "gradient":
-                    pairs = zip(slopes[index], delta.values(), strict=True)
-                    values[draw] -= share * float(sum((g * d).sum() for g, d in pairs))
-        if protocol.estimator == "antithetic":
-            values, hits = (x.reshape(-1, 2).mean(1) for x in (values, hits))
-        base = float(self.losses(clean, data)[0].mean())
-        root = math.sqrt(len(values))
-        return {
-            "sharpness": values.mean(),
-            "sharpness_se": values.std(ddof=1) / root if root > 1 else math.nan,
-            "loss": base + values.mean(),
-            "loss_se": values.std(ddof=1) / root if root > 1 else math.nan,
-            "accuracy": hits.mean(),
-            "accuracy_se": hits.std(ddof=1) / root if root > 1 else math.nan,
-        }
+    def cost(self, layer: str | None) -> float:
+        """Of a pass with the control, in passes without: the stages that read perturbed weights once more."""
+        station = {"1": 0, "3": 1, "5": 2}
+        first, last = (0, 2) if layer is None else (station[layer], station[layer])
+        flipped, rest = last - first + 1, self.evaluator.stations - first
+        return (rest + 2 * flipped) / (rest + flipped)
 
 
-def assert_rows_are_brute(s: Setting, rows: pd.DataFrame, protocol: Protocol, draws: int) -> None:
+def assert_rows_are_brute(s: Setting, rows: pd.DataFrame, protocol: Protocol, draws: Sequence[int]) -> None:
+    """Every row is what these draws give; auto has chosen by the first of them, in the first parts."""
     for row in rows.to_dict("records"):
         data = next(data for data in s.sets if data.name == row["dataset"])
         layer = None if pd.isna(row["layer"]) else row["layer"]
-        for name in ("estimator", "on", "noise", "adaptive", "seed"):
+        for name in ("on", "noise", "adaptive", "seed"):
             assert row[name] == getattr(protocol, name)
+        assert row["asked"] == protocol.estimator
         assert row["samples"] == len(data.labels) and row["ood"] == data.ood and row["nonfinite"] == 0
         assert pd.isna(row["reached"]) and row["keep"] == 1.0 and row["precision"] == "fp32"
-        assert row["normalized"] == s.normalize
+        assert row["normalized"] == s.normalize and pd.isna(row["excluded"])
         batch = row["noise_batch"]
         assert pd.isna(batch) if protocol.noise_batch is None else batch == protocol.noise_batch
         if protocol.on == "finetuned" and row["alpha"] == 0:
             assert row["sharpness"] == row["sharpness_se"] == 0.0 and row["draws"] == 0
-            assert row["loss"] == pytest.approx(float(s.losses(s.at(0.0), data)[0].mean()), abs=1e-6)
+            assert row["loss"] == pytest.approx(s.brute[data.name].clean(0.0), abs=1e-6)
             continue
-        assert row["draws"] == draws
-        truth = s.brute(data, row["alpha"], row["rho"], draws, layer, protocol)
-        for name, value in truth.items():
-            assert row[name] == pytest.approx(value, abs=3e-6, nan_ok=True), (name, row["alpha"], layer)
+        assert row["draws"] == len(draws)
+        how = (row["alpha"], row["rho"], draws, protocol, s.names(layer))
+        truth = s.brute[data.name].draws(*how, estimator=row["estimator"])
+        if protocol.estimator == "auto":
+            wins = truth.control_wins(s.cost(layer), min(len(truth.sizes), math.ceil(20 / len(draws))))
+            assert row["estimator"] == ("per-image-gradient" if wins else "per-image")
+        else:
+            assert row["estimator"] == protocol.estimator
+        for name, value in truth.row().items():
+            size = 3e-6 if name != "sharpness_df" else 0.02 * value
+            assert row[name] == pytest.approx(value, abs=size, nan_ok=True), (name, row["alpha"], layer)
 
 
 # --- brute force ----------------------------------------------------------------------------------
 
 CASES = [
-    Protocol("plain", on="interpolated"),
-    Protocol("antithetic", on="interpolated"),
+    Protocol("plain", on="interpolated", noise_batch=None),
     Protocol("gradient", on="interpolated"),
     Protocol("plain", on="finetuned", noise="uniform", seed=3),
-    Protocol("antithetic", on="finetuned", adaptive=False, noise="rademacher"),
-    Protocol("gradient", on="finetuned", adaptive=False, seed=2**40),
+    Protocol("gradient", on="finetuned", adaptive=False, seed=2**40, noise_batch=None),
     Protocol("gradient", on="finetuned", noise="rademacher"),
     Protocol("plain", noise_batch=12, on="interpolated"),
-    Protocol("antithetic", noise_batch=16, adaptive=False, noise="uniform", on="interpolated"),
+    Protocol("plain", noise_batch=4, on="finetuned"),
     Protocol("gradient", noise_batch=9, on="finetuned"),
     Protocol("gradient", noise_batch=23, on="interpolated"),
+    Protocol("per-image", on="interpolated", noise_batch=None),
+    Protocol("per-image", on="finetuned", noise_batch=9, noise="uniform", seed=7),
+    Protocol("per-image-gradient", on="interpolated", noise_batch=12, adaptive=False),
+    Protocol("per-image-gradient", on="finetuned", noise="rademacher"),
+    Protocol("per-image-antithetic", on="finetuned", adaptive=False, noise="rademacher"),
+    Protocol("per-image-antithetic", noise_batch=16, noise="uniform", on="interpolated"),
+    Protocol("auto", noise_batch=9, on="interpolated"),
+    Protocol("auto", on="finetuned"),
 ]
 
 
-@pytest.mark.parametrize("protocol", CASES, ids=lambda p: f"{p.estimator}-{p.on}-{p.noise}-{p.noise_batch}")
+def named(protocol: Protocol) -> str:
+    return f"{protocol.estimator}-{protocol.on}-{protocol.noise}-{protocol.noise_batch}"
+
+
+@pytest.mark.parametrize("protocol", CASES, ids=named)
 def test_general_sharpness_equals_brute_force(protocol: Protocol) -> None:
     s = Setting()
     told = Told()
@@ -190,10 +150,10 @@ def test_general_sharpness_equals_brute_force(protocol: Protocol) -> None:
         told.numbers == list(range(6)) and set(rows["study"]) == {"sharpness"} and set(rows["model"]) == {"m"}
     )
     assert rows["layer"].isna().all() and (rows["seconds"] > 0).all()
-    assert_rows_are_brute(s, rows, protocol, 4)
+    assert_rows_are_brute(s, rows, protocol, range(4))
 
 
-@pytest.mark.parametrize("protocol", CASES, ids=lambda p: f"{p.estimator}-{p.on}-{p.noise}-{p.noise_batch}")
+@pytest.mark.parametrize("protocol", CASES, ids=named)
 def test_layerwise_sharpness_equals_brute_force(protocol: Protocol) -> None:
     s = Setting()
     told = Told()
@@ -204,40 +164,59 @@ def test_layerwise_sharpness_equals_brute_force(protocol: Protocol) -> None:
     keys = [(a, d, layer) for a in (0.0, 0.4) for d in ("far", "near") for layer in LAYERS]
     assert list(zip(rows["alpha"], rows["dataset"], rows["layer"], strict=True)) == keys
     assert told.numbers == list(range(12)) and set(rows["study"]) == {"layer-sharpness"}
-    assert_rows_are_brute(s, rows, protocol, 4)
+    assert_rows_are_brute(s, rows, protocol, range(4))
 
 
 def test_defaults_are_those_of_the_paper() -> None:
     s = Setting()
     rows = studies.sharpness(s.path, s.evaluator, [0.4], [1.0])
     assert set(rows["on"]) == {"interpolated"} and set(rows["draws"]) == {20}  # Eq. 3
-    assert set(rows["noise"]) == {"normal"} and rows["adaptive"].all()
-    assert_rows_are_brute(s, rows, Protocol(on="interpolated"), 20)
+    assert set(rows["noise"]) == {"normal"} and rows["adaptive"].all() and set(rows["noise_batch"]) == {128}
+    assert_rows_are_brute(s, rows, Protocol(on="interpolated"), range(20))
     rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.4], [1.0], layers=["3"])
     assert set(rows["on"]) == {"finetuned"} and set(rows["draws"]) == {20}  # Sec. 3.1
-    assert_rows_are_brute(s, rows, Protocol(on="finetuned"), 20)
+    assert_rows_are_brute(s, rows, Protocol(on="finetuned"), range(20))
     # Also when the protocol says something else.
     rows = studies.layerwise_sharpness(
         s.path, s.evaluator, [0.4], [1.0], 4, ["3"], protocol=Protocol("plain")
     )
-    assert_rows_are_brute(s, rows, Protocol("plain", on="finetuned"), 4)
+    assert_rows_are_brute(s, rows, Protocol("plain", on="finetuned"), range(4))
     assert set(rows["on"]) == {"finetuned"}
 
 
-@pytest.mark.parametrize("estimator", ["plain", "antithetic", "gradient"])
+@pytest.mark.slow
+def test_auto_chooses_by_the_first_parts() -> None:
+    """By as many as have 20 draws together: here one of six, with 20 draws."""
+    s, rhos = Setting(), [1.0, 2.0, 3.0, 4.0]
+    protocol = Protocol(on="interpolated", noise_batch=4)
+    rows = studies.sharpness(s.path, s.evaluator.among(["far"]), [0.4], rhos, 20, protocol=protocol)
+    assert_rows_are_brute(s, rows, protocol, range(20))
+    by_all = [
+        s.brute["far"]
+        .draws(0.4, rho, range(20), protocol, estimator="per-image")
+        .control_wins(s.cost(None), 6)
+        for rho in rhos
+    ]
+    assert rows["estimator"].nunique() == 2
+    assert (rows["estimator"] == "per-image-gradient").tolist() != by_all
+
+
+@pytest.mark.parametrize("estimator", SAMPLING)
 def test_normalized_logits(estimator: str) -> None:
     s = Setting(normalize_logits=True)
     protocol = Protocol(estimator, noise_batch=10, on="finetuned")
     rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.0, 0.7], [0.4], 4, protocol=protocol)
     assert rows["normalized"].all()
-    assert_rows_are_brute(s, rows, protocol, 4)
+    assert_rows_are_brute(s, rows, protocol, range(4))
 
 
 def test_a_single_draw_has_no_standard_error() -> None:
     s = Setting()
-    rows = studies.sharpness(s.path, s.evaluator, [0.4], [0.3], 1)
-    assert rows["sharpness_se"].isna().all() and rows["sharpness"].notna().all()
-    assert_rows_are_brute(s, rows, Protocol(on="interpolated"), 1)
+    protocol = Protocol("per-image", on="interpolated")
+    rows = studies.sharpness(s.path, s.evaluator, [0.4], [0.3], 1, protocol=protocol)
+    assert rows[["sharpness_se", "sharpness_df"]].isna().all(axis=None)
+    assert rows[["sharpness", "sharpness_se_images"]].notna().all(axis=None)
+    assert_rows_are_brute(s, rows, protocol, range(1))
 
 
 def test_draws_are_common_to_models_alphas_and_data() -> None:
@@ -267,16 +246,15 @@ class Norms(nn.Module):
 @pytest.mark.parametrize("on", ["finetuned", "interpolated"])
 def test_batch_statistics_are_interpolated_and_not_perturbed(on: str) -> None:
     s = Setting(Norms())
-    protocol = Protocol("gradient", on=on)
-    rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.4, 1.0], [0.5], 4, protocol=protocol)
-    assert rows["layer"].unique().tolist() == ["conv", "norm", "head"]
-    assert_rows_are_brute(s, rows, protocol, 4)
-    assert_rows_are_brute(
-        s, studies.sharpness(s.path, s.evaluator, [0.4], [0.5], 4, protocol=protocol), protocol, 4
-    )
+    for estimator in ("gradient", "per-image-gradient"):
+        protocol = Protocol(estimator, on=on)
+        rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.4, 1.0], [0.5], 4, protocol=protocol)
+        assert rows["layer"].unique().tolist() == ["conv", "norm", "head"]
+        general = studies.sharpness(s.path, s.evaluator, [0.4], [0.5], 4, protocol=protocol)
+        assert_rows_are_brute(s, pd.concat([rows, general]), protocol, range(4))
 
 
-@pytest.mark.parametrize("estimator", ["plain", "gradient", "hessian", "apgd-l2"])
+@pytest.mark.parametrize("estimator", ["plain", "per-image-gradient", "hessian", "apgd-l2"])
 def test_stages_change_no_number(estimator: str) -> None:
     """The same weights with and without stages to reuse: the same numbers, layer by layer.
 
@@ -291,7 +269,7 @@ def test_stages_change_no_number(estimator: str) -> None:
     staged = studies.layerwise_sharpness(s.path, s.evaluator, [0.4], [0.3], 4, **how)
     whole = studies.layerwise_sharpness(path, evaluator, [0.4], [0.3], 4, **how)
     assert whole["layer"].tolist() == [f"inner.{layer}" for layer in staged["layer"]]
-    for name in ("sharpness", "sharpness_se", "loss", "accuracy"):
+    for name in ("sharpness", "sharpness_se", "sharpness_se_images", "loss", "accuracy"):
         assert np.allclose(staged[name], whole[name], rtol=1e-4, atol=1e-6, equal_nan=True), name
 
 
@@ -317,7 +295,7 @@ def test_layers_of_a_vision_transformer_come_in_the_order_in_which_it_runs() -> 
     zero, one = random_state(staged, 1, 0.5), random_state(staged, 2, 0.5)
     path, evaluator = Path(staged, zero, one), Evaluator(staged, sets, batch_size=4)
     assert path.layers.index("visual.proj") == 2 and evaluator.stations > 6
-    for protocol in (Protocol(on="finetuned"), Protocol("plain", noise_batch=5)):
+    for protocol in (Protocol("gradient", on="finetuned"), Protocol("per-image", noise_batch=5)):
         rows = studies.layerwise_sharpness(path, evaluator, [0.4, 1.0], [0.2], 2, protocol=protocol)
         order = rows["layer"].unique().tolist()
         assert order[-3:] == ["visual.ln_post", "visual.proj", "classification_head"]
@@ -350,20 +328,205 @@ def test_no_layers_no_rows() -> None:
 
 
 @pytest.mark.parametrize("reach", [True, False])
-def test_rows_say_whether_the_goal_was_reached(reach: bool) -> None:
+@pytest.mark.parametrize(("estimator", "goal"), [("plain", 0.06), ("per-image-gradient", 0.01)])
+def test_rows_say_whether_the_goal_was_reached(reach: bool, estimator: str, goal: float) -> None:
+    """The result is made of draws after those of the pilot, which are numbered from 0."""
     s = Setting()
-    protocol = Protocol(on="finetuned", goal=0.025 if reach else 1e-9, most=40 if not reach else 1000)
-    rows = studies.layerwise_sharpness(s.path, s.evaluator, ALPHAS, [0.5], 4, protocol=protocol)
-    assert len(rows) == 18
+    protocol = Protocol(
+        estimator,
+        on="finetuned",
+        noise_batch=None,
+        goal=goal if reach else 1e-9,
+        most=1000 if reach else 40,
+    )
+    rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.0, 1.0], [0.5], 4, protocol=protocol)
+    assert len(rows) == 12
     noisy = rows[rows["alpha"] > 0]
-    assert (noisy["reached"] == reach).all()
+    assert (noisy["reached"] == reach).all() and noisy["draws"].nunique() > reach
     assert rows.loc[rows["alpha"] == 0, "reached"].all()  # exactly zero
-    if reach:
-        assert (noisy["sharpness_se"] <= 0.025).all() and noisy["draws"].nunique() > 1
-        for draws, part in noisy.groupby("draws"):
-            assert_rows_are_brute(s, part.assign(reached=pd.NA), Protocol(on="finetuned"), int(draws))
-    else:
-        assert (noisy["draws"] == 40).all() and noisy["sharpness"].notna().all()
+    if not reach:
+        assert (noisy["draws"] == 36).all() and noisy["sharpness"].notna().all()
+        noisy = noisy.iloc[:1]
+    for draws, part in noisy.groupby("draws"):
+        of_second = range(4, 4 + int(draws))
+        assert_rows_are_brute(s, part.assign(reached=pd.NA), replace(protocol, goal=None), of_second)
+
+
+# --- layers that are left as they are -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [*SAMPLING, "auto"])
+@pytest.mark.parametrize("exclude", [["5"], ["3"], ["re:[13]"], ["1", "re:[5-9]"]])
+def test_excluded_layers_are_not_perturbed(estimator: str, exclude: list[str]) -> None:
+    s = Setting()
+    protocol = Protocol(estimator, on="interpolated", noise_batch=12)
+    rows = studies.sharpness(s.path, s.evaluator, [0.4], [0.5], 4, exclude=exclude, protocol=protocol)
+    left = {"5": ["5"], "3": ["3"], "re:[13]": ["1", "3"], "1": ["1", "5"]}[exclude[0]]
+    assert len(rows) == 2 and set(rows["excluded"]) == {", ".join(left)} and rows["layer"].isna().all()
+    names = [n for n in s.brute["far"].names if n.partition(".")[0] not in left]
+    for row in rows.to_dict("records"):
+        brute = s.brute[row["dataset"]]
+        truth = brute.draws(0.4, 0.5, range(4), protocol, names, row["estimator"]).row()
+        for name, value in truth.items():
+            assert row[name] == pytest.approx(value, abs=3e-6 if name != "sharpness_df" else 0.02 * value)
+
+
+def test_products_and_the_worst_case_leave_excluded_layers_as_they_are() -> None:
+    s = Setting()
+    how: Any = (s.path, s.evaluator, [0.4], [0.3], 4)
+    for estimator in ("hessian", "apgd-l2"):
+        protocol = Protocol(estimator, on="finetuned")
+        rest = studies.sharpness(*how, exclude=["1", "3"], protocol=protocol)
+        alone = studies.layerwise_sharpness(*how, ["5"], protocol=protocol)
+        for name in ("sharpness", "sharpness_se", "accuracy"):
+            assert rest[name].tolist() == pytest.approx(alone[name].tolist(), rel=1e-5, nan_ok=True)
+    nothing = studies.sharpness(*how, exclude=[])
+    assert nothing["excluded"].isna().all()
+    assert nothing["sharpness"].tolist() == studies.sharpness(*how)["sharpness"].tolist()
+
+
+def test_what_cannot_be_excluded() -> None:
+    s = Setting()
+    for exclude, facts in (
+        (LAYERS, LAYERS),
+        (["re:.*"], ["re:.*"]),
+        (["55"], ["55"]),
+        (["re:x.*"], ["re:x"]),
+    ):
+        with refused(ValueError, *facts):
+            studies.sharpness(s.path, s.evaluator, [0.4], [0.5], 4, exclude=exclude)
+    with refused(TypeError, "5"):
+        studies.sharpness(s.path, s.evaluator, [0.4], [0.5], 4, exclude="5")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:sharpness", "ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    ("exclude", "estimator"),
+    [
+        (["text.token_embedding"], "plain"),
+        (["text.token_embedding", "logit_scale"], "plain"),  # some of both towers
+        (["re:visual.*"], "plain"),
+        (["re:text.*", "logit_scale"], "per-image"),  # only of the image tower
+    ],
+)
+def test_layers_of_two_towers_are_excluded(exclude: list[str], estimator: str) -> None:
+    model, data = two_towers(), dataset(count=5)
+    ends = [{n: t.clone() for n, t in model.state_dict().items()} for _ in range(2)]
+    ends[1] = {n: t * 1.2 if t.is_floating_point() else t for n, t in ends[1].items()}
+    path, protocol = Path(model, *ends), Protocol("per-image", on="interpolated")
+    [row] = studies.sharpness(
+        path, Evaluator(model, [data]), [0.4], [0.1], 2, exclude=exclude, protocol=protocol
+    ).to_dict("records")
+    assert row["estimator"] == estimator and pd.isna(row["noise_batch"])
+    excluded = row["excluded"].split(", ")
+    names = [w.name for layer in path.layers if layer not in excluded for w in path.weights([layer])]
+    truth = Brute(model, *ends, data).draws(0.4, 0.1, range(2), protocol, names, row["estimator"]).row()
+    assert row["sharpness"] == pytest.approx(truth["sharpness"], abs=2e-5)
+    assert row["sharpness_se"] == pytest.approx(truth["sharpness_se"], abs=2e-5)
+
+
+# --- changes from the zero-shot model -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [*SAMPLING, "auto"])
+def test_changes_are_paired_by_draws(estimator: str) -> None:
+    s = Setting()
+    protocol = Protocol(estimator, on="interpolated", noise_batch=10)
+    rows = studies.sharpness(s.path, s.evaluator, ALPHAS, [0.1, 0.4], 4, protocol=protocol)
+    at_zero = rows[rows["alpha"] == 0]
+    assert (at_zero["sharpness_change"] == 0).all() and (at_zero["sharpness_change_se"] == 0).all()
+    used, gaps = at_zero.set_index(["dataset", "rho"])["estimator"], []
+    for row in rows[rows["alpha"] > 0].to_dict("records"):
+        brute, data, rho = s.brute[row["dataset"]], row["dataset"], row["rho"]
+        here = brute.draws(row["alpha"], rho, range(4), protocol, estimator=row["estimator"])
+        there = brute.draws(0.0, rho, range(4), protocol, estimator=used[data, rho])
+        change, error, _ = moments(here.values - there.values, here.sizes)
+        assert row["sharpness_change"] == pytest.approx(change, abs=3e-6)
+        assert row["sharpness_change_se"] == pytest.approx(error, abs=3e-6)
+        apart = math.hypot(moments(here.values, here.sizes)[1], moments(there.values, here.sizes)[1])
+        gaps.append(abs(error / apart - 1))
+    assert max(gaps) > 0.02  # so pairs matter
+
+
+def test_changes_with_a_goal_are_paired_over_common_draws() -> None:
+    s = Setting()
+    protocol = Protocol("per-image", on="interpolated", noise_batch=None, goal=0.05)
+    rows = studies.sharpness(s.path, s.evaluator, [0.0, 1.0], [0.4], 4, protocol=protocol)
+    for name in ("far", "near"):
+        zero, one = rows[rows["dataset"] == name].to_dict("records")
+        common = range(4, 4 + min(zero["draws"], one["draws"]))
+        here, there = (s.brute[name].draws(alpha, 0.4, common, protocol) for alpha in (1.0, 0.0))
+        change, error, _ = moments(here.values - there.values, here.sizes)
+        assert one["sharpness_change"] == pytest.approx(change, abs=3e-6)
+        assert one["sharpness_change_se"] == pytest.approx(error, abs=3e-6)
+    assert rows["draws"].nunique() > 1
+
+
+def test_changes_of_noise_on_the_finetuned_weights_are_the_sharpness_itself() -> None:
+    s = Setting()
+    for estimator in ("auto", "hessian", "apgd-l2"):
+        protocol = Protocol(estimator, on="finetuned", noise_batch=10)
+        rows = studies.sharpness(s.path, s.evaluator, [0.0, 0.7], [0.4], 4, protocol=protocol)
+        assert rows["sharpness_change"].tolist() == rows["sharpness"].tolist()
+        pairs = zip(rows["sharpness_change_se"], rows["sharpness_se"], strict=True)
+        assert all(change == error or math.isnan(error) for change, error in pairs)
+
+
+def test_no_change_without_zero_shot_or_by_layer() -> None:
+    s = Setting()
+    columns = ["sharpness_change", "sharpness_change_se"]
+    rows = studies.sharpness(s.path, s.evaluator, [0.4, 1.0], [0.4], 4)
+    assert rows[columns].isna().all(axis=None)
+    rows = studies.layerwise_sharpness(s.path, s.evaluator, [0.0, 1.0], [0.4], 4)
+    assert rows[columns].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("estimator", ["plain", "auto", "hessian", "apgd-linf"])
+def test_changes_do_not_depend_on_which_measurements_are_made(estimator: str) -> None:
+    """Where alpha = 0 is not among them, the study measures it itself, or is given the estimates."""
+    s = Setting()
+    how: Any = {"protocol": Protocol(estimator, on="interpolated", noise_batch=10)}
+    arguments: Any = (s.path, s.evaluator, [0.0, 0.4], [0.1, 0.4], 4)
+    whole = studies.sharpness(*arguments, **how).drop(columns="seconds")
+    kept: dict[tuple[str, float], Estimate] = {}
+    alone = studies.sharpness(*arguments, only=[2, 3], zeroshot=kept, **how).drop(columns="seconds")
+    pd.testing.assert_frame_equal(alone, whole.iloc[4:].reset_index(drop=True))
+    assert set(kept) == {(data, rho) for data in ("far", "near") for rho in (0.1, 0.4)}
+    for (data, rho), found in kept.items():
+        [row] = whole[(whole["alpha"] == 0) & (whole["dataset"] == data) & (whole["rho"] == rho)].to_dict(
+            "records"
+        )
+        assert found.sharpness.value == row["sharpness"]
+    # Estimates that are given are used as they are.
+    moved = {key: replace(found, values=found.values - 1.0) for key, found in kept.items()}
+    given = studies.sharpness(*arguments, only=[2, 3], zeroshot=moved, **how)
+    assert given["sharpness_change"].tolist() == pytest.approx((alone["sharpness_change"] + 1.0).tolist())
+    started: dict[tuple[str, float], Estimate] = {}
+    studies.sharpness(*arguments, only=[0, 1], zeroshot=started, **how)
+    assert {key: found.sharpness for key, found in started.items()} == {
+        key: found.sharpness for key, found in kept.items()
+    }
+
+
+def estimate_of(values: list[list[float]], estimator: Any = "plain", draws: int = 4) -> Estimate:
+    shares = np.array([0.75, 0.25])
+    value, se, df = moments(np.array(values), [3, 1]) if values else (0.0, 0.0, math.nan)
+    sharpness, rest = Mean(value, se, df), (0.0, Mean(0.5, 0.0, 0.0), draws, 0, None, 1.0)
+    return Estimate(sharpness, 0.0, *rest, estimator, np.array(values).reshape(-1, 2), shares)
+
+
+def test_changes_by_hand() -> None:
+    one, two = [[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]], [[1.0, 2.0], [1.0, 4.0]]
+    change = estimate_of(one).change(estimate_of(two))  # [[0, 2], [2, -2]] in the common draws
+    assert change.value == 0.75 * 1.0 + 0.25 * 0.0
+    assert change.se == pytest.approx(math.sqrt((0.75**2 * 2 + 0.25**2 * 8) / 2))
+    nothing = estimate_of([], draws=0)
+    assert estimate_of(two).change(nothing) == estimate_of(two).sharpness
+    back = nothing.change(estimate_of(two))
+    assert (back.value, back.se) == (-estimate_of(two).sharpness.value, estimate_of(two).sharpness.se)
+    worst = estimate_of([[5.0, 1.0]], "apgd-l2").change(estimate_of([[1.0, 1.0]], "apgd-l2"))
+    assert worst.value == 3.0  # of 4 and 0
+    assert worst.se == pytest.approx(math.sqrt(2 * (0.75**2 * 1.0**2 + 0.25**2 * 3.0**2)))
 
 
 # --- weights come back ----------------------------------------------------------------------------
@@ -421,8 +584,9 @@ def test_bad_alphas(alphas: list[float]) -> None:
 def test_bad_draws() -> None:
     refuses(ValueError, draws=0)
     refuses(TypeError, draws=2.5)
-    refuses(ValueError, "5", draws=5, protocol=Protocol("antithetic"))
+    refuses(ValueError, "5", draws=5, protocol=Protocol("per-image-antithetic"))
     refuses(ValueError, "4", draws=3, protocol=Protocol(goal=1.0))
+    refuses(ValueError, "8", "7", draws=4, protocol=Protocol(goal=1.0, most=7))
 
 
 def test_bad_layers() -> None:
@@ -467,6 +631,9 @@ def test_intervals_are_students() -> None:
     expected = [math.nan if f is None else scipy.stats.t.ppf(0.975, f) for f in freedom]
     assert student_t(rows).tolist() == pytest.approx(expected, nan_ok=True)
     assert student_t(rows).iloc[0] == pytest.approx(2.776445)
+    counted = rows.assign(sharpness_df=pd.array([7.5, None] + [3.0] * 7, dtype="Float64"))
+    expected = [float(scipy.stats.t.ppf(0.975, f)) for f in (7.5, 1, 3)]
+    assert student_t(counted).tolist()[:3] == pytest.approx(expected)
 
 
 def test_near_zero_by_threshold() -> None:
@@ -517,6 +684,13 @@ def test_near_zero_keeps_apart_what_is_apart() -> None:
     facts = near_zero(pd.concat([other, rows]))
     assert facts["near_zero"].tolist() == [True] + [False] * 6
     assert facts["model"].tolist() == ["m", "b", "a", "m", "m", "m", "m"]  # in the order of measurement
+
+
+def test_near_zero_keeps_together_what_auto_chose() -> None:
+    changes = [{"asked": "auto", "estimator": e} for e in ("per-image", "per-image-gradient", "plain")]
+    rows = studies.frame([row("x", a, 0.0, 0.001, **c) for a, c in zip((0.2, 0.5, 1), changes, strict=True)])
+    facts = near_zero(pd.concat([rows, studies.frame([row("x", 1.0, 1.0, 0.001, estimator="plain")])]))
+    assert facts["asked"].tolist() == ["auto", "plain"] and facts["near_zero"].tolist() == [True, False]
 
 
 def test_near_zero_of_what_was_measured() -> None:

@@ -80,8 +80,8 @@ class Estimate:
         draws: number of draws, products or steps.
         nonfinite: number of perturbed losses of single images that were NaN or infinite; for Hessian
             products, number of such products.
-        reached: whether as many draws were made as the pilot called for; None: no standard error was
-            requested.
+        reached: whether as many draws were made as the pilot called for; False, too, if the pilot had no
+            finite error; None: no standard error was requested.
         seconds: duration.
         estimator: the one that was used.
         values: float64 [draws, parts]: sharpness by draw (pair of antithetic draws; one row for the worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -74,6 +75,6 @@ def curvature(
         return results(products(range(draws)))
     first = protocol.pilot(draws, len(parts))
     pilots = results(products(range(first))).values()
-    wanted = max(draws_for(pilot, protocol.goal) for pilot in pilots)
-    room = protocol.most - first
-    return results(products(range(first, first + min(wanted, room))), wanted <= room)
+    wanted, room = max(draws_for(pilot, protocol.goal) for pilot in pilots), protocol.most - first
+    finite = all(math.isfinite(pilot.sharpness.se) for pilot in pilots)
+    return results(products(range(first, first + min(wanted, room))), wanted <= room and finite)

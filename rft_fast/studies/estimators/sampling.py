@@ -65,19 +65,18 @@ def sample(
             first = range(protocol.pilot(draws, len(parts)))
         found = study.measure(views, {key: _Asked(first, protocol.control) for key in keys})
         if protocol.goal is not None:
-            pairs = 2 if protocol.antithetic else 1
             pilots = {key: tally.estimate() for key, tally in found.items()}
-            wanted = {key: pairs * draws_for(pilot, protocol.goal) for key, pilot in pilots.items()}
-            room = protocol.most - len(first)
-            more = {
-                key: _Asked(
-                    range(len(first), len(first) + min(count, room - room % pairs)), found[key].control
-                )
-                for key, count in wanted.items()
-            }
+            more: dict[_Key, _Asked] = {}
+            reached: dict[_Key, bool] = {}
+            for key, pilot in pilots.items():
+                size = len(first) // len(pilot.values)  # draws of a pair, or 1
+                wanted, room = draws_for(pilot, protocol.goal), (protocol.most - len(first)) // size
+                last = len(first) + size * min(wanted, room)
+                more[key] = _Asked(range(len(first), last), found[key].control)
+                reached[key] = wanted <= room and math.isfinite(pilot.sharpness.se)
             found = study.measure(views, more)
             for key, tally in found.items():
-                tally.reached = wanted[key] <= room
+                tally.reached = reached[key]
         for target in chunk:
             yield {(target, rho): found[target, rho].estimate() for rho in rhos}
 
@@ -250,7 +249,7 @@ class _Study:
             except NoRule as reason:
                 self.alike.add(target)
                 what = target.layer or "the model"
-                self.path.warn(f"sharpness: {what} gets noise per batch, not per image: {reason}")
+                self.path.warn(f"sharpness: images share each draw of the noise of {what}: {reason}")
         shared = found is None
         results = _shared(self, view, target, draws, control) if found is None else found
         seconds = (perf_counter() - start) / len(tallies)
