@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from rft_fast import studies
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, flips
-from rft_fast.evaluate.flipped import Flipped, NoRule
+from rft_fast.evaluate.flipped import COPIES, Flipped, NoRule
 from rft_fast.evaluate.flipping import Perturbation
 from rft_fast.kernels import noise_like
 from rft_fast.kernels.signs import signs
@@ -122,7 +122,7 @@ def test_each_image_has_its_own_weights(name: str) -> None:
     with path.at(0.6):
         generator = torch.Generator().manual_seed(4)
         bases = {
-            w.name: 0.1 * w.live.detach().abs() * torch.randn(w.live.shape, generator=generator)
+            w.name: 0.1 * w.live.detach().abs() * torch.randn(COPIES, *w.live.shape, generator=generator)
             for w in path.weights()
         }
         own = {n: of_images(model, n, d.double(), 7, 5, range(3), brute.blocks[n]) for n, d in bases.items()}
@@ -136,8 +136,12 @@ def test_each_image_has_its_own_weights(name: str) -> None:
                 first, last = evaluator.span(path.tensors(layer))
             walk = evaluator.walk()
             walk.advance(first)
-            perturbation = Perturbation([bases[w.name] for w in chosen], 7, 5)
-            [(scores, controls)] = walk.flipped(weights, last, lambda _, p=perturbation: p, 1, True)
+
+            def perturb(_: int, weights: Sequence[Flipped]) -> Perturbation:
+                own = [bases[w.name] if w.layout == w.by_element else bases[w.name][0] for w in weights]
+                return Perturbation(own, 7, 5)
+
+            [(scores, controls)] = walk.flipped(weights, last, perturb, 1, True)
             for image, (before, slope) in enumerate(slopes):
                 moved = {**clean, **{w.name: clean[w.name] + own[w.name][image] for w in chosen}}
                 with torch.no_grad():
@@ -478,11 +482,12 @@ def test_a_small_weight_without_a_rule_has_signs_by_element() -> None:
     path, evaluator = setting(Odd(), dataset(count=6))
     with path.at(0.6):
         weight = Flipped(path.weights(["odd"])[0].live, "odd", 0)
-        base = 0.3 * torch.ones_like(weight.live)
-        [(scores, _)] = evaluator.walk().flipped([weight], 0, lambda _: Perturbation([base], 1, 2), 1, False)
+        base = torch.randn(COPIES, *weight.live.shape, generator=torch.Generator().manual_seed(5))
+        found = Perturbation([base], 1, 2)
+        [(scores, _)] = evaluator.walk().flipped([weight], 0, lambda *_: found, 1, False)
         s = signs(1, 2, torch.arange(6), 0, weight.live.numel()).view(6, *weight.live.shape)
         x = normalised(evaluator.datasets[0]).float().flatten(1)
-        hidden = torch.einsum("ni,nio->no", x, weight.live + base * s)
+        hidden = torch.einsum("ni,nio->no", x, weight.live + base[:6] * s)
         logits = path.model.last(torch.tanh(hidden))
     losses = F.cross_entropy(logits, evaluator.datasets[0].labels, reduction="none")
     torch.testing.assert_close(scores.losses, losses.detach(), rtol=1e-5, atol=1e-5)
@@ -517,7 +522,7 @@ def test_a_weight_that_no_rule_sees_cannot_differ(kind: type[nn.Module], why: st
     walk = evaluator.walk()
     scale = Flipped(path.weights(["scale"])[0].live, "scale", 0)
     with pytest.raises(NoRule, match=why):
-        walk.flipped([scale], 0, lambda _: Perturbation([], 0, 0), 1, False)
+        walk.flipped([scale], 0, lambda *_: Perturbation([], 0, 0), 1, False)
 
 
 # --- what it will cost ----------------------------------------------------------------------------

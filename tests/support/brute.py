@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rft_fast.datasets import Dataset
+from rft_fast.evaluate.flipped import COPIES
 from rft_fast.kernels import noise_like
 from rft_fast.kernels.signs import signs
 from rft_fast.names import Estimator
@@ -116,12 +117,16 @@ def shape_of_signs(model: nn.Module, name: str) -> tuple[int, int]:
 def of_images(
     model: nn.Module, name: str, base: Tensor, seed: int, draw: int, images: Sequence[int], block: int
 ) -> Tensor:
-    """D o (r s^T) of each image as written out: [n, *shape]."""
+    """D o (r s^T) of each image as written out: [n, *shape].
+
+    base: [COPIES, *shape]; image n takes number n mod COPIES where each element has a sign, else the first.
+    """
     rows, columns = shape_of_signs(model, name)
     found = signs(seed, draw, torch.tensor(list(images)), block, rows + columns)
-    shape = len(images), *base.shape
+    shape = len(images), *base.shape[1:]
     if not columns:
-        return base * found.view(shape)
+        return torch.stack([base[image % COPIES] for image in images]) * found.view(shape)
+    base = base[0]
     r, s = found[:, :rows], found[:, rows:]
     if base.ndim == 2 or columns == base[0].numel():
         return base * (r[:, :, None] * s[:, None, :]).view(shape)
@@ -182,11 +187,13 @@ class Brute:
         }
 
     def noise(self, seed: int, number: int, kind: str) -> State:
+        """[COPIES, *shape] each: the first of the model, the others of as many models behind it."""
         key = (seed, number, kind)
         if key not in self._eps:
-            like = [self.zero[n].float() for n in self.names]
+            like = [self.zero[n].float() for n in self.names] * COPIES
             eps = noise_like(like, seed, number, kind, impl="reference")  # type: ignore[arg-type]
-            self._eps[key] = {n: e.double() for n, e in zip(self.names, eps, strict=True)}
+            size = len(self.names)
+            self._eps[key] = {n: torch.stack(eps[i::size]).double() for i, n in enumerate(self.names)}
         return self._eps[key]
 
     def scored(self, w: State, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +269,7 @@ class Brute:
                         how = (protocol.seed, number, part, self.blocks[name])
                         deltas[name] = of_images(self.model, name, base, *how)
                     else:
-                        deltas[name] = base.expand(len(part), *base.shape)
+                        deltas[name] = base[0].expand(len(part), *c.shape)
                 losses, right = self.losses(clean, part, {k: clean[k] + d for k, d in deltas.items()})
                 rises[place, part] = losses - before[list(part)]
                 hits[place, part] = right
