@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -332,166 +332,6 @@ def test_small_rho_converges_to_the_trace() -> None:
         assert abs(2 * found.sharpness / rho**2 / exact - ratio) < 4 * 2 * found.sharpness_se / rho**2 / exact
 
 
-# --- the worst case -------------------------------------------------------------------------------
-
-
-class Watch:
-    """Records how far the live weights are from where they were, in units of c, at every look."""
-
-    def __init__(self, s: Setting, alpha: float, on: str, adaptive: bool, layer: str | None) -> None:
-        self.looks: list[tuple[float, float, float]] = []  # l2, linf, loss
-        clean, scale = s.at(alpha), s.scale(alpha, on, adaptive, layer)
-        gradient = Evaluator.gradient
-
-        def spied(evaluator: Evaluator, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-            now = {n: p.detach().double().clone() for n, p in s.model.named_parameters()}
-            for name, c in scale.items():
-                if not c.any():
-                    assert (now[name] - clean[name]).abs().max() < 1e-6, f"{name} moved"
-            u = torch.cat([((now[n] - clean[n]) / scale[n]).flatten() for n in s.names if scale[n].any()])
-            found = gradient(evaluator, weights)
-            self.looks.append((float(u.norm()), float(u.abs().max()), found[0]))
-            return found
-
-        self.spied = spied
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("on", ["interpolated", "finetuned"])
-@pytest.mark.parametrize("layer", [None, "first"])
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_the_worst_case_stays_in_the_ball_and_beats_a_hundred_guesses(
-    norm: str, on: str, layer: str | None, adaptive: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    s, alpha = two(), 0.7
-    del s.zero["idle"], s.one["idle"], s.model.idle  # noise of size |0| is none: nothing to divide by
-    s.names.remove("idle")
-    s.path = Path(s.model, s.zero, s.one)
-    rho = (0.8 if norm == "l2" else 0.2) * (1 if adaptive else 0.5)
-    how: dict[str, Any] = {"estimator": f"apgd-{norm}", "on": on, "adaptive": adaptive}
-    watch = Watch(s, alpha, on, adaptive, layer)
-    with monkeypatch.context() as m:
-        m.setattr(Evaluator, "gradient", watch.spied)
-        got = s.estimate(alpha, rho, 12, layer, **how)
-    lengths = [look[0 if norm == "l2" else 1] for look in watch.looks]
-    assert max(lengths) <= rho * (1 + 1e-4) and max(lengths) > 0.9 * rho
-    # What it tells is the worst it saw, the clean weights included.
-    assert watch.looks[0][0] < 1e-5
-    assert got.loss == pytest.approx(max(look[2] for look in watch.looks), abs=1e-5)
-    assert got.loss >= watch.looks[0][2] and got.sharpness > 0
-    assert got.sharpness == pytest.approx(got.loss - float(s.loss(s.at(alpha))), abs=1e-5)
-    assert math.isnan(got.sharpness_se) and got.draws == 12 and got.reached is None
-
-    scale = s.scale(alpha, on, adaptive, layer)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
-        u = {n: torch.randn(c.shape, generator=generator).double() * (c != 0) for n, c in scale.items()}
-        if norm == "l2":
-            size = math.sqrt(sum(float(part.square().sum()) for part in u.values()))
-            u = {n: rho / size * part for n, part in u.items()}
-        else:
-            u = {n: rho * part.sign() for n, part in u.items()}
-        assert s.moved(alpha, scale, u) <= got.loss + 1e-6
-    again = s.estimate(alpha, rho, 12, layer, **{**how, "seed": 9, "noise": "uniform"})
-    assert (again.loss, again.accuracy) == (got.loss, got.accuracy)  # no chance in it
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize(("on", "alpha"), [("interpolated", 0.7), ("finetuned", 0.7), ("finetuned", 1.0)])
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_the_worst_case_of_logistic_regression_is_known(
-    norm: str, on: str, alpha: float, adaptive: bool
-) -> None:
-    """One image: the loss falls with the margin, which is linear, so its lowest is at the ball's edge."""
-    s, rho = linear(1), 0.4
-    w = {n: t.requires_grad_() for n, t in s.at(alpha).items()}
-    label = int(s.data.labels[0])
-    logits = s.logits(w)[0]
-    margin = logits[label] - logits[1 - label]
-    slope = torch.autograd.grad(margin, list(w.values()))
-    scale = s.scale(alpha, on, adaptive)
-    c = torch.cat([(g * scale[n]).flatten() for n, g in zip(w, slope, strict=True)])
-    lowest = float(margin.detach()) - rho * float(c.norm() if norm == "l2" else c.abs().sum())
-    got = s.estimate(alpha, rho, 20, estimator=f"apgd-{norm}", on=on, adaptive=adaptive)
-    assert got.loss == pytest.approx(math.log1p(math.exp(-lowest)), rel=1e-5)
-    assert got.accuracy == float(lowest > 0)
-    # A step is as long as the ball is wide: one reaches the edge, and being linear, the maximum.
-    one = s.estimate(alpha, rho, 1, estimator=f"apgd-{norm}", on=on, adaptive=adaptive)
-    assert one.loss == pytest.approx(got.loss, rel=1e-5)
-
-
-def auto_pgd(s: Setting, alpha: float, rho: float, steps: int, norm: str) -> list[float]:
-    """The losses that Auto-PGD meets (Croce & Hein 2020, Algorithm 1), one vector, float64.
-
-    Momentum starts anew wherever the search does.
-    """
-    w = s.at(alpha)
-    clean = torch.cat([w[n].flatten() for n in s.names])
-    scale = torch.cat([s.scale(alpha, "interpolated", True)[n].flatten() for n in s.names])
-    sizes = [w[n].numel() for n in s.names]
-
-    def look(u: Tensor) -> tuple[float, Tensor]:
-        u = u.detach().requires_grad_()
-        pieces = zip(s.names, (clean + scale * u).split(sizes), strict=True)
-        loss = s.loss({n: piece.view(s.shapes[n]) for n, piece in pieces})
-        return float(loss.detach()), torch.autograd.grad(loss, u)[0]
-
-    def project(u: Tensor) -> Tensor:
-        return u.clamp(-rho, rho) if norm == "linf" else u * min(1.0, rho / max(float(u.norm()), 1e-30))
-
-    checks, p = [0.0, 0.22], 0.22
-    while p < 1:
-        p = p + max(checks[-1] - checks[-2] - 0.03, 0.06)
-        checks.append(p)
-    at = {math.ceil(p * steps) for p in checks[1:] if p < 1}
-
-    x = last = torch.zeros_like(clean)
-    f, slope = look(x)
-    seen, best, f_best, slope_best = [f], x, f, slope
-    step, improved, since, halved, f_best_then = 2 * rho, 0, 0, False, f
-    for k in range(1, steps + 1):
-        ascent = slope.sign() if norm == "linf" else slope / slope.norm()
-        z = project(x + step * ascent)
-        new = z if k == 1 else project(x + 0.75 * (z - x) + 0.25 * (x - last))
-        last, x, f_last = x, new, f
-        f, slope = look(x)
-        seen.append(f)
-        improved, since = improved + (f > f_last), since + 1
-        if f > f_best:
-            best, f_best, slope_best = x, f, slope
-        if k in at:
-            halved = improved < 0.75 * since or (not halved and f_best == f_best_then)
-            if halved:
-                step, x, last, f, slope = step / 2, best, best, f_best, slope_best
-            improved, since, f_best_then = 0, 0, f_best
-    return seen
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("rho", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("steps", [2, 12])
-def test_the_worst_case_is_searched_as_published(
-    norm: str, rho: float, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Step by step, in balls so wide that steps overshoot: sizes are halved, the best is returned to."""
-    s = two()
-    seen: list[float] = []
-    gradient = Evaluator.gradient
-
-    def spied(evaluator: Evaluator, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        found = gradient(evaluator, weights)
-        seen.append(found[0])
-        return found
-
-    monkeypatch.setattr(Evaluator, "gradient", spied)
-    got = s.estimate(0.7, rho, steps, estimator=f"apgd-{norm}")
-    expected = auto_pgd(s, 0.7, rho, steps, norm)
-    assert seen == pytest.approx(expected, rel=1e-3)
-    assert got.loss == pytest.approx(max(expected), rel=1e-3)
-    if (norm, rho, steps) == ("linf", 1.0, 2):
-        assert expected[-1] < max(expected)  # so it is the best that is told, not the last
-
-
 # --- at zero-shot nothing of the fine-tuned weights is left ---------------------------------------
 
 
@@ -722,13 +562,10 @@ def test_weights_come_back_after_a_failure(
         ({"goal": math.nan}, ""),
         ({"goal": math.inf}, ""),
         ({"most": 0}, ""),
-        ({"goal": 0.1, "estimator": "apgd-l2"}, "apgd-l2"),
-        ({"goal": 0.1, "estimator": "apgd-linf"}, ""),
         (
             {"noise_batch": 8, "estimator": "hessian"},
             "hessian noise_batch --noise-batch",
         ),
-        ({"noise_batch": 8, "estimator": "apgd-l2"}, "apgd-l2"),
     ],
 )
 def test_protocols_that_cannot_be(how: dict[str, Any], facts: str) -> None:
