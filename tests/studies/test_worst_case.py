@@ -302,7 +302,7 @@ def test_the_published_projection_is_the_nearest_point_over_many_sizes_of_weight
     with path.at(1.0), path.borrowed() as weights:
         for rho in (1e-3, 1.0, 0.9 * float(u.norm())):
             climb = CLIMBS["apgd-l2-published"](weights, 1.0, rho, 2.0, Protocol("apgd-l2-published"))
-            (found,) = climb._project([u.clone()])
+            (found,) = climb.project([u.clone()])
             assert float(found.double().norm()) == pytest.approx(rho, rel=1e-5)
             # In u: u / found - 1 = m / c^2.
             m = (u.double() / found.double() - 1) * sizes.double() ** 2

@@ -45,6 +45,7 @@ class Climb(ABC):
         self._clean = [weight.live.detach().clone() for weight in weights]
         self._scale = [spread(weight, alpha, protocol) for weight in weights]
         self._uniform = not protocol.adaptive
+        self._powers: tuple[int, ...] = ()  # of two, near the last multiplier
 
     def run(self, part: Evaluator, clean: float, steps: int, starts: Iterable[list[Tensor] | None]) -> None:
         """Leave the live weights at the highest loss found from any start.
@@ -102,7 +103,7 @@ class Climb(ABC):
         size = step / max(_norm(slope), 1e-30)
         return [a + size * b for a, b in zip(u, slope, strict=True)]
 
-    def _project(self, u: list[Tensor]) -> list[Tensor]:
+    def project(self, u: list[Tensor]) -> list[Tensor]:
         """Move u, in place, to the nearest point of the ball."""
         if self._norm == math.inf:
             return [part.clamp_(-self._rho, self._rho) for part in u]
@@ -121,12 +122,12 @@ class AutoPgd(Climb):
         checks = _checkpoints(steps)
         rises, since, best_then, step_then = 0, 0, best_loss, step
         for k in range(1, steps + 1):
-            z = self._project(self._stepped(u, step, slope))
+            z = self.project(self._stepped(u, step, slope))
             # Momentum: three quarters of the new step, one quarter of the last move; none in the first step.
             keep = 1.0 if k == 1 else _MOMENTUM
             for a, b, c in zip(u, before, z, strict=True):
                 c.sub_(a).mul_(keep).add_(a).add_(a - b, alpha=1 - keep)
-            before, u, last = u, self._project(z), loss
+            before, u, last = u, self.project(z), loss
             loss, slope = self._look(u)
             rises, since = rises + (loss > last), since + 1
             if loss > best_loss:
@@ -169,6 +170,7 @@ class Published(Climb):
 
     def _search(self, u: list[Tensor], clean: float, steps: int) -> tuple[float, list[Tensor]]:
         before = u
+        self._powers = ()
         best, best_loss = self._zero(), clean
         _, slope = self._look(u)
         best_slope = slope
@@ -176,7 +178,7 @@ class Published(Climb):
         checks = _checkpoints(steps, distinct=True)
         rises, checked, best_then, step_then = 0, 0, best_loss, step
         for k in range(steps):
-            z = self._project(self._stepped(u, step, slope))
+            z = self.project(self._stepped(u, step, slope))
             for a, b in zip(z, before, strict=True):
                 a.mul_(_MOMENTUM).add_(b, alpha=1 - _MOMENTUM)
             before, u = u, z
@@ -193,13 +195,13 @@ class Published(Climb):
                     slope = best_slope
         return best_loss, best
 
-    def _project(self, u: list[Tensor]) -> list[Tensor]:
+    def project(self, u: list[Tensor]) -> list[Tensor]:
         """Move u, in place, to the point of the ball that is nearest in the weights.
 
         For l2 that is u c^2 / (c^2 + m), with m such that its norm is rho.
         """
         if self._norm == math.inf or self._uniform:
-            return super()._project(u)
+            return super().project(u)
         u = self._stopped(u)
         if not _norm(u) > self._rho:
             return u
@@ -223,8 +225,9 @@ class Published(Climb):
             # The last power of two below the root, among those that float32 numbers c call for ...
             low, high = -150, 80
             while high - low > 1:
-                middle = (low + high) // 2
+                middle = next((p for p in self._powers if low < p < high), (low + high) // 2)
                 low, high = (middle, high) if sums(2.0**middle)[0] > self._rho**2 else (low, middle)
+            self._powers = (low, low + 1, low - 1, low + 2)  # the next root is often near
             m = 2.0**low
             # ... then Newton's method on 1 / norm, which is concave: it never passes the root.
             for _ in range(100):
