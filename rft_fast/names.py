@@ -45,11 +45,16 @@ STRAGGLER_MARGIN = 0.1  # nats: instability that makes a straggler
 
 # Means over draws of noise. Without "per-image", all images of a noise batch share each draw.
 Sampling = Literal["plain", "gradient", "per-image", "per-image-antithetic", "per-image-gradient"]
-WorstCase = Literal["apgd-l2", "apgd-linf"]
+WorstCase = Literal["apgd-l2", "apgd-linf", "apgd-l2-published", "apgd-linf-published"]
 Estimator = Literal[Sampling, "hessian", WorstCase]
 SAMPLING: tuple[Sampling, ...] = get_args(Sampling)
 # -> the norm that bounds the perturbation.
-WORST_CASE: dict[Estimator, float] = {"apgd-l2": 2.0, "apgd-linf": math.inf}
+WORST_CASE: dict[Estimator, float] = {
+    "apgd-l2": 2.0,
+    "apgd-linf": math.inf,
+    "apgd-l2-published": 2.0,
+    "apgd-linf-published": math.inf,
+}
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 EstimatorChoice = Literal["auto", Estimator]
 ESTIMATOR_CHOICES: tuple[EstimatorChoice, ...] = get_args(EstimatorChoice)

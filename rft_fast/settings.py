@@ -198,6 +198,7 @@ class Sharpness:
         noise, adaptive, noise_batch: see :class:`rft_fast.studies.Protocol`.
         exclude: names or ``re:PATTERN`` of layers that general sharpness leaves as they are; None: none.
         normalize_logits: whether logits are centred and divided by their norm before the loss.
+        restarts: starts of each search for the worst case, see :class:`rft_fast.studies.Protocol`.
         goal_se: standard error to reach, in nats; None: a fixed number of draws.
         max_draws: largest number of draws for ``goal_se``, with those of the pilot.
         zero_margin: layer-wise sharpness that counts as near zero, in nats.
@@ -246,8 +247,8 @@ class Sharpness:
         "auto",
         "plain draws (the published protocol); noise of its own for each image (per-image-...), of which one "
         "pass is worth many plain draws; less the linear term (...gradient); hessian (the limit for small "
-        "rho), or the worst case (apgd-...); auto, the default: per-image, less the linear term where the "
-        "first draws show that it pays",
+        "rho), or the worst case (apgd-..., and as published code searches it, ...-published); auto, the "
+        "default: per-image, less the linear term where the first draws show that it pays",
         choices=names.ESTIMATOR_CHOICES,
     )
     on: On | None = option(
@@ -262,6 +263,13 @@ class Sharpness:
         "images that share a draw of noise (default: %(default)s, as in published code), or all",
         metavar="N",
         check=_noise_batch,
+    )
+    restarts: int = option(
+        1,
+        "starts of each search of apgd-..., the first at the clean weights, others random; the highest loss "
+        "counts (default: 1)",
+        metavar="N",
+        check=positive,
     )
     exclude: tuple[str, ...] | None = _names(
         "layers that sharpness leaves as they are; re:PATTERN matches whole names (default: none)",

@@ -44,6 +44,7 @@ class Sharpness(Study):
             noise_batch=own.noise_batch,
             goal=own.goal_se,
             most=own.max_draws,
+            restarts=own.restarts,
         )
 
     def validate(self, request: Request) -> None:

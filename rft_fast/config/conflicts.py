@@ -91,6 +91,8 @@ class _Settling:
         if goal is not None and estimator in WORST_CASE and self.may_give_way("goal-se", "estimator"):
             self.give_way("goal-se", None, chosen)
             goal = None
+        if own.restarts > 1 and estimator not in WORST_CASE and self.may_give_way("restarts", "estimator"):
+            self.give_way("restarts", 1, chosen)
         for option in ("draws", "layer-draws"):
             draws: int = getattr(self._sharpness, _FIELDS[option][1])
             if goal is not None and draws < 4 and self.may_give_way(option, "goal-se"):
@@ -122,6 +124,7 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "draws": (Sharpness, "draws"),
     "layer-draws": (Sharpness, "layer_draws"),
     "max-draws": (Sharpness, "max_draws"),
+    "restarts": (Sharpness, "restarts"),
     "prune-layers": (Prune, "layers"),
 }
 

@@ -52,6 +52,8 @@ def stated(rows: pd.DataFrame) -> str:
         )
         if len(values := rows[column].dropna().unique())
     ]
+    if len(starts := rows.loc[rows["restarts"] > 1, "restarts"].unique()):
+        parts.append(f"the highest of {several(starts)} starts")
     parts += [text for text, column, flag in flags if (rows[column] == flag).any()]
     return ", ".join(parts) + "."
 

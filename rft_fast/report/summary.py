@@ -186,6 +186,8 @@ def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
     images = f"{first['samples']} images of {first['dataset']}"
     if pd.isna(first["noise"]):
         worst = f"the worst case by {count} steps ({first['estimator']})"
+        if (starts := span(group["restarts"].fillna(1))) != "1":
+            worst += f", the highest of {starts} starts with seed {first['seed']}"
         return f"rho = {rho:g} in units of {unit}, {worst}, {images}{_saturated(facts, group)}"
     text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
     text += f"{images}, seed {first['seed']}"

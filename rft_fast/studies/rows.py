@@ -51,6 +51,7 @@ COLUMNS: dict[str, str] = {
     "normalized": "boolean",  # whether logits were normalised before the loss
     "seed": "Int64",
     "draws": "Int64",  # draws of noise; for the worst case, steps
+    "restarts": "Int64",  # starts of each search for the worst case
     "samples": "Int64",
     "skipped": "Int64",  # unreadable images that were left out
     "nonfinite": "Int64",  # losses that were NaN or infinite; the means include them

@@ -248,7 +248,9 @@ class _Study:
 
     def _row(self, data: Dataset, target: Target, alpha: float, rho: float, found: Estimate) -> Row:
         protocol = self.protocol
-        drawn = {} if found.estimator in WORST_CASE else {"noise": protocol.noise, "seed": protocol.seed}
+        drawn: Row = {"noise": protocol.noise, "seed": protocol.seed}
+        if found.estimator in WORST_CASE:
+            drawn = {"seed": protocol.seed if protocol.restarts > 1 else None, "restarts": protocol.restarts}
         (classes,) = (feed.among for feed in self.evaluator.feeds if feed.name == data.name)
         row: Row = {
             "study": self.name,

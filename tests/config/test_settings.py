@@ -273,6 +273,10 @@ def test_an_error_is_a_line_and_a_hint(
         (["layer-draws = 3"], "--goal-se 0.1", Sharpness, "layer_draws", 4, "to --goal-se: 4"),
         ([], "--goal-se 0.1 --draws 2000", Sharpness, "max_draws", 4000, "the default of --max-draws (1000)"),
         (["goal-se = 0.1"], "--estimator apgd-l2", Sharpness, "goal_se", None, "apgd-l2: none"),
+        (
+            ['estimator = "apgd-l2"', "restarts = 4"], "--estimator plain", Sharpness, "restarts", 1,
+            "option restarts of the zoo 'tiny' (4) gives way to --estimator plain: 1",
+        ),
         (['prune-layers = "re:.*"'], "--criteria sharpness", Prune, "layers", None, "to --criteria: none"),
     ],
 )  # fmt: skip
@@ -295,6 +299,7 @@ def test_what_nobody_said_gives_way(
         ),
         ([], "--sharpness-alphas 0.55", "--sharpness-alphas 0.55"),
         (['estimator = "per-image-antithetic"'], "--draws 5", "6 tiny"),
+        ([], "--restarts 2 --estimator hessian", "--restarts 2 'hessian' apgd-l2"),
         (['layer-data = "nowhere"'], "", "tiny"),
         (['models = "x"'], "", "tiny x"),
         (['layers = "visual.conv2"'], "", "tiny"),

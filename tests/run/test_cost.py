@@ -68,6 +68,7 @@ STUDIES: dict[str, Study] = {
     "hessian": layerwise("hessian", 2),
     "worst case": general("apgd-l2", 3),
     "worst case by layer": layerwise("apgd-linf", 3),
+    "worst case as published": general("apgd-l2-published", 3, noise_batch=10, restarts=2),
     "prune": prune,
     "some of the interpolation": lambda p, e: studies.interpolation(p, e, ALPHAS, only=[1, 4]),
     "some of the layers": lambda p, e: studies.layerwise_interpolation(
@@ -408,7 +409,7 @@ def test_memory_is_that_of_its_parts() -> None:
     found = cost.memory(work, evaluator, path, 57)
     assert found.weights == weights
     assert found.images == 57 * 3 * 8 * 8
-    assert found.copies == 4 * int(work.differentiated + 5 * work.borrowed)
+    assert found.copies == 4 * int(work.differentiated + 9 * work.borrowed)
     assert found.total == sum(getattr(found, f.name) for f in fields(Memory))
     walked = cost.count(STUDIES["layers"], path, evaluator, sizes)
     assert walked.held >= 57

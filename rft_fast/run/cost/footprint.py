@@ -11,8 +11,8 @@ from ...evaluate.batches import Batches
 from ...path import Path
 from .work import Work
 
-COPIES = 5
-"""Number of float32 copies of the borrowed weights that the worst case holds."""
+COPIES = 9
+"""Number of float32 copies of the borrowed weights that the worst case holds: with restarts; 7 without."""
 
 
 @dataclass(frozen=True)

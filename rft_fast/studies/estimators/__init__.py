@@ -63,8 +63,8 @@ def estimate(
         match protocol.estimator:
             case "hessian":
                 yield curvature(path, parts, alpha, targets, rhos, draws, protocol)
-            case "apgd-l2" | "apgd-linf" as norm:
-                yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol, norm)
+            case "apgd-l2" | "apgd-linf" | "apgd-l2-published" | "apgd-linf-published" as name:
+                yield from worst_case(path, parts, alpha, targets, rhos, draws, protocol, name)
             case _:
                 from .sampling import sample  # loads open_clip, which rows and words do not need
 

@@ -48,8 +48,11 @@ class Protocol:
             - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit of small rho (Prop. A.1), by
               Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
             - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho (c
-              = |w| if adaptive), by Auto-PGD with ``draws`` steps for each ``noise_batch``, and the mean over
-              these: a lower bound. Needs memory for five copies of the layer's weights.
+              = |w| if adaptive), by Auto-PGD (Croce & Hein 2020), ``draws`` steps for each ``noise_batch``,
+              and the mean over these: a lower bound. Needs memory for eight copies of the layer's weights,
+              of ten with restarts;
+            - ``"apgd-l2-published"``, ``"apgd-linf-published"``: the same by the loop of the published code,
+              for comparison with its numbers. It mostly finds a lower loss, see docs/studies.md.
 
         on: weights that the noise is added to: ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1);
             None: as the study defines it.
@@ -65,6 +68,9 @@ class Protocol:
             parts together decides how many further draws are made (Stein's two-stage rule); only these make
             the result.
         most: largest number of draws with a goal, with those of the pilot.
+        restarts: starts of each search for the worst case, of which the highest loss counts. Start 0 is at
+            the clean weights; start r of part p of P is random, from the noise of draw r P + p: uniform in
+            the ball (linf), or uniform on the sphere in units of c (l2).
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -79,6 +85,7 @@ class Protocol:
     noise_batch: int | None = NOISE_BATCH
     goal: float | None = None
     most: int = 1000
+    restarts: int = 1
 
     def __post_init__(self) -> None:
         for name, offered in (
@@ -103,13 +110,23 @@ class Protocol:
             )
         if not _is_int(self.most) or self.most < 1:
             raise ValueError(f"sharpness: most must be a number of draws, at least 1; got {self.most!r}")
+        if not _is_int(self.restarts) or self.restarts < 1:
+            raise ValueError(
+                f"sharpness: restarts must be a number of starts, at least 1; got {self.restarts!r}"
+            )
+        if self.restarts > 1 and self.estimator not in WORST_CASE:
+            raise ValueError(
+                f"sharpness: restarts (--restarts) are for estimators of the worst case, "
+                f"{', '.join(WORST_CASE)}; with {self.estimator!r} leave it out, got {self.restarts}"
+            )
         if self.goal is not None and not 0 < as_number("sharpness: goal", self.goal) < math.inf:
             raise ValueError(
                 f"sharpness: goal must be a standard error above 0, in nats, or None; got {self.goal!r}"
             )
         if self.goal is not None and self.estimator in WORST_CASE:
             raise ValueError(
-                f"sharpness: a goal needs a standard error, and {self.estimator!r} has none; leave it out"
+                f"sharpness: a goal needs a standard error, and {self.estimator!r} has none over draws; "
+                "leave it out"
             )
 
     @property
