@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
+from rft_fast.evaluate.flipped import COPIES
 from rft_fast.kernels import noise_like
 from rft_fast.kernels.signs import signs
 from rft_fast.names import ESTIMATOR_CHOICES, SAMPLING
@@ -560,17 +561,19 @@ def test_losses_that_are_not_finite_are_counted_and_never_averaged_away(
     name: str, noise_batch: int | None
 ) -> None:
     s, rho, draws = bursting(), 0.01, 12
-    parts = s.brute.parts(noise_batch)
-    names = list(s.brute.names)
+    brute = s.brute
+    parts, names = brute.parts(noise_batch), brute.names
     block = first_blocks([s.zero[n].numel() for n in names])[names.index("gate")]
     burst = []  # for each draw: how many images
     for draw in range(draws):
         number, sign = (draw // 2, 1 - 2 * (draw % 2)) if name == "per-image-antithetic" else (draw, 1)
         gates: list[float] = []
         for index, part in enumerate(parts):
-            by = sign * rho * float(s.noise(3, number * len(parts) + index, "normal")["gate"])
-            own = signs(3, number, torch.tensor(list(part)), block, 1)[:, 0].tolist()
-            gates += [88.0 * (1 + by * (1 if name in ("plain", "gradient") else r)) for r in own]
+            copies = brute.noise(3, number * len(parts) + index, "normal")["gate"]
+            images, by = torch.tensor(list(part)), copies[0].expand(len(part))
+            if name not in ("plain", "gradient"):
+                by = copies[images % COPIES] * signs(3, number, images, block, 1)[:, 0]
+            gates += (88.0 * (1 + sign * rho * by)).tolist()
         burst.append(sum(gate > 88.7228 for gate in gates))
     pilot = 12 // len(parts)
     assert 2 < sum(map(bool, burst)) and any(burst[:pilot])
