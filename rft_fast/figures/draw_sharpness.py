@@ -67,7 +67,8 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     facts = as_facts(rows)
     measured = of_study(facts.rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
     measured = measured.assign(saturated=facts.saturated(measured))
-    accuracies, far, gains = facts.ood_rows, facts.ood_path, facts.ood_gains
+    accuracies, far = facts.ood_rows, facts.ood_path.assign(fails=lambda path: path["mode"] == "failure")
+    failing = far.groupby("model")["fails"].all()
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
     palette = dict(zip(models, colours(len(models)), strict=True))
@@ -78,14 +79,14 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     unmatched = 0
     titles = [fold(name, 2.2, "title") for name in sets]
     for (left, *others), part in zip(panels, parts, strict=True):
-        _along(left, part, palette, set(gains.index[gains <= 0]))
+        _along(left, part, palette, set(failing.index[failing]))
         left.set_title(setting(part))
         left.set_ylabel("general sharpness")
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
-            _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
+            _against(panel, points, palette, set(here.loc[here["fails"], "model"]))
             panel.set_title(name)
     for panel, dataset in zip(panels[-1], ["", *sets], strict=True):
         panel.set_xlabel("general sharpness" if dataset else r"$\alpha$")
@@ -96,7 +97,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         figure,
         f"Sharpness: {stated(measured)}",
         "Bars: pointwise 95 % intervals, of sharpness over draws, of accuracy over images.",
-        "Failure on the left: in mean out-of-distribution accuracy." if sets else "",
+        _failure(far) if sets else "",
         r"Models are shifted sideways a little over $\alpha$." if len(models) > 1 else "",
         "" if sets else "No rows of the interpolation: accuracy is not shown, nor which models fail.",
         f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
@@ -105,14 +106,22 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         SATURATED_EXPLAINED if measured["saturated"].any() else "",
     )
     marks = [
-        key("beats zero-shot", BEATS),
-        key("never does: failure", FAILS),
+        key("gain, or undecided", BEATS),
+        key("failure", FAILS),
         key(r"zero-shot, $\alpha$ = 0", _ZERO),
         key(r"fine-tuned, $\alpha$ = 1", _END),
     ]
     marks = marks if sets else [key("mean over draws", BEATS)]
     marks += [key("saturated", SATURATED)] if measured["saturated"].any() else []
     return finish(figure, file, 0.3 + (2.6 + extra(titles)) * len(parts), marks, note, swatches(palette))
+
+
+def _failure(far: pd.DataFrame) -> str:
+    """A sentence that explains which models fail. far: the summary of paths out of distribution."""
+    return (
+        f"Failure: no gain of {100 * far['xi'].iloc[0]:g} points is possible, by 95 % bounds for all "
+        r"$\alpha$ at once; on the left, on none of these data sets."
+    )
 
 
 def _bars(colour: Any) -> Style:

@@ -11,7 +11,7 @@ from ..figures.captions import measures
 from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
-from ..studies.verdicts import Association, association
+from ..studies.verdicts import Association, association, mode
 from .drawing import (
     ALL,
     SATURATED,
@@ -96,16 +96,17 @@ def path(facts: Facts) -> Picture:
     """Draw accuracy and loss along the path."""
     part = facts.part("interpolation").sort_values("alpha", kind="stable")
     numbers = colours(facts)
-    gains = facts.path.set_index(["model", "dataset"])["gain"]
+    modes = {(fact["model"], fact["dataset"]): mode(fact) for fact in facts.path.to_dict("records")}
+    bounds = facts.bounds.set_index(["model", "dataset"])
     accuracy: list[Trace] = []
     loss: list[Trace] = []
     for (model, dataset), curve in part.groupby(["model", "dataset"], sort=False):
         n = numbers[model]
-        fails = gains[model, dataset] <= 0
+        judged = modes[model, dataset]
         style = {
             "colour": f"@c{n}",
-            "symbol": SYMBOLS[n % len(SYMBOLS)] + ("-open" if fails else ""),
-            "dash": "dash" if fails else "solid",
+            "symbol": SYMBOLS[n % len(SYMBOLS)] + ("-open" if judged == "failure" else ""),
+            "dash": {"failure": "dash", "undecided": "dashdot"}.get(judged, "solid"),
             "name": model,
         }
         show = {"dataset": [dataset], "model": [ALL, model]}
@@ -113,7 +114,13 @@ def path(facts: Facts) -> Picture:
         title = f"<b>{safe(model)}</b> on {safe(dataset)}"
         for traces, what in ((accuracy, ACCURACY), (loss, LOSS)):
             alphas, y, half, hover = along(curve, what, title, "zero-shot", what.unit)
-            traces.append(band(alphas, list(y - half), list(y + half), alone, f"@c{n}"))
+            low, high = y - half, y + half
+            if what is ACCURACY:
+                low, high = (
+                    y.iloc[0] + 100 * bounds.loc[(model, dataset), end].to_numpy()
+                    for end in ("gain_low", "gain_high")
+                )
+            traces.append(band(alphas, list(low), list(high), alone, f"@c{n}"))
             traces.append(line(alphas, y.tolist(), hover, show, **style))
     for dataset, curve in part[part["alpha"] == 0].groupby("dataset", sort=False):
         here = {"dataset": [dataset]}
@@ -140,7 +147,8 @@ def path(facts: Facts) -> Picture:
         ],
         [
             *model_keys(numbers),
-            Key("no α beats zero-shot", "@grey", "circle-open", "dash"),
+            Key("failure: no gain of that size is possible", "@grey", "circle-open", "dash"),
+            Key("undecided", "@grey", "circle", "dashdot"),
             Key("zero-shot", "@grey", "", "dot"),
         ],
     )

@@ -12,21 +12,28 @@ from ..common.words import duration, paragraph, visible
 from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
+from ..studies.gains import MAX_T
+from ..studies.interpolate import Z95
 from ..studies.verdicts import association, shape
 from .findings import findings
 from .phrases import MEASURES, by_shape, images, limits, p_value, span
 from .shown import Shown
 
-LEGEND = """\
-Accuracies, gain and instability in accuracy in points (%), barrier, bump and instability in loss
-in nats. Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 %
-normal interval at that alpha, paired over images. Choosing the best alpha on the same images makes
-the gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Bump: highest loss above the
-straight line between the losses of the two ends. Shape of the loss: a bump where that lies above 0
-with 95 % confidence, a slope where only the loss lies above zero-shot, no rise where neither is
-shown (Student's t, Bonferroni-corrected for the positions). Instability (Def. 1): how much worse the
-worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when no
-alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
+LEGEND = (
+    "Accuracies, gains and instability in accuracy in points (%), barrier, bump and instability in loss"
+    " in nats. Gain (Eq. 2): highest accuracy on the path minus zero-shot, on the images that choose "
+    "the best alpha, which makes it optimistic. In brackets a lower and an upper bound of the best gain"
+    " over alpha > 0, each with 95 % confidence, corrected for all positions ({by}), paired over "
+    "images. Mode, out of distribution: gain where that lower bound is above 0, high gain where such a "
+    "position gains {xi:g} points or more (--xi), failure where the upper bound is below {xi:g} points,"
+    " otherwise undecided. Held out: alpha chosen on four fifths of the images, measured on the others."
+    " Alpha of ID: the best one in distribution, and the gain there. +-: half of the 95 % interval over"
+    " images. Barrier (Eq. 1): highest loss minus zero-shot. Bump: highest loss above the straight line"
+    " between the losses of the two ends. Shape of the loss: a bump where that lies above 0 with 95 % "
+    "confidence, a slope where only the loss lies above zero-shot, no rise where neither is shown "
+    "(Student's t, Bonferroni-corrected for the positions). Instability (Def. 1): how much worse the "
+    "worst position is than the mean of the two ends."
+)
 
 
 def report(facts: Facts, studies: Iterable[Shown]) -> str:
@@ -60,22 +67,6 @@ def sections(facts: Facts, studies: Iterable[Shown]) -> str:
 
 def interpolation(facts: Facts) -> list[str]:
     """Format the path of each model (Figure 1), in lines."""
-    header = [
-        ["", "zero-", "fine-", "best", "", "", "", "", "instability", "", ""],
-        [
-            "model",
-            "shot",
-            "tuned",
-            "alpha",
-            "gain [95 %]",
-            "barrier",
-            "bump",
-            "shape",
-            "loss",
-            "acc.",
-            "mode",
-        ],
-    ]
     lines = []
     for dataset, group in facts.path.groupby("dataset", sort=False):
         first = group.iloc[0]
@@ -84,25 +75,62 @@ def interpolation(facts: Facts) -> list[str]:
         left_out = f" (without {skipped:,} that cannot be read)" if skipped else ""
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
-        lines += aligned([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
-    return [*lines, "", LEGEND.format(xi=100 * facts.of(Along).xi)]
+        records = group.to_dict("records")
+        lines += aligned([*_ACCURACIES, *map(_accuracies, records)], last=True)
+        lines += ["", *aligned([*_LOSSES, *map(_losses, records)], last=True)]
+    methods = set(facts.path["gain_method"])
+    by = (
+        "by max-T"
+        if methods == {MAX_T}
+        else "Bonferroni-corrected where no results of single images are kept"
+    )
+    return [*lines, "", *paragraph(LEGEND.format(xi=100 * facts.of(Along).xi, by=by), facts.names)]
 
 
-def _cells(fact: dict[Any, Any]) -> list[str]:
-    gain, low, high = (100 * fact[name] for name in ("gain", "gain_low", "gain_high"))
-    interval = f" [{low:+.1f}, {high:+.1f}]"
+_ACCURACIES = [
+    ["", "zero-", "fine-", "best", "", "held", "alpha", "gain at", ""],
+    ["model", "shot", "tuned", "alpha", "gain [95 % bounds]", "out", "of ID", "alpha of ID", "mode"],
+]
+_LOSSES = [
+    ["", "", "", "instability", "", ""],
+    ["model", "barrier", "bump", "loss", "accuracy", "shape of the loss"],
+]
+
+
+def _accuracies(fact: dict[Any, Any]) -> list[str]:
+    """Cells of a model's gain."""
+    bounds = ", ".join(_points(fact[end]) for end in ("gain_low", "gain_high"))
     return [
         fact["model"],
         f"{100 * fact['zero_shot']:.1f}",
         f"{100 * fact['fine_tuned']:.1f}",
         f"{fact['best_alpha']:g}",
-        f"{gain:+.1f}{interval}" if gain else "0.0" + " " * len(interval),
+        f"{_points(fact['gain'])} [{bounds}]",
+        _points(fact["gain_held_out"], fact["gain_held_out_se"]),
+        "-" if pd.isna(fact["id_alpha"]) else f"{fact['id_alpha']:g}",
+        _points(fact["gain_id_alpha"], fact["gain_id_alpha_se"]),
+        "-" if pd.isna(fact["mode"]) else fact["mode"],
+    ]
+
+
+def _points(value: float, error: float | None = None) -> str:
+    """Format a difference in accuracy in points, with half of its 95 % interval if an error is given."""
+    if pd.isna(value):
+        return "-"
+    if not value and not error:  # alpha = 0 is best
+        return "0.0"
+    return f"{100 * value:+.1f}" + ("" if error is None else f" +- {100 * Z95 * error:.1f}")
+
+
+def _losses(fact: dict[Any, Any]) -> list[str]:
+    """Cells of a model's loss along the path."""
+    return [
+        fact["model"],
         _nats(fact["barrier"]),
         _nats(fact["bump"]) if pd.notna(fact["bump"]) else "-",
-        shape(fact).replace("unknown", "-"),
         _nats(fact["instability_loss"]),
         f"{100 * fact['instability_accuracy']:.1f}",
-        fact["mode"],
+        shape(fact).replace("unknown", "-"),
     ]
 
 
