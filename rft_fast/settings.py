@@ -196,7 +196,7 @@ class Sharpness:
         normalize_logits: whether logits are centred and divided by their norm before the loss.
         goal_se: standard error to reach, in nats; None: a fixed number of draws.
         max_draws: largest number of draws for ``goal_se``.
-        zero_margin: layer-wise sharpness that counts as near zero, in nats.
+        zero_margin: layer-wise sharpness below which a layer is flat, in nats.
     """
 
     GROUP: ClassVar = Group(
@@ -274,7 +274,7 @@ class Sharpness:
     max_draws: int = option(1000, "but no further (default: 1000)", metavar="N", check=positive)
     zero_margin: float = option(
         names.ZERO_MARGIN,
-        "layer-wise sharpness within which a layer is near zero (default: %(default)s)",
+        "layer-wise sharpness within which a layer is flat (default: %(default)s)",
         metavar="NATS",
         check=above_zero,
     )
@@ -330,7 +330,8 @@ class Prune:
 
     criteria: tuple[Criterion, ...] = option(
         names.CRITERIA,
-        "how the layers to prune are found: sharpness near zero (Algorithm 1), instability (default: both)",
+        "how the layers to prune are found: sharpness (flat layers, Algorithm 1), instability (stragglers; "
+        "default: both)",
         choices=names.CRITERIA,
         many="once",
         whole=different,

@@ -57,7 +57,7 @@ def layer_sharpness(
     """Draw the sharpness of each layer (down) at each alpha (across), as in Figure 4; one column per model.
 
     Colours are linear near zero and logarithmic beyond, the same for all models of a row; a dot marks values
-    whose 95 % interval includes zero. To the right of a map, circles mark near-zero layers
+    whose 95 % interval includes zero. To the right of a map, circles mark flat layers
     (:func:`rft_fast.studies.near_zero`) and triangles mark stragglers on any data set, given rows of the
     layer-wise interpolation. Given rows of the interpolation, dashed lines mark the best alpha of the whole
     path on each out-of-distribution data set. Of more than four models, the two with the highest and the two
@@ -69,7 +69,7 @@ def layer_sharpness(
         rows: rows of :func:`rft_fast.studies.layerwise_sharpness` and of the studies named above; or their
             facts.
         file: output file; its extension selects the format.
-        zero_margin: margin of the near-zero layers in nats; None: that of the facts, or the default.
+        zero_margin: margin of the flat layers in nats; None: that of the facts, or the default.
         straggler_margin: margin of the stragglers in nats; None: that of the facts, or the default.
 
     Returns:
@@ -119,7 +119,7 @@ def layer_sharpness(
         stated(rows),
         choice,
         modes_explained(gains),
-        "Dots: the 95 % interval over draws, with Student's t, includes zero. Near zero: that interval lies",
+        "Dots: the 95 % interval over draws, with Student's t, includes zero. Flat layer: that interval lies",
         f"within {edge:g} nats of zero at every $\\alpha$ > 0.",
         "Stragglers: of the layer-wise interpolation, on any data set." if unstable else "",
         r"$\alpha$*: the best position of the whole path; 0 where none beats zero-shot." if stars else "",
@@ -127,7 +127,7 @@ def layer_sharpness(
         unknown_errors(rows),
         SATURATED_EXPLAINED if rows["saturated"].any() else "",
     )
-    marks = [key("interval includes zero", _UNCERTAIN), key("layer near zero", _NEAR_ZERO)]
+    marks = [key("interval includes zero", _UNCERTAIN), key("flat layer", _NEAR_ZERO)]
     marks += [key("saturated", SATURATED)] if rows["saturated"].any() else []
     marks += [key("straggler", heat.STRAGGLER)] if unstable else []
     marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]

@@ -1,4 +1,4 @@
-"""Figure 5: the effect of pruning the stragglers on the path."""
+"""Figure 5: the effect of pruning flat layers or stragglers on the path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
-from ..studies.pruning import NAMED, STUDY
+from ..studies.pruning import STUDY, kind
 from .captions import heading, modes_explained, not_finite, several
 from .style import (
     Style,
@@ -34,7 +34,7 @@ from .style import (
 _VARIANT = ["criterion", "method", "keep"]
 _KEYS = [*_VARIANT, "control"]
 _UNPRUNED: Style = {"color": "black", "ls": "-", "lw": 1.2}
-_STRAGGLERS: Style = {"ls": "-", "marker": "o", "ms": 3, "lw": 1.2}
+_PRUNED: Style = {"ls": "-", "marker": "o", "ms": 3, "lw": 1.2}
 _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 
 
@@ -42,10 +42,10 @@ _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     """Draw accuracy over alpha, unpruned and pruned (Figure 5); one column per model, one row per data set.
 
-    One colour and marker per way of pruning: solid and filled for the stragglers, dotted and open for the
-    control, as many other layers at random. Curves are means over mask seeds; bands extend from the lowest
-    to the highest seed. The band of the unpruned path is the pointwise 95 % interval of the difference to
-    zero-shot, paired over images. Below each panel is the mean change of accuracy over alpha > 0, with its
+    One colour and marker per way of pruning: solid and filled for the layers of a criterion, dotted and open
+    for the control, as many other layers at random. Curves are means over mask seeds; bands extend from the
+    lowest to the highest seed. The band of the unpruned path is the pointwise 95 % interval of the difference
+    to zero-shot, paired over images. Below each panel is the mean change of accuracy over alpha > 0, with its
     standard error over seeds. Accuracies that are not finite leave gaps and are counted.
 
     Args:
@@ -86,17 +86,17 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
         figure,
         f"Weights kept: {several(pruned['keep'].unique())}; mask seeds {several(pruned['seed'].unique())}."
         if len(pruned)
-        else "No layer was a straggler: nothing was pruned.",
+        else "There were no layers to prune.",
         "Curves: means over mask seeds; bands: lowest to highest seed, and for the unpruned path the",
         "pointwise 95 % interval of the difference to zero-shot, paired over images. Below: mean change of",
         r"accuracy over $\alpha$ > 0, in points, $\pm$ its standard error over seeds.",
         modes_explained(gains),
         not_finite(rows["accuracy"], "accuracies"),
     )
-    named = (effects["criterion"] == NAMED).all() and len(effects) > 0
+    kinds = " or ".join(dict.fromkeys(map(kind, effects["criterion"]))) or "layers"
     marks = [key("unpruned", _UNPRUNED)]
-    marks.append(key("named layers pruned" if named else "stragglers pruned", _STRAGGLERS))
-    marks.append(key("control: as many other layers, at random", _STRAGGLERS | _CONTROL))
+    marks.append(key(f"{kinds} pruned", _PRUNED))
+    marks.append(key("control: as many other layers, at random", _PRUNED | _CONTROL))
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
     height = 0.6 + (2.5 + 0.16 * entries) * len(datasets) + extra(titles)
     return finish(figure, file, height, marks, note)
@@ -135,8 +135,7 @@ def _panel(
 def _label(effect: Mapping[str, Any], varying: Sequence[str]) -> str:
     """Number of pruned layers, the settings that vary, and the mean change of accuracy."""
     count = len(effect["layers"])
-    what = "named" if effect["criterion"] == NAMED else "stragglers"
-    who = f"{count} at random" if effect["control"] else f"{count} {what}"
+    who = f"{count} at random" if effect["control"] else f"{count} {kind(effect['criterion'])}"
     how = f" ({', '.join(several([effect[name]]) for name in varying)})" if varying else ""
     error = "(one seed)" if pd.isna(effect["change_se"]) else f"$\\pm$ {100 * effect['change_se']:.2f}"
     return f"{who}{how}: {100 * effect['change']:+.2f} {error}"

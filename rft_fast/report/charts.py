@@ -11,6 +11,7 @@ from ..figures.captions import measures
 from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.pruning import kind
 from ..studies.verdicts import Association, association, mode
 from .drawing import (
     ALL,
@@ -261,7 +262,7 @@ def prune(facts: Facts) -> Picture:
             n = variants[criterion, method]
             seeds = 100 * rows.pivot_table(index="alpha", columns="seed", values="accuracy", dropna=False)
             low, high, mean = seeds.min(axis=1), seeds.max(axis=1), seeds.mean(axis=1)
-            who = "as many others, at random" if control else f"stragglers by {criterion}"
+            who = "as many others, at random" if control else kind(criterion)
             where = seeds.index.tolist()
             hover = [
                 f"<b>{safe(who)}</b> ({safe(method)}), α = {a:g}<br>accuracy {m:.1f} %, mean of "
@@ -276,15 +277,17 @@ def prune(facts: Facts) -> Picture:
     chart = Chart(
         "pruned",
         "Accuracy along the path",
-        "Accuracy over alpha: unpruned, stragglers pruned, and as many other layers pruned",
+        "Accuracy over alpha: unpruned, flat layers or stragglers pruned, and as many other layers pruned",
         traces,
         layout(ALPHA, "accuracy (%)", 420),
         wide=True,
     )
     keys = [Key("unpruned", "@ink", "circle")]
     for (criterion, method), n in variants.items():
-        keys.append(Key(f"stragglers by {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9]))
-        keys.append(Key(f"its control, {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot"))
+        keys.append(Key(f"{kind(criterion)} ({method})", f"@c{n}", SYMBOLS[n % 9]))
+        keys.append(
+            Key(f"control of {kind(criterion)} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot")
+        )
     # Models of which something was pruned come first.
     models = [*facts.pruning["model"], *part["model"]]
     return Picture(

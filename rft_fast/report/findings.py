@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..common.words import some
 from ..studies.facts import Facts
-from ..studies.pruning import NAMED
+from ..studies.pruning import kind
 from ..studies.verdicts import Association, Mode, association, half_width, mode, shape, sign
 from .phrases import by_shape, limits, p_value
 from .shown import Finding, Shown
@@ -120,10 +120,8 @@ def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
         gained = "cannot be judged from one mask"  # pruned by magnitude, or with one seed
         if pruned["seeds"] > 1:
             gained = verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
-        what, how = ("the named layers", f"({method})")
-        if criterion != NAMED:
-            what, how = "the stragglers", f"by {criterion} ({method})"
-        text = f"Pruning {what} of {model} {how} {gained} on {dataset}: {100 * pruned['change']:+.1f} points"
+        text = f"Pruning the {kind(criterion)} of {model} ({method}) {gained} on {dataset}: "
+        text += f"{100 * pruned['change']:+.1f} points"
         if control := facts.get(True):
             more = pruned["change"] - control["change"]
             error = float(np.hypot(pruned["change_se"], control["change_se"]))

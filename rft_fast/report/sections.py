@@ -13,7 +13,7 @@ from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import association, mode, straggling
 from . import charts, layer_charts, tables
-from .phrases import SATURATED, images, limits, span
+from .phrases import SATURATED, images, limits, pruned_layers, span
 from .shown import Section, Shown
 from .summary import sections as printed
 from .tables import Table
@@ -125,7 +125,7 @@ def layer_sharpness(facts: Facts) -> Section:
         "layer-sharpness",
         "Figure 4 · Sec. 3.1",
         "Sharpness of each layer",
-        f"The same for one layer at a time; {_drawn(part)}. A layer is near zero when its 95 % interval lies "
+        f"The same for one layer at a time; {_drawn(part)}. A layer is flat when its 95 % interval lies "
         f"within {facts.of(Sharpness).zero_margin:g} nats at every α above 0. A wide interval is no evidence "
         "of that.",
         layer_charts.sharpness(facts),
@@ -146,8 +146,8 @@ def prune(facts: Facts) -> Section:
     return Section(
         "prune",
         "Figure 5 · Algorithm 1",
-        "Pruning the stragglers",
-        f"{100 * own.keep:g} % of the straggler layers' weights kept, "
+        "Pruning flat layers and stragglers",
+        f"{100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
         f"{own.mask_seeds} masks; {_images(part)}. Bands reach from the lowest to the highest "
         "mask; that of the unpruned path is the pointwise 95 % interval of its difference to zero-shot. The "
         "control prunes as many other layers, at random.",

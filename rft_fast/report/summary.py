@@ -16,7 +16,7 @@ from ..studies.gains import MAX_T
 from ..studies.interpolate import Z95
 from ..studies.verdicts import association, shape
 from .findings import findings
-from .phrases import MEASURES, by_shape, images, limits, p_value, span
+from .phrases import MEASURES, by_shape, images, limits, p_value, pruned_layers, span
 from .shown import Shown
 
 LEGEND = (
@@ -191,7 +191,7 @@ def layer_sharpness(facts: Facts) -> list[str]:
         where = "fine-tuned weights" if (group["on"] == "finetuned").all() else "interpolated weights"
         lines += paragraphs(
             facts,
-            f"layer-sharpness: one layer of the {where} perturbed, {_how(facts, group, rho)}. Near zero: the "
+            f"layer-sharpness: one layer of the {where} perturbed, {_how(facts, group, rho)}. Flat: the "
             f"95 % interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
         )
         for model, own in group.groupby("model", sort=False):
@@ -200,7 +200,7 @@ def layer_sharpness(facts: Facts) -> list[str]:
             top = own[own["alpha"] == own["alpha"].max()].nlargest(3, "sharpness")
             sharpest = ", ".join(f"{row['layer']} {_value(row)}" for row in top.to_dict("records"))
             lines += [
-                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers near zero; "
+                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers are flat; "
                 f"sharpest at alpha = {own['alpha'].max():g}:",
                 f"    {sharpest}",
             ]
@@ -236,10 +236,9 @@ def _value(row: Any) -> str:
 def prune(facts: Facts) -> list[str]:
     """Format the effects of pruning (Figure 5), in lines."""
     part, own = facts.part("prune"), facts.of(Prune)
-    which = "straggler" if own.layers is None else "named"
     lines = paragraphs(
         facts,
-        f"prune: {100 * own.keep:g} % of the {which} layers' weights kept, "
+        f"prune: {100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
         f"{own.mask_seeds} masks, {images(part)}. Change in accuracy against the unpruned path, "
         "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
         "other layers at random.",

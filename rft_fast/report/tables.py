@@ -13,6 +13,7 @@ import pandas as pd
 from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.pruning import kind
 from ..studies.verdicts import (
     Association,
     Mode,
@@ -195,7 +196,7 @@ def sharpness(facts: Facts, study: str) -> Table:
                 Cell(row["model"]),
                 number(row["alpha"], "g"),
                 interval(value, value - half, value + half, "+.3g"),
-                Cell("layer near zero", 0, "good") if row["near_zero"] else _SHARPNESS[row["verdict"]],
+                Cell("flat layer", 0, "good") if row["near_zero"] else _SHARPNESS[row["verdict"]],
                 number(row["draws"], ",.0f"),
                 number(row["rho"], "g"),
                 Cell(row["dataset"]),
@@ -273,7 +274,7 @@ def prune(facts: Facts) -> Table:
         rows.append(
             [
                 Cell(fact["model"]),
-                Cell("others, at random" if fact["control"] else "stragglers"),
+                Cell("others, at random" if fact["control"] else kind(fact["criterion"])),
                 Cell(f"{fact['criterion']}, {fact['method']}"),
                 interval(change, change - half, change + half, "+.2f", 100),
                 words[sign(change - half, change + half)],

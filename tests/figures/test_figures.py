@@ -532,7 +532,7 @@ def test_pruned_paths_are_means_over_seeds_beside_the_control(tmp_path: Path) ->
     found = {curve.get_label(): i for i, curve in enumerate(curves, 1)}
     # Standard errors of 2, 3, 7 and of 10, 20, 30: sqrt(7 / 3) and sqrt(100 / 3).
     expected = {
-        r"2 stragglers: +4.00 $\pm$ 1.53": ([50, 64, 44], (42, 47)),
+        r"2 flat layers: +4.00 $\pm$ 1.53": ([50, 64, 44], (42, 47)),
         r"2 at random: -20.00 $\pm$ 5.77": ([50, 40, 20], (10, 30)),
     }
     assert set(found) == set(expected)
@@ -542,7 +542,7 @@ def test_pruned_paths_are_means_over_seeds_beside_the_control(tmp_path: Path) ->
     assert len({curve.get_linestyle() for curve in curves}) == 2
     assert [text.get_text() for text in panel.get_legend().get_texts()] == list(found)
     labels = [line.get_label() for line in panels["m", "near"].lines]
-    assert "2 stragglers: +1.00 (one seed)" in labels
+    assert "2 flat layers: +1.00 (one seed)" in labels
     assert len(panels["n", "far"].lines) == 1 and panels["n", "far"].get_legend() is None
     assert {panel.get_title() for panel in drawn.axes[:2]} == {"m\ngain +10.0", "n\ngain +0.0"}
     said(note(drawn), "0.5", "0 or 1 or 2", "2 of 39 accuracies")

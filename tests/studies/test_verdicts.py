@@ -67,4 +67,4 @@ def test_a_layer_is_near_zero_by_one_estimator_and_not_by_another() -> None:
         for estimator, sharpness in (("plain", 0.001), ("gradient", 1.0))
     )  # fmt: skip
     shown = [row[4].text for row in tables.sharpness(Facts(rows), "layer-sharpness").rows]
-    assert shown == ["layer near zero", "above 0"]
+    assert shown == ["flat layer", "above 0"]
