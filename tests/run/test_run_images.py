@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from support import tiny_zoo
 from support.tiny_images import check_images, images_of
@@ -35,6 +36,7 @@ def test_a_plan_says_their_size(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     assert sweep.main([*command, "--quiet", "--out", str(out)]) == 0
     check_images(out)
+    assert list(pd.read_csv(out / "cost.csv")) == results.describe("cost")["name"].tolist()
     with closing(sqlite3.connect(out / "rows.sqlite")) as base:
         query = "SELECT sum(length(hits) + length(losses) + length(predictions)) FROM images"
         assert base.execute(query).fetchone() == (int(said.replace(",", "")),)
