@@ -57,10 +57,13 @@ def stated(rows: pd.DataFrame) -> str:
 
 
 def setting(rows: pd.DataFrame) -> str:
-    """The settings that identify a measurement of sharpness, in two lines."""
+    """The settings that identify a measurement of sharpness, in two lines.
+
+    Without formulas, whose text has no characters of other fonts.
+    """
     first = rows.iloc[0]
     where = fold(first["dataset"], 2, "title")
-    return f"$\\rho$ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
+    return f"ρ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
 
 
 def several(values: Iterable[Any]) -> str:

@@ -17,12 +17,14 @@ from ..studies.gains import BONFERRONI, MAX_T
 from ..studies.interpolate import STUDY, Z95
 from ..studies.verdicts import Mode, mode, shape
 from .captions import not_finite
+from .looks import current
 from .style import (
     BEATS,
     FAILS,
     UNDECIDED,
     ZERO_SHOT,
     Style,
+    arrange,
     canvas,
     colours,
     curve,
@@ -31,7 +33,9 @@ from .style import (
     finish,
     headings,
     key,
+    level,
     plain,
+    side_by_side,
     swatches,
 )
 
@@ -96,18 +100,28 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
     palette = dict(zip(models, colours(len(models)), strict=True))
 
     figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
-    panels = figure.subplots(2, len(datasets), sharex=True, squeeze=False)
-    titles = headings(datasets, figure, 0.7, "title")
-    for (top, bottom), dataset, title in zip(panels.T, datasets, titles, strict=True):
+    narrow = current().width == "one"  # accuracy and loss side by side
+    per = 1 if narrow else side_by_side(figure, len(datasets), 0.7, 1.45)
+    if narrow:
+        pairs = arrange(figure, 2, 2, len(datasets), sharex=True)
+        panels = [(top, bottom) for ((top,), (bottom,)) in pairs]
+    else:
+        (panels,) = arrange(figure, len(datasets), per, heights=(1, 1), sharex=True)
+    titles = headings(datasets, figure, 0.7, "title", per)
+    for (top, bottom), dataset, title in zip(panels, datasets, titles, strict=True):
         curves = rows[rows["dataset"] == dataset]
         here = summary[summary["dataset"] == dataset]
         where = "" if here["ood"].iloc[0] else "in distribution, "
-        top.set_title(f"{title}\n({where}{here['samples'].iloc[0]:,} images)")
+        images = f"({where}{here['samples'].iloc[0]:,} images)"
+        top.set_title(f"{title}\n{images}", loc="left" if narrow else "center")
         bottom.set_xlabel(r"$\alpha$")
         _draw(top, curves, here, facts.bounds, palette, _ACCURACY)
         _draw(bottom, curves, here, facts.bounds, palette, _LOSS)
-    panels[0, 0].set_ylabel("accuracy (%)")
-    panels[1, 0].set_ylabel("loss")
+    lines = [panels[start : start + per] for start in range(0, len(panels), per)]
+    for line in lines:
+        for row, label in zip(zip(*line, strict=True), ("accuracy (%)", "loss"), strict=True):
+            row[0].set_ylabel(label)
+            level(row)
     marks = [
         key("zero-shot", ZERO_SHOT),
         key("beats zero-shot", BEATS),
@@ -116,7 +130,9 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
         key(r"best $\alpha$", _STAR),
         key("highest loss", _TRIANGLE),
     ]
-    return finish(figure, file, 4.6 + extra(titles), marks, _note(rows, summary), swatches(palette))
+    height = {"auto": 4.6, "two": 3.7, "one": 1.65}[current().width]
+    height = (height + extra(titles)) * len(lines)
+    return finish(figure, file, height, marks, _note(rows, summary), swatches(palette))
 
 
 def _draw(
@@ -129,8 +145,8 @@ def _draw(
 ) -> None:
     """Draw one quantity of every model on one data set, and annotate its largest change."""
     plain(panel)
-    for level in rows.loc[rows["alpha"] == 0, what.value].unique():
-        panel.axhline(what.scale * level, zorder=1, **ZERO_SHOT)
+    for start in rows.loc[rows["alpha"] == 0, what.value].unique():
+        panel.axhline(what.scale * start, zorder=1, **ZERO_SHOT)
     largest, text = 0.0, f"no {what.name}"
     for fact in facts.to_dict("records"):
         own = rows[rows["model"] == fact["model"]]
@@ -156,7 +172,10 @@ def _draw(
     if largest:
         panel.plot([where, where], span, color="black", lw=0.9, marker="_", ms=6, zorder=4)
     low, high = panel.get_ylim()
-    panel.set_ylim(low, high + 0.13 * (high - low))  # room for the text
+    room = 0.13
+    if current().width != "auto":
+        text, room = text.replace(" at ", "\nat "), 0.3
+    panel.set_ylim(low, high + room * (high - low))  # room for the text
     panel.text(0.02, 0.985, text, transform=panel.transAxes, va="top", fontsize="small")
 
 
@@ -165,6 +184,7 @@ def _note(rows: pd.DataFrame, facts: pd.DataFrame) -> str:
     methods = {MAX_T: "max-T", BONFERRONI: "Bonferroni: no results of single images"}
     by = ", or ".join(methods[name] for name in methods if name in set(facts["gain_method"]))
     note = (
+        "Accuracy and loss along the path from zero-shot ($\\alpha$ = 0) to fine-tuned ($\\alpha$ = 1); "
         f"{' or '.join(map(str, counts))} positions $\\alpha$ per curve. Bands: difference "
         "to zero-shot, paired over images; of accuracy by 95 % bounds for all positions at once, each side "
         f"({by}), of the loss by pointwise 95 % intervals.\n"

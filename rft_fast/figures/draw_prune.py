@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -15,8 +16,10 @@ from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.pruning import STUDY, kind
 from .captions import heading, modes_explained, not_finite, several
+from .looks import current
 from .style import (
     Style,
+    arrange,
     canvas,
     curve,
     curve_styles,
@@ -26,8 +29,10 @@ from .style import (
     fold,
     headings,
     key,
+    level,
     plain,
     points,
+    side_by_side,
     wrap,
 )
 
@@ -69,21 +74,26 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     varying = [name for name in _VARIANT if effects[name].nunique() > 1]
 
     figure = canvas(max(7.0, 0.7 + 3.1 * len(models)), 5)
-    panels = figure.subplots(len(datasets), len(models), squeeze=False)
-    for line, dataset in zip(panels, datasets, strict=True):
-        for panel, model in zip(line, models, strict=True):
+    per = side_by_side(figure, len(models), 0.7, 2.1)
+    titles = headings(models, figure, 1.5, "title", per)
+    groups = [[panel for (panel,) in group] for group in arrange(figure, len(models), per, len(datasets))]
+    for group, dataset in zip(groups, datasets, strict=True):
+        for panel, model, name in zip(group, models, titles, strict=True):
             here = (rows["model"] == model) & (rows["dataset"] == dataset)
             found = (effects["model"] == model) & (effects["dataset"] == dataset)
             _panel(panel, rows[here], effects[found], styles, varying)
+            if per < len(models) or group is groups[0]:
+                panel.set_title(heading(name, model, gains))
         images = several(rows.loc[rows["dataset"] == dataset, "samples"].unique())
-        line[0].set_ylabel(f"{fold(dataset, 2, 'title')}\n{images} images\naccuracy (%)")
-    titles = headings(models, figure, 1.5, "title")
-    for panel, model, name in zip(panels[0], models, titles, strict=True):
-        panel.set_title(heading(name, model, gains))
+        for start in range(0, len(group), per):
+            row = group[start : start + per]
+            row[0].set_ylabel(f"{fold(dataset, 2, 'title')}\n{images} images\naccuracy (%)")
+            level(row)
 
     pruned = rows[rows["method"].notna()]
     note = wrap(
         figure,
+        "Accuracy along the path, unpruned and with layers pruned.",
         f"Weights kept: {several(pruned['keep'].unique())}; mask seeds {several(pruned['seed'].unique())}."
         if len(pruned)
         else "There were no layers to prune.",
@@ -98,7 +108,9 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     marks.append(key(f"{kinds} pruned", _PRUNED))
     marks.append(key("control: as many other layers, at random", _PRUNED | _CONTROL))
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
-    height = 0.6 + (2.5 + 0.16 * entries) * len(datasets) + extra(titles)
+    lines = math.ceil(len(models) / per) * len(datasets)
+    panel = 2.0 if current().width == "one" else 2.5
+    height = 0.6 + (panel + 0.16 * entries) * lines + extra(titles) * (1 if per == len(models) else lines)
     return finish(figure, file, height, marks, note)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pandas as pd
@@ -19,10 +19,26 @@ from .summary import sections as printed
 from .tables import Table
 
 
-def studied(facts: Facts, studies: Iterable[Shown]) -> list[Section]:
-    """Create a section for each study with results, including its summary as the sweep prints it."""
-    shown = [study for study in studies if study.done(facts)]
-    return [replace(study.section(facts), printed=printed(facts, [study]).strip("\n")) for study in shown]
+def studied(facts: Facts, studies: Iterable[Shown], captions: Mapping[str, str]) -> list[Section]:
+    """Create a section for each study with results.
+
+    Args:
+        facts: facts of the run.
+        studies: the studies, in order.
+        captions: study -> caption of its figure.
+
+    Returns:
+        The sections, with captions and summaries as the sweep prints them.
+    """
+    return [
+        replace(
+            study.section(facts),
+            printed=printed(facts, [study]).strip("\n"),
+            caption=captions.get(study.name, ""),
+        )
+        for study in studies
+        if study.done(facts)
+    ]
 
 
 def path(facts: Facts) -> Section:

@@ -399,7 +399,7 @@ def test_general_sharpness_along_the_path(sharpness_figure: Figure) -> None:
     panels = sharpness_figure.axes
     # A row of panels for each of rho = .5, rho = 2, and rho = 2 with noise anew per batch.
     titles = [panel.get_title() for panel in panels[::2]]
-    assert [title.split(" on ")[0] for title in titles] == [rf"$\rho$ = {rho}" for rho in ("0.5", 2, 2)]
+    assert [title.split(" on ")[0] for title in titles] == [f"ρ = {rho}" for rho in ("0.5", 2, 2)]
     drawn = {bars.get_label(): bars for bars in panels[0].containers}
     for model, values, linestyle in (("up", [1, 2, 4], "-"), ("down", [1, 3], "--")):
         line, _, (bars,) = drawn[model].lines
