@@ -201,7 +201,7 @@ class Sharpness:
         restarts: starts of each search for the worst case, see :class:`rft_fast.studies.Protocol`.
         goal_se: standard error to reach, in nats; None: a fixed number of draws.
         max_draws: largest number of draws for ``goal_se``, with those of the pilot.
-        zero_margin: layer-wise sharpness that counts as near zero, in nats.
+        zero_margin: layer-wise sharpness below which a layer is flat, in nats.
     """
 
     GROUP: ClassVar = Group(
@@ -286,7 +286,7 @@ class Sharpness:
     max_draws: int = option(1000, "draws for it, at most (default: 1000)", metavar="N", check=positive)
     zero_margin: float = option(
         names.ZERO_MARGIN,
-        "layer-wise sharpness within which a layer is near zero (default: %(default)s)",
+        "layer-wise sharpness within which a layer is flat (default: %(default)s)",
         metavar="NATS",
         check=above_zero,
     )
@@ -334,7 +334,8 @@ class Prune:
 
     criteria: tuple[Criterion, ...] = option(
         names.CRITERIA,
-        "how the layers to prune are found: sharpness near zero (Algorithm 1), instability (default: both)",
+        "how the layers to prune are found: sharpness (flat layers, Algorithm 1), instability (stragglers; "
+        "default: both)",
         choices=names.CRITERIA,
         many="once",
         whole=different,

@@ -24,6 +24,7 @@ class Claim(Study):
     name = "claim"
     help = "over three models or more: do models that fail have more flat layers?"
     measures = False
+    pooled = True
 
     def needs(self, tree: Tree) -> tuple[str, ...]:
         return ("interpolation", "layer-sharpness")

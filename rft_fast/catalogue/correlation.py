@@ -24,6 +24,7 @@ class Correlation(Study):
     name = "correlation"
     help = "over three models or more: does sharpness tell accuracy out of distribution?"
     measures = False
+    pooled = True
 
     def needs(self, tree: Tree) -> tuple[str, ...]:
         return ("interpolation", "layers", "sharpness", "layer-sharpness")

@@ -25,7 +25,7 @@ class Prune(Study):
     """Random pruning of the layers that a criterion picks (Algorithm 1)."""
 
     name = "prune"
-    help = "the path with straggler layers pruned at random, and a control (Figure 5)"
+    help = "the path with flat layers or stragglers pruned at random, and a control (Figure 5)"
     phase = 2
     images = "images of layers and prune"
     most = 2
@@ -51,7 +51,7 @@ class Prune(Study):
 
     def assumptions(self, request: Request) -> Iterator[str]:
         if not request.of(settings.Prune).layers:
-            yield "Pruning: as if each criterion found stragglers in each model; without, it costs less."
+            yield "Pruning: as if each criterion found a layer in each model; without, it costs less."
 
     def measure(self, task: Task) -> None:
         from .. import studies

@@ -129,7 +129,7 @@ class LayerSharpness(Sharpness):
     def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
         from .. import figures
 
-        figures.layer_sharpness(facts, file)
+        figures.layer_sharpness(facts, file, models=models)
 
     def say(self, facts: Facts) -> list[str]:
         from ..report import summary

@@ -118,6 +118,8 @@ class Study(ABC):
     """Layers that are the same at both ends are not measured."""
     reaches_ends: bool = False
     """Each of its curves has alpha = 0 and alpha = 1."""
+    pooled: bool = False
+    """Its figure is about all models together: a choice of models does not apply to it."""
     rows_vary: bool = False
     """Models have different numbers of rows."""
     keeps_images: bool = False

@@ -88,6 +88,20 @@ def open_plain(file: pathlib.Path, flags: int) -> int:
     return handle
 
 
+def read_plain(file: pathlib.Path, most: int) -> bytes:
+    """Read a regular file, without following links or waiting for FIFOs.
+
+    Args:
+        file: path of the file.
+        most: bytes to read, at most.
+
+    Raises:
+        OSError: as :func:`open_plain`.
+    """
+    with os.fdopen(open_plain(file, os.O_RDONLY), "rb") as stream:
+        return stream.read(most)
+
+
 @contextmanager
 def replacing(file: pathlib.Path, empty: bool = False) -> Iterator[pathlib.Path]:
     """Yield a temporary path; on exit, fsync it and rename it over ``file`` atomically.

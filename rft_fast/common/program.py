@@ -26,6 +26,7 @@ COMMANDS = {
     "checkpoints": "describe a checkpoint, or check whether two are the ends of one path",
     "datasets": "describe a data set and its problems",
     "results": "list the measurements of a run, and export them",
+    "figures": "draw the figures of a run again: other formats, widths, styles",
     "report": "write a run, or a comparison of two, as one HTML page",
     "cache": "list or remove cached images",
     "env": "print versions and the kernels that work here",

@@ -19,7 +19,7 @@ from . import zoo
 from .builder import COMMAND, ZOO
 from .conflicts import named, settle
 from .options import parser, split
-from .settings import Computed, Head, Models, Running, builder
+from .settings import Computed, Figures, Head, Models, Running, builder
 
 if TYPE_CHECKING:  # what can be refused without them is refused before they are imported
     import torch
@@ -126,6 +126,10 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
         from ..run import trackers
 
         trackers.check(running.track)
+    if (file := tree.of(Figures).style) is not None:
+        from ..figures import stylefile
+
+        stylefile.read(file)
     device = _device(tree)
     its_zoo, fetch = _sources(its_zoo, running, zoos)
     _check_models(its_zoo, tree)

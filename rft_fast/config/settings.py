@@ -11,7 +11,17 @@ from typing import Any, ClassVar
 from .. import catalogue, names
 from ..common.fields import Group, named_path, option
 from ..common.numeric import above_zero, as_float, positive
-from ..names import Format, HeadChoice, Impl, Precision, Towers, TrackerName
+from ..names import (
+    Captions,
+    FigureFormat,
+    FigureWidth,
+    Format,
+    HeadChoice,
+    Impl,
+    Precision,
+    Towers,
+    TrackerName,
+)
 from ..settings import Along, Layers, Prune, Sharpness, different, once
 from .builder import Builder
 
@@ -293,7 +303,58 @@ class Running:
     )
 
 
+def _formats(text: str) -> list[FigureFormat]:
+    found = [name for name in names.FIGURE_FORMATS for word in text.split(",") if word == name]
+    if len(found) < text.count(",") + 1:
+        raise ValueError(f"expected some of {', '.join(names.FIGURE_FORMATS)}, got {text!r}")
+    return sorted(found, key=text.index)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How figures are presented, which changes no number.
+
+    Attributes:
+        formats: file formats, each of which every figure is written in.
+        width: ``"auto"``: as wide as the panels need; or columns of a paper, ``"one"`` or ``"two"``.
+        captions: ``"file"``: text file beside each figure; ``"in"``: above its panels; ``"none"``.
+        style: style file of matplotlib; None: ours.
+    """
+
+    GROUP: ClassVar = Group(
+        "figures (docs/figures.md)", place=("run", "figures"), own=_yours("how figures are presented")
+    )
+
+    formats: tuple[FigureFormat, ...] = option(
+        ("png",),
+        "png (default), pdf, svg, or several of them",
+        name="figure-format",
+        metavar="FORMAT",
+        check=_formats,
+        many="once",
+        whole=different,
+    )
+    width: FigureWidth = option(
+        "auto",
+        "width of one (3.4 inches) or two columns (7 inches) of a paper; auto (default): as the panels need",
+        name="figure-width",
+        choices=names.FIGURE_WIDTHS,
+    )
+    captions: Captions = option(
+        "file",
+        "captions in text files beside the figures (file, the default), in the figures, or none",
+        choices=names.CAPTIONS,
+    )
+    style: pathlib.Path | None = option(
+        None,
+        "style file of matplotlib: fonts, sizes, colours, lines; nothing in it is executed",
+        metavar="FILE",
+        check=pathlib.Path,
+        paths=True,
+    )
+
+
 def builder() -> Builder:
     """The options of ``python -m rft_fast.sweep``, those of single studies of the catalogue among them."""
     own = different([study.options for study in catalogue.studies() if study.options is not None])
-    return Builder((Models, Head, Along, Layers, Sharpness, Prune, *own, Computed, Running))
+    return Builder((Models, Head, Along, Layers, Sharpness, Prune, *own, Computed, Running, Figures))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pandas as pd
@@ -13,6 +14,7 @@ from .style import (
     BEATS,
     FAILS,
     Style,
+    arrange,
     canvas,
     colours,
     drawing,
@@ -21,11 +23,12 @@ from .style import (
     headings,
     key,
     plain,
+    side_by_side,
     swatches,
     wrap,
 )
 
-_UNDECIDED: Style = {"ls": ":", "lw": 1.2, "marker": "D", "ms": 3}
+_UNDECIDED: Style = {"ls": ":", "marker": "D"}
 
 
 @drawing
@@ -56,12 +59,15 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     parts = [part for _, part in here.groupby(["measured_on", *SETTING[1:]], sort=False, dropna=False)]
 
     figure = canvas(max(7.0, 1 + 3.6 * len(sets)), 5)
-    panels = figure.subplots(len(parts), 2 * len(sets), squeeze=False, sharey="row")
-    titles = headings(sets, figure, 1.0, "small")
-    for line, part in zip(panels, parts, strict=True):
+    per = max(2, side_by_side(figure, 2 * len(sets), 0.8, 1.3) // 2 * 2)
+    groups = arrange(figure, 2 * len(sets), per, len(parts), sharey="row")
+    titles = headings(sets, figure, 1.0, "small", per // 2)
+    for group, part in zip(groups, parts, strict=True):
+        panels = [panel for (panel,) in group]
         how = setting(part.rename(columns={"measured_on": "dataset", "dataset": "set"}))
-        line[0].set_ylabel(f"flat layers of {part['layers'].iloc[0]}\n{how}")
-        for left, right, dataset in zip(line[::2], line[1::2], sets, strict=True):
+        for first in panels[::per]:
+            first.set_ylabel(f"flat layers of {part['layers'].iloc[0]}\n{how}")
+        for left, right, dataset, title in zip(panels[::2], panels[1::2], sets, titles, strict=True):
             for (model, mode), own in part[part["dataset"] == dataset].groupby(
                 ["model", "mode"], sort=False, dropna=False
             ):
@@ -75,18 +81,20 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
             left.set_xscale("log")
             left.set_xticks(margins, [f"{margin:g}" for margin in margins], minor=False)
             left.minorticks_off()
-    for left, title in zip(panels[0, ::2], titles, strict=True):
-        left.set_title(title, loc="left")
-    for left, right in zip(panels[-1, ::2], panels[-1, 1::2], strict=True):
-        left.set_xlabel("margin (nats, log scale)")
-        right.set_xlabel("gain (points)")
+            if group is groups[0] or per < len(panels):
+                left.set_title(title, loc="left")
+            if group is groups[-1] or per < len(panels):
+                left.set_xlabel("margin\n(nats, log scale)")
+                right.set_xlabel("gain (points)")
 
     note = wrap(
         figure,
+        "Flat layers of models that fail and of models that gain.",
         "Layers of the fine-tuned model, at $\\alpha$ = 1, whose sharpness, with its 95 % interval, lies",
         f"within the margin of zero. Over the gain: at {middle:g} nats.",
     )
     marks = [key("gains", BEATS), key("fails", FAILS)]
     if not here["mode"].isin(["failure", "gain", "high gain"]).all():
         marks.append(key("undecided", _UNDECIDED))
-    return finish(figure, file, 0.3 + (2.4 + extra(titles)) * len(parts), marks, note, swatches(palette))
+    lines = math.ceil(2 * len(sets) / per) * len(parts)
+    return finish(figure, file, 0.4 + (2.4 + extra(titles)) * lines, marks, note, swatches(palette))

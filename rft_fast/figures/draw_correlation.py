@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from itertools import cycle
@@ -19,6 +20,7 @@ from .looks import MUTED
 from .style import (
     GREY,
     Style,
+    arrange,
     canvas,
     curve,
     curve_styles,
@@ -27,7 +29,9 @@ from .style import (
     finish,
     headings,
     key,
+    level,
     plain,
+    side_by_side,
     wrap,
 )
 
@@ -76,24 +80,29 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
 
     figure = canvas(max(7.0, 1.8 + 1.7 * len(columns)), 5)
     heights = [1.5, heat.height(len(names))] if styles else [heat.height(len(names))]
-    panels = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
-    titles = headings([dataset for dataset, _ in columns], figure, 1.8, "small")
-    for column, outcome, title in zip(panels.T, columns, titles, strict=True):
+    per = side_by_side(figure, len(columns), 1.2, 0.7)
+    (panels,) = arrange(figure, len(columns), per, heights=heights)
+    titles = headings([dataset for dataset, _ in columns], figure, 1.2, "small", per)
+    for column, outcome, title in zip(panels, columns, titles, strict=True):
         here = parts.get_group(outcome)
         models = several(here["models"].unique())
         column[0].set_title(f"{outcome[1]} on\n{title}\n{models} models", fontsize="small")
         if here["kendall"].isna().all():
-            column[-1].text(0.1, 0.5, "not defined", transform=column[-1].transAxes, fontsize="small")
+            column[-1].text(0.1, 0.5, "not\ndefined", transform=column[-1].transAxes, fontsize="small")
         for panel in column[:-1]:
             _along(panel, here, styles)
             panel.set_xlim(alphas[0] - 0.05, alphas[-1] + 0.05)
         _forest(column[-1], here[here["alpha"] == alpha].set_index("name").reindex(names))
-    heat.label(panels[-1, 0], names)
-    panels[0, 0].set_ylabel(r"Kendall's $\tau$" if styles else "")
+    for first in panels[::per]:
+        heat.label(first[-1], names)
+        first[0].set_ylabel(r"Kendall's $\tau$" if styles else "")
+    for start in range(0, len(panels) if styles else 0, per):
+        level([column[0] for column in panels[start : start + per]])
 
     general, layers = table["measure"] == "general", table["measure"].isin(["stragglers", "layer"])
     note = wrap(
         figure,
+        "Rank correlation over models of sharpness with accuracy and gain.",
         f"General sharpness: {stated(table[general])}" if general.any() else "",
         f"Layer-wise sharpness: {stated(table[layers])}" if layers.any() else "",
         f"Lower panels: $\\alpha$ = {alpha:g}. Filled: p by permutation of the models, corrected for all "
@@ -106,7 +115,8 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
     marks += [key("saturated: not tested", _SATURATED)] if (table["saturated"] > 0).any() else []
     marks += [key("Spearman", _SPEARMAN)]
     marks += [key(name, style) for name, style in styles.items()]
-    return finish(figure, file, sum(heights) + 1.6 + extra(titles), marks, note)
+    height = (sum(heights) + 1.6 + extra(titles)) * math.ceil(len(columns) / per)
+    return finish(figure, file, height, marks, note)
 
 
 def _along(panel: Axes, rows: pd.DataFrame, styles: Mapping[str, Style]) -> None:
@@ -128,7 +138,7 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
     panel.set_xlim(-1.05, 1.05)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, **_ZERO)
-    panel.set_xlabel("rank correlation")
+    panel.set_xlabel("rank\ncorrelation")
     for name, style, shift in (("kendall", _KENDALL, -0.2), ("spearman", _SPEARMAN, 0.2)):
         places = np.arange(len(rows)) + shift
         ends = rows[f"{name}_low"], rows[f"{name}_high"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -10,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..names import Names
 from ..settings import Sharpness
 from ..studies.facts import Facts, as_facts
 from ..studies.sharpness import LAYER_STUDY
@@ -25,10 +27,12 @@ from .captions import (
     stated,
     unknown_errors,
 )
+from .looks import current
 from .style import (
     SATURATED,
     SATURATED_EXPLAINED,
     Style,
+    arrange,
     canvas,
     drawing,
     extra,
@@ -37,6 +41,7 @@ from .style import (
     key,
     margin,
     points,
+    side_by_side,
     wrap,
 )
 
@@ -53,11 +58,12 @@ def layer_sharpness(
     file: str | os.PathLike[str],
     zero_margin: float | None = None,
     straggler_margin: float | None = None,
+    models: Names | None = None,
 ) -> Figure:
     """Draw the sharpness of each layer (down) at each alpha (across), as in Figure 4; one column per model.
 
     Colours are linear near zero and logarithmic beyond, the same for all models of a row; a dot marks values
-    whose 95 % interval includes zero. To the right of a map, circles mark near-zero layers
+    whose 95 % interval includes zero. To the right of a map, circles mark flat layers
     (:func:`rft_fast.studies.near_zero`) and triangles mark stragglers on any data set, given rows of the
     layer-wise interpolation. Given rows of the interpolation, dashed lines mark the best alpha of the whole
     path on each out-of-distribution data set. Of more than four models, the two with the highest and the two
@@ -69,8 +75,9 @@ def layer_sharpness(
         rows: rows of :func:`rft_fast.studies.layerwise_sharpness` and of the studies named above; or their
             facts.
         file: output file; its extension selects the format.
-        zero_margin: margin of the near-zero layers in nats; None: that of the facts, or the default.
+        zero_margin: margin of the flat layers in nats; None: that of the facts, or the default.
         straggler_margin: margin of the stragglers in nats; None: that of the facts, or the default.
+        models: models to show, if they have rows; None: four, chosen as above.
 
     Returns:
         The figure, which is already saved.
@@ -84,7 +91,8 @@ def layer_sharpness(
     gains, best, unstable = facts.ood_gains, facts.ood_path, facts.unstable
     edge = facts.of(Sharpness).zero_margin
     rows = facts.part(LAYER_STUDY)
-    models, choice = choose(list(rows["model"].unique()), gains, _MODELS)
+    measured = [model for model in rows["model"].unique() if models is None or model in models]
+    models, choice = choose(measured, gains, _MODELS if models is None else len(measured))
     rows = rows[rows["model"].isin(models)]
     rows = rows.assign(saturated=facts.saturated(rows))
     names = list(rows["layer"].unique())
@@ -92,9 +100,13 @@ def layer_sharpness(
     stars = dict(zip(best["dataset"].unique(), cycle(_STARS)))
 
     figure = canvas(max(7.0, 2.2 + 1.9 * len(models)), 5)
-    panels = figure.subplots(len(parts), len(models), squeeze=False, sharex=True)
-    titles = headings(models, figure, 2.2, "small")
-    for line, part in zip(panels, parts, strict=True):
+    narrow = current().width == "one"
+    margin = 1.3 if narrow else 2.2
+    per = side_by_side(figure, len(models), margin, 0.5)
+    groups = arrange(figure, len(models), per, len(parts), sharex=True)
+    titles = headings(models, figure, margin, "small", per)
+    for group, part in zip(groups, parts, strict=True):
+        line = [panel for (panel,) in group]
         near = flat.merge(part[SETTING].drop_duplicates())
         curves = [part[part["model"] == model] for model in models]
         maps = [heat.grid(curve, "sharpness", names) for curve in curves]
@@ -108,18 +120,18 @@ def layer_sharpness(
             heat.mark(panel, names, unstable.get(model, set()), heat.STRAGGLER, 1)
             _positions(panel, best[best["model"] == model], stars)
             panel.set_title(heading(name, model, gains), fontsize="small", pad=6 + 8 * len(stars))
-        heat.label(line[0], list(short(names).values()))
-        line[0].set_ylabel(setting(part))
+            panel.set_xlabel(r"$\alpha$" if group is groups[-1] or per < len(models) else "")
+        for first in line[::per]:
+            heat.label(first, list(short(names).values()))
+            first.set_ylabel(setting(part))
         heat.colorbar(figure, mesh, line, "layer-wise sharpness")
-    for panel in panels[-1]:
-        panel.set_xlabel(r"$\alpha$")
 
     note = wrap(
         figure,
-        stated(rows),
+        f"Sharpness of each layer along the path: {stated(rows)}",
         choice,
         modes_explained(gains),
-        "Dots: the 95 % interval over draws, with Student's t, includes zero. Near zero: that interval lies",
+        "Dots: the 95 % interval over draws, with Student's t, includes zero. Flat layer: that interval lies",
         f"within {edge:g} nats of zero at every $\\alpha$ > 0.",
         "Stragglers: of the layer-wise interpolation, on any data set." if unstable else "",
         r"$\alpha$*: the best position of the whole path; 0 where none beats zero-shot." if stars else "",
@@ -127,11 +139,12 @@ def layer_sharpness(
         unknown_errors(rows),
         SATURATED_EXPLAINED if rows["saturated"].any() else "",
     )
-    marks = [key("interval includes zero", _UNCERTAIN), key("layer near zero", _NEAR_ZERO)]
+    marks = [key("interval includes zero", _UNCERTAIN), key("flat layer", _NEAR_ZERO)]
     marks += [key("saturated", SATURATED)] if rows["saturated"].any() else []
     marks += [key("straggler", heat.STRAGGLER)] if unstable else []
-    marks += [key(rf"$\alpha$* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
-    height = (heat.height(len(names)) + 0.6 + extra(titles)) * len(parts) + 0.6
+    marks += [key(f"α* on {name}", {**_BEST, "marker": star}) for name, star in stars.items()]
+    lines = math.ceil(len(models) / per) * len(parts)
+    height = (heat.height(len(names)) + (1.2 if narrow else 0.6) + extra(titles)) * lines + 0.6
     return finish(figure, file, height, marks, note)
 
 

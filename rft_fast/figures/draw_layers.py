@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -17,9 +18,11 @@ from ..studies.layers import STUDY
 from ..studies.verdicts import layer_shape
 from . import heat
 from .captions import choose, heading, modes_explained, not_finite, several, short
+from .looks import current
 from .style import (
     ZERO_SHOT,
     Style,
+    arrange,
     canvas,
     curve,
     curve_styles,
@@ -28,7 +31,9 @@ from .style import (
     finish,
     fold,
     key,
+    level,
     plain,
+    side_by_side,
     wrap,
 )
 
@@ -79,14 +84,15 @@ def layers(
     curves = dict(zip(_worst(facts, models), curve_styles(), strict=False))
 
     figure = canvas(max(7.0, 2.2 + 1.75 * len(columns)), 5)
-    panels = figure.subplots(
-        3, len(columns), squeeze=False, sharex=True, height_ratios=[heat.height(len(names)), 1.5, 1.5]
-    )
-    room = (figure.get_figwidth() - 2.2) / len(columns)
+    margin = 1.3 if current().width == "one" else 2.2
+    per = side_by_side(figure, len(columns), margin, 0.9)
+    heights = [heat.height(len(names)), 1.5, 1.5]
+    (panels,) = arrange(figure, len(columns), per, heights=heights, sharex=True)
+    room = (figure.get_figwidth() - margin) / per
     parts = [_part(rows, *at) for at in columns]
     maps = [heat.grid(part, "rise", names) for part in parts]
     norm = heat.scale(maps, facts["margin"].iloc[0])
-    for at, part, values, (top, *below) in zip(columns, parts, maps, panels.T, strict=True):
+    for at, part, values, (top, *below) in zip(columns, parts, maps, panels, strict=True):
         mesh = heat.draw(top, values, norm)
         found = facts.loc[[at]]
         unstable = set(found.loc[found["straggler"], "layer"])
@@ -99,15 +105,19 @@ def layers(
         _curves(below[0], part, curves, "loss", "rise_se", 1)
         _curves(below[1], part, curves, "accuracy", "gain_se", 100)
         below[1].set_xlabel(r"$\alpha$ of the layer")
-    headers = _name_models(panels[0], [at[0] for at in columns], room, gains)
+    headers = _name_models([top for top, *_ in panels], [at[0] for at in columns], room, per, gains)
     labels = short(names)
-    heat.label(panels[0, 0], list(labels.values()))
-    heat.colorbar(figure, mesh, panels, "rise in loss")
-    panels[1, 0].set_ylabel("loss")
-    panels[2, 0].set_ylabel("accuracy (%)")
+    for start in range(0, len(panels), per):
+        maps_row, *below_rows = zip(*panels[start : start + per], strict=True)
+        heat.label(maps_row[0], list(labels.values()))
+        for row, text in zip(below_rows, ("loss", "accuracy (%)"), strict=True):
+            row[0].set_ylabel(text)
+            level(row)
+    heat.colorbar(figure, mesh, [panel for column in panels for panel in column], "rise in loss")
 
     note = wrap(
         figure,
+        "Loss and accuracy with one layer at a time on the path.",
         choice,
         modes_explained(gains),
         r"Colour: loss minus that at $\alpha$ = 0. Curves: the layers of largest instability in loss,",
@@ -119,7 +129,8 @@ def layers(
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]
     worst = [key(labels[name], style) for name, style in curves.items()]
-    return finish(figure, file, heat.height(len(names)) + 4.2 + extra(headers, 6), marks, note, worst)
+    height = (heat.height(len(names)) + 4.2 + extra(headers, 6)) * math.ceil(len(columns) / per)
+    return finish(figure, file, height, marks, note, worst)
 
 
 def _part(rows: pd.DataFrame, model: str, others: str, dataset: str) -> pd.DataFrame:
@@ -138,12 +149,14 @@ def _worst(facts: pd.DataFrame, models: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _name_models(panels: Sequence[Axes], models: Sequence[str], room: float, gains: pd.Series) -> list[str]:
+def _name_models(
+    panels: Sequence[Axes], models: Sequence[str], room: float, per: int, gains: pd.Series
+) -> list[str]:
     """Write each model above its columns' titles, which have four lines or more; return these headings."""
     lines = max(panel.get_title().count("\n") + 1 for panel in panels)
     headers = []
     for model in dict.fromkeys(models):
-        name = fold(model, room * models.count(model), "title")
+        name = fold(model, room * min(models.count(model), per), "title")
         headers.append(heading(name, model, gains) + lines * "\n")
         panels[models.index(model)].set_title(headers[-1], fontsize="small", fontweight="bold", loc="left")
     return headers

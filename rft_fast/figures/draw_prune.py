@@ -1,7 +1,8 @@
-"""Figure 5: the effect of pruning the stragglers on the path."""
+"""Figure 5: the effect of pruning flat layers or stragglers on the path."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -13,10 +14,12 @@ from matplotlib.figure import Figure
 
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
-from ..studies.pruning import NAMED, STUDY
+from ..studies.pruning import STUDY, kind
 from .captions import heading, modes_explained, not_finite, several
+from .looks import current
 from .style import (
     Style,
+    arrange,
     canvas,
     curve,
     curve_styles,
@@ -26,15 +29,17 @@ from .style import (
     fold,
     headings,
     key,
+    level,
     plain,
     points,
+    side_by_side,
     wrap,
 )
 
 _VARIANT = ["criterion", "method", "keep"]
 _KEYS = [*_VARIANT, "control"]
 _UNPRUNED: Style = {"color": "black", "ls": "-", "lw": 1.2}
-_STRAGGLERS: Style = {"ls": "-", "marker": "o", "ms": 3, "lw": 1.2}
+_PRUNED: Style = {"ls": "-", "marker": "o", "ms": 3, "lw": 1.2}
 _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 
 
@@ -42,10 +47,10 @@ _CONTROL: Style = {"ls": (0, (1.5, 1)), "mfc": "white"}
 def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     """Draw accuracy over alpha, unpruned and pruned (Figure 5); one column per model, one row per data set.
 
-    One colour and marker per way of pruning: solid and filled for the stragglers, dotted and open for the
-    control, as many other layers at random. Curves are means over mask seeds; bands extend from the lowest
-    to the highest seed. The band of the unpruned path is the pointwise 95 % interval of the difference to
-    zero-shot, paired over images. Below each panel is the mean change of accuracy over alpha > 0, with its
+    One colour and marker per way of pruning: solid and filled for the layers of a criterion, dotted and open
+    for the control, as many other layers at random. Curves are means over mask seeds; bands extend from the
+    lowest to the highest seed. The band of the unpruned path is the pointwise 95 % interval of the difference
+    to zero-shot, paired over images. Below each panel is the mean change of accuracy over alpha > 0, with its
     standard error over seeds. Accuracies that are not finite leave gaps and are counted.
 
     Args:
@@ -69,36 +74,43 @@ def prune(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figure:
     varying = [name for name in _VARIANT if effects[name].nunique() > 1]
 
     figure = canvas(max(7.0, 0.7 + 3.1 * len(models)), 5)
-    panels = figure.subplots(len(datasets), len(models), squeeze=False)
-    for line, dataset in zip(panels, datasets, strict=True):
-        for panel, model in zip(line, models, strict=True):
+    per = side_by_side(figure, len(models), 0.7, 2.1)
+    titles = headings(models, figure, 1.5, "title", per)
+    groups = [[panel for (panel,) in group] for group in arrange(figure, len(models), per, len(datasets))]
+    for group, dataset in zip(groups, datasets, strict=True):
+        for panel, model, name in zip(group, models, titles, strict=True):
             here = (rows["model"] == model) & (rows["dataset"] == dataset)
             found = (effects["model"] == model) & (effects["dataset"] == dataset)
             _panel(panel, rows[here], effects[found], styles, varying)
+            if per < len(models) or group is groups[0]:
+                panel.set_title(heading(name, model, gains))
         images = several(rows.loc[rows["dataset"] == dataset, "samples"].unique())
-        line[0].set_ylabel(f"{fold(dataset, 2, 'title')}\n{images} images\naccuracy (%)")
-    titles = headings(models, figure, 1.5, "title")
-    for panel, model, name in zip(panels[0], models, titles, strict=True):
-        panel.set_title(heading(name, model, gains))
+        for start in range(0, len(group), per):
+            row = group[start : start + per]
+            row[0].set_ylabel(f"{fold(dataset, 2, 'title')}\n{images} images\naccuracy (%)")
+            level(row)
 
     pruned = rows[rows["method"].notna()]
     note = wrap(
         figure,
+        "Accuracy along the path, unpruned and with layers pruned.",
         f"Weights kept: {several(pruned['keep'].unique())}; mask seeds {several(pruned['seed'].unique())}."
         if len(pruned)
-        else "No layer was a straggler: nothing was pruned.",
+        else "There were no layers to prune.",
         "Curves: means over mask seeds; bands: lowest to highest seed, and for the unpruned path the",
         "pointwise 95 % interval of the difference to zero-shot, paired over images. Below: mean change of",
         r"accuracy over $\alpha$ > 0, in points, $\pm$ its standard error over seeds.",
         modes_explained(gains),
         not_finite(rows["accuracy"], "accuracies"),
     )
-    named = (effects["criterion"] == NAMED).all() and len(effects) > 0
+    kinds = " or ".join(dict.fromkeys(map(kind, effects["criterion"]))) or "layers"
     marks = [key("unpruned", _UNPRUNED)]
-    marks.append(key("named layers pruned" if named else "stragglers pruned", _STRAGGLERS))
-    marks.append(key("control: as many other layers, at random", _STRAGGLERS | _CONTROL))
+    marks.append(key(f"{kinds} pruned", _PRUNED))
+    marks.append(key("control: as many other layers, at random", _PRUNED | _CONTROL))
     entries = effects.groupby(["model", "dataset"]).size().max() if len(effects) else 0
-    height = 0.6 + (2.5 + 0.16 * entries) * len(datasets) + extra(titles)
+    lines = math.ceil(len(models) / per) * len(datasets)
+    panel = 2.0 if current().width == "one" else 2.5
+    height = 0.6 + (panel + 0.16 * entries) * lines + extra(titles) * (1 if per == len(models) else lines)
     return finish(figure, file, height, marks, note)
 
 
@@ -135,8 +147,7 @@ def _panel(
 def _label(effect: Mapping[str, Any], varying: Sequence[str]) -> str:
     """Number of pruned layers, the settings that vary, and the mean change of accuracy."""
     count = len(effect["layers"])
-    what = "named" if effect["criterion"] == NAMED else "stragglers"
-    who = f"{count} at random" if effect["control"] else f"{count} {what}"
+    who = f"{count} at random" if effect["control"] else f"{count} {kind(effect['criterion'])}"
     how = f" ({', '.join(several([effect[name]]) for name in varying)})" if varying else ""
     error = "(one seed)" if pd.isna(effect["change_se"]) else f"$\\pm$ {100 * effect['change_se']:.2f}"
     return f"{who}{how}: {100 * effect['change']:+.2f} {error}"

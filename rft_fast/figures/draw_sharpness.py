@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +18,14 @@ from ..studies.interpolate import Z95
 from ..studies.rows import of_study
 from ..studies.sharpness import STUDY
 from .captions import SETTING, not_finite, setting, stated, unknown_errors
+from .looks import current
 from .style import (
     BEATS,
     FAILS,
     SATURATED,
     SATURATED_EXPLAINED,
     Style,
+    arrange,
     canvas,
     colours,
     drawing,
@@ -30,8 +33,10 @@ from .style import (
     finish,
     fold,
     key,
+    level,
     margin,
     plain,
+    side_by_side,
     swatches,
     wrap,
 )
@@ -67,36 +72,45 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     facts = as_facts(rows)
     measured = of_study(facts.rows, STUDY, "figures.sharpness").sort_values("alpha", kind="stable")
     measured = measured.assign(saturated=facts.saturated(measured))
-    accuracies, far, gains = facts.ood_rows, facts.ood_path, facts.ood_gains
+    accuracies, far = facts.ood_rows, facts.ood_path.assign(fails=lambda path: path["mode"] == "failure")
+    failing = far.groupby("model")["fails"].all()
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
     palette = dict(zip(models, colours(len(models)), strict=True))
     parts = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
 
     figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
-    panels = figure.subplots(len(parts), 1 + len(sets), squeeze=False, width_ratios=[1.3] + [1] * len(sets))
+    fixed = current().width != "auto"
+    per = side_by_side(figure, 1 + len(sets), 0.4, 1.3)
+    ratios = [1.3] + [1.0] * len(sets) if per > len(sets) else None
+    groups = arrange(figure, 1 + len(sets), per, len(parts), width_ratios=ratios)
     unmatched = 0
-    titles = [fold(name, 2.2, "title") for name in sets]
-    for (left, *others), part in zip(panels, parts, strict=True):
-        _along(left, part, palette, set(gains.index[gains <= 0]))
-        left.set_title(setting(part))
+    titles = [fold(name, 1.3 if fixed else 2.2, "title") for name in sets]
+    for columns, part in zip(groups, parts, strict=True):
+        left, *others = panels = [panel for (panel,) in columns]
+        _along(left, part, palette, set(failing.index[failing]))
+        left.set_title(setting(part).replace(", ", ",\n" if current().width == "one" else ", "))
         left.set_ylabel("general sharpness")
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
-            _against(panel, points, palette, set(here.loc[here["gain"] <= 0, "model"]))
+            _against(panel, points, palette, set(here.loc[here["fails"], "model"]))
             panel.set_title(name)
-    for panel, dataset in zip(panels[-1], ["", *sets], strict=True):
-        panel.set_xlabel("general sharpness" if dataset else r"$\alpha$")
-    for panel in panels[:, 1:2].flat:
-        panel.set_ylabel("accuracy (%)")
+        for start in range(0, len(panels), per):
+            if row := panels[max(start, 1) : start + per]:  # those of accuracy
+                row[0].set_ylabel("accuracy (%)")
+                level(row)
+        if fixed or columns is groups[-1]:
+            for panel in panels:
+                panel.set_xlabel(r"$\alpha$" if panel is left else "general sharpness")
 
     note = wrap(
         figure,
+        "General sharpness along the path, and accuracy against it." if sets else "",
         f"Sharpness: {stated(measured)}",
         "Bars: pointwise 95 % intervals, of sharpness over draws, of accuracy over images.",
-        "Failure on the left: in mean out-of-distribution accuracy." if sets else "",
+        _failure(far) if sets else "",
         r"Models are shifted sideways a little over $\alpha$." if len(models) > 1 else "",
         "" if sets else "No rows of the interpolation: accuracy is not shown, nor which models fail.",
         f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
@@ -105,14 +119,24 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         SATURATED_EXPLAINED if measured["saturated"].any() else "",
     )
     marks = [
-        key("beats zero-shot", BEATS),
-        key("never does: failure", FAILS),
+        key("gain, or undecided", BEATS),
+        key("failure", FAILS),
         key(r"zero-shot, $\alpha$ = 0", _ZERO),
         key(r"fine-tuned, $\alpha$ = 1", _END),
     ]
     marks = marks if sets else [key("mean over draws", BEATS)]
     marks += [key("saturated", SATURATED)] if measured["saturated"].any() else []
-    return finish(figure, file, 0.3 + (2.6 + extra(titles)) * len(parts), marks, note, swatches(palette))
+    lines = math.ceil((1 + len(sets)) / per) * len(parts)
+    height = 0.3 + (2.1 if fixed else 2.6) * lines + extra(titles) * len(parts)
+    return finish(figure, file, height, marks, note, swatches(palette))
+
+
+def _failure(far: pd.DataFrame) -> str:
+    """A sentence that explains which models fail. far: the summary of paths out of distribution."""
+    return (
+        f"Failure: no gain of {100 * far['xi'].iloc[0]:g} points is possible, by 95 % bounds for all "
+        r"$\alpha$ at once; on the left, on none of these data sets."
+    )
 
 
 def _bars(colour: Any) -> Style:

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 
-from .looks import in_points
+from .looks import current, in_points
 from .style import GREY, Style, fix_ticks, points
 
 MAP = "RdBu_r"  # diverging, symmetric in lightness, safe for colour deficiencies
@@ -24,7 +24,8 @@ _SMALLEST = 5.0  # points, the smallest legible label
 
 def height(layers: int) -> float:
     """Height of a map in inches: generous for few layers, at most what a page and the labels allow."""
-    return min(max(0.16 * layers, 0.8), max(9.0, 0.085 * layers), 14.0)
+    row = 0.11 if current().width == "one" else 0.16
+    return min(max(row * layers, 0.8), max(9.0, 0.085 * layers), 14.0)
 
 
 def grid(rows: pd.DataFrame, column: str, layers: Sequence[str]) -> pd.DataFrame:
@@ -91,15 +92,20 @@ def ticks(width: float, largest: float) -> np.ndarray:
     return np.concatenate([-up[::-1], [0], up])
 
 
-def colorbar(figure: Figure, mesh: ScalarMappable, panels: np.ndarray, text: str) -> None:
-    """Add the colour bar to the right of the panels."""
+def colorbar(figure: Figure, mesh: ScalarMappable, panels: Sequence[Axes], text: str) -> None:
+    """Add the colour bar to the right of the panels, or below them in a figure of one column."""
     norm: Any = mesh.norm
+    below = current().width == "one"
     marks = ticks(norm.linear_width, norm.vmax)
-    bar = figure.colorbar(mesh, ax=panels, aspect=30, shrink=0.5, pad=0.02, anchor=(0, 1), ticks=marks)
-    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in marks])
+    where: Style = {"pad": 0.02, "shrink": 0.5, "anchor": (0, 1)}
+    if below:
+        marks = marks[(marks == 0) | (np.abs(marks) > norm.vmax / 20)]
+        where = {"pad": 0.01, "shrink": 0.8, "location": "bottom"}
+    bar = figure.colorbar(mesh, ax=list(panels), aspect=30, ticks=marks, **where)
+    bar.set_ticklabels([f"{tick:.2g}" for tick in marks])
     bar.ax.minorticks_off()
     fix_ticks(bar.ax)
-    bar.set_label(f"{text}\n(asinh scale)")
+    bar.set_label(f"{text}{' ' if below else chr(10)}(asinh scale)")
 
 
 def _edges(alphas: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def look(
     *,
     width: FigureWidth = "auto",
     captions: Captions = "in",
-    style: str | os.PathLike[str] | None = None,
+    style: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Set how the figures look that are drawn in a ``with`` block.
 
@@ -78,13 +78,14 @@ def look(
             columns of a paper.
         captions: ``"file"``: text file beside the figure, with its name and the ending ``.txt``, which is
             replaced; ``"in"``: above the panels; ``"none"``.
-        style: style file of matplotlib; None: ours. Other settings of matplotlib have no effect on figures.
+        style: style file of matplotlib, or what was read of it; None: ours. Other settings of matplotlib have
+            no effect on figures.
 
     Raises:
         OSError, ValueError: as :func:`rft_fast.figures.stylefile.read`.
     """
-    chosen = Look(width, captions, {} if style is None else stylefile.read(style))
-    token = _CURRENT.set(chosen)
+    settings = style if isinstance(style, Mapping) else {} if style is None else stylefile.read(style)
+    token = _CURRENT.set(Look(width, captions, settings))
     try:
         yield
     finally:

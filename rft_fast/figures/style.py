@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
@@ -34,12 +35,13 @@ LINE = 0.15  # inches, height of a line of a title
 _UNDATED: Mapping[str, Mapping[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 _ALIKE = 1 / 3  # part of a shared axis that the curves of every panel must fill
 
-_SYMBOLS = {r"$\alpha$": "α", r"$\rho$": "ρ", r"$\tau$": "τ", r"$\xi$": "ξ", r"$\pm$": "±"}
+_SYMBOLS = {r"\alpha": "α", r"\rho": "ρ", r"\tau": "τ", r"\xi": "ξ", r"\pm": "±"}
 
 _P = ParamSpec("_P")
 Style = dict[str, Any]
 Place = Literal["outside upper center", "outside lower center"]
 BEATS: Style = {"ls": "-", "marker": "o"}
+UNDECIDED: Style = {"ls": "-.", "marker": "o"}
 FAILS: Style = {"ls": (0, (3.5, 1.5)), "marker": "o", "ms": 3.5, "mfc": "white"}
 SATURATED: Style = {"ls": "", "marker": "D", "ms": 5, "mfc": "none", "mec": "black", "mew": 0.8}
 SATURATED_EXPLAINED = "Saturated: the perturbed model answers at chance; it says nothing of flatness."
@@ -77,6 +79,41 @@ def side_by_side(figure: Figure, count: int, margin: float, least: float) -> int
     if current().width == "auto":
         return count
     return max(1, min(count, int((figure.get_figwidth() - margin) / least)))
+
+
+def arrange(
+    figure: Figure, count: int, per: int, groups: int = 1, heights: Sequence[float] = (1,), **how: Any
+) -> list[list[Any]]:
+    """Make groups of columns of panels; a group takes several lines if not all columns fit side by side.
+
+    Args:
+        figure: the figure.
+        count: columns of a group.
+        per: columns side by side (:func:`side_by_side`).
+        groups: number of groups, one above the other.
+        heights: relative heights of the panels of a column.
+        how: as for :meth:`matplotlib.figure.Figure.subplots`.
+
+    Returns:
+        Group -> column -> its panels, from top to bottom.
+    """
+    rows, lines = len(heights), math.ceil(count / per)
+    grid = figure.subplots(
+        groups * lines * rows, per, squeeze=False, height_ratios=[*heights] * (groups * lines), **how
+    )
+    found: list[list[Any]] = [[] for _ in range(groups)]
+    for group, columns in enumerate(found):
+        for place in range(lines * per):
+            line, across = divmod(place, per)
+            top = (group * lines + line) * rows
+            column = grid[top : top + rows, across]
+            if place < count:
+                columns.append(column)
+                column[-1].tick_params("x", labelbottom=True)
+            else:
+                for panel in column:
+                    panel.remove()
+    return found
 
 
 def level(panels: Sequence[Axes]) -> None:
@@ -244,7 +281,7 @@ def finish(
     with disk.replacing(file) as temporary:
         figure.savefig(temporary, format=kind, metadata=_UNDATED.get(kind))
     if where.captions == "file":
-        disk.replace(caption_file(file), f"{_without_formulas(note)}\n".encode())
+        disk.replace(caption_file(file), f"{plain_text(note)}\n".encode())
     return figure
 
 
@@ -261,29 +298,56 @@ def _boxes(characters: str) -> str:
     )
 
 
-def _without_formulas(text: str) -> str:
-    """The text with the characters of its formulas, which are single symbols."""
-    for symbol, character in _SYMBOLS.items():
-        text = text.replace(symbol, character)
-    return text.replace(r"\$", "$")
+def plain_text(text: str) -> str:
+    """A caption with characters instead of its formulas, which have single symbols only."""
+
+    def characters(formula: re.Match[str]) -> str:
+        return re.sub(r"\\[a-z]+", lambda name: _SYMBOLS.get(name[0], name[0]), formula[1])
+
+    return re.sub(r"(?<!\\)\$(.*?)(?<!\\)\$", characters, text).replace(r"\$", "$")
 
 
 def wrap(figure: Figure, *sentences: str) -> str:
     """Join sentences and wrap them to the figure's width; empty ones are left out."""
-    return textwrap.fill(" ".join(filter(None, sentences)), int(18 * figure.get_figwidth()))
+    text = " ".join(filter(None, sentences))
+    return textwrap.fill(text, int(18 * figure.get_figwidth()), break_on_hyphens=False)
 
 
 def fold(name: str, inches: float, size: Size = "small") -> str:
-    """Break a name into lines of this width, at separators if possible, without abbreviation."""
-    most = max(8, int(110 * inches / in_points(size)))
+    """Break a name into lines of this width and similar length, at separators if possible.
+
+    Nothing is left out.
+    """
+    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in name) / max(1, len(name))
+    least = int(8 / (1 + wide))
+    most = max(least, int(110 * inches / in_points(size) / (1 + wide)))
+    if len(name) <= most:
+        return name
+    lines = _folded(name, most)
+    widths = range(max(least, math.ceil(len(name) / len(lines))), most)
+    even = (folded for width in widths if len(folded := _folded(name, width)) == len(lines))
+    return "\n".join(next(even, lines))
+
+
+def _folded(name: str, most: int) -> list[str]:
     one = r"(?:\\\$|\\(?!\$)|[^\\])"  # an escaped dollar stays one character
     pattern = rf"{one}{{1,{most}}}\Z|{one}{{{most // 2},{most}}}(?<=[/ _.-])|{one}{{1,{most}}}"
-    return name if len(name) <= most else "\n".join(re.findall(pattern, name))
+    return re.findall(pattern, name)
 
 
-def headings(names: Sequence[str], figure: Figure, margin: float, size: Size) -> list[str]:
-    """Fold names of columns to their width; ``margin``: inches of the figure's width without columns."""
-    return [fold(name, (figure.get_figwidth() - margin) / len(names), size) for name in names]
+def headings(
+    names: Sequence[str], figure: Figure, margin: float, size: Size, per: int | None = None
+) -> list[str]:
+    """Fold names of columns to their width.
+
+    Args:
+        names: the names.
+        figure: the figure.
+        margin: inches of its width without columns.
+        size: size of the text.
+        per: columns side by side; None: all.
+    """
+    return [fold(name, (figure.get_figwidth() - margin) / (per or len(names)), size) for name in names]
 
 
 def extra(names: Iterable[str], lines: int = 1) -> float:

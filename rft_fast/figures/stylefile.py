@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 import matplotlib
-from cycler import Cycler, cycler
+from cycler import Cycler
+from matplotlib.rcsetup import cycler
 
 from ..common import disk
 from ..common.words import suggestion
@@ -75,8 +76,10 @@ def read(file: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _text(file: pathlib.Path) -> str:
-    with os.fdopen(disk.open_plain(file, os.O_RDONLY), "rb") as stream:
-        content = stream.read(_LARGEST + 1)
+    try:
+        content = disk.read_plain(file, _LARGEST + 1)
+    except OSError as error:
+        raise OSError(f"style file {file}: {error.strerror}") from None
     if len(content) > _LARGEST:
         raise ValueError(f"style file {file}: larger than {_LARGEST:,} bytes; is it a style file?")
     try:
@@ -118,7 +121,10 @@ def _value(key: str, text: str) -> Any:
 
 def _cycle(text: str) -> Cycler[Any, Any]:
     """Read sums and products of ``cycler('color', [...])``; early versions of matplotlib evaluate them."""
-    cycle = _evaluated(ast.parse(text, mode="eval").body)
+    try:
+        cycle = _evaluated(ast.parse(text, mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"axes.prop_cycle: expected cycler('color', [...]), got {text}") from None
     if "color" not in cycle.keys:
         raise ValueError("axes.prop_cycle: expected colours, as in cycler('color', ['0072B2', 'D55E00'])")
     return cycle

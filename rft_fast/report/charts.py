@@ -11,7 +11,8 @@ from ..figures.captions import measures
 from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
-from ..studies.verdicts import Association, association
+from ..studies.pruning import kind
+from ..studies.verdicts import Association, association, mode
 from .drawing import (
     ALL,
     SATURATED,
@@ -96,16 +97,17 @@ def path(facts: Facts) -> Picture:
     """Draw accuracy and loss along the path."""
     part = facts.part("interpolation").sort_values("alpha", kind="stable")
     numbers = colours(facts)
-    gains = facts.path.set_index(["model", "dataset"])["gain"]
+    modes = {(fact["model"], fact["dataset"]): mode(fact) for fact in facts.path.to_dict("records")}
+    bounds = facts.bounds.set_index(["model", "dataset"])
     accuracy: list[Trace] = []
     loss: list[Trace] = []
     for (model, dataset), curve in part.groupby(["model", "dataset"], sort=False):
         n = numbers[model]
-        fails = gains[model, dataset] <= 0
+        judged = modes[model, dataset]
         style = {
             "colour": f"@c{n}",
-            "symbol": SYMBOLS[n % len(SYMBOLS)] + ("-open" if fails else ""),
-            "dash": "dash" if fails else "solid",
+            "symbol": SYMBOLS[n % len(SYMBOLS)] + ("-open" if judged == "failure" else ""),
+            "dash": {"failure": "dash", "undecided": "dashdot"}.get(judged, "solid"),
             "name": model,
         }
         show = {"dataset": [dataset], "model": [ALL, model]}
@@ -113,7 +115,13 @@ def path(facts: Facts) -> Picture:
         title = f"<b>{safe(model)}</b> on {safe(dataset)}"
         for traces, what in ((accuracy, ACCURACY), (loss, LOSS)):
             alphas, y, half, hover = along(curve, what, title, "zero-shot", what.unit)
-            traces.append(band(alphas, list(y - half), list(y + half), alone, f"@c{n}"))
+            low, high = y - half, y + half
+            if what is ACCURACY:
+                low, high = (
+                    y.iloc[0] + 100 * bounds.loc[(model, dataset), end].to_numpy()
+                    for end in ("gain_low", "gain_high")
+                )
+            traces.append(band(alphas, list(low), list(high), alone, f"@c{n}"))
             traces.append(line(alphas, y.tolist(), hover, show, **style))
     for dataset, curve in part[part["alpha"] == 0].groupby("dataset", sort=False):
         here = {"dataset": [dataset]}
@@ -140,7 +148,8 @@ def path(facts: Facts) -> Picture:
         ],
         [
             *model_keys(numbers),
-            Key("no α beats zero-shot", "@grey", "circle-open", "dash"),
+            Key("failure: no gain of that size is possible", "@grey", "circle-open", "dash"),
+            Key("undecided", "@grey", "circle", "dashdot"),
             Key("zero-shot", "@grey", "", "dot"),
         ],
     )
@@ -253,7 +262,7 @@ def prune(facts: Facts) -> Picture:
             n = variants[criterion, method]
             seeds = 100 * rows.pivot_table(index="alpha", columns="seed", values="accuracy", dropna=False)
             low, high, mean = seeds.min(axis=1), seeds.max(axis=1), seeds.mean(axis=1)
-            who = "as many others, at random" if control else f"stragglers by {criterion}"
+            who = "as many others, at random" if control else kind(criterion)
             where = seeds.index.tolist()
             hover = [
                 f"<b>{safe(who)}</b> ({safe(method)}), α = {a:g}<br>accuracy {m:.1f} %, mean of "
@@ -268,15 +277,17 @@ def prune(facts: Facts) -> Picture:
     chart = Chart(
         "pruned",
         "Accuracy along the path",
-        "Accuracy over alpha: unpruned, stragglers pruned, and as many other layers pruned",
+        "Accuracy over alpha: unpruned, flat layers or stragglers pruned, and as many other layers pruned",
         traces,
         layout(ALPHA, "accuracy (%)", 420),
         wide=True,
     )
     keys = [Key("unpruned", "@ink", "circle")]
     for (criterion, method), n in variants.items():
-        keys.append(Key(f"stragglers by {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9]))
-        keys.append(Key(f"its control, {criterion} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot"))
+        keys.append(Key(f"{kind(criterion)} ({method})", f"@c{n}", SYMBOLS[n % 9]))
+        keys.append(
+            Key(f"control of {kind(criterion)} ({method})", f"@c{n}", SYMBOLS[n % 9] + "-open", "dot")
+        )
     # Models of which something was pruned come first.
     models = [*facts.pruning["model"], *part["model"]]
     return Picture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -87,6 +88,7 @@ def findings(facts: Facts) -> Iterator[Finding]:
     tests, table = facts.claim_tests, facts.claim
     here = tests[(tests["dataset"] == where) & (tests["at"] == "finetuned") & (tests["outcome"] == "failure")]
     table = table[(table["dataset"] == where) & (table["unit"] == "nats") & (table["margin"] == margin)]
+    ends = table[table["at"] == "finetuned"].drop_duplicates("model")
     for fact in here[(here["unit"] == "nats") & (here["margin"] == margin)].to_dict("records"):
         about = f"On {where}, at alpha = 1 (rho = {fact['rho']:g}, {fact['measured_on']})"
         gaining = fact["models"] - fact["failing"]
@@ -108,9 +110,11 @@ def findings(facts: Facts) -> Iterator[Finding]:
                 f" (tau {fact['kendall']:+.2f}, p = {p_value(fact['p_max'])} by permutation of the models, "
             )
             text += f"corrected for {fact['tests']} tests)"
+        undecided = int((ends["mode"] == "undecided").sum())
+        text += f"; {undecided} undecided left out" if undecided else ""
         yield Finding(f"{text}.", "claim", where)
-    ends = table[table["at"] == "finetuned"].groupby("model", sort=False)["flat"].min()
-    having = int((ends > 0).sum())
+    flat = table[table["at"] == "finetuned"].groupby("model", sort=False)["flat"].min()
+    having = int((flat > 0).sum())
     text = f"{having} of {len(ends)} models have at least one flat layer there"
     text += ": that a model that fails has one is no evidence." if having == len(ends) else "."
     yield Finding(text, "claim", where)
@@ -127,10 +131,16 @@ def section(facts: Facts) -> Section:
     """Create the section of the page."""
     tests = facts.claim_tests
     warnings = [text.strip()] if (text := _missing(facts)) else []
-    small = int(tests.loc[tests["outcome"] == "failure", "failing"].max())
-    warnings.append(
-        f"At most {small} models fail on one data set: with fewer, only larger differences are significant."
-    )
+    groups = tests[(tests["outcome"] == "failure") & (tests["at"] == "finetuned")]
+    for dataset, models, failing in groups[["dataset", "models", "failing"]].drop_duplicates().to_numpy():
+        ways = math.comb(models, failing)
+        found = f"On {dataset}, {failing} of {models} models fail"
+        if ways == 1:
+            warnings.append(f"{found}: there are no two groups to compare.")
+        elif ways < 100:
+            warnings.append(
+                f"{found}: p cannot be smaller than 1/{ways} = {1 / ways:.3f}, without correction."
+            )
     return Section(
         "claim",
         "The paper's claim",
@@ -206,6 +216,7 @@ def _picture(facts: Facts) -> Picture:
 def _table(tests: pd.DataFrame) -> Table:
     """Create a row per test."""
     rows, chosen = [], []
+    tests = tests.sort_values("at", ascending=False, kind="stable")  # alpha = 1 first
     for setting, fact in zip(_settings(tests), tests.to_dict("records"), strict=True):
         what = fact["measure"]
         if what == "flat layers":

@@ -10,8 +10,8 @@ import pandas as pd
 
 from ..common.words import some
 from ..studies.facts import Facts
-from ..studies.pruning import NAMED
-from ..studies.verdicts import Association, association, half_width, shape, sign
+from ..studies.pruning import kind
+from ..studies.verdicts import Association, Mode, association, half_width, mode, shape, sign
 from .phrases import by_shape, limits, p_value
 from .shown import Finding, Shown
 
@@ -33,23 +33,47 @@ def findings(facts: Facts, studies: Iterable[Shown]) -> list[Finding]:
 
 
 def of_path(path: pd.DataFrame) -> Iterator[Finding]:
-    """Yield which models fail, and on whose paths the loss has a bump.
+    """Yield which models gain and fail, by how much, and on whose paths the loss has a bump.
 
     Args:
         path: :func:`rft_fast.studies.summarize` of one data set.
     """
-    if path["mode"].notna().all():
-        where, failing = path["dataset"].iloc[0], list(path.loc[path["mode"] == "failure", "model"])
-        if failing:
-            fail = f"{len(failing)} of {len(path)} models {'fails' if len(failing) == 1 else 'fail'}"
-            text = f"{fail}: no alpha beats zero-shot ({', '.join(failing)})"
-        else:
-            beat = {1: "the model beats", 2: "both models beat"}.get(
-                len(path), f"all {len(path)} models beat"
-            )
-            text = f"{beat} zero-shot at some alpha"
-        yield Finding(f"On {where}, {text}.", "interpolation", where)
+    yield _of_modes(path)
+    yield from _of_gains(path)
     yield from _of_shapes(path)
+
+
+def _of_modes(path: pd.DataFrame) -> Finding:
+    """Say how many models gain, fail, or are undecided, by bounds for all positions at once."""
+    where, count, xi = path["dataset"].iloc[0], len(path), f"{100 * path['xi'].iloc[0]:g} points"
+    models: dict[Mode, list[str]] = {}
+    for fact in path.to_dict("records"):
+        models.setdefault(mode(fact), []).append(fact["model"])
+    high, lower = models.get("high gain", []), models.get("gain", [])
+    text = f"{len(high + lower) or 'none'} of {count} model{'s' if count > 1 else ''} gained over zero-shot"
+    if high or lower:
+        text += f", {len(high) or 'none'} of them with an observed gain of {xi} or more"
+    if failing := models.get("failure"):
+        text += f"; {len(failing)} failed, as no gain of {xi} is possible ({some(failing, 4)})"
+    if undecided := models.get("undecided"):
+        text += f"; undecided: {len(undecided)} ({some(undecided, 4)})"
+    text = f"On {where}, {text}. (95 % bounds on each side, for all alphas at once.)"
+    return Finding(text, "interpolation", where)
+
+
+def _of_gains(path: pd.DataFrame) -> Iterator[Finding]:
+    """Yield the median gain: as observed, held out, and at the alpha that is best in distribution."""
+    where = path["dataset"].iloc[0]
+    parts = [f"{100 * path['gain'].median():+.1f} points at the best alpha"]
+    for name, words in (
+        ("gain_held_out", "with alpha chosen on other images"),
+        ("gain_id_alpha", "at the alpha that is best in distribution"),
+    ):
+        if path[name].notna().all():
+            parts.append(f"{100 * path[name].median():+.1f} {words}")
+    if len(parts) > 1:
+        of = f"median gain of {len(path)} models" if len(path) > 1 else f"gain of {path['model'].iloc[0]}"
+        yield Finding(f"On {where}, {of}: {', '.join(parts)}.", "interpolation", where)
 
 
 def _of_shapes(path: pd.DataFrame) -> Iterator[Finding]:
@@ -96,10 +120,8 @@ def of_pruning(effects: pd.DataFrame) -> Iterator[Finding]:
         gained = "cannot be judged from one mask"  # pruned by magnitude, or with one seed
         if pruned["seeds"] > 1:
             gained = verdict(pruned["change"], pruned["change_se"], pruned["seeds"] - 1, "helped", "hurt")
-        what, how = ("the named layers", f"({method})")
-        if criterion != NAMED:
-            what, how = "the stragglers", f"by {criterion} ({method})"
-        text = f"Pruning {what} of {model} {how} {gained} on {dataset}: {100 * pruned['change']:+.1f} points"
+        text = f"Pruning the {kind(criterion)} of {model} ({method}) {gained} on {dataset}: "
+        text += f"{100 * pruned['change']:+.1f} points"
         if control := facts.get(True):
             more = pruned["change"] - control["change"]
             error = float(np.hypot(pruned["change_se"], control["change_se"]))

@@ -128,7 +128,7 @@ def sharpness(facts: Facts) -> Picture:
         flat = set(group.loc[group["near_zero"], "layer"])
         maps += _map(
             group, "sharpness", "half", layers, edge, largest, "sharpness", flat, show,
-            half=1.0, symbol="circle-open", label="near zero",
+            half=1.0, symbol="circle-open", label="flat layer",
         )  # fmt: skip
         for alpha, column in group[group["alpha"] > 0].groupby("alpha"):
             maybe = column["verdict"].isin(["unclear", "unknown"])
@@ -185,7 +185,7 @@ def sharpness(facts: Facts) -> Picture:
             ),
         ],
         [
-            Key("layer near zero at every α", "@good", "circle-open"),
+            Key("flat layer: near zero at every α", "@good", "circle-open"),
             Key("interval includes 0", "@grey", "circle-open"),
             *([Key("saturated", "@c0", SATURATED)] if (part["verdict"] == "saturated").any() else []),
             Key(f"± {edge:g} nats", "@grey", "", "dot"),

@@ -46,7 +46,7 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         tiles=provenance.tiles(run),
         findings=[visible(finding.text) for finding in findings(run.facts, catalogue.studies())],
         notes=run.notes,
-        parts=[*sections.studied(run.facts, catalogue.studies()), provenance.provenance(run)],
+        parts=[*sections.studied(run.facts, catalogue.studies(), run.captions), provenance.provenance(run)],
         models=len(colours(run.facts)),
     )
     return _replace(file, text)

@@ -156,6 +156,11 @@ def _section(part: Section) -> str:
 {controls and f'<form class="controls" aria-label="What to show: {escape(part.title)}">{controls}</form>'}
 {figures and f'<div class="charts">{figures}</div>'}
 {keys and f'<ul class="keys" aria-label="Legend">{keys}</ul>'}
+{
+        part.caption
+        and f'<p class="figure-text">Caption of the picture in <code>figures</code>: '
+        f"{_breakable(escape(part.caption))}</p>"
+    }
 {"".join(map(_table, part.tables))}
 {printed}
 </section>"""

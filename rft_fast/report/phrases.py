@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from ..common.words import some
+from ..settings import Prune
 from ..studies.permutation import least
+from ..studies.pruning import NAMED, kind
 from ..studies.verdicts import Shape, layer_shape
 
 SATURATED = "the perturbed model answers at chance, which says nothing of flatness"
@@ -43,6 +45,11 @@ def by_shape(facts: pd.DataFrame, most: int = 3) -> str:
         for each in get_args(Shape)
         if each in found
     )
+
+
+def pruned_layers(own: Prune) -> str:
+    """What is pruned, by the settings: ``"flat layers, of stragglers"``."""
+    return kind(NAMED) if own.layers is not None else ", of ".join(map(kind, own.criteria))
 
 
 def limits(table: pd.DataFrame) -> str:

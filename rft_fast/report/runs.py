@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ import pandas as pd
 from packaging.version import InvalidVersion, Version
 
 from .. import __version__, catalogue, results
+from ..common import disk
 from ..config.recorded import tree_of, upgraded
+from ..results.directory import figure_file
 from ..studies.chance import among
 from ..studies.facts import Facts
 
+_LONGEST = 100_000  # bytes of a caption
 _NEEDED = "everything measured settings command date zoo arch zeroshot finetuned data versions".split()
 
 
@@ -30,6 +34,7 @@ class RunRead:
         count: number of all rows.
         costs: time and memory of each study; None if they were not recorded.
         notes: sentences on what is missing.
+        captions: study -> caption of its figure, where the sweep wrote it to a file.
     """
 
     directory: pathlib.Path
@@ -38,15 +43,17 @@ class RunRead:
     count: int
     costs: pd.DataFrame | None
     notes: list[str]
+    captions: dict[str, str]
 
 
-def read(directory: str | os.PathLike[str]) -> RunRead:
+def read(directory: str | os.PathLike[str], command: str = "report") -> RunRead:
     """Read a run, which may be unfinished.
 
     Rows of a model that a study did not finish are left out, with a note.
 
     Args:
         directory: directory of the run.
+        command: name of the command that reads it, for errors.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -55,11 +62,11 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "nothing"
-        raise FileNotFoundError(f"report: expected a run's directory, got {kind} at {directory}")
-    config = _config(directory)
+        raise FileNotFoundError(f"{command}: expected a run's directory, got {kind} at {directory}")
+    config = _config(directory, command)
     rows = results.load(directory)
     if rows.empty:
-        raise ValueError(f"report: the run in {directory} has no rows yet; wait for its first measurement")
+        raise ValueError(f"{command}: the run in {directory} has no rows yet; wait for its first measurement")
     count, notes = len(rows), []
     for study in rows["study"].unique():
         for model in _unfinished(rows[rows["study"] == study]):
@@ -68,7 +75,7 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
             rows = rows[~cut]
     if not (rows["study"] == "interpolation").any():
         raise ValueError(
-            f"report: the run in {directory} has no model whose path was measured to its end; run it again"
+            f"{command}: the run in {directory} has no model whose path was measured to its end; run it again"
         )
     known = {study.name: study for study in catalogue.studies()}
     unmeasured = {name for name in config["measured"] if name in known and not known[name].measures}
@@ -89,47 +96,59 @@ def read(directory: str | os.PathLike[str]) -> RunRead:
         except ValueError as error:
             notes.append(f"The {name} is left out: {error}.")
             facts = facts.but(measured=[other for other in facts.measured if other != name])
-    costs = directory / "cost.csv"
-    return RunRead(directory, config, facts, count, pd.read_csv(costs) if costs.is_file() else None, notes)
+    file = directory / "cost.csv"
+    costs = pd.read_csv(file) if file.is_file() else None
+    return RunRead(directory, config, facts, count, costs, notes, _captions(directory, facts.measured))
 
 
-def _config(directory: pathlib.Path) -> dict[str, Any]:
+def _captions(directory: pathlib.Path, studies: Sequence[str]) -> dict[str, str]:
+    files = {study: figure_file(directory, study, "txt") for study in studies}
+    return {
+        study: disk.read_plain(file, _LONGEST).decode("utf-8", errors="replace").strip()
+        for study, file in files.items()
+        if file.exists()
+    }
+
+
+def _config(directory: pathlib.Path, command: str) -> dict[str, Any]:
     file = directory / "config.json"
     has_rows = (directory / "rows.sqlite").is_file()
     if not file.is_file():
         if has_rows:
             raise ValueError(
-                f"report: {directory} has rows.sqlite but no config.json, which describes the run; restore "
-                "the one that the sweep wrote beside it"
+                f"{command}: {directory} has rows.sqlite but no config.json, which describes the run; "
+                "restore the one that the sweep wrote beside it"
             )
-        raise FileNotFoundError(f"report: no run in {directory}: expected rows.sqlite and config.json there")
+        raise FileNotFoundError(
+            f"{command}: no run in {directory}: expected rows.sqlite and config.json there"
+        )
     if not has_rows:
         raise FileNotFoundError(
-            f"report: {directory} has a config.json but no rows.sqlite: nothing to report"
+            f"{command}: {directory} has a config.json but no rows.sqlite: nothing to report"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"report: {file} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{command}: {file} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"report: expected an object in {file}, got {type(config).__name__}")
-    _check_version(config, file)
+        raise ValueError(f"{command}: expected an object in {file}, got {type(config).__name__}")
+    _check_version(config, file, command)
     config = upgraded(config)
     if missing := [name for name in _NEEDED if name not in config]:
-        raise ValueError(f"report: {file} lacks {', '.join(missing)}; was it written by the sweep?")
+        raise ValueError(f"{command}: {file} lacks {', '.join(missing)}; was it written by the sweep?")
     return config
 
 
-def _check_version(config: dict[str, Any], file: pathlib.Path) -> None:
+def _check_version(config: dict[str, Any], file: pathlib.Path, command: str) -> None:
     versions = config.get("versions")
     made_by = versions.get("rft_fast") if isinstance(versions, dict) else None
     try:
         newer = Version(str(made_by)) > Version(__version__)
     except InvalidVersion:
-        raise ValueError(f"report: {file} does not say which version of rft_fast wrote it") from None
+        raise ValueError(f"{command}: {file} does not say which version of rft_fast wrote it") from None
     if newer:
         raise ValueError(
-            f"report: the run in {file.parent} was made by rft_fast {made_by}, this is {__version__}; "
+            f"{command}: the run in {file.parent} was made by rft_fast {made_by}, this is {__version__}; "
             "upgrade to read it"
         )
 

@@ -2,53 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pandas as pd
 
 from ..common.words import some
 from ..names import REFERENCES
-from ..settings import Layers, Prune, Sharpness
+from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
-from ..studies.verdicts import association, gains, straggling
+from ..studies.verdicts import association, mode, straggling
 from . import charts, layer_charts, tables
-from .phrases import SATURATED, images, limits, span
+from .phrases import SATURATED, images, limits, pruned_layers, span
 from .shown import Section, Shown
 from .summary import sections as printed
 from .tables import Table
 
 
-def studied(facts: Facts, studies: Iterable[Shown]) -> list[Section]:
-    """Create a section for each study with results, including its summary as the sweep prints it."""
-    shown = [study for study in studies if study.done(facts)]
-    return [replace(study.section(facts), printed=printed(facts, [study]).strip("\n")) for study in shown]
+def studied(facts: Facts, studies: Iterable[Shown], captions: Mapping[str, str]) -> list[Section]:
+    """Create a section for each study with results.
+
+    Args:
+        facts: facts of the run.
+        studies: the studies, in order.
+        captions: study -> caption of its figure.
+
+    Returns:
+        The sections, with captions and summaries as the sweep prints them.
+    """
+    return [
+        replace(
+            study.section(facts),
+            printed=printed(facts, [study]).strip("\n"),
+            caption=captions.get(study.name, ""),
+        )
+        for study in studies
+        if study.done(facts)
+    ]
 
 
 def path(facts: Facts) -> Section:
     """Create the section on the path (Figure 1)."""
     warnings = []
-    for dataset, group in gains(facts.path, facts.rows).groupby("dataset", sort=False):
-        here = f"On {dataset} (n = {group['samples'].iloc[0]:,})"
-        unclear = list(group.loc[group["verdict"] == "unclear", "model"])
-        if unclear:
+    for dataset, group in facts.path.groupby("dataset", sort=False):
+        undecided = [fact["model"] for fact in group.to_dict("records") if mode(fact) == "undecided"]
+        if undecided:
             warnings.append(
-                f"{here} the 95 % interval of the gain includes 0 for {some(unclear, 4)}: too wide to "
-                "conclude that the path beats zero-shot."
-            )
-        possible = list(group.loc[group["verdict"].isin(["not excluded", "unknown"]), "model"])
-        if possible:
-            warnings.append(
-                f"{here} no position beats zero-shot for {some(possible, 4)}, but at some position the "
-                "interval reaches above it: a small gain is not excluded."
+                f"On {dataset} (n = {group['samples'].iloc[0]:,}) it is undecided whether the path of "
+                f"{some(undecided, 4)} beats zero-shot: the bounds allow no gain, and one of "
+                f"{100 * facts.of(Along).xi:g} points."
             )
     return Section(
         "path",
         "Figure 1 · Eq. 1 and 2",
         "The path",
         "Accuracy and loss on the straight line from zero-shot to fine-tuned. Choose one model to see its "
-        "pointwise 95 % interval, which is that of the difference to zero-shot, paired over images. The "
-        "gain is the best position against zero-shot on the same images, which makes it optimistic. The "
+        "band, of the difference to zero-shot, paired over images: for accuracy bounds that hold at all "
+        "positions at once, each side with 95 % probability; for the loss pointwise 95 % intervals. The gain "
+        "is the best position against zero-shot on the same images, which makes it optimistic; held out, the "
+        "position is chosen on four fifths of the images and measured on the others. The "
         "barrier is the highest loss above that of zero-shot; the bump, the highest above the straight line "
         "between the losses of the two ends: a loss that only slopes upward has a barrier and no bump.",
         charts.path(facts),
@@ -129,7 +141,7 @@ def layer_sharpness(facts: Facts) -> Section:
         "layer-sharpness",
         "Figure 4 · Sec. 3.1",
         "Sharpness of each layer",
-        f"The same for one layer at a time; {_drawn(part)}. A layer is near zero when its 95 % interval lies "
+        f"The same for one layer at a time; {_drawn(part)}. A layer is flat when its 95 % interval lies "
         f"within {facts.of(Sharpness).zero_margin:g} nats at every α above 0. A wide interval is no evidence "
         "of that.",
         layer_charts.sharpness(facts),
@@ -150,8 +162,8 @@ def prune(facts: Facts) -> Section:
     return Section(
         "prune",
         "Figure 5 · Algorithm 1",
-        "Pruning the stragglers",
-        f"{100 * own.keep:g} % of the straggler layers' weights kept, "
+        "Pruning flat layers and stragglers",
+        f"{100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
         f"{own.mask_seeds} masks; {_images(part)}. Bands reach from the lowest to the highest "
         "mask; that of the unpruned path is the pointwise 95 % interval of its difference to zero-shot. The "
         "control prunes as many other layers, at random.",

@@ -43,6 +43,7 @@ class Section:
         tables: tables below the charts.
         warnings: sentences on what cannot be concluded.
         printed: the section of the summary.
+        caption: caption of the figure in the run's folder.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     printed: str = ""
+    caption: str = ""
 
 
 class Shown(Protocol):

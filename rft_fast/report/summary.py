@@ -12,21 +12,28 @@ from ..common.words import duration, paragraph, visible
 from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
+from ..studies.gains import MAX_T
+from ..studies.interpolate import Z95
 from ..studies.verdicts import association, shape
 from .findings import findings
-from .phrases import MEASURES, by_shape, images, limits, p_value, span
+from .phrases import MEASURES, by_shape, images, limits, p_value, pruned_layers, span
 from .shown import Shown
 
-LEGEND = """\
-Accuracies, gain and instability in accuracy in points (%), barrier, bump and instability in loss
-in nats. Gain (Eq. 2): highest accuracy on the path minus zero-shot; in brackets its pointwise 95 %
-normal interval at that alpha, paired over images. Choosing the best alpha on the same images makes
-the gain optimistic. Barrier (Eq. 1): highest loss minus zero-shot. Bump: highest loss above the
-straight line between the losses of the two ends. Shape of the loss: a bump where that lies above 0
-with 95 % confidence, a slope where only the loss lies above zero-shot, no rise where neither is
-shown (Student's t, Bonferroni-corrected for the positions). Instability (Def. 1): how much worse the
-worst position is than the mean of the two ends. Mode, on out-of-distribution data: failure when no
-alpha beats zero-shot, gain when one does, high gain from {xi:g} points on (--xi)."""
+LEGEND = (
+    "Accuracies, gains and instability in accuracy in points (%), barrier, bump and instability in loss"
+    " in nats. Gain (Eq. 2): highest accuracy on the path minus zero-shot, on the images that choose "
+    "the best alpha, which makes it optimistic. In brackets a lower and an upper bound of the best gain"
+    " over alpha > 0, each with 95 % confidence, corrected for all positions ({by}), paired over "
+    "images. Mode, out of distribution: gain where that lower bound is above 0, high gain where such a "
+    "position gains {xi:g} points or more (--xi), failure where the upper bound is below {xi:g} points,"
+    " otherwise undecided. Held out: alpha chosen on four fifths of the images, measured on the others."
+    " Alpha of ID: the best one in distribution, and the gain there. +-: half of the 95 % interval over"
+    " images. Barrier (Eq. 1): highest loss minus zero-shot. Bump: highest loss above the straight line"
+    " between the losses of the two ends. Shape of the loss: a bump where that lies above 0 with 95 % "
+    "confidence, a slope where only the loss lies above zero-shot, no rise where neither is shown "
+    "(Student's t, Bonferroni-corrected for the positions). Instability (Def. 1): how much worse the "
+    "worst position is than the mean of the two ends."
+)
 
 
 def report(facts: Facts, studies: Iterable[Shown]) -> str:
@@ -60,22 +67,6 @@ def sections(facts: Facts, studies: Iterable[Shown]) -> str:
 
 def interpolation(facts: Facts) -> list[str]:
     """Format the path of each model (Figure 1), in lines."""
-    header = [
-        ["", "zero-", "fine-", "best", "", "", "", "", "instability", "", ""],
-        [
-            "model",
-            "shot",
-            "tuned",
-            "alpha",
-            "gain [95 %]",
-            "barrier",
-            "bump",
-            "shape",
-            "loss",
-            "acc.",
-            "mode",
-        ],
-    ]
     lines = []
     for dataset, group in facts.path.groupby("dataset", sort=False):
         first = group.iloc[0]
@@ -84,25 +75,62 @@ def interpolation(facts: Facts) -> list[str]:
         left_out = f" (without {skipped:,} that cannot be read)" if skipped else ""
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
-        lines += aligned([*header, *map(_cells, group.fillna({"mode": "-"}).to_dict("records"))], last=True)
-    return [*lines, "", LEGEND.format(xi=100 * facts.of(Along).xi)]
+        records = group.to_dict("records")
+        lines += aligned([*_ACCURACIES, *map(_accuracies, records)], last=True)
+        lines += ["", *aligned([*_LOSSES, *map(_losses, records)], last=True)]
+    methods = set(facts.path["gain_method"])
+    by = (
+        "by max-T"
+        if methods == {MAX_T}
+        else "Bonferroni-corrected where no results of single images are kept"
+    )
+    return [*lines, "", *paragraph(LEGEND.format(xi=100 * facts.of(Along).xi, by=by), facts.names)]
 
 
-def _cells(fact: dict[Any, Any]) -> list[str]:
-    gain, low, high = (100 * fact[name] for name in ("gain", "gain_low", "gain_high"))
-    interval = f" [{low:+.1f}, {high:+.1f}]"
+_ACCURACIES = [
+    ["", "zero-", "fine-", "best", "", "held", "alpha", "gain at", ""],
+    ["model", "shot", "tuned", "alpha", "gain [95 % bounds]", "out", "of ID", "alpha of ID", "mode"],
+]
+_LOSSES = [
+    ["", "", "", "instability", "", ""],
+    ["model", "barrier", "bump", "loss", "accuracy", "shape of the loss"],
+]
+
+
+def _accuracies(fact: dict[Any, Any]) -> list[str]:
+    """Cells of a model's gain."""
+    bounds = ", ".join(_points(fact[end]) for end in ("gain_low", "gain_high"))
     return [
         fact["model"],
         f"{100 * fact['zero_shot']:.1f}",
         f"{100 * fact['fine_tuned']:.1f}",
         f"{fact['best_alpha']:g}",
-        f"{gain:+.1f}{interval}" if gain else "0.0" + " " * len(interval),
+        f"{_points(fact['gain'])} [{bounds}]",
+        _points(fact["gain_held_out"], fact["gain_held_out_se"]),
+        "-" if pd.isna(fact["id_alpha"]) else f"{fact['id_alpha']:g}",
+        _points(fact["gain_id_alpha"], fact["gain_id_alpha_se"]),
+        "-" if pd.isna(fact["mode"]) else fact["mode"],
+    ]
+
+
+def _points(value: float, error: float | None = None) -> str:
+    """Format a difference in accuracy in points, with half of its 95 % interval if an error is given."""
+    if pd.isna(value):
+        return "-"
+    if not value and not error:  # alpha = 0 is best
+        return "0.0"
+    return f"{100 * value:+.1f}" + ("" if error is None else f" +- {100 * Z95 * error:.1f}")
+
+
+def _losses(fact: dict[Any, Any]) -> list[str]:
+    """Cells of a model's loss along the path."""
+    return [
+        fact["model"],
         _nats(fact["barrier"]),
         _nats(fact["bump"]) if pd.notna(fact["bump"]) else "-",
-        shape(fact).replace("unknown", "-"),
         _nats(fact["instability_loss"]),
         f"{100 * fact['instability_accuracy']:.1f}",
-        fact["mode"],
+        shape(fact).replace("unknown", "-"),
     ]
 
 
@@ -163,7 +191,7 @@ def layer_sharpness(facts: Facts) -> list[str]:
         where = "fine-tuned weights" if (group["on"] == "finetuned").all() else "interpolated weights"
         lines += paragraphs(
             facts,
-            f"layer-sharpness: one layer of the {where} perturbed, {_how(facts, group, rho)}. Near zero: the "
+            f"layer-sharpness: one layer of the {where} perturbed, {_how(facts, group, rho)}. Flat: the "
             f"95 % interval lies within {facts.of(Sharpness).zero_margin:g} nats at every alpha.",
         )
         for model, own in group.groupby("model", sort=False):
@@ -172,7 +200,7 @@ def layer_sharpness(facts: Facts) -> list[str]:
             top = own[own["alpha"] == own["alpha"].max()].nlargest(3, "sharpness")
             sharpest = ", ".join(f"{row['layer']} {_value(row)}" for row in top.to_dict("records"))
             lines += [
-                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers near zero; "
+                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers are flat; "
                 f"sharpest at alpha = {own['alpha'].max():g}:",
                 f"    {sharpest}",
             ]
@@ -210,10 +238,9 @@ def _value(row: Any) -> str:
 def prune(facts: Facts) -> list[str]:
     """Format the effects of pruning (Figure 5), in lines."""
     part, own = facts.part("prune"), facts.of(Prune)
-    which = "straggler" if own.layers is None else "named"
     lines = paragraphs(
         facts,
-        f"prune: {100 * own.keep:g} % of the {which} layers' weights kept, "
+        f"prune: {100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
         f"{own.mask_seeds} masks, {images(part)}. Change in accuracy against the unpruned path, "
         "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
         "other layers at random.",

@@ -13,15 +13,14 @@ import pandas as pd
 from ..figures.style import margin
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
+from ..studies.pruning import kind
 from ..studies.verdicts import (
     Association,
-    Gain,
+    Mode,
     Shape,
     Sign,
     Straggling,
     association,
-    gain,
-    gains,
     half_width,
     layer_shape,
     shape,
@@ -92,37 +91,33 @@ def interval(value: float, low: float, high: float, form: str = "+.1f", scale: f
     return Cell(f"{texts[0]} [{texts[1]}, {texts[2]}]", float(value), "n")
 
 
-_GAIN: dict[Gain, Cell] = {
+MODES: dict[Mode, Cell] = {
+    "high gain": Cell("high gain", 3, "good"),
     "gain": Cell("gain", 2, "good"),
-    "unclear": Cell(WIDE, 1, "wide"),
-    "unknown": Cell("no gain seen; no interval", 0, "wide"),
-    "none": Cell("no gain", 0, "bad"),
+    "undecided": Cell("undecided", 1, "wide"),
+    "failure": Cell("failure", 0, "bad"),
 }
 
 
-def gain_words(fact: Mapping[Any, Any], furthest: float) -> Cell:
-    """Create the cell of a gain's verdict; for the arguments, see :func:`rft_fast.studies.verdicts.gain`."""
-    verdict = gain(fact, furthest)
-    if verdict == "not excluded":
-        return Cell(f"no gain seen; {signed(f'{100 * furthest:+.1f}')} not excluded", 0, "wide")
-    return _GAIN[verdict]
+def pointwise(value: float, error: float) -> Cell:
+    """Create a cell of a gain in points with its pointwise 95 % interval."""
+    return interval(value, value - Z95 * error, value + Z95 * error, scale=100)
 
 
 def path(facts: Facts) -> Table:
-    """Create a row per model and data set: :func:`rft_fast.studies.summarize`, and what can be concluded."""
+    """Create a row per model and data set: :func:`rft_fast.studies.summarize`."""
     rows, chosen = [], []
-    for fact in gains(facts.path, facts.rows).to_dict("records"):
-        fact["mode"] = "–" if pd.isna(fact["mode"]) else fact["mode"]
-        looks = {"failure": "bad", "gain": "good", "high gain": "good"}
-        shown = interval(fact["gain"], fact["gain_low"], fact["gain_high"], scale=100)
+    for fact in facts.path.to_dict("records"):
         rows.append(
             [
                 Cell(fact["model"]),
                 Cell(fact["dataset"]),
-                shown if fact["gain"] else Cell("0.0", 0.0, "n"),
-                gain_words(fact, fact["furthest"]),
-                Cell(fact["mode"], None, looks.get(fact["mode"], "")),
+                interval(fact["gain"], fact["gain_low"], fact["gain_high"], scale=100),
+                Cell("–") if pd.isna(fact["mode"]) else MODES[fact["mode"]],
                 number(fact["best_alpha"], "g"),
+                pointwise(fact["gain_held_out"], fact["gain_held_out_se"]),
+                pointwise(fact["gain_id_alpha"], fact["gain_id_alpha_se"]),
+                number(fact["id_alpha"], "g"),
                 number(fact["zero_shot"], ".1f", 100),
                 number(fact["fine_tuned"], ".1f", 100),
                 number(fact["barrier"]),
@@ -135,7 +130,8 @@ def path(facts: Facts) -> Table:
         )
         chosen.append({"model": fact["model"], "dataset": fact["dataset"]})
     headings = (
-        "model|data set|gain [95 %]|what the interval says|mode|best α|zero-shot %|fine-tuned %|barrier|"
+        "model|data set|gain [95 % bounds]|mode|best α|held out [95 %]|gain at α of ID [95 %]|α of ID|"
+        "zero-shot %|fine-tuned %|barrier|"
         "bump|shape of the loss|instability, loss|instability, acc.|n"
     ).split("|")
     return Table("Every model on every data set", headings, rows, chosen)
@@ -200,7 +196,7 @@ def sharpness(facts: Facts, study: str) -> Table:
                 Cell(row["model"]),
                 number(row["alpha"], "g"),
                 interval(value, value - half, value + half, "+.3g"),
-                Cell("layer near zero", 0, "good") if row["near_zero"] else _SHARPNESS[row["verdict"]],
+                Cell("flat layer", 0, "good") if row["near_zero"] else _SHARPNESS[row["verdict"]],
                 number(row["draws"], ",.0f"),
                 number(row["rho"], "g"),
                 Cell(row["dataset"]),
@@ -278,7 +274,7 @@ def prune(facts: Facts) -> Table:
         rows.append(
             [
                 Cell(fact["model"]),
-                Cell("others, at random" if fact["control"] else "stragglers"),
+                Cell("others, at random" if fact["control"] else kind(fact["criterion"])),
                 Cell(f"{fact['criterion']}, {fact['method']}"),
                 interval(change, change - half, change + half, "+.2f", 100),
                 words[sign(change - half, change + half)],

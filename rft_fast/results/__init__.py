@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from rft_fast.common import lazy
 
 if TYPE_CHECKING:
+    from ..studies.columns import describe
     from ..studies.rows import COLUMNS
     from .directory import check, differences
     from .errors import Damaged, InUse, Mismatch, NoImages
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
-        loading="COLUMNS load recorded",
+        loading="COLUMNS describe load recorded",
         directory="check differences",
         errors="Damaged InUse Mismatch NoImages",
         single_images="Stored images",
@@ -47,6 +48,7 @@ __all__ = [
     "Run",
     "Stored",
     "check",
+    "describe",
     "differences",
     "images",
     "load",

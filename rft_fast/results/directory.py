@@ -6,11 +6,12 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..common import disk, words
 from ..config.recorded import is_compared, shown_as
-from ..names import STUDIES
+from ..names import FIGURE_FORMATS, STUDIES
 from . import database
 from .errors import Mismatch
 from .loading import is_begun, opened, order, recorded, refuse_stranger
@@ -119,8 +120,13 @@ def _common(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def figure_file(directory: pathlib.Path, study: str) -> pathlib.Path:
-    return directory / FIGURES / f"{study}.png"
+def figure_file(directory: pathlib.Path, study: str, ending: str = "png") -> pathlib.Path:
+    return directory / FIGURES / f"{study}.{ending}"
+
+
+def figure_files(directory: pathlib.Path, study: str) -> list[pathlib.Path]:
+    """The files of a study's figure in all formats, and that of its caption."""
+    return [figure_file(directory, study, ending) for ending in (*FIGURE_FORMATS, "txt")]
 
 
 def table_file(directory: pathlib.Path, study: str) -> pathlib.Path:
@@ -130,8 +136,8 @@ def table_file(directory: pathlib.Path, study: str) -> pathlib.Path:
 def replaced(directory: pathlib.Path, config: Mapping[str, Any]) -> list[pathlib.Path]:
     """The files that a run of this configuration writes anew."""
     names = dict.fromkeys([*STUDIES, *order(config)[1], "cost"])
-    named = [make(directory, name) for name in names for make in (figure_file, table_file)]
-    return [*named, directory / TABLE, directory / CONFIG]
+    named = [[*figure_files(directory, name), table_file(directory, name)] for name in names]
+    return [*chain(*named), directory / TABLE, directory / CONFIG]
 
 
 def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import __version__
 from ..config.recorded import upgraded
+from ..studies.columns import describe as describe
 from ..studies.rows import COLUMNS
 from . import database, records, schema
 from .errors import Damaged

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
+from .. import catalogue
 from .. import path as paths
 from ..catalogue import Chosen
 from ..config.request import Request
+from ..config.settings import Running
 from ..evaluate import Evaluator
+from ..results import packed
 from ..studies.rows import Row
 from . import bench, cost
 from .wiring import Counts
@@ -24,12 +28,14 @@ class Measurement:
         what: (data set, layer, alpha) of each of its rows. Two models with equal ones measure the same thing.
         zero: whether all rows are at alpha = 0, where models fine-tuned from one zero-shot model are equal.
         work: what it takes.
+        stored: bytes of the results of its images; 0 where they are not kept.
     """
 
     number: int
     what: tuple[tuple[object, ...], ...]
     zero: bool
     work: cost.Work
+    stored: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class Counter:
             images: cost.counted_evaluator(self._evaluator, sizes, work)
             for images, sizes in self._sizes.items()
         }
+        keeps = catalogue.study(study).keeps_images and self._request.of(Running).image_results
         found: list[Measurement] = []
         before = work * 1
 
@@ -118,7 +125,8 @@ class Counter:
             nonlocal before
             what = tuple((row["dataset"], row["layer"], row["alpha"]) for row in rows)
             zero = all(alpha == 0 for *_, alpha in what)
-            found.append(Measurement(number, what, zero, work + before * -1))
+            stored = sum(packed.size(cast(int, row["samples"])) for row in rows) if keeps else 0
+            found.append(Measurement(number, what, zero, work + before * -1, stored))
             before = work * 1
 
         bench.Bench(self._request, evaluators).run(study, counted, chosen, self._shared, sink=sink)

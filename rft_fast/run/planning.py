@@ -50,10 +50,11 @@ def plan(request: Request) -> str:
     takes = selection.how_many(request)
     counter = Counter(request, evaluator, whole)
     studies = {study: catalogue.study(study) for study in takes}
-    works = {
+    counts = {
         study: _count(request, what, takes[study], path, evaluator, counter)
         for study, what in studies.items()
     }
+    works = {study: work for study, (work, _) in counts.items()}
     everything = sum(works.values(), cost.Work.none(evaluator))
     costs = cost.flops(evaluator, everything)
     # Sets of like sizes take like times an image; a small one takes more.
@@ -73,7 +74,8 @@ def plan(request: Request) -> str:
     encoding = _encoding(models, next(iter(rates.values())), costs)
     resident = sum(count for counts in images.values() for count, _ in counts.values())
     peak = cost.memory(everything, evaluator, path, resident)
-    return cost.table(lines, costs, peak, path, _notes(request, sets), encoding)
+    stored = sum(size for _, size in counts.values())
+    return cost.table(lines, costs, peak, path, _notes(request, sets, stored), encoding)
 
 
 def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Encoding | None:
@@ -96,16 +98,20 @@ def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Enco
 
 def _count(
     request: Request, study: Study, models: int, path: paths.Path, evaluator: Evaluator, counter: Counter
-) -> cost.Work:
-    """The work of a study on so many models. The first one measures what the others share."""
+) -> tuple[cost.Work, int]:
+    """The work of a study on so many models, and the bytes of the results of single images.
+
+    The first model measures what the others share.
+    """
     chosen = study.guess(request, path.layers)
-    first = total(counter.count(study.name, path, chosen), evaluator)
+    measurements = counter.count(study.name, path, chosen)
+    first, stored = total(measurements, evaluator), models * sum(m.stored for m in measurements)
     if models == 1:
-        return first
+        return first, stored
     other = counter.count(study.name, path, chosen)
     if study.same_at_zeroshot and not request.zoo.own_heads:
         other = [measurement for measurement in other if not measurement.zero]
-    return first + total(other, evaluator) * (models - 1)
+    return first + total(other, evaluator) * (models - 1), stored
 
 
 def _noise(request: Request, images: int) -> datasets.Dataset:
@@ -117,8 +123,10 @@ def _noise(request: Request, images: int) -> datasets.Dataset:
     return datasets.Dataset("noise", pixels, labels, preprocess.mean, preprocess.std)
 
 
-def _notes(request: Request, sets: Sequence[datasets.Listed]) -> list[str]:
+def _notes(request: Request, sets: Sequence[datasets.Listed], stored: int) -> list[str]:
     notes = list(request.notices)
+    if stored:
+        notes.append(f"Results of single images: {stored:,} bytes in rows.sqlite (--no-image-results: none).")
     seconds, images = 0.0, 0
     for found in sets:
         if undecoded := found.undecoded(request.of(Running).cache):

@@ -13,7 +13,7 @@ from ..common import disk, program
 from ..common.program import Interrupted, Stop
 from ..common.words import cell, message
 from ..config.request import NotFetched, Request, unfetched
-from ..config.settings import Running
+from ..config.settings import Figures, Running
 from ..report import summary
 from ..settings import Layers
 from ..studies.chance import among
@@ -21,6 +21,7 @@ from ..studies.facts import Facts
 from . import identity, planning, running, trackers
 from .cluster.driver import Cluster, Failed
 from .executor import Executor, InProcess
+from .pictures import Pictures
 from .progress import Progress, held_warnings
 
 
@@ -38,6 +39,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
             if request.of(Running).plan:
                 print(planning.plan(request))
                 return 0
+            pictures = Pictures(request.out, request.of(Figures))
             with held_warnings() as early:
                 early += request.notices
                 request = identity.resumed(request)
@@ -64,7 +66,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 request.everything,
                 results.Stored(run.directory),
             )
-            _draw(request, facts, run, took)
+            _draw(request, facts, run, took, pictures)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
@@ -101,20 +103,26 @@ def _measure(
     return took
 
 
-def _draw(request: Request, facts: Facts, run: results.Run, took: Sequence[Mapping[str, object]]) -> None:
+def _draw(
+    request: Request,
+    facts: Facts,
+    run: results.Run,
+    took: Sequence[Mapping[str, object]],
+    pictures: Pictures,
+) -> None:
     for name in request.measured:
         study = catalogue.study(name)
         table = study.table(facts)
         if table is not None:
             with disk.replacing(run.table(name)) as temporary:
                 table.map(cell).to_csv(temporary, index=False)
-        study.draw(facts, run.figure(name), request.of(Layers).models)
+        pictures.draw(study, facts, request.of(Layers).models)
     if request.of(Running).quiet or request.of(Running).json:
         return
     print(summary.report(facts, catalogue.studies()))
     print("\n" + summary.cost(took))
     print(
-        f"\nfigures  {run.figure(request.measured[0]).parent} ({', '.join(request.measured)})\n"
+        f"\nfigures  {pictures.folder} ({', '.join(request.measured)})\n"
         f"rows     {run.directory / 'rows.csv'} (also rows.sqlite)\n"
         f"request  {run.directory / 'config.json'}; time and memory in cost.csv"
     )

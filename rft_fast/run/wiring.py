@@ -26,6 +26,7 @@ from ..config.request import Request
 from ..config.settings import Computed, Running
 from ..evaluate import Evaluator, precision
 from ..settings import Along, Layers, Prune, Sharpness
+from ..studies.images import NO_CLASS
 
 Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
 
@@ -70,6 +71,11 @@ class Models:
                 ends.check(checkpoints.load(weights.source, "meta", weights.format))
         live = precision.cast(ends.live, request.of(Computed).precision).to(request.device)
         models = cls(request, ends, live, inputs, common)
+        if request.of(Running).image_results and ends.classes > NO_CLASS:
+            raise ValueError(
+                f"{file}: the head has {ends.classes} classes, and results of single images number at most "
+                f"{NO_CLASS}; use --no-image-results"
+            )
         models.hashes[source.zeroshot.source] = inputs.sha256(file)
         first: dict[str, str] = {}  # SHA-256 -> the first model of that file
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):

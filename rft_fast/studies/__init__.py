@@ -6,6 +6,7 @@ from .chance import Chance, against_chance, zeroshot_chances
 from .claim import claim, claim_tests
 from .correlation import correlation
 from .estimators import ESTIMATORS, Protocol
+from .gains import gain_bounds, id_alphas
 from .images import ImageResults, ImageScores, image_results
 from .interpolate import XI, best_gains, check_alphas, interpolation, summarize
 from .layers import layerwise_interpolation, stragglers
@@ -28,6 +29,8 @@ __all__ = [
     "claim_tests",
     "correlation",
     "frame",
+    "gain_bounds",
+    "id_alphas",
     "image_results",
     "interpolation",
     "layerwise_interpolation",

@@ -18,6 +18,7 @@ from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
 from .claim import claim_tests, count_flat
 from .correlation import correlate
+from .gains import gain_bounds
 from .images import Images, Renamed
 from .interpolate import STUDY as INTERPOLATION
 from .interpolate import best_gains, summarize
@@ -112,9 +113,14 @@ class Facts:
         return frozenset(str(name) for column in columns for name in column.dropna().unique())
 
     @cached_property
+    def bounds(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.gain_bounds`."""
+        return gain_bounds(self.rows, self.images)
+
+    @cached_property
     def path(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.summarize`."""
-        return summarize(self.rows, self.of(Along).xi)
+        return summarize(self.rows, self.of(Along).xi, self.images, self.bounds)
 
     @cached_property
     def ood_rows(self) -> pd.DataFrame:
@@ -125,7 +131,7 @@ class Facts:
     def ood_path(self) -> pd.DataFrame:
         """:attr:`path` on out-of-distribution data; empty without such rows."""
         if self.ood_rows.empty:
-            return pd.DataFrame(columns=["model", "dataset", "gain", "best_alpha"])
+            return pd.DataFrame(columns=["model", "dataset", "gain", "best_alpha", "mode"])
         return self.path[self.path["ood"]]
 
     @cached_property

@@ -124,7 +124,8 @@ class Renamed:
 
     def of(self, study: str, model: str, dataset: str) -> ImageResults | None:
         """As :meth:`Images.of`. The rows in it have the original names."""
-        return self.images.of(study, *self.original[model, dataset])
+        known = self.original.get((model, dataset))
+        return None if known is None else self.images.of(study, *known)
 
 
 def image_results(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, MutableMapping
-from statistics import NormalDist
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -18,15 +17,16 @@ from scipy.special import stdtrit
 
 from ..common.numeric import check_alphas as check_alphas
 from ..names import XI as XI
-from .images import Kept
+from .bands import Z95 as Z95
+from .gains import STUDY as STUDY
+from .gains import check_path, gain_bounds, hits_of, id_alphas, of_path
+from .images import Images, Kept
 from .rows import Measured, Sink, as_number, check_table, of_study, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
     from ..path import Path
 
-STUDY = "interpolation"
-Z95 = NormalDist().inv_cdf(0.975)
 TOGETHER = 4096  # most images of data sets that are scored together
 
 
@@ -159,22 +159,42 @@ def _together(evaluator: Evaluator) -> list[list[str]]:
     return groups
 
 
-def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
-    """Summarize the path of each model on each data set: gain, barrier, bump, instability and mode.
+def summarize(
+    rows: pd.DataFrame,
+    xi: float = XI,
+    images: Images | None = None,
+    bounds: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Summarize the path of each model on each data set: gain, mode, barrier, bump and instability.
 
-    The 95 % interval of the gain is normal, pointwise and paired over samples, at the best alpha. It does not
-    correct for choosing that alpha on the same samples, which makes the gain optimistic.
+    The gain is the best of many positions on the images that chose it, which makes it optimistic. Its bounds
+    and the mode are corrected for that: see :func:`rft_fast.studies.gain_bounds`.
 
     Args:
         rows: rows of :func:`interpolation`; rows of other studies are ignored.
         xi: smallest gain in accuracy that counts as high, a fraction in [0, 1): 0.02 is two points.
+        images: results of single images of these rows; None: there are none.
+        bounds: :func:`rft_fast.studies.gain_bounds` of these rows and images; None: made here.
 
     Returns:
         One row per (model, data set), in the order of first appearance:
 
         - ``zero_shot``, ``fine_tuned``: A(0) and A(1);
-        - ``gain`` (Eq. 2): max over alpha of A(alpha) - A(0), never negative, with ``gain_se``,
-          ``gain_low``, ``gain_high`` and ``best_alpha``, the smallest alpha that reaches it;
+        - ``gain`` (Eq. 2): max over alpha of A(alpha) - A(0), never negative, with ``gain_se``, its pointwise
+          standard error, and ``best_alpha``, the smallest alpha that reaches it;
+        - ``gain_low``, ``gain_high``: the highest lower and the highest upper bound of A(alpha) - A(0) over
+          alpha > 0: lower and upper bound of the best gain, each with 95 % probability; ``gain_method``
+          (max-t or bonferroni) and ``gain_critical``, the number of standard errors;
+        - ``mode`` (:func:`rft_fast.studies.verdicts.mode`): *gain*, *high gain*, *failure* or *undecided*,
+          by these bounds; missing for data in distribution, where it is not defined; ``gain_shown``: the
+          highest gain of a position whose lower bound is above 0, or 0;
+        - ``mode_observed``: by the paper's definition, of the observed gain alone: *failure* if no alpha
+          beats A(0), *high gain* if one does by at least ``xi``, otherwise *gain*;
+        - ``gain_held_out``, ``gain_held_out_se``: the gain of the alpha chosen on four fifths of the images,
+          measured on the others (:func:`rft_fast.studies.bands.held_out`); missing without ``images``, or
+          with fewer than five of them;
+        - ``id_alpha``, ``gain_id_alpha``, ``gain_id_alpha_se``: the alpha that accuracy on in-distribution
+          data chooses (:func:`rft_fast.studies.id_alphas`), and the gain there; missing without such data;
         - ``barrier`` (Eq. 1), also called depth: max over alpha of L(alpha) - L(0), in nats, with
           ``barrier_se`` and ``barrier_alpha``;
         - ``bump`` (Entezari et al. 2022, their barrier): max over alpha of L(alpha) - [(1 - alpha) L(0) +
@@ -185,28 +205,40 @@ def summarize(rows: pd.DataFrame, xi: float = XI) -> pd.DataFrame:
           bump's is missing without such a position;
         - ``instability_loss`` (Def. 1): max over alpha of L(alpha) - (L(0) + L(1)) / 2, in nats, and
           ``instability_accuracy``: (A(0) + A(1)) / 2 - min over alpha of A(alpha);
-        - ``mode``: *failure* if no alpha beats A(0), *high gain* if one does by at least ``xi``, otherwise
-          *gain*; missing for data in distribution, where it is not defined;
         - ``ood``, ``samples``, ``alphas`` (the number of positions), ``xi``.
 
         If the loss is not finite at some alpha, neither are barrier, bump and loss instability.
 
     Raises:
         TypeError: ``rows`` is not a table of rows, or ``xi`` is not a number.
-        ValueError: ``xi`` is outside [0, 1), there are no rows of an interpolation, or :func:`check_alphas`
-            refuses the positions of a (model, data set), as for an unfinished run.
+        ValueError: ``xi`` is outside [0, 1), there are no rows of an interpolation, :func:`check_alphas`
+            refuses the positions of a (model, data set), as for an unfinished run, or ``images`` do not
+            belong to the rows.
     """
     if not 0 <= as_number("summarize: xi", xi) < 1:
         raise ValueError(f"summarize: expected xi as a fraction in [0, 1), got {xi}; 2 % is 0.02")
     rows = of_study(rows, STUDY, "summarize")
-    groups = rows.groupby(["model", "dataset"], sort=False)
+    groups = {key: own.sort_values("alpha") for key, own in rows.groupby(["model", "dataset"], sort=False)}
+    for (model, dataset), curve in groups.items():
+        check_path(model, dataset, curve)
+    bounds = gain_bounds(rows, images) if bounds is None else bounds
+    bounded = dict(list(bounds.groupby(["model", "dataset"], sort=False)))
+    chosen = {} if rows["ood"].fillna(False).all() else id_alphas(rows).to_dict()
     facts = pd.DataFrame(
         [
-            _summary(str(model), str(dataset), group.sort_values("alpha"), xi)
-            for (model, dataset), group in groups
+            {
+                "model": model,
+                "dataset": dataset,
+                **_summary(curve),
+                **of_path(curve, bounded[model, dataset], hits_of(curve, images), chosen.get(model), xi),
+            }
+            for (model, dataset), curve in groups.items()
         ]
     )
-    return facts.astype({"model": "string", "dataset": "string", "mode": "string"})
+    return facts.astype(dict.fromkeys(_TEXTS, "string"))
+
+
+_TEXTS = ("model", "dataset", "mode", "mode_observed", "gain_method")
 
 
 def best_gains(rows: pd.DataFrame) -> pd.Series:
@@ -232,32 +264,17 @@ def best_gains(rows: pd.DataFrame) -> pd.Series:
     return means.groupby("model", sort=False).max()
 
 
-def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[str, object]:
-    try:
-        alphas = check_alphas(curve["alpha"])
-    except ValueError as error:
-        raise ValueError(f"summarize: {model!r} on {dataset!r}: {error}") from None
-    loss, accuracy = curve["loss"].to_numpy(), curve["accuracy"].to_numpy()
-    gain, rise = curve["gain"].to_numpy(), curve["rise"].to_numpy()
-    best, worst = int(np.argmax(gain)), int(np.argmax(rise))  # unlike max, argmax finds a NaN
-    bump = curve["bump"].to_numpy()
-    top = int(np.argmax(bump))
-    ood = bool(curve["ood"].iloc[0])
-    gain_se = float(curve["gain_se"].iloc[best])
-    mode = "failure" if gain[best] <= 0 else "high gain" if gain[best] >= xi else "gain"
+def _summary(curve: pd.DataFrame) -> dict[str, object]:
+    """Summarize accuracy and loss of one path, but not its gain. curve: its rows, by ascending alpha."""
+    alphas, loss, accuracy = (curve[name].to_numpy() for name in ("alpha", "loss", "accuracy"))
+    rise, bump = curve["rise"].to_numpy(), curve["bump"].to_numpy()
+    worst, top = int(np.argmax(rise)), int(np.argmax(bump))  # unlike max, argmax finds a NaN
     return {
-        "model": model,
-        "dataset": dataset,
-        "ood": ood,
+        "ood": bool(curve["ood"].iloc[0]),
         "samples": int(curve["samples"].iloc[0]),
         "alphas": len(alphas),
         "zero_shot": accuracy[0],
         "fine_tuned": accuracy[-1],
-        "best_alpha": alphas[best],
-        "gain": gain[best],
-        "gain_se": gain_se,
-        "gain_low": gain[best] - Z95 * gain_se,
-        "gain_high": gain[best] + Z95 * gain_se,
         "barrier": rise[worst],
         "barrier_se": float(curve["rise_se"].iloc[worst]),
         "barrier_low": lower_end(curve[curve["alpha"] > 0], "rise"),
@@ -268,8 +285,6 @@ def _summary(model: str, dataset: str, curve: pd.DataFrame, xi: float) -> dict[s
         "bump_alpha": alphas[top] if bump[top] == bump[top] else math.nan,
         "instability_loss": _above_ends(loss),
         "instability_accuracy": _above_ends(-accuracy),
-        "mode": mode if ood else None,
-        "xi": xi,
     }
 
 

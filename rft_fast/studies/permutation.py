@@ -19,7 +19,7 @@ import numpy as np
 EXACT = 9  # models up to which every permutation is taken: 362,880
 DRAWN = 20_000  # permutations for more models
 LEVEL = 0.05
-_AT_ONCE = 10_080  # permutations in memory; they divide 9!
+_AT_ONCE = 400_000  # permuted pairs in memory
 _ROUNDING = 1e-4  # of statistics in float32, which differ by far more if they differ
 
 
@@ -135,8 +135,9 @@ def max_t(
     largest = np.zeros((families.max() + 1, len(every)), dtype=np.float32)
     reached = np.zeros(count)
     flat = y.reshape(len(y), -1).astype(np.float32)
-    for start in range(0, len(every), _AT_ONCE):
-        order = every[start : start + _AT_ONCE].astype(np.intp)
+    size = max(1, _AT_ONCE // len(rows))
+    for start in range(0, len(every), size):
+        order = every[start : start + size].astype(np.intp)
         at = order[:, rows] * n + order[:, columns]
         now = slice(start, start + len(order))
         permuted: dict[int, np.ndarray] = {}
@@ -151,14 +152,14 @@ def max_t(
     added = int(n > EXACT)  # the observed order is one of the permutations
     total = len(every) + added
     p_max, needed = np.empty(count), np.empty(count)
-    size = np.sqrt((x.astype(float) ** 2).sum((1, 2)) * (y[which].astype(float) ** 2).sum((1, 2))) / 2
+    length = np.sqrt((x.astype(float) ** 2).sum((1, 2)) * (y[which].astype(float) ** 2).sum((1, 2))) / 2
     for f, most in enumerate(largest):
         own = families == f
         most.sort()
         above = len(most) - np.searchsorted(most, observed[own] - _ROUNDING)
         share = int(parts[own][0])
         p_max[own] = np.minimum(1, share * (above + added) / total)
-        needed[own] = _critical(most, added, total / share) * scale[own] / size[own]
+        needed[own] = _critical(most, added, total / share) * scale[own] / length[own]
     return Tests((reached + added) / total, p_max, needed)
 
 

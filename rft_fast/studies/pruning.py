@@ -1,4 +1,8 @@
-"""Figure 5 of the paper, Algorithm 1: prune the straggler layers, then interpolate."""
+"""Figure 5 of the paper, Algorithm 1: prune flat layers, or stragglers, then interpolate.
+
+The paper calls both stragglers. Here a straggler is a layer whose own interpolation is unstable
+(Def. 1.2), and a flat layer one whose sharpness is near zero (Alg. 1).
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 
 STUDY = "prune"
 NAMED = "named"  # stands for the criterion if the caller chose the layers
+
+
+def kind(criterion: str) -> str:
+    """What the layers that a criterion picks are called."""
+    return {"sharpness": "flat layers", "instability": "stragglers"}.get(criterion, f"{criterion} layers")
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def prune_stragglers(
     sink: Sink | None = None,
     images: Kept | None = None,
 ) -> pd.DataFrame:
-    """Measure the path with straggler layers of the fine-tuned weights pruned (Alg. 1, Figure 5).
+    """Measure the path with flat layers or stragglers of the fine-tuned weights pruned (Alg. 1, Figure 5).
 
     On return, and on any error, the live model is restored bit for bit.
 
@@ -70,10 +79,9 @@ def prune_stragglers(
         evaluator: scores the live model of ``path`` on one or more data sets.
         alphas: positions in [0, 1], including 0 and 1.
         keep: fraction of a pruned layer's weights that survives, in (0, 1).
-        criterion: how to find the layers if ``layers`` is None. ``"sharpness"`` (Alg. 1): layer-wise
-            sharpness near zero on every data set (:func:`rft_fast.studies.near_zero`). ``"instability"``
-            (Def. 1.2):
-            straggler on at least one data set (:func:`rft_fast.studies.stragglers`).
+        criterion: how to find the layers if ``layers`` is None. ``"sharpness"`` (Alg. 1): flat on
+            every data set (:func:`rft_fast.studies.near_zero`). ``"instability"`` (Def. 1.2): straggler on
+            at least one data set (:func:`rft_fast.studies.stragglers`).
         draws: draws of noise per layer for the sharpness criterion.
         layers: names or ``re:`` patterns of the layers to prune, instead of a criterion; the column
             ``criterion`` of the rows is then ``"named"``. For several selections, a mapping from the value of
@@ -130,7 +138,7 @@ def prune_stragglers(
     for label, names in chosen.items():
         if not names:
             of = f" of {model}" if model else ""
-            warnings.warn(f"prune: no layer{of} is a straggler by {label}; none is pruned", stacklevel=2)
+            warnings.warn(f"prune: there are no {kind(label)}{of}; none is pruned", stacklevel=2)
         variants += _variants(path.layers, label, names, methods, seeds, control)
     unpruned = {} if unpruned is None else unpruned
     record = Measured(STUDY, len(variants) * len(grid), only, sink, images)

@@ -22,9 +22,7 @@ Row = dict[str, object]
 # and combined.
 Sink = Callable[[int, list[Row]], object]
 
-# Column -> pandas dtype. A study fills what it measures; the rest is missing. Losses and quantities derived
-# from them are in nats; accuracies and quantities derived from them are fractions. <name>_se is the
-# standard error of <name>.
+# Column -> pandas dtype. A study fills what it measures; the rest is missing. columns.py describes each.
 COLUMNS: dict[str, str] = {
     "study": "string",
     "model": "string",

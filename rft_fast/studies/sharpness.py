@@ -302,7 +302,7 @@ def _numbers(name: str, values: Iterable[float]) -> list[float]:
 
 
 def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
-    """Find the layers whose sharpness is near zero (the criterion of Alg. 1) by an equivalence test.
+    """Find the flat layers, those of near-zero sharpness (the criterion of Alg. 1), by an equivalence test.
 
     A layer is near zero if, at every alpha > 0, the two-sided 95 % interval of its sharpness lies within
     ``margin`` of zero: ``|S| + t * se < margin``, with Student's t for ``sharpness_df`` degrees of freedom. A

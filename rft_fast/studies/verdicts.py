@@ -9,12 +9,11 @@ from typing import Any, Literal
 import pandas as pd
 from scipy.special import stdtrit
 
-from .interpolate import STUDY as PATH
-from .interpolate import Z95
+from .bands import Z95
 from .permutation import LEVEL
 
 Sign = Literal["above", "below", "unclear", "unknown"]
-Gain = Literal["gain", "unclear", "not excluded", "unknown", "none"]
+Mode = Literal["high gain", "gain", "undecided", "failure"]
 Association = Literal["above", "below", "unclear", "saturated", "unknown"]
 Straggling = Literal["straggler", "unchanged", "unclear", "stable"]
 Shape = Literal["bump", "slope", "no rise", "unknown"]
@@ -54,40 +53,20 @@ def half_width(error: float, freedom: float) -> float:
     return float(stdtrit(freedom, 0.975)) * error if freedom > 0 and error > 0 else math.nan
 
 
-def gains(path: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Classify the gain of each path.
+def mode(fact: Mapping[Any, Any]) -> Mode:
+    """Classify the gain of a path by bounds that hold for all positions at once.
 
     Args:
-        path: the result of :func:`rft_fast.studies.summarize`.
-        rows: the rows it was made of.
+        fact: a row of :func:`rft_fast.studies.summarize`; of any data set.
 
     Returns:
-        ``path`` with ``furthest``, the highest upper end of the pointwise 95 % intervals of A(alpha) - A(0)
-        over alpha > 0 (NaN without one), and ``verdict`` (:func:`gain`).
+        "gain" if some position has a lower bound above 0, "high gain" if one of these gains at least ``xi``;
+        "failure" if none has and all upper bounds are below ``xi``: no gain of that size is possible;
+        otherwise "undecided", also without bounds, as for a single image.
     """
-    rows = rows[(rows["study"] == PATH) & (rows["alpha"] > 0)]
-    ends = (rows["gain"] + Z95 * rows["gain_se"]).groupby([rows["model"], rows["dataset"]])
-    furthest = ends.agg(lambda own: own.max(skipna=False)).rename("furthest")
-    found = path.join(furthest, on=["model", "dataset"])
-    return found.assign(verdict=[gain(fact, fact["furthest"]) for fact in found.to_dict("records")])
-
-
-def gain(fact: Mapping[Any, Any], furthest: float) -> Gain:
-    """Classify the gain of one path.
-
-    Args:
-        fact: a row of :func:`rft_fast.studies.summarize`.
-        furthest: highest upper end of an interval of A(alpha) - A(0) over alpha > 0.
-
-    Returns:
-        "gain", or "unclear" if its interval includes 0. If no alpha beats zero-shot: "none", or "not
-        excluded" if an interval reaches above 0; "unknown" without intervals, as for a single image.
-    """
-    if fact["gain"] > 0:
-        return "gain" if fact["gain_low"] > 0 else "unclear"
-    if math.isnan(furthest):
-        return "unknown"
-    return "not excluded" if furthest > 0 else "none"
+    if fact["gain_shown"] > 0:
+        return "high gain" if fact["gain_shown"] >= fact["xi"] else "gain"
+    return "failure" if fact["gain_high"] < fact["xi"] else "undecided"
 
 
 def shape(fact: Mapping[Any, Any]) -> Shape:

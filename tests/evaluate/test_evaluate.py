@@ -62,8 +62,10 @@ def test_losses_and_hits_equal_float64_by_hand(batch_size: int) -> None:
         losses, hits = truth(model, data)
         scores = got[data.name]
         assert scores.losses.dtype == torch.float32 and scores.correct.dtype == torch.bool
-        assert (scores.losses - losses).abs().max() < 1e-5
+        assert (scores.losses - losses).abs().max() < 2e-5
         assert torch.equal(scores.correct, hits)
+        assert scores.predictions is not None and scores.predictions.dtype == torch.int32
+        assert scores.predictions.tolist() == logits_of(model, data).argmax(1).tolist()
         assert scores.samples == len(losses) and scores.nonfinite == 0
         assert scores.loss == pytest.approx(losses.mean().item(), rel=1e-6)
         assert scores.accuracy == pytest.approx(hits.double().mean().item())
@@ -109,8 +111,11 @@ def test_a_class_subset_is_scored_among_its_logits_alone() -> None:
     model = toy()
     got = Evaluator(model, [data], batch_size=7).scores()["set"]
     losses, hits = truth(model, data, classes)
-    assert (got.losses - losses).abs().max() < 1e-5
+    assert (got.losses - losses).abs().max() < 2e-5
     assert torch.equal(got.correct, hits)
+    assert got.predictions is not None
+    rows = logits_of(model, data).tolist()
+    assert got.predictions.tolist() == [max(classes, key=logits.__getitem__) for logits in rows]
     assert not torch.allclose(truth(model, data)[0], losses)
 
 
@@ -136,6 +141,8 @@ def test_groups_of_rows_are_scored_as_one(batch: int) -> None:
     got = Evaluator(model, [data], batch).scores()["set"]
     torch.testing.assert_close(got.losses.double(), torch.tensor(losses).double(), rtol=1e-5, atol=1e-5)
     assert got.correct.tolist() == hits and 0 < sum(hits) < 30
+    assert got.predictions is not None
+    assert got.predictions.tolist() == [GROUPS[max(GROUPS, key=logits.__getitem__)] for logits in rows]
     both = Evaluator(model, [data, replace(data, name="b", groups=None)], batch).scores()
     assert torch.equal(both["set"].losses, got.losses)
     assert not torch.equal(both["b"].losses, got.losses) and (both["b"].losses >= got.losses - 1e-6).all()
@@ -286,6 +293,8 @@ def test_a_logit_that_is_infinite_can_be_the_largest(normalize: bool, grouped: b
             model.head.bias.copy_(torch.tensor([0.0, 1.0, largest, 2.0, -math.inf, 3.0]))
         scores = evaluator.scores()["set"]
         assert torch.equal(scores.correct, expected) and scores.losses[2].isnan()
+        assert scores.predictions is not None
+        assert set(scores.predictions.tolist()) == {-1 if math.isnan(largest) else 2}
 
 
 def test_standard_errors_by_hand() -> None:

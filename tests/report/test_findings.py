@@ -133,6 +133,7 @@ def test_findings_are_sentences_with_what_they_are_about() -> None:
     assert [(one.study, one.dataset, one.model) for one in found] == [
         ("interpolation", FAR, None),  # chance
         ("interpolation", FAR, None),  # failures
+        ("interpolation", FAR, None),  # gains
         ("interpolation", FAR, None),  # bumps
         ("layers", FAR, "good"),
         ("layers", FAR, "bad"),
@@ -140,7 +141,7 @@ def test_findings_are_sentences_with_what_they_are_about() -> None:
         *[("correlation", FAR, None)] * 3,  # two measures, and what three models can show
         ("correlation", None, None),
     ]
-    assert [one.paper for one in found] == [False] * 9 + [True]
+    assert [one.paper for one in found] == [False] * 10 + [True]
     assert all("\n" not in one.text for one in found)
     printed = " ".join(summary.report(facts, catalogue.studies()).partition("In short")[2].split())
     assert printed == " ".join(one.text if one.paper else f"- {one.text}" for one in found)

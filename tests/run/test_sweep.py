@@ -191,7 +191,7 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
         assert f"{model} on far: {found} of 13 layers are stragglers" in printed
     flat = studies.near_zero(rows)
     for (model, _), group in flat.groupby(["model", "rho"]):
-        assert f"{model}: {int(group['near_zero'].sum())} of 13 layers near zero" in printed
+        assert f"{model}: {int(group['near_zero'].sum())} of 13 layers are flat" in printed
     for fact in studies.pruning_effect(rows).to_dict("records"):
         assert f"{100 * fact['change']:+.1f}" in printed
     one = table.query("measure == 'general' and dataset == 'far' and outcome == 'accuracy' and alpha == 1")

@@ -256,8 +256,13 @@ def test_summary_by_hand() -> None:
     assert (fact["gain"], fact["best_alpha"]) == (0.25, 0.3)  # the smallest alpha that reaches it
     # Differences of hits at 0.3: 0, 0, 1, 0: variance 3/12, standard error sqrt(1/4 / 4).
     assert fact["gain_se"] == pytest.approx(0.25)
-    assert fact["gain_low"] == pytest.approx(0.25 - 1.959964 * 0.25, abs=1e-6)
-    assert fact["gain_high"] == pytest.approx(0.25 + 1.959964 * 0.25, abs=1e-6)
+    # Bonferroni: four positions, Student's t of three degrees of freedom, one more image that changes sides.
+    hits = np.array([HAND[a][1] for a in (0.3, 0.6, 0.8, 1.0)]) - np.array(HAND[0.0][1])
+    t = stats.t.ppf(1 - 0.05 / 4, 3)
+    half = t * np.sqrt(hits.var(axis=1, ddof=1) / 4 + 1 / (4 * 3))
+    assert fact["gain_low"] == pytest.approx(max(hits.mean(axis=1) - half))
+    assert fact["gain_high"] == pytest.approx(max(hits.mean(axis=1) + half))
+    assert (fact["gain_method"], fact["gain_critical"]) == ("bonferroni", pytest.approx(t))
     assert (fact["barrier"], fact["barrier_alpha"]) == (1.5, 0.6)
     # Differences of losses at 0.6: 3, 0, 0, 3: variance 9/3, standard error sqrt(3 / 4).
     assert fact["barrier_se"] == pytest.approx(math.sqrt(3 / 4))
@@ -275,7 +280,7 @@ def test_summary_by_hand() -> None:
     assert fact["bump_low"] == pytest.approx(max(b.mean() - t * b.std(ddof=1) / 2 for b in bumps))
     assert fact["instability_loss"] == pytest.approx(3.5 - (2.0 + 1.5) / 2)
     assert fact["instability_accuracy"] == pytest.approx((0.5 + 0.75) / 2 - 0.25)
-    assert fact["mode"] == "high gain"
+    assert (fact["mode"], fact["mode_observed"]) == ("undecided", "high gain")  # four images
 
 
 @pytest.mark.parametrize(
@@ -286,7 +291,7 @@ def test_mode_by_threshold(hits: int, mode: str) -> None:
     losses = [1.0] * 100
     curve = {a: (losses, [1] * h + [0] * (100 - h)) for a, h in ((0.0, 50), (0.5, hits), (1.0, 40))}
     (fact,) = studies.summarize(Scripted(curve).rows(), xi=0.02).to_dict("records")
-    assert fact["mode"] == mode
+    assert fact["mode_observed"] == mode
     assert fact["gain"] == max(0, hits - 50) / 100
     if mode == "failure":
         assert (fact["best_alpha"], fact["gain"], fact["gain_se"]) == (0.0, 0.0, 0.0)
@@ -307,10 +312,10 @@ def test_best_gains_by_hand() -> None:
 
 def test_threshold_is_settable_and_in_distribution_has_no_mode() -> None:
     rows = Scripted(HAND).rows()
-    assert studies.summarize(rows, xi=0.25)["mode"].tolist() == ["high gain"]
-    assert studies.summarize(rows, xi=0.26)["mode"].tolist() == ["gain"]
+    assert studies.summarize(rows, xi=0.25)["mode_observed"].tolist() == ["high gain"]
+    assert studies.summarize(rows, xi=0.26)["mode_observed"].tolist() == ["gain"]
     (fact,) = studies.summarize(Scripted(HAND, ood=False).rows()).to_dict("records")
-    assert pd.isna(fact["mode"]) and fact["gain"] == 0.25
+    assert pd.isna(fact["mode"]) and pd.isna(fact["mode_observed"]) and fact["gain"] == 0.25
 
 
 def curve_of(losses: list[float], ood: bool = True) -> dict[str, Any]:

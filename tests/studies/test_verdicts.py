@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import pandas as pd
 import pytest
 from scipy import stats
 
 from rft_fast.report import tables
 from rft_fast.studies import frame
 from rft_fast.studies.facts import Facts
-from rft_fast.studies.verdicts import Sign, gains, half_width, layer_shape, sign, straggling
+from rft_fast.studies.verdicts import Sign, half_width, layer_shape, mode, sign, straggling
 
 
 @pytest.mark.parametrize(
@@ -28,27 +27,14 @@ def test_an_interval_over_masks_needs_an_error() -> None:
     assert all(math.isnan(half_width(*given)) for given in [(0.0, 4), (math.nan, 4), (0.01, 0)])
 
 
-def test_gains_by_the_intervals_of_all_positions() -> None:
-    """Gains at alpha = 0.5 and 1, each +- 1.96 points, and what they allow one to say."""
-    curves = {
-        "gain": [0.05, 0.03],
-        "unclear": [0.01, -0.05],
-        "not excluded": [-0.05, -0.01],
-        "none": [-0.05, -0.03],
-        "unknown": [-0.05, math.nan],
-    }
-    rows = frame(
-        {"study": "interpolation", "model": model, "dataset": "far", "alpha": alpha, "gain": 0.0 if
-         math.isnan(gain) else gain, "gain_se": math.nan if math.isnan(gain) else 0.01}
-        for model, curve in curves.items() for alpha, gain in zip((0.5, 1.0), curve, strict=True)
-    )  # fmt: skip
-    path = pd.DataFrame(
-        {"model": model, "dataset": "far", "gain": max(0.0, curve[0]), "gain_low": curve[0] - 0.0196}
-        for model, curve in curves.items()
-    )
-    found = gains(path, rows).set_index("model")
-    assert dict(found["verdict"]) == {name: name for name in curves}
-    assert found.loc["not excluded", "furthest"] == pytest.approx(-0.01 + 1.959964 * 0.01)
+@pytest.mark.parametrize(
+    ("shown", "high", "expected"),
+    [(0.03, 0.05, "high gain"), (0.02, 0.05, "high gain"), (0.01, 0.05, "gain"), (0.0, 0.05, "undecided"),
+     (0.0, 0.02, "undecided"), (0.0, 0.019, "failure"), (0.0, -0.1, "failure"), (0.01, 0.015, "gain"),
+     (0.0, math.nan, "undecided")],
+)  # fmt: skip
+def test_a_mode_by_bounds(shown: float, high: float, expected: str) -> None:
+    assert mode({"gain_shown": shown, "gain_high": high, "xi": 0.02}) == expected
 
 
 @pytest.mark.parametrize(
@@ -81,4 +67,4 @@ def test_a_layer_is_near_zero_by_one_estimator_and_not_by_another() -> None:
         for estimator, sharpness in (("plain", 0.001), ("gradient", 1.0))
     )  # fmt: skip
     shown = [row[4].text for row in tables.sharpness(Facts(rows), "layer-sharpness").rows]
-    assert shown == ["layer near zero", "above 0"]
+    assert shown == ["flat layer", "above 0"]

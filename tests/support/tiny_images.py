@@ -14,8 +14,8 @@ Found = tuple[list[bool], list[float], list[int] | None]
 
 def images_of(out: Path) -> dict[Key, Found]:
     """Hits, losses and predictions of each row of a run."""
-    query = """SELECT study, model, number, place, hits, losses, predictions FROM images
-        JOIN measurements ON measurements.id = images.measurement"""
+    query = """SELECT m.study, m.model, number, place, hits, losses, predictions FROM images
+        JOIN measurements AS m ON m.id = images.measurement"""
     found: dict[Key, Found] = {}
     with closing(sqlite3.connect(out / "rows.sqlite")) as base:
         for *key, hits, losses, predictions in base.execute(query):
@@ -28,16 +28,16 @@ def images_of(out: Path) -> dict[Key, Found]:
     return found
 
 
-def check_images(out: Path, studies: set[str] = {"interpolation", "layers", "prune"}) -> dict[Key, Found]:  # noqa: B006
-    """Every row of these studies, and no other, has results of all of its images, whose means it has."""
-    query = """SELECT study, model, number, rows.rowid, samples, accuracy, loss FROM rows
-        JOIN measurements ON measurements.id = rows.measurement ORDER BY rows.rowid"""
+def check_images(out: Path) -> dict[Key, Found]:
+    """Check that rows of studies that keep them, and no others, are the means of results of images."""
+    query = """SELECT m.study, m.model, number, samples, accuracy, loss FROM rows
+        JOIN measurements AS m ON m.id = rows.measurement ORDER BY rows.rowid"""
     with closing(sqlite3.connect(out / "rows.sqlite")) as base:
         rows = base.execute(query).fetchall()
     found = images_of(out)
     places: dict[tuple[str, str, int], int] = {}
-    for study, model, number, _, samples, accuracy, loss in rows:
-        if study not in studies:
+    for study, model, number, samples, accuracy, loss in rows:
+        if study not in ("interpolation", "layers", "prune"):
             continue
         place = places.get((study, model, number), -1) + 1
         places[study, model, number] = place

@@ -1,0 +1,159 @@
+"""``python -m rft_fast.figures``: the figures of a run again, and nothing else of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from support.tiny_report import CONFIG, FAR, MODELS, SHORT, make_rows, make_run
+from support.wording import command_refused, said
+
+from rft_fast import report, results
+from rft_fast.figures.__main__ import main
+from rft_fast.names import STUDIES
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_figures_are_drawn_again_and_nothing_else_changes(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(run)
+    assert main([str(run), "interpolation", "--figure-format", "png,svg", "--figure-width", "one"]) == 0
+    after = files(run)
+    new = {"figures/interpolation.png", "figures/interpolation.svg", "figures/interpolation.txt"}
+    assert after.keys() - before.keys() == new and {name: after[name] for name in before} == before
+    assert matplotlib.image.imread(run / "figures" / "interpolation.png").shape[1] == 680  # 3.4 inches
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"figure   {run / 'figures' / name}" for name in ("interpolation.png", "interpolation.svg")
+    ]
+    assert main([str(run), "interpolation", "--figure-format", "png", "svg", "--figure-width", "one"]) == 0
+    assert files(run) == after
+    results.check(run, overwrite=True)
+
+
+@pytest.mark.slow
+def test_all_figures_of_a_run(run: Path) -> None:
+    assert main([str(run)]) == 0
+    names = {f"{study}.{end}" for study in STUDIES for end in ("png", "txt")}
+    assert {file.name for file in (run / "figures").iterdir()} == names
+
+
+def test_models_are_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(run), "interpolation", "layers", "--figure-format", "svg", "--models", "bad", MODELS[2]]
+    assert main(command) == 0
+    said(capsys.readouterr().out, "layers", MODELS[2])
+    for study in ("interpolation", "layers"):
+        text = (run / "figures" / f"{study}.svg").read_text()
+        assert ">bad<" in text and ">good<" not in text
+
+
+def test_captions_go_where_they_are_wanted(run: Path) -> None:
+    caption = run / "figures" / "interpolation.txt"
+    assert main([str(run), "interpolation"]) == 0 and caption.is_file()
+    assert main([str(run), "interpolation", "--captions", "in"]) == 0 and not caption.exists()
+
+
+def test_a_run_in_progress_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows so far, of the models that a study has finished, while another process writes."""
+    config = {**CONFIG, "measured": ["interpolation", "layers"]}
+    with results.Run(tmp_path / "run", config) as run:
+        for number, row in enumerate(SHORT[:-1]):
+            run.add("interpolation", str(row["model"]), number, [row])
+        (tmp_path / "run" / "config.json").stat()
+        assert main([str(tmp_path / "run")]) == 0
+        said(capsys.readouterr().out, "layers", MODELS[2])
+        run.add("interpolation", MODELS[2], 99, [SHORT[-1]])
+    assert (tmp_path / "run" / "figures" / "interpolation.png").is_file()
+    assert len(results.load(tmp_path / "run")) == len(SHORT)
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        (["interpolaton"], ["interpolaton", "interpolation"]),
+        (["--figure-format", "jpg"], ["jpg", "png", "pdf", "svg"]),
+        (["--figure-format", "png,,svg"], ["png,,svg"]),
+        (["--figure-width", "3"], ["--figure-width", "one", "two"]),
+        (["--captions", "beside"], ["--captions", "file"]),
+        (["--style", "nowhere.mplstyle"], ["nowhere.mplstyle"]),
+        (["--models", "nobody"], ["nobody", "good"]),
+        (["correlation", "--models", "good"], ["correlation", "--models"]),
+        (["interpolation", "interpolation"], ["interpolation"]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(words: list[str], facts: list[str], run: Path) -> None:
+    before = files(run)
+    command_refused(main, [run, *words], *facts)
+    assert files(run) == before
+
+
+def test_a_style_file_is_checked_first(run: Path, tmp_path: Path) -> None:
+    style = tmp_path / "my.mplstyle"
+    style.write_text("font.size: 8\nfont.sise: 8\n")
+    before = files(run)
+    command_refused(main, [run, "--style", style], "line 2", "font.sise")
+    assert files(run) == before
+    style.write_text("font.size: 6\n")
+    assert main([str(run), "interpolation", "--style", str(style)]) == 0
+
+
+def test_a_run_without_rows_is_refused(tmp_path: Path) -> None:
+    with results.Run(tmp_path / "empty", CONFIG):
+        pass
+    command_refused(main, [tmp_path / "empty"], "empty")
+    command_refused(main, [tmp_path / "nowhere"], "nowhere")
+    make_run(tmp_path / "short", SHORT, measured=["interpolation", "layers"])
+    command_refused(main, [tmp_path / "short", "layers"], "layers", "interpolation", silent=False)
+    assert not list((tmp_path / "short" / "figures").iterdir())
+
+
+def test_links_are_not_followed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    (run / "figures" / "interpolation.txt").symlink_to(tmp_path / "mine.txt")
+    command_refused(main, [run, "interpolation"], "interpolation.txt")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_files_of_all_formats_belong_to_the_run(run: Path) -> None:
+    """They are replaced with it, and make no run where there is none."""
+    ours = [f"interpolation.{end}" for end in ("png", "pdf", "svg", "txt")]
+    for name in [*ours, "mine.pdf"]:
+        (run / "figures" / name).write_bytes(b"x")
+    with results.Run(run, CONFIG, overwrite=True):
+        assert [file.name for file in (run / "figures").iterdir()] == ["mine.pdf"]
+
+
+@pytest.mark.slow
+def test_the_page_has_the_captions(run: Path) -> None:
+    pytest.importorskip("plotly")
+    caption = "Colour: <b>loss</b> minus that at α = 0"
+    (run / "figures" / "layers.txt").write_text(caption + "\n")
+    page = report.write(run).read_text()
+    assert "Colour: &lt;b&gt;loss&lt;/b&gt; minus that at α = 0</p>" in page
+    assert page.count('class="figure-text"') == 1 and FAR not in page
+
+
+def test_how_figures_are_presented_is_no_difference(tmp_path: Path) -> None:
+    config = {**CONFIG, "run": {"figures": {"formats": ["png"], "width": "auto"}}}
+    rows = list(make_rows())[:1]
+    make_run(tmp_path / "run", rows, **config)
+    other = {**config, "run": {"figures": {"formats": ["pdf"], "width": "one"}}}
+    assert results.differences(config, other) == []
+    with results.Run(tmp_path / "run", other) as run:
+        assert run.resumed == 1
