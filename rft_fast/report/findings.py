@@ -12,7 +12,7 @@ from ..common.words import some
 from ..studies.facts import Facts
 from ..studies.pruning import kind
 from ..studies.verdicts import Association, Mode, association, half_width, mode, shape, sign
-from .phrases import by_shape, limits, p_value
+from .phrases import by_shape, p_value
 from .shown import Finding, Shown
 
 
@@ -174,8 +174,6 @@ def of_correlation(table: pd.DataFrame, where: str) -> Iterator[Finding]:
     ):
         for fact in part[part["measure"] == measure].to_dict("records"):
             yield Finding(_associated(fact, claim, where, part), "correlation", where)
-    if text := limits(part):
-        yield Finding(text, "correlation", where)
     text = (
         "(In the paper, the sharpness of the whole model does not predict accuracy; that of the stragglers "
         "does.)"
@@ -198,6 +196,11 @@ def _associated(fact: Mapping[Any, Any], claim: str, where: str, part: pd.DataFr
         return f"{text}it is not defined over {fact['models']} models."
     text += f"tau {fact['kendall']:+.2f} over {fact['models']} models, p = {p_value(fact['p_max'])} "
     text += f"(permutation, corrected for {fact['tests']} tests)"
+    if judged == "unclear":
+        possible = pd.notna(fact["needed"])
+        text += (
+            f"; {fact['needed']:.2f} would be significant" if possible else "; with so few, no tau could be"
+        )
     if pd.notna(fact["partial"]):
         text += f"; given the clean loss, tau {fact['partial']:+.2f}"
     same = part["measured_on"] == fact["measured_on"]

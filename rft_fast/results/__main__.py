@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     """Describe a run: its command, and how many rows it has of each study and model."""
+    from .single_images import count
+
     config = results.recorded(directory) or {}
     lines = [
         f"{config.get('command', 'an unknown command')}",
@@ -76,6 +78,8 @@ def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     for study, part in rows.groupby("study", sort=False):
         counts = part["model"].value_counts(sort=False)
         lines.append(f"  {study}: {len(part):,} rows of {len(counts)} models")
+    if kept := count(directory):
+        lines.append(f"  results of single images: of {kept:,} rows (rft_fast.results.images)")
     return "\n".join(map(visible, lines))
 
 

@@ -12,7 +12,7 @@ from .. import catalogue
 from ..common.words import some
 from ..studies.images import ImageResults, ImageScores
 from ..studies.rows import COLUMNS
-from . import records
+from . import database, records
 from .errors import NoImages
 from .loading import check_version, frame, is_begun, opened, order, refuse_missing, remedied
 
@@ -93,10 +93,8 @@ _Found = dict[str, tuple[list[tuple[Any, ...]], list[ImageScores | None]]]
 
 def _read(directory: pathlib.Path, only: dict[str, str]) -> _Found:
     found: _Found = {}
-    with remedied(directory):
-        if not is_begun(directory):
-            return {}
-        with opened(directory) as base:
+    with remedied(directory), opened(directory) as base:
+        if not database.is_empty(base):
             check_version(directory, base)
             sorting = order(records.config(base))
             for identity, rows in records.measurements(base, *sorting, only):
@@ -110,6 +108,15 @@ def _read(directory: pathlib.Path, only: dict[str, str]) -> _Found:
                     known[0].append(row)
                     known[1].append(each)
     return found
+
+
+def count(directory: str | os.PathLike[str]) -> int:
+    """Return the number of rows of a run that have results of single images."""
+    directory = pathlib.Path(directory)
+    with remedied(directory), opened(directory) as base:
+        if not records.has_images(base):
+            return 0
+        return int(base.execute("SELECT count(*) FROM images").fetchone()[0])
 
 
 def _contents(directory: pathlib.Path) -> str:

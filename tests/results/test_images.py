@@ -22,6 +22,7 @@ from support.wording import refused
 
 from rft_fast import results, studies
 from rft_fast.evaluate import Scores
+from rft_fast.results import __main__ as command
 from rft_fast.results import records
 from rft_fast.studies import ImageScores
 from rft_fast.studies.images import NO_CLASS
@@ -121,6 +122,14 @@ def test_what_was_added_comes_back(out: Path) -> None:
     }
 
 
+def test_the_command_says_how_many_there_are(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(out)]) == 0
+    assert "results of single images: of 12 rows" in capsys.readouterr().out
+    (out / "rows.sqlite").write_bytes(b"")
+    with refused(ValueError, "interpolation"):
+        results.images(out)
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
 def test_any_number_of_images(tmp_path: Path, count: int) -> None:
     kept = scores(1, count)
@@ -197,6 +206,25 @@ def test_damage_is_noticed_and_the_rest_is_saved(out: Path, what: str) -> None:
         assert run.resumed == 11
         add(run, "a", 3)
     same(results.images(out, model="a", dataset="far"), "a", "far")
+
+
+def test_any_damaged_page_costs_whole_measurements_only(out: Path, tmp_path: Path) -> None:
+    content = (out / "rows.sqlite").read_bytes()
+    whole = {key: repr(found) for key, found in images_of(out).items()}  # NaN differs from itself
+    saved = []
+    for start in range(4096, len(content), 2 * 4096):  # every second one
+        hurt = tmp_path / f"hurt-{start}"
+        shutil.copytree(out, hurt)
+        (hurt / "rows.sqlite").write_bytes(content[:start] + bytes(4096) + content[start + 4096 :])
+        with pytest.raises(results.Damaged):
+            results.Run(hurt, CONFIG)
+        if (file := hurt / "rows.recovered.sqlite").exists():
+            file.rename(hurt / "rows.sqlite")
+            found = {key: repr(value) for key, value in images_of(hurt).items()}
+            assert found.items() <= whole.items() and len(found) == len(results.load(hurt))
+            saved.append(len(found))
+        shutil.rmtree(hurt)
+    assert saved.count(11) >= 3 and saved.count(12) >= 1  # a page of results, or of an index
 
 
 def test_results_of_no_measurement_are_damage(out: Path) -> None:
