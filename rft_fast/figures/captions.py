@@ -52,7 +52,7 @@ def stated(rows: pd.DataFrame) -> str:
         )
         if len(values := rows[column].dropna().unique())
     ]
-    if len(starts := rows.loc[rows["restarts"] > 1, "restarts"].unique()):
+    if "restarts" in rows and len(starts := rows.loc[rows["restarts"] > 1, "restarts"].unique()):
         parts.append(f"the highest of {several(starts)} starts")
     parts += [text for text, column, flag in flags if (rows[column] == flag).any()]
     return ", ".join(parts) + "."

@@ -53,13 +53,18 @@ ROWS = {
     "control": Column(
         "-", "whether as many other layers, chosen at random, were pruned instead", "prune", "False"
     ),
-    "estimator": Column("-", "estimator of sharpness", _SHARP, "gradient"),
+    "estimator": Column("-", "estimator of sharpness that was used", _SHARP, "per-image-gradient"),
+    "asked": Column("-", "estimator that was asked for; auto chooses by the first draws", _SHARP, "auto"),
+    "excluded": Column(
+        "-", "layers that were not perturbed, joined by ', '; missing: none", "sharpness", "visual.ln_pre"
+    ),
     "noise_batch": Column(
         "images", "number that share one draw of noise; missing: all of them", _SHARP, "128"
     ),
     "normalized": Column("-", "whether logits were normalised before the loss", _ALL, "False"),
     "seed": Column("-", "seed of the noise, or of the mask", f"prune, {_SHARP}", "0"),
     "draws": Column("draws", "number of draws of noise; for the worst case, of steps", _SHARP, "20"),
+    "restarts": Column("starts", "starts of each search for the worst case", _SHARP, "1"),
     "samples": Column("images", "number of images", _ALL, "1500"),
     "skipped": Column("images", "number that could not be read and were left out", _ALL, "0"),
     "nonfinite": Column("images", "losses that are NaN or infinite; means include them", _ALL, "0"),
@@ -88,12 +93,24 @@ ROWS = {
     ),
     "change_se": Column("fraction", "standard error of change, paired over images", "prune", "0.005"),
     "sharpness": Column("nats", "mean loss of perturbed models minus loss without noise", _SHARP, "0.435"),
-    "sharpness_se": Column("nats", "standard error of sharpness over draws", _SHARP, "0.016"),
+    "sharpness_se": Column(
+        "nats", "standard error of sharpness over draws, for these images; worst case: over noise batches",
+        _SHARP, "0.016",
+    ),
+    "sharpness_df": Column("-", "degrees of freedom of sharpness_se (Welch-Satterthwaite)", _SHARP, "19.3"),
+    "sharpness_se_images": Column(
+        "nats", "standard error of sharpness over images, for these draws", _SHARP, "0.021"
+    ),
+    "sharpness_change": Column(
+        "nats", "sharpness minus that at alpha = 0, paired over draws", "sharpness", "-0.12"
+    ),
+    "sharpness_change_se": Column("nats", "its standard error over draws", "sharpness", "0.004"),
     "saturated": Column(
         "-", "whether the perturbed model answers at chance, so that sharpness says nothing", _SHARP, "False"
     ),
     "reached": Column(
-        "-", "whether the requested standard error was reached; missing: none was requested", _SHARP, "True"
+        "-", "whether the draws for the requested standard error were made; missing: none was requested",
+        _SHARP, "True",
     ),
     "precision": Column("-", "number format of weights and activations", _ALL, "fp32"),
     "seconds": Column("s", "time that the row took; of a shared measurement, its part", _ALL, "0.8"),

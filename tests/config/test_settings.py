@@ -172,6 +172,7 @@ def test_a_flat_configuration_becomes_the_tree() -> None:
         "uniform",
         False,
         128,
+        1,
         None,
         True,
         0.1,
