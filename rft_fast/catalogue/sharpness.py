@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import settings
+from ..names import WORST_CASE
 from .study import Study, Task
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ class Sharpness(Study):
         return sections.sharpness(facts)
 
 
+_SMALL = 0.05  # largest rho at which the limit of small rho is near
+
+
 class LayerSharpness(Sharpness):
     """Layer-wise sharpness (Sec. 3.1)."""
 
@@ -108,6 +112,14 @@ class LayerSharpness(Sharpness):
 
     def protocol(self, request: Request) -> Protocol:
         return self._protocol(request, "finetuned")
+
+    def assumptions(self, request: Request) -> Iterator[str]:
+        own = request.of(settings.Sharpness)
+        if max(own.rhos) <= _SMALL and own.estimator not in ("hessian", *WORST_CASE):
+            yield (
+                f"Layer-wise sharpness: at rho up to {_SMALL:g}, --estimator hessian estimates the limit of "
+                "small rho for all layers at once."
+            )
 
     def measure(self, task: Task) -> None:
         from .. import studies

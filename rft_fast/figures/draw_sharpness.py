@@ -50,11 +50,10 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     """Draw general sharpness over alpha (left) and accuracy against it (right), as in Figure 3.
 
     There is one row of panels per rho, data set of the sharpness, estimator or other setting, and one colour
-    per
-    model. Left: dashed with open markers if no alpha beats zero-shot in mean out-of-distribution accuracy.
-    Right, one panel per out-of-distribution data set: dashed if none does on that set; each point is a model
-    at one alpha, joined in order of alpha, with a cross at zero-shot and a square at the fine-tuned end.
-    Bars are pointwise 95 %
+    per model. Left: the difference to alpha = 0, paired over draws, where the rows have it; dashed with open
+    markers if no alpha beats zero-shot in mean out-of-distribution accuracy. Right, one panel per
+    out-of-distribution data set: dashed if none does on that set; each point is a model at one alpha, joined
+    in order of alpha, with a cross at zero-shot and a square at the fine-tuned end. Bars are pointwise 95 %
     intervals: of the sharpness over draws, by Student's t, and of the accuracy over images. Values that are
     not finite are counted, saturated ones have a diamond.
 
@@ -88,9 +87,11 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     titles = [fold(name, 1.3 if fixed else 2.2, "title") for name in sets]
     for columns, part in zip(groups, parts, strict=True):
         left, *others = panels = [panel for (panel,) in columns]
-        _along(left, part, palette, set(failing.index[failing]))
+        paired = part["sharpness_change"].notna().all()
+        of = "sharpness_change" if paired else "sharpness"
+        _along(left, part, of, palette, set(failing.index[failing]))
         left.set_title(setting(part).replace(", ", ",\n" if current().width == "one" else ", "))
-        left.set_ylabel("general sharpness")
+        left.set_ylabel("general sharpness" + (" minus\nthat of zero-shot" if paired else ""))
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
@@ -109,6 +110,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         figure,
         "General sharpness along the path, and accuracy against it." if sets else "",
         f"Sharpness: {stated(measured)}",
+        _paired(measured),
         "Bars: pointwise 95 % intervals, of sharpness over draws, of accuracy over images.",
         _failure(far) if sets else "",
         r"Models are shifted sideways a little over $\alpha$." if len(models) > 1 else "",
@@ -143,17 +145,32 @@ def _bars(colour: Any) -> Style:
     return {"color": colour, "ecolor": to_rgba(colour, 0.5), "elinewidth": 0.7}
 
 
-def _along(panel: Axes, part: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:
-    """Sharpness over alpha; models are shifted sideways so that their bars do not overlap."""
+def _paired(rows: pd.DataFrame) -> str:
+    """A sentence on differences to zero-shot, and what they are measured from; empty without them."""
+    zero = rows[(rows["alpha"] == 0) & rows["sharpness_change"].notna()]
+    if zero.empty:
+        return ""
+    from_ = [
+        f"{row['sharpness']:.3g} $\\pm$ {row['sharpness_se']:.2g} at $\\rho$ = {row['rho']:g}"
+        for row in zero.drop_duplicates(["sharpness", "rho"]).to_dict("records")
+    ]
+    return (
+        "Left: difference to zero-shot, paired over draws, which all positions and models share. Zero-shot "
+        f"($\\pm$ standard error): {', '.join(from_[:4])}{' ...' if len(from_) > 4 else ''} nats."
+    )
+
+
+def _along(panel: Axes, part: pd.DataFrame, of: str, palette: Mapping[str, Any], failures: set[str]) -> None:
+    """A column over alpha; models are shifted sideways so that their bars do not overlap."""
     plain(panel)
     room = 0.4 * np.diff(part["alpha"].unique()).min(initial=1)
     for i, (model, colour) in enumerate(palette.items()):
         curve = part[part["model"] == model]
         x = curve["alpha"] + room * ((i + 0.5) / len(palette) - 0.5)
         style = FAILS if model in failures else BEATS
-        panel.errorbar(x, curve["sharpness"], margin(curve), label=model, **_bars(colour), **style)
+        panel.errorbar(x, curve[of], margin(curve, of), label=model, **_bars(colour), **style)
         flagged = curve["saturated"]
-        panel.plot(x[flagged], curve.loc[flagged, "sharpness"], zorder=4, **SATURATED)
+        panel.plot(x[flagged], curve.loc[flagged, of], zorder=4, **SATURATED)
 
 
 def _against(panel: Axes, points: pd.DataFrame, palette: Mapping[str, Any], failures: set[str]) -> None:

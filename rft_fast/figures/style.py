@@ -355,7 +355,12 @@ def extra(names: Iterable[str], lines: int = 1) -> float:
     return LINE * max(0, max((name.count("\n") + 1 for name in names), default=0) - lines)
 
 
-def margin(rows: pd.DataFrame) -> pd.Series:
-    """Half-width of the 95 % interval of each sharpness: 0 if it is exact, NaN without a standard error."""
-    error = rows["sharpness_se"]
+def margin(rows: pd.DataFrame, of: str = "sharpness") -> pd.Series:
+    """Half-width of the 95 % interval of each sharpness: 0 if it is exact, NaN without a standard error.
+
+    Args:
+        rows: rows of a sharpness.
+        of: column of the values.
+    """
+    error = rows[f"{of}_se"]
     return (student_t(rows) * error).where(error != 0, 0.0)

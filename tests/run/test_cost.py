@@ -75,7 +75,13 @@ STUDIES: dict[str, Study] = {
         p, e, ALPHAS, only=[2, len(p.layers) - 1, len(p.layers) + 1]
     ),
     "some of layer-wise": lambda p, e: studies.layerwise_sharpness(
-        p, e, ALPHAS, [0.1], 4, only=range(2 * len(p.layers) + 1, 3 * len(p.layers) + 2)
+        p,
+        e,
+        ALPHAS,
+        [0.1],
+        4,
+        only=range(2 * len(p.layers) + 1, 3 * len(p.layers) + 2),
+        protocol=Protocol("plain"),
     ),
 }
 
