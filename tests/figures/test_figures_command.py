@@ -66,6 +66,24 @@ def test_models_are_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert ">bad<" in text and ">good<" not in text
 
 
+@pytest.mark.slow
+def test_figures_of_all_models_together_are_left_out_of_a_choice(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), "--models", "good", "bad"]) == 0
+    said(capsys.readouterr().out, "correlation")
+    assert not (run / "figures" / "correlation.png").exists()
+    assert (run / "figures" / "sharpness.png").is_file()
+
+
+def test_a_study_without_the_chosen_models_is_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--models", MODELS[2], "--figure-format", "svg"]) == 0
+    said(capsys.readouterr().out, "layers", "prune", "correlation", MODELS[2])
+    names = {file.stem for file in (run / "figures").iterdir()}
+    assert names == {"interpolation", "sharpness", "layer-sharpness"}
+    command_refused(main, [run, "layers", "--models", MODELS[2]], "layers", silent=False)
+
+
 def test_captions_go_where_they_are_wanted(run: Path) -> None:
     caption = run / "figures" / "interpolation.txt"
     assert main([str(run), "interpolation"]) == 0 and caption.is_file()
