@@ -85,22 +85,27 @@ def draw(
                     f"figures: the run has no rows of a model {model!r}; {suggestion(model, known)}"
                 )
         facts = facts.but(rows=facts.rows[facts.rows["model"].isin(models)])
-    every = [study for study in catalogue.studies() if study.done(facts)]
+    every = [study for study in catalogue.studies() if study.done(run.facts)]
     studies = [catalogue.study(name) for name in names]
     for study in studies:
         if study.pooled and models is not None:
             raise ValueError(f"figures: {study.name} is about all models together; leave out it, or --models")
         if not study.done(facts):
+            of_whom = "" if models is None else f" of {', '.join(models)}"
+            others = ", ".join(study.name for study in every if study.done(facts))
             raise ValueError(
-                f"figures: {directory} has no rows of {study.name}; it has those of "
-                f"{', '.join(study.name for study in every)}"
+                f"figures: {directory} has no rows of {study.name}{of_whom}; it has those of {others}"
             )
-    for study in studies or [study for study in every if not (study.pooled and models is not None)]:
+    for study in studies or every:
+        if study.pooled and models is not None:
+            print(f"note     {study.name} is about all models together: not drawn.")
+            continue
         measured = facts.part(study.name)["model"].unique()
+        own = None if models is None else [model for model in models if model in measured]
         if models is not None and (lacking := [model for model in models if model not in measured]):
             print(f"note     {study.name} has no rows of {visible(', '.join(lacking))}.")
-        own = None if models is None else [model for model in models if model in measured]
-        drawn += pictures.draw(study, facts, own)
+        if own is None or own:
+            drawn += pictures.draw(study, facts, own)
     return drawn
 
 

@@ -106,8 +106,12 @@ def measures(
         rho: text before a noise scale.
     """
     layers = short(list(table.loc[table["measure"] == "layer", "layer"].unique()))
-    words = table["measure"].map(lambda measure: (said or {}).get(measure, measure))
-    names = table["layer"].map(layers).where(table["measure"] == "layer", words)
+    words = said or {}
+    named = [
+        layers[layer] if measure == "layer" else words.get(measure, measure)
+        for measure, layer in zip(table["measure"], table["layer"], strict=True)
+    ]
+    names = pd.Series(named, index=table.index)
     for column in ("rho", "measured_on", "estimator", "on"):
         varies = table.groupby("measure")[column].transform(lambda own: own.nunique(dropna=False)) > 1
         mark = rho if column == "rho" else ""

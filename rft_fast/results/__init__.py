@@ -8,7 +8,7 @@
 ``cost.csv``         time and peak memory (bytes) of each study
 ``config.json``      the configuration: arguments, versions, content hashes, date
 ``run.log``          events, one per line
-``figures/``         one picture per study, ``<study>.png``
+``figures/``         one picture per study, ``<study>.png``, and its caption, ``<study>.txt``
 ``report.html``      the page that :mod:`rft_fast.report` makes of these
 ===================  ===============================================================
 

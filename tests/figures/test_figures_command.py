@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+from support import tiny_zoo
 from support.tiny_report import CONFIG, FAR, MODELS, SHORT, make_rows, make_run
+from support.tiny_zoo import own_models, sweep_refused
 from support.wording import command_refused, said
 
-from rft_fast import report, results
+from rft_fast import report, results, sweep
 from rft_fast.figures.__main__ import main
 from rft_fast.names import STUDIES
 
@@ -63,6 +66,24 @@ def test_models_are_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert ">bad<" in text and ">good<" not in text
 
 
+@pytest.mark.slow
+def test_figures_of_all_models_together_are_left_out_of_a_choice(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), "--models", "good", "bad"]) == 0
+    said(capsys.readouterr().out, "correlation")
+    assert not (run / "figures" / "correlation.png").exists()
+    assert (run / "figures" / "sharpness.png").is_file()
+
+
+def test_a_study_without_the_chosen_models_is_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--models", MODELS[2], "--figure-format", "svg"]) == 0
+    said(capsys.readouterr().out, "layers", "prune", "correlation", MODELS[2])
+    names = {file.stem for file in (run / "figures").iterdir()}
+    assert names == {"interpolation", "sharpness", "layer-sharpness"}
+    command_refused(main, [run, "layers", "--models", MODELS[2]], "layers", silent=False)
+
+
 def test_captions_go_where_they_are_wanted(run: Path) -> None:
     caption = run / "figures" / "interpolation.txt"
     assert main([str(run), "interpolation"]) == 0 and caption.is_file()
@@ -81,6 +102,15 @@ def test_a_run_in_progress_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
         run.add("interpolation", MODELS[2], 99, [SHORT[-1]])
     assert (tmp_path / "run" / "figures" / "interpolation.png").is_file()
     assert len(results.load(tmp_path / "run")) == len(SHORT)
+
+
+def test_the_correlation_of_a_run_in_progress(tmp_path: Path) -> None:
+    """Before any layer was measured alone."""
+    rows = [row for row in make_rows() if row["study"] in ("interpolation", "sharpness")]
+    make_run(
+        tmp_path / "run", rows, measured=["interpolation", "sharpness", "layer-sharpness", "correlation"]
+    )
+    assert main([str(tmp_path / "run"), "correlation"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -157,3 +187,31 @@ def test_how_figures_are_presented_is_no_difference(tmp_path: Path) -> None:
     assert results.differences(config, other) == []
     with results.Run(tmp_path / "run", other) as run:
         assert run.resumed == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_presents_its_figures(tmp_path: Path) -> None:
+    (tmp_path / "zoo").mkdir()
+    zoo, out = tiny_zoo.make(tmp_path / "zoo"), tmp_path / "run"
+    style = tmp_path / "my.mplstyle"
+    style.write_text("font.sise: 8\n")
+    command = ["interpolation", *own_models(zoo), "--alphas", "0", "1", "--device", "cpu", "--quiet",
+               "--out", str(out)]  # fmt: skip
+    sweep_refused([*command, "--style", str(style)], "font.sise")
+    assert not out.exists()  # before anything was measured
+    style.write_text("font.size: 6\n")
+    first = ["--figure-format", "pdf", "svg", "--figure-width", "one", "--style", str(style)]
+    assert sweep.main([*command, *first]) == 0
+    names = {"interpolation.pdf", "interpolation.svg", "interpolation.txt"}
+    assert {file.name for file in (out / "figures").iterdir()} == names
+    recorded = json.loads((out / "config.json").read_text())["run"]["figures"]
+    assert recorded == {
+        "formats": ["pdf", "svg"], "width": "one", "captions": "file", "style": str(style)
+    }  # fmt: skip
+    rows = (out / "rows.csv").read_bytes()
+    assert sweep.main([*command, "--captions", "none"]) == 0  # resumed: nothing is measured again
+    assert (out / "rows.csv").read_bytes() == rows
+    names = {"interpolation.pdf", "interpolation.svg", "interpolation.png"}
+    assert {file.name for file in (out / "figures").iterdir()} == names
+    assert sweep.main([*command, "--overwrite"]) == 0
+    assert {file.name for file in (out / "figures").iterdir()} == {"interpolation.png", "interpolation.txt"}
