@@ -45,6 +45,7 @@ BLOCKS = "visual.transformer.resblocks"
 # The layer with the most noise per image; a matrix; LayerNorm; the head.
 LAYERS = ["visual.conv1", f"{BLOCKS}.1.attn.in_proj", "visual.ln_pre", "classification_head"]
 COVERAGE_RHOS = [0.05, 0.2, 1.0]
+BATCH = 64  # images of a noise batch there, so that 128 images have two
 GOALS = {"general": {0.1: 8, 0.2: 8, 1.0: 8}, "layers": {0.2: 20, 1.0: 6}}
 
 
@@ -130,11 +131,10 @@ def coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
 
             # The strongest estimator with noise that is otherwise numbered: its own error is small.
             truth = rows(Protocol("per-image-gradient", seed=10**6, noise_batch=16), 8 * draws)
-            pilot = rows(Protocol(seed=10**6 + 1), draws)
+            pilot = rows(Protocol(seed=10**6 + 1, noise_batch=BATCH), 4 * draws)
             ways = {
-                "auto": (Protocol(), draws),
-                "published": (PUBLISHED, draws),
-                "auto, goal": (Protocol(goal=pilot["sharpness_se"] / 1.5), 20),
+                "auto": (Protocol(noise_batch=BATCH), draws),
+                "auto, goal": (Protocol(noise_batch=BATCH, goal=pilot["sharpness_se"]), 20),
             }
             for way, (protocol, count) in ways.items():
                 made = pd.DataFrame([rows(replace(protocol, seed=seed), count) for seed in range(seeds)])
@@ -190,13 +190,13 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=200, help="of coverage (with 256 images, 4 draws)")
+    parser.add_argument("--seeds", type=int, default=200, help="of coverage (with 128 images, 4 draws)")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tables = {}
     for part in arguments.part:
-        setting = Setting(min(arguments.samples, 256) if part == "coverage" else arguments.samples)
+        setting = Setting(min(arguments.samples, 128) if part == "coverage" else arguments.samples)
         tables[part] = (
             coverage(setting, arguments.seeds, 4)
             if part == "coverage"
