@@ -51,8 +51,8 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
 
     There is one row of panels per rho, data set of the sharpness, estimator or other setting, and one colour
     per
-    model. Left: dashed with open markers if no alpha beats zero-shot in mean out-of-distribution accuracy.
-    Right, one panel per out-of-distribution data set: dashed if none does on that set; each point is a model
+    model. Left: dashed with open markers for a failure on every out-of-distribution data set.
+    Right, one panel per out-of-distribution data set: dashed for a failure on that set; each point is a model
     at one alpha, joined in order of alpha, with a cross at zero-shot and a square at the fine-tuned end.
     Bars are pointwise 95 %
     intervals: of the sharpness over draws, by Student's t, and of the accuracy over images. Values that are
