@@ -27,7 +27,6 @@ from .style import (
     Style,
     arrange,
     canvas,
-    colours,
     drawing,
     extra,
     finish,
@@ -35,6 +34,7 @@ from .style import (
     key,
     level,
     margin,
+    palette,
     plain,
     side_by_side,
     swatches,
@@ -76,7 +76,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     failing = far.groupby("model")["fails"].all()
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
-    palette = dict(zip(models, colours(len(models)), strict=True))
+    of_models = palette(models)
     parts = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
 
     figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
@@ -88,14 +88,14 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     titles = [fold(name, 1.3 if fixed else 2.2, "title") for name in sets]
     for columns, part in zip(groups, parts, strict=True):
         left, *others = panels = [panel for (panel,) in columns]
-        _along(left, part, palette, set(failing.index[failing]))
+        _along(left, part, of_models, set(failing.index[failing]))
         left.set_title(setting(part).replace(", ", ",\n" if current().width == "one" else ", "))
         left.set_ylabel("general sharpness")
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
-            _against(panel, points, palette, set(here.loc[here["fails"], "model"]))
+            _against(panel, points, of_models, set(here.loc[here["fails"], "model"]))
             panel.set_title(name)
         for start in range(0, len(panels), per):
             if row := panels[max(start, 1) : start + per]:  # those of accuracy
@@ -128,7 +128,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     marks += [key("saturated", SATURATED)] if measured["saturated"].any() else []
     lines = math.ceil((1 + len(sets)) / per) * len(parts)
     height = 0.3 + (2.1 if fixed else 2.6) * lines + extra(titles) * len(parts)
-    return finish(figure, file, height, marks, note, swatches(palette))
+    return finish(figure, file, height, marks, note, swatches(of_models))
 
 
 def _failure(far: pd.DataFrame) -> str:
