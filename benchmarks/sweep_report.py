@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from rft_fast.figures.style import CURVES, canvas, key, legend, plain, wrap
+from rft_fast.figures.style import canvas, curve_styles, key, legend, plain, wrap
 
 MISSING = "–"  # there was no time to measure it
 NAMES = {"peer": "state dict for every draw", "plain": "plain draws", "gradient": "gradient control variate"}
@@ -196,7 +196,8 @@ def figure(run: Mapping[str, Any], file: str | os.PathLike[str]) -> Figure:
         axis: {size: seconds for size, seconds in points.items() if set(seconds) >= set(NAMES)}
         for axis, points in found["axes"].items()
     }
-    styles = dict(zip(NAMES, [CURVES[1], CURVES[0], CURVES[2]]))
+    first, second, third, *_ = curve_styles()
+    styles = dict(zip(NAMES, [second, first, third]))
     picture = canvas(7.0, 2.5)
     panels = picture.subplots(1, len(whole), sharey=True)
     for panel, (axis, points) in zip(panels, whole.items()):

@@ -77,8 +77,8 @@ def draw(
     for note in run.notes:
         print(f"note     {visible(note)}")
     facts, drawn = run.facts, list[pathlib.Path]()
+    known = list(facts.rows["model"].unique())
     if models is not None:
-        known = list(facts.rows["model"].unique())
         for model in models:
             if model not in known:
                 raise ValueError(
@@ -105,7 +105,7 @@ def draw(
         if models is not None and (lacking := [model for model in models if model not in measured]):
             print(f"note     {study.name} has no rows of {visible(', '.join(lacking))}.")
         if own is None or own:
-            drawn += pictures.draw(study, facts, own)
+            drawn += pictures.draw(study, facts, own, known)
     return drawn
 
 

@@ -16,12 +16,12 @@ from .style import (
     Style,
     arrange,
     canvas,
-    colours,
     drawing,
     extra,
     finish,
     headings,
     key,
+    palette,
     plain,
     side_by_side,
     swatches,
@@ -55,7 +55,7 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     margins = sorted(here["margin"].unique())
     middle = margins[(len(margins) - 1) // 2]
     models, sets = list(here["model"].unique()), list(here["dataset"].unique())
-    palette = dict(zip(models, colours(len(models)), strict=True))
+    of_models = palette(models)
     parts = [part for _, part in here.groupby(["measured_on", *SETTING[1:]], sort=False, dropna=False)]
 
     figure = canvas(max(7.0, 1 + 3.6 * len(sets)), 5)
@@ -73,9 +73,9 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
             ):
                 style = {"failure": FAILS, "gain": BEATS, "high gain": BEATS}.get(mode, _UNDECIDED)
                 own = own.sort_values("margin")
-                left.plot(own["margin"], own["flat"], color=palette[model], label=model, **style)
+                left.plot(own["margin"], own["flat"], color=of_models[model], label=model, **style)
                 at = own[own["margin"] == middle]
-                right.plot(100 * at["gain"], at["flat"], color=palette[model], label=model, **style)
+                right.plot(100 * at["gain"], at["flat"], color=of_models[model], label=model, **style)
             for panel in (left, right):
                 plain(panel)
             left.set_xscale("log")
@@ -97,4 +97,4 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     if not here["mode"].isin(["failure", "gain", "high gain"]).all():
         marks.append(key("undecided", _UNDECIDED))
     lines = math.ceil(2 * len(sets) / per) * len(parts)
-    return finish(figure, file, 0.4 + (2.4 + extra(titles)) * lines, marks, note, swatches(palette))
+    return finish(figure, file, 0.4 + (2.4 + extra(titles)) * lines, marks, note, swatches(of_models))

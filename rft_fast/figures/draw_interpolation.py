@@ -26,7 +26,6 @@ from .style import (
     Style,
     arrange,
     canvas,
-    colours,
     curve,
     drawing,
     extra,
@@ -34,6 +33,7 @@ from .style import (
     headings,
     key,
     level,
+    palette,
     plain,
     side_by_side,
     swatches,
@@ -97,7 +97,7 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
     facts = as_facts(rows)
     summary, rows = facts.path, facts.part(STUDY).sort_values("alpha", kind="stable")
     models, datasets = list(summary["model"].unique()), list(summary["dataset"].unique())
-    palette = dict(zip(models, colours(len(models)), strict=True))
+    of_models = palette(models)
 
     figure = canvas(max(7.0, 0.7 + 2.3 * len(datasets)), 5)
     narrow = current().width == "one"  # accuracy and loss side by side
@@ -115,8 +115,8 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
         images = f"({where}{here['samples'].iloc[0]:,} images)"
         top.set_title(f"{title}\n{images}", loc="left" if narrow else "center")
         bottom.set_xlabel(r"$\alpha$")
-        _draw(top, curves, here, facts.bounds, palette, _ACCURACY)
-        _draw(bottom, curves, here, facts.bounds, palette, _LOSS)
+        _draw(top, curves, here, facts.bounds, of_models, _ACCURACY)
+        _draw(bottom, curves, here, facts.bounds, of_models, _LOSS)
     lines = [panels[start : start + per] for start in range(0, len(panels), per)]
     for line in lines:
         for row, label in zip(zip(*line, strict=True), ("accuracy (%)", "loss"), strict=True):
@@ -132,7 +132,7 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
     ]
     height = {"auto": 4.6, "two": 3.7, "one": 1.65}[current().width]
     height = (height + extra(titles)) * len(lines)
-    return finish(figure, file, height, marks, _note(rows, summary), swatches(palette))
+    return finish(figure, file, height, marks, _note(rows, summary), swatches(of_models))
 
 
 def _draw(

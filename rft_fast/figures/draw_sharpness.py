@@ -27,7 +27,6 @@ from .style import (
     Style,
     arrange,
     canvas,
-    colours,
     drawing,
     extra,
     finish,
@@ -35,6 +34,7 @@ from .style import (
     key,
     level,
     margin,
+    palette,
     plain,
     side_by_side,
     swatches,
@@ -51,9 +51,9 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
 
     There is one row of panels per rho, data set of the sharpness, estimator or other setting, and one colour
     per model. Left: the difference to alpha = 0, paired over draws, where the rows have it; dashed with open
-    markers if no alpha beats zero-shot in mean out-of-distribution accuracy. Right, one panel per
-    out-of-distribution data set: dashed if none does on that set; each point is a model at one alpha, joined
-    in order of alpha, with a cross at zero-shot and a square at the fine-tuned end. Bars are pointwise 95 %
+    markers for a failure on every out-of-distribution data set. Right, one panel per out-of-distribution
+    data set: dashed for a failure on that set; each point is a model at one alpha, joined in order of alpha,
+    with a cross at zero-shot and a square at the fine-tuned end. Bars are pointwise 95 %
     intervals: of the sharpness over draws, by Student's t, and of the accuracy over images. Values that are
     not finite are counted, saturated ones have a diamond.
 
@@ -75,7 +75,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     failing = far.groupby("model")["fails"].all()
     sets = list(far["dataset"].unique())
     models = list(measured["model"].unique())
-    palette = dict(zip(models, colours(len(models)), strict=True))
+    of_models = palette(models)
     parts = [part for _, part in measured.groupby(SETTING, sort=False, dropna=False)]
 
     figure = canvas(max(7.0, 3.4 + 2.2 * len(sets)), 5)
@@ -89,14 +89,14 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         left, *others = panels = [panel for (panel,) in columns]
         paired = part["sharpness_change"].notna().all()
         of = "sharpness_change" if paired else "sharpness"
-        _along(left, part, of, palette, set(failing.index[failing]))
+        _along(left, part, of, of_models, set(failing.index[failing]))
         left.set_title(setting(part).replace(", ", ",\n" if current().width == "one" else ", "))
         left.set_ylabel("general sharpness" + (" minus\nthat of zero-shot" if paired else ""))
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
             here = far[far["dataset"] == dataset]
-            _against(panel, points, palette, set(here.loc[here["fails"], "model"]))
+            _against(panel, points, of_models, set(here.loc[here["fails"], "model"]))
             panel.set_title(name)
         for start in range(0, len(panels), per):
             if row := panels[max(start, 1) : start + per]:  # those of accuracy
@@ -130,7 +130,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
     marks += [key("saturated", SATURATED)] if measured["saturated"].any() else []
     lines = math.ceil((1 + len(sets)) / per) * len(parts)
     height = 0.3 + (2.1 if fixed else 2.6) * lines + extra(titles) * len(parts)
-    return finish(figure, file, height, marks, note, swatches(palette))
+    return finish(figure, file, height, marks, note, swatches(of_models))
 
 
 def _failure(far: pd.DataFrame) -> str:

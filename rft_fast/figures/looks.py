@@ -13,7 +13,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.font_manager import FontProperties
 
-from ..names import Captions, FigureWidth
+from ..names import Captions, FigureWidth, Names
 from . import fonts, stylefile
 
 # Paul Tol's "muted" scheme: nine colours that stay distinct under the common colour deficiencies.
@@ -47,12 +47,14 @@ class Look:
         width: ``"auto"``: as wide as the panels need; or that of ``"one"`` or ``"two"`` columns of a paper.
         captions: caption in a text ``"file"`` beside the figure, ``"in"`` the figure, or ``"none"``.
         style: settings of matplotlib, of a style file.
+        models: names of models in the order of their colours; a figure with others has its own order.
         boxes: characters of names that no font has, which become boxes.
     """
 
     width: FigureWidth = "auto"
     captions: Captions = "in"
     style: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
     boxes: str = ""
 
 
@@ -70,6 +72,7 @@ def look(
     width: FigureWidth = "auto",
     captions: Captions = "in",
     style: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    models: Names = (),
 ) -> Iterator[None]:
     """Set how the figures look that are drawn in a ``with`` block.
 
@@ -80,12 +83,13 @@ def look(
             replaced; ``"in"``: above the panels; ``"none"``.
         style: style file of matplotlib, or what was read of it; None: ours. Other settings of matplotlib have
             no effect on figures.
+        models: names of models, of which a figure may show some: each keeps its colour, by this order.
 
     Raises:
         OSError, ValueError: as :func:`rft_fast.figures.stylefile.read`.
     """
     settings = style if isinstance(style, Mapping) else {} if style is None else stylefile.read(style)
-    token = _CURRENT.set(Look(width, captions, settings))
+    token = _CURRENT.set(Look(width, captions, settings, tuple(models)))
     try:
         yield
     finally:
@@ -93,8 +97,13 @@ def look(
 
 
 @contextmanager
-def applied(text: str) -> Iterator[None]:
-    """Apply the look to matplotlib's settings in a ``with`` block, with fonts for a text."""
+def applied(text: str, models: Names) -> Iterator[None]:
+    """Apply the look to matplotlib's settings in a ``with`` block.
+
+    Args:
+        text: characters that fonts are needed for.
+        models: :attr:`Look.models`, as they are shown.
+    """
     before = current()
     settings: Any = matplotlib.rcParams
     with matplotlib.rc_context():
@@ -104,7 +113,7 @@ def applied(text: str) -> Iterator[None]:
         families = fonts.installed(before.style)
         more, boxes = fonts.covering(text, families)
         settings["font.family"] = [*families, *more]
-        token = _CURRENT.set(replace(before, boxes="".join(boxes)))
+        token = _CURRENT.set(replace(before, models=tuple(models), boxes="".join(boxes)))
         try:
             yield
         finally:

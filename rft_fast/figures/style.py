@@ -146,7 +146,8 @@ def drawing(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
         shown: dict[str, str] = {}
         changed: Any = [_shown(value, shown) for value in args]
         named: Any = {key: value if key == "file" else _shown(value, shown) for key, value in kwargs.items()}
-        with applied("".join(shown.values())), warnings.catch_warnings():
+        text = "".join(shown.values())
+        with applied(text, _shown(current().models, shown)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
             return draw(*changed, **named)
 
@@ -202,6 +203,14 @@ def colours(count: int) -> list[Any]:
     if count <= len(palette := _palette()):
         return palette[:count]
     return list(colormaps["viridis"](np.linspace(0, 0.9, count)))
+
+
+def palette(models: Sequence[str]) -> dict[str, Any]:
+    """Model -> its colour: by its place among the models of the look, or else among these."""
+    known = current().models
+    order = known if set(models) <= set(known) else models
+    found = dict(zip(order, colours(len(order)), strict=True))
+    return {model: found[model] for model in models}
 
 
 def _palette() -> list[str]:

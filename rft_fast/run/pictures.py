@@ -30,13 +30,16 @@ class Pictures:
         self._directory, self._how = directory, how
         self._style = {} if how.style is None else stylefile.read(how.style)
 
-    def draw(self, study: Study, facts: Facts, models: Names | None) -> list[pathlib.Path]:
+    def draw(
+        self, study: Study, facts: Facts, models: Names | None, everyone: Names = ()
+    ) -> list[pathlib.Path]:
         """Draw the figure of a study in all formats, and write its caption; earlier files are replaced.
 
         Args:
             study: a study that has something to show.
             facts: facts of the run's rows.
             models: names of models to show; None: the study's own choice.
+            everyone: all models of the run, in the order of their colours.
 
         Returns:
             The files of the figure.
@@ -50,7 +53,9 @@ class Pictures:
         disk.check_targets([*files, caption], folders=[self.folder])
         if self._how.captions != "file":
             caption.unlink(missing_ok=True)  # it describes an earlier figure
-        with figures.look(width=self._how.width, captions=self._how.captions, style=self._style):
+        with figures.look(
+            width=self._how.width, captions=self._how.captions, style=self._style, models=everyone
+        ):
             for file in files:
                 study.draw(facts, file, models)
         return files

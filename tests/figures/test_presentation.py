@@ -21,6 +21,7 @@ from support.wording import refused, said
 
 from rft_fast import figures, studies
 from rft_fast.figures import fonts, heat, style, stylefile
+from rft_fast.figures.looks import MUTED
 from rft_fast.names import FIGURE_FORMATS, STUDIES, FigureWidth
 from rft_fast.studies.facts import Facts
 
@@ -171,6 +172,15 @@ def test_a_scale_that_is_not_linear_says_so(facts: dict[bool, Facts], tmp_path: 
     assert bar.get_ylabel() == "layer-wise sharpness\n(asinh scale)"
     norm = heat.scale([pd.DataFrame([[0.0, 2.0]])], 0.1)
     assert norm([2.0, -2.0, 0.0]).tolist() == [1.0, 0.0, 0.5]
+
+
+def test_models_keep_their_colours(tmp_path: Path) -> None:
+    some = named({"bad": "$bad$"})
+    two = some[some["model"] != "good"]
+    for models, places in ((("good", "$bad$", "<b>c&amp;%{x}"), (1, 2)), ((), (0, 1)), (("good",), (0, 1))):
+        top = draw(tmp_path, rows=two, models=models).axes[0]
+        found = {line.get_label(): line.get_color() for line in top.lines}
+        assert [found[name] for name in (r"\$bad\$", "<b>c&amp;%{x}")] == [MUTED[place] for place in places]
 
 
 # --- style files -----------------------------------------------------------------------------------

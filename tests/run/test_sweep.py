@@ -27,8 +27,10 @@ from rft_fast import checkpoints, results, studies, sweep
 from rft_fast.config import request
 from rft_fast.config import zoo as zoos
 from rft_fast.names import STUDIES
+from rft_fast.report import runs
 from rft_fast.run import trackers, wiring
 from rft_fast.settings import Layers, Sharpness
+from rft_fast.studies.bands import held_out, simultaneous
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +198,7 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
         assert f"{100 * fact['change']:+.1f}" in printed
     one = table.query("measure == 'general' and dataset == 'far' and outcome == 'accuracy' and alpha == 1")
     assert all(f"{tau:+.2f}" in printed for tau in one["kendall"].dropna())
-    assert "In short" in printed and "no alpha beats zero-shot" in printed
+    assert "In short" in printed and "of 3 models gained over zero-shot" in " ".join(printed.split())
 
 
 @pytest.mark.slow
@@ -309,12 +311,14 @@ def test_several_sets_are_told_apart_in_words(
     assert sweep.main([*asked, *own, *both, "--out", str(tmp_path / "run")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "others zero-shot; 12 images of near, 40 images of far, 2 alphas" in printed
-    assert "50 % of the named layers' weights kept, 2 masks, 12 images of near, 40 images of far" in printed
+    kept = "50 % of the weights of named layers kept, 2 masks, 12 images of near, 40 images of far"
+    assert kept in printed
     assert "Pruning the named layers of a (zero)" in printed and "Pruning the stragglers" not in printed
     table = pd.read_csv(tmp_path / "run" / "correlation.csv").query("measure == 'general' and alpha == 1")
     for fact in table.to_dict("records"):
         tau = "-" if np.isnan(fact["kendall"]) else f"{fact['kendall']:+.2f}"
-        where = f"{fact['dataset']} {fact['outcome']} all weights {fact['measured_on']} 1 1 3 {tau}"
+        on = fact["measured_on"] + (" (circular)" if fact["circular"] else "")
+        where = f"{fact['dataset']} {fact['outcome']} all weights {on} 1 1 {tau}"
         assert where in printed
 
 
@@ -536,3 +540,15 @@ def test_ctrl_c_keeps_the_rows(zoo: Path, tmp_path: Path) -> None:
     assert printed == "" and f"the {len(rows)} rows" in errors
     said(errors.replace(f"the {len(rows)} rows", "the 3 rows"), out)
     assert rows["alpha"].is_monotonic_increasing and rows["alpha"].iloc[0] == 0
+
+
+@pytest.mark.slow
+def test_gains_are_bounded_by_the_single_images_of_the_run(everything: tuple[Path, str]) -> None:
+    out, printed = everything
+    path = runs.read(out).facts.path
+    assert set(path["gain_method"]) == {"max-t"} and "by max-T" in " ".join(printed.split())
+    for fact in path.to_dict("records"):
+        own = results.images(out, model=fact["model"], dataset=fact["dataset"])
+        bounds = simultaneous(own.hits)
+        assert (fact["gain_low"], fact["gain_high"]) == (bounds.low[1:].max(), bounds.high[1:].max())
+        assert (fact["gain_held_out"], fact["gain_held_out_se"]) == held_out(own.hits)
