@@ -245,10 +245,12 @@ class Sharpness:
     )
     estimator: EstimatorChoice = option(
         "auto",
-        "plain draws (the published protocol); noise of its own for each image (per-image-...), of which one "
-        "pass is worth many plain draws; less the linear term (...gradient); hessian (the limit for small "
-        "rho), or the worst case (apgd-..., and as published code searches it, ...-published); auto, the "
-        "default: per-image, less the linear term where the first draws show that it pays",
+        "plain: draws that the images of a noise batch share, the published protocol; gradient: less their "
+        "linear term; per-image, per-image-antithetic, per-image-gradient: noise of its own for each image, "
+        "of which one pass is worth many plain draws; auto, the default: per-image, less the linear term "
+        "where the first draws show that it pays; hessian: the limit for small rho; apgd-l2, apgd-linf: the "
+        "worst case, also by the published loop (apgd-l2-published, apgd-linf-published)",
+        metavar="NAME",
         choices=names.ESTIMATOR_CHOICES,
     )
     on: On | None = option(

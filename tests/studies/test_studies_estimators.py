@@ -481,6 +481,7 @@ def test_no_more_draws_than_the_maximum_with_those_of_the_pilot(name: str, most:
     assert got.sharpness.value == pytest.approx(after.mean(), abs=3e-6)
 
 
+@pytest.mark.slow
 def test_each_target_and_rho_stops_on_its_own() -> None:
     s = two()
     parts = s.evaluator.parts(None, "set")

@@ -134,7 +134,8 @@ CASES: dict[str, Case] = {
     "layers around the fine-tuned": Case(layers("finetuned"), "transformer", "zeroshot"),
     "layers in pieces": Case(layers(), "transformer", "zeroshot", **PIECES),
     "plain": Case(general(estimator="plain"), "transformer"),
-    "antithetic": Case(general(estimator="antithetic"), "convolutions"),
+    "per image": Case(general(noise_batch=11), "transformer"),
+    "antithetic": Case(general(estimator="per-image-antithetic"), "convolutions"),
     "gradient by batches": Case(general(estimator="gradient", noise_batch=11), "transformer"),
     "hessian": Case(general(estimator="hessian"), "convolutions"),
     "worst case": Case(general(estimator="apgd-linf"), "convolutions"),
@@ -146,10 +147,10 @@ CASES: dict[str, Case] = {
     "layer-wise, odd widths": Case(layerwise(estimator="plain"), "odd widths"),
     "layer-wise, resnet": Case(layerwise(estimator="plain", draws=2), "resnet", **ONE),
     "layer-wise, two towers": Case(layerwise(estimator="gradient", draws=2), "two towers", sets=("b",)),
-    "layer-wise antithetic": Case(layerwise(estimator="antithetic"), "convolutions"),
+    "layer-wise antithetic": Case(layerwise(estimator="per-image-antithetic"), "convolutions"),
     "layer-wise gradient": Case(layerwise(estimator="gradient"), "transformer", sets=("b", "c")),
-    "layer-wise gradient, resnet": Case(layerwise(draws=2), "resnet", sets=("b",)),
-    "layer-wise gradient by batches": Case(layerwise(noise_batch=9), "transformer", sets=("b", "c")),
+    "layer-wise per image, resnet": Case(layerwise(draws=2), "resnet", sets=("b",)),
+    "layer-wise per image": Case(layerwise(noise_batch=9), "transformer", sets=("b", "c")),
     "layer-wise on the path": Case(layerwise(on="interpolated"), "convolutions"),
     "layer-wise hessian": Case(layerwise(estimator="hessian", goal=0.002, most=12), "convolutions"),
     "layer-wise worst case": Case(layerwise(estimator="apgd-l2"), "convolutions"),
@@ -620,7 +621,8 @@ def test_data_sets_scored_together_or_alone_give_the_same_bits(
         groups.clear()
         worker = Worker(kind)
         found.append(interpolation(worker.path, worker.evaluator))
-        assert ["".join(names) for names in groups] == expected * 3
+        # At three positions; the fine-tuned end is scored ahead, where a set first needs it.
+        assert sorted("".join(names) for names in groups) == sorted(expected * 3)
         assert_same(found[-1], found[0])
     assert found[0]["loss"].nunique() == 9
 
@@ -628,17 +630,17 @@ def test_data_sets_scored_together_or_alone_give_the_same_bits(
 # --- what else a measurement does not depend on ---------------------------------------------------
 
 
-@pytest.mark.slow(but="^None-antithetic$")
-@pytest.mark.parametrize("estimator", ["plain", "antithetic", "gradient"])
+@pytest.mark.slow(but="^None-per-image$")
+@pytest.mark.parametrize("estimator", ["plain", "per-image", "gradient"])
 @pytest.mark.parametrize("limit", [None, 8_000])
 def test_draws_until_a_goal_are_those_of_the_layer_alone(estimator: str, limit: int | None) -> None:
-    goal = {"plain": 0.008, "antithetic": 0.002, "gradient": 0.001}[estimator]
+    goal = {"plain": 0.008, "per-image": 0.006, "gradient": 0.001}[estimator]
     study = layerwise(estimator=estimator, goal=goal, most=12)
     worker = Worker("transformer", ["a"], batch_size=8, memory_limit=limit)
     assert (len(worker.evaluator.pieces()) > 1) == (limit is not None)
     rows = study(worker.path, worker.evaluator)
     drawn = rows[rows["draws"] > 0].groupby("layer", sort=False)["draws"].max()
-    assert drawn.min() == 4 and drawn.max() == 12
+    assert drawn.min() == 4 and drawn.max() == 8  # those of the pilot are not among them
     names = worker.path.layers
     rng = random.Random(1)
     some = set(rng.sample(names, 9))

@@ -327,6 +327,7 @@ def test_no_layers_no_rows() -> None:
         assert rows.empty and list(rows.columns) == list(studies.COLUMNS)
 
 
+@pytest.mark.slow(but="^per-image-gradient")
 @pytest.mark.parametrize("reach", [True, False])
 @pytest.mark.parametrize(("estimator", "goal"), [("plain", 0.06), ("per-image-gradient", 0.01)])
 def test_rows_say_whether_the_goal_was_reached(reach: bool, estimator: str, goal: float) -> None:
