@@ -437,8 +437,9 @@ layer-data = "rotated"
 layer-samples = 500
 sharpness-alphas = [0, 0.2, 0.6, 1]
 sharpness-data = "mnist"
-sharpness-samples = 128
-layer-draws = 5""".splitlines()
+sharpness-samples = 256
+draws = 8
+layer-draws = 4""".splitlines()
 
 
 def write_zoo_toml(path: Path, data: list[str]) -> None:
