@@ -16,7 +16,16 @@ import peers_sweep
 import sweep_case
 from sweep_bench import Bench
 from sweep_options import OURS
-from sweep_sharpness import DIGITS, Sharpness, all_rounds, column, compare_sharpness, first, medians
+from sweep_sharpness import (
+    DIGITS,
+    Sharpness,
+    all_rounds,
+    column,
+    compare_sharpness,
+    draws_of_worth,
+    first,
+    medians,
+)
 
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import exact
@@ -99,7 +108,9 @@ def worth_on_digits(bench: Bench, found: dict[str, Any], compare: Callable[[], N
         for model in digits.finetuned:
             path = digits.path(model, precision)
             evaluator = Evaluator(path.model, digits.data[:1], precision=precision)
-            table = sharpness(path, evaluator, POSITIONS, [o.rho], o.draws, protocol=Protocol(estimator))
+            table = sharpness(
+                path, evaluator, POSITIONS, [o.rho], draws_of_worth(o), protocol=Protocol(estimator)
+            )
             squares += column(table, "sharpness_se")
         return np.square(squares)
 

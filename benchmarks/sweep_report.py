@@ -77,7 +77,7 @@ def modes(found: Mapping[str, Any], way: str, what: str) -> Iterator[str]:
         cells = [ratio(mode["equal_draws"]), ratio(mode["equal_draws_published"])]
         if "worth" in mode:
             cells += [f"{mode['worth']:.3g}", ratio(mode["equal_se"])]
-            cells += [str(mode["draws_needed"]), ratio(mode["request"])]
+            cells += [str(mode.get("draws_needed", MISSING)), ratio(mode.get("request", []))]
         else:
             cells += [MISSING] * 4
         yield f"| {precision} | {' | '.join(cells)} |"

@@ -214,6 +214,11 @@ def medians(worth: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {precision: statistics.median(values) for precision, values in worth.items()}
 
 
+def draws_of_worth(options: Options) -> int:
+    """Return the draws that variances on trained weights come from, which cost little."""
+    return options.draws if options.arch == "tiny" else max(options.draws, 8)
+
+
 def worth_on_digits(bench: Bench, found: dict[str, Any], compare: Callable[[], None]) -> None:
     """Measure the plain fp32 draws that one with noise per image is worth, for layers of trained models.
 
@@ -231,7 +236,7 @@ def worth_on_digits(bench: Bench, found: dict[str, Any], compare: Callable[[], N
             evaluator = Evaluator(path.model, digits.data[:1], precision=precision)
             layers = sweep_case.spread(sweep_case.in_order(path, evaluator), 10)
             table = layerwise_sharpness(
-                path, evaluator, [o.alpha], [o.rho], o.draws, layers, protocol=Protocol(estimator)
+                path, evaluator, [o.alpha], [o.rho], draws_of_worth(o), layers, protocol=Protocol(estimator)
             )
             squares += column(table, "sharpness_se")
         return np.square(squares)
@@ -314,8 +319,10 @@ def mode(
     }
     if worth is None:
         return found
-    # A request has a fixed cost and one per draw. Fewer than two draws have no standard error.
+    # A request has a fixed cost and one per draw, unknown from two draws alone. Fewer have no standard error.
     needed = max(2, math.ceil(PUBLISHED_DRAWS / worth))
+    if needed > 2 and options.draws == 2:
+        return found | {"worth": worth, "equal_se": (published / ours * worth).tolist()}
     request = two + (needed - 2) * (ours - two) / max(options.draws - 2, 1)
     # The peer makes one clean pass at a position, whatever the number of draws.
     targets = len(rounds[0]["sharpness"]["plain fp32"])
