@@ -5,12 +5,13 @@
     python benchmarks/bench_sweep.py --device cuda --arch tiny ViT-B-32 --part stages graphs attention
     python benchmarks/bench_sweep.py --redraw sweep.json --figure sweep.png
 
-Against a peer: layer-sharpness, layers (layer-wise interpolation), interpolation (from image files), scaling
-(how the cost grows). Of the device: stages (number that the model is cut into), attention (in float32,
-compared with float64), and on a GPU graphs (CUDA graphs on and off), streaming (images from the host) and
-busy (share of the time in which it works). The numbers of both sides are compared in every round; a
+Against a peer: layer-sharpness and general-sharpness (of all weights), both by the default estimator at the
+standard error of the published 20 draws, layers (layer-wise interpolation), interpolation (from image files),
+scaling (how the cost grows). Of the device: stages (number that the model is cut into), attention (in
+float32, compared with float64), and on a GPU graphs (CUDA graphs on and off), streaming (images from the
+host) and busy (share of the time in which it works). The numbers of both sides are compared in every round; a
 difference fails the run. The peers are in peers_sweep.py, models and images in sweep_case.py, the parts in
-sweep_sharpness.py, sweep_parts.py and sweep_device.py.
+sweep_sharpness.py, sweep_general.py, sweep_parts.py and sweep_device.py.
 
 Results are written as they are measured: --out is a whole file after every timing, however the run ends. With
 a DEADLINE in the environment (see record.py) nothing begins shortly before it, and what is left out is
@@ -33,6 +34,7 @@ import machine
 import record
 import sweep_case
 import sweep_device
+import sweep_general
 import sweep_parts
 import sweep_report
 import sweep_sharpness
@@ -44,6 +46,7 @@ from rft_fast.evaluate import precision as formats
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "layer-sharpness": sweep_sharpness.layer_sharpness,
+    "general-sharpness": sweep_general.general_sharpness,
     "layers": sweep_parts.layers,
     "interpolation": sweep_parts.whole_path,
     "scaling": sweep_sharpness.scaling,

@@ -126,7 +126,7 @@ def steps(device: str, quick: bool) -> Iterator[Step]:
         script("bench_sweep", *small, "--part", "layer-sharpness", "streaming", *(few if quick else ())),
     )
     if not quick:
-        parts = ("layers", "interpolation", "scaling")
+        parts = ("general-sharpness", "layers", "interpolation", "scaling")
         yield Step("growth", 1200, script("bench_sweep", *small, "--part", *parts))
         yield Step("precisions", 900, script("precision"))
 

@@ -27,6 +27,7 @@ from rft_fast.kernels import Plan
 State = Mapping[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 Measured = tuple[float, float]  # loss in nats, accuracy
+Rises = tuple[list[list[float]], list[float]]  # of each draw and part, and each part's share of the images
 Draw = Callable[[Sequence[str], int, int], dict[str, Tensor]]
 
 
@@ -76,25 +77,25 @@ def layer_sharpness(
     seed: int,
     draw: Draw,
     noise_batch: bool,
-) -> dict[tuple[str, float], list[float]]:
+) -> dict[tuple[str, float], Rises]:
     """Sharpness of each layer at each alpha, draw by draw, written by us: no published code measures it.
 
     As in published code for whole models, an original clone is kept and every draw made from it: a dict of
     deltas, one for each tensor of the layer. Then, as models are usually merged: a perturbed state dict,
-    which is interpolated and loaded, and a full forward pass. The value is the mean over images of perturbed
-    minus clean loss.
+    which is interpolated and loaded, and a full forward pass. A value is the mean over a part's images of
+    perturbed minus clean loss.
 
     layers: name -> its parameters. noise_batch: draw for every batch, as in published code for whole models,
         instead of once for all.
     """
     original = {name: tensor.clone() for name, tensor in finetuned.items()}
     parts = [[batch] for batch in batches] if noise_batch else [list(batches)]
-    found: dict[tuple[str, float], list[float]] = {}
+    found: dict[tuple[str, float], Rises] = {}
     for alpha in alphas:
         model.load_state_dict(merge(zeroshot, original, alpha))
-        clean = forward(model, batches)[0].double().mean()
+        clean = [forward(model, part)[0] for part in parts]
         for layer, names in layers.items():
-            means = []
+            drawn = []
             for number in range(draws):
                 losses = []
                 for index, part in enumerate(parts):
@@ -105,8 +106,56 @@ def layer_sharpness(
                         perturbed[name] = perturbed[name] + deltas[name]
                     model.load_state_dict(merge(zeroshot, perturbed, alpha))
                     losses.append(forward(model, part)[0])
-                means.append(torch.cat(losses).double().mean() - clean)
-            found[layer, alpha] = torch.stack(means).tolist()
+                drawn.append(losses)
+            found[layer, alpha] = rises(drawn, clean)
+    return found
+
+
+def rises(drawn: Sequence[Sequence[Tensor]], clean: Sequence[Tensor]) -> Rises:
+    """Return mean rises of losses. drawn: of every draw, losses [n] of every part. clean: of every part."""
+    means = [[(now.double() - then).mean() for now, then in zip(losses, clean)] for losses in drawn]
+    images = sum(map(len, clean))
+    return torch.stack([torch.stack(values) for values in means]).tolist(), [len(c) / images for c in clean]
+
+
+@torch.inference_mode()
+def general_sharpness(
+    model: nn.Module,
+    zeroshot: State,
+    finetuned: State,
+    batches: Sequence[Batch],
+    alphas: Sequence[float],
+    rho: float,
+    draws: int,
+    seed: int,
+    draw: Draw,
+    names: Sequence[str],
+    noise_batch: bool,
+) -> dict[float, Rises]:
+    """Sharpness of all weights at each alpha, draw by draw, as in published code, written by us.
+
+    The interpolated weights are kept. For every draw and every batch: a dict of deltas rho * |w| * eps, a
+    perturbed state dict, its load, and a forward pass. Values are as in :func:`layer_sharpness`.
+
+    names: of the parameters that are perturbed. noise_batch: as in :func:`layer_sharpness`.
+    """
+    parts = [[batch] for batch in batches] if noise_batch else [list(batches)]
+    found: dict[float, Rises] = {}
+    for alpha in alphas:
+        original = merge(zeroshot, finetuned, alpha)
+        model.load_state_dict(original)
+        clean = [forward(model, part)[0] for part in parts]
+        drawn = []
+        for number in range(draws):
+            losses = []
+            for index, part in enumerate(parts):
+                eps = draw(names, seed, number * len(parts) + index)
+                deltas = {name: rho * original[name].abs() * eps[name] for name in names}
+                perturbed = original | {name: original[name] + deltas[name] for name in names}
+                model.load_state_dict(perturbed)
+                losses.append(forward(model, part)[0])
+            drawn.append(losses)
+        found[alpha] = rises(drawn, clean)
     return found
 
 

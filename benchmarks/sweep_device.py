@@ -16,6 +16,7 @@ import pandas as pd
 import sweep_case
 import torch
 from sweep_bench import Bench, allowed, check_same, turns
+from sweep_options import OURS
 from sweep_sharpness import request
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -201,7 +202,7 @@ def busy(bench: Bench) -> None:
         mine.warm_up()
 
         def run(mine: Any = mine) -> pd.DataFrame:
-            return mine.ours("gradient", 0)
+            return mine.ours(OURS, 0)
 
         walls: list[float] = []
         for number in range(bench.options.rounds):

@@ -10,6 +10,7 @@ from rft_fast.evaluate.precision import PRECISIONS
 from rft_fast.studies import Protocol
 
 PUBLISHED_DRAWS = 20
+OURS = "per-image-gradient"  # noise per image with its control: the default where a gradient helps
 FIRST = ("fp32", "bf16")  # precisions that are measured first, in case the time runs out
 
 
@@ -23,7 +24,7 @@ class Options:
         draws, rho, alpha: Of the sharpness.
         layers: Number of layers, evenly spread over the model.
         alphas: Positions of the interpolations.
-        noise_batch: New noise for every batch, as published.
+        noise_batch: New noise for every batch of the peers, as published.
         files: JPEG images of each size for the interpolation.
         precisions: fp32 first.
         few: Images of the part graphs, where launches matter.
@@ -31,15 +32,15 @@ class Options:
 
     arch: str = "ViT-B-32"
     device: str = "cpu"
-    samples: int = 16
-    batch: int = 8
-    draws: int = 20
-    layers: int = 6
-    rounds: int = 3
+    samples: int = 128
+    batch: int = 128
+    draws: int = 4
+    layers: int = 2
+    rounds: int = 2
     alphas: int = 11
     alpha: float = 0.5
-    rho: float = 0.05
-    noise_batch: bool = False
+    rho: float = 1.0
+    noise_batch: bool = True
     files: int = 32
     precisions: tuple[str, ...] = ("fp32",)
     few: int = 8
@@ -79,14 +80,18 @@ class Options:
 
 
 def defaults(device: str, arch: str) -> Options:
-    """Return sizes that an idle machine measures in a quarter of an hour, and a GPU in minutes."""
+    """Return sizes that take an idle machine a quarter of an hour for sharpness, and a GPU minutes.
+
+    On the CPU one batch of the published size is scored. Other parts than layer-sharpness and
+    general-sharpness need no such batch: ``--samples 16 --batch 8`` is enough for them.
+    """
     base = Options(arch, device)
     if arch == "tiny":
         base = replace(base, samples=40, batch=16, draws=4, layers=3, rounds=2, alphas=3, files=12)
     if not base.on_gpu:
         return base
-    base = replace(base, noise_batch=True, precisions=(*FIRST, *(p for p in PRECISIONS if p not in FIRST)))
+    base = replace(base, precisions=(*FIRST, *(p for p in PRECISIONS if p not in FIRST)))
     if arch == "tiny":
         return base
-    base = replace(base, samples=1024, batch=128, draws=8, files=128)
+    base = replace(base, samples=1024, draws=8, layers=6, rounds=3, files=128)
     return replace(base, samples=512, layers=3) if arch == "ViT-L-14" else base

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from sweep_options import PUBLISHED_DRAWS
 
 from rft_fast.figures.style import canvas, curve_styles, key, legend, plain, wrap
 
 MISSING = "–"  # there was no time to measure it
-NAMES = {"peer": "state dict for every draw", "plain": "plain draws", "gradient": "gradient control variate"}
+NAMES = {
+    "peer": "state dict for every draw",
+    "plain": "plain draws",
+    "gradient": "noise per image, control",
+}
+WAYS = {"image": "noise per image", "gradient": NAMES["gradient"]}
 
 
 def ratio(values: Sequence[float]) -> str:
@@ -44,31 +50,57 @@ def text(run: Mapping[str, Any]) -> str:
 
 
 def sharpness(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
-    yield "\n**layer-wise sharpness**: times faster than a state dict for every draw in fp32\n"
+    yield "\n**layer-wise sharpness**: times faster than a state dict for every draw in fp32"
+    yield from modes(found, WAYS["gradient"], "layer")
+    yield "Worth: by variances on trained weights, the digits zoo's layers, the median of these."
+    yield f"fastest with an error below the standard error: {found['fastest'] or 'not known'}"
+    yield from checked(found, found["modes"])
+
+
+def general(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
+    yield "\n**general sharpness**: times faster than a state dict for every draw in fp32"
+    for way, facts in found["ways"].items():
+        yield from modes(facts, WAYS[way], "")
+    yield "Worth: by variances on trained weights, the digits zoo's models, the median of these."
+    yield from checked(found, found["ways"]["gradient"]["modes"] or found["ways"]["image"]["modes"])
+
+
+def modes(found: Mapping[str, Any], way: str, what: str) -> Iterator[str]:
+    """Yield the table of one estimator of ours. what: the part's targets, if there are several."""
     yield (
-        "| | equal draws, both in this precision | equal draws | plain draws that one with the control "
-        "variate is worth | equal standard error | draws needed for 20 | that request |"
+        f"\n| {way} | equal draws of the same noise, both in this precision | equal draws of the same noise "
+        f"| published draws that one is worth | equal standard error | draws needed for {PUBLISHED_DRAWS} "
+        "| that request |"
     )
     yield "| --- |" + " ---: |" * 6
     for precision, mode in found["modes"].items():
         cells = [ratio(mode["equal_draws"]), ratio(mode["equal_draws_published"])]
         if "worth" in mode:
             cells += [f"{mode['worth']:.3g}", ratio(mode["equal_se"])]
-            cells += [str(mode["draws_needed"]), ratio(mode["request"])]
+            cells += [str(mode.get("draws_needed", MISSING)), ratio(mode.get("request", []))]
         else:
             cells += [MISSING] * 4
         yield f"| {precision} | {' | '.join(cells)} |"
-    yield "\nWorth: by variances on trained weights, the digits zoo's layers, the median of these."
+    yield ""
     for precision, mode in found["modes"].items():
+        several = (
+            f" in the median {what}, {mode['error_over_se_largest']:.2g} in the worst, below one in "
+            f"{mode['layers_below_se']:.0%}"
+        )
         yield (
             f"{precision}: on the random weights here one is worth "
-            f"{statistics.median(mode['worth_here']):.3g}; error over the standard error of 20 plain draws: "
-            f"{mode['error_over_se']:.2g} in the median layer, "
-            f"{mode['error_over_se_largest']:.2g} in the worst, below one in {mode['layers_below_se']:.0%}"
+            f"{statistics.median(mode['worth_here']):.3g}; error over the standard error of "
+            f"{PUBLISHED_DRAWS} plain draws: {mode['error_over_se']:.2g}{several if what else ''}"
         )
-    yield f"fastest with an error below the standard error: {found['fastest'] or 'not known'}"
+
+
+def checked(found: Mapping[str, Any], precisions: Iterable[str]) -> Iterator[str]:
     yield "seconds: " + ", ".join(f"{name} {ratio(s)}" for name, s in found["seconds"].items())
-    yield f"largest difference between numbers of ours and of the peer: {largest(found)}"
+    said = []
+    for precision in precisions:
+        differences = [r["largest_difference"].get(precision, 0.0) for r in found["rounds"]]
+        said.append(f"{precision} {max(differences):.1e}")
+    yield f"largest difference between numbers of ours and of the peer: {', '.join(said) or MISSING}"
 
 
 def layers(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
@@ -95,7 +127,7 @@ def scaling(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[st
 
 
 def busy(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
-    yield "\n**GPU busy**, gradient control variate\n"
+    yield f"\n**GPU busy**, {NAMES['gradient']}\n"
     for precision, share in found.items():
         if "busy" in share:
             yield f"{precision}: {share['busy']:.1%} ({share['busy_profiled']:.1%} under the profiler)"
@@ -143,6 +175,7 @@ def attention(found: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[
 
 WRITERS = {
     "layer-sharpness": sharpness,
+    "general-sharpness": general,
     "layers": layers,
     "interpolation": whole_path,
     "scaling": scaling,
@@ -172,14 +205,6 @@ def seconds_of(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     differences = [this["largest_difference"] for this in rounds if "largest_difference" in this]
     if differences:
         yield f"largest difference of a loss: {max(differences):.1e}"
-
-
-def largest(found: Mapping[str, Any]) -> str:
-    said = []
-    for precision in found["modes"]:
-        differences = [r["largest_difference"].get(precision, 0.0) for r in found["rounds"]]
-        said.append(f"{precision} {max(differences):.1e}")
-    return ", ".join(said) or MISSING
 
 
 def goals(run: Mapping[str, Any]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Layer-wise sharpness against the published practice, at equal draws and at equal standard error.
 
-At equal standard error, a contender costs (seconds per draw) x (variance of one draw). Seconds are those of
-the whole request, with the clean pass and, for the gradient control variate, the backward pass. Since one
-draw has no standard error, the request with the fewest sufficient draws, two or more, is timed, too.
+Ours is the default estimator, noise per image with its control: the contender "gradient", and "two" with two
+draws. At equal standard error, a contender costs (seconds per draw) x (variance of one draw). Seconds are
+those of the whole request, with the clean pass and the backward pass of the control. Since one draw has no
+standard error, the request with the fewest sufficient draws, two or more, is timed, too.
 """
 
 from __future__ import annotations
@@ -10,29 +11,36 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import peers_sweep
 import sweep_case
 from sweep_bench import Bench, allowed, check_same, turns
-from sweep_options import PUBLISHED_DRAWS, Options
+from sweep_options import OURS, PUBLISHED_DRAWS, Options
 
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.precision import PRECISIONS, exact
 from rft_fast.studies import Protocol, layerwise_sharpness
 
+TWO = {"gradient": "two", "image": "two image"}  # contender -> the same with two draws
 CONTENDERS = ("peer", "plain", "two", "gradient")  # the most important first
+DIGITS = 384  # images of the digits zoo: three batches of the published size
 
 
 class Sharpness:
     """One request for layer-wise sharpness, for both sides, in one precision.
 
     Both write the same live model: a study, like the peer, writes all of it before it reads any.
+
+    WAYS: contender with all draws -> its estimator.
     """
+
+    WHAT: ClassVar[str] = "layer-wise sharpness"
+    WAYS: ClassVar[Mapping[str, str]] = {"gradient": OURS}
 
     def __init__(self, bench: Bench, precision: str = "fp32", options: Options | None = None) -> None:
         self.bench, self.precision = bench, precision
@@ -61,7 +69,7 @@ class Sharpness:
             protocol=o.protocol(estimator, seed),
         )
 
-    def peer(self, seed: int, **other: Any) -> dict[tuple[str, float], list[float]]:
+    def peer(self, seed: int, **other: Any) -> dict[tuple[str, float], peers_sweep.Rises]:
         o = replace(self.options, **other)
         with exact(self.precision):
             return peers_sweep.layer_sharpness(
@@ -90,19 +98,30 @@ class Sharpness:
             return
         # All stages come after the first layer, and before the last.
         names = list(self.bench.case.some_layers(few.get("layers", self.options.layers)))
-        for estimator in ("plain", "gradient"):
+        for estimator in ("plain", *self.WAYS.values()):
             self.bench.check_time(f"warm-up in {self.precision}")
             self.ours(estimator, 0, names=list(dict.fromkeys([names[0], names[-1]])), **few)
         if not self._warm:
             self.peer(0, layers=1, draws=2)
         self._warm.add(key)
 
-    def check(self, ours: pd.DataFrame, peer: dict[tuple[str, float], list[float]]) -> float:
+    def runs(self, seed: int) -> dict[str, Callable[[], Any]]:
+        """Return contender -> its request, the most important first."""
+
+        def ours(estimator: str, **other: Any) -> Callable[[], Any]:
+            return lambda: self.ours(estimator, seed, **other)
+
+        found: dict[str, Callable[[], Any]] = {"peer": lambda: self.peer(seed), "plain": ours("plain")}
+        for contender, estimator in self.WAYS.items():
+            found |= {TWO[contender]: ours(estimator, draws=2), contender: ours(estimator)}
+        return found
+
+    def check(self, ours: pd.DataFrame, peer: dict[tuple[str, float], peers_sweep.Rises]) -> float:
         """Check that means and standard errors agree. ours: of the plain estimator with the peer's draws."""
         mine = {(r.layer, r.alpha): (r.sharpness, r.sharpness_se) for r in ours.itertuples()}
-        theirs = {key: (float(np.mean(values)), se(values)) for key, values in peer.items()}
+        theirs = {key: mean_and_se(*rises) for key, rises in peer.items()}
         most = allowed(self.precision, float(ours["loss"].max()))
-        return check_same(f"layer-wise sharpness in {self.precision}", mine, theirs, most)
+        return check_same(f"{self.WHAT} in {self.precision}", mine, theirs, most)
 
 
 def request(bench: Bench, precision: str) -> Sharpness:
@@ -120,59 +139,70 @@ def first(batches: Sequence[peers_sweep.Batch], samples: int) -> list[peers_swee
     return found
 
 
-def se(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+def mean_and_se(values: Sequence[Sequence[float]], shares: Sequence[float]) -> tuple[float, float]:
+    """Return the mean over draws and parts, and its standard error: parts have noise of their own.
+
+    values: of each draw and part. shares: of each part in the images.
+    """
+    table, weights = np.array(values), np.array(shares)
+    variances = table.var(axis=0, ddof=1) / len(table)
+    return float(table.mean(axis=0) @ weights), math.sqrt(weights**2 @ variances)
 
 
 def layer_sharpness(bench: Bench) -> None:
-    """Measure rounds of peer, plain draws and control variate in every precision, each with a new seed.
+    """Measure rounds of peer, plain draws and noise per image in every precision, each with a new seed.
 
-    The number of plain draws that one with the control variate is worth depends on the weights. It is
-    measured on the trained weights of the digits zoo after the rounds, and only stated for the random weights
-    here.
+    The number of plain draws that one with noise per image is worth depends on the weights. It is measured on
+    the trained weights of the digits zoo after the rounds, and only stated for the random weights here.
     """
     o = bench.options
-    found = bench.begin(
-        {"layers": list(bench.case.some_layers(o.layers)), "worth": {}, "rounds": []}
-        | compare_sharpness([], o, {})
-    )
+    found = bench.begin({"layers": list(bench.case.some_layers(o.layers)), "worth": {}, "rounds": []})
+
+    def compare() -> None:
+        found.update(compare_sharpness(found["rounds"], o, medians(found["worth"])))
+
+    compare()
+    all_rounds(bench, found, lambda precision: request(bench, precision), compare)
+    worth_on_digits(bench, found, compare)
+
+
+def all_rounds(
+    bench: Bench,
+    found: dict[str, Any],
+    made: Callable[[str], Sharpness],
+    compare: Callable[[], None],
+) -> None:
+    """Measure all rounds in every precision. made: returns the request in a precision."""
+    o = bench.options
     for seed in range(o.rounds):
         this = {"seed": seed, "seconds": {}, "largest_difference": {}, "sharpness": {}, "sharpness_se": {}}
         found["rounds"].append(this)
         for precision in o.precisions:
             try:
-                one_round(bench, found, this, precision)
+                one_round(bench, this, made(precision), compare)
             except AssertionError as error:  # continue with the other precisions
                 bench.failed(error)
-    worth_on_digits(bench, found)
 
 
-def one_round(bench: Bench, found: dict[str, Any], this: dict[str, Any], precision: str) -> None:
+def one_round(bench: Bench, this: dict[str, Any], mine: Sharpness, compare: Callable[[], None]) -> None:
     """Measure all contenders in one precision, once."""
-    o, seed = bench.options, this["seed"]
-    mine = request(bench, precision)
+    seed, precision = this["seed"], mine.precision
     mine.warm_up()
     mine.warm_up(draws=2)
-    runs = {
-        "peer": lambda: mine.peer(seed),
-        "plain": lambda: mine.ours("plain", seed),
-        "two": lambda: mine.ours("gradient", seed, draws=2),
-        "gradient": lambda: mine.ours("gradient", seed),
-    }
     peer: Any = None
-    for contender in CONTENDERS:
+    for contender, run in mine.runs(seed).items():
         name = f"{contender} {precision}"
-        got, seconds = bench.timed(f"{name}, round {seed},", runs[contender])
+        got, seconds = bench.timed(f"{name}, round {seed},", run)
         facts = {}
         if contender == "peer":
             peer = got
         if contender == "plain":
             facts["largest_difference"] = this["largest_difference"][precision] = mine.check(got, peer)
-        if contender in ("plain", "gradient"):
+        if contender in ("plain", *mine.WAYS):
             this["sharpness"][name] = column(got, "sharpness")
             this["sharpness_se"][name] = column(got, "sharpness_se")
         this["seconds"][name] = seconds
-        found |= compare_sharpness(found["rounds"], o, medians(found["worth"]))
+        compare()
         bench.timing(contender, seconds, precision, round=seed, **facts)
 
 
@@ -184,14 +214,20 @@ def medians(worth: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {precision: statistics.median(values) for precision, values in worth.items()}
 
 
-def worth_on_digits(bench: Bench, found: dict[str, Any]) -> None:
-    """Return the plain fp32 draws that one with the control variate is worth, for layers of trained models.
+def draws_of_worth(options: Options) -> int:
+    """Return the draws that variances on trained weights come from, which cost little."""
+    return options.draws if options.arch == "tiny" else max(options.draws, 8)
 
-    It depends on the weights, and hardly on the device: on a GPU one model suffices.
+
+def worth_on_digits(bench: Bench, found: dict[str, Any], compare: Callable[[], None]) -> None:
+    """Measure the plain fp32 draws that one with noise per image is worth, for layers of trained models.
+
+    Both with the study's default: noise anew for every 128 images. It depends on the weights, and hardly on
+    the device: on a GPU one model suffices.
     """
     o = bench.options
     bench.check_time("what a draw is worth")
-    digits = sweep_case.Digits(bench.device, samples=64, models=1 if o.on_gpu or o.arch == "tiny" else 3)
+    digits = sweep_case.Digits(bench.device, DIGITS, models=1 if o.on_gpu or o.arch == "tiny" else 3)
 
     def variances(precision: str, estimator: str) -> np.ndarray:
         squares: list[float] = []
@@ -200,7 +236,7 @@ def worth_on_digits(bench: Bench, found: dict[str, Any]) -> None:
             evaluator = Evaluator(path.model, digits.data[:1], precision=precision)
             layers = sweep_case.spread(sweep_case.in_order(path, evaluator), 10)
             table = layerwise_sharpness(
-                path, evaluator, [o.alpha], [o.rho], o.draws, layers, protocol=Protocol(estimator)
+                path, evaluator, [o.alpha], [o.rho], draws_of_worth(o), layers, protocol=Protocol(estimator)
             )
             squares += column(table, "sharpness_se")
         return np.square(squares)
@@ -208,34 +244,34 @@ def worth_on_digits(bench: Bench, found: dict[str, Any]) -> None:
     plain, _ = bench.timed("what a draw is worth", lambda: variances("fp32", "plain"))
     for precision in o.precisions:
         what = f"what a draw is worth in {precision}"
-        here, seconds = bench.timed(what, lambda p=precision: variances(p, "gradient"))
+        here, seconds = bench.timed(what, lambda p=precision: variances(p, OURS))
         found["worth"][precision] = (plain / here).tolist()
-        found |= compare_sharpness(found["rounds"], o, medians(found["worth"]))
+        compare()
         bench.timing("worth", seconds, precision)
 
 
 def compare_sharpness(
-    rounds: Sequence[dict[str, Any]], options: Options, worth: Mapping[str, float]
+    rounds: Sequence[dict[str, Any]], options: Options, worth: Mapping[str, float], way: str = "gradient"
 ) -> dict[str, Any]:
     """Return the ratios of the rounds; lists have a number per round.
 
     A round counts for a precision if all contenders of it, and of fp32, were measured.
 
-    worth: for each precision, the plain fp32 draws that one with the control variate is worth. Without it the
-    ratios at equal standard error are left out.
+    worth: for each precision, the plain fp32 draws that one of ours is worth. Without it the ratios at equal
+    standard error are left out. way: the contender that is ours.
     """
     names = list(dict.fromkeys(name for r in rounds for name in r["seconds"]))
     every = {name: [r["seconds"][name] for r in rounds if name in r["seconds"]] for name in names}
-    fp32 = [r for r in rounds if complete(r, "fp32")]
+    fp32 = [r for r in rounds if complete(r, "fp32", way)]
     if not fp32:
         return {"seconds": every, "standard_error_of_20_draws": [], "modes": {}, "fastest": None}
     plain = variance(fp32, "plain fp32", options)
     yardstick = np.sqrt(plain / PUBLISHED_DRAWS)
     modes = {}
     for precision in options.precisions:
-        whole = [r for r in fp32 if complete(r, precision)]
+        whole = [r for r in fp32 if complete(r, precision, way)]
         if whole:
-            modes[precision] = mode(whole, options, precision, yardstick, worth.get(precision))
+            modes[precision] = mode(whole, options, precision, yardstick, worth.get(precision), way)
     able = [p for p in modes if modes[p]["error_over_se"] < 1 and "request" in modes[p]]
     fastest = max(able, key=lambda p: statistics.median(modes[p]["request"]), default=None)
     return {
@@ -246,8 +282,8 @@ def compare_sharpness(
     }
 
 
-def complete(this: Mapping[str, Any], precision: str) -> bool:
-    return all(f"{contender} {precision}" in this["seconds"] for contender in CONTENDERS)
+def complete(this: Mapping[str, Any], precision: str, way: str) -> bool:
+    return all(f"{name} {precision}" in this["seconds"] for name in ("peer", "plain", TWO[way], way))
 
 
 def variance(rounds: Sequence[Mapping[str, Any]], name: str, options: Options) -> np.ndarray:
@@ -261,6 +297,7 @@ def mode(
     precision: str,
     yardstick: np.ndarray,
     worth: float | None,
+    way: str,
 ) -> dict[str, Any]:
     """Return the results of one precision's complete rounds."""
 
@@ -268,9 +305,9 @@ def mode(
         return np.array([r["seconds"][name] for r in rounds])
 
     published, peer = seconds("peer fp32"), seconds(f"peer {precision}")
-    plain, two, ours = (seconds(f"{name} {precision}") for name in ("plain", "two", "gradient"))
-    here = variance(rounds, "plain fp32", options) / variance(rounds, f"gradient {precision}", options)
-    relative = precision_errors(rounds, precision) / yardstick
+    plain, two, ours = (seconds(f"{name} {precision}") for name in ("plain", TWO[way], way))
+    here = variance(rounds, "plain fp32", options) / variance(rounds, f"{way} {precision}", options)
+    relative = precision_errors(rounds, precision, way) / yardstick
     found = {
         "equal_draws": turns(peer.tolist(), plain.tolist()),
         "equal_draws_published": turns(published.tolist(), plain.tolist()),
@@ -282,22 +319,25 @@ def mode(
     }
     if worth is None:
         return found
-    # A request has a fixed cost and one per draw. Fewer than two draws have no standard error.
+    # A request has a fixed cost and one per draw, unknown from two draws alone. Fewer have no standard error.
     needed = max(2, math.ceil(PUBLISHED_DRAWS / worth))
+    if needed > 2 and options.draws == 2:
+        return found | {"worth": worth, "equal_se": (published / ours * worth).tolist()}
     request = two + (needed - 2) * (ours - two) / max(options.draws - 2, 1)
+    # The peer makes one clean pass at a position, whatever the number of draws.
+    targets = len(rounds[0]["sharpness"]["plain fp32"])
+    passes = (1 + targets * PUBLISHED_DRAWS) / (1 + targets * options.draws)
     return found | {
         "worth": worth,
         "equal_se": (published / ours * worth).tolist(),
         "draws_needed": needed,
-        "request": (published / options.draws * PUBLISHED_DRAWS / request).tolist(),
+        "request": (published * passes / request).tolist(),
     }
 
 
-def precision_errors(rounds: Sequence[dict[str, Any]], precision: str) -> np.ndarray:
+def precision_errors(rounds: Sequence[dict[str, Any]], precision: str, way: str) -> np.ndarray:
     """Return each layer's difference to fp32 with the same draws: root mean square over rounds."""
-    moved = [
-        np.subtract(r["sharpness"][f"gradient {precision}"], r["sharpness"]["gradient fp32"]) for r in rounds
-    ]
+    moved = [np.subtract(r["sharpness"][f"{way} {precision}"], r["sharpness"][f"{way} fp32"]) for r in rounds]
     return np.sqrt(np.mean(np.square(moved), axis=0))
 
 
@@ -341,7 +381,7 @@ def one_size(
     runs = {
         "peer": lambda: mine.peer(0, **sizes),
         "plain": lambda: mine.ours("plain", 0, **sizes),
-        "gradient": lambda: mine.ours("gradient", 0, **sizes),
+        "gradient": lambda: mine.ours(OURS, 0, **sizes),
     }
     peer: Any = None
     for name, run in runs.items():
