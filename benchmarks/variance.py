@@ -41,10 +41,8 @@ RHOS = [0.1, 0.2, 0.5, 1.0]
 LAYER_RHOS = [0.2, 1.0]
 # Fine-tuned model -> position: one that gains on the path, and one that fails.
 MODELS = {"lr1e-3-ep6-aug-smooth": 0.6, "lr4e-3-ep8": 0.6}
-BLOCKS = "visual.transformer.resblocks"
-# The layer with the most noise per image; a matrix; LayerNorm; the head.
-LAYERS = ["visual.conv1", f"{BLOCKS}.1.attn.in_proj", "visual.ln_pre", "classification_head"]
-COVERAGE_RHOS = [0.05, 0.2, 1.0]
+LAYERS = ["visual.conv1", "visual.ln_pre"]  # of coverage: a matrix, and signs by element
+COVERAGE_RHOS = [0.05, 1.0]
 BATCH = 64  # images of a noise batch there, so that 128 images have two
 GOALS = {"general": {0.1: 8, 0.2: 8, 1.0: 8}, "layers": {0.2: 20, 1.0: 6}}
 
