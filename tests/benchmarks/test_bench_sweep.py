@@ -291,7 +291,7 @@ def test_a_request_that_makes_no_sense_is_refused(words: str, fact: str) -> None
 
 @pytest.mark.slow
 def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, which has no graphs and from which nothing is streamed: the numbers are the same."""
+    """On the CPU, which has no graphs and streams nothing: the numbers agree, up to roundings of some CPUs."""
     monkeypatch.setattr(Options, "on_gpu", True)
     profile, cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=cpu))
@@ -302,7 +302,7 @@ def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.Mon
         found = bench.measure(part, bench_sweep.PARTS[part])
         assert set(found) == {"fp32", "bf16"}
         for facts in found.values():
-            assert facts["rounds"][0]["largest_difference"] == 0
+            assert facts["rounds"][0]["largest_difference"] < 1e-6
             assert all(len(facts[f"{name}_times_faster"]) == 1 for name in names)
     found = bench.measure("busy", sweep_device.busy)
     assert all(facts["kernels"] == 0 and len(facts["seconds"]) == 1 for facts in found.values())
