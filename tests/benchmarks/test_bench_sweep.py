@@ -291,7 +291,7 @@ def test_a_request_that_makes_no_sense_is_refused(words: str, fact: str) -> None
 
 @pytest.mark.slow
 def test_what_a_gpu_measures_runs(case: sweep_case.Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, which has no graphs and streams nothing: the numbers agree, up to roundings of some CPUs."""
+    """On the CPU, which has no graphs and streams nothing: the numbers agree up to rounding."""
     monkeypatch.setattr(Options, "on_gpu", True)
     profile, cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=cpu))
