@@ -438,7 +438,7 @@ layer-samples = 500
 sharpness-alphas = [0, 0.2, 0.6, 1]
 sharpness-data = "mnist"
 sharpness-samples = 256
-draws = 8
+draws = 5
 layer-draws = 4""".splitlines()
 
 
