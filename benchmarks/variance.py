@@ -90,10 +90,10 @@ def worth(setting: Setting, part: str, draws: int) -> pd.DataFrame:
         if part == "general"
         else list(MODELS.items())
     )
-    for model, alpha in places:
+    for seed, (model, alpha) in enumerate(places):  # which else would share their luck with the draws
         path = setting.path(model)
         for way, protocol in protocols():
-            how: dict[str, Any] = {"protocol": protocol, "model": model}
+            how: dict[str, Any] = {"protocol": replace(protocol, seed=seed), "model": model}
             if part == "general":
                 rows = sharpness(path, setting.evaluator, [alpha], RHOS, draws, **how)
             else:

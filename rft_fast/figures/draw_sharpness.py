@@ -151,12 +151,12 @@ def _paired(rows: pd.DataFrame) -> str:
     if zero.empty:
         return ""
     from_ = [
-        f"{row['sharpness']:.3g} $\\pm$ {row['sharpness_se']:.2g} at $\\rho$ = {row['rho']:g}"
+        f"{row['sharpness']:.3g} $\\pm$ {row['sharpness_se']:.2g} nats at $\\rho$ = {row['rho']:g}"
         for row in zero.drop_duplicates(["sharpness", "rho"]).to_dict("records")
     ]
     return (
         "Left: difference to zero-shot, paired over draws, which all positions and models share. Zero-shot "
-        f"($\\pm$ standard error): {', '.join(from_[:4])}{' ...' if len(from_) > 4 else ''} nats."
+        f"($\\pm$ standard error): {', '.join(from_[:4])}{' ...' if len(from_) > 4 else ''}."
     )
 
 
