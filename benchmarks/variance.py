@@ -115,7 +115,7 @@ def coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
     model, alpha = next(iter(MODELS.items()))
     path, evaluator = setting.path(model), setting.evaluator
     found = []
-    for layer in [None, *LAYERS]:
+    for layer in [*LAYERS, None]:
         for rho in COVERAGE_RHOS:
 
             def rows(protocol: Protocol, draws: int, layer: Any = layer, rho: float = rho) -> pd.Series:
