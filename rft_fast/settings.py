@@ -274,7 +274,8 @@ class Sharpness:
         check=positive,
     )
     exclude: tuple[str, ...] | None = _names(
-        "layers that sharpness leaves as they are; re:PATTERN matches whole names (default: none)",
+        "layers that are not perturbed in sharpness, that of all weights; re:PATTERN matches whole names "
+        "(default: none)",
         whole=tuple,
     )
     normalize_logits: bool = option(False, "centre the logits and divide them by their norm before the loss")

@@ -58,8 +58,8 @@ class Sharpness(Study):
         goal = self.protocol(request).goal
         if goal is not None:
             yield (
-                f"Sharpness: as if --goal-se {goal:g} took as many draws as its pilot. More draws cost in "
-                "proportion."
+                f"{self.name}: counted are the pilot of --goal-se and as many draws after it; a goal of "
+                f"{goal:g} may need more."
             )
 
     def measure(self, task: Task) -> None:
@@ -114,6 +114,7 @@ class LayerSharpness(Sharpness):
         return self._protocol(request, "finetuned")
 
     def assumptions(self, request: Request) -> Iterator[str]:
+        yield from super().assumptions(request)
         own = request.of(settings.Sharpness)
         if max(own.rhos) <= _SMALL and own.estimator not in ("hessian", *WORST_CASE):
             yield (

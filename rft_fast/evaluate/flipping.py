@@ -263,11 +263,15 @@ class Flips:
             rest = iter(found)
             seen += [None if site.input is None else next(rest).detach() for site in sites]
             taps += here
+        if not taps:  # nothing reads the weights
+            return Record([], [])
         gradients = torch.autograd.grad(losses(x).sum(), taps, allow_unused=True, materialize_grads=True)
         return Record(seen, list(gradients))
 
     def control(self, record: Record, perturbation: Perturbation, signs: list[Signs]) -> Tensor:
-        """<dl_n/dw, D_n> of each image: float64 [n]."""
+        """<dl_n/dw, D_n> of each image: float64 [n], or a single zero if nothing reads the weights."""
+        if not self.sites:
+            return torch.zeros(1, dtype=torch.float64)
         sites = [site for sites in self.sites.values() for site in sites]
         bases = perturbation.bases
 

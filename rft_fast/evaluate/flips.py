@@ -98,7 +98,7 @@ class Rules(TorchFunctionMode):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear: r along the outputs, s along the inputs."""
         x, number = self._own(x), self._number(weight)
-        if not self._fits(number, Layout(*weight.shape[:2])):
+        if weight.ndim != 2 or not self._fits(number, Layout(*weight.shape)):
             return F.linear(x, self._own(weight), self._own(bias))
         return self._product(x, number, F.linear(x, weight), _linear, bias)
 

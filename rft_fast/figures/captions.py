@@ -54,6 +54,8 @@ def stated(rows: pd.DataFrame) -> str:
     ]
     if "restarts" in rows and len(starts := rows.loc[rows["restarts"] > 1, "restarts"].unique()):
         parts.append(f"the highest of {several(starts)} starts")
+    if "excluded" in rows and len(without := rows["excluded"].dropna().unique()):
+        parts.append(f"without {max(len(names.split(', ')) for names in without)} excluded layers")
     parts += [text for text, column, flag in flags if (rows[column] == flag).any()]
     return ", ".join(parts) + "."
 

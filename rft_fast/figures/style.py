@@ -372,4 +372,4 @@ def margin(rows: pd.DataFrame, of: str = "sharpness") -> pd.Series:
         of: column of the values.
     """
     error = rows[f"{of}_se"]
-    return (student_t(rows) * error).where(error != 0, 0.0)
+    return (student_t(rows, of) * error).where(error != 0, 0.0)

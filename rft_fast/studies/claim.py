@@ -17,7 +17,7 @@ import pandas as pd
 from ..names import ZERO_MARGIN
 from .associations import Pairing, associate
 from .interpolate import summarize
-from .rows import check_table, of_study
+from .rows import asked, check_table, of_study
 from .saturation import flags
 from .sharpness import LAYER_STUDY, student_t
 
@@ -76,6 +76,7 @@ def count_flat(
         raise ValueError(f"claim: expected a margin above 0 nats, got {margin}")
     measured = of_study(rows, LAYER_STUDY, "claim")
     measured = measured.assign(
+        estimator=asked(measured),
         half=student_t(measured) * measured["sharpness_se"],
         saturated=flags(measured, classes).fillna(False).astype(bool),
     )

@@ -97,7 +97,7 @@ ROWS = {
         "nats", "standard error of sharpness over draws, for these images; worst case: over noise batches",
         _SHARP, "0.016",
     ),
-    "sharpness_df": Column("-", "degrees of freedom of sharpness_se (Welch-Satterthwaite)", _SHARP, "19.3"),
+    "sharpness_df": Column("-", "degrees of freedom of sharpness_se", _SHARP, "19.3"),
     "sharpness_se_images": Column(
         "nats", "standard error of sharpness over images, for these draws", _SHARP, "0.021"
     ),
@@ -105,6 +105,7 @@ ROWS = {
         "nats", "sharpness minus that at alpha = 0, paired over draws", "sharpness", "-0.12"
     ),
     "sharpness_change_se": Column("nats", "its standard error over draws", "sharpness", "0.004"),
+    "sharpness_change_df": Column("-", "degrees of freedom of sharpness_change_se", "sharpness", "17.8"),
     "saturated": Column(
         "-", "whether the perturbed model answers at chance, so that sharpness says nothing", _SHARP, "False"
     ),

@@ -76,6 +76,7 @@ COLUMNS: dict[str, str] = {
     "sharpness_se_images": "float64",  # over images, for these draws
     "sharpness_change": "float64",  # sharpness less that at alpha = 0, paired over draws
     "sharpness_change_se": "float64",
+    "sharpness_change_df": "float64",
     "saturated": "boolean",  # whether the perturbed model answers at chance; missing: unknown
     "reached": "boolean",  # whether the draws for the requested standard error were made
     "precision": "string",

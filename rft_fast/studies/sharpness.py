@@ -74,8 +74,8 @@ def sharpness(
           images, of the draws of each ``noise_batch``, with ``sharpness_df`` degrees of freedom (for the
           worst case over these batches). NaN for a single draw. ``sharpness_se_images``: the error over
           images, for the given draws;
-        - ``sharpness_change``, ``sharpness_change_se``: sharpness less that at alpha = 0, paired by draw,
-          if 0 is among the alphas;
+        - ``sharpness_change``, with ``_se`` and ``_df``: sharpness less that at alpha = 0, paired by draw, if
+          0 is among the alphas;
         - ``loss``: the clean loss plus ``sharpness``;
         - ``accuracy``: the mean over draws, a fraction; of the clean model for ``"hessian"``;
         - ``estimator``: the one that was used; ``asked``: the one that the protocol names;
@@ -166,7 +166,10 @@ def _rest(path: Path, evaluator: Evaluator, exclude: Names | None) -> Target:
     """All layers but the excluded ones."""
     if exclude is None:
         return Target(None, 0, evaluator.stations - 1)
-    excluded = path.select(exclude)
+    try:
+        excluded = path.select(exclude)
+    except ValueError as error:
+        raise ValueError(f"{STUDY}: exclude (--exclude): {error}") from None
     if not (rest := tuple(layer for layer in path.layers if layer not in set(excluded))):
         raise ValueError(f"{STUDY}: exclude leaves no layer to perturb; got {list(exclude)}")
     span = evaluator.span(tensor for layer in rest for tensor in path.tensors(layer))
@@ -244,7 +247,11 @@ class _Study:
             self.zeroshot[dataset, rho] = result
             return {"sharpness_change": 0.0, "sharpness_change_se": 0.0}
         change = result.change(self.zeroshot[dataset, rho])
-        return {"sharpness_change": change.value, "sharpness_change_se": change.se}
+        return {
+            "sharpness_change": change.value,
+            "sharpness_change_se": change.se,
+            "sharpness_change_df": change.df,
+        }
 
     def _row(self, data: Dataset, target: Target, alpha: float, rho: float, found: Estimate) -> Row:
         protocol = self.protocol
@@ -342,12 +349,16 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     return pd.DataFrame(found).assign(margin=margin).astype({name: COLUMNS[name] for name in keys})
 
 
-def student_t(rows: pd.DataFrame) -> pd.Series:
+def student_t(rows: pd.DataFrame, of: str = "sharpness") -> pd.Series:
     """Student's t of the two-sided 95 % interval of each row's sharpness; NaN for a single draw.
+
+    Args:
+        rows: rows of a sharpness.
+        of: column of the values, ``"sharpness"`` or ``"sharpness_change"``.
 
     Rows of versions without ``sharpness_df`` have one degree of freedom less than draws, or pairs of them.
     """
     pairs = rows["estimator"].str.startswith("antithetic").to_numpy(dtype=bool, na_value=False)
     freedom = (rows["draws"] // np.where(pairs, 2, 1) - 1).astype("float64")
-    freedom = rows["sharpness_df"].fillna(freedom.where(freedom > 0))
+    freedom = rows[f"{of}_df"].fillna(freedom.where(freedom > 0))
     return pd.Series(stdtrit(freedom, 0.975), index=rows.index)

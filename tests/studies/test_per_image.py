@@ -525,6 +525,32 @@ def test_a_weight_that_no_rule_sees_cannot_differ(kind: type[nn.Module], why: st
         walk.flipped([scale], 0, lambda *_: Perturbation([], 0, 0), 1, False)
 
 
+class Idle(nn.Module):
+    """Has a weight that nothing reads, one of one dimension, and a gradient that is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Parameter(torch.ones(3))
+        self.row = nn.Parameter(torch.randn(192) / 20)
+        self.last = nn.Linear(1, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = F.linear(x.flatten(1), self.row).unsqueeze(1)
+        out: Tensor = self.last(one) + (self.row * 0).square().sum().sqrt()
+        return out
+
+
+def test_weights_that_are_unread_or_of_one_dimension_and_gradients_that_are_no_numbers() -> None:
+    path, evaluator = setting(Idle(), dataset(count=6))
+    rows = studies.layerwise_sharpness(path, evaluator, [0.6], [0.1], 4).set_index("layer")
+    assert rows.loc["idle", "sharpness"] == 0
+    assert rows.loc["row", "estimator"] == "per-image" and np.isfinite(rows.loc["row", "sharpness"])
+    plain = studies.layerwise_sharpness(
+        path, evaluator, [0.6], [0.1], 4, ["row"], protocol=Protocol("per-image")
+    )
+    assert plain["sharpness"].tolist() == [rows.loc["row", "sharpness"]]
+
+
 # --- what it will cost ----------------------------------------------------------------------------
 
 

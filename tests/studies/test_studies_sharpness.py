@@ -449,17 +449,22 @@ def test_changes_are_paired_by_draws(estimator: str) -> None:
     assert max(gaps) > 0.02  # so pairs matter
 
 
-def test_changes_with_a_goal_are_paired_over_common_draws() -> None:
+def test_changes_with_a_goal_are_paired_where_draws_are_common() -> None:
     s = Setting()
     protocol = Protocol("per-image", on="interpolated", noise_batch=None, goal=0.05)
     rows = studies.sharpness(s.path, s.evaluator, [0.0, 1.0], [0.4], 4, protocol=protocol)
     for name in ("far", "near"):
         zero, one = rows[rows["dataset"] == name].to_dict("records")
-        common = range(4, 4 + min(zero["draws"], one["draws"]))
-        here, there = (s.brute[name].draws(alpha, 0.4, common, protocol) for alpha in (1.0, 0.0))
-        change, error, _ = moments(here.values - there.values, here.sizes)
-        assert one["sharpness_change"] == pytest.approx(change, abs=3e-6)
-        assert one["sharpness_change_se"] == pytest.approx(error, abs=3e-6)
+        here, there = (
+            s.brute[name].draws(row["alpha"], 0.4, range(4, 4 + row["draws"]), protocol).values[:, 0]
+            for row in (one, zero)
+        )
+        assert one["sharpness_change"] == pytest.approx(one["sharpness"] - zero["sharpness"], abs=1e-12)
+        common = min(len(here), len(there))
+        covariance = np.cov(here[:common], there[:common])[0, 1] / max(len(here), len(there))
+        variance = here.var(ddof=1) / len(here) + there.var(ddof=1) / len(there) - 2 * covariance
+        assert one["sharpness_change_se"] == pytest.approx(math.sqrt(variance), rel=1e-3)
+        assert one["sharpness_change_df"] == common - 1
     assert rows["draws"].nunique() > 1
 
 
@@ -499,7 +504,14 @@ def test_changes_do_not_depend_on_which_measurements_are_made(estimator: str) ->
         )
         assert found.sharpness.value == row["sharpness"]
     # Estimates that are given are used as they are.
-    moved = {key: replace(found, values=found.values - 1.0) for key, found in kept.items()}
+    moved = {
+        key: replace(
+            found,
+            values=found.values - 1.0,
+            sharpness=replace(found.sharpness, value=found.sharpness.value - 1.0),
+        )
+        for key, found in kept.items()
+    }
     given = studies.sharpness(*arguments, only=[2, 3], zeroshot=moved, **how)
     assert given["sharpness_change"].tolist() == pytest.approx((alone["sharpness_change"] + 1.0).tolist())
     started: dict[tuple[str, float], Estimate] = {}
@@ -518,9 +530,14 @@ def estimate_of(values: list[list[float]], estimator: Any = "plain", draws: int 
 
 def test_changes_by_hand() -> None:
     one, two = [[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]], [[1.0, 2.0], [1.0, 4.0]]
-    change = estimate_of(one).change(estimate_of(two))  # [[0, 2], [2, -2]] in the common draws
-    assert change.value == 0.75 * 1.0 + 0.25 * 0.0
-    assert change.se == pytest.approx(math.sqrt((0.75**2 * 2 + 0.25**2 * 8) / 2))
+    change = estimate_of(one).change(estimate_of(two))
+    assert change.value == pytest.approx(0.75 * (13 / 3 - 1) + 0.25 * (5 - 3))
+    # Variances of the means, less twice the covariance of the two common draws.
+    parts = [52 / 3 / 3 + 0 - 0, 13 / 3 + 2 / 2 - 2 * -2 / 3]
+    assert change.se == pytest.approx(math.sqrt(0.75**2 * parts[0] + 0.25**2 * parts[1]))
+    paired = estimate_of(one[:2]).change(estimate_of(two))  # [[0, 2], [2, -2]]
+    assert paired.value == pytest.approx(0.75 * 1.0 + 0.25 * 0.0)
+    assert paired.se == pytest.approx(math.sqrt((0.75**2 * 2 + 0.25**2 * 8) / 2))
     nothing = estimate_of([], draws=0)
     assert estimate_of(two).change(nothing) == estimate_of(two).sharpness
     back = nothing.change(estimate_of(two))

@@ -105,16 +105,25 @@ class Estimate:
         """Sharpness less that of ``base``, paired by draw and part.
 
         Args:
-            base: an estimate with the same protocol and parts, at another position.
+            base: an estimate with the same protocol and parts, at another position. Draws that only one of
+                the two has, as with a goal, count as independent.
         """
         if not base.draws or not self.draws:  # exactly 0 at one of them
             one, sign = (self, 1) if self.draws else (base, -1)
             return Mean(sign * one.sharpness.value, one.sharpness.se, one.sharpness.df)
-        common = min(len(self.values), len(base.values))
-        paired = self.values[:common] - base.values[:common]
-        return (
-            over_parts(paired[0], self.shares) if self.estimator in WORST_CASE else mean(paired, self.shares)
-        )
+        here, there = self.values, base.values
+        if self.estimator in WORST_CASE:
+            return over_parts((here - there)[0], self.shares)
+        value = self.sharpness.value - base.sharpness.value
+        common = min(len(here), len(there))
+        if common < 2:
+            return Mean(value, math.nan, math.nan)
+        with np.errstate(invalid="ignore"):  # infinite losses
+            a, b = (values[:common] - values[:common].mean(0) for values in (here, there))
+            shared = (a * b).sum(0) / (common - 1) / max(len(here), len(there))
+            each = here.var(0, ddof=1) / len(here) + there.var(0, ddof=1) / len(there) - 2 * shared
+            # With unequal numbers of draws the estimate of a part's variance may be below 0.
+            return _mean(value, np.maximum(each, 0) * self.shares**2, common)
 
 
 Results = dict[tuple[Target, float], Estimate]
@@ -130,15 +139,18 @@ def mean(values: np.ndarray, shares: np.ndarray) -> Mean:
         shares: [parts]: fraction of all images that each part has.
     """
     found = float(values.mean(0) @ shares)
-    draws, parts = values.shape
+    draws = len(values)
+    if draws < 2:
+        return Mean(found, math.nan, math.nan)
     with np.errstate(invalid="ignore"):  # infinite losses
-        if draws < 2:
-            return Mean(found, math.nan, math.nan)
-        each = values.var(0, ddof=1) / draws * shares**2
-        total = float(each.sum())
-        spread = float((each**2).sum()) / (draws - 1)
-        df = total**2 / spread if spread > 0 else float(parts * (draws - 1))
-    return Mean(found, math.sqrt(total) if total >= 0 else math.nan, df)
+        return _mean(found, values.var(0, ddof=1) / draws * shares**2, draws)
+
+
+def _mean(value: float, each: np.ndarray, draws: int) -> Mean:
+    """A mean with the variances that parts of so many draws contribute, [parts]."""
+    total, spread = float(each.sum()), float((each**2).sum()) / (draws - 1)
+    df = total**2 / spread if spread > 0 else float(len(each) * (draws - 1))
+    return Mean(value, math.sqrt(total) if total >= 0 else math.nan, df)
 
 
 def over_parts(values: np.ndarray, shares: np.ndarray) -> Mean:
@@ -160,7 +172,7 @@ def spread(weight: Weight, alpha: float, protocol: Protocol) -> Tensor:
     """Scale c of Eq. 3 in float32: how far noise of size one moves each live value. The model is at alpha."""
     on_path = protocol.where == "interpolated"
     if not protocol.adaptive:
-        return torch.full_like(weight.live, 1.0 if on_path else alpha)
+        return torch.full_like(weight.live, 1.0 if on_path else alpha, dtype=torch.float32)
     scale = (weight.live if on_path else weight.finetuned).detach().float().abs()
     return scale if on_path else scale * alpha
 

@@ -77,6 +77,7 @@ def sample(
             found = study.measure(views, more)
             for key, tally in found.items():
                 tally.reached = reached[key]
+                tally.seconds += pilots[key].seconds
         for target in chunk:
             yield {(target, rho): found[target, rho].estimate() for rho in rhos}
 
@@ -124,7 +125,10 @@ class _Tally:
             values, controls, shares = self.values[:, :parts], self.controls[:, :parts], self.shares[:parts]
             plain, less = (mean(rises, shares).se for rises in (values, values - controls))
             cost = 1.0 if self.shared else self.cost
-            self.control = not plain**2 < cost * less**2  # also where neither has an error
+            if math.isfinite(plain) or math.isfinite(less):
+                self.control = math.isfinite(less) and not plain**2 < cost * less**2
+            else:  # a single draw
+                self.control = bool(np.isfinite(controls).all())
 
     def add(
         self, view: _View, scores: Sequence[Scores], controls: Sequence[np.ndarray], seconds: float
@@ -143,11 +147,11 @@ class _Tally:
 
     def estimate(self) -> Estimate:
         self.decide(len(self.shares))
-        values, accuracies = self.values - self.controls * bool(self.control), self.accuracies
+        values, accuracies = self.values - self.controls if self.control else self.values, self.accuracies
         if self.protocol.antithetic and not self.shared:
             values, accuracies = (x.reshape(-1, 2, x.shape[1]).mean(1) for x in (values, accuracies))
         sharpness = mean(values, self.shares)
-        images = np.concatenate([rises - bool(self.control) * less for rises, less in self.images])
+        images = np.concatenate([rises - less if self.control else rises for rises, less in self.images])
         images /= len(self.draws)
         with np.errstate(invalid="ignore"):  # infinite losses
             error = float(images.std(ddof=1)) / math.sqrt(len(images)) if len(images) > 1 else math.nan
