@@ -87,19 +87,20 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str], otherwise: str = "known are") -> str:
     """Suggest the known name nearest to an unknown one, or list all of them.
 
     Args:
         name: the unknown name.
         known: the names that exist.
+        otherwise: what introduces the list.
 
     Returns:
-        ``did you mean 'x'?`` or ``known are x, y``.
+        ``did you mean 'x'?`` or ``known are x, y``, with ``otherwise`` in place of *known are*.
     """
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(names)}"
 
 
 def first_line(error: Exception) -> str:

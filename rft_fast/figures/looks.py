@@ -13,7 +13,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.font_manager import FontProperties
 
-from ..names import Captions, FigureWidth, Names
+from ..names import CAPTIONS, FIGURE_WIDTHS, Captions, FigureWidth, Names
 from . import fonts, stylefile
 
 # Paul Tol's "muted" scheme: nine colours that stay distinct under the common colour deficiencies.
@@ -86,8 +86,16 @@ def look(
         models: names of models, of which a figure may show some: each keeps its colour, by this order.
 
     Raises:
-        OSError, ValueError: as :func:`rft_fast.figures.stylefile.read`.
+        OSError: as :func:`rft_fast.figures.stylefile.read`.
+        TypeError: the style is neither a file nor what was read of it.
+        ValueError: an unknown width or place of captions, or as :func:`rft_fast.figures.stylefile.read`.
     """
+    if width not in FIGURE_WIDTHS:
+        raise ValueError(f"figures.look: width: expected one of {', '.join(FIGURE_WIDTHS)}; got {width!r}")
+    if captions not in CAPTIONS:
+        raise ValueError(f"figures.look: captions: expected one of {', '.join(CAPTIONS)}; got {captions!r}")
+    if not (style is None or isinstance(style, str | os.PathLike | Mapping)):
+        raise TypeError(f"figures.look: style: expected a style file or None, got {style!r}")
     settings = style if isinstance(style, Mapping) else {} if style is None else stylefile.read(style)
     token = _CURRENT.set(Look(width, captions, settings, tuple(models)))
     try:

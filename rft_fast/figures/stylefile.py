@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import os
 import pathlib
 import re
@@ -17,10 +18,9 @@ from matplotlib.rcsetup import cycler
 
 from ..common import disk
 from ..common.words import suggestion
-from . import fonts
+from . import fonts, styleranges
 
 _LARGEST = 1 << 20  # bytes
-_DPI = (36, 2400)
 # Settings of lines, text, colours and spacing. Others run programs (text.usetex, backend, animation), name
 # files or code, would undo an option (figure.figsize, savefig.format), or make files differ (svg.hashsalt).
 _ALLOWED = re.compile(
@@ -52,8 +52,8 @@ def read(file: str | os.PathLike[str]) -> Mapping[str, Any]:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is too large or not UTF-8, or a line is refused: not ``key: value``, an unknown key, a
-            key given twice or not allowed here, an invalid value, or no font of ``font.family`` is
-            installed. The message lists all such lines.
+            key given twice or not allowed here, an invalid value, a number out of range, or no font of
+            ``font.family`` is installed. The message lists all such lines.
     """
     found, problems = dict[str, Any](), list[str]()
     for number, line in enumerate(_text(pathlib.Path(file)).splitlines(), 1):
@@ -98,9 +98,8 @@ def _value(key: str, text: str) -> Any:
     settings: Any = matplotlib.RcParams()
     known = settings.validate
     if key not in known:
-        raise ValueError(
-            f"matplotlib has no setting {key!r}; {suggestion(key, filter(_ALLOWED.fullmatch, known))}"
-        )
+        near = difflib.get_close_matches(key[:60], filter(_ALLOWED.fullmatch, known), n=3, cutoff=0)
+        raise ValueError(f"matplotlib has no setting {key!r}; {suggestion(key, near, 'the nearest are')}")
     if not _ALLOWED.fullmatch(key):
         raise ValueError(
             f"{key} may not be set here; {_INSTEAD.get(key, 'remove the line')} (docs/figures.md)"
@@ -114,8 +113,7 @@ def _value(key: str, text: str) -> Any:
         except Warning as warning:
             raise ValueError(str(warning)) from None
     value = settings[key]
-    if key == "savefig.dpi" and not (value == "figure" or _DPI[0] <= value <= _DPI[1]):
-        raise ValueError(f"savefig.dpi: expected {_DPI[0]} to {_DPI[1]}, got {value:g}")
+    styleranges.check(key, value)
     return value
 
 
@@ -127,6 +125,7 @@ def _cycle(text: str) -> Cycler[Any, Any]:
         raise ValueError(f"axes.prop_cycle: expected cycler('color', [...]), got {text}") from None
     if "color" not in cycle.keys:
         raise ValueError("axes.prop_cycle: expected colours, as in cycler('color', ['0072B2', 'D55E00'])")
+    styleranges.check_length(cycle)
     return cycle
 
 
@@ -136,6 +135,13 @@ def _evaluated(node: ast.expr) -> Cycler[Any, Any]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return _evaluated(node.left) * _evaluated(node.right)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cycler":
-        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
-        return cycler(*map(ast.literal_eval, node.args), **named)
+        named = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+        return cycler(*map(_literal, node.args), **named)
     raise ValueError("axes.prop_cycle: expected cycler('color', [...])")
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"axes.prop_cycle: expected plain values, got {ast.unparse(node)}") from None

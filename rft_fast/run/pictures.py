@@ -9,7 +9,7 @@ from ..catalogue import Study
 from ..common import disk
 from ..config.settings import Figures
 from ..figures import stylefile
-from ..names import Names
+from ..names import FIGURE_FORMATS, Names
 from ..results.directory import FIGURES, figure_file
 from ..studies.facts import Facts
 
@@ -35,6 +35,8 @@ class Pictures:
     ) -> list[pathlib.Path]:
         """Draw the figure of a study in all formats, and write its caption; earlier files are replaced.
 
+        Without captions in files, an earlier one goes, unless a figure in another format stays.
+
         Args:
             study: a study that has something to show.
             facts: facts of the run's rows.
@@ -51,8 +53,9 @@ class Pictures:
         files = [figure_file(self._directory, study.name, kind) for kind in self._how.formats]
         caption = figure_file(self._directory, study.name, "txt")
         disk.check_targets([*files, caption], folders=[self.folder])
-        if self._how.captions != "file":
-            caption.unlink(missing_ok=True)  # it describes an earlier figure
+        others = (figure_file(self._directory, study.name, kind) for kind in FIGURE_FORMATS)
+        if self._how.captions != "file" and not any(file.exists() for file in others if file not in files):
+            caption.unlink(missing_ok=True)  # it describes a figure that is replaced
         with figures.look(
             width=self._how.width, captions=self._how.captions, style=self._style, models=everyone
         ):

@@ -90,6 +90,17 @@ def test_captions_go_where_they_are_wanted(run: Path) -> None:
     assert main([str(run), "interpolation", "--captions", "in"]) == 0 and not caption.exists()
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_the_caption_of_a_figure_that_stays_stays(stays: bool, run: Path) -> None:
+    folder = run / "figures"
+    folder.mkdir(exist_ok=True)
+    for name in ["interpolation.txt", "interpolation.svg", *["interpolation.png"] * stays]:
+        (folder / name).write_text("earlier")
+    assert main([str(run), "interpolation", "--captions", "in", "--figure-format", "svg"]) == 0
+    assert (folder / "interpolation.txt").exists() == stays
+    assert (folder / "interpolation.svg").read_text() != "earlier"
+
+
 def test_a_run_in_progress_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its rows so far, of the models that a study has finished, while another process writes."""
     config = {**CONFIG, "measured": ["interpolation", "layers"]}

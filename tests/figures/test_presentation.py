@@ -250,6 +250,82 @@ def test_what_a_style_file_may_not_say_is_refused(line: str, facts: list[str], t
 
 
 @pytest.mark.parametrize(
+    ("line", "facts"),
+    [
+        ("axes.prop_cycle: cycler('color', [])", ["axes.prop_cycle", "1 to 1000", "got 0"]),
+        ("axes.prop_cycle: cycler('color', ['r']) + cycler('lw', [float])", ["float"]),
+        ("axes.prop_cycle: cycler('color', ['r']) + cycler('lw', [1e9])", ["0.05 to 20", "1e+09"]),
+        ("axes.prop_cycle: cycler('color', ['r']) + cycler('ls', [(0, (1e-9, 1e-9))])", ["1e-09"]),
+        ("font.size: 1e9", ["2 to 24", "1e+09"]),
+        ("font.size: nan", ["2 to 24", "nan"]),
+        ("font.size: -3", ["2 to 24", "-3"]),
+        ("font.size: 400", ["2 to 24", "400"]),
+        ("legend.title_fontsize: 0", ["2 to 24"]),
+        ("font.weight: -3", ["0 to 1000", "-3"]),
+        ("lines.linewidth: nan", ["0.05 to 20", "nan"]),
+        ("lines.markersize: inf", ["0 to 50", "inf"]),
+        ("lines.dashed_pattern: 0, 0", ["lines.dashed_pattern", "pairs"]),
+        ("lines.dotted_pattern: 1, nan", ["0 to 100", "nan"]),
+        ("xtick.minor.width: -1", ["0 to 50", "-1"]),
+        ("grid.alpha: 2", ["0 to 1", "2"]),
+        ("figure.constrained_layout.w_pad: 1e9", ["0 to 0.25", "1e+09"]),
+        ("legend.columnspacing: -inf", ["0 to 20", "-inf"]),
+        ("savefig.dpi: nan", ["36 to 2400", "nan"]),
+    ],
+)
+def test_numbers_of_a_style_file_have_ranges(line: str, facts: list[str], tmp_path: Path) -> None:
+    with refused(ValueError, "my.mplstyle: line 2", line.partition(":")[0], *facts):
+        stylefile.read(write(tmp_path, f"# comment\n{line}\n"))
+
+
+def test_an_unknown_key_names_the_nearest_ones(tmp_path: Path) -> None:
+    with refused(ValueError, "zzz") as error:
+        stylefile.read(write(tmp_path, "zzz: 1\n"))
+    assert str(error.value).count(",") == 2
+
+
+def test_the_defaults_of_matplotlib_are_in_range(tmp_path: Path) -> None:
+    """Those of sizes, widths, distances and opacity."""
+    ours = re.compile(
+        r"axes\.(\w+(pad|size)|linewidth|[xy]margin)|(font|grid|legend|lines|patch|.tick)\..*|errorbar\.capsize"
+        r"|figure\.constrained.*(pad|space)"
+    )
+    known = [
+        f"{key}: {value}"
+        for key, value in matplotlib.rcParamsDefault.items()
+        if isinstance(value, float) and ours.fullmatch(key)
+    ]
+    assert stylefile.read(write(tmp_path, "\n".join(known))).keys() >= {"font.size", "legend.borderpad"}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "font.size: 24\nlines.linewidth: 20\nlines.markersize: 50\nfigure.constrained_layout.w_pad: 0.25",
+        "font.size: 2\nlines.linewidth: 0.05\nlines.markersize: 0\nlines.dashed_pattern: 0.5, 0.5",
+    ],
+)
+def test_the_ends_of_the_ranges_can_be_drawn(lines: str, tmp_path: Path) -> None:
+    draw(tmp_path, style=write(tmp_path, lines + "\n"))
+    assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "facts"),
+    [
+        ("width", "three", ValueError, ["auto, one, two", "'three'"]),
+        ("captions", True, ValueError, ["file, in, none", "True"]),
+        ("style", 3, TypeError, ["style file", "3"]),
+    ],
+)
+def test_a_look_that_does_not_exist_is_refused(
+    name: str, value: Any, kind: type[Exception], facts: list[str]
+) -> None:
+    with refused(kind, f"figures.look: {name}", *facts), figures.look(**{name: value}):
+        pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize(
     "value",
     [
         "__import__('pathlib').Path({!r}).touch()",
