@@ -25,7 +25,7 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     (r"legend\.(numpoints|scatterpoints)", 1, 10, ""),
     (r"[xy]tick\.minor\.ndivs", 1, 10, ""),
     (r"lines\.marker", 0, 11, ""),
-    (r"lines\.\w+_pattern", *_DASHES, "line widths"),
+    (r"lines\.(\w+_pattern|dashes)", *_DASHES, "line widths"),
     (r"axes\.formatter\.limits", -100, 100, "powers of ten"),
     (r".*", 0, 20, ""),  # distances in a legend, in sizes of its font
 )
