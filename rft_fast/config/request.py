@@ -106,7 +106,8 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
     for name in list(asked):
         if lacking := catalogue.study(name).lacks(len(models), ood):
             if studies:
-                raise ValueError(f"{name}: it needs {lacking}; leave it out, or name more")
+                remedy = "more" if catalogue.study(name).lacks(len(models), True) else "some"
+                raise ValueError(f"{name}: this study needs {lacking}; name {remedy}, or leave {name} out")
             asked.remove(name)
 
     def perturbed(tree: Tree) -> bool:

@@ -188,8 +188,29 @@ def _notes(first: RunRead, second: RunRead, common: pd.DataFrame) -> Iterator[st
                 str(x) for x in run.facts.rows[column].unique() if x not in set(others[column].unique())
             ]:
                 yield f"Only {name} has the {what} {some(alone)}."
+    yield from _other_estimators(first.facts.rows, second.facts.rows)
     if count := int((~common["known"]).sum()):
         yield f"{count} values have no standard error: they cannot be compared."
+
+
+def _other_estimators(first: pd.DataFrame, second: pd.DataFrame) -> Iterator[str]:
+    """Say which studies' sharpness was measured by different estimators, as by another version."""
+    sides = []
+    for rows in (first, second):
+        rows = rows.assign(asked=asked(rows))
+        sides.append(
+            {study: set(part["asked"].dropna()) for study, part in rows.groupby("study", sort=False)}
+        )
+    apart: dict[tuple[str, str], list[str]] = {}
+    for study, ours in sides[0].items():
+        theirs = sides[1].get(study, set())
+        if ours and theirs and not ours & theirs:
+            apart.setdefault((some(sorted(ours)), some(sorted(theirs))), []).append(str(study))
+    for (one, other), studies in apart.items():
+        yield (
+            f"The sharpness of {some(studies)} cannot be compared: A measured it by the estimator {one}, B "
+            f"by {other}."
+        )
 
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:

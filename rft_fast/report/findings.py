@@ -43,22 +43,34 @@ def of_path(path: pd.DataFrame) -> Iterator[Finding]:
     yield from _of_shapes(path)
 
 
+_BOUNDS = "(95 % bounds on each side, for all alphas at once.)"
+_ONE: dict[Mode, str] = {
+    "high gain": "{model} gained over zero-shot, with an observed gain of {xi} or more",
+    "gain": "{model} gained over zero-shot, by less than {xi} where the gain is significant",
+    "failure": "{model} failed, as no gain of {xi} is possible",
+    "undecided": "it is undecided whether {model} gained over zero-shot",
+}
+
+
 def _of_modes(path: pd.DataFrame) -> Finding:
     """Say how many models gain, fail, or are undecided, by bounds for all positions at once."""
     where, count, xi = path["dataset"].iloc[0], len(path), f"{100 * path['xi'].iloc[0]:g} points"
     models: dict[Mode, list[str]] = {}
     for fact in path.to_dict("records"):
         models.setdefault(mode(fact), []).append(fact["model"])
+    if count == 1:
+        ((found, (model,)),) = models.items()
+        text = f"On {where}, {_ONE[found].format(model=some([model]), xi=xi)}. {_BOUNDS}"
+        return Finding(text, "interpolation", where)
     high, lower = models.get("high gain", []), models.get("gain", [])
-    text = f"{len(high + lower) or 'none'} of {count} model{'s' if count > 1 else ''} gained over zero-shot"
+    text = f"{len(high + lower) or 'none'} of {count} models gained over zero-shot"
     if high or lower:
         text += f", {len(high) or 'none'} of them with an observed gain of {xi} or more"
     if failing := models.get("failure"):
         text += f"; {len(failing)} failed, as no gain of {xi} is possible ({some(failing, 4)})"
     if undecided := models.get("undecided"):
         text += f"; undecided: {len(undecided)} ({some(undecided, 4)})"
-    text = f"On {where}, {text}. (95 % bounds on each side, for all alphas at once.)"
-    return Finding(text, "interpolation", where)
+    return Finding(f"On {where}, {text}. {_BOUNDS}", "interpolation", where)
 
 
 def _of_gains(path: pd.DataFrame) -> Iterator[Finding]:
@@ -82,6 +94,12 @@ def _of_shapes(path: pd.DataFrame) -> Iterator[Finding]:
     shapes = [shape(fact) for fact in path.to_dict("records")]
     known = len(shapes) - shapes.count("unknown")
     if not known:
+        return
+    if len(path) == 1:
+        (fact,) = path.to_dict("records")
+        told = {"bump": f"rises above the straight line between its ends (bump: {fact['bump']:.3f} nats)",
+                "slope": "only slopes upward"}.get(shapes[0], "is not shown to rise")  # fmt: skip
+        yield Finding(f"On {where}, the loss of {fact['model']} {told}.", "interpolation", where)
         return
     of = f"of {known} model{'s' if known > 1 else ''}"
     bumps = path[[each == "bump" for each in shapes]].sort_values("bump", ascending=False)
@@ -186,10 +204,13 @@ def _associated(fact: Mapping[Any, Any], claim: str, where: str, part: pd.DataFr
     judged = association(fact)
     claim += f" (alpha = {fact['alpha']:g}, rho = {fact['rho']:g}, {fact['measured_on']})"
     if judged == "saturated":
+        tau = f"Its tau with accuracy on {where}"
+        tau += (
+            " is undefined, and would say" if pd.isna(fact["kendall"]) else f", {fact['kendall']:+.2f}, says"
+        )
         return (
             f"{claim} is saturated in {fact['saturated']} of {fact['models']} models: perturbed, they answer "
-            f"at chance. Its tau with accuracy on {where}, {fact['kendall']:+.2f}, says nothing of "
-            "flatness; a smaller rho may."
+            f"at chance. {tau} nothing of flatness; a smaller rho may."
         )
     text = f"{claim} {_TAU[judged]} accuracy on {where}: "
     if judged == "unknown":
@@ -205,6 +226,7 @@ def _associated(fact: Mapping[Any, Any], claim: str, where: str, part: pd.DataFr
         text += f"; given the clean loss, tau {fact['partial']:+.2f}"
     same = part["measured_on"] == fact["measured_on"]
     for other in part[same & (part["measure"] == "minus clean loss")].to_dict("records"):
-        text += f"; minus the clean loss alone, tau {other['kendall']:+.2f}, p = {p_value(other['p_max'])}"
+        known = f"tau {other['kendall']:+.2f}, p = {p_value(other['p_max'])}"
+        text += f"; minus the clean loss alone, {'tau undefined' if pd.isna(other['kendall']) else known}"
     circular = " Circular: both are of the same images." if fact["circular"] else ""
     return f"{text}.{circular}"

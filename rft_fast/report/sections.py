@@ -44,7 +44,8 @@ def studied(facts: Facts, studies: Iterable[Shown], captions: Mapping[str, str])
 def path(facts: Facts) -> Section:
     """Create the section on the path (Figure 1)."""
     warnings = []
-    for dataset, group in facts.path.groupby("dataset", sort=False):
+    far = facts.path[facts.path["mode"].notna()]  # in distribution a path has no mode
+    for dataset, group in far.groupby("dataset", sort=False):
         undecided = [fact["model"] for fact in group.to_dict("records") if mode(fact) == "undecided"]
         if undecided:
             warnings.append(

@@ -43,8 +43,15 @@ def images(
         FileNotFoundError: The directory holds no ``rows.sqlite``.
         NoImages: Rows have no such results; the message says why, and what to do.
         Damaged: The database cannot be read.
+        TypeError: ``study``, ``model`` or ``dataset`` is not one name.
         ValueError: There are no such rows; there are several data sets; the run is of a newer version.
     """
+    for argument, value in (("study", study), ("model", model), ("dataset", dataset)):
+        if not isinstance(value, str) and (value is not None or argument == "study"):
+            raise TypeError(
+                f"results: images: expected {argument} as one name, a str, got {type(value).__name__} "
+                f"{value!r}; call it once for each name"
+            )
     directory = pathlib.Path(directory)
     refuse_missing(directory)
     keeping = [each.name for each in catalogue.studies() if each.keeps_images]

@@ -223,8 +223,13 @@ def describe(table: str = "rows") -> pd.DataFrame:
         ``filled_by`` (names of studies, joined by ", "), ``example``.
 
     Raises:
+        TypeError: ``table`` is not a name.
         ValueError: There is no such table.
     """
+    if not isinstance(table, str):
+        raise TypeError(
+            f"describe: expected the name of a table, one of {', '.join(TABLES)}, got {type(table).__name__}"
+        )
     if table not in TABLES:
         raise ValueError(f"describe: expected one of {', '.join(TABLES)}, got {table!r}")
     columns = TABLES[table]

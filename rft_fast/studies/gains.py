@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..common.numeric import check_alphas
 from .bands import FOLDS, best, bonferroni, held_out, simultaneous
+from .images import check_images
 from .rows import check_table
 from .verdicts import mode
 
@@ -40,11 +41,12 @@ def gain_bounds(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFram
         elsewhere for a single image.
 
     Raises:
-        TypeError: ``rows`` is not a table of rows.
+        TypeError: ``rows`` is not a table of rows, or ``images`` is not what gives results.
         ValueError: :func:`rft_fast.studies.check_alphas` refuses the positions of a path, or ``images`` are
             of other positions or another number of images than the rows.
     """
     check_table(rows, "gain_bounds")
+    check_images(images, "gain_bounds")
     rows = rows[rows["study"] == STUDY].sort_values("alpha", kind="stable")
     found = []
     for (model, dataset), curve in rows.groupby(["model", "dataset"], sort=False):

@@ -110,6 +110,15 @@ class Images(Protocol):
         """Return those of a study of a model on a data set, in the order of its rows; None: not kept."""
 
 
+def check_images(images: object, caller: str) -> None:
+    """Raise TypeError unless ``images`` is None or gives results of single images."""
+    if images is not None and not callable(getattr(images, "of", None)):
+        raise TypeError(
+            f"{caller}: expected images as None or results of single images, such as "
+            f"rft_fast.results.Stored(directory), got {type(images).__name__}"
+        )
+
+
 @dataclass(frozen=True)
 class Renamed:
     """Image results of models and data sets under other names.

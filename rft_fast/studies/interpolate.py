@@ -20,7 +20,7 @@ from ..names import XI as XI
 from .bands import Z95 as Z95
 from .gains import STUDY as STUDY
 from .gains import check_path, gain_bounds, hits_of, id_alphas, of_path
-from .images import Images, Kept
+from .images import Images, Kept, check_images
 from .rows import Measured, Sink, as_number, check_table, of_study, scored
 
 if TYPE_CHECKING:
@@ -210,13 +210,15 @@ def summarize(
         If the loss is not finite at some alpha, neither are barrier, bump and loss instability.
 
     Raises:
-        TypeError: ``rows`` is not a table of rows, or ``xi`` is not a number.
+        TypeError: ``rows`` is not a table of rows, ``xi`` is not a number, or ``images`` is not what gives
+            results.
         ValueError: ``xi`` is outside [0, 1), there are no rows of an interpolation, :func:`check_alphas`
             refuses the positions of a (model, data set), as for an unfinished run, or ``images`` do not
             belong to the rows.
     """
     if not 0 <= as_number("summarize: xi", xi) < 1:
         raise ValueError(f"summarize: expected xi as a fraction in [0, 1), got {xi}; 2 % is 0.02")
+    check_images(images, "summarize")
     rows = of_study(rows, STUDY, "summarize")
     groups = {key: own.sort_values("alpha") for key, own in rows.groupby(["model", "dataset"], sort=False)}
     for (model, dataset), curve in groups.items():

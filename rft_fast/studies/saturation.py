@@ -25,7 +25,9 @@ def flags(rows: pd.DataFrame, classes: Mapping[str, int]) -> pd.Series:
     """Decide whether the perturbed models of rows of sharpness answer at chance.
 
     One does if its accuracy lies within two standard errors of 1 / classes (binomial, over the images), or if
-    its loss is at least ln(classes) and that of the clean model, ``loss - sharpness``, is below.
+    its loss is at least ln(classes) and that of the clean model, ``loss - sharpness``, is below. Few images
+    cannot show chance: within two standard errors of its own accuracy, a model halfway between chance and 1
+    would answer as often right. There only the loss decides.
 
     Args:
         rows: rows of a sharpness. What they say in ``saturated`` is taken as it is; the others (of earlier
@@ -35,7 +37,8 @@ def flags(rows: pd.DataFrame, classes: Mapping[str, int]) -> pd.Series:
 
     Returns:
         Truth values, with the index of the rows: missing where it is unknown, as without the number of
-        classes, and for the Hessian estimator, which perturbs no model; false where nothing is perturbed.
+        classes, where few images show no chance, and for the Hessian estimator, which perturbs no model;
+        false where nothing is perturbed.
     """
     among = rows["dataset"].map(dict(classes)).to_numpy(dtype=float, na_value=np.nan)
     numbers = (
@@ -48,8 +51,12 @@ def flags(rows: pd.DataFrame, classes: Mapping[str, int]) -> pd.Series:
         error = np.sqrt(chance * (1 - chance) / samples)
         least = np.log(among)
         guesses = np.abs(accuracy - chance) <= 2 * error
-        found = guesses | ((loss >= least) & (loss - sharpness < least))
+        lost = (loss >= least) & (loss - sharpness < least)
+        useful = (1 + chance) / 2
+        few = chance + 2 * error >= useful - 2 * np.sqrt(useful * (1 - useful) / samples)
+    found = guesses | lost
     unknown = np.isnan([accuracy, loss, sharpness, samples, among]).any(0) | (among < 2)
+    unknown |= guesses & few & ~lost & (draws != 0)
     unknown |= (rows["estimator"] == "hessian").to_numpy(dtype=bool, na_value=False)
     decided = pd.Series(found & (draws != 0), index=rows.index, dtype="boolean").mask(unknown)
     return rows["saturated"].astype("boolean").fillna(decided) if "saturated" in rows else decided

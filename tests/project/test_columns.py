@@ -41,8 +41,8 @@ def test_the_studies_fill_what_is_said() -> None:
         {name: torch.randn(weight.shape, generator=draw) for name, weight in model.state_dict().items()}
         for _ in "01"
     ]
-    images = torch.randint(0, 256, (9, 3, 2, 2), dtype=torch.uint8, generator=draw)
-    data = Dataset("d", images, torch.arange(9) % 3, (0.5,) * 3, (0.2,) * 3)
+    images = torch.randint(0, 256, (60, 3, 2, 2), dtype=torch.uint8, generator=draw)
+    data = Dataset("d", images, torch.arange(60) % 3, (0.5,) * 3, (0.2,) * 3)
     path, evaluator = Path(model, *ends), Evaluator(model, [data])
     measured = {
         "interpolation": studies.interpolation(path, evaluator, [0, 0.5, 1], model="m"),

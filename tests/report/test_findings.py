@@ -22,7 +22,7 @@ from rft_fast import catalogue, figures, studies
 from rft_fast.common import words
 from rft_fast.common.fields import Tree
 from rft_fast.report import runs, summary
-from rft_fast.report.findings import findings, of_correlation, of_pruning
+from rft_fast.report.findings import findings, of_correlation, of_path, of_pruning
 from rft_fast.report.findings import verdict as verdict_of
 from rft_fast.report.phrases import limits
 from rft_fast.report.shown import Finding
@@ -255,11 +255,33 @@ def test_the_verdict_on_a_correlation_is_by_the_corrected_p() -> None:
         ({"p_max": 0.06, "needed": math.nan}, "no tau could be"),
         ({"kendall": math.nan, "p_max": math.nan}, "undefined"),
         ({"saturated": 4}, "4 of 9"),
+        ({"saturated": 4, "kendall": math.nan, "p_max": math.nan}, "flatness"),
         ({"circular": True}, "Circular"),
     ):
         (found, *_) = of_correlation(pd.DataFrame([fact | change]), "far")
         said(found.text, "far", "9 models", word)
         assert "is associated" not in found.text or "circular" in change
+        assert "nan" not in found.text
+    same = {**loss, "kendall": math.nan, "p_max": math.nan}  # the clean loss is the same for all models
+    (found, _) = of_correlation(pd.DataFrame([fact, same]), "far")
+    said(found.text, "tau -0.80", "undefined")
+    assert "nan" not in found.text
+
+
+def test_one_model_is_not_counted() -> None:
+    fact = {"dataset": "far", "model": "m", "xi": 0.02, "gain": 0.03, "gain_held_out": math.nan,
+            "gain_id_alpha": math.nan, "bump": 0.25, "bump_low": 0.1, "barrier_low": 0.2}  # fmt: skip
+    for shown, high, word, changes in (
+        (0.03, 0.05, "observed", {}),
+        (0.01, 0.05, "less", {"gain": 0.015, "bump_low": -0.1}),
+        (0.0, 0.05, "undecided", {"bump_low": -0.1, "barrier_low": -0.1}),
+        (0.0, 0.01, "failed", {}),
+    ):
+        bounds = {"gain_shown": shown, "gain_high": high}
+        found = of_path(pd.DataFrame([fact | bounds | changes]))
+        text = " ".join(one.text for one in found)
+        said(text, "far", "m", word)
+        assert "of 1" not in text and "nan" not in text
 
 
 def test_a_set_of_one_class_or_one_image_is_no_evidence() -> None:

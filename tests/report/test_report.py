@@ -28,6 +28,7 @@ from support.tiny_report import (
     MODELS,
     SETS,
     SHORT,
+    make_facts,
     make_other,
     make_rows,
     make_run,
@@ -35,7 +36,7 @@ from support.tiny_report import (
 from support.wording import command_refused, refused, said
 
 from rft_fast import __version__, catalogue, report, results, studies
-from rft_fast.report import comparison, runs, summary, tables
+from rft_fast.report import comparison, runs, sections, summary, tables
 from rft_fast.report.__main__ import main
 from rft_fast.report.findings import findings
 
@@ -145,6 +146,13 @@ def test_what_is_too_wide_to_conclude(run: Path, page: str) -> None:
     words = {row[4].text for row in tables.prune(read.facts).rows}
     assert words == {"helped", "hurt"}
     said(listed(page), "95 %", MODELS[2], "fog")
+
+
+def test_only_paths_out_of_distribution_are_undecided() -> None:
+    """In distribution a path has no mode."""
+    facts = make_facts(studies.frame(make_rows()), {FAR: 2})
+    facts.path = facts.path.assign(gain_shown=0.0, gain_high=1.0)
+    assert {text.split()[1] for text in sections.path(facts).warnings} == {FAR.split()[0], "fog"}
 
 
 @pytest.mark.parametrize(
@@ -416,6 +424,17 @@ def test_the_comparison_page(run: Path, pair: Path, capsys: pytest.CaptureFixtur
     said(listed(text), "Only A", MODELS[2], "3 of 30", "3 of 120")  # bad's accuracies at 1, by 6 points
     nothing = make_run(pair.parent / "nothing", [{**row, "dataset": "x"} for row in SHORT])
     refuses(run, nothing)
+
+
+def test_sharpness_of_other_estimators_is_not_compared(run: Path, tmp_path: Path) -> None:
+    rows = [
+        row | ({"estimator": "antithetic"} if row["study"] == "layer-sharpness" else {})
+        for row in make_rows()
+    ]
+    other = runs.read(make_run(tmp_path / "run", rows))
+    notes = comparison.compare(runs.read(run), other)["notes"]
+    (found,) = [note for note in notes if "estimator" in note]
+    said(found, "layer-sharpness", "plain", "antithetic")
 
 
 def test_a_run_against_itself(run: Path) -> None:

@@ -268,6 +268,17 @@ def test_results_of_other_images_are_refused(tmp_path: Path) -> None:
 # --- where there are none -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["study", "model", "dataset"])
+def test_several_names_are_refused(out: Path, name: str) -> None:
+    with refused(TypeError, name, "list"):
+        results.images(out, **{name: ["a"]})
+
+
+def test_a_table_is_no_name_of_one() -> None:
+    with refused(TypeError, "describe", "DataFrame"):
+        results.describe(results.describe())  # type: ignore[arg-type]
+
+
 def test_why_there_are_none(out: Path, tmp_path: Path) -> None:
     with refused(FileNotFoundError, "rows.sqlite"):
         results.images(tmp_path)

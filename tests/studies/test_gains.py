@@ -132,3 +132,9 @@ def test_images_of_other_rows_are_refused() -> None:
             studies.gain_bounds(rows, kept)
     with refused(ValueError, "m", "far", "1.0"):
         studies.gain_bounds(rows.iloc[:-1])  # a run that was stopped
+
+
+@pytest.mark.parametrize("caller", [studies.summarize, studies.gain_bounds])
+def test_what_gives_no_image_results_is_refused(caller: Any) -> None:
+    with refused(TypeError, caller.__name__, "int"):
+        caller(path_rows(counted(500, 510, 520, 500)), images=3)

@@ -30,6 +30,12 @@ ROW = {"dataset": "d", "estimator": "plain", "draws": 5, "samples": 900, "accura
         ({"accuracy": 0.1, "draws": 0}, False),  # nothing is perturbed
         ({"accuracy": 0.1, "estimator": "hessian"}, None),
         ({"accuracy": 0.1, "sharpness": None}, None),
+        ({"accuracy": 0.0, "samples": 4}, None),  # a model at .55 is as wrong once in 24 times
+        ({"accuracy": 0.0, "samples": 4, "loss": 3.0, "sharpness": 2.0}, True),  # the loss decides
+        ({"accuracy": 0.0, "samples": 4, "draws": 0}, False),
+        ({"accuracy": 0.5, "samples": 4}, False),  # above .1 + 2 sqrt(.1 * .9 / 4) = .4
+        ({"accuracy": 0.25, "samples": 12}, None),  # .1 + .173 = .273, and .55 - .287 = .263
+        ({"accuracy": 3 / 13, "samples": 13}, True),  # .1 + .166 = .266, and .55 - .276 = .274
     ],
 )
 def test_a_row(change: dict[str, object], expected: bool | None) -> None:
