@@ -349,10 +349,10 @@ def test_the_digits_zoo_is_the_default(
 
 def test_options_of_a_zoo_are_defaults() -> None:
     ours = zoos.digits()
-    assert ours.options["layer-draws"] == 5
+    assert ours.options["layer-draws"] == 4
     asked = request.read(["--out", "nowhere"])
-    assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (5, ("rotated",))
-    assert asked.of(Sharpness).draws == 20
+    assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (4, ("rotated",))
+    assert asked.of(Sharpness).max_draws == 1000
     asked = request.read(["--out", "nowhere", "--layer-draws", "7", "--layer-data", "uci"])
     assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (7, ("uci",))
 
@@ -390,8 +390,8 @@ def test_options_of_a_zoo_are_defaults() -> None:
         (["--estimator", "best"], ("best",)),
         (["--estimator", "apgd-l2", "--goal-se", "0.1"], ()),
         (
-            ["--goal-se", "0.1", "--max-draws", "10"],
-            ("--max-draws", "--draws", "--layer-draws", "10"),
+            ["--goal-se", "0.1", "--max-draws", "9"],
+            ("--max-draws", "--draws", "--layer-draws", "10", "9"),
         ),
         (["--sharpness-alphas", "0"], ("--sharpness-alphas",)),
         (["--plan", "--json"], ("--json", "--plan")),
