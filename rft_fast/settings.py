@@ -245,9 +245,9 @@ class Sharpness:
     )
     estimator: EstimatorChoice = option(
         "auto",
-        "plain: draws that the images of a noise batch share, the published protocol; gradient: less their "
+        "plain: draws that the images of a noise batch share, the published protocol; gradient: minus their "
         "linear term; per-image, per-image-antithetic, per-image-gradient: noise of its own for each image, "
-        "of which one pass is worth many plain draws; auto, the default: per-image, less the linear term "
+        "of which one pass is worth many plain draws; auto, the default: per-image, minus the linear term "
         "where the first draws show that it pays; hessian: the limit for small rho; apgd-l2, apgd-linf: the "
         "worst case, also by the published loop (apgd-l2-published, apgd-linf-published)",
         metavar="NAME",

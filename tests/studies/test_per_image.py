@@ -570,4 +570,7 @@ def test_work_is_counted(estimator: str, gradients: int, draws: int) -> None:
     work = count(study, path, evaluator, sizes)
     assert work.images[0] == 300 * (1 + draws)
     assert sum(work.gradients) == gradients
-    assert work.noisy == 3 * 3 * sum(w.live.numel() for w in path.weights())  # draws, parts
+    size = sum(w.live.numel() for w in path.weights())
+    assert work.noisy == 3 * 3 * size  # draws, parts
+    if estimator.startswith("per-image"):
+        assert work.differentiated == 2 * size  # the base perturbation, and the scale of the noise

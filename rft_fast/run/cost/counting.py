@@ -190,6 +190,7 @@ class Counting:
         reading = range(flow.position, end)  # which have a second product each
         images = len(flow)
         size = sum(weight.live.numel() for weight in weights)
+        self._work.differentiated = max(self._work.differentiated, 2 * size)  # D, and the scale of noise
         if control:
             self._work.gradients[self._text + flow.position] += images
             self._work.batches += self._runtime.slopes.count(images)

@@ -30,7 +30,7 @@ class Work:
         touches: Operations of torch on weights and gradients, for example for the control variate.
         touched: Weights that these read.
         held: Most images whose activations are held at once.
-        differentiated: Most weights whose gradients are held at once.
+        differentiated: Most weights whose gradients, or perturbations and their scales, are held at once.
         borrowed: Most weights that a study borrows at once.
     """
 

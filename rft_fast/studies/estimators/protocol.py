@@ -36,13 +36,14 @@ class Protocol:
               cannot differ between images get ``"gradient"`` or ``"plain"``, with a warning;
             - ``"plain"``: mean over draws of L(w + delta) - L(w), the published protocol. The images of a
               ``noise_batch`` share each draw;
-            - ``"gradient"``: the same, each draw less <gradient, delta>, whose mean is zero (a control
+            - ``"gradient"``: the same, each draw minus <gradient, delta>, whose mean is zero (a control
               variate). Unbiased; most effective at small rho;
             - ``"per-image"``: each image has noise of its own, by random signs of its own for the rows and
               columns of each weight (flipout; Wen et al., ICLR 2018, arXiv 1803.04386). One base perturbation
-              serves the images of a ``noise_batch``;
+              serves the images of a ``noise_batch``; with the scale of the noise it takes the memory of two
+              float32 copies of the perturbed weights;
             - ``"per-image-antithetic"``: in pairs +delta, -delta, so that odd terms cancel;
-            - ``"per-image-gradient"``: each image's rise less <gradient of its loss, its perturbation>. One
+            - ``"per-image-gradient"``: each image's rise minus <gradient of its loss, its perturbation>. One
               backward pass serves all draws and rhos. It needs memory for the layer's inputs and outputs of
               the images at hand;
             - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit of small rho (Prop. A.1), by
@@ -50,9 +51,9 @@ class Protocol:
             - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho (c
               = |w| if adaptive), by Auto-PGD (Croce & Hein 2020), ``draws`` steps for each ``noise_batch``,
               and the mean over these: a lower bound. Needs memory for eight copies of the layer's weights,
-              of ten with restarts;
+              ten with restarts;
             - ``"apgd-l2-published"``, ``"apgd-linf-published"``: the same by the loop of the published code,
-              for comparison with its numbers. It mostly finds a lower loss, see docs/studies.md.
+              for comparison with its numbers. It usually finds a lower loss, see docs/studies.md.
 
         on: weights that the noise is added to: ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1);
             None: as the study defines it.

@@ -196,7 +196,7 @@ class _Study:
     def __init__(self, path: Path, parts: Sequence[Evaluator], alpha: float, protocol: Protocol) -> None:
         self.path, self.parts, self.alpha, self.protocol = path, parts, alpha, protocol
         self.shares = shares_of(parts)
-        self.alike: set[Target] = set()  # whose noise images share, for want of a rule
+        self.alike: set[Target] = set()  # whose noise images share, as no rule exists
         slots = (slot for slot in path.slots if slot.is_float and slot.is_parameter)
         lives = sorted(slots, key=lambda slot: slot.row)
         *starts, self.blocks = first_blocks([*(slot.tensor for slot in lives), torch.empty(0)])
