@@ -48,7 +48,12 @@ def _rhos(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _noise_batch(text: str) -> int | None:
-    return None if text == "all" else positive(text)
+    if text == "all":
+        return None
+    try:
+        return positive(text)
+    except ValueError:
+        raise ValueError(f"expected a number of images, 1 or more, or all; got {text!r}") from None
 
 
 def _ascending(values: Sequence[float]) -> tuple[float, ...]:
