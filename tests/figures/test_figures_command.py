@@ -222,7 +222,8 @@ def test_a_sweep_presents_its_figures(tmp_path: Path) -> None:
     rows = (out / "rows.csv").read_bytes()
     assert sweep.main([*command, "--captions", "none"]) == 0  # resumed: nothing is measured again
     assert (out / "rows.csv").read_bytes() == rows
-    names = {"interpolation.pdf", "interpolation.svg", "interpolation.png"}
+    # The pictures of before keep their caption.
+    names = {"interpolation.pdf", "interpolation.svg", "interpolation.png", "interpolation.txt"}
     assert {file.name for file in (out / "figures").iterdir()} == names
     assert sweep.main([*command, "--overwrite"]) == 0
     assert {file.name for file in (out / "figures").iterdir()} == {"interpolation.png", "interpolation.txt"}
