@@ -330,7 +330,8 @@ def test_standard_errors_cover_what_seeds_show(estimator: str) -> None:
     assert values.std(ddof=1) == pytest.approx(math.sqrt((errors**2).mean()), rel=0.25)
     truth = values.mean()
     # The error of few, skewed draws comes out too small where they are: at large rho after the linear term.
-    assert np.mean(np.abs(values - truth) < t * errors) >= (0.8 if estimator == "gradient" else 0.88)
+    # 100 seeds tell a share of 95 % to some 2.5 points.
+    assert np.mean(np.abs(values - truth) < t * errors) >= (0.8 if estimator == "gradient" else 0.86)
 
 
 @pytest.mark.parametrize("estimator", [*SAMPLING, "auto"])

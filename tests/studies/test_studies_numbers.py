@@ -157,7 +157,7 @@ CASES: dict[str, Case] = {
     "layer-wise until a goal": Case(layerwise(estimator="plain", goal=0.005), "transformer", **ONE),
     "layer-wise in pieces": Case(layerwise(estimator="plain", draws=2), "transformer", **PIECES),
     "layer-wise in pieces until a goal": Case(
-        layerwise(estimator="plain", goal=0.001, most=8), "transformer", **PIECES
+        layerwise(estimator="plain", goal=0.001, most=10), "transformer", **PIECES
     ),
     "prune": Case(prune, "transformer", "unpruned"),
     "prune, convolutions": Case(prune, "convolutions", "unpruned", sets=("a", "b")),
