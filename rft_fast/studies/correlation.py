@@ -315,11 +315,11 @@ def _pairings(measure: _Measure, dataset: str, outcome: str, y: Any) -> Iterator
     for alpha in measure.values:
         own = models if y.ndim == 1 or alpha in y else models[:0]  # no accuracies there
         results = (y if y.ndim == 1 else y.get(alpha, pd.Series(dtype=float))).loc[own]
-        values, errors, clean, saturated = (
+        values = measure.values.loc[own, alpha].to_numpy(dtype=float)
+        errors, clean, saturated = (
             None if each is None else each.loc[own, alpha].to_numpy(dtype=float)
-            for each in (measure.values, measure.errors, measure.clean, measure.saturated)
+            for each in (measure.errors, measure.clean, measure.saturated)
         )
-        assert values is not None
         yield Pairing(
             {**measure.stated, **stated, "alpha": alpha},
             (measure.family, dataset, outcome),
