@@ -109,8 +109,13 @@ class Counter:
         self._sizes = bench.sizes(request, whole)
         self._shared = bench.InMemory()
 
-    def count(self, study: str, path: paths.Path, chosen: Chosen | None = None) -> list[Measurement]:
-        """The measurements of a study of a model. The first model counted makes the scores that all share."""
+    def count(
+        self, study: str, path: paths.Path, chosen: Chosen | None = None, model: str = ""
+    ) -> list[Measurement]:
+        """The measurements of a study of a model. The first model counted makes the scores that all share.
+
+        Scores at the fine-tuned end are shared by the studies of one ``model`` only.
+        """
         work = cost.Work.none(self._evaluator)
         counted = cost.counted_path(path, work)
         evaluators = {
@@ -129,7 +134,9 @@ class Counter:
             found.append(Measurement(number, what, zero, work + before * -1, stored))
             before = work * 1
 
-        bench.Bench(self._request, evaluators).run(study, counted, chosen, self._shared, sink=sink)
+        bench.Bench(self._request, evaluators).run(
+            study, counted, chosen, self._shared, model=model, sink=sink
+        )
         return found
 
 

@@ -108,7 +108,7 @@ def _count(
     first, stored = total(measurements, evaluator), models * sum(m.stored for m in measurements)
     if models == 1:
         return first, stored
-    other = counter.count(study.name, path, chosen)
+    other = counter.count(study.name, path, chosen, model="another")
     if study.same_at_zeroshot and not request.zoo.own_heads:
         other = [measurement for measurement in other if not measurement.zero]
     return first + total(other, evaluator) * (models - 1), stored

@@ -109,7 +109,7 @@ class Worker:
                 at_hand = None if self._path is None else self._path[0]
                 same = at_hand is not None and self._layers(study, at_hand) == layers
                 path = self._on(at_hand if same and at_hand is not None else model)
-                self._counted[key] = self._counter.count(study, path, own)
+                self._counted[key] = self._counter.count(study, path, own, model)
             found[model] = self._counted[key]
         return found
 
