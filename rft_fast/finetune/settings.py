@@ -19,6 +19,7 @@ from rft_fast.names import SCHEDULES, Kind, Mixed, Names, Schedule, Stored, as_g
 
 AUGMENT = re.compile(r"none|crop|crop-flip|rand-m(?P<m>\d{1,2})-n(?P<n>\d)")
 MAGNITUDES = 30  # of RandAugment, as in its paper
+MOST_WARMUP = 500  # steps of warm-up where none are given: model-soups' number
 
 
 DATA = Group("model and data")
@@ -33,7 +34,8 @@ RUNNING = Group("how it runs")
 
 def _varied(default: Any, short: str | None, help: str, check: type, name: str | None = None) -> Any:
     """An option that a grid may vary. short: how names of models call it; None where they always have it."""
-    help += " (default: %(default)s)"
+    if default is not None:
+        help += " (default: %(default)s)"
     more = {"short": short}
     return option(
         default, help, name=name, metavar="X", check=check, many="last", whole=list, group=GRID, more=more
@@ -45,10 +47,10 @@ class Setting:
     """How a model is fine-tuned: AdamW, weight decay on what has two dimensions or more.
 
     lr: the learning rate's peak. epochs: passes over the data. warmup: optimizer steps over which it rises
-    linearly, after which ``schedule`` holds. batch_size: images per optimizer step. accumulate: parts that a
-    batch is computed in, for memory; the step is the same but for rounding, and for batch norm that is
-    trained, whose statistics are then those of the parts. clip: norm that gradients are cut to, None for as
-    they are. label_smoothing: in [0, 1). mixup: parameter of the Beta distribution, 0
+    linearly, after which ``schedule`` holds; None: :meth:`warmup_of`. batch_size: images per optimizer step.
+    accumulate: parts that a batch is computed in, for memory; the step is the same but for rounding, and for
+    batch norm that is trained, whose statistics are then those of the parts. clip: norm that gradients are
+    cut to, None for as they are. label_smoothing: in [0, 1). mixup: parameter of the Beta distribution, 0
     for none. augment: ``none`` (the evaluation's transform), ``crop``, ``crop-flip`` or ``rand-mM-nN``
     (:func:`rft_fast.finetune.augmentation`). probe_epochs: of the head alone, first (LP-FT), with the
     learning rate ``probe_lr``. seed: decides order, crops, mixup and dropout.
@@ -64,7 +66,13 @@ class Setting:
     label_smoothing: float = _varied(0.0, "ls", "fraction spread over all classes", float)
     mixup: float = _varied(0.0, "mix", "parameter of the Beta distribution, 0 for none", float)
     augment: str = _varied("crop", "", "none (evaluation's transform), crop, crop-flip, or rand-mM-nN", str)
-    warmup: int = _varied(500, "warm", "steps of linear warm-up", int, name="warm-up")
+    warmup: int | None = _varied(
+        None,
+        "warm",
+        f"steps of linear warm-up (default: a tenth of all steps, at most {MOST_WARMUP})",
+        int,
+        name="warm-up",
+    )
     seed: int = _varied(0, "seed", "of order, crops and all else that is random", int)
     batch_size: int = option(256, "images per step (%(default)s)", metavar="N", check=int)
     accumulate: int = option(
@@ -95,6 +103,8 @@ class Setting:
         whole = {"epochs": 1, "warmup": 0, "seed": 0, "batch_size": 1, "accumulate": 1, "probe_epochs": 0}
         for name, low in whole.items():
             value = getattr(self, name)
+            if value is None and name == "warmup":
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Setting: {name} must be an int, got {value!r}")
             self._check(name, value >= low, f"at least {low}")
@@ -119,6 +129,10 @@ class Setting:
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
             raise ValueError(f"Setting: {name} must be {expected}; got {getattr(self, name)!r}")
+
+    def warmup_of(self, steps: int) -> int:
+        """Return the steps of warm-up in a training of so many steps: as given, or a tenth, at most 500."""
+        return min(MOST_WARMUP, steps // 10) if self.warmup is None else self.warmup
 
     @property
     def name(self) -> str:

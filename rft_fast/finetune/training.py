@@ -262,21 +262,20 @@ def learning_rate(setting: Setting, step: int, steps: int) -> float:
     """Return the learning rate of a step.
 
     Args:
-        setting: Peak ``lr``, ``warmup`` steps and ``schedule``.
+        setting: Peak ``lr``, ``warmup`` (None: a tenth of the steps, at most 500) and ``schedule``.
         step: Counted from 0.
         steps: Steps of the whole training.
 
     Returns:
         Linear up to ``lr`` during warm-up, then a half cosine to 0, or constant.
     """
-    if step < setting.warmup:
-        return setting.lr * (step + 1) / setting.warmup
+    warmup = setting.warmup_of(steps)
+    if step < warmup:
+        return setting.lr * (step + 1) / warmup
     if setting.schedule == "constant":
         return setting.lr
     if setting.schedule == "cosine":
-        return setting.lr * (
-            0.5 * (1 + math.cos(math.pi * (step - setting.warmup) / (steps - setting.warmup)))
-        )
+        return setting.lr * (0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
     never(setting.schedule)
 
 
@@ -365,10 +364,10 @@ def check_precision(precision: Mixed, device: torch.device) -> None:
 
 def check_warmup(setting: Setting, batches: int) -> None:
     """Raise ValueError for a warm-up that is at least as long as the training."""
-    if setting.warmup >= setting.epochs * batches:
+    if setting.warmup is not None and setting.warmup >= setting.epochs * batches:
         raise ValueError(
             f"finetune: a warm-up of {setting.warmup} steps does not fit into {setting.epochs} epochs of "
-            f"{batches} steps; a tenth of the training is usual"
+            f"{batches} steps; leave --warm-up out for a tenth of the steps"
         )
 
 

@@ -153,6 +153,17 @@ def test_the_schedule_is_linear_then_half_a_cosine(warmup: int) -> None:
     assert finetune.learning_rate(constant, 0, 10) == (setting.lr / 3 if warmup else setting.lr)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (10, 1), (259, 25), (4999, 499), (90000, 500)])
+def test_the_usual_warm_up_is_a_tenth_of_the_steps(steps: int, warmup: int) -> None:
+    setting = Setting(lr=1e-3)
+    assert setting.name == "lr1e-3-ep8"
+    for step in {0, max(warmup - 1, 0), warmup, steps - 1} - {steps}:
+        given = replace(setting, warmup=warmup)
+        rate = finetune.learning_rate(setting, step, steps)
+        assert rate == finetune.learning_rate(given, step, steps) and 0 < rate <= 1e-3
+    assert finetune.learning_rate(setting, 0, steps) == pytest.approx(1e-3 / max(warmup, 1))
+
+
 def test_weight_decay_is_on_matrices_only() -> None:
     model = classifier()
     finetune.freeze(model, [r"visual\.proj"])
