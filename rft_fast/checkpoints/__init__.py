@@ -11,6 +11,7 @@ module               holds
 ``containers``       a file -> what it holds, by its first bytes; safetensors
 ``activation``       evidence of QuickGELU or GELU
 ``layouts``          what a file holds -> its format, and tensors under canonical names
+``huggingface``      names of transformers -> canonical names, and back
 ``lineage``          comparison of two checkpoints
 ``reading``          all of the above: ``read``, ``load``, ``load_head``
 ``sources``          pretrained tags and Hugging Face repositories -> a local file

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..common.parametrised import factors
 from ..common.pickles import Global, Shell, Unreadable, kind_of
 from ..common.words import some
 from ..names import FORMATS, Format
+from . import huggingface
 from .activation import TOWERS, Evidence, of_metadata
-from .canonical import HEAD, is_visual
+from .canonical import HEAD
 from .foreign import SUPPORTED
 from .stored import Container, ContainerKind, Maker, Special, Stored
 
@@ -82,6 +82,26 @@ _FITS: Mapping[Format, Callable[[_Layout], bool]] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Described:
+    """What a file holds, before its tensors are made.
+
+    Attributes:
+        format: of the file.
+        state: name without prefixes of wrappers -> tensor, in the file's order; of Hugging Face files, under
+            their own names.
+        origin: the same names -> names in the file.
+        notes: what was left out.
+        doubts: computations of the model that the tensors do not show, so that its results may differ here.
+    """
+
+    format: Format
+    state: Mapping[str, Any]
+    origin: Mapping[str, str]
+    notes: list[str]
+    doubts: list[str]
+
+
 def tensors(
     container: Container, format: Format | None, evidence: Evidence, meta: bool = False
 ) -> tuple[Format, dict[str, Tensor], list[str], list[str]]:
@@ -94,11 +114,31 @@ def tensors(
         meta: make tensors on the device ``meta``, without reading their bytes.
 
     Returns:
-        The format; the tensors in the file's order; notes on what was left out; and doubts: computations of
-        the model that the tensors do not show, so that its results may differ here.
+        The format; the tensors in the file's order; notes and doubts, as of :class:`Described`.
 
     Raises:
         Unreadable: the file holds no tensors of a model, two names become one, or the format does not fit.
+    """
+    found = describe(container, format, evidence)
+    maker = Maker(container.size, meta)
+    made = {name: _dense(value, found.origin[name], maker) for name, value in found.state.items()}
+    if found.format == "huggingface":
+        made = huggingface.converted(made, found.notes)
+    if not made:
+        raise Unreadable("holds no tensors")
+    return found.format, made, found.notes, found.doubts
+
+
+def describe(container: Container, format: Format | None, evidence: Evidence) -> Described:
+    """Determine the format of a file and the names of its tensors, without making these.
+
+    Args:
+        container: what the file holds.
+        format: the required format; None: any.
+        evidence: collects evidence of activations.
+
+    Raises:
+        Unreadable: as :func:`tensors`.
     """
     notes: list[str] = []
     doubts: list[str] = []
@@ -123,14 +163,8 @@ def tensors(
     if unmerged and chosen == "huggingface":
         raise Unreadable(unmerged[0])
     if chosen == "openai":
-        state = _without(state, _OPENAI_NUMBERS, "sizes of the model", notes)
-    maker = Maker(container.size, meta)
-    made = {name: _dense(value, origin[name], maker) for name, value in state.items()}
-    if chosen == "huggingface":
-        made = _from_huggingface(made, notes)
-    if not made:
-        raise Unreadable("holds no tensors")
-    return chosen, made, notes, doubts
+        state = huggingface.without(state, _OPENAI_NUMBERS, "sizes of the model", notes)
+    return Described(chosen, state, origin, notes, doubts)
 
 
 # --- dicts ----------------------------------------------------------------------------------------
@@ -196,13 +230,6 @@ def _dense(value: Any, name: str, maker: Maker) -> Tensor:
         except Unreadable as error:
             raise Unreadable(f"has {name!r}, which {error}") from error
     raise Unreadable(f"has {name!r}, which must be a dense tensor; it is a {value}")
-
-
-def _without(state: Mapping[str, Any], names: tuple[str, ...], what: str, notes: list[str]) -> dict[str, Any]:
-    """Drop some names, with a note."""
-    if dropped := [name for name in names if name in state]:
-        notes.append(f"left out, {what}: {', '.join(dropped)}")
-    return {name: value for name, value in state.items() if name not in dropped}
 
 
 # --- modules --------------------------------------------------------------------------------------
@@ -276,94 +303,6 @@ def _script_parts(
         if isinstance(value, Stored) and (known is None or name in known)
     ]
     return own, [(name, value) for name, value in named if isinstance(value, Shell)]
-
-
-# --- Hugging Face ---------------------------------------------------------------------------------
-
-_HF_NAMES = {
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "logit_scale": "logit_scale",
-}
-_HF_NORMS = {
-    "vision_model.pre_layrnorm": "visual.ln_pre",  # sic
-    "vision_model.pre_layernorm": "visual.ln_pre",
-    "vision_model.post_layernorm": "visual.ln_post",
-    "text_model.final_layer_norm": "ln_final",
-}
-_HF_PARTS = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_HF_PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
-_HF_LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_HF_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
-
-
-def _from_huggingface(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Convert CLIP's weights to open_clip's names: q, k and v in one tensor, projections transposed."""
-    state = _without(state, _HF_IDS, "position ids", notes)
-    result: dict[str, Tensor] = {}
-    unknown = []
-    for stored, tensor in state.items():
-        for name, value in _converted(stored, tensor, state):
-            if name is None:
-                unknown.append(stored)
-            elif name in result:
-                raise Unreadable(f"has {stored!r} and another name that both mean {name!r}; keep one of them")
-            else:
-                result[name] = value
-    if unknown:
-        raise Unreadable(
-            f"holds {some(unknown)}, which transformers' CLIP does not have; format='state-dict' keeps "
-            "its names"
-        )
-    if any(map(is_visual, result)) and "visual.proj" not in result:
-        notes.append(
-            "the image tower has no projection (visual_projection): the features of a CLIPVisionModel "
-            "are not in CLIP's embedding space"
-        )
-    return result
-
-
-def _converted(
-    stored: str, tensor: Tensor, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str | None, Tensor]]:
-    """Yield (canonical name, tensor) for a tensor of transformers; None as the name if it is unknown."""
-    if stored in _HF_NAMES:
-        yield _HF_NAMES[stored], tensor
-    elif stored in _HF_PROJECTIONS:
-        if tensor.ndim != 2:
-            raise Unreadable(
-                f"has {stored!r} of shape {tuple(tensor.shape)}; a projection has two dimensions"
-            )
-        yield _HF_PROJECTIONS[stored], tensor.T.contiguous()
-    elif (match := _HF_LAYER.fullmatch(stored)) is not None:
-        tower, number, part, kind = match.groups()
-        block = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
-        if part in _HF_PARTS:
-            yield f"{block}.{_HF_PARTS[part]}.{kind}", tensor
-        elif part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            trio = [stored.replace(part, f"self_attn.{letter}_proj") for letter in "qkv"]
-            parts = [state[name] for name in trio if name in state]
-            if len(parts) < 3 or len({(p.shape, p.dtype) for p in parts}) > 1 or tensor.ndim == 0:
-                raise Unreadable(
-                    f"needs {', '.join(trio)}, all of one shape and dtype: they become one tensor"
-                )
-            if part == "self_attn.q_proj":
-                yield f"{block}.attn.in_proj_{kind}", torch.cat(parts)
-        else:
-            yield None, tensor
-    else:
-        module, _, kind = stored.rpartition(".")
-        fits = module in _HF_NORMS and kind in ("weight", "bias")
-        yield f"{_HF_NORMS[module]}.{kind}" if fits else None, tensor
 
 
 def _type(value: Any) -> str:
