@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -153,11 +154,11 @@ class FileKeeper:
 
 
 def write_rows(file: pathlib.Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write one row per epoch as CSV."""
+    """Write one row per epoch as CSV. NaN, for what was not measured, is empty in the file."""
     with disk.replacing(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(map(cell, rows[0]))
-        writer.writerows(row.values() for row in rows)
+        writer.writerows(["" if math.isnan(value) else value for value in row.values()] for row in rows)
 
 
 def write_zoo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -115,6 +116,7 @@ class Work:
             self._images.check()
         self._features: Tensor | None = None
         self._stop: Stop | None = None
+        self._zeroshot: list[Row] = []  # the row of epoch 0, the same for all models
         self._val = inputs.validation(request, origin.preprocess, rows, label_maps) if todo else {}
         self._start = self._folder.start() or output.rounded(start.weights(), self._dtype)
 
@@ -161,18 +163,18 @@ class Work:
         model.to(self._device).eval()  # a model that diverged was left mid-training
         torch.manual_seed(setting.seed)
         batch_size = max(1, setting.batch_size // setting.accumulate)
+        if self._val and not self._zeroshot:
+            zero: Row = {"epoch": 0, "step": 0, "lr": math.nan, "loss": math.nan}
+            self._zeroshot = [zero | self._scores(model, batch_size) | {"seconds": 0.0}]
+            tqdm.write(f"{inputs.RESERVED}: epoch 0 of every model{_accuracies(self._zeroshot[0])}")
         if setting.probe_epochs and not keeper.file.exists():
             self._probe(name, setting)
 
         def scores(model: nn.Module) -> dict[str, float]:
-            live = cast(ImageClassifier, model)
-            return {
-                data: accuracy(live, images, batch_size, request.precision)
-                for data, images in self._val.items()
-            }
+            return self._scores(model, batch_size)
 
         def finished(rows: Sequence[Row]) -> None:
-            output.write_rows(self._folder.table(name), rows)
+            output.write_rows(self._folder.table(name), [*self._zeroshot, *rows])
             _report(name, rows[-1], setting.epochs)
 
         train(
@@ -194,6 +196,14 @@ class Work:
         self._folder.write_model(name, model.state_dict())
         self._folder.write_zoo()
         keeper.file.unlink(missing_ok=True)
+
+    def _scores(self, model: nn.Module, batch_size: int) -> dict[str, float]:
+        """Return a model's accuracy on each data set of --val."""
+        live = cast(ImageClassifier, model)
+        return {
+            data: accuracy(live, images, batch_size, self._request.precision)
+            for data, images in self._val.items()
+        }
 
     def _probe(self, name: str, setting: Setting) -> None:
         """Train the head alone, on features that are computed once for all settings (LP-FT)."""
@@ -232,7 +242,11 @@ class _Head(nn.Module):
 
 
 def _report(name: str, row: Row, epochs: int) -> None:
-    scores = "".join(f", {data} {100 * value:.1f} %" for data, value in row.items() if data not in COLUMNS)
     tqdm.write(
-        f"{name}: epoch {row['epoch']} of {epochs}, loss {row['loss']:.4f}{scores}, {row['seconds']:.0f} s"
+        f"{name}: epoch {row['epoch']} of {epochs}, loss {row['loss']:.4f}{_accuracies(row)}, "
+        f"{row['seconds']:.0f} s"
     )
+
+
+def _accuracies(row: Row) -> str:
+    return "".join(f", {data} {100 * value:.1f} %" for data, value in row.items() if data not in COLUMNS)

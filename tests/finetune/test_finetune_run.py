@@ -120,16 +120,19 @@ def test_the_command_line_makes_a_zoo_that_the_sweep_reads(
     assert made_by["rft_fast"] == rft_fast.__version__
     with (tmp_path / "lr0.01-ep2-warm1.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
-    assert all(0 <= float(row["near"]) <= 1 and float(row["loss"]) > 0 for row in rows)
+    assert [(row["epoch"], row["step"]) for row in rows] == [("0", "0"), ("1", "3"), ("2", "6")]
+    assert rows[0]["lr"] == rows[0]["loss"] == "" and all(float(row["loss"]) > 0 for row in rows[1:])
 
-    # The last accuracy is that of the stored model, by another path through the package.
+    # The first and the last accuracy are those of the stored models, by another path through the package.
     data = datasets.load("near", folder / "near", architectures.preprocess(made.arch))
-    live.load_state_dict(checkpoints.load(made.finetuned["lr0.01-ep2-warm1"].source))
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
-    with torch.no_grad():
-        right = live((data.images.float() / 255 - mean) / std).argmax(1) == data.labels
-    assert float(rows[-1]["near"]) == pytest.approx(float(right.float().mean()))
+    for row, stored in zip((0, -1), (made.zeroshot, made.finetuned["lr0.01-ep2-warm1"]), strict=True):
+        live.load_state_dict(checkpoints.load(stored.source))
+        with torch.no_grad():
+            right = live((data.images.float() / 255 - mean) / std).argmax(1) == data.labels
+        assert float(rows[row]["near"]) == pytest.approx(float(right.float().mean()))
+    percent = f"{100 * float(rows[0]['near']):.1f}"
+    assert out.count("epoch 0") == 1 and f"near {percent} %" in out.partition("epoch 0")[2].partition("\n")[0]
 
 
 def test_finished_models_are_skipped_and_others_are_added(
@@ -333,7 +336,7 @@ main(sys.argv[1:])
         [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open())]
         for path in (file.with_suffix(".csv"), tmp_path / "again" / f"{file.stem}.csv")
     ]
-    assert epochs[0] == epochs[1] and len(epochs[0]) == 2
+    assert epochs[0] == epochs[1] and len(epochs[0]) == 3
 
 
 def test_stopped_between_a_model_and_its_zoo(
@@ -411,7 +414,7 @@ def test_signals_stop_after_the_step_and_lose_none(
     assert "Traceback" not in (printed := capsys.readouterr()).err and "SIGHUP" in printed.out
     (file,) = (tmp_path / "whole").glob("lr*.safetensors")
     assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-    assert len(list(csv.DictReader((tmp_path / "again" / f"{file.stem}.csv").open()))) == 2
+    assert len(list(csv.DictReader((tmp_path / "again" / f"{file.stem}.csv").open()))) == 3
     assert not list((tmp_path / "again").glob("*.resume"))
 
 
@@ -507,9 +510,9 @@ def test_the_last_row_survives_an_end_between_state_and_table(
     with monkeypatch.context() as patch:
         patch.setattr(output, "write_rows", ended)
         assert main(arguments(folder, out)) == 130
-    assert len(rows(out)) == 1
+    assert len(rows(out)) == 2
     assert main(arguments(folder, out)) == 0
-    assert rows(out) == rows(tmp_path / "whole") and len(rows(out)) == 2
+    assert rows(out) == rows(tmp_path / "whole") and len(rows(out)) == 3
 
 
 def test_what_float16_cannot_hold_is_not_written(
