@@ -83,6 +83,7 @@ class Along:
         samples: number of images of each data set, drawn at random; None: all.
         seed: seed of that draw and of the noise.
         xi: gain in accuracy that counts as high, a fraction (Eq. 2).
+        paper: whether the paper's choices stand in for the defaults (:mod:`rft_fast.config.paper`).
     """
 
     GROUP: ClassVar = Group("what is measured", place=("settings", "along"))
@@ -109,6 +110,12 @@ class Along:
         "gain in accuracy that counts as high, as a fraction (default: %(default)s)",
         metavar="X",
         check=fraction,
+    )
+    paper: bool = option(
+        False,
+        "the paper's choices in place of the defaults: its data, estimator, draws, definitions (table: "
+        "docs/paper.md); an option given beside it wins",
+        compared=False,
     )
 
 

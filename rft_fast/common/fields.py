@@ -150,7 +150,8 @@ class Tree:
 
     Args:
         settings: instances of different settings classes.
-        givers: option -> who gave it: ``"command line"`` or ``"zoo"``; the others have their defaults.
+        givers: option -> who gave it: ``"command line"``, ``"zoo"`` or ``"paper"``; the others have their
+            defaults.
     """
 
     def __init__(self, *settings: object, givers: Mapping[str, str] | None = None) -> None:

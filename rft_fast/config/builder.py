@@ -12,7 +12,7 @@ from ..common.fields import Entry, Group, Tree, entries
 
 Given = Mapping[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
 _Settings = TypeVar("_Settings")
-COMMAND, ZOO = "command line", "zoo"
+COMMAND, ZOO, PAPER = "command line", "zoo", "paper"  # who gives options
 _PLAIN = (int, float, str, pathlib.Path)  # of which argparse says itself what is expected
 
 

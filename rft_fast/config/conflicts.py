@@ -9,11 +9,13 @@ from typing import Any
 from ..common.fields import Tree
 from ..names import WORST_CASE
 from ..settings import Along, Prune, Sharpness, check_draws
-from .builder import COMMAND, ZOO
+from .builder import COMMAND, PAPER, ZOO
 
 
 def named(tree: Tree, option: str, zoo: str) -> str:
     """The name of an option for errors: of the zoo where it comes from there, else of the command line."""
+    if tree.giver(option) == PAPER:
+        return f"the choice of --paper for --{option}"
     return f"option {option} of the zoo {zoo!r}" if tree.giver(option) == ZOO else f"argument --{option}"
 
 
@@ -61,10 +63,10 @@ class _Settling:
         was = getattr(settings, field)
         whose = (
             named(self.tree, option, self.zoo)
-            if self.tree.giver(option) == ZOO
+            if self.tree.giver(option) in (ZOO, PAPER)
             else f"the default of --{option}"
         )
-        self.notices.append(f"{whose} ({_said(was)}) gives way to {to}: {_said(value)}")
+        self.notices.append(f"{whose} ({said(was)}) gives way to {to}: {said(value)}")
         self.tree = self.tree.but(replace(settings, **{field: value}))
 
     @property
@@ -129,7 +131,8 @@ _FIELDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
+    """A value of an option in a sentence."""
     if isinstance(value, tuple):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(said, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,8 +15,8 @@ from ..common.words import visible
 from ..datasets import cache
 from ..names import CLASS_LISTS, KINDS, TEMPLATE_LISTS, as_given, list_file
 from ..settings import Layers, Sharpness, once
-from . import zoo
-from .builder import COMMAND, ZOO
+from . import paper, zoo
+from .builder import COMMAND
 from .conflicts import named, settle
 from .options import parser, split
 from .settings import Computed, Figures, Head, Models, Running, builder
@@ -41,7 +41,7 @@ class Request:
         out: directory of the run.
         device: where the models are.
         fetch: what may be downloaded: anything, nothing; None: what the command line names.
-        notices: what of defaults and of the zoo gave way to the command line, as sentences.
+        notices: which defaults, and options of the zoo and of the paper, gave way to others, as sentences.
     """
 
     everything: bool
@@ -95,10 +95,13 @@ def read(argv: Sequence[str]) -> Request:
     given = options.given(parser(options).parse_args(rest))
     tree = options.tree({COMMAND: given})
     its_zoo = _zoo(tree, zoos)
-    return _request(studies, options.tree({ZOO: its_zoo.options, COMMAND: given}), its_zoo, zoos)
+    sources, replaced = paper.sources(options, its_zoo, given)
+    return _request(studies, options.tree(sources), its_zoo, zoos, replaced)
 
 
-def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequence[str]) -> Request:
+def _request(
+    studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequence[str], replaced: Sequence[str]
+) -> Request:
     layers, running = tree.of(Layers), tree.of(Running)
     _check_models_named(tree, its_zoo)
     asked = [study for study in catalogue.names() if study in studies] or catalogue.names()
@@ -145,7 +148,7 @@ def _request(studies: Sequence[str], tree: Tree, its_zoo: zoo.Zoo, zoos: Sequenc
         out=out,
         device=device,
         fetch=fetch,
-        notices=tuple(notices),
+        notices=(*replaced, *notices),
     )
     for name in measured:
         catalogue.study(name).validate(request)

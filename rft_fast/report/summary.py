@@ -241,9 +241,9 @@ def prune(facts: Facts) -> list[str]:
     lines = paragraphs(
         facts,
         f"prune: {100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
-        f"{own.mask_seeds} masks, {images(part)}. Change in accuracy against the unpruned path, "
-        "mean over alpha > 0, in points, +- standard error over masks, on these images; control: as many "
-        "other layers at random.",
+        f"{own.mask_seeds} {'mask' if own.mask_seeds == 1 else 'masks'}, {images(part)}. Change in accuracy "
+        "against the unpruned path, mean over alpha > 0, in points, +- standard error over masks, on these "
+        f"images; control: {'as many other layers at random' if own.control else 'none'}.",
     )
     effects = facts.pruning
     table = [["model", "on", "criterion", "method", "layers", "pruned", "control"]]
