@@ -163,9 +163,23 @@ def in_zoo(request: Request, label_maps: LabelMaps) -> dict[str, dict[str, objec
         sets, label_maps, kind = {"train": request.train}, {"train": request.label_map}, request.kind
     data: dict[str, dict[str, object]] = {}
     for name, path in sets.items():
-        data[name] = {"path": str(path.resolve()), "ood": name in request.ood}
+        data[name] = {"path": _from_zoo(request, path), "ood": name in request.ood}
         if (given := label_maps.get(name)) is not None:
-            data[name]["labels"] = given if given == datasets.ORDER else str(pathlib.Path(given).resolve())
+            order = given == datasets.ORDER
+            data[name]["labels"] = given if order else _from_zoo(request, pathlib.Path(given))
         if kind is not None:
             data[name]["kind"] = kind
     return data
+
+
+def _from_zoo(request: Request, path: pathlib.Path) -> str:
+    """Return a path as the zoo names it.
+
+    Relative to the zoo where it lies inside, since both can only move together, and where it was given as a
+    relative path and has a folder in common with the zoo; otherwise absolute, so that the zoo can be moved.
+    """
+    out, target = request.out.resolve(), path.resolve()
+    common = pathlib.Path(os.path.commonpath((out, target)))
+    if common == out or (not path.is_absolute() and common != pathlib.Path(out.anchor)):
+        return os.path.relpath(target, out)
+    return str(target)

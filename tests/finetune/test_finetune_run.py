@@ -135,6 +135,43 @@ def test_the_command_line_makes_a_zoo_that_the_sweep_reads(
     assert out.count("epoch 0") == 1 and f"near {percent} %" in out.partition("epoch 0")[2].partition("\n")[0]
 
 
+def test_zoos_are_moved_alone_or_with_their_data(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`in` lies in the zoo, `by` was given by a relative path, `far` by an absolute one."""
+    project, out = tmp_path / "project", tmp_path / "project" / "zoos" / "z"
+    out.mkdir(parents=True)
+    shutil.copytree(folder / "near", out / "in")
+    shutil.copytree(folder / "near", project / "by")
+    (project / "map.json").write_text('{"0": 0, "1": 1, "2": 2}')
+    monkeypatch.chdir(project)
+    argv = [
+        *("--arch", str(folder / "tiny.json"), "--zeroshot", str(folder / "zeroshot.safetensors")),
+        *("--train", "by", "--label-map", "map.json", "--out", "zoos/z", "--val", "by", f"in={out / 'in'}"),
+        *("--ood", f"far={folder / 'far.npz'}", *TRAIN),
+    ]
+    assert main(argv) == 0
+    with (out / "zoo.toml").open("rb") as stream:
+        data = zoo.tomllib.load(stream)["data"]
+    assert {name: entry["path"] for name, entry in data.items()} == {
+        "by": "../../by",
+        "in": "in",
+        "far": str(folder / "far.npz"),
+    }
+    assert data["by"]["labels"] == "../../map.json"
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    moved = zoo.read(tmp_path / "moved" / "zoos" / "z")
+    assert [source.path.resolve() for source in moved.data.values()] == [
+        tmp_path / "moved" / "by",
+        tmp_path / "moved" / "zoos" / "z" / "in",
+        folder / "far.npz",
+    ]
+    (tmp_path / "moved" / "zoos" / "z").rename(tmp_path / "alone")
+    with refused(ValueError, "data.by.labels"):  # what was said to move with it
+        zoo.read(tmp_path / "alone")
+
+
 def test_finished_models_are_skipped_and_others_are_added(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
