@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -83,6 +84,8 @@ def _run(argv: Sequence[str]) -> int:
         f"{len(outcome.trained)} trained, {len(outcome.skipped)} skipped; "
         + (f"zoo: {made}" if made.exists() else "no zoo yet")
     )
+    if made.exists():
+        print(f"next: python -m rft_fast.sweep {shlex.quote(str(request.out))}")
     if outcome.diverged:
         print(
             f"finetune: error: {len(outcome.diverged)} diverged: {', '.join(outcome.diverged)}",

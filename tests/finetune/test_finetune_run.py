@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -131,15 +132,16 @@ def test_the_command_line_makes_a_zoo_that_the_sweep_reads(
         with torch.no_grad():
             right = live((data.images.float() / 255 - mean) / std).argmax(1) == data.labels
         assert float(rows[row]["near"]) == pytest.approx(float(right.float().mean()))
+    assert out.splitlines()[-1] == f"next: python -m rft_fast.sweep {tmp_path}"
     percent = f"{100 * float(rows[0]['near']):.1f}"
     assert out.count("epoch 0") == 1 and f"near {percent} %" in out.partition("epoch 0")[2].partition("\n")[0]
 
 
 def test_zoos_are_moved_alone_or_with_their_data(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`in` lies in the zoo, `by` was given by a relative path, `far` by an absolute one."""
-    project, out = tmp_path / "project", tmp_path / "project" / "zoos" / "z"
+    project, out = tmp_path / "project", tmp_path / "project" / "zoos" / "z z"
     out.mkdir(parents=True)
     shutil.copytree(folder / "near", out / "in")
     shutil.copytree(folder / "near", project / "by")
@@ -147,10 +149,11 @@ def test_zoos_are_moved_alone_or_with_their_data(
     monkeypatch.chdir(project)
     argv = [
         *("--arch", str(folder / "tiny.json"), "--zeroshot", str(folder / "zeroshot.safetensors")),
-        *("--train", "by", "--label-map", "map.json", "--out", "zoos/z", "--val", "by", f"in={out / 'in'}"),
+        *("--train", "by", "--label-map", "map.json", "--out", "zoos/z z", "--val", "by", f"in={out / 'in'}"),
         *("--ood", f"far={folder / 'far.npz'}", *TRAIN),
     ]
     assert main(argv) == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "zoos/z z"
     with (out / "zoo.toml").open("rb") as stream:
         data = zoo.tomllib.load(stream)["data"]
     assert {name: entry["path"] for name, entry in data.items()} == {
@@ -161,13 +164,13 @@ def test_zoos_are_moved_alone_or_with_their_data(
     assert data["by"]["labels"] == "../../map.json"
     monkeypatch.chdir(tmp_path)
     project.rename(tmp_path / "moved")
-    moved = zoo.read(tmp_path / "moved" / "zoos" / "z")
+    moved = zoo.read(tmp_path / "moved" / "zoos" / "z z")
     assert [source.path.resolve() for source in moved.data.values()] == [
         tmp_path / "moved" / "by",
-        tmp_path / "moved" / "zoos" / "z" / "in",
+        tmp_path / "moved" / "zoos" / "z z" / "in",
         folder / "far.npz",
     ]
-    (tmp_path / "moved" / "zoos" / "z").rename(tmp_path / "alone")
+    (tmp_path / "moved" / "zoos" / "z z").rename(tmp_path / "alone")
     with refused(ValueError, "data.by.labels"):  # what was said to move with it
         zoo.read(tmp_path / "alone")
 
