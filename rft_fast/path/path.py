@@ -16,7 +16,7 @@ from rft_fast.names import Fill, Impl, Names, Noise, On
 from rft_fast.path.checksum import checksum
 from rft_fast.path.fit import fit, refuse_negative, state
 from rft_fast.path.layers import select
-from rft_fast.path.slots import Part, Slot, Weight, join, layers_of, slots_of
+from rft_fast.path.slots import Part, Slot, Weight, distance, join, layers_of, slots_of
 from rft_fast.path.writer import InPlace, Writer
 
 
@@ -148,6 +148,11 @@ class Path:
         return tuple(
             name for name, part in self._parts.items() if all(slot.is_unchanged() for slot in part.slots)
         )
+
+    @cached_property
+    def distance(self) -> float:
+        """Euclidean distance of the two ends, over the float parameters of :attr:`layers`."""
+        return distance(slot for part in self._parts.values() for slot in part.slots)
 
     def warn(self, text: str) -> None:
         """Issue a UserWarning about this path, on behalf of the caller of a study."""

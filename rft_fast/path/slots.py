@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ _LARGEST_NOISE = 6.8
 # Buffers that are variances or standard deviations, by the last part of their names.
 _VARIANCE = re.compile(r"(?:^|[._])(?:var|variance|std|stddev|sigma)$")
 _PIECE = 1 << 20
+_SUMMED = 1 << 15  # torch adds so few numbers in one thread, so their sum is always the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,20 @@ class Slot:
             return zeroshot.data_ptr() == finetuned.data_ptr() or torch.equal(zeroshot, finetuned)
         parts = (torch.split(end.reshape(-1), _PIECE) for end in self.ends)
         return all(torch.equal(a.float(), b.float()) for a, b in zip(*parts, strict=True))
+
+
+def distance(slots: Iterable[Slot]) -> float:
+    """Return the Euclidean distance of the ends over the float parameters, summed in float64."""
+    ends = [slot.ends for slot in slots if slot.is_float and slot.is_parameter]
+    parts = (
+        (torch.split(end.reshape(-1), _SUMMED) for end in pair)
+        for pair in ends
+        if pair[0].data_ptr() != pair[1].data_ptr()
+    )
+    squares = (
+        float((b.double() - a.double()).square().sum()) for pair in parts for a, b in zip(*pair, strict=True)
+    )
+    return math.sqrt(math.fsum(squares))
 
 
 # Properties of live tensors that are compared before every write; with map, .1 us each.

@@ -293,7 +293,9 @@ def correlation(facts: Facts) -> list[str]:
                 fact["dataset"],
                 fact["outcome"],
                 MEASURES.get(fact["measure"], fact["measure"]),
-                fact["measured_on"] + (" (circular)" if fact["circular"] else ""),
+                "-"
+                if pd.isna(fact["measured_on"])
+                else fact["measured_on"] + (" (circular)" if fact["circular"] else ""),
                 f"{fact['alpha']:g}",
                 "" if pd.isna(fact["rho"]) else f"{fact['rho']:g}",
                 value,

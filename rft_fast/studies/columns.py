@@ -88,6 +88,10 @@ ROWS = {
         "nats", "loss minus the straight line between those at the two ends", "interpolation, layers", "0.202"
     ),
     "bump_se": Column("nats", "standard error of bump, paired over images", "interpolation, layers", "0.012"),
+    "distance": Column(
+        "-", "Euclidean distance of the weights from zero-shot: alpha |w1 - w0|, over all layers",
+        "interpolation", "11.4",
+    ),
     "change": Column(
         "fraction", "accuracy minus that of the unpruned model at the same alpha", "prune", "-0.018"
     ),
@@ -139,7 +143,7 @@ CORRELATION = {
     **_made("correlation", {
         "dataset": ("-", "out-of-distribution data set of the outcome", "rotated"),
         "outcome": ("-", "what is correlated with the measure: accuracy at alpha, or gain", "gain"),
-        "measured_on": ("-", "data set of the measure", "mnist"),
+        "measured_on": ("-", "data set of the measure; missing for distance, which needs none", "mnist"),
         "circular": ("-", "whether the measure and the outcome are of the same images", "False"),
         "measure": ("-", "general, layer, stragglers, or another measure of the models", "layer"),
         "layer": ("-", "name of the layer; of stragglers, joined by ', '", "visual.conv1"),

@@ -29,10 +29,10 @@ from .saturation import flags
 SETTING = ["dataset", "rho", "on", "estimator"]
 # Columns that must not vary within one of them, or their effect would be mixed with that of the models.
 PROTOCOL = ["noise", "adaptive", "noise_batch", "normalized"]
-COMPETITORS = ("minus clean loss", "ID accuracy", "bump")
+COMPETITORS = ("minus clean loss", "ID accuracy", "bump", "distance")
 """Measures that need no perturbation: the loss of the unperturbed model on the images of the sharpness, with
 the sign changed; accuracy in distribution; the bump there, the largest height of the path's loss above the
-straight line between its ends."""
+straight line between its ends; the Euclidean distance of the weights from zero-shot, without any images."""
 _STUDIES = ["sharpness", "layer-sharpness"]
 
 
@@ -82,8 +82,9 @@ def correlation(
 
         - ``dataset``, ``outcome``: the out-of-distribution data set, and *accuracy* or *gain* on it;
         - ``measure``: *general*, *stragglers*, *layer* or one of :data:`COMPETITORS`; ``layer``: its name
-          (for stragglers joined by ", "); ``measured_on``: the data set of the measure; ``circular``: whether
-          its images are those of the outcome, so that the loss of the same images stands on both sides;
+          (for stragglers joined by ", "); ``measured_on``: the data set of the measure (of a distance:
+          missing); ``circular``: whether its images are those of the outcome, so that the loss of the same
+          images stands on both sides;
         - ``alpha``, ``rho``, ``on``, ``estimator``, ``noise``, ``adaptive``, ``noise_batch``, ``normalized``
           and ``draws``, ``samples``, ``seed`` of the sharpness, the last three missing if they vary;
         - ``models``: number of models correlated; ``nonfinite``: number of those with a value that is not
@@ -300,6 +301,10 @@ def _competitors(rows: pd.DataFrame, measures: Sequence[_Measure]) -> Iterator[_
     for dataset, group in near.groupby("dataset", sort=False):
         found = group.pivot(index="model", columns="alpha", values="accuracy")
         yield made(COMPETITORS[1], dataset, found.reindex(columns=alphas).dropna(axis=1, how="all"))
+    if "distance" in paths and paths["distance"].notna().any():
+        each = paths.dropna(subset=["distance"]).drop_duplicates(["model", "alpha"])
+        found = each.pivot(index="model", columns="alpha", values="distance")
+        yield made(COMPETITORS[3], None, found.reindex(columns=alphas).dropna(axis=1, how="all"))
     if "bump" not in near:
         return
     for dataset, group in near.dropna(subset=["bump"]).groupby("dataset", sort=False):

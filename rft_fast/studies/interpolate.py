@@ -82,6 +82,7 @@ def interpolation(
         One row per (alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is in
         nats, ``accuracy`` a fraction. ``gain`` is A(alpha) - A(0), ``rise`` is L(alpha) - L(0) and ``bump``
         is L(alpha) - [(1 - alpha) L(0) + alpha L(1)], each with a standard error paired over samples.
+        ``distance`` is that of the weights from zero-shot (:attr:`rft_fast.Path.distance` times alpha).
         ``seconds`` is the time of the position, divided among the data sets in proportion to their samples.
 
     Raises:
@@ -122,6 +123,7 @@ def interpolation(
                 row["gain"], row["gain_se"] = score.gain_over(base[name])
                 row["rise"], row["rise_se"] = score.rise_over(base[name])
                 row["bump"], row["bump_se"] = score.bump(base[name], last[name], alpha)
+                row["distance"] = alpha * path.distance
                 record.add(number, [row], [score])
     return record.frame()
 

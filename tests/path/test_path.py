@@ -322,6 +322,20 @@ def test_layers_of_zeros_are_inert(zeroshot: State, finetuned: State) -> None:
         path.write(0.5, layers=["re:scale"])
 
 
+def test_distance_counts_each_weight_that_matters_once(zeroshot: State, finetuned: State) -> None:
+    path = Path(Net(), zeroshot, finetuned, inert=["re:.*bn"])
+    named = dict(path.model.named_parameters())  # tied ones once, buffers not at all
+    mine = [name for name in named if ".bn." not in name]
+    assert 0 < len(mine) < len(named)
+    squares = sum(float((finetuned[name].double() - zeroshot[name].double()).square().sum()) for name in mine)
+    assert path.distance == pytest.approx(squares**0.5, rel=1e-12)
+    big = nn.Linear(300, 200)  # more than one piece
+    ends = [{"weight": torch.full((200, 300), x), "bias": torch.zeros(200)} for x in (0.0, 0.5)]
+    assert Path(big, *ends).distance == pytest.approx(0.5 * 60_000**0.5, rel=1e-12)
+    with pytest.warns(UserWarning):
+        assert Path(big, ends[1], ends[1]).distance == 0.0
+
+
 def test_alpha_is_none_when_mixed(path: Path) -> None:
     path.write(0.4)
     path.write(0.4, 0.1, ["head"])

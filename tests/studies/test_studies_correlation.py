@@ -343,6 +343,15 @@ def test_competitors_and_the_partial_correlation() -> None:
     row = pick(bumps, measure="bump", measured_on="id", **at_end)
     assert row["kendall"] == pytest.approx(kendalltau(bump, y).statistic)
     assert not row["circular"]
+    away = frame["model"].map({f"m{i}": float(bump[i]) for i in range(6)}) * frame["alpha"]
+    table = correlation(frame.assign(distance=away.where(frame["study"] == "interpolation")))
+    for outcome, truth in (("accuracy", y), ("gain", np.maximum(y - 1, 0))):
+        row = pick(table, measure="distance", outcome=outcome, alpha=1)
+        assert row["kendall"] == pytest.approx(kendalltau(bump, y).statistic if outcome == "accuracy"
+                                               else kendalltau(bump, truth).statistic)  # fmt: skip
+        assert pd.isna(row["measured_on"]) and not row["circular"] and row["ties"] == "none"
+        family = table[(table["outcome"] == outcome) & ~table["measure"].isin(["general", "layer"])]
+        assert set(family["tests"].dropna()) == {len(family[family["kendall"].notna()])}
     there = frame.assign(dataset=frame["dataset"].where(frame["study"] != "sharpness", "far"))
     assert pick(correlation(there), measure="general", **at_end)["circular"]
 

@@ -104,6 +104,9 @@ def test_rows_equal_brute_force() -> None:
         bumps = losses - (1 - row["alpha"]) * losses0 - row["alpha"] * s.brute(1.0, data)[0]
         assert row["bump"] == pytest.approx(bumps.mean(), abs=1e-5)
         assert row["bump_se"] == pytest.approx(bumps.std(ddof=1) / math.sqrt(n), abs=1e-5)
+        zero, one = s.ends
+        moved = math.sqrt(sum(float(((one[k].double() - zero[k].double()) ** 2).sum()) for k in zero))
+        assert row["distance"] == pytest.approx(row["alpha"] * moved, rel=1e-12)
 
 
 def test_known_zeroshot_scores_change_nothing() -> None:
@@ -211,6 +214,7 @@ class Scripted:
 
     precision = "fp32"
     normalize_logits = False
+    distance = 1.0
 
     def __init__(self, script: dict[float, tuple[list[float], list[int]]], ood: bool = True) -> None:
         self.model = nn.Identity()
