@@ -101,7 +101,7 @@ FORMATS: dict[Format, str] = {
 }
 Folder = Literal["folder", "imagenet", "imagenet-v2"]  # a folder of class folders, with images as files
 Tree = Literal[Folder, "objectnet"]  # all of class folders
-Kind = Literal[Tree, "cifar", "webdataset", "arrow", "npz"]
+Kind = Literal[Tree, "cifar", "idx", "webdataset", "arrow", "npz"]
 FOLDERS: tuple[Folder, ...] = get_args(Folder)
 TREES: tuple[Tree, ...] = get_args(Tree)
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -11,11 +11,17 @@ from typing import Any
 from rft_fast import names
 from rft_fast.names import TREES
 
-from . import arrays, arrow, cifar, folders, shards
+from . import arrays, arrow, cifar, folders, idx, shards
 from .source import Source
 
 # Formats that recognize their files; tried before class folders, as some of them are folders, too.
-_FORMATS: dict[names.Kind, Any] = {"cifar": cifar, "webdataset": shards, "arrow": arrow, "npz": arrays}
+_FORMATS: dict[names.Kind, Any] = {
+    "cifar": cifar,
+    "idx": idx,
+    "webdataset": shards,
+    "arrow": arrow,
+    "npz": arrays,
+}
 
 KINDS: dict[names.Kind, Callable[[pathlib.Path, str], Source]] = {
     kind: partial(folders.source, kind=kind) if kind in TREES else _FORMATS[kind].source

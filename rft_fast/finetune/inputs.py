@@ -66,7 +66,7 @@ def training_source(request: Request) -> datasets.Source:
     if source.path.resolve() != request.train.resolve():
         raise ValueError(
             f"finetune: {request.train} contains several data sets, of which {source.path.name!r} "
-            "would be used; name the folder to train on"
+            "would be used; name the one to train on"
         )
     return source
 

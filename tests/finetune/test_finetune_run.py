@@ -9,6 +9,7 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -598,6 +599,30 @@ def test_a_label_map_is_for_what_is_out_of_distribution_too(folder: Path, tmp_pa
     )
     scored = results.load(tmp_path / "run").pivot(index="alpha", columns="dataset", values="loss")
     assert (scored["v"] == scored["w"]).all()
+
+
+def test_idx_files_are_trained_on_and_scored(folder: Path, tmp_path: Path) -> None:
+    """The same images as .npz and as IDX give the same training; of a folder of two parts, none is chosen."""
+    with np.load(folder / "far.npz") as archive:
+        grey, labels = archive["images"][:12, :, :, 0], archive["labels"][:12].astype(np.uint8)
+    np.savez(tmp_path / "same.npz", images=grey, labels=labels)
+    (tmp_path / "mnist").mkdir()
+    for name in ("train", "t10k"):
+        file = tmp_path / "mnist" / f"{name}-images-idx3-ubyte"
+        file.write_bytes(struct.pack(">4i", 0x803, 12, 8, 8) + grey.tobytes())
+        file.with_name(f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, 12) + labels.tobytes()
+        )
+    start = ["--arch", str(folder / "tiny.json"), "--zeroshot", str(folder / "zeroshot.safetensors")]
+    start += [*TRAIN, "--augment", "none", "--train"]
+    idx = [*start, str(tmp_path / "mnist" / "train-images-idx3-ubyte"), "--val", str(tmp_path / "mnist")]
+    assert main([*idx, "--out", str(tmp_path / "a")]) == 0
+    assert main([*start, str(tmp_path / "same.npz"), "--val", f"mnist={tmp_path / 'same.npz'}",
+                 "--out", str(tmp_path / "b")]) == 0  # fmt: skip
+    first, second = (load_file(tmp_path / name / "lr0.01-ep2-none-warm1.safetensors") for name in "ab")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert zoo.read(tmp_path / "a").data["mnist"].path == tmp_path / "mnist"
+    not_tuned([*start, str(tmp_path / "mnist"), "--out", str(tmp_path / "c")], "t10k-images-idx3-ubyte")
 
 
 def test_validation_images_of_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
