@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.common.program import Stop
 from rft_fast.evaluate.precision import exact
 from rft_fast.names import MIXED, Mixed, never
 
+from .progress import Progress
 from .settings import Setting
 
 AUTOCAST = dict(zip(MIXED, (None, None, torch.bfloat16, torch.float16), strict=True))
@@ -113,7 +113,7 @@ def train(
         keeper: Where the state is kept. With one, a run that is killed and started again ends with the same
             weights as an uninterrupted one, on the same machine.
         finished: Called with all rows after each epoch, and with the kept rows on resuming.
-        label: Name in the progress bar and in errors.
+        label: Name in the progress and in errors. Where stderr is no terminal, progress is a line a minute.
         stop: Checked after each step; on a request the state is kept.
 
     Returns:
@@ -139,14 +139,11 @@ def train(
             keeper.save(run.state())
 
     _train_mode(model)
-    bar = tqdm(total=run.steps, initial=run.step, desc=label, disable=None, leave=False)
-    with exact(precision), bar:
+    with exact(precision), Progress(label or "training", run.steps, run.step, len(batches)) as progress:
         while run.step < run.steps:
             epoch, first = divmod(run.step, len(batches))
             for batch in batches.epoch(epoch, first):
-                loss = run.take(batch)
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                progress.step(run.take(batch))
                 if run.step % len(batches):  # an epoch's last step is kept after its row is made
                     stopped = stop is not None and stop.requested
                     if stopped or (keeper is not None and keeper.every and run.step % keeper.every == 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ from rft_fast.clip import architectures, matching, prompts
 from rft_fast.clip.endpoints import Ends, Setup
 from rft_fast.common import disk
 from rft_fast.config import zoo
-from rft_fast.finetune import Setting, images, output, training
+from rft_fast.finetune import Setting, images, output, progress, training
 from rft_fast.finetune.__main__ import main
 
 CPU = torch.device("cpu")
@@ -457,6 +459,24 @@ def test_signals_stop_after_the_step_and_lose_none(
     assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     assert len(list(csv.DictReader((tmp_path / "again" / f"{file.stem}.csv").open()))) == 3
     assert not list((tmp_path / "again").glob("*.resume"))
+
+
+def test_progress_within_an_epoch_is_a_line_where_there_is_no_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of six steps, two of which end an epoch; the clock says ten seconds per step."""
+    argv = arguments(folder, tmp_path / "zoo")
+    assert main(argv) == 0
+    assert "step" not in capsys.readouterr().out
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert main([*argv, "--seed", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
+    expected = [(1, 1, 50), (1, 2, 40), (2, 4, 20), (2, 5, 10)]
+    for line, (epoch, step, left) in zip(lines, expected, strict=True):
+        assert line.startswith(f"lr0.01-ep2-warm1-seed1: epoch {epoch} of 2, step {step} of 6, loss ")
+        assert line.endswith(f", {left} s left")
 
 
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
