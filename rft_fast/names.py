@@ -150,3 +150,19 @@ Mixed = Literal["fp32", "tf32", "bf16", "fp16"]  # precisions of training
 MIXED: tuple[Mixed, ...] = get_args(Mixed)
 Stored = Literal["float32", "float16"]  # types of the weights in the files
 STORED: tuple[Stored, ...] = get_args(Stored)
+
+# --- merging ------------------------------------------------------------------------------------------
+
+MergeMethod = Literal["interpolate", "soup", "task-arithmetic", "slerp", "hold", "prune"]
+MERGE_METHODS: dict[MergeMethod, str] = {
+    "interpolate": "(1 - alpha) zero-shot + alpha fine-tuned; alpha by layer: LiNeS",
+    "soup": "mean of the fine-tuned models",
+    "task-arithmetic": "zero-shot + sum of scale_k (fine-tuned_k - zero-shot)",
+    "slerp": "spherical interpolation, tensor by tensor",
+    "hold": "interpolation with some layers held at zero-shot",
+    "prune": "Algorithm 1: a Bernoulli mask on layers of the fine-tuned model, then interpolation",
+}
+MergeNaming = Literal["open_clip", "soup", "huggingface"]  # names that a merged model can be written under
+MERGE_NAMINGS: tuple[MergeNaming, ...] = get_args(MergeNaming)
+MergeDtype = Literal["float32", "bfloat16", "float16"]
+MERGE_DTYPES: tuple[MergeDtype, ...] = get_args(MergeDtype)

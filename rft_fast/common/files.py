@@ -131,14 +131,25 @@ class Content:
         """
         start, stop, _ = part.indices(self._size)
         data = np.empty(max(0, stop - start), np.uint8).data
+        self.read_into(start, data)
+        return data
+
+    def read_into(self, start: int, data: memoryview) -> None:
+        """Read bytes into memory that exists. Threads may read at the same time.
+
+        Args:
+            start: the first byte.
+            data: writable bytes, all of which are filled.
+
+        Raises:
+            Changed: the file has become shorter since it was opened.
+        """
         done = 0
-        self._stream.seek(start)
         while done < len(data):  # one call reads at most 2 GB
-            got = self._stream.readinto(data[done:])  # type: ignore[attr-defined]
+            got = os.preadv(self._stream.fileno(), [data[done:]], start + done)
             if not got:
                 raise Changed("became shorter while it was read")
             done += got
-        return data
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from .terminal import escaped
 COMMANDS = {
     "sweep": "measure fine-tuned models along their paths: tables, figures, a summary",
     "finetune": "fine-tune a zero-shot CLIP model, once or in a grid, for the sweep",
+    "merge": "make one model of several and write it: interpolation, soups, task vectors",
     "checkpoints": "describe a checkpoint, or check whether two are the ends of one path",
     "datasets": "describe a data set and its problems",
     "results": "list the measurements of a run, and export them",

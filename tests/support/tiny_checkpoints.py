@@ -73,6 +73,43 @@ def modules_of(**contents: dict[str, Any]) -> Iterator[None]:
         sys.modules.update(shadowed)
 
 
+def huggingface(state: State) -> State:
+    """A CLIPModel of transformers with these weights, its names written out by hand."""
+    result = {
+        "logit_scale": state["logit_scale"],
+        "text_model.embeddings.position_ids": torch.arange(7).unsqueeze(0),
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "text_model.final_layer_norm.weight": state["ln_final.weight"],
+        "text_model.final_layer_norm.bias": state["ln_final.bias"],
+        "text_projection.weight": state["text_projection"].t(),
+        "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
+        "vision_model.embeddings.position_ids": torch.arange(5).unsqueeze(0),
+        "vision_model.pre_layrnorm.weight": state["visual.ln_pre.weight"],
+        "vision_model.pre_layrnorm.bias": state["visual.ln_pre.bias"],
+        "vision_model.post_layernorm.weight": state["visual.ln_post.weight"],
+        "vision_model.post_layernorm.bias": state["visual.ln_post.bias"],
+        "visual_projection.weight": state["visual.proj"].t(),
+    }
+    for tower, start in (("vision_model", "visual."), ("text_model", "")):
+        for layer in range(2):
+            to, block = f"{tower}.encoder.layers.{layer}", f"{start}transformer.resblocks.{layer}"
+            for kind in ("weight", "bias"):
+                width = state[f"{block}.ln_1.weight"].shape[0]
+                joined = state[f"{block}.attn.in_proj_{kind}"]
+                result[f"{to}.self_attn.q_proj.{kind}"] = joined[:width]
+                result[f"{to}.self_attn.k_proj.{kind}"] = joined[width : 2 * width]
+                result[f"{to}.self_attn.v_proj.{kind}"] = joined[2 * width :]
+                result[f"{to}.self_attn.out_proj.{kind}"] = state[f"{block}.attn.out_proj.{kind}"]
+                result[f"{to}.layer_norm1.{kind}"] = state[f"{block}.ln_1.{kind}"]
+                result[f"{to}.layer_norm2.{kind}"] = state[f"{block}.ln_2.{kind}"]
+                result[f"{to}.mlp.fc1.{kind}"] = state[f"{block}.mlp.c_fc.{kind}"]
+                result[f"{to}.mlp.fc2.{kind}"] = state[f"{block}.mlp.c_proj.{kind}"]
+    return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
 # --- likenesses of the modules of other repositories ----------------------------------------------
 
 

@@ -1,0 +1,29 @@
+"""One model made of several, and written: ``python -m rft_fast.merge``, or these names.
+
+=============  ===================================================================
+module         holds
+=============  ===================================================================
+``settings``   what is merged, how, and where it goes; options
+``alphas``     a position for every layer: tables of patterns, LiNeS
+``sources``    files that are read run by run of elements, and where names stand
+``fit``        which files belong together; what is refused
+``formulas``   the arithmetic of each method
+``writing``    safetensors and files of torch.save, written run by run
+``work``       all of the above: :func:`run`
+=============  ===================================================================
+"""
+
+from typing import TYPE_CHECKING
+
+from rft_fast.common import lazy
+
+if TYPE_CHECKING:
+    from .alphas import lines
+    from .settings import Request
+    from .work import Outcome, provenance, run
+else:
+    __getattr__, __dir__ = lazy.face(
+        __name__, alphas="lines", settings="Request", work="Outcome provenance run"
+    )
+
+__all__ = ["Outcome", "Request", "lines", "provenance", "run"]

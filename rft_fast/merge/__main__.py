@@ -1,0 +1,83 @@
+"""``python -m rft_fast.merge``: several models in, one model out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rft_fast.common import program
+from rft_fast.config.builder import Builder
+from rft_fast.names import MERGE_METHODS
+
+from ..common.words import message, visible
+from .settings import METHOD, MODELS, OUTPUT, Request, refuse_unused
+
+BUILDER = Builder((Request,), (MODELS, METHOD, OUTPUT))
+
+DESCRIPTION = """\
+Make one model of several and write it, with its origin in the metadata (docs/merge.md).
+
+methods:
+{methods}
+"""
+
+EXAMPLES = """\
+examples:
+  python -m rft_fast.merge interpolate --zeroshot zeroshot.pt --finetuned tuned.pt --alpha 0.4 \\
+      --out wise.safetensors
+  python -m rft_fast.merge soup --finetuned soup/model_*.pt --out soup.safetensors
+  python -m rft_fast.merge task-arithmetic --zeroshot zeroshot.pt --finetuned cars.pt dtd.pt --scale 0.3 \\
+      --out both.safetensors
+"""
+
+
+@program.command("merge")
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: of the command line, without the program's name.
+
+    Returns:
+        0; 1 if a file or the disk failed while the result was written. Exits with 2, as argparse does, for
+        what is refused before.
+    """
+    top = parser()
+    options = top.parse_args(argv)
+    try:
+        given = BUILDER.given(options)
+        fields = BUILDER.fields(Request, given)
+        refuse_unused(options.method, fields.__contains__)
+        request = Request(method=options.method, **fields)
+        from .work import run
+
+        outcome = run(request)
+    except ValueError as error:
+        top.error(str(error).removeprefix("merge: "))
+    except (OSError, RuntimeError) as error:
+        print(f"{program.errors(top.prog)} {message(error)}; nothing was written", file=sys.stderr)
+        return 1
+    for note in outcome.notes:
+        print(f"note: {visible(note)}")
+    print(f"{visible(str(outcome.out))}: {outcome.merged} tensors merged, {outcome.copied} copied")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    methods = "\n".join(f"  {name:<15}  {text}" for name, text in MERGE_METHODS.items())
+    top = program.parser(
+        "merge",
+        usage="python -m rft_fast.merge METHOD [options]",
+        description=DESCRIPTION.format(methods=methods),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("method", metavar="METHOD", choices=tuple(MERGE_METHODS), help="how models are merged")
+    BUILDER.add_to(top)
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

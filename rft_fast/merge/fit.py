@@ -1,0 +1,232 @@
+"""Which files belong together; what is refused before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rft_fast.checkpoints import activation, lineage
+from rft_fast.checkpoints.canonical import HEAD, HEAD_WEIGHT, INERT
+from rft_fast.common.words import some
+from rft_fast.names import MergeMethod
+
+from .settings import VECTORS
+from .sources import Source, towers
+
+_SAMPLE = 1 << 16  # elements of each matrix that show whether two models are related
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COUNTER = ".num_batches_tracked"
+_STATISTICS = (".running_mean", ".running_var")
+
+
+@dataclass
+class Fit:
+    """How files go together.
+
+    Attributes:
+        reference: the file that names, dtypes and copied tensors are from.
+        merged: canonical names of tensors that are computed, in the reference's order.
+        copied: those that are copied from the reference.
+        differences: files that are differences (task vectors) instead of models.
+        notes: what to know of the result.
+    """
+
+    reference: Source
+    merged: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    differences: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def fit(zeroshot: Source | None, finetuned: Sequence[Source], method: MergeMethod, unrelated: bool) -> Fit:
+    """Check that files can be merged.
+
+    Args:
+        zeroshot: the zero-shot model, if the method has one.
+        finetuned: the other files.
+        method: of merging.
+        unrelated: accept models of which neither was fine-tuned from the other.
+
+    Returns:
+        What is merged and what is copied.
+
+    Raises:
+        ValueError: they cannot be; every problem is named.
+    """
+    sources = [*finetuned] if zeroshot is None else [zeroshot, *finetuned]
+    _refuse_twice(sources)
+    first, *others = sources
+    differences = []
+    for other in others:
+        _refuse_different(first, other)
+        if _is_difference(first, other, method, unrelated):
+            differences.append(other)
+    models = [source for source in finetuned if source not in differences]
+    found = Fit(models[0] if models else first, differences=differences)
+    for name in differences:
+        found.notes.append(f"{name.file} is a difference (task vector), and is added as one")
+    _sort(found, sources)
+    return found
+
+
+def _refuse_twice(sources: Sequence[Source]) -> None:
+    for place, source in enumerate(sources):
+        for other in sources[:place]:
+            if os.path.samefile(source.file, other.file):
+                raise ValueError(
+                    f"merge: {other.file} and {source.file} are the same file; each model counts once"
+                )
+
+
+def _refuse_different(a: Source, b: Source) -> None:
+    """Refuse two files that differ in names, shapes, kinds or activations."""
+    shared = [name for name in a.items if name in b.items]
+    if not shared:
+        raise ValueError(
+            f"merge: {a.file} and {b.file} share nothing: no tensor of one has the name of one of the other"
+        )
+    problems = []
+    shapes = [name for name in shared if a.items[name].shape != b.items[name].shape]
+    if heads := [name for name in shapes if name.startswith(HEAD)]:
+        counts = [len(x.items[heads[0]].shape) and x.items[heads[0]].shape[0] for x in (a, b)]
+        problems.append(f"their heads are for {counts[0]} and {counts[1]} classes")
+    if others := [name for name in shapes if not name.startswith(HEAD)]:
+        listed = [f"{n} {list(a.items[n].shape)} and {list(b.items[n].shape)}" for n in others]
+        problems.append(f"{len(others)} tensors have different shapes: {some(listed)}")
+    for one, other in ((a, b), (b, a)):
+        if alone := [name for name in one.items if name not in other.items and not _is_inert(name)]:
+            head = " (a head for both can be copied into the other file)" if alone[0].startswith(HEAD) else ""
+            problems.append(f"{len(alone)} tensors are in {one.file} only: {some(alone)}{head}")
+    kinds = [n for n in shared if a.items[n].dtype.is_floating_point != b.items[n].dtype.is_floating_point]
+    if kinds:
+        problems.append(f"{len(kinds)} tensors are integers in one file only: {some(kinds)}")
+    for source in (a, b):
+        items = source.items.items()
+        unfit = [n for n, i in items if _computed(i.dtype) and i.dtype not in _FLOATS]
+        if unfit:
+            problems.append(
+                f"{len(unfit)} tensors of {source.file} have a dtype other than float64, float32, bfloat16 "
+                f"and float16: {some(unfit)}"
+            )
+    for tower, known in a.activation.items():
+        counter = b.activation.get(tower)
+        if counter is not None and known.quick != counter.quick:
+            problems.append(
+                f"their {tower} towers have different activations: {activation.NAMES[known.quick]} "
+                f"({known.source}) and {activation.NAMES[counter.quick]} ({counter.source})"
+            )
+    if problems:
+        raise ValueError(f"merge: {a.file} and {b.file} cannot be merged: {'; '.join(problems)}")
+
+
+def _computed(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _is_inert(name: str) -> bool:
+    return name.partition(".")[0] in INERT
+
+
+def _is_difference(a: Source, b: Source, method: MergeMethod, unrelated: bool) -> bool:
+    """Return whether b is a difference; refuse it where models are expected, and models without relation."""
+    names = [
+        name
+        for name in towers(a.items)
+        if name in b.items and len(a.items[name].shape) > 1 and a.items[name].dtype.is_floating_point
+    ]
+    one, other = ({name: _sample(source, name) for name in names} for source in (a, b))
+    kin = lineage.kinship(one, other, lambda name: True)
+    if not kin.cosine < lineage.UNRELATED:
+        if (problem := _moved(a, b)) is not None:
+            rows = problem.partition(", so ")[0]  # the rest is the remedy of a sweep
+            raise ValueError(f"merge: {b.file} has {rows}; reorder its rows first")
+        return False
+    if kin.ratio < 0.5:
+        if method in VECTORS:
+            return True
+        raise ValueError(
+            f"merge: {b.file} is a difference (task vector) rather than a model: the norm of its matrices is "
+            f"{kin.ratio:.2g} times that of {a.file}, the cosine {kin.cosine:.2f}; {method} needs models. "
+            "Use task-arithmetic, which adds it"
+        )
+    if not unrelated:
+        raise ValueError(
+            f"merge: {a.file} and {b.file} are unrelated: the cosine between their matrices is "
+            f"{kin.cosine:.2f}, but models that were fine-tuned from one start stay close (expected: at "
+            f"least {lineage.UNRELATED:g}). --unrelated merges them anyway"
+        )
+    return False
+
+
+def _moved(a: Source, b: Source) -> str | None:
+    """Describe heads whose rows are in another order."""
+    heads: list[dict[str, Tensor]] = []
+    for source in (a, b):
+        item = source.items.get(HEAD_WEIGHT)
+        if item is None:
+            return None
+        weight = torch.empty(item.numel, dtype=item.dtype)
+        source.read(HEAD_WEIGHT, weight)
+        heads.append({HEAD_WEIGHT: weight.view(item.shape)})
+    return lineage.moved_rows(*heads)
+
+
+def _sample(source: Source, name: str) -> Tensor:
+    item = source.items[name]
+    out = torch.empty(min(item.numel, _SAMPLE), dtype=item.dtype)
+    source.read(name, out)
+    return out[None]
+
+
+def _sort(found: Fit, sources: Sequence[Source]) -> None:
+    """Sort the reference's tensors into merged and copied ones, with notes."""
+    reference = found.reference
+    alone = []
+    for name, item in reference.items.items():
+        if not all(name in source.items for source in sources):
+            alone.append(name)
+            found.copied.append(name)
+        elif item.dtype.is_floating_point:
+            found.merged.append(name)
+        else:
+            found.copied.append(name)
+            _refuse_differing(name, [source for source in sources if source not in found.differences])
+    if alone:
+        found.notes.append(
+            f"copied from {reference.file}, because another file has no such tensors: {some(alone, 3)}"
+        )
+    left = dict.fromkeys(n for source in sources for n in source.items if n not in reference.items)
+    if left:
+        found.notes.append(f"left out, because {reference.file} has no such tensors: {some(list(left), 3)}")
+    if counters := [name for name in found.copied if name.endswith(_COUNTER)]:
+        found.notes.append(f"copied from {reference.file}: {some(counters, 3)}, which count training steps")
+    if statistics := [name for name in found.merged if name.endswith(_STATISTICS)]:
+        found.notes.append(
+            f"{len(statistics)} statistics of BatchNorm are merged like weights ({some(statistics, 2)}); "
+            "merged statistics may be wrong for the merged weights"
+        )
+
+
+def _refuse_differing(name: str, sources: Sequence[Source]) -> None:
+    """Refuse integer tensors that differ, but for counters of training steps."""
+    if name.endswith(_COUNTER):
+        return
+    first, *others = sources
+    expected = _all(first, name)
+    for other in others:
+        got = _all(other, name)
+        if got.dtype != expected.dtype or not torch.equal(got, expected):
+            raise ValueError(
+                f"merge: {name} differs between {first.file} and {other.file}; integers are copied, not "
+                "merged, so they must be equal"
+            )
+
+
+def _all(source: Source, name: str) -> Tensor:
+    out = torch.empty(source.items[name].numel, dtype=source.items[name].dtype)
+    source.read(name, out)
+    return out

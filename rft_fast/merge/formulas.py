@@ -1,0 +1,191 @@
+"""The arithmetic of each method, on runs of elements of one tensor.
+
+Every formula computes in float32, or in float64 where an input is float64, and rounds once to the result's
+dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import rft_fast.kernels as kernels
+from rft_fast.names import Fill, MergeMethod
+
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_CHUNK = 1 << 20  # elements whose float64 copies are made at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive elements of one tensor.
+
+    Attributes:
+        name: canonical name of the tensor.
+        out: result, one-dimensional; written.
+        zeroshot: the same elements of the zero-shot model; None for methods without one.
+        models: those of the fine-tuned models.
+    """
+
+    name: str
+    out: Tensor
+    zeroshot: Tensor | None
+    models: Sequence[Tensor]
+
+
+Formula = Callable[[Run], None]
+# Methods whose formula needs a whole tensor instead of any run of its elements.
+WHOLE = frozenset[MergeMethod]({"slerp", "prune"})
+
+
+def interpolate(alphas: Mapping[str, float]) -> Formula:
+    """``(1 - alpha) w0 + alpha w1``, exact at both ends.
+
+    Args:
+        alphas: name of a tensor -> alpha.
+    """
+
+    def formula(run: Run) -> None:
+        _lerp(run.out, _base(run), run.models[0], alphas[run.name])
+
+    return formula
+
+
+def soup() -> Formula:
+    """Mean of the models (Wortsman et al. 2022)."""
+
+    def formula(run: Run) -> None:
+        total = run.models[0].to(_wide(run), copy=True)
+        for model in run.models[1:]:
+            total += model
+        run.out.copy_(total / len(run.models))
+
+    return formula
+
+
+def task_arithmetic(scales: Sequence[float], differences: Sequence[bool]) -> Formula:
+    """``w0 + sum of scale_k (w_k - w0)`` (Ilharco et al. 2023, Sec. 2).
+
+    Args:
+        scales: factor of each model.
+        differences: whether each is ``w_k - w0`` already.
+    """
+
+    def formula(run: Run) -> None:
+        base = _base(run).to(_wide(run))
+        total = base.clone()
+        for vector, scale in zip(vectors(run, base, differences), scales, strict=True):
+            total.add_(vector, alpha=scale)
+        run.out.copy_(total)
+
+    return formula
+
+
+def slerp(alphas: Mapping[str, float], least_angle: float) -> Formula:
+    """Spherical interpolation (Shoemake 1985) of whole tensors, which keep their own norms.
+
+    ``sin((1 - alpha) t) / sin(t) w0 + sin(alpha t) / sin(t) w1``, with t the angle between the two; linear
+    where t is below ``least_angle`` or above 180 degrees minus it, or a tensor is zero.
+
+    Args:
+        alphas: name of a tensor -> alpha.
+        least_angle: in degrees.
+    """
+    most = math.cos(math.radians(least_angle))
+
+    def formula(run: Run) -> None:
+        a, b, alpha = _base(run), run.models[0], alphas[run.name]
+        norms = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+        cosine = max(-1.0, min(1.0, dot(a, b) / norms)) if norms else 1.0
+        if abs(cosine) > most or alpha in (0, 1):
+            _lerp(run.out, a, b, alpha)
+            return
+        angle = math.acos(cosine)
+        factors = [math.sin(part * angle) / math.sin(angle) for part in (1 - alpha, alpha)]
+        wide = _wide(run)
+        for out, one, other in chunks(run.out, a, b):
+            out.copy_(one.to(wide) * factors[0] + other.to(wide) * factors[1])
+
+    return formula
+
+
+def prune(alphas: Mapping[str, float], pruned: frozenset[str], keep: float, fill: Fill, seed: int) -> Formula:
+    """Algorithm 1's model: a Bernoulli mask on fine-tuned weights, then interpolation.
+
+    Args:
+        alphas: name of a tensor -> alpha.
+        pruned: names of the tensors that are masked.
+        keep: probability that a weight is kept.
+        fill: what a masked weight becomes, ``zero`` or ``zeroshot``.
+        seed: of the masks; each tensor has its own, by its name (:func:`seed_of`).
+    """
+
+    def formula(run: Run) -> None:
+        base, model, alpha = _base(run), run.models[0], alphas[run.name]
+        if run.name not in pruned:
+            _lerp(run.out, base, model, alpha)
+            return
+        mask = kernels.keep_mask_like(model, keep, seed_of(seed, run.name))
+        filled = torch.where(mask, model, torch.zeros_like(model) if fill == "zero" else base.to(model.dtype))
+        _lerp(run.out, base, filled, alpha)
+
+    return formula
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def seed_of(seed: int, name: str, model: int = 0) -> int:
+    """Return the Philox key of the mask of a tensor: 64 bits of the SHA-256 of ``seed/model/name``.
+
+    So equally shaped tensors have different masks, which do not depend on the order of tensors in a file.
+
+    Args:
+        seed: of the merge.
+        name: canonical name of the tensor.
+        model: number of the model.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{model}/{name}".encode()).digest()[:8], "little")
+
+
+def vectors(run: Run, base: Tensor, differences: Sequence[bool]) -> list[Tensor]:
+    """Return the differences of the models to the zero-shot one, in its dtype."""
+    return [
+        model.to(base.dtype) if is_difference else model.to(base.dtype) - base
+        for model, is_difference in zip(run.models, differences, strict=True)
+    ]
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two tensors, computed in float64."""
+    return math.fsum(float(one.double() @ other.double()) for one, other in chunks(a, b))
+
+
+def chunks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Split one-dimensional tensors into short runs."""
+    return zip(*(torch.split(tensor, _CHUNK) for tensor in tensors), strict=True)
+
+
+def _base(run: Run) -> Tensor:
+    if run.zeroshot is None:
+        raise ValueError("merge: this method needs a zero-shot model")
+    return run.zeroshot
+
+
+def _wide(run: Run) -> torch.dtype:
+    inputs = [*run.models] if run.zeroshot is None else [run.zeroshot, *run.models]
+    return torch.float64 if any(each.dtype == torch.float64 for each in inputs) else torch.float32
+
+
+def _lerp(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    if {out.dtype, a.dtype, b.dtype} <= KERNEL_DTYPES:
+        kernels.interpolate_(out, a, b, alpha)
+    elif alpha in (0, 1):
+        out.copy_(b if alpha else a)
+    else:
+        out.copy_((1 - alpha) * a.double() + alpha * b.double())

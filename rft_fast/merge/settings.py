@@ -1,0 +1,264 @@
+"""What is merged, how, and where it goes: the request, which is also the command line's options."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from rft_fast.common.fields import Group, described, option
+from rft_fast.common.words import suggestion
+from rft_fast.names import (
+    FILL,
+    MERGE_DTYPES,
+    MERGE_METHODS,
+    MERGE_NAMINGS,
+    Fill,
+    MergeDtype,
+    MergeMethod,
+    MergeNaming,
+)
+
+MODELS = Group("models")
+METHOD = Group("method", "an option that the method does not use is refused")
+OUTPUT = Group("result")
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+# Method -> its own options, by field.
+USED: dict[MergeMethod, frozenset[str]] = {
+    "interpolate": frozenset({"alpha", "lines"}),
+    "soup": frozenset(),
+    "task-arithmetic": frozenset({"scale"}),
+    "slerp": frozenset({"alpha", "least_angle"}),
+    "hold": frozenset({"alpha", "layers"}),
+    "prune": frozenset({"alpha", "layers", "keep", "fill", "seed"}),
+}
+# Methods of exactly two models: the zero-shot one and a fine-tuned one.
+PAIRS = frozenset[MergeMethod]({"interpolate", "slerp", "hold", "prune"})
+# Methods without a zero-shot model.
+BASELESS = frozenset[MergeMethod]({"soup"})
+# Methods that add differences to the zero-shot model, and so take files that are differences.
+VECTORS = frozenset[MergeMethod]({"task-arithmetic"})
+COMMON = ("zeroshot", "finetuned", "out", "method", "format", "dtype", "overwrite", "unrelated")
+
+
+def position(text: str) -> float | tuple[str, float]:
+    """A check: ``0.4``, or ``PATTERN=0.4``."""
+    pattern, equals, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (equals and not pattern):
+        raise ValueError(f"expected a finite number, or PATTERN=NUMBER with one; got {text!r}")
+    return (pattern, value) if equals else value
+
+
+def finite(text: str) -> float:
+    """A check: a finite number."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"expected a finite number, got {text}")
+    return value
+
+
+def _pair(values: object) -> tuple[float, float]:
+    if not isinstance(values, (list, tuple)) or len(values) != 2:
+        raise ValueError(f"expected two numbers, GAMMA and BETA; got {values!r}")
+    return float(values[0]), float(values[1])
+
+
+@dataclass(frozen=True)
+class Request:
+    """A merge: which models, how, and where the result goes.
+
+    Attributes:
+        method: a key of ``rft_fast.names.MERGE_METHODS``.
+        finetuned: checkpoint files; with ``task-arithmetic`` also differences (task vectors).
+        out: file to write: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin`` for one of torch.save.
+        zeroshot: checkpoint file; None only for methods without one.
+        alpha: position of the result: 0 is zero-shot, 1 is fine-tuned. Numbers, at most one, and pairs of a
+            layer (its name, or ``re:`` and a regular expression) and a number; the number alone is for all
+            other layers. Empty: 1 for ``hold`` and ``prune``.
+        lines: (gamma, beta) of LiNeS (Wang et al. 2024): alpha of block l of L is
+            ``gamma + beta (l - 1) / (L - 1)``; instead of ``alpha``.
+        layers: layers that ``hold`` keeps at zero-shot, or that ``prune`` masks; names or patterns.
+        scale: factors of the differences: one for all models, or one for each.
+        least_angle: degrees; at a smaller angle, and at one as close to 180, ``slerp`` interpolates linearly.
+        keep: probability that a weight survives the mask of ``prune``.
+        fill: value of a masked weight: ``zero`` or ``zeroshot``.
+        seed: of masks.
+        format: names in the result; None: those of the first fine-tuned file.
+        dtype: of its floating-point tensors; None: that of each tensor in the first fine-tuned file.
+        overwrite: replace a result that exists.
+        unrelated: accept models of which neither was fine-tuned from the other.
+
+    Raises:
+        ValueError: a number is out of range; or files or options do not fit the method.
+    """
+
+    GROUP: ClassVar = METHOD
+
+    method: MergeMethod
+    finetuned: tuple[pathlib.Path, ...] = field(
+        metadata=described(
+            "checkpoints; for task-arithmetic, differences (task vectors) as well",
+            metavar="FILE",
+            check=pathlib.Path,
+            many="once",
+            paths=True,
+            group=MODELS,
+        )
+    )
+    out: pathlib.Path = field(
+        metadata=described(
+            f"file to write ({', '.join(SUFFIXES)})", metavar="FILE", check=pathlib.Path, group=OUTPUT
+        )
+    )
+    zeroshot: pathlib.Path | None = option(
+        None, "checkpoint that the others were fine-tuned from", metavar="FILE", check=pathlib.Path,
+        group=MODELS,
+    )  # fmt: skip
+    unrelated: bool = option(
+        False, "accept models of which neither was fine-tuned from the other", group=MODELS
+    )
+    alpha: tuple[float | tuple[str, float], ...] = option(
+        (),
+        "position: 0 is zero-shot, 1 is fine-tuned; LAYER=X or re:PATTERN=X for some layers, a number alone "
+        "for the others",
+        metavar="X",
+        check=position,
+        many="once",
+    )
+    lines: tuple[float, float] | None = option(
+        None,
+        "GAMMA BETA of LiNeS: alpha rises from GAMMA in the first block to GAMMA + BETA in the last",
+        metavar="X",
+        check=finite,
+        many="once",
+        whole=_pair,
+    )
+    layers: tuple[str, ...] = option(
+        (),
+        "layers that are held at zero-shot or pruned; names, or re:PATTERN",
+        metavar="LAYER",
+        many="once",
+    )
+    scale: tuple[float, ...] = option(
+        (1.0,),
+        "factor of the differences, for all models or for each (1)",
+        metavar="X",
+        check=finite,
+        many="once",
+    )
+    least_angle: float = option(
+        math.degrees(math.acos(0.9995)),
+        "degrees below which slerp interpolates linearly (1.81: cosine 0.9995)",
+        metavar="X",
+        check=finite,
+    )
+    keep: float = option(
+        0.5, "probability that a weight is kept by prune (%(default)s)", metavar="P", check=finite
+    )
+    fill: Fill = option("zero", "value of a pruned weight (%(default)s)", choices=FILL)
+    seed: int = option(0, "of random masks (%(default)s)", metavar="N", check=int)
+    format: MergeNaming | None = option(
+        None,
+        "names in the result (default: those in the first fine-tuned file)",
+        choices=MERGE_NAMINGS,
+        group=OUTPUT,
+    )
+    dtype: MergeDtype | None = option(
+        None,
+        "of floating-point tensors (default: as in the first fine-tuned file)",
+        choices=MERGE_DTYPES,
+        group=OUTPUT,
+    )
+    overwrite: bool = option(False, "replace a result that exists", group=OUTPUT)
+
+    def __post_init__(self) -> None:
+        if self.method not in MERGE_METHODS:
+            raise ValueError(
+                f"merge: there is no method {self.method!r}; {suggestion(self.method, MERGE_METHODS)}"
+            )
+        self._check_files()
+        self._check_numbers()
+
+    def _check_files(self) -> None:
+        count = len(self.finetuned)
+        if self.out.suffix not in SUFFIXES:
+            raise ValueError(f"merge: the result must be a file {', '.join(SUFFIXES)}; got {str(self.out)!r}")
+        if self.method in PAIRS and count != 1:
+            raise ValueError(f"merge: {self.method} takes one fine-tuned model, got {count}")
+        if self.method in BASELESS:
+            if self.zeroshot is not None:
+                raise ValueError(
+                    f"merge: {self.method} has no zero-shot model; name {self.zeroshot} among the fine-tuned "
+                    "ones if it is to be one of the models"
+                )
+            if count < 2:
+                raise ValueError(f"merge: {self.method} needs two models or more, got {count}")
+        elif self.zeroshot is None:
+            raise ValueError(f"merge: {self.method} needs a zero-shot model; give --zeroshot FILE")
+        if not count:
+            raise ValueError(f"merge: {self.method} needs a fine-tuned model; give --finetuned FILE")
+
+    def _check_numbers(self) -> None:
+        plain = [entry for entry in self.alpha if not isinstance(entry, tuple)]
+        values = [entry[1] if isinstance(entry, tuple) else entry for entry in self.alpha]
+        self._need("alpha", all(map(math.isfinite, values)), "finite numbers")
+        self._need("alpha", len(plain) <= 1, "at most one number for all layers")
+        if self.method in ("interpolate", "slerp"):
+            given = bool(self.alpha) + (self.lines is not None)
+            if given != 1:
+                options = "--alpha or --lines" if self.method == "interpolate" else "--alpha"
+                raise ValueError(f"merge: {self.method} needs {options}, and only one of them")
+        if self.lines is not None:
+            self._need("lines", all(map(math.isfinite, self.lines)), "two finite numbers")
+        if self.method in ("hold", "prune") and not self.layers:
+            raise ValueError(f"merge: {self.method} needs layers; give --layers LAYER ...")
+        self._need(
+            "scale",
+            len(self.scale) in (1, len(self.finetuned)),
+            "one number, or one for each fine-tuned model",
+        )
+        self._need("scale", all(map(math.isfinite, self.scale)), "finite numbers")
+        self._need("least_angle", 0 <= self.least_angle < 90, "an angle from 0 to 90 degrees")
+        self._need("keep", 0 <= self.keep <= 1, "a probability")
+        self._need("fill", self.fill in FILL, f"one of {', '.join(FILL)}")
+        self._need("seed", 0 <= self.seed < 1 << 64, "an integer from 0 to 2**64 - 1")
+        self._need("format", self.format in (None, *MERGE_NAMINGS), f"one of {', '.join(MERGE_NAMINGS)}")
+        self._need("dtype", self.dtype in (None, *MERGE_DTYPES), f"one of {', '.join(MERGE_DTYPES)}")
+
+    def _need(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise ValueError(f"merge: {name} must be {expected}; got {getattr(self, name)!r}")
+
+    def scales(self) -> list[float]:
+        """The factor of each fine-tuned model."""
+        return list(self.scale) if len(self.scale) > 1 else [self.scale[0]] * len(self.finetuned)
+
+    def numbers(self) -> dict[str, object]:
+        """The values of the method's own options, as JSON has them."""
+        found = {name: getattr(self, name) for name in sorted(USED[self.method])}
+        return {name: value for name, value in found.items() if value not in ((), None)}
+
+
+def refuse_unused(method: MergeMethod, given: Callable[[str], bool]) -> None:
+    """Refuse options that a method does not use.
+
+    Args:
+        method: the method.
+        given: whether the option of a field was given.
+
+    Raises:
+        ValueError: one was.
+    """
+    every = frozenset().union(*USED.values())
+    if unused := sorted(name for name in every - USED[method] if given(name)):
+        users = ", ".join(each for each in USED if unused[0] in USED[each])
+        raise ValueError(
+            f"merge: {method} does not use --{unused[0].replace('_', '-')} (used by {users}); leave it out"
+        )

@@ -1,0 +1,320 @@
+"""A request -> a file: what is read, computed and written, run by run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rft_fast
+from rft_fast.checkpoints import containers, huggingface
+from rft_fast.checkpoints.activation import Activation
+from rft_fast.common import disk, files
+from rft_fast.path import layers as layering
+
+from . import alphas, fit, formulas, sources
+from .settings import Request
+from .sources import Source, view
+from .writing import PROVENANCE, Entry, Writer, writing
+
+_RUN = 1 << 18  # elements that are read, computed and written at a time: they stay in the CPU's cache
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge made.
+
+    Attributes:
+        out: the file.
+        merged: number of tensors that were computed.
+        copied: number of tensors that were copied.
+        notes: what to know of the result.
+        provenance: what its metadata say: method, numbers, sources and their SHA-256.
+    """
+
+    out: pathlib.Path
+    merged: int
+    copied: int
+    notes: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A tensor of the result: its canonical name, whether it is merged, and what it becomes in the file."""
+
+    name: str
+    merged: bool
+    dtype: torch.dtype
+    entries: tuple[Entry, ...]
+    transposed: bool
+
+
+def run(request: Request) -> Outcome:
+    """Merge models and write the result.
+
+    Tensors are read, computed and written in runs of elements, or one after the other where the method needs
+    whole ones; no model is ever in memory. The result appears under its name when it is complete and on disk.
+
+    Args:
+        request: what is merged, how, and where it goes.
+
+    Raises:
+        ValueError: the files cannot be merged; the result exists; or a tensor of the result is not finite.
+        Changed: a file changed meanwhile.
+        OSError: a file cannot be read or written, or the disk is full.
+    """
+    _check_out(request)
+    inputs = files.Inputs()
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(sources.opened(file, inputs))
+            for file in (*([request.zeroshot] if request.zeroshot else []), *request.finetuned)
+        ]
+        zeroshot = opened[0] if request.zeroshot else None
+        finetuned = opened[1:] if request.zeroshot else opened
+        found = fit.fit(zeroshot, finetuned, request.method, request.unrelated)
+        formula = _formula(request, found, finetuned)
+        jobs = _jobs(request, found)
+        hashing = stack.enter_context(ThreadPoolExecutor(1))
+        digests = [hashing.submit(inputs.sha256, source.file) for source in opened]
+        stack.callback(_cancel, digests)
+        activation = _agreed(opened)
+        texts = _metadata(request, opened, found, ["0" * 64] * len(opened), activation)
+        entries = [entry for job in jobs for entry in job.entries]
+        with writing(request.out, entries, texts, request.overwrite) as writer:
+            work = _Work(request, zeroshot, finetuned, found.reference, formula)
+            for job in jobs:
+                work.do(job, writer)
+            hexes = [each.result() for each in digests]
+            texts = _metadata(request, opened, found, hexes, activation)
+            writer.finish(texts)
+            inputs.check()
+    return Outcome(
+        request.out, len(found.merged), len(found.copied), tuple(found.notes), json.loads(texts[PROVENANCE])
+    )
+
+
+def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
+    """Read what a merged safetensors file says of its origin.
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        Method, numbers, sources with their SHA-256, and notes; None if the file was not written by
+        :func:`run`.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    file = pathlib.Path(path)
+    with files.opened(file) as stream:
+        container = containers.read(stream, file)
+    if container.kind != "safetensors":
+        raise ValueError(f"merge: {file} is a file of {container.kind}, expected safetensors")
+    text = container.metadata.get(PROVENANCE)
+    return None if text is None else dict(json.loads(text))
+
+
+def _check_out(request: Request) -> None:
+    out = request.out
+    disk.check_targets(files=[out])
+    if not out.parent.is_dir():
+        raise ValueError(f"merge: there is no folder {out.parent} for the result; make it first")
+    if out.exists():
+        for file in (request.zeroshot, *request.finetuned):
+            if file is not None and file.exists() and file.samefile(out):
+                raise ValueError(f"merge: {out} is one of the models; write the result to another file")
+        if not request.overwrite:
+            raise ValueError(f"merge: {out} exists; choose another file, or --overwrite replaces it")
+
+
+def _cancel(digests: list[Future[str]]) -> None:
+    for each in digests:
+        each.cancel()
+
+
+# --- what is computed ---------------------------------------------------------------------------------
+
+
+def _formula(request: Request, found: fit.Fit, finetuned: list[Source]) -> formulas.Formula:
+    layers = layering.group([*found.merged])
+    names = found.merged
+
+    def by_tensor(table: Mapping[str, float]) -> dict[str, float]:
+        return {names[index]: table[layer] for layer, indices in layers.items() for index in indices}
+
+    if request.method == "soup":
+        return formulas.soup()
+    if request.method == "task-arithmetic":
+        are = [source in found.differences for source in finetuned]
+        return formulas.task_arithmetic(request.scales(), are)
+    if request.lines is not None:
+        table = alphas.lines([*layers], *request.lines)
+    else:
+        table = alphas.table(request.alpha or (1.0,), [*layers])
+    chosen: list[str] = []
+    if request.layers:
+        chosen = layering.select(layers, list(request.layers), operation="merge: layers")
+    if request.method == "hold":
+        table |= dict.fromkeys(chosen, 0.0)
+    if request.method == "slerp":
+        return formulas.slerp(by_tensor(table), request.least_angle)
+    if request.method == "prune":
+        pruned = frozenset(names[index] for layer in chosen for index in layers[layer])
+        return formulas.prune(by_tensor(table), pruned, request.keep, request.fill, request.seed)
+    return formulas.interpolate(by_tensor(table))
+
+
+def _jobs(request: Request, found: fit.Fit) -> list[_Job]:
+    """List the tensors of the result in the reference's order, those of wider elements first."""
+    merged = frozenset(found.merged)
+    jobs = []
+    for name, item in found.reference.items.items():
+        dtype = item.dtype
+        if request.dtype is not None and dtype.is_floating_point:
+            dtype = getattr(torch, request.dtype)
+        place = _place(request, found.reference, name)
+        shapes = _shapes(item.shape, len(place.names), place.transposed)
+        entries = [Entry(each, shape, dtype) for each, shape in zip(place.names, shapes, strict=True)]
+        jobs.append(_Job(name, name in merged, dtype, tuple(entries), place.transposed))
+    if twice := {e.name for j in jobs for e in j.entries if e.name == PROVENANCE}:
+        raise ValueError(f"merge: no tensor can be called {twice.pop()}")
+    return sorted(jobs, key=lambda job: -job.dtype.itemsize)
+
+
+def _place(request: Request, reference: Source, name: str) -> huggingface.Place:
+    """Decide on the names in the result."""
+    if request.format is None:
+        return huggingface.Place(reference.stored_names(name), reference.items[name].transposed)
+    if request.format == "huggingface":
+        if (place := huggingface.place(name)) is None:
+            raise ValueError(
+                f"merge: transformers' CLIP has no place for {name}; leave out --format huggingface"
+            )
+        return place
+    soup = request.format == "soup" and not name.startswith("classification_head.")
+    return huggingface.Place((f"model.{name}" if soup else name,))
+
+
+def _shapes(shape: torch.Size, count: int, transposed: bool) -> list[tuple[int, ...]]:
+    if transposed:
+        return [tuple(reversed(shape))]
+    if count == 1:
+        return [tuple(shape)]
+    return [(shape[0] // count, *shape[1:])] * count
+
+
+class _Work:
+    """Reads, computes and writes one tensor after the other, in buffers that are used again."""
+
+    def __init__(
+        self,
+        request: Request,
+        zeroshot: Source | None,
+        finetuned: list[Source],
+        reference: Source,
+        formula: formulas.Formula,
+    ) -> None:
+        self.zeroshot, self.finetuned, self.reference = zeroshot, finetuned, reference
+        self.formula = formula
+        self.whole = request.method in formulas.WHOLE
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def do(self, job: _Job, writer: Writer) -> None:
+        """Make a tensor and write it."""
+        numel = self.reference.items[job.name].numel
+        step = numel if job.transposed or (self.whole and job.merged) else _RUN
+        for start, count in _runs(numel, step):
+            out = self._merged(job, start, count) if job.merged else self._copied(job, start, count)
+            if job.transposed:
+                rows, columns = job.entries[0].shape
+                out = out.view(columns, rows).T.reshape(-1)
+            writer.write(view(out))
+
+    def _merged(self, job: _Job, start: int, count: int) -> Tensor:
+        read = [self._read(k, each, job.name, start, count) for k, each in enumerate(self.finetuned)]
+        base = self.zeroshot
+        zeroshot = None if base is None else self._read(-1, base, job.name, start, count)
+        out = self._buffer(-2, job.dtype, count)
+        self.formula(formulas.Run(job.name, out, zeroshot, read))
+        total = out.sum(dtype=torch.promote_types(out.dtype, torch.float32))  # finite: all elements are
+        if not torch.isfinite(total) and not torch.isfinite(out).all():
+            raise ValueError(
+                f"merge: {job.name} of the result has NaN or infinity: an input has, or a number is beyond "
+                f"the range of {str(job.dtype).removeprefix('torch.')}"
+            )
+        return out
+
+    def _copied(self, job: _Job, start: int, count: int) -> Tensor:
+        found = self._read(-1, self.reference, job.name, start, count)
+        return found.to(job.dtype)
+
+    def _read(self, key: int, source: Source, name: str, start: int, count: int) -> Tensor:
+        out = self._buffer(key, source.items[name].dtype, count)
+        source.read(name, out, start)
+        return out
+
+    def _buffer(self, key: int, dtype: torch.dtype, count: int) -> Tensor:
+        """Return memory that is used again: one buffer for each input, one for the result."""
+        if count > _RUN:
+            return torch.empty(count, dtype=dtype)
+        if (key, dtype) not in self._buffers:
+            self._buffers[key, dtype] = torch.empty(_RUN, dtype=dtype)
+        return self._buffers[key, dtype][:count]
+
+
+def _runs(numel: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, numel, max(step, 1)):
+        yield start, min(step, numel - start)
+
+
+# --- metadata -----------------------------------------------------------------------------------------
+
+
+def _agreed(opened: list[Source]) -> dict[str, Activation]:
+    """Return the activations that files show; two that differ are refused before."""
+    return {tower: known for source in opened for tower, known in source.activation.items()}
+
+
+def _metadata(
+    request: Request,
+    opened: list[Source],
+    found: fit.Fit,
+    digests: list[str],
+    activation: Mapping[str, Activation],
+) -> dict[str, str]:
+    """Make the metadata of the result: provenance, and activations as the reader finds them."""
+    origin = {
+        "version": rft_fast.__version__,
+        "method": request.method,
+        "numbers": request.numbers(),
+        "sources": [
+            {
+                "file": str(source.file),
+                "sha256": digest,
+                "role": "zero-shot" if request.zeroshot and source is opened[0] else "fine-tuned",
+                **({"difference": True} if source in found.differences else {}),
+            }
+            for source, digest in zip(opened, digests, strict=True)
+        ],
+        "notes": found.notes,
+    }
+    texts = {PROVENANCE: json.dumps(origin)}
+    for quick in {known.quick for known in activation.values()}:
+        config: dict[str, Any] = {"quick_gelu": quick}
+        names = (("image", "vision_cfg"), ("text", "text_cfg"))
+        config |= {
+            name: {} for tower, name in names if tower in activation and activation[tower].quick == quick
+        }
+        texts[f"model_cfg.{'quick_gelu' if quick else 'gelu'}"] = json.dumps(config)
+    return texts

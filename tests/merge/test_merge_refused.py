@@ -1,0 +1,163 @@
+"""What a merge refuses, before it writes anything."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_merge
+from support.tiny_merge import State, merged
+from support.wording import command_refused, refused
+
+from rft_fast.merge import Request, lines
+from rft_fast.merge.__main__ import main
+
+ZERO = tiny_merge.base()
+ONE = tiny_merge.moved(ZERO, 1)
+IDS = {"visual.ids": torch.arange(3)}
+
+
+def without(state: State, part: str) -> State:
+    return {name: tensor for name, tensor in state.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("zero", "one", "facts"),
+    [
+        pytest.param(ZERO, {"other": torch.ones(2)}, ["zero.safetensors", "one.safetensors"], id="nothing"),
+        pytest.param(ZERO, ONE | {"classification_head.weight": torch.ones(4, 5)}, [3, 4], id="head"),
+        pytest.param(ZERO, without(ONE, "head"), ["classification_head.weight"], id="no head"),
+        pytest.param(ZERO, ONE | {"visual.ln_post.weight": torch.ones(6)}, ["ln_post", 5, 6], id="shape"),
+        pytest.param(ZERO, without(ONE, "conv1"), ["visual.conv1.weight"], id="missing"),
+        pytest.param(ZERO, ONE | {"visual.more": torch.ones(1)}, ["visual.more"], id="more"),
+        pytest.param(ZERO | IDS, ONE | {"visual.ids": torch.ones(3)}, ["visual.ids"], id="kind"),
+        pytest.param(ZERO | IDS, ONE | {"visual.ids": torch.arange(3) + 1}, ["visual.ids"], id="integers"),
+        pytest.param(
+            ZERO | {"visual.c": torch.ones(2, dtype=torch.complex64)},
+            ONE | {"visual.c": torch.ones(2, dtype=torch.complex64)},
+            ["visual.c"],
+            id="complex",
+        ),
+        pytest.param(ZERO, tiny_merge.base(5), ["--unrelated"], id="unrelated"),
+        pytest.param(ZERO, {n: ONE[n] - ZERO[n] for n in ZERO}, ["task-arithmetic"], id="difference"),
+        pytest.param(
+            ZERO,
+            ONE | {"visual.conv1.weight": torch.full((4, 3, 2, 2), math.nan)},
+            ["visual.conv1.weight"],
+            id="nan",
+        ),
+    ],
+)
+def test_models_that_do_not_belong_together(
+    tmp_path: Path, zero: State, one: State, facts: list[object]
+) -> None:
+    files = tiny_merge.put(tmp_path, zero=zero, one=one)
+    before = sorted(os.listdir(tmp_path))
+    with refused(ValueError, *facts):
+        merged("interpolate", files, tmp_path / "out.safetensors", alpha=(0.5,))
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_unrelated_models_on_request(tmp_path: Path) -> None:
+    other = tiny_merge.base(5)
+    files = tiny_merge.put(tmp_path, one=ZERO, two=other)
+    got, _ = merged("soup", files, tmp_path / "out.safetensors", unrelated=True)
+    name = "visual.conv1.weight"
+    torch.testing.assert_close(got[name], (ZERO[name] + other[name]) / 2)
+
+
+def test_rows_of_a_head_in_another_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    head = torch.randn(6, 20)
+    name = "classification_head.weight"
+    files = tiny_merge.put(
+        tmp_path, zero=without(ZERO, "head") | {name: head}, one=without(ONE, "head") | {name: head.flip(0)}
+    )
+    with refused(ValueError, "one.safetensors", 6):
+        merged("interpolate", files, tmp_path / "out.safetensors", alpha=(0.5,))
+
+
+FILE = Path("a.safetensors")
+OUT = Path("out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        pytest.param("interpolat", {}, id="no method"),
+        pytest.param("interpolate", {}, id="no alpha"),
+        pytest.param("interpolate", {"alpha": (0.5,), "lines": (0.1, 0.2)}, id="alpha and lines"),
+        pytest.param("interpolate", {"alpha": (math.nan,)}, id="nan"),
+        pytest.param("interpolate", {"alpha": (0.5, ("x", math.inf))}, id="infinite"),
+        pytest.param("interpolate", {"alpha": (0.5, 0.6)}, id="two alphas"),
+        pytest.param("interpolate", {"alpha": (0.5,), "zeroshot": None}, id="no zero-shot"),
+        pytest.param("interpolate", {"alpha": (0.5,), "finetuned": (FILE, OUT)}, id="two models"),
+        pytest.param("interpolate", {"alpha": (0.5,), "out": Path("out.txt")}, id="suffix"),
+        pytest.param("soup", {"zeroshot": None}, id="soup of one"),
+        pytest.param("soup", {"finetuned": (FILE, FILE)}, id="soup with zero-shot"),
+        pytest.param("task-arithmetic", {"finetuned": ()}, id="no model"),
+        pytest.param("task-arithmetic", {"scale": (1.0, 2.0)}, id="scales"),
+        pytest.param("slerp", {"alpha": (0.5,), "least_angle": 90.0}, id="angle"),
+        pytest.param("hold", {}, id="no layers"),
+        pytest.param("prune", {"layers": ("x",), "keep": 1.5}, id="keep"),
+        pytest.param("prune", {"layers": ("x",), "seed": -1}, id="seed"),
+    ],
+)
+def test_requests(method: Any, options: dict[str, Any]) -> None:
+    with refused(ValueError):
+        Request(**{"method": method, "finetuned": (FILE,), "out": OUT, "zeroshot": FILE} | options)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "facts"),
+    [
+        ((0.5, ("visual.conv", 1.0)), ["visual.conv1"]),
+        ((("visual.conv1", 1.0),), ["visual.class_embedding"]),
+        ((0.5, ("visual.conv1", 1.0), ("re:visual.*", 0.0)), ["visual.conv1", "re:visual.*"]),
+        ((0.5, ("re:visual(", 0.0)), ["re:visual("]),
+    ],
+)
+def test_tables_of_layers(tmp_path: Path, alpha: Any, facts: list[object]) -> None:
+    files = tiny_merge.put(tmp_path, zero=ZERO, one=ONE)
+    with refused(ValueError, *facts):
+        merged("interpolate", files, tmp_path / "out.safetensors", alpha=alpha)
+
+
+@pytest.mark.parametrize("layers", [["visual.conv1"], ["visual.resblocks.0.x"]])
+def test_lines_need_blocks(layers: list[str]) -> None:
+    with refused(ValueError):
+        lines(layers, 0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("interpolate --alpha 0.5 --scale 2", ["--scale", "task-arithmetic"]),
+        ("interpolate --alpha x", ["x"]),
+        ("interpolate --alpha =1", ["=1"]),
+        ("interpolate --lines 1", []),
+        ("interpolate --alpha 0.5 --zeroshot nowhere.pt", ["nowhere.pt"]),
+        ("interpolate --alpha 0.5 --out nowhere/o.pt", ["nowhere"]),
+        ("interpolate --alpha 0.5 --out one.safetensors --overwrite", ["one.safetensors"]),
+        ("interpolate --alpha 0.5 --finetuned link.safetensors", ["link.safetensors", "zero.safetensors"]),
+        ("interpolate --alpha 0.5 --finetuned .", []),
+        ("interpolate --alpha 0.5 --finetuned empty.pt", ["empty.pt"]),
+        ("interpolate --alpha 0.5 --format huggingface", ["huggingface"]),
+        ("interpolate --alpha 0.5 --out link.safetensors", ["link.safetensors"]),
+    ],
+)
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, facts: list[object]) -> None:
+    tiny_merge.put(tmp_path, zero=ZERO, one=ONE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.safetensors").symlink_to("zero.safetensors")
+    (tmp_path / "empty.pt").touch()
+    before = sorted(os.listdir(tmp_path))
+    method, *options = words.split()
+    usual = {"--zeroshot": "zero.safetensors", "--finetuned": "one.safetensors", "--out": "o.safetensors"}
+    usual = {name: value for name, value in usual.items() if name not in options}
+    command_refused(main, [method, *options, *(word for pair in usual.items() for word in pair)], *facts)
+    assert sorted(os.listdir(tmp_path)) == before
