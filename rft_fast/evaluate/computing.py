@@ -91,24 +91,19 @@ class Computing:
         end: int,
         perturb: Perturb,
         count: int,
-        control: bool,
+        record: Record | None,
     ) -> list[tuple[Scores, Tensor]]:
         runtime = self._runtime
         flips = self._flips(flow, weights, end)
+        own = None if record is None else record.at(flips.weights)
         with runtime.scoring():
             head = self.head(text)
         shape, device = (count, len(flow)), runtime.device
         losses, best = torch.empty(shape, device=device), torch.empty(shape, device=device, dtype=torch.int32)
         controls = torch.zeros(shape, device=device, dtype=torch.float64)
-        # The records of all sites are held as long as draws are made.
-        group = runtime.budget.held(flips.bytes) if control else len(flow)
-        for start in range(0, len(flow), group):
-            images = slice(start, min(start + group, len(flow)))
-            part = flow.cut(images)
-            record = self._record(flips, part, head) if control else None
-            for k in range(count):
-                rows = [found[k, images] for found in (losses, best, controls)]
-                self._perturbed(flips, part, head, perturb(k, flips.weights), record, rows)
+        for k in range(count):
+            rows = [found[k] for found in (losses, best, controls)]
+            self._perturbed(flips, flow, head, perturb(k, flips.weights), own, rows)
         losses, best, controls = losses.cpu(), best.cpu(), controls.cpu()
         feed = flow.images
         return [(feed.scores(losses[k], best[k]), controls[k]) for k in range(count)]
@@ -126,8 +121,13 @@ class Computing:
                 known[key] = Flips(self._runtime.traced.image, flow.position, end, weights, x, sample)
         return known[key]
 
-    def _record(self, flips: Flips, flow: Flow, head: Tensor | None) -> Record:
-        """What the control variate takes of the unperturbed model, of all of these images."""
+    def recorded(self, flow: Flow, weights: Sequence[Flipped], end: int) -> int:
+        return self._flips(flow, weights, end).bytes
+
+    def record(self, flow: Flow, text: Flow | None, weights: Sequence[Flipped], end: int) -> Record:
+        flips = self._flips(flow, weights, end)
+        with self._runtime.scoring():
+            head = self.head(text)
         found: Record | None = None
         own_head = None if head is None else head.clone()  # of no inference mode
 

@@ -18,6 +18,8 @@ from .budget import Budget
 from .computing import Computing
 from .executor import Executor
 from .feed import Images, total
+from .flipped import Flipped
+from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
 from .stages import Stages
@@ -227,23 +229,41 @@ class Evaluator:
         feeds = {feed.name: feed for feed in self.feeds}
         return self.of([feeds[name] for name in names])
 
-    def pieces(self) -> list[Evaluator]:
+    def pieces(self, each: int = 0) -> list[Evaluator]:
         """Return evaluators of consecutive images, such that the activations that a walk holds fit in memory.
 
         Usually this one only. A layer-wise study walks through one piece after the other.
+
+        Args:
+            each: Bytes of one image that are held besides, in memory of their own.
         """
-        room = self._room()
+        room = self._room(each)
         if total(self.feeds) <= room:
             return [self]
         return [self.of([part]) for feed in self.feeds for part in feed.parts(room)]
 
-    def holds(self, images: int) -> bool:
-        """Whether activations of so many images may be held between stages."""
-        return images <= self._room()
+    def holds(self, images: int, each: int = 0) -> bool:
+        """Whether activations of so many images, and ``each`` bytes besides, may be held between stages."""
+        return images <= self._room(each)
 
-    def _room(self) -> int:
+    def _room(self, each: int = 0) -> int:
         """Return how many images may be held between stages."""
-        return self.runtime.budget.held(self.boundary)
+        return self.runtime.budget.held(max(self.boundary, each))
+
+    def recorded(self, weights: Sequence[Flipped], first: int, last: int) -> int:
+        """Return the bytes of one image that :meth:`.Walk.record` holds.
+
+        Args:
+            weights: As there.
+            first: The station of the walk.
+            last: As there.
+
+        Raises:
+            NoRule: As there.
+        """
+        begin, end = self.runtime.image_stages(first, last)
+        flow = Flow(self.stages.image, self.feeds[0], begin)
+        return self.executor.recorded(flow, weights, end)
 
     # --- derivatives ----------------------------------------------------------------------------
 

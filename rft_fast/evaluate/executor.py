@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .feed import Images
 from .flipped import Flipped
-from .flipping import Perturb
+from .flipping import Perturb, Record
 from .flow import Flow
 from .scores import Scores
 
@@ -78,11 +78,17 @@ class Executor(Protocol):
         end: int,
         perturb: Perturb,
         count: int,
-        control: bool,
+        record: Record | None,
     ) -> list[tuple[Scores, Tensor]]:
         """As :meth:`rft_fast.evaluate.Walk.flipped`; ``text``: what makes the head; ``end``: the
         stage after the last with weights.
         """
+
+    def record(self, flow: Flow, text: Flow | None, weights: Sequence[Flipped], end: int) -> Record:
+        """As :meth:`rft_fast.evaluate.Walk.record`, with the arguments of :meth:`flipped`."""
+
+    def recorded(self, flow: Flow, weights: Sequence[Flipped], end: int) -> int:
+        """Return the bytes that :meth:`record` holds of one image; 0 where nothing is computed."""
 
     def warn(self, text: str) -> None:
         """Issue a UserWarning on behalf of the caller of a walk."""

@@ -54,23 +54,37 @@ class _Site:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """Of each site: inputs of the unperturbed model (None: none), and gradients of each image's loss there.
+    """What control variates take of the unperturbed model, for n images.
 
-    Each [n, ...], for n images.
+    Attributes:
+        lives: Of each site, the model's weight that is read there.
+        inputs: Of each site, the inputs of the operation, [n, ...]; None where the weight itself is shifted.
+        gradients: Of each site, the gradients of each image's loss at the operation's result, [n, ...].
     """
 
+    lives: list[Tensor]
     inputs: list[Tensor | None]
     gradients: list[Tensor]
 
     def of(self, images: slice) -> Record:
-        """Those of some of the images."""
+        """Return that of some of the images."""
         inputs = [None if x is None else x[images] for x in self.inputs]
-        return Record(inputs, [g[images] for g in self.gradients])
+        return Record(self.lives, inputs, [g[images] for g in self.gradients])
+
+    def at(self, weights: Sequence[Flipped]) -> Record:
+        """Return that of the sites which read some of the weights."""
+        read = {id(weight.live) for weight in weights}
+        some = [number for number, live in enumerate(self.lives) if id(live) in read]
+        lives, inputs, gradients = (
+            [values[number] for number in some] for values in (self.lives, self.inputs, self.gradients)
+        )
+        return Record(lives, inputs, gradients)  # type: ignore[arg-type]
 
     def empty(self, images: int) -> Record:
-        """Room for that of so many images."""
+        """Return room for that of so many images."""
         inputs = [None if x is None else x.new_empty((images, *x.shape[1:])) for x in self.inputs]
-        return Record(inputs, [g.new_empty((images, *g.shape[1:])) for g in self.gradients])
+        gradients = [g.new_empty((images, *g.shape[1:])) for g in self.gradients]
+        return Record(self.lives, inputs, gradients)
 
     def put(self, images: slice, part: Record) -> None:
         """Copies a record of some of the images to its place."""
@@ -264,12 +278,19 @@ class Flips:
             seen += [None if site.input is None else next(rest).detach() for site in sites]
             taps += here
         if not taps:  # nothing reads the weights
-            return Record([], [])
+            return Record([], [], [])
         gradients = torch.autograd.grad(losses(x).sum(), taps, allow_unused=True, materialize_grads=True)
-        return Record(seen, list(gradients))
+        lives = [self.weights[site.weight].live for sites in self.sites.values() for site in sites]
+        return Record(lives, seen, list(gradients))
 
     def control(self, record: Record, perturbation: Perturbation, signs: list[Signs]) -> Tensor:
-        """<dl_n/dw, D_n> of each image: float64 [n], or a single zero if nothing reads the weights."""
+        """<dl_n/dw, D_n> of each image: float64 [n], or a single zero if nothing reads the weights.
+
+        Args:
+            record: Of the sites of these weights, for n images.
+            perturbation: The draw.
+            signs: Those of the n images.
+        """
         if not self.sites:
             return torch.zeros(1, dtype=torch.float64)
         sites = [site for sites in self.sites.values() for site in sites]

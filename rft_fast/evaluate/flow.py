@@ -48,13 +48,6 @@ class Flow:
             raise TypeError("Evaluator: prompts have neither labels nor numbers")
         return self.source
 
-    def cut(self, images: slice) -> Flow:
-        """Some of the images of a flow of one copy, sharing its memory."""
-        if self.copies != 1:
-            raise TypeError("Evaluator: only a single copy of images can be cut")
-        held = None if self.held is None else self.held[images]
-        return Flow(self.stages, self.images.cut(images), self.position, 1, held)
-
     def numbers(self, batch: slice) -> Tensor:
         """Numbers of a batch's images in their data set, of a flow of one copy."""
         return self.images.numbers(batch)

@@ -19,6 +19,7 @@ from . import graphs as recordings
 from . import precision as formats
 from .batches import Batches, Need
 from .budget import Budget
+from .flipped import NoRule
 from .flipping import Flips
 from .stages import Stage, Stages
 from .stages.cutting import run
@@ -142,6 +143,17 @@ class Runtime:
         if not numbers or -1 in numbers or (text and len(towers) > 1):
             return 0, last
         return min(numbers), max(numbers)
+
+    def image_stages(self, first: int, last: int) -> tuple[int, int]:
+        """Return the image stage at station ``first``, and the one after station ``last``.
+
+        Raises:
+            NoRule: One of the stations is not in the image tower.
+        """
+        before = len(self.stages.text) + 1 if self.stages.text else 0
+        if first < before or last >= before + len(self.stages.image):
+            raise NoRule("the images share the head that the text tower makes")
+        return first - before, last + 1 - before
 
     @cached_property
     def _owners(self) -> dict[int, list[int]]:

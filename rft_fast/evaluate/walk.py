@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .executor import Executor
 from .feed import Images, Prompts, total
-from .flipped import Flipped, NoRule
-from .flipping import Perturb
+from .flipped import Flipped
+from .flipping import Perturb, Record
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
@@ -157,7 +157,7 @@ class Walk:
         last: int,
         perturb: Perturb,
         count: int,
-        control: bool,
+        record: Record | None,
     ) -> list[tuple[Scores, Tensor]]:
         """Scores with perturbations of its own for each image, of a walk of one data set.
 
@@ -165,7 +165,8 @@ class Walk:
             weights: those that are perturbed, read by the stations from the present one to ``last`` alone.
             perturb: returns perturbation k, for k = 0 ... count - 1, of these weights, whose layouts are
                 known then. It is called for one at a time, and again where not all images are held at once.
-            control: whether the control variate is computed: one forward and one backward pass more.
+            record: for the control variate, what :meth:`record` returned for these weights, or for more of
+                them at this station or an earlier one; None: no control variate.
 
         Returns:
             For each perturbation the scores, and of each image <gradient of its loss, its perturbation>
@@ -175,11 +176,25 @@ class Walk:
             NoRule: the weights cannot differ between images (:mod:`rft_fast.evaluate.flips`).
             MemoryError: a single image does not fit.
         """
-        text = 0 if self.text is None else len(self.text.stages) + 1
-        if self.stage < text or last >= text + len(self._runtime.stages.image):
-            raise NoRule("the images share the head that the text tower makes")
-        (flow,) = self.flows
-        return self._executor.flipped(flow, self.text, weights, last + 1 - text, perturb, count, control)
+        (_, end), (flow,) = self._runtime.image_stages(self.stage, last), self.flows
+        return self._executor.flipped(flow, self.text, weights, end, perturb, count, record)
+
+    def record(self, weights: Sequence[Flipped], last: int) -> Record:
+        """Return what the control variates of some weights take of the unperturbed model.
+
+        It serves all draws, of each of the weights alone or of several. Takes a forward and a backward pass
+        from the present station on, without gradients of weights.
+
+        Args:
+            weights: read by the stations from the present one to ``last`` alone.
+            last: the last station that reads one of them.
+
+        Raises:
+            NoRule: as :meth:`flipped`.
+            MemoryError: a single image does not fit.
+        """
+        (_, end), (flow,) = self._runtime.image_stages(self.stage, last), self.flows
+        return self._executor.record(flow, self.text, weights, end)
 
     def _group(self) -> int:
         """Return how many variants share a batch after the stages in which they differ."""

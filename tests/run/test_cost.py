@@ -421,6 +421,9 @@ def test_memory_is_that_of_its_parts() -> None:
     assert walked.held >= 57
     assert cost.memory(walked, evaluator, path, 57).held == walked.held * evaluator.boundary
     assert cost.memory(walked, evaluator, path, 57).copies == 0
+    shared = cost.count(layerwise("per-image-gradient", 2), path, evaluator, sizes)
+    assert 0 < shared.recorded <= 37
+    assert cost.memory(shared, evaluator, path, 57).held > shared.held * evaluator.boundary
 
 
 # --- words ----------------------------------------------------------------------------------------------

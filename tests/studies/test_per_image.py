@@ -141,7 +141,7 @@ def test_each_image_has_its_own_weights(name: str) -> None:
                 own = [bases[w.name] if w.layout == w.by_element else bases[w.name][0] for w in weights]
                 return Perturbation(own, 7, 5)
 
-            [(scores, controls)] = walk.flipped(weights, last, perturb, 1, True)
+            [(scores, controls)] = walk.flipped(weights, last, perturb, 1, walk.record(weights, last))
             for image, (before, slope) in enumerate(slopes):
                 moved = {**clean, **{w.name: clean[w.name] + own[w.name][image] for w in chosen}}
                 with torch.no_grad():
@@ -277,6 +277,80 @@ def test_batches_and_pieces_change_no_more_than_roundings(how: dict[str, object]
     for layer, numbers in whole.items():
         for value, number in zip(other[layer], numbers, strict=True):
             assert value == number or value == pytest.approx(number, abs=2e-6, rel=1e-3), layer
+
+
+class Tied(nn.Module):
+    """One matrix is read before and after others, in stations of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(192, 12)
+        self.tied = nn.Linear(12, 12)
+        self.between = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.last = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.tied(torch.tanh(self.first(x.flatten(1)))))
+        for layer in self.between:
+            x = torch.tanh(layer(x))
+        out: Tensor = self.last(torch.tanh(self.tied(x)))
+        return out
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each backward pass from now on."""
+    found, grad = [], torch.autograd.grad
+
+    def spy(*given: Any, **how: Any) -> tuple[Tensor, ...]:
+        found.append(1)
+        return grad(*given, **how)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    return found
+
+
+@pytest.mark.slow(but="tied-all-None")
+@pytest.mark.parametrize(
+    ("make", "held", "goal"),
+    [
+        *((Tied, held, goal) for held in ("all", "parts", "few") for goal in (None, 1e-3)),
+        *((lambda: transformer(2), held, None) for held in ("all", "parts")),
+    ],
+    ids=[f"tied-{h}-{g}" for h in ("all", "parts", "few") for g in (None, "goal")]
+    + ["transformer-all", "transformer-parts"],
+)
+def test_layers_share_backward_passes(
+    make: Callable[[], nn.Module], held: str, goal: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass serves the layers of four stations, for the images that fit in memory; by brute force."""
+    torch.manual_seed(0)
+    data = dataset(count=8)
+    path, evaluator = setting(make(), data)
+    tied = isinstance(path.model, Tied)
+    limit = {"all": None, "parts": 5_000 if tied else 300_000, "few": 100}[held]
+    evaluator = Evaluator(path.model, [data], memory_limit=limit)
+    brute = Brute(path.model, *ends(path.model), data)
+    protocol = replace(IMAGE, on="finetuned", goal=goal, most=30)
+    _ = evaluator.runtime.slopes.need  # found by passes of its own
+    layers = path.layers if tied else path.select(["re:.*(in_proj|ln_2|c_proj)", "classification_head"])
+    made = passes(monkeypatch)
+    rows = studies.layerwise_sharpness(
+        path, evaluator, [0.6], [0.1, 0.3], 3 + bool(goal), layers, protocol=protocol
+    )
+    monkeypatch.undo()
+    assert set(rows["layer"]) == set(layers)
+    if held == "all":
+        groups = {evaluator.stage_of(path.tensors(layer)) // 4 for layer in layers}
+        alone = 0 if not tied else 1 if goal is None else 2  # read at stations far apart; pilot and draws
+        assert len(made) == 2 * (len(groups) + alone)  # in two parts
+    if not tied:
+        assert len(made) < 2 * len(layers)
+    for row in rows.to_dict("records"):
+        names = [weight.name for weight in path.weights([row["layer"]])]
+        pilot = 0 if goal is None else protocol.pilot(4, 2)
+        truth = brute.draws(0.6, row["rho"], range(pilot, pilot + row["draws"]), protocol, names).row()
+        for name in ("sharpness", "sharpness_se", "sharpness_se_images", "accuracy"):
+            assert row[name] == pytest.approx(truth[name], abs=2e-5, rel=1e-3), (row["layer"], name)
 
 
 def test_the_model_is_as_before() -> None:
@@ -485,7 +559,7 @@ def test_a_small_weight_without_a_rule_has_signs_by_element() -> None:
         weight = Flipped(path.weights(["odd"])[0].live, "odd", 0)
         base = torch.randn(COPIES, *weight.live.shape, generator=torch.Generator().manual_seed(5))
         found = Perturbation([base], 1, 2)
-        [(scores, _)] = evaluator.walk().flipped([weight], 0, lambda *_: found, 1, False)
+        [(scores, _)] = evaluator.walk().flipped([weight], 0, lambda *_: found, 1, None)
         s = signs(1, 2, torch.arange(6), 0, weight.live.numel()).view(6, *weight.live.shape)
         x = normalised(evaluator.datasets[0]).float().flatten(1)
         hidden = torch.einsum("ni,nio->no", x, weight.live + base[:6] * s)
@@ -523,7 +597,7 @@ def test_a_weight_that_no_rule_sees_cannot_differ(kind: type[nn.Module], why: st
     walk = evaluator.walk()
     scale = Flipped(path.weights(["scale"])[0].live, "scale", 0)
     with pytest.raises(NoRule, match=why):
-        walk.flipped([scale], 0, lambda *_: Perturbation([], 0, 0), 1, False)
+        walk.flipped([scale], 0, lambda *_: Perturbation([], 0, 0), 1, None)
 
 
 class Idle(nn.Module):
@@ -557,10 +631,13 @@ def test_weights_that_are_unread_or_of_one_dimension_and_gradients_that_are_no_n
 
 @pytest.mark.parametrize(
     ("estimator", "gradients", "draws"),
-    [("plain", 0, 3), ("gradient", 300, 3), ("per-image", 0, 6), ("per-image-gradient", 300, 6)],
+    [("plain", 0, 3), ("gradient", 300, 3), ("per-image", 0, 6), ("per-image-gradient", 0, 8)],
 )
 def test_work_is_counted(estimator: str, gradients: int, draws: int) -> None:
-    """300 images in three parts: the clean model, and for each draw one product, or two with own noise."""
+    """300 images in three parts: the clean model, and for each draw one product, or two with own noise.
+
+    The control of noise per image takes a forward pass and one backward to the inputs of the layers.
+    """
     path, evaluator = setting(transformer(1), dataset(count=5))
     sizes = {"set": (300, False)}
 

@@ -14,7 +14,7 @@ from ...evaluate import Evaluator, Scores
 from ...evaluate.batches import Batches
 from ...evaluate.feed import Images, Prompts, total
 from ...evaluate.flipped import Flipped
-from ...evaluate.flipping import Perturb
+from ...evaluate.flipping import Perturb, Record
 from ...evaluate.flow import Flow
 from ...evaluate.runtime import Runtime
 from ...kernels import Write
@@ -147,11 +147,11 @@ class Counting:
         """Count the join of image features and head."""
         self._add([len(self._work.images) - 1], len(flow))
 
-    def _add(self, stages: Sequence[int], images: int) -> None:
-        batches = self._runtime.images.count(images)
+    def _add(self, stages: Sequence[int], images: int, batches: Batches | None = None) -> None:
+        runs = (batches or self._runtime.images).count(images)
         for stage in stages:
             self._work.images[stage] += images
-            self._work.runs[stage] += batches
+            self._work.runs[stage] += runs
 
     def results(self, feeds: Sequence[Images], count: int) -> _NoResults:
         self._work.scorings += count
@@ -185,15 +185,12 @@ class Counting:
         end: int,
         perturb: Perturb,
         count: int,
-        control: bool,
+        record: Record | None,
     ) -> list[tuple[Scores, Tensor]]:
         reading = range(flow.position, end)  # which have a second product each
         images = len(flow)
         size = sum(weight.live.numel() for weight in weights)
         self._work.differentiated = max(self._work.differentiated, 2 * size)  # D, and the scale of noise
-        if control:
-            self._work.gradients[self._text + flow.position] += images
-            self._work.batches += self._runtime.slopes.count(images)
         for _ in range(count):
             stages = [*reading, *range(flow.position, len(flow.stages))]
             self._add([self._text + stage for stage in stages], images)
@@ -204,6 +201,20 @@ class Counting:
         self._work.scorings += count
         zeros = torch.zeros(1, dtype=torch.float64).expand(images)
         return [(_Zeros.of(images), zeros)] * count
+
+    def record(self, flow: Flow, text: Flow | None, weights: Sequence[Flipped], end: int) -> Record:
+        # A backward pass without gradients of weights has about as many products as a forward pass.
+        stages = range(self._text + flow.position, self._text + len(flow.stages))
+        self._add([*stages, *stages], len(flow), self._runtime.slopes)
+        if text is not None:
+            self.join(flow)
+            self.join(flow)
+        share = (end - flow.position) / len(flow.stages)
+        self._work.recorded = max(self._work.recorded, share * len(flow))
+        return Record([], [], [])
+
+    def recorded(self, flow: Flow, weights: Sequence[Flipped], end: int) -> int:
+        return 0
 
     def warn(self, text: str) -> None:
         """Nothing to say: the study will warn."""

@@ -59,13 +59,16 @@ def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
     forward = [runtime.images, runtime.prompts] if runtime.stages.text else [runtime.images]
     activations = max(map(_in_work, forward))
     derived = max(
-        _in_work(runtime.slopes) if any(work.gradients) else 0,
+        _in_work(runtime.slopes) if any(work.gradients) or work.recorded else 0,
         _in_work(runtime.curvatures) if work.curvatures else 0,
     )
     held = int(work.held * evaluator.boundary)
     # Gradients are computed before anything is held, so only the larger of the two counts.
     if derived > held + activations:
         held, activations = 0, derived
+    if work.recorded:  # besides; an image has about as much there as in a backward pass
+        each = runtime.slopes.need.each
+        held += int(min(work.recorded, runtime.budget.held(each)) * each)
     copies = 4 * int(work.differentiated + COPIES * work.borrowed)
     return Memory(program, weights, resident, held, activations, copies)
 

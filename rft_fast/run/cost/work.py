@@ -7,7 +7,7 @@ from typing import Any
 
 from ...evaluate import Evaluator
 
-_MAXIMA = ("held", "differentiated", "borrowed")
+_MAXIMA = ("held", "recorded", "differentiated", "borrowed")
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Work:
         touches: Operations of torch on weights and gradients, for example for the control variate.
         touched: Weights that these read.
         held: Most images whose activations are held at once.
+        recorded: Most images of which control variates hold inputs and gradients at once, as far as they go
+            through the stages: an image counts as the share of these stages.
         differentiated: Most weights whose gradients, or perturbations and their scales, are held at once.
         borrowed: Most weights that a study borrows at once.
     """
@@ -46,6 +48,7 @@ class Work:
     touches: float = 0
     touched: float = 0
     held: float = 0
+    recorded: float = 0
     differentiated: float = 0
     borrowed: float = 0
 

@@ -44,8 +44,8 @@ class Protocol:
               float32 copies of the perturbed weights;
             - ``"per-image-antithetic"``: in pairs +delta, -delta, so that odd terms cancel;
             - ``"per-image-gradient"``: each image's rise minus <gradient of its loss, its perturbation>. One
-              backward pass serves all draws and rhos. It needs memory for the layer's inputs and outputs of
-              the images at hand;
+              backward pass serves all draws and rhos, and the layers of two blocks. It needs memory for the
+              inputs and outputs of these layers, for the images at hand;
             - ``"hessian"``: rho^2 / 2 times the trace of |w| H |w|, the limit of small rho (Prop. A.1), by
               Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
             - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho (c

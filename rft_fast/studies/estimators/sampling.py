@@ -14,12 +14,10 @@ the number of blocks of the whole model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,13 +26,15 @@ from ...evaluate.flipped import COPIES, Flipped, NoRule
 from ...evaluate.flipping import Perturbation
 from ...kernels import Plan
 from ...kernels.contract import first_blocks
-from ...names import Estimator
 from ..rows import AT_ONCE, chunks, only_one, walk_to
-from .estimates import PILOT, Estimate, Results, Target, draws_for, mean, shares_of, spread
+from .estimates import Results, Target, draws_for, shares_of, spread
+from .groups import Groups
 from .protocol import Protocol
+from .tally import Asked, Tally, View
 
 if TYPE_CHECKING:
-    from ...evaluate import Evaluator, Scores, Walk
+    from ...evaluate import Evaluator, Scores
+    from ...evaluate.flipping import Record
     from ...path import Path, Weight
 
 _Key = tuple[Target, float]  # target and rho
@@ -53,26 +53,30 @@ def sample(
 
     With a goal, a pilot decides on the number of draws, and further draws make the result.
     """
-    study = _Study(path, parts, alpha, protocol)
-    targets = sorted(targets, key=lambda target: target.stage)
+    study = _Study(path, parts, alpha, targets, protocol)
+    targets = sorted(targets, key=study.place)
+    images = sum(len(data.labels) for part in parts for data in part.datasets)
     # One walk through all images serves the targets one after another, where they are held together.
-    rolling = parts[0].holds(sum(len(data.labels) for part in parts for data in part.datasets))
+    study.keeps = parts[0].holds(images, study.recorded)
+    # Targets of a group are measured view by view where not all that they share is held. A second round of
+    # draws would begin behind the walk then.
+    rolling = study.keeps or (parts[0].holds(images) and protocol.goal is None)
     views = list(study.views()) if rolling else None
-    for chunk in chunks(targets, 1 if rolling else AT_ONCE):
+    for chunk in study.chunks(targets):
         keys = [(target, rho) for target in chunk for rho in rhos]
         first = range(draws)
         if protocol.goal is not None:
             first = range(protocol.pilot(draws, len(parts)))
-        found = study.measure(views, {key: _Asked(first, protocol.control) for key in keys})
+        found = study.measure(views, {key: Asked(first, protocol.control) for key in keys})
         if protocol.goal is not None:
             pilots = {key: tally.estimate() for key, tally in found.items()}
-            more: dict[_Key, _Asked] = {}
+            more: dict[_Key, Asked] = {}
             reached: dict[_Key, bool] = {}
             for key, pilot in pilots.items():
                 size = len(first) // len(pilot.values)  # draws of a pair, or 1
                 wanted, room = draws_for(pilot, protocol.goal), (protocol.most - len(first)) // size
                 last = len(first) + size * min(wanted, room)
-                more[key] = _Asked(range(len(first), last), found[key].control)
+                more[key] = Asked(range(len(first), last), found[key].control)
                 reached[key] = wanted <= room and math.isfinite(pilot.sharpness.se)
             found = study.measure(views, more)
             for key, tally in found.items():
@@ -82,118 +86,23 @@ def sample(
             yield {(target, rho): found[target, rho].estimate() for rho in rhos}
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Draws that are to be made, and whether with the control variate; None: the first parts decide."""
-
-    draws: range
-    control: bool | None
-
-
-@dataclass
-class _Tally:
-    """Results of one target and rho."""
-
-    protocol: Protocol
-    draws: range
-    shares: np.ndarray  # [parts]
-    control: bool | None
-    cost: float  # of a pass with control, in passes without
-    values: np.ndarray = field(init=False)  # [draws, parts]: mean losses less those of the clean model
-    controls: np.ndarray = field(init=False)  # [draws, parts]: <gradient, perturbation>
-    accuracies: np.ndarray = field(init=False)  # [draws, parts]
-    # float64 [n] of each view: sums over draws of losses less those of the clean model, and of controls
-    images: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    clean: float = 0.0  # mean loss of the clean model
-    nonfinite: int = 0
-    seconds: float = 0.0
-    reached: bool | None = None
-    shared: bool = False  # the images of a part share their noise
-
-    def __post_init__(self) -> None:
-        shape = len(self.draws), len(self.shares)
-        self.values, self.controls, self.accuracies = (np.zeros(shape) for _ in range(3))
-
-    @property
-    def pilot(self) -> int:
-        """Parts whose draws decide on the control."""
-        return min(len(self.shares), math.ceil(PILOT / len(self.draws)))
-
-    def decide(self, parts: int) -> None:
-        """Choose the lower product of variance and cost, by the draws of the first parts."""
-        if self.control is None:
-            values, controls, shares = self.values[:, :parts], self.controls[:, :parts], self.shares[:parts]
-            plain, less = (mean(rises, shares).se for rises in (values, values - controls))
-            cost = 1.0 if self.shared else self.cost
-            if math.isfinite(plain) or math.isfinite(less):
-                self.control = math.isfinite(less) and not plain**2 < cost * less**2
-            else:  # a single draw
-                self.control = bool(np.isfinite(controls).all())
-
-    def add(
-        self, view: _View, scores: Sequence[Scores], controls: Sequence[np.ndarray], seconds: float
-    ) -> None:
-        """Add the scores of all draws on some images. controls: [n] each, or one number."""
-        losses = np.sum([score.losses.double().numpy() for score in scores], 0)
-        rises = losses - len(scores) * view.clean.losses.double().numpy()
-        self.images.append((rises, np.zeros(1) if self.shared else np.sum(controls, 0)))
-        for draw, (score, control) in enumerate(zip(scores, controls, strict=True)):
-            self.values[draw, view.part] += view.share * score.rise_over(view.clean)[0]
-            self.controls[draw, view.part] += view.share * float(control.mean())
-            self.accuracies[draw, view.part] += view.share * score.accuracy
-            self.nonfinite += score.nonfinite
-        self.clean += self.shares[view.part] * view.share * view.clean.loss
-        self.seconds += seconds
-
-    def estimate(self) -> Estimate:
-        self.decide(len(self.shares))
-        values, accuracies = self.values - self.controls if self.control else self.values, self.accuracies
-        if self.protocol.antithetic and not self.shared:
-            values, accuracies = (x.reshape(-1, 2, x.shape[1]).mean(1) for x in (values, accuracies))
-        sharpness = mean(values, self.shares)
-        images = np.concatenate([rises - less if self.control else rises for rises, less in self.images])
-        images /= len(self.draws)
-        with np.errstate(invalid="ignore"):  # infinite losses
-            error = float(images.std(ddof=1)) / math.sqrt(len(images)) if len(images) > 1 else math.nan
-        return Estimate(
-            sharpness,
-            error,
-            self.clean,
-            mean(accuracies, self.shares),
-            len(self.draws),
-            self.nonfinite,
-            self.reached,
-            self.seconds,
-            self.estimator,
-            values,
-            self.shares,
-        )
-
-    @property
-    def estimator(self) -> Estimator:
-        """What was done."""
-        if self.shared:
-            return "gradient" if self.control else "plain"
-        if self.protocol.antithetic:
-            return "per-image-antithetic"
-        return "per-image-gradient" if self.control else "per-image"
-
-
-@dataclass
-class _View:
-    """Some images of a part on their way through the stages, with the weights at the position."""
-
-    part: int
-    share: float  # of the part's images
-    evaluator: Evaluator
-    walk: Walk
-    clean: Scores
-
-
 class _Study:
-    """What all targets at a position share."""
+    """What all targets at a position share.
 
-    def __init__(self, path: Path, parts: Sequence[Evaluator], alpha: float, protocol: Protocol) -> None:
+    Attributes:
+        keeps: Whether what control variates take of the unperturbed model is held for all images at once.
+    """
+
+    keeps = False
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Sequence[Evaluator],
+        alpha: float,
+        targets: Sequence[Target],
+        protocol: Protocol,
+    ) -> None:
         self.path, self.parts, self.alpha, self.protocol = path, parts, alpha, protocol
         self.shares = shares_of(parts)
         self.alike: set[Target] = set()  # whose noise images share, as no rule exists
@@ -204,44 +113,86 @@ class _Study:
             slot.name: Flipped(slot.tensor, slot.name, start)
             for slot, start in zip(lives, starts, strict=True)
         }
+        self.groups = None
+        if protocol.per_image and protocol.control is not False:
+            self.groups = Groups(path, parts[0], self.flipped, targets)
 
-    def views(self) -> Iterator[_View]:
+    @property
+    def recorded(self) -> int:
+        """Bytes of an image that control variates take of the unperturbed model."""
+        return 0 if self.groups is None else self.groups.recorded
+
+    def place(self, target: Target) -> tuple[int, bool]:
+        """What targets are ordered by: the station at which their draws begin, those of no group first."""
+        shares = self.groups is not None and self.groups.of(target).shared
+        return self.start(target), shares
+
+    def start(self, target: Target) -> int:
+        """The station at which the draws of a target begin."""
+        if self.groups is None or (group := self.groups.of(target)).shared:
+            return target.stage
+        return group.first
+
+    def chunks(self, targets: Sequence[Target]) -> Sequence[Sequence[Target]]:
+        """Targets that are measured together."""
+        if self.keeps:
+            return chunks(targets, 1)
+        return chunks(targets, AT_ONCE) if self.groups is None else self.groups.chunks(targets)
+
+    def views(self) -> Iterator[View]:
         """The images of all parts, before the first stage."""
         for index, part in enumerate(self.parts):
-            pieces = part.pieces()  # unlike parts, these share their noise
+            pieces = part.pieces(self.recorded)  # unlike parts, these share their noise
             for portion, piece in zip(shares_of(pieces), pieces, strict=True):
                 walk = piece.walk()
-                yield _View(index, portion, piece, walk, only_one(walk.scores()))
+                yield View(index, portion, piece, walk, only_one(walk.scores()))
 
-    def measure(self, views: Sequence[_View] | None, asked: Mapping[_Key, _Asked]) -> dict[_Key, _Tally]:
+    def measure(self, views: Sequence[View] | None, asked: Mapping[_Key, Asked]) -> dict[_Key, Tally]:
         """Make draws on all images."""
         tallies = {
-            (target, rho): _Tally(
-                self.protocol, wanted.draws, self.shares, wanted.control, self._cost(target)
-            )
+            (target, rho): Tally(self.protocol, wanted.draws, self.shares, wanted.control, self._cost(target))
             for (target, rho), wanted in asked.items()
         }
         for view in views or self.views():
+            for tally in tallies.values():
+                if view.part >= tally.pilot:
+                    tally.decide(tally.pilot)
+            controlled = {target for (target, _), tally in tallies.items() if tally.control is not False}
             for target in dict.fromkeys(target for target, _ in asked):
-                walk_to(view.walk, target.stage)
                 own = {rho: tally for (of, rho), tally in tallies.items() if of == target}
+                start = perf_counter()
+                self._record_group(view, target, controlled)
                 for tally in own.values():
-                    if view.part >= tally.pilot:
-                        tally.decide(tally.pilot)
+                    tally.seconds += (perf_counter() - start) / len(own)
+                walk_to(view.walk, self.start(target))
                 for control in (True, False):
                     some = {
                         rho: tally for rho, tally in own.items() if (tally.control is not False) == control
                     }
                     if some:
                         self._draw(view, target, some, control)
+            if not self.keeps:
+                view.record = None
         return tallies
+
+    def _record_group(self, view: View, target: Target, controlled: Collection[Target]) -> None:
+        """Record what the group of a target shares, when its first target is measured."""
+        if self.groups is None or not (group := self.groups.of(target)).shared:
+            return
+        if view.record is not None and view.record[0] is group:
+            return
+        # Where targets are measured one by one, later ones of the group may need it.
+        if self.keeps or any(self.groups.of(other) is group for other in controlled):
+            view.record = None  # frees memory first
+            walk_to(view.walk, group.first)
+            view.record = group, view.walk.record(group.weights, group.last)
 
     def _cost(self, target: Target) -> float:
         """Cost of a pass with control, in passes without: the products of perturbed stages once more."""
         flipped, rest = target.last - target.stage + 1, self.parts[0].stations - target.stage
         return 1 + flipped / (rest + flipped)
 
-    def _draw(self, view: _View, target: Target, tallies: Mapping[float, _Tally], control: bool) -> None:
+    def _draw(self, view: View, target: Target, tallies: Mapping[float, Tally], control: bool) -> None:
         """Add the draws of one target on some images to the tallies by rho."""
         start = perf_counter()
         draws = [(rho, draw) for rho, tally in tallies.items() for draw in tally.draws]
@@ -249,7 +200,8 @@ class _Study:
         if self.protocol.per_image and target not in self.alike:
             noise = _Base(self, target, draws, view.part)
             try:
-                found = view.walk.flipped(noise.weights, target.last, noise.perturb, len(draws), control)
+                record = self._record(view, target, noise.weights) if control else None
+                found = view.walk.flipped(noise.weights, target.last, noise.perturb, len(draws), record)
             except NoRule as reason:
                 self.alike.add(target)
                 what = target.layer or "the model"
@@ -263,9 +215,16 @@ class _Study:
             own = results[before : before + len(tally.draws)]
             tally.add(view, [score for score, _ in own], [by_image.numpy() for _, by_image in own], seconds)
 
+    def _record(self, view: View, target: Target, weights: Sequence[Flipped]) -> Record:
+        """What the control variate of a target takes of the unperturbed model."""
+        group = None if self.groups is None else self.groups.of(target)
+        if view.record is not None and view.record[0] is group:
+            return view.record[1]
+        return view.walk.record(weights, target.last)
+
 
 def _shared(
-    study: _Study, view: _View, target: Target, draws: Sequence[tuple[float, int]], control: bool
+    study: _Study, view: View, target: Target, draws: Sequence[tuple[float, int]], control: bool
 ) -> list[tuple[Scores, Tensor]]:
     """Scores under noise that the images of a part share, and <gradient, perturbation>, a number each."""
     path, protocol = study.path, study.protocol
