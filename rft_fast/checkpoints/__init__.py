@@ -10,10 +10,15 @@ module               holds
 ``torch_files``      files of torch.save, and TorchScript archives
 ``containers``       a file -> what it holds, by its first bytes; safetensors
 ``activation``       evidence of QuickGELU or GELU
-``layouts``          what a file holds -> its format, and tensors under canonical names
-``huggingface``      names of transformers -> canonical names, and back
+``folders``          where the files of a checkpoint are: folders, indices of shards
+``sharded``          shards as one dict of tensors
+``modules``          pickled modules -> their tensors by name
+``selecting``        the one set of weights in a training checkpoint; names without prefixes of wrappers
+``huggingface``      names of transformers <-> canonical names
+``entries``          tensors by canonical name that are not read yet, and their names in the file
+``layouts``          what a file holds -> its format, and its entries
 ``lineage``          comparison of two checkpoints
-``reading``          all of the above: ``read``, ``load``, ``load_head``
+``reading``          all of the above: ``read``, ``load``, ``load_head``, ``opened``
 ``sources``          pretrained tags and Hugging Face repositories -> a local file
 ===================  =========================================================================
 
@@ -27,41 +32,45 @@ from rft_fast.names import FORMATS
 
 if TYPE_CHECKING:
     from .activation import Activation, Tensors
+    from .folders import digest, located, parts
     from .foreign import SUPPORTED
-    from .layouts import TRAINING_FIELDS
     from .lineage import Kinship, Lineage, compare, kinship, moved_rows
-    from .reading import Checkpoint, load, load_head, read, sha256
+    from .reading import Checkpoint, Opened, load, load_head, opened, read, sha256
     from .sources import cached, check_source, commit, fetch, in_cache
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         activation="Activation Tensors",
+        folders="digest located parts",
         foreign="SUPPORTED",
-        layouts="TRAINING_FIELDS",
         lineage="Kinship Lineage compare kinship moved_rows",
-        reading="Checkpoint load load_head read sha256",
+        reading="Checkpoint Opened load load_head opened read sha256",
         sources="cached check_source commit fetch in_cache",
     )
 
 __all__ = [
     "FORMATS",
     "SUPPORTED",
-    "TRAINING_FIELDS",
     "Activation",
     "Checkpoint",
     "Kinship",
     "Lineage",
+    "Opened",
     "Tensors",
     "cached",
     "check_source",
     "commit",
     "compare",
+    "digest",
     "fetch",
     "in_cache",
     "kinship",
     "load",
     "load_head",
+    "located",
     "moved_rows",
+    "opened",
+    "parts",
     "read",
     "sha256",
 ]

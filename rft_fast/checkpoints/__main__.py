@@ -12,7 +12,7 @@ from ..common import program
 from ..common.words import message, visible
 from ..names import FORMATS
 from ..path import layers
-from .canonical import HEAD_WEIGHT, TEXT
+from .canonical import HEAD_WEIGHT, INERT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,17 +38,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--format", choices=tuple(FORMATS), help="required format of FILE; default: any")
     parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="which weights, of FILE and FILE2, where a file has several, such as state_dict_ema or teacher",
+    )
+    parser.add_argument(
         "--unrelated",
         action="store_true",
         help="accept checkpoints of which neither was fine-tuned from the other, as the sweep's --unrelated",
     )
     options = parser.parse_args(arguments)
     try:
-        first = checkpoints.read(options.file, options.format)
+        first = checkpoints.read(options.file, options.format, options.key)
         if options.other is None:
             print(describe(first))
             return 0
-        second = checkpoints.read(options.other)
+        second = checkpoints.read(options.other, key=options.key)
     except (OSError, ValueError) as error:
         print(message(error), file=sys.stderr)
         return 2
@@ -108,7 +113,7 @@ def _part(name: str) -> str:
         return "image tower"
     if first == "classification_head":
         return "head"
-    return "text tower" if first in ("text", *TEXT) else "other"
+    return "text tower" if INERT.get(first, "").startswith("text tower") else "other"
 
 
 def _classes(part: str, tensors: Mapping[str, Tensor]) -> str:

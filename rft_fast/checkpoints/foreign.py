@@ -159,14 +159,6 @@ def _json(stream: IO[bytes]) -> str:
             content = json.loads(text)
         except (ValueError, RecursionError):
             content = None
-        if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
-            parts = sorted({str(part) for part in content["weight_map"].values()})
-            first = f", from {_quoted(parts[0])} on" if parts else ""
-            return (
-                f"is the index of a sharded checkpoint, not the weights: they are in {len(parts)} "
-                f"file{'' if len(parts) == 1 else 's'}{first}. Save them as one file: "
-                'from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size="100GB")'
-            )
         if isinstance(content, dict) and (answer := content.get("error") or content.get("message")):
             return f"is the response of a server, not weights: {_quoted(str(answer))}. {_AGAIN}"
     return "is a JSON file, not weights: a configuration, an index or the response of a server"

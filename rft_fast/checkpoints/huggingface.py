@@ -1,4 +1,4 @@
-"""Names of Hugging Face transformers -> canonical names, and back."""
+"""CLIP's weights under the names of Hugging Face transformers <-> canonical names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..common.pickles import Unreadable
 from ..common.words import some
 from .canonical import is_visual
+from .entries import Entries, Entry
 
+TOWERS = ("vision_model", "text_model")
 _NAMES = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
@@ -39,32 +38,60 @@ _PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weig
 _LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
 
+# Models of transformers that share CLIP's names and compute something else: (name of a tensor, what it is and
+# what to do).
+_OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"vision_model\.(?:head\.probe|embeddings\.patch_embedding\.bias)|logit_bias"),
+        "is a SigLIP model of transformers: it has no class token, pools by attention, and is no CLIP. "
+        "open_clip has the same weights under its own names: --arch ViT-B-16-SigLIP with the source webli or "
+        "hf-hub:timm/ViT-B-16-SigLIP (open_clip.list_pretrained() has the others)",
+    ),
+    (
+        re.compile(r"classifier\.(?:weight|bias)"),
+        "is a CLIPForImageClassification of transformers: its classifier takes the mean of the patch tokens, "
+        "without CLIP's last LayerNorm and projection, which no head here computes. Fine-tune a "
+        "CLIPVisionModelWithProjection with a linear layer on its normalised image_embeds, and save that "
+        "layer as classification_head.weight and .bias",
+    ),
+)
 
-def converted(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Convert CLIP's weights to open_clip's names: q, k and v in one tensor, projections transposed.
+
+def entries(state: Mapping[str, Any], origin: Mapping[str, str], notes: list[str]) -> Entries:
+    """Convert names of transformers: q, k and v become one tensor, projections are transposed.
 
     Args:
-        state: tensors by their names in transformers.
-        notes: gets what was left out.
+        state: tensors by the names of transformers, without prefixes.
+        origin: the same names -> those in the file.
+        notes: takes what was left out.
+
+    Returns:
+        Entries under open_clip's names.
 
     Raises:
-        Unreadable: a name is unknown, or two become one.
+        Unreadable: it is another model of transformers, or has names that its CLIP does not have.
     """
-    state = without(state, _IDS, "position ids", notes)
-    result: dict[str, Tensor] = {}
+    if ids := [name for name in _IDS if name in state]:
+        notes.append(f"left out, position ids: {', '.join(ids)}")
+    for pattern, what in _OTHERS:
+        if found := next((name for name in state if pattern.fullmatch(name)), None):
+            raise Unreadable(f"{what} (it has {origin[found]!r})")
+    result: Entries = {}
     unknown = []
-    for stored, tensor in state.items():
-        for name, value in _converted(stored, tensor, state):
+    for stored in state:
+        for name, entry in _converted(stored, state, origin) if stored not in ids else ():
             if name is None:
-                unknown.append(stored)
+                unknown.append(origin[stored])
             elif name in result:
-                raise Unreadable(f"has {stored!r} and another name that both mean {name!r}; keep one of them")
+                raise Unreadable(
+                    f"has {origin[stored]!r} and another name that both mean {name!r}; keep one of them"
+                )
             else:
-                result[name] = value
+                result[name] = entry
     if unknown:
         raise Unreadable(
             f"holds {some(unknown)}, which transformers' CLIP does not have; format='state-dict' keeps "
-            "its names"
+            f"its names{_alone(origin)}"
         )
     if any(map(is_visual, result)) and "visual.proj" not in result:
         notes.append(
@@ -74,52 +101,53 @@ def converted(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor
     return result
 
 
+def _alone(origin: Mapping[str, str]) -> str:
+    """Tell how the CLIP within another model is read alone."""
+    for name, stored in origin.items():
+        if name.startswith(TOWERS) and stored != name:
+            prefix = stored.removesuffix(name).rstrip(".")
+            return f". The CLIP alone, under the prefix {prefix!r}: --key {prefix}"
+    return ""
+
+
 def _converted(
-    stored: str, tensor: Tensor, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str | None, Tensor]]:
-    """Yield (canonical name, tensor) for a tensor of transformers; None as the name if it is unknown."""
+    stored: str, state: Mapping[str, Any], origin: Mapping[str, str]
+) -> Iterator[tuple[str | None, Entry]]:
+    """Yield (canonical name, entry) for a name of transformers; None as the name if it is unknown."""
+
+    def entry(name: str, transposed: bool = False) -> Entry:
+        return Entry.of(origin[name], state[name], transposed)
+
     if stored in _NAMES:
-        yield _NAMES[stored], tensor
+        yield _NAMES[stored], entry(stored)
     elif stored in _PROJECTIONS:
-        if tensor.ndim != 2:
-            raise Unreadable(
-                f"has {stored!r} of shape {tuple(tensor.shape)}; a projection has two dimensions"
-            )
-        yield _PROJECTIONS[stored], tensor.T.contiguous()
+        if len(shape := entry(stored).shape) != 2:
+            raise Unreadable(f"has {origin[stored]!r} of shape {shape}; a projection has two dimensions")
+        yield _PROJECTIONS[stored], entry(stored, transposed=True)
     elif (match := _LAYER.fullmatch(stored)) is not None:
         tower, number, part, kind = match.groups()
         block = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
         if part in _PARTS:
-            yield f"{block}.{_PARTS[part]}.{kind}", tensor
+            yield f"{block}.{_PARTS[part]}.{kind}", entry(stored)
         elif part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             trio = [stored.replace(part, f"self_attn.{letter}_proj") for letter in "qkv"]
-            parts = [state[name] for name in trio if name in state]
-            if len(parts) < 3 or len({(p.shape, p.dtype) for p in parts}) > 1 or tensor.ndim == 0:
+            pieces = [entry(name).pieces[0] for name in trio if name in state]
+            kinds = {(piece.stored.size, piece.stored.dtype) for piece in pieces}
+            if len(pieces) < 3 or len(kinds) > 1 or not pieces[0].stored.size:
                 raise Unreadable(
                     f"needs {', '.join(trio)}, all of one shape and dtype: they become one tensor"
                 )
             if part == "self_attn.q_proj":
-                yield f"{block}.attn.in_proj_{kind}", torch.cat(parts)
+                yield f"{block}.attn.in_proj_{kind}", Entry(tuple(pieces))
         else:
-            yield None, tensor
+            yield None, entry(stored)
     else:
         module, _, kind = stored.rpartition(".")
         fits = module in _NORMS and kind in ("weight", "bias")
-        yield f"{_NORMS[module]}.{kind}" if fits else None, tensor
+        yield f"{_NORMS[module]}.{kind}" if fits else None, entry(stored)
 
 
-def without(state: Mapping[str, Any], names: tuple[str, ...], what: str, notes: list[str]) -> dict[str, Any]:
-    """Drop some names, with a note.
-
-    Args:
-        state: values by name.
-        names: to drop, where they occur.
-        what: what they are, for the note.
-        notes: gets it.
-    """
-    if dropped := [name for name in names if name in state]:
-        notes.append(f"left out, {what}: {', '.join(dropped)}")
-    return {name: value for name, value in state.items() if name not in dropped}
+# --- and back -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 
@@ -14,9 +16,11 @@ from ..common import files
 from ..common.pickles import Unreadable
 from ..common.words import some, suggestion
 from ..names import FORMATS, Format
-from . import containers, layouts
-from .activation import Evidence, Tensors, beside, notes_of
+from . import folders, layouts, sharded
+from .activation import Activation, Evidence, Tensors, beside, notes_of
 from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT
+from .entries import Entry
+from .stored import ContainerKind, Maker
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,7 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Attributes:
-        file: its path.
+        file: its path; of a sharded checkpoint its index.
         format: a key of ``FORMATS``.
         tensors: by canonical name, in the file's order, with dtypes and shapes as stored, on the CPU;
             ``tensors.activation`` has the activations that the file, or a configuration beside it, shows.
@@ -40,19 +44,120 @@ class Checkpoint:
     doubts: tuple[str, ...] = ()
 
 
-def read(path: str | PathLike[str], format: Format | None = None) -> Checkpoint:
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A checkpoint of which each tensor is read when it is asked for (:func:`opened`).
+
+    Attributes:
+        file: as of :class:`Checkpoint`.
+        format: as of :class:`Checkpoint`.
+        container: kind of the file.
+        entries: canonical name -> the tensors of the file that it is made of: shape, dtype, names in the
+            file, and ``split``, by which a new value is written back under these.
+        path: keys of the dicts that hold the tensors, outermost first; empty if the file is the state dict.
+        metadata: of a safetensors header.
+        activation: as of ``Checkpoint.tensors``.
+        notes: as of :class:`Checkpoint`.
+        doubts: as of :class:`Checkpoint`.
+    """
+
+    file: pathlib.Path
+    format: Format
+    container: ContainerKind
+    entries: Mapping[str, Entry]
+    path: tuple[str, ...]
+    metadata: Mapping[str, str]
+    activation: Mapping[str, Activation]
+    notes: tuple[str, ...]
+    doubts: tuple[str, ...]
+    _size: int
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own.
+
+        Args:
+            name: canonical name, a key of ``entries``.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            return self.entries[name].make(Maker(self._size, keep=False))
+        except (Unreadable, OSError) as error:
+            raise ValueError(f"read: {self.file} {error}") from error
+
+
+@contextmanager
+def opened(
+    path: str | PathLike[str],
+    format: Format | None = None,
+    key: str | None = None,
+    *,
+    operation: str = "read",
+) -> Iterator[Opened]:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        path: as for :func:`read`.
+        format: as for :func:`read`.
+        key: as for :func:`read`.
+        operation: what the messages of errors begin with.
+
+    Yields:
+        The open checkpoint.
+
+    Raises:
+        ValueError: as :func:`read`.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"{operation}: there is no format {format!r}; {suggestion(format, FORMATS)}")
+    file = folders.located(path, operation)
+    evidence = Evidence()
+    with ExitStack() as stack:
+        try:
+            content = stack.enter_context(sharded.opened(file))
+            layout = layouts.layout(content, format, evidence, key)
+            named = folders.conventional(folders.parts(file))
+        except (Unreadable, OSError) as error:
+            raise ValueError(f"{operation}: {file} {error}") from error
+        evidence.add_all(beside(named, layout.format == "huggingface"))
+        activation, contradictions = evidence.judged()
+        notes = [*layout.notes, *notes_of(activation), *contradictions]
+        if integers := [name for name, e in layout.entries.items() if not e.dtype.is_floating_point]:
+            notes.append(f"not floating-point, copied instead of interpolated: {some(integers, 3)}")
+        yield Opened(
+            file,
+            layout.format,
+            content.kind,
+            layout.entries,
+            layout.path,
+            content.metadata,
+            activation,
+            (*layout.doubts, *notes),
+            tuple(layout.doubts),
+            content.size,
+        )
+
+
+def read(path: str | PathLike[str], format: Format | None = None, key: str | None = None) -> Checkpoint:
     """Read a checkpoint.
 
-    Prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``, ``image_encoder.model.``, in any order) are
-    dropped, and names of Hugging Face converted to open_clip's (q, k and v joined, projections transposed):
-    image tower ``visual.*``, head ``classification_head.weight`` and ``.bias``, text tower without a prefix.
+    Of a training checkpoint, the one dict of tensors (or pickled module) is taken. Components of names that
+    wrappers add (``module``, ``_orig_mod``, ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``) are
+    dropped at any place, and so is what precedes the model: ``model.``, ``image_encoder.model.``, and, with a
+    note, any other prefix of the image tower. Names of Hugging Face become open_clip's (q, k and v joined,
+    projections transposed): image tower ``visual.*``, head ``classification_head.weight`` and ``.bias``, text
+    tower without a prefix.
 
     Nothing in the file is executed: pickles are read by :mod:`.pickled_tensors`, which builds tensors, plain
     values and inert shells of modules, and refuses all calls except those that tensors need.
 
     Args:
-        path: a file in one of the ``FORMATS``; its content decides, not its name.
+        path: a file in one of the ``FORMATS``, whose content decides, not its name; the index of a sharded
+            checkpoint; or a folder with either, as ``save_pretrained`` writes it.
         format: the required format; None: any.
+        key: which weights, if the file has several: the keys of its dicts, or the first components of names,
+            joined by dots (the last key alone if that is unique), such as ``state_dict_ema`` or ``teacher``.
 
     Returns:
         Its content. Tensors are dense, contiguous, without gradients, and in memory of their own: neither
@@ -61,13 +166,17 @@ def read(path: str | PathLike[str], format: Format | None = None) -> Checkpoint:
 
     Raises:
         ValueError: the file is missing, empty, damaged or in an unknown format; calls code; holds anything
-            but tensors; has two names that become one; or is not in the required format.
+            but tensors where the weights are; has several sets of weights and no key chooses; is one shard of
+            several; has two names that become one; or is not in the required format.
     """
-    return _read(path, format, "read")
+    return _read(path, format, key, "read")
 
 
 def load(
-    path: str | PathLike[str], device: str | torch.device = "cpu", format: Format | None = None
+    path: str | PathLike[str],
+    device: str | torch.device = "cpu",
+    format: Format | None = None,
+    key: str | None = None,
 ) -> dict[str, Tensor]:
     """Load the tensors of a checkpoint.
 
@@ -76,6 +185,7 @@ def load(
         device: where the tensors are put; ``"meta"``: dtypes and shapes only, without reading the bytes of
             tensors.
         format: as for :func:`read`.
+        key: as for :func:`read`.
 
     Returns:
         Canonical name -> tensor; its attribute ``activation`` has the activations that the file shows, by
@@ -85,16 +195,17 @@ def load(
         ValueError: as :func:`read`.
     """
     target = torch.device(device)
-    tensors = _read(path, format, "load", target.type == "meta").tensors
+    tensors = _read(path, format, key, "load", target.type == "meta").tensors
     return Tensors({name: tensor.to(target) for name, tensor in tensors.items()}, tensors.activation)
 
 
-def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
+def load_head(path: str | PathLike[str], key: str | None = None) -> dict[str, Tensor]:
     """Load a classification head.
 
     Args:
         path: a file with a head alone (``weight`` and ``bias``, or a pickled ClassificationHead, as WiSE-FT
             and task vectors write it), or a checkpoint with a head.
+        key: as for :func:`read`.
 
     Returns:
         ``classification_head.weight`` [classes, features] and, if present, ``classification_head.bias``
@@ -103,7 +214,7 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: as :func:`read`; or the file has no head, or one of other shapes.
     """
-    tensors = _read(path, None, "load_head").tensors
+    tensors = _read(path, None, key, "load_head").tensors
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
     if not head and set(tensors) <= {"weight", "bias"}:
         head = {HEAD + name: tensor for name, tensor in tensors.items()}
@@ -122,47 +233,34 @@ def load_head(path: str | PathLike[str]) -> dict[str, Tensor]:
 
 
 def sha256(path: str | PathLike[str]) -> str:
-    """Return the SHA-256 of a checkpoint file as 64 hexadecimal digits; it identifies the weights of a run.
+    """Return the SHA-256 of a checkpoint as 64 hexadecimal digits; it identifies the weights of a run.
 
     Args:
-        path: an existing file.
+        path: a file; or an index or a folder, as for :func:`read`.
+
+    Returns:
+        That of the file; of several files that of the lines that ``sha256sum`` prints for them, the index
+        first.
 
     Raises:
         ValueError: it is missing, or is not a regular file.
     """
-    return files.sha256(_existing(path, "sha256"))
+    folders.located(path, "sha256")
+    return folders.digest({file: files.sha256(file) for file in folders.parts(path)})
 
 
-def _read(path: str | PathLike[str], format: Format | None, operation: str, meta: bool = False) -> Checkpoint:
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"{operation}: there is no format {format!r}; {suggestion(format, FORMATS)}")
-    file = _existing(path, operation)
-    evidence = Evidence()
-    try:
-        with files.opened(file) as stream:
-            content = containers.read(stream, file)
-            detected, tensors, notes, doubts = layouts.tensors(content, format, evidence, meta)
-    except (Unreadable, OSError) as error:
-        raise ValueError(f"{operation}: {file} {error}") from error
-    evidence.add_all(beside(file, detected == "huggingface"))
-    activation, contradictions = evidence.judged()
-    notes += [*notes_of(activation), *contradictions]
-    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        notes.append(f"not floating-point, copied instead of interpolated: {some(integers, 3)}")
+def _read(
+    path: str | PathLike[str], format: Format | None, key: str | None, operation: str, meta: bool = False
+) -> Checkpoint:
+    with opened(path, format, key, operation=operation) as found:
+        maker = Maker(found._size, meta)
+        try:
+            tensors = {name: entry.make(maker) for name, entry in found.entries.items()}
+        except (Unreadable, OSError) as error:
+            raise ValueError(f"{operation}: {found.file} {error}") from error
     if operation != "read":
-        for doubt in doubts:
+        for doubt in found.doubts:
             warnings.warn(
-                f"{file}: {doubt}, so its scores may differ from those of its own code", stacklevel=3
+                f"{found.file}: {doubt}, so its scores may differ from those of its own code", stacklevel=3
             )
-    return Checkpoint(file, detected, Tensors(tensors, activation), (*doubts, *notes), tuple(doubts))
-
-
-def _existing(path: str | PathLike[str], operation: str) -> pathlib.Path:
-    file = pathlib.Path(path)
-    if file.is_dir():
-        raise ValueError(f"{operation}: {file} is a directory, expected a checkpoint file in it")
-    if kind := files.special(file):
-        raise ValueError(f"{operation}: {file} is {kind}, expected a checkpoint file")
-    if not file.is_file():
-        raise ValueError(f"{operation}: there is no file {file}")
-    return file
+    return Checkpoint(found.file, found.format, Tensors(tensors, found.activation), found.notes, found.doubts)

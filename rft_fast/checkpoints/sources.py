@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from ..common.words import first_line
 from .activation import OPEN_CLIP, TRANSFORMERS
+from .folders import located
 
 # Neither part may contain "..", which would leave the cache's directories.
 _HUB = re.compile(r"hf-hub:(\w[\w.-]*/\w[\w.-]*)(?:@((?!.*\.\.)\w[\w./-]*))?", re.ASCII)
@@ -34,12 +35,13 @@ def check_source(source: str, arch: str) -> None:
     Raises:
         ValueError: it is none of these; the message lists the nearest tags.
     """
-    if pathlib.Path(source).is_file() or _HUB.fullmatch(source):
+    if pathlib.Path(source).exists():
+        located(source, "check_source")
+        return
+    if _HUB.fullmatch(source):
         return
     if source.startswith("hf-hub:"):
         raise ValueError(f"check_source: {source!r} must be hf-hub:org/name or hf-hub:org/name@revision")
-    if pathlib.Path(source).is_dir():
-        raise ValueError(f"check_source: {source} is a directory, expected a checkpoint file in it")
     if "/" in source or pathlib.Path(source).suffix in (".pt", ".pth", ".bin", ".pkl", ".safetensors"):
         raise ValueError(f"check_source: there is no file {source}")
     import open_clip
@@ -78,8 +80,8 @@ def fetch(source: str, arch: str, network: bool = True) -> pathlib.Path:
             machine.
     """
     check_source(source, arch)
-    if pathlib.Path(source).is_file():
-        return pathlib.Path(source)
+    if pathlib.Path(source).exists():
+        return located(source, "fetch")
     if not network:
         if (local := cached(source, arch)) is None:
             raise ValueError(f"fetch: {source!r} of {arch} is not on this machine; --fetch downloads it")
@@ -98,8 +100,8 @@ def cached(source: str, arch: str) -> pathlib.Path | None:
         source: as for :func:`check_source`.
         arch: as for :func:`check_source`.
     """
-    if pathlib.Path(source).is_file():
-        return pathlib.Path(source)
+    if pathlib.Path(source).exists():
+        return located(source, "cached")
     if hub := _HUB.fullmatch(source):
         return in_cache(hub[1], _HUB_FILES, hub[2])
     import open_clip

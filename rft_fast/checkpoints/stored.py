@@ -176,10 +176,12 @@ class Maker:
         size: of the file in bytes. Data that cannot be a view of the file's bytes is copied, at most this
             much in all.
         meta: make tensors on the device ``meta``, without reading their bytes.
+        keep: whether tensors and the bytes of storages are kept for tensors that share them; otherwise each
+            tensor is read alone, and only its bytes.
     """
 
-    def __init__(self, size: int, meta: bool = False) -> None:
-        self.budget, self.meta = size, meta
+    def __init__(self, size: int, meta: bool = False, keep: bool = True) -> None:
+        self.size, self.budget, self.meta, self.keep = size, size, meta, keep
         self.made: dict[Any, Tensor] = {}
 
     def tensor(self, stored: Stored) -> Tensor:
@@ -193,12 +195,17 @@ class Maker:
                 support.
         """
         key = (id(stored.storage), stored.dtype, stored.offset, stored.size, stored.stride)
-        if key not in self.made:
-            try:
-                self.made[key] = self._make(stored)
-            except (RuntimeError, OverflowError) as error:
-                raise Unreadable("claims a shape that torch cannot make: it is damaged") from error
-        return self.made[key]
+        if key in self.made:
+            return self.made[key]
+        if not self.keep:
+            self.budget = self.size
+        try:
+            made = self._make(stored)
+        except (RuntimeError, OverflowError) as error:
+            raise Unreadable("claims a shape that torch cannot make: it is damaged") from error
+        if self.keep:
+            self.made[key] = made
+        return made
 
     def _make(self, stored: Stored) -> Tensor:
         data = stored.storage.data
@@ -224,10 +231,13 @@ class Maker:
             raise Unreadable(f"goes beyond its storage of {len(data)} bytes: it is damaged")
         if self.meta:
             return torch.empty(stored.size, dtype=stored.dtype, device="meta")
-        if isinstance(data, Span):
-            data = stored.storage.data = data.read()
-        raw = torch.frombuffer(data, dtype=torch.uint8)
-        raw = raw[stored.offset * itemsize : (last + 1) * itemsize]
+        first, end = stored.offset * itemsize, (last + 1) * itemsize
+        if isinstance(data, Span) and not self.keep:
+            raw = torch.frombuffer(data.content[data.start + first : data.start + end], dtype=torch.uint8)
+        else:
+            if isinstance(data, Span):
+                data = stored.storage.data = data.read()
+            raw = torch.frombuffer(data, dtype=torch.uint8)[first:end]
         if raw.data_ptr() % itemsize:  # in a pickle, tensors are not aligned
             raw = self._charge(raw).clone()
         result = raw.view(stored.dtype).as_strided(stored.size, stored.stride)

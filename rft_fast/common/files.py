@@ -246,20 +246,21 @@ class Inputs:
         return known
 
     @contextmanager
-    def reading(self, file: str | PathLike[str]) -> Iterator[None]:
-        """Check on entry and on exit that a file is the one that was registered.
+    def reading(self, *files: str | PathLike[str]) -> Iterator[None]:
+        """Check on entry and on exit that files are those that were registered.
 
         Args:
-            file: path of the file that is read inside.
+            *files: paths of the files that are read inside.
 
         Raises:
-            Changed: it is not; this replaces any error that its reader raises.
+            Changed: one is not; this replaces any error that their reader raises.
         """
-        self.add(file)
-        if self._known[pathlib.Path(file)][0].young:  # its stamp alone does not identify its content
-            self.sha256(file)
-        self.check(file)
-        with self.unchanged(file):
+        for file in files:
+            self.add(file)
+            if self._known[pathlib.Path(file)][0].young:  # its stamp alone does not identify its content
+                self.sha256(file)
+        self.check(*files)
+        with self.unchanged(*files):
             yield
 
     @contextmanager

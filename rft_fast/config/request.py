@@ -254,8 +254,10 @@ def _zoo_of_options(models: Models) -> zoo.Zoo:
     if models.arch is None or models.zeroshot is None:
         raise ValueError("a sweep of your own models needs --arch and --zeroshot")
     for file in models.finetuned:
-        if not file.is_file():
-            raise ValueError(f"argument --finetuned: there is no file {file}")
+        try:
+            checkpoints.located(file)
+        except ValueError as error:
+            raise ValueError(f"argument --finetuned: {error}") from None
     sources = [(name, zoo.DataSource(path, ood=False)) for name, path in models.id_data]
     sources += [(name, zoo.DataSource(path, ood=True)) for name, path in models.data]
     for name, source in sources:
@@ -306,6 +308,10 @@ def _changed(its_zoo: zoo.Zoo, models: Models, head: Head) -> zoo.Zoo:
         data[name] = replace(data[name], labels=labels)
     of_weights: dict[str, Any] = {} if models.format is None else {"format": models.format}
     of_weights |= {"unrelated": True} if models.unrelated else {}
+    of_weights |= {} if models.key is None else {"key": models.key}
+    zeroshot = its_zoo.zeroshot
+    if models.zeroshot_key is not None:
+        zeroshot = replace(zeroshot, key=models.zeroshot_key)
     of_head: dict[str, Any] = {
         "choice": head.head,
         "towers": head.towers,
@@ -316,6 +322,7 @@ def _changed(its_zoo: zoo.Zoo, models: Models, head: Head) -> zoo.Zoo:
     }
     return replace(
         its_zoo,
+        zeroshot=zeroshot,
         finetuned={name: replace(weights, **of_weights) for name, weights in its_zoo.finetuned.items()},
         data=data,
         head=replace(its_zoo.head, **{name: value for name, value in of_head.items() if value is not None}),
@@ -354,7 +361,7 @@ def _check_models(its_zoo: zoo.Zoo, tree: Tree) -> None:
     from ..clip import architectures, matching, prompts
 
     source, head = its_zoo.zeroshot.source, its_zoo.head
-    published = None if pathlib.Path(source).is_file() or source.startswith("hf-hub:") else source
+    published = None if pathlib.Path(source).exists() or source.startswith("hf-hub:") else source
     architectures.preprocess(its_zoo.arch, published)
     if published is not None:
         matching.check_activation(its_zoo.arch, published)

@@ -89,6 +89,15 @@ class Models:
         "format of the fine-tuned checkpoints (default: found out; docs/checkpoints.md)",
         choices=tuple(names.FORMATS),
     )
+    key: str | None = option(
+        None,
+        "which weights of the fine-tuned checkpoints, where a file has several, such as state_dict_ema "
+        "(docs/checkpoints.md)",
+        metavar="NAME",
+    )
+    zeroshot_key: str | None = option(
+        None, "which weights of the zero-shot checkpoint, where its file has several", metavar="NAME"
+    )
     resize_positions: bool = option(
         False, "resample the positions of image towers for another image size to that of --arch"
     )

@@ -46,11 +46,13 @@ class Weights:
             (:func:`rft_fast.checkpoints.fetch`).
         format: one of ``checkpoints.FORMATS``; None: detected.
         unrelated: whether a fine-tuned end may come from another training than the zero-shot end.
+        key: which weights, where the file has several (:func:`rft_fast.checkpoints.read`).
     """
 
     source: str
     format: Format | None = None
     unrelated: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def read(path: str | PathLike[str]) -> Zoo:
 
         name = "soup"
         arch = "ViT-B-32-quickgelu"     # an open_clip model name, or a JSON file in its format
-        zeroshot = "zeroshot.pt"        # or { path = ..., format = ... }, "openai", "hf-hub:org/name"
+        zeroshot = "zeroshot.pt"        # or { path =, format =, key = }, "openai", "hf-hub:org/name"
         resize-positions = true         # may be left out: --resize-positions
         head = "interpolate"            # this and the next six may be left out: --head
         towers = "image"                # --towers
@@ -139,6 +141,7 @@ def read(path: str | PathLike[str]) -> Zoo:
         [finetuned]
         "lr 1e-5" = "model_1.pt"
         "lr 3e-5" = { path = "model_2.pt", format = "wiseft" }
+        "average" = { path = "last.pth.tar", key = "state_dict_ema" }  # a file with several: --key
         "other" = { path = "model_3.pt", unrelated = true }  # not fine-tuned from zeroshot: --unrelated
         [data]
         imagenet = { path = "imagenet/val", ood = false }
@@ -243,22 +246,27 @@ class _Entries:
         entry = table.get(key)
         if isinstance(entry, dict):
             prefix, table, key = f"{prefix}{key}.", entry, "path"
-            self.known(entry, prefix, ("path", "format", *(["unrelated"] if published is None else [])))
+            self.known(
+                entry, prefix, ("path", "format", "key", *(["unrelated"] if published is None else []))
+            )
         unrelated = key == "path" and self.get({"unrelated": False, **table}, "unrelated", bool, prefix)
         format = self.one_of(table, "format", FORMATS, prefix) if key == "path" else None
+        which = self.get(table, "key", str, prefix) if key == "path" and "key" in table else None
         source = self.get(table, key, str, prefix)
         if published is None or (self.file.parent / source).exists():
             file = self.path(table, key, prefix)
-            if file.is_dir():
-                raise self.error(f"{prefix}{key}", f"names {file}, a directory; expected a checkpoint in it")
-            return Weights(str(file), format, unrelated)
+            try:
+                checkpoints.located(file)
+            except ValueError as error:
+                raise self.error(f"{prefix}{key}", f"names no checkpoint: {error}") from None
+            return Weights(str(file), format, unrelated, which)
         try:
             if pathlib.Path(source).exists():  # in the working directory, which a zoo does not depend on
                 raise ValueError(f"{source} is relative to the working directory")
             checkpoints.check_source(source, published)
         except ValueError as error:
             raise self.error(f"{prefix}{key}", f"names no file beside it: {error}") from None
-        return Weights(source, format)
+        return Weights(source, format, key=which)
 
     def data(self, source: Mapping[str, Any], prefix: str) -> DataSource:
         labels: pathlib.Path | Mapping[str, Any] | str | None = None

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rft_fast.checkpoints import activation, containers, huggingface, layouts
+from rft_fast.checkpoints import activation, folders, layouts, sharded
 from rft_fast.checkpoints.canonical import is_visual
+from rft_fast.checkpoints.entries import Entry
 from rft_fast.checkpoints.stored import Container, Maker, Span, Stored
 from rft_fast.common import files
 from rft_fast.common.pickles import Unreadable
@@ -53,26 +54,15 @@ class Source:
 
     def __init__(self, file: pathlib.Path, container: Container) -> None:
         evidence = activation.Evidence()
-        found = layouts.describe(container, None, evidence)
+        found = layouts.layout(container, None, evidence)
         self.file, self.format = file, found.format
         evidence.add_all(activation.beside(file, self.format == "huggingface"))
         self.activation, contradictions = evidence.judged()
         self.notes = (*found.doubts, *found.notes, *contradictions)
-        self._container, self._state, self._origin = container, found.state, found.origin
-        self._made: tuple[str, Tensor] | None = None
-        _, shapes, *_ = layouts.tensors(container, None, activation.Evidence(), meta=True)
-        self.items = {name: self._item(name, tensor) for name, tensor in shapes.items()}
-
-    def _item(self, name: str, tensor: Tensor) -> Item:
-        where = huggingface.place(name) if self.format == "huggingface" else None
-        names, transposed = ((name,), False) if where is None else (where.names, where.transposed)
-        if names[0] not in self._state:  # converters spell it in two ways
-            names = tuple(each.replace("pre_layrnorm", "pre_layernorm") for each in names)
-        return Item(tensor.shape, tensor.dtype, names, transposed)
-
-    def stored_names(self, name: str) -> tuple[str, ...]:
-        """Return the names in the file of the tensor of a canonical name."""
-        return tuple(self._origin[each] for each in self.items[name].names)
+        self._container, self._entries = container, found.entries
+        self._made: tuple[Stored, Tensor] | None = None
+        maker = Maker(container.size, meta=True)  # checks that the file has what it claims
+        self.items = {name: _item(entry, entry.make(maker)) for name, entry in found.entries.items()}
 
     def read(self, name: str, out: Tensor, start: int = 0) -> None:
         """Read consecutive elements of a tensor.
@@ -87,36 +77,38 @@ class Source:
         """
         item = self.items[name]
         if item.transposed:
-            out.copy_(self._whole(item.names[0]).T.reshape(-1)[start : start + len(out)])
+            stored = self._entries[name].pieces[0].stored
+            out.copy_(self._whole(stored).T.reshape(-1)[start : start + len(out)])
             return
         done = 0
-        for each in item.names:
-            size = math.prod(self._state[each].size)
+        for piece in self._entries[name].pieces:
+            size = math.prod(piece.stored.size)
             if start < size and done < len(out):
                 count = min(size - start, len(out) - done)
-                self._read(each, out[done : done + count], start)
+                self._read(piece.stored, out[done : done + count], start)
                 done, start = done + count, start + count
             start -= size
         assert done == len(out)
 
-    def _read(self, name: str, out: Tensor, start: int) -> None:
-        stored: Stored = self._state[name]
+    def _read(self, stored: Stored, out: Tensor, start: int) -> None:
         data = stored.storage.data
         if not isinstance(data, Span) or not _is_contiguous(stored):
-            out.copy_(self._whole(name).reshape(-1)[start : start + len(out)])
+            out.copy_(self._whole(stored).reshape(-1)[start : start + len(out)])
             return
         first = data.start + (stored.offset + start) * stored.dtype.itemsize
         data.content.read_into(first, view(out))
 
-    def _whole(self, name: str) -> Tensor:
+    def _whole(self, stored: Stored) -> Tensor:
         """Return a tensor that cannot be read in runs; the last one is kept."""
-        if self._made is None or self._made[0] != name:
+        if self._made is None or self._made[0] is not stored:
             self._made = None
-            stored: Stored = self._state[name]
-            data = stored.storage.data
-            self._made = name, Maker(self._container.size).tensor(stored)
-            stored.storage.data = data  # not the bytes that were read
+            self._made = stored, Maker(self._container.size, keep=False).tensor(stored)
         return self._made[1]
+
+
+def _item(entry: Entry, tensor: Tensor) -> Item:
+    names = tuple(piece.name for piece in entry.pieces)
+    return Item(tensor.shape, tensor.dtype, names, entry.pieces[0].transposed)
 
 
 def view(tensor: Tensor) -> memoryview:
@@ -136,14 +128,13 @@ def opened(file: pathlib.Path, inputs: files.Inputs) -> Iterator[Source]:
         ValueError: as of :func:`rft_fast.checkpoints.read`.
         Changed: the file changed while it was open.
     """
-    if kind := files.special(file):
-        raise ValueError(f"merge: {file} is {kind}, expected a checkpoint file")
-    if not file.is_file():
-        raise ValueError(f"merge: there is no file {file}")
-    inputs.add(file)
-    with inputs.unchanged(file), files.opened(file) as stream:
+    with ExitStack() as stack:
+        file = folders.located(file, "merge")
+        for part in folders.parts(file):
+            inputs.add(part)
+            stack.enter_context(inputs.unchanged(part))
         try:
-            source = Source(file, containers.read(stream, file))
+            source = Source(file, stack.enter_context(sharded.opened(file)))
         except (Unreadable, OSError) as error:
             raise ValueError(f"merge: {file} {error}") from error
         yield source

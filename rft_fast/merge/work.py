@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rft_fast
-from rft_fast.checkpoints import containers, huggingface
+from rft_fast.checkpoints import containers, folders, huggingface
 from rft_fast.checkpoints.activation import Activation
 from rft_fast.common import disk, files
 from rft_fast.path import layers as layering
@@ -85,7 +85,7 @@ def run(request: Request) -> Outcome:
         formula = _formula(request, found, finetuned)
         jobs = _jobs(request, found)
         hashing = stack.enter_context(ThreadPoolExecutor(1))
-        digests = [hashing.submit(inputs.sha256, source.file) for source in opened]
+        digests = [hashing.submit(_sha256, inputs, source.file) for source in opened]
         stack.callback(_cancel, digests)
         activation = _agreed(opened)
         texts = _metadata(request, opened, found, ["0" * 64] * len(opened), activation)
@@ -136,6 +136,11 @@ def _check_out(request: Request) -> None:
                 raise ValueError(f"merge: {out} is one of the models; write the result to another file")
         if not request.overwrite:
             raise ValueError(f"merge: {out} exists; choose another file, or --overwrite replaces it")
+
+
+def _sha256(inputs: files.Inputs, file: pathlib.Path) -> str:
+    """Return the SHA-256 of a checkpoint, of one file or several."""
+    return folders.digest({part: inputs.sha256(part) for part in folders.parts(file)})
 
 
 def _cancel(digests: list[Future[str]]) -> None:
@@ -195,7 +200,7 @@ def _jobs(request: Request, found: fit.Fit) -> list[_Job]:
 def _place(request: Request, reference: Source, name: str) -> huggingface.Place:
     """Decide on the names in the result."""
     if request.format is None:
-        return huggingface.Place(reference.stored_names(name), reference.items[name].transposed)
+        return huggingface.Place(reference.items[name].names, reference.items[name].transposed)
     if request.format == "huggingface":
         if (place := huggingface.place(name)) is None:
             raise ValueError(

@@ -67,10 +67,11 @@ def complete(models: Models, bench: Bench) -> dict[str, Any]:
 
     def content(weights: zoo.Weights) -> dict[str, object]:
         file = Path(weights.source)
-        where = str(file.absolute()) if file.is_file() else weights.source
+        where = str(file.absolute()) if file.exists() else weights.source
         if weights is source.zeroshot and (commit := checkpoints.commit(models.common[0])):
             where = f"{where.partition('@')[0]}@{commit}"
-        return {"path": where, "format": weights.format, "sha256": models.hashes[weights.source]}
+        key = {} if weights.key is None else {"key": weights.key}
+        return {"path": where, "format": weights.format, **key, "sha256": models.hashes[weights.source]}
 
     def images(evaluator: Evaluator) -> dict[str, int]:
         return {data.name: len(data.labels) for data in evaluator.datasets}

@@ -43,6 +43,7 @@ class Models:
     live: nn.Module
     inputs: files.Inputs
     common: tuple[Path, ...]  # those of all models, the zero-shot checkpoint first
+    parts: dict[str, tuple[Path, ...]]  # of each checkpoint: its file, or its index and shards
     hashes: dict[str, str] = field(default_factory=dict)
     layers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each fine-tuned model's path
     frozen: dict[str, tuple[str, ...]] = field(default_factory=dict)  # those that are the same at both ends
@@ -57,30 +58,32 @@ class Models:
         source, inputs = request.zoo, files.Inputs()
         file = checkpoints.fetch(source.zeroshot.source, source.arch, request.fetch is not False)
         common = (file, *_texts(source))
-        for each in (*common, *(Path(weights.source) for weights in source.finetuned.values())):
-            inputs.add(each)
+        parts = {weights.source: checkpoints.parts(weights.source) for weights in source.finetuned.values()}
+        parts[str(file)] = checkpoints.parts(file)
+        for part in (part for some in (common[1:], *parts.values()) for part in some):
+            inputs.add(part)
         for text in common[1:]:
             inputs.sha256(text)
         setup = _setup(source, request.fetch)
-        with inputs.reading(file):
-            state = checkpoints.load(file, request.device, source.zeroshot.format)
+        with inputs.reading(*parts[str(file)]):
+            state = checkpoints.load(file, request.device, source.zeroshot.format, source.zeroshot.key)
         with _at(file):
             ends = Ends(setup, state, _classes(source), request.device, stand_ins=request.of(Running).plan)
         for weights in source.finetuned.values():
-            with _at(weights.source), inputs.reading(weights.source):
-                ends.check(checkpoints.load(weights.source, "meta", weights.format))
+            with _at(weights.source), inputs.reading(*parts[weights.source]):
+                ends.check(checkpoints.load(weights.source, "meta", weights.format, weights.key))
         live = precision.cast(ends.live, request.of(Computed).precision).to(request.device)
-        models = cls(request, ends, live, inputs, common)
+        models = cls(request, ends, live, inputs, common, parts)
         if request.of(Running).image_results and ends.classes > NO_CLASS:
             raise ValueError(
                 f"{file}: the head has {ends.classes} classes, and results of single images number at most "
                 f"{NO_CLASS}; use --no-image-results"
             )
-        models.hashes[source.zeroshot.source] = inputs.sha256(file)
-        first: dict[str, str] = {}  # SHA-256 -> the first model of that file
+        models.hashes[source.zeroshot.source] = models._sha256(file)
+        first: dict[tuple[str, str | None], str] = {}  # SHA-256 and key -> the first model of that file
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
-            models.hashes[weights.source] = found = inputs.sha256(weights.source)
-            if (other := first.setdefault(found, name)) != name:
+            models.hashes[weights.source] = found = models._sha256(weights.source)
+            if (other := first.setdefault((found, weights.key), name)) != name:
                 both = f"{visible(other)} and {visible(name)}"
                 warnings.warn(f"{both} are the same file: as two models they count twice", stacklevel=2)
             path = models.path(name)
@@ -99,8 +102,8 @@ class Models:
         """The live model on the way to this fine-tuned one."""
         weights = self.request.zoo.finetuned[name]
         with _at(weights.source):
-            with self.inputs.reading(weights.source):
-                state = checkpoints.load(weights.source, format=weights.format)
+            with self.inputs.reading(*self.parts[weights.source]):
+                state = checkpoints.load(weights.source, format=weights.format, key=weights.key)
             if name not in self.layers:  # when it is loaded for the first time
                 self.ends.check_lineage(state, weights.unrelated)
             ends = self.ends.pair(state, name)
@@ -109,7 +112,12 @@ class Models:
 
     def unchanged(self, name: str) -> AbstractContextManager[None]:
         """Raises files.Changed at the end where a file of this model has changed meanwhile."""
-        return self.inputs.unchanged(*self.common, self.request.zoo.finetuned[name].source)
+        ends = self.parts[str(self.common[0])], self.parts[self.request.zoo.finetuned[name].source]
+        return self.inputs.unchanged(*ends[0], *self.common[1:], *ends[1])
+
+    def _sha256(self, source: str | Path) -> str:
+        """The SHA-256 of a checkpoint, of one file or several."""
+        return checkpoints.digest({part: self.inputs.sha256(part) for part in self.parts[str(source)]})
 
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
@@ -171,14 +179,14 @@ def _classes(source: zoo.Zoo) -> int | None:
     if source.head.choice != "finetuned" or source.head.class_names is not None:
         return None
     weights = next(iter(source.finetuned.values()))
-    head = checkpoints.load(weights.source, "meta", weights.format).get(HEAD_WEIGHT)
+    head = checkpoints.load(weights.source, "meta", weights.format, weights.key).get(HEAD_WEIGHT)
     return None if head is None else len(head)
 
 
 def preprocess(source: zoo.Zoo) -> architectures.Preprocess:
     """How images are prepared for the models of a zoo: as for the published weights, if they start there."""
     name = source.zeroshot.source
-    published = not Path(name).is_file() and not name.startswith("hf-hub:")
+    published = not Path(name).exists() and not name.startswith("hf-hub:")
     return architectures.preprocess(source.arch, name if published else None)
 
 

@@ -73,10 +73,14 @@ def test_every_prefix_and_both_formats(tmp_path: Path, prefix: str) -> None:
     same_content(checkpoints.load(tmp_path / "a.safetensors"), STATE)  # safetensors sorts
 
 
-def test_only_leading_prefixes_are_dropped(tmp_path: Path) -> None:
-    state = {"visual.module.weight": torch.ones(1), "visual.model.bias": torch.ones(1)}
+def test_what_precedes_a_model_is_dropped_at_the_start_and_wrappers_at_any_place(tmp_path: Path) -> None:
+    state = {
+        "visual.model.bias": torch.ones(1),
+        "visual.module.weight": torch.ones(1),
+        "module": torch.ones(1),
+    }
     torch.save(state, tmp_path / "a.pt")
-    assert list(checkpoints.load(tmp_path / "a.pt")) == list(state)
+    assert list(checkpoints.load(tmp_path / "a.pt")) == ["visual.model.bias", "visual.weight", "module"]
 
 
 def test_open_clip_training_checkpoint(tmp_path: Path) -> None:
@@ -287,8 +291,8 @@ def test_what_holds_more_than_tensors(tmp_path: Path) -> None:
     cases = {
         "plain": ({**STATE, "temperature": 0.1, "note": "x"}, "temperature note"),
         "number_name": ({3: torch.ones(1)}, "3"),
-        "ema": ({"state_dict": STATE, "state_dict_ema": STATE}, "state_dict_ema"),
-        "inner": ({"state_dict": {"a": 1}}, "a"),
+        "ema": ({"state_dict": STATE, "state_dict_ema": {"a": torch.ones(2)}}, "state_dict_ema"),
+        "inner": ({"state_dict": {"a": 1}}, "state_dict"),
         "tensor": (torch.ones(3), ""),
         "nothing": ({}, ""),
         "sparse": ({"visual.proj": torch.eye(3).to_sparse()}, "visual.proj"),

@@ -109,8 +109,8 @@ def test_a_model_name_stays_a_name(folder: Path) -> None:
             "weights/three.pt",
             ("finetuned.a first", "three.pt, which does not exist"),
         ),
-        ('"weights/zero.pt"', '"weights"', ("zeroshot names", "weights, a directory")),
-        ('"weights/one.pt"', '"weights"', ("finetuned.z last names", "weights, a directory")),
+        ('"weights/zero.pt"', '"weights"', ("zeroshot names", "weights is a directory")),
+        ('"weights/one.pt"', '"weights"', ("finetuned.z last names", "weights is a directory")),
         ("weights/zero.pt", "zero.pt", ("zeroshot names no file", "there is no file zero.pt")),
         ('path = "sketch.npz"', "", ("data.sketch.path is missing",)),
         (
