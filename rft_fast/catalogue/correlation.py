@@ -60,9 +60,9 @@ class Correlation(Study):
         return summary.paragraphs(facts, f"correlation is left out: it needs {lacking}.")
 
     def findings(self, facts: Facts) -> Iterator[Finding]:
-        from ..report import findings
+        from ..report import sentences
 
-        return findings.of_correlation(facts.correlation, facts.deciding["dataset"].iloc[0])
+        return sentences.correlation(facts)
 
     def section(self, facts: Facts) -> Section:
         from ..report import sections

@@ -58,9 +58,9 @@ class Interpolation(Study):
         return summary.interpolation(facts)
 
     def findings(self, facts: Facts) -> Iterator[Finding]:
-        from ..report import findings
+        from ..report import sentences
 
-        return findings.of_path(facts.deciding)
+        return sentences.path(facts)
 
     def section(self, facts: Facts) -> Section:
         from ..report import sections

@@ -58,9 +58,9 @@ class Layers(Study):
         return summary.layers(facts)
 
     def findings(self, facts: Facts) -> Iterator[Finding]:
-        from ..report import findings
+        from ..report import sentences
 
-        return findings.of_layers(facts.stragglers, facts.deciding)
+        return sentences.layers(facts)
 
     def section(self, facts: Facts) -> Section:
         from ..report import sections

@@ -86,9 +86,9 @@ class Prune(Study):
         return summary.prune(facts)
 
     def findings(self, facts: Facts) -> Iterator[Finding]:
-        from ..report import findings
+        from ..report import sentences
 
-        return findings.of_pruning(facts.pruning)
+        return sentences.prune(facts)
 
     def section(self, facts: Facts) -> Section:
         from ..report import sections

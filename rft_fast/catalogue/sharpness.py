@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..names import Names, On
-    from ..report.shown import Section
+    from ..report.shown import Finding, Section
     from ..studies.estimators import Protocol
     from ..studies.facts import Facts
     from .study import Request
@@ -90,6 +90,11 @@ class Sharpness(Study):
 
         return summary.sharpness(facts)
 
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import sentences
+
+        return sentences.sharpness(facts)
+
     def section(self, facts: Facts) -> Section:
         from ..report import sections
 
@@ -148,6 +153,11 @@ class LayerSharpness(Sharpness):
         from ..report import summary
 
         return summary.layer_sharpness(facts)
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import sentences
+
+        return sentences.layer_sharpness(facts)
 
     def section(self, facts: Facts) -> Section:
         from ..report import sections

@@ -12,6 +12,7 @@ from . import comparison, page, provenance, sections
 from .charts import colours
 from .findings import findings
 from .runs import read
+from .tables import minus
 
 NAME = "report.html"
 
@@ -44,7 +45,7 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
         about=f"{config['date'][:10]} · {arch} · rft_fast {config['versions']['rft_fast']}",
         commands=[config["command"]],
         tiles=provenance.tiles(run),
-        findings=[visible(finding.text) for finding in findings(run.facts, catalogue.studies())],
+        findings=[minus(visible(one.text)) for one in findings(run.facts, catalogue.studies())],
         notes=run.notes,
         parts=[*sections.studied(run.facts, catalogue.studies(), run.captions), provenance.provenance(run)],
         models=len(colours(run.facts)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -14,6 +15,11 @@ from ..studies.pruning import NAMED, kind
 from ..studies.verdicts import Shape, layer_shape
 
 SATURATED = "the perturbed model answers at chance, which says nothing of flatness"
+PAPER_CLAIM = "The paper reports flat layers in models whose interpolation fails."
+PAPER_CORRELATION = (
+    "The paper reports that the sharpness of the whole model does not predict accuracy, and that of the "
+    "stragglers does."
+)
 MEASURES = {"general": "all weights", "stragglers": "the stragglers"}
 
 
@@ -27,6 +33,11 @@ def span(counts: pd.Series) -> str:
     """Describe the range of counts: ``"20"``, ``"20 to 200"``, or ``"no"`` without any."""
     ordered = sorted(counts.dropna().unique())
     return " to ".join(map(str, dict.fromkeys([ordered[0], ordered[-1]]))) if ordered else "no"
+
+
+def many(count: object, one: str) -> str:
+    """Describe a count: ``"1 draw"``, ``"5 to 20 draws"``."""
+    return f"{count} {one}" + ("" if str(count) == "1" else "s")
 
 
 def by_shape(facts: pd.DataFrame, most: int = 3) -> str:
@@ -78,3 +89,24 @@ def limits(table: pd.DataFrame) -> str:
 def p_value(value: float) -> str:
     """Format a p value; a dash if there is none."""
     return "-" if pd.isna(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def points(value: float) -> str:
+    """Format a difference in accuracy, a fraction, in points (%)."""
+    return _zero(f"{100 * value:+.1f}")
+
+
+def nats(value: float) -> str:
+    """Format a difference in loss."""
+    return _zero(f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.{2 if abs(value) < 1 else 4}g}")
+
+
+def _zero(text: str) -> str:
+    """Remove the sign of a zero."""
+    return text.lstrip("+-") if not text.strip("+-0.") else text
+
+
+def within(low: float, high: float, form: Callable[[float], str], what: str) -> str:
+    """Format an interval: ``"[95 % interval: -0.2, +1.3]"``; ``"[no interval]"`` if an end is unknown."""
+    known = pd.notna(low) and pd.notna(high)
+    return f"[{what}: {form(low)}, {form(high)}]" if known else "[no interval]"

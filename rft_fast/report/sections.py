@@ -13,8 +13,8 @@ from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import association, mode, straggling
 from . import charts, layer_charts, tables
-from .phrases import SATURATED, images, limits, pruned_layers, span
-from .shown import Section, Shown
+from .phrases import PAPER_CORRELATION, SATURATED, images, limits, many, pruned_layers, span
+from .shown import Attempts, Section, Shown
 from .summary import sections as printed
 from .tables import Table
 
@@ -28,17 +28,21 @@ def studied(facts: Facts, studies: Iterable[Shown], captions: Mapping[str, str])
         captions: study -> caption of its figure.
 
     Returns:
-        The sections, with captions and summaries as the sweep prints them.
+        The sections, with captions and summaries as the sweep prints them. One that fails says so instead.
     """
-    return [
-        replace(
-            study.section(facts),
-            printed=printed(facts, [study]).strip("\n"),
-            caption=captions.get(study.name, ""),
-        )
-        for study in studies
-        if study.done(facts)
-    ]
+    attempts = Attempts()
+    made = []
+    for study in studies:
+        if not study.done(facts):
+            continue
+        section = Section(study.name, "", study.name, "This section failed.")
+        with attempts.at(study.name):
+            section = study.section(facts)
+        if study.name in attempts.failed:
+            section = replace(section, warnings=[attempts.failed[study.name]])
+        text = printed(facts, [study]).strip("\n")
+        made.append(replace(section, printed=text, caption=captions.get(study.name, "")))
+    return made
 
 
 def path(facts: Facts) -> Section:
@@ -115,7 +119,7 @@ def _saturated(facts: Facts, part: pd.DataFrame) -> list[str]:
 
 def _drawn(part: pd.DataFrame) -> str:
     count = span(part.loc[part["draws"].fillna(1) > 0, "draws"])
-    return f"{count} draws, {_images(part)}"
+    return f"{many(count, 'draw')}, {_images(part)}"
 
 
 def sharpness(facts: Facts) -> Section:
@@ -165,7 +169,7 @@ def prune(facts: Facts) -> Section:
         "Figure 5 · Algorithm 1",
         "Pruning flat layers and stragglers",
         f"{100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
-        f"{own.mask_seeds} masks; {_images(part)}. Bands reach from the lowest to the highest "
+        f"{many(own.mask_seeds, 'mask')}; {_images(part)}. Bands reach from the lowest to the highest "
         "mask; that of the unpruned path is the pointwise 95 % interval of its difference to zero-shot. The "
         "control prunes as many other layers, at random.",
         charts.prune(facts),
@@ -193,8 +197,8 @@ def correlation(facts: Facts) -> Section:
         "Does sharpness predict accuracy?",
         f"Rank correlation over n = {models} models of sharpness, and of measures that cost less, with "
         "accuracy or gain out of distribution. p by permutation of the models, corrected for all rows of the "
-        f"same outcome (max-T). {limits(known)} Intervals are pointwise 95 %, for orientation. Stragglers "
-        "found on the same models make their own line optimistic.",
+        f"same outcome (max-T). {PAPER_CORRELATION} {limits(known)} Intervals are pointwise 95 %, for "
+        "orientation. Stragglers found on the same models make their own line optimistic.",
         picture,
         [table],
         warnings,

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
+from ..common.words import first_line
 from ..studies.facts import Facts
 from .drawing import Picture
 from .tables import Table
 
 
+class Rank(IntEnum):
+    """What a finding is about, the most important first: findings stand in this order."""
+
+    FAILED = 0
+    CHANCE = 1
+    GAIN = 2
+    NO_GAIN = 3
+    CLAIM = 4
+    STRAGGLERS = 5
+    SHARPNESS = 6
+    PRUNING = 7
+    CORRELATION = 8
+    BUMP = 9
+    ID_ALPHA = 10
+    LAYER_SHARPNESS = 11
+    OTHER = 12
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One or two sentences on a result.
+    """One sentence on a result.
 
     Attributes:
-        text: the sentences; names in them are not escaped.
+        text: the sentence; names in it are not escaped.
         study: name of the study that it results from.
-        dataset: name of the data set that it is about; None: several.
-        model: name of the model that it is about; None: several.
-        paper: whether it states the paper's result, for comparison.
+        rank: what it is about, which decides on its place.
     """
 
     text: str
     study: str
-    dataset: str | None = None
-    model: str | None = None
-    paper: bool = False
+    rank: Rank = Rank.OTHER
 
 
 @dataclass(frozen=True)
@@ -76,3 +93,28 @@ class Shown(Protocol):
 
     def section(self, facts: Facts) -> Section:
         """Its section of the page."""
+
+
+class Attempts:
+    """Catches the errors of single studies, so that the others are shown.
+
+    Attributes:
+        failed: name of a study -> its first error, in one line.
+    """
+
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}
+
+    @contextmanager
+    def at(self, study: str) -> Iterator[None]:
+        """Record an error of the block as one of this study, and go on after it.
+
+        Raises:
+            OSError, MemoryError: the block raised it; no single study is the reason.
+        """
+        try:
+            yield
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # of any kind: it must not hide the other studies
+            self.failed.setdefault(study, f"{type(error).__name__}: {first_line(error)}")

@@ -16,8 +16,18 @@ from ..studies.gains import MAX_T
 from ..studies.interpolate import Z95
 from ..studies.verdicts import association, shape
 from .findings import findings
-from .phrases import MEASURES, by_shape, images, limits, p_value, pruned_layers, span
-from .shown import Shown
+from .phrases import (
+    MEASURES,
+    PAPER_CORRELATION,
+    by_shape,
+    images,
+    limits,
+    many,
+    p_value,
+    pruned_layers,
+    span,
+)
+from .shown import Attempts, Finding, Shown
 
 LEGEND = (
     "Accuracies, gains and instability in accuracy in points (%), barrier, bump and instability in loss"
@@ -36,30 +46,39 @@ LEGEND = (
 )
 
 
-def report(facts: Facts, studies: Iterable[Shown]) -> str:
-    """Format a section for each study, then the findings.
+def report(
+    facts: Facts,
+    studies: Iterable[Shown],
+    found: Sequence[Finding] | None = None,
+    attempts: Attempts | None = None,
+) -> str:
+    """Format the findings, then a section for each study.
 
     Args:
         facts: facts of the run's rows.
         studies: the studies, in order.
-
-    Raises:
-        ValueError: an analysis refuses the rows.
+        found: their findings; None: they are collected here.
+        attempts: records the studies that fail; the others are shown.
     """
+    studies, attempts = list(studies), Attempts() if attempts is None else attempts
     lines = []
-    for finding in findings(facts, studies):
-        lines += paragraph(visible(finding.text), facts.names, "  " if finding.paper else "- ")
-    return "\n".join([sections(facts, studies), *(["\nIn short", *lines] if lines else [])])
+    for finding in findings(facts, studies, attempts) if found is None else found:
+        lines += paragraph(visible(finding.text), facts.names, "- ")
+    return "\n".join([*(["In short", *lines] if lines else []), sections(facts, studies, attempts)])
 
 
-def sections(facts: Facts, studies: Iterable[Shown]) -> str:
+def sections(facts: Facts, studies: Iterable[Shown], attempts: Attempts | None = None) -> str:
     """Format a section for each study with results, and for those missing from a run of all studies."""
+    attempts = Attempts() if attempts is None else attempts
     lines = []
     for study in studies:
-        if study.done(facts):
+        if not study.done(facts):
+            lines += study.say_missing(facts) if facts.everything else []
+            continue
+        with attempts.at(study.name):
             lines += study.say(facts)
-        elif facts.everything:
-            lines += study.say_missing(facts)
+            continue
+        lines += paragraphs(facts, f"{study.name}: its tables failed ({attempts.failed[study.name]}).")
     infinite = int((~np.isfinite(facts.rows["loss"])).sum())
     lines += [f"\n{infinite} mean losses are not finite; they are means over all images."] if infinite else []
     return "\n".join(lines)
@@ -196,12 +215,17 @@ def layer_sharpness(facts: Facts) -> list[str]:
         )
         for model, own in group.groupby("model", sort=False):
             same = (near["model"] == model) & (near["dataset"] == dataset) & (near["rho"] == rho)
-            flat = near[same & near["near_zero"]]
+            tested = near[same & near["bound"].notna()]
+            count, flat = own["layer"].nunique(), int(tested["near_zero"].sum())
+            flats = f"{flat} of {count} layers are flat"
+            if len(tested) < count:  # one draw, or a worst case
+                flats = f"{flat} of {len(tested)} tested layers are flat; {count - len(tested)} not tested"
+            if tested.empty:
+                flats = "flatness is not tested, as there is no standard error (one draw, or a worst case)"
             top = own[own["alpha"] == own["alpha"].max()].nlargest(3, "sharpness")
             sharpest = ", ".join(f"{row['layer']} {_value(row)}" for row in top.to_dict("records"))
             lines += [
-                f"  {visible(str(model))}: {len(flat)} of {own['layer'].nunique()} layers are flat; "
-                f"sharpest at alpha = {own['alpha'].max():g}:",
+                f"  {visible(str(model))}: {flats}; sharpest at alpha = {own['alpha'].max():g}:",
                 f"    {sharpest}",
             ]
     return lines
@@ -213,12 +237,12 @@ def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
     unit = "|w|" if first["adaptive"] else "1"
     images = f"{first['samples']} images of {first['dataset']}"
     if pd.isna(first["noise"]):
-        worst = f"the worst case by {count} steps ({first['estimator']})"
+        worst = f"the worst case by {many(count, 'step')} ({first['estimator']})"
         if (starts := span(group["restarts"].fillna(1))) != "1":
             worst += f", the highest of {starts} starts with seed {first['seed']}"
         return f"rho = {rho:g} in units of {unit}, {worst}, {images}{_saturated(facts, group)}"
-    text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {count} draws ({first['estimator']}), "
-    text += f"{images}, seed {first['seed']}"
+    text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {many(count, 'draw')} "
+    text += f"({first['estimator']}), {images}, seed {first['seed']}"
     missed = int((~group["reached"].fillna(True)).sum())
     text += f"; {missed} rows did not reach the requested standard error" if missed else ""
     return text + _saturated(facts, group)
@@ -241,7 +265,7 @@ def prune(facts: Facts) -> list[str]:
     lines = paragraphs(
         facts,
         f"prune: {100 * own.keep:g} % of the weights of {pruned_layers(own)} kept, "
-        f"{own.mask_seeds} {'mask' if own.mask_seeds == 1 else 'masks'}, {images(part)}. Change in accuracy "
+        f"{many(own.mask_seeds, 'mask')}, {images(part)}. Change in accuracy "
         "against the unpruned path, mean over alpha > 0, in points, +- standard error over masks, on these "
         f"images; control: {'as many other layers at random' if own.control else 'none'}.",
     )
@@ -253,7 +277,8 @@ def prune(facts: Facts) -> list[str]:
     for model in part["model"].unique():
         for criterion in facts.to_prune(model):
             if effects.query("model == @model and criterion == @criterion").empty:
-                table.append([model, "", criterion, "", "0", "-", "-"])
+                unknown = criterion == "sharpness" and facts.untested
+                table.append([model, "", criterion, "", "not tested" if unknown else "0", "-", "-"])
     return [*lines, *aligned(table)]
 
 
@@ -275,7 +300,7 @@ def correlation(facts: Facts) -> list[str]:
         facts,
         "correlation over models with out-of-distribution accuracy and gain: Kendall's tau, its range with "
         "one model left out, and tau given the clean loss. p: by permutation of the models, and corrected "
-        "for all layers and alphas of the same outcome (max-T). "
+        f"for all layers and alphas of the same outcome (max-T). {PAPER_CORRELATION} "
         + (f"Sharpnesses within 2 standard errors ({ties.iloc[0]}) are tied. " if len(ties) else "")
         + f"{limits(table)} All alphas and layers are in correlation.csv.",
     )

@@ -81,6 +81,11 @@ def signed(text: str) -> str:
     return re.sub(r"(?<![\w.])[-+](0(\.0+)?)(?![\d.])", r"\1", text).replace("-", "\N{MINUS SIGN}")
 
 
+def minus(text: str) -> str:
+    """Use the minus sign for the hyphens of negative numbers in a sentence, not for those of names."""
+    return re.sub(r"(?<![\w.)\]-])-(?=\d)", "\N{MINUS SIGN}", text)
+
+
 def interval(value: float, low: float, high: float, form: str = "+.1f", scale: float = 1.0) -> Cell:
     """Create a cell of a value with its interval in brackets."""
     if pd.isna(value):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from .. import catalogue, results
 from ..common import disk, program
@@ -15,6 +16,8 @@ from ..common.words import cell, message
 from ..config.request import NotFetched, Request, unfetched
 from ..config.settings import Figures, Running
 from ..report import summary
+from ..report.findings import findings
+from ..report.shown import Attempts
 from ..settings import Layers
 from ..studies.chance import among
 from ..studies.facts import Facts
@@ -23,6 +26,7 @@ from .cluster.driver import Cluster, Failed
 from .executor import Executor, InProcess
 from .pictures import Pictures
 from .progress import Progress, held_warnings
+from .progress.outputs import Log
 
 
 def sweep(request: Request, argv: Sequence[str]) -> int:
@@ -66,7 +70,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 request.everything,
                 results.Stored(run.directory),
             )
-            _draw(request, facts, run, took, pictures)
+            failed = _draw(request, facts, run, took, pictures)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
@@ -76,7 +80,9 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
     finally:
         if executor is not None:
             executor.close()
-    return 0
+    for name, text in failed.items():
+        print(f"sweep: error: {name} was measured, but its analysis failed: {message(text)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _measure(
@@ -109,23 +115,32 @@ def _draw(
     run: results.Run,
     took: Sequence[Mapping[str, object]],
     pictures: Pictures,
-) -> None:
+) -> dict[str, str]:
+    """Write tables, figures and log, and print the summary; return name -> error of studies that failed."""
+    attempts = Attempts()
     for name in request.measured:
         study = catalogue.study(name)
-        table = study.table(facts)
-        if table is not None:
-            with disk.replacing(run.table(name)) as temporary:
-                table.map(cell).to_csv(temporary, index=False)
-        pictures.draw(study, facts, request.of(Layers).models)
+        with attempts.at(name):
+            table = study.table(facts)
+            if table is not None:
+                with disk.replacing(run.table(name)) as temporary:
+                    table.map(cell).to_csv(temporary, index=False)
+        with attempts.at(name):
+            pictures.draw(study, facts, request.of(Layers).models)
+    found = findings(facts, catalogue.studies(), attempts)
+    log = Log(run.directory / "run.log", datetime.now, lambda text: print(text, file=sys.stderr))
+    for finding in found:
+        log.write(f"in short: {finding.text}")
     if request.of(Running).quiet or request.of(Running).json:
-        return
-    print(summary.report(facts, catalogue.studies()))
+        return attempts.failed
+    print(summary.report(facts, catalogue.studies(), found, attempts))
     print("\n" + summary.cost(took))
     print(
         f"\nfigures  {pictures.folder} ({', '.join(request.measured)})\n"
         f"rows     {run.directory / 'rows.csv'} (also rows.sqlite)\n"
         f"request  {run.directory / 'config.json'}; time and memory in cost.csv"
     )
+    return attempts.failed
 
 
 def _kept(run: results.Run | None, argv: Sequence[str]) -> str:

@@ -165,6 +165,11 @@ class Facts:
         return near_zero(self.rows, self.of(Sharpness).zero_margin)
 
     @cached_property
+    def untested(self) -> bool:
+        """Whether no layer-wise sharpness has a standard error, without which no layer can be flat."""
+        return bool(self.near_zero["bound"].isna().all())
+
+    @cached_property
     def pruning(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.pruning_effect`."""
         return pruning_effect(self.rows)
@@ -188,6 +193,12 @@ class Facts:
     def chances(self) -> list[Chance]:
         """:func:`rft_fast.studies.zeroshot_chances`."""
         return zeroshot_chances(self.rows, self.classes)
+
+    @cached_property
+    def sound(self) -> Facts:
+        """Facts without the data sets that allow no conclusion: of one image, or scored among one class."""
+        nothing = {end.dataset for end in self.chances if end.verdict == "unknown"}
+        return self.but(self.rows[~self.rows["dataset"].isin(nothing)]) if nothing else self
 
     def to_prune(self, model: str) -> dict[str, list[str]]:
         """Return the layers of a model to prune, by criterion."""

@@ -349,16 +349,17 @@ def near_zero(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     return pd.DataFrame(found).assign(margin=margin).astype({name: COLUMNS[name] for name in keys})
 
 
-def student_t(rows: pd.DataFrame, of: str = "sharpness") -> pd.Series:
+def student_t(rows: pd.DataFrame, of: str = "sharpness", tests: int = 1) -> pd.Series:
     """Student's t of the two-sided 95 % interval of each row's sharpness; NaN for a single draw.
 
     Args:
         rows: rows of a sharpness.
         of: column of the values, ``"sharpness"`` or ``"sharpness_change"``.
+        tests: number of intervals that hold together, by Bonferroni's correction.
 
     Rows of versions without ``sharpness_df`` have one degree of freedom less than draws, or pairs of them.
     """
     pairs = rows["estimator"].str.startswith("antithetic").to_numpy(dtype=bool, na_value=False)
     freedom = (rows["draws"] // np.where(pairs, 2, 1) - 1).astype("float64")
     freedom = rows[f"{of}_df"].fillna(freedom.where(freedom > 0))
-    return pd.Series(stdtrit(freedom, 0.975), index=rows.index)
+    return pd.Series(stdtrit(freedom, 1 - 0.025 / tests), index=rows.index)

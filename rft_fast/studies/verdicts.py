@@ -37,7 +37,7 @@ def sign(low: float, high: float) -> Sign:
     return "above" if low > 0 else "below"
 
 
-def half_width(error: float, freedom: float) -> float:
+def half_width(error: float, freedom: float, tests: int = 1) -> float:
     """Half of the 95 % interval of a mean over masks, by Student's t.
 
     Accuracy changes in steps of one image, so a few masks may change the same images: a standard error of 0
@@ -46,11 +46,12 @@ def half_width(error: float, freedom: float) -> float:
     Args:
         error: standard error of the mean.
         freedom: degrees of freedom.
+        tests: number of intervals that hold together, by Bonferroni's correction.
 
     Returns:
         NaN if the error is 0 or unknown, or without degrees of freedom.
     """
-    return float(stdtrit(freedom, 0.975)) * error if freedom > 0 and error > 0 else math.nan
+    return float(stdtrit(freedom, 1 - 0.025 / tests)) * error if freedom > 0 and error > 0 else math.nan
 
 
 def mode(fact: Mapping[Any, Any]) -> Mode:

@@ -85,7 +85,8 @@ def test_a_study_more_needs_one_file(
     assert len(both) == 2 * 2 * 3  # models, data sets, positions
     assert (both["loss"] == both["loss_there"]).all() and (both["accuracy"] == both["accuracy_there"]).all()
     assert f"halfway: at most {100 * both['accuracy'].max():.1f} %" in printed
-    assert "- Halfway was measured." in printed.partition("In short")[2]
+    assert "- Halfway was measured." in printed.partition("\n\n")[0]
+    assert "in short: Halfway was measured." in (out / "run.log").read_text()
     assert matplotlib.image.imread(out / "figures" / "halfway.png").std() > 0
     assert list(pd.read_csv(out / "cost.csv")["study"]) == ["interpolation", "halfway"]
 
@@ -95,6 +96,34 @@ def test_a_study_more_needs_one_file(
     before = (out / "rows.csv").read_bytes()
     assert sweep.main([*command, "--out", str(out)]) == 0
     assert (out / "rows.csv").read_bytes() == before
+
+
+def test_an_analysis_that_fails_costs_no_other(
+    toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All else is written and printed, the study is named with its error, and the status is 1."""
+
+    def fails(*_: object) -> Any:
+        raise KeyError("no such column")
+
+    for method in ("table", "draw", "say", "findings"):
+        monkeypatch.setattr(toy_study.Halfway, method, fails)
+    out = tmp_path / "run"
+    command = ["halfway", *own_models(zoo, "ab"), *BRIEF, "--out", str(out)]
+    assert sweep.main(command) == 1
+    printed = capsys.readouterr()
+    assert "far: out of distribution" in printed.out and "rows     " in printed.out
+    first = " ".join(printed.out.partition("\n\n")[0].split())
+    assert "halfway: KeyError: 'no such column'" in first and "zero-shot accuracy" in first
+    assert "halfway was measured, but its analysis failed: KeyError" in printed.err
+    assert (out / "figures" / "interpolation.png").exists() and len(rows_of(out))
+    assert "in short: An analysis failed" in (out / "run.log").read_text()
+    monkeypatch.undo()
+    catalogue.register(toy_study.Halfway())
+    try:
+        assert sweep.main(command) == 0  # measured already
+    finally:
+        del catalogue._TABLE["halfway"]
 
 
 def test_it_is_resumed(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
