@@ -95,7 +95,7 @@ def _stage(out: Path) -> str:
     last = (out / "run.log").read_text().splitlines()[-1][21:]
     if last.startswith("start"):
         return "before it went on"
-    if last.startswith("end"):
+    if last.startswith(("end", "in short")):
         return "while it drew"
     return f"in {last.partition(':')[0].split()[0]}"
 
