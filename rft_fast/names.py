@@ -153,15 +153,22 @@ STORED: tuple[Stored, ...] = get_args(Stored)
 
 # --- merging ------------------------------------------------------------------------------------------
 
-MergeMethod = Literal["interpolate", "soup", "task-arithmetic", "slerp", "hold", "prune"]
+Combining = Literal["soup", "model-stock", "task-arithmetic", "ties", "dare", "dare-ties"]
+MergeMethod = Literal["interpolate", Combining, "slerp", "hold", "prune"]
 MERGE_METHODS: dict[MergeMethod, str] = {
     "interpolate": "(1 - alpha) zero-shot + alpha fine-tuned; alpha by layer: LiNeS",
     "soup": "mean of the fine-tuned models",
+    "model-stock": "zero-shot + t (mean - zero-shot), t of each tensor from the angles between models",
     "task-arithmetic": "zero-shot + sum of scale_k (fine-tuned_k - zero-shot)",
+    "ties": "differences trimmed to their largest elements, signs elected, mean of those that agree",
+    "dare": "task-arithmetic with elements of the differences dropped at random, the others rescaled",
+    "dare-ties": "dare's differences, signs elected as by ties",
     "slerp": "spherical interpolation, tensor by tensor",
     "hold": "interpolation with some layers held at zero-shot",
     "prune": "Algorithm 1: a Bernoulli mask on layers of the fine-tuned model, then interpolation",
 }
+Agreeing = Literal["mean", "sum"]  # of the elements that have the elected sign
+AGREEING: tuple[Agreeing, ...] = get_args(Agreeing)
 MergeNaming = Literal["open_clip", "soup", "huggingface"]  # names that a merged model can be written under
 MERGE_NAMINGS: tuple[MergeNaming, ...] = get_args(MergeNaming)
 MergeDtype = Literal["float32", "bfloat16", "float16"]

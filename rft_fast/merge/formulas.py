@@ -7,6 +7,7 @@ dtype.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import rft_fast.kernels as kernels
-from rft_fast.names import Fill, MergeMethod
+from rft_fast.names import Agreeing, Fill, MergeMethod
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _CHUNK = 1 << 20  # elements whose float64 copies are made at a time
@@ -40,7 +41,7 @@ class Run:
 
 Formula = Callable[[Run], None]
 # Methods whose formula needs a whole tensor instead of any run of its elements.
-WHOLE = frozenset[MergeMethod]({"slerp", "prune"})
+WHOLE = frozenset[MergeMethod]({"model-stock", "ties", "dare", "dare-ties", "slerp", "prune"})
 
 
 def interpolate(alphas: Mapping[str, float]) -> Formula:
@@ -82,6 +83,89 @@ def task_arithmetic(scales: Sequence[float], differences: Sequence[bool]) -> For
         for vector, scale in zip(vectors(run, base, differences), scales, strict=True):
             total.add_(vector, alpha=scale)
         run.out.copy_(total)
+
+    return formula
+
+
+def model_stock() -> Formula:
+    """``w0 + t (mean - w0)`` (Jang et al. 2024, Eq. 6): ``t = K cos / (1 + (K - 1) cos)``.
+
+    cos is the mean cosine between the differences of two models to w0, tensor by tensor; that of a difference
+    which is zero counts as 0.
+    """
+
+    def formula(run: Run) -> None:
+        base = _base(run).to(_wide(run))
+        found = vectors(run, base, [False] * len(run.models))
+        count = len(found)
+        norms = [math.sqrt(dot(each, each)) for each in found]
+        cosines = [
+            dot(found[i], found[j]) / (norms[i] * norms[j]) if norms[i] and norms[j] else 0.0
+            for i, j in itertools.combinations(range(count), 2)
+        ]
+        cosine = math.fsum(cosines) / len(cosines)
+        if not 1 + (count - 1) * cosine > 1e-6:
+            raise ValueError(
+                f"merge: model-stock has no result for {run.name}: the mean cosine between differences is "
+                f"{cosine:.3g}, and must be above {-1 / (count - 1):.3g}"
+            )
+        t = count * cosine / (1 + (count - 1) * cosine)
+        total = found[0].clone()
+        for vector in found[1:]:
+            total += vector
+        run.out.copy_(base.add(total, alpha=t / count))
+
+    return formula
+
+
+def ties(scale: float, density: float, agreeing: Agreeing, differences: Sequence[bool]) -> Formula:
+    """Trim, elect sign, merge (Yadav et al. 2023, Alg. 1).
+
+    Args:
+        scale: factor of the merged difference.
+        density: part of each difference that is kept, by magnitude: ``int(density n)`` of n elements, at
+            least one.
+        agreeing: what is taken of the elements that have the elected sign, which is that of the sum.
+        differences: whether each model is a difference already.
+    """
+
+    def formula(run: Run) -> None:
+        base = _base(run).to(_wide(run))
+        kept = [_trimmed(each, density) for each in vectors(run, base, differences)]
+        run.out.copy_(base.add(_elected(kept, agreeing), alpha=scale))
+
+    return formula
+
+
+def dare(scales: Sequence[float], drop: float, seed: int, differences: Sequence[bool]) -> Formula:
+    """``w0 + sum of scale_k m_k (w_k - w0) / (1 - drop)`` with Bernoulli masks m_k (Yu et al. 2024, Sec. 3).
+
+    Args:
+        scales: factor of each model.
+        drop: probability that an element of a mask is 0.
+        seed: of the masks (:func:`seed_of`).
+        differences: whether each model is a difference already.
+    """
+
+    def formula(run: Run) -> None:
+        base = _base(run).to(_wide(run))
+        total = base.clone()
+        for vector, scale in zip(_dropped(run, base, drop, seed, differences), scales, strict=True):
+            total.add_(vector, alpha=scale)
+        run.out.copy_(total)
+
+    return formula
+
+
+def dare_ties(
+    scale: float, drop: float, seed: int, agreeing: Agreeing, differences: Sequence[bool]
+) -> Formula:
+    """The differences of :func:`dare`, merged by the signs of :func:`ties`; arguments as of these."""
+
+    def formula(run: Run) -> None:
+        base = _base(run).to(_wide(run))
+        kept = _dropped(run, base, drop, seed, differences)
+        run.out.copy_(base.add(_elected(kept, agreeing), alpha=scale))
 
     return formula
 
@@ -154,11 +238,44 @@ def seed_of(seed: int, name: str, model: int = 0) -> int:
 
 
 def vectors(run: Run, base: Tensor, differences: Sequence[bool]) -> list[Tensor]:
-    """Return the differences of the models to the zero-shot one, in its dtype."""
+    """Return the differences of the models to the zero-shot one, in its dtype and memory of their own."""
     return [
-        model.to(base.dtype) if is_difference else model.to(base.dtype) - base
+        model.to(base.dtype, copy=True) if is_difference else model.to(base.dtype) - base
         for model, is_difference in zip(run.models, differences, strict=True)
     ]
+
+
+def _trimmed(vector: Tensor, density: float) -> Tensor:
+    """Set all elements but the largest ones to 0, in place."""
+    count = max(1, int(density * len(vector))) if len(vector) else 0
+    if count < len(vector):
+        kept = torch.topk(vector.abs(), count, sorted=False).indices
+        values = vector[kept]
+        vector.zero_()[kept] = values
+    return vector
+
+
+def _dropped(run: Run, base: Tensor, drop: float, seed: int, differences: Sequence[bool]) -> list[Tensor]:
+    found = vectors(run, base, differences)
+    for model, vector in enumerate(found):
+        vector *= kernels.keep_mask_like(vector, 1 - drop, seed_of(seed, run.name, model))
+        vector /= 1 - drop
+    return found
+
+
+def _elected(vectors: Sequence[Tensor], agreeing: Agreeing) -> Tensor:
+    """Return the mean or sum of the elements whose sign is that of the sum over vectors (0: positive)."""
+    total = vectors[0].clone()
+    for vector in vectors[1:]:
+        total += vector
+    sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+    count = torch.zeros_like(total)
+    total.zero_()
+    for vector in vectors:
+        agrees = vector.sign() == sign
+        total += vector * agrees
+        count += agrees
+    return total / count.clamp_(min=1) if agreeing == "mean" else total
 
 
 def dot(a: Tensor, b: Tensor) -> float:

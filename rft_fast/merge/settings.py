@@ -11,10 +11,12 @@ from typing import ClassVar
 from rft_fast.common.fields import Group, described, option
 from rft_fast.common.words import suggestion
 from rft_fast.names import (
+    AGREEING,
     FILL,
     MERGE_DTYPES,
     MERGE_METHODS,
     MERGE_NAMINGS,
+    Agreeing,
     Fill,
     MergeDtype,
     MergeMethod,
@@ -31,7 +33,11 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 USED: dict[MergeMethod, frozenset[str]] = {
     "interpolate": frozenset({"alpha", "lines"}),
     "soup": frozenset(),
+    "model-stock": frozenset(),
     "task-arithmetic": frozenset({"scale"}),
+    "ties": frozenset({"scale", "density", "agreeing"}),
+    "dare": frozenset({"scale", "drop", "seed"}),
+    "dare-ties": frozenset({"scale", "drop", "seed", "agreeing"}),
     "slerp": frozenset({"alpha", "least_angle"}),
     "hold": frozenset({"alpha", "layers"}),
     "prune": frozenset({"alpha", "layers", "keep", "fill", "seed"}),
@@ -41,7 +47,11 @@ PAIRS = frozenset[MergeMethod]({"interpolate", "slerp", "hold", "prune"})
 # Methods without a zero-shot model.
 BASELESS = frozenset[MergeMethod]({"soup"})
 # Methods that add differences to the zero-shot model, and so take files that are differences.
-VECTORS = frozenset[MergeMethod]({"task-arithmetic"})
+VECTORS = frozenset[MergeMethod]({"task-arithmetic", "ties", "dare", "dare-ties"})
+# Methods of two fine-tuned models or more.
+SEVERAL = frozenset[MergeMethod]({"soup", "model-stock"})
+# Methods whose scale is a factor of the merged difference.
+ONE_SCALE = frozenset[MergeMethod]({"ties", "dare-ties"})
 COMMON = ("zeroshot", "finetuned", "out", "method", "format", "dtype", "overwrite", "unrelated")
 
 
@@ -85,7 +95,12 @@ class Request:
         lines: (gamma, beta) of LiNeS (Wang et al. 2024): alpha of block l of L is
             ``gamma + beta (l - 1) / (L - 1)``; instead of ``alpha``.
         layers: layers that ``hold`` keeps at zero-shot, or that ``prune`` masks; names or patterns.
-        scale: factors of the differences: one for all models, or one for each.
+        scale: factors of the differences: one for all models, or one for each; of ``ties`` and
+            ``dare-ties``, one of the merged difference.
+        density: part of each difference, by magnitude, that ``ties`` keeps.
+        agreeing: what ``ties`` and ``dare-ties`` take of the elements that have the elected sign.
+        drop: probability that an element of a difference is dropped by ``dare`` and ``dare-ties``; must be
+            given.
         least_angle: degrees; at a smaller angle, and at one as close to 180, ``slerp`` interpolates linearly.
         keep: probability that a weight survives the mask of ``prune``.
         fill: value of a masked weight: ``zero`` or ``zeroshot``.
@@ -153,6 +168,18 @@ class Request:
         check=finite,
         many="once",
     )
+    density: float = option(
+        0.2, "largest part of each difference that ties keeps (%(default)s)", metavar="P", check=finite
+    )
+    agreeing: Agreeing = option(
+        "mean", "of the elements with the elected sign (%(default)s)", choices=AGREEING
+    )
+    drop: float | None = option(
+        None,
+        "probability that an element of a difference is dropped; dare and dare-ties need it",
+        metavar="P",
+        check=finite,
+    )
     least_angle: float = option(
         math.degrees(math.acos(0.9995)),
         "degrees below which slerp interpolates linearly (1.81: cosine 0.9995)",
@@ -198,10 +225,10 @@ class Request:
                     f"merge: {self.method} has no zero-shot model; name {self.zeroshot} among the fine-tuned "
                     "ones if it is to be one of the models"
                 )
-            if count < 2:
-                raise ValueError(f"merge: {self.method} needs two models or more, got {count}")
         elif self.zeroshot is None:
             raise ValueError(f"merge: {self.method} needs a zero-shot model; give --zeroshot FILE")
+        if self.method in SEVERAL and count < 2:
+            raise ValueError(f"merge: {self.method} needs two fine-tuned models or more, got {count}")
         if not count:
             raise ValueError(f"merge: {self.method} needs a fine-tuned model; give --finetuned FILE")
 
@@ -219,11 +246,15 @@ class Request:
             self._need("lines", all(map(math.isfinite, self.lines)), "two finite numbers")
         if self.method in ("hold", "prune") and not self.layers:
             raise ValueError(f"merge: {self.method} needs layers; give --layers LAYER ...")
-        self._need(
-            "scale",
-            len(self.scale) in (1, len(self.finetuned)),
-            "one number, or one for each fine-tuned model",
-        )
+        if self.method in ONE_SCALE:
+            self._need("scale", len(self.scale) == 1, "one number")
+        counts = (1, len(self.finetuned))
+        self._need("scale", len(self.scale) in counts, "one number, or one for each fine-tuned model")
+        self._need("density", 0 < self.density <= 1, "above 0, at most 1")
+        self._need("agreeing", self.agreeing in AGREEING, f"one of {', '.join(AGREEING)}")
+        if "drop" in USED[self.method]:
+            self._need("drop", self.drop is not None, "given (--drop P)")
+        self._need("drop", self.drop is None or 0 <= self.drop < 1, "from 0 to below 1")
         self._need("scale", all(map(math.isfinite, self.scale)), "finite numbers")
         self._need("least_angle", 0 <= self.least_angle < 90, "an angle from 0 to 90 degrees")
         self._need("keep", 0 <= self.keep <= 1, "a probability")

@@ -158,11 +158,8 @@ def _formula(request: Request, found: fit.Fit, finetuned: list[Source]) -> formu
     def by_tensor(table: Mapping[str, float]) -> dict[str, float]:
         return {names[index]: table[layer] for layer, indices in layers.items() for index in indices}
 
-    if request.method == "soup":
-        return formulas.soup()
-    if request.method == "task-arithmetic":
-        are = [source in found.differences for source in finetuned]
-        return formulas.task_arithmetic(request.scales(), are)
+    if (several := _combined(request, [source in found.differences for source in finetuned])) is not None:
+        return several
     if request.lines is not None:
         table = alphas.lines([*layers], *request.lines)
     else:
@@ -178,6 +175,24 @@ def _formula(request: Request, found: fit.Fit, finetuned: list[Source]) -> formu
         pruned = frozenset(names[index] for layer in chosen for index in layers[layer])
         return formulas.prune(by_tensor(table), pruned, request.keep, request.fill, request.seed)
     return formulas.interpolate(by_tensor(table))
+
+
+def _combined(request: Request, differences: list[bool]) -> formulas.Formula | None:
+    """Return the formula of a method that has one for all layers; None: it has an alpha for each layer."""
+    scales, drop = request.scales(), request.drop or 0.0
+    if request.method == "soup":
+        return formulas.soup()
+    if request.method == "model-stock":
+        return formulas.model_stock()
+    if request.method == "task-arithmetic":
+        return formulas.task_arithmetic(scales, differences)
+    if request.method == "ties":
+        return formulas.ties(scales[0], request.density, request.agreeing, differences)
+    if request.method == "dare":
+        return formulas.dare(scales, drop, request.seed, differences)
+    if request.method == "dare-ties":
+        return formulas.dare_ties(scales[0], drop, request.seed, request.agreeing, differences)
+    return None
 
 
 def _jobs(request: Request, found: fit.Fit) -> list[_Job]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import tiny_merge
 from support.tiny_merge import State, close, merged
+from support.wording import refused
 
 import rft_fast as rft
 from rft_fast.merge import lines
@@ -103,6 +106,116 @@ def test_task_arithmetic_with_models_and_differences(four: dict[str, Path], tmp_
     )
     close(got, each(lambda w, a, b, c: w + 0.5 * (a - w) - 0.3 * (b - w) + (c - w), ZERO, ONE, TWO, THREE))
     assert [s.get("difference", False) for s in outcome.provenance["sources"]] == [False, False, True, False]
+
+
+def test_model_stock(four: dict[str, Path], tmp_path: Path) -> None:
+    """Jang et al. 2024, with the mean of the cosines of all pairs, as mergekit has it."""
+
+    def truth(w: torch.Tensor, *ws: torch.Tensor) -> torch.Tensor:
+        if not w.numel():
+            return w
+        pairs = [((a - w).flatten(), (b - w).flatten()) for a, b in itertools.combinations(ws, 2)]
+        cosine = sum(float(a @ b / (a.norm() * b.norm())) for a, b in pairs) / 3
+        t = 3 * cosine / (1 + 2 * cosine)
+        return t * (ws[0] + ws[1] + ws[2]) / 3 + (1 - t) * w
+
+    torch.manual_seed(0)
+    shared = {name: 0.2 * torch.randn(ZERO[name].shape) for name in ZERO}  # so that cosines are positive
+    states = [{name: state[name] + shared[name] for name in state} for state in (ONE, TWO, THREE)]
+    files = tiny_merge.put(tmp_path, **dict(zip(("one", "two", "three"), states, strict=True)))
+    got, _ = merged("model-stock", four | files, tmp_path / "b.safetensors")
+    close(got, each(truth, ZERO, *states))
+
+
+def test_model_stock_in_closed_form(tmp_path: Path) -> None:
+    """Differences at 60 degrees: t = 2/3 for two models; at 120 degrees t = -2; at 180 no result."""
+    zero = {"visual.x": torch.tensor([[10.0, 10.0]])}
+    for degrees, t in ((60, 2 / 3), (120, -2), (180, None)):
+        step = torch.tensor([[math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]])
+        one, two = zero["visual.x"] + torch.tensor([[1.0, 0.0]]), zero["visual.x"] + step
+        files = tiny_merge.put(tmp_path, zero=zero, one={"visual.x": one}, two={"visual.x": two})
+        out = tmp_path / f"{degrees}.safetensors"
+        if t is None:
+            with refused(ValueError, "visual.x"):
+                merged("model-stock", files, out)
+        else:
+            mean = (one.double() + two.double()) / 2
+            close(merged("model-stock", files, out)[0], {"visual.x": t * mean + (1 - t) * zero["visual.x"]})
+
+
+def elected(vectors: list[torch.Tensor], how: str) -> torch.Tensor:
+    """Element by element, in plain Python."""
+    rows = [vector.flatten().tolist() for vector in vectors]
+    out = []
+    for values in zip(*rows, strict=True):
+        positive = sum(values) >= 0
+        same = [value for value in values if value and (value > 0) == positive]
+        out.append(sum(same) / (len(same) if how == "mean" and same else 1))
+    return torch.tensor(out, dtype=torch.float64).view(vectors[0].shape)
+
+
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_ties(four: dict[str, Path], tmp_path: Path, how: str) -> None:
+    """Yadav et al. 2023, Alg. 1; one of the files is the difference itself."""
+    files = four | tiny_merge.put(tmp_path, two={name: TWO[name] - ZERO[name] for name in ZERO})
+    got, outcome = merged("ties", files, tmp_path / "o.safetensors", density=0.4, scale=(0.7,), agreeing=how)
+
+    def trimmed(vector: torch.Tensor) -> torch.Tensor:
+        flat = vector.flatten().tolist()
+        order = sorted(range(len(flat)), key=lambda i: -abs(flat[i]))
+        kept = set(order[: max(1, int(0.4 * len(flat)))])
+        values = [value if i in kept else 0.0 for i, value in enumerate(flat)]
+        return torch.tensor(values, dtype=torch.float64).view(vector.shape)
+
+    def truth(w: torch.Tensor, *ws: torch.Tensor) -> torch.Tensor:
+        return w + 0.7 * elected([trimmed(one - w) for one in ws], how)
+
+    close(got, each(truth, ZERO, ONE, TWO, THREE))
+    assert "difference" in outcome.provenance["sources"][2]
+
+
+def dropped(folder: Path, method: str, **options: Any) -> State:
+    """What a merge adds to the zero-shot model, of models whose differences are 1 and 2 everywhere."""
+    names = ("visual.a.weight", "visual.b.weight")
+    zero = {name: 10 * torch.randn(200, 300) for name in names}
+    models = [{name: zero[name] + size for name in names} for size in (1.0, 2.0)]
+    files = tiny_merge.put(folder, zero=zero, one=models[0], two=models[1])
+    got, _ = merged(method, files, folder / f"{method}.safetensors", drop=0.75, overwrite=True, **options)
+    return {name: got[name].double() - zero[name].double() for name in names}
+
+
+def shares(values: torch.Tensor, expected: dict[float, float]) -> None:
+    """Compare the frequencies of values with their probabilities; there are no other values."""
+    hits = {level: (values - level).abs() < 1e-4 for level in expected}
+    assert sum(int(hit.sum()) for hit in hits.values()) == values.numel()
+    for level, share in expected.items():
+        limit = 4 * math.sqrt(share * (1 - share) / values.numel())
+        assert abs(hits[level].double().mean() - share) < limit, level
+
+
+def test_dare_by_its_distribution(tmp_path: Path) -> None:
+    """Yu et al. 2024: an element is dropped with probability .75, and four times as large otherwise.
+
+    The masks of two models, and of two tensors, are independent.
+    """
+    added = dropped(tmp_path, "dare", scale=(0.5, -1.0), seed=3)
+    for values in added.values():
+        shares(values, {0: 9 / 16, 2: 3 / 16, -8: 3 / 16, -6: 1 / 16})
+    a, b = (values.abs() < 1e-4 for values in added.values())
+    shares((a & b).double(), {1: (9 / 16) ** 2, 0: 1 - (9 / 16) ** 2})
+
+
+def test_dare_that_drops_nothing_is_task_arithmetic(four: dict[str, Path], tmp_path: Path) -> None:
+    got, _ = merged("dare", four, tmp_path / "out.safetensors", drop=0.0, scale=(0.3,))
+    close(got, each(lambda w, *ws: w + 0.3 * sum(v - w for v in ws), ZERO, ONE, TWO, THREE))
+
+
+def test_dare_ties_by_its_distribution(tmp_path: Path) -> None:
+    """Signs agree here: of 4 and 8 times the scale both are kept, one of them, or nothing."""
+    for agreeing, both in (("mean", 3.0), ("sum", 6.0)):
+        added = dropped(tmp_path, "dare-ties", scale=(0.5,), agreeing=agreeing)
+        for values in added.values():
+            shares(values, {0: 9 / 16, 2: 3 / 16, 4: 3 / 16, both: 1 / 16})
 
 
 def test_slerp(tmp_path: Path) -> None:
