@@ -146,6 +146,8 @@ CAPTIONS: tuple[Captions, ...] = get_args(Captions)
 
 Schedule = Literal["cosine", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Loss = Literal["cross-entropy", "contrastive"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 Mixed = Literal["fp32", "tf32", "bf16", "fp16"]  # precisions of training
 MIXED: tuple[Mixed, ...] = get_args(Mixed)
 Stored = Literal["float32", "float16"]  # types of the weights in the files

@@ -11,16 +11,18 @@ from rft_fast.common import lazy
 if TYPE_CHECKING:
     from .freezing import freeze
     from .images import ImageBatches, Images, augmentation
+    from .losses import Batch
     from .settings import Request, Setting, at_random, grid
-    from .training import Batch, Batches, Diverged, adamw, learning_rate, train
+    from .training import Batches, Diverged, adamw, learning_rate, train
     from .work import Outcome, run
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         freezing="freeze",
         images="ImageBatches Images augmentation",
+        losses="Batch",
         settings="Request Setting at_random grid",
-        training="Batch Batches Diverged adamw learning_rate train",
+        training="Batches Diverged adamw learning_rate train",
         work="Outcome run",
     )
 

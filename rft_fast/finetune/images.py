@@ -28,15 +28,15 @@ from rft_fast.datasets.source import Source
 from rft_fast.evaluate.precision import exact
 from rft_fast.names import Mixed
 
+from .losses import Batch, autocast, logits
 from .settings import AUGMENT, MAGNITUDES, Setting
-from .training import Batch, autocast, logits
 
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the area, and width / height
 FEATURES = 128  # images per forward pass for features
 AHEAD = 2  # batches prepared while one is trained on
 
 # Purposes of random streams, so that no two are the same.
-_ORDER, _IMAGE, _MIXUP = range(3)
+_ORDER, _IMAGE, _MIXUP, _TEXT = range(4)
 
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -231,11 +231,20 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class ImageBatches:
-    """The batches of a setting. What is random about an image depends on seed, epoch and image alone."""
+    """The batches of a setting. What is random about an image depends on seed, epoch and image alone.
+
+    Attributes:
+        images: The training images.
+        setting: Of the training.
+        device: Where the batches go.
+        prompts: int64 [classes, templates, context]. With them, each image has a text: a random template of
+            its class, drawn anew in each epoch.
+    """
 
     images: Images
     setting: Setting
     device: torch.device
+    prompts: Tensor | None = None
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.setting.batch_size)
@@ -250,12 +259,22 @@ class ImageBatches:
 
         batches = list(enumerate(torch.split(order, setting.batch_size)))[first:]
         loaded = prepared(load, [chosen for _, chosen in batches], self.images.workers)
+        texts = self._texts(number)
         for (index, chosen), pixels in zip(batches, loaded, strict=True):
             batch = Batch(
                 normalised(pixels, self.images.preprocess, self.device),
                 self.images.labels[chosen].to(self.device),
+                texts=None if texts is None else texts(chosen).to(self.device),
             )
             yield mixed(batch, setting.mixup, _stream(setting, _MIXUP, number, index))
+
+    def _texts(self, epoch: int) -> Callable[[Tensor], Tensor] | None:
+        """Return positions of images -> the tokens of their texts in an epoch; None without prompts."""
+        if (prompts := self.prompts) is None:
+            return None
+        rng = _stream(self.setting, _TEXT, epoch)
+        templates = torch.from_numpy(rng.integers(prompts.shape[1], size=len(self.images)))
+        return lambda chosen: prompts[self.images.labels[chosen], templates[chosen]]
 
 
 @dataclass(frozen=True, eq=False)

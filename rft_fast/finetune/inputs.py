@@ -13,9 +13,10 @@ from rft_fast import datasets
 from rft_fast.clip.architectures import Preprocess
 from rft_fast.common.words import visible
 from rft_fast.datasets import labels, maps, naming
-from rft_fast.names import STORED
+from rft_fast.names import LOSSES, STORED
 
 from .images import Images, threads
+from .losses import check_contrastive
 from .settings import Request, Setting
 from .training import COLUMNS
 
@@ -40,6 +41,10 @@ def check(request: Request) -> None:
             raise TypeError(f"finetune: expected settings of type Setting, got {type(setting).__name__}")
     if request.store not in STORED:
         raise ValueError(f"finetune: store must be one of {', '.join(STORED)}; got {request.store!r}")
+    if request.loss not in LOSSES:
+        raise ValueError(f"finetune: loss must be one of {', '.join(LOSSES)}; got {request.loss!r}")
+    if request.loss == "contrastive":
+        _check_pairs(request)
     if both := sorted(set(request.val) & set(request.ood)):
         raise ValueError(
             f"finetune: {both[0]!r} names a data set of --val and one of --ood; give each its own name"
@@ -58,6 +63,22 @@ def check(request: Request) -> None:
         raise ValueError(f"finetune: {there} is a file, expected a directory")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"finetune: {there} cannot be written to; choose another --out")
+
+
+def _check_pairs(request: Request) -> None:
+    """Check what a request with the contrastive loss needs, and what has no meaning with it."""
+    if request.class_names is None:
+        raise ValueError(
+            "finetune: --loss contrastive trains on pairs of an image and a prompt of its class; give the "
+            "names of the classes with --class-names (and --templates)"
+        )
+    if request.head_scale is not None:
+        raise ValueError(
+            "finetune: --loss contrastive trains the logit scale, which scales the head; leave --head-scale "
+            "out"
+        )
+    for setting in request.settings.values():
+        check_contrastive(setting)
 
 
 def training_source(request: Request) -> datasets.Source:

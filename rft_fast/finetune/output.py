@@ -17,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rft_fast import __version__
+from rft_fast.checkpoints.canonical import TEXT
+from rft_fast.clip.heads import SCALE
 from rft_fast.common import disk
 from rft_fast.common.words import cell, differences
 
@@ -34,11 +36,10 @@ SIDES = ("in the file", "requested")  # of two configurations that differ
 def write_model(
     file: pathlib.Path, state: Mapping[str, Tensor], configuration: Configuration, dtype: torch.dtype
 ) -> None:
-    """Write a classifier's state dict in the layout of model-soups: ``model.visual.*``,
-    ``classification_head.*``.
+    """Write a model, with the configuration and the versions that made it in the header.
 
-    A text tower is left out: beside a head it has no effect. The header holds the configuration and the
-    versions that made the file.
+    A classifier has the layout of model-soups: ``model.visual.*``, ``classification_head.*``; a text tower is
+    left out, as it has no effect beside a head. Both towers have open_clip's names for their architecture.
 
     Args:
         file: A safetensors file.
@@ -46,13 +47,21 @@ def write_model(
         configuration: What the model was made with, as JSON values.
         dtype: Type of the stored floating-point weights.
     """
-    stored = {
-        name if name.startswith("classification_head.") else f"model.{name}": _as(tensor, dtype)
-        for name, tensor in state.items()
-    }
+    if SCALE in state:
+        custom = configuration["model"].get("custom_text", False)
+        names = {name: name if custom else _standard(name) for name in state}
+    else:
+        names = {n: n if n.startswith("classification_head.") else f"model.{n}" for n in state}
+    stored = {names[name]: _as(tensor, dtype) for name, tensor in state.items()}
     # One entry: safetensors writes several in any order, and equal models must be equal files.
     header = {"configuration": configuration, "rft_fast": __version__, "torch": torch.__version__}
     disk.replace(file, save(stored, metadata={HEADER: json.dumps(header)}))
+
+
+def _standard(name: str) -> str:
+    """Return the name of a live model's tensor in a standard CLIP, whose text tower has no prefix."""
+    bare = name.removeprefix("text.")
+    return bare if bare.partition(".")[0] in TEXT else name
 
 
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

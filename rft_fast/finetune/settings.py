@@ -15,10 +15,11 @@ import numpy as np
 
 from rft_fast import names
 from rft_fast.common.fields import Group, described, entries, named_path, option
-from rft_fast.names import SCHEDULES, Kind, Mixed, Names, Schedule, Stored, as_given
+from rft_fast.names import SCHEDULES, Kind, Loss, Mixed, Names, Schedule, Stored, as_given
 
 AUGMENT = re.compile(r"none|crop|crop-flip|rand-m(?P<m>\d{1,2})-n(?P<n>\d)")
 MAGNITUDES = 30  # of RandAugment, as in its paper
+TEMPLATES = "openai"  # of prompts, where none are given
 MOST_WARMUP = 500  # steps of warm-up where none are given: model-soups' number
 
 
@@ -176,6 +177,8 @@ class Request:
     class_names: names of the head's rows (:mod:`rft_fast.clip.prompts`). Classes of data sets that are called
         so go to those rows; and where the checkpoint has no head, one is made of them, ``templates`` and
         ``head_scale``.
+    loss: ``cross-entropy`` of image tower and head; ``contrastive``: of both towers and the logit scale, on
+        pairs of an image and a prompt of its class (FLYP); needs ``class_names``.
     freeze, freeze_blocks: what is not trained (:func:`rft_fast.finetune.freeze`).
     precision, checkpointing: of training. store: ``float32`` or ``float16``, of the files.
     keep_every: optimizer steps between two states to go on from. check_images: open every image first.
@@ -226,6 +229,13 @@ class Request:
         metavar="X",
         check=float,
         group=HEAD,
+    )
+    loss: Loss = option(
+        "cross-entropy",
+        "cross-entropy: of the head's logits; contrastive: both towers are trained on pairs of image and "
+        "prompt, as by FLYP (%(default)s)",
+        choices=names.LOSSES,
+        group=Setting.GROUP,
     )
     freeze: Names = option(
         (), "parameters, by whole names, that stay", metavar="REGEX", many="last", group=Setting.GROUP

@@ -12,15 +12,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from rft_fast import checkpoints
 from rft_fast.checkpoints.canonical import HEAD_WEIGHT
 from rft_fast.clip import architectures, matching, prompts
-from rft_fast.clip.classifier import ImageClassifier
+from rft_fast.clip.classifier import ImageClassifier, ZeroShotClassifier
 from rft_fast.clip.endpoints import Ends, Setup
+from rft_fast.clip.heads import SCALE, refuse_without_text
+from rft_fast.names import Towers
 
 from .freezing import freeze
-from .settings import Request
+from .settings import TEMPLATES, Request
 
 
 class Origin:
@@ -33,6 +36,8 @@ class Origin:
 
     def __init__(self, request: Request) -> None:
         self.config = architectures.config(request.arch)[1]
+        if request.loss == "contrastive":
+            _check_text_tower(request.arch, self.config)
         checkpoints.check_source(request.zeroshot, request.arch)
         is_file = pathlib.Path(request.zeroshot).is_file()
         tag = None if is_file or request.zeroshot.startswith(architectures.HUB) else request.zeroshot
@@ -45,7 +50,7 @@ def head_prompts(request: Request) -> prompts.Prompts | None:
     """Return the class names and templates that a head is made from; None without class names."""
     if request.class_names is not None:
         names = prompts.class_names(request.class_names)
-        return prompts.Prompts(names, prompts.templates(request.templates or "openai"))
+        return prompts.Prompts(names, prompts.templates(request.templates or TEMPLATES))
     if request.templates is not None or request.head_scale is not None:
         raise ValueError(
             "finetune: --templates and --head-scale apply only to a head made from --class-names"
@@ -57,7 +62,7 @@ class Start:
     """The zero-shot model in memory.
 
     Attributes:
-        model: The live classifier, on the device.
+        model: The live classifier: image tower and head, or both towers.
         classes: Number of rows of the head.
         facts: What models record of their start, as JSON values.
     """
@@ -66,14 +71,19 @@ class Start:
         self, request: Request, origin: Origin, made: prompts.Prompts | None, device: torch.device
     ) -> None:
         state = checkpoints.load(checkpoints.fetch(request.zeroshot, request.arch))
-        has_head = HEAD_WEIGHT in state
+        both = request.loss == "contrastive"
+        if both:
+            _check_pairs(state)
+        has_head = HEAD_WEIGHT in state and not both
         if has_head and (request.head_scale is not None or request.templates is not None):
             raise ValueError(
                 "finetune: the zero-shot checkpoint has its own head; leave --templates and --head-scale out"
             )
-        ends = Ends(Setup(request.arch, prompts=made, scale=request.head_scale), state, device=device)
+        towers: Towers = "both" if both else "image"
+        setup = Setup(request.arch, towers, prompts=made, scale=request.head_scale)
+        ends = Ends(setup, state, device=device)
         self._request, self._ends = request, ends
-        self.model = cast(ImageClassifier, ends.live)
+        self.model = cast(ImageClassifier | ZeroShotClassifier, ends.live)
         self.classes = ends.classes
         names = made.class_names if made is not None else ()
         head = None
@@ -87,6 +97,8 @@ class Start:
             "class_names": _sha256("\n".join(names)) if names else None,
             "preprocess": asdict(origin.preprocess),
         }
+        if both:  # models of cross-entropy have no such entry
+            self.facts["loss"] = request.loss
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the zero-shot weights. A head that the checkpoint lacks is computed now, which is slow."""
@@ -97,6 +109,12 @@ class Start:
         request = self._request
         settings = request.settings.values()
         frozen = freeze(self.model, request.freeze, request.freeze_blocks)
+        if request.loss == "contrastive" and not any(
+            parameter.requires_grad for name, parameter in self.model.named_parameters() if name != SCALE
+        ):
+            raise ValueError(
+                f"finetune: both towers are frozen, so only {SCALE} would be trained; freeze less"
+            )
         if HEAD_WEIGHT in frozen and any(setting.probe_epochs for setting in settings):
             raise ValueError(f"finetune: --probe-epochs train the head, but {HEAD_WEIGHT} is frozen")
         norms = _trained_norms(self.model)
@@ -114,9 +132,43 @@ class Start:
             )
 
 
-def _checkpoint_gradients(model: ImageClassifier) -> bool:
-    """Make the image tower compute activations twice; returns whether it can."""
+def _check_text_tower(arch: str, config: Mapping[str, Any]) -> None:
+    """Refuse an architecture whose text tower cannot be trained."""
+    text = config.get("text_cfg")
+    if not isinstance(text, dict):
+        what = "has none (no text_cfg)"
+    elif name := text.get("hf_model_name"):
+        what = f"has Hugging Face's {name}, which is not supported"
+    elif (name := text.get("hf_tokenizer_name")) and (pathlib.Path(arch).parent / name).is_dir():
+        what = f"has its tokenizer in the folder {name} beside it, which the zoo would lack"
+    else:
+        return
+    raise ValueError(
+        f"finetune: --loss contrastive trains the text tower, and {arch} {what}; choose another "
+        "architecture, or leave --loss out"
+    )
+
+
+def _check_pairs(state: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint that lacks what the contrastive loss trains; a head that it holds is not used."""
+    remedy = "start from a checkpoint with both towers, such as OpenAI's or open_clip's, or leave --loss out"
+    refuse_without_text(state, "finetune: --loss contrastive", remedy)
+    if SCALE not in state or state[SCALE].numel() != 1:
+        raise ValueError(
+            f"finetune: --loss contrastive: the checkpoint has no {SCALE} of one element; {remedy}"
+        )
+    if HEAD_WEIGHT in state:
+        tqdm.write(
+            "finetune: the head of the checkpoint is not used: the text tower makes one of the prompts"
+        )
+
+
+def _checkpoint_gradients(model: ImageClassifier | ZeroShotClassifier) -> bool:
+    """Make the towers compute activations twice; returns whether the image tower can."""
     visual = model.visual
+    if isinstance(model, ZeroShotClassifier):
+        with suppress(Exception):
+            cast(Any, model.text).set_grad_checkpointing(True)
     # Call timm directly: open_clip's wrapper only logs a failure.
     tower = visual.trunk if isinstance(getattr(visual, "trunk", None), nn.Module) else visual
     with suppress(Exception):

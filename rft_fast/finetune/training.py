@@ -5,23 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rft_fast.clip.classifier import ImageClassifier
 from rft_fast.common.program import Stop
 from rft_fast.evaluate.precision import exact
-from rft_fast.names import MIXED, Mixed, never
+from rft_fast.names import Mixed, never
 
+from .losses import Batch, backward, check_precision
 from .progress import Progress
 from .settings import Setting
-
-AUTOCAST = dict(zip(MIXED, (None, None, torch.bfloat16, torch.float16), strict=True))
-
 
 Row = dict[str, float]
 COLUMNS = ("epoch", "step", "lr", "loss", "seconds")  # of a row, in addition to the metrics
@@ -30,33 +25,6 @@ Metrics = Callable[[nn.Module], Mapping[str, float]]
 
 class Diverged(ValueError):
     """A loss, gradient or weight is not finite."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The images of one optimizer step.
-
-    Attributes:
-        images: float [n, ...], the model's inputs; under mixup already mixed.
-        labels: int64 [n].
-        others: int64 [n], labels of the images mixed in; None without mixup.
-        share: Weight of ``labels``; ``others`` weigh 1 - share.
-    """
-
-    images: Tensor
-    labels: Tensor
-    others: Tensor | None = None
-    share: float = 1.0
-
-    def parts(self, count: int) -> Iterator[Batch]:
-        """Yield up to ``count`` parts of nearly equal size."""
-        others: Sequence[Tensor | None] = [None] * count
-        if self.others is not None:
-            others = self.others.tensor_split(count)
-        pieces = zip(self.images.tensor_split(count), self.labels.tensor_split(count), others, strict=True)
-        for images, labels, other in pieces:
-            if len(labels):
-                yield Batch(images, labels, other, self.share)
 
 
 class Batches(Protocol):
@@ -96,13 +64,15 @@ def train(
     """Train, in place, the parameters of ``model`` that require gradients.
 
     In each step the learning rate is set (:func:`learning_rate`), the mean loss of the batch is computed
-    (cross-entropy with label smoothing; under mixup the weighted losses of both labels), gradients are
-    clipped to norm ``clip``, and AdamW steps. Randomness of the model itself, such as dropout, is that of
-    torch's global generator, which the caller seeds. Modules without trained parameters stay in eval mode, so
-    that their statistics stay unchanged.
+    (cross-entropy with label smoothing; under mixup the weighted losses of both labels; for batches with
+    texts, :func:`rft_fast.finetune.losses.contrastive`), gradients are clipped to norm ``clip``, and AdamW
+    steps. Randomness of the model itself, such as dropout, is that of torch's global generator, which the
+    caller seeds. Modules without trained parameters stay in eval mode, so that their statistics stay
+    unchanged.
 
     Args:
-        model: Maps images to logits [n, classes]; float32 weights on one device.
+        model: Maps images to logits [n, classes]; for batches with texts, a
+            :class:`rft_fast.clip.classifier.ZeroShotClassifier`. float32 weights on one device.
         batches: The data. ``batch_size``, ``augment``, ``mixup`` and ``seed`` of the setting are theirs to
             apply.
         setting: Optimizer, schedule and loss.
@@ -221,7 +191,7 @@ class _Training:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        loss = _backward(self._model, batch, setting, self._precision, self._device, scaler)
+        loss = backward(self._model, batch, setting, self._precision, self._device, scaler)
         epoch = self.step // self._batches + 1
         place = f"at step {self.step} of {self.steps} (epoch {epoch}, learning rate {lr:.3g})"
         if not math.isfinite(loss):
@@ -288,50 +258,6 @@ def adamw(model: nn.Module, setting: Setting) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=setting.lr, betas=setting.betas)
 
 
-def _backward(
-    model: nn.Module,
-    batch: Batch,
-    setting: Setting,
-    precision: Mixed,
-    device: torch.device,
-    scaler: torch.amp.GradScaler,
-) -> float:
-    """Add the gradients of the batch's mean loss, part by part; return that loss."""
-    found = torch.zeros((), device=device)
-    for part in batch.parts(setting.accumulate):
-        labels = part.labels.to(device)
-        scores = logits(model, part.images.to(device), precision)
-        loss = F.cross_entropy(scores, labels, label_smoothing=setting.label_smoothing)
-        if part.others is not None:
-            others = part.others.to(device)
-            second = F.cross_entropy(scores, others, label_smoothing=setting.label_smoothing)
-            loss = part.share * loss + (1 - part.share) * second
-        loss = loss * (len(labels) / len(batch.labels))
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        found += loss.detach()
-    return float(found)
-
-
-def logits(model: nn.Module, images: Tensor, precision: Mixed) -> Tensor:
-    """Return float32 logits [n, classes] of a model with float32 weights."""
-    if AUTOCAST[precision] is None:
-        found: Tensor = model(images)
-        return found
-    with autocast(precision, images.device):
-        if not isinstance(model, ImageClassifier):
-            found = model(images)
-            return found.float()
-        features = model.visual(images)
-    # The head stays in float32: near 30, bfloat16 has steps of 1/8.
-    return model.classify(features)
-
-
-def autocast(precision: Mixed, device: torch.device) -> torch.autocast:
-    """Return torch's autocast; disabled for fp32 and tf32."""
-    kind = AUTOCAST[precision]
-    return torch.autocast(device.type, kind, enabled=kind is not None)
-
-
 def _check(
     model: nn.Module, batches: Batches, setting: Setting, precision: Mixed, where: str
 ) -> torch.device:
@@ -349,14 +275,6 @@ def _check(
         raise ValueError(f"{where}: there are no batches")
     check_warmup(setting, len(batches))
     return device
-
-
-def check_precision(precision: Mixed, device: torch.device) -> None:
-    """Raise ValueError for a precision that is unknown, or that the device lacks."""
-    if precision not in AUTOCAST:
-        raise ValueError(f"finetune: precision must be one of {', '.join(AUTOCAST)}; got {precision!r}")
-    if precision in ("tf32", "fp16") and device.type != "cuda":
-        raise ValueError(f"finetune: precision {precision!r} needs CUDA, the device is {device}; use bf16")
 
 
 def check_warmup(setting: Setting, batches: int) -> None:

@@ -6,23 +6,24 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rft_fast import datasets, env
-from rft_fast.clip.classifier import ImageClassifier
+from rft_fast.clip.classifier import ImageClassifier, ZeroShotClassifier
 from rft_fast.common import disk
 from rft_fast.common.program import Stop
+from rft_fast.evaluate.precision import exact
 from rft_fast.names import STORED
 
 from . import inputs, output, zoo_folder
 from .images import FeatureBatches, ImageBatches, accuracy, features
+from .losses import check_precision, classifier
 from .settings import Request, Setting
 from .start import Origin, Start, head_prompts
-from .training import COLUMNS, Diverged, Row, check_precision, check_warmup, train
+from .training import COLUMNS, Diverged, Row, check_warmup, train
 
 DTYPES = {name: getattr(torch, name) for name in STORED}
 
@@ -85,6 +86,8 @@ class Work:
         source = inputs.training_source(request)
         start = Start(request, origin, made, self._device)
         self._model = start.model
+        # Of the contrastive loss; None for cross-entropy.
+        self._prompts = start.model.prompts if isinstance(start.model, ZeroShotClassifier) else None
         rows = datasets.Rows(start.classes, made.class_names if made is not None else ())
         self._images = inputs.training_images(request, source, rows, origin.preprocess)
         rows = inputs.named_rows(request, rows, self._images)
@@ -179,7 +182,7 @@ class Work:
 
         train(
             model,
-            ImageBatches(self._images, setting, self._device),
+            ImageBatches(self._images, setting, self._device, self._prompts),
             setting,
             precision=request.precision,
             metrics=scores,
@@ -199,16 +202,18 @@ class Work:
 
     def _scores(self, model: nn.Module, batch_size: int) -> dict[str, float]:
         """Return a model's accuracy on each data set of --val."""
-        live = cast(ImageClassifier, model)
-        return {
-            data: accuracy(live, images, batch_size, self._request.precision)
-            for data, images in self._val.items()
-        }
+        precision = self._request.precision
+        if not self._val:
+            return {}
+        with exact(precision):
+            live = classifier(model)
+            return {data: accuracy(live, images, batch_size, precision) for data, images in self._val.items()}
 
     def _probe(self, name: str, setting: Setting) -> None:
         """Train the head alone, on features that are computed once for all settings (LP-FT)."""
+        model = classifier(self._model)
         if self._features is None:
-            self._features = features(self._model, self._images, self._request.precision, self._stop)
+            self._features = features(model, self._images, self._request.precision, self._stop)
         head = replace(
             setting,
             lr=setting.probe_lr,
@@ -220,7 +225,7 @@ class Work:
         )
         batches = FeatureBatches(self._features, self._images.labels.to(self._device), head)
         train(
-            _Head(self._model),
+            _Head(model),
             batches,
             head,
             finished=lambda rows: _report(f"{name}, head alone", rows[-1], head.epochs),

@@ -11,25 +11,27 @@ import torch
 from torch import Tensor
 
 from rft_fast import checkpoints, datasets
+from rft_fast.checkpoints.canonical import TEXT
 from rft_fast.clip import architectures, prompts
 from rft_fast.clip.architectures import Preprocess
+from rft_fast.clip.heads import SCALE, text_name
 from rft_fast.common import disk
 from rft_fast.common.words import differences
 from rft_fast.datasets import imagenet, naming
 
 from . import output
 from .inputs import RESERVED
-from .settings import Request, as_json
+from .settings import TEMPLATES, Request, as_json
 
 # What all models of a folder have in common.
-SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored")
+SHARED = ("model", "zeroshot", "head", "classes", "class_names", "preprocess", "stored", "loss")
 
 
 def refuse_links(request: Request) -> None:
     """Refuse a directory in which a name that is written is a link; a finished model may be one."""
     out, names = request.out, list(request.settings)
     files = [out / f"{name}{end}" for name in names for end in (".csv", ".resume")]
-    files += [out / name for name in ("zoo.toml", "model.json", "classes.json")]
+    files += [out / name for name in ("zoo.toml", "model.json", "classes.json", "templates.json")]
     locks = [out / ".lock", *(out / f".{name}.lock" for name in names)]
     try:
         disk.check_targets(files, locks)
@@ -69,6 +71,12 @@ class ZooFolder:
         given, names = request.class_names, rows.names
         if given is not None:
             self._entries["class-names"] = given
+        if request.loss == "contrastive":
+            templates = request.templates or TEMPLATES
+            self._entries["templates"] = templates
+            if templates not in prompts.TEMPLATES:
+                self._entries["templates"] = "templates.json"
+                self._beside["templates.json"] = list(prompts.templates(templates))
         shown = naming.numbers(names) or (len(names) == imagenet.CLASSES and imagenet.are_wnids(names))
         if names and given not in prompts.CLASS_NAMES and (given is not None or not shown):
             self._entries["class-names"] = "classes.json"
@@ -122,7 +130,12 @@ class ZooFolder:
     def start(self) -> dict[str, Tensor] | None:
         """Return the stored zero-shot model; None where there is none yet."""
         file = self.file(RESERVED)
-        return output.rounded(checkpoints.load(file), self._dtype) if file.exists() else None
+        if not file.exists():
+            return None
+        state = checkpoints.load(file)
+        if SCALE in state:  # both towers, by the live model's names
+            state = {text_name(n) if n.partition(".")[0] in TEXT else n: t for n, t in state.items()}
+        return output.rounded(state, self._dtype)
 
     def write_start(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Create the folder, the zero-shot model, and the files that the zoo refers to.
@@ -164,7 +177,7 @@ class ZooFolder:
     def _configuration(self, name: str) -> output.Configuration:
         """What a model was made with; for the zero-shot model, what all models have in common."""
         if name == RESERVED:
-            return {key: self._fixed[key] for key in SHARED}
+            return {key: self._fixed[key] for key in SHARED if key in self._fixed}
         return {"setting": as_json(self._request.settings[name]), **self._fixed}
 
     def _locked(self) -> AbstractContextManager[bool]:

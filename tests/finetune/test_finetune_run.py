@@ -356,14 +356,14 @@ import os, signal, sys, torch
 from rft_fast.finetune import training
 from rft_fast.finetune.__main__ import main
 torch.set_num_threads(1)
-real, calls = training._backward, []
+real, calls = training.backward, []
 def backward(model, *more):
     if hasattr(model, "visual"):
         calls.append(0)
     if len(calls) > 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(model, *more)
-training._backward = backward
+training.backward = backward
 main(sys.argv[1:])
 """
     result = subprocess.run([sys.executable, "-c", kill, *again], capture_output=True, text=True)
@@ -444,13 +444,13 @@ def test_signals_stop_after_the_step_and_lose_none(
     more = ("--augment", "none", "--mixup", "0.4")
     whole, again = (arguments(folder, tmp_path / name, *more, train="big") for name in ("whole", "again"))
     assert main(whole) == 0
-    real, numbers = training._backward, [signal.SIGTERM, signal.SIGHUP] * 3
+    real, numbers = training.backward, [signal.SIGTERM, signal.SIGHUP] * 3
 
     def backward(*more: Any) -> float:
         signal.raise_signal(numbers.pop())
         return real(*more)
 
-    monkeypatch.setattr(training, "_backward", backward)
+    monkeypatch.setattr(training, "backward", backward)
     before = signal.getsignal(signal.SIGHUP)
     assert [main(again) for _ in range(6)] == [130] * 5 + [0] and not numbers
     assert signal.getsignal(signal.SIGHUP) == before

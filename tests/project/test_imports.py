@@ -188,7 +188,7 @@ def test_names_are_those_that_something_is_done_for() -> None:
     from rft_fast import studies
     from rft_fast.datasets import KINDS
     from rft_fast.evaluate.precision import PRECISIONS
-    from rft_fast.finetune.training import AUTOCAST
+    from rft_fast.finetune.losses import AUTOCAST
     from rft_fast.finetune.work import DTYPES
     from rft_fast.kernels.registry import BACKENDS
     from rft_fast.run import trackers
