@@ -12,7 +12,7 @@ from tqdm import tqdm
 from rft_fast import datasets
 from rft_fast.clip.architectures import Preprocess
 from rft_fast.common.words import visible
-from rft_fast.datasets import labels, maps, naming
+from rft_fast.datasets import cifar, labels, maps, naming
 from rft_fast.names import LOSSES, STORED
 
 from .images import Images, threads
@@ -88,6 +88,17 @@ def training_source(request: Request) -> datasets.Source:
         raise ValueError(
             f"finetune: {request.train} contains several data sets, of which {source.path.name!r} "
             "would be used; name the one to train on"
+        )
+    part = request.train / "train"
+    if source.kind == "cifar" and request.train.is_dir() and cifar.matches(part):
+        raise ValueError(
+            f"finetune: {request.train} is read as test images ({source.notes[0]}); for its training images "
+            f"give --train {part}"
+        )
+    if not request.train.exists() and not (request.val or request.ood):
+        raise ValueError(
+            f"finetune: {request.train} is a part of a folder, which a zoo cannot name as its only data; "
+            "give data to score with --val"
         )
     return source
 

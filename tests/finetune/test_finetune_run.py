@@ -645,6 +645,21 @@ def test_idx_files_are_trained_on_and_scored(folder: Path, tmp_path: Path) -> No
     not_tuned([*start, str(tmp_path / "mnist"), "--out", str(tmp_path / "c")], "t10k-images-idx3-ubyte")
 
 
+def test_cifar_is_not_trained_on_its_test_images(folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "stl10"
+    made.mkdir()
+    for part in ("train", "test"):
+        (made / f"{part}_X.bin").write_bytes(bytes(range(3)) * (96 * 96) * 3)
+        (made / f"{part}_y.bin").write_bytes(bytes([1, 2, 3]))
+    argv = arguments(folder, tmp_path / "zoo")
+    argv[argv.index("--train") + 1] = str(made)
+    not_tuned(argv, made / "train", "test_X.bin")
+    argv[argv.index("--train") + 1] = str(made / "train")
+    for option in ("--val", "--ood"):
+        del argv[argv.index(option) : argv.index(option) + 2]
+    not_tuned(argv, made / "train", "--val")
+
+
 def test_validation_images_of_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     """As many, but shifted by one: alphabetical order alone would say that cats are dogs."""
     other = called(folder / "big", tmp_path / "x", {"fox": "ant", "cat": "cat", "dog": "dog"})
