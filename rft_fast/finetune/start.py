@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rft_fast import checkpoints
-from rft_fast.checkpoints.canonical import HEAD_WEIGHT
+from rft_fast.checkpoints.canonical import HEAD, HEAD_WEIGHT
 from rft_fast.clip import architectures, matching, prompts
 from rft_fast.clip.classifier import ImageClassifier, ZeroShotClassifier
 from rft_fast.clip.endpoints import Ends, Setup
 from rft_fast.clip.heads import SCALE, refuse_without_text
+from rft_fast.common.words import some
 from rft_fast.names import Towers
 
 from .freezing import freeze
@@ -82,6 +83,11 @@ class Start:
         towers: Towers = "both" if both else "image"
         setup = Setup(request.arch, towers, prompts=made, scale=request.head_scale)
         ends = Ends(setup, state, device=device)
+        if both and (others := [name for name in ends.inert if not name.startswith(HEAD)]):
+            raise ValueError(
+                f"finetune: --loss contrastive neither trains nor keeps {some(others)} of the checkpoint, "
+                "which was pretrained with another loss than CLIP's; start from another one, or leave --loss out"
+            )
         self._request, self._ends = request, ends
         self.model = cast(ImageClassifier | ZeroShotClassifier, ends.live)
         self.classes = ends.classes

@@ -366,6 +366,8 @@ def test_models_without_what_is_trained_are_refused(folder: Path, tmp_path: Path
     state = dict(clip().state_dict())
     image = {name: tensor for name, tensor in state.items() if name.startswith(("visual.", "logit_scale"))}
     command_refused(main, other(state=image), silent=False)
+    sigmoid = {**state, "logit_bias": torch.tensor(-10.0)}
+    command_refused(main, other(state=sigmoid), "logit_bias", silent=False)
     del state["logit_scale"]
     command_refused(main, other(state=state), "logit_scale", silent=False)
     assert not (tmp_path / "zoo").exists()
