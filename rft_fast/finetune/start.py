@@ -86,7 +86,8 @@ class Start:
         if both and (others := [name for name in ends.inert if not name.startswith(HEAD)]):
             raise ValueError(
                 f"finetune: --loss contrastive neither trains nor keeps {some(others)} of the checkpoint, "
-                "which was pretrained with another loss than CLIP's; start from another one, or leave --loss out"
+                "which was pretrained with another loss than CLIP's; start from another one, or leave --loss "
+                "out"
             )
         self._request, self._ends = request, ends
         self.model = cast(ImageClassifier | ZeroShotClassifier, ends.live)
