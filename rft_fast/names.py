@@ -142,6 +142,9 @@ FIGURE_WIDTHS: tuple[FigureWidth, ...] = get_args(FigureWidth)
 Captions = Literal["file", "in", "none"]
 CAPTIONS: tuple[Captions, ...] = get_args(Captions)
 
+BestBy = Literal["id", "ood"]  # data sets whose accuracy decides which point of a path is best
+BEST_BY: tuple[BestBy, ...] = get_args(BestBy)
+
 # --- fine-tuning --------------------------------------------------------------------------------------
 
 Schedule = Literal["cosine", "constant"]

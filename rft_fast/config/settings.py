@@ -12,6 +12,7 @@ from .. import catalogue, names
 from ..common.fields import Group, named_path, option
 from ..common.numeric import above_zero, as_float, positive
 from ..names import (
+    BestBy,
     Captions,
     FigureFormat,
     FigureWidth,
@@ -276,6 +277,18 @@ class Running:
         True,
         "do not keep the results of single images, which intervals and comparisons need (docs/results.md)",
         own=_yours("what is kept of a run"),
+    )
+    save_best: bool = option(
+        False,
+        "write the best point of each model's path to best/ in DIR, as a checkpoint (docs/merge.md)",
+        own=_yours("where results are written"),
+    )
+    best_by: BestBy = option(
+        "id",
+        "what decides which point is best: mean accuracy in distribution (id, the default), or out of it, "
+        "which makes that accuracy no estimate of others",
+        choices=names.BEST_BY,
+        own=_yours("where results are written"),
     )
     workers: str | None = option(
         None,

@@ -8,6 +8,7 @@ module         holds
 ``sources``    files that are read run by run of elements, and where names stand
 ``fit``        which files belong together; what is refused
 ``formulas``   the arithmetic of each method
+``metadata``   what the result says of its origin
 ``writing``    safetensors and files of torch.save, written run by run
 ``work``       all of the above: :func:`run`
 =============  ===================================================================

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rft_fast
 from rft_fast.checkpoints import containers, folders, huggingface
-from rft_fast.checkpoints.activation import Activation
 from rft_fast.common import disk, files
 from rft_fast.path import layers as layering
 
-from . import alphas, fit, formulas, sources
+from . import alphas, fit, formulas, metadata, sources
 from .settings import Request
 from .sources import Source, view
 from .writing import PROVENANCE, Entry, Writer, writing
@@ -87,15 +85,14 @@ def run(request: Request) -> Outcome:
         hashing = stack.enter_context(ThreadPoolExecutor(1))
         digests = [hashing.submit(_sha256, inputs, source.file) for source in opened]
         stack.callback(_cancel, digests)
-        activation = _agreed(opened)
-        texts = _metadata(request, opened, found, ["0" * 64] * len(opened), activation)
+        texts = _metadata(request, opened, found, ["0" * 64] * len(opened))
         entries = [entry for job in jobs for entry in job.entries]
         with writing(request.out, entries, texts, request.overwrite) as writer:
             work = _Work(request, zeroshot, finetuned, found.reference, formula)
             for job in jobs:
                 work.do(job, writer)
             hexes = [each.result() for each in digests]
-            texts = _metadata(request, opened, found, hexes, activation)
+            texts = _metadata(request, opened, found, hexes)
             writer.finish(texts)
             inputs.check()
     return Outcome(
@@ -301,40 +298,16 @@ def _runs(numel: int, step: int) -> Iterator[tuple[int, int]]:
 # --- metadata -----------------------------------------------------------------------------------------
 
 
-def _agreed(opened: list[Source]) -> dict[str, Activation]:
-    """Return the activations that files show; two that differ are refused before."""
-    return {tower: known for source in opened for tower, known in source.activation.items()}
-
-
-def _metadata(
-    request: Request,
-    opened: list[Source],
-    found: fit.Fit,
-    digests: list[str],
-    activation: Mapping[str, Activation],
-) -> dict[str, str]:
-    """Make the metadata of the result: provenance, and activations as the reader finds them."""
-    origin = {
-        "version": rft_fast.__version__,
-        "method": request.method,
-        "numbers": request.numbers(),
-        "sources": [
-            {
-                "file": str(source.file),
-                "sha256": digest,
-                "role": "zero-shot" if request.zeroshot and source is opened[0] else "fine-tuned",
-                **({"difference": True} if source in found.differences else {}),
-            }
-            for source, digest in zip(opened, digests, strict=True)
-        ],
-        "notes": found.notes,
-    }
-    texts = {PROVENANCE: json.dumps(origin)}
-    for quick in {known.quick for known in activation.values()}:
-        config: dict[str, Any] = {"quick_gelu": quick}
-        names = (("image", "vision_cfg"), ("text", "text_cfg"))
-        config |= {
-            name: {} for tower, name in names if tower in activation and activation[tower].quick == quick
-        }
-        texts[f"model_cfg.{'quick_gelu' if quick else 'gelu'}"] = json.dumps(config)
-    return texts
+def _metadata(request: Request, opened: list[Source], found: fit.Fit, digests: list[str]) -> dict[str, str]:
+    described = [
+        metadata.source(
+            source.file,
+            digest,
+            "zero-shot" if request.zeroshot and source is opened[0] else "fine-tuned",
+            source in found.differences,
+        )
+        for source, digest in zip(opened, digests, strict=True)
+    ]
+    # Files that show different activations were refused before.
+    quick = {tower: known.quick for source in opened for tower, known in source.activation.items()}
+    return metadata.texts(request.method, request.numbers(), described, found.notes, quick)

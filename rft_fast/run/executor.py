@@ -76,6 +76,7 @@ class InProcess:
     def __init__(self, request: Request) -> None:
         self._worker = Worker(request)
         self.config = self._worker.config
+        self.models = self._worker.models
         self.pieces = self._worker.pieces
         self.guess = self._worker.guess
 

@@ -21,12 +21,13 @@ from ..report.shown import Attempts
 from ..settings import Layers
 from ..studies.chance import among
 from ..studies.facts import Facts
-from . import identity, planning, running, trackers
+from . import identity, planning, running, saving, trackers
 from .cluster.driver import Cluster, Failed
 from .executor import Executor, InProcess
 from .pictures import Pictures
 from .progress import Progress, held_warnings
 from .progress.outputs import Log
+from .wiring import Models
 
 
 def sweep(request: Request, argv: Sequence[str]) -> int:
@@ -43,6 +44,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
             if request.of(Running).plan:
                 print(planning.plan(request))
                 return 0
+            saving.check(request)
             pictures = Pictures(request.out, request.of(Figures))
             with held_warnings() as early:
                 early += request.notices
@@ -71,6 +73,10 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 results.Stored(run.directory),
             )
             failed = _draw(request, facts, run, took, pictures)
+            if request.of(Running).save_best:
+                models = executor.models if isinstance(executor, InProcess) else Models.load(request)
+                saved = saving.save(request, models, facts.rows, run.directory)
+                _note(request, run, [f"best     {text}" for text in saved])
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
@@ -141,6 +147,15 @@ def _draw(
         f"request  {run.directory / 'config.json'}; time and memory in cost.csv"
     )
     return attempts.failed
+
+
+def _note(request: Request, run: results.Run, lines: Sequence[str]) -> None:
+    """Add lines to the log, and to the output unless it is quiet."""
+    log = Log(run.directory / "run.log", datetime.now, lambda text: print(text, file=sys.stderr))
+    for line in lines:
+        log.write(line)
+        if not (request.of(Running).quiet or request.of(Running).json):
+            print(line)
 
 
 def _kept(run: results.Run | None, argv: Sequence[str]) -> str:

@@ -48,6 +48,11 @@ class Worker:
         self._path: tuple[str, paths.Path] | None = None
         self._counted: dict[tuple[object, ...], list[Measurement]] = {}
 
+    @property
+    def models(self) -> Models:
+        """The models of the request."""
+        return self._models
+
     def measure(self, piece: Piece, shared: Shared, sink: FullSink) -> tuple[float, int]:
         """Makes the measurements of a piece.
 

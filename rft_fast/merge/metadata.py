@@ -1,0 +1,63 @@
+"""What a merged file says of itself: provenance, and activations as the reader of checkpoints finds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rft_fast
+
+from .writing import PROVENANCE
+
+_CONFIGS = {"image": "vision_cfg", "text": "text_cfg"}  # as open_clip's configurations call the towers
+
+_UNKNOWN: dict[str, dict[str, Any]] = {
+    "vision_cfg": {"layers": []}
+}  # a tower of which the reader infers no activation
+
+
+def source(file: object, sha256: str, role: str, difference: bool = False) -> dict[str, Any]:
+    """Describe a file that a result was made of.
+
+    Args:
+        file: its path, or what it was fetched as.
+        sha256: of its content.
+        role: ``zero-shot`` or ``fine-tuned``.
+        difference: whether it was added as a difference.
+    """
+    found = {"file": str(file), "sha256": sha256, "role": role}
+    return {**found, "difference": True} if difference else found
+
+
+def texts(
+    method: str,
+    numbers: Mapping[str, object],
+    sources: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    quick: Mapping[str, bool],
+    **more: object,
+) -> dict[str, str]:
+    """Make the metadata of a file.
+
+    Args:
+        method: of the merge.
+        numbers: values of its options.
+        sources: as of :func:`source`.
+        notes: what to know of the result.
+        quick: tower -> whether it has QuickGELU, where that is known.
+        more: further entries of the provenance.
+    """
+    origin = {
+        "version": rft_fast.__version__,
+        "method": method,
+        "numbers": numbers,
+        "sources": sources,
+        "notes": notes,
+        **more,
+    }
+    found = {PROVENANCE: json.dumps(origin)}
+    for value in set(quick.values()):
+        towers = dict(_UNKNOWN) | {_CONFIGS[tower]: {} for tower, other in quick.items() if other is value}
+        found[f"activation.{'quick_gelu' if value else 'gelu'}"] = json.dumps({"quick_gelu": value, **towers})
+    return found

@@ -1,0 +1,134 @@
+"""The best point of each model's path, by its accuracy, as a checkpoint in the directory of the run."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+
+import pandas as pd
+
+from ..checkpoints import activation
+from ..clip import architectures
+from ..common import disk
+from ..config.request import Request
+from ..config.settings import Running
+from ..merge import metadata
+from ..merge.sources import view
+from ..merge.writing import Entry, writing
+from ..names import BestBy
+from .wiring import Models
+
+FOLDER = "best"
+_KINDS = {"id": "in distribution", "ood": "out of distribution"}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measured position of a model.
+
+    Attributes:
+        alpha: the position; of equal ones the smallest.
+        accuracy: the mean over the data sets there.
+        datasets: whose accuracies decided.
+    """
+
+    alpha: float
+    accuracy: float
+    datasets: tuple[str, ...]
+
+
+def check(request: Request) -> None:
+    """Refuse a request whose rows cannot show which position is best. (Every study needs interpolation.)
+
+    Raises:
+        ValueError: no data set is of the chosen kind.
+    """
+    how = request.of(Running)
+    if not how.save_best:
+        if how.best_by != "id":
+            raise ValueError("argument --best-by: it chooses what --save-best writes; give --save-best, too")
+        return
+    if not _deciding(request):
+        other = "ood" if how.best_by == "id" else "id"
+        raise ValueError(
+            f"argument --save-best: no data set is {_KINDS[how.best_by]}; add one, or --best-by {other}"
+        )
+
+
+def best(rows: pd.DataFrame, model: str, datasets: tuple[str, ...]) -> Best:
+    """Find the position with the highest mean accuracy over data sets.
+
+    Args:
+        rows: of a run.
+        model: name of the fine-tuned model.
+        datasets: names of the data sets; each counts the same.
+
+    Raises:
+        ValueError: no position was measured on all of them.
+    """
+    own = rows[(rows["study"] == "interpolation") & (rows["model"] == model) & rows["dataset"].isin(datasets)]
+    table = own.pivot_table("accuracy", "alpha", "dataset", dropna=False).reindex(columns=list(datasets))
+    means = table.mean(axis=1, skipna=False).dropna().sort_index()
+    if means.empty:
+        raise ValueError(f"no position of {model} was measured on all of {', '.join(datasets)}")
+    return Best(float(means.idxmax()), float(means.max()), datasets)  # idxmax: the first, so the smallest
+
+
+def save(request: Request, models: Models, rows: pd.DataFrame, folder: pathlib.Path) -> list[str]:
+    """Write the best point of each model: ``best/MODEL.safetensors`` in the directory of the run.
+
+    Tensors have the live model's names and dtype, head included: the very weights that were measured.
+
+    Args:
+        request: of the run.
+        models: its models.
+        rows: what was measured.
+        folder: directory of the run.
+
+    Returns:
+        For each model a sentence on what was written.
+
+    Raises:
+        ValueError: as :func:`best`.
+        OSError: the disk is full, or a file has changed.
+    """
+    target = folder / FOLDER
+    disk.check_targets([target / f"{name}.safetensors" for name in models.layers], folders=[target])
+    target.mkdir(exist_ok=True)
+    found = []
+    for name in models.layers:
+        chosen = best(rows, name, _deciding(request))
+        with models.unchanged(name):
+            _write(request, models, name, chosen, target / f"{name}.safetensors")
+        found.append(
+            f"{target / f'{name}.safetensors'}: alpha {chosen.alpha:g}, accuracy {chosen.accuracy:.4f} "
+            f"({_KINDS[request.of(Running).best_by]}: {', '.join(chosen.datasets)})"
+        )
+    return found
+
+
+def _deciding(request: Request) -> tuple[str, ...]:
+    ood = request.of(Running).best_by == "ood"
+    return tuple(name for name, data in request.zoo.data.items() if data.ood is ood)
+
+
+def _write(request: Request, models: Models, name: str, chosen: Best, file: pathlib.Path) -> None:
+    path = models.path(name)
+    path.write(chosen.alpha)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in path.model.state_dict().items()}
+    ordered = sorted(state.items(), key=lambda item: -item[1].dtype.itemsize)
+    entries = [Entry(key, tuple(tensor.shape), tensor.dtype) for key, tensor in ordered]
+    by: BestBy = request.of(Running).best_by
+    zoo = request.zoo
+    sources = [
+        metadata.source(source, models.hashes[source], role)
+        for source, role in ((zoo.zeroshot.source, "zero-shot"), (zoo.finetuned[name].source, "fine-tuned"))
+    ]
+    selection = {"by": by, "datasets": list(chosen.datasets), "accuracy": chosen.accuracy}
+    _, model_cfg, _ = architectures.config(zoo.arch)
+    quick = activation.of_model_cfg(model_cfg)
+    texts = metadata.texts("interpolate", {"alpha": [chosen.alpha]}, sources, [], quick, selection=selection)
+    with writing(file, entries, texts, overwrite=True) as writer:
+        for _, tensor in ordered:
+            writer.write(view(tensor))
+        writer.finish(texts)

@@ -1,0 +1,110 @@
+"""The best point of a path, written as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from support import tiny_zoo
+from support.wording import refused
+
+from rft_fast import checkpoints, merge, sweep
+from rft_fast.run.saving import best
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_zoo.make(tmp_path_factory.mktemp("zoo"))
+
+
+def swept(zoo: Path, out: Path, *more: str) -> pd.DataFrame:
+    words = ["interpolation", *tiny_zoo.own_models(zoo), "--alphas", "0:1:5", "--device", "cpu", "--quiet"]
+    assert sweep.main([*words, "--out", str(out), *more]) == 0
+    return pd.read_csv(out / "rows.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "name"), [("id", "near"), ("ood", "far")])
+def test_the_best_point_is_written_and_is_a_point_of_a_sweep(
+    zoo: Path, tmp_path: Path, by: str, name: str
+) -> None:
+    rows = swept(zoo, tmp_path / "run", "--save-best", "--best-by", by)
+    zero = checkpoints.load(zoo / "zeroshot.safetensors")
+    for model in "ab":
+        accuracy = rows[(rows.model == model) & (rows.dataset == name)].set_index("alpha").accuracy
+        alpha = min(a for a, value in accuracy.items() if value == accuracy.max())
+        file = tmp_path / "run" / "best" / f"{model}.safetensors"
+        origin = merge.provenance(file)
+        assert origin is not None and origin["numbers"]["alpha"] == [alpha]
+        assert origin["selection"] == {"by": by, "datasets": [name], "accuracy": accuracy.max()}
+        assert [s["sha256"] for s in origin["sources"]] == [
+            checkpoints.sha256(zoo / f"{source}.safetensors") for source in ("zeroshot", model)
+        ]
+        tuned, got = checkpoints.load(zoo / f"{model}.safetensors"), checkpoints.load(file)
+        assert set(zero) - set(got) == {"logit_scale"}
+        for key, tensor in got.items():
+            truth = (1 - alpha) * zero[key].double() + alpha * tuned[key].double()
+            torch.testing.assert_close(tensor.double(), truth, rtol=0, atol=1e-6)
+    words = tiny_zoo.own_models(zoo)
+    words[words.index("--finetuned") + 1 : words.index("--data")] = [str(file)]
+    if alpha:
+        again = swept_with(words, tmp_path / "again")
+        end = again[(again.dataset == name) & (again.alpha == 1)].accuracy.item()
+        assert end == accuracy[alpha]
+
+
+def swept_with(models: list[str], out: Path) -> pd.DataFrame:
+    words = ["interpolation", *models, "--alphas", "0", "1", "--device", "cpu", "--quiet"]
+    assert sweep.main([*words, "--out", str(out)]) == 0
+    return pd.read_csv(out / "rows.csv")
+
+
+def rows_of(*entries: tuple[str, float, str, float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"study": "interpolation", "model": m, "alpha": a, "dataset": d, "accuracy": x}
+            for m, a, d, x in entries
+        ]
+    )
+
+
+def test_the_mean_over_data_sets_decides_and_of_equal_ones_the_smallest_alpha() -> None:
+    rows = rows_of(
+        *(("m", alpha, "p", x) for alpha, x in ((1.0, 0.9), (0.5, 0.7), (0.0, 0.1), (0.75, 0.6))),
+        *(("m", alpha, "q", x) for alpha, x in ((1.0, 0.1), (0.5, 0.5), (0.0, 0.9), (0.75, 0.6))),
+        ("other", 1.0, "p", 1.0),
+        ("m", 0.25, "p", 1.0),  # not measured on q
+        ("m", 1.0, "r", 1.0),
+    )
+    found = best(rows, "m", ("p", "q"))
+    assert (found.alpha, found.accuracy) == (0.5, pytest.approx(0.6))
+    with refused(ValueError, "m", "p", "s"):
+        best(rows, "m", ("p", "s"))
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        (["interpolation", "--best-by", "ood"], ["--save-best"]),
+        (["interpolation", "--save-best", "--id-data", "none"], ["--best-by"]),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before(
+    zoo: Path, tmp_path: Path, words: list[str], facts: list[object]
+) -> None:
+    models = tiny_zoo.own_models(zoo)
+    if "none" in words:
+        words, models = words[:2], models[: models.index("--id-data")]
+    tiny_zoo.sweep_refused([*words, *models, "--out", str(tmp_path / "run"), "--device", "cpu"], *facts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_it_is_no_setting_that_resuming_compares(zoo: Path, tmp_path: Path) -> None:
+    swept(zoo, tmp_path / "run")
+    swept(zoo, tmp_path / "run", "--save-best")
+    assert (tmp_path / "run" / "best" / "a.safetensors").is_file()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())
