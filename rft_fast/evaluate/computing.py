@@ -95,6 +95,7 @@ class Computing:
     ) -> list[tuple[Scores, Tensor]]:
         runtime = self._runtime
         flips = self._flips(flow, weights, end)
+        flips.check()
         own = None if record is None else record.at(flips.weights)
         with runtime.scoring():
             head = self.head(text)

@@ -54,6 +54,10 @@ class Layout:
         return signs[:, : self.rows], signs[:, self.rows :]
 
 
+SHARED = Layout(0)
+"""No signs: the images share the noise of a weight, as no rule is known for what reads it."""
+
+
 @dataclass(eq=False)
 class Flipped:
     """A perturbed weight.

@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ..kernels.signs import BITS, blocks_of, signs_of_blocks
-from .flipped import Conflict, Flipped, NoRule, Shift, Signs, Site
+from ..kernels.signs import BITS, blocks_of, check_blocks, signs_of_blocks
+from .flipped import SHARED, Conflict, Flipped, NoRule, Shift, Signs, Site
 from .flips import Rules
 from .stages import TOLERANCE, Stage
 
@@ -172,6 +172,8 @@ class Flips:
             def shift(site: Site) -> Tensor:
                 shape = None if site.input is None else site.input.shape
                 sites.append(_Site(site.weight, site.shift, site.shape, shape))
+                if self._is_shared(site):
+                    return self._zero(site)
                 return nothing.to(self.weights[site.weight].live.dtype)
 
             return self._image(stage, x, inputs, shift)
@@ -186,6 +188,26 @@ class Flips:
         with Rules(self.weights, shift):
             return stage.run(x, inputs).squeeze(0)
 
+    def _is_shared(self, site: Site | _Site) -> bool:
+        return self.weights[site.weight].layout == SHARED
+
+    def _zero(self, site: Site) -> Tensor:
+        """One for all images."""
+        return self.weights[site.weight].live.new_zeros(())
+
+    @property
+    def _own(self) -> list[_Site]:
+        """The sites where images differ, of all stages."""
+        return [site for sites in self.sites.values() for site in sites if not self._is_shared(site)]
+
+    def check(self) -> None:
+        """Raise NoRule where the images would share the noise of most of the weights."""
+        alike = [weight for weight in self.weights if weight.layout == SHARED]
+        size = sum(weight.live.numel() for weight in alike)
+        if 2 * size > sum(weight.live.numel() for weight in self.weights):
+            names = ", ".join(weight.name for weight in alike)
+            raise NoRule(f"no rule is known for what reads {names}")
+
     # --- signs ----------------------------------------------------------------------------------
 
     def _lay_signs(self, seen: set[int]) -> None:
@@ -194,6 +216,8 @@ class Flips:
             weight.layout.count if weight.layout is not None and number in seen else 0
             for number, weight in enumerate(self.weights)
         ]
+        for weight, count in zip(self.weights, counts, strict=True):
+            check_blocks(weight.block + blocks_of(count))
         blocks = [
             torch.arange(weight.block, weight.block + blocks_of(count))
             for weight, count in zip(self.weights, counts, strict=True)
@@ -239,10 +263,9 @@ class Flips:
     def bytes(self) -> int:
         """Bytes that a :class:`Record` takes of one image."""
         numbers = 0
-        for sites in self.sites.values():
-            for site in sites:
-                size = self.weights[site.weight].live.element_size()
-                numbers += size * (site.shape.numel() + (site.input.numel() if site.input is not None else 0))
+        for site in self._own:
+            size = self.weights[site.weight].live.element_size()
+            numbers += size * (site.shape.numel() + (site.input.numel() if site.input is not None else 0))
         return numbers
 
     def tapped(
@@ -255,6 +278,8 @@ class Flips:
             seen: list[Tensor | None] = []
 
             def shift(site: Site) -> Tensor:
+                if self._is_shared(site):
+                    return self._zero(site)
                 seen.append(site.input)
                 return taps[len(seen) - 1]
 
@@ -272,28 +297,30 @@ class Flips:
             if (sites := self.sites.get(number)) is None:
                 x = self.stages[number].run(x, inputs)
                 continue
-            here = [_tap(len(x), site.shape, self.weights[site.weight].live) for site in sites]
+            own = [site for site in sites if not self._is_shared(site)]
+            here = [_tap(len(x), site.shape, self.weights[site.weight].live) for site in own]
             x, found = self.tapped(number, x, inputs, here)
             rest = iter(found)
-            seen += [None if site.input is None else next(rest).detach() for site in sites]
+            seen += [None if site.input is None else next(rest).detach() for site in own]
             taps += here
         if not taps:  # nothing reads the weights
             return Record([], [], [])
         gradients = torch.autograd.grad(losses(x).sum(), taps, allow_unused=True, materialize_grads=True)
-        lives = [self.weights[site.weight].live for sites in self.sites.values() for site in sites]
+        lives = [self.weights[site.weight].live for site in self._own]
         return Record(lives, seen, list(gradients))
 
     def control(self, record: Record, perturbation: Perturbation, signs: list[Signs]) -> Tensor:
         """<dl_n/dw, D_n> of each image: float64 [n], or a single zero if nothing reads the weights.
+
+        Weights whose noise images share are left out, which biases nothing: the mean of theirs is zero, too.
 
         Args:
             record: Of the sites of these weights, for n images.
             perturbation: The draw.
             signs: Those of the n images.
         """
-        if not self.sites:
+        if not (sites := self._own):
             return torch.zeros(1, dtype=torch.float64)
-        sites = [site for sites in self.sites.values() for site in sites]
         bases = perturbation.bases
 
         def one(inputs: list[Tensor], gradients: list[Tensor], signs: list[Signs]) -> Tensor:

@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .flipped import Conflict, Flipped, Layout, NoRule, Shift, Signs, Site
+from .flipped import SHARED, Conflict, Flipped, Layout, NoRule, Shift, Signs, Site
 from .stages.tokens import attend
 
 LARGEST = 1 << 20
-"""Elements of the largest weight that is made for each image where its operation has no rule."""
+"""Elements of the largest weight that is made for each image where its operation has no rule.
+
+Images share the noise of a larger one.
+"""
 
 
 class Rules(TorchFunctionMode):
@@ -70,14 +73,15 @@ class Rules(TorchFunctionMode):
         if number is None:
             return value
         if value.numel() > LARGEST:
-            raise NoRule(f"no rule is known for what reads {self._weights[number].name}")
+            self._lay(number, SHARED)
+            return self._add(value, Site(number, _whole, value.shape, None))
         self._lay(number, self._weights[number].by_element)
         return self._add(value, Site(number, _element, value.shape, None))
 
     def _lay(self, number: int, layout: Layout) -> None:
         weight = self._weights[number]
         if weight.layout not in (None, layout):
-            weight.layout = weight.by_element
+            weight.layout = SHARED if weight.live.numel() > LARGEST else weight.by_element
             raise Conflict
         weight.layout = layout
 
@@ -85,7 +89,8 @@ class Rules(TorchFunctionMode):
         """Whether the weight has, or may have, this layout."""
         if number is None:
             return False
-        if self._weights[number].layout == self._weights[number].by_element != layout:
+        known = self._weights[number].layout
+        if known != layout and known in (SHARED, self._weights[number].by_element):
             return False
         self._lay(number, layout)
         return True
@@ -302,6 +307,10 @@ class Rules(TorchFunctionMode):
 
 def _element(x: Tensor, base: Tensor, signs: Signs) -> Tensor:
     return signs[0]  # with the base
+
+
+def _whole(x: Tensor, base: Tensor, signs: Signs) -> Tensor:
+    return base
 
 
 def _linear(x: Tensor, base: Tensor, signs: Signs) -> Tensor:

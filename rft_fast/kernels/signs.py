@@ -40,15 +40,24 @@ def signs(seed: int, draw: int, images: Tensor, first_block: int, count: int) ->
         TypeError: Seed or draw is no integer.
         ValueError: A number is out of range.
     """
-    blocks = torch.arange(first_block, first_block + blocks_of(count), device=images.device)
+    last = first_block + blocks_of(count)
+    check_blocks(last)
+    blocks = torch.arange(first_block, last, device=images.device)
     return signs_of_blocks(seed, draw, images, blocks)[:, :count]
 
 
-def signs_of_blocks(seed: int, draw: int, images: Tensor, blocks: Tensor) -> Tensor:
-    """Return all signs of some Philox blocks, int64 [b], for each image: float32 [n, 128 * b]."""
-    request = Write(0.0, seed=seed, draw=draw)  # refuses other numbers
-    if len(blocks) and int(blocks.max()) > MASK32:
+def check_blocks(end: int) -> None:
+    """Raise ValueError unless there are signs of all blocks before ``end``."""
+    if end > MASK32 + 1:
         raise ValueError("signs: the model has too many weights for signs of its own for each image")
+
+
+def signs_of_blocks(seed: int, draw: int, images: Tensor, blocks: Tensor) -> Tensor:
+    """Return all signs of some Philox blocks, int64 [b], for each image: float32 [n, 128 * b].
+
+    The caller has to :func:`check_blocks`: to read their numbers here would wait for the device.
+    """
+    request = Write(0.0, seed=seed, draw=draw)  # refuses other numbers
     shape = len(images), len(blocks)
     counter = (
         blocks.expand(shape).flatten(),

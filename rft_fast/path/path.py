@@ -155,7 +155,7 @@ class Path:
         return distance(slot for part in self._parts.values() for slot in part.slots)
 
     def warn(self, text: str) -> None:
-        """Issue a UserWarning about this path, on behalf of the caller of a study."""
+        """Issue a UserWarning about this path, for the caller of a study, each text once."""
         self.writer.warn(text)
 
     def written_by(self, writer: Writer) -> Path:

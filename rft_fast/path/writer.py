@@ -41,7 +41,7 @@ class Writer(Protocol):
         """Return these float parameters, which the caller changes before the path restores them."""
 
     def warn(self, text: str) -> None:
-        """Issue a UserWarning on behalf of the caller of a study."""
+        """Issue a UserWarning on behalf of the caller of a study, each text once."""
 
 
 class InPlace:
@@ -61,6 +61,7 @@ class InPlace:
         self.parameters = _plan([s for s in slots if s.is_float and s.is_parameter], impl)
         self.buffers = _plan([s for s in slots if s.is_float and not s.is_parameter], impl)
         self.impl: Impl = self.parameters.impl
+        self._said: set[str] = set()
 
     def check(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -81,7 +82,9 @@ class InPlace:
     borrowed = weights
 
     def warn(self, text: str) -> None:
-        warnings.warn(text, stacklevel=4)
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=4)
 
 
 def _plan(slots: Sequence[Slot], impl: Impl) -> Plan:

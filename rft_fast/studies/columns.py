@@ -58,6 +58,13 @@ ROWS = {
     "excluded": Column(
         "-", "layers that were not perturbed, joined by ', '; missing: none", "sharpness", "visual.ln_pre"
     ),
+    "noise_alike": Column(
+        "-",
+        "parameters whose noise the images of a noise batch share, where the others have noise per image, "
+        "joined by ', '; missing: none",
+        _SHARP,
+        "trunk.odd",
+    ),
     "noise_batch": Column(
         "images", "number that share one draw of noise; missing: all of them", _SHARP, "128"
     ),

@@ -45,6 +45,7 @@ COLUMNS: dict[str, str] = {
     "estimator": "string",
     "asked": "string",  # the estimator that was asked for, say auto
     "excluded": "string",  # layers that were not perturbed, joined by ", "
+    "noise_alike": "string",  # parameters whose noise images share, though others have noise per image
     "noise_batch": "Int64",  # images per draw of noise; missing: one draw for all images
     "normalized": "boolean",  # whether logits were normalised before the loss
     "seed": "Int64",

@@ -79,6 +79,8 @@ def sharpness(
         - ``loss``: the clean loss plus ``sharpness``;
         - ``accuracy``: the mean over draws, a fraction; of the clean model for ``"hessian"``;
         - ``estimator``: the one that was used; ``asked``: the one that the protocol names;
+        - ``noise_alike``: the parameters whose noise the images of a ``noise_batch`` share, where no rule is
+          known for what reads them and the others have noise per image; joined by ", ";
         - ``excluded``: the layers that were not perturbed, joined by ", ";
         - ``reached``: whether as many draws were made as ``protocol.goal`` calls for.
 
@@ -275,6 +277,7 @@ class _Study:
             "asked": protocol.estimator,
             **drawn,
             "noise_batch": self._images_per_noise,
+            "noise_alike": ", ".join(found.alike) or None,
             "samples": len(data.labels),
             "skipped": data.skipped,
             "normalized": self.evaluator.normalize_logits,

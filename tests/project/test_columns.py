@@ -19,7 +19,7 @@ from rft_fast.path import Path
 pytestmark = pytest.mark.usefixtures("one_thread")
 READ: dict[str, Any] = {"float64": float, "Int64": int, "boolean": ["False", "True"].index, "string": str}
 # Filled where something is asked for that is not asked for here.
-SOMETIMES = {"noise_batch", "reached", "restarts", "excluded"}
+SOMETIMES = {"noise_alike", "noise_batch", "reached", "restarts", "excluded"}
 
 
 def test_every_column_of_the_rows_is_described() -> None:

@@ -483,6 +483,7 @@ def test_what_makes_the_head_shares_noise_between_images(layer: str | None) -> N
     arguments = (path, evaluator, [0.6], [0.1], 2)
     names = None if layer is None else [weight.name for weight in path.weights([layer])]
     for estimator, fallback in (("per-image", "plain"), ("per-image-gradient", "gradient"), ("auto", None)):
+        arguments = (Path(path.model, *ends(path.model)), *arguments[1:])  # each path says it once
         protocol = Protocol(estimator, on="finetuned", noise_batch=2)  # type: ignore[arg-type]
         with warned(UserWarning, layer or "the model", "noise_batch"):
             if layer is None:
@@ -520,10 +521,12 @@ def test_a_large_weight_without_a_rule_has_noise_per_batch(
     rho: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flips, "LARGEST", 1000)
-    path, evaluator = setting(Odd(), dataset(count=6))
-    arguments: Any = (path, evaluator, [0.6], [rho], 6)
-    rows = {}
+    model = Odd()
+    rows: dict[str, pd.DataFrame] = {}
+    arguments: Any = None
     for estimator in ("auto", "per-image", "per-image-gradient"):
+        path, evaluator = setting(model, dataset(count=6))  # each path says it once
+        arguments = (path, evaluator, [0.6], [rho], 6)
         protocol = replace(IMAGE, estimator=estimator)
         with warned(UserWarning, "odd"):
             found = studies.layerwise_sharpness(*arguments, protocol=protocol).set_index("layer")
@@ -535,6 +538,59 @@ def test_a_large_weight_without_a_rule_has_noise_per_batch(
         same = studies.layerwise_sharpness(*arguments, ["odd"], protocol=protocol).set_index("layer")
         left_out = ["asked", "seconds"]
         pd.testing.assert_frame_equal(row.drop(columns=left_out), same.drop(columns=left_out))
+
+
+class Partly(Odd):
+    """The same with a larger matrix before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(192, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(self.first(x.flatten(1))))
+
+
+@pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
+def test_weights_with_a_rule_keep_signs_beside_one_without(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights: images share the noise of one, of which there is no control."""
+    monkeypatch.setattr(flips, "LARGEST", 1000)
+    torch.manual_seed(0)
+    data = dataset(count=6)
+    path, evaluator = setting(Partly(), data)
+    brute = Brute(path.model, *ends(path.model), data)
+    protocol = replace(IMAGE, estimator=estimator)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning) as caught:
+        rows = studies.sharpness(path, evaluator, [0.4, 0.6], [0.3], 2, protocol=protocol)
+    assert len([w for w in caught if "of odd" in str(w.message)]) == 1
+    assert rows["noise_alike"].tolist() == ["odd"] * 2 and set(rows["estimator"]) == {estimator}
+    for row in rows.to_dict("records"):
+        clean, scale = brute.at(row["alpha"]), brute.scale(row["alpha"], "interpolated", True)
+        before, _ = brute.losses(clean, range(6))
+        slope = torch.func.grad(lambda moved, x, y: brute.scored({**clean, **moved}, x, y)[0])  # noqa: B023
+        slopes = torch.func.vmap(slope, in_dims=(None, 0, 0))(clean, brute.x, brute.labels)
+        found = 0.0
+        for draw in range(2):
+            for index, part in enumerate(brute.parts(4)):
+                eps = brute.noise(0, 2 * draw + index, "normal")
+                own = {}
+                for name, c in scale.items():
+                    base = 0.3 * c * eps[name]
+                    own[name] = of_images(path.model, name, base, 0, draw, part, brute.blocks[name])
+                own["odd"] = (0.3 * scale["odd"] * eps["odd"][0]).expand(len(part), 192, CLASSES)
+                moved = {name: clean[name] + delta for name, delta in own.items()}
+                found += float((brute.losses(clean, part, moved)[0] - before[list(part)]).sum())
+                if estimator == "per-image-gradient":
+                    some = {name: delta for name, delta in own.items() if name != "odd"}
+                    found -= sum(float((slopes[n][list(part)] * d).sum()) for n, d in some.items())
+        assert row["sharpness"] == pytest.approx(found / 12, abs=2e-5)
+    alone = studies.layerwise_sharpness(path, evaluator, [0.6], [0.3], 2, protocol=protocol)
+    alone = alone.set_index("layer")
+    assert alone["noise_alike"].isna().all()
+    assert alone.loc["odd", "estimator"] == {"per-image": "plain"}.get(estimator, "gradient")
+    assert set(alone.loc[["first", "last"], "estimator"]) == {estimator}
 
 
 def test_pairs_without_a_rule_are_draws_with_noise_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:

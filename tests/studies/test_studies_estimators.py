@@ -16,6 +16,7 @@ from support.brute import Brute, first_blocks, moments
 from support.wording import refused
 from torch import Tensor, nn
 
+from rft_fast import studies
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
 from rft_fast.evaluate.flipped import COPIES
@@ -326,6 +327,20 @@ def test_products_are_those_of_the_exact_hessian(on: str, adaptive: bool, layer:
         alpha, rho, 3, layer, estimator="hessian", on=on, adaptive=adaptive, seed=4, noise="uniform"
     )
     assert uniform.sharpness.value == pytest.approx(got.sharpness.value / 3, rel=1e-6)  # its variance is 1/3
+
+
+def test_excluded_weights_have_no_signs() -> None:
+    """v is zero there, so that H couples nothing to them; the others' signs stay."""
+    s, rho = two(), 0.3
+    hessian, _ = s.hessian(0.7)
+    scale, values = s.scale(0.7, "interpolated", True, "last"), []
+    for draw in range(3):
+        eps = s.noise(4, draw, "rademacher")
+        v = torch.cat([(scale[n] * eps[n]).flatten() for n in s.names])
+        values.append(rho**2 / 2 * float(v @ hessian @ v))
+    protocol = Protocol("hessian", seed=4)
+    rows = studies.sharpness(s.path, s.evaluator, [0.7], [rho], 3, exclude=["first"], protocol=protocol)
+    assert rows["sharpness"].item() == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
 
 
 def products(s: Setting, alpha: float, rho: float, draws: Sequence[int], protocol: Protocol) -> np.ndarray:

@@ -87,6 +87,7 @@ class Estimate:
         values: float64 [draws, parts]: sharpness by draw (pair of antithetic draws; one row for the worst
             case) and part. Draws of equal number share their noise at all positions and models.
         shares: float64 [parts]: fraction of all images that each part has.
+        alike: names of parameters whose noise the images of a part share, though others have noise per image.
     """
 
     sharpness: Mean
@@ -100,6 +101,7 @@ class Estimate:
     estimator: Estimator
     values: np.ndarray
     shares: np.ndarray
+    alike: tuple[str, ...] = ()
 
     def change(self, base: Estimate) -> Mean:
         """Sharpness less that of ``base``, paired by draw and part.

@@ -8,8 +8,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from ...kernels import noise_like
+from ...kernels import Plan
+from ...kernels.contract import first_blocks
 from .estimates import Estimate, Mean, Results, Target, clean_scores, draws_for, mean, shares_of, spread
 from .protocol import VARIANCE, Protocol
 
@@ -34,8 +36,15 @@ def curvature(
     start = perf_counter()
     loss, accuracy, _ = clean_scores(parts)
     shares = shares_of(parts)
-    weights = path.weights()
+    everything = path.weights()
+    # Layers have the same signs whichever are requested, but excluded ones have none.
+    excluded = {id(w.live) for target in targets for w in path.weights(list(target.excluded))}
+    blocks = first_blocks([weight.live for weight in everything])  # where their signs are in the whole model
+    numbered = [(w, block) for w, block in zip(everything, blocks, strict=True) if id(w.live) not in excluded]
+    weights = [weight for weight, _ in numbered]
     lives = [weight.live for weight in weights]
+    signs = [torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in lives]
+    plan = Plan(signs, signs, signs, path.impl, blocks=[block for _, block in numbered])
     place = {id(live): index for index, live in enumerate(lives)}
     rows = {target: [place[id(w.live)] for w in path.weights(target.layers)] for target in targets}
     keys = [(target, rho) for target in targets for rho in rhos]
@@ -45,7 +54,9 @@ def curvature(
         found = np.empty((len(numbers), len(parts), len(lives)))
         for place, draw in enumerate(numbers):
             for index, part in enumerate(parts):
-                signs = noise_like(lives, protocol.seed, draw * len(parts) + index, "rademacher")
+                number = draw * len(parts) + index
+                torch._foreach_zero_(signs)
+                plan.write(1.0, rho=1.0, noise="rademacher", adaptive=False, seed=protocol.seed, draw=number)
                 for weight, sign in zip(weights, signs, strict=True):
                     sign.mul_(spread(weight, alpha, protocol))
                 found[place, index] = part.curvature(lives, signs).cpu().numpy()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...common.threads import few_threads
-from ...evaluate.flipped import COPIES, Flipped, NoRule
+from ...evaluate.flipped import COPIES, SHARED, Flipped, NoRule
 from ...evaluate.flipping import Perturbation
 from ...kernels import Plan
 from ...kernels.contract import first_blocks
@@ -196,7 +196,7 @@ class _Study:
         """Add the draws of one target on some images to the tallies by rho."""
         start = perf_counter()
         draws = [(rho, draw) for rho, tally in tallies.items() for draw in tally.draws]
-        found = None
+        found = noise = None
         if self.protocol.per_image and target not in self.alike:
             noise = _Base(self, target, draws, view.part)
             try:
@@ -204,16 +204,21 @@ class _Study:
                 found = view.walk.flipped(noise.weights, target.last, noise.perturb, len(draws), record)
             except NoRule as reason:
                 self.alike.add(target)
-                what = target.layer or "the model"
-                self.path.warn(f"sharpness: images share each draw of the noise of {what}: {reason}")
+                self._say_alike(target.layer or "the model", str(reason))
+            if noise.alike:
+                self._say_alike(", ".join(noise.alike), "no rule is known for what reads it")
         shared = found is None
         results = _shared(self, view, target, draws, control) if found is None else found
         seconds = (perf_counter() - start) / len(tallies)
         for number, tally in enumerate(tallies.values()):
             tally.shared = shared
+            tally.alike = () if noise is None else noise.alike
             before = sum(len(other.draws) for other in list(tallies.values())[:number])
             own = results[before : before + len(tally.draws)]
             tally.add(view, [score for score, _ in own], [by_image.numpy() for _, by_image in own], seconds)
+
+    def _say_alike(self, what: str, reason: str) -> None:
+        self.path.warn(f"sharpness: images share each draw of the noise of {what}: {reason}")
 
     def _record(self, view: View, target: Target, weights: Sequence[Flipped]) -> Record:
         """What the control variate of a target takes of the unperturbed model."""
@@ -282,12 +287,14 @@ class _Base:
         self._own: list[Weight] = study.path.weights(target.layers)
         self.weights = [study.flipped[weight.name] for weight in self._own]
         self._plan: Plan | None = None
+        self.alike: tuple[str, ...] = ()  # names of those without signs, known at the first perturbation
 
     def perturb(self, k: int, weights: Sequence[Flipped]) -> Perturbation:
         """The k-th one, in the memory of the one before."""
         study, protocol = self._study, self._study.protocol
         if self._plan is None:
             self._plan = self._make_room(weights)
+            self.alike = tuple(weight.name for weight in weights if weight.layout == SHARED)
         (rho, draw), sign = self._draws[k], 1
         if protocol.antithetic:
             draw, sign = draw // 2, 1 - 2 * (draw % 2)

@@ -54,6 +54,7 @@ class Tally:
     seconds: float = 0.0
     reached: bool | None = None
     shared: bool = False  # the images of a part share their noise
+    alike: tuple[str, ...] = ()  # names of parameters of which they do, if they do not share all of it
 
     def __post_init__(self) -> None:
         shape = len(self.draws), len(self.shares)
@@ -112,6 +113,7 @@ class Tally:
             self.estimator,
             values,
             self.shares,
+            self.alike,
         )
 
     @property
