@@ -88,7 +88,9 @@ HeadChoice = Literal["interpolate", "zeroshot", "finetuned"]
 HEADS: tuple[HeadChoice, ...] = get_args(HeadChoice)
 Towers = Literal["image", "both"]
 TOWERS: tuple[Towers, ...] = get_args(Towers)
-Format = Literal["soup", "wiseft", "flyp", "task-vector", "open_clip", "openai", "huggingface", "state-dict"]
+Format = Literal[
+    "soup", "wiseft", "flyp", "task-vector", "open_clip", "openai", "huggingface", "lora", "state-dict"
+]
 FORMATS: dict[Format, str] = {
     "soup": "model-soups: a state dict, 'model.*' and 'classification_head.*'",
     "wiseft": "WiSE-FT: a pickled ImageClassifier, image encoder and head",
@@ -97,6 +99,7 @@ FORMATS: dict[Format, str] = {
     "open_clip": "open_clip: a CLIP state dict, bare or under 'state_dict' beside the training's state",
     "openai": "OpenAI: a TorchScript archive of CLIP",
     "huggingface": "Hugging Face transformers: CLIP's state dict under its names ('vision_model.*')",
+    "lora": "peft: a LoRA adapter, added to the weights of its base",
     "state-dict": "any other dict of tensors by name",
 }
 Folder = Literal["folder", "imagenet", "imagenet-v2"]  # a folder of class folders, with images as files

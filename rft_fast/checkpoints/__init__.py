@@ -17,6 +17,7 @@ module               holds
 ``huggingface``      names of transformers <-> canonical names
 ``entries``          tensors by canonical name that are not read yet, and their names in the file
 ``layouts``          what a file holds -> its format, and its entries
+``adapters``         LoRA adapters of peft, added to their base
 ``lineage``          comparison of two checkpoints
 ``reading``          all of the above: ``read``, ``load``, ``load_head``, ``opened``
 ``sources``          pretrained tags and Hugging Face repositories -> a local file
@@ -32,6 +33,7 @@ from rft_fast.names import FORMATS
 
 if TYPE_CHECKING:
     from .activation import Activation, Tensors
+    from .adapters import is_adapter
     from .folders import digest, located, parts
     from .foreign import SUPPORTED
     from .lineage import Kinship, Lineage, compare, kinship, moved_rows
@@ -41,6 +43,7 @@ else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         activation="Activation Tensors",
+        adapters="is_adapter",
         folders="digest located parts",
         foreign="SUPPORTED",
         lineage="Kinship Lineage compare kinship moved_rows",
@@ -64,6 +67,7 @@ __all__ = [
     "digest",
     "fetch",
     "in_cache",
+    "is_adapter",
     "kinship",
     "load",
     "load_head",

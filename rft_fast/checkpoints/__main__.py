@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import checkpoints
 from ..common import program
 from ..common.words import message, visible
-from ..names import FORMATS
+from ..names import FORMATS, Format
 from ..path import layers
 from .canonical import HEAD_WEIGHT, INERT
 
@@ -43,17 +43,22 @@ def main(arguments: Sequence[str]) -> int:
         help="which weights, of FILE and FILE2, where a file has several, such as state_dict_ema or teacher",
     )
     parser.add_argument(
+        "--base",
+        metavar="FILE",
+        help="weights that FILE or FILE2 is added to, if it is a LoRA adapter of peft",
+    )
+    parser.add_argument(
         "--unrelated",
         action="store_true",
         help="accept checkpoints of which neither was fine-tuned from the other, as the sweep's --unrelated",
     )
     options = parser.parse_args(arguments)
     try:
-        first = checkpoints.read(options.file, options.format, options.key)
+        first = _read(options.file, options.format, options.key, options.base)
         if options.other is None:
             print(describe(first))
             return 0
-        second = checkpoints.read(options.other, key=options.key)
+        second = _read(options.other, None, options.key, options.base)
     except (OSError, ValueError) as error:
         print(message(error), file=sys.stderr)
         return 2
@@ -62,6 +67,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{letter}           {checkpoint.file} ({checkpoint.format})")
     print(lineage)
     return 1 if lineage.problems else 0
+
+
+def _read(file: str, format: Format | None, key: str | None, base: str | None) -> checkpoints.Checkpoint:
+    if base is None or not checkpoints.is_adapter(file):
+        return checkpoints.read(file, format, key)
+    return checkpoints.read(file, format, base=checkpoints.load(base, key=key))
 
 
 def describe(checkpoint: checkpoints.Checkpoint) -> str:

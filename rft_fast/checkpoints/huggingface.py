@@ -163,6 +163,33 @@ class Place:
     transposed: bool = False
 
 
+def target(stored: str) -> tuple[str, int | None, bool] | None:
+    """Return what a tensor of transformers is; None if its CLIP has no such tensor.
+
+    Args:
+        stored: its name, without prefixes.
+
+    Returns:
+        Canonical name; which third of the rows it is (q, k and v: 0, 1, 2), or None for all; and whether it
+        is transposed.
+    """
+    if stored in _NAMES or stored in _PROJECTIONS:
+        return (_NAMES | _PROJECTIONS)[stored], None, stored in _PROJECTIONS
+    if match := _LAYER.fullmatch(stored):
+        tower, number, part, kind = match.groups()
+        block = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
+        if part in _PARTS:
+            return f"{block}.{_PARTS[part]}.{kind}", None, False
+        if third := _THIRD.fullmatch(part):
+            return f"{block}.attn.in_proj_{kind}", "qkv".index(third[1]), False
+        return None
+    module, _, kind = stored.rpartition(".")
+    return (f"{_NORMS[module]}.{kind}", None, False) if module in _NORMS else None
+
+
+_THIRD = re.compile(r"self_attn\.([qkv])_proj")
+
+
 def place(name: str) -> Place | None:
     """Return where transformers keeps the tensor of a canonical name; None: CLIP has no such tensor there."""
     if name in _PLACES:

@@ -62,6 +62,7 @@ _FITS: Mapping[Format, Callable[[_Layout], bool]] = {
         and (of.wrapped or ("logit_scale" in of.names and not of.headed()))
     ),
     "soup": lambda of: of.plain() and of.begins("visual.") and of.headed(),
+    "lora": lambda of: False,  # read with its base, by adapters
     "state-dict": lambda of: of.plain(),
 }
 

@@ -16,7 +16,7 @@ from ..common import files
 from ..common.pickles import Unreadable
 from ..common.words import some, suggestion
 from ..names import FORMATS, Format
-from . import folders, layouts, sharded
+from . import adapters, folders, layouts, sharded
 from .activation import Activation, Evidence, Tensors, beside, notes_of
 from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT
 from .entries import Entry
@@ -123,6 +123,11 @@ def opened(
         evidence.add_all(beside(named, layout.format == "huggingface"))
         activation, contradictions = evidence.judged()
         notes = [*layout.notes, *notes_of(activation), *contradictions]
+        if adapters.is_adapter(file):
+            notes.append(
+                "an adapter of peft, which is added to a base: base=, --base FILE; in a sweep the zero-shot "
+                "model"
+            )
         if integers := [name for name, e in layout.entries.items() if not e.dtype.is_floating_point]:
             notes.append(f"not floating-point, copied instead of interpolated: {some(integers, 3)}")
         yield Opened(
@@ -139,7 +144,12 @@ def opened(
         )
 
 
-def read(path: str | PathLike[str], format: Format | None = None, key: str | None = None) -> Checkpoint:
+def read(
+    path: str | PathLike[str],
+    format: Format | None = None,
+    key: str | None = None,
+    base: Mapping[str, Tensor] | None = None,
+) -> Checkpoint:
     """Read a checkpoint.
 
     Of a training checkpoint, the one dict of tensors (or pickled module) is taken. Components of names that
@@ -158,6 +168,8 @@ def read(path: str | PathLike[str], format: Format | None = None, key: str | Non
         format: the required format; None: any.
         key: which weights, if the file has several: the keys of its dicts, or the first components of names,
             joined by dots (the last key alone if that is unique), such as ``state_dict_ema`` or ``teacher``.
+        base: of a LoRA adapter of peft (:func:`is_adapter`): the weights that it is added to, by canonical
+            name; None: its factors are read as they are. Other checkpoints take none.
 
     Returns:
         Its content. Tensors are dense, contiguous, without gradients, and in memory of their own: neither
@@ -169,7 +181,7 @@ def read(path: str | PathLike[str], format: Format | None = None, key: str | Non
             but tensors where the weights are; has several sets of weights and no key chooses; is one shard of
             several; has two names that become one; or is not in the required format.
     """
-    return _read(path, format, key, "read")
+    return _read(path, format, key, "read", base=base)
 
 
 def load(
@@ -177,6 +189,7 @@ def load(
     device: str | torch.device = "cpu",
     format: Format | None = None,
     key: str | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Load the tensors of a checkpoint.
 
@@ -186,6 +199,7 @@ def load(
             tensors.
         format: as for :func:`read`.
         key: as for :func:`read`.
+        base: as for :func:`read`.
 
     Returns:
         Canonical name -> tensor; its attribute ``activation`` has the activations that the file shows, by
@@ -195,7 +209,7 @@ def load(
         ValueError: as :func:`read`.
     """
     target = torch.device(device)
-    tensors = _read(path, format, key, "load", target.type == "meta").tensors
+    tensors = _read(path, format, key, "load", target.type == "meta", base).tensors
     return Tensors({name: tensor.to(target) for name, tensor in tensors.items()}, tensors.activation)
 
 
@@ -250,8 +264,15 @@ def sha256(path: str | PathLike[str]) -> str:
 
 
 def _read(
-    path: str | PathLike[str], format: Format | None, key: str | None, operation: str, meta: bool = False
+    path: str | PathLike[str],
+    format: Format | None,
+    key: str | None,
+    operation: str,
+    meta: bool = False,
+    base: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
+    if base is not None or format == "lora":
+        return _adapted(path, format, base, operation)
     with opened(path, format, key, operation=operation) as found:
         maker = Maker(found._size, meta)
         try:
@@ -264,3 +285,22 @@ def _read(
                 f"{found.file}: {doubt}, so its scores may differ from those of its own code", stacklevel=3
             )
     return Checkpoint(found.file, found.format, Tensors(tensors, found.activation), found.notes, found.doubts)
+
+
+def _adapted(
+    path: str | PathLike[str], format: Format | None, base: Mapping[str, Tensor] | None, operation: str
+) -> Checkpoint:
+    """Add an adapter to its base."""
+    file = folders.located(path, operation)
+    if not adapters.is_adapter(file):
+        raise ValueError(
+            f"{operation}: {file} is no adapter of peft (adapter_model.safetensors or .bin with "
+            "adapter_config.json beside it), so it takes no base"
+        )
+    if base is None or format not in (None, "lora"):
+        raise ValueError(f"{operation}: {file} is an adapter of peft: it takes a base, and the format 'lora'")
+    try:
+        tensors, notes = adapters.merged(file, base)
+    except (Unreadable, OSError) as error:
+        raise ValueError(f"{operation}: {file} {error}") from error
+    return Checkpoint(file, "lora", tensors, tuple(notes))

@@ -337,6 +337,21 @@ def _refuse_partitions(names: Collection[str], state: Mapping[str, Any]) -> None
         )
 
 
+def canonical_names(names: Collection[str], notes: list[str]) -> dict[str, str]:
+    """Return names -> names without what wrappers add and what precedes the CLIP in a larger model.
+
+    Args:
+        names: of tensors.
+        notes: takes the prefixes that are dropped.
+
+    Raises:
+        Unreadable: they are of several models.
+    """
+    short = {name: _stripped(_unwrapped(name)) for name in names}
+    prefixes = _prefixes(list(short.values()), notes)
+    return {name: _stripped(given, prefixes) for name, given in short.items()}
+
+
 _FLAT = ("flat_param", "_flat_param")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import checkpoints, datasets
@@ -68,10 +68,12 @@ class Models:
         with inputs.reading(*parts[str(file)]):
             state = checkpoints.load(file, request.device, source.zeroshot.format, source.zeroshot.key)
         with _at(file):
-            ends = Ends(setup, state, _classes(source), request.device, stand_ins=request.of(Running).plan)
+            ends = Ends(
+                setup, state, _classes(source, file), request.device, stand_ins=request.of(Running).plan
+            )
         for weights in source.finetuned.values():
             with _at(weights.source), inputs.reading(*parts[weights.source]):
-                ends.check(checkpoints.load(weights.source, "meta", weights.format, weights.key))
+                ends.check(_load(source, weights, "meta", file))
         live = precision.cast(ends.live, request.of(Computed).precision).to(request.device)
         models = cls(request, ends, live, inputs, common, parts)
         if request.of(Running).image_results and ends.classes > NO_CLASS:
@@ -103,7 +105,7 @@ class Models:
         weights = self.request.zoo.finetuned[name]
         with _at(weights.source):
             with self.inputs.reading(*self.parts[weights.source]):
-                state = checkpoints.load(weights.source, format=weights.format, key=weights.key)
+                state = _load(self.request.zoo, weights, "cpu", self.common[0])
             if name not in self.layers:  # when it is loaded for the first time
                 self.ends.check_lineage(state, weights.unrelated)
             ends = self.ends.pair(state, name)
@@ -174,12 +176,20 @@ def _texts(source: zoo.Zoo) -> list[Path]:
     return [Path(file) for file, built_in in named if file and not built_in and Path(file).is_file()]
 
 
-def _classes(source: zoo.Zoo) -> int | None:
+def _load(source: zoo.Zoo, weights: zoo.Weights, device: str, zeroshot: Path) -> dict[str, Tensor]:
+    """A fine-tuned checkpoint; a LoRA adapter is added to the zero-shot model, whose file is given."""
+    if not checkpoints.is_adapter(weights.source):
+        return checkpoints.load(weights.source, device, weights.format, weights.key)
+    base = checkpoints.load(zeroshot, device, source.zeroshot.format, source.zeroshot.key)
+    return checkpoints.load(weights.source, device, weights.format, base=base)
+
+
+def _classes(source: zoo.Zoo, file: Path) -> int | None:
     """Rows of the first fine-tuned head, where the zero-shot end may have none to tell."""
     if source.head.choice != "finetuned" or source.head.class_names is not None:
         return None
     weights = next(iter(source.finetuned.values()))
-    head = checkpoints.load(weights.source, "meta", weights.format, weights.key).get(HEAD_WEIGHT)
+    head = _load(source, weights, "meta", file).get(HEAD_WEIGHT)
     return None if head is None else len(head)
 
 
