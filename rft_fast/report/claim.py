@@ -17,7 +17,7 @@ from .drawing import SYMBOLS, Chart, Picture, Trace, choices, layout, line, safe
 from .phrases import PAPER_CLAIM, many, p_value, points
 from .shown import Finding, Rank, Section
 from .summary import aligned, paragraphs
-from .tables import Cell, Table, number
+from .tables import ON, Cell, Table, number
 
 _JUDGED: dict[Association, Cell] = {
     "above": Cell("goes with it", 3),
@@ -155,7 +155,8 @@ def section(facts: Facts) -> Section:
 def _settings(table: pd.DataFrame) -> pd.Series:
     return pd.Series(
         [
-            f"ρ = {row['rho']:g}, {row['measured_on']}, {row['on']} weights, {row['estimator']}"
+            f"ρ = {row['rho']:g}, {row['measured_on']}, {ON.get(row['on'], row['on'])} weights, "
+            f"{row['estimator']}"
             for row in table.to_dict("records")
         ],
         index=table.index,

@@ -38,11 +38,11 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
     page.library()  # before any computation: plotly may be missing
     run = read(directory)
     config, arch = run.config, str(run.config["arch"])
-    arch = pathlib.Path(arch).stem if arch.endswith(".json") else arch
+    arch = pathlib.Path(arch).name if arch.endswith(".json") else arch
     text = page.render(
         title=str(config["zoo"]),
         above="rft_fast report",
-        about=f"{config['date'][:10]} · {arch} · rft_fast {config['versions']['rft_fast']}",
+        about=f"{config['date'][:10]} · architecture {arch} · rft_fast {config['versions']['rft_fast']}",
         commands=[config["command"]],
         tiles=provenance.tiles(run),
         findings=[minus(visible(one.text)) for one in findings(run.facts, catalogue.studies())],

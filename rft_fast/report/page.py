@@ -83,7 +83,10 @@ def render(
     """
     charts = {f"{part.name}-{chart.name}": _chart(chart) for part in parts for chart in part.picture.charts}
     data = _packed(_json({"charts": charts, "palette": palette(models)}))
-    links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts)
+    links = "".join(
+        f'<a href="#{part.name}" title="{escape(part.title)}">{part.name.replace("-", " ").capitalize()}</a>'
+        for part in parts
+    )
     body = "".join(map(_section, parts))
     assets = files(__package__)
     return f"""<!DOCTYPE html>
@@ -263,7 +266,7 @@ def _cell(cell: Cell) -> str:
 
 def _breakable(text: str) -> str:
     """Allow line breaks within long dotted names of escaped text."""
-    return re.sub(r"(?<=[A-Za-z_])\.(?=\w)|(?<=\.\d)\.(?=[a-z])|(?<=[a-z])/(?=\w)", r"\g<0><wbr>", text)
+    return re.sub(r"(?<=[A-Za-z_])\.(?=\w)|(?<=\.\d)\.(?=[a-z])|(?<=[a-z])[/_](?=\w)", r"\g<0><wbr>", text)
 
 
 def _chart(chart: Chart) -> dict[str, Any]:

@@ -108,13 +108,15 @@ def _images(part: pd.DataFrame) -> str:
 def _unclear(table: Table, reason: str = "their sign is unclear") -> list[str]:
     """Describe how many intervals of a table are too wide to conclude."""
     wide = len(table.wide())
-    return [f"{wide} of {len(table.rows)} intervals include 0 or are missing: {reason}."] if wide else []
+    return [f"{wide:,} of {len(table.rows):,} intervals include 0 or are missing: {reason}."] if wide else []
 
 
 def _saturated(facts: Facts, part: pd.DataFrame) -> list[str]:
     """Describe how many perturbed models answer at chance."""
     count = int(facts.saturated(part).sum())
-    return [f"{count} of {len(part)} values are saturated: {SATURATED}; use a smaller rho."] if count else []
+    return (
+        [f"{count:,} of {len(part):,} values are saturated: {SATURATED}; use a smaller rho."] if count else []
+    )
 
 
 def _drawn(part: pd.DataFrame) -> str:
@@ -186,9 +188,9 @@ def correlation(facts: Facts) -> Section:
     models = int(known["models"].max())
     judged = [association(fact) for fact in known.to_dict("records")]
     tested = [verdict for verdict in judged if verdict in ("above", "below", "unclear")]
-    warnings = [f"{tested.count('unclear')} of {len(tested)} tests are not significant after correction."]
+    warnings = [f"{tested.count('unclear'):,} of {len(tested):,} tests are not significant after correction."]
     if count := judged.count("saturated"):
-        warnings.append(f"{count} correlations are of a saturated sharpness, and not tested: {SATURATED}.")
+        warnings.append(f"{count:,} correlations are of a saturated sharpness, and not tested: {SATURATED}.")
     if known["circular"].any():
         warnings.append("Circular: measure and outcome are of the same images.")
     return Section(

@@ -124,11 +124,11 @@ def _no_gain(far: pd.DataFrame) -> str:
     )
     if not failing.any():
         text = _who(far, undecided.tolist(), "neither gained nor failed for certain", named=True)
-        return f"{text}: {limit}, where {xi} would count (--xi)." if undecided.any() else ""
+        return f"{text}: {limit}, where {xi} would count." if undecided.any() else ""
     text = _who(far, failing.tolist(), "failed", named=True)
     bound = points(far.loc[failing, "gain_high"].max())
     text += f": a gain of at most {bound} points is possible at any alpha [95 % bound], where {xi} would "
-    text += "count (--xi)"
+    text += "count"
     if undecided.any():
         counts = far.assign(found=undecided).groupby("dataset", sort=False)["found"].sum()
         listed = _and([f"{count} on {some([name])}" for name, count in counts.items() if count])
@@ -217,7 +217,7 @@ def sharpness(facts: Facts) -> Iterator[Finding]:
     """Yield how sharp the flattest and the sharpest model are, and at which rho they are saturated."""
     top, chance = _least_saturated(facts, "sharpness")
     if top.empty:
-        yield Finding(f"{chance}; a smaller --rhos may.", "sharpness", Rank.SHARPNESS)
+        yield Finding(f"{chance}; a smaller rho may.", "sharpness", Rank.SHARPNESS)
         return
     first, alpha = top.iloc[0], top["alpha"].iloc[0]
     part = facts.part("sharpness")
@@ -280,7 +280,7 @@ def layer_sharpness(facts: Facts) -> Iterator[Finding]:
     """Yield which layer is the sharpest, against the median layer."""
     top, chance = _least_saturated(facts, "layer-sharpness")
     if top.empty:
-        text = f"{chance}; a smaller --rhos may."
+        text = f"{chance}; a smaller rho may."
         yield Finding(text, "layer-sharpness", Rank.LAYER_SHARPNESS)
         return
     if not top["alpha"].iloc[0]:

@@ -250,7 +250,7 @@ def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
 
 def _saturated(facts: Facts, group: pd.DataFrame) -> str:
     count = int(facts.saturated(group).sum())
-    many = f"; in {count} of {len(group)} rows the perturbed model answers at chance (saturated)"
+    many = f"; in {count:,} of {len(group):,} rows the perturbed model answers at chance (saturated)"
     return f"{many}, which says nothing of flatness" if count else ""
 
 

@@ -29,6 +29,7 @@ from ..studies.verdicts import (
 )
 
 WIDE = "too wide to conclude"
+ON = {"finetuned": "fine-tuned"}  # for display
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
 
 def _settings(rows: pd.DataFrame) -> list[str]:
     return [
-        f"ρ = {row['rho']:g}, {row['dataset']}, {row['on']} weights, {row['asked']}"
+        f"ρ = {row['rho']:g}, {row['dataset']}, {ON.get(row['on'], row['on'])} weights, {row['asked']}"
         for row in rows.to_dict("records")
     ]
 
@@ -269,11 +270,12 @@ _PRUNED: dict[Sign, Cell] = {
 
 
 def prune(facts: Facts) -> Table:
-    """Create a row per way of pruning: :func:`rft_fast.studies.pruning_effect` with intervals over masks."""
+    """Create a row per way of pruning: its effect, with intervals over masks that are corrected for all."""
     rows, chosen = [], []
+    cases = int((~facts.pruning["control"].astype(bool)).sum())
     for fact in facts.pruning.to_dict("records"):
         seeds, change, error = int(fact["seeds"]), fact["change"], fact["change_se"]
-        half = half_width(error, seeds - 1)
+        half = half_width(error, seeds - 1, cases)
         reason = "one mask" if seeds == 1 else "masks agree"
         words = _PRUNED | {"unknown": Cell(f"{reason}: no interval", 1, "wide")}
         rows.append(
@@ -292,8 +294,8 @@ def prune(facts: Facts) -> Table:
         )
         chosen.append({"model": fact["model"], "dataset": fact["dataset"]})
     headings = (
-        "model|pruned|criterion, method|mean change in points [95 %]|what the interval says|masks|layers|"
-        "best gain|unpruned|data set"
+        "model|pruned|criterion, method|mean change in points [95 %, corrected]|what the interval says|masks|"
+        "layers|best gain|unpruned|data set"
     ).split("|")
     return Table("What pruning did to accuracy, mean over α > 0", headings, rows, chosen)
 
