@@ -26,21 +26,23 @@ constexpr int64_t kPastCaches = 1 << 25;
 
 struct Task {
   const Row* row;
+  const Element* element;
   int64_t start, stop;
 };
 
-std::vector<Task> cut(const std::vector<Row>& rows, const Runs& runs) {
+std::vector<Task> cut(const std::vector<Row>& rows, const Runs& runs, const std::vector<Element>& elements) {
   std::vector<Task> tasks;
   for (const auto& run : runs) {
     for (int64_t r = run.first; r < run.second; ++r) {
       const Row& row = rows[r];
+      const Element& element = elements[elements.size() == 1 ? 0 : r];
       for (int64_t start = 0, stop; start < row.size; start = stop) {
         stop = std::min(start + kPiece, row.size);
         // Within a piece the high word of the block number stays the same.
         const uint64_t block = row.first_block + start / kBlock;
         const uint64_t left = (((block >> 32) + 1) << 32) - block;
         if (left < (uint64_t)kPiece / kBlock) stop = std::min(stop, start + (int64_t)left * kBlock);
-        tasks.push_back({&row, start, stop});
+        tasks.push_back({&row, &element, start, stop});
       }
     }
   }
@@ -104,18 +106,19 @@ const std::vector<Isa>& usable_isas() {
   return isas;
 }
 
-void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e, int threads, const Isa& isa) {
-  const std::vector<Task> tasks = cut(rows, runs);
-  int64_t elements = 0;
-  for (const Task& task : tasks) elements += task.stop - task.start;
-  const int64_t useful = std::min<int64_t>(elements / kThreadWorth, (int64_t)tasks.size());
+void write_cpu(const std::vector<Row>& rows, const Runs& runs, const std::vector<Element>& elements, int threads,
+               const Isa& isa) {
+  const std::vector<Task> tasks = cut(rows, runs, elements);
+  int64_t size = 0;
+  for (const Task& task : tasks) size += task.stop - task.start;
+  const int64_t useful = std::min<int64_t>(size / kThreadWorth, (int64_t)tasks.size());
   const int helpers = (int)std::max<int64_t>(0, std::min<int64_t>(threads, useful) - 1);
 
   std::atomic<size_t> next{0};
   const auto work = [&] {
     const IeeeMode mode;
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
-      isa.piece(*tasks[i].row, tasks[i].start, tasks[i].stop, e, elements >= kPastCaches);
+      isa.piece(*tasks[i].row, tasks[i].start, tasks[i].stop, *tasks[i].element, size >= kPastCaches);
     }
   };
   std::vector<std::thread> pool;

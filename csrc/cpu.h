@@ -17,6 +17,7 @@ struct Row {
   int out_dtype, zeroshot_dtype, finetuned_dtype;  // Dtype
   int64_t size;                                    // elements
   uint64_t first_block;                            // where the row's noise starts
+  Positions place;
 };
 
 using Runs = std::vector<std::pair<int64_t, int64_t>>;  // half-open ranges of rows
@@ -40,6 +41,8 @@ extern const Isa kAvx2, kAvx512;
 // The instruction sets of this build that run on this machine, the fastest last.
 const std::vector<Isa>& usable_isas();
 
-void write_cpu(const std::vector<Row>& rows, const Runs& runs, const Element& e, int threads, const Isa& isa);
+// elements: one for all rows, or one for each.
+void write_cpu(const std::vector<Row>& rows, const Runs& runs, const std::vector<Element>& elements, int threads,
+               const Isa& isa);
 
 }  // namespace rft

@@ -211,6 +211,16 @@ struct Lanes {
     for (int j = 0; j < kHalf; ++j) lane[j] = j / 2 + (j % 2) * (kHalf / 2);
     return {lane + first, lane + first + kHalf};
   }
+  // The same of any blocks: only their low words are used.
+  static RFT_FN W gather(const uint64_t* blocks) {
+    constexpr int kHalf = kBlocks / 2;
+    W x;
+    for (int j = 0; j < kHalf; ++j) {
+      const int from = j / 2 + (j % 2) * (kHalf / 2);
+      x.a[j] = blocks[from], x.b[j] = blocks[from + kHalf];
+    }
+    return x;
+  }
   static RFT_FN W next_blocks(W x) { return {x.a + kBlocks, x.b + kBlocks}; }
 
   // From the first and second element of every pair to consecutive elements.

@@ -97,26 +97,42 @@ void store(void* to, int dtype, int64_t first, const float* from, int64_t n) {
 // be bound by the latency of its dependent chain; of a short loop several iterations are in flight at once.
 constexpr int kSteps = kTile / Lanes::kElements;
 
-// The words of `steps` steps from `block` on, as pairs of lanes in element order.
-void random_words(Lanes::I* first, Lanes::I* second, int steps, uint64_t block, uint32_t draw, uint32_t purpose,
+// The blocks of a tile: consecutive, or a list of them. The high word is the same for all, see cut() and gather().
+struct Consecutive {
+  uint64_t block;
+  uint32_t high() const { return (uint32_t)(block >> 32); }
+  Lanes::W first() const { return Lanes::blocks(block); }
+  Lanes::W next(Lanes::W x, int) const { return Lanes::next_blocks(x); }
+};
+
+struct Gathered {
+  const uint64_t* blocks;  // one step more than is used
+  uint32_t high() const { return (uint32_t)(blocks[0] >> 32); }
+  Lanes::W first() const { return Lanes::gather(blocks); }
+  Lanes::W next(Lanes::W, int step) const { return Lanes::gather(blocks + step * Lanes::kBlocks); }
+};
+
+// The words of `steps` steps, as pairs of lanes in element order.
+template <class B>
+void random_words(Lanes::I* first, Lanes::I* second, int steps, B from, uint32_t draw, uint32_t purpose,
                   const Element& e) {
   using L = Lanes;
-  const uint32_t high = (uint32_t)(block >> 32);  // the same for the whole piece, see cut()
+  const uint32_t high = from.high();
   const Keys<L> keys(e.key0, e.key1);
   // Hide from the compiler that the keys are sums of two numbers: otherwise it computes and broadcasts all twenty in
   // every iteration, instead of reading them as operands from the first-level cache.
   asm volatile("" : : "r"(&keys) : "memory");
-  L::W blocks = L::blocks(block);
+  L::W blocks = from.first();
   for (int s = 0; s < steps; ++s) {
     const Words<L> x = philox<L>(blocks, high, draw, purpose, keys);
     first[s] = L::pack(x.x0, x.x2);
     second[s] = L::pack(x.x1, x.x3);
-    blocks = L::next_blocks(blocks);
+    blocks = from.next(blocks, s + 1);
   }
 }
 
-template <int NOISE>
-void noise_tile(float* eps, int steps, uint64_t block, const Element& e) {
+template <int NOISE, class B>
+void noise_tile(float* eps, int steps, B block, const Element& e) {
   using L = Lanes;
   L::I first[kSteps], second[kSteps];
   random_words(first, second, steps, block, e.draw, kNoisePurpose, e);
@@ -130,7 +146,8 @@ void noise_tile(float* eps, int steps, uint64_t block, const Element& e) {
 }
 
 // All ones where a weight is kept, else zero.
-void mask_tile(float* kept, int steps, uint64_t block, const Element& e) {
+template <class B>
+void mask_tile(float* kept, int steps, B block, const Element& e) {
   using L = Lanes;
   L::I first[kSteps], second[kSteps];
   random_words(first, second, steps, block, 0, kMaskPurpose, e);
@@ -169,18 +186,20 @@ void span(float* out, const float* w0, const float* w1, int64_t n, uint64_t bloc
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t m = n - i < kTile ? n - i : kTile, whole = m / kLanes * kLanes;
     const int steps = (int)((m + L::kElements - 1) / L::kElements);
-    if (NOISE != kNoNoise) noise_tile<NOISE>(eps, steps, block + i / kBlock, e);
-    if (MASKED) mask_tile(kept, steps, block + i / kBlock, e);
+    const Consecutive blocks = {block + i / kBlock};
+    if (is_random(NOISE)) noise_tile<NOISE>(eps, steps, blocks, e);
+    if (MASKED) mask_tile(kept, steps, blocks, e);
+    const float* added = NOISE == kOperand ? w0 + i : eps;
     if (stream) {
-      formula<NOISE != kNoNoise, MASKED, true>(out + i, w0 + i, w1 + i, eps, kept, whole, e);
+      formula<NOISE != kNoNoise, MASKED, true>(out + i, w0 + i, w1 + i, added, kept, whole, e);
     } else {
-      formula<NOISE != kNoNoise, MASKED, false>(out + i, w0 + i, w1 + i, eps, kept, whole, e);
+      formula<NOISE != kNoNoise, MASKED, false>(out + i, w0 + i, w1 + i, added, kept, whole, e);
     }
     if (const int64_t tail = m - whole) {
       float a[kLanes] = {}, b[kLanes] = {}, c[kLanes];
       std::memcpy(a, w0 + i + whole, sizeof(float) * tail);
       std::memcpy(b, w1 + i + whole, sizeof(float) * tail);
-      formula<NOISE != kNoNoise, MASKED, false>(c, a, b, eps + whole, kept + whole, kLanes, e);
+      formula<NOISE != kNoNoise, MASKED, false>(c, a, b, NOISE == kOperand ? a : eps + whole, kept + whole, kLanes, e);
       std::memcpy(out + i + whole, c, sizeof(float) * tail);
     }
   }
@@ -198,7 +217,68 @@ Span pick_span(const Element& e) {
     case kNormal: return pick_span<kNormal>(e.masked);
     case kUniform: return pick_span<kUniform>(e.masked);
     case kRademacher: return pick_span<kRademacher>(e.masked);
+    case kOperand: return span<kOperand, false>;
     default: return pick_span<kNoNoise>(e.masked);
+  }
+}
+
+// Up to kTile elements whose noise lies anywhere: the blocks that they need, each once where neighbours share it.
+struct Scattered {
+  static constexpr int kMost = kTile / kBlock;
+  uint64_t blocks[kMost + Lanes::kBlocks] = {};
+  int16_t from[kTile];  // where an element's noise lies in that of the blocks
+  int steps = 0;
+
+  // Takes elements [start, stop) until the blocks are full or their high word changes; returns where it ended.
+  int64_t take(const Row& row, int64_t start, int64_t stop) {
+    const Positions& place = row.place;
+    const int64_t inner = place.sizes[kDimensions - 2], step = place.strides[kDimensions - 1];
+    int64_t i = start, left = 0;
+    int count = 0;
+    for (uint64_t at = 0; i < stop && i < start + kTile; ++i, at += step, --left) {
+      if (left == 0) at = position(place, i), left = inner - i % inner;  // a new stretch of the inner dimension
+      const uint64_t block = row.first_block + at / kBlock;
+      if (count == 0 || blocks[count - 1] != block) {
+        if (count == kMost || (count && (block >> 32) != (blocks[0] >> 32))) break;
+        blocks[count++] = block;
+      }
+      from[i - start] = (int16_t)((count - 1) * kBlock + at % kBlock);
+    }
+    steps = (count + Lanes::kBlocks - 1) / Lanes::kBlocks;
+    return i;
+  }
+};
+
+template <int NOISE, bool MASKED>
+void span_at(float* out, const float* w0, const float* w1, int64_t n, const Scattered& places, const Element& e) {
+  using L = Lanes;
+  constexpr int64_t kLanes = L::kElements / 2;
+  float tile[kTile], eps[kTile] = {}, kept[kTile] = {};
+  if (is_random(NOISE)) {
+    noise_tile<NOISE>(tile, places.steps, Gathered{places.blocks}, e);
+    for (int64_t i = 0; i < n; ++i) eps[i] = tile[places.from[i]];
+  }
+  if (MASKED) {
+    mask_tile(tile, places.steps, Gathered{places.blocks}, e);
+    for (int64_t i = 0; i < n; ++i) std::memcpy(kept + i, tile + places.from[i], sizeof(float));  // bits, not numbers
+  }
+  // All of a tile has memory: w0, w1 and out have kTile elements.
+  formula<NOISE != kNoNoise, MASKED, false>(out, w0, w1, eps, kept, (n + kLanes - 1) / kLanes * kLanes, e);
+}
+
+using SpanAt = void (*)(float*, const float*, const float*, int64_t, const Scattered&, const Element&);
+
+template <int NOISE>
+SpanAt pick_span_at(bool masked) {
+  return masked ? span_at<NOISE, true> : span_at<NOISE, false>;
+}
+
+SpanAt pick_span_at(const Element& e) {
+  switch (e.noise) {
+    case kNormal: return pick_span_at<kNormal>(e.masked);
+    case kUniform: return pick_span_at<kUniform>(e.masked);
+    case kRademacher: return pick_span_at<kRademacher>(e.masked);
+    default: return pick_span_at<kNoNoise>(e.masked);
   }
 }
 
@@ -211,7 +291,8 @@ void piece(const Row& row, int64_t start, int64_t stop, const Element& e, bool p
   const int d0 = use0 ? row.zeroshot_dtype : row.finetuned_dtype;
   const int d1 = use1 ? row.finetuned_dtype : row.zeroshot_dtype;
   const uint64_t block = row.first_block + start / kBlock;
-  if (d0 == kFloat32 && d1 == kFloat32 && row.out_dtype == kFloat32) {
+  const bool scattered = row.place.used && (is_random(e.noise) || e.masked);
+  if (!scattered && d0 == kFloat32 && d1 == kFloat32 && row.out_dtype == kFloat32) {
     float* out = (float*)row.out + start;
     const bool stream = past_caches && row.out != p0 && row.out != p1 && (uintptr_t)out % kBytes == 0;
     span(out, (const float*)p0 + start, (const float*)p1 + start, stop - start, block, e, stream);
@@ -219,6 +300,19 @@ void piece(const Row& row, int64_t start, int64_t stop, const Element& e, bool p
     return;
   }
   float w0[kTile], w1[kTile], out[kTile];
+  if (scattered) {
+    std::memset(w0, 0, sizeof w0), std::memset(w1, 0, sizeof w1);  // the formula goes beyond the last element
+    Scattered places;
+    const SpanAt span = pick_span_at(e);
+    for (int64_t i = start, end; i < stop; i = end) {
+      end = places.take(row, i, stop);
+      load(w0, p0, d0, i, end - i);
+      load(w1, p1, d1, i, end - i);
+      span(out, w0, w1, end - i, places, e);
+      store(row.out, row.out_dtype, i, out, end - i);
+    }
+    return;
+  }
   for (int64_t i = start; i < stop; i += kTile) {
     const int64_t n = stop - i < kTile ? stop - i : kTile;
     load(w0, p0, d0, i, n);

@@ -9,6 +9,9 @@
 // known before it. What a launch knows (noise, mask, the usual forms of the formula) selects the kernel. What a row
 // knows (its storage types) is one branch that all threads of a block take alike, so that mixed models stay one launch.
 //
+// What few launches need has kernels of its own: numbers that differ from row to row, and noise in another order than
+// that of memory. They lie in arrays beside the rows, so that the usual kernels stay as they are.
+//
 // One file, because the layout of the table is shared by the kernels that read it and the host code that fills it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -90,6 +93,15 @@ struct alignas(16) DeviceRow {
   int32_t out_dtype, zeroshot_dtype, finetuned_dtype;
   Access access;
 };
+
+// The numbers of one row, where they differ from row to row.
+struct alignas(16) RowNumbers {
+  float k, scale;
+  uint32_t threshold;
+  int32_t flags;  // Flag
+};
+
+enum Flag : int32_t { kBase = 1, kNoisy = 2, kMasked = 4 };
 
 __device__ __forceinline__ float load(const void* from, int dtype, int64_t i) {
   if (dtype == kFloat32) return ((const float*)from)[i];
@@ -178,6 +190,8 @@ struct Place {
 struct Request {
   Element e;
   Keys<Thread> keys;
+  const RowNumbers* numbers;  // null: the same for all rows
+  const Positions* places;    // null: all rows have their noise in the order of memory
 };
 
 // The usual writes have kernels of their own, with constants for what they share: the noise is normal, adaptive and on
@@ -187,10 +201,11 @@ enum Form : int {
   kNearZeroshot,   // lerp's base 0
   kNearFinetuned,  // base 1
   kFinetuned,      // alpha = 1: the zero-shot end is not read
+  kByRow,          // as kGeneral, with numbers or places of each row
 };
 
 Form form_of(const Element& e) {
-  const bool usual_noise = e.noise == kNoNoise || (e.noise == kNormal && e.adaptive && !e.interpolated);
+  const bool usual_noise = e.noise == kNoNoise || (e.noise == kNormal && e.factor == kMagnitude && !e.interpolated);
   const bool usual_mask = !e.masked || !e.fill_zeroshot;
   if (!usual_noise || !usual_mask) return kGeneral;
   if (e.k != 0.0f) return e.base ? kNearFinetuned : kNearZeroshot;
@@ -199,8 +214,8 @@ Form form_of(const Element& e) {
 
 template <int FORM>
 __device__ __forceinline__ Element known(Element e) {
-  if (FORM == kGeneral) return e;
-  e.adaptive = true, e.interpolated = false, e.fill_zeroshot = false;
+  if (FORM == kGeneral || FORM == kByRow) return e;
+  e.factor = kMagnitude, e.interpolated = false, e.fill_zeroshot = false;
   e.base = FORM != kNearZeroshot;
   if (FORM == kFinetuned) {
     e.k = 0.0f;
@@ -210,15 +225,25 @@ __device__ __forceinline__ Element known(Element e) {
   return e;
 }
 
+// One element, given its noise. A row that has none of its own keeps its bits, -0 and infinity included.
+template <int NOISE, bool MASKED, int FORM>
+__device__ __forceinline__ float one(const Element& e, float w0, float w1, float eps, bool kept) {
+  if (FORM == kByRow) {
+    kept = kept || !e.masked;
+    if (e.noise == kNoNoise) return element<Thread, false, MASKED>(e, w0, w1, eps, kept);
+  }
+  return element<Thread, NOISE != kNoNoise, MASKED>(e, w0, w1, NOISE == kOperand ? w0 : eps, kept);
+}
+
 // The four elements of one Philox block.
-template <int NOISE, bool MASKED>
+template <int NOISE, bool MASKED, int FORM>
 __device__ __forceinline__ void compute(float (&out)[kBlock], const float (&w0)[kBlock], const float (&w1)[kBlock],
                                         uint64_t block, const Element& e, const Keys<Thread>& keys) {
   using L = Thread;
   const uint32_t low = (uint32_t)block, high = (uint32_t)(block >> 32);
   float eps[kBlock] = {};
   bool kept[kBlock] = {};
-  if (NOISE != kNoNoise) {
+  if (is_random(NOISE)) {
     const Words<L> x = philox<L>(low, high, e.draw, kNoisePurpose, keys);
     noise_pair<L, NOISE>(x.x0, x.x1, eps[0], eps[1]);
     noise_pair<L, NOISE>(x.x2, x.x3, eps[2], eps[3]);
@@ -229,13 +254,32 @@ __device__ __forceinline__ void compute(float (&out)[kBlock], const float (&w0)[
     kept[2] = x.x2 < e.threshold, kept[3] = x.x3 < e.threshold;
   }
 #pragma unroll
-  for (int j = 0; j < kBlock; ++j) {
-    out[j] = element<L, NOISE != kNoNoise, MASKED>(e, w0[j], w1[j], eps[j], kept[j]);
+  for (int j = 0; j < kBlock; ++j) out[j] = one<NOISE, MASKED, FORM>(e, w0[j], w1[j], eps[j], kept[j]);
+}
+
+// One element whose noise lies anywhere: a Philox block for itself.
+template <int NOISE, bool MASKED>
+__device__ __forceinline__ float compute_at(float w0, float w1, uint64_t block, int lane, const Element& e,
+                                            const Keys<Thread>& keys) {
+  using L = Thread;
+  const uint32_t low = (uint32_t)block, high = (uint32_t)(block >> 32);
+  float eps = 0;
+  bool kept = false;
+  if (is_random(NOISE)) {
+    const Words<L> x = philox<L>(low, high, e.draw, kNoisePurpose, keys);
+    float first, second;
+    noise_pair<L, NOISE>(lane < 2 ? x.x0 : x.x2, lane < 2 ? x.x1 : x.x3, first, second);
+    eps = lane % 2 ? second : first;
   }
+  if (MASKED) {
+    const Words<L> x = philox<L>(low, high, 0, kMaskPurpose, keys);
+    kept = (lane < 2 ? (lane ? x.x1 : x.x0) : (lane == 2 ? x.x2 : x.x3)) < e.threshold;
+  }
+  return one<NOISE, MASKED, kByRow>(e, w0, w1, eps, kept);
 }
 
 // A whole tile. The types are compile-time constants except for kByFour.
-template <int NOISE, bool MASKED, bool SIDE_BY_SIDE>
+template <int NOISE, bool MASKED, int FORM, bool SIDE_BY_SIDE>
 __device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start, const Element& e,
                                             const Keys<Thread>& keys, int out_dtype, int zeroshot_dtype,
                                             int finetuned_dtype) {
@@ -246,12 +290,12 @@ __device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start,
   if (e.needs_finetuned()) P::read(w1, tile(row.finetuned, finetuned_dtype), finetuned_dtype);
   const uint64_t block = row.first_block + (uint64_t)(start / kBlock);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) compute<NOISE, MASKED>(out[u], w0[u], w1[u], block + P::block(u), e, keys);
+  for (int u = 0; u < kUnroll; ++u) compute<NOISE, MASKED, FORM>(out[u], w0[u], w1[u], block + P::block(u), e, keys);
   P::write(out, tile(row.out, out_dtype), out_dtype);
 }
 
 // Any tile, element by element.
-template <int NOISE, bool MASKED>
+template <int NOISE, bool MASKED, int FORM>
 __device__ __forceinline__ void write_singly(const DeviceRow& row, int64_t start, const Element& e,
                                              const Keys<Thread>& keys) {
 #pragma unroll 1
@@ -264,7 +308,7 @@ __device__ __forceinline__ void write_singly(const DeviceRow& row, int64_t start
       if (i + j < row.size && e.needs_zeroshot()) w0[j] = load(row.zeroshot, row.zeroshot_dtype, i + j);
       if (i + j < row.size && e.needs_finetuned()) w1[j] = load(row.finetuned, row.finetuned_dtype, i + j);
     }
-    compute<NOISE, MASKED>(out, w0, w1, row.first_block + (uint64_t)(i / kBlock), e, keys);
+    compute<NOISE, MASKED, FORM>(out, w0, w1, row.first_block + (uint64_t)(i / kBlock), e, keys);
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       if (i + j < row.size) store(row.out, row.out_dtype, i + j, out[j]);
@@ -272,29 +316,64 @@ __device__ __forceinline__ void write_singly(const DeviceRow& row, int64_t start
   }
 }
 
+// Any tile of a row whose noise is not in the order of memory. Neighbouring threads take neighbouring elements.
+template <int NOISE, bool MASKED>
+__device__ __forceinline__ void write_scattered(const DeviceRow& row, const Positions& place, int64_t start,
+                                                const Element& e, const Keys<Thread>& keys) {
+#pragma unroll 1
+  for (int u = 0; u < kUnroll * kBlock; ++u) {
+    const int64_t i = start + threadIdx.x + u * kThreads;
+    if (i >= row.size) return;
+    const float w0 = e.needs_zeroshot() ? load(row.zeroshot, row.zeroshot_dtype, i) : 0.0f;
+    const float w1 = e.needs_finetuned() ? load(row.finetuned, row.finetuned_dtype, i) : 0.0f;
+    const uint64_t at = position(place, i);
+    const uint64_t block = row.first_block + at / kBlock;
+    store(row.out, row.out_dtype, i, compute_at<NOISE, MASKED>(w0, w1, block, (int)(at % kBlock), e, keys));
+  }
+}
+
+// The numbers of a row.
+template <int NOISE>
+__device__ __forceinline__ Element of_row(Element e, const RowNumbers& own) {
+  e.k = own.k, e.scale = own.scale, e.threshold = own.threshold;
+  e.base = own.flags & kBase ? 1 : 0;
+  e.noise = own.flags & kNoisy ? NOISE : kNoNoise;
+  e.masked = own.flags & kMasked;
+  return e;
+}
+
 // Thread blocks that a multiprocessor must be able to hold at once. Without it, the compiler saves registers for one
 // more, and spills.
-constexpr int resident(int noise) { return noise == kNoNoise ? 6 : 5; }
+constexpr int resident(int noise, int form) { return form == kByRow ? 4 : noise == kNoNoise ? 6 : 5; }
 
 template <int NOISE, bool MASKED, int FORM>
-__global__ void __launch_bounds__(kThreads, resident(NOISE))
+__global__ void __launch_bounds__(kThreads, resident(NOISE, FORM))
     write_rows(const DeviceRow* __restrict__ rows, const int32_t* __restrict__ tile_row, int64_t begin,
                const __grid_constant__ Request request) {
   const int64_t tile = begin + blockIdx.x;
   const DeviceRow row = rows[tile_row[tile]];
   const int64_t start = (tile - row.first_tile) * kTile;
-  const Element e = known<FORM>(request.e);
+  Element e = known<FORM>(request.e);
   const Keys<Thread>& keys = request.keys;
+  if (FORM == kByRow) {
+    const int32_t index = tile_row[tile];
+    if (request.numbers) e = of_row<NOISE>(e, request.numbers[index]);
+    if (request.places && request.places[index].used) {
+      write_scattered<NOISE, MASKED>(row, request.places[index], start, e, keys);
+      return;
+    }
+  }
   if (row.access == kSingly || start + kTile > row.size) {
-    write_singly<NOISE, MASKED>(row, start, e, keys);
-  } else if (FORM == kGeneral || row.access == kByFour) {
-    write_whole<NOISE, MASKED, false>(row, start, e, keys, row.out_dtype, row.zeroshot_dtype, row.finetuned_dtype);
+    write_singly<NOISE, MASKED, FORM>(row, start, e, keys);
+  } else if (((FORM == kGeneral || FORM == kByRow) && NOISE != kOperand) || row.access == kByFour) {
+    write_whole<NOISE, MASKED, FORM, false>(row, start, e, keys, row.out_dtype, row.zeroshot_dtype,
+                                            row.finetuned_dtype);
   } else if (row.access == kAllFloat32) {
-    write_whole<NOISE, MASKED, false>(row, start, e, keys, kFloat32, kFloat32, kFloat32);
+    write_whole<NOISE, MASKED, FORM, false>(row, start, e, keys, kFloat32, kFloat32, kFloat32);
   } else if (row.access == kAllBFloat16) {
-    write_whole<NOISE, MASKED, true>(row, start, e, keys, kBFloat16, kBFloat16, kBFloat16);
+    write_whole<NOISE, MASKED, FORM, true>(row, start, e, keys, kBFloat16, kBFloat16, kBFloat16);
   } else {
-    write_whole<NOISE, MASKED, true>(row, start, e, keys, kFloat16, kFloat16, kFloat16);
+    write_whole<NOISE, MASKED, FORM, true>(row, start, e, keys, kFloat16, kFloat16, kFloat16);
   }
 }
 
@@ -307,6 +386,7 @@ Kernel* pick(Form form) {
     case kNearZeroshot: return write_rows < NOISE, MASKED, kUsual ? kNearZeroshot : kGeneral > ;
     case kNearFinetuned: return write_rows < NOISE, MASKED, kUsual ? kNearFinetuned : kGeneral > ;
     case kFinetuned: return write_rows < NOISE, MASKED, kUsual ? kFinetuned : kGeneral > ;
+    case kByRow: return write_rows<NOISE, MASKED, kByRow>;
     default: return write_rows<NOISE, MASKED, kGeneral>;
   }
 }
@@ -316,6 +396,7 @@ Kernel* pick(int noise, bool masked, Form form) {
     case kNormal: return masked ? pick<kNormal, true>(form) : pick<kNormal, false>(form);
     case kUniform: return masked ? pick<kUniform, true>(form) : pick<kUniform, false>(form);
     case kRademacher: return masked ? pick<kRademacher, true>(form) : pick<kRademacher, false>(form);
+    case kOperand: return pick<kOperand, false>(form);
     default: return masked ? pick<kNoNoise, true>(form) : pick<kNoNoise, false>(form);
   }
 }
@@ -355,42 +436,71 @@ struct CudaTable::Layout {
   std::vector<DeviceRow> rows;
   std::vector<int32_t> tile_row;
   std::vector<int64_t> first_tile = {0};  // of each row, and behind the last
+  std::vector<Positions> places;          // of each row; empty where none is used
 
+  // In this order.
   size_t row_bytes() const { return rows.size() * sizeof(DeviceRow); }
+  size_t place_bytes() const { return places.size() * sizeof(Positions); }
   size_t tile_bytes() const { return tile_row.size() * sizeof(int32_t); }
 };
 
 CudaTable::CudaTable(const std::vector<Row>& rows) : layout_(std::make_unique<Layout>()) {
-  auto& [there, tile_row, first_tile] = *layout_;
+  auto& [there, tile_row, first_tile, places] = *layout_;
+  bool placed = false;
   for (const Row& row : rows) {
     const int64_t tiles = (row.size + kTile - 1) / kTile;
     tile_row.insert(tile_row.end(), tiles, (int32_t)there.size());
     there.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile.back(), row.out_dtype,
                      row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
     first_tile.push_back(first_tile.back() + tiles);
+    places.push_back(row.place);
+    placed |= row.place.used;
   }
+  if (!placed) places.clear();
 }
 
 CudaTable::~CudaTable() = default;
 
 size_t CudaTable::size() const { return layout_->rows.size(); }
 
-size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->tile_bytes(); }
+size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->place_bytes() + layout_->tile_bytes(); }
 
 void CudaTable::fill(void* memory) const {
+  char* to = (char*)memory;
   // An empty vector has no address that memcpy may be given.
-  if (layout_->row_bytes()) std::memcpy(memory, layout_->rows.data(), layout_->row_bytes());
-  if (layout_->tile_bytes()) {
-    std::memcpy((char*)memory + layout_->row_bytes(), layout_->tile_row.data(), layout_->tile_bytes());
+  const auto put = [&to](const void* from, size_t bytes) {
+    if (bytes) std::memcpy(to, from, bytes);
+    to += bytes;
+  };
+  put(layout_->rows.data(), layout_->row_bytes());
+  put(layout_->places.data(), layout_->place_bytes());
+  put(layout_->tile_row.data(), layout_->tile_bytes());
+}
+
+size_t CudaTable::number_bytes() const { return size() * sizeof(RowNumbers); }
+
+void CudaTable::fill_numbers(void* memory, const std::vector<Element>& elements) const {
+  auto* to = (RowNumbers*)memory;
+  for (const Element& e : elements) {
+    *to++ = {e.k, e.scale, e.threshold,
+             (e.base ? kBase : 0) | (e.noise != kNoNoise ? kNoisy : 0) | (e.masked ? kMasked : 0)};
   }
 }
 
-void CudaTable::write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const {
+void CudaTable::write(const void* memory, const Runs& runs, const std::vector<Element>& elements, const void* numbers,
+                      int device, void* stream) const {
   check_current(device);
-  Kernel* const kernel = pick(e.noise, e.masked, form_of(e));
-  Request request = {e, Keys<Thread>(e.key0, e.key1)};
+  Element e = elements[0];
+  for (const Element& other : elements) {
+    if (other.noise != kNoNoise) e.noise = other.noise;
+    e.masked |= other.masked;
+  }
   const auto* rows = (const DeviceRow*)memory;
-  const auto* tile_row = (const int32_t*)((const char*)memory + layout_->row_bytes());
+  const auto* places = (const Positions*)((const char*)memory + layout_->row_bytes());
+  const auto* tile_row = (const int32_t*)((const char*)places + layout_->place_bytes());
+  Request request = {e, Keys<Thread>(e.key0, e.key1), elements.size() > 1 ? (const RowNumbers*)numbers : nullptr,
+                     layout_->places.empty() ? nullptr : places};
+  Kernel* const kernel = pick(e.noise, e.masked, request.numbers || request.places ? kByRow : form_of(e));
   for (const auto& run : runs) {
     int64_t begin = layout_->first_tile[run.first];
     const int64_t tiles = layout_->first_tile[run.second] - begin;
@@ -405,9 +515,9 @@ void CudaTable::write(const void* memory, const Runs& runs, const Element& e, in
 std::string why_not_cuda(int device) {
   try {
     check_current(device);
-    for (int noise : {kNoNoise, kNormal, kUniform, kRademacher}) {
+    for (int noise : {kNoNoise, kNormal, kUniform, kRademacher, kOperand}) {
       for (bool masked : {false, true}) {
-        for (Form form : {kGeneral, kNearZeroshot, kNearFinetuned, kFinetuned}) {
+        for (Form form : {kGeneral, kNearZeroshot, kNearFinetuned, kFinetuned, kByRow}) {
           cudaFuncAttributes attributes;
           const cudaError_t status = cudaFuncGetAttributes(&attributes, pick(noise, masked, form));
           if (status == cudaSuccess) continue;

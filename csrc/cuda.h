@@ -23,10 +23,16 @@ class CudaTable {
   size_t bytes() const;           // of the table
   void fill(void* memory) const;  // writes the table to host memory of that size
 
+  // The numbers of each row, where they differ, as they lie on the device.
+  size_t number_bytes() const;
+  void fill_numbers(void* memory, const std::vector<Element>& elements) const;
+
   // Launches one kernel per run on `stream` of the device, which must be current, and waits for nothing. memory: the
-  // table on the device, aligned to 16 bytes. Throws std::runtime_error with CUDA's message, and
+  // table on the device; elements: one for all rows, or one for each, whose numbers then lie on the device, too; both
+  // aligned to 16 bytes. Throws std::runtime_error with CUDA's message, and
   // std::invalid_argument when another device is current.
-  void write(const void* memory, const Runs& runs, const Element& e, int device, void* stream) const;
+  void write(const void* memory, const Runs& runs, const std::vector<Element>& elements, const void* numbers,
+             int device, void* stream) const;
 
  private:
   struct Layout;

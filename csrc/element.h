@@ -22,7 +22,11 @@
 
 namespace rft {
 
-enum Noise : int { kNoNoise = 0, kNormal = 1, kUniform = 2, kRademacher = 3 };
+// kOperand: what is added is no noise, but read from the zero-shot end.
+enum Noise : int { kNoNoise = 0, kNormal = 1, kUniform = 2, kRademacher = 3, kOperand = 4 };
+RFT_FN constexpr bool is_random(int noise) { return noise != kNoNoise && noise != kOperand; }
+
+enum Factor : int { kOne = 0, kMagnitude = 1, kSquare = 2 };
 enum Purpose : uint32_t { kNoisePurpose = 0, kMaskPurpose = 1 };
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -34,7 +38,7 @@ struct Element {
   float k;             // 0: the base's bits
   int noise;           // Noise
   float scale;         // sign * rho
-  bool adaptive;       // noise scaled by |w|
+  int factor;          // Factor: noise scaled by 1, |w| or w * w
   bool interpolated;   // perturb lerp(w0, w1) instead of w1
   bool masked;         // some fine-tuned weights may be replaced
   bool fill_zeroshot;  // by w0 instead of 0
@@ -43,10 +47,34 @@ struct Element {
   uint32_t draw;
 
   // At alpha = 1 the zero-shot weights need not be read.
-  RFT_FN bool needs_zeroshot() const { return base == 0 || k != 0.0f || (masked && fill_zeroshot); }
+  RFT_FN bool needs_zeroshot() const {
+    return base == 0 || k != 0.0f || (masked && fill_zeroshot) || noise == kOperand;
+  }
   // At alpha = 0 the fine-tuned weights need not be read.
   RFT_FN bool needs_finetuned() const { return base == 1 || k != 0.0f; }
 };
+
+// Positions of elements whose order in memory is not that of their noise: the element at (i0, i1, i2, i3), counted in
+// the order of memory, has the position start + the sum of i * stride behind the row's first block.
+constexpr int kDimensions = 4;
+
+struct Positions {
+  bool used;  // false: the positions follow in the order of memory
+  uint64_t start;
+  int64_t sizes[kDimensions - 1];  // of the inner dimensions
+  int64_t strides[kDimensions];
+};
+
+RFT_FN uint64_t position(const Positions& place, int64_t element) {
+  uint64_t at = place.start;
+  RFT_UNROLL
+  for (int d = kDimensions - 1; d > 0; --d) {
+    const int64_t outer = element / place.sizes[d - 1];
+    at += (uint64_t)((element - outer * place.sizes[d - 1]) * place.strides[d]);
+    element = outer;
+  }
+  return at + (uint64_t)(element * place.strides[0]);
+}
 
 template <class L>
 struct Words {
@@ -164,7 +192,8 @@ RFT_FN typename L::F lerp(const Element& e, typename L::F w0, typename L::F w1) 
 
 template <class L>
 RFT_FN typename L::F perturbed(const Element& e, typename L::F w, typename L::F eps) {
-  if (!e.adaptive) return w + eps * e.scale;
+  if (e.factor == kOne) return w + eps * e.scale;
+  if (e.factor == kSquare) return w + w * w * e.scale * eps;
   return w + L::abs(w) * e.scale * eps;
 }
 

@@ -1,9 +1,9 @@
 """Robust fine-tuning paths between CLIP models: interpolate, perturb and prune, in place and fast.
 
-The kernels (:func:`write_`, :func:`interpolate_`, :func:`perturb_`, :func:`noise_like`,
-:func:`keep_mask_like`, :class:`Plan`) work on any tensors; :class:`Path` is a live model between a zero-shot
-and a fine-tuned one; :mod:`~rft_fast.studies` measures along it, and :mod:`~rft_fast.results` reads what runs
-have measured.
+The kernels (:func:`write_`, :func:`interpolate_`, :func:`perturb_`, :func:`add_`, :func:`noise_like`,
+:func:`keep_mask_like`, :func:`offsets`, :class:`Plan`) work on any tensors; :class:`Path` is a live model
+between a zero-shot and a fine-tuned one; :mod:`~rft_fast.studies` measures along it, and
+:mod:`~rft_fast.results` reads what runs have measured.
 """
 
 __version__ = "0.1.0"
@@ -19,25 +19,31 @@ if TYPE_CHECKING:
     from rft_fast import results, studies
     from rft_fast.kernels import (
         Plan,
+        add_,
         interpolate_,
         keep_mask_like,
         noise_like,
+        offsets,
         perturb_,
         write_,
     )
     from rft_fast.path import Path
 else:
     __getattr__, __dir__ = _lazy.face(
-        __name__, kernels="Plan interpolate_ keep_mask_like noise_like perturb_ write_", path="Path"
+        __name__,
+        kernels="Plan add_ interpolate_ keep_mask_like noise_like offsets perturb_ write_",
+        path="Path",
     )
 
 __all__ = [
     "Path",
     "Plan",
     "__version__",
+    "add_",
     "interpolate_",
     "keep_mask_like",
     "noise_like",
+    "offsets",
     "perturb_",
     "results",
     "studies",

@@ -74,6 +74,8 @@ Fill = Literal["zero", "zeroshot"]
 FILL: tuple[Fill, ...] = get_args(Fill)
 Noise = Literal["normal", "uniform", "rademacher"]
 NOISE: tuple[Noise, ...] = get_args(Noise)
+Weight = Literal["none", "abs", "square"]
+WEIGHT: tuple[Weight, ...] = get_args(Weight)
 # The backends in the order in which "auto" prefers them.
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)

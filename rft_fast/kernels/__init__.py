@@ -2,20 +2,24 @@
 
 from rft_fast.kernels.contract import Write
 from rft_fast.kernels.functions import (
+    add_,
     interpolate_,
     keep_mask_like,
     noise_like,
     perturb_,
     write_,
 )
+from rft_fast.kernels.places import offsets
 from rft_fast.kernels.plan import Plan
 
 __all__ = [
     "Plan",
     "Write",
+    "add_",
     "interpolate_",
     "keep_mask_like",
     "noise_like",
+    "offsets",
     "perturb_",
     "write_",
 ]

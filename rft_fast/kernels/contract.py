@@ -6,8 +6,13 @@ Every backend computes, for each element, in float32 whatever the storage types:
     on = finetuned:     w1 += (sign * rho) * (|w1| or 1) * eps ;  out = lerp(w0, w1, alpha)
     on = interpolated:  v = lerp(w0, w1, alpha) ;  out = v + (sign * rho) * (|v| or 1) * eps
 
-and nothing else. ``Write`` holds the numbers of one such request, ``Row`` the three tensors of one table
-entry. Both are validated when they are made, so that backends check nothing.
+and nothing else; ``add_`` is the same formula with ``eps`` read from memory, at alpha = 1::
+
+    out = w + (w*w or |w| or 1) * scale * b
+
+``Write`` and ``Add`` hold the numbers of one such request, ``rows.Row`` the three tensors of one table entry.
+All are validated when they are made, so that backends check nothing. A request may also be a list, one for
+each row of the table: they then differ in alpha, rho and keep, or in scale, only.
 
 The ends of lerp are exact: alpha = 0 gives the bits of zeroshot, alpha = 1 those of finetuned. A NaN in half
 precision stays a NaN; its other bits may change on the way through float32.
@@ -15,16 +20,16 @@ precision stays a NaN; its other bits may change on the way through float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field, fields
-from operator import index
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rft_fast.names import FILL, NOISE, ON, Fill, Noise, On
+from rft_fast.names import FILL, NOISE, ON, WEIGHT, Fill, Noise, On, Weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,8 +41,8 @@ PURPOSE_SIGN = 2
 # Consecutive elements served by one Philox block of four words.
 BLOCK = 4
 
-# A seed has 64 bits, a draw number 32.
-SEEDS, DRAWS = 2**64, 2**32
+# A seed has 64 bits, a draw number 32. Blocks are counted by signed 64-bit integers.
+SEEDS, DRAWS, BLOCKS = 2**64, 2**32, 2**63
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -47,7 +52,8 @@ def _choice(name: str, value: object, offered: Sequence[str]) -> None:
         raise ValueError(f"write: {name} must be one of {', '.join(offered)}; got {value!r}")
 
 
-def _whole(name: str, value: object, limit: int) -> int:
+def whole(name: str, value: object, limit: int) -> int:
+    """Return an integer in [0, limit); raises TypeError or ValueError for anything else."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise TypeError(f"write: {name} must be an integer; got {value!r} of type {type(value).__name__}")
     if not 0 <= value < limit:
@@ -157,8 +163,8 @@ class Write:
             keep=keep,
             adaptive=bool(self.adaptive),
             sign=int(self.sign),
-            seed=_whole("seed", self.seed, SEEDS),
-            draw=_whole("draw", self.draw, DRAWS),
+            seed=whole("seed", self.seed, SEEDS),
+            draw=whole("draw", self.draw, DRAWS),
             scale=_float32(self.sign * rho),
             threshold=threshold,
             base=base,
@@ -173,211 +179,84 @@ WRITE_ARGUMENTS = tuple(f.name for f in fields(Write) if f.init)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One entry of a table: three tensors of equal shape, and the Philox block at which its noise starts."""
+class Add:
+    """The numbers of one ``out = w + scale * factor(w) * b``, validated.
 
-    out: Tensor
-    zeroshot: Tensor
-    finetuned: Tensor
-    first_block: int
-    name: str
+    Args:
+        scale: Factor of b, finite; 0 copies w.
+        weight: "none": factor(w) = 1; "abs": ``|w|``; "square": ``w * w``.
 
-    @property
-    def size(self) -> int:
-        return self.out.numel()
+    Raises:
+        TypeError: ``scale`` is not a number.
+        ValueError: A value is out of range; the message names it.
+    """
+
+    scale: float
+    weight: Weight = "none"
+
+    def __post_init__(self) -> None:
+        _choice("weight", self.weight, WEIGHT)
+        self.__dict__["scale"] = _float32(_finite("scale", self.scale))
 
 
-def device_of(rows: Sequence[Row]) -> torch.device:
-    """Return the device of a table's rows; the CPU for an empty table."""
-    return rows[0].out.device if rows else torch.device("cpu")
+# What a table is written with: the same numbers for all rows, or those of each row.
+Request: TypeAlias = Write | Add
+Requests: TypeAlias = Request | Sequence[Request]
+
+# A number for all tensors, or one for each.
+Each: TypeAlias = float | Sequence[float]
+
+# The numbers of a write that may differ from tensor to tensor.
+PER_TENSOR = ("alpha", "rho", "keep")
+
+R = TypeVar("R", Write, Add)
 
 
-def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Return one tensor or an iterable of tensors as a list; raises TypeError for anything else."""
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    if not isinstance(tensors, Iterable):
-        raise TypeError(
-            f"write: {name} must be a torch.Tensor or several in a list; got {type(tensors).__name__}"
+def is_list(value: object) -> bool:
+    """Whether a number was given for each tensor: a list, a tuple, or an array of one dimension."""
+    return isinstance(value, (list, tuple)) or (
+        isinstance(value, (np.ndarray, Tensor)) and len(value.shape) == 1
+    )
+
+
+def spread(name: str, value: object, count: int) -> list[object]:
+    """Return one number, or a list of ``count`` of them, as a list; raises ValueError for other lengths."""
+    if not is_list(value):
+        return [value] * count
+    listed = value.tolist() if isinstance(value, (np.ndarray, Tensor)) else list(value)  # type: ignore[call-overload]
+    if len(listed) != count:
+        raise ValueError(
+            f"write: {name} must be one number for all tensors, or a list with one for each of the {count}; "
+            f"got {len(listed)} numbers"
         )
-    listed = list(tensors)
-    for place, tensor in enumerate(listed):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"write: {name}[{place}] must be a torch.Tensor; got {type(tensor).__name__}")
     return listed
 
 
-def first_blocks(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the Philox block at which the noise of each tensor starts: each tensor starts a new block."""
-    starts, block = [], 0
-    for tensor in tensors:
-        starts.append(block)
-        block += -(-tensor.numel() // BLOCK)
-    return starts
-
-
-def make_rows(
-    out: Tensor | Iterable[Tensor],
-    zeroshot: Tensor | Iterable[Tensor],
-    finetuned: Tensor | Iterable[Tensor],
-    names: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
-) -> list[Row]:
-    """Check the tensors of a table and assign their noise.
+def requests(make: type[R], numbers: dict[str, object], listed: Sequence[str], count: int) -> R | list[R]:
+    """Make the request of ``numbers``, or one for each tensor where one of ``listed`` is a list.
 
     Args:
-        out, zeroshot, finetuned: The tensors, as for :func:`rft_fast.write_`.
-        names: What error messages call the tensors; None: "tensor 0", "tensor 1" ...
-        blocks: Philox block at which the noise of each tensor starts; None: one tensor after the other from
-            0.
+        make: ``Write`` or ``Add``.
+        numbers: Its arguments.
+        listed: Those that may be a list.
+        count: Tensors.
 
     Raises:
-        TypeError: A dtype is not offered, or something is not a tensor.
-        ValueError: Tensors differ in shape or device, are not contiguous, overlap, or have freed memory.
+        TypeError: A number has the wrong type; the message names it, and its tensor.
+        ValueError: A number is out of range, or a list has another length; the message names it.
     """
-    rows = lay_out(out, zeroshot, finetuned, names, blocks)
-    for row in rows:
-        _check_memory(row)
-    _check_overlap(rows)
-    return rows
-
-
-def lay_out(
-    out: Tensor | Iterable[Tensor],
-    zeroshot: Tensor | Iterable[Tensor],
-    finetuned: Tensor | Iterable[Tensor],
-    names: Sequence[str] | None = None,
-    blocks: Sequence[int] | None = None,
-) -> list[Row]:
-    """As :func:`make_rows`, without the checks of memory: for tensors that have no addresses."""
-    outs, w0s, w1s = (
-        as_list("out", out),
-        as_list("zeroshot", zeroshot),
-        as_list("finetuned", finetuned),
-    )
-    if not len(outs) == len(w0s) == len(w1s):
-        raise ValueError(
-            "write: out, zeroshot and finetuned must hold equally many tensors; "
-            f"got {len(outs)}, {len(w0s)} and {len(w1s)}"
-        )
-    if names is not None and len(names) != len(outs):
-        raise ValueError(f"write: {len(outs)} tensors but {len(names)} names")
-    labels = [f"tensor {i}" for i in range(len(outs))] if names is None else list(names)
-    starts = first_blocks(outs) if blocks is None else blocks
-    rows = [Row(*row) for row in zip(outs, w0s, w1s, starts, labels, strict=True)]
-    for row in rows:
-        _check_row(row, rows[0].out.device)
-    return rows
-
-
-def _roles(row: Row) -> tuple[tuple[str, Tensor], ...]:
-    return ("out", row.out), ("zeroshot", row.zeroshot), ("finetuned", row.finetuned)
-
-
-def _check_row(row: Row, device: torch.device) -> None:
-    for role, tensor in _roles(row):
-        if tensor.dtype not in DTYPES:
-            offered = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise TypeError(
-                f"write: {role} of {row.name} is {tensor.dtype}; offered are {offered}. "
-                "Convert it with .float(), or copy it instead of interpolating"
-            )
-        if tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_neg():
-            raise ValueError(
-                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, is not contiguous "
-                f"(layout {tensor.layout}); pass .contiguous() memory, for a module "
-                ".to(memory_format=torch.contiguous_format)"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"write: all tensors must lie on one device; {role} of {row.name} is on "
-                f"{tensor.device}, the first output on {device}"
-            )
-        if tensor.shape != row.out.shape:
-            raise ValueError(
-                f"write: shapes differ for {row.name}: out {tuple(row.out.shape)}, "
-                f"{role} {tuple(tensor.shape)}"
-            )
-
-
-def _check_memory(row: Row) -> None:
-    for role, tensor in _roles(row):
-        if lacks_memory(tensor):
-            raise ValueError(
-                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, lies beyond its storage of "
-                f"{tensor.untyped_storage().nbytes()} bytes, which was freed or cut short (as FSDP does "
-                "between uses); gather the full tensor first"
-            )
-
-
-def lacks_memory(tensor: Tensor) -> bool:
-    """Whether a contiguous tensor extends beyond its storage (``untyped_storage().resize_`` shrinks it)."""
-    size = tensor.numel()
-    end = (tensor.storage_offset() + size) * tensor.element_size()
-    return size > 0 and bool(end > tensor.untyped_storage().nbytes())
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
-
-
-def _check_overlap(rows: Sequence[Row]) -> None:
-    """Refuse outputs that share memory with anything but their own source, which would be read too late."""
-    if rows and rows[0].out.device.type == "meta":
-        return
-    spans: list[tuple[int, int, bool, str]] = []  # first byte, end, is an output, what
-    for row in rows:
-        if row.size == 0:
-            continue
-        spans.append((*_span(row.out), True, f"out of {row.name}"))
-        for role, source in (("zeroshot", row.zeroshot), ("finetuned", row.finetuned)):
-            if not _is_same(source, row.out):
-                spans.append((*_span(source), False, f"{role} of {row.name}"))
-    spans.sort()
-    # Sweep by address: of the earlier spans, only the furthest output and the furthest span matter.
-    any_end, any_what, out_end, out_what = -1, "", -1, ""
-    for start, end, is_out, what in spans:
-        reach, other = (any_end, any_what) if is_out else (out_end, out_what)
-        if start < reach:
-            raise ValueError(
-                f"write: {what} overlaps {other} in memory; an output may be its own source, "
-                "but share no other byte. Give it storage of its own, e.g. .clone()"
-            )
-        if end > any_end:
-            any_end, any_what = end, what
-        if is_out and end > out_end:
-            out_end, out_what = end, what
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
-    return start, start + tensor.numel() * tensor.element_size()
-
-
-def check_runs(runs: Iterable[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
-    """Check half-open (first, last) ranges of table rows and return them in ascending order.
-
-    Args:
-        runs: Ranges in any order; empty ones are allowed.
-        rows: Rows of the table.
-
-    Raises:
-        TypeError: ``runs`` is not a list of pairs of integers.
-        ValueError: A range lies outside the table, or two overlap.
-    """
-    try:
-        found = sorted([(index(first), index(last)) for first, last in runs])
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"write: tensors must be a list of runs, each a pair of integers (first, last); got {runs!r}"
-        ) from None
-    before = (0, 0)
-    for first, last in found:
-        if not 0 <= first <= last <= rows:
-            raise ValueError(f"write: run ({first}, {last}) is outside the table's {rows} tensors")
-        if first == last:
-            continue
-        if first < before[1]:  # the second write of a row in place would start from the first one's
-            raise ValueError(f"write: runs {before} and ({first}, {last}) overlap; name each tensor once")
-        before = (first, last)
-    return found
+    if not any(is_list(numbers[name]) for name in listed):
+        return make(**numbers)  # type: ignore[arg-type]
+    columns = [spread(name, numbers[name], count) for name in listed]
+    known: dict[tuple[object, ...], R] = {}  # a layer's tensors mostly have equal numbers
+    found = []
+    for place, values in enumerate(zip(*columns, strict=True)):
+        if (key := tuple((type(value), value) for value in values)) not in known:
+            try:
+                known[key] = make(**{**numbers, **dict(zip(listed, values, strict=True))})
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{error} (of tensor {place})") from None
+        found.append(known[key])
+    if not found:  # lists of no tensors
+        return make(**{**numbers, **{name: 0.0 for name in listed if is_list(numbers[name])}})  # type: ignore[arg-type]
+    return found[0] if len(known) == 1 else found

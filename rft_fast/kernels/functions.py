@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rft_fast.kernels import library, registry
-from rft_fast.kernels.contract import Write, as_list, device_of, make_rows
-from rft_fast.kernels.plan import Tensors
-from rft_fast.names import Fill, Impl, Noise, On
+from rft_fast.kernels.containers import Listed, Tensors, as_given, listed, sources
+from rft_fast.kernels.contract import PER_TENSOR, WRITE_ARGUMENTS, Add, Each, Requests, Write, requests
+from rft_fast.kernels.places import blocks_at
+from rft_fast.kernels.rows import ROLES, device_of, make_rows, mark_written
+from rft_fast.kernels.shards import on_part
+from rft_fast.names import Fill, Impl, Noise, On, Weight
+
+# An offset for the first tensor, or one for each.
+Offset = int | Sequence[int]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +34,11 @@ def _errors_by_own_name(function: Callable[P, R]) -> Callable[P, R]:
         except (TypeError, ValueError, RuntimeError) as error:
             if str(error).startswith("write: "):
                 error.args = (str(error).replace("write", function.__name__, 1),)
+            elif "'draw'" in str(error) and isinstance(error, TypeError):  # Python's own words
+                error.args = (
+                    f"{error}: the number of this perturbation, such as the step of a loop; the same number "
+                    "gives the same noise again",
+                )
             raise
 
     return named
@@ -37,16 +48,17 @@ def write_(
     out: Tensors,
     zeroshot: Tensors,
     finetuned: Tensors,
-    alpha: float,
-    rho: float = 0.0,
+    alpha: Each,
+    rho: Each = 0.0,
     on: On = "finetuned",
-    keep: float = 1.0,
+    keep: Each = 1.0,
     fill: Fill = "zero",
     noise: Noise = "normal",
     adaptive: bool = True,
     seed: int = 0,
     draw: int = 0,
     sign: int = 1,
+    offset: Offset = 0,
     impl: Impl = "auto",
 ) -> None:
     """Interpolate, perturb and mask tensors in one pass, in place into ``out``.
@@ -61,11 +73,13 @@ def write_(
     adaptive, else 1.
 
     Args:
-        out: Tensor to write into, or any iterable of tensors, of any shape. Each tensor, here and below, may
-            be float32, bfloat16 or float16; all are contiguous and on one device. An output may be its own
-            source, and may share memory with nothing else.
-        zeroshot: As many tensors of the same shapes: the weights at alpha = 0.
-        finetuned: As many tensors of the same shapes: the weights at alpha = 1.
+        out: Tensors to write into, of any shape: one, any iterable of them, a module (its parameters), named
+            tensors (a mapping or pairs), or parameter groups. Each tensor, here and below, may be float32,
+            bfloat16 or float16; all are on one device. An output may be its own source, and may share memory
+            with nothing else.
+        zeroshot: As many tensors of the same shapes and layouts: the weights at alpha = 0. Named tensors are
+            matched by name, others by order.
+        finetuned: As many tensors of the same shapes and layouts: the weights at alpha = 1.
         alpha: Position on the path: 0 is zero-shot, 1 is fine-tuned. Any finite number; outside [0, 1] the
             write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.)
         rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3).
@@ -80,16 +94,24 @@ def write_(
         seed: Key of the random generator, an integer in [0, 2**64). Decides the noise and the mask.
         draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
         sign: 1, or -1 for the opposite noise (antithetic pairs).
+        offset: Where the noise and the mask of the first tensor start in those of the whole model, in
+            elements, a multiple of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
-    The noise of a tensor depends on its position in the list, so a list and its tensors one by one differ. On
-    a GPU the call is ordered with the current stream and does not wait. Nothing is differentiated, as under
-    ``torch.no_grad``. For repeated writes, a :class:`rft_fast.Plan` saves checks and table.
+    ``alpha``, ``rho`` and ``keep`` may each be a list with one number per tensor: still one launch, and equal
+    numbers give the bits of the single number.
+
+    The noise of a tensor depends on its position: the tensors' order, or ``offset``. Within a tensor it
+    follows the logical index: not the layout in memory (channels_last and other permutations of contiguous
+    memory are written as they are), and not the sharding (of a DTensor with placements Shard and Replicate
+    each process writes its part, without communication). On a GPU the call is ordered with the current stream
+    and does not wait. Nothing is differentiated, as under ``torch.no_grad``. For repeated writes, a
+    :class:`rft_fast.Plan` saves checks and table.
 
     Raises:
         TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
-        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
-            overlap.
+        ValueError: A number is out of range; an offset is no multiple of 4, or noise overlaps; tensors differ
+            in names, shape, layout, sharding or device, have gaps in memory, or overlap.
         RuntimeError: The backend does not work here; the message names the reason and the remedy.
 
     Example:
@@ -98,28 +120,56 @@ def write_(
         >>> rft.write_(live, zeroshot, finetuned, alpha=0.4, keep=0.5)  # half of the weights pruned (Alg. 1)
     """
     numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
-    tensors = as_list("out", out), as_list("zeroshot", zeroshot), as_list("finetuned", finetuned)
-    if library.is_traced(tensors[0]):
-        library.write_(*tensors, numbers, impl)
+    _write(*sources(out, zeroshot, finetuned, ROLES), numbers, offset, impl, ROLES)
+
+
+def _write(
+    out: Listed,
+    zeroshot: list[Tensor],
+    finetuned: list[Tensor],
+    numbers: library.Numbers,
+    offset: Offset,
+    impl: Impl,
+    roles: tuple[str, str, str],
+) -> None:
+    """Write tensors that have been taken out of their containers and brought into one order."""
+    tensors, names = out
+    at_zero = type(offset) is int and offset == 0
+    blocks = None if at_zero else blocks_at(tensors, offset)
+    if library.is_traced(tensors):
+        library.write_(tensors, zeroshot, finetuned, numbers, impl, blocks)
         return
-    request = Write(*numbers)  # refused before anything is allocated
-    rows = make_rows(*tensors)
+    # Refused before anything is allocated.
+    request = requests(Write, dict(zip(WRITE_ARGUMENTS, numbers, strict=True)), PER_TENSOR, len(tensors))
+    _submit(request, (tensors, zeroshot, finetuned), names, blocks, impl, roles)
+
+
+def _submit(
+    request: Requests,
+    tensors: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    names: Sequence[str] | None,
+    blocks: Sequence[int] | None,
+    impl: Impl,
+    roles: tuple[str, str, str],
+) -> None:
+    rows = make_rows(*tensors, names, blocks, roles)
     registry.pick(impl, device_of(rows)).write(rows, request)
-    torch.autograd.graph.increment_version([row.out for row in rows])
+    mark_written(rows)
 
 
 @_errors_by_own_name
 def interpolate_(
-    out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: float, impl: Impl = "auto"
+    out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: Each, impl: Impl = "auto"
 ) -> None:
     """Write ``out = (1 - alpha) * zeroshot + alpha * finetuned``, exact at alpha = 0 and alpha = 1.
 
     Args:
-        out: Tensor to write into, or any iterable of tensors; requirements as for :func:`rft_fast.write_`.
+        out: Tensors to write into, in any container; requirements as for :func:`rft_fast.write_`.
         zeroshot: As many tensors of the same shapes: the weights at alpha = 0.
         finetuned: As many tensors of the same shapes: the weights at alpha = 1.
         alpha: Position on the path: 0 is zero-shot, 1 is fine-tuned. Any finite number; outside [0, 1] the
-            write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.)
+            write extrapolates. (The paper's formulas write the mirrored alpha, its figures this one.) Or a
+            list with one number per tensor.
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Raises:
@@ -137,140 +187,241 @@ def interpolate_(
 @_errors_by_own_name
 def perturb_(
     params: Tensors,
-    rho: float,
+    rho: Each,
     seed: int = 0,
-    draw: int = 0,
+    *,
+    draw: int,
     adaptive: bool = True,
     noise: Noise = "normal",
     sign: int = 1,
+    offset: Offset = 0,
     impl: Impl = "auto",
 ) -> None:
     """Add noise in place: ``params += sign * rho * (|params| if adaptive else 1) * eps`` (delta of Eq. 3).
 
-    There is no inverse, because floating-point addition loses bits: keep the weights and write them again
-    (:class:`rft_fast.Plan`, ``Path``) instead of subtracting the noise.
+    Perturb, evaluate, restore, each time with another number of the draw::
+
+        before = [p.detach().clone() for p in model.parameters()]
+        for draw in range(20):
+            rft.perturb_(model, rho=0.05, draw=draw)
+            losses.append(evaluate(model))
+            rft.interpolate_(model, before, before, 0)  # the old bits again
+
+    The same seed and draw give the same noise: a second call adds it twice. There is no inverse, because
+    floating-point addition loses bits: keep the weights and write them again instead of subtracting the noise
+    (a :class:`rft_fast.Plan` of ``model, before, before`` does both in one pass).
+
+    The noise of a tensor depends on its position. Call this once for the whole model. One call for each
+    tensor gives equally shaped tensors the same noise, unless ``offset`` says where each one is.
 
     Args:
-        params: Tensor, or any iterable of tensors, of any shape: float32, bfloat16 or float16, contiguous and
-            on one device.
-        rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3).
+        params: Tensors of any shape: one, any iterable of them, a module (its parameters), named tensors (a
+            mapping or pairs), or parameter groups. Each may be float32, bfloat16 or float16, and a DTensor;
+            all are on one device.
+        rho: Noise scale, finite and >= 0; 0 adds no noise (rho of Eq. 3). Or a list with one number per
+            tensor.
         seed: Key of the random generator, an integer in [0, 2**64). Decides the noise.
         draw: Number of the noise draw, an integer in [0, 2**32).
         adaptive: Scale the noise by the magnitude of each weight; False: by rho alone.
         noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
             (-1 or 1).
         sign: 1, or -1 for the opposite noise (antithetic pairs).
+        offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
+            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Raises:
         TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
-        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
-            overlap.
+        ValueError: A number is out of range; an offset is no multiple of 4, or noise overlaps; tensors are on
+            several devices, have gaps in memory, or overlap.
         RuntimeError: The backend does not work here; the message names the reason and the remedy.
 
     Example:
-        >>> before = [p.clone() for p in params]
-        >>> rft.perturb_(params, rho=0.05, seed=0, draw=3)  # measure here
-        >>> rft.interpolate_(params, before, before, 0)  # the old bits again
+        >>> at = rft.offsets([p for group in optimizer.param_groups for p in group["params"]])
+        >>> rft.perturb_(optimizer.param_groups, 0.05, draw=3)  # all groups
+        >>> rft.perturb_(first_group, 0.05, draw=3, offset=at[: len(first_group)])  # the same noise, a part
     """
-    tensors = as_list("params", params)  # once: a generator can be read only once
-    write_(
-        tensors,
-        tensors,
-        tensors,
-        1.0,
-        rho,
-        noise=noise,
-        adaptive=adaptive,
-        seed=seed,
-        draw=draw,
-        sign=sign,
-        impl=impl,
-    )
+    first = listed("params", params)  # once: a generator can be read only once
+    numbers = (1.0, rho, "finetuned", 1.0, "zero", noise, adaptive, seed, draw, sign)
+    _write(first, first[0], first[0], numbers, offset, impl, ("params",) * 3)
+
+
+@_errors_by_own_name
+def add_(
+    out: Tensors, w: Tensors, b: Tensors, scale: Each, weight: Weight = "none", impl: Impl = "auto"
+) -> None:
+    """Write ``out = w + scale * factor(w) * b``, with factor(w) = 1, ``|w|`` or ``w * w``, in one pass.
+
+    Computed in float32 as ``w + ((factor(w) * scale) * b)``, each operation rounded, and rounded once more to
+    the type of ``out``. ``scale = 0`` copies w.
+
+    SAM and ASAM (ascent; restore by ``rft.interpolate_(params, before, before, 0)``)::
+
+        rft.add_(params, before, grads, rho / norm(grads))  # SAM
+        rft.add_(params, before, grads, rho / norm(|w| * grads), weight="square")  # ASAM, T_w = |w|
+
+    Task arithmetic adds one vector after the other; a zeroth-order step with decay moves along the noise of
+    a draw and shrinks the weights::
+
+        rft.add_(params, params, vector, 0.3)
+        rft.add_(params, params, rft.noise_like(params, seed, draw), -lr * slope)
+        rft.add_(params, params, params, -lr * decay)
+
+    Args:
+        out: Tensors to write into, in any container; requirements as for :func:`rft_fast.write_`. May be w or
+            b.
+        w: As many tensors of the same shapes and layouts.
+        b: As many tensors of the same shapes and layouts: what is added.
+        scale: Factor of b, finite; 0 copies w. Or a list with one number per tensor.
+        weight: Further factor of b: "none", "abs" (``|w|``) or "square" (``w * w``).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
+        ValueError: A number is out of range; or tensors differ in names, shape, layout, sharding or device,
+            have gaps in memory, or overlap.
+        RuntimeError: The backend does not work here; the message names the reason and the remedy.
+
+    Source: sharpness-aware minimization, Foret et al. 2021, Eq. 2; ASAM, Kwon et al. 2021, Eq. 7.
+    """
+    # To a table, b is the zero-shot end, from which the "operand" noise is read.
+    roles = ("out", "b", "w")
+    first, bs, ws = sources(out, b, w, roles)
+    if library.is_traced(first[0]):
+        library.add_(first[0], ws, bs, scale, weight, impl)
+        return
+    request = requests(Add, {"scale": scale, "weight": weight}, ("scale",), len(first[0]))
+    _submit(request, (first[0], bs, ws), first[1], None, impl, roles)
 
 
 @overload
 def noise_like(
-    params: Tensor, seed: int = 0, draw: int = 0, noise: Noise = "normal", impl: Impl = "auto"
-) -> Tensor: ...
-@overload
-def noise_like(
-    params: Iterable[Tensor],
+    params: Tensor,
     seed: int = 0,
     draw: int = 0,
     noise: Noise = "normal",
+    offset: Offset = 0,
+    impl: Impl = "auto",
+) -> Tensor: ...
+@overload
+def noise_like(
+    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    seed: int = 0,
+    draw: int = 0,
+    noise: Noise = "normal",
+    offset: Offset = 0,
+    impl: Impl = "auto",
+) -> dict[str, Tensor]: ...
+@overload
+def noise_like(
+    params: Iterable[Tensor] | Iterable[Mapping[str, Any]],
+    seed: int = 0,
+    draw: int = 0,
+    noise: Noise = "normal",
+    offset: Offset = 0,
     impl: Impl = "auto",
 ) -> list[Tensor]: ...
 @_errors_by_own_name
 def noise_like(
-    params: Tensors, seed: int = 0, draw: int = 0, noise: Noise = "normal", impl: Impl = "auto"
-) -> Tensor | list[Tensor]:
+    params: Tensors,
+    seed: int = 0,
+    draw: int = 0,
+    noise: Noise = "normal",
+    offset: Offset = 0,
+    impl: Impl = "auto",
+) -> Tensor | list[Tensor] | dict[str, Tensor]:
     """Return the noise ``eps`` that the kernels use for these tensors.
 
     Args:
-        params: Tensor, or any iterable of tensors, of any shape, on one device. Only shapes and device are
-            used.
+        params: Tensors of any shape, on one device, in any container that :func:`rft_fast.perturb_` takes.
+            Only shapes, device and sharding are used.
         seed: Key of the random generator, an integer in [0, 2**64). Decides the noise.
         draw: Number of the noise draw, an integer in [0, 2**32).
         noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
             (-1 or 1).
+        offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
+            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Returns:
-        float32 tensors of the same shapes on the same device: one for a tensor, else a list.
+        float32 tensors of the same shapes on the same device, sharded as the parameters are: one for a
+        tensor, a dict by name for a module or named tensors, else a list.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A number is out of range, or the tensors are on several devices.
+        ValueError: A number is out of range; an offset is no multiple of 4, or noise overlaps; or the tensors
+            are on several devices.
         RuntimeError: The backend does not work here; the message names the reason and the remedy.
 
     Example:
         >>> eps = rft.noise_like(params, seed=0, draw=3)
-        >>> perturbed = [p + 0.05 * p.abs() * e for p, e in zip(params, eps)]  # perturb_(params, 0.05, 0, 3)
+        >>> perturbed = [p + 0.05 * p.abs() * e for p, e in zip(params, eps)]  # perturb_(params, .05, draw=3)
     """
-    like = _float32_like(params, torch.zeros_like)
-    write_(like, like, like, 1.0, 1.0, noise=noise, adaptive=False, seed=seed, draw=draw, impl=impl)
-    return like[0] if isinstance(params, Tensor) else like
+    like, names = _float32_like(params, torch.zeros_like)
+    numbers = (1.0, 1.0, "finetuned", 1.0, "zero", noise, False, seed, draw, 1)
+    _write((like, names), like, like, numbers, offset, impl, ("params",) * 3)
+    return as_given(params, like, names)  # type: ignore[no-any-return]
 
 
-@overload
-def keep_mask_like(params: Tensor, keep: float, seed: int = 0, impl: Impl = "auto") -> Tensor: ...
 @overload
 def keep_mask_like(
-    params: Iterable[Tensor], keep: float, seed: int = 0, impl: Impl = "auto"
+    params: Tensor, keep: float, seed: int = 0, offset: Offset = 0, impl: Impl = "auto"
+) -> Tensor: ...
+@overload
+def keep_mask_like(
+    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    keep: Each,
+    seed: int = 0,
+    offset: Offset = 0,
+    impl: Impl = "auto",
+) -> dict[str, Tensor]: ...
+@overload
+def keep_mask_like(
+    params: Iterable[Tensor] | Iterable[Mapping[str, Any]],
+    keep: Each,
+    seed: int = 0,
+    offset: Offset = 0,
+    impl: Impl = "auto",
 ) -> list[Tensor]: ...
 @_errors_by_own_name
-def keep_mask_like(params: Tensors, keep: float, seed: int = 0, impl: Impl = "auto") -> Tensor | list[Tensor]:
+def keep_mask_like(
+    params: Tensors, keep: Each, seed: int = 0, offset: Offset = 0, impl: Impl = "auto"
+) -> Tensor | list[Tensor] | dict[str, Tensor]:
     """Return the Bernoulli mask that the kernels use for these tensors (Algorithm 1).
 
     Args:
-        params: Tensor, or any iterable of tensors, of any shape, on one device. Only shapes and device are
-            used.
-        keep: Probability, in [0, 1], that a weight is kept.
+        params: Tensors of any shape, on one device, in any container that :func:`rft_fast.perturb_` takes.
+            Only shapes, device and sharding are used.
+        keep: Probability, in [0, 1], that a weight is kept. Or a list with one number per tensor.
         seed: Key of the random generator, an integer in [0, 2**64). Decides the mask.
+        offset: Where the mask of the first tensor starts in that of the whole model, in elements, a multiple
+            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Returns:
-        bool tensors of the same shapes on the same device, True where the weight is kept: one for a tensor,
-        else a list.
+        bool tensors of the same shapes on the same device, sharded as the parameters are, True where the
+        weight is kept: one for a tensor, a dict by name for a module or named tensors, else a list.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A number is out of range, or the tensors are on several devices.
+        ValueError: A number is out of range; an offset is no multiple of 4, or masks overlap; or the tensors
+            are on several devices.
         RuntimeError: The backend does not work here; the message names the reason and the remedy.
 
     Example:
         >>> mask = rft.keep_mask_like(weight, keep=0.5, seed=0)
         >>> pruned = weight * mask  # half of the weights, on average
     """
-    like = _float32_like(params, torch.ones_like)
-    write_(like, like, like, 1.0, keep=keep, seed=seed, impl=impl)
-    masks = [tensor.bool() for tensor in like]
-    return masks[0] if isinstance(params, Tensor) else masks
+    like, names = _float32_like(params, torch.ones_like)
+    numbers = (1.0, 0.0, "finetuned", keep, "zero", "normal", True, seed, 0, 1)
+    _write((like, names), like, like, numbers, offset, impl, ("params",) * 3)
+    return as_given(params, [on_part(tensor, Tensor.bool) for tensor in like], names)  # type: ignore[no-any-return]
 
 
-def _float32_like(params: Tensors, make: Callable[..., Tensor]) -> list[Tensor]:
-    return [
-        make(p, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)
-        for p in as_list("params", params)
-    ]
+def _float32_like(params: Tensors, make: Callable[..., Tensor]) -> Listed:
+    tensors, names = listed("params", params)
+
+    def like(part: Tensor) -> Tensor:
+        return make(part, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)
+
+    return [on_part(tensor, like) for tensor in tensors], names

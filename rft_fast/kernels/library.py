@@ -1,8 +1,9 @@
-"""The write as an operator of torch, ``rft_fast::write_``, for code that traces or fakes tensors.
+"""The operators of torch, ``rft_fast::write_`` and ``rft_fast::add_``, for code that traces or fakes tensors.
 
-torch.compile, torch.export, make_fx and fake tensors cannot look into the backends. For them ``write_`` and
-``Plan.write`` call this operator, whose schema declares what it reads, changes and refuses. All other calls
-go straight to a backend, because an operator costs more.
+torch.compile, torch.export, make_fx and fake tensors cannot look into the backends. For them ``write_``,
+``add_`` and ``Plan.write`` call these operators, whose schemas declare what they read, change and refuse. All
+other calls go straight to a backend, because an operator costs more. (``noise_like``, ``keep_mask_like``,
+``perturb_`` and ``interpolate_`` are writes.)
 
 A source that is None is the output itself: an operator must not receive one tensor both to change and to
 read. The seed is two 32-bit words, because integers of a schema are signed. On meta tensors the operator
@@ -15,26 +16,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rft_fast.kernels import registry
-from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, lay_out, make_rows
-from rft_fast.names import Impl
-
-# Types that hold their own data; another subclass of Tensor may be anything.
-PLAIN = (Tensor, nn.Parameter)
+from rft_fast.kernels.contract import (
+    PER_TENSOR,
+    WRITE_ARGUMENTS,
+    Add,
+    Each,
+    Write,
+    is_list,
+    requests,
+    spread,
+)
+from rft_fast.kernels.rows import lay_out, make_rows
+from rft_fast.kernels.shards import PLAIN, is_sharded
+from rft_fast.names import Impl, Weight
 
 # The arguments of a Write, in order.
 Numbers = tuple[Any, ...]
 
-# The tensors; the numbers of a Write, the seed as two words; the backend; where each tensor's noise starts.
+# The tensors; the numbers of a Write, the seed as two words; the backend; where each tensor's noise starts;
+# the numbers of each tensor, which replace the single ones.
 _SCHEMA = (
     "(Tensor(a0!)[] out, Tensor?[] zeroshot, Tensor?[] finetuned, "
     "float alpha, float rho, str on, float keep, str fill, str noise, bool adaptive, "
-    "SymInt seed_high, SymInt seed_low, SymInt draw, SymInt sign, str impl, SymInt[]? blocks=None) -> ()"
+    "SymInt seed_high, SymInt seed_low, SymInt draw, SymInt sign, str impl, SymInt[]? blocks=None, "
+    "float[]? alphas=None, float[]? rhos=None, float[]? keeps=None) -> ()"
 )
 _OTHERS = len(WRITE_ARGUMENTS) + 2  # arguments between the tensors and ``blocks``
+_ADD = "(Tensor(a0!)[] out, Tensor?[] w, Tensor?[] b, float[] scale, str weight, str impl) -> ()"
 
 # Numbers whose values are not known while tracing.
 SYMBOLS = (torch.SymInt, torch.SymFloat)
@@ -50,9 +62,18 @@ def is_traced(tensors: Sequence[Tensor]) -> bool:
     if is_tracing():
         return True
     for tensor in tensors:  # half the time of any()
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN and not is_sharded(tensor):
             return True
     return False
+
+
+def _refuse_sharded(tensors: Sequence[Tensor]) -> None:
+    for place, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            raise RuntimeError(
+                f"write: tensor {place} is a DTensor, which compiled code cannot write; call this outside of "
+                "the compiled function, which then sees the new weights"
+            )
 
 
 def write_(
@@ -63,21 +84,45 @@ def write_(
     impl: Impl,
     blocks: Sequence[int] | None = None,
 ) -> None:
-    """Write through the operator. ``blocks``: as for ``contract.make_rows``."""
+    """Write through the operator. ``blocks``: as for ``rows.make_rows``."""
+    _refuse_sharded(out)
     if not torch.compiler.is_dynamo_compiling():  # cannot trace Write; _refuse checks there
-        numbers = _checked(numbers)
-    *others, seed, draw, sign = numbers
+        numbers = _checked(numbers, len(out))
+    named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
+    lists: list[list[Any] | None] = []
+    for name in PER_TENSOR:
+        lists.append(spread(name, named[name], len(out)) if is_list(named[name]) else None)
+        if lists[-1] is not None:
+            named[name] = 0.0
+    *others, seed, draw, sign = named.values()
     with torch.no_grad():
         _write(
             out, _apart(zeroshot, out), _apart(finetuned, out),
-            *others, seed // 2**32, seed % 2**32, draw, sign, impl, blocks,
+            *others, seed // 2**32, seed % 2**32, draw, sign, impl, blocks, *lists,
         )  # fmt: skip
 
 
-def _checked(numbers: Numbers) -> Numbers:
-    """Return the numbers as a ``Write`` has them, validated; symbols as they are."""
+def add_(
+    out: Sequence[Tensor],
+    w: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Each,
+    weight: Weight,
+    impl: Impl,
+) -> None:
+    """``rft_fast.add_`` through its operator."""
+    _refuse_sharded(out)
+    scales = spread("scale", scale, len(out))
+    with torch.no_grad():
+        _add(out, _apart(w, out), _apart(b, out), scales, weight, impl)
+
+
+def _checked(numbers: Numbers, count: int) -> Numbers:
+    """Return the numbers as a ``Write`` has them, validated; symbols and lists as they are."""
     named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
     known = {name: number for name, number in named.items() if not isinstance(number, SYMBOLS)}
+    requests(Write, {"alpha": 0.0, **known}, [name for name in PER_TENSOR if name in known], count)
+    known = {name: number for name, number in known.items() if not is_list(number)}
     request = Write(**{"alpha": 0.0, **known})
     return tuple(getattr(request, name) if name in known else named[name] for name in named)
 
@@ -104,7 +149,7 @@ def _write(
     out: Sequence[Tensor], zeroshot: Sequence[Tensor | None], finetuned: Sequence[Tensor | None], *others: Any
 ) -> None:
     numbers, impl, blocks = _parsed(others)
-    request = Write(*numbers)
+    request = requests(Write, dict(zip(WRITE_ARGUMENTS, numbers, strict=True)), PER_TENSOR, len(out))
     rows = make_rows(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
     if rows:
         registry.pick(impl, rows[0].out.device).write(rows, request)
@@ -116,13 +161,47 @@ def _refuse(
 ) -> None:
     """Refuse what ``_write`` would refuse, as far as it is known while tracing."""
     numbers, impl, blocks = _parsed(others)
-    _checked(numbers)
+    _checked(numbers, len(out))
     registry.check_name(impl)
     lay_out(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
 
 
+@torch.library.custom_op(
+    "rft_fast::add_", mutates_args=("out",), schema=_ADD, tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _add(
+    out: Sequence[Tensor],
+    w: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    scale: Sequence[float],
+    weight: Weight,
+    impl: Impl,
+) -> None:
+    request = requests(Add, {"scale": list(scale), "weight": weight}, ("scale",), len(out))
+    rows = make_rows(out, _together(b, out), _together(w, out), roles=("out", "b", "w"))
+    if rows:
+        registry.pick(impl, rows[0].out.device).write(rows, request)
+
+
+@_add.register_fake
+def _refuse_add(
+    out: Sequence[Tensor],
+    w: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    scale: Sequence[float],
+    weight: Weight,
+    impl: Impl,
+) -> None:
+    known = [0.0 if isinstance(number, SYMBOLS) else number for number in scale]
+    requests(Add, {"scale": known, "weight": weight}, ("scale",), len(out))
+    registry.check_name(impl)
+    lay_out(out, _together(b, out), _together(w, out), roles=("out", "b", "w"))
+
+
 def _parsed(others: Sequence[Any]) -> tuple[Numbers, Impl, Sequence[int] | None]:
-    """The operator's arguments after the tensors: numbers, backend, blocks (which torch omits if None)."""
+    """The operator's arguments after the tensors: numbers, backend, blocks (torch omits trailing Nones)."""
     *numbers, seed_high, seed_low, draw, sign, impl = others[:_OTHERS]
-    blocks = others[_OTHERS] if len(others) > _OTHERS else None
-    return (*numbers, seed_high * 2**32 + seed_low, draw, sign), impl, blocks
+    blocks, *lists = [*others[_OTHERS:], *[None] * 4][:4]
+    named = dict(zip(WRITE_ARGUMENTS, numbers, strict=False))
+    named |= {name: given for name, given in zip(PER_TENSOR, lists, strict=True) if given is not None}
+    return (*named.values(), seed_high * 2**32 + seed_low, draw, sign), impl, blocks

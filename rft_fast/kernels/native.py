@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_fast.kernels.contract import Row, Write, device_of
-from rft_fast.kernels.resident import Resident, refuse_capture
+from rft_fast.kernels.contract import Add, Request, Requests
+from rft_fast.kernels.places import DIMENSIONS
+from rft_fast.kernels.resident import Resident, refuse_capture, refuse_numbers
+from rft_fast.kernels.rows import Row, device_of
 
 # Equals VERSION in csrc/bindings.cpp; both change whenever the two sides must change together.
-VERSION = 3
+VERSION = 4
 
 _REBUILD = "rebuild it from the sources: pip install --force-reinstall --no-deps ."
 
@@ -67,32 +69,43 @@ _native, _missing = _load()
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOISE = {"normal": 1, "uniform": 2, "rademacher": 3}
+_OPERAND = 4  # what is added is read from the zero-shot end
+_WEIGHT = {"none": 0, "abs": 1, "square": 2}
 
 # GPUs on which every kernel has been loaded.
 _usable: set[torch.device] = set()
 
 
 def as_entry(row: Row) -> tuple[int, ...]:
-    """Return a row as the compiled module takes it."""
+    """Return a row as the compiled module takes it: 8 integers, and those of a place as 8 more."""
     tensors = (row.out, row.zeroshot, row.finetuned)
     pointers, dtypes = (t.data_ptr() for t in tensors), (_DTYPE[t.dtype] for t in tensors)
-    return (*pointers, *dtypes, row.size, row.first_block)
+    entry = (*pointers, *dtypes, row.size, row.first_block)
+    if row.place is None:
+        return entry
+    start, sizes, strides = row.place
+    padding = DIMENSIONS - len(sizes)  # outer dimensions of size 1
+    # The outermost size follows from the row's.
+    return (*entry, start, *((1,) * padding + sizes)[1:], *((0,) * padding + strides))
 
 
-def as_numbers(write: Write) -> tuple[object, ...]:
+def as_numbers(request: Request) -> tuple[object, ...]:
     """Return the arguments of the compiled module's ``Element``."""
+    if isinstance(request, Add):
+        noise, weight = (_OPERAND if request.scale else 0), _WEIGHT[request.weight]
+        return 1, 0.0, noise, request.scale, weight, False, False, 0, False, 0, 0
     return (
-        write.base,
-        write.k,
-        _NOISE[write.noise] if write.noisy else 0,
-        write.scale,
-        write.adaptive,
-        write.on == "interpolated",
-        write.masked,
-        write.threshold if write.masked else 0,
-        write.fill == "zeroshot",
-        write.seed,
-        write.draw,
+        request.base,
+        request.k,
+        _NOISE[request.noise] if request.noisy else 0,
+        request.scale,
+        int(request.adaptive),
+        request.on == "interpolated",
+        request.masked,
+        request.threshold if request.masked else 0,
+        request.fill == "zeroshot",
+        request.seed,
+        request.draw,
     )
 
 
@@ -122,22 +135,31 @@ class Table:
         else:
             self._table = _native.Table(entries)
 
-    def write(self, runs: Sequence[tuple[int, int]], write: Write, isa: str = "") -> None:
+    def write(self, runs: Sequence[tuple[int, int]], request: Requests, isa: str = "") -> None:
         """Write runs of rows. ``isa``: instruction set of the CPU, for tests; empty: the fastest one here."""
-        element = self._element(*as_numbers(write))
-        if self._device.type == "cuda":
-            memory, stream = self._resident.parts[0].data_ptr(), self._resident.stream()
-            index = self._device.index
-            with torch.cuda.device(index):  # does not switch back to a device without a context
-                self._table.write(memory, runs, element, index, stream)
-        else:
-            self._table.write(runs, element, torch.get_num_threads(), isa)
+        given = [request] if isinstance(request, Request) else request
+        elements = [self._element(*as_numbers(each)) for each in given]
+        if self._device.type != "cuda":
+            self._table.write(runs, elements, torch.get_num_threads(), isa)
+            return
+        if len(elements) > 1:
+            refuse_numbers("native", self._device)
+            # Freed on return: torch does not reuse it before the work launched on this stream is done.
+            numbers = Resident(self._device, [as_bytes(self._table, elements)], wait=False)
+        memory, stream = self._resident.parts[0].data_ptr(), self._resident.stream()
+        index, own = self._device.index, numbers.parts[0].data_ptr() if len(elements) > 1 else 0
+        with torch.cuda.device(index):  # does not switch back to a device without a context
+            self._table.write(memory, runs, elements, own, index, stream)
 
 
-def as_bytes(table: Any) -> Tensor:
-    """Return the device form of a ``CudaTable``: uint8 [bytes], on the host."""
-    found = torch.empty(table.bytes, dtype=torch.uint8)
-    table.fill(found.data_ptr())
+def as_bytes(table: Any, elements: Sequence[Any] = ()) -> Tensor:
+    """Return a ``CudaTable`` as on the device, or the numbers of its rows: uint8 [bytes], on the host."""
+    if elements:
+        found = torch.empty(table.number_bytes, dtype=torch.uint8)
+        table.fill_numbers(found.data_ptr(), elements)
+    else:
+        found = torch.empty(table.bytes, dtype=torch.uint8)
+        table.fill(found.data_ptr())
     return found
 
 

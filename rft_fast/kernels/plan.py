@@ -5,36 +5,47 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-import torch
-from torch import Tensor
-
 from rft_fast.kernels import library, registry
-from rft_fast.kernels.contract import WRITE_ARGUMENTS, Write, check_runs, device_of, make_rows
+from rft_fast.kernels.containers import Tensors, sources
+from rft_fast.kernels.contract import (
+    PER_TENSOR,
+    WRITE_ARGUMENTS,
+    Each,
+    Requests,
+    Write,
+    is_list,
+    requests,
+    spread,
+)
+from rft_fast.kernels.places import blocks_at
+from rft_fast.kernels.rows import ROLES, check_runs, device_of, make_rows, mark_written
 from rft_fast.names import Fill, Impl, Names, Noise, On
-
-Tensors = Tensor | Iterable[Tensor]
 
 
 class Plan:
     """A table of (output, zero-shot, fine-tuned) tensors, checked once and written many times.
 
     Args:
-        out: Tensors to write into, one or any iterable of them, of any shape.
-        zeroshot: As many tensors of the same shapes: the weights at alpha = 0.
-        finetuned: As many tensors of the same shapes: the weights at alpha = 1.
+        out: Tensors to write into, of any shape: one, any iterable of them, a module (its parameters), named
+            tensors (a mapping or pairs), or parameter groups.
+        zeroshot: As many tensors of the same shapes and layouts: the weights at alpha = 0. Named tensors are
+            matched by name, others by order.
+        finetuned: As many tensors of the same shapes and layouts: the weights at alpha = 1.
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
-        names: What error messages call the tensors; None: "tensor 0", "tensor 1" ...
-        blocks: Philox block (of four elements) at which the noise of each tensor starts; None: one tensor
-            after the other from 0. Tensors of a larger model get the noise that they have there.
+        names: What error messages call the tensors; None: their names in ``out``, or "tensor 0" ...
+        offsets: Where the noise and the mask of each tensor start in those of the whole model, in elements,
+            multiples of 4 (:func:`rft_fast.offsets`); or one number, from which the tensors follow each
+            other.
 
-    Each tensor may be float32, bfloat16 or float16, whatever the others are; all are contiguous and on one
-    device. An output may be its own source (in place), and may share memory with nothing else.
+    Each tensor may be float32, bfloat16 or float16, whatever the others are, and dense in memory in any order
+    of its dimensions; all are on one device. Of a DTensor the local part is written, with the noise of its
+    place. An output may be its own source (in place), and may share memory with nothing else.
 
-    The noise of a tensor starts at its position in the table, the same whichever tensors are written. The
-    plan keeps the tensors' memory alive and writes to the memory that it was made for: after re-binding a
-    parameter's ``.data``, make a new plan. A write does not check that the memory still exists, so do not
-    resize storage under a plan, as FSDP does (``Path`` checks it). Several threads may write one plan as long
-    as their runs share no tensors; two plans share no state.
+    The noise of a tensor starts at its position in the table, or at its offset, the same whichever tensors
+    are written. The plan keeps the tensors' memory alive and writes to the memory that it was made for: after
+    re-binding a parameter's ``.data``, make a new plan. A write does not check that the memory still
+    exists, so do not resize storage under a plan, as FSDP does (``Path`` checks it). Several threads may
+    write one plan as long as their runs share no tensors; two plans share no state.
 
     Write outside of code that ``torch.compile`` compiles: weights stay where they are, so that a compiled
     model sees the new values. Inside, a write is one operator of the graph with the same result, but it
@@ -45,8 +56,8 @@ class Plan:
 
     Raises:
         TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
-        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
-            overlap.
+        ValueError: An offset is no multiple of 4, or noise overlaps; tensors differ in names, shape, layout,
+            sharding or device, have gaps in memory, or overlap.
         RuntimeError: The backend does not work here; the message names the reason and the remedy.
 
     Example:
@@ -62,17 +73,18 @@ class Plan:
         finetuned: Tensors,
         impl: Impl = "auto",
         names: Names | None = None,
-        blocks: Sequence[int] | None = None,
+        offsets: int | Sequence[int] = 0,
     ) -> None:
-        rows = make_rows(out, zeroshot, finetuned, None if names is None else list(names), blocks)
+        (outs, own), w0, w1 = sources(out, zeroshot, finetuned, ROLES)
+        blocks = blocks_at(outs, offsets, "offsets")
+        rows = make_rows(outs, w0, w1, own if names is None else list(names), blocks)
         backend = registry.pick(impl, device_of(rows))
         self.impl = backend.name
         self._rows = rows
-        self._outs = [row.out for row in rows]
         self._table = backend.table(rows)
 
     def __len__(self) -> int:
-        return len(self._outs)
+        return len(self._rows)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -82,12 +94,12 @@ class Plan:
 
     def write(
         self,
-        alpha: float,
+        alpha: Each,
         *,
         tensors: Iterable[tuple[int, int]] | None = None,
-        rho: float = 0.0,
+        rho: Each = 0.0,
         on: On = "finetuned",
-        keep: float = 1.0,
+        keep: Each = 1.0,
         fill: Fill = "zero",
         noise: Noise = "normal",
         adaptive: bool = True,
@@ -114,16 +126,22 @@ class Plan:
             draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
             sign: 1, or -1 for the opposite noise (antithetic pairs).
 
+        ``alpha``, ``rho`` and ``keep`` may each be a list with one number per tensor of the plan, whichever
+        are written: still one launch, and equal numbers give the bits of the single number.
+
         Raises:
             TypeError: An argument has the wrong type.
-            ValueError: A number is out of range; or runs overlap, or lie outside the table.
-            RuntimeError: A CUDA graph is captured, and this form of write has not run before (Triton).
+            ValueError: A number is out of range, or a list has another length than the plan; or runs overlap,
+                or lie outside the table.
+            RuntimeError: A CUDA graph is captured, and this form of write has not run before (Triton), or
+                numbers differ from tensor to tensor.
         """
         numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
         if library.is_tracing():
             self._write_traced(tensors, numbers)
         else:
-            self.submit(Write(*numbers), tensors)
+            named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
+            self._submit(requests(Write, named, PER_TENSOR, len(self)), tensors)
 
     def submit(self, write: Write, tensors: Iterable[tuple[int, int]] | None = None) -> None:
         """As :meth:`write`, with numbers that were validated before.
@@ -138,17 +156,29 @@ class Plan:
         """
         if library.is_tracing():
             self._write_traced(tensors, tuple(getattr(write, name) for name in WRITE_ARGUMENTS))
-            return
-        rows = len(self._outs)
-        runs = [(0, rows)] if tensors is None else check_runs(tensors, rows)
-        self._table.write(runs, write)
-        # Autograd must see that saved tensors have changed, as after any in-place operation.
-        for first, last in runs:
-            torch.autograd.graph.increment_version(self._outs[first:last])
+        else:
+            self._submit(write, tensors)
+
+    def _submit(self, request: Requests, tensors: Iterable[tuple[int, int]] | None) -> None:
+        runs = [(0, len(self))] if tensors is None else check_runs(tensors, len(self))
+        self._table.write(runs, request)
+        mark_written(row for first, last in runs for row in self._rows[first:last])
 
     def _write_traced(self, tensors: Iterable[tuple[int, int]] | None, numbers: library.Numbers) -> None:
         runs = [(0, len(self._rows))] if tensors is None else check_runs(tensors, len(self._rows))
         rows = [row for first, last in runs for row in self._rows[first:last]]
+        if any(row.whole is not None for row in rows):
+            raise RuntimeError(
+                "write: this plan writes DTensors, which compiled code cannot; write outside of the compiled "
+                "function, which then sees the new weights"
+            )
+        if tensors is not None:  # lists have a number for each tensor of the plan
+            named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
+            for name in PER_TENSOR:
+                if is_list(named[name]):
+                    each = spread(name, named[name], len(self._rows))
+                    named[name] = [number for first, last in runs for number in each[first:last]]
+            numbers = tuple(named.values())
         library.write_(
             [row.out for row in rows],
             [row.zeroshot for row in rows],

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rft_fast.kernels.contract import BLOCK, PURPOSE_MASK, PURPOSE_NOISE, Row, Write
+from rft_fast.kernels.contract import BLOCK, PURPOSE_MASK, PURPOSE_NOISE, Add, Request, Requests, Write
+from rft_fast.kernels.rows import Row
 from rft_fast.names import Noise, never
 
 MASK32 = 0xFFFFFFFF
@@ -51,6 +52,11 @@ def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
 def words(seed: int, first_block: int, blocks: int, draw: int, purpose: int, device: torch.device) -> Tensor:
     """Return the random words of consecutive blocks: int64 [blocks, 4]."""
     block = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
+    return words_of(seed, block, draw, purpose)
+
+
+def words_of(seed: int, block: Tensor, draw: int, purpose: int) -> Tensor:
+    """Return the random words of the given blocks, int64 [n]: int64 [n, 4]."""
     counter = (
         block & MASK32,
         block >> 32,
@@ -88,22 +94,47 @@ def _lerp(w0: Tensor, w1: Tensor, write: Write) -> Tensor:
     return start + (w1 - w0) * write.k
 
 
-def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
-    """Return out[start:stop] of one row, in float32. ``start`` is a multiple of BLOCK."""
-    w0 = row.zeroshot.view(-1)[start:stop].to(torch.float32)
-    w1 = row.finetuned.view(-1)[start:stop].to(torch.float32)
-    first_block = row.first_block + start // BLOCK
-    blocks = math.ceil((stop - start) / BLOCK)
+def flat(tensor: Tensor) -> Tensor:
+    """Return the elements of a dense tensor in the order of memory, as a view."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def positions(row: Row, start: int, stop: int) -> Tensor:
+    """Return where the noise of elements [start, stop), in the order of memory, is: int64 [stop - start]."""
+    index = torch.arange(start, stop, dtype=torch.int64, device=row.out.device)
+    if row.place is None:
+        return index
+    found = torch.full_like(index, row.place.start)
+    for size, stride in zip(reversed(row.place.sizes), reversed(row.place.strides), strict=True):
+        found += index % size * stride
+        index = index // size
+    return found
+
+
+def _chunk(row: Row, request: Request, start: int, stop: int) -> Tensor:
+    """Return out[start:stop] of one row, in the order of memory and in float32."""
+    w0 = flat(row.zeroshot)[start:stop].to(torch.float32)
+    w1 = flat(row.finetuned)[start:stop].to(torch.float32)
+    if isinstance(request, Add):
+        if request.scale == 0:
+            return w1
+        factor = {"none": torch.ones_like(w1), "abs": w1.abs(), "square": w1 * w1}[request.weight]
+        return w1 + factor * request.scale * w0
+    write = request
+    at = positions(row, start, stop)
+    blocks, of_block = torch.unique(at // BLOCK, return_inverse=True)
+    blocks += row.first_block
+    element = of_block * BLOCK + at % BLOCK
 
     def draw(purpose: int, number: int) -> Tensor:
-        return words(write.seed, first_block, blocks, number, purpose, w1.device)
+        return words_of(write.seed, blocks, number, purpose)
 
     if write.masked:
-        kept = draw(PURPOSE_MASK, 0).flatten()[: stop - start] < write.threshold
+        kept = draw(PURPOSE_MASK, 0).flatten()[element] < write.threshold
         w1 = torch.where(kept, w1, torch.zeros_like(w1) if write.fill == "zero" else w0)
     if not write.noisy:
         return _lerp(w0, w1, write)
-    eps = noise(draw(PURPOSE_NOISE, write.draw), write.noise)[: stop - start]
+    eps = noise(draw(PURPOSE_NOISE, write.draw), write.noise)[element]
 
     def perturbed(w: Tensor) -> Tensor:
         return w + (w.abs() * write.scale if write.adaptive else write.scale) * eps
@@ -113,10 +144,13 @@ def _chunk(row: Row, write: Write, start: int, stop: int) -> Tensor:
     return perturbed(_lerp(w0, w1, write))
 
 
-def _copied(row: Row, write: Write) -> Tensor | None:
+def _copied(row: Row, request: Request) -> Tensor | None:
     """The source whose bits ``out`` receives unchanged, NaNs included; None where more is computed."""
-    source = row.finetuned if write.base else row.zeroshot
-    plain = write.k == 0 and not write.noisy and not write.masked
+    if isinstance(request, Add):
+        source, plain = row.finetuned, request.scale == 0
+    else:
+        source = row.finetuned if request.base else row.zeroshot
+        plain = request.k == 0 and not request.noisy and not request.masked
     return source if plain and source.dtype == row.out.dtype else None
 
 
@@ -127,17 +161,20 @@ class Table:
         self._rows = list(rows)
 
     @torch.no_grad()
-    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
+    def write(self, runs: Sequence[tuple[int, int]], request: Requests) -> None:
         for first, last in runs:
-            for row in self._rows[first:last]:
-                source = _copied(row, write)
-                if source is not None:
-                    row.out.detach().copy_(source)
-                    continue
-                out = row.out.detach().view(-1)
-                for start in range(0, row.size, CHUNK):
-                    stop = min(start + CHUNK, row.size)
-                    out[start:stop] = _chunk(row, write, start, stop).to(out.dtype)
+            for index in range(first, last):
+                self._write(self._rows[index], request if isinstance(request, Request) else request[index])
+
+    def _write(self, row: Row, request: Request) -> None:
+        source = _copied(row, request)
+        if source is not None:
+            row.out.detach().copy_(source)
+            return
+        out = flat(row.out)
+        for start in range(0, row.size, CHUNK):
+            stop = min(start + CHUNK, row.size)
+            out[start:stop] = _chunk(row, request, start, stop).to(out.dtype)
 
 
 def why_not(device: torch.device) -> str | None:

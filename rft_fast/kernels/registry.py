@@ -12,14 +12,15 @@ from typing import Protocol
 import torch
 
 from rft_fast.kernels import native, reference, triton
-from rft_fast.kernels.contract import Row, Write
+from rft_fast.kernels.contract import Requests
+from rft_fast.kernels.rows import Row
 from rft_fast.names import IMPLS, Impl
 
 
 class Table(Protocol):
     """A backend's own form of the rows, made once. Several threads may call ``write``."""
 
-    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None: ...
+    def write(self, runs: Sequence[tuple[int, int]], request: Requests) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Backend:
     table: Callable[..., Table]
     on_request: tuple[str, ...] = ()
 
-    def write(self, rows: Sequence[Row], write: Write) -> None:
+    def write(self, rows: Sequence[Row], request: Requests) -> None:
         """Write all rows once, on the current stream, without waiting."""
-        self.table(rows, False).write(((0, len(rows)),), write)
+        self.table(rows, False).write(((0, len(rows)),), request)
 
 
 _ALL = (

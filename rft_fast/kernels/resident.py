@@ -59,3 +59,12 @@ def refuse_capture(backend: str, device: torch.device) -> None:
             f"{backend}: making a Plan copies its table to the device, which cannot be captured in a CUDA "
             "graph; make the Plan before the capture"
         )
+
+
+def refuse_numbers(backend: str, device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: a replay would not see other numbers."""
+    if capturing(device):
+        raise RuntimeError(
+            f"{backend}: numbers that differ from tensor to tensor are copied to the device, which cannot be "
+            "captured in a CUDA graph; write before the capture, or pass one number for all tensors"
+        )

@@ -3,8 +3,9 @@
 One launch writes any run of rows. A table on the device holds the addresses and sizes of each row, and for
 each tile of TILE elements the row that it belongs to: a program finds its work by two dependent loads,
 however many rows there are (bisection would take nine for ViT-L/14), for four bytes a tile. A run of rows is
-a range of tiles, so a write uploads nothing. Rows that differ in storage types or alignment need different
-code: each such group has its own table and launch. Most models are one group.
+a range of tiles, so a write uploads nothing (but numbers that differ from row to row). Rows that differ in
+storage types, alignment or order of the noise need different code: each such group has its own table and
+launch. Most models are one group.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rft_fast.kernels.contract import BLOCK, Row, Write, device_of
-from rft_fast.kernels.resident import Resident, capturing, refuse_capture
+from rft_fast.kernels.contract import BLOCK, Add, Request, Requests
+from rft_fast.kernels.places import DIMENSIONS
+from rft_fast.kernels.resident import Resident, capturing, refuse_capture, refuse_numbers
+from rft_fast.kernels.rows import Row, device_of
 
 # Elements and warps of a program: eight elements (two blocks) per thread. Chosen by register counts, not yet
 # tuned on the H100 and H200: for sm_90 ptxas reports 28 to 32 registers without noise, 45 to 50 with normals,
@@ -63,18 +66,22 @@ def _interpreted(kernel: ModuleType) -> bool:
 
 
 class Form(NamedTuple):
-    """The kernel's compile-time constants BASE to FILL, which depend on the request."""
+    """The kernel's compile-time constants BASE to BY_ROW, which depend on the request."""
 
     base: int
     mixed: bool
     noise: str
-    adaptive: bool
+    factor: str
     interpolated: bool
     fill: str
+    by_row: bool = False
 
 
-def form(write: Write) -> Form:
+def form(write: Request) -> Form:
     """Return what a request compiles to. Requests that differ in numbers only have equal forms."""
+    if isinstance(write, Add):
+        noise = "operand" if write.scale else "none"
+        return Form(1, False, noise, write.weight if write.scale else "none", False, "none")
     interpolated = write.on == "interpolated"
     # Where alpha is 0 in float32, changes of the fine-tuned weights do not reach the output.
     reached = write.base == 1 or write.k != 0
@@ -83,20 +90,46 @@ def form(write: Write) -> Form:
         base=write.base,
         mixed=write.k != 0,
         noise=write.noise if noisy else "none",
-        adaptive=bool(write.adaptive) and noisy,
+        factor="abs" if write.adaptive and noisy else "none",
         interpolated=interpolated and noisy,
         fill=write.fill if write.masked and reached else "none",
     )
 
 
-def numbers(write: Write) -> tuple[float, ...]:
+def form_by_row(requests: Sequence[Request]) -> Form:
+    """The same of requests that differ from row to row: what any of them needs."""
+    forms = [form(request) for request in requests]
+    of_noise = next((each for each in forms if each.noise != "none"), forms[0])
+    fill = next((each.fill for each in forms if each.fill != "none"), "none")
+    return of_noise._replace(base=0, mixed=True, fill=fill, by_row=True)
+
+
+def by_row(request: Request) -> tuple[int, int, int, int]:
+    """Return a row's own k, scale, threshold and flags (base 1, noise 2, mask 4), as int32."""
+    own, (k, scale, threshold, *_) = form(request), numbers(request)
+    words = np.array([k, scale], np.float32).view(np.int32).tolist()
+    flags = own.base + 2 * (own.noise != "none") + 4 * (own.fill != "none")
+    return words[0], words[1], int(threshold), flags
+
+
+def numbers(write: Request) -> tuple[float, ...]:
     """Return the kernel's run-time arguments k, scale, threshold, seed_low, seed_high, draw.
 
     32-bit words are passed as int32: Triton picks an integer's type by its value, and compiles for each.
     """
+    if isinstance(write, Add):
+        return 0.0, write.scale, 0, 0, 0, 0
     threshold = write.threshold if write.masked else 0
     words = (threshold, write.seed & 0xFFFFFFFF, write.seed >> 32, write.draw)
     return write.k, write.scale, *((word ^ 0x80000000) - 0x80000000 for word in words)
+
+
+def _place(row: Row) -> tuple[int, ...]:
+    """Start, sizes and strides of a place, the outermost first; nothing for rows without one."""
+    if row.place is None:
+        return ()
+    padding = DIMENSIONS - len(row.place.sizes)
+    return (row.place.start, *(1,) * padding, *row.place.sizes, *(0,) * padding, *row.place.strides)
 
 
 def _aligned(row: Row) -> bool:
@@ -113,14 +146,15 @@ class _Group:
         sample = rows[0][1]
         dtypes = (sample.out.dtype, sample.zeroshot.dtype, sample.finetuned.dtype)
         language = kernel.triton.language
-        self.constants = (*(getattr(language, _DTYPE[d]) for d in dtypes), _aligned(sample))
-        self._index = [index for index, _ in rows]
+        placed = sample.place is not None
+        self.constants = (*(getattr(language, _DTYPE[d]) for d in dtypes), _aligned(sample), placed)
+        self.index = [index for index, _ in rows]
         tiles = np.array([-(-row.size // TILE) for _, row in rows])
         # Row i has the tiles from [i] up to [i + 1].
         self._first_tile = [0, *np.cumsum(tiles).tolist()]
         records = [
             (*(t.data_ptr() for t in (row.out, row.zeroshot, row.finetuned)),
-             row.size, row.first_block, first_tile)
+             row.size, row.first_block, first_tile, *_place(row))
             for (_, row), first_tile in zip(rows, self._first_tile, strict=False)
         ]  # fmt: skip
         device = sample.out.device
@@ -128,9 +162,19 @@ class _Group:
         of_tile = torch.from_numpy(np.arange(len(rows), dtype=np.int32).repeat(tiles))
         self.resident = Resident(device, [of_tile, torch.tensor(records, dtype=torch.int64)], wait)
 
+        self.numbers = self.resident.parts[0]  # never read
+
+    def take_numbers(self, own: torch.Tensor | None) -> None:
+        """Copy the numbers of this group's rows to the device. ``own``: int32 [rows of the table, 4]."""
+        if own is None:
+            self.numbers = self.resident.parts[0]
+        else:
+            mine = own[self.index].contiguous()
+            self.numbers = Resident(self.resident.parts[0].device, [mine], wait=False).parts[0]
+
     def range(self, first: int, last: int) -> tuple[int, int]:
         """Return the half-open range of this group's tiles among the whole table's rows [first, last)."""
-        begin, end = bisect_left(self._index, first), bisect_left(self._index, last)
+        begin, end = bisect_left(self.index, first), bisect_left(self.index, last)
         return self._first_tile[begin], self._first_tile[end]
 
 
@@ -159,13 +203,20 @@ class Table:
         for index, row in enumerate(rows):
             if row.size > 0:
                 dtypes = (row.out.dtype, row.zeroshot.dtype, row.finetuned.dtype)
-                groups.setdefault((*dtypes, _aligned(row)), []).append((index, row))
+                groups.setdefault((*dtypes, _aligned(row), row.place is not None), []).append((index, row))
         with _current(self._device):
             self._groups = [_Group(members, kernel, wait) for members in groups.values()]
 
-    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
-        constants, arguments = form(write), numbers(write)
+    def write(self, runs: Sequence[tuple[int, int]], request: Requests) -> None:
+        if isinstance(request, Request):
+            constants, arguments, own = form(request), numbers(request), None
+        else:
+            refuse_numbers("triton", self._device)
+            constants, arguments = form_by_row(request), numbers(request[0])
+            own = torch.tensor([by_row(each) for each in request], dtype=torch.int32)
         with _lock, _current(self._device):
+            for group in self._groups:
+                group.take_numbers(own)
             for first, last in runs:
                 for group in self._groups:
                     begin, end = group.range(first, last)
@@ -182,7 +233,7 @@ class Table:
             )
         group.resident.stream()  # records the stream; Triton finds it by itself
         self._kernel.write[(end - begin,)](
-            *group.resident.parts, begin, *arguments,
+            *group.resident.parts, group.numbers, begin, *arguments,
             *group.constants, *constants, TILE, self._interpreted,
             num_warps=WARPS, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip

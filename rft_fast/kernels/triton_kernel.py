@@ -131,12 +131,51 @@ def lerp(w0, w1, k, BASE: tl.constexpr, MIXED: tl.constexpr):
 
 
 @triton.jit
-def perturbed(w, scale, eps, ADAPTIVE: tl.constexpr):
-    if ADAPTIVE:
+def lerp_by_row(w0, w1, k, base):
+    """The same where k and base are of the row. An end keeps its bits: it is selected, not computed."""
+    w = tl.where(base != 0, w1, w0)
+    return tl.where(k != 0, w + (w1 - w0) * k, w)
+
+
+@triton.jit
+def perturbed(w, scale, eps, FACTOR: tl.constexpr):
+    if FACTOR == "abs":
         w = w + tl.abs(w) * scale * eps
+    elif FACTOR == "square":
+        w = w + w * w * scale * eps
     else:
         w = w + scale * eps
     return w
+
+
+@triton.jit
+def noise_at(block, lane, draw, key0, key1, NOISE: tl.constexpr):
+    """The noise of single elements: a Philox block for each, of which one of four values is used."""
+    x0, x1, x2, x3 = words(block, draw, NOISE_PURPOSE, key0, key1)
+    first, second = noise_pair(tl.where(lane < 2, x0, x2), tl.where(lane < 2, x1, x3), NOISE)
+    return tl.where((lane & 1) != 0, second, first)
+
+
+@triton.jit
+def mask_at(block, lane, key0, key1):
+    """The mask word of single elements."""
+    x0, x1, x2, x3 = words(block, 0, MASK_PURPOSE, key0, key1)
+    return tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
+
+
+@triton.jit
+def positions(row, index):
+    """Where the noise of elements lies behind the row's first block.
+
+    row: the place's start, four sizes, four strides. index: int64 [n], elements in the order of memory.
+    """
+    at = tl.zeros_like(index) + tl.load(row)
+    for d in tl.static_range(4):
+        size = tl.load(row + 4 - d)
+        outer = index // size
+        at += (index - outer * size) * tl.load(row + 8 - d)
+        index = outer
+    return at
 
 
 @triton.jit
@@ -167,16 +206,25 @@ def narrowed(w, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def write_tile(
-    out, zeroshot, finetuned, size, block, k, scale, threshold, key0, key1, draw,
-    BASE: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, ADAPTIVE: tl.constexpr,
-    INTERPOLATED: tl.constexpr, FILL: tl.constexpr,
+    out, zeroshot, finetuned, place, start, size, block, k, scale, threshold, flags, key0, key1, draw,
+    BASE: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, FACTOR: tl.constexpr,
+    INTERPOLATED: tl.constexpr, FILL: tl.constexpr, BY_ROW: tl.constexpr, PLACED: tl.constexpr,
     TILE: tl.constexpr, WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the min(size, TILE) elements at the three pointers, whose first block is ``block``."""
+    """Writes the min(size, TILE) elements at the three pointers, whose first block is ``block``.
+
+    place, start: the row's place, and the tile's first element in the row. PLACED: ``block`` is the row's.
+    """
     offsets = tl.arange(0, TILE)
-    blocks = block + tl.arange(0, TILE // 4)
+    if PLACED and (NOISE != "none" or FILL != "none"):
+        at = positions(place, start + offsets.to(tl.int64))
+        blocks = block + (at >> 2)
+        lane = at & 3
+    else:
+        blocks = block + tl.arange(0, TILE // 4)
+        lane = 0
     # Weights that cannot reach the output are not read: at alpha = 1 w0, at alpha = 0 w1.
-    if BASE == 0 or MIXED or FILL == "zeroshot":
+    if BASE == 0 or MIXED or FILL == "zeroshot" or NOISE == "operand":
         w0 = read(zeroshot, offsets, size, WHOLE)
     else:
         w0 = tl.zeros((TILE,), tl.float32)
@@ -185,20 +233,40 @@ def write_tile(
     else:
         w1 = w0
     if FILL != "none":
-        x0, x1, x2, x3 = words(blocks, 0, MASK_PURPOSE, key0, key1)
-        kept = in_order(x0, x1, x2, x3) < threshold
-        w1 = tl.where(kept, w1, w0 if FILL == "zeroshot" else 0.0)
-    if NOISE != "none":
-        x0, x1, x2, x3 = words(blocks, draw, NOISE_PURPOSE, key0, key1)
-        e0, e1 = noise_pair(x0, x1, NOISE)
-        e2, e3 = noise_pair(x2, x3, NOISE)
-        eps = in_order(e0, e1, e2, e3)
-        if INTERPOLATED:
-            w = perturbed(lerp(w0, w1, k, BASE, MIXED), scale, eps, ADAPTIVE)
+        if PLACED:
+            kept = mask_at(blocks, lane, key0, key1) < threshold
         else:
-            w = lerp(w0, perturbed(w1, scale, eps, ADAPTIVE), k, BASE, MIXED)
-    else:
+            x0, x1, x2, x3 = words(blocks, 0, MASK_PURPOSE, key0, key1)
+            kept = in_order(x0, x1, x2, x3) < threshold
+        if BY_ROW:
+            kept = kept | ((flags & 4) == 0)
+        w1 = tl.where(kept, w1, w0 if FILL == "zeroshot" else 0.0)
+    if NOISE == "operand":
+        eps = w0
+    elif NOISE != "none":
+        if PLACED:
+            eps = noise_at(blocks, lane, draw, key0, key1, NOISE)
+        else:
+            x0, x1, x2, x3 = words(blocks, draw, NOISE_PURPOSE, key0, key1)
+            e0, e1 = noise_pair(x0, x1, NOISE)
+            e2, e3 = noise_pair(x2, x3, NOISE)
+            eps = in_order(e0, e1, e2, e3)
+    if BY_ROW:
+        # A row without noise keeps its bits, -0 and infinity included.
+        if NOISE == "none":
+            w = lerp_by_row(w0, w1, k, flags & 1)
+        elif INTERPOLATED:
+            v = lerp_by_row(w0, w1, k, flags & 1)
+            w = tl.where((flags & 2) != 0, perturbed(v, scale, eps, FACTOR), v)
+        else:
+            w1 = tl.where((flags & 2) != 0, perturbed(w1, scale, eps, FACTOR), w1)
+            w = lerp_by_row(w0, w1, k, flags & 1)
+    elif NOISE == "none":
         w = lerp(w0, w1, k, BASE, MIXED)
+    elif INTERPOLATED:
+        w = perturbed(lerp(w0, w1, k, BASE, MIXED), scale, eps, FACTOR)
+    else:
+        w = lerp(w0, perturbed(w1, scale, eps, FACTOR), k, BASE, MIXED)
     w = narrowed(w, out.dtype.element_ty, INTERPRETED)
     if WHOLE:
         tl.store(out + offsets, w)
@@ -208,24 +276,29 @@ def write_tile(
 
 @triton.jit(do_not_specialize=["first_tile", "k", "scale", "threshold", "seed_low", "seed_high", "draw"])
 def write(
-    tiles, rows, first_tile, k, scale, threshold, seed_low, seed_high, draw,
+    tiles, rows, own, first_tile, k, scale, threshold, seed_low, seed_high, draw,
     OUT: tl.constexpr, ZEROSHOT: tl.constexpr, FINETUNED: tl.constexpr, ALIGNED: tl.constexpr,
-    BASE: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, ADAPTIVE: tl.constexpr,
-    INTERPOLATED: tl.constexpr, FILL: tl.constexpr,
+    PLACED: tl.constexpr,
+    BASE: tl.constexpr, MIXED: tl.constexpr, NOISE: tl.constexpr, FACTOR: tl.constexpr,
+    INTERPOLATED: tl.constexpr, FILL: tl.constexpr, BY_ROW: tl.constexpr,
     TILE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program writes one tile: TILE elements, or what is left, of one row.
 
     tiles: int32 [tiles], the row that each tile belongs to. rows: int64 [rows, 6], each row's addresses
-    of out, zeroshot and finetuned, its size, first block and first tile. first_tile: the first program's
-    tile. threshold, seed_low, seed_high, draw: 32-bit words, as int32.
+    of out, zeroshot and finetuned, its size, first block and first tile; PLACED: [rows, 15], its place after
+    them (start, four sizes, four strides). own: int32 [rows, 4], read if BY_ROW: each row's k, scale,
+    threshold and flags (base 1, noise 2, mask 4). first_tile: the first program's tile. threshold, seed_low,
+    seed_high, draw: 32-bit words, as int32.
 
     OUT, ZEROSHOT, FINETUNED: storage types. ALIGNED: every four elements can be accessed at once.
-    BASE, MIXED (k is not 0), INTERPOLATED (on="interpolated"): the form of the formula. NOISE: "none" or
-    its kind. FILL: "none" (no mask), "zero" or "zeroshot".
+    BASE, MIXED (k is not 0), INTERPOLATED (on="interpolated"): the form of the formula. NOISE: "none", its
+    kind, or "operand" (what is added is w0). FACTOR of the noise: "none", "abs" or "square". FILL: "none" (no
+    mask), "zero" or "zeroshot".
     """
     tile = first_tile + tl.program_id(0)
-    row = rows + tl.load(tiles + tile) * 6
+    index = tl.load(tiles + tile)
+    row = rows + index * (15 if PLACED else 6)
     out = tl.load(row).to(tl.pointer_type(OUT))
     zeroshot = tl.load(row + 1).to(tl.pointer_type(ZEROSHOT))
     finetuned = tl.load(row + 2).to(tl.pointer_type(FINETUNED))
@@ -233,7 +306,7 @@ def write(
     first_block = tl.load(row + 4)
     tile -= tl.load(row + 5)  # now of this row, and of 64 bits, as all that follows from it
     start = tile * TILE
-    block = first_block + tile * (TILE // 4)
+    block = first_block if PLACED else first_block + tile * (TILE // 4)
     left = size - start
     if ALIGNED:
         # No more is promised than four elements, one block: then a thread has the same four of every
@@ -244,17 +317,25 @@ def write(
     out += start
     zeroshot += start
     finetuned += start
+    flags = 0
+    if BY_ROW:
+        k = tl.load(own + index * 4).to(tl.float32, bitcast=True)
+        scale = tl.load(own + index * 4 + 1).to(tl.float32, bitcast=True)
+        threshold = tl.load(own + index * 4 + 2)
+        flags = tl.load(own + index * 4 + 3)
     threshold = threshold.to(tl.uint32, bitcast=True)
     key0 = seed_low.to(tl.uint32, bitcast=True)
     key1 = seed_high.to(tl.uint32, bitcast=True)
     draw = draw.to(tl.uint32, bitcast=True)
     if left >= TILE:  # without bounds, which would keep the accesses from being wide
         write_tile(
-            out, zeroshot, finetuned, left, block, k, scale, threshold, key0, key1, draw,
-            BASE, MIXED, NOISE, ADAPTIVE, INTERPOLATED, FILL, TILE, True, INTERPRETED,
+            out, zeroshot, finetuned, row + 6, start, left, block, k, scale, threshold, flags,
+            key0, key1, draw,
+            BASE, MIXED, NOISE, FACTOR, INTERPOLATED, FILL, BY_ROW, PLACED, TILE, True, INTERPRETED,
         )  # fmt: skip
     else:
         write_tile(
-            out, zeroshot, finetuned, left, block, k, scale, threshold, key0, key1, draw,
-            BASE, MIXED, NOISE, ADAPTIVE, INTERPOLATED, FILL, TILE, False, INTERPRETED,
+            out, zeroshot, finetuned, row + 6, start, left, block, k, scale, threshold, flags,
+            key0, key1, draw,
+            BASE, MIXED, NOISE, FACTOR, INTERPOLATED, FILL, BY_ROW, PLACED, TILE, False, INTERPRETED,
         )  # fmt: skip

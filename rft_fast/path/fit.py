@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rft_fast.common.parametrised import factors
 from rft_fast.common.words import some
-from rft_fast.kernels.contract import DTYPES, lacks_memory
+from rft_fast.kernels.contract import DTYPES
+from rft_fast.kernels.rows import lacks_memory
 from rft_fast.path.slots import Slot, dtype_name
 
 

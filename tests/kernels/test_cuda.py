@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rft_fast.evaluate import feed
 from rft_fast.kernels import native, registry
-from rft_fast.kernels.contract import Row, Write
+from rft_fast.kernels.contract import Write
 from rft_fast.kernels.resident import Resident
+from rft_fast.kernels.rows import Row
 
 # The kernels are built first.
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
@@ -70,7 +71,7 @@ def test_cudas_own_words_reach_the_caller(plain):
     table = plain.CudaTable(rows)
     memory, element = native.as_bytes(table), plain.Element(*native.as_numbers(Write(1)))
     with refused(RuntimeError):
-        table.write(memory.data_ptr(), [(0, 1)], element, 0, 2**64 - 1)
+        table.write(memory.data_ptr(), [(0, 1)], [element], 0, 0, 2**64 - 1)
     assert plain.why_not_cuda(0) == ""
 
 
@@ -79,7 +80,7 @@ def test_a_device_that_is_not_current_is_refused_not_chosen(plain):
     table = plain.CudaTable(rows)
     memory, element = native.as_bytes(table), plain.Element(*native.as_numbers(Write(1)))
     with refused(ValueError, "cuda:1", "cuda:0"):
-        table.write(memory.data_ptr(), [(0, 1)], element, 1, 0)
+        table.write(memory.data_ptr(), [(0, 1)], [element], 0, 1, 0)
     assert "must be cuda:1" in plain.why_not_cuda(1)
     # cuda_on_cpu has no cudaSetDevice, so csrc/cuda.cu would not compile with a call of it.
 
@@ -101,7 +102,7 @@ def test_a_write_runs_within_torchs_guard_of_its_device(monkeypatch, index):
         def __init__(self, rows):
             pass
 
-        def write(self, memory, runs, element, device, stream):
+        def write(self, memory, runs, elements, numbers, device, stream):
             writes.append((current[-1], device, stream))
 
     module = SimpleNamespace(
@@ -213,15 +214,15 @@ def test_what_would_corrupt_memory_is_refused(plain):
     memory, element = native.as_bytes(table), plain.Element(*native.as_numbers(Write(1)))
     for run in ((0, 2), (-1, 1), (1, 0)):
         with refused(ValueError):
-            table.write(memory.data_ptr(), [run], element, 0, 0)
+            table.write(memory.data_ptr(), [run], [element], 0, 0, 0)
     with refused(ValueError, "16"):
-        table.write(memory.data_ptr() + 8, [(0, 1)], element, 0, 0)
+        table.write(memory.data_ptr() + 8, [(0, 1)], [element], 0, 0, 0)
     with refused(ValueError):
         plain.CudaTable([(0, 0, 0, 0, 0, 0, 4, 0)])
-    table.write(memory.data_ptr(), [(0, 0), (1, 1)], element, 0, 0)  # nothing to do
+    table.write(memory.data_ptr(), [(0, 0), (1, 1)], [element], 0, 0, 0)  # nothing to do
     nothing = plain.CudaTable([])
     assert nothing.bytes == 0
-    nothing.write(native.as_bytes(nothing).data_ptr(), [(0, 0)], element, 0, 0)
+    nothing.write(native.as_bytes(nothing).data_ptr(), [(0, 0)], [element], 0, 0, 0)
 
 
 def test_data_on_a_device_is_held_for_every_stream_that_reads_it(monkeypatch):

@@ -31,8 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rft_fast as rft
 from rft_fast import _native, env
 from rft_fast.kernels import Plan, Write, native, reference, registry, triton
-from rft_fast.kernels.contract import Row, first_blocks, make_rows
+from rft_fast.kernels.places import first_blocks
 from rft_fast.kernels.resident import capturing
+from rft_fast.kernels.rows import Row, make_rows
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IMPLS = ("reference", "native")
@@ -245,8 +246,8 @@ def test_native_has_the_bits_of_the_reference(target, dtypes):
     ):
         write = Write(alpha, rho, on, keep, fill, noise, adaptive, 7, 1, sign)
         outs = [torch.full((2051,), math.nan, dtype=out_dtype, device=device) for _ in range(2)]
-        reference.Table(make_rows(outs[0], w0, w1)).write([(0, 1)], write)
-        backend.table(make_rows(outs[1], w0, w1)).write([(0, 1)], write, *isa)
+        reference.Table(make_rows([outs[0]], [w0], [w1])).write([(0, 1)], write)
+        backend.table(make_rows([outs[1]], [w0], [w1])).write([(0, 1)], write, *isa)
         same_bits(outs[1], outs[0])
 
 
@@ -259,7 +260,7 @@ def test_normals_have_the_same_bits_on_every_instruction_set_and_thread_count():
         for isa, threads in itertools.product(ISAS, (1, 2, 5)):
             torch.set_num_threads(threads)
             outs.append(torch.empty(300_001))
-            native.Table(make_rows(outs[-1], w0, w1)).write([(0, 1)], write, isa)
+            native.Table(make_rows([outs[-1]], [w0], [w1])).write([(0, 1)], write, isa)
     finally:
         torch.set_num_threads(before)
     for out in outs[1:]:
@@ -313,7 +314,7 @@ def test_storage_types_round_to_nearest_even(isa):
 
     def convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(x.shape, dtype=dtype)
-        native.Table(make_rows(out, x, x)).write([(0, 1)], Write(1), isa)
+        native.Table(make_rows([out], [x], [x])).write([(0, 1)], Write(1), isa)
         return out
 
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -492,7 +493,7 @@ def test_autograd_notices_a_write(impl):
     w = torch.nn.Parameter(torch.ones(10))
     x = torch.ones(10, requires_grad=True)
     loss = (w * x).sum()
-    rft.perturb_(w, 0.1, impl=impl)
+    rft.perturb_(w, 0.1, draw=0, impl=impl)
     assert not torch.equal(w.detach(), torch.ones(10)) and w.requires_grad
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -738,7 +739,7 @@ def test_more_elements_than_32_bits_count(device, impl):
     if free < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} are free")
     w = torch.zeros(size, dtype=BF16, device=device)
-    rft.perturb_(w, 1.0, adaptive=False, noise="uniform", seed=8, impl=impl)
+    rft.perturb_(w, 1.0, draw=0, adaptive=False, noise="uniform", seed=8, impl=impl)
     for start in (0, 2**31 - 2048, 2**32 - 2048, size // 4 * 4 - 4096):
         got = w[start : start + 4100].cpu()  # the last one ends with the tensor, within a block
         words = reference.words(8, start // 4, 1025, 0, 0, torch.device("cpu"))
@@ -870,10 +871,10 @@ def test_bad_numbers_are_refused_and_nothing_is_written(arguments, error):
     [
         (lambda w: rft.interpolate_(w, w, torch.zeros(4), 0.5), "interpolate_"),
         (lambda w: rft.interpolate_(w, w, w, "half"), "interpolate_"),
-        (lambda w: rft.perturb_(w, -1), "perturb_"),
-        (lambda w: rft.perturb_(w, 0.1, impl="cuda"), "perturb_"),
+        (lambda w: rft.perturb_(w, -1, draw=0), "perturb_"),
+        (lambda w: rft.perturb_(w, 0.1, draw=0, impl="cuda"), "perturb_"),
         (
-            lambda w: rft.perturb_(None, 0.1),
+            lambda w: rft.perturb_(None, 0.1, draw=0),
             "perturb_",
         ),
         (
@@ -897,8 +898,8 @@ def test_errors_begin_with_the_name_of_the_function(call, function):
 def test_tensors_may_come_in_any_iterable(impl):
     model, same = (torch.nn.Linear(3, 5) for _ in range(2))
     same.load_state_dict(model.state_dict())
-    rft.perturb_(model.parameters(), 0.5, seed=3, impl=impl)
-    rft.perturb_(list(same.parameters()), 0.5, seed=3, impl=impl)
+    rft.perturb_(model.parameters(), 0.5, seed=3, draw=0, impl=impl)
+    rft.perturb_(list(same.parameters()), 0.5, seed=3, draw=0, impl=impl)
     assert not torch.equal(rft.noise_like(model.parameters())[0], torch.zeros(5, 3))
     w1 = [torch.randn_like(p) for p in same.parameters()]
     for write in (rft.interpolate_, rft.write_):
@@ -927,11 +928,11 @@ def test_memory_that_was_freed_is_refused(role, impl, left):
         with refused(ValueError, f"{role} of tensor 1", "(7,)", left):
             make()
     with refused(ValueError, "perturb_", "0"):
-        rft.perturb_(tensors[role][1], 0.1, impl=impl)
+        rft.perturb_(tensors[role][1], 0.1, draw=0, impl=impl)
     assert (tensors["out"][0] == 1).all()
     empty = torch.zeros(0)
     empty.untyped_storage().resize_(0)
-    rft.perturb_([empty, torch.ones(4)[2:]], 0.1, impl=impl)  # reaches its storage's very end
+    rft.perturb_([empty, torch.ones(4)[2:]], 0.1, draw=0, impl=impl)  # reaches its storage's very end
 
 
 def test_a_plan_cannot_be_copied():
@@ -1113,7 +1114,7 @@ def test_the_native_module_refuses_what_would_corrupt_memory():
         k=0.5,
         noise=0,
         scale=0,
-        adaptive=True,
+        factor=1,
         interpolated=False,
         masked=False,
         threshold=0,
@@ -1125,9 +1126,9 @@ def test_the_native_module_refuses_what_would_corrupt_memory():
         with refused(ValueError):
             _native.Table([entry])
     with refused(ValueError):
-        _native.Table([]).write([(0, 1)], element, 1)
+        _native.Table([]).write([(0, 1)], [element], 1)
     with refused(ValueError, "mmx"):
-        _native.Table([]).write([], element, 1, "mmx")
+        _native.Table([]).write([], [element], 1, "mmx")
 
 
 # --- documentation ------------------------------------------------------------------------------------
@@ -1142,7 +1143,17 @@ def described(function) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "function",
-    [rft.write_, rft.interpolate_, rft.perturb_, rft.noise_like, rft.keep_mask_like, rft.Plan, Plan.write],
+    [
+        rft.write_,
+        rft.interpolate_,
+        rft.perturb_,
+        rft.add_,
+        rft.noise_like,
+        rft.keep_mask_like,
+        rft.offsets,
+        rft.Plan,
+        Plan.write,
+    ],
 )
 def test_every_argument_is_described(function):
     assert list(described(function)) == [

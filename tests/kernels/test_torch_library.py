@@ -84,6 +84,27 @@ def test_opcheck(tensors: Any, dtype: torch.dtype, device: str) -> None:
     torch.library.opcheck(OPERATOR, (out, *sources, *NUMBERS, [5 * i for i in range(len(out))]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_of_lists_of_numbers_and_of_other_layouts(device: str) -> None:
+    w = [
+        random(3, 4, 2, 2, device=device, seed=i).contiguous(memory_format=torch.channels_last)
+        for i in range(3)
+    ]
+    out, nothing = [w[0], random(5, device=device)], [None, None]
+    numbers = list(NUMBERS)
+    torch.library.opcheck(OPERATOR, (out, nothing, nothing, *numbers, [4, 90], [0.1, 0.2], None, [0.5, 1.0]))
+    torch.library.opcheck(OPERATOR, ([w[0]], [w[1]], [w[2]], *numbers))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tensors", [one, several, perturbed, parameters, lambda w: ([], [], [])])
+def test_opcheck_of_add(tensors: Any, dtype: torch.dtype, device: str) -> None:
+    out, *sources = tensors(lambda seed: random(13, dtype=dtype, device=device, seed=seed))
+    operator = torch.ops.rft_fast.add_.default
+    torch.library.opcheck(operator, (out, *sources, [0.3] * len(out), "square", "auto"))
+
+
 # ---------------------------------------------------------------- torch.compile
 
 
@@ -93,7 +114,7 @@ def everything(out: list[Tensor], w0: list[Tensor], w1: list[Tensor], seed: int)
     before, view = out[0].aminmax(), out[0].view(-1)
     rft.write_(out, w0, w1, 0.3, 0.1, seed=seed, draw=4, keep=0.9)
     between, view = out[0] * 2, view + 1
-    rft.perturb_(out[1], 0.1, seed=seed, noise="uniform")
+    rft.perturb_(out[1], 0.1, seed=seed, noise="uniform", draw=0)
     rft.interpolate_(w1, w0, w1, 0.4)
     after = out[0] + w1[0], out[1].detach()
     return before, between, view, after, rft.noise_like(w0, seed=seed), rft.keep_mask_like(w0[1], 0.5, seed)
@@ -122,7 +143,7 @@ def test_compiled_code_that_is_captured_in_cuda_graphs() -> None:
 
     def step(w: Tensor, x: Tensor) -> Tensor:
         y = (x * w).relu() + 1
-        rft.perturb_(w, 0.1, seed=3)
+        rft.perturb_(w, 0.1, seed=3, draw=0)
         return y * w
 
     x = random(64, device="cuda")
@@ -131,6 +152,36 @@ def test_compiled_code_that_is_captured_in_cuda_graphs() -> None:
     for _ in range(5):  # capture begins after some calls
         same(compiled_step(got, x).clone(), step(expected, x))
         same(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_offsets_lists_and_containers(backend: str) -> None:
+    def work(named: dict[str, Tensor], vector: list[Tensor], last: Tensor) -> object:
+        rft.perturb_(named, [0.1, 0.2], draw=3, offset=[40, 0])
+        rft.add_(list(named.values()), list(named.values()), vector, 0.5, weight="abs")
+        rft.write_(last, last, last, 0.3, 0.1, offset=8)
+        eps = rft.noise_like(named, offset=4)
+        return eps, rft.keep_mask_like(vector, [0.2, 0.7], offset=16), last * 2
+
+    results = []
+    for function in (work, compiled(work, backend)):
+        named = {"a": random(9), "b": random(3, 2, seed=1)}
+        vector = [random(9, seed=2), random(3, 2, seed=3)]
+        last = random(2, 3, 4, 4, seed=4).contiguous(memory_format=torch.channels_last)
+        results.append((function(named, vector, last), named, vector, last))
+    same(results[1], results[0])
+
+
+def test_what_add_refuses_while_compiling() -> None:
+    w = random(4)
+    for arguments in ({"scale": 1.0, "weight": "cube"}, {"scale": math.nan}, {"scale": [1.0, 2.0]}):
+        with refused(Exception, next(reversed(arguments))):
+            compiled(lambda: rft.add_(w, w, w, **arguments), "eager")()  # type: ignore[arg-type] # noqa: B023
+    with FakeTensorMode():
+        fake = torch.empty(4)
+        rft.add_(fake, fake, fake, 1.0)
+        with refused(ValueError, "cube"):
+            rft.add_(fake, fake, fake, 1.0, weight="cube")  # type: ignore[arg-type]
 
 
 def test_another_seed_or_draw_compiles_nothing() -> None:
@@ -145,11 +196,13 @@ def test_another_seed_or_draw_compiles_nothing() -> None:
 
 
 def test_sizes_unknown_while_compiling() -> None:
-    write = torch.compile(lambda w: rft.perturb_(w, 0.1), fullgraph=True, dynamic=True, backend="aot_eager")
+    write = torch.compile(
+        lambda w: rft.perturb_(w, 0.1, draw=0), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for size in (5, 8, 13):
         got, expected = [[random(size), random(2 * size)] for _ in range(2)]
         write(got)
-        rft.perturb_(expected, 0.1)
+        rft.perturb_(expected, 0.1, draw=0)
         same(got, expected)
 
 
@@ -168,12 +221,12 @@ def test_a_source_that_is_a_view_of_the_output() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_autograd_sees_the_write(backend: str) -> None:
     def write_first(w: Tensor, x: Tensor) -> Tensor:
-        rft.perturb_(w, 0.1)
+        rft.perturb_(w, 0.1, draw=0)
         return (w * x).sum()
 
     def write_last(w: Tensor, x: Tensor) -> Tensor:
         loss = (w * x).sum()
-        rft.perturb_(w, 0.1)
+        rft.perturb_(w, 0.1, draw=0)
         return loss
 
     w, x = nn.Parameter(torch.ones(10)), torch.full((10,), 2.0, requires_grad=True)
@@ -257,7 +310,7 @@ def test_a_number_known_only_when_it_runs_is_refused_then() -> None:
 def test_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         fake = torch.empty(3, 5, dtype=BF16, device="cuda")  # of a GPU that need not be there
-    rft.perturb_(fake, 0.1)
+    rft.perturb_(fake, 0.1, draw=0)
     eps, mask = rft.noise_like([fake]), rft.keep_mask_like(fake, 0.5)
     assert (eps[0].dtype, mask.dtype) == (F32, torch.bool)
     assert eps[0].shape == mask.shape == fake.shape and eps[0].device == mask.device == fake.device
@@ -306,8 +359,8 @@ def test_a_generator_of_tensors() -> None:
     model = nn.Linear(3, 5)
     before = [p.detach().clone() for p in model.parameters()]
     expected = [p.clone() for p in before]
-    rft.perturb_(expected, 0.1)
-    compiled(lambda: rft.perturb_(model.parameters(), 0.1))()
+    rft.perturb_(expected, 0.1, draw=0)
+    compiled(lambda: rft.perturb_(model.parameters(), 0.1, draw=0))()
     same([p.detach() for p in model.parameters()], expected)
     with FakeTensorMode():
         fakes = [torch.empty(3), torch.empty(4)]
@@ -323,10 +376,10 @@ def test_memory_that_was_freed_is_refused() -> None:
         pass
 
     flat = Flat(torch.ones(5))
-    rft.perturb_(flat, 0.1)
+    rft.perturb_(flat, 0.1, draw=0)
     flat.untyped_storage().resize_(0)
     with refused(ValueError, "0"):
-        rft.perturb_(flat, 0.1)
+        rft.perturb_(flat, 0.1, draw=0)
 
 
 def test_meta_tensors() -> None:
@@ -336,7 +389,7 @@ def test_meta_tensors() -> None:
     with refused(ValueError):
         OPERATOR([meta], [None], [torch.empty(4, device="meta")], *NUMBERS)
     with refused(RuntimeError):
-        rft.perturb_(meta, 0.1)
+        rft.perturb_(meta, 0.1, draw=0)
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
@@ -379,7 +432,7 @@ def test_eager_calls_go_straight_to_the_backend(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(library, "write_", refuse)
     w = nn.Parameter(random(9))
     rft.write_(w, w, [random(9)], 0.5)
-    rft.perturb_([w], 0.1)
+    rft.perturb_([w], 0.1, draw=0)
     rft.noise_like(w)
     rft.keep_mask_like(w, 0.5)
     plan = Plan(w, w, w)
@@ -391,7 +444,7 @@ def test_eager_calls_go_straight_to_the_backend(monkeypatch: pytest.MonkeyPatch)
 def test_importing_the_package_does_not_import_the_compiler() -> None:
     code = (
         "import sys, torch, rft_fast\n"
-        "rft_fast.perturb_(torch.ones(3), 0.1)\n"
+        "rft_fast.perturb_(torch.ones(3), 0.1, draw=0)\n"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -26,7 +26,8 @@ from support.wording import refused
 import rft_fast as rft
 from rft_fast.kernels import Plan, reference, registry, triton_kernel
 from rft_fast.kernels import triton as backend
-from rft_fast.kernels.contract import DTYPES, Row, Write
+from rft_fast.kernels.contract import DTYPES, Write
+from rft_fast.kernels.rows import Row
 
 pytestmark = pytest.mark.emulated
 
@@ -429,7 +430,8 @@ def test_compiled_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
         from rft_fast.kernels import triton as backend
-        from rft_fast.kernels.contract import Write, make_rows
+        from rft_fast.kernels.contract import Write
+        from rft_fast.kernels.rows import make_rows
 
         class Hopper:
             def get_current_target(self): return GPUTarget("cuda", 90, 32)

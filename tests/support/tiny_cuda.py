@@ -28,7 +28,8 @@ import pytest
 import torch
 
 from rft_fast.kernels import native, registry
-from rft_fast.kernels.contract import Row, Write
+from rft_fast.kernels.contract import Request, Requests, Write
+from rft_fast.kernels.rows import Row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -118,12 +119,14 @@ class Table:
         self._table = module.Table(entries) if isa else module.CudaTable(entries)
         self._memory = None if isa else native.as_bytes(self._table)
 
-    def write(self, runs: Sequence[tuple[int, int]], write: Write) -> None:
-        element = self._element(*native.as_numbers(write))
+    def write(self, runs: Sequence[tuple[int, int]], request: Requests) -> None:
+        given = [request] if isinstance(request, Request) else request
+        elements = [self._element(*native.as_numbers(each)) for each in given]
         if self._memory is None:
-            self._table.write(runs, element, torch.get_num_threads(), self._isa)
-        else:
-            self._table.write(self._memory.data_ptr(), runs, element, 0, 0)
+            self._table.write(runs, elements, torch.get_num_threads(), self._isa)
+            return
+        numbers = native.as_bytes(self._table, elements) if len(elements) > 1 else torch.empty(0)
+        self._table.write(self._memory.data_ptr(), runs, elements, numbers.data_ptr(), 0, 0)
 
 
 @contextlib.contextmanager
@@ -208,7 +211,7 @@ def check_cpus(file: Path) -> None:
             pointers = [tensor.data_ptr() + at for tensor in (out, w0, w1)]
             for dtypes in ((0, 0, 0), (1, 0, 2), (2, 1, 0), (0, 2, 1)):
                 element = module.Element(*native.as_numbers(Write(0.7, rho=0.1, keep=0.5, seed=2**64 - 1)))
-                module.Table([(*pointers, *dtypes, size, block)]).write([(0, 1)], element, 1, isa)
+                module.Table([(*pointers, *dtypes, size, block)]).write([(0, 1)], [element], 1, isa)
         # In threads; and more than the caches hold, stored past them.
         large = Row(*(torch.zeros(1 << 18) for _ in range(3)), 0, "large")
         torch.set_num_threads(3)
@@ -225,10 +228,10 @@ def _too_far(file: Path, *, cpu: bool = False, elements: int = 1, offset: int = 
     entry = (*(p + offset for p in pointers[:3]), *pointers[3:], size + elements, first_block)
     element = module.Element(*native.as_numbers(Write(0.5)))
     if cpu:
-        module.Table([entry]).write([(0, 1)], element, 1)
+        module.Table([entry]).write([(0, 1)], [element], 1)
     else:
         memory = native.as_bytes(table := module.CudaTable([entry]))
-        table.write(memory.data_ptr(), [(0, 1)], element, 0, 0)
+        table.write(memory.data_ptr(), [(0, 1)], [element], 0, 0, 0)
 
 
 PROGRAMS: dict[str, Callable[[Path], None]] = {

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ...kernels import Plan
-from ...kernels.contract import first_blocks
+from ...kernels.contract import BLOCK
+from ...kernels.places import first_blocks
 from .estimates import Estimate, Mean, Results, Target, clean_scores, draws_for, mean, shares_of, spread
 from .protocol import VARIANCE, Protocol
 
@@ -44,7 +45,7 @@ def curvature(
     weights = [weight for weight, _ in numbered]
     lives = [weight.live for weight in weights]
     signs = [torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in lives]
-    plan = Plan(signs, signs, signs, path.impl, blocks=[block for _, block in numbered])
+    plan = Plan(signs, signs, signs, path.impl, offsets=[BLOCK * block for _, block in numbered])
     place = {id(live): index for index, live in enumerate(lives)}
     rows = {target: [place[id(w.live)] for w in path.weights(target.layers)] for target in targets}
     keys = [(target, rho) for target in targets for rho in rhos]

@@ -25,7 +25,8 @@ from ...common.threads import few_threads
 from ...evaluate.flipped import COPIES, SHARED, Flipped, NoRule
 from ...evaluate.flipping import Perturbation
 from ...kernels import Plan
-from ...kernels.contract import first_blocks
+from ...kernels.contract import BLOCK
+from ...kernels.places import first_blocks
 from ..rows import AT_ONCE, chunks, only_one, walk_to
 from .estimates import Results, Target, draws_for, shares_of, spread
 from .groups import Groups
@@ -324,4 +325,6 @@ class _Base:
             blocks += [weight.block + copy * self._study.blocks for copy in range(*copies or (1,))]
             self._bases.append(base)
             self._scales.append(spread(own, self._study.alpha, self._study.protocol).expand(base.shape))
-        return Plan(pieces, pieces, pieces, self._study.path.impl, blocks=blocks)
+        return Plan(
+            pieces, pieces, pieces, self._study.path.impl, offsets=[BLOCK * block for block in blocks]
+        )

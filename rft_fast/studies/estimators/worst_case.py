@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import Plan
-from ...kernels.contract import first_blocks
+from ...kernels.contract import BLOCK
+from ...kernels.places import first_blocks
 from ...names import WORST_CASE, Noise, WorstCase
 from ..rows import only_one
 from .climbs import CLIMBS, Climb
@@ -89,6 +90,6 @@ class _Noise:
         whole = self._path.weights()
         blocks = dict(zip([w.name for w in whole], first_blocks([w.live for w in whole]), strict=True))
         found = [torch.zeros_like(weight.live, dtype=torch.float32) for weight in self._weights]
-        plan = Plan(found, found, found, blocks=[blocks[w.name] for w in self._weights])
+        plan = Plan(found, found, found, offsets=[BLOCK * blocks[w.name] for w in self._weights])
         plan.write(1.0, rho=1.0, noise=self._noise, adaptive=False, seed=self._seed, draw=draw)
         return found

@@ -1,0 +1,270 @@
+"""The rows of a table: the tensors of a write, checked, with the place of their noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import index
+
+import torch
+from torch import Tensor
+
+from rft_fast.kernels.contract import DTYPES
+from rft_fast.kernels.places import DIMENSIONS, Place, check_blocks, first_blocks, is_dense, place_of
+from rft_fast.kernels.shards import Part, part_of
+
+# What errors call the three tensors of a row.
+ROLES = ("out", "zeroshot", "finetuned")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a table.
+
+    Attributes:
+        out, zeroshot, finetuned: Three tensors of equal shape and layout.
+        first_block: Philox block at which the noise starts.
+        name: What errors call it.
+        place: Where the noise of each element is; None: it follows in the order of memory.
+        whole: The DTensor whose local part ``out`` is; None: there is none.
+    """
+
+    out: Tensor
+    zeroshot: Tensor
+    finetuned: Tensor
+    first_block: int
+    name: str
+    place: Place | None = None
+    whole: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return self.out.numel()
+
+
+def device_of(rows: Sequence[Row]) -> torch.device:
+    """Return the device of a table's rows; the CPU for an empty table."""
+    return rows[0].out.device if rows else torch.device("cpu")
+
+
+def mark_written(rows: Iterable[Row]) -> None:
+    """Let autograd see that saved tensors have changed, as after any in-place operation."""
+    torch.autograd.graph.increment_version(
+        [tensor for row in rows for tensor in (row.out, row.whole) if tensor is not None]
+    )
+
+
+def make_rows(
+    out: Sequence[Tensor],
+    zeroshot: Sequence[Tensor],
+    finetuned: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    roles: tuple[str, str, str] = ROLES,
+) -> list[Row]:
+    """Check the tensors of a table and assign their noise.
+
+    Args:
+        out, zeroshot, finetuned: Equally many tensors.
+        names: What error messages call the tensors; None: "tensor 0", "tensor 1" ...
+        blocks: Philox block at which the noise of each tensor starts; None: one tensor after the other from
+            0.
+        roles: What error messages call the three arguments.
+
+    Raises:
+        TypeError: A dtype is not offered.
+        ValueError: Tensors differ in shape, layout or device, are not dense, overlap, or have freed memory;
+            their noise overlaps or exceeds the counter; or a placement is not offered.
+    """
+    rows = lay_out(out, zeroshot, finetuned, names, blocks, roles)
+    if blocks is not None:
+        check_blocks(blocks, [tensor.numel() for tensor in out], [row.name for row in rows])
+    for row in rows:
+        _check_memory(row, roles)
+    _check_overlap(rows, roles)
+    return rows
+
+
+def lay_out(
+    out: Sequence[Tensor],
+    zeroshot: Sequence[Tensor],
+    finetuned: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    roles: tuple[str, str, str] = ROLES,
+) -> list[Row]:
+    """As :func:`make_rows`, without the checks of memory: for tensors that have no addresses."""
+    if not len(out) == len(zeroshot) == len(finetuned):
+        raise ValueError(
+            f"write: {roles[0]}, {roles[1]} and {roles[2]} must hold equally many tensors; "
+            f"got {len(out)}, {len(zeroshot)} and {len(finetuned)}"
+        )
+    if names is not None and len(names) != len(out):
+        raise ValueError(f"write: {len(out)} tensors but {len(names)} names")
+    labels = [f"tensor {i}" for i in range(len(out))] if names is None else list(names)
+    starts = first_blocks(out) if blocks is None else blocks
+    rows: list[Row] = []
+    for *tensors, start, label in zip(out, zeroshot, finetuned, starts, labels, strict=True):
+        rows.append(_row(tensors, start, label, roles, rows[0].out.device if rows else None))
+    return rows
+
+
+def _row(
+    tensors: Sequence[Tensor],
+    start: int,
+    label: str,
+    roles: tuple[str, str, str],
+    device: torch.device | None,
+) -> Row:
+    parts = [part_of(tensor, f"{role} of {label}") for tensor, role in zip(tensors, roles, strict=True)]
+    out = parts[0]
+    row = Row(
+        out.local, parts[1].local, parts[2].local, start, label, None, tensors[0] if out.layout else None
+    )
+    for role, part in zip(roles, parts, strict=True):
+        _check_part(f"{role} of {label}", part, out, device or out.local.device)
+    ordinary = all(part.local.is_contiguous() for part in parts)
+    if ordinary and out.layout is None:
+        return row
+    _check_layout(row, roles)
+    skipped, place = place_of(out.local, out.shape, out.starts)
+    if place is not None and len(place.sizes) > DIMENSIONS:
+        raise ValueError(
+            f"write: the layout of {roles[0]} of {label}, shape {tuple(out.local.shape)} and strides "
+            f"{out.local.stride()}, has {len(place.sizes)} dimensions that cannot be merged; offered are "
+            f"{DIMENSIONS}. Pass .contiguous() memory"
+        )
+    return Row(row.out, row.zeroshot, row.finetuned, start + skipped, label, place, row.whole)
+
+
+def _check_part(what: str, part: Part, out: Part, device: torch.device) -> None:
+    tensor = part.local
+    if tensor.dtype not in DTYPES:
+        offered = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(
+            f"write: {what} is {tensor.dtype}; offered are {offered}. "
+            "Convert it with .float(), or copy it instead of interpolating"
+        )
+    # A contiguous tensor is dense. (Strides of a tensor whose sizes are not known yet may not be compared.)
+    dense = tensor.layout is torch.strided and (tensor.is_contiguous() or is_dense(tensor))
+    if not dense or tensor.is_neg():
+        raise ValueError(
+            f"write: {what}, shape {tuple(tensor.shape)}, is not contiguous or a permutation of contiguous "
+            f"memory (layout {tensor.layout}); pass .contiguous() memory, for a module "
+            ".to(memory_format=torch.contiguous_format)"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"write: all tensors must lie on one device; {what} is on "
+            f"{tensor.device}, the first output on {device}"
+        )
+    if part.layout != out.layout:
+        raise ValueError(
+            f"write: {what} {_sharding(part)}, the tensor to write {_sharding(out)}; bring both to one: "
+            "distribute_tensor(tensor, device_mesh, placements), or .redistribute(...)"
+        )
+    if part.shape != out.shape:
+        raise ValueError(
+            f"write: shapes differ for {what.partition(' of ')[2]}: out {tuple(out.shape)}, "
+            f"{what.partition(' of ')[0]} {tuple(part.shape)}"
+        )
+
+
+def _sharding(part: Part) -> str:
+    return "is not sharded" if part.layout is None else f"is sharded as {part.layout[1]} on {part.layout[0]}"
+
+
+def _check_layout(row: Row, roles: tuple[str, str, str]) -> None:
+    def strides(tensor: Tensor) -> list[int]:
+        return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
+
+    for role, tensor in zip(roles[1:], (row.zeroshot, row.finetuned), strict=True):
+        if strides(tensor) != strides(row.out) and row.size:
+            raise ValueError(
+                f"write: {role} of {row.name} has strides {tensor.stride()}, {roles[0]} {row.out.stride()}; "
+                f"all must have one layout in memory: bring {role} to that of {roles[0]}, e.g. "
+                ".contiguous(memory_format=torch.channels_last)"
+            )
+
+
+def _check_memory(row: Row, roles: tuple[str, str, str]) -> None:
+    for role, tensor in zip(roles, (row.out, row.zeroshot, row.finetuned), strict=True):
+        if lacks_memory(tensor):
+            raise ValueError(
+                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, lies beyond its storage of "
+                f"{tensor.untyped_storage().nbytes()} bytes, which was freed or cut short (as FSDP does "
+                "between uses); gather the full tensor first"
+            )
+
+
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a dense tensor extends beyond its storage (``untyped_storage().resize_`` shrinks it)."""
+    size = tensor.numel()
+    end = (tensor.storage_offset() + size) * tensor.element_size()
+    return size > 0 and bool(end > tensor.untyped_storage().nbytes())
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+
+
+def _check_overlap(rows: Sequence[Row], roles: tuple[str, str, str]) -> None:
+    """Refuse outputs that share memory with anything but their own source, which would be read too late."""
+    if rows and rows[0].out.device.type == "meta":
+        return
+    spans: list[tuple[int, int, bool, str]] = []  # first byte, end, is an output, what
+    for row in rows:
+        if row.size == 0:
+            continue
+        spans.append((*_span(row.out), True, f"{roles[0]} of {row.name}"))
+        for role, source in zip(roles[1:], (row.zeroshot, row.finetuned), strict=True):
+            if not _is_same(source, row.out):
+                spans.append((*_span(source), False, f"{role} of {row.name}"))
+    spans.sort()
+    # Sweep by address: of the earlier spans, only the furthest output and the furthest span matter.
+    any_end, any_what, out_end, out_what = -1, "", -1, ""
+    for start, end, is_out, what in spans:
+        reach, other = (any_end, any_what) if is_out else (out_end, out_what)
+        if start < reach:
+            raise ValueError(
+                f"write: {what} overlaps {other} in memory; an output may be its own source, "
+                "but share no other byte. Give it storage of its own, e.g. .clone()"
+            )
+        if end > any_end:
+            any_end, any_what = end, what
+        if is_out and end > out_end:
+            out_end, out_what = end, what
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def check_runs(runs: Iterable[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
+    """Check half-open (first, last) ranges of table rows and return them in ascending order.
+
+    Args:
+        runs: Ranges in any order; empty ones are allowed.
+        rows: Rows of the table.
+
+    Raises:
+        TypeError: ``runs`` is not a list of pairs of integers.
+        ValueError: A range lies outside the table, or two overlap.
+    """
+    try:
+        found = sorted([(index(first), index(last)) for first, last in runs])
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"write: tensors must be a list of runs, each a pair of integers (first, last); got {runs!r}"
+        ) from None
+    before = (0, 0)
+    for first, last in found:
+        if not 0 <= first <= last <= rows:
+            raise ValueError(f"write: run ({first}, {last}) is outside the table's {rows} tensors")
+        if first == last:
+            continue
+        if first < before[1]:  # the second write of a row in place would start from the first one's
+            raise ValueError(f"write: runs {before} and ({first}, {last}) overlap; name each tensor once")
+        before = (first, last)
+    return found
