@@ -163,11 +163,15 @@ STORED: tuple[Stored, ...] = get_args(Stored)
 
 # --- merging ------------------------------------------------------------------------------------------
 
-Combining = Literal["soup", "model-stock", "task-arithmetic", "ties", "dare", "dare-ties"]
+Combining = Literal[
+    "soup", "greedy-soup", "fisher", "model-stock", "task-arithmetic", "ties", "dare", "dare-ties"
+]
 MergeMethod = Literal["interpolate", Combining, "slerp", "hold", "prune"]
 MERGE_METHODS: dict[MergeMethod, str] = {
     "interpolate": "(1 - alpha) zero-shot + alpha fine-tuned; alpha by layer: LiNeS",
     "soup": "mean of the fine-tuned models",
+    "greedy-soup": "mean of the models that raise its accuracy on held-out data, the best first",
+    "fisher": "mean weighted by the diagonal Fisher information of each model on data",
     "model-stock": "zero-shot + t (mean - zero-shot), t of each tensor from the angles between models",
     "task-arithmetic": "zero-shot + sum of scale_k (fine-tuned_k - zero-shot)",
     "ties": "differences trimmed to their largest elements, signs elected, mean of those that agree",

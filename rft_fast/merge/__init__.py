@@ -7,6 +7,7 @@ module         holds
 ``alphas``     a position for every layer: tables of patterns, LiNeS
 ``sources``    files that are read run by run of elements, and where names stand
 ``fit``        which files belong together; what is refused
+``greedy``     greedy soups, and what methods need of data
 ``formulas``   the arithmetic of each method
 ``metadata``   what the result says of its origin
 ``writing``    safetensors and files of torch.save, written run by run
@@ -20,11 +21,16 @@ from rft_fast.common import lazy
 
 if TYPE_CHECKING:
     from .alphas import lines
+    from .greedy import Greedy, greedy_soup
     from .settings import Request
     from .work import Outcome, provenance, run
 else:
     __getattr__, __dir__ = lazy.face(
-        __name__, alphas="lines", settings="Request", work="Outcome provenance run"
+        __name__,
+        alphas="lines",
+        greedy="Greedy greedy_soup",
+        settings="Request",
+        work="Outcome provenance run",
     )
 
-__all__ = ["Outcome", "Request", "lines", "provenance", "run"]
+__all__ = ["Greedy", "Outcome", "Request", "greedy_soup", "lines", "provenance", "run"]

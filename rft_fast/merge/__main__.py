@@ -11,7 +11,7 @@ from rft_fast.config.builder import Builder
 from rft_fast.names import MERGE_METHODS
 
 from ..common.words import message, visible
-from .settings import METHOD, MODELS, OUTPUT, Request, refuse_unused
+from .settings import MEASURING, METHOD, MODELS, OUTPUT, Request, refuse_unused
 
 BUILDER = Builder((Request,), (MODELS, METHOD, OUTPUT))
 
@@ -29,7 +29,15 @@ examples:
   python -m rft_fast.merge soup --finetuned soup/model_*.pt --out soup.safetensors
   python -m rft_fast.merge task-arithmetic --zeroshot zeroshot.pt --finetuned cars.pt dtd.pt --scale 0.3 \\
       --out both.safetensors
+  python -m rft_fast.merge greedy-soup --finetuned soup/model_*.pt --out soup.safetensors \\
+      -- --arch ViT-B-32-quickgelu --id-data imagenet=imagenet/val --samples 10000
 """
+
+_DATA = {
+    True: "{method} measures nothing, but there are options behind --; leave them out",
+    False: "{method} measures models on data; give architecture and data behind --, as for the sweep: "
+    "-- --arch NAME --id-data NAME=PATH",
+}
 
 
 @program.command("merge")
@@ -44,15 +52,24 @@ def main(argv: Sequence[str]) -> int:
         what is refused before.
     """
     top = parser()
-    options = top.parse_args(argv)
+    argv = list(argv)
+    place = argv.index("--") if "--" in argv else len(argv)
+    options, data = top.parse_args(argv[:place]), argv[place + 1 :]
     try:
         given = BUILDER.given(options)
         fields = BUILDER.fields(Request, given)
         refuse_unused(options.method, fields.__contains__)
         request = Request(method=options.method, **fields)
+        if (request.method in MEASURING) != bool(data):
+            raise ValueError(_DATA[bool(data)].format(method=request.method))
         from .work import run
 
-        outcome = run(request)
+        if data:
+            from rft_fast.run.measures import Measured
+
+            outcome = run(request, Measured(data, request.finetuned))
+        else:
+            outcome = run(request)
     except ValueError as error:
         top.error(str(error).removeprefix("merge: "))
     except (OSError, RuntimeError) as error:
@@ -69,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     methods = "\n".join(f"  {name:<15}  {text}" for name, text in MERGE_METHODS.items())
     top = program.parser(
         "merge",
-        usage="python -m rft_fast.merge METHOD [options]",
+        usage="python -m rft_fast.merge METHOD [options] [-- options of the sweep]",
         description=DESCRIPTION.format(methods=methods),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -41,7 +41,7 @@ class Run:
 
 Formula = Callable[[Run], None]
 # Methods whose formula needs a whole tensor instead of any run of its elements.
-WHOLE = frozenset[MergeMethod]({"model-stock", "ties", "dare", "dare-ties", "slerp", "prune"})
+WHOLE = frozenset[MergeMethod]({"fisher", "model-stock", "ties", "dare", "dare-ties", "slerp", "prune"})
 
 
 def interpolate(alphas: Mapping[str, float]) -> Formula:
@@ -65,6 +65,33 @@ def soup() -> Formula:
         for model in run.models[1:]:
             total += model
         run.out.copy_(total / len(run.models))
+
+    return formula
+
+
+def fisher(information: Sequence[Mapping[str, Tensor]]) -> Formula:
+    """``sum of F_k w_k / sum of F_k`` (Matena & Raffel 2022, Eq. 5), the mean where all F_k are 0.
+
+    Args:
+        information: of each model, name of a tensor -> F_k; a tensor that is missing has F_k = 0.
+    """
+
+    def formula(run: Run) -> None:
+        wide = torch.float64
+        for place, (out, *models) in enumerate(chunks(run.out, *run.models)):
+            part = slice(place * _CHUNK, (place + 1) * _CHUNK)
+            shares = [
+                each[run.name].reshape(-1)[part].to(wide)
+                if run.name in each
+                else torch.zeros(len(out)).to(wide)
+                for each in information
+            ]
+            total = torch.stack(shares).sum(0)
+            mean = torch.stack([model.to(wide) for model in models]).mean(0)
+            weighted = torch.zeros_like(mean)
+            for share, model in zip(shares, models, strict=True):
+                weighted += share * model.to(wide)
+            out.copy_(torch.where(total > 0, weighted / total, mean))
 
     return formula
 

@@ -33,6 +33,8 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 USED: dict[MergeMethod, frozenset[str]] = {
     "interpolate": frozenset({"alpha", "lines"}),
     "soup": frozenset(),
+    "greedy-soup": frozenset(),
+    "fisher": frozenset(),
     "model-stock": frozenset(),
     "task-arithmetic": frozenset({"scale"}),
     "ties": frozenset({"scale", "density", "agreeing"}),
@@ -45,11 +47,13 @@ USED: dict[MergeMethod, frozenset[str]] = {
 # Methods of exactly two models: the zero-shot one and a fine-tuned one.
 PAIRS = frozenset[MergeMethod]({"interpolate", "slerp", "hold", "prune"})
 # Methods without a zero-shot model.
-BASELESS = frozenset[MergeMethod]({"soup"})
+BASELESS = frozenset[MergeMethod]({"soup", "greedy-soup", "fisher"})
+# Methods that measure models on data.
+MEASURING = frozenset[MergeMethod]({"greedy-soup", "fisher"})
 # Methods that add differences to the zero-shot model, and so take files that are differences.
 VECTORS = frozenset[MergeMethod]({"task-arithmetic", "ties", "dare", "dare-ties"})
 # Methods of two fine-tuned models or more.
-SEVERAL = frozenset[MergeMethod]({"soup", "model-stock"})
+SEVERAL = frozenset[MergeMethod]({"soup", "greedy-soup", "fisher", "model-stock"})
 # Methods whose scale is a factor of the merged difference.
 ONE_SCALE = frozenset[MergeMethod]({"ties", "dare-ties"})
 COMMON = ("zeroshot", "finetuned", "out", "method", "format", "dtype", "overwrite", "unrelated")

@@ -18,8 +18,9 @@ from rft_fast.checkpoints import containers, folders, huggingface
 from rft_fast.common import disk, files
 from rft_fast.path import layers as layering
 
-from . import alphas, fit, formulas, metadata, sources
-from .settings import Request
+from . import alphas, fit, formulas, greedy, metadata, sources
+from .greedy import Measures
+from .settings import MEASURING, Request
 from .sources import Source, view
 from .writing import PROVENANCE, Entry, Writer, writing
 
@@ -56,7 +57,7 @@ class _Job:
     transposed: bool
 
 
-def run(request: Request) -> Outcome:
+def run(request: Request, measures: Measures | None = None) -> Outcome:
     """Merge models and write the result.
 
     Tensors are read, computed and written in runs of elements, or one after the other where the method needs
@@ -64,13 +65,17 @@ def run(request: Request) -> Outcome:
 
     Args:
         request: what is merged, how, and where it goes.
+        measures: measurements on data, for ``greedy-soup`` and ``fisher``.
 
     Raises:
-        ValueError: the files cannot be merged; the result exists; or a tensor of the result is not finite.
+        ValueError: the method needs measurements, and there are none; the files cannot be merged; the result
+            exists; or a tensor of the result is not finite.
         Changed: a file changed meanwhile.
         OSError: a file cannot be read or written, or the disk is full.
     """
     _check_out(request)
+    if request.method in MEASURING and measures is None:
+        raise ValueError(f"merge: {request.method} measures models on data; give it data to measure them on")
     inputs = files.Inputs()
     with ExitStack() as stack:
         opened = [
@@ -80,19 +85,25 @@ def run(request: Request) -> Outcome:
         zeroshot = opened[0] if request.zeroshot else None
         finetuned = opened[1:] if request.zeroshot else opened
         found = fit.fit(zeroshot, finetuned, request.method, request.unrelated)
-        formula = _formula(request, found, finetuned)
+        if request.method == "greedy-soup" and measures is not None:
+            finetuned = _greedy(finetuned, found, measures)
+        if request.method == "fisher" and measures is not None:
+            formula = formulas.fisher([measures.fisher(source.file) for source in finetuned])
+        else:
+            formula = _formula(request, found, finetuned)
         jobs = _jobs(request, found)
         hashing = stack.enter_context(ThreadPoolExecutor(1))
         digests = [hashing.submit(_sha256, inputs, source.file) for source in opened]
         stack.callback(_cancel, digests)
-        texts = _metadata(request, opened, found, ["0" * 64] * len(opened))
+        data = {} if measures is None else {"data": measures.about}
+        texts = _metadata(request, opened, found, ["0" * 64] * len(opened), data)
         entries = [entry for job in jobs for entry in job.entries]
         with writing(request.out, entries, texts, request.overwrite) as writer:
             work = _Work(request, zeroshot, finetuned, found.reference, formula)
             for job in jobs:
                 work.do(job, writer)
             hexes = [each.result() for each in digests]
-            texts = _metadata(request, opened, found, hexes)
+            texts = _metadata(request, opened, found, hexes, data)
             writer.finish(texts)
             inputs.check()
     return Outcome(
@@ -140,6 +151,16 @@ def _sha256(inputs: files.Inputs, file: pathlib.Path) -> str:
     return folders.digest({part: inputs.sha256(part) for part in folders.parts(file)})
 
 
+def _greedy(finetuned: list[Source], found: fit.Fit, measures: Measures) -> list[Source]:
+    """Choose the models of a greedy soup, and note how."""
+    chosen = greedy.greedy_soup([source.file for source in finetuned], measures.accuracy)
+    for file, accuracy in chosen.alone.items():
+        what = "kept" if file in chosen.kept else "left out"
+        found.notes.append(f"{file}: accuracy {accuracy:.4f}, {what}")
+    found.notes.append(f"soup of {len(chosen.kept)} models: accuracy {chosen.accuracy:.4f}")
+    return [source for source in finetuned if source.file in chosen.kept]
+
+
 def _cancel(digests: list[Future[str]]) -> None:
     for each in digests:
         each.cancel()
@@ -177,7 +198,7 @@ def _formula(request: Request, found: fit.Fit, finetuned: list[Source]) -> formu
 def _combined(request: Request, differences: list[bool]) -> formulas.Formula | None:
     """Return the formula of a method that has one for all layers; None: it has an alpha for each layer."""
     scales, drop = request.scales(), request.drop or 0.0
-    if request.method == "soup":
+    if request.method in ("soup", "greedy-soup"):
         return formulas.soup()
     if request.method == "model-stock":
         return formulas.model_stock()
@@ -298,7 +319,13 @@ def _runs(numel: int, step: int) -> Iterator[tuple[int, int]]:
 # --- metadata -----------------------------------------------------------------------------------------
 
 
-def _metadata(request: Request, opened: list[Source], found: fit.Fit, digests: list[str]) -> dict[str, str]:
+def _metadata(
+    request: Request,
+    opened: list[Source],
+    found: fit.Fit,
+    digests: list[str],
+    more: Mapping[str, object],
+) -> dict[str, str]:
     described = [
         metadata.source(
             source.file,
@@ -310,4 +337,4 @@ def _metadata(request: Request, opened: list[Source], found: fit.Fit, digests: l
     ]
     # Files that show different activations were refused before.
     quick = {tower: known.quick for source in opened for tower, known in source.activation.items()}
-    return metadata.texts(request.method, request.numbers(), described, found.notes, quick)
+    return metadata.texts(request.method, request.numbers(), described, found.notes, quick, **more)

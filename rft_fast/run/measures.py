@@ -1,0 +1,113 @@
+"""Models measured on the data of a sweep, for merges that need data."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .. import checkpoints
+from ..config import request as requests
+from ..config.settings import Computed
+from ..evaluate import Evaluator, modes
+from ..settings import Along
+from . import wiring
+from .wiring import Models
+
+State = dict[str, Tensor]
+
+
+class Measured:
+    """Accuracies and Fisher information of checkpoints; a :class:`rft_fast.merge.greedy.Measures`.
+
+    Models and images are loaded when they are needed first.
+
+    Args:
+        words: options of ``python -m rft_fast.sweep`` for architecture, head, data and device.
+        files: the checkpoints, two or more; the first is the zero-shot end of the sweep.
+
+    Raises:
+        ValueError, RuntimeError, OSError: as a sweep with these words, here or when they are needed.
+    """
+
+    def __init__(self, words: Sequence[str], files: Sequence[pathlib.Path]) -> None:
+        named = ["--zeroshot", str(files[0]), "--finetuned", *map(str, files[1:])]
+        self.request = requests.read(["interpolation", *named, *words])
+        self._words = tuple(words)
+        self._sum: tuple[tuple[pathlib.Path, ...], State] = ((), {})
+
+    @cached_property
+    def _models(self) -> Models:
+        return Models.load(self.request)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return self._models.evaluator(wiring.load_images(self.request, self._models.rows))
+
+    @property
+    def about(self) -> dict[str, object]:
+        """The options, and the SHA-256 of the images of each data set."""
+        digests = {data.name: wiring.digest(data) for data in self._evaluator.datasets}
+        return {"options": self._words, "datasets": digests}
+
+    def accuracy(self, files: Sequence[pathlib.Path]) -> float:
+        """Return the accuracy of the mean of some models: the mean over data sets, each counts the same."""
+        *before, last = files
+        known, total = self._sum
+        if known != tuple(before):
+            total = {}
+            for file in before:
+                total = self._added(total, file)
+            self._sum = tuple(before), total
+        self._write(self._added(total, last), len(files))
+        scores = self._evaluator.scores().values()
+        return sum(each.accuracy for each in scores) / len(scores)
+
+    def fisher(self, file: pathlib.Path) -> State:
+        """Return the diagonal Fisher information of a model (Matena & Raffel 2022, Eq. 4).
+
+        The mean over images of the squared gradient of log p(y | x), with one class y drawn from the model's
+        own prediction for each image, by the seed of the sweep. Images are computed one by one.
+        """
+        self._write(self._added({}, file), 1)
+        live, draws = self._models.live, torch.Generator().manual_seed(self.request.of(Along).seed)
+        weights = {name: p for name, p in live.named_parameters() if p.is_floating_point()}
+        sums = {name: torch.zeros(p.shape, device=p.device) for name, p in weights.items()}
+        count = 0
+        with modes.differentiating(live, self.request.of(Computed).precision, list(weights.values())):
+            for feed in self._evaluator.feeds:
+                for place in range(len(feed)):
+                    logits = live(feed.prepare(slice(place, place + 1))).float()
+                    if feed.classes is not None:
+                        logits = logits.index_select(1, feed.classes)
+                    chances = logits.detach().softmax(1).cpu()
+                    drawn = int(torch.multinomial(chances, 1, generator=draws))
+                    found = torch.autograd.grad(
+                        logits.log_softmax(1)[0, drawn], list(weights.values()), allow_unused=True
+                    )
+                    for total, gradient in zip(sums.values(), found, strict=True):
+                        if gradient is not None:
+                            total.addcmul_(gradient.float(), gradient.float())
+                    count += 1
+        return {name: (total / count).cpu() for name, total in sums.items()}
+
+    def _added(self, total: State, file: pathlib.Path) -> State:
+        """Return a sum of models and one more, in float32; integers are those of the last one."""
+        state = self._models.ends.pair(checkpoints.load(file), str(file))[1]
+        return {
+            name: (total[name] + tensor.float() if total else tensor.float())
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in state.items()
+        }
+
+    @torch.no_grad()
+    def _write(self, total: State, count: int) -> None:
+        """Write a mean into the live model."""
+        for name, tensor in self._models.live.state_dict().items():
+            if name in total:
+                value = total[name].to(tensor.device)
+                tensor.copy_(value / count if tensor.is_floating_point() else value)
