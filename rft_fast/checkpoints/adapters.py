@@ -86,7 +86,9 @@ class _Config:
         alphas = content.get("alpha_pattern") or {}
         numbers = [content.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
         if not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
-            raise Unreadable(f"has an {ADAPTER_CONFIG} without finite numbers lora_alpha and alpha_pattern")
+            raise Unreadable(
+                f"has an {ADAPTER_CONFIG} whose lora_alpha, or a value of alpha_pattern, is no finite number"
+            )
         if regular := [name for name in alphas if not _PLAIN.fullmatch(name)]:
             raise Unreadable(
                 f"is a LoRA adapter with alpha_pattern by regular expressions ({some(regular, 3)}); {_PEFT}"

@@ -137,6 +137,11 @@ _TENSORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
+    "torch._utils._rebuild_wrapper_subclass": _opaque(
+        "shard of a DTensor: save whole tensors, by get_model_state_dict of "
+        "torch.distributed.checkpoint.state_dict with full_state_dict=True",
+        Special,
+    ),
     "torch._utils._rebuild_sparse_tensor": _opaque("sparse tensor", Special),
     "torch._utils._rebuild_sparse_csr_tensor": _opaque("sparse tensor", Special),
     "torch._utils._rebuild_nested_tensor": _opaque("nested tensor", Special),

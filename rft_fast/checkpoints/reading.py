@@ -272,7 +272,7 @@ def _read(
     base: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     if base is not None or format == "lora":
-        return _adapted(path, format, base, operation)
+        return _adapted(path, format, key, base, operation)
     with opened(path, format, key, operation=operation) as found:
         maker = Maker(found._size, meta)
         try:
@@ -288,7 +288,11 @@ def _read(
 
 
 def _adapted(
-    path: str | PathLike[str], format: Format | None, base: Mapping[str, Tensor] | None, operation: str
+    path: str | PathLike[str],
+    format: Format | None,
+    key: str | None,
+    base: Mapping[str, Tensor] | None,
+    operation: str,
 ) -> Checkpoint:
     """Add an adapter to its base."""
     file = folders.located(path, operation)
@@ -299,6 +303,8 @@ def _adapted(
         )
     if base is None or format not in (None, "lora"):
         raise ValueError(f"{operation}: {file} is an adapter of peft: it takes a base, and the format 'lora'")
+    if key is not None:
+        raise ValueError(f"{operation}: {file} is an adapter of peft, of which no key {key!r} chooses a part")
     try:
         tensors, notes = adapters.merged(file, base)
     except (Unreadable, OSError) as error:

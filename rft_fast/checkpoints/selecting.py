@@ -31,7 +31,7 @@ _TRAINING = frozenset(
 )
 # Components of names that wrappers add, at any place.
 _WRAPPERS = frozenset(
-    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+    "module _orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module".split()
 )
 _START = re.compile(r"\A(?:image_encoder\.)?model\.")
 _CHOOSE = (
@@ -98,7 +98,9 @@ def select(container: Container, key: str | None) -> Selected:
         chosen.module = module(value, container)
         state: Mapping[Any, Any] = chosen.module.state
     else:
-        state = _items(value)
+        state = {name: one for name, one in _items(value).items() if not str(name).endswith("_extra_state")}
+        if extra := [str(name) for name in _items(value) if name not in state]:
+            chosen.notes.append(f"left out, extra state of modules: {some(extra, 3)}")
         _check_tensors(state)
     if candidate.path:
         label = candidate.label
@@ -153,7 +155,9 @@ def _within(value: Any, path: tuple[str, ...], training: bool, seen: dict[int, b
     content = _items(value)
     if not content or len(path) > _DEEPEST or seen.get(id(value)) is False:
         return []
-    tensors = [name for name, one in content.items() if isinstance(name, str) and isinstance(one, TENSORS)]
+    # The tensors of a list have no names.
+    named = isinstance(value, (Mapping, Shell))
+    tensors = [n for n, one in content.items() if named and isinstance(n, str) and isinstance(one, TENSORS)]
     alone = seen[id(value)] = seen.get(id(value)) or len(tensors) == len(content)
     own = _Candidate(path, value, training or bool(path and not _is_weights(content)))
     if alone:
@@ -204,7 +208,7 @@ def _choose(found: list[_Candidate], key: str | None, container: Container) -> t
         listed = some(list(map(str, found)))
         raise Unreadable(f"holds no weights, only state of a training: {listed}. {_CHOOSE}")
     first, others = weights[0], weights[1:]
-    first.same = [one.label for one in others if _same(first, one)]
+    first.same = [one.label for one in others if _same(first, one, container)]
     if several := [one for one in others if one.label not in first.same]:
         listed = some([str(one) for one in (first, *several)], 12)
         raise Unreadable(f"holds several sets of weights: {listed}. {_CHOOSE}")
@@ -218,8 +222,7 @@ def _keyed(found: list[_Candidate], key: str, container: Container) -> tuple[_Ca
         return fits[0], ""
     prefixed, starts = [], set()
     for one in [one for one in found if not one.training] or found:
-        state = module(one.value, container).state if not _items(one.value) else _items(one.value)
-        names = [_unwrapped(name) for name in state if isinstance(name, str)]
+        names = [_unwrapped(name) for name in _state(one, container) if isinstance(name, str)]
         starts |= {name.partition(".")[0] for name in names if "." in name}
         for rest in dict.fromkeys((key.removeprefix(f"{one.label}."), key)):
             rest = _unwrapped(f"{rest}.x").removesuffix(".x")
@@ -235,18 +238,21 @@ def _keyed(found: list[_Candidate], key: str, container: Container) -> tuple[_Ca
     raise Unreadable(f"has {which} under the key {key!r}; it holds {' and '.join(here) or 'one dict'}")
 
 
-def _same(one: _Candidate, other: _Candidate) -> bool:
+def _state(candidate: _Candidate, container: Container) -> Mapping[Any, Any]:
+    value = candidate.value
+    return module(value, container).state if is_module(value) else _items(value)
+
+
+def _same(one: _Candidate, other: _Candidate, container: Container) -> bool:
     """Return whether two candidates are the same tensors: the same places of the same storages."""
 
     def places(candidate: _Candidate) -> set[tuple[object, ...]] | None:
-        values = list(_items(candidate.value).values())
+        values = list(_state(candidate, container).values())
         if not all(isinstance(value, Stored) for value in values):
             return None
         return {(id(v.storage), v.dtype, v.offset, v.size, v.stride) for v in values}
 
-    if one.value is other.value:
-        return True
-    return bool(_items(one.value)) and places(one) is not None and places(one) == places(other)
+    return one.value is other.value or ((found := places(one)) is not None and found == places(other))
 
 
 def _beside(value: Any, path: tuple[str, ...]) -> Iterator[str]:
@@ -310,7 +316,10 @@ def _name(chosen: Selected, state: Mapping[str, Any]) -> None:
         names = [stored for stored in names if stored not in averaged]
     if chosen.key == _ROOT:
         towers = tuple(start for stored in names if (start := _tower(chosen.renamed(stored))))
-        names = [stored for stored in names if not chosen.renamed(stored).startswith(towers)]
+        others = [stored for stored in names if chosen.renamed(stored).startswith(towers)]
+        names = [stored for stored in names if stored not in set(others)]
+        if others:
+            chosen.notes.append(f"left out, names with a prefix: {some(others)}")
     if not factors(names):  # an adapter keeps its own names
         chosen.prefixes = _prefixes([chosen.renamed(stored) for stored in names], chosen.notes)
     for stored in names:
@@ -368,8 +377,9 @@ def _prefixes(names: Collection[str], notes: list[str]) -> tuple[str, ...]:
     Raises:
         Unreadable: there are several models, such as a student and a teacher.
     """
-    starts = {start for name in names if (start := _tower(name)) is not None}
-    starts = starts or {start for name in names if (start := _tower(name, ("text_model",))) is not None}
+    starts = dict.fromkeys(start for name in names if (start := _tower(name)) is not None)
+    text = (start for name in names if (start := _tower(name, ("text_model",))) is not None)
+    starts = starts or dict.fromkeys(text)
     if not any(starts):
         return ()
     found = tuple(sorted(starts, key=len, reverse=True))
@@ -381,7 +391,7 @@ def _prefixes(names: Collection[str], notes: list[str]) -> tuple[str, ...]:
     notes.append(f"dropped, a prefix of names: {some([start for start in found if start])}")
     # A head beside the CLIP has a part of its prefix.
     parents = {start[: at + 1] for start in found for at, letter in enumerate(start) if letter == "."}
-    return tuple(sorted(parents, key=len, reverse=True))
+    return tuple(sorted(sorted(parents), key=len, reverse=True))
 
 
 def _stripped(name: str, prefixes: Collection[str] = ()) -> str:

@@ -181,7 +181,7 @@ def _load(source: zoo.Zoo, weights: zoo.Weights, device: str, zeroshot: Path) ->
     if not checkpoints.is_adapter(weights.source):
         return checkpoints.load(weights.source, device, weights.format, weights.key)
     base = checkpoints.load(zeroshot, device, source.zeroshot.format, source.zeroshot.key)
-    return checkpoints.load(weights.source, device, weights.format, base=base)
+    return checkpoints.load(weights.source, device, weights.format, weights.key, base)
 
 
 def _classes(source: zoo.Zoo, file: Path) -> int | None:

@@ -83,6 +83,9 @@ TRAINERS: dict[str, Any] = {
     "the same twice": {"state_dict": STATE, "state_dict_ema": STATE, "model": renamed(STATE, "module.")},
     "an empty average": {"model": STATE, "ema": {}, "optimizer": {}},
     "no average": {"model": STATE, "ema": None},
+    "a list of moments": {"model": STATE, "ema": {"decay": 0.9, "shadow_params": list(EMA.values())}},
+    "weights of a callback": {"state_dict": STATE, "callbacks": {"EMA": {"ema_weights": EMA}}},
+    "extra state": {"model": {**STATE, "visual._extra_state": None}},
     "averages of torch": {"model": AveragedModel(nn.Module()).state_dict(), "m": STATE},
 }  # fmt: skip
 
@@ -139,6 +142,23 @@ def test_several_are_refused_by_name_and_a_key_chooses(
         read(tmp_path, content, "nonsense")
 
 
+class Shard:
+    """A tensor as torch pickles a DTensor."""
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_wrapper_subclass, (Shard, torch.float32, (4, 3), (3, 1), 0)
+
+
+def test_shards_of_a_model_in_training_are_named(tmp_path: Path) -> None:
+    with refused(ValueError, "visual.proj", "DTensor", "full_state_dict=True"):
+        read(tmp_path, {"model": {**STATE, "visual.proj": Shard()}})
+
+
+def test_a_module_and_its_state_dict_are_one(tmp_path: Path) -> None:
+    model = clip()
+    same(read(tmp_path, {"model": model, "state_dict": model.state_dict()}).tensors, model.state_dict())
+
+
 def test_keys_choose_the_weights_of_the_training_too(tmp_path: Path) -> None:
     content = {"model": STATE, "momentum": EMA, "epoch": 1}
     same(read(tmp_path, content).tensors, STATE)
@@ -152,7 +172,9 @@ def test_names_without_a_prefix_beside_others(tmp_path: Path) -> None:
     with refused(ValueError, "ema", "'.'"):
         read(tmp_path, content)
     same(read(tmp_path, content, "ema").tensors, EMA)
-    same(read(tmp_path, content, ".").tensors, STATE)
+    got = read(tmp_path, content, ".")
+    same(got.tensors, STATE)
+    said("\n".join(got.notes), "ema.visual.proj")
 
 
 def middle(state: State, wrapper: str) -> State:
