@@ -9,9 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-import rft_fast
 from rft_fast.common import program
 
 ROOT = Path(__file__).parents[2]
@@ -142,23 +140,8 @@ def test_the_readme_is_short_and_its_commands_are_one_line_each() -> None:
     ]
 
 
-def test_the_readme_s_loop_perturbs_anew_and_puts_every_bit_back() -> None:
-    (code,) = (block for block in blocks("python") if "rft.Plan" in block)
-    model = torch.nn.Linear(40, 30)
-    before = [p.detach().clone() for p in model.parameters()]
-    weights: list[torch.Tensor] = []
-
-    def evaluate(live: torch.nn.Module) -> float:
-        assert live is model
-        weights.append(model.weight.detach().clone())
-        return 0.0
-
-    losses: list[float] = []
-    exec(code, {"model": model, "evaluate": evaluate, "losses": losses})
-    assert len(losses) == 20
-    for draw, weight in enumerate(weights):
-        noise = rft_fast.noise_like(before, seed=0, draw=draw)[0]
-        torch.testing.assert_close(
-            weight, before[0] * (1 + 0.05 * before[0].sign() * noise), rtol=1e-5, atol=1e-7
-        )
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+def test_the_readme_s_loop_is_the_first_recipe() -> None:
+    (code,) = (block for block in blocks("python") if "mezo_step" in block)
+    imports, function = code.split("\n\n\n")
+    recipe = text(ROOT / "docs" / "recipes" / "mezo.py")
+    assert imports + "\n" in recipe and function in recipe
