@@ -277,6 +277,7 @@ class Sharpness:
         "images that share a draw of noise (default: %(default)s, as in published code), or all",
         metavar="N",
         check=_noise_batch,
+        none="all",
     )
     restarts: int = option(
         1,

@@ -138,6 +138,7 @@ def differences(
     but: Callable[[tuple[str, ...]], bool] = lambda _: False,
     called: Callable[[tuple[str, ...]], str] = ".".join,
     sides: tuple[str, str] = ("there", "now"),
+    shown: Callable[[tuple[str, ...], Any], Any] = lambda _, value: value,
 ) -> list[str]:
     """Describe how two nested tables differ.
 
@@ -147,13 +148,18 @@ def differences(
         but: whether an entry is ignored, by its keys from the outermost table on.
         called: what an entry is called, likewise.
         sides: what the two tables are called.
+        shown: what the value of an entry is shown as, by its keys and the value.
 
     Returns:
         One clause per differing entry, such as ``run.xi: 0.05 there, 0.06 now``.
     """
     a, b = dict(flat(there)), dict(flat(now))
+
+    def value(table: dict[tuple[str, ...], Any], names: tuple[str, ...]) -> Any:
+        return shown(names, table[names]) if names in table else "nothing"
+
     return [
-        f"{called(names)}: {a.get(names, 'nothing')} {sides[0]}, {b.get(names, 'nothing')} {sides[1]}"
+        f"{called(names)}: {value(a, names)} {sides[0]}, {value(b, names)} {sides[1]}"
         for names in dict.fromkeys([*a, *b])
         if not but(names) and (names not in a or names not in b or a[names] != b[names])
     ]

@@ -9,6 +9,9 @@ from ..common.fields import Tree
 from ..names import NOISE_BATCH
 from .settings import builder
 
+EARLIER = "of an earlier version"
+"""In the value of a setting: it means what no option of this version does."""
+
 # What every flat configuration has.
 _FLAT = {"alphas", "control", "general", "graphs", "layerwise", "mask_seeds", "measured", "rhos"}
 
@@ -39,6 +42,12 @@ def shown_as(names: Sequence[str], between: str = " › ") -> str:
     return between.join(names) if entry is None else f"--{entry.name}"
 
 
+def value_as(names: Sequence[str], value: Any) -> Any:
+    """What the value of an entry is shown as."""
+    entry = builder().recorded(names)
+    return entry.option.none if value is None and entry is not None and entry.option.none else value
+
+
 def is_compared(names: Sequence[str]) -> bool:
     """Whether an entry decides if two runs are the same (:attr:`rft_fast.common.fields.Option.compared`)."""
     entry = builder().recorded(names)
@@ -56,7 +65,7 @@ def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
     shared = own.pop("coupling", "shared") == "shared"
     estimator = own.get("estimator", "auto")
     if estimator == "auto":
-        own["estimator"] = f"auto with {'shared noise' if shared else 'noise per image'}"
+        own["estimator"] = f"auto {EARLIER} ({'shared noise' if shared else 'noise per image'})"
     elif not shared:
         own["estimator"] = "per-image" if estimator == "plain" else f"per-image-{estimator}"
     own.setdefault("noise_batch", None if shared else NOISE_BATCH)

@@ -20,6 +20,7 @@ from .builder import COMMAND
 from .conflicts import named, settle
 from .options import parser, split
 from .settings import Computed, Figures, Head, Models, Running, builder
+from .unused import unused
 
 if TYPE_CHECKING:  # what can be refused without them is refused before they are imported
     import torch
@@ -41,7 +42,8 @@ class Request:
         out: directory of the run.
         device: where the models are.
         fetch: what may be downloaded: anything, nothing; None: what the command line names.
-        notices: which defaults, and options of the zoo and of the paper, gave way to others, as sentences.
+        notices: which defaults, and options of the zoo and of the paper, gave way to others, and
+            which options have no effect, as sentences.
     """
 
     everything: bool
@@ -148,7 +150,7 @@ def _request(
         out=out,
         device=device,
         fetch=fetch,
-        notices=(*replaced, *notices),
+        notices=(*replaced, *notices, *unused(tree, measured)),
     )
     for name in measured:
         catalogue.study(name).validate(request)

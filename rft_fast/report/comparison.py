@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ..common.words import flat, some
-from ..config.recorded import shown_as
+from ..config.recorded import shown_as, value_as
 from ..studies.interpolate import Z95
 from ..studies.rows import asked
 from .charts import points
@@ -216,7 +216,11 @@ def _other_estimators(first: pd.DataFrame, second: pd.DataFrame) -> Iterator[str
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the keys of ``config.json`` whose values differ, with both values."""
     a, b = (
-        {shown_as(names): in_line(value) for names, value in flat(config) if names[0] != "run"}
+        {
+            shown_as(names): in_line(value_as(names, value))
+            for names, value in flat(config)
+            if names[0] != "run"
+        }
         for config in (first, second)
     )
     names = dict.fromkeys([*a, *b])

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ..common.words import duration, flat
-from ..config.recorded import shown_as
+from ..config.recorded import shown_as, value_as
 from . import tables
 from .runs import RunRead
 from .shown import Section
@@ -39,7 +39,7 @@ def provenance(run: RunRead) -> Section:
         *plain,
     }
     settings = plain | {
-        shown_as(names): in_line(value)
+        shown_as(names): in_line(value_as(names, value))
         for outer, entry in config.items()
         if outer not in tabled
         for names, value in (flat({outer: entry}) if outer == "settings" else [((outer,), entry)])

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 from ..common import disk, words
-from ..config.recorded import is_compared, shown_as
+from ..config.recorded import EARLIER, is_compared, shown_as, value_as
 from ..names import FIGURE_FORMATS, STUDIES
 from . import database
 from .errors import Mismatch
@@ -45,7 +45,7 @@ def differences(
         return names in ASIDE or names[0] in DERIVED or names[-1] == "path" or not is_compared(names)
 
     return words.differences(
-        plain(there), plain(now), aside, called=lambda names: shown_as(names, "."), sides=sides
+        plain(there), plain(now), aside, lambda names: shown_as(names, "."), sides, value_as
     )
 
 
@@ -152,10 +152,10 @@ def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def mismatch(directory: pathlib.Path, unlike: Sequence[str]) -> Mismatch:
-    return Mismatch(
-        f"results: {directory} holds a run with other settings ({'; '.join(unlike)}). To resume it, use the "
-        "same settings; otherwise choose another --out, or --overwrite"
-    )
+    remedy = "To resume it, use the same settings; otherwise choose another --out, or --overwrite"
+    if any(EARLIER in difference for difference in unlike):
+        remedy = "No option of this version has these settings: choose another --out, or --overwrite"
+    return Mismatch(f"results: {directory} holds a run with other settings ({'; '.join(unlike)}). {remedy}")
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

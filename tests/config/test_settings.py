@@ -20,6 +20,7 @@ from rft_fast.common.numeric import positive
 from rft_fast.config import recorded, request
 from rft_fast.config.builder import COMMAND, ZOO, Builder
 from rft_fast.config.settings import Computed, Models, Running, builder
+from rft_fast.results import directory
 from rft_fast.settings import Along, Layers, Prune, Sharpness
 
 
@@ -167,7 +168,7 @@ def test_a_flat_configuration_becomes_the_tree() -> None:
         (1.0,),
         ("near",),
         12,
-        "auto with shared noise",  # type: ignore[arg-type]
+        "auto of an earlier version (shared noise)",  # type: ignore[arg-type]
         None,
         "uniform",
         False,
@@ -349,8 +350,8 @@ def test_images_that_share_noise(words: str, size: int | None) -> None:
 @pytest.mark.parametrize(
     ("estimator", "coupling", "now"),
     [
-        ("auto", "shared", "auto with shared noise"),
-        ("auto", "image", "auto with noise per image"),
+        ("auto", "shared", "auto of an earlier version (shared noise)"),
+        ("auto", "image", "auto of an earlier version (noise per image)"),
         ("gradient", "shared", "gradient"),
         ("gradient", "image", "per-image-gradient"),
         ("plain", "image", "per-image"),
@@ -364,6 +365,56 @@ def test_estimators_of_earlier_versions_have_their_present_names(
     found = recorded.upgraded({"settings": {"sharpness": own}})
     assert recorded.tree_of(found).of(Sharpness).estimator == now
     assert recorded.upgraded(found) == found
+
+
+def test_a_run_whose_estimator_no_option_names_cannot_be_resumed(tmp_path: Path) -> None:
+    own = {"estimator": "auto", "coupling": "shared", "noise_batch": None}
+    there = recorded.upgraded({"settings": {"sharpness": own}})
+    now = builder().as_json(builder().tree({}))
+    unlike = directory.differences(there, {**there, **now})
+    assert [text.partition(":")[0] for text in unlike] == ["--estimator", "--noise-batch"]
+    assert unlike[1] == "--noise-batch: all in the run, 128 requested"
+    with refused(results.Mismatch, tmp_path, "earlier version", "auto requested", "--out", "--overwrite"):
+        raise directory.mismatch(tmp_path, unlike)
+
+
+# --- options without effect -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "facts"),
+    [
+        ("sharpness --max-draws 50", "max-draws", "--goal-se"),
+        ("sharpness --goal-se 0.1 --max-draws 50", None, ""),
+        ("layer-sharpness --exclude re:.*bias", "exclude", "sharpness"),
+        ("sharpness --exclude re:.*", None, ""),
+        ("sharpness --estimator apgd-l2 --noise uniform", "noise", "apgd-l2"),
+        ("sharpness --estimator hessian --noise uniform", None, ""),
+        ("sharpness --estimator apgd-l2 --noise-batch 64", None, ""),
+        ("interpolation --draws 5", "draws", "layer-sharpness"),
+        ("interpolation --layers re:.*", "layers", "prune"),
+        ("sharpness --layer-draws 5", "layer-draws", "layer-sharpness"),
+        ("layer-sharpness --draws 5", None, ""),
+        ("correlation --layer-draws 5", None, ""),
+        ("layers --keep 0.3", "keep", "prune"),
+        ("layer-sharpness --layer-samples 9", "layer-samples", "layers"),
+        ("prune --criteria sharpness --prune-layers re:.*", "criteria", "--prune-layers"),
+        ("prune --methods magnitude --no-control --mask-seeds 5", "mask-seeds", "magnitude"),
+        ("prune --methods magnitude --mask-seeds 5", None, ""),
+        ("prune --methods magnitude zero --mask-seeds 5", None, ""),
+    ],
+)
+def test_options_without_effect_are_said(words: str, option: str | None, facts: str) -> None:
+    notices = request.read(words.split()).notices
+    found = [notice for notice in notices if "has no effect" in notice]
+    assert len(found) == (option is not None)
+    if option is not None:
+        assert found[0].startswith(f"argument --{option} has") and facts in found[0]
+
+
+def test_options_of_a_zoo_may_be_for_other_studies(zoo: Path, tmp_path: Path) -> None:
+    file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), "max-draws = 50", "keep = 0.3")
+    assert request.read([str(file), "interpolation"]).notices == ()
 
 
 def test_models_and_running_settings_are_no_zoos_to_give() -> None:

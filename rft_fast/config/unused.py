@@ -1,0 +1,75 @@
+"""Options of the command line that have no effect on what is requested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ..common.fields import Tree, entries
+from ..names import WORST_CASE
+from ..settings import Layers, Prune, Sharpness
+from .builder import COMMAND
+
+_BY_LAYER = ("layers", "layer-sharpness", "prune")
+_SHARPNESS = ("sharpness", "layer-sharpness")
+
+# Settings class -> the studies that use its options; and option -> those that use it, where they differ.
+_OF_CLASS: Mapping[type, Sequence[str]] = {Layers: ("layers",), Sharpness: _SHARPNESS, Prune: ("prune",)}
+_OF_OPTION: Mapping[str, Sequence[str]] = {
+    "granularity": ("sharpness", *_BY_LAYER),
+    "layers": _BY_LAYER,
+    "layer-data": ("layers", "prune"),
+    "layer-samples": ("layers", "prune"),
+    "layer-draws": ("layer-sharpness",),
+    "exclude": ("sharpness",),
+    "zero-margin": ("layer-sharpness",),
+}
+_ALWAYS = {"models"}  # which decides on the models of every study
+
+
+def _max_draws(tree: Tree) -> str:
+    return "it limits the draws of --goal-se" if tree.of(Sharpness).goal_se is None else ""
+
+
+def _noise(tree: Tree) -> str:
+    estimator = tree.of(Sharpness).estimator
+    return f"--estimator {estimator} takes no mean over noise" if estimator in WORST_CASE else ""
+
+
+def _criteria(tree: Tree) -> str:
+    return "" if tree.of(Prune).layers is None else "--prune-layers names the layers"
+
+
+def _mask_seeds(tree: Tree) -> str:
+    own = tree.of(Prune)
+    random = own.control or set(own.methods) != {"magnitude"}
+    return "" if random else "neither --methods magnitude nor --no-control draws anything"
+
+
+# Option -> why other options leave it without effect; empty if they do not.
+_BESIDE: Mapping[str, Callable[[Tree], str]] = {
+    "max-draws": _max_draws,
+    "noise": _noise,
+    "criteria": _criteria,
+    "mask-seeds": _mask_seeds,
+}
+
+
+def unused(tree: Tree, measured: Sequence[str]) -> Iterator[str]:
+    """Say which options of the command line have no effect, a sentence each.
+
+    Options of a zoo file are for all its sweeps, and may be of no use to one of them.
+
+    Args:
+        tree: The settings.
+        measured: The studies that are measured or made of rows, with those that they need.
+    """
+    for kind, studies in _OF_CLASS.items():
+        for entry in entries(kind):
+            if tree.giver(entry.name) != COMMAND or entry.name in _ALWAYS:
+                continue
+            users = _OF_OPTION.get(entry.name, studies)
+            why = f"no study that uses it is requested ({', '.join(users)})"
+            if set(users) & set(measured):
+                why = _BESIDE[entry.name](tree) if entry.name in _BESIDE else ""
+            if why:
+                yield f"argument --{entry.name} has no effect: {why}"
