@@ -41,7 +41,18 @@ def _granularity(text: str) -> str:
     return text
 
 
-def _rhos(values: Sequence[float]) -> tuple[float, ...]:
+def _rho(text: str) -> float | str:
+    return text if text == "auto" else above_zero(text)
+
+
+def _rhos(values: Sequence[float | str]) -> tuple[float, ...]:
+    if "auto" in values and len(values) > 1:
+        raise ValueError(f"auto finds one rho, and stands alone; got {' '.join(map(str, values))}")
+    numbers = [value for value in values if not isinstance(value, str)]
+    return _distinct(numbers)
+
+
+def _distinct(values: Sequence[float]) -> tuple[float, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"expected each once, got {list(values)}")
     return tuple(sorted(values))
@@ -199,7 +210,8 @@ class Sharpness:
     """Settings of sharpness, general (Eq. 3) and layer-wise (Sec. 3.1).
 
     Attributes:
-        rhos: scales of the noise, ascending, in units of |w|.
+        rhos: scales of the noise, ascending, in units of |w|; none: ``auto``, the one at which the median
+            model's general sharpness is a tenth of a nat (:mod:`rft_fast.studies.pilot`).
         draws: draws of noise for all weights together.
         layer_draws: draws of noise for each layer.
         alphas: positions, a subset of the path's.
@@ -222,9 +234,10 @@ class Sharpness:
 
     rhos: tuple[float, ...] = option(
         (1.0,),
-        "noise in units of |w| (default: 1.0, the paper's)",
+        "noise in units of |w| (default: 1.0, the paper's); or auto: the rho at which the median model's "
+        "sharpness at the highest alpha is .1 nats, which a pilot finds",
         metavar="RHO",
-        check=above_zero,
+        check=_rho,
         many="once",
         whole=_rhos,
     )

@@ -12,23 +12,32 @@ from .correlation import Correlation
 from .interpolation import Interpolation
 from .layers import Layers
 from .prune import Prune
-from .sharpness import LayerSharpness, Sharpness
+from .sharpness import LayerSharpness, Pilot, Sharpness
 from .study import Chosen, Images, Study, Task
 
 _TABLE: dict[str, Study] = {
     study.name: study
-    for study in (Interpolation(), Layers(), Sharpness(), LayerSharpness(), Prune(), Correlation(), Claim())
+    for study in (
+        Interpolation(),
+        Pilot(),
+        Layers(),
+        Sharpness(),
+        LayerSharpness(),
+        Prune(),
+        Correlation(),
+        Claim(),
+    )
 }
 
 
 def names() -> list[str]:
-    """Names of all studies, in order."""
-    return list(_TABLE)
+    """Names of all studies that people choose by, in order."""
+    return [study.name for study in studies()]
 
 
 def studies() -> list[Study]:
-    """All studies, in order."""
-    return list(_TABLE.values())
+    """These studies."""
+    return [study for study in _TABLE.values() if not study.hidden]
 
 
 def study(name: str) -> Study:
@@ -38,7 +47,7 @@ def study(name: str) -> Study:
         ValueError: there is none.
     """
     if name not in _TABLE:
-        raise ValueError(f"study: there is no study {name!r}; there are {', '.join(_TABLE)}")
+        raise ValueError(f"study: there is no study {name!r}; there are {', '.join(names())}")
     return _TABLE[name]
 
 

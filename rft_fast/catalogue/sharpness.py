@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .. import settings
-from ..names import WORST_CASE
-from .study import Study, Task
+from ..names import SAMPLING, WORST_CASE
+from .study import Chosen, Study, Task
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from ..common.fields import Tree
     from ..names import Names, On
     from ..report.shown import Finding, Section
     from ..studies.estimators import Protocol
     from ..studies.facts import Facts
+    from ..studies.rows import Row
     from .study import Request
 
 
@@ -48,8 +51,17 @@ class Sharpness(Study):
             restarts=own.restarts,
         )
 
+    def needs(self, tree: Tree) -> tuple[str, ...]:
+        return ("interpolation", *(() if tree.of(settings.Sharpness).rhos else ("pilot",)))
+
     def validate(self, request: Request) -> None:
         self.protocol(request)
+
+    def choose(self, facts: Facts, model: str) -> Chosen | None:
+        return None if facts.of(settings.Sharpness).rhos else _rho(facts)
+
+    def guess(self, request: Request, layers: Sequence[str]) -> Chosen | None:
+        return None if request.of(settings.Sharpness).rhos else {"rho": ("1",)}
 
     def images_at_once(self, request: Request, images: int) -> int:
         return min(images, self.protocol(request).noise_batch or images)
@@ -70,7 +82,7 @@ class Sharpness(Study):
             task.path,
             task.evaluator,
             own.alphas,
-            own.rhos,
+            _rhos(task),
             own.draws,
             exclude=own.exclude,
             protocol=self.protocol(request),
@@ -88,7 +100,7 @@ class Sharpness(Study):
     def say(self, facts: Facts) -> list[str]:
         from ..report import summary
 
-        return summary.sharpness(facts)
+        return [*summary.sharpness(facts), *_chosen(facts, self.name)]
 
     def findings(self, facts: Facts) -> Iterator[Finding]:
         from ..report import sentences
@@ -121,7 +133,7 @@ class LayerSharpness(Sharpness):
     def assumptions(self, request: Request) -> Iterator[str]:
         yield from super().assumptions(request)
         own = request.of(settings.Sharpness)
-        if max(own.rhos) <= _SMALL and own.estimator not in ("hessian", *WORST_CASE):
+        if own.rhos and max(own.rhos) <= _SMALL and own.estimator not in ("hessian", *WORST_CASE):
             yield (
                 f"Layer-wise sharpness: at rho up to {_SMALL:g}, --estimator hessian estimates the limit of "
                 "small rho for all layers at once."
@@ -135,7 +147,7 @@ class LayerSharpness(Sharpness):
             task.path,
             task.evaluator,
             own.alphas,
-            own.rhos,
+            _rhos(task),
             own.layer_draws,
             request.of(settings.Layers).layers,
             protocol=self.protocol(request),
@@ -152,7 +164,7 @@ class LayerSharpness(Sharpness):
     def say(self, facts: Facts) -> list[str]:
         from ..report import summary
 
-        return summary.layer_sharpness(facts)
+        return [*summary.layer_sharpness(facts), *_chosen(facts, self.name)]
 
     def findings(self, facts: Facts) -> Iterator[Finding]:
         from ..report import sentences
@@ -163,3 +175,98 @@ class LayerSharpness(Sharpness):
         from ..report import sections
 
         return sections.layer_sharpness(facts)
+
+
+_PILOT = 4  # draws of noise; the sharpness itself is measured with --draws
+
+
+class Pilot(Sharpness):
+    """General sharpness at the highest position, at a grid of rhos and then by bisection."""
+
+    name = "pilot"
+    help = "which rho makes the median model's sharpness a tenth of a nat"
+    phase = 0
+    hidden = True
+    same_at_zeroshot = False
+    rounds = 7
+
+    def needs(self, tree: Tree) -> tuple[str, ...]:
+        return ("interpolation",)
+
+    def validate(self, request: Request) -> None:
+        pass
+
+    def choose(self, facts: Facts, model: str) -> Chosen:
+        return _rho(facts)
+
+    def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
+        return {"rho": ("1",)}
+
+    def assumptions(self, request: Request) -> Iterator[str]:
+        from ..studies.pilot import GRID, STEPS
+
+        yield (
+            f"--rhos auto: a pilot of {len(GRID)} rhos and {STEPS} bisections; a run without a rho to find "
+            "ends after the grid."
+        )
+
+    def notices(self, facts: Facts) -> Iterator[str]:
+        from ..report import pilot
+
+        return pilot.notices(facts)
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+        from ..studies.pilot import GRID
+
+        own = task.request.of(settings.Sharpness)
+        for number in range(self.rounds):
+            if task.only is not None and number not in task.only:
+                continue
+            rows: list[Row] = []
+            studies.sharpness(
+                task.path,
+                task.evaluator,
+                [max(own.alphas)],
+                GRID if number == 0 else _rhos(task),
+                min(own.draws, _PILOT) if own.estimator in ("auto", *SAMPLING) else own.draws,
+                exclude=own.exclude,
+                protocol=replace(self.protocol(task.request), goal=None),
+                model=task.model,
+                sink=lambda _, found, rows=rows: rows.extend(found),  # type: ignore[misc]
+            )
+            if task.sink is not None:
+                task.sink(number, [{**row, "study": self.name} for row in rows])
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
+        raise ValueError(f"{self.name}: it has no figure")
+
+    def say(self, facts: Facts) -> list[str]:
+        return []
+
+    def section(self, facts: Facts) -> Section:
+        raise ValueError(f"{self.name}: it has no section")
+
+
+def _rhos(task: Task) -> tuple[float, ...]:
+    """The rhos of the settings, or the one that was found."""
+    rhos = task.request.of(settings.Sharpness).rhos
+    return rhos or tuple(map(float, (task.chosen or {})["rho"]))
+
+
+def _rho(facts: Facts) -> Chosen:
+    """The rho of the pilot, or the next one that it measures."""
+    from ..studies.pilot import progress
+
+    models = list(facts.part("interpolation")["model"].unique())
+    return {"rho": (repr(progress(facts.rows, models).rho),)}
+
+
+def _chosen(facts: Facts, study: str) -> list[str]:
+    """The rho that the pilot chose, in lines of the summary, once."""
+    from ..report import pilot
+    from ..report.summary import paragraphs
+
+    if study == "layer-sharpness" and not facts.part("sharpness").empty:
+        return []
+    return [line for text in pilot.notices(facts) for line in paragraphs(facts, text)]

@@ -28,7 +28,8 @@ Images = Literal["all images", "images of layers and prune", "images of sharpnes
 """Which images a study scores. Runs on disk keep scores under these names."""
 
 Chosen: TypeAlias = Mapping[str, Names]
-"""Layers that a study takes because of earlier rows: what the rows call the choice -> names of layers."""
+"""What a study takes because of earlier rows: what the rows call the choice -> names of layers, or
+numbers as text."""
 
 _Settings = TypeVar("_Settings")
 
@@ -124,6 +125,11 @@ class Study(ABC):
     """Models have different numbers of rows."""
     keeps_images: bool = False
     """It fills :attr:`Task.images`."""
+    hidden: bool = False
+    """Others need it, and nobody names it: it has no figure, section or words of its own."""
+    rounds: int = 1
+    """If above 1, its measurements of all models are made number by number, each chosen by the rows of those
+    before."""
 
     # --- before it runs -----------------------------------------------------------------------------------
 
@@ -170,6 +176,10 @@ class Study(ABC):
     def images_at_once(self, request: Request, images: int) -> int:
         """Images that are scored between two writes of the weights, out of so many of a data set."""
         return images
+
+    def notices(self, facts: Facts) -> Iterator[str]:
+        """What a run says once all rounds are done."""
+        return iter(())
 
     def assumptions(self, request: Request) -> Iterator[str]:
         """What ``--plan`` takes for granted, as sentences."""

@@ -141,6 +141,8 @@ def _in_words(option: str, value: Any) -> str:
     """Return a value behind its option, in brackets; nothing for an option without a value."""
     if isinstance(value, bool):
         return ""
+    if option == "rhos" and not value:
+        return " (auto)"
     return f" ({'all' if option == 'noise-batch' and value is None else said(value)})"
 
 

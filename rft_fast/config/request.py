@@ -120,6 +120,8 @@ def _request(
         return any(study.images == "images of sharpness" for study in measured)
 
     tree, notices = settle(tree, its_zoo.name, perturbed)
+    if not tree.of(Sharpness).rhos:
+        _check_auto(tree, its_zoo, perturbed(tree))
     measured = catalogue.measured(asked, tree)
     if running.plan and running.json:
         raise ValueError("argument --json: not together with --plan, which is a table to read")
@@ -157,6 +159,21 @@ def _request(
     if running.workers is None:
         check_device(request)
     return request
+
+
+def _check_auto(tree: Tree, its_zoo: zoo.Zoo, perturbed: bool) -> None:
+    """Refuse ``--rhos auto`` where no sharpness is measured, or where there is no median model."""
+    where = named(tree, "rhos", its_zoo.name)
+    if not perturbed and tree.giver("rhos") == COMMAND:
+        raise ValueError(
+            f"{where}: auto is for a study of sharpness, and none is requested; add sharpness or "
+            "layer-sharpness, or leave --rhos out"
+        )
+    if perturbed and len(its_zoo.finetuned) < 2:
+        raise ValueError(
+            f"{where}: auto makes models comparable, so it needs 2 or more; got "
+            f"{', '.join(its_zoo.finetuned)}, whose sharpness would be .1 nats by construction; name a rho"
+        )
 
 
 def _new(its_zoo: zoo.Zoo) -> pathlib.Path:

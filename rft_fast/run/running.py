@@ -38,11 +38,14 @@ def measure(
     ledger = Ledger(run, progress, stop, among(executor.config))
     takes = {study: list(request.zoo.finetuned) for study in request.measured}
     progress.expect(_estimated(executor, request))
-    for phase in catalogue.phases():
+    turns = [
+        (phase, turn) for phase in catalogue.phases() for turn in range(max(each.rounds for each in phase))
+    ]
+    for phase, turn in turns:
         todo: list[Piece] = []
         copies: dict[str, Copies] = {}
         facts = Facts(run.rows(), request.settings, images=results.Stored(run.directory))
-        for what in (each for each in phase if each.name in request.measured):
+        for what in (each for each in phase if each.name in request.measured and turn < each.rounds):
             study, models = what.name, takes[what.name]
             pieces, copies[study] = executor.pieces(study, models, _some(models, partial(what.choose, facts)))
             done = {model: run.done(study, model) for model in models}
@@ -54,12 +57,21 @@ def measure(
             had = whole - sum(piece.cost for piece in left)
             progress.expect({study: whole}, {study: had}, {study: dict(counts)})
             ledger.models[study] = len(models)
+            if what.rounds > 1:
+                left = [
+                    one for piece in left if (one := piece.without({*piece.numbers} - {turn})) is not None
+                ]
             todo += left
         executor.measure(todo, run, ledger)
         for study, copied in copies.items():
             _copy(run, study, copied)
-        if phase[0].phase == 0:  # the gains decide
+        if turn == 0 and phase[0].phase == 0:  # the gains decide
             takes |= selection.choose(request, run.rows())
+        if turn > 0 and turn == max(each.rounds for each in phase) - 1:
+            facts = Facts(run.rows(), request.settings)
+            for what in (each for each in phase if each.name in request.measured):
+                for text in what.notices(facts):
+                    progress.notice(text)
         stop.check()
     return ledger.rows()
 

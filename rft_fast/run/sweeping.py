@@ -21,6 +21,7 @@ from ..report.shown import Attempts
 from ..settings import Layers
 from ..studies.chance import among
 from ..studies.facts import Facts
+from ..studies.pilot import NoCrossing
 from . import identity, planning, running, saving, trackers
 from .cluster.driver import Cluster, Failed
 from .executor import Executor, InProcess
@@ -80,7 +81,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, Interrupted):
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
-    except (OSError, MemoryError, Failed) as error:
+    except (OSError, MemoryError, Failed, NoCrossing) as error:
         print(f"\nsweep: error: {message(error)}; {_kept(run, argv)}", file=sys.stderr)
         return 1
     finally:
@@ -124,14 +125,14 @@ def _draw(
 ) -> dict[str, str]:
     """Write tables, figures and log, and print the summary; return name -> error of studies that failed."""
     attempts = Attempts()
-    for name in request.measured:
-        study = catalogue.study(name)
-        with attempts.at(name):
+    studies = [study for study in map(catalogue.study, request.measured) if not study.hidden]
+    for study in studies:
+        with attempts.at(study.name):
             table = study.table(facts)
             if table is not None:
-                with disk.replacing(run.table(name)) as temporary:
+                with disk.replacing(run.table(study.name)) as temporary:
                     table.map(cell).to_csv(temporary, index=False)
-        with attempts.at(name):
+        with attempts.at(study.name):
             pictures.draw(study, facts, request.of(Layers).models)
     found = findings(facts, catalogue.studies(), attempts)
     log = Log(run.directory / "run.log", datetime.now, lambda text: print(text, file=sys.stderr))
@@ -142,7 +143,7 @@ def _draw(
     print(summary.report(facts, catalogue.studies(), found, attempts))
     print("\n" + summary.cost(took))
     print(
-        f"\nfigures  {pictures.folder} ({', '.join(request.measured)})\n"
+        f"\nfigures  {pictures.folder} ({', '.join(study.name for study in studies)})\n"
         f"rows     {run.directory / 'rows.csv'} (also rows.sqlite)\n"
         f"request  {run.directory / 'config.json'}; time and memory in cost.csv"
     )
