@@ -95,7 +95,7 @@ def findings(facts: Facts) -> Iterator[Finding]:
     # p_max is corrected for all ways of measuring, so the smallest one holds.
     fact = here.loc[here["p_max"].idxmin() if here["p_max"].notna().any() else here.index[0]].to_dict()
     what = f"flat layers (sharpness within {margin:g} nats of zero at alpha = 1, rho = {fact['rho']:g}, "
-    what += f"{fact['measured_on']})"
+    what += f"on {fact['measured_on']})"
     gaining = fact["models"] - fact["failing"]
     if facts.untested:
         why = "with one draw a sharpness has no interval"

@@ -40,7 +40,9 @@ def findings(facts: Facts, studies: Iterable[Shown], attempts: Attempts | None =
     if attempts.failed:
         errors = "; ".join(f"{study}: {visible(error)}" for study, error in attempts.failed.items())
         found.append(
-            Finding(f"An analysis failed, so its result is missing here ({errors}).", "", Rank.FAILED)
+            Finding(
+                f"Parts of the results are missing, because an analysis failed ({errors}).", "", Rank.FAILED
+            )
         )
     return sorted(found, key=lambda one: one.rank)[:MOST]
 

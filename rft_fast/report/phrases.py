@@ -98,6 +98,8 @@ def points(value: float) -> str:
 
 def nats(value: float) -> str:
     """Format a difference in loss."""
+    if not np.isfinite(value):
+        return "infinitely many" if value > 0 else "an unknown number of"
     return _zero(f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.{2 if abs(value) < 1 else 4}g}")
 
 

@@ -119,12 +119,12 @@ def _no_gain(far: pd.DataFrame) -> str:
     failing, undecided = modes == "failure", modes == "undecided"
     xi, names = f"{100 * far['xi'].iloc[0]:g} points", far["model"].nunique()
     high = far.loc[undecided, "gain_high"].max(skipna=False) if undecided.any() else np.nan
-    limit = (
-        "no interval" if pd.isna(high) else f"95 % bounds for all alphas at once reach {points(high)} points"
-    )
+    limit = f"95 % bounds for all alphas at once reach {points(high)} points"
+    limit = "there are no bounds" if pd.isna(high) else limit
     if not failing.any():
         text = _who(far, undecided.tolist(), "neither gained nor failed for certain", named=True)
-        return f"{text}: {limit}, where {xi} would count." if undecided.any() else ""
+        count = "" if pd.isna(high) else f", where {xi} would count"
+        return f"{text}: {limit}{count}." if undecided.any() else ""
     text = _who(far, failing.tolist(), "failed", named=True)
     bound = points(far.loc[failing, "gain_high"].max())
     text += f": a gain of at most {bound} points is possible at any alpha [95 % bound], where {xi} would "
@@ -147,7 +147,7 @@ def _bump(table: pd.DataFrame) -> str:
     text += ", a rise above the straight line between the losses of the two ends"
     shown = known[found] if any(found) else known
     top = shown.loc[shown["bump"].idxmax()].to_dict()
-    if not top["bump"]:
+    if top["bump"] < 1e-9:  # roundings
         return f"{text}: none was measured."
     whose = _whose(top, known)
     text += f": the {'largest' if whose else 'height'} was {nats(top['bump'])} nats "
@@ -229,7 +229,7 @@ def sharpness(facts: Facts) -> Iterator[Finding]:
     names = values["model"].map(lambda model: some([model]))
     low, high = values["sharpness"].idxmin(), values["sharpness"].idxmax()
     text = (
-        f"Noise on all weights (rho = {first['rho']:g}, {some([first['dataset']])}) changed the loss at "
+        f"Noise on all weights (rho = {first['rho']:g}, on {some([first['dataset']])}) changed the loss at "
         f"alpha = {alpha:g} by "
     )
     if values["half"].isna().any():  # one draw, or a worst case
@@ -262,7 +262,9 @@ def _least_saturated(facts: Facts, study: str) -> tuple[pd.DataFrame, str]:
         saturated rows of all ways, empty if there are none.
     """
     part = facts.part(study)
-    part = part[part["alpha"] == part["alpha"].max()].reset_index()
+    part = part[(part["alpha"] == part["alpha"].max()) & np.isfinite(part["sharpness"])].reset_index()
+    if part.empty:
+        return part, "The perturbed models have no finite loss"
     part = part.assign(bad=facts.saturated(part))
     ways = part.groupby(["dataset", "rho", "on", "asked"], sort=False, dropna=False)
     (_, best), *_ = sorted(ways, key=lambda way: (way[1]["bad"].mean(), -way[0][1]))
@@ -288,7 +290,8 @@ def layer_sharpness(facts: Facts) -> Iterator[Finding]:
     values = top.assign(half=student_t(top, tests=len(top)) * top["sharpness_se"])
     row = values.loc[values["sharpness"].idxmax()]
     label = f"{row['layer']} of {row['model']}" if top["model"].nunique() > 1 else row["layer"]
-    text = f"The sharpest layer was {some([label])}: noise on it alone (rho = {row['rho']:g}, "
+    text = f"The sharpest layer{' that was not saturated' if chance else ''} was {some([label])}: noise on "
+    text += f"it alone (rho = {row['rho']:g}, on "
     text += f"{some([row['dataset']])}) changed the loss at alpha = {row['alpha']:g} by {_rise(row)}"
     if len(top) > 1:
         text += (
@@ -362,7 +365,7 @@ def correlation(facts: Facts) -> Iterator[Finding]:
         own = part[part["measure"] == measure]
         if own.empty:
             continue
-        what = f"that of {words}" if clauses else f"the sharpness of {words}"
+        what = f"sharpness of {words}"
         with_accuracy = "accuracy" if clauses else f"accuracy on {some([where])}"
         tested = own[own["p_max"].notna()]
         if tested.empty:
@@ -370,7 +373,8 @@ def correlation(facts: Facts) -> Iterator[Finding]:
             clauses.append(f"{what} was not tested against {with_accuracy} ({why})")
             continue
         fact = tested.loc[tested["p_max"].idxmin()].to_dict()
-        text = f"{what} {_TAU[fact['judged']]} {with_accuracy} (Kendall's tau {fact['kendall']:+.2f}"
+        higher = "" if fact["judged"] == "unclear" else "higher "
+        text = f"{higher}{what} {_TAU[fact['judged']]} {with_accuracy} (Kendall's tau {fact['kendall']:+.2f}"
         if pd.notna(fact["without_low"]):
             text += (
                 f" [with any one model left out {fact['without_low']:+.2f} to {fact['without_high']:+.2f}]"

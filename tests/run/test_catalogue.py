@@ -117,7 +117,7 @@ def test_an_analysis_that_fails_costs_no_other(
     assert "halfway: KeyError: 'no such column'" in first and "zero-shot accuracy" in first
     assert "halfway was measured, but its analysis failed: KeyError" in printed.err
     assert (out / "figures" / "interpolation.png").exists() and len(rows_of(out))
-    assert "in short: An analysis failed" in (out / "run.log").read_text()
+    assert "in short: Parts of the results are missing" in (out / "run.log").read_text()
     monkeypatch.undo()
     catalogue.register(toy_study.Halfway())
     try:
