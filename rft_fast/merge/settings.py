@@ -93,6 +93,8 @@ class Request:
         finetuned: checkpoint files; with ``task-arithmetic`` also differences (task vectors).
         out: file to write: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin`` for one of torch.save.
         zeroshot: checkpoint file; None only for methods without one.
+        key: which weights of the fine-tuned files, where they have several, such as ``state_dict_ema``.
+        zeroshot_key: which weights of the zero-shot file.
         alpha: position of the result: 0 is zero-shot, 1 is fine-tuned. Numbers, at most one, and pairs of a
             layer (its name, or ``re:`` and a regular expression) and a number; the number alone is for all
             other layers. Empty: 1 for ``hold`` and ``prune``.
@@ -140,6 +142,15 @@ class Request:
         None, "checkpoint that the others were fine-tuned from", metavar="FILE", check=pathlib.Path,
         group=MODELS,
     )  # fmt: skip
+    key: str | None = option(
+        None,
+        "which weights of the fine-tuned files, where they have several, such as state_dict_ema",
+        metavar="NAME",
+        group=MODELS,
+    )
+    zeroshot_key: str | None = option(
+        None, "which weights of the zero-shot file, where it has several", metavar="NAME", group=MODELS
+    )
     unrelated: bool = option(
         False, "accept models of which neither was fine-tuned from the other", group=MODELS
     )

@@ -52,9 +52,9 @@ class Source:
         notes: what the reader says of the file.
     """
 
-    def __init__(self, file: pathlib.Path, container: Container) -> None:
+    def __init__(self, file: pathlib.Path, container: Container, key: str | None) -> None:
         evidence = activation.Evidence()
-        found = layouts.layout(container, None, evidence)
+        found = layouts.layout(container, None, evidence, key)
         self.file, self.format = file, found.format
         evidence.add_all(activation.beside(file, self.format == "huggingface"))
         self.activation, contradictions = evidence.judged()
@@ -117,12 +117,13 @@ def view(tensor: Tensor) -> memoryview:
 
 
 @contextmanager
-def opened(file: pathlib.Path, inputs: files.Inputs) -> Iterator[Source]:
+def opened(file: pathlib.Path, inputs: files.Inputs, key: str | None = None) -> Iterator[Source]:
     """Open a checkpoint file.
 
     Args:
         file: its path.
         inputs: gets the file, which must not change from now on.
+        key: which weights, where the file has several, as for :func:`rft_fast.checkpoints.read`.
 
     Raises:
         ValueError: as of :func:`rft_fast.checkpoints.read`.
@@ -134,7 +135,7 @@ def opened(file: pathlib.Path, inputs: files.Inputs) -> Iterator[Source]:
             inputs.add(part)
             stack.enter_context(inputs.unchanged(part))
         try:
-            source = Source(file, stack.enter_context(sharded.opened(file)))
+            source = Source(file, stack.enter_context(sharded.opened(file)), key)
         except (Unreadable, OSError) as error:
             raise ValueError(f"merge: {file} {error}") from error
         yield source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from .settings import MEASURING, Request
 from .sources import Source, view
 from .writing import PROVENANCE, Entry, Writer, writing
 
-_RUN = 1 << 18  # elements that are read, computed and written at a time: they stay in the CPU's cache
+_RUN = 1 << 19  # elements that are read, computed and written at a time
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ def run(request: Request, measures: Measures | None = None) -> Outcome:
     inputs = files.Inputs()
     with ExitStack() as stack:
         opened = [
-            stack.enter_context(sources.opened(file, inputs))
-            for file in (*([request.zeroshot] if request.zeroshot else []), *request.finetuned)
+            stack.enter_context(sources.opened(file, inputs, key))
+            for file, key in (
+                *([(request.zeroshot, request.zeroshot_key)] if request.zeroshot else []),
+                *((file, request.key) for file in request.finetuned),
+            )
         ]
         zeroshot = opened[0] if request.zeroshot else None
         finetuned = opened[1:] if request.zeroshot else opened
@@ -92,7 +96,7 @@ def run(request: Request, measures: Measures | None = None) -> Outcome:
         else:
             formula = _formula(request, found, finetuned)
         jobs = _jobs(request, found)
-        hashing = stack.enter_context(ThreadPoolExecutor(1))
+        hashing = stack.enter_context(ThreadPoolExecutor(2))
         digests = [hashing.submit(_sha256, inputs, source.file) for source in opened]
         stack.callback(_cancel, digests)
         data = {} if measures is None else {"data": measures.about}
@@ -285,8 +289,8 @@ class _Work:
         zeroshot = None if base is None else self._read(-1, base, job.name, start, count)
         out = self._buffer(-2, job.dtype, count)
         self.formula(formulas.Run(job.name, out, zeroshot, read))
-        total = out.sum(dtype=torch.promote_types(out.dtype, torch.float32))  # finite: all elements are
-        if not torch.isfinite(total) and not torch.isfinite(out).all():
+        total = out.sum(dtype=torch.promote_types(out.dtype, torch.float32)).item()
+        if not math.isfinite(total) and not torch.isfinite(out).all():
             raise ValueError(
                 f"merge: {job.name} of the result has NaN or infinity: an input has, or a number is beyond "
                 f"the range of {str(job.dtype).removeprefix('torch.')}"

@@ -51,7 +51,7 @@ def test_ends_are_exact(pair: dict[str, Path], tmp_path: Path, alpha: float, end
 
 def test_runs_of_elements_fit_together(tmp_path: Path) -> None:
     """A tensor of several runs and a rest, of each dtype and of two."""
-    n = (1 << 18) * 2 + 17
+    n = (1 << 20) + 17
     for dtypes in (
         (torch.float32,) * 2,
         (torch.bfloat16, torch.float32),

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,39 @@ def test_hugging_face_files_and_back(tmp_path: Path) -> None:
     tiny_checkpoints.same(again, got, order=False)
     soup, _ = merged("interpolate", two, tmp_path / "d.safetensors", alpha=(0.0,), format="soup")
     assert all(name.startswith("model.") for name in soup)
+
+
+def test_the_weights_that_a_key_chooses(tmp_path: Path) -> None:
+    state, average = dict(clip().state_dict()), shaken(dict(clip().state_dict()))
+    torch.save({"state_dict": shaken(state), "state_dict_ema": average}, tmp_path / "one")
+    torch.save(state, tmp_path / "zero")
+    request = Request(
+        "interpolate",
+        (tmp_path / "one",),
+        tmp_path / "out.safetensors",
+        tmp_path / "zero",
+        alpha=(0.4,),
+        key="state_dict_ema",
+    )
+    run(request)
+    truth = {name: 0.6 * state[name].double() + 0.4 * average[name].double() for name in state}
+    agree(checkpoints.load(request.out), truth)
+    with refused(ValueError, "state_dict", "state_dict_ema"):
+        run(replace(request, key=None, overwrite=True))
+
+
+def test_a_sharded_checkpoint(tmp_path: Path) -> None:
+    """Its shards are hashed as one; tensors are read across them."""
+    names = [*ZERO]
+    halves = {f"one-{k}": {n: ONE[n] for n in part} for k, part in ((1, names[:5]), (2, names[5:]))}
+    tiny_merge.put(tmp_path, zero=ZERO, **halves)
+    index = {n: f"one-{1 if n in names[:5] else 2}.safetensors" for n in names}
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    out = tmp_path / "out.safetensors"
+    outcome = run(Request("interpolate", (file,), out, tmp_path / "zero.safetensors", alpha=(0.4,)))
+    agree(checkpoints.load(out), {n: 0.6 * ZERO[n].double() + 0.4 * ONE[n].double() for n in names})
+    assert outcome.provenance["sources"][1]["sha256"] == checkpoints.sha256(file)
 
 
 def test_torchscript(tmp_path: Path) -> None:
