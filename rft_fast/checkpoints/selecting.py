@@ -36,7 +36,7 @@ _WRAPPERS = frozenset(
 _START = re.compile(r"\A(?:image_encoder\.)?model\.")
 _CHOOSE = (
     "Choose one with --key NAME (--zeroshot-key for the zero-shot model of a sweep; in a zoo: "
-    'key = "NAME"; in Python: key="NAME")'
+    'key = "NAME"; in Python: key="NAME"), or save it as a file of its own'
 )
 _ROOT = "."  # as a key: the names without a prefix
 

@@ -40,7 +40,7 @@ class Origin:
         if request.loss == "contrastive":
             _check_text_tower(request.arch, self.config)
         checkpoints.check_source(request.zeroshot, request.arch)
-        is_file = pathlib.Path(request.zeroshot).is_file()
+        is_file = pathlib.Path(request.zeroshot).exists()  # or a folder with one
         tag = None if is_file or request.zeroshot.startswith(architectures.HUB) else request.zeroshot
         if tag is not None:
             matching.check_activation(request.arch, tag)
