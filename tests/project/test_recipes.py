@@ -116,7 +116,7 @@ def test_sam_and_asam(name: str) -> None:
 
     model, rho, lr = build(), 0.3, 0.5
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    before = [torch.empty_like(p) for p in model.parameters()]
+    spare = [torch.empty_like(p) for p in model.parameters()]
     for _ in range(2):
         w = exact(model)
         g = gradient(w)
@@ -126,9 +126,11 @@ def test_sam_and_asam(name: str) -> None:
             scaled = norm({n: w[n].abs() * g[n] for n in w})
             top = {n: w[n] + rho * w[n] ** 2 * g[n] / scaled for n in w}
         step = gradient(top)
-        found[f"{name}_step"](model, optimizer, loss, before, rho)
-        assert all(torch.equal(b.double(), w[n]) for b, n in zip(before, w, strict=True))
+        found[f"{name}_step"](model, optimizer, loss, spare, rho)
         assert_close(model, {n: w[n] - lr * step[n] for n in w})
+    optimizer.param_groups[0]["lr"], w = 0.0, exact(model)
+    found[f"{name}_step"](model, optimizer, loss, spare, rho)
+    assert all(torch.equal(p.double(), w[n]) for n, p in model.named_parameters())
 
 
 def test_average_sharpness() -> None:
