@@ -438,8 +438,9 @@ layer-samples = 500
 sharpness-alphas = [0, 0.2, 0.6, 1]
 sharpness-data = "mnist"
 sharpness-samples = 256
-draws = 5
-layer-draws = 4""".splitlines()
+rhos = [0.1, 1]  # at 1, every perturbed whole model answers at chance
+draws = 4
+layer-draws = 3""".splitlines()
 
 
 def write_zoo_toml(path: Path, data: list[str]) -> None:

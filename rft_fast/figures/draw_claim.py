@@ -7,6 +7,7 @@ import os
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..studies.claim import SETTING
 from .captions import setting
@@ -67,6 +68,7 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         how = setting(part.rename(columns={"measured_on": "dataset", "dataset": "set"}))
         for first in panels[::per]:
             first.set_ylabel(f"flat layers of {part['layers'].iloc[0]}\n{how}")
+            first.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         for left, right, dataset, title in zip(panels[::2], panels[1::2], sets, titles, strict=True):
             for (model, mode), own in part[part["dataset"] == dataset].groupby(
                 ["model", "mode"], sort=False, dropna=False

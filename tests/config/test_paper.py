@@ -56,7 +56,7 @@ def test_the_papers_choices() -> None:
     )  # fmt: skip
     data, gone = asked.notices
     assert layers.data == sharpness.data == ("rotated",) and "--layer-data" in data and "rotated" in data
-    for was in ("sharpness-alphas (0, 0.2, 0.6, 1)", "draws (5)", "layer-samples (500)"):
+    for was in ("sharpness-alphas (0, 0.2, 0.6, 1)", "draws (4)", "layer-samples (500)"):
         assert was in gone
     assert not request.read([]).of(Along).paper
 
