@@ -18,7 +18,7 @@ import record
 import torch
 
 from rft_fast import env
-from rft_fast.kernels import Plan
+from rft_fast.kernels import Plan, add_
 from rft_fast.kernels.registry import BACKENDS
 
 SIZES = (0, 1, 3, 4, 5, 255, 1024, 2047, 2048, 2049, 4101)
@@ -30,6 +30,9 @@ FORMS = [
     {"alpha": 1.0, "rho": 0.1, "noise": "uniform", "keep": 0.5},
     {"alpha": 0.4, "rho": 0.1, "noise": "rademacher", "on": "interpolated", "adaptive": False},
     {"alpha": 0.4, "rho": 0.1, "noise": "normal", "keep": 0.9, "fill": "zeroshot", "draw": 2},
+    {"scale": 0.3, "weight": "square"},
+    {"alpha": [0.3, 0.0, 1.0], "rho": [0.1, 0.0], "keep": [0.5, 1.0, 1.0, 0.0], "noise": "uniform"},
+    {"alpha": 0.3, "rho": 0.1, "noise": "uniform", "keep": 0.5, "permuted": True},
 ]
 # These run every kernel of csrc/cuda.cu: the usual forms with or without noise and mask, and the others.
 MORE_FORMS = [
@@ -44,6 +47,20 @@ MORE_FORMS = [
     {"alpha": 0.3, "rho": 0.1, "on": "interpolated"},
     {"alpha": 0.3, "rho": 0.1, "noise": "uniform"},
     {"alpha": 0.3, "rho": 0.1, "noise": "rademacher", "keep": 0.5},
+    {"scale": 0.3},
+    # Numbers of each row; rows whose noise is not in the order of memory.
+    *(
+        {"alpha": [0.3, 0.0, 1.0, 0.7], "rho": rho, "keep": keep, "noise": noise}
+        for noise, rho in (("normal", 0.0), ("normal", 0.1), ("uniform", [0.1, 0.0]), ("rademacher", 0.2))
+        for keep in (1.0, [0.5, 1.0, 0.0])
+    ),
+    *(
+        {"alpha": 0.3, "rho": 0.1, "keep": keep, "noise": noise, "permuted": True}
+        for noise in ("normal", "uniform", "rademacher")
+        for keep in (1.0, 0.5)
+    ),
+    {"alpha": 0.3, "keep": 0.5, "permuted": True},
+    {"scale": [0.5, 0.0, -1.0], "weight": "abs", "permuted": True},
 ]
 
 
@@ -65,10 +82,25 @@ def tensors(device: torch.device) -> list[list[torch.Tensor]]:
     return roles
 
 
+def permuted(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a matrix whose columns come first, where the size allows."""
+    return tensor.view(-1, 3).T if tensor.numel() % 3 == 0 else tensor
+
+
 def written(impl: str, device: torch.device, form: dict) -> list[torch.Tensor]:
-    out, zeroshot, finetuned = tensors(device)
-    plan = Plan(out, zeroshot, finetuned, impl)
-    plan.write(**form, tensors=[(0, 10), (12, len(out))])
+    """Return what one form writes. A list of numbers is repeated, one for each row."""
+    roles = tensors(device)
+    if form.get("permuted"):
+        roles = [[permuted(t) for t in role] for role in roles]
+    out, zeroshot, finetuned = roles
+    numbers = {name: value for name, value in form.items() if name != "permuted"}
+    for name, value in numbers.items():
+        if isinstance(value, list):
+            numbers[name] = [value[i % len(value)] for i in range(len(out))]
+    if "scale" in numbers:
+        add_(out, finetuned, zeroshot, **numbers, impl=impl)
+    else:
+        Plan(out, zeroshot, finetuned, impl).write(**numbers, tensors=[(0, 10), (12, len(out))])
     return [t.cpu() for t in out]
 
 

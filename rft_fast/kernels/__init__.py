@@ -4,11 +4,10 @@ from rft_fast.kernels.contract import Write
 from rft_fast.kernels.functions import (
     add_,
     interpolate_,
-    keep_mask_like,
-    noise_like,
     perturb_,
     write_,
 )
+from rft_fast.kernels.likes import keep_mask_like, noise_like
 from rft_fast.kernels.places import offsets
 from rft_fast.kernels.plan import Plan
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rft_fast.kernels import library, registry
-from rft_fast.kernels.containers import Listed, Tensors, as_given, listed, sources
+from rft_fast.kernels.containers import Listed, Tensors, listed, sources
 from rft_fast.kernels.contract import PER_TENSOR, WRITE_ARGUMENTS, Add, Each, Requests, Write, requests
 from rft_fast.kernels.places import blocks_at
 from rft_fast.kernels.rows import ROLES, device_of, make_rows, mark_written
-from rft_fast.kernels.shards import on_part
 from rft_fast.names import Fill, Impl, Noise, On, Weight
 
 # An offset for the first tensor, or one for each.
@@ -24,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _errors_by_own_name(function: Callable[P, R]) -> Callable[P, R]:
+def errors_by_own_name(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function so that its errors begin with its own name instead of the contract's ``write``."""
 
     @functools.wraps(function)
@@ -120,10 +118,10 @@ def write_(
         >>> rft.write_(live, zeroshot, finetuned, alpha=0.4, keep=0.5)  # half of the weights pruned (Alg. 1)
     """
     numbers: library.Numbers = (alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
-    _write(*sources(out, zeroshot, finetuned, ROLES), numbers, offset, impl, ROLES)
+    write_listed(*sources(out, zeroshot, finetuned, ROLES), numbers, offset, impl, ROLES)
 
 
-def _write(
+def write_listed(
     out: Listed,
     zeroshot: list[Tensor],
     finetuned: list[Tensor],
@@ -157,7 +155,7 @@ def _submit(
     mark_written(rows)
 
 
-@_errors_by_own_name
+@errors_by_own_name
 def interpolate_(
     out: Tensors, zeroshot: Tensors, finetuned: Tensors, alpha: Each, impl: Impl = "auto"
 ) -> None:
@@ -184,7 +182,7 @@ def interpolate_(
     write_(out, zeroshot, finetuned, alpha, impl=impl)
 
 
-@_errors_by_own_name
+@errors_by_own_name
 def perturb_(
     params: Tensors,
     rho: Each,
@@ -243,10 +241,10 @@ def perturb_(
     """
     first = listed("params", params)  # once: a generator can be read only once
     numbers = (1.0, rho, "finetuned", 1.0, "zero", noise, adaptive, seed, draw, sign)
-    _write(first, first[0], first[0], numbers, offset, impl, ("params",) * 3)
+    write_listed(first, first[0], first[0], numbers, offset, impl, ("params",) * 3)
 
 
-@_errors_by_own_name
+@errors_by_own_name
 def add_(
     out: Tensors, w: Tensors, b: Tensors, scale: Each, weight: Weight = "none", impl: Impl = "auto"
 ) -> None:
@@ -292,136 +290,3 @@ def add_(
         return
     request = requests(Add, {"scale": scale, "weight": weight}, ("scale",), len(first[0]))
     _submit(request, (first[0], bs, ws), first[1], None, impl, roles)
-
-
-@overload
-def noise_like(
-    params: Tensor,
-    seed: int = 0,
-    draw: int = 0,
-    noise: Noise = "normal",
-    offset: Offset = 0,
-    impl: Impl = "auto",
-) -> Tensor: ...
-@overload
-def noise_like(
-    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    seed: int = 0,
-    draw: int = 0,
-    noise: Noise = "normal",
-    offset: Offset = 0,
-    impl: Impl = "auto",
-) -> dict[str, Tensor]: ...
-@overload
-def noise_like(
-    params: Iterable[Tensor] | Iterable[Mapping[str, Any]],
-    seed: int = 0,
-    draw: int = 0,
-    noise: Noise = "normal",
-    offset: Offset = 0,
-    impl: Impl = "auto",
-) -> list[Tensor]: ...
-@_errors_by_own_name
-def noise_like(
-    params: Tensors,
-    seed: int = 0,
-    draw: int = 0,
-    noise: Noise = "normal",
-    offset: Offset = 0,
-    impl: Impl = "auto",
-) -> Tensor | list[Tensor] | dict[str, Tensor]:
-    """Return the noise ``eps`` that the kernels use for these tensors.
-
-    Args:
-        params: Tensors of any shape, on one device, in any container that :func:`rft_fast.perturb_` takes.
-            Only shapes, device and sharding are used.
-        seed: Key of the random generator, an integer in [0, 2**64). Decides the noise.
-        draw: Number of the noise draw, an integer in [0, 2**32).
-        noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
-            (-1 or 1).
-        offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
-            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
-        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
-
-    Returns:
-        float32 tensors of the same shapes on the same device, sharded as the parameters are: one for a
-        tensor, a dict by name for a module or named tensors, else a list.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: A number is out of range; an offset is no multiple of 4, or noise overlaps; or the tensors
-            are on several devices.
-        RuntimeError: The backend does not work here; the message names the reason and the remedy.
-
-    Example:
-        >>> eps = rft.noise_like(params, seed=0, draw=3)
-        >>> perturbed = [p + 0.05 * p.abs() * e for p, e in zip(params, eps)]  # perturb_(params, .05, draw=3)
-    """
-    like, names = _float32_like(params, torch.zeros_like)
-    numbers = (1.0, 1.0, "finetuned", 1.0, "zero", noise, False, seed, draw, 1)
-    _write((like, names), like, like, numbers, offset, impl, ("params",) * 3)
-    return as_given(params, like, names)  # type: ignore[no-any-return]
-
-
-@overload
-def keep_mask_like(
-    params: Tensor, keep: float, seed: int = 0, offset: Offset = 0, impl: Impl = "auto"
-) -> Tensor: ...
-@overload
-def keep_mask_like(
-    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    keep: Each,
-    seed: int = 0,
-    offset: Offset = 0,
-    impl: Impl = "auto",
-) -> dict[str, Tensor]: ...
-@overload
-def keep_mask_like(
-    params: Iterable[Tensor] | Iterable[Mapping[str, Any]],
-    keep: Each,
-    seed: int = 0,
-    offset: Offset = 0,
-    impl: Impl = "auto",
-) -> list[Tensor]: ...
-@_errors_by_own_name
-def keep_mask_like(
-    params: Tensors, keep: Each, seed: int = 0, offset: Offset = 0, impl: Impl = "auto"
-) -> Tensor | list[Tensor] | dict[str, Tensor]:
-    """Return the Bernoulli mask that the kernels use for these tensors (Algorithm 1).
-
-    Args:
-        params: Tensors of any shape, on one device, in any container that :func:`rft_fast.perturb_` takes.
-            Only shapes, device and sharding are used.
-        keep: Probability, in [0, 1], that a weight is kept. Or a list with one number per tensor.
-        seed: Key of the random generator, an integer in [0, 2**64). Decides the mask.
-        offset: Where the mask of the first tensor starts in that of the whole model, in elements, a multiple
-            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
-        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
-
-    Returns:
-        bool tensors of the same shapes on the same device, sharded as the parameters are, True where the
-        weight is kept: one for a tensor, a dict by name for a module or named tensors, else a list.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: A number is out of range; an offset is no multiple of 4, or masks overlap; or the tensors
-            are on several devices.
-        RuntimeError: The backend does not work here; the message names the reason and the remedy.
-
-    Example:
-        >>> mask = rft.keep_mask_like(weight, keep=0.5, seed=0)
-        >>> pruned = weight * mask  # half of the weights, on average
-    """
-    like, names = _float32_like(params, torch.ones_like)
-    numbers = (1.0, 0.0, "finetuned", keep, "zero", "normal", True, seed, 0, 1)
-    _write((like, names), like, like, numbers, offset, impl, ("params",) * 3)
-    return as_given(params, [on_part(tensor, Tensor.bool) for tensor in like], names)  # type: ignore[no-any-return]
-
-
-def _float32_like(params: Tensors, make: Callable[..., Tensor]) -> Listed:
-    tensors, names = listed("params", params)
-
-    def like(part: Tensor) -> Tensor:
-        return make(part, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)
-
-    return [on_part(tensor, like) for tensor in tensors], names

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+import torch
+
 from rft_fast.kernels import library, registry
 from rft_fast.kernels.containers import Tensors, sources
 from rft_fast.kernels.contract import (
@@ -81,6 +83,8 @@ class Plan:
         backend = registry.pick(impl, device_of(rows))
         self.impl = backend.name
         self._rows = rows
+        self._outs = [row.out for row in rows]
+        self._sharded = any(row.whole is not None for row in rows)
         self._table = backend.table(rows)
 
     def __len__(self) -> int:
@@ -162,7 +166,10 @@ class Plan:
     def _submit(self, request: Requests, tensors: Iterable[tuple[int, int]] | None) -> None:
         runs = [(0, len(self))] if tensors is None else check_runs(tensors, len(self))
         self._table.write(runs, request)
-        mark_written(row for first, last in runs for row in self._rows[first:last])
+        for first, last in runs:
+            torch.autograd.graph.increment_version(self._outs[first:last])
+        if self._sharded:
+            mark_written([row for first, last in runs for row in self._rows[first:last]])
 
     def _write_traced(self, tensors: Iterable[tuple[int, int]] | None, numbers: library.Numbers) -> None:
         runs = [(0, len(self._rows))] if tensors is None else check_runs(tensors, len(self._rows))

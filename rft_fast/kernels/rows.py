@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from operator import index
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rft_fast.kernels.contract import DTYPES
 from rft_fast.kernels.places import DIMENSIONS, Place, check_blocks, first_blocks, is_dense, place_of
-from rft_fast.kernels.shards import Part, part_of
+from rft_fast.kernels.shards import PLAIN, Part, part_of
 
 # What errors call the three tensors of a row.
 ROLES = ("out", "zeroshot", "finetuned")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One entry of a table.
 
     Attributes:
@@ -47,11 +46,10 @@ def device_of(rows: Sequence[Row]) -> torch.device:
     return rows[0].out.device if rows else torch.device("cpu")
 
 
-def mark_written(rows: Iterable[Row]) -> None:
+def mark_written(rows: Sequence[Row]) -> None:
     """Let autograd see that saved tensors have changed, as after any in-place operation."""
-    torch.autograd.graph.increment_version(
-        [tensor for row in rows for tensor in (row.out, row.whole) if tensor is not None]
-    )
+    for written in ([row.out for row in rows], [row.whole for row in rows if row.whole is not None]):
+        torch.autograd.graph.increment_version(written)
 
 
 def make_rows(
@@ -116,58 +114,69 @@ def _row(
     roles: tuple[str, str, str],
     device: torch.device | None,
 ) -> Row:
-    parts = [part_of(tensor, f"{role} of {label}") for tensor, role in zip(tensors, roles, strict=True)]
-    out = parts[0]
-    row = Row(
-        out.local, parts[1].local, parts[2].local, start, label, None, tensors[0] if out.layout else None
-    )
-    for role, part in zip(roles, parts, strict=True):
-        _check_part(f"{role} of {label}", part, out, device or out.local.device)
-    ordinary = all(part.local.is_contiguous() for part in parts)
-    if ordinary and out.layout is None:
+    whole = shape = starts = None
+    if any(type(tensor) not in PLAIN for tensor in tensors):
+        parts = [part_of(tensor, f"{role} of {label}") for tensor, role in zip(tensors, roles, strict=True)]
+        _check_sharding(parts, roles, label)
+        if parts[0].layout is not None:
+            whole, (_, shape, starts, _) = tensors[0], parts[0]
+        tensors = [part.local for part in parts]
+    out, zeroshot, finetuned = tensors
+    row = Row(out, zeroshot, finetuned, start, label, None, whole)
+    device = device or row.out.device
+    ordinary = [_check_tensor(tensor, role, row, device) for role, tensor in zip(roles, tensors, strict=True)]
+    for role, tensor in zip(roles[1:], tensors[1:], strict=True):
+        if tensor.shape != row.out.shape:
+            raise ValueError(
+                f"write: shapes differ for {label}: {roles[0]} {tuple(row.out.shape)}, "
+                f"{role} {tuple(tensor.shape)}"
+            )
+    if whole is None and all(ordinary):
         return row
     _check_layout(row, roles)
-    skipped, place = place_of(out.local, out.shape, out.starts)
+    skipped, place = place_of(row.out, shape or tuple(row.out.shape), starts or (0,) * row.out.ndim)
     if place is not None and len(place.sizes) > DIMENSIONS:
         raise ValueError(
-            f"write: the layout of {roles[0]} of {label}, shape {tuple(out.local.shape)} and strides "
-            f"{out.local.stride()}, has {len(place.sizes)} dimensions that cannot be merged; offered are "
+            f"write: the layout of {roles[0]} of {label}, shape {tuple(row.out.shape)} and strides "
+            f"{row.out.stride()}, has {len(place.sizes)} dimensions that cannot be merged; offered are "
             f"{DIMENSIONS}. Pass .contiguous() memory"
         )
-    return Row(row.out, row.zeroshot, row.finetuned, start + skipped, label, place, row.whole)
+    return row._replace(first_block=start + skipped, place=place)
 
 
-def _check_part(what: str, part: Part, out: Part, device: torch.device) -> None:
-    tensor = part.local
+def _check_tensor(tensor: Tensor, role: str, row: Row, device: torch.device) -> bool:
+    """Return whether a tensor is contiguous; refuse what no backend can write."""
     if tensor.dtype not in DTYPES:
         offered = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(
-            f"write: {what} is {tensor.dtype}; offered are {offered}. "
+            f"write: {role} of {row.name} is {tensor.dtype}; offered are {offered}. "
             "Convert it with .float(), or copy it instead of interpolating"
         )
+    strided = tensor.layout is torch.strided and not tensor.is_neg()
     # A contiguous tensor is dense. (Strides of a tensor whose sizes are not known yet may not be compared.)
-    dense = tensor.layout is torch.strided and (tensor.is_contiguous() or is_dense(tensor))
-    if not dense or tensor.is_neg():
+    contiguous = strided and tensor.is_contiguous()
+    if not contiguous and not (strided and is_dense(tensor)):
         raise ValueError(
-            f"write: {what}, shape {tuple(tensor.shape)}, is not contiguous or a permutation of contiguous "
-            f"memory (layout {tensor.layout}); pass .contiguous() memory, for a module "
+            f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, is not contiguous or a permutation "
+            f"of contiguous memory (layout {tensor.layout}); pass .contiguous() memory, for a module "
             ".to(memory_format=torch.contiguous_format)"
         )
     if tensor.device != device:
         raise ValueError(
-            f"write: all tensors must lie on one device; {what} is on "
+            f"write: all tensors must lie on one device; {role} of {row.name} is on "
             f"{tensor.device}, the first output on {device}"
         )
-    if part.layout != out.layout:
-        raise ValueError(
-            f"write: {what} {_sharding(part)}, the tensor to write {_sharding(out)}; bring both to one: "
-            "distribute_tensor(tensor, device_mesh, placements), or .redistribute(...)"
-        )
-    if part.shape != out.shape:
-        raise ValueError(
-            f"write: shapes differ for {what.partition(' of ')[2]}: out {tuple(out.shape)}, "
-            f"{what.partition(' of ')[0]} {tuple(part.shape)}"
-        )
+    return contiguous
+
+
+def _check_sharding(parts: Sequence[Part], roles: tuple[str, str, str], label: str) -> None:
+    for role, part in zip(roles, parts, strict=True):
+        if part.layout != parts[0].layout or (part.layout and part.shape != parts[0].shape):
+            raise ValueError(
+                f"write: {role} of {label}, shape {part.shape}, {_sharding(part)}, the tensor to write, "
+                f"shape {parts[0].shape}, {_sharding(parts[0])}; bring both to one: "
+                "distribute_tensor(tensor, device_mesh, placements), or .redistribute(...)"
+            )
 
 
 def _sharding(part: Part) -> str:

@@ -189,7 +189,7 @@ def test_each_form_is_a_row_before_the_next_one_runs(
     monkeypatch.setattr(gpu_program, "written", written)
     assert gpu_program.check("native", CPU) == 1
     forms = rows()
-    assert seen == list(range(len(forms))) and len(forms) == 22
+    assert seen == list(range(len(forms))) and len(forms) == 42
     assert [row["right"] for row in forms].count(False) == 1 and not forms[2]["right"]
     assert "Mismatched elements: 1" in forms[2]["why"] and forms[3]["rows"] == 68
 
