@@ -9,11 +9,11 @@ POSITIONS = "visual.positional_embedding"
 # First components of the text tower's names in a standard CLIP; open_clip's custom-text models prefix
 # `text.`.
 TEXT = ("ln_final", "positional_embedding", "text_projection", "token_embedding", "transformer")
-# Long-CLIP's second table of text positions, which no text tower here adds.
-_LONG = "positional_embedding_res"
+# Long-CLIP's second table of text positions, which no text tower here adds; the mask in a traced CLIP.
+_BESIDE = ("positional_embedding_res", "attn_mask")
 # First component of a name -> why it cannot change the output if the head is fixed.
 INERT = {
-    **dict.fromkeys((*TEXT, _LONG, "text", "text_decoder"), "text tower: unused with a fixed head"),
+    **dict.fromkeys((*TEXT, *_BESIDE, "text", "text_decoder"), "text tower: unused with a fixed head"),
     **dict.fromkeys(("logit_bias", "logit_scale"), "logit scale: already in the head"),
 }
 

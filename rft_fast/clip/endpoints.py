@@ -24,6 +24,7 @@ from .prompts import Prompts
 ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
 # First component of a name -> why it cannot change the output if both towers are on the path.
 _INERT_BOTH = {
+    "attn_mask": "causal mask: the text tower makes its own",
     "classification_head": "head: made from the prompts instead",
     "logit_bias": "logit bias: the same for every class",
     "text_decoder": "text decoder: not part of a classifier",
