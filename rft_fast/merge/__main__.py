@@ -11,7 +11,7 @@ from rft_fast.config.builder import Builder
 from rft_fast.names import MERGE_METHODS
 
 from ..common.words import message, visible
-from .settings import MEASURING, METHOD, MODELS, OUTPUT, Request, refuse_unused
+from .settings import METHOD, MODELS, OUTPUT, Request, refuse_unused
 
 BUILDER = Builder((Request,), (MODELS, METHOD, OUTPUT))
 
@@ -35,7 +35,7 @@ examples:
 
 _DATA = {
     True: "{method} measures nothing, but there are options behind --; leave them out",
-    False: "{method} measures models on data; give architecture and data behind --, as for the sweep: "
+    False: "{method} needs data here; give architecture and data behind --, as for the sweep: "
     "-- --arch NAME --id-data NAME=PATH",
 }
 
@@ -60,14 +60,15 @@ def main(argv: Sequence[str]) -> int:
         fields = BUILDER.fields(Request, given)
         refuse_unused(options.method, fields.__contains__)
         request = Request(method=options.method, **fields)
-        if (request.method in MEASURING) != bool(data):
+        if request.measures != bool(data):
             raise ValueError(_DATA[bool(data)].format(method=request.method))
         from .work import run
 
         if data:
             from rft_fast.run.measures import Measured
 
-            outcome = run(request, Measured(data, request.finetuned))
+            zeroshot = [] if request.zeroshot is None else [request.zeroshot]
+            outcome = run(request, Measured(data, [*zeroshot, *request.finetuned]))
         else:
             outcome = run(request)
     except ValueError as error:

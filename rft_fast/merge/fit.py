@@ -21,6 +21,7 @@ _SAMPLE = 1 << 16  # elements of each matrix that show whether two models are re
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COUNTER = ".num_batches_tracked"
 _STATISTICS = (".running_mean", ".running_var")
+STATISTICS = "merged statistics may be wrong for the merged weights; --recalibrate estimates them on data"
 
 
 @dataclass
@@ -207,7 +208,7 @@ def _sort(found: Fit, sources: Sequence[Source]) -> None:
     if statistics := [name for name in found.merged if name.endswith(_STATISTICS)]:
         found.notes.append(
             f"{len(statistics)} statistics of BatchNorm are merged like weights ({some(statistics, 2)}); "
-            "merged statistics may be wrong for the merged weights"
+            f"{STATISTICS}"
         )
 
 

@@ -23,6 +23,9 @@ class Measures(Protocol):
     def fisher(self, file: pathlib.Path) -> Mapping[str, Tensor]:
         """Return the diagonal Fisher information of a model: canonical name -> float32, of its shape."""
 
+    def statistics(self, file: pathlib.Path) -> Mapping[str, Tensor]:
+        """Return the statistics of BatchNorm of a model on the data: canonical name -> tensor."""
+
 
 @dataclass(frozen=True)
 class Greedy:

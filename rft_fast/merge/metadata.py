@@ -56,6 +56,15 @@ def texts(
         "notes": notes,
         **more,
     }
+    return _with_activations(origin, quick)
+
+
+def rewritten(origin: Mapping[str, Any], notes: Sequence[str], quick: Mapping[str, bool]) -> dict[str, str]:
+    """Make the metadata of a file that is written again, with other notes; arguments as of :func:`texts`."""
+    return _with_activations({**origin, "notes": notes}, quick)
+
+
+def _with_activations(origin: Mapping[str, Any], quick: Mapping[str, bool]) -> dict[str, str]:
     found = {PROVENANCE: json.dumps(origin)}
     for value in set(quick.values()):
         towers = dict(_UNKNOWN) | {_CONFIGS[tower]: {} for tower, other in quick.items() if other is value}

@@ -113,6 +113,7 @@ class Request:
         seed: of masks.
         format: names in the result; None: those of the first fine-tuned file.
         dtype: of its floating-point tensors; None: that of each tensor in the first fine-tuned file.
+        recalibrate: estimate the statistics of BatchNorm anew on data.
         overwrite: replace a result that exists.
         unrelated: accept models of which neither was fine-tuned from the other.
 
@@ -218,6 +219,9 @@ class Request:
         choices=MERGE_DTYPES,
         group=OUTPUT,
     )
+    recalibrate: bool = option(
+        False, "estimate the statistics of BatchNorm anew, on data that follows behind --", group=OUTPUT
+    )
     overwrite: bool = option(False, "replace a result that exists", group=OUTPUT)
 
     def __post_init__(self) -> None:
@@ -281,6 +285,11 @@ class Request:
     def _need(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
             raise ValueError(f"merge: {name} must be {expected}; got {getattr(self, name)!r}")
+
+    @property
+    def measures(self) -> bool:
+        """Whether it needs data."""
+        return self.recalibrate or self.method in MEASURING
 
     def scales(self) -> list[float]:
         """The factor of each fine-tuned model."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -21,7 +22,7 @@ from rft_fast.path import layers as layering
 
 from . import alphas, fit, formulas, greedy, metadata, sources
 from .greedy import Measures
-from .settings import MEASURING, Request
+from .settings import Request
 from .sources import Source, view
 from .writing import PROVENANCE, Entry, Writer, writing
 
@@ -75,8 +76,19 @@ def run(request: Request, measures: Measures | None = None) -> Outcome:
         OSError: a file cannot be read or written, or the disk is full.
     """
     _check_out(request)
-    if request.method in MEASURING and measures is None:
-        raise ValueError(f"merge: {request.method} measures models on data; give it data to measure them on")
+    if not request.measures:
+        measures = None
+    elif measures is None:
+        raise ValueError(f"merge: {request.method} needs data here; give it data to measure models on")
+    if not request.recalibrate or measures is None:
+        return _run(request, measures)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=request.out.parent) as folder:
+        draft = pathlib.Path(folder, f"draft{request.out.suffix}")
+        outcome = _run(replace(request, out=draft), measures)
+        return _recalibrated(request, outcome, measures.statistics(draft))
+
+
+def _run(request: Request, measures: Measures | None) -> Outcome:
     inputs = files.Inputs()
     with ExitStack() as stack:
         opened = [
@@ -135,6 +147,27 @@ def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
         raise ValueError(f"merge: {file} is a file of {container.kind}, expected safetensors")
     text = container.metadata.get(PROVENANCE)
     return None if text is None else dict(json.loads(text))
+
+
+def _recalibrated(request: Request, draft: Outcome, statistics: Mapping[str, Tensor]) -> Outcome:
+    """Write a result again, with other statistics of BatchNorm."""
+    note = f"{len(statistics)} statistics of BatchNorm are estimated anew"
+    notes = [*(each for each in draft.notes if not each.endswith(fit.STATISTICS)), note]
+    with sources.opened(draft.out, files.Inputs()) as source:
+        found = fit.Fit(source, copied=[*source.items])
+        jobs = _jobs(replace(request, format=None, dtype=None), found)
+        quick = {tower: known.quick for tower, known in source.activation.items()}
+        texts = metadata.rewritten(draft.provenance, notes, quick)
+        work = _Work(request, None, [], source, formulas.soup())
+        entries = [entry for job in jobs for entry in job.entries]
+        with writing(request.out, entries, texts, request.overwrite) as writer:
+            for job in jobs:
+                if job.name in statistics:
+                    writer.write(view(statistics[job.name].to(job.dtype).contiguous()))
+                else:
+                    work.do(job, writer)
+            writer.finish(texts)
+    return replace(draft, out=request.out, notes=tuple(notes), provenance=json.loads(texts[PROVENANCE]))
 
 
 def _check_out(request: Request) -> None:

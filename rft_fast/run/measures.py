@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checkpoints
 from ..config import request as requests
@@ -18,6 +18,7 @@ from . import wiring
 from .wiring import Models
 
 State = dict[str, Tensor]
+_BATCH = 128  # images of a batch, where none is given
 
 
 class Measured:
@@ -93,6 +94,40 @@ class Measured:
                             total.addcmul_(gradient.float(), gradient.float())
                     count += 1
         return {name: (total / count).cpu() for name, total in sums.items()}
+
+    def statistics(self, file: pathlib.Path) -> State:
+        """Return the statistics of BatchNorm of a model on the images: their cumulative mean over batches.
+
+        As ``torch.optim.swa_utils.update_bn`` estimates them.
+
+        Raises:
+            ValueError: the model has no BatchNorm.
+        """
+        self._write(self._added({}, file), 1)
+        live = self._models.live
+        modules = {
+            name: module
+            for name, module in live.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        }
+        if not modules:
+            raise ValueError(f"{file.name}: the model has no BatchNorm; leave out --recalibrate")
+        size = self._evaluator.batch_size or _BATCH
+        live.eval()
+        for module in modules.values():
+            module.reset_running_stats()
+            module.momentum = None  # a cumulative mean
+            module.train()
+        with torch.no_grad():
+            for feed in self._evaluator.feeds:
+                for start in range(0, len(feed), size):
+                    live(feed.prepare(slice(start, min(start + size, len(feed)))))
+        live.eval()
+        return {
+            f"{name}.{key}": tensor.detach().cpu().clone()
+            for name, module in modules.items()
+            for key, tensor in module.named_buffers()
+        }
 
     def _added(self, total: State, file: pathlib.Path) -> State:
         """Return a sum of models and one more, in float32; integers are those of the last one."""

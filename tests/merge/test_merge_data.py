@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pandas as pd
 import pytest
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN as OPENAI_MEAN
+from open_clip.constants import OPENAI_DATASET_STD as OPENAI_STD
 from safetensors.torch import load_file
 from support import tiny_merge, tiny_zoo
 from support.tiny_merge import close
@@ -41,6 +45,9 @@ class Fake:
 
     def fisher(self, file: Path) -> Mapping[str, Tensor]:
         return self.information[file.stem]
+
+    def statistics(self, file: Path) -> Mapping[str, Tensor]:
+        raise AssertionError("not needed")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -101,6 +108,68 @@ def test_fisher_weights(tmp_path: Path) -> None:
         weighted = sum((s * w for s, w in zip(shares, states, strict=True)), torch.zeros(()))
         truth[key] = torch.where(total > 0, weighted / total, sum(states, torch.zeros(())) / 3)
     close(load_file(out), truth)
+
+
+@pytest.fixture(scope="module")
+def resnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small ResNets of CLIP with a head, and the images of the zoo at their size."""
+    folder = tiny_zoo.make(tmp_path_factory.mktemp("resnets"))
+    (folder / "tiny.json").write_text(json.dumps({"model_cfg": RESNET, "preprocess_cfg": {"size": 32}}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = open_clip.model._build_vision_tower(6, RESNET["vision_cfg"])
+        state = {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
+        state |= {"classification_head.weight": torch.randn(3, 6), "classification_head.bias": torch.zeros(3)}
+    for name, each in (("zeroshot", state), ("a", tiny_merge.moved(state, 1, 0.01))):
+        for key in [key for key in each if key.endswith("running_var")]:
+            each[key] = each[key].abs()
+        tiny_zoo.save(each, folder / f"{name}.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "far.npz", images=images, labels=np.arange(40) % 3)
+    return folder
+
+
+RESNET: dict[str, Any] = {
+    "embed_dim": 6,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {},
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_statistics_of_batch_norm_are_those_of_the_data(
+    resnets: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch's own update_bn estimates them, on the merged tower; nothing else changes."""
+    ends = ["--zeroshot", resnets / "zeroshot.safetensors", "--finetuned", resnets / "a.safetensors"]
+    plain, out = tmp_path / f"plain{suffix}", tmp_path / f"out{suffix}"
+    words = ["interpolate", *map(str, ends), "--alpha", "0.5", "--out"]
+    assert main([*words, str(plain)]) == 0
+    options = ["--", *data(resnets), "--batch-size", "16"]
+    assert main([*words, str(out), "--recalibrate", *options]) == 0
+    said(capsys.readouterr().out)
+    before, after = checkpoints.load(plain), checkpoints.load(out)
+    tower = open_clip.model._build_vision_tower(6, RESNET["vision_cfg"])
+    start = "visual."
+    tower.load_state_dict({k.removeprefix(start): t for k, t in before.items() if k.startswith(start)})
+    pixels = torch.from_numpy(np.load(resnets / "far.npz")["images"]).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
+    torch.optim.swa_utils.update_bn(((pixels / 255 - mean) / std).split(16), tower)
+    for name, tensor in tower.state_dict().items():
+        if "running" in name:
+            assert not torch.equal(after[start + name], before[start + name])
+            torch.testing.assert_close(after[start + name], tensor, rtol=1e-4, atol=1e-5)
+        elif "tracked" not in name:
+            assert torch.equal(after[start + name], before[start + name])
+    assert not [file for file in tmp_path.iterdir() if file not in (plain, out)]
+
+
+def test_recalibration_of_a_model_without_batch_norm(zoo: Path, tmp_path: Path) -> None:
+    ends = ["--zeroshot", zoo / "zeroshot.safetensors", "--finetuned", zoo / "a.safetensors", "--alpha", "1"]
+    words = ["interpolate", *ends, "--out", tmp_path / "out.safetensors", "--recalibrate"]
+    command_refused(main, words, "--id-data")
+    command_refused(main, [*words, "--", *data(zoo)], "--recalibrate")
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_without_their_data(tmp_path: Path) -> None:
