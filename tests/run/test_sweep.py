@@ -354,9 +354,10 @@ def test_the_digits_zoo_is_the_default(
 
 def test_options_of_a_zoo_are_defaults() -> None:
     ours = zoos.digits()
-    assert ours.options["layer-draws"] == 4
+    assert ours.options["layer-draws"] == 3 and ours.options["rhos"] == (0.1, 1.0)
     asked = request.read(["--out", "nowhere"])
-    assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (4, ("rotated",))
+    assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (3, ("rotated",))
+    assert asked.of(Sharpness).rhos == (0.1, 1.0)
     assert asked.of(Sharpness).max_draws == 1000
     asked = request.read(["--out", "nowhere", "--layer-draws", "7", "--layer-data", "uci"])
     assert (asked.of(Sharpness).layer_draws, asked.of(Layers).data) == (7, ("uci",))
