@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from rft_fast.kernels.shards import check_sharded
+
 # A tensor or several, a module, named tensors (a mapping or pairs), parameter groups of an optimizer.
 Tensors: TypeAlias = (
     Tensor
@@ -34,11 +36,12 @@ def listed(argument: str, given: object) -> Listed:
 
     Raises:
         TypeError: It holds something else; the message names the place and the cure.
-        ValueError: Two tensors have the same name.
+        ValueError: Two tensors have the same name, or FSDP has gathered the parameters of a module.
     """
     if isinstance(given, Tensor):
         return [given], None
     if isinstance(given, nn.Module):
+        check_sharded(given)
         given = list(given.named_parameters())
     elif isinstance(given, Mapping):
         if _is_group(given):

@@ -42,6 +42,27 @@ def is_sharded(tensor: Tensor) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def check_sharded(module: nn.Module) -> None:
+    """Refuse a module whose parameters FSDP2 has gathered: freeing them would lose what is written.
+
+    Raises:
+        ValueError: Part of the module is unsharded; the message names it.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or torch.compiler.is_compiling():
+        return
+    parts = [(name, part) for name, part in module.named_modules() if isinstance(part, kind)]
+    for name, part in reversed(parts):  # the inner ones first: each counts its own parameters
+        inner = {id(p) for other in part.modules() if other is not part and isinstance(other, kind)
+                 for p in other.parameters()}  # fmt: skip
+        own = [p for p in part.parameters() if id(p) not in inner]
+        if own and not any(is_sharded(p) for p in own):
+            raise ValueError(
+                f"write: the parameters of {name or 'the module'} are gathered by FSDP, as after a forward "
+                "pass, and what is written to them would be lost; call its reshard() first"
+            )
+
+
 def part_of(tensor: Tensor, what: str) -> Part:
     """Return the local part of a tensor; of one that is not sharded, the tensor itself.
 

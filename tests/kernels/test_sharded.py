@@ -188,6 +188,18 @@ plan.write(1.0)
 rft.add_(model, before, grads, 0.5)
 for name, p in model.named_parameters():
     assert torch.equal(p.full_tensor(), start[name] + 0.5 * grads[name].full_tensor()), name
+whole = build()
+fully_shard(whole, mesh=mesh)
+whole(x)  # leaves the outermost module gathered
+try:
+    rft.perturb_(whole, 0.1, draw=0)
+    raise SystemExit("a gathered module was written")
+except ValueError as error:
+    assert "perturb_: " in str(error) and "reshard()" in str(error), error
+whole.reshard()
+rft.perturb_(whole, 0.1, seed=1, draw=4)
+for p, q in zip(whole.parameters(), plain.parameters(), strict=True):
+    assert torch.equal(p.full_tensor(), q)
 dist.barrier()
 dist.destroy_process_group()
 print("same bits")
