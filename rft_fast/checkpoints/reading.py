@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from ..common import files
 from ..common.pickles import Unreadable
-from ..common.words import some, suggestion
+from ..common.words import some, suggestion, visible
 from ..names import FORMATS, Format
 from . import adapters, folders, layouts, sharded
 from .activation import Activation, Evidence, Tensors, beside, notes_of
 from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT
 from .entries import Entry
-from .stored import ContainerKind, Maker
+from .stored import PROVENANCE, ContainerKind, Maker
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +131,7 @@ def opened(
             )
         if integers := [name for name, e in layout.entries.items() if not e.dtype.is_floating_point]:
             notes.append(f"not floating-point, copied instead of interpolated: {some(integers, 3)}")
+        notes += _merged_from(content.metadata)
         yield Opened(
             file,
             layout.format,
@@ -142,6 +144,17 @@ def opened(
             tuple(layout.doubts),
             content.size,
         )
+
+
+def _merged_from(metadata: Mapping[str, str]) -> list[str]:
+    """Describe what a file of rft_fast.merge was made of."""
+    try:
+        origin = json.loads(metadata[PROVENANCE])
+        names = some([pathlib.PurePath(source["file"]).name for source in origin["sources"]])
+        numbers = "".join(f", {name} {json.dumps(value)}" for name, value in origin["numbers"].items())
+        return [visible(f"written by rft_fast.merge: {origin['method']}{numbers}, of {names}")]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return []  # of something else
 
 
 def read(

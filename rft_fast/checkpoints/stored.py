@@ -14,6 +14,7 @@ from ..common.files import Content
 from ..common.pickles import Global, Opaque, Unreadable, kind_of
 
 ContainerKind = Literal["safetensors", "torch", "old torch", "pickle", "torchscript"]
+PROVENANCE = "rft_fast.merge"  # entry of a safetensors header that says what the file was merged from
 MOST_DIMENSIONS = 64  # the limit of torch
 
 

@@ -21,6 +21,7 @@ _SAMPLE = 1 << 16  # elements of each matrix that show whether two models are re
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COUNTER = ".num_batches_tracked"
 _STATISTICS = (".running_mean", ".running_var")
+COUNTERS = "which count training steps"
 STATISTICS = "merged statistics may be wrong for the merged weights; --recalibrate estimates them on data"
 
 
@@ -204,7 +205,7 @@ def _sort(found: Fit, sources: Sequence[Source]) -> None:
     if left:
         found.notes.append(f"left out, because {reference.file} has no such tensors: {some(list(left), 3)}")
     if counters := [name for name in found.copied if name.endswith(_COUNTER)]:
-        found.notes.append(f"copied from {reference.file}: {some(counters, 3)}, which count training steps")
+        found.notes.append(f"copied from {reference.file}: {some(counters, 3)}, {COUNTERS}")
     if statistics := [name for name in found.merged if name.endswith(_STATISTICS)]:
         found.notes.append(
             f"{len(statistics)} statistics of BatchNorm are merged like weights ({some(statistics, 2)}); "

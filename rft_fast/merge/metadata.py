@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rft_fast
-
-from .writing import PROVENANCE
+from rft_fast.checkpoints.stored import PROVENANCE
 
 _CONFIGS = {"image": "vision_cfg", "text": "text_cfg"}  # as open_clip's configurations call the towers
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rft_fast.checkpoints import containers, folders, huggingface
+from rft_fast.checkpoints.stored import PROVENANCE
 from rft_fast.common import disk, files
 from rft_fast.path import layers as layering
 
@@ -24,7 +25,7 @@ from . import alphas, fit, formulas, greedy, metadata, sources
 from .greedy import Measures
 from .settings import Request
 from .sources import Source, view
-from .writing import PROVENANCE, Entry, Writer, writing
+from .writing import Entry, Writer, writing
 
 _RUN = 1 << 19  # elements that are read, computed and written at a time
 
@@ -101,6 +102,8 @@ def _run(request: Request, measures: Measures | None) -> Outcome:
         zeroshot = opened[0] if request.zeroshot else None
         finetuned = opened[1:] if request.zeroshot else opened
         found = fit.fit(zeroshot, finetuned, request.method, request.unrelated)
+        if request.recalibrate and not any(name.endswith(".running_mean") for name in found.merged):
+            raise ValueError(f"merge: {found.reference.file} has no BatchNorm; leave out --recalibrate")
         if request.method == "greedy-soup" and measures is not None:
             finetuned = _greedy(finetuned, found, measures)
         if request.method == "fisher" and measures is not None:
@@ -151,8 +154,9 @@ def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
 
 def _recalibrated(request: Request, draft: Outcome, statistics: Mapping[str, Tensor]) -> Outcome:
     """Write a result again, with other statistics of BatchNorm."""
-    note = f"{len(statistics)} statistics of BatchNorm are estimated anew"
-    notes = [*(each for each in draft.notes if not each.endswith(fit.STATISTICS)), note]
+    modules = sum(name.endswith(".running_mean") for name in statistics)
+    note = f"the statistics of {modules} BatchNorm modules are estimated anew"
+    notes = [*(each for each in draft.notes if not each.endswith((fit.STATISTICS, fit.COUNTERS))), note]
     with sources.opened(draft.out, files.Inputs()) as source:
         found = fit.Fit(source, copied=[*source.items])
         jobs = _jobs(replace(request, format=None, dtype=None), found)

@@ -21,7 +21,6 @@ import torch
 from rft_fast.checkpoints.stored import SAFETENSORS
 from rft_fast.common import disk
 
-PROVENANCE = "rft_fast.merge"  # the entry of a safetensors header, and of an archive
 _CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
 _STORAGES = {
     torch.float64: torch.DoubleStorage,

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from support import tiny_checkpoints, tiny_merge
 from support.tiny_checkpoints import (
     WRITERS,
@@ -71,6 +72,11 @@ def test_provenance(tmp_path: Path) -> None:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert source == {"file": str(file), "sha256": digest, "role": role}
     assert provenance(files["zero"]) is None
+    note = next(note for note in checkpoints.read(out).notes if "rft_fast.merge" in note)
+    said(note, "interpolate", "visual.conv1", "zero.safetensors", "one.safetensors")
+    for text in ("{", "[]", '{"sources": 3}', '{"method": "x", "sources": [{"file": 1}], "numbers": {}}'):
+        save_file({"visual.x": torch.ones(1)}, tmp_path / "odd.safetensors", {"rft_fast.merge": text})
+        assert not any("rft_fast" in note for note in checkpoints.read(tmp_path / "odd.safetensors").notes)
     with safe_open(out, "pt") as opened:
         assert opened.metadata()["format"] == "pt"
 
