@@ -13,7 +13,8 @@ module               holds
 ``folders``          where the files of a checkpoint are: folders, indices of shards
 ``sharded``          shards as one dict of tensors
 ``modules``          pickled modules -> their tensors by name
-``selecting``        the one set of weights in a training checkpoint; names without prefixes of wrappers
+``naming``           names without what wrappers add, and without prefixes
+``selecting``        the one set of weights in a training checkpoint
 ``huggingface``      names of transformers <-> canonical names
 ``entries``          tensors by canonical name that are not read yet, and their names in the file
 ``layouts``          what a file holds -> its format, and its entries

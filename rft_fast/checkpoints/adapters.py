@@ -21,7 +21,8 @@ from .activation import Tensors
 from .canonical import HEAD
 from .entries import Entry
 from .folders import ADAPTER_CONFIG
-from .selecting import canonical_names, select
+from .naming import canonical_names
+from .selecting import select
 from .stored import Maker
 
 # Module, and which factor; between them and the end the name of the adapter may stand.

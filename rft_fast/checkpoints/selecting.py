@@ -19,6 +19,7 @@ from ..common.pickles import Shell, Unreadable
 from ..common.words import some
 from .foreign import SUPPORTED
 from .modules import LONGEST_NAME, TENSORS, Module, is_module, module, type_of
+from .naming import CHOOSE, ROOT, prefixes, refuse_many, stripped, tower, under, unwrapped
 from .stored import Container, Stored
 
 _DEEPEST = 8
@@ -29,16 +30,6 @@ _TRAINING = frozenset(
     "rng random sampler loss losses criterion metric metrics callback callbacks loop loops dataloader "
     "history stats hparams hyper args options config cfg opt exp_avg exp_avg_sq".split()
 )
-# Components of names that wrappers add, at any place.
-_WRAPPERS = frozenset(
-    "module _orig_mod _fsdp_wrapped_module _fpw_module _checkpoint_wrapped_module _forward_module".split()
-)
-_START = re.compile(r"\A(?:image_encoder\.)?model\.")
-_CHOOSE = (
-    "Choose one with --key NAME (--zeroshot-key for the zero-shot model of a sweep; in a zoo: "
-    'key = "NAME"; in Python: key="NAME"), or save it as a file of its own'
-)
-_ROOT = "."  # as a key: the names without a prefix
 
 
 @dataclass
@@ -65,10 +56,10 @@ class Selected:
 
     def renamed(self, stored: str) -> str:
         """Return a name of the file without prefixes; empty if it is of a part that was not chosen."""
-        name = _unwrapped(stored)
-        if self.key and self.key != _ROOT:
-            name = _under(name, self.key)
-        return _stripped(name, self.prefixes)
+        name = unwrapped(stored)
+        if self.key and self.key != ROOT:
+            name = under(name, self.key)
+        return stripped(name, self.prefixes)
 
     def place(self, prefix: str) -> str:
         """Return the name of a module without prefixes.
@@ -131,7 +122,7 @@ class _Candidate:
     def __str__(self) -> str:
         count = len(_items(self.value))
         what = f"{count} tensor{'' if count == 1 else 's'}" if count else str(self.value)
-        return f"{self.label or _ROOT!r} ({what})"
+        return f"{self.label or ROOT!r} ({what})"
 
 
 def _found(container: Container) -> list[_Candidate]:
@@ -206,12 +197,12 @@ def _choose(found: list[_Candidate], key: str | None, container: Container) -> t
     weights = [one for one in found if not one.training]
     if not weights:
         listed = some(list(map(str, found)))
-        raise Unreadable(f"holds no weights, only state of a training: {listed}. {_CHOOSE}")
+        raise Unreadable(f"holds no weights, only state of a training: {listed}. {CHOOSE}")
     first, others = weights[0], weights[1:]
     first.same = [one.label for one in others if _same(first, one, container)]
     if several := [one for one in others if one.label not in first.same]:
         listed = some([str(one) for one in (first, *several)], 12)
-        raise Unreadable(f"holds several sets of weights: {listed}. {_CHOOSE}")
+        raise Unreadable(f"holds several sets of weights: {listed}. {CHOOSE}")
     return first, ""
 
 
@@ -222,12 +213,12 @@ def _keyed(found: list[_Candidate], key: str, container: Container) -> tuple[_Ca
         return fits[0], ""
     prefixed, starts = [], set()
     for one in [one for one in found if not one.training] or found:
-        names = [_unwrapped(name) for name in _state(one, container) if isinstance(name, str)]
+        names = [unwrapped(name) for name in _state(one, container) if isinstance(name, str)]
         starts |= {name.partition(".")[0] for name in names if "." in name}
         for rest in dict.fromkeys((key.removeprefix(f"{one.label}."), key)):
-            rest = _unwrapped(f"{rest}.x").removesuffix(".x")
-            if key == _ROOT or any(_under(name, rest) for name in names):
-                prefixed.append((one, key if key == _ROOT else rest))
+            rest = unwrapped(f"{rest}.x").removesuffix(".x")
+            if key == ROOT or any(under(name, rest) for name in names):
+                prefixed.append((one, key if key == ROOT else rest))
                 break
     if len(prefixed) == 1:
         return prefixed[0]
@@ -289,39 +280,29 @@ def _check_tensors(content: Mapping[Any, Any]) -> None:
 # --- names ----------------------------------------------------------------------------------------------
 
 
-def _unwrapped(name: str) -> str:
-    """Drop the components that wrappers add, except the last, which is the tensor's own name."""
-    *modules, last = name.split(".")
-    return ".".join((*(part for part in modules if part not in _WRAPPERS), last))
-
-
-def _under(name: str, key: str) -> str:
-    """Return what follows a key in a name, with or without its usual prefix; empty if nothing does."""
-    start = f"{key}."
-    return next((n.removeprefix(start) for n in (name, _START.sub("", name)) if n.startswith(start)), "")
-
-
 def _name(chosen: Selected, state: Mapping[str, Any]) -> None:
     """Drop prefixes from names, and what wrappers add beside the weights."""
-    names = [stored for stored in state if chosen.renamed(stored)]
+    given = {stored: chosen.renamed(stored) for stored in state}
+    names = [stored for stored, name in given.items() if name or not chosen.key]
     for stored in names:
         if len(stored) > LONGEST_NAME or not stored.isprintable():
             raise Unreadable(f"has a tensor with an invalid name: {stored[:40]!r}")
-    if others := [stored for stored in state if stored not in set(names)]:
+    if chosen.key and (others := [stored for stored, name in given.items() if not name]):
         chosen.notes.append(f"only tensors under {chosen.key!r} are used; left out: {some(others)}")
     _refuse_partitions(names, state)
     averaged = [stored for stored in names if stored.rpartition(".")[2] == "n_averaged"]
     if averaged and len(averaged) < len(names):
         chosen.notes.append(f"left out, the number of averaged models: {some(averaged)}")
-        names = [stored for stored in names if stored not in averaged]
-    if chosen.key == _ROOT:
-        towers = tuple(start for stored in names if (start := _tower(chosen.renamed(stored))))
-        others = [stored for stored in names if chosen.renamed(stored).startswith(towers)]
-        names = [stored for stored in names if stored not in set(others)]
+        names = [stored for stored in names if stored.rpartition(".")[2] != "n_averaged"]
+    if chosen.key == ROOT:
+        towers = tuple(dict.fromkeys(start for stored in names if (start := tower(given[stored]))))
+        refuse_many(towers)
+        others = [stored for stored in names if given[stored].startswith(towers)]
+        names = [stored for stored in names if not given[stored].startswith(towers)]
         if others:
             chosen.notes.append(f"left out, names with a prefix: {some(others)}")
     if not factors(names):  # an adapter keeps its own names
-        chosen.prefixes = _prefixes([chosen.renamed(stored) for stored in names], chosen.notes)
+        chosen.prefixes = prefixes([given[stored] for stored in names], chosen.notes)
     for stored in names:
         name = chosen.renamed(stored)
         if name in chosen.state:
@@ -330,6 +311,9 @@ def _name(chosen: Selected, state: Mapping[str, Any]) -> None:
                 "once the wrapper's prefix is dropped; keep one of them"
             )
         chosen.origin[name], chosen.state[name] = stored, state[stored]
+
+
+_FLAT = ("flat_param", "_flat_param")
 
 
 def _refuse_partitions(names: Collection[str], state: Mapping[str, Any]) -> None:
@@ -344,57 +328,3 @@ def _refuse_partitions(names: Collection[str], state: Mapping[str, Any]) -> None
             "holds only empty tensors, as DeepSpeed ZeRO-3 writes beside its partitions. Run its "
             "zero_to_fp32.py in the folder of the checkpoint, and use the file that it writes"
         )
-
-
-def canonical_names(names: Collection[str], notes: list[str]) -> dict[str, str]:
-    """Return names -> names without what wrappers add and what precedes the CLIP in a larger model.
-
-    Args:
-        names: of tensors.
-        notes: takes the prefixes that are dropped.
-
-    Raises:
-        Unreadable: they are of several models.
-    """
-    short = {name: _stripped(_unwrapped(name)) for name in names}
-    prefixes = _prefixes(list(short.values()), notes)
-    return {name: _stripped(given, prefixes) for name, given in short.items()}
-
-
-_FLAT = ("flat_param", "_flat_param")
-
-
-def _tower(name: str, towers: Collection[str] = ("visual", "vision_model")) -> str | None:
-    """Return what precedes the image tower in a name, with a final dot; None if it is not of the tower."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts[:-1]) if part in towers), None)
-    return None if place is None else "".join(f"{part}." for part in parts[:place])
-
-
-def _prefixes(names: Collection[str], notes: list[str]) -> tuple[str, ...]:
-    """Find the prefixes of the CLIP in a larger model, which are dropped, longest first.
-
-    Raises:
-        Unreadable: there are several models, such as a student and a teacher.
-    """
-    starts = dict.fromkeys(start for name in names if (start := _tower(name)) is not None)
-    text = (start for name in names if (start := _tower(name, ("text_model",))) is not None)
-    starts = starts or dict.fromkeys(text)
-    if not any(starts):
-        return ()
-    found = tuple(sorted(starts, key=len, reverse=True))
-    if len(found) > 1:
-        towers = [name for name in names if _tower(name) is not None]
-        if len({_stripped(name, found) for name in towers}) < len(towers):
-            listed = some([repr(start.removesuffix(".") or _ROOT) for start in found], 12)
-            raise Unreadable(f"holds several models, by the first components of names: {listed}. {_CHOOSE}")
-    notes.append(f"dropped, a prefix of names: {some([start for start in found if start])}")
-    # A head beside the CLIP has a part of its prefix.
-    parents = {start[: at + 1] for start in found for at, letter in enumerate(start) if letter == "."}
-    return tuple(sorted(sorted(parents), key=len, reverse=True))
-
-
-def _stripped(name: str, prefixes: Collection[str] = ()) -> str:
-    """Drop the usual prefixes of a model, and the first of others that fits."""
-    name = _START.sub("", name)
-    return next((name.removeprefix(start) for start in prefixes if name.startswith(start)), name)

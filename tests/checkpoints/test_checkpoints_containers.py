@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.tiny_checkpoints import State, clip, same
 from support.wording import refused, said
 from torch import Tensor, nn
@@ -300,3 +301,18 @@ def test_stored_views_are_read_alone(tmp_path: Path) -> None:
         for name, tensor in state.items():
             got = found.tensor(name)
             assert torch.equal(got, tensor) and got.is_contiguous()
+
+
+@pytest.mark.slow
+def test_many_names_take_no_time(tmp_path: Path) -> None:
+    """Nothing is quadratic in the number of names or of prefixes: it would take hours."""
+    one = torch.ones(1)
+    save_file({f"module.visual.{place}": one.clone() for place in range(20_000)}, tmp_path / "a.safetensors")
+    got = checkpoints.load(tmp_path / "a.safetensors", "meta")
+    assert len(got) == 20_000 and "visual.19999" in got
+    got = checkpoints.load(tmp_path / "a.safetensors", "meta", key="visual")
+    assert len(got) == 20_000 and "19999" in got
+    save_file({f"a{place}.visual.proj": one.clone() for place in range(20_000)}, tmp_path / "b.safetensors")
+    for key in (None, "."):
+        with refused(ValueError, "b.safetensors", "--key"):
+            checkpoints.load(tmp_path / "b.safetensors", "meta", key=key)
