@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rft_fast.checkpoints.canonical import is_visual
 from rft_fast.common.words import some
 from rft_fast.path import layers as layering
 
-_BLOCK = re.compile(r"(.*?(?:^|\.)(?:resblocks|blocks|layers))\.(\d+)(?![^.])")
+_BLOCK = re.compile(r"(.*?(?:^|\.)(?:resblocks|blocks|layers?))\.(\d+)(?![^.])")
+_STAGES = re.compile(r"(?:^|\.)(?:stages|blocks|layers)\.\d+\.(?:.*\.)?blocks\.\d+(?![^.])")
 
 
 def table(entries: Sequence[float | tuple[str, float]], layers: Sequence[str]) -> dict[str, float]:
@@ -66,7 +68,8 @@ def lines(layers: Sequence[str], gamma: float, beta: float) -> dict[str, float]:
         Layer -> alpha.
 
     Raises:
-        ValueError: no layer is in a block, or a tower has only one block.
+        ValueError: no layer of the image tower is in a block, a tower has only one block, or its blocks are
+            in several stages.
     """
     blocks: dict[str, int] = {}
     for layer in layers:
@@ -76,6 +79,17 @@ def lines(layers: Sequence[str], gamma: float, beta: float) -> dict[str, float]:
         raise ValueError(
             f"merge: LiNeS needs numbered blocks ('resblocks.0'), but no layer of {len(layers)} is in one; "
             "give a table of --alpha instead"
+        )
+    if stages := [layer for layer in layers if _STAGES.search(layer)]:
+        raise ValueError(
+            f"merge: LiNeS needs one row of blocks in a tower, but {stages[0]} is in one of several stages; "
+            "give a table of --alpha instead"
+        )
+    image = [layer for layer in layers if is_visual(layer)]
+    if image and not any(map(is_visual, blocks)):
+        raise ValueError(
+            "merge: LiNeS needs numbered blocks, but no layer of the image tower is in one "
+            f"({image[0]} ...); give a table of --alpha instead"
         )
     if short := [name for name, count in blocks.items() if count < 2]:
         raise ValueError(f"merge: LiNeS needs two blocks or more, but {short[0]} has one")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -67,6 +69,9 @@ def fit(zeroshot: Source | None, finetuned: Sequence[Source], method: MergeMetho
         _refuse_different(first, other)
         if _is_difference(first, other, method, unrelated):
             differences.append(other)
+    for pair in itertools.combinations(others, 2):
+        if problems := _contradictions(*pair):
+            _refuse(*pair, problems)
     models = [source for source in finetuned if source not in differences]
     found = Fit(models[0] if models else first, differences=differences)
     for name in differences:
@@ -114,15 +119,22 @@ def _refuse_different(a: Source, b: Source) -> None:
                 f"{len(unfit)} tensors of {source.file} have a dtype other than float64, float32, bfloat16 "
                 f"and float16: {some(unfit)}"
             )
-    for tower, known in a.activation.items():
-        counter = b.activation.get(tower)
-        if counter is not None and known.quick != counter.quick:
-            problems.append(
-                f"their {tower} towers have different activations: {activation.NAMES[known.quick]} "
-                f"({known.source}) and {activation.NAMES[counter.quick]} ({counter.source})"
-            )
-    if problems:
-        raise ValueError(f"merge: {a.file} and {b.file} cannot be merged: {'; '.join(problems)}")
+    if problems := [*problems, *_contradictions(a, b)]:
+        _refuse(a, b, problems)
+
+
+def _contradictions(a: Source, b: Source) -> list[str]:
+    """Describe towers whose activations differ."""
+    return [
+        f"their {tower} towers have different activations: {activation.NAMES[known.quick]} "
+        f"({known.source}) and {activation.NAMES[counter.quick]} ({counter.source})"
+        for tower, known in a.activation.items()
+        if (counter := b.activation.get(tower)) is not None and known.quick != counter.quick
+    ]
+
+
+def _refuse(a: Source, b: Source, problems: Sequence[str]) -> NoReturn:
+    raise ValueError(f"merge: {a.file} and {b.file} cannot be merged: {'; '.join(problems)}")
 
 
 def _computed(dtype: torch.dtype) -> bool:

@@ -91,7 +91,7 @@ def fisher(information: Sequence[Mapping[str, Tensor]]) -> Formula:
             weighted = torch.zeros_like(mean)
             for share, model in zip(shares, models, strict=True):
                 weighted += share * model.to(wide)
-            out.copy_(torch.where(total > 0, weighted / total, mean))
+            out.copy_(torch.where(total == 0, mean, weighted / total))
 
     return formula
 
@@ -131,7 +131,7 @@ def model_stock() -> Formula:
             for i, j in itertools.combinations(range(count), 2)
         ]
         cosine = math.fsum(cosines) / len(cosines)
-        if not 1 + (count - 1) * cosine > 1e-6:
+        if 1 + (count - 1) * cosine <= 1e-6:  # NaN goes on, into the result, which is refused
             raise ValueError(
                 f"merge: model-stock has no result for {run.name}: the mean cosine between differences is "
                 f"{cosine:.3g}, and must be above {-1 / (count - 1):.3g}"

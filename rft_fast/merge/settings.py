@@ -78,6 +78,10 @@ def finite(text: str) -> float:
     return value
 
 
+def _in_float32(value: float) -> bool:
+    return abs(value) <= (2 - 2**-23) * 2.0**127
+
+
 def _pair(values: object) -> tuple[float, float]:
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         raise ValueError(f"expected two numbers, GAMMA and BETA; got {values!r}")
@@ -254,7 +258,7 @@ class Request:
     def _check_numbers(self) -> None:
         plain = [entry for entry in self.alpha if not isinstance(entry, tuple)]
         values = [entry[1] if isinstance(entry, tuple) else entry for entry in self.alpha]
-        self._need("alpha", all(map(math.isfinite, values)), "finite numbers")
+        self._need("alpha", all(map(_in_float32, values)), "finite in float32")
         self._need("alpha", len(plain) <= 1, "at most one number for all layers")
         if self.method in ("interpolate", "slerp"):
             given = bool(self.alpha) + (self.lines is not None)
@@ -262,7 +266,7 @@ class Request:
                 options = "--alpha or --lines" if self.method == "interpolate" else "--alpha"
                 raise ValueError(f"merge: {self.method} needs {options}, and only one of them")
         if self.lines is not None:
-            self._need("lines", all(map(math.isfinite, self.lines)), "two finite numbers")
+            self._need("lines", all(map(_in_float32, (*self.lines, sum(self.lines)))), "finite in float32")
         if self.method in ("hold", "prune") and not self.layers:
             raise ValueError(f"merge: {self.method} needs layers; give --layers LAYER ...")
         if self.method in ONE_SCALE:
@@ -274,7 +278,7 @@ class Request:
         if "drop" in USED[self.method]:
             self._need("drop", self.drop is not None, "given (--drop P)")
         self._need("drop", self.drop is None or 0 <= self.drop < 1, "from 0 to below 1")
-        self._need("scale", all(map(math.isfinite, self.scale)), "finite numbers")
+        self._need("scale", all(map(_in_float32, self.scale)), "finite in float32")
         self._need("least_angle", 0 <= self.least_angle < 90, "an angle from 0 to 90 degrees")
         self._need("keep", 0 <= self.keep <= 1, "a probability")
         self._need("fill", self.fill in FILL, f"one of {', '.join(FILL)}")

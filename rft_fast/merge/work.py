@@ -122,6 +122,7 @@ def _run(request: Request, measures: Measures | None) -> Outcome:
             for job in jobs:
                 work.do(job, writer)
             hexes = [each.result() for each in digests]
+            _refuse_equal(opened[-len(request.finetuned) :], hexes[-len(request.finetuned) :])
             texts = _metadata(request, opened, found, hexes, data)
             writer.finish(texts)
             inputs.check()
@@ -181,10 +182,31 @@ def _check_out(request: Request) -> None:
         raise ValueError(f"merge: there is no folder {out.parent} for the result; make it first")
     if out.exists():
         for file in (request.zeroshot, *request.finetuned):
-            if file is not None and file.exists() and file.samefile(out):
-                raise ValueError(f"merge: {out} is one of the models; write the result to another file")
+            if file is not None and any(part.samefile(out) for part in _parts(file)):
+                raise ValueError(
+                    f"merge: {out} belongs to the model {file}; write the result to another file"
+                )
         if not request.overwrite:
             raise ValueError(f"merge: {out} exists; choose another file, or --overwrite replaces it")
+
+
+def _parts(file: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Return the files of a checkpoint; none if it cannot be read, which is refused when it is opened."""
+    try:
+        return folders.parts(file)
+    except ValueError:
+        return ()
+
+
+def _refuse_equal(opened: list[Source], digests: list[str]) -> None:
+    """Refuse two copies of one fine-tuned model."""
+    known: dict[str, Source] = {}
+    for source, digest in zip(opened, digests, strict=True):
+        if (other := known.setdefault(digest, source)) is not source:
+            raise ValueError(
+                f"merge: {other.file} and {source.file} have the same content (SHA-256 {digest[:12]}...); "
+                "each model counts once"
+            )
 
 
 def _sha256(inputs: files.Inputs, file: pathlib.Path) -> str:
@@ -255,7 +277,7 @@ def _combined(request: Request, differences: list[bool]) -> formulas.Formula | N
 
 
 def _jobs(request: Request, found: fit.Fit) -> list[_Job]:
-    """List the tensors of the result in the reference's order, those of wider elements first."""
+    """List the tensors of the result in the reference's order; in safetensors, wider elements first."""
     merged = frozenset(found.merged)
     jobs = []
     for name, item in found.reference.items.items():
@@ -268,7 +290,9 @@ def _jobs(request: Request, found: fit.Fit) -> list[_Job]:
         jobs.append(_Job(name, name in merged, dtype, tuple(entries), place.transposed))
     if twice := {e.name for j in jobs for e in j.entries if e.name == PROVENANCE}:
         raise ValueError(f"merge: no tensor can be called {twice.pop()}")
-    return sorted(jobs, key=lambda job: -job.dtype.itemsize)
+    if request.out.suffix == ".safetensors":  # aligned
+        jobs.sort(key=lambda job: -job.dtype.itemsize)
+    return jobs
 
 
 def _place(request: Request, reference: Source, name: str) -> huggingface.Place:
@@ -336,7 +360,13 @@ class _Work:
 
     def _copied(self, job: _Job, start: int, count: int) -> Tensor:
         found = self._read(-1, self.reference, job.name, start, count)
-        return found.to(job.dtype)
+        out = found.to(job.dtype)
+        if out.dtype != found.dtype and torch.isinf(out).sum() > torch.isinf(found).sum():
+            raise ValueError(
+                f"merge: {job.name}, which is copied, has numbers beyond the range of "
+                f"{str(job.dtype).removeprefix('torch.')}; choose another --dtype"
+            )
+        return out
 
     def _read(self, key: int, source: Source, name: str, start: int, count: int) -> Tensor:
         out = self._buffer(key, source.items[name].dtype, count)

@@ -172,6 +172,16 @@ def test_recalibration_of_a_model_without_batch_norm(zoo: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_fisher_information_that_is_no_number(tmp_path: Path) -> None:
+    files = tiny_merge.put(tmp_path, **MODELS)
+    broken = {"visual.conv1.weight": torch.full((4, 3, 2, 2), float("nan"))}
+    with refused(ValueError, "visual.conv1.weight"):
+        run(
+            Request("fisher", tuple(files.values()), tmp_path / "out.safetensors"),
+            Fake({}, dict.fromkeys(MODELS, broken)),
+        )
+
+
 def test_methods_without_their_data(tmp_path: Path) -> None:
     files = tiny_merge.put(tmp_path, **MODELS)
     with refused(ValueError, "fisher"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import tiny_merge
 from support.tiny_merge import State, merged
 from support.wording import command_refused, refused
@@ -70,6 +72,61 @@ def test_unrelated_models_on_request(tmp_path: Path) -> None:
     torch.testing.assert_close(got[name], (ZERO[name] + other[name]) / 2)
 
 
+def test_activations_of_later_files_contradict_each_other(tmp_path: Path) -> None:
+    """Also where the first file shows none."""
+    files = tiny_merge.put(tmp_path, zero=ZERO)
+    for seed, name, quick in ((1, "one", "true"), (2, "two", "false")):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_file(tiny_merge.moved(ZERO, seed), files[name], metadata={"quick_gelu": quick})
+    with refused(ValueError, "one.safetensors", "two.safetensors", "QuickGELU"):
+        merged("task-arithmetic", files, tmp_path / "out.safetensors")
+
+
+def test_two_copies_of_a_model(tmp_path: Path) -> None:
+    files = tiny_merge.put(tmp_path, one=ONE, two=ONE)
+    before = sorted(os.listdir(tmp_path))
+    with refused(ValueError, "one.safetensors", "two.safetensors"):
+        merged("soup", files, tmp_path / "out.safetensors")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("whole", [".", "model.safetensors.index.json"])
+def test_a_shard_of_a_model_is_not_overwritten(tmp_path: Path, whole: str) -> None:
+    names = list(ONE)
+    parts = {"model-00001-of-00002": names[:4], "model-00002-of-00002": names[4:]}
+    shards = tiny_merge.put(tmp_path, **{p: {n: ONE[n] for n in inside} for p, inside in parts.items()})
+    index = {name: shards[part].name for part, inside in parts.items() for name in inside}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (other := tmp_path / "other").mkdir()
+    files = {**tiny_merge.put(other, zero=ZERO), "one": tmp_path / whole}
+    out = shards["model-00001-of-00002"]
+    before = out.read_bytes()
+    with refused(ValueError, out.name):
+        merged("interpolate", files, out, alpha=(0.5,), overwrite=True)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["both", "one"])
+def test_numbers_beyond_the_requested_dtype(tmp_path: Path, text: str) -> None:
+    """Merged, and copied because the other file has no such tensor."""
+    large = {"text_projection": torch.full((2, 2), 1e6)}
+    files = tiny_merge.put(tmp_path, zero=ZERO | (large if text == "both" else {}), one=ONE | large)
+    with refused(ValueError, "text_projection", "float16"):
+        merged("interpolate", files, tmp_path / "out.safetensors", alpha=(0.5,), dtype="float16")
+
+
+@pytest.mark.parametrize("method", ["soup", "model-stock", "task-arithmetic", "ties", "slerp"])
+def test_nan_by_any_method(tmp_path: Path, method: str) -> None:
+    bad = ONE | {"visual.conv1.weight": torch.full((4, 3, 2, 2), math.nan)}
+    several = {"one": ONE, "two": bad}
+    states = (
+        several if method == "soup" else {"zero": ZERO, **(several if method != "slerp" else {"two": bad})}
+    )
+    options = {"alpha": (0.5,)} if method == "slerp" else {}
+    with refused(ValueError, "visual.conv1.weight", "NaN"):
+        merged(method, tiny_merge.put(tmp_path, **states), tmp_path / "out.safetensors", **options)
+
+
 def test_rows_of_a_head_in_another_order(tmp_path: Path) -> None:
     torch.manual_seed(0)
     head = torch.randn(6, 20)
@@ -101,6 +158,8 @@ OUT = Path("out.safetensors")
         pytest.param("soup", {"finetuned": (FILE, FILE)}, id="soup with zero-shot"),
         pytest.param("task-arithmetic", {"finetuned": ()}, id="no model"),
         pytest.param("task-arithmetic", {"scale": (1.0, 2.0)}, id="scales"),
+        pytest.param("task-arithmetic", {"scale": (1e39,)}, id="scale beyond float32"),
+        pytest.param("interpolate", {"lines": (3e38, 3e38)}, id="lines beyond float32"),
         pytest.param("model-stock", {}, id="model-stock of one"),
         pytest.param("ties", {"density": 0.0}, id="density"),
         pytest.param("ties", {"finetuned": (FILE, OUT), "scale": (1.0, 2.0)}, id="two scales"),
@@ -132,7 +191,18 @@ def test_tables_of_layers(tmp_path: Path, alpha: Any, facts: list[object]) -> No
         merged("interpolate", files, tmp_path / "out.safetensors", alpha=alpha)
 
 
-@pytest.mark.parametrize("layers", [["visual.conv1"], ["visual.resblocks.0.x"]])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(["visual.conv1"], id="none"),
+        pytest.param(["visual.resblocks.0.x"], id="one"),
+        pytest.param(
+            ["visual.layer1.0.x", *(f"transformer.resblocks.{i}.x" for i in range(3))], id="text only"
+        ),
+        pytest.param([f"visual.trunk.stages.{i // 2}.blocks.{i % 2}.x" for i in range(4)], id="convnext"),
+        pytest.param([f"visual.trunk.layers.{i // 2}.blocks.{i % 2}.x" for i in range(4)], id="swin"),
+    ],
+)
 def test_lines_need_blocks(layers: list[str]) -> None:
     with refused(ValueError):
         lines(layers, 0.1, 0.2)
