@@ -396,8 +396,8 @@ def test_options_of_a_zoo_are_defaults() -> None:
         (["--estimator", "best"], ("best",)),
         (["--estimator", "apgd-l2", "--goal-se", "0.1"], ()),
         (
-            ["--goal-se", "0.1", "--max-draws", "9"],
-            ("--max-draws", "--draws", "--layer-draws", "10", "9"),
+            ["--goal-se", "0.1", "--max-draws", "7"],
+            ("--max-draws", "--draws", "--layer-draws", "8", "7"),
         ),
         (["--sharpness-alphas", "0"], ("--sharpness-alphas",)),
         (["--plan", "--json"], ("--json", "--plan")),
