@@ -57,6 +57,10 @@ def wrong_sharpness(right: Callable[..., Any], model: Any, evaluate: Any, rho: f
     return right(model, evaluate, rho * 1.01, *others)
 
 
+def wrong_call(right: Callable[..., Any], model: Any, scale: float, *others: Any) -> Any:
+    return right(model, -scale, *others)
+
+
 def wrong_step(
     right: Callable[..., Any], model: Any, evaluate: Any, eps: float, lr: float, *others: Any
 ) -> Any:
@@ -72,11 +76,12 @@ class WrongSam(published.Sam):
     "name, wrong, made",
     [
         ("average_sharpness", wrong_sharpness, lambda case: loops.sharpness(case, 1, 2)),
-        ("mezo_step", wrong_step, lambda case: next(loops.mezo(case, 1))),
+        ("mezo_perturb", wrong_call, lambda case: next(loops.mezo(case, 1))),
+        ("mezo_step", wrong_step, lambda case: list(loops.mezo(case, 1))[1]),
         ("Sam", None, lambda case: loops.sam(case, 1, adaptive=False)),
         ("Sam", None, lambda case: loops.sam(case, 1, adaptive=True)),
     ],
-    ids=["sharpness", "mezo", "sam", "asam"],
+    ids=["sharpness", "mezo call", "mezo", "sam", "asam"],
 )
 def test_a_loop_that_computes_something_else_is_caught(
     name: str, wrong: Any, made: Any, small: peers.Case, monkeypatch: pytest.MonkeyPatch
@@ -84,7 +89,7 @@ def test_a_loop_that_computes_something_else_is_caught(
     made(small).check()
     right = getattr(published, name)
     monkeypatch.setattr(published, name, partial(wrong, right) if wrong else WrongSam)
-    with pytest.raises(AssertionError, match=r"evaluation [12], tensor 0"):
+    with pytest.raises(AssertionError, match=r"evaluation [012], tensor 0"):
         made(small).check()
 
 
