@@ -54,6 +54,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
+        files = [file for file in (options.file, options.other) if file is not None]
+        if options.base is not None and not any(map(checkpoints.is_adapter, files)):
+            raise ValueError(
+                "--base has no effect: expected a LoRA adapter (adapter_model.safetensors or .bin, with "
+                f"adapter_config.json beside it), got {' and '.join(files)}; leave it out"
+            )
         first = _read(options.file, options.format, options.key, options.base)
         if options.other is None:
             print(describe(first))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .naming import canonical_names
 from .selecting import select
 from .stored import Maker
 
+_T = TypeVar("_T")
 # Module, and which factor; between them and the end the name of the adapter may stand.
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|(embedding_[AB])(?:\.[^.]+)?)")
 _START = re.compile(r"\Abase_model\.model\.")
@@ -55,6 +57,8 @@ class _Config:
     Attributes:
         alpha: scale of the product, before it is divided by the rank.
         alphas: name of a module, or the last parts of it -> its own alpha.
+        rank: rows of A; None where the file does not say it.
+        ranks: name of a module, or the last parts of it -> its own rank.
         rslora: divide by the square root of the rank (Kalajdzievski 2023).
         transposed: whether linear weights are stored [in, out] (``fan_in_fan_out``).
         base: name of the model that it was trained on; empty if unknown.
@@ -62,6 +66,8 @@ class _Config:
 
     alpha: float
     alphas: Mapping[str, float]
+    rank: object
+    ranks: Mapping[str, object]
     rslora: bool
     transposed: bool
     base: str
@@ -94,9 +100,13 @@ class _Config:
             raise Unreadable(
                 f"is a LoRA adapter with alpha_pattern by regular expressions ({some(regular, 3)}); {_PEFT}"
             )
+        ranks = content.get("rank_pattern") or {}
+        plain = isinstance(ranks, dict) and all(map(_PLAIN.fullmatch, ranks))
         return cls(
             float(numbers[0]),
-            {name.removeprefix("^").replace("\\", ""): float(value) for name, value in alphas.items()},
+            {_plain(name): float(value) for name, value in alphas.items()},
+            content.get("r") if plain else None,
+            {_plain(name): value for name, value in ranks.items()} if plain else {},
             content.get("use_rslora") is True,
             content.get("fan_in_fan_out") is True,
             str(content.get("base_model_name_or_path") or ""),
@@ -108,9 +118,26 @@ class _Config:
         Args:
             module: name of the module in the model that was adapted.
             rank: rows of A.
+
+        Raises:
+            Unreadable: the configuration says another rank, so that alpha may be that of another adapter.
         """
-        named = (value for name, value in self.alphas.items() if f".{module}".endswith(f".{name}"))
-        return next(named, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        expected = _of(self.ranks, module, self.rank)
+        if expected is not None and expected != rank:
+            raise Unreadable(
+                f"has factors of {module!r} of rank {rank}, where {ADAPTER_CONFIG} says "
+                f"{str(expected)[:40]}; is it the configuration of this adapter?"
+            )
+        return _of(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _plain(pattern: str) -> str:
+    return pattern.removeprefix("^").replace("\\", "")
+
+
+def _of(table: Mapping[str, _T], module: str, default: _T) -> _T:
+    """Return the value of a module: of its name, or of the last parts of it."""
+    return next((value for name, value in table.items() if f".{module}".endswith(f".{name}")), default)
 
 
 @dataclass

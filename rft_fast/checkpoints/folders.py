@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -23,6 +24,7 @@ WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.(safetensors|bin)")
 _LARGEST = 64 << 20  # bytes of an index; usual are 100 KiB
 _ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,6 +66,11 @@ def _of_folder(folder: pathlib.Path) -> str:
         )
     if "zero_to_fp32.py" in names:
         return " of DeepSpeed. Make one file of it: python zero_to_fp32.py . FILE, in that folder"
+    if shards := [match for name in names if (match := _SHARD.fullmatch(name))]:
+        return (
+            " with shards of a checkpoint, but without their index; get "
+            f"{shards[0][1]}.{shards[0][2]}.index.json as well"
+        )
     if inside := [name for name in names if name.endswith(_ENDINGS)]:
         return f", expected a checkpoint file in it, such as {some(inside, 3)}"
     return ", expected a checkpoint file in it; it holds none"

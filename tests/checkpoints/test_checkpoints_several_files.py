@@ -268,6 +268,8 @@ def made_of(**names: Tensor) -> State:
         ({}, made_of(**{"score.weight": torch.ones(2)}), "score.weight"),
         ({}, {"visual.a.base_layer.out_proj.lora_A.weight": random(2, 3)}, "MultiheadAttention"),
         ({}, {"visual.proj": random(16, 10)}, "lora_A"),
+        ({"r": 4}, made_of(), "rank 2"),
+        ({"rank_pattern": {"q_proj": 3}}, made_of(), "rank 2"),
     ],
 )
 def test_adapters_that_are_refused(tmp_path: Path, config: Any, tensors: State, fact: str) -> None:
@@ -286,6 +288,22 @@ def test_bases_and_formats_that_do_not_fit(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("[")
     with refused(ValueError, "adapter_config.json"):
         checkpoints.read(folder, base=clip().state_dict())
+
+
+def test_a_base_without_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the configuration of the adapter is missing."""
+    folder = adapter(tmp_path / "adapter", made_of())
+    save_file(clip().state_dict(), base := tmp_path / "base.safetensors")
+    (folder / "adapter_config.json").unlink()
+    for file in (base, folder / "adapter_model.safetensors"):
+        assert main([str(file), "--base", str(base)]) == 2
+        said(capsys.readouterr().err, file.name, "adapter_config.json")
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    shards(tmp_path, clip().state_dict()).unlink()
+    with refused(ValueError, "model.safetensors.index.json"):
+        checkpoints.read(tmp_path)
 
 
 def test_the_command_tells_of_an_adapter_and_takes_a_base(
