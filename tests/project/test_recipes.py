@@ -255,8 +255,7 @@ def test_fsdp2() -> None:
         timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    lines = sorted(run.stdout.splitlines())
-    assert lines == [f"process {rank}, draw {draw}: the same bits" for rank in range(2) for draw in range(3)]
+    assert run.stdout.splitlines() == [f"draw {draw}: the same bits" for draw in range(3)]
 
     whole = recipe("fsdp2", run=False)["build"]()
     before = copy.deepcopy(whole)
