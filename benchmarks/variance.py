@@ -1,6 +1,6 @@
 """Sharpness on the digits zoo: what one draw of each estimator is worth, and whether its intervals hold.
 
-    python benchmarks/variance.py [--part general layers coverage] [--draws 4] [--samples 500] [--out FILE]
+    python benchmarks/variance.py [--part general layers coverage ...] [--draws 4] [--samples N] [--out FILE]
 
 ``general``, ``layers``: the same forward passes by each estimator. The worth of a draw is the variance of the
 published protocol (plain draws, noise anew for every 128 images) over that of the estimator: so many times
@@ -8,6 +8,7 @@ fewer draws reach the same standard error. ``cost`` is the time of a draw over t
 the backward pass of the control, on one thread.
 
 ``coverage``: intervals of many seeds against the mean of many plain draws with other seeds.
+``general-coverage``: those of all weights together at more rhos, of a fixed number of draws.
 """
 
 from __future__ import annotations
@@ -159,9 +160,26 @@ def coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def general_coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
+    """One row per rho: what 95 % intervals of all weights together cover, around the mean over seeds."""
+    model, alpha = next(iter(MODELS.items()))
+    path = setting.path(model)
+    protocols = [Protocol(noise_batch=BATCH, seed=seed) for seed in range(seeds)]
+    made = [sharpness(path, setting.evaluator, [alpha], RHOS, draws, protocol=each) for each in protocols]
+    found = []
+    for rho, rows in pd.concat(made).groupby("rho"):
+        values, errors = rows["sharpness"].to_numpy(), rows["sharpness_se"].to_numpy()
+        half = stdtrit(rows["sharpness_df"].to_numpy(dtype=float), 0.975) * errors
+        covered = float(np.mean(np.abs(values - values.mean()) <= half))
+        spread = float(values.std(ddof=1) / np.sqrt((errors**2).mean()))
+        found.append({"way": "auto", "rho": rho, "seeds": seeds, "covered": covered, "spread": spread})
+        print(f"all weights, rho {rho:g}: {100 * covered:.1f} % covered", flush=True)
+    return pd.DataFrame(found)
+
+
 def show(part: str, table: pd.DataFrame) -> None:
     """Print medians, and whether goals are met."""
-    if part == "coverage":
+    if "coverage" in part:
         for way, own in table.groupby("way", sort=False):
             low, mean, high = (100 * own["covered"].agg(what) for what in ("min", "mean", "max"))
             print(f"{way}: {low:.1f} to {high:.1f} % covered, mean {mean:.1f}")
@@ -182,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("general", "layers", "coverage")
+    parts = ("general", "layers", "coverage", "general-coverage")
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--samples", type=int, default=500)
@@ -192,12 +210,13 @@ def main() -> None:
     torch.set_num_threads(1)
     tables = {}
     for part in arguments.part:
-        setting = Setting(min(arguments.samples, 128) if part == "coverage" else arguments.samples)
-        tables[part] = (
-            coverage(setting, arguments.seeds, 4)
-            if part == "coverage"
-            else worth(setting, part, arguments.draws)
-        )
+        setting = Setting(min(arguments.samples, 128) if "coverage" in part else arguments.samples)
+        if part == "coverage":
+            tables[part] = coverage(setting, arguments.seeds, 4)
+        elif part == "general-coverage":
+            tables[part] = general_coverage(setting, arguments.seeds, 4)
+        else:
+            tables[part] = worth(setting, part, arguments.draws)
         show(part, tables[part])
     if arguments.out:
         about = {
