@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 
 from rft_fast.kernels.shards import check_sharded
@@ -48,7 +49,7 @@ def listed(argument: str, given: object) -> Listed:
             given = [given]
         else:
             return _named(argument, list(given.items()))
-    elif not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+    elif not isinstance(given, Iterable) or isinstance(given, (str, bytes, np.ndarray)):
         raise TypeError(
             f"write: {argument} must be {_OFFERED}; got {_what(given)}"
             + ("" if given is None else _cure(given))
@@ -87,11 +88,12 @@ def matched(first: Listed, role: str, other: Listed) -> list[Tensor]:
         return tensors
     own, given = set(names), set(others)
     if missing := [name for name in names if name not in given]:
-        raise ValueError(f"write: {role} lacks {_some(missing)}; pass the same names for all tensors")
+        raise ValueError(f"write: {role} lacks {some(missing)}; pass the same names for all tensors")
     if extra := [name for name in others if name not in own]:
         raise ValueError(
-            f"write: {role} has {_some(extra)}, which the tensors to write lack (a module stands for its "
-            f"parameters, without buffers); pass {{name: {role}[name] for name in the names to write}}"
+            f"write: {role} has {some(extra)}, which the tensors to write lack (a module stands for its "
+            "parameters, each once, without buffers); pass "
+            f"{{name: {role}[name] for name in the names to write}}"
         )
     found = dict(zip(others, tensors, strict=True))
     return [found[name] for name in names]
@@ -133,7 +135,7 @@ def _named(argument: str, pairs: Sequence[Sequence[object]]) -> Listed:
         tensors.append(value)
     if len(set(names)) < len(names):
         double = [name for place, name in enumerate(names) if name in names[:place]]
-        raise ValueError(f"write: {argument} has {_some(double)} twice; name each tensor once")
+        raise ValueError(f"write: {argument} has {some(double)} twice; name each tensor once")
     return tensors, names
 
 
@@ -154,6 +156,8 @@ def _what(value: object) -> str:
 def _cure(value: object) -> str:
     if value is None:
         return " (is it a gradient that was never computed? leave its parameter out, too)"
+    if isinstance(value, np.ndarray):
+        return "; pass torch.from_numpy(array), which shares its memory"
     if isinstance(value, nn.Module):
         return "; pass model.parameters()"
     if hasattr(value, "param_groups"):
@@ -163,5 +167,6 @@ def _cure(value: object) -> str:
     return ""
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return up to three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

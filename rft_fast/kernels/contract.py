@@ -52,10 +52,17 @@ def _choice(name: str, value: object, offered: Sequence[str]) -> None:
         raise ValueError(f"write: {name} must be one of {', '.join(offered)}; got {value!r}")
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def whole(name: str, value: object, limit: int) -> int:
     """Return an integer in [0, limit); raises TypeError or ValueError for anything else."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-        raise TypeError(f"write: {name} must be an integer; got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"write: {name} must be an integer; got {_short(value)} of type {type(value).__name__}"
+        )
     if not 0 <= value < limit:
         raise ValueError(f"write: {name} must lie in [0, 2**{limit.bit_length() - 1}); got {value}")
     return int(value)
@@ -73,7 +80,7 @@ def _finite(name: str, value: object) -> float:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(
-            f"write: {name} must be a number; got {value!r} of type {type(value).__name__}"
+            f"write: {name} must be a number; got {_short(value)} of type {type(value).__name__}"
         ) from None
     except OverflowError:  # an integer or a fraction, perhaps with too many digits to show
         raise ValueError(f"write: {name} must be finite in float32; got a number beyond float64") from None

@@ -11,12 +11,9 @@ from torch import Tensor
 from rft_fast.kernels import library, registry
 from rft_fast.kernels.containers import Listed, Tensors, listed, sources
 from rft_fast.kernels.contract import PER_TENSOR, WRITE_ARGUMENTS, Add, Each, Requests, Write, requests
-from rft_fast.kernels.places import blocks_at
+from rft_fast.kernels.places import Offset, blocks_at
 from rft_fast.kernels.rows import ROLES, device_of, make_rows, mark_written
 from rft_fast.names import Fill, Impl, Noise, On, Weight
-
-# An offset for the first tensor, or one for each.
-Offset = int | Sequence[int]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,7 +90,8 @@ def write_(
         draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
         sign: 1, or -1 for the opposite noise (antithetic pairs).
         offset: Where the noise and the mask of the first tensor start in those of the whole model, in
-            elements, a multiple of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
+            elements, a multiple of 4; or one for each tensor, in a list or by name
+            (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     ``alpha``, ``rho`` and ``keep`` may each be a list with one number per tensor: still one launch, and equal
@@ -133,7 +131,7 @@ def write_listed(
     """Write tensors that have been taken out of their containers and brought into one order."""
     tensors, names = out
     at_zero = type(offset) is int and offset == 0
-    blocks = None if at_zero else blocks_at(tensors, offset)
+    blocks = None if at_zero else blocks_at(out, offset)
     if library.is_traced(tensors):
         library.write_(tensors, zeroshot, finetuned, numbers, impl, blocks)
         return
@@ -225,7 +223,7 @@ def perturb_(
             (-1 or 1).
         sign: 1, or -1 for the opposite noise (antithetic pairs).
         offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
-            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
+            of 4; or one for each tensor, in a list or by name (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Raises:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rft_fast.kernels.containers import Listed, Tensors, as_given, listed
 from rft_fast.kernels.contract import Each
-from rft_fast.kernels.functions import Offset, errors_by_own_name, write_listed
+from rft_fast.kernels.functions import errors_by_own_name, write_listed
+from rft_fast.kernels.places import Offset, check_layout
 from rft_fast.kernels.shards import on_part
 from rft_fast.names import Impl, Noise
 
@@ -61,7 +62,7 @@ def noise_like(
         noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
             (-1 or 1).
         offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
-            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
+            of 4; or one for each tensor, in a list or by name (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Returns:
@@ -116,7 +117,7 @@ def keep_mask_like(
         keep: Probability, in [0, 1], that a weight is kept. Or a list with one number per tensor.
         seed: Key of the random generator, an integer in [0, 2**64). Decides the mask.
         offset: Where the mask of the first tensor starts in that of the whole model, in elements, a multiple
-            of 4; or a list with one for each tensor (:func:`rft_fast.offsets`).
+            of 4; or one for each tensor, in a list or by name (:func:`rft_fast.offsets`).
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Returns:
@@ -141,6 +142,8 @@ def keep_mask_like(
 
 def _float32_like(params: Tensors, make: Callable[..., Tensor]) -> Listed:
     tensors, names = listed("params", params)
+    for place, tensor in enumerate(tensors):
+        check_layout(tensor, f"params of {names[place] if names else f'tensor {place}'}")
 
     def like(part: Tensor) -> Tensor:
         return make(part, dtype=torch.float32, memory_format=torch.contiguous_format, requires_grad=False)

@@ -7,15 +7,18 @@ logical (row-major) index in its full shape, whatever its layout in memory and h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
-from rft_fast.kernels.containers import Tensors, as_given, listed
+from rft_fast.kernels.containers import Listed, Tensors, as_given, listed, some
 from rft_fast.kernels.contract import BLOCK, BLOCKS, is_list, whole
 
+# An offset for the first tensor, or one for each: in order, or by name.
+Offset: TypeAlias = int | Sequence[int] | Mapping[str, int]
 # Dimensions of a place that kernels take, after merging.
 DIMENSIONS = 4
 
@@ -46,6 +49,7 @@ def offsets(params: Tensors) -> dict[str, int] | list[int] | int:
         at = rft.offsets(model)  # name -> offset
         for name, p in model.named_parameters():
             rft.perturb_(p, rho, draw=step, offset=at[name])
+        rft.perturb_({"head.weight": model.head.weight}, rho, draw=step, offset=at)  # by name
 
     Args:
         params: The whole model: tensors of any shape in any container that :func:`rft_fast.perturb_` takes.
@@ -72,19 +76,30 @@ def first_blocks(tensors: Sequence[Tensor]) -> list[int]:
     return starts
 
 
-def blocks_at(tensors: Sequence[Tensor], offset: int | Sequence[int], name: str = "offset") -> list[int]:
+def blocks_at(listed: Listed, offset: Offset, name: str = "offset") -> list[int]:
     """Return the Philox block at which each tensor's noise starts.
 
     Args:
-        tensors: The tensors.
-        offset: Where the first one starts, in elements, the others following; or where each one starts.
+        listed: The tensors, and their names if they have any.
+        offset: Where the first one starts, in elements, the others following; or where each one starts, in
+            order or by name.
         name: Name of the argument, for errors.
 
     Raises:
-        TypeError: An offset is not an integer.
-        ValueError: An offset is negative, no multiple of 4, or beyond the counter; or there are not as many
-            as tensors.
+        TypeError: An offset is not an integer; or they are given by name, and the tensors have none.
+        ValueError: An offset is negative, no multiple of 4, or beyond the counter; there are not as many as
+            tensors; or a name is missing.
     """
+    tensors, names = listed
+    if isinstance(offset, Mapping):
+        if names is None:
+            raise TypeError(
+                f"write: {name} is by name, but the tensors have no names; pass a module, named_parameters() "
+                "or a dict of tensors, or a list of offsets"
+            )
+        if missing := [each for each in names if each not in offset]:
+            raise ValueError(f"write: {name} lacks {some(missing)}; rft.offsets(model) has all of a model")
+        offset = [offset[each] for each in names]
     if not is_list(offset):
         first = _block(name, offset)
         return [first + block for block in first_blocks(tensors)]
@@ -137,6 +152,16 @@ def check_blocks(starts: Sequence[int], sizes: Sequence[int], labels: Sequence[s
                 "offsets that do not overlap"
             )
         before, last = end, label
+
+
+def check_layout(tensor: Tensor, what: str) -> None:
+    """Raise ValueError for a tensor without strides: sparse, nested or of oneDNN."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(
+            f"write: {what} is {layout.lstrip('_')}, expected a dense tensor; pass its dense values "
+            "(tensor.values(), .to_dense(), or .unbind() of a nested one)"
+        )
 
 
 def is_dense(tensor: Tensor) -> bool:

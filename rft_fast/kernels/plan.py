@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from rft_fast.kernels.contract import (
     requests,
     spread,
 )
-from rft_fast.kernels.places import blocks_at
+from rft_fast.kernels.places import Offset, blocks_at
 from rft_fast.kernels.rows import ROLES, check_runs, device_of, make_rows, mark_written
 from rft_fast.names import Fill, Impl, Names, Noise, On
 
@@ -36,8 +36,8 @@ class Plan:
         impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
         names: What error messages call the tensors; None: their names in ``out``, or "tensor 0" ...
         offsets: Where the noise and the mask of each tensor start in those of the whole model, in elements,
-            multiples of 4 (:func:`rft_fast.offsets`); or one number, from which the tensors follow each
-            other.
+            multiples of 4, in a list or by name (:func:`rft_fast.offsets`); or one number, from which the
+            tensors follow each other.
 
     Each tensor may be float32, bfloat16 or float16, whatever the others are, and dense in memory in any order
     of its dimensions; all are on one device. Of a DTensor the local part is written, with the noise of its
@@ -75,10 +75,10 @@ class Plan:
         finetuned: Tensors,
         impl: Impl = "auto",
         names: Names | None = None,
-        offsets: int | Sequence[int] = 0,
+        offsets: Offset = 0,
     ) -> None:
         (outs, own), w0, w1 = sources(out, zeroshot, finetuned, ROLES)
-        blocks = blocks_at(outs, offsets, "offsets")
+        blocks = blocks_at((outs, own), offsets, "offsets")
         rows = make_rows(outs, w0, w1, own if names is None else list(names), blocks)
         backend = registry.pick(impl, device_of(rows))
         self.impl = backend.name

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from rft_fast.kernels.contract import DTYPES
-from rft_fast.kernels.places import DIMENSIONS, Place, check_blocks, first_blocks, is_dense, place_of
+from rft_fast.kernels.places import (
+    DIMENSIONS,
+    Place,
+    check_blocks,
+    check_layout,
+    first_blocks,
+    is_dense,
+    place_of,
+)
 from rft_fast.kernels.shards import PLAIN, Part, part_of
 
 # What errors call the three tensors of a row.
@@ -152,10 +160,11 @@ def _check_tensor(tensor: Tensor, role: str, row: Row, device: torch.device) -> 
             f"write: {role} of {row.name} is {tensor.dtype}; offered are {offered}. "
             "Convert it with .float(), or copy it instead of interpolating"
         )
-    strided = tensor.layout is torch.strided and not tensor.is_neg()
+    strided = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
     # A contiguous tensor is dense. (Strides of a tensor whose sizes are not known yet may not be compared.)
     contiguous = strided and tensor.is_contiguous()
     if not contiguous and not (strided and is_dense(tensor)):
+        check_layout(tensor, f"{role} of {row.name}")
         raise ValueError(
             f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, is not contiguous or a permutation "
             f"of contiguous memory (layout {tensor.layout}); pass .contiguous() memory, for a module "
@@ -231,9 +240,14 @@ def _check_overlap(rows: Sequence[Row], roles: tuple[str, str, str]) -> None:
                 spans.append((*_span(source), False, f"{role} of {row.name}"))
     spans.sort()
     # Sweep by address: of the earlier spans, only the furthest output and the furthest span matter.
-    any_end, any_what, out_end, out_what = -1, "", -1, ""
+    any_end, any_what, out_start, out_end, out_what = -1, "", -1, -1, ""
     for start, end, is_out, what in spans:
         reach, other = (any_end, any_what) if is_out else (out_end, out_what)
+        if is_out and (start, end) == (out_start, out_end):
+            raise ValueError(
+                f"write: {what} and {out_what} are the same memory (tied weights); name it once: pass the "
+                "module, or leave one of them out"
+            )
         if start < reach:
             raise ValueError(
                 f"write: {what} overlaps {other} in memory; an output may be its own source, "
@@ -242,7 +256,7 @@ def _check_overlap(rows: Sequence[Row], roles: tuple[str, str, str]) -> None:
         if end > any_end:
             any_end, any_what = end, what
         if is_out and end > out_end:
-            out_end, out_what = end, what
+            out_start, out_end, out_what = start, end, what
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.wording import refused
@@ -85,6 +87,12 @@ def test_named_tensors_are_matched_by_name() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), zeroshot.parameters(), strict=True))
 
 
+TIED = torch.ones(3)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's: a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 @pytest.mark.parametrize(
     ("container", "error", "facts"),
     [
@@ -99,11 +107,23 @@ def test_named_tensors_are_matched_by_name() -> None:
         (lambda model: "model", TypeError, ("params", "str")),
         (lambda model: [{"params": [3]}], TypeError, ("params[0]['params'][0]",)),
         (lambda model: 3.0, TypeError, ("params", "float")),
+        (lambda model: np.ones(2), TypeError, ("params", "from_numpy")),
+        (lambda model: torch.eye(3).to_sparse(), ValueError, ("tensor 0", "sparse_coo", "to_dense()")),
+        (lambda model: {"w": torch.eye(3).to_sparse_csr()}, ValueError, ("params of w", "sparse_csr")),
+        (lambda model: [NESTED], ValueError, ("tensor 0", "nested")),
+        (lambda model: {"a": TIED, "b": TIED}, ValueError, ("params of a", "params of b", "tied")),
     ],
 )
 def test_what_holds_something_else_is_refused(container: Any, error: Any, facts: Any) -> None:
     with refused(error, "perturb_", *facts):
         rft.perturb_(container(build()), 0.1, draw=0)
+
+
+@pytest.mark.parametrize("like", [rft.noise_like, lambda params: rft.keep_mask_like(params, 0.5)])
+@pytest.mark.parametrize("given", [torch.eye(3).to_sparse(), NESTED])
+def test_noise_of_what_is_not_dense_is_refused(like: Any, given: Tensor) -> None:
+    with refused(ValueError, "params of w"):
+        like({"w": given})
 
 
 def test_names_that_differ_are_refused() -> None:
@@ -141,6 +161,7 @@ def test_a_state_dict_of_a_batch_norm_is_written_tensor_by_tensor() -> None:
 
 ALONE = """
 import sys
+import warnings
 
 class Only:
     def find_spec(self, name, path=None, target=None):

@@ -101,6 +101,26 @@ def test_parameter_groups_get_the_noise_of_the_whole_model(impl: Any) -> None:
     assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
 
 
+def test_offsets_by_name_give_parts_the_noise_of_the_whole_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+    at = rft.offsets(model)
+    whole = rft.noise_like(model, draw=2)
+    parts = {name: p for name, p in reversed(list(model.named_parameters())) if name != "0.bias"}
+    for name, noise in rft.noise_like(parts, draw=2, offset=at).items():
+        assert torch.equal(noise, whole[name])
+    before = {name: p.detach().clone() for name, p in parts.items()}
+    Plan(parts, before, before, offsets=at).write(1.0, rho=0.1, adaptive=False, draw=2)
+    for name, p in parts.items():
+        torch.testing.assert_close(p.detach().double(), before[name].double() + 0.1 * whole[name].double())
+    with refused(TypeError, "offset"):
+        rft.perturb_(list(parts.values()), 0.1, draw=0, offset=at)
+    with refused(ValueError, "offset", "1.weight"):
+        rft.perturb_(parts, 0.1, draw=0, offset={name: 0 for name in at if name != "1.weight"})
+    with refused(TypeError, "rho"):  # of a whole model the dict has hundreds of entries
+        rft.perturb_(model, dict.fromkeys(map(str, range(999)), 0.1), draw=0)
+
+
 @pytest.mark.parametrize(
     ("offset", "error", "fact"),
     [
