@@ -53,8 +53,8 @@ def write_(
     seed: int = 0,
     draw: int = 0,
     sign: int = 1,
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> None:
     """Interpolate, perturb and mask tensors in one pass, in place into ``out``.
 
@@ -89,10 +89,10 @@ def write_(
         seed: Key of the random generator, an integer in [0, 2**64). Decides the noise and the mask.
         draw: Number of the noise draw, an integer in [0, 2**32). All draws of a seed have the same mask.
         sign: 1, or -1 for the opposite noise (antithetic pairs).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
         offset: Where the noise and the mask of the first tensor start in those of the whole model, in
             elements, a multiple of 4; or one for each tensor, in a list or by name
             (:func:`rft_fast.offsets`).
-        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     ``alpha``, ``rho`` and ``keep`` may each be a list with one number per tensor: still one launch, and equal
     numbers give the bits of the single number.
@@ -190,8 +190,8 @@ def perturb_(
     adaptive: bool = True,
     noise: Noise = "normal",
     sign: int = 1,
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> None:
     """Add noise in place: ``params += sign * rho * (|params| if adaptive else 1) * eps`` (delta of Eq. 3).
 
@@ -222,9 +222,9 @@ def perturb_(
         noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
             (-1 or 1).
         sign: 1, or -1 for the opposite noise (antithetic pairs).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
         offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
             of 4; or one for each tensor, in a list or by name (:func:`rft_fast.offsets`).
-        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Raises:
         TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.

@@ -22,8 +22,8 @@ def noise_like(
     seed: int = 0,
     draw: int = 0,
     noise: Noise = "normal",
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> Tensor: ...
 @overload
 def noise_like(
@@ -31,8 +31,8 @@ def noise_like(
     seed: int = 0,
     draw: int = 0,
     noise: Noise = "normal",
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> dict[str, Tensor]: ...
 @overload
 def noise_like(
@@ -40,8 +40,8 @@ def noise_like(
     seed: int = 0,
     draw: int = 0,
     noise: Noise = "normal",
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> list[Tensor]: ...
 @errors_by_own_name
 def noise_like(
@@ -49,8 +49,8 @@ def noise_like(
     seed: int = 0,
     draw: int = 0,
     noise: Noise = "normal",
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> Tensor | list[Tensor] | dict[str, Tensor]:
     """Return the noise ``eps`` that the kernels use for these tensors.
 
@@ -61,9 +61,9 @@ def noise_like(
         draw: Number of the noise draw, an integer in [0, 2**32).
         noise: Distribution of the noise: "normal" (mean 0, variance 1), "uniform" on (-1, 1), or "rademacher"
             (-1 or 1).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
         offset: Where the noise of the first tensor starts in that of the whole model, in elements, a multiple
             of 4; or one for each tensor, in a list or by name (:func:`rft_fast.offsets`).
-        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Returns:
         float32 tensors of the same shapes on the same device, sharded as the parameters are: one for a
@@ -87,27 +87,27 @@ def noise_like(
 
 @overload
 def keep_mask_like(
-    params: Tensor, keep: float, seed: int = 0, offset: Offset = 0, impl: Impl = "auto"
+    params: Tensor, keep: float, seed: int = 0, impl: Impl = "auto", offset: Offset = 0
 ) -> Tensor: ...
 @overload
 def keep_mask_like(
     params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     keep: Each,
     seed: int = 0,
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> dict[str, Tensor]: ...
 @overload
 def keep_mask_like(
     params: Iterable[Tensor] | Iterable[Mapping[str, Any]],
     keep: Each,
     seed: int = 0,
-    offset: Offset = 0,
     impl: Impl = "auto",
+    offset: Offset = 0,
 ) -> list[Tensor]: ...
 @errors_by_own_name
 def keep_mask_like(
-    params: Tensors, keep: Each, seed: int = 0, offset: Offset = 0, impl: Impl = "auto"
+    params: Tensors, keep: Each, seed: int = 0, impl: Impl = "auto", offset: Offset = 0
 ) -> Tensor | list[Tensor] | dict[str, Tensor]:
     """Return the Bernoulli mask that the kernels use for these tensors (Algorithm 1).
 
@@ -116,9 +116,9 @@ def keep_mask_like(
             Only shapes, device and sharding are used.
         keep: Probability, in [0, 1], that a weight is kept. Or a list with one number per tensor.
         seed: Key of the random generator, an integer in [0, 2**64). Decides the mask.
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
         offset: Where the mask of the first tensor starts in that of the whole model, in elements, a multiple
             of 4; or one for each tensor, in a list or by name (:func:`rft_fast.offsets`).
-        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference".
 
     Returns:
         bool tensors of the same shapes on the same device, sharded as the parameters are, True where the
