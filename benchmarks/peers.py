@@ -120,7 +120,8 @@ def ours(impl: str) -> Contender:
         def drawn() -> Drawn:
             like = torch.empty(min(CHECKED, case.out[0].numel()), device=case.out[0].device)
             return Drawn(
-                noise_like(like, SEED, impl="reference"), keep_mask_like(like, op.keep, SEED, impl="reference")
+                noise_like(like, SEED, impl="reference"),
+                keep_mask_like(like, op.keep, SEED, impl="reference"),
             )
 
         return Prepared(lambda: plan.write(op.alpha, rho=op.rho, keep=op.keep, seed=SEED), drawn)

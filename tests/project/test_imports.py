@@ -309,3 +309,18 @@ def test_the_same_text_tower_has_the_same_stand_in(clips: Path) -> None:
     assert real["classification_head.weight"].dtype == first.dtype
     norms = [head.norm(dim=1) for head in (real["classification_head.weight"], first)]
     torch.testing.assert_close(*norms)
+
+
+@pytest.mark.slow
+def test_former_names_of_modules_still_import_with_a_warning() -> None:
+    code = (
+        "import importlib, warnings\n"
+        "for name in ('architectures', 'classifier', 'endpoints', 'prompts'):\n"
+        "    with warnings.catch_warnings(record=True) as said:\n"
+        "        warnings.simplefilter('always')\n"
+        "        former = importlib.import_module(f'rft_fast.{name}')\n"
+        "        assert former is importlib.import_module(f'rft_fast.clip.{name}')\n"
+        "    ours = [w.category for w in said if 'rft_fast.clip' in str(w.message)]\n"
+        "    assert ours == [DeprecationWarning], ours\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
