@@ -70,6 +70,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 On = Literal["finetuned", "interpolated"]
 ON: tuple[On, ...] = get_args(On)
+ON_WORDS: dict[str, str] = {"finetuned": "fine-tuned"}  # for people
 Fill = Literal["zero", "zeroshot"]
 FILL: tuple[Fill, ...] = get_args(Fill)
 Noise = Literal["normal", "uniform", "rademacher"]

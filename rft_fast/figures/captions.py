@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..names import ON_WORDS
 from .style import fold, margin
 
 # Columns that distinguish one measurement of sharpness from another.
@@ -39,7 +40,7 @@ def stated(rows: pd.DataFrame) -> str:
     climbed = rows["estimator"].str.startswith("apgd").all()
     flags = [("not adaptive", "adaptive", False), ("logits normalised", "normalized", True)]
     parts = [
-        text.format(several(values))
+        text.format(several(values if column != "on" else map(_on, values)))
         for text, column in (
             (r"$\rho$ = {}", "rho"),
             ("{} steps" if climbed else "{} draws", "draws"),
@@ -67,7 +68,11 @@ def setting(rows: pd.DataFrame) -> str:
     """
     first = rows.iloc[0]
     where = fold(first["dataset"], 2, "title")
-    return f"ρ = {first['rho']:g} on {where}\n{first['estimator']}, {first['on']} weights"
+    return f"ρ = {first['rho']:g} on {where}\n{first['estimator']}, {_on(first['on'])} weights"
+
+
+def _on(value: Any) -> Any:
+    return ON_WORDS.get(value, value)
 
 
 def several(values: Iterable[Any]) -> str:
@@ -117,7 +122,7 @@ def measures(
     for column in ("rho", "measured_on", "estimator", "on"):
         varies = table.groupby("measure")[column].transform(lambda own: own.nunique(dropna=False)) > 1
         mark = rho if column == "rho" else ""
-        texts = table[column].map(lambda value, mark=mark: f", {mark}{several([value])}")
+        texts = table[column].map(lambda value, mark=mark: f", {mark}{several([_on(value)])}")
         names = names.where(~varies, names + texts)
     return names
 

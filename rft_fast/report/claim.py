@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from ..common.words import some
+from ..names import ON_WORDS
 from ..settings import Sharpness
 from ..studies.claim import SETTING
 from ..studies.facts import Facts
@@ -17,7 +18,7 @@ from .drawing import SYMBOLS, Chart, Picture, Trace, choices, layout, line, safe
 from .phrases import PAPER_CLAIM, many, p_value, points
 from .shown import Finding, Rank, Section
 from .summary import aligned, paragraphs
-from .tables import ON, Cell, Table, number
+from .tables import Cell, Table, number
 
 _JUDGED: dict[Association, Cell] = {
     "above": Cell("goes with it", 3),
@@ -155,7 +156,7 @@ def section(facts: Facts) -> Section:
 def _settings(table: pd.DataFrame) -> pd.Series:
     return pd.Series(
         [
-            f"ρ = {row['rho']:g}, {row['measured_on']}, {ON.get(row['on'], row['on'])} weights, "
+            f"ρ = {row['rho']:g}, {row['measured_on']}, {ON_WORDS.get(row['on'], row['on'])} weights, "
             f"{row['estimator']}"
             for row in table.to_dict("records")
         ],

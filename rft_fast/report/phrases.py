@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -33,6 +33,17 @@ def span(counts: pd.Series) -> str:
     """Describe the range of counts: ``"20"``, ``"20 to 200"``, or ``"no"`` without any."""
     ordered = sorted(counts.dropna().unique())
     return " to ".join(map(str, dict.fromkeys([ordered[0], ordered[-1]]))) if ordered else "no"
+
+
+def listed_names(names: Iterable[str], most: int = 3) -> list[str]:
+    """The first few names, and the number of the others."""
+    shown = [some([name]) for name in names]
+    return [*shown[:most], f"{len(shown) - most} more"] if len(shown) > most else shown
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Join parts of a sentence: ``"a, b and c"``."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def many(count: object, one: str) -> str:

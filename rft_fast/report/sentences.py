@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,13 @@ import pandas as pd
 
 from ..common.words import some
 from ..names import REFERENCES
-from ..settings import Layers
+from ..settings import Layers, Prune
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from ..studies.pruning import NAMED, kind
 from ..studies.sharpness import student_t
 from ..studies.verdicts import Association, association, half_width, mode, shape, sign
-from .phrases import MEASURES, nats, p_value, points, within
+from .phrases import MEASURES, joined, listed_names, nats, p_value, points, within
 from .shown import Finding, Rank
 
 _BOUNDS = "95 % bounds for all alphas at once"
@@ -56,7 +56,7 @@ def _who(table: pd.DataFrame, found: Sequence[bool], did: str, did_not: str = ""
             [str(name) for name in table["dataset"][table["found"]]],
         )
         if len(table) == 1 or not where:
-            return f"{start} {_and(_some(table['dataset']))}, {model} {did if where else did_not}"
+            return f"{start} {joined(listed_names(table['dataset']))}, {model} {did if where else did_not}"
         return f"{start} {len(where)} of {len(table)} data sets ({some(where, 3)}), {model} {did}"
     (first, own), *others = groups.items()
     who = list(own["model"][own["found"]]) if named else []
@@ -65,18 +65,7 @@ def _who(table: pd.DataFrame, found: Sequence[bool], did: str, did_not: str = ""
     parts += [f"on {name} {counts[name]}" for name, _ in others[:3]]
     if rest := [own["found"].sum() for _, own in others[3:]]:
         parts.append(f"on {len(rest)} more data sets {min(rest)} to {max(rest)}")
-    return f"{_and(parts)} {did}"
-
-
-def _some(names: Iterable[str], most: int = 3) -> list[str]:
-    """The first few names, and the number of the others."""
-    shown = [some([name]) for name in names]
-    return [*shown[:most], f"{len(shown) - most} more"] if len(shown) > most else shown
-
-
-def _and(parts: Sequence[str]) -> str:
-    """Join parts of a sentence: ``"a, b and c"``."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"{joined(parts)} {did}"
 
 
 def _whose(fact: Mapping[str, Any], table: pd.DataFrame) -> str:
@@ -89,9 +78,8 @@ def _whose(fact: Mapping[str, Any], table: pd.DataFrame) -> str:
 def _gain(table: pd.DataFrame) -> str:
     """Say how many models beat zero-shot, and by how much the best one does."""
     found = (table["gain_shown"] > 0).to_list()
-    text = _who(
-        table, found, "beat zero-shot accuracy at some alpha", "was not shown to beat zero-shot accuracy"
-    )
+    beat = "beat zero-shot accuracy at some alpha with 95 % confidence"
+    text = _who(table, found, beat, "was not shown to beat zero-shot accuracy")
     shown = table[found] if any(found) else table
     best = shown.loc[shown["gain"].idxmax()].to_dict()
     if not best["best_alpha"]:
@@ -131,7 +119,7 @@ def _no_gain(far: pd.DataFrame) -> str:
     text += "count"
     if undecided.any():
         counts = far.assign(found=undecided).groupby("dataset", sort=False)["found"].sum()
-        listed = _and([f"{count} on {some([name])}" for name, count in counts.items() if count])
+        listed = joined([f"{count} on {some([name])}" for name, count in counts.items() if count])
         text += f"; undecided: {listed if names > 1 else some(list(counts.index[counts > 0]), 3)} ({limit})"
     return f"{text}."
 
@@ -143,8 +131,9 @@ def _bump(table: pd.DataFrame) -> str:
     if known.empty:
         return ""
     found = (shapes[shapes != "unknown"] == "bump").tolist()
-    text = _who(known, found, "had a bump in the loss", "was not shown to have a bump in the loss")
-    text += ", a rise above the straight line between the losses of the two ends"
+    bump = "had a bump in the loss with 95 % confidence"
+    text = _who(known, found, bump, "was not shown to have a bump in the loss")
+    text += " (a rise above the straight line between the losses of the two ends)"
     shown = known[found] if any(found) else known
     top = shown.loc[shown["bump"].idxmax()].to_dict()
     if top["bump"] < 1e-9:  # roundings
@@ -171,7 +160,8 @@ def _id_alpha(far: pd.DataFrame) -> str:
     else:
         value, half = gains.iloc[0], Z95 * known["gain_id_alpha_se"].iloc[0]
         text += f"{points(value)} points {within(value - half, value + half, points, '95 % interval')}"
-    return f"{text}, against {points(known['gain'].median())} at the alpha that is best on {where} itself."
+    best = points(known["gain"].median())
+    return f"{text}, against {best} points at the alpha that is best on {where} itself."
 
 
 # --- layers -------------------------------------------------------------------------------------------------
@@ -194,7 +184,7 @@ def layers(facts: Facts) -> Iterator[Finding]:
     if len(parts) > 3:
         low, high = counts["sum"].min(), counts["sum"].max()
         parts = [f"{low} to {high} of {counts['size'].max()} layers of {table['model'].nunique()} models"]
-    where = "" if several and len(parts) < 4 else f"On {_and(_some(table['dataset'].unique()))}, "
+    where = "" if several and len(parts) < 4 else f"On {joined(listed_names(table['dataset'].unique()))}, "
     found = table[table["straggler"]]
     top = (found if len(found) else moving).sort_values("instability", ascending=False).iloc[0]
     reference = REFERENCES[facts.of(Layers).reference]
@@ -203,7 +193,7 @@ def layers(facts: Facts) -> Iterator[Finding]:
         low = "no bound"
     label = f"{top['layer']} of {top['model']}" if table["model"].nunique() > 1 else top["layer"]
     text = (
-        f"{where}{_and(parts)} were stragglers, unstable when moved along the path alone: the highest "
+        f"{where}{joined(parts)} were stragglers, unstable when moved along the path alone: the highest "
         f"instability, the rise of the loss above {reference}, was {nats(top['instability'])} nats [{low}] "
         f"({some([label])}), where {margin:g} would count"
     )
@@ -217,7 +207,7 @@ def sharpness(facts: Facts) -> Iterator[Finding]:
     """Yield how sharp the flattest and the sharpest model are, and at which rho they are saturated."""
     top, chance = _least_saturated(facts, "sharpness")
     if top.empty:
-        yield Finding(f"{chance}; a smaller rho may.", "sharpness", Rank.SHARPNESS)
+        yield Finding(f"{chance}.", "sharpness", Rank.SHARPNESS)
         return
     first, alpha = top.iloc[0], top["alpha"].iloc[0]
     part = facts.part("sharpness")
@@ -228,13 +218,18 @@ def sharpness(facts: Facts) -> Iterator[Finding]:
     values = top.assign(half=student_t(top, tests=len(top) + compared) * top["sharpness_se"])
     names = values["model"].map(lambda model: some([model]))
     low, high = values["sharpness"].idxmin(), values["sharpness"].idxmax()
-    text = (
-        f"Noise on all weights (rho = {first['rho']:g}, on {some([first['dataset']])}) changed the loss at "
-        f"alpha = {alpha:g} by "
-    )
-    if values["half"].isna().any():  # one draw, or a worst case
-        text += f"{nats(values.loc[low, 'sharpness'])} to {nats(values.loc[high, 'sharpness'])} nats over "
-        text += f"{len(values)} models, without intervals, so that nothing follows from these values"
+    text = f"{_cause(first, 'all weights')} changed the loss at alpha = {alpha:g} by "
+    if values["half"].isna().any():  # one draw, or a worst case of one noise batch
+        text += nats(values.loc[low, "sharpness"])
+        if len(values) > 1:
+            text += (
+                f" to {nats(values.loc[high, 'sharpness'])} nats over {len(values)} models, without intervals"
+            )
+        else:
+            text += " nats, without an interval"
+        text += ", so that nothing can be concluded"
+    elif len(values) + compared == 1:
+        text += _rise(values.loc[low], "95 % interval: ")
     else:
         text += _rise(values.loc[low])
         if len(values) > 1:
@@ -243,14 +238,21 @@ def sharpness(facts: Facts) -> Iterator[Finding]:
             one = zero.iloc[:1]
             own = one.assign(half=student_t(one, tests=len(top) + 1) * one["sharpness_se"])
             text += f", and that of the zero-shot model by {_rise(own.iloc[0])}"
-        count = len(top) + compared
-        text += f" [95 % intervals{f', corrected for {count} models' if count > 1 else ''}]"
+        text += f" [95 % intervals, corrected for {len(top) + compared} models]"
     yield Finding(f"{text}{f'; {chance}' if chance else ''}.", "sharpness", Rank.SHARPNESS)
 
 
-def _rise(row: pd.Series) -> str:
+def _cause(row: pd.Series, target: str) -> str:
+    """Name what changed the loss: noise, its limit for small rho, or the worst case that was found."""
+    worst = row["estimator"].startswith("apgd")
+    what = f"The worst perturbation found of {target}" if worst else f"Noise on {target}"
+    limit = ", in the limit of small rho" if row["estimator"] == "hessian" else ""
+    return f"{what} (rho = {row['rho']:g}{limit}, on {some([row['dataset']])})"
+
+
+def _rise(row: pd.Series, what: str = "") -> str:
     value, half = row["sharpness"], row["half"]
-    interval = "[no interval]" if pd.isna(half) else f"[{nats(value - half)}, {nats(value + half)}]"
+    interval = "[no interval]" if pd.isna(half) else f"[{what}{nats(value - half)}, {nats(value + half)}]"
     return f"{nats(value)} nats {interval}"
 
 
@@ -274,7 +276,9 @@ def _least_saturated(facts: Facts, study: str) -> tuple[pd.DataFrame, str]:
     what = "perturbed models" if study == "sharpness" else "models with one perturbed layer"
     (rho, count), *others = bad
     listed = [f"{count} {what} at rho = {rho:g}", *(f"{count} at rho = {rho:g}" for rho, count in others)]
-    clause = f"{_and(listed)} answered at chance (saturated), which says nothing of flatness"
+    clause = (
+        f"{joined(listed)} answered at chance (saturated), so that their sharpness says nothing of flatness"
+    )
     return best[~best["bad"]], clause
 
 
@@ -282,22 +286,20 @@ def layer_sharpness(facts: Facts) -> Iterator[Finding]:
     """Yield which layer is the sharpest, against the median layer."""
     top, chance = _least_saturated(facts, "layer-sharpness")
     if top.empty:
-        text = f"{chance}; a smaller rho may."
-        yield Finding(text, "layer-sharpness", Rank.LAYER_SHARPNESS)
+        yield Finding(f"{chance}.", "layer-sharpness", Rank.LAYER_SHARPNESS)
         return
     if not top["alpha"].iloc[0]:
         return  # nothing is perturbed there
     values = top.assign(half=student_t(top, tests=len(top)) * top["sharpness_se"])
     row = values.loc[values["sharpness"].idxmax()]
     label = f"{row['layer']} of {row['model']}" if top["model"].nunique() > 1 else row["layer"]
-    text = f"The sharpest layer{' that was not saturated' if chance else ''} was {some([label])}: noise on "
-    text += f"it alone (rho = {row['rho']:g}, on "
-    text += f"{some([row['dataset']])}) changed the loss at alpha = {row['alpha']:g} by {_rise(row)}"
+    which = f"layer {some([label])} alone"
+    corrected = f", corrected for {len(top)} layers" if len(top) > 1 else ""
+    text = f"{_cause(row, which)} changed the loss at alpha = {row['alpha']:g} by "
+    text += _rise(row, f"95 % interval{corrected}: ")
     if len(top) > 1:
-        text += (
-            f", against {nats(top['sharpness'].median())} in the median layer [95 % interval, corrected for "
-        )
-        text += f"{len(top)} layers]"
+        text += f", the most of all layers{' that were not saturated' if chance else ''}, against "
+        text += f"{nats(top['sharpness'].median())} nats in the median layer"
     yield Finding(f"{text}{f'; {chance}' if chance else ''}.", "layer-sharpness", Rank.LAYER_SHARPNESS)
 
 
@@ -308,7 +310,8 @@ def prune(facts: Facts) -> Iterator[Finding]:
     """Yield how often pruning helps or hurts, and the largest change against that of the control."""
     effects = facts.pruning
     if effects.empty:
-        yield Finding("No layer was pruned: the criteria found none.", "prune", Rank.PRUNING)
+        sought = " and no ".join(map(kind, facts.of(Prune).criteria))
+        yield Finding(f"No layer was pruned, as no {sought} were found.", "prune", Rank.PRUNING)
         return
     pruned, control = effects[~effects["control"].astype(bool)], effects[effects["control"].astype(bool)]
     cases = len(pruned)
@@ -328,7 +331,9 @@ def prune(facts: Facts) -> Iterator[Finding]:
     corrected = f" corrected for {cases} cases" if cases > 1 else ""
     change = f"{points(top['change'])} points {within(*ends, points, f'95 % interval{corrected}')}"
     change += " on average over alpha > 0"
-    against = f", against {points(same['change'].iloc[0])} with as many other layers" if len(same) else ""
+    against = (
+        f", against {points(same['change'].iloc[0])} points with as many other layers" if len(same) else ""
+    )
     if cases == 1:
         effect = {"above": "raised", "below": "lowered"}.get(top["verdict"], "did not clearly change")
         text = f"Pruning {about} {effect} accuracy: the change was {change}{against}"

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..figures.style import margin
+from ..names import ON_WORDS
 from ..studies.facts import Facts
 from ..studies.interpolate import Z95
 from ..studies.pruning import kind
@@ -29,7 +30,6 @@ from ..studies.verdicts import (
 )
 
 WIDE = "too wide to conclude"
-ON = {"finetuned": "fine-tuned"}  # for display
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def sharpnesses(facts: Facts, study: str) -> pd.DataFrame:
 
 def _settings(rows: pd.DataFrame) -> list[str]:
     return [
-        f"ρ = {row['rho']:g}, {row['dataset']}, {ON.get(row['on'], row['on'])} weights, {row['asked']}"
+        f"ρ = {row['rho']:g}, {row['dataset']}, {ON_WORDS.get(row['on'], row['on'])} weights, {row['asked']}"
         for row in rows.to_dict("records")
     ]
 

@@ -488,7 +488,7 @@ def test_layer_sharpness_and_its_marks(layer_sharpness_figure: Figure) -> None:
     for panel, alpha in ((best, 0.5), (worst, 0.0)):
         assert [x for x, _ in places(panel, "*", "--")] == [alpha]
         assert [x for x, _ in places(panel, "None", "--")] == [alpha, alpha]  # from bottom to top
-    facts = ("6 models", "2 highest", "2 lowest", "20 draws", "2,000 images", "seed 7", "finetuned")
+    facts = ("6 models", "2 highest", "2 lowest", "20 draws", "2,000 images", "seed 7", "fine-tuned")
     said(note(layer_sharpness_figure), *facts, "4 of 48 values")
     test_nothing_overlaps_or_is_cut_off(layer_sharpness_figure)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from support.tiny_report import CONFIG, FAR, LAYERS, MODELS, make_facts, make_rows, make_run
 from support.wording import said
 
@@ -26,7 +27,7 @@ from rft_fast.report import runs, sections, sentences, summary, tables
 from rft_fast.report.findings import findings
 from rft_fast.report.phrases import limits
 from rft_fast.report.shown import Attempts, Rank
-from rft_fast.settings import Along, Layers, Sharpness
+from rft_fast.settings import Along, Layers, Prune, Sharpness
 from rft_fast.studies.facts import Facts, as_facts
 
 ANALYSES = (studies.summarize, studies.stragglers, studies.near_zero, studies.pruning_effect,
@@ -418,3 +419,44 @@ def test_an_error_of_one_study_costs_no_other(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(study), "findings", disk_full)
     with pytest.raises(OSError, match="no space"):  # of the system
         findings(facts, catalogue.studies())
+
+
+def of_sharpness(*rows: dict[str, Any]) -> str:
+    """The sentence on sharpness of all weights at alpha = 1."""
+    base = {"study": "sharpness", "dataset": "near", "ood": False, "alpha": 1.0, "rho": 0.5, "keep": 1.0,
+            "on": "interpolated", "asked": "plain", "estimator": "plain", "noise": "normal", "draws": 9,
+            "samples": 500, "loss": 1.0, "accuracy": 0.6, "sharpness": 0.25,
+            "sharpness_se": 0.01, "sharpness_df": 8.0}  # fmt: skip
+    (found,) = sentences.sharpness(Facts(studies.frame(base | row for row in rows)))
+    assert "nan" not in found.text and "1 models" not in found.text
+    return found.text
+
+
+def test_the_sentence_on_sharpness_says_what_raised_the_loss() -> None:
+    """Noise, the limit of small noise, or the worst case; one model or several, with or without an error."""
+    half = 0.01 * float(scipy.stats.t.ppf(0.975, 8))  # of one model: not corrected
+    interval = f"[95 % interval: {0.25 - half:.3f}, {0.25 + half:.3f}]"
+    assert of_sharpness({"model": "m"}) == (
+        f"Noise on all weights (rho = 0.5, on near) changed the loss at alpha = 1 by 0.250 nats {interval}."
+    )
+    alone = of_sharpness({"model": "m", "sharpness_se": math.nan, "draws": 1})
+    said(alone, "by 0.250 nats, without an interval")
+    several = of_sharpness({"model": "m"}, {"model": "k", "sharpness": 0.5})
+    said(several, "0.250 nats [", "(m) to 0.500 nats [", "(k) over 2 models", "corrected for 2 models]")
+    limit = of_sharpness({"model": "m", "estimator": "hessian", "asked": "hessian"})
+    said(limit, "Noise on all weights", "rho = 0.5, in the limit of small rho")
+    worst = of_sharpness({"model": "m", "estimator": "apgd-l2", "asked": "apgd-l2", "noise": None})
+    said(worst, "The worst perturbation found of all weights")
+    assert "Noise" not in worst
+
+
+def test_what_was_not_pruned_is_named() -> None:
+    for criteria, told in (
+        (("sharpness",), "no flat layers"),
+        (("sharpness", "instability"), "no stragglers"),
+    ):
+        facts: Any = SimpleNamespace(
+            pruning=pd.DataFrame(), of=lambda _, chosen=criteria: Prune(criteria=chosen)
+        )
+        (found,) = sentences.prune(facts)
+        said(found.text, told)
