@@ -159,9 +159,9 @@ class Layers:
         "only these layers; re:PATTERN matches whole names (default: all)", whole=tuple
     )
     models: tuple[str, ...] | None = _names(
-        "only these fine-tuned models (default: those with the highest and lowest gain in mean accuracy "
-        "out of distribution, two for layers and prune, four for layer-sharpness; all for what correlation "
-        "and claim need)"
+        "fine-tuned models of layers, prune and layer-sharpness, and of figures (default: those with the "
+        "highest and lowest gain in mean accuracy out of distribution, two for layers and prune, four for "
+        "layer-sharpness; all for what correlation and claim need); other studies measure all models"
     )
     data: tuple[str, ...] | None = _names(
         "data sets of layers and prune (default: the first out-of-distribution one)",

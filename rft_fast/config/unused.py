@@ -23,7 +23,7 @@ _OF_OPTION: Mapping[str, Sequence[str]] = {
     "exclude": ("sharpness",),
     "zero-margin": ("layer-sharpness",),
 }
-_ALWAYS = {"models"}  # which decides on the models of every study
+_ALWAYS = {"models"}  # it decides on what the figures of every study show
 
 
 def _max_draws(tree: Tree) -> str:
