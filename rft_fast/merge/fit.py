@@ -83,7 +83,7 @@ def fit(zeroshot: Source | None, finetuned: Sequence[Source], method: MergeMetho
 def _refuse_twice(sources: Sequence[Source]) -> None:
     for place, source in enumerate(sources):
         for other in sources[:place]:
-            if os.path.samefile(source.file, other.file):
+            if os.path.samefile(source.file, other.file) and source.key == other.key:
                 raise ValueError(
                     f"merge: {other.file} and {source.file} are the same file; each model counts once"
                 )

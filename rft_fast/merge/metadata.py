@@ -16,7 +16,9 @@ _UNKNOWN: dict[str, dict[str, Any]] = {
 }  # a tower of which the reader infers no activation
 
 
-def source(file: object, sha256: str, role: str, difference: bool = False) -> dict[str, Any]:
+def source(
+    file: object, sha256: str, role: str, difference: bool = False, key: str | None = None
+) -> dict[str, Any]:
     """Describe a file that a result was made of.
 
     Args:
@@ -24,9 +26,10 @@ def source(file: object, sha256: str, role: str, difference: bool = False) -> di
         sha256: of its content.
         role: ``zero-shot`` or ``fine-tuned``.
         difference: whether it was added as a difference.
+        key: which weights of the file, where it has several sets.
     """
     found = {"file": str(file), "sha256": sha256, "role": role}
-    return {**found, "difference": True} if difference else found
+    return {**found, **({"key": key} if key else {}), **({"difference": True} if difference else {})}
 
 
 def texts(

@@ -46,6 +46,7 @@ class Source:
 
     Attributes:
         file: its path.
+        key: which weights of the file; None: it has one set.
         format: of the file, a key of ``rft_fast.names.FORMATS``.
         items: canonical name -> tensor, in the file's order.
         activation: tower -> activation that the file shows.
@@ -55,7 +56,7 @@ class Source:
     def __init__(self, file: pathlib.Path, container: Container, key: str | None) -> None:
         evidence = activation.Evidence()
         found = layouts.layout(container, None, evidence, key)
-        self.file, self.format = file, found.format
+        self.file, self.key, self.format = file, key, found.format
         evidence.add_all(activation.beside(file, self.format == "huggingface"))
         self.activation, contradictions = evidence.judged()
         self.notes = (*found.doubts, *found.notes, *contradictions)

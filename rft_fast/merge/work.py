@@ -403,6 +403,7 @@ def _metadata(
             digest,
             "zero-shot" if request.zeroshot and source is opened[0] else "fine-tuned",
             source in found.differences,
+            source.key,
         )
         for source, digest in zip(opened, digests, strict=True)
     ]

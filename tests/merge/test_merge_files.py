@@ -172,6 +172,20 @@ def test_the_weights_that_a_key_chooses(tmp_path: Path) -> None:
         run(replace(request, key=None, overwrite=True))
 
 
+def test_two_sets_of_weights_of_one_file(tmp_path: Path) -> None:
+    """The provenance names them; one set twice is refused."""
+    state, average = dict(clip().state_dict()), shaken(dict(clip().state_dict()))
+    torch.save({"state_dict": state, "ema": average}, file := tmp_path / "both")
+    out = tmp_path / "out.safetensors"
+    request = Request("interpolate", (file,), out, file, alpha=(0.4,), key="ema", zeroshot_key="state_dict")
+    outcome = run(request)
+    truth = {name: 0.6 * state[name].double() + 0.4 * average[name].double() for name in state}
+    agree(checkpoints.load(out), truth)
+    assert [source["key"] for source in outcome.provenance["sources"]] == ["state_dict", "ema"]
+    with refused(ValueError, file):
+        run(replace(request, zeroshot_key="ema", overwrite=True))
+
+
 def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     """Its shards are hashed as one; tensors are read across them."""
     names = [*ZERO]
