@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -11,12 +12,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from rft_fast.checkpoints import activation, lineage
+from rft_fast.checkpoints import activation, folders, lineage
 from rft_fast.checkpoints.canonical import HEAD, HEAD_WEIGHT, INERT
+from rft_fast.common import disk
 from rft_fast.common.words import some
 from rft_fast.names import MergeMethod
 
-from .settings import VECTORS
+from .settings import VECTORS, Request
 from .sources import Source, towers
 
 _SAMPLE = 1 << 16  # elements of each matrix that show whether two models are related
@@ -244,3 +246,50 @@ def _all(source: Source, name: str) -> Tensor:
     out = torch.empty(source.items[name].numel, dtype=source.items[name].dtype)
     source.read(name, out)
     return out
+
+
+def check_out(request: Request) -> None:
+    """Refuse a result that cannot be written, exists, or would replace a file of an input.
+
+    Raises:
+        ValueError: it is one of these; the message says what to do.
+    """
+    out = request.out
+    disk.check_targets(files=[out])
+    if not out.parent.is_dir():
+        raise ValueError(f"merge: there is no folder {out.parent} for the result; make it first")
+    if out.exists():
+        for file in (request.zeroshot, *request.finetuned):
+            if file is not None and any(part.samefile(out) for part in _parts(file)):
+                raise ValueError(
+                    f"merge: {out} belongs to the model {file}; write the result to another file"
+                )
+        if not request.overwrite:
+            raise ValueError(f"merge: {out} exists; choose another file, or --overwrite replaces it")
+
+
+def _parts(file: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Return the files of a checkpoint; none if it cannot be read, which is refused when it is opened."""
+    try:
+        return folders.parts(file)
+    except ValueError:
+        return ()
+
+
+def refuse_equal(opened: Sequence[Source], digests: Sequence[str]) -> None:
+    """Refuse two copies of one fine-tuned model.
+
+    Args:
+        opened: the fine-tuned models.
+        digests: SHA-256 of each.
+
+    Raises:
+        ValueError: two are equal; the message names them.
+    """
+    known: dict[str, Source] = {}
+    for source, digest in zip(opened, digests, strict=True):
+        if (other := known.setdefault(digest, source)) is not source:
+            raise ValueError(
+                f"merge: {other.file} and {source.file} have the same content (SHA-256 {digest[:12]}...); "
+                "each model counts once"
+            )

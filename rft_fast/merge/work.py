@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rft_fast.checkpoints import containers, folders, huggingface
 from rft_fast.checkpoints.stored import PROVENANCE
-from rft_fast.common import disk, files
+from rft_fast.common import files
 from rft_fast.path import layers as layering
 
 from . import alphas, fit, formulas, greedy, metadata, sources
@@ -76,7 +76,7 @@ def run(request: Request, measures: Measures | None = None) -> Outcome:
         Changed: a file changed meanwhile.
         OSError: a file cannot be read or written, or the disk is full.
     """
-    _check_out(request)
+    fit.check_out(request)
     if not request.measures:
         measures = None
     elif measures is None:
@@ -122,7 +122,7 @@ def _run(request: Request, measures: Measures | None) -> Outcome:
             for job in jobs:
                 work.do(job, writer)
             hexes = [each.result() for each in digests]
-            _refuse_equal(opened[-len(request.finetuned) :], hexes[-len(request.finetuned) :])
+            fit.refuse_equal(opened[-len(request.finetuned) :], hexes[-len(request.finetuned) :])
             texts = _metadata(request, opened, found, hexes, data)
             writer.finish(texts)
             inputs.check()
@@ -173,40 +173,6 @@ def _recalibrated(request: Request, draft: Outcome, statistics: Mapping[str, Ten
                     work.do(job, writer)
             writer.finish(texts)
     return replace(draft, out=request.out, notes=tuple(notes), provenance=json.loads(texts[PROVENANCE]))
-
-
-def _check_out(request: Request) -> None:
-    out = request.out
-    disk.check_targets(files=[out])
-    if not out.parent.is_dir():
-        raise ValueError(f"merge: there is no folder {out.parent} for the result; make it first")
-    if out.exists():
-        for file in (request.zeroshot, *request.finetuned):
-            if file is not None and any(part.samefile(out) for part in _parts(file)):
-                raise ValueError(
-                    f"merge: {out} belongs to the model {file}; write the result to another file"
-                )
-        if not request.overwrite:
-            raise ValueError(f"merge: {out} exists; choose another file, or --overwrite replaces it")
-
-
-def _parts(file: pathlib.Path) -> tuple[pathlib.Path, ...]:
-    """Return the files of a checkpoint; none if it cannot be read, which is refused when it is opened."""
-    try:
-        return folders.parts(file)
-    except ValueError:
-        return ()
-
-
-def _refuse_equal(opened: list[Source], digests: list[str]) -> None:
-    """Refuse two copies of one fine-tuned model."""
-    known: dict[str, Source] = {}
-    for source, digest in zip(opened, digests, strict=True):
-        if (other := known.setdefault(digest, source)) is not source:
-            raise ValueError(
-                f"merge: {other.file} and {source.file} have the same content (SHA-256 {digest[:12]}...); "
-                "each model counts once"
-            )
 
 
 def _sha256(inputs: files.Inputs, file: pathlib.Path) -> str:
