@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -10,6 +12,7 @@ import pandas as pd
 from ..checkpoints import activation
 from ..clip import architectures
 from ..common import disk
+from ..common.words import visible
 from ..config.request import Request
 from ..config.settings import Running
 from ..merge import metadata
@@ -19,6 +22,7 @@ from ..names import BestBy
 from .wiring import Models
 
 FOLDER = "best"
+_LONGEST = 255  # bytes of a file's name
 _KINDS = {"id": "in distribution", "ood": "out of distribution"}
 
 
@@ -38,10 +42,10 @@ class Best:
 
 
 def check(request: Request) -> None:
-    """Refuse a request whose rows cannot show which position is best. (Every study needs interpolation.)
+    """Refuse a request whose best points cannot be known or written. (Every study needs interpolation.)
 
     Raises:
-        ValueError: no data set is of the chosen kind.
+        ValueError: no data set is of the chosen kind, or the files cannot be written.
     """
     how = request.of(Running)
     if not how.save_best:
@@ -53,6 +57,39 @@ def check(request: Request) -> None:
         raise ValueError(
             f"argument --save-best: no data set is {_KINDS[how.best_by]}; add one, or --best-by {other}"
         )
+    _check_targets(targets(request.out, request.zoo.finetuned))
+
+
+def targets(folder: pathlib.Path, models: Iterable[str]) -> dict[str, pathlib.Path]:
+    """Return the file of each model.
+
+    Args:
+        folder: directory of the run.
+        models: names of the models. They may be paths, so each ``/`` becomes ``-``.
+
+    Raises:
+        ValueError: two models have one file, or a name is too long for a file.
+    """
+    found: dict[str, pathlib.Path] = {}
+    for model in models:
+        name = f"{visible(model).replace('/', '-')}.safetensors"
+        if len(os.fsencode(name)) > _LONGEST:
+            raise ValueError(
+                f"argument --save-best: the name of {visible(model)} is too long for a file; give the "
+                "model a shorter name, in a zoo file"
+            )
+        file = folder / FOLDER / name
+        if other := [visible(each) for each in found if found[each] == file]:
+            raise ValueError(
+                f"argument --save-best: {other[0]} and {visible(model)} would both be written to {name}; "
+                "give them other names, in a zoo file"
+            )
+        found[model] = file
+    return found
+
+
+def _check_targets(files: dict[str, pathlib.Path]) -> None:
+    disk.check_targets(files.values(), folders={file.parent for file in files.values()})
 
 
 def best(rows: pd.DataFrame, model: str, datasets: tuple[str, ...]) -> Best:
@@ -75,7 +112,7 @@ def best(rows: pd.DataFrame, model: str, datasets: tuple[str, ...]) -> Best:
 
 
 def save(request: Request, models: Models, rows: pd.DataFrame, folder: pathlib.Path) -> list[str]:
-    """Write the best point of each model: ``best/MODEL.safetensors`` in the directory of the run.
+    """Write the best point of each model to its file (:func:`targets`).
 
     Tensors have the live model's names and dtype, head included: the very weights that were measured.
 
@@ -92,16 +129,16 @@ def save(request: Request, models: Models, rows: pd.DataFrame, folder: pathlib.P
         ValueError: as :func:`best`.
         OSError: the disk is full, or a file has changed.
     """
-    target = folder / FOLDER
-    disk.check_targets([target / f"{name}.safetensors" for name in models.layers], folders=[target])
-    target.mkdir(exist_ok=True)
+    files = targets(folder, request.zoo.finetuned)
+    _check_targets(files)
+    (folder / FOLDER).mkdir(exist_ok=True)
     found = []
-    for name in models.layers:
+    for name, file in files.items():
         chosen = best(rows, name, _deciding(request))
         with models.unchanged(name):
-            _write(request, models, name, chosen, target / f"{name}.safetensors")
+            _write(request, models, name, chosen, file)
         found.append(
-            f"{target / f'{name}.safetensors'}: alpha {chosen.alpha:g}, accuracy {chosen.accuracy:.4f} "
+            f"{file}: alpha {chosen.alpha:g}, accuracy {chosen.accuracy:.4f} "
             f"({_KINDS[request.of(Running).best_by]}: {', '.join(chosen.datasets)})"
         )
     return found

@@ -42,10 +42,10 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
     executor: Executor | None = None
     try:
         try:
+            saving.check(request)
             if request.of(Running).plan:
                 print(planning.plan(request))
                 return 0
-            saving.check(request)
             pictures = Pictures(request.out, request.of(Figures))
             with held_warnings() as early:
                 early += request.notices

@@ -12,7 +12,7 @@ from support import tiny_zoo
 from support.wording import refused
 
 from rft_fast import checkpoints, merge, sweep
-from rft_fast.run.saving import best
+from rft_fast.run.saving import best, targets
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,41 @@ def test_what_cannot_be_saved_is_refused_before(
         words, models = words[:2], models[: models.index("--id-data")]
     tiny_zoo.sweep_refused([*words, *models, "--out", str(tmp_path / "run"), "--device", "cpu"], *facts)
     assert not (tmp_path / "run").exists()
+
+
+def test_files_lie_in_the_run_whatever_the_models_are_called() -> None:
+    run = Path("run")
+    names = ["a", "/data/one/model.pt", "../up", "a b.c"]
+    assert [file.parent for file in targets(run, names).values()] == [run / "best"] * 4
+    assert len({file.name for file in targets(run, names).values()}) == 4
+    with refused(ValueError, "x/y", "x-y"):
+        targets(run, ["x/y", "x-y"])
+    with refused(ValueError, "m" * 250):
+        targets(run, ["m" * 250])
+
+
+@pytest.mark.slow
+def test_models_of_one_file_name_are_written_to_the_run(zoo: Path, tmp_path: Path) -> None:
+    """Such models are called by their paths."""
+    words = tiny_zoo.own_models(zoo)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes((zoo / f"{name}.safetensors").read_bytes())
+        words[words.index(str(zoo / f"{name}.safetensors"))] = str(tmp_path / name / "model.safetensors")
+    before = {*tmp_path.rglob("*")}
+    words = ["interpolation", *words, "--alphas", "0", "1", "--device", "cpu", "--quiet", "--save-best"]
+    assert sweep.main([*words, "--out", str(tmp_path / "run")]) == 0
+    made = [file for file in {*tmp_path.rglob("*.safetensors")} - before]
+    assert len(made) == 2 and {file.parent for file in made} == {tmp_path / "run" / "best"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before(zoo: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "best").symlink_to(tmp_path)
+    words = ["interpolation", "--save-best", *tiny_zoo.own_models(zoo), "--device", "cpu"]
+    tiny_zoo.sweep_refused([*words, "--out", str(run)], run / "best", tmp_path)
+    assert not (run / "rows.sqlite").exists()
 
 
 @pytest.mark.slow
