@@ -240,6 +240,7 @@ class Sharpness:
         check=_rho,
         many="once",
         whole=_rhos,
+        none="auto",
     )
     draws: int = option(20, "of noise (default: 20)", metavar="N", check=positive)
     layer_draws: int = option(

@@ -45,7 +45,7 @@ class Option:
         whole: all values -> the value of the field; raises ValueError. None: a tuple.
         paths: whether values may be file names.
         follows: the option whose value is the default.
-        none: what the value None is called in tables and messages, if not so.
+        none: what the value None, or no values, is called in tables and messages, if not so.
         off: help of ``--no-NAME``, which sets None; empty: no such option.
         own: reason why no zoo file may set it; empty where it may.
         compared: whether runs with different values differ. False where the effect is recorded and compared.

@@ -45,7 +45,7 @@ def shown_as(names: Sequence[str], between: str = " › ") -> str:
 def value_as(names: Sequence[str], value: Any) -> Any:
     """What the value of an entry is shown as."""
     entry = builder().recorded(names)
-    return entry.option.none if value is None and entry is not None and entry.option.none else value
+    return entry.option.none if value in (None, []) and entry is not None and entry.option.none else value
 
 
 def is_compared(names: Sequence[str]) -> bool:

@@ -378,6 +378,11 @@ def test_a_run_whose_estimator_no_option_names_cannot_be_resumed(tmp_path: Path)
         raise directory.mismatch(tmp_path, unlike)
 
 
+def test_a_rho_to_be_found_is_called_auto() -> None:
+    there, now = (builder().as_json(builder().tree({COMMAND: {"rhos": rhos}})) for rhos in ((), (0.1,)))
+    assert directory.differences(there, now) == ["--rhos: auto in the run, [0.1] requested"]
+
+
 # --- options without effect -------------------------------------------------------------------------------
 
 
