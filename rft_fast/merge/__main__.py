@@ -67,8 +67,10 @@ def main(argv: Sequence[str]) -> int:
         if data:
             from rft_fast.run.measures import Measured
 
-            zeroshot = [] if request.zeroshot is None else [request.zeroshot]
-            outcome = run(request, Measured(data, [*zeroshot, *request.finetuned]))
+            files, keys = [*request.finetuned], (request.key, request.key)
+            if request.zeroshot is not None:
+                files, keys = [request.zeroshot, *files], (request.key, request.zeroshot_key)
+            outcome = run(request, Measured(data, files, *keys, request.unrelated))
         else:
             outcome = run(request)
     except ValueError as error:

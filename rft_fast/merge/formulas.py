@@ -242,7 +242,7 @@ def prune(alphas: Mapping[str, float], pruned: frozenset[str], keep: float, fill
             _lerp(run.out, base, model, alpha)
             return
         mask = kernels.keep_mask_like(model, keep, seed_of(seed, run.name))
-        filled = torch.where(mask, model, torch.zeros_like(model) if fill == "zero" else base.to(model.dtype))
+        filled = torch.where(mask, model, torch.zeros_like(model) if fill == "zero" else base)
         _lerp(run.out, base, filled, alpha)
 
     return formula

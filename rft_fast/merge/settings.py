@@ -56,7 +56,6 @@ VECTORS = frozenset[MergeMethod]({"task-arithmetic", "ties", "dare", "dare-ties"
 SEVERAL = frozenset[MergeMethod]({"soup", "greedy-soup", "fisher", "model-stock"})
 # Methods whose scale is a factor of the merged difference.
 ONE_SCALE = frozenset[MergeMethod]({"ties", "dare-ties"})
-COMMON = ("zeroshot", "finetuned", "out", "method", "format", "dtype", "overwrite", "unrelated")
 
 
 def position(text: str) -> float | tuple[str, float]:
@@ -295,6 +294,11 @@ class Request:
         """Whether it needs data."""
         return self.recalibrate or self.method in MEASURING
 
+    @property
+    def alphas(self) -> tuple[float | tuple[str, float], ...]:
+        """``alpha``, or its default."""
+        return self.alpha or (1.0,)
+
     def scales(self) -> list[float]:
         """The factor of each fine-tuned model."""
         return list(self.scale) if len(self.scale) > 1 else [self.scale[0]] * len(self.finetuned)
@@ -302,6 +306,8 @@ class Request:
     def numbers(self) -> dict[str, object]:
         """The values of the method's own options, as JSON has them."""
         found = {name: getattr(self, name) for name in sorted(USED[self.method])}
+        if "alpha" in found and self.lines is None:
+            found["alpha"] = self.alphas
         return {name: value for name, value in found.items() if value not in ((), None)}
 
 

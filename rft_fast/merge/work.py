@@ -210,7 +210,7 @@ def _formula(request: Request, found: fit.Fit, finetuned: list[Source]) -> formu
     if request.lines is not None:
         table = alphas.lines([*layers], *request.lines)
     else:
-        table = alphas.table(request.alpha or (1.0,), [*layers])
+        table = alphas.table(request.alphas, [*layers])
     chosen: list[str] = []
     if request.layers:
         chosen = layering.select(layers, list(request.layers), operation="merge: layers")

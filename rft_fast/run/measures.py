@@ -29,15 +29,28 @@ class Measured:
     Args:
         words: options of ``python -m rft_fast.sweep`` for architecture, head, data and device.
         files: the checkpoints, two or more; the first is the zero-shot end of the sweep.
+        key: which weights of the others, where a file has several.
+        zeroshot_key: which weights of the first file, likewise.
+        unrelated: accept models of which neither was fine-tuned from the other.
 
     Raises:
         ValueError, RuntimeError, OSError: as a sweep with these words, here or when they are needed.
     """
 
-    def __init__(self, words: Sequence[str], files: Sequence[pathlib.Path]) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        files: Sequence[pathlib.Path],
+        key: str | None = None,
+        zeroshot_key: str | None = None,
+        unrelated: bool = False,
+    ) -> None:
         named = ["--zeroshot", str(files[0]), "--finetuned", *map(str, files[1:])]
+        named += [] if key is None else ["--key", key]
+        named += [] if zeroshot_key is None else ["--zeroshot-key", zeroshot_key]
+        named += ["--unrelated"] if unrelated else []
         self.request = requests.read(["interpolation", *named, *words])
-        self._words = tuple(words)
+        self._words, self._key = tuple(words), key
         self._sum: tuple[tuple[pathlib.Path, ...], State] = ((), {})
 
     @cached_property
@@ -61,9 +74,9 @@ class Measured:
         if known != tuple(before):
             total = {}
             for file in before:
-                total = self._added(total, file)
+                total = self._added(total, file, self._key)
             self._sum = tuple(before), total
-        self._write(self._added(total, last), len(files))
+        self._write(self._added(total, last, self._key), len(files))
         scores = self._evaluator.scores().values()
         return sum(each.accuracy for each in scores) / len(scores)
 
@@ -73,7 +86,7 @@ class Measured:
         The mean over images of the squared gradient of log p(y | x), with one class y drawn from the model's
         own prediction for each image, by the seed of the sweep. Images are computed one by one.
         """
-        self._write(self._added({}, file), 1)
+        self._write(self._added({}, file, self._key), 1)
         live, draws = self._models.live, torch.Generator().manual_seed(self.request.of(Along).seed)
         weights = {name: p for name, p in live.named_parameters() if p.is_floating_point()}
         sums = {name: torch.zeros(p.shape, device=p.device) for name, p in weights.items()}
@@ -129,9 +142,9 @@ class Measured:
             for key, tensor in module.named_buffers()
         }
 
-    def _added(self, total: State, file: pathlib.Path) -> State:
+    def _added(self, total: State, file: pathlib.Path, key: str | None = None) -> State:
         """Return a sum of models and one more, in float32; integers are those of the last one."""
-        state = self._models.ends.pair(checkpoints.load(file), str(file))[1]
+        state = self._models.ends.pair(checkpoints.load(file, key=key), str(file))[1]
         return {
             name: (total[name] + tensor.float() if total else tensor.float())
             if tensor.is_floating_point()

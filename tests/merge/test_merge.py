@@ -272,6 +272,16 @@ def test_pruning_masks_fine_tuned_weights_and_interpolates(tmp_path: Path, fill:
     assert torch.equal(got[names[0]], again[names[0]]) and not torch.equal(got[names[0]], other[names[0]])
 
 
+def test_pruning_to_zero_shot_weights_does_not_round_them(tmp_path: Path) -> None:
+    """Weights in float32 beside fine-tuned ones in bfloat16: all masked, the result is zero-shot."""
+    zero = {"visual.a.weight": torch.randn(64, 48)}
+    one = {"visual.a.weight": (zero["visual.a.weight"] + 0.1).bfloat16()}
+    files = tiny_merge.put(tmp_path, zero=zero, one=one)
+    options = {"layers": ("visual.a",), "keep": 0.0, "fill": "zeroshot", "alpha": (0.5,), "dtype": "float32"}
+    got, _ = merged("prune", files, tmp_path / "out.safetensors", **options)
+    torch.testing.assert_close(got["visual.a.weight"], zero["visual.a.weight"], rtol=0, atol=1e-6)
+
+
 def test_interpolation_is_that_of_the_kernels(pair: dict[str, Path], tmp_path: Path) -> None:
     """A merged model has the very bits of the path's point."""
     got, _ = merged("interpolate", pair, tmp_path / "out.safetensors", alpha=(0.4,))

@@ -229,6 +229,23 @@ def test_a_greedy_soup_on_images(zoo: Path, tmp_path: Path) -> None:
     assert origin["notes"][-1].endswith(f"accuracy {rows['out']:.4f}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["greedy-soup", "fisher"])
+def test_key_chooses_the_weights_that_are_measured(zoo: Path, tmp_path: Path, method: str) -> None:
+    """As with files that have these weights alone."""
+    alone, files = [zoo / f"{name}.safetensors" for name in "ab"], [tmp_path / f"{name}.pt" for name in "ab"]
+    for file, one, other in zip(files, alone, alone[::-1], strict=True):
+        torch.save({"state_dict": load_file(other), "state_dict_ema": load_file(one)}, file)
+    made = []
+    for number, (models, more) in enumerate(((alone, []), (files, ["--key", "state_dict_ema"]))):
+        out = tmp_path / f"{number}.safetensors"
+        words = [method, "--finetuned", *map(str, models), *more, "--out", str(out), "--", *data(zoo)]
+        assert main([*words, "--samples", "6"]) == 0
+        made.append(load_file(out))
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
 def predicted(zoo: Path) -> tuple[Tensor, Tensor]:
     """Probabilities [images, classes] and features [images, 6] of model a, by open_clip in float64."""
     state = checkpoints.load(zoo / "a.safetensors")

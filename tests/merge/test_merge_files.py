@@ -68,6 +68,8 @@ def test_provenance(tmp_path: Path) -> None:
     found = provenance(out)
     assert found is not None and found == outcome.provenance
     assert found["method"] == "interpolate" and found["numbers"]["alpha"] == [0.5, ["visual.conv1", 0.25]]
+    _, outcome = merged("hold", files, tmp_path / "held.safetensors", layers=("visual.conv1",))
+    assert outcome.provenance["numbers"] == {"alpha": [1.0], "layers": ["visual.conv1"]}
     for source, role, file in zip(found["sources"], ("zero-shot", "fine-tuned"), files.values(), strict=True):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert source == {"file": str(file), "sha256": digest, "role": role}
