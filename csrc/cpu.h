@@ -9,7 +9,7 @@
 
 namespace rft {
 
-// One entry of a table, as contract.Row checked it.
+// One entry of a table, as kernels/rows.py checked it.
 struct Row {
   void* out;
   const void* zeroshot;

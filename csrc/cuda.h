@@ -29,8 +29,8 @@ class CudaTable {
 
   // Launches one kernel per run on `stream` of the device, which must be current, and waits for nothing. memory: the
   // table on the device; elements: one for all rows, or one for each, whose numbers then lie on the device, too; both
-  // aligned to 16 bytes. Throws std::runtime_error with CUDA's message, and
-  // std::invalid_argument when another device is current.
+  // aligned to 16 bytes. Throws std::runtime_error with CUDA's message, and std::invalid_argument when another device
+  // is current.
   void write(const void* memory, const Runs& runs, const std::vector<Element>& elements, const void* numbers,
              int device, void* stream) const;
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rft_fast.kernels.contract import BLOCK, PURPOSE_MASK, PURPOSE_NOISE, Add, Request, Requests, Write
+from rft_fast.kernels.places import Place
 from rft_fast.kernels.rows import Row
 from rft_fast.names import Noise, never
 
@@ -23,7 +24,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-# Elements computed at a time, a multiple of BLOCK: temporaries take some 100 bytes per element.
+# Elements computed at a time, a multiple of BLOCK: temporaries take some 100 bytes per element, and 400 where
+# the noise is in another order than that of memory.
 CHUNK = 1 << 20
 
 
@@ -49,14 +51,8 @@ def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=1)
 
 
-def words(seed: int, first_block: int, blocks: int, draw: int, purpose: int, device: torch.device) -> Tensor:
-    """Return the random words of consecutive blocks: int64 [blocks, 4]."""
-    block = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
-    return words_of(seed, block, draw, purpose)
-
-
-def words_of(seed: int, block: Tensor, draw: int, purpose: int) -> Tensor:
-    """Return the random words of the given blocks, int64 [n]: int64 [n, 4]."""
+def words(seed: int, block: Tensor, draw: int, purpose: int) -> Tensor:
+    """Return the random words of blocks, int64 [n]: int64 [n, 4]."""
     counter = (
         block & MASK32,
         block >> 32,
@@ -99,16 +95,27 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def positions(row: Row, start: int, stop: int) -> Tensor:
-    """Return where the noise of elements [start, stop), in the order of memory, is: int64 [stop - start]."""
-    index = torch.arange(start, stop, dtype=torch.int64, device=row.out.device)
-    if row.place is None:
-        return index
-    found = torch.full_like(index, row.place.start)
-    for size, stride in zip(reversed(row.place.sizes), reversed(row.place.strides), strict=True):
+def positions(place: Place, index: Tensor) -> Tensor:
+    """Return the position of elements, given their int64 index in the order of memory: int64, same shape."""
+    found = torch.full_like(index, place.start)
+    for size, stride in zip(reversed(place.sizes), reversed(place.strides), strict=True):
         found += index % size * stride
         index = index // size
     return found
+
+
+def _blocks(row: Row, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return the Philox blocks of elements [start, stop), and which of the blocks' words each element has.
+
+    Elements are counted in the order of memory; ``start`` is a multiple of BLOCK.
+    """
+    element = torch.arange(stop - start, device=row.out.device)
+    if row.place is None:
+        blocks = torch.arange(start // BLOCK, -(-stop // BLOCK), device=row.out.device)
+        return row.first_block + blocks, element
+    # A block for each element: finding those that are shared would wait for the device.
+    at = positions(row.place, start + element)
+    return row.first_block + at // BLOCK, element * BLOCK + at % BLOCK
 
 
 def _chunk(row: Row, request: Request, start: int, stop: int) -> Tensor:
@@ -121,13 +128,10 @@ def _chunk(row: Row, request: Request, start: int, stop: int) -> Tensor:
         factor = {"none": torch.ones_like(w1), "abs": w1.abs(), "square": w1 * w1}[request.weight]
         return w1 + factor * request.scale * w0
     write = request
-    at = positions(row, start, stop)
-    blocks, of_block = torch.unique(at // BLOCK, return_inverse=True)
-    blocks += row.first_block
-    element = of_block * BLOCK + at % BLOCK
+    blocks, element = _blocks(row, start, stop)
 
     def draw(purpose: int, number: int) -> Tensor:
-        return words_of(write.seed, blocks, number, purpose)
+        return words(write.seed, blocks, number, purpose)
 
     if write.masked:
         kept = draw(PURPOSE_MASK, 0).flatten()[element] < write.threshold

@@ -49,9 +49,8 @@ def in_order(x0, x1, x2, x3):
     """Four values per block, each [n] -> [4 n], in the order of the elements.
 
     The thread that computes a block then owns four consecutive elements, which one wide access reads or
-    writes:
-    the joins and reshapes only rename registers. Four strided accesses per block would avoid them, but each
-    would touch all memory sectors of the tile.
+    writes: the joins and reshapes only rename registers. Four strided accesses per block would avoid them,
+    but each would touch all memory sectors of the tile.
     """
     return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
 

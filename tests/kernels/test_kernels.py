@@ -190,7 +190,7 @@ def test_block_numbers_beyond_32_bits():
             table([row]).write([(0, 1)], Write(0.3, 0.1, noise="uniform", keep=0.5, seed=3))
             outs.append(row.out)
         same_bits(outs[1], outs[0])
-    low = reference.words(3, 2**32, 1, 0, 0, torch.device("cpu"))[0].tolist()
+    low = reference.words(3, torch.tensor([2**32]), 0, 0)[0].tolist()
     assert tuple(low) == tuple(_native.philox((0, 1, 0, 0), (3, 0)))
 
 
@@ -555,7 +555,7 @@ def test_every_device_has_the_bits_of_the_reference_on_the_cpu(device, impl, for
 @pytest.mark.parametrize("device, impl", EVERYWHERE)
 def test_normals_of_every_device_are_within_2e_6_of_float64(device, impl):
     n, seed, draw = (1 << 20 if device.type == "cuda" else 1 << 16), 0xFEDCBA9876543210, 3
-    words = reference.words(seed, 0, n // 4, draw, 0, torch.device("cpu"))
+    words = reference.words(seed, torch.arange(n // 4), draw, 0)
     truth = float64_normals(words.numpy().astype(np.uint32))
     got = rft.noise_like(torch.empty(n, device=device), seed, draw, impl=impl).cpu().numpy()
     assert np.abs(got - truth).max() < 2e-6
@@ -742,7 +742,7 @@ def test_more_elements_than_32_bits_count(device, impl):
     rft.perturb_(w, 1.0, draw=0, adaptive=False, noise="uniform", seed=8, impl=impl)
     for start in (0, 2**31 - 2048, 2**32 - 2048, size // 4 * 4 - 4096):
         got = w[start : start + 4100].cpu()  # the last one ends with the tensor, within a block
-        words = reference.words(8, start // 4, 1025, 0, 0, torch.device("cpu"))
+        words = reference.words(8, start // 4 + torch.arange(1025), 0, 0)
         same_bits(got, reference.noise(words, "uniform")[: len(got)].to(BF16))
 
 

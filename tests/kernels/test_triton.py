@@ -315,7 +315,7 @@ def test_elements_beyond_31_bits() -> None:
     _, end = group.range(0, 1)
     table._launch(group, end - 2, end, backend.form(write), backend.numbers(write))
     blocks = math.ceil((size - 2**31) / 4)
-    words = reference.words(0, 2**29, blocks, 0, 0, DEVICE)
+    words = reference.words(0, 2**29 + torch.arange(blocks, device=DEVICE), 0, 0)
     same_bits(w[2**31 :], reference.noise(words, "uniform")[: size - 2**31].to(BF16))
     assert not w[: 2 * backend.TILE].any() and not w[2**31 - backend.TILE : 2**31].any()
 
