@@ -226,11 +226,16 @@ def is_list(value: object) -> bool:
     )
 
 
+def as_list(value: object) -> list[object]:
+    """Return what :func:`is_list` accepts as a list of Python's numbers."""
+    return value.tolist() if isinstance(value, (np.ndarray, Tensor)) else list(value)  # type: ignore[call-overload]
+
+
 def spread(name: str, value: object, count: int) -> list[object]:
     """Return one number, or a list of ``count`` of them, as a list; raises ValueError for other lengths."""
     if not is_list(value):
         return [value] * count
-    listed = value.tolist() if isinstance(value, (np.ndarray, Tensor)) else list(value)  # type: ignore[call-overload]
+    listed = as_list(value)
     if len(listed) != count:
         raise ValueError(
             f"write: {name} must be one number for all tensors, or a list with one for each of the {count}; "
@@ -252,18 +257,20 @@ def requests(make: type[R], numbers: dict[str, object], listed: Sequence[str], c
         TypeError: A number has the wrong type; the message names it, and its tensor.
         ValueError: A number is out of range, or a list has another length; the message names it.
     """
-    if not any(is_list(numbers[name]) for name in listed):
+    listed = [name for name in listed if is_list(numbers[name])]
+    if not listed:
         return make(**numbers)  # type: ignore[arg-type]
     columns = [spread(name, numbers[name], count) for name in listed]
     known: dict[tuple[object, ...], R] = {}  # a layer's tensors mostly have equal numbers
     found = []
     for place, values in enumerate(zip(*columns, strict=True)):
-        if (key := tuple((type(value), value) for value in values)) not in known:
-            try:
-                known[key] = make(**{**numbers, **dict(zip(listed, values, strict=True))})
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{error} (of tensor {place})") from None
+        try:
+            key = tuple(map(_finite, listed, values))
+            if key not in known:
+                known[key] = make(**{**numbers, **dict(zip(listed, key, strict=True))})  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (of tensor {place})") from None
         found.append(known[key])
     if not found:  # lists of no tensors
-        return make(**{**numbers, **{name: 0.0 for name in listed if is_list(numbers[name])}})  # type: ignore[arg-type]
+        return make(**{**numbers, **dict.fromkeys(listed, 0.0)})  # type: ignore[arg-type]
     return found[0] if len(known) == 1 else found

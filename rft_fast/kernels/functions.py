@@ -170,8 +170,8 @@ def interpolate_(
 
     Raises:
         TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
-        ValueError: A number is out of range; or tensors differ in shape or device, are not contiguous, or
-            overlap.
+        ValueError: A number is out of range; or tensors differ in names, shape, layout, sharding or device,
+            have gaps in memory, or overlap.
         RuntimeError: The backend does not work here; the message names the reason and the remedy.
 
     Example:

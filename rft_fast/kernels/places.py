@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rft_fast.kernels.containers import Listed, Tensors, as_given, listed, some
-from rft_fast.kernels.contract import BLOCK, BLOCKS, is_list, whole
+from rft_fast.kernels.contract import BLOCK, BLOCKS, as_list, is_list, whole
 
 # An offset for the first tensor, or one for each: in order, or by name.
 Offset: TypeAlias = int | Sequence[int] | Mapping[str, int]
@@ -103,7 +103,7 @@ def blocks_at(listed: Listed, offset: Offset, name: str = "offset") -> list[int]
     if not is_list(offset):
         first = _block(name, offset)
         return [first + block for block in first_blocks(tensors)]
-    given = list(offset)  # type: ignore[arg-type]
+    given = as_list(offset)
     if len(given) != len(tensors):
         raise ValueError(
             f"write: {name} must be one number, or a list with one for each of the {len(tensors)} tensors; "

@@ -165,6 +165,11 @@ def _check_tensor(tensor: Tensor, role: str, row: Row, device: torch.device) -> 
     contiguous = strided and tensor.is_contiguous()
     if not contiguous and not (strided and is_dense(tensor)):
         check_layout(tensor, f"{role} of {row.name}")
+        if tensor.is_neg():
+            raise ValueError(
+                f"write: {role} of {row.name} is a view of memory that holds the opposite signs, as the "
+                "imaginary part of a conjugate is; pass .resolve_neg(), a copy"
+            )
         raise ValueError(
             f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, is not contiguous or a permutation "
             f"of contiguous memory (layout {tensor.layout}); pass .contiguous() memory, for a module "

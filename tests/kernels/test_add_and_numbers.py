@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import tiny_cuda
@@ -213,6 +214,16 @@ def test_lists_of_numbers_are_one_call_of_the_kernels(monkeypatch: pytest.Monkey
     assert calls == [[(0, 5)], [(0, 5)]]
 
 
+def test_lists_of_numbers_may_hold_those_of_numpy_and_torch() -> None:
+    w, scales = tensors(0), [0.1, 0.2, 0.3, 0.4, 0.5]
+    expected = [torch.empty_like(x) for x in w]
+    rft.add_(expected, w, w, scales)
+    for given in (np.array(scales), torch.tensor(scales).double(), [np.array(s) for s in scales]):
+        out = [torch.empty_like(x) for x in w]
+        rft.add_(out, w, w, given)  # type: ignore[arg-type]
+        same_bits(out, expected)
+
+
 def test_lists_of_numbers_that_are_refused() -> None:
     w = tensors(0)
     with refused(ValueError, "write", "alpha", 5, 2):
@@ -221,6 +232,8 @@ def test_lists_of_numbers_that_are_refused() -> None:
         rft.perturb_(w, [0.1, 0.1, 0.1, -1, 0.1], draw=0)
     with refused(TypeError, "keep_mask_like", "keep", "tensor 1"):
         rft.keep_mask_like(w, [0.1, "all", 0.1, 1, 0.1])  # type: ignore[list-item]
+    with refused(TypeError, "write", "alpha", "tensor 0"):
+        rft.write_(w, w, w, [[0.1]] * 5)  # type: ignore[list-item]
     plan = Plan(w, w, w)
     with refused(ValueError, "rho", 5, 2):
         plan.write(0.5, rho=[0.1, 0.2], tensors=[(0, 2)])

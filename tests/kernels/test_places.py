@@ -152,6 +152,26 @@ def test_offsets_that_are_refused(offset: Any, error: Any, fact: Any) -> None:
     assert all((x == 1).all() for x in w)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_last_numbers_of_the_counter_are_offered(impl: Any) -> None:
+    for tensor in (torch.empty(12), torch.empty(3, 4).T, torch.empty(5)):
+        start = 2**65 - 4 * (-(-tensor.numel() // 4))
+        at = [start + i for i in range(tensor.numel())]
+        got = rft.noise_like([tensor], 3, 2, "uniform", impl=impl, offset=[start])[0].flatten()
+        assert torch.equal(got, uniforms(np.array(at, dtype=object), 3, 2))
+        w = torch.ones_like(tensor)
+        rft.write_(w, w, w, 1.0, keep=0.4, seed=3, impl=impl, offset=start)
+        assert torch.equal(w.flatten() == 1, kept(np.array(at, dtype=object), 0.4, 3))
+
+
+def test_offsets_may_be_an_array_or_a_tensor() -> None:
+    w = [torch.empty(5), torch.empty(3)]
+    expected = rft.noise_like(w, offset=[8, 0])
+    for offset in (np.array([8, 0]), torch.tensor([8, 0])):
+        got = rft.noise_like(w, offset=offset)  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 # ---------------------------------------------------------------- layouts
 
 
@@ -213,6 +233,8 @@ def test_layouts_that_are_refused() -> None:
         rft.interpolate_(last, w, last, 0.5)
     with refused(ValueError, "params"):
         rft.perturb_(torch.zeros(4, 6)[:, ::2], 0.1, draw=0)
+    with refused(ValueError, "params", "resolve_neg"):
+        rft.perturb_(torch.ones(4, dtype=torch.complex64).conj().imag.view(2, 2), 0.1, draw=0)
     with refused(ValueError, "(2, 3, 2, 3, 2)", 5):
         rft.perturb_(torch.zeros(2, 3, 2, 3, 2).permute(4, 3, 2, 1, 0), 0.1, draw=0)
 
@@ -240,6 +262,15 @@ def test_places_of_parts_are_the_indices_of_the_full_tensor() -> None:
             assert memory == list(range(4 * skipped, 4 * skipped + len(memory)))
         else:
             assert skipped == 0 and memory == brute(place, len(memory))
+
+
+@pytest.mark.parametrize("place", [None, Place(1, (4, 5), (1, 4))])
+def test_the_reference_reads_no_data_while_it_writes(place: Any) -> None:
+    """Hence it waits for no GPU and can be captured in a CUDA graph. Tensors on meta have no data."""
+    w = torch.empty(20, device="meta")
+    table = reference.Table([Row(torch.empty_like(w), w, w, 0, "w", place)])
+    for noise in ("normal", "uniform", "rademacher"):
+        table.write([(0, 1)], Write(0.5, 0.1, keep=0.5, noise=noise))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 1023, 5000])
