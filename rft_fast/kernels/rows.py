@@ -147,7 +147,7 @@ def _row(
         raise ValueError(
             f"write: the layout of {roles[0]} of {label}, shape {tuple(row.out.shape)} and strides "
             f"{row.out.stride()}, has {len(place.sizes)} dimensions that cannot be merged; offered are "
-            f"{DIMENSIONS}. Pass .contiguous() memory"
+            f"{DIMENSIONS}. Pass .contiguous(), and copy what is written to it back"
         )
     return row._replace(first_block=start + skipped, place=place)
 
@@ -168,12 +168,13 @@ def _check_tensor(tensor: Tensor, role: str, row: Row, device: torch.device) -> 
         if tensor.is_neg():
             raise ValueError(
                 f"write: {role} of {row.name} is a view of memory that holds the opposite signs, as the "
-                "imaginary part of a conjugate is; pass .resolve_neg(), a copy"
+                "imaginary part of a conjugate is; pass .resolve_neg(), and copy what is written to it "
+                "back"
             )
         raise ValueError(
-            f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, is not contiguous or a permutation "
-            f"of contiguous memory (layout {tensor.layout}); pass .contiguous() memory, for a module "
-            ".to(memory_format=torch.contiguous_format)"
+            f"write: {role} of {row.name}, shape {tuple(tensor.shape)} and strides {tensor.stride()}, is not "
+            "contiguous or a permutation of contiguous memory; pass .contiguous(), and copy what is written "
+            "to it back (for a parameter p, once: p.data = p.data.contiguous())"
         )
     if tensor.device != device:
         raise ValueError(
