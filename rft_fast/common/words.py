@@ -74,6 +74,11 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     return ", ".join(visible(str(name)) for name in names[:shown]) + more
 
 
+def many(count: object, one: str) -> str:
+    """Describe a count: ``"1 draw"``, ``"5 to 20 draws"``."""
+    return f"{count} {one}" + ("" if str(count) == "1" else "s")
+
+
 def duration(seconds: float) -> str:
     """Format seconds: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
     if seconds < 100:

@@ -40,7 +40,7 @@ def stated(rows: pd.DataFrame) -> str:
     climbed = rows["estimator"].str.startswith("apgd").all()
     flags = [("not adaptive", "adaptive", False), ("logits normalised", "normalized", True)]
     parts = [
-        text.format(several(values if column != "on" else map(_on, values)))
+        _plural(text.format(several(values if column != "on" else map(_on, values))))
         for text, column in (
             (r"$\rho$ = {}", "rho"),
             ("{} steps" if climbed else "{} draws", "draws"),
@@ -69,6 +69,11 @@ def setting(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
     where = fold(first["dataset"], 2, "title")
     return f"ρ = {first['rho']:g} on {where}\n{first['estimator']}, {_on(first['on'])} weights"
+
+
+def _plural(text: str) -> str:
+    """``"1 draw"`` of ``"1 draws"``."""
+    return re.sub(r"\b(1 \w+)s$", r"\1", text)
 
 
 def _on(value: Any) -> Any:

@@ -80,6 +80,8 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
                 right.plot(100 * at["gain"], at["flat"], color=of_models[model], label=model, **style)
             for panel in (left, right):
                 plain(panel)
+            if not part["flat"].any():
+                left.set_ylim(-0.25, 1.25)  # a count: neither fractions nor numbers below 0
             left.set_xscale("log")
             left.set_xticks(margins, [f"{margin:g}" for margin in margins], minor=False)
             left.minorticks_off()

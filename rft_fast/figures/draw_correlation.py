@@ -92,6 +92,8 @@ def correlation(table: pd.DataFrame, file: str | os.PathLike[str], alpha: float 
         for panel in column[:-1]:
             _along(panel, here, styles)
             panel.set_xlim(alphas[0] - 0.05, alphas[-1] + 0.05)
+            if len(alphas) == 1:
+                panel.set_xticks(alphas, [f"{alphas[0]:g}"])
         _forest(column[-1], here[here["alpha"] == alpha].set_index("name").reindex(names))
     for first in panels[::per]:
         heat.label(first[-1], names)
@@ -136,6 +138,7 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
     plain(panel)
     panel.tick_params("y", left=False, labelleft=False)
     panel.set_xlim(-1.05, 1.05)
+    panel.set_xticks([-1, -0.5, 0, 0.5, 1], ["-1", "-0.5", "0", "0.5", "1"])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, **_ZERO)
     panel.set_xlabel("rank\ncorrelation")

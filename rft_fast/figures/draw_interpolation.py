@@ -119,7 +119,7 @@ def interpolation(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> F
         _draw(bottom, curves, here, facts.bounds, of_models, _LOSS)
     lines = [panels[start : start + per] for start in range(0, len(panels), per)]
     for line in lines:
-        for row, label in zip(zip(*line, strict=True), ("accuracy (%)", "loss"), strict=True):
+        for row, label in zip(zip(*line, strict=True), ("accuracy (%)", "loss (nats)"), strict=True):
             row[0].set_ylabel(label)
             level(row)
     marks = [

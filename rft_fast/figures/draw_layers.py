@@ -110,7 +110,7 @@ def layers(
     for start in range(0, len(panels), per):
         maps_row, *below_rows = zip(*panels[start : start + per], strict=True)
         heat.label(maps_row[0], list(labels.values()))
-        for row, text in zip(below_rows, ("loss", "accuracy (%)"), strict=True):
+        for row, text in zip(below_rows, ("loss (nats)", "accuracy (%)"), strict=True):
             row[0].set_ylabel(text)
             level(row)
     heat.colorbar(figure, mesh, [panel for column in panels for panel in column], "rise in loss")

@@ -42,6 +42,8 @@ from .style import (
 )
 
 _ZERO: Style = {"ls": "", "marker": "+", "ms": 7, "mew": 1.2, "color": "black"}
+_FEW = 3
+"""Positions that have a tick each."""
 _END: Style = {"ls": "", "marker": "s", "ms": 5}
 
 
@@ -91,7 +93,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         of = "sharpness_change" if paired else "sharpness"
         _along(left, part, of, of_models, set(failing.index[failing]))
         left.set_title(setting(part).replace(", ", ",\n" if current().width == "one" else ", "))
-        left.set_ylabel("general sharpness" + (" minus\nthat of zero-shot" if paired else ""))
+        left.set_ylabel("general sharpness" + (" minus\nthat of zero-shot" if paired else "") + " (nats)")
         for panel, dataset, name in zip(others, sets, titles, strict=True):
             points = _matched(part, accuracies[accuracies["dataset"] == dataset])
             unmatched += len(part) - len(points)
@@ -104,7 +106,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
                 level(row)
         if fixed or columns is groups[-1]:
             for panel in panels:
-                panel.set_xlabel(r"$\alpha$" if panel is left else "general sharpness")
+                panel.set_xlabel(r"$\alpha$" if panel is left else "general sharpness (nats)")
 
     note = wrap(
         figure,
@@ -163,7 +165,10 @@ def _paired(rows: pd.DataFrame) -> str:
 def _along(panel: Axes, part: pd.DataFrame, of: str, palette: Mapping[str, Any], failures: set[str]) -> None:
     """A column over alpha; models are shifted sideways so that their bars do not overlap."""
     plain(panel)
-    room = 0.4 * np.diff(part["alpha"].unique()).min(initial=1)
+    alphas = part["alpha"].unique()
+    room = 0.4 * np.diff(alphas).min(initial=1)
+    if len(alphas) <= _FEW:  # sideways shifts are no positions
+        panel.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
     for i, (model, colour) in enumerate(palette.items()):
         curve = part[part["model"] == model]
         x = curve["alpha"] + room * ((i + 0.5) / len(palette) - 0.5)

@@ -105,7 +105,7 @@ def colorbar(figure: Figure, mesh: ScalarMappable, panels: Sequence[Axes], text:
     bar.set_ticklabels([f"{tick:.2g}" for tick in marks])
     bar.ax.minorticks_off()
     fix_ticks(bar.ax)
-    bar.set_label(f"{text}{' ' if below else chr(10)}(asinh scale)")
+    bar.set_label(f"{text}{' ' if below else chr(10)}(nats, asinh scale)")
 
 
 def _edges(alphas: np.ndarray) -> np.ndarray:

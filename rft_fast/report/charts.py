@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..common.words import many
 from ..figures.captions import measures
 from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
@@ -172,7 +173,7 @@ def sharpness(facts: Facts) -> Picture:
         show = {"model": [ALL, model], "setting": [where]}
         head = [f"<b>{safe(model)}</b>, α = {a:g}<br>sharpness " for a in curve["alpha"]]
         values = [
-            f"{points(s, h, 1, '.3g')} nats (95 %)<br>{d} draws, n = {m:,} images"
+            f"{points(s, h, 1, '.3g')} nats (95 %)<br>{many(d, 'draw')}, n = {m:,} images"
             + ("<br>saturated: at chance" if verdict == "saturated" else "")
             for s, h, d, m, verdict in zip(
                 *(curve[name] for name in ("sharpness", "half", "draws", "samples", "verdict")), strict=True
@@ -266,7 +267,7 @@ def prune(facts: Facts) -> Picture:
             where = seeds.index.tolist()
             hover = [
                 f"<b>{safe(who)}</b> ({safe(method)}), α = {a:g}<br>accuracy {m:.1f} %, mean of "
-                f"{seeds.shape[1]} masks"
+                f"{many(seeds.shape[1], 'mask')}"
                 f"<br>lowest and highest {lo:.1f} and {hi:.1f} %"
                 for a, m, lo, hi in zip(where, mean, low, high, strict=True)
             ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from ..common.words import some
+from ..common.words import many, some
 from ..names import ON_WORDS
 from ..settings import Sharpness
 from ..studies.claim import SETTING
@@ -15,7 +15,7 @@ from ..studies.facts import Facts
 from ..studies.verdicts import Association, association
 from .charts import colours, model_keys
 from .drawing import SYMBOLS, Chart, Picture, Trace, choices, layout, line, safe
-from .phrases import PAPER_CLAIM, many, p_value, points
+from .phrases import PAPER_CLAIM, p_value, points
 from .shown import Finding, Rank, Section
 from .summary import aligned, paragraphs
 from .tables import Cell, Table, number
@@ -118,7 +118,7 @@ def findings(facts: Facts) -> Iterator[Finding]:
     }.get(association(fact), "not tested")
     if pd.notna(fact["p_max"]):
         text += f" (Kendall's tau {fact['kendall']:+.2f}, p = {p_value(fact['p_max'])} by permutation, "
-        text += f"corrected for {fact['tests']} tests)"
+        text += f"corrected for {many(fact['tests'], 'test')})"
     decided = facts.deciding["mode"].isin(["undecided"]).sum()
     text += f"; {many(decided, 'model')} undecided, left out" if decided else ""
     yield Finding(f"{text}.", "claim", Rank.CLAIM)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ..common.words import flat, some
+from ..common.words import flat, many, some
 from ..config.recorded import shown_as, value_as
 from ..studies.interpolate import Z95
 from ..studies.rows import asked
@@ -190,7 +190,7 @@ def _notes(first: RunRead, second: RunRead, common: pd.DataFrame) -> Iterator[st
                 yield f"Only {name} has the {what} {some(alone)}."
     yield from _other_estimators(first.facts.rows, second.facts.rows)
     if count := int((~common["known"]).sum()):
-        yield f"{count} values have no standard error: they cannot be compared."
+        yield f"Not compared, as there is no standard error: {many(count, 'value')}."
 
 
 def _other_estimators(first: pd.DataFrame, second: pd.DataFrame) -> Iterator[str]:

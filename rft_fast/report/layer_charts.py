@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from ..common.words import many
 from ..figures.captions import short
 from ..settings import Layers, Sharpness
 from ..studies.facts import Facts
@@ -142,7 +143,7 @@ def sharpness(facts: Facts) -> Picture:
             ]
             hover = [
                 f"<b>{safe(layer)}</b>, α = {alpha:g}<br>sharpness {points(v, h, 1, '.3g')} nats (95 %)<br>"
-                f"{d} draws, n = {n:,} images" + said.get(verdict, "")
+                f"{many(d, 'draw')}, n = {n:,} images" + said.get(verdict, "")
                 for layer, v, h, d, n, verdict in zip(
                     column["layer"], column["sharpness"], column["half"], column["draws"], column["samples"],
                     column["verdict"], strict=True,

@@ -46,11 +46,6 @@ def joined(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def many(count: object, one: str) -> str:
-    """Describe a count: ``"1 draw"``, ``"5 to 20 draws"``."""
-    return f"{count} {one}" + ("" if str(count) == "1" else "s")
-
-
 def by_shape(facts: pd.DataFrame, most: int = 3) -> str:
     """List stragglers by the shape of their loss: ``"1 by a bump (a), 2 by a slope (b, c)"``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..common.words import visible
+from ..common.words import many, visible
 from ..studies.facts import Facts
 from ..studies.pilot import STUDY, TARGET, by_model, progress
 
@@ -28,5 +28,5 @@ def notices(facts: Facts) -> Iterator[str]:
     yield (
         f"--rhos auto: rho = {found.rho:g}, where the median sharpness of {len(models)} models at alpha = "
         f"{first['alpha']:g} on {sets} is {here.median():.3g} nats (aim: {TARGET:g}; "
-        f"{first['draws']} draws): {each}"
+        f"{many(first['draws'], 'draw')}): {each}"
     )

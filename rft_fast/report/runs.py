@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from .. import __version__, catalogue, results
 from ..common import disk
+from ..common.words import many
 from ..config.recorded import tree_of, upgraded
 from ..results.directory import figure_file
 from ..studies.chance import among
@@ -71,7 +72,7 @@ def read(directory: str | os.PathLike[str], command: str = "report") -> RunRead:
     for study in rows["study"].unique():
         for model in _unfinished(rows[rows["study"] == study]):
             cut = (rows["study"] == study) & (rows["model"] == model)
-            notes.append(f"{study} was not finished for {model}: its {cut.sum()} rows are left out.")
+            notes.append(f"{study} was not finished for {model}, and is left out ({many(cut.sum(), 'row')}).")
             rows = rows[~cut]
     if not (rows["study"] == "interpolation").any():
         raise ValueError(

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pandas as pd
 
-from ..common.words import some
+from ..common.words import many, some
 from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
 from ..studies.verdicts import association, mode, straggling
 from . import charts, layer_charts, tables
-from .phrases import PAPER_CORRELATION, SATURATED, images, limits, many, pruned_layers, span
+from .phrases import PAPER_CORRELATION, SATURATED, images, limits, pruned_layers, span
 from .shown import Attempts, Section, Shown
 from .summary import sections as printed
 from .tables import Table
@@ -163,7 +163,7 @@ def prune(facts: Facts) -> Section:
     table = tables.prune(facts)
     warnings = [
         f"{row[0].text} on {row[-1].text}, {row[1].text} ({row[2].text}): mean change {row[3].text} points "
-        f"over {row[5].text} masks; {row[4].text}."
+        f"over {many(row[5].text, 'mask')}; {row[4].text}."
         for row in table.wide()
     ]
     return Section(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..common.words import some
+from ..common.words import many, some
 from ..names import REFERENCES
 from ..settings import Layers, Prune
 from ..studies.facts import Facts
@@ -384,7 +384,8 @@ def correlation(facts: Facts) -> Iterator[Finding]:
             text += (
                 f" [with any one model left out {fact['without_low']:+.2f} to {fact['without_high']:+.2f}]"
             )
-        text += f", p = {p_value(fact['p_max'])} corrected for {fact['tests']} tests, rho = {fact['rho']:g}"
+        text += f", p = {p_value(fact['p_max'])} corrected for {many(fact['tests'], 'test')}"
+        text += f", rho = {fact['rho']:g}"
         few = fact["judged"] == "unclear" and pd.isna(fact["needed"])
         text += "; no tau of so few models could be significant" if few else ""
         clauses.append(f"{text}{', circular: the same images' if fact['circular'] else ''})")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..common.words import duration, paragraph, visible
+from ..common.words import duration, many, paragraph, visible
 from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.facts import ENDS, Facts
@@ -22,7 +22,6 @@ from .phrases import (
     by_shape,
     images,
     limits,
-    many,
     p_value,
     pruned_layers,
     span,
@@ -244,14 +243,14 @@ def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
     text = f"rho = {rho:g} ({first['noise']}, in units of {unit}), {many(count, 'draw')} "
     text += f"({first['estimator']}), {images}, seed {first['seed']}"
     missed = int((~group["reached"].fillna(True)).sum())
-    text += f"; {missed} rows did not reach the requested standard error" if missed else ""
+    text += f"; {many(missed, 'row')} did not reach the requested standard error" if missed else ""
     return text + _saturated(facts, group)
 
 
 def _saturated(facts: Facts, group: pd.DataFrame) -> str:
     count = int(facts.saturated(group).sum())
-    many = f"; in {count:,} of {len(group):,} rows the perturbed model answers at chance (saturated)"
-    return f"{many}, which says nothing of flatness" if count else ""
+    said = f"; in {count:,} of {len(group):,} rows the perturbed model answers at chance (saturated)"
+    return f"{said}, which says nothing of flatness" if count else ""
 
 
 def _value(row: Any) -> str:

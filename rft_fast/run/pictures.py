@@ -53,6 +53,7 @@ class Pictures:
         files = [figure_file(self._directory, study.name, kind) for kind in self._how.formats]
         caption = figure_file(self._directory, study.name, "txt")
         disk.check_targets([*files, caption], folders=[self.folder])
+        self.folder.mkdir(exist_ok=True)  # which a copy of a run may lack
         others = (figure_file(self._directory, study.name, kind) for kind in FIGURE_FORMATS)
         if self._how.captions != "file" and not any(file.exists() for file in others if file not in files):
             caption.unlink(missing_ok=True)  # it describes a figure that is replaced

@@ -124,12 +124,22 @@ class Models:
     def _check_layers(self, path: paths.Path) -> None:
         """Refuses layers that are not on the path, with the nearest names."""
         request = self.request
-        asked = (("layers", request.of(Layers).layers), ("prune-layers", request.of(Prune).layers))
+        excluded = request.of(Sharpness).exclude
+        asked = (
+            ("layers", request.of(Layers).layers),
+            ("prune-layers", request.of(Prune).layers),
+            ("exclude", excluded),
+        )
         for option, layers in asked:
             try:
-                path.select(layers)
+                chosen = path.select(layers)
             except ValueError as error:
                 raise ValueError(f"{request.named(option)}: {error}") from None
+        if excluded is not None and set(chosen) == set(path.layers):
+            raise ValueError(
+                f"{request.named('exclude')}: expected at least one layer that is left to perturb, got "
+                f"{list(excluded)}, which name all {len(path.layers)}; name fewer"
+            )
 
     def evaluator(self, sets: Sequence[datasets.Dataset]) -> Evaluator:
         computed = self.request.of(Computed)

@@ -414,6 +414,18 @@ def test_general_sharpness_along_the_path(sharpness_figure: Figure) -> None:
     test_nothing_overlaps_or_is_cut_off(sharpness_figure)
 
 
+def test_one_position_has_one_tick_and_one_draw_is_singular(tmp_path: Path) -> None:
+    """Models that are shifted sideways are at no other position."""
+    rows = [
+        row | {"alpha": 1.0, "draws": 1} for row in sharp("up", [1, 2, 4])[:1] + sharp("down", [2, 2, 2])[:1]
+    ]
+    drawn = figures.sharpness(studies.frame(rows), tmp_path / "a.png")
+    ticks = drawn.axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["1"]
+    assert drawn.axes[0].get_ylabel() == "general sharpness (nats)"
+    said(note(drawn), "1 draw,")
+
+
 def test_accuracy_against_sharpness(sharpness_figure: Figure) -> None:
     panel = sharpness_figure.axes[1]
     assert panel.get_title() == "far"

@@ -50,6 +50,12 @@ def test_figures_are_drawn_again_and_nothing_else_changes(
     results.check(run, overwrite=True)
 
 
+def test_a_folder_of_figures_that_is_missing_is_made(run: Path) -> None:
+    shutil.rmtree(run / "figures")
+    assert main([str(run), "interpolation", "--figure-format", "svg"]) == 0
+    assert (run / "figures" / "interpolation.svg").is_file()
+
+
 @pytest.mark.slow
 def test_all_figures_of_a_run(run: Path) -> None:
     assert main([str(run)]) == 0

@@ -169,7 +169,7 @@ def test_a_row_whose_axes_differ_says_so(tmp_path: Path) -> None:
 def test_a_scale_that_is_not_linear_says_so(facts: dict[bool, Facts], tmp_path: Path) -> None:
     drawn = figures.layer_sharpness(facts[False], tmp_path / "a.png")
     bar = drawn.axes[-1]
-    assert bar.get_ylabel() == "layer-wise sharpness\n(asinh scale)"
+    assert bar.get_ylabel() == "layer-wise sharpness\n(nats, asinh scale)"
     norm = heat.scale([pd.DataFrame([[0.0, 2.0]])], 0.1)
     assert norm([2.0, -2.0, 0.0]).tolist() == [1.0, 0.0, 0.5]
 

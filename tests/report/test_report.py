@@ -295,7 +295,7 @@ def test_an_interrupted_run(tmp_path: Path) -> None:
     said(listed(text), "layers", "bad", "4 rows", "sharpness, layer-sharpness, prune", "correlation")
     assert 'id="layers"' in text and 'id="prune"' not in text
     only_a_part = runs.read(make_run(tmp_path / "short", rows[:10]))
-    said("\n".join(only_a_part.notes), "interpolation", "bad", "1 rows")
+    said("\n".join(only_a_part.notes), "interpolation", "bad", "1 row")
     with refused(ValueError):
         runs.read(make_run(tmp_path / "shorter", rows[:2]))
 

@@ -243,6 +243,9 @@ def test_named_models_and_layers(zoo: Path, tmp_path: Path) -> None:
     own = own_models(zoo)
     sweep_refused([*own, "--layers", "visual.conv2"], "visual.conv1")
     sweep_refused([*own, "--prune-layers", "conv1"], "visual.conv1")
+    sweep_refused([*own, "--exclude", "re:conv1"], "--exclude", "visual.conv1")
+    sweep_refused([*own, "--exclude", "re:["], "--exclude", "unterminated")
+    sweep_refused([*own, "--exclude", "re:.*"], "--exclude", "at least one layer", "all 13")
 
 
 @pytest.mark.slow
