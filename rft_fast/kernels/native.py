@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rft_fast.kernels.contract import Add, Request, Requests
-from rft_fast.kernels.places import DIMENSIONS
 from rft_fast.kernels.resident import Resident, refuse_capture, refuse_numbers
 from rft_fast.kernels.rows import Row, device_of
 
@@ -83,10 +82,8 @@ def as_entry(row: Row) -> tuple[int, ...]:
     entry = (*pointers, *dtypes, row.size, row.first_block)
     if row.place is None:
         return entry
-    start, sizes, strides = row.place
-    padding = DIMENSIONS - len(sizes)  # outer dimensions of size 1
-    # The outermost size follows from the row's.
-    return (*entry, start, *((1,) * padding + sizes)[1:], *((0,) * padding + strides))
+    sizes, strides = row.place.padded()
+    return (*entry, row.place.start, *sizes[1:], *strides)  # the outermost size follows from the row's
 
 
 def as_numbers(request: Request) -> tuple[object, ...]:

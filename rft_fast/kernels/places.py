@@ -39,6 +39,11 @@ class Place(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def padded(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return sizes and strides of DIMENSIONS dimensions: outer ones of size 1 are added."""
+        missing = DIMENSIONS - len(self.sizes)
+        return (1,) * missing + self.sizes, (0,) * missing + self.strides
+
 
 def offsets(params: Tensors) -> dict[str, int] | list[int] | int:
     """Return the place of every tensor in the noise of the whole model.

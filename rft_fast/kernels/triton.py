@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from rft_fast.kernels.contract import BLOCK, Add, Request, Requests
-from rft_fast.kernels.places import DIMENSIONS
 from rft_fast.kernels.resident import Resident, capturing, refuse_capture, refuse_numbers
 from rft_fast.kernels.rows import Row, device_of
 
@@ -128,8 +127,8 @@ def _place(row: Row) -> tuple[int, ...]:
     """Start, sizes and strides of a place, the outermost first; nothing for rows without one."""
     if row.place is None:
         return ()
-    padding = DIMENSIONS - len(row.place.sizes)
-    return (row.place.start, *(1,) * padding, *row.place.sizes, *(0,) * padding, *row.place.strides)
+    sizes, strides = row.place.padded()
+    return (row.place.start, *sizes, *strides)
 
 
 def _aligned(row: Row) -> bool:
