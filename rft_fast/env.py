@@ -1,4 +1,4 @@
-"""``python -m rft_fast.env``: versions, and for each device which backends work and why the others do not."""
+"""Print versions and, for each device, which backends work and why the others do not."""
 
 from __future__ import annotations
 

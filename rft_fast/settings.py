@@ -242,9 +242,13 @@ class Sharpness:
         whole=_rhos,
         none="auto",
     )
-    draws: int = option(20, "of noise (default: 20)", metavar="N", check=positive)
+    draws: int = option(20, "draws of noise (default: 20)", metavar="N", check=positive)
     layer_draws: int = option(
-        20, "of noise for each layer (default: as --draws)", metavar="N", check=positive, follows="draws"
+        20,
+        "draws of noise for each layer (default: as --draws)",
+        metavar="N",
+        check=positive,
+        follows="draws",
     )
     alphas: tuple[float, ...] = option(
         ALPHAS,
@@ -272,8 +276,8 @@ class Sharpness:
     estimator: EstimatorChoice = option(
         "auto",
         "plain: draws that the images of a noise batch share, the published protocol; gradient: minus their "
-        "linear term; per-image, per-image-antithetic, per-image-gradient: noise of its own for each image, "
-        "of which one pass is worth many plain draws; auto, the default: per-image, minus the linear term "
+        "linear term; per-image, per-image-antithetic, per-image-gradient: separate noise for each image, "
+        "so that one pass replaces several plain draws; auto, the default: per-image, minus the linear term "
         "where the first draws show that it pays; hessian: the limit for small rho; apgd-l2, apgd-linf: the "
         "worst case, also by the published loop (apgd-l2-published, apgd-linf-published)",
         metavar="NAME",
@@ -284,8 +288,8 @@ class Sharpness:
         "which weights are perturbed (default: interpolated, layer by layer finetuned)",
         choices=names.ON,
     )
-    noise: Noise = option("normal", "(default: normal)", choices=names.NOISE)
-    adaptive: bool = option(True, "noise of the same size for every weight, not of |w|")
+    noise: Noise = option("normal", "distribution of the noise (default: normal)", choices=names.NOISE)
+    adaptive: bool = option(True, "noise of the same size for every weight, not in units of |w|")
     noise_batch: int | None = option(
         names.NOISE_BATCH,
         "images that share a draw of noise (default: %(default)s, as in published code), or all",
@@ -301,7 +305,7 @@ class Sharpness:
         check=positive,
     )
     exclude: tuple[str, ...] | None = _names(
-        "layers that are not perturbed in sharpness, that of all weights; re:PATTERN matches whole names "
+        "layers without noise in the study sharpness (all weights); re:PATTERN matches whole names "
         "(default: none)",
         whole=tuple,
     )
@@ -313,7 +317,7 @@ class Sharpness:
         metavar="NATS",
         check=above_zero,
     )
-    max_draws: int = option(1000, "draws for it, at most (default: 1000)", metavar="N", check=positive)
+    max_draws: int = option(1000, "most draws for --goal-se (default: 1000)", metavar="N", check=positive)
     zero_margin: float = option(
         names.ZERO_MARGIN,
         "layer-wise sharpness within which a layer is flat (default: %(default)s)",

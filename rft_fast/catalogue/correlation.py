@@ -1,4 +1,4 @@
-"""Over three models or more: does sharpness tell accuracy out of distribution?"""
+"""Over three models or more: does sharpness predict accuracy out of distribution?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Correlation(Study):
     """Rank correlation of sharpness with accuracy and gain, made of the other studies' rows."""
 
     name = "correlation"
-    help = "over three models or more: does sharpness tell accuracy out of distribution?"
+    help = "over three models or more: does sharpness predict accuracy out of distribution?"
     measures = False
     pooled = True
 

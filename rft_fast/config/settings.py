@@ -87,7 +87,7 @@ class Models:
     )
     format: Format | None = option(
         None,
-        "format of the fine-tuned checkpoints (default: found out; docs/checkpoints.md)",
+        "format of the fine-tuned checkpoints (default: detected; docs/checkpoints.md)",
         choices=tuple(names.FORMATS),
     )
     key: str | None = option(
@@ -104,17 +104,17 @@ class Models:
     )
     unrelated: bool = option(
         False,
-        "also walk to weights that were not fine-tuned from the zero-shot ones (docs/checkpoints.md)",
+        "accept weights that were not fine-tuned from the zero-shot ones (docs/checkpoints.md)",
     )
     data: tuple[tuple[str, pathlib.Path], ...] = _sets(
-        "out-of-distribution data: a folder of class folders, or another kind (docs/data.md); without NAME "
-        "it goes by the name of the folder"
+        "out-of-distribution data: a folder of class folders, or another kind (docs/data.md); without NAME, "
+        "the name is that of the folder"
     )
     id_data: tuple[tuple[str, pathlib.Path], ...] = _sets(
-        "in-distribution data, shown beside the others; no mode is given there"
+        "in-distribution data, shown beside the others; paths on them get no verdict (gain, failure)"
     )
     data_kind: tuple[tuple[str, str], ...] = _of_sets(
-        f"what a data set is, where that is not found out: {', '.join(names.KINDS)}", "NAME=KIND"
+        f"format of a data set, where it is not detected: {', '.join(names.KINDS)}", "NAME=KIND"
     )
     data_labels: tuple[tuple[str, str], ...] = _of_sets(
         "which rows of the head a data set's classes are, where their names do not show it: a label map "
@@ -262,7 +262,7 @@ class Running:
     )
     overwrite: bool = option(
         False,
-        "replace the run in DIR, rather than go on with it",
+        "replace the run in DIR instead of resuming it",
         own=_yours("where results are written"),
     )
     cache: pathlib.Path | None = option(
@@ -292,7 +292,7 @@ class Running:
     )
     workers: str | None = option(
         None,
-        "measure on several GPUs or machines with Ray (docs/cluster.md): a number, auto for one to a GPU "
+        "measure on several GPUs or machines with Ray (docs/cluster.md): a number, auto for one per GPU "
         "(or 8 cores) of this machine, or ray://HOST:PORT of a cluster",
         metavar="N",
         check=_workers,
@@ -300,11 +300,11 @@ class Running:
     )
     fetch: bool = option(
         False,
-        "download what a zoo file names and this machine has not (hf-hub:..., published weights, "
-        "tokenizers); with --plan, anything. What this command line names itself is downloaded without it",
+        "download what a zoo file names and this machine does not have (hf-hub:..., published weights, "
+        "tokenizers); what the command line names is downloaded without it, except with --plan",
         own=_yours("what is downloaded"),
     )
-    quiet: bool = option(False, "say nothing but errors; run.log has it all", own=_yours("what is printed"))
+    quiet: bool = option(False, "print only errors; run.log has everything", own=_yours("what is printed"))
     json: bool = option(
         False,
         "JSON lines on standard output, for machines (docs/progress.md)",
@@ -312,7 +312,7 @@ class Running:
     )
     track: tuple[TrackerName, ...] = option(
         (),
-        "also log measurements there, through its own client",
+        "also send measurements to these trackers, through their own clients",
         choices=names.TRACKERS,
         many="once",
         whole=different,
@@ -320,7 +320,7 @@ class Running:
     )
     plan: bool = option(
         False,
-        "measure nothing: tell forward passes, FLOPs, bytes, expected time and memory of this request",
+        "measure nothing; print forward passes, FLOPs, bytes, estimated time and memory of this request",
         own=_yours("whether anything is measured"),
     )
 

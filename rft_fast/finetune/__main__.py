@@ -20,8 +20,8 @@ BUILDER = Builder((Setting, Request, Invocation), (DATA, HEAD, GRID))
 
 DESCRIPTION = """\
 Fine-tune the image encoder and head of a zero-shot CLIP model, once for every combination of the values
-given for the options of a grid, and leave a zoo that `python -m rft_fast.sweep` reads. A run that was
-killed goes on where it was when it is started again; models that are finished are skipped.
+given for the options of a grid, and leave a zoo that `python -m rft_fast.sweep` reads. After a kill,
+the same command resumes from the last state kept; models that are finished are skipped.
 """
 
 EXAMPLES = """\

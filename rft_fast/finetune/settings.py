@@ -91,14 +91,14 @@ class Setting:
         off="leave gradients as they are",
     )
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Schedule = option("cosine", "after the warm-up (%(default)s)", choices=SCHEDULES)
+    schedule: Schedule = option("cosine", "learning rate after the warm-up (%(default)s)", choices=SCHEDULES)
     probe_epochs: int = option(
         0,
-        "first train the head alone so long, on features that are computed once: LP-FT (%(default)s)",
+        "first train only the head for N epochs, on features computed once: LP-FT (%(default)s)",
         metavar="N",
         check=int,
     )
-    probe_lr: float = option(1e-3, "learning rate then (%(default)s)", metavar="X", check=float)
+    probe_lr: float = option(1e-3, "learning rate of these epochs (%(default)s)", metavar="X", check=float)
 
     def __post_init__(self) -> None:
         whole = {"epochs": 1, "warmup": 0, "seed": 0, "batch_size": 1, "accumulate": 1, "probe_epochs": 0}
@@ -208,7 +208,7 @@ class Request:
         metadata=_sets("out-of-distribution data, which is only named in the zoo: no image is opened"),
     )
     kind: Kind | None = option(
-        None, "format of --train (default: as its files tell)", choices=tuple(sorted(names.KINDS))
+        None, "format of --train (default: detected)", choices=tuple(sorted(names.KINDS))
     )
     label_map: pathlib.Path | str | None = option(
         None,
@@ -238,10 +238,18 @@ class Request:
         group=Setting.GROUP,
     )
     freeze: Names = option(
-        (), "parameters, by whole names, that stay", metavar="REGEX", many="last", group=Setting.GROUP
+        (),
+        "parameters that are not trained; each REGEX matches whole names",
+        metavar="REGEX",
+        many="last",
+        group=Setting.GROUP,
     )
     freeze_blocks: int = option(
-        0, "the first N blocks and what is before stay", metavar="N", check=int, group=Setting.GROUP
+        0,
+        "do not train the first N blocks and what comes before",
+        metavar="N",
+        check=int,
+        group=Setting.GROUP,
     )
     precision: Mixed = option(
         "fp32", "bf16, fp16: mixed (%(default)s)", choices=names.MIXED, group=Setting.GROUP
@@ -271,7 +279,7 @@ class Request:
     )
     keep_every: int | None = option(
         500,
-        "steps between two states that a killed run goes on from (%(default)s; also every epoch)",
+        "steps between two states from which a killed run resumes (%(default)s; also every epoch)",
         metavar="N",
         check=int,
         group=RUNNING,

@@ -1,4 +1,4 @@
-"""``python -m rft_fast.results DIR``: what a run has so far, and its rows in other formats."""
+"""Show what a run has so far, and write its rows in other formats."""
 
 from __future__ import annotations
 
