@@ -156,7 +156,7 @@ class Request:
         None, "which weights of the zero-shot file, where it has several", metavar="NAME", group=MODELS
     )
     unrelated: bool = option(
-        False, "accept models of which neither was fine-tuned from the other", group=MODELS
+        False, "accept models even if neither was fine-tuned from the other", group=MODELS
     )
     alpha: tuple[float | tuple[str, float], ...] = option(
         (),
@@ -188,10 +188,13 @@ class Request:
         many="once",
     )
     density: float = option(
-        0.2, "largest part of each difference that ties keeps (%(default)s)", metavar="P", check=finite
+        0.2,
+        "fraction of each difference, its largest elements, that ties keeps (%(default)s)",
+        metavar="P",
+        check=finite,
     )
     agreeing: Agreeing = option(
-        "mean", "of the elements with the elected sign (%(default)s)", choices=AGREEING
+        "mean", "how elements with the elected sign are combined (%(default)s)", choices=AGREEING
     )
     drop: float | None = option(
         None,
@@ -209,7 +212,7 @@ class Request:
         0.5, "probability that a weight is kept by prune (%(default)s)", metavar="P", check=finite
     )
     fill: Fill = option("zero", "value of a pruned weight (%(default)s)", choices=FILL)
-    seed: int = option(0, "of random masks (%(default)s)", metavar="N", check=int)
+    seed: int = option(0, "seed of the random masks (%(default)s)", metavar="N", check=int)
     format: MergeNaming | None = option(
         None,
         "names in the result (default: those in the first fine-tuned file)",
@@ -218,12 +221,12 @@ class Request:
     )
     dtype: MergeDtype | None = option(
         None,
-        "of floating-point tensors (default: as in the first fine-tuned file)",
+        "type of floating-point tensors (default: as in the first fine-tuned file)",
         choices=MERGE_DTYPES,
         group=OUTPUT,
     )
     recalibrate: bool = option(
-        False, "estimate the statistics of BatchNorm anew, on data that follows behind --", group=OUTPUT
+        False, "estimate the statistics of BatchNorm again, on the data given after --", group=OUTPUT
     )
     overwrite: bool = option(False, "replace a result that exists", group=OUTPUT)
 
