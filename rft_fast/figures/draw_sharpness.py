@@ -106,7 +106,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
                 level(row)
         if fixed or columns is groups[-1]:
             for panel in panels:
-                panel.set_xlabel(r"$\alpha$" if panel is left else "general sharpness (nats)")
+                panel.set_xlabel(r"$\alpha$" if panel is left else "sharpness (nats)")
 
     note = wrap(
         figure,
