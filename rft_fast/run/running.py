@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from .. import catalogue, results
-from ..catalogue import Chosen
+from ..catalogue import Chosen, Study
 from ..common.program import Stop
 from ..config.request import Request
 from ..studies.chance import among
@@ -38,16 +38,17 @@ def measure(
     ledger = Ledger(run, progress, stop, among(executor.config))
     takes = {study: list(request.zoo.finetuned) for study in request.measured}
     progress.expect(_estimated(executor, request))
-    turns = [
-        (phase, turn) for phase in catalogue.phases() for turn in range(max(each.rounds for each in phase))
-    ]
-    for phase, turn in turns:
+    phases = [[each for each in phase if each.name in request.measured] for phase in catalogue.phases()]
+    for phase, turn in _turns(phases):
         todo: list[Piece] = []
         copies: dict[str, Copies] = {}
         facts = Facts(run.rows(), request.settings, images=results.Stored(run.directory))
-        for what in (each for each in phase if each.name in request.measured and turn < each.rounds):
+        for what in (each for each in phase if turn < each.rounds):
             study, models = what.name, takes[what.name]
-            pieces, copies[study] = executor.pieces(study, models, _some(models, partial(what.choose, facts)))
+            # The first of several rounds is chosen by nothing, and may lack rows of some models when resumed.
+            first = what.rounds > 1 and not turn
+            choose = partial(executor.guess, study) if first else partial(what.choose, facts)
+            pieces, copies[study] = executor.pieces(study, models, _some(models, choose))
             done = {model: run.done(study, model) for model in models}
             left = [rest for piece in pieces if (rest := piece.without(done[piece.model])) is not None]
             counts = Counter[str]()
@@ -69,11 +70,18 @@ def measure(
             takes |= selection.choose(request, run.rows())
         if turn > 0 and turn == max(each.rounds for each in phase) - 1:
             facts = Facts(run.rows(), request.settings)
-            for what in (each for each in phase if each.name in request.measured):
+            for what in phase:
                 for text in what.notices(facts):
                     progress.notice(text)
         stop.check()
     return ledger.rows()
+
+
+def _turns(phases: Sequence[Sequence[Study]]) -> Iterator[tuple[Sequence[Study], int]]:
+    """Yield the studies of each phase, with the number of the round, as often as one of them has rounds."""
+    for phase in phases:
+        for turn in range(max((each.rounds for each in phase), default=0)):
+            yield phase, turn
 
 
 def _some(models: Sequence[str], choose: Callable[[str], Chosen | None]) -> dict[str, Chosen]:

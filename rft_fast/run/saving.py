@@ -158,8 +158,8 @@ def _write(request: Request, models: Models, name: str, chosen: Best, file: path
     by: BestBy = request.of(Running).best_by
     zoo = request.zoo
     sources = [
-        metadata.source(source, models.hashes[source], role)
-        for source, role in ((zoo.zeroshot.source, "zero-shot"), (zoo.finetuned[name].source, "fine-tuned"))
+        metadata.source(weights.source, models.hashes[weights.source], role, key=weights.key)
+        for weights, role in ((zoo.zeroshot, "zero-shot"), (zoo.finetuned[name], "fine-tuned"))
     ]
     selection = {"by": by, "datasets": list(chosen.datasets), "accuracy": chosen.accuracy}
     _, model_cfg, _ = architectures.config(zoo.arch)

@@ -84,6 +84,32 @@ def test_it_is_resumed(zoo: Path, alone: Path, tmp_path: Path, left: int) -> Non
 
 
 @pytest.mark.slow
+def test_it_is_resumed_without_the_interpolation_of_a_model(
+    zoo: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As workers may leave it: the grid of another model, which crosses nothing by itself, is complete."""
+    rows = rows_of(alone)
+    grid = rows[(rows["study"] == "pilot") & rows["rho"].isin(pilot.GRID)]
+    table = grid.pivot(index="model", columns="rho", values="sharpness")
+    low, median = table.max(axis=1).min(), table.median().max()
+    assert low < median
+    monkeypatch.setattr(pilot, "TARGET", (low + median) / 2)
+    out, high = tmp_path / "run", table.max(axis=1).idxmax()
+    asked = [*words(zoo), "--no-image-results", "--out", str(out)]
+    assert sweep.main(asked) == 0
+    whole = rows_of(out)
+    with sqlite3.connect(out / "rows.sqlite") as database:
+        query = "SELECT id FROM measurements WHERE model = ? OR study <> 'interpolation' AND number > 0"
+        gone = [number for (number,) in database.execute(query, [high])]
+        marks = ", ".join("?" * len(gone))
+        database.execute(f"DELETE FROM rows WHERE measurement IN ({marks})", gone)
+        database.execute(f"DELETE FROM measurements WHERE id IN ({marks})", gone)
+    database.close()
+    assert sweep.main(asked) == 0
+    pd.testing.assert_frame_equal(rows_of(out), whole)
+
+
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_find_the_same(zoo: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -58,7 +58,7 @@ class Groups:
         self._path, self._evaluator, self._flipped = path, evaluator, flipped
         self._text = evaluator.stations - len(evaluator.stages.image) - bool(evaluator.stages.text)
         self._spans = {layer: evaluator.span(path.tensors(layer)) for layer in path.layers}
-        self._blocks: dict[int, Group] = {}
+        self._blocks: dict[int, Group | None] = {}
         self.recorded = 0
         self._of = {target: self._find(target) for target in targets}
 
@@ -79,17 +79,18 @@ class Groups:
         first = target.stage
         if target.layer is not None and first >= self._text:
             first -= (first - self._text) % STATIONS
-            if target.last < first + STATIONS and first in self._blocks:
-                return self._blocks[first]
-            if target.last < first + STATIONS:
-                layers = [x for x, (a, b) in self._spans.items() if first <= a and b < first + STATIONS]
-                last = max(self._spans[layer][1] for layer in layers)
-                block = self._group(first, last, layers, True)
-                if block is not None:
-                    self._blocks[first] = block
-                    return block
+            if target.last < first + STATIONS and (block := self._block(first)) is not None:
+                return block
         own = self._group(first, target.last, target.layers, False)
         return own or Group(first, target.last, (), False)
+
+    def _block(self, first: int) -> Group | None:
+        """Return the group of the layers that lie within stations from this one on; None as of _group."""
+        if first not in self._blocks:
+            layers = [x for x, (a, b) in self._spans.items() if first <= a and b < first + STATIONS]
+            last = max(self._spans[layer][1] for layer in layers)
+            self._blocks[first] = self._group(first, last, layers, True)
+        return self._blocks[first]
 
     def _group(self, first: int, last: int, layers: list[str] | None, shared: bool) -> Group | None:
         """None: no rule is known for these layers together."""
