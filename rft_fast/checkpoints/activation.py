@@ -28,6 +28,7 @@ _CONVENTIONAL = re.compile(r"(?:open_clip_)?(?:pytorch_)?model(?:-\d+-of-\d+)?\.
 _INNER = ("model_cfg", "model", "config", "configuration")
 # The constant of QuickGELU, x * sigmoid(1.702 x), and calls of GELU in TorchScript code.
 _QUICK_CODE = re.compile(r"\b1\.70(?:2|19999)\d*\b")
+_TORCHSCRIPT = re.compile(r"\b__torch__\.|\b___torch_mangle_\d+\.")  # what it adds to names of classes
 _GELU_CODE = re.compile(r"\btorch\.gelu_?\(")
 
 
@@ -89,6 +90,7 @@ class Evidence:
             name: full name of the class.
             where: canonical name of the module.
         """
+        name = _TORCHSCRIPT.sub("", name)
         first = where.partition(".")[0]
         if first in ("visual", "vision_model"):
             self.add("image", _is_quick(name), f"the class {name} in it")

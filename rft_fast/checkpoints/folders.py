@@ -30,27 +30,27 @@ _ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def located(path: str | PathLike[str], operation: str = "located") -> pathlib.Path:
+def located(path: str | PathLike[str], operation: str = "") -> pathlib.Path:
     """Return the file of a checkpoint.
 
     Args:
         path: a file, or a folder with weights under a name of ``WEIGHTS``.
-        operation: what the message of an error begins with.
+        operation: what the message of an error begins with; empty: nothing.
 
     Raises:
         ValueError: there is no such file, it is no regular file, or the folder has no weights under these
             names; the message says what the folder is, or which files it has.
     """
-    file = pathlib.Path(path)
+    file, begin = pathlib.Path(path), f"{operation}: " if operation else ""
     if file.is_dir():
         inside = next((file / name for name in WEIGHTS if (file / name).is_file()), None)
         if inside is None:
-            raise ValueError(f"{operation}: {file} is a directory{_of_folder(file)}")
+            raise ValueError(f"{begin}{file} is a directory{_of_folder(file)}")
         return inside
     if kind := files.special(file):
-        raise ValueError(f"{operation}: {file} is {kind}, expected a checkpoint file")
+        raise ValueError(f"{begin}{file} is {kind}, expected a checkpoint file")
     if not file.is_file():
-        raise ValueError(f"{operation}: there is no file {file}")
+        raise ValueError(f"{begin}there is no file {file}")
     return file
 
 
