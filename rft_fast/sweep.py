@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs a command line; ``argv`` without the program's name, left out for the process's own.
 
     Returns 0 when all is done, 1 when disk, memory or workers failed on the way, or the analysis of what was
-    measured did, 130 when interrupted; what was measured until then is on disk, and the same command goes on
+    measured did, 130 when interrupted. What was measured until then is on disk; the same command resumes
     from there. Exits with 2, as argparse does, for whatever is refused; that is always before the first
     measurement, with earlier rows untouched.
     """

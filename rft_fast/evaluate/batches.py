@@ -250,7 +250,7 @@ class Batches:
             )
             warnings.warn(
                 f"Evaluator: {samples} {self._sample}s at once do not fit in the memory of {self._device}; "
-                f"going on with {size}{hint}",
+                f"continuing with {size}{hint}",
                 stacklevel=2,
             )
         self.relieve()

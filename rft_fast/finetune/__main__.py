@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(argv)
     except (KeyboardInterrupt, program.Interrupted):
-        print("\nfinetune: interrupted; the same command goes on from the last state kept", file=sys.stderr)
+        print("\nfinetune: interrupted; the same command resumes from the last saved state", file=sys.stderr)
         return 130
 
 
@@ -75,7 +75,7 @@ def _run(argv: Sequence[str]) -> int:
             outcome = work.run(stop)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         print(
-            f"finetune: error: {message(error)}; the same command goes on from the last state kept",
+            f"finetune: error: {message(error)}; the same command resumes from the last saved state",
             file=sys.stderr,
         )
         return 1

@@ -153,7 +153,7 @@ class Workers:
                 f"cluster: {DEATHS} workers died at the same place ({where}): {reason(error)}; if their "
                 "memory ran out, use fewer workers to a machine, or a smaller --batch-size or --memory-limit"
             ) from error
-        warnings.warn(f"a worker died ({where}: {reason(error)}); another one goes on", stacklevel=2)
+        warnings.warn(f"a worker died ({where}: {reason(error)}); another one continues", stacklevel=2)
 
     def any(self) -> Any:
         """A worker that is ready."""
