@@ -55,7 +55,7 @@ _BESIDE: Mapping[str, Callable[[Tree], str]] = {
 
 
 def unused(tree: Tree, measured: Sequence[str]) -> Iterator[str]:
-    """Say which options of the command line have no effect, a sentence each.
+    """Say which options of the command line have no effect, a sentence for each reason.
 
     Options of a zoo file are for all its sweeps, and may be of no use to one of them.
 
@@ -63,13 +63,18 @@ def unused(tree: Tree, measured: Sequence[str]) -> Iterator[str]:
         tree: The settings.
         measured: The studies that are measured or made of rows, with those that they need.
     """
+    reasons: dict[str, list[str]] = {}
     for kind, studies in _OF_CLASS.items():
         for entry in entries(kind):
             if tree.giver(entry.name) != COMMAND or entry.name in _ALWAYS:
                 continue
             users = _OF_OPTION.get(entry.name, studies)
-            why = f"no study that uses it is requested ({', '.join(users)})"
+            do = "does" if len(users) == 1 else "do"
+            why = f"no requested study uses {{}} ({', '.join(users)} {do})"
             if set(users) & set(measured):
                 why = _BESIDE[entry.name](tree) if entry.name in _BESIDE else ""
             if why:
-                yield f"argument --{entry.name} has no effect: {why}"
+                reasons.setdefault(why, []).append(f"--{entry.name}")
+    for why, names in reasons.items():
+        have, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        yield f"{', '.join(names)} {have} no effect: {why.format(them)}"

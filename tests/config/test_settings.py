@@ -414,7 +414,18 @@ def test_options_without_effect_are_said(words: str, option: str | None, facts: 
     found = [notice for notice in notices if "has no effect" in notice]
     assert len(found) == (option is not None)
     if option is not None:
-        assert found[0].startswith(f"argument --{option} has") and facts in found[0]
+        assert found[0].startswith(f"--{option} has") and facts in found[0]
+
+
+def test_options_without_effect_for_one_reason_are_one_sentence() -> None:
+    notices = request.read(
+        "interpolation --rhos 0.1 --draws 5 --methods zero --layer-samples 9".split()
+    ).notices
+    assert [notice for notice in notices if "no effect" in notice] == [
+        "--layer-samples has no effect: no requested study uses it (layers, prune do)",
+        "--rhos, --draws have no effect: no requested study uses them (sharpness, layer-sharpness do)",
+        "--methods has no effect: no requested study uses it (prune does)",
+    ]
 
 
 def test_options_of_a_zoo_may_be_for_other_studies(zoo: Path, tmp_path: Path) -> None:

@@ -270,7 +270,8 @@ def test_json_lines_and_quiet(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
     assert (tmp_path / "quiet" / "figures" / "interpolation.png").exists()
-    said((tmp_path / "quiet" / "run.log").read_text().splitlines()[-1])
+    log = (tmp_path / "quiet" / "run.log").read_text()
+    said("\n".join(line for line in log.splitlines() if "finished" in line or "in short" in line))
     sweep_refused([*brief, "--quiet", "--json"], "--json", "--quiet")
 
 
