@@ -162,7 +162,10 @@ CASES: dict[str, Case] = {
     "prune": Case(prune, "transformer", "unpruned"),
     "prune, convolutions": Case(prune, "convolutions", "unpruned", sets=("a", "b")),
 }
-EACH = pytest.mark.parametrize("name", CASES)
+LONG = {"layer-wise in pieces until a goal"}  # of which the first test takes over two seconds
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES]
+)
 
 
 class Told:
