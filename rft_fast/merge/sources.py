@@ -75,6 +75,7 @@ class Source:
 
         Raises:
             Changed, OSError: the file became shorter, or cannot be read.
+            ValueError: the tensor ends before ``out`` is full.
         """
         item = self.items[name]
         if item.transposed:
@@ -89,7 +90,8 @@ class Source:
                 self._read(piece.stored, out[done : done + count], start)
                 done, start = done + count, start + count
             start -= size
-        assert done == len(out)
+        if done < len(out):
+            raise ValueError(f"read: {name} ends after {done} of the {len(out)} elements requested")
 
     def _read(self, stored: Stored, out: Tensor, start: int) -> None:
         data = stored.storage.data

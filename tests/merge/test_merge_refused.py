@@ -15,7 +15,8 @@ from support import tiny_merge
 from support.tiny_merge import State, merged
 from support.wording import command_refused, refused
 
-from rft_fast.merge import Request, lines
+from rft_fast.common import files
+from rft_fast.merge import Request, lines, sources
 from rft_fast.merge.__main__ import main
 
 ZERO = tiny_merge.base()
@@ -236,3 +237,13 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, f
     usual = {name: value for name, value in usual.items() if name not in options}
     command_refused(main, [method, *options, *(word for pair in usual.items() for word in pair)], *facts)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_read_beyond_the_end_of_a_tensor(tmp_path: Path) -> None:
+    save_file({"visual.a": torch.arange(10.0)}, tmp_path / "a.safetensors")
+    with sources.opened(tmp_path / "a.safetensors", files.Inputs()) as source:
+        out = torch.empty(4)
+        source.read("visual.a", out, 6)
+        assert out.tolist() == [6, 7, 8, 9]
+        with refused(ValueError, "visual.a", 2, 4):
+            source.read("visual.a", out, 8)
