@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -12,13 +11,11 @@ from .common import program
 @program.command("")
 def main(argv: Sequence[str]) -> int:
     """Print the commands; returns 0."""
-    width = max(map(len, program.COMMANDS))
-    lines = [f"  python -m rft_fast.{name:<{width}}  {what}" for name, what in program.COMMANDS.items()]
+    commands = program.listed({program.called(name): what for name, what in program.COMMANDS.items()})
     parser = program.parser(
         "",
-        description="Measure the straight path between a zero-shot CLIP model and a fine-tuned one.",
-        epilog="\n".join(["commands, each with --help:", *lines]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Study the straight line in weight space between zero-shot and fine-tuned CLIP models.",
+        epilog=f"commands, each with --help:\n{commands}",
     )
     parser.parse_args(argv)
     parser.print_help()

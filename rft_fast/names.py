@@ -169,18 +169,18 @@ Combining = Literal[
 ]
 MergeMethod = Literal["interpolate", Combining, "slerp", "hold", "prune"]
 MERGE_METHODS: dict[MergeMethod, str] = {
-    "interpolate": "(1 - alpha) zero-shot + alpha fine-tuned; alpha by layer: LiNeS",
+    "interpolate": "(1 - alpha) zero-shot + alpha fine-tuned, also by layer",
     "soup": "mean of the fine-tuned models",
-    "greedy-soup": "mean of the models that raise its accuracy on held-out data, the best first",
-    "fisher": "mean weighted by the diagonal Fisher information of each model on data",
-    "model-stock": "zero-shot + t (mean - zero-shot), t of each tensor from the angles between models",
+    "greedy-soup": "mean of the models that raise its accuracy on held-out data",
+    "fisher": "mean weighted by diagonal Fisher information on data",
+    "model-stock": "zero-shot + t (mean - zero-shot); t by angles between models",
     "task-arithmetic": "zero-shot + sum of scale_k (fine-tuned_k - zero-shot)",
-    "ties": "differences trimmed to their largest elements, signs elected, mean of those that agree",
-    "dare": "task-arithmetic with elements of the differences dropped at random, the others rescaled",
-    "dare-ties": "dare's differences, signs elected as by ties",
+    "ties": "trimmed differences, elected signs, mean of those that agree",
+    "dare": "task-arithmetic with randomly dropped elements, rescaled",
+    "dare-ties": "dare's differences with signs elected as in ties",
     "slerp": "spherical interpolation, tensor by tensor",
-    "hold": "interpolation with some layers held at zero-shot",
-    "prune": "Algorithm 1: a Bernoulli mask on layers of the fine-tuned model, then interpolation",
+    "hold": "interpolation with some layers kept at zero-shot",
+    "prune": "interpolation after random pruning of layers (Algorithm 1)",
 }
 Agreeing = Literal["mean", "sum"]  # of the elements that have the elected sign
 AGREEING: tuple[Agreeing, ...] = get_args(Agreeing)

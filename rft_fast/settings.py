@@ -101,31 +101,37 @@ class Along:
 
     alphas: tuple[float, ...] = option(
         ALPHAS,
-        "positions, as numbers or start:stop:count (default: 0:1:11)",
+        "positions on the path: numbers, or start:stop:count (default: 0:1:11)",
+        common="positions on the path (default: 0:1:11)",
         metavar="ALPHA",
         check=spaced,
         many="once",
         whole=_alphas,
     )
     samples: int | None = option(
-        None, "images of each data set, drawn at random (default: all)", metavar="N", check=positive
+        None,
+        "images of each data set, drawn at random (default: all)",
+        common="random images of each data set (default: all)",
+        metavar="N",
+        check=positive,
     )
     seed: int = option(
         0,
-        "chooses the images of --samples and the noise (default: 0)",
+        "seed of the noise and of the images of --samples (default: 0)",
+        common="seed of the noise and of --samples (default: 0)",
         metavar="N",
         check=whole(0, 2**32 - 1),
     )
     xi: float = option(
         names.XI,
-        "gain in accuracy that counts as high, as a fraction (default: %(default)s)",
+        "gain in accuracy that counts as high, a fraction (default: %(default)s)",
         metavar="X",
         check=fraction,
     )
     paper: bool = option(
         False,
-        "the paper's choices in place of the defaults: its data, estimator, draws, definitions (table: "
-        "docs/paper.md); an option given beside it wins",
+        "use the paper's data, estimator, draws and definitions as defaults (docs/paper.md)",
+        common="use the paper's data, estimator and draws",
         compared=False,
     )
 
@@ -151,26 +157,29 @@ class Layers:
 
     granularity: str = option(
         "module",
-        "module, block, tensor, or re:PATTERN (default: module)",
+        "what one layer is: module (default), block, tensor, or re:PATTERN",
         metavar="HOW",
         check=_granularity,
     )
     layers: tuple[str, ...] | None = _names(
-        "only these layers; re:PATTERN matches whole names (default: all)", whole=tuple
+        "layers to study; re:PATTERN matches whole names (default: all)",
+        common="layers to study (default: all)",
+        whole=tuple,
     )
     models: tuple[str, ...] | None = _names(
-        "fine-tuned models of layers, prune and layer-sharpness, and of figures (default: those with the "
-        "highest and lowest gain in mean accuracy out of distribution, two for layers and prune, four for "
-        "layer-sharpness; all for what correlation and claim need); other studies measure all models"
+        "models for layers, layer-sharpness, prune and figures; other studies measure all (default: those "
+        "with the highest and lowest mean out-of-distribution gain: two for layers and prune, four for "
+        "layer-sharpness; all for correlation and claim)",
+        common="models of studies by layer (default: best, worst)",
     )
     data: tuple[str, ...] | None = _names(
-        "data sets of layers and prune (default: the first out-of-distribution one)",
+        "data sets for layers and prune (default: the first out-of-distribution one)",
         "layer-data",
         compared=False,
     )
     samples: int = option(
         1024,
-        "images of each, at most (default: 1024)",
+        "images of each of these data sets, at most (default: 1024)",
         name="layer-samples",
         metavar="N",
         check=positive,
@@ -178,7 +187,7 @@ class Layers:
     )
     alphas: tuple[float, ...] = option(
         ALPHAS,
-        "positions of layers (default: as --alphas)",
+        "positions for layers (default: as --alphas)",
         name="layer-alphas",
         metavar="ALPHA",
         check=spaced,
@@ -188,18 +197,18 @@ class Layers:
     )
     others: Others = option(
         "zeroshot",
-        "where the other layers are in layers (default: zeroshot)",
+        "weights of the other layers in the study layers (default: zeroshot)",
         choices=tuple(names.OTHERS),
     )
     reference: Reference = option(
         "own",
-        "what instability is measured from: the mean loss of the layer's own two ends (own, the default), or "
-        "that of the two original models (models), as the paper words it",
+        "baseline of instability: the mean loss of the layer's own two ends (own, the default), or of the "
+        "two original models (models), as the paper words it",
         choices=tuple(names.REFERENCES),
     )
     straggler_margin: float = option(
         names.STRAGGLER_MARGIN,
-        "instability beyond which a layer is a straggler (default: %(default)s)",
+        "instability above which a layer is a straggler (default: %(default)s)",
         metavar="NATS",
         check=above_zero,
     )
@@ -234,15 +243,18 @@ class Sharpness:
 
     rhos: tuple[float, ...] = option(
         (1.0,),
-        "noise in units of |w| (default: 1.0, the paper's); or auto: the rho at which the median model's "
-        "sharpness at the highest alpha is .1 nats, which a pilot finds",
+        "scale of the noise, in units of |w| (default: 1.0, as in the paper); auto: the rho at which the "
+        "median model's sharpness is 0.1 nats",
+        common="scale of the noise, or auto (default: 1.0)",
         metavar="RHO",
         check=_rho,
         many="once",
         whole=_rhos,
         none="auto",
     )
-    draws: int = option(20, "draws of noise (default: 20)", metavar="N", check=positive)
+    draws: int = option(
+        20, "draws of noise (default: 20)", common="draws of noise (default: 20)", metavar="N", check=positive
+    )
     layer_draws: int = option(
         20,
         "draws of noise for each layer (default: as --draws)",
@@ -252,7 +264,7 @@ class Sharpness:
     )
     alphas: tuple[float, ...] = option(
         ALPHAS,
-        "positions, some of --alphas (default: as --alphas)",
+        "positions for sharpness, a subset of --alphas (default: all of them)",
         name="sharpness-alphas",
         metavar="ALPHA",
         check=spaced,
@@ -261,13 +273,13 @@ class Sharpness:
         follows="alphas",
     )
     data: tuple[str, ...] | None = _names(
-        "data sets (default: the first in-distribution one, else the first)",
+        "data sets for sharpness (default: the first in-distribution one, else the first)",
         "sharpness-data",
         compared=False,
     )
     samples: int = option(
         1024,
-        "images of each, at most (default: 1024)",
+        "images of each of these data sets, at most (default: 1024)",
         name="sharpness-samples",
         metavar="N",
         check=positive,
@@ -275,52 +287,52 @@ class Sharpness:
     )
     estimator: EstimatorChoice = option(
         "auto",
-        "plain: draws that the images of a noise batch share, the published protocol; gradient: minus their "
-        "linear term; per-image, per-image-antithetic, per-image-gradient: separate noise for each image, "
-        "so that one pass replaces several plain draws; auto, the default: per-image, minus the linear term "
-        "where the first draws show that it pays; hessian: the limit for small rho; apgd-l2, apgd-linf: the "
-        "worst case, also by the published loop (apgd-l2-published, apgd-linf-published)",
+        "plain: all images of a noise batch share a draw, as published; gradient: plain, minus the linear "
+        "term; per-image, per-image-antithetic, per-image-gradient: separate noise for each image, so that "
+        "one pass replaces several plain draws; auto (default): per-image or per-image-gradient, as the "
+        "first draws decide; hessian: the limit of small rho; apgd-l2, apgd-linf: the worst case; "
+        "apgd-l2-published, apgd-linf-published: the worst case by the published loop",
         metavar="NAME",
         choices=names.ESTIMATOR_CHOICES,
     )
     on: On | None = option(
         None,
-        "which weights are perturbed (default: interpolated, layer by layer finetuned)",
+        "weights to perturb (default: interpolated in sharpness, finetuned in layer-sharpness)",
         choices=names.ON,
     )
     noise: Noise = option("normal", "distribution of the noise (default: normal)", choices=names.NOISE)
-    adaptive: bool = option(True, "noise of the same size for every weight, not in units of |w|")
+    adaptive: bool = option(True, "use noise of the same size for every weight, not in units of |w|")
     noise_batch: int | None = option(
         names.NOISE_BATCH,
-        "images that share a draw of noise (default: %(default)s, as in published code), or all",
+        "images that share a draw of noise: a number, or all (default: %(default)s, as in published code)",
         metavar="N",
         check=_noise_batch,
         none="all",
     )
     restarts: int = option(
         1,
-        "starts of each search of apgd-..., the first at the clean weights, others random; the highest loss "
-        "counts (default: 1)",
+        "starts of each search by apgd-...: the first at the clean weights, the others random; the highest "
+        "loss counts (default: 1)",
         metavar="N",
         check=positive,
     )
     exclude: tuple[str, ...] | None = _names(
-        "layers without noise in the study sharpness (all weights); re:PATTERN matches whole names "
-        "(default: none)",
+        "layers that the study sharpness does not perturb; re:PATTERN matches whole names (default: none)",
         whole=tuple,
     )
     normalize_logits: bool = option(False, "centre the logits and divide them by their norm before the loss")
     goal_se: float | None = option(
         None,
-        "standard error to reach: a pilot of --draws, in all noise batches together, decides on how many "
-        "draws are made",
+        "standard error to reach; a pilot of --draws, all noise batches together, sets the number of draws",
         metavar="NATS",
         check=above_zero,
     )
-    max_draws: int = option(1000, "most draws for --goal-se (default: 1000)", metavar="N", check=positive)
+    max_draws: int = option(
+        1000, "largest number of draws for --goal-se (default: 1000)", metavar="N", check=positive
+    )
     zero_margin: float = option(
         names.ZERO_MARGIN,
-        "layer-wise sharpness within which a layer is flat (default: %(default)s)",
+        "a layer is flat if its layer-wise sharpness is within this of 0 (default: %(default)s)",
         metavar="NATS",
         check=above_zero,
     )
@@ -368,25 +380,23 @@ class Prune:
 
     criteria: tuple[Criterion, ...] = option(
         names.CRITERIA,
-        "how the layers to prune are found: sharpness (flat layers, Algorithm 1), instability (stragglers; "
-        "default: both)",
+        "how layers to prune are selected (default: both): sharpness: flat layers, as in Algorithm 1; "
+        "instability: stragglers",
         choices=names.CRITERIA,
         many="once",
         whole=different,
     )
     layers: tuple[str, ...] | None = _names(
-        "prune these layers instead (re:PATTERN, too)", "prune-layers", whole=tuple
+        "layers to prune instead; re:PATTERN matches whole names", "prune-layers", whole=tuple
     )
-    keep: float = option(
-        0.5, "fraction of the weights that survives (default: 0.5)", metavar="P", check=_keep
-    )
+    keep: float = option(0.5, "fraction of the weights that survive (default: 0.5)", metavar="P", check=_keep)
     methods: tuple[Method, ...] = option(
         ("zero",),
-        "what pruned weights become: zero (default), zeroshot, rescale (zeroshot, and the rest moves "
-        "further: DARE); magnitude: zero, for the smallest",
+        "value of pruned weights: zero (default); zeroshot; rescale: zeroshot, with the others moved further "
+        "(DARE); magnitude: zero, for the smallest weights instead of random ones",
         choices=names.METHODS,
         many="once",
         whole=different,
     )
     mask_seeds: int = option(3, "number of random masks (default: 3)", metavar="N", check=positive)
-    control: bool = option(True, "do not prune as many layers at random beside them")
+    control: bool = option(True, "do not prune as many random layers for comparison")

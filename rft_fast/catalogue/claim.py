@@ -22,7 +22,7 @@ class Claim(Study):
     """Flat layers of models that fail against those of models that gain, made of the other studies' rows."""
 
     name = "claim"
-    help = "over three models or more: do models that fail have more flat layers?"
+    help = "do models that fail have more flat layers? (3 models or more)"
     measures = False
     pooled = True
 

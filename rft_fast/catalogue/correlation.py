@@ -22,7 +22,7 @@ class Correlation(Study):
     """Rank correlation of sharpness with accuracy and gain, made of the other studies' rows."""
 
     name = "correlation"
-    help = "over three models or more: does sharpness predict accuracy out of distribution?"
+    help = "does sharpness predict OOD accuracy? (3 models or more)"
     measures = False
     pooled = True
 

@@ -22,7 +22,7 @@ class Interpolation(Study):
     """The whole model on the path: gain, barrier, bump, instability and mode (Eq. 1, Eq. 2, Def. 1)."""
 
     name = "interpolation"
-    help = "accuracy and loss along the path: gain, barrier, bump, mode (Figure 1)"
+    help = "accuracy and loss along the path: gain, barrier (Figure 1)"
     phase = 0
     zeroshot_first = True
     reaches_ends = True

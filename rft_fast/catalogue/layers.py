@@ -20,7 +20,7 @@ class Layers(Study):
     """Layer-wise interpolation and its stragglers (Def. 1.1, Def. 1.2)."""
 
     name = "layers"
-    help = "the same for one layer at a time, the others zero-shot: stragglers (Figure 2)"
+    help = "the same, one layer at a time: stragglers (Figure 2)"
     images = "images of layers and prune"
     most = 2
     skips_unchanged = True

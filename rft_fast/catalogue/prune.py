@@ -25,7 +25,7 @@ class Prune(Study):
     """Random pruning of the layers that a criterion picks (Algorithm 1)."""
 
     name = "prune"
-    help = "the path with flat layers or stragglers pruned, and a control (Figure 5)"
+    help = "the path with flat layers or stragglers pruned (Figure 5)"
     phase = 2
     images = "images of layers and prune"
     most = 2

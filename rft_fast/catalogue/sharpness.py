@@ -26,7 +26,7 @@ class Sharpness(Study):
     """General sharpness along the path (Eq. 3)."""
 
     name = "sharpness"
-    help = "how the loss rises when all weights are perturbed, along the path (Figure 3)"
+    help = "rise of the loss when all weights are perturbed (Figure 3)"
     images = "images of sharpness"
     same_at_zeroshot = True
 
@@ -120,7 +120,7 @@ class LayerSharpness(Sharpness):
     """Layer-wise sharpness (Sec. 3.1)."""
 
     name = "layer-sharpness"
-    help = "the same for one layer at a time (Figure 4)"
+    help = "the same, one layer at a time (Figure 4)"
 
     def most_models(self, request: Request) -> int:
         if {"correlation", "claim"} & set(request.studies):

@@ -36,6 +36,7 @@ class Option:
 
     Attributes:
         help: text of the help. ``%(default)s`` stands for the default.
+        common: its text in the short help, one line; empty: only ``--help-all`` shows it.
         name: name without dashes; None: the field's, with ``no-`` before it where the default is True.
         metavar: placeholder of the value in the help.
         check: text -> value, or a list of several; raises ValueError.
@@ -54,6 +55,7 @@ class Option:
     """
 
     help: str
+    common: str = ""
     name: str | None = None
     metavar: str | None = None
     check: Callable[[str], Any] | None = None

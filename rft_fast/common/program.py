@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import errno
 import functools
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
@@ -21,30 +23,111 @@ from .terminal import escaped
 
 # Command -> what it does; run as ``python -m rft_fast.NAME``.
 COMMANDS = {
-    "sweep": "measure fine-tuned models along their paths: tables, figures, a summary",
-    "finetune": "fine-tune a zero-shot CLIP model, once or in a grid, for the sweep",
-    "merge": "make one model of several and write it: interpolation, soups, task vectors",
-    "checkpoints": "describe a checkpoint, or check whether two are the ends of one path",
+    "sweep": "measure fine-tuned models along their paths",
+    "finetune": "fine-tune a zero-shot CLIP model for the sweep",
+    "merge": "merge models: interpolation, soups, task vectors",
+    "checkpoints": "describe a checkpoint, or compare two",
     "datasets": "describe a data set and its problems",
-    "results": "list the measurements of a run, and export them",
-    "figures": "draw the figures of a run again: other formats, widths, styles",
-    "report": "write a run, or a comparison of two, as one HTML page",
+    "results": "list and export the rows of a run",
+    "figures": "draw the figures of a run again",
+    "report": "write a run, or two compared, as an HTML page",
     "cache": "list or remove cached images",
     "env": "print versions and the kernels that work here",
 }
 INTERRUPTED = 130  # exit status, as shells have it
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser with one-line errors and two forms of help: ``--help`` short, ``--help-all`` complete.
+
+    Args:
+        details: text below the description, in the complete help only.
+        **more: arguments of argparse.ArgumentParser.
+
+    Attributes:
+        brief: options -> their text in the short help; empty: only the complete help shows them. Other
+            arguments are the same in both.
+        help_group: group of ``--help`` and the like, the last one.
+    """
+
+    def __init__(self, details: str = "", **more: Any) -> None:
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=_Formatter, **more)
+        self.color = False  # Python 3.14 would write escape codes
+        self.brief: dict[argparse.Action, str] = {}
+        self._details = details
+        self.help_group = self.add_argument_group("help")
+        self.help_group.add_argument("-h", "--help", action=_Help, help="show this help and exit")
+
+    def format_help(self, all_options: bool = False) -> str:
+        """Return the help: the short one, or the complete one with all options."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.add_text(self._details if all_options else None)
+        groups = [(group.title, group.description, group._group_actions) for group in self._action_groups]
+        if self.brief and not all_options:
+            groups = [(title, about, own) for title, about, own in groups if not {*own} & {*self.brief}]
+            groups.append(("common options", None, [_with(*each) for each in self.brief.items() if each[1]]))
+        for title, about, actions in sorted(groups, key=lambda group: group[0] == self.help_group.title):
+            if actions:
+                formatter.start_section(title)
+                formatter.add_text(about)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def shorten(self, brief: Mapping[argparse.Action, str]) -> None:
+        """Set the short texts of options, as in ``brief``, and add ``--help-all``."""
+        self.brief |= brief
+        text = f"show all {len(self.brief)} options and exit"
+        self.help_group.add_argument("--help-all", action=_Help, help=text)
+
     def error(self, message: str) -> NoReturn:
-        """One line, and one with a hint."""
+        """Print one line, and one with a hint; exit with status 2."""
         hint = f"{self.prog} --help lists the options"
         option = message.removeprefix("unrecognized arguments: ").partition("=")[0].partition(" ")[0]
         if message.startswith("unrecognized arguments: --"):
+            hint = f"{self.prog} --help-all lists all options" if self.brief else hint
             known = sorted(self._option_string_actions)
             if near := difflib.get_close_matches(option, known, n=1):
                 hint = f"did you mean {near[0]}? {hint}"
         self.exit(cwd.REFUSED, f"{errors(self.prog)} {words.message(message)}\n({hint})\n")
+
+
+def _with(action: argparse.Action, help: str) -> argparse.Action:
+    other = copy.copy(action)
+    other.help = help
+    return other
+
+
+class _Help(argparse.Action):
+    """Prints the short help, or with ``--help-all`` the complete one, and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(parser.format_help(option_string == "--help-all"), end="")
+        parser.exit()
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help of at most 100 columns; texts of several lines stay as they are; ``X ...`` for several values."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        width = min(100, shutil.get_terminal_size().columns) - 2
+        super().__init__(prog, **{"max_help_position": 27, "width": width} | more)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" not in text.strip():
+            return super()._fill_text(text, width, indent)
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "+" and action.option_strings:
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
 
 
 def errors(prog: str) -> str:
@@ -52,21 +135,33 @@ def errors(prog: str) -> str:
     return f"{prog.removeprefix('python -m ').removeprefix('rft_fast.')}: error:"
 
 
-def parser(name: str, version: bool = True, **more: Any) -> argparse.ArgumentParser:
+def parser(name: str, version: bool = True, **more: Any) -> Parser:
     """Make the argument parser of a command, with ``--help`` and ``--version`` and without abbreviations.
 
     Args:
         name: a key of COMMANDS, or ``""`` for ``python -m rft_fast`` itself.
         version: whether to add ``--version``.
-        **more: arguments of argparse.ArgumentParser.
+        **more: arguments of :class:`Parser`.
     """
     from rft_fast import __version__
 
-    result = _Parser(prog=called(name), allow_abbrev=False, **more)
+    result = Parser(prog=called(name), **more)
     if version:
         text = f"rft_fast {__version__}"
-        result.add_argument("--version", action="version", version=text, help="show the version and exit")
+        result.help_group.add_argument(
+            "--version", action="version", version=text, help="show the version and exit"
+        )
     return result
+
+
+def listed(table: Mapping[Any, str]) -> str:
+    """Return names and what they mean, one per line, indented.
+
+    Args:
+        table: name -> text.
+    """
+    width = max(map(len, table))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in table.items())
 
 
 def called(name: str) -> str:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ..common import program
 from ..common.fields import Entry, Group, Tree, entries
 
 Given = Mapping[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
@@ -44,15 +45,22 @@ class Builder:
 
     # --- command line -----------------------------------------------------------------------------
 
-    def add_to(self, top: argparse.ArgumentParser) -> None:
-        """Add the options, group by group. Options that are not given are missing in the parsed namespace."""
+    def add_to(self, top: program.Parser) -> None:
+        """Add the options, group by group. Options that are not given are missing in the parsed namespace.
+
+        If some options are common, the short help shows only these.
+        """
+        brief: dict[argparse.Action, str] = {}
         groups: dict[Group, list[Entry]] = {group: [] for group in self._groups}
         for entry in self.entries.values():
             groups.setdefault(entry.group, []).append(entry)
         for group, members in groups.items():
             shown = top.add_argument_group(group.title, group.about or None)
             for entry in members:
-                _add(shown, entry)
+                option, *others = _add(shown, entry)
+                brief |= {option: entry.option.common} | dict.fromkeys(others, "")
+        if any(brief.values()):
+            top.shorten(brief)
 
     def given(self, arguments: argparse.Namespace) -> Given:
         """Return the options that a command line gave, with their values.
@@ -114,7 +122,8 @@ class Builder:
             entry = other if other is not None and other.option.off else None
         if entry is None:
             near = difflib.get_close_matches(name, self.entries, n=1)
-            raise ValueError(f"is no option; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+            hint = f"did you mean {near[0]}?" if near else "--help-all of the sweep lists them"
+            raise ValueError(f"is no option; {hint}")
         if reason := entry.option.own or entry.group.own:
             raise ValueError(f"is no option of a zoo: {reason}")
         return entry
@@ -172,13 +181,12 @@ def _dest(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _add(group: Any, entry: Entry) -> None:
+def _add(group: Any, entry: Entry) -> list[argparse.Action]:
     option, name = entry.option, entry.name
     how: dict[str, Any] = {"dest": _dest(name), "default": argparse.SUPPRESS}
     how["help"] = option.help.replace("%(default)s", str(entry.default))
     if entry.flag:
-        group.add_argument(f"--{name}", action="store_const", const=not entry.default, **how)
-        return
+        return [group.add_argument(f"--{name}", action="store_const", const=not entry.default, **how)]
     if entry.required:
         how["required"] = True
     if option.metavar is not None:
@@ -191,10 +199,11 @@ def _add(group: Any, entry: Entry) -> None:
         how |= {"nargs": "+", "action": _MANY[option.many]}
     elif option.off:
         how["action"] = _OnOrOff
-    group.add_argument(f"--{name}", **how)
+    added = [group.add_argument(f"--{name}", **how)]
     if option.off:
         how = {"dest": _dest(name), "default": argparse.SUPPRESS, "help": option.off}
-        group.add_argument(f"--no-{name}", action=_OnOrOff, nargs=0, const=None, **how)
+        added.append(group.add_argument(f"--no-{name}", action=_OnOrOff, nargs=0, const=None, **how))
+    return added
 
 
 def _typed(check: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import pathlib
@@ -17,45 +16,46 @@ from .builder import Builder, fits
 from .settings import builder
 
 DESCRIPTION = """\
-Walk the straight line in weight space from a zero-shot CLIP model (alpha = 0) to models fine-tuned
-from it (alpha = 1), measure what happens on the way, and leave rows and figures in a directory.
+Measure fine-tuned CLIP models along the straight line in weight space from
+their zero-shot model (alpha = 0) to each of them (alpha = 1). A run leaves
+rows, figures and a summary in a directory.
 
-studies (none named: all of them; what a study needs of others is measured, too):
+studies (default: all; studies that a named one needs run, too):
 {studies}
 
-ZOO is a .toml file that names models and data, or a folder with a zoo.toml (docs/zoo.md); the
-options of "models and data" name them here instead; with neither, it is the digits zoo that comes
-with rft_fast.
+ZOO is a .toml file that names models and data, or a folder with a zoo.toml.
+Without a zoo and without own models, the digits zoo of rft_fast is used.
+"""
 
-Words and options come in any order. A list of values, as of --alphas, ends at the name of a study
-and at a zoo, unless that is its first value or one of the option's own choices.
+DETAILS = """\
+Studies, a zoo and options may come in any order. A list of values, as for
+--alphas, ends at the name of a study and at a zoo, unless that is its first
+value or one of the choices of the option. docs/zoo.md describes zoo files.
 """
 
 EXAMPLES = """\
 examples:
   python -m rft_fast.sweep
-  python -m rft_fast.sweep interpolation --alphas 0:1:21 --samples 200 --out runs/digits
-  python -m rft_fast.sweep layer-sharpness --rhos 0.05 --estimator gradient --models lr4e-3-ep8
-  python -m rft_fast.sweep my-zoo/zoo.toml --samples 2000
-  python -m rft_fast.sweep --arch ViT-B-32-quickgelu \\
-      --zeroshot zeroshot.pt --finetuned soup/model_*.pt \\
-      --id-data imagenet=imagenet/val --data v2=imagenetv2 sketch=sketch --samples 5000
+  python -m rft_fast.sweep my-zoo interpolation layers --samples 2000 --plan
+  python -m rft_fast.sweep --arch ViT-B-32-quickgelu --zeroshot openai \\
+      --class-names imagenet --finetuned soup/model_*.pt \\
+      --id-data imagenet=imagenet/val --data sketch=sketch --samples 5000
 """
 
 
-def parser(options: Builder | None = None) -> argparse.ArgumentParser:
+def parser(options: Builder | None = None) -> program.Parser:
     """The options, without the words of :func:`split`.
 
     Args:
         options: None: those of the sweep.
     """
-    studies = "\n".join(f"  {study.name:<15}  {study.help}" for study in catalogue.studies())
+    studies = program.listed({study.name: study.help for study in catalogue.studies()})
     top = program.parser(
         "sweep",
         usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",
         description=DESCRIPTION.format(studies=studies),
+        details=DETAILS,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     (options or builder()).add_to(top)
     return top

@@ -48,8 +48,8 @@ def _by_name(values: Sequence[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     return tuple(values)
 
 
-def _sets(help: str) -> Any:
-    return option((), help, metavar="[NAME=]PATH", check=named_path, many="each", paths=True)
+def _sets(help: str, common: str) -> Any:
+    return option((), help, common=common, metavar="NAME=PATH", check=named_path, many="each", paths=True)
 
 
 def _of_sets(help: str, metavar: str) -> Any:
@@ -65,21 +65,26 @@ class Models:
 
     GROUP: ClassVar = Group(
         "models and data",
-        "the first three and some data, or a zoo, or none for the digits zoo",
+        "your own models need --arch, --zeroshot, --finetuned and data; a zoo names them itself",
         own=_OF_THE_ZOO,
     )
 
     arch: str | None = option(
-        None, "open_clip model name, hf-hub:ORG/NAME, or a JSON file in open_clip's format", metavar="NAME"
+        None,
+        "open_clip model name, hf-hub:ORG/NAME, or a JSON file in open_clip's format",
+        common="open_clip model name",
+        metavar="NAME",
     )
     zeroshot: str | None = option(
         None,
         "zero-shot checkpoint: a file, a pretrained tag of open_clip such as openai, or hf-hub:ORG/NAME",
+        common="zero-shot checkpoint: a file, or openai, ...",
         metavar="SOURCE",
     )
     finetuned: tuple[pathlib.Path, ...] = option(
         (),
         "checkpoints fine-tuned from it",
+        common="checkpoints fine-tuned from it",
         metavar="PATH",
         check=pathlib.Path,
         many="each",
@@ -87,38 +92,42 @@ class Models:
     )
     format: Format | None = option(
         None,
-        "format of the fine-tuned checkpoints (default: detected; docs/checkpoints.md)",
+        f"format of the fine-tuned checkpoints (default: detected): {', '.join(names.FORMATS)} "
+        "(docs/checkpoints.md)",
+        metavar="FORMAT",
         choices=tuple(names.FORMATS),
     )
     key: str | None = option(
         None,
-        "which weights of the fine-tuned checkpoints, where a file has several, such as state_dict_ema "
+        "which weights to use if a fine-tuned checkpoint has several, such as state_dict_ema "
         "(docs/checkpoints.md)",
         metavar="NAME",
     )
     zeroshot_key: str | None = option(
-        None, "which weights of the zero-shot checkpoint, where its file has several", metavar="NAME"
+        None, "which weights to use if the zero-shot checkpoint has several", metavar="NAME"
     )
     resize_positions: bool = option(
-        False, "resample the positions of image towers for another image size to that of --arch"
+        False, "resample the position embeddings of image towers trained at another size to that of --arch"
     )
     unrelated: bool = option(
         False,
-        "accept weights that were not fine-tuned from the zero-shot ones (docs/checkpoints.md)",
+        "accept checkpoints that were not fine-tuned from the zero-shot one (docs/checkpoints.md)",
     )
     data: tuple[tuple[str, pathlib.Path], ...] = _sets(
-        "out-of-distribution data: a folder of class folders, or another kind (docs/data.md); without NAME, "
-        "the name is that of the folder"
+        "out-of-distribution data: a folder of class folders, or another kind (docs/data.md); without "
+        "NAME=, the folder's name",
+        "out-of-distribution data: folders of class folders",
     )
     id_data: tuple[tuple[str, pathlib.Path], ...] = _sets(
-        "in-distribution data, shown beside the others; paths on them get no verdict (gain, failure)"
+        "in-distribution data, shown for comparison, without verdicts (gain, failure)",
+        "in-distribution data, for comparison",
     )
     data_kind: tuple[tuple[str, str], ...] = _of_sets(
-        f"format of a data set, where it is not detected: {', '.join(names.KINDS)}", "NAME=KIND"
+        f"format of a data set, if it is not detected: {', '.join(names.KINDS)}", "NAME=KIND"
     )
     data_labels: tuple[tuple[str, str], ...] = _of_sets(
-        "which rows of the head a data set's classes are, where their names do not show it: a label map "
-        "(docs/data.md), or the word order: class i is row i",
+        "label map from the classes of a data set to rows of the head, if names do not match (docs/data.md); "
+        "or the word order: class i is row i",
         "NAME=FILE",
     )
 
@@ -138,28 +147,30 @@ class Head:
 
     head: HeadChoice | None = option(
         None,
-        "interpolate the head with the rest (default), or keep that of one end",
+        "interpolate the head with the rest (default), or keep the head of one end",
         choices=names.HEADS,
     )
     towers: Towers | None = option(
         None,
-        "image: a linear head (default); both: text tower, too, prompts encoded again at every alpha",
+        "image: a linear head (default); both: the text tower as well, with prompts encoded again at every "
+        "alpha",
         choices=names.TOWERS,
     )
     class_names: str | None = option(
         None,
-        "names of the head's rows: imagenet, cifar10, cifar100, stl10, or a file with one name a line; "
-        "data sets go to rows by them, and a checkpoint without a head gets one from its text tower",
+        "class names of the head's rows: imagenet, cifar10, cifar100, stl10, or a file with one per line; a "
+        "checkpoint without a head gets one made from them",
+        common="imagenet, cifar10, ..., or a file of class names",
         metavar="LIST",
     )
     templates: str | None = option(
         None,
-        "prompts around the names: openai (80, the default), simple (7), photo (1), or a file",
+        "prompt templates for the class names: openai (80, the default), simple (7), photo (1), or a file",
         metavar="LIST",
     )
     head_scale: float | None = option(
         None,
-        "factor of a head made of prompts (default: the model's own; 100 in model-soups)",
+        "logit scale of a head made from prompts (default: the model's own; model-soups uses 100)",
         metavar="X",
         check=_scale,
     )
@@ -205,44 +216,45 @@ class Computed:
 
     impl: Impl = option(
         "auto",
-        "kernels that write the weights (default: auto, the fastest that works)",
+        "kernels that write the weights (default: auto, the fastest that works here)",
         choices=names.IMPLS,
     )
     batch_size: int | None = option(
         None,
-        "images per forward pass (default: 512, on the CPU 128 or, for small sets, 64; fewer where memory "
-        "asks for it)",
+        "images per forward pass (default: 512 on a GPU; 128 on the CPU, 64 for small data sets; fewer if "
+        "memory is short)",
         metavar="N",
         check=positive,
     )
     precision: Precision = option(
         "fp32",
-        "number format of weights and activations of the live model (default: fp32; ieee is fp32 with "
-        "attention by plain float32 products, where a GPU's own kernel takes three TF32 products for one; "
-        "docs/speed.md has what the others cost in accuracy: bf16 and fp16 spoil sharpness near zero)",
+        "number format of weights and activations (default: fp32). ieee: fp32, with attention in plain "
+        "float32 products instead of a GPU kernel's three TF32 products. docs/speed.md has the errors of the "
+        "others; bf16 and fp16 are too coarse for sharpness near zero",
         choices=names.PRECISIONS,
     )
-    graphs: bool = option(True, "on a GPU, do not record launches as CUDA graphs")
+    graphs: bool = option(True, "do not record kernel launches as CUDA graphs")
     skip_unreadable: bool = option(
-        False, "leave out images that cannot be read, and count them in the rows, rather than refuse"
+        False, "leave out unreadable images, and count them in the rows, instead of refusing the data set"
     )
     device: str | None = option(
         None,
-        "cpu, cuda, cuda:1, ... (default: cuda where there is one)",
+        "cpu, cuda, cuda:1, ... (default: cuda if there is one)",
+        common="cpu, cuda, cuda:1, ... (default: cuda, else cpu)",
         metavar="NAME",
         check=device,
         own=_WHO,
     )
     memory_limit: int | None = option(
         None,
-        "memory for images, held activations and batches (default: of what is free, 80 %% on a GPU, half "
+        "memory for images, kept activations and batches (default: 80 %% of the free memory on a GPU, 50 %% "
         "on the CPU)",
         metavar="GIB",
         check=_gibibytes,
         own=_WHO,
     )
     compile: bool = option(
-        False, "run the model through torch.compile: minutes of compilation first", own=_WHO
+        False, "compile the model with torch.compile, which takes minutes at first", own=_WHO
     )
 
 
@@ -254,65 +266,66 @@ class Running:
 
     out: pathlib.Path | None = option(
         None,
-        "directory for rows and figures; the same command resumes the run in it (default: a new one in "
-        "rft-runs/)",
+        "directory of the run (default: a new one in rft-runs/); the same command resumes the run in it",
+        common="directory of the run, to write or to resume",
         metavar="DIR",
         check=pathlib.Path,
         own=_yours("where results are written"),
     )
     overwrite: bool = option(
         False,
-        "replace the run in DIR instead of resuming it",
+        "replace the run in --out instead of resuming it",
         own=_yours("where results are written"),
     )
     cache: pathlib.Path | None = option(
         None,
-        "where decoded images are kept (default: $RFT_CACHE, else rft_fast in the user's cache directory)",
+        "directory of decoded images (default: $RFT_CACHE, else rft_fast in the user's cache directory)",
         metavar="DIR",
         check=pathlib.Path,
-        off="decode images anew, keep nothing",
+        off="decode images again, and keep none",
         own=_yours("which files are kept where"),
     )
     image_results: bool = option(
         True,
-        "do not keep the results of single images, which intervals and comparisons need (docs/results.md)",
+        "do not keep the results of single images; intervals and comparisons need them (docs/results.md)",
         own=_yours("what is kept of a run"),
     )
     save_best: bool = option(
         False,
-        "write the best point of each model's path to best/ in DIR, as a checkpoint (docs/merge.md)",
+        "write each model at its best alpha as a checkpoint, to best/ in --out (docs/merge.md)",
         own=_yours("where results are written"),
     )
     best_by: BestBy = option(
         "id",
-        "what decides which point is best: mean accuracy in distribution (id, the default), or out of it, "
-        "which makes that accuracy no estimate of others",
+        "data that decide which alpha is best: in-distribution (id, the default), or ood; the accuracy on "
+        "the data that decide is biased upwards",
         choices=names.BEST_BY,
         own=_yours("where results are written"),
     )
     workers: str | None = option(
         None,
-        "measure on several GPUs or machines with Ray (docs/cluster.md): a number, auto for one per GPU "
-        "(or 8 cores) of this machine, or ray://HOST:PORT of a cluster",
+        "measure on several GPUs or machines with Ray: a number; auto: one worker per GPU (or per 8 cores) "
+        "here; ray://HOST:PORT: a cluster (docs/cluster.md)",
+        common="measure on N GPUs, or on ray://HOST:PORT",
         metavar="N",
         check=_workers,
         own=_WHO,
     )
     fetch: bool = option(
         False,
-        "download what a zoo file names and this machine does not have (hf-hub:..., published weights, "
-        "tokenizers); what the command line names is downloaded without it, except with --plan",
+        "download what a zoo file names and is not on this machine (hf-hub:..., published weights, "
+        "tokenizers); needed with --plan, too, for what the command line names",
         own=_yours("what is downloaded"),
     )
-    quiet: bool = option(False, "print only errors; run.log has everything", own=_yours("what is printed"))
+    quiet: bool = option(False, "print only errors; run.log has all messages", own=_yours("what is printed"))
     json: bool = option(
         False,
-        "JSON lines on standard output, for machines (docs/progress.md)",
+        "print JSON lines instead of text, for programs (docs/progress.md)",
         own=_yours("what is printed"),
     )
     track: tuple[TrackerName, ...] = option(
         (),
-        "also send measurements to these trackers, through their own clients",
+        "also send measurements to these trackers",
         choices=names.TRACKERS,
         many="once",
         whole=different,
@@ -320,7 +333,8 @@ class Running:
     )
     plan: bool = option(
         False,
-        "measure nothing; print forward passes, FLOPs, bytes, estimated time and memory of this request",
+        "measure nothing; print the estimated time, memory and computation",
+        common="only print the estimated time and memory",
         own=_yours("whether anything is measured"),
     )
 
@@ -358,18 +372,18 @@ class Figures:
     )
     width: FigureWidth = option(
         "auto",
-        "width of one (3.4 inches) or two columns (7 inches) of a paper; auto (default): as the panels need",
+        "one (3.4 inches) or two (7 inches) columns of a paper; auto (default): as wide as the panels need",
         name="figure-width",
         choices=names.FIGURE_WIDTHS,
     )
     captions: Captions = option(
         "file",
-        "captions in text files beside the figures (file, the default), in the figures, or none",
+        "captions: in text files beside the figures (file, the default), in the figures (in), or none",
         choices=names.CAPTIONS,
     )
     style: pathlib.Path | None = option(
         None,
-        "style file of matplotlib: fonts, sizes, colours, lines; nothing in it is executed",
+        "matplotlib style file: fonts, sizes, colours, lines; nothing in it is executed",
         metavar="FILE",
         check=pathlib.Path,
         paths=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -19,18 +18,19 @@ from .settings import DATA, GRID, HEAD, SHORT, Invocation, Request, Setting, at_
 BUILDER = Builder((Setting, Request, Invocation), (DATA, HEAD, GRID))
 
 DESCRIPTION = """\
-Fine-tune the image encoder and head of a zero-shot CLIP model, once for every combination of the values
-given for the options of a grid, and leave a zoo that `python -m rft_fast.sweep` reads. After a kill,
-the same command resumes from the last state kept; models that are finished are skipped.
+Fine-tune the image encoder and head of a zero-shot CLIP model, once for every
+combination of the values in the grid, and write a zoo for the sweep. A stopped
+or killed run resumes with the same command; finished models are skipped.
 """
 
 EXAMPLES = """\
 examples:
   python -m rft_fast.finetune --arch ViT-B-32-quickgelu --zeroshot openai \\
-      --class-names imagenet --head-scale 100 --train imagenet/train --val imagenet=imagenet/val \\
-      --ood sketch=sketch --lr 1e-5 3e-5 --epochs 4 8 --precision bf16 --out zoos/b32
-  python -m rft_fast.finetune --arch ViT-B-32-quickgelu --zeroshot zeroshot.pt --train imagenet/train \\
-      --random 72 --precision fp16 --out zoos/soup
+      --class-names imagenet --head-scale 100 --train imagenet/train \\
+      --val imagenet=imagenet/val --ood sketch=sketch --lr 1e-5 3e-5 \\
+      --epochs 4 8 --precision bf16 --out zoos/b32
+  python -m rft_fast.finetune --arch ViT-B-32-quickgelu --zeroshot zeroshot.pt \\
+      --train imagenet/train --random 72 --precision fp16 --out zoos/soup
 """
 
 
@@ -95,13 +95,14 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> program.Parser:
     """The options of the command line."""
     top = program.parser(
         "finetune",
+        usage="python -m rft_fast.finetune --arch NAME --zeroshot SOURCE --train PATH\n"
+        "           --out DIR [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     BUILDER.add_to(top)
     return top

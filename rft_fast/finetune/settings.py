@@ -26,21 +26,19 @@ MOST_WARMUP = 500  # steps of warm-up where none are given: model-soups' number
 DATA = Group("model and data")
 HEAD = Group(
     "classes of the head",
-    "names of its rows, by which data sets go to them; a checkpoint without a head gets one, made of the "
-    "names in the templates",
+    "the classes of data sets are matched with these names; a checkpoint without a head gets one made from "
+    "the names in the templates",
 )
-GRID = Group("grid: each option may have several values, and every combination makes a model")
+GRID = Group("grid: one model for every combination of these values")
 RUNNING = Group("how it runs")
 
 
-def _varied(default: Any, short: str | None, help: str, check: type, name: str | None = None) -> Any:
+def _varied(default: Any, short: str | None, help: str, check: type, **how: Any) -> Any:
     """An option that a grid may vary. short: how names of models call it; None where they always have it."""
     if default is not None:
         help += " (default: %(default)s)"
-    more = {"short": short}
-    return option(
-        default, help, name=name, metavar="X", check=check, many="last", whole=list, group=GRID, more=more
-    )
+    how |= {"metavar": "X", "check": check, "group": GRID, "more": {"short": short}}
+    return option(default, help, many="last", whole=list, **how)
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,16 @@ class Setting:
 
     GROUP: ClassVar = Group("training")
 
-    lr: float = _varied(2e-5, None, "peak learning rate", float)
-    epochs: int = _varied(8, None, "passes over the data", int)
-    weight_decay: float = _varied(0.1, "wd", "of AdamW, on matrices only", float)
-    label_smoothing: float = _varied(0.0, "ls", "fraction spread over all classes", float)
-    mixup: float = _varied(0.0, "mix", "parameter of the Beta distribution, 0 for none", float)
-    augment: str = _varied("crop", "", "none (evaluation's transform), crop, crop-flip, or rand-mM-nN", str)
+    lr: float = _varied(2e-5, None, "peak learning rate", float, common="peak learning rate (default: 2e-05)")
+    epochs: int = _varied(
+        8, None, "passes over the training data", int, common="passes over the training data (default: 8)"
+    )
+    weight_decay: float = _varied(0.1, "wd", "weight decay of AdamW, on matrices only", float)
+    label_smoothing: float = _varied(0.0, "ls", "probability spread over all classes", float)
+    mixup: float = _varied(0.0, "mix", "parameter of mixup's Beta distribution; 0: no mixup", float)
+    augment: str = _varied(
+        "crop", "", "none (as for evaluation), crop, crop-flip, or rand-mM-nN (RandAugment)", str
+    )
     warmup: int | None = _varied(
         None,
         "warm",
@@ -74,31 +76,47 @@ class Setting:
         int,
         name="warm-up",
     )
-    seed: int = _varied(0, "seed", "of order, crops and all else that is random", int)
-    batch_size: int = option(256, "images per step (%(default)s)", metavar="N", check=int)
+    seed: int = _varied(
+        0,
+        "seed",
+        "seed of the order of images, crops and dropout",
+        int,
+        common="seed of order, crops and dropout (default: 0)",
+    )
+    batch_size: int = option(
+        256,
+        "images per step (default: %(default)s)",
+        common="images per step (default: 256)",
+        metavar="N",
+        check=int,
+    )
     accumulate: int = option(
         1,
-        "compute each batch in N parts: the same step in less memory, unless batch norm is trained "
-        "(%(default)s)",
+        "compute each batch in N parts (default: %(default)s): less memory, the same step except for trained "
+        "batch norm",
         metavar="N",
         check=int,
     )
     clip: float | None = option(
         1.0,
-        "largest norm of the gradient (%(default)s)",
+        "norm to which gradients are clipped (default: %(default)s)",
         metavar="X",
         check=float,
-        off="leave gradients as they are",
+        off="do not clip gradients",
     )
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Schedule = option("cosine", "learning rate after the warm-up (%(default)s)", choices=SCHEDULES)
+    schedule: Schedule = option(
+        "cosine", "learning rate after the warm-up (default: %(default)s)", choices=SCHEDULES
+    )
     probe_epochs: int = option(
         0,
-        "first train only the head for N epochs, on features computed once: LP-FT (%(default)s)",
+        "epochs of the head alone before all else, on features computed once: LP-FT (default: %(default)s)",
         metavar="N",
         check=int,
     )
-    probe_lr: float = option(1e-3, "learning rate of these epochs (%(default)s)", metavar="X", check=float)
+    probe_lr: float = option(
+        1e-3, "learning rate of --probe-epochs (default: %(default)s)", metavar="X", check=float
+    )
 
     def __post_init__(self) -> None:
         whole = {"epochs": 1, "warmup": 0, "seed": 0, "batch_size": 1, "accumulate": 1, "probe_epochs": 0}
@@ -159,8 +177,9 @@ def _by_name(paths: Sequence[tuple[str, pathlib.Path]]) -> dict[str, pathlib.Pat
     return found
 
 
-def _sets(help: str) -> dict[Any, Any]:
-    return described(help, metavar="[NAME=]PATH", check=named_path, many="each", whole=_by_name, paths=True)
+def _sets(help: str, common: str) -> dict[Any, Any]:
+    how = {"check": named_path, "many": "each", "whole": _by_name, "paths": True}
+    return described(help, common=common, metavar="NAME=PATH", **how)
 
 
 @dataclass(frozen=True)
@@ -187,109 +206,145 @@ class Request:
     GROUP: ClassVar = DATA
 
     arch: str = field(
-        metadata=described("open_clip model name, JSON file, or hf-hub:org/name", metavar="NAME")
+        metadata=described(
+            "open_clip model name, hf-hub:ORG/NAME, or a JSON file in open_clip's format",
+            common="open_clip model name",
+            metavar="NAME",
+        )
     )
     zeroshot: str = field(
         metadata=described(
-            "checkpoint to start from: a file, a pretrained tag of open_clip, or hf-hub:org/name",
+            "checkpoint to start from: a file, a pretrained tag of open_clip, or hf-hub:ORG/NAME",
+            common="checkpoint to start from: a file, or openai, ...",
             metavar="SOURCE",
         )
     )
     train: pathlib.Path = field(
-        metadata=described("images that are trained on", metavar="PATH", check=pathlib.Path)
+        metadata=described("training images", common="training images", metavar="PATH", check=pathlib.Path)
     )
-    out: pathlib.Path = field(metadata=described("directory of the zoo", metavar="DIR", check=pathlib.Path))
+    out: pathlib.Path = field(
+        metadata=described(
+            "directory of the zoo; the same command resumes in it",
+            common="directory of the zoo, to write or to resume",
+            metavar="DIR",
+            check=pathlib.Path,
+        )
+    )
     settings: Mapping[str, Setting]
     val: Mapping[str, pathlib.Path] = field(
-        default_factory=dict, metadata=_sets("in-distribution data, scored after every epoch")
+        default_factory=dict,
+        metadata=_sets(
+            "in-distribution data, evaluated after every epoch", "in-distribution data, evaluated every epoch"
+        ),
     )
     ood: Mapping[str, pathlib.Path] = field(
         default_factory=dict,
-        metadata=_sets("out-of-distribution data, which is only named in the zoo: no image is opened"),
+        metadata=_sets(
+            "out-of-distribution data: written to the zoo for the sweep, not opened",
+            "out-of-distribution data, only noted for the sweep",
+        ),
     )
     kind: Kind | None = option(
-        None, "format of --train (default: detected)", choices=tuple(sorted(names.KINDS))
+        None,
+        f"format of --train (default: detected): {', '.join(sorted(names.KINDS))}",
+        metavar="KIND",
+        choices=tuple(sorted(names.KINDS)),
     )
     label_map: pathlib.Path | str | None = option(
         None,
-        "rows of the head for the classes of --train, --val and --ood, where their names do not show "
-        "them; or the word order: class i is row i",
+        "label map from the classes of --train, --val and --ood to rows of the head, if names do not match; "
+        "or the word order: class i is row i",
         metavar="FILE",
         check=as_given,
     )
     class_names: str | None = option(
-        None, "imagenet, cifar10, ... or a file, one per line", metavar="WHAT", group=HEAD
+        None,
+        "class names of the head's rows: imagenet, cifar10, ..., or a file with one per line",
+        common="imagenet, cifar10, ..., or a file of class names",
+        metavar="LIST",
+        group=HEAD,
     )
     templates: str | None = option(
-        None, "openai (default), simple, photo, or a file", metavar="WHAT", group=HEAD
+        None, "prompt templates: openai (default), simple, photo, or a file", metavar="LIST", group=HEAD
     )
     head_scale: float | None = option(
         None,
-        "factor of the head (default: exp of the logit scale)",
+        "logit scale of the head (default: the model's own; model-soups uses 100)",
         metavar="X",
         check=float,
         group=HEAD,
     )
     loss: Loss = option(
         "cross-entropy",
-        "cross-entropy: of the head's logits; contrastive: both towers are trained on pairs of image and "
-        "prompt, as by FLYP (%(default)s)",
+        "cross-entropy (default): of the head's logits; contrastive: of both towers, on pairs of image and "
+        "prompt, as in FLYP",
         choices=names.LOSSES,
         group=Setting.GROUP,
     )
     freeze: Names = option(
         (),
-        "parameters that are not trained; each REGEX matches whole names",
+        "do not train these parameters; each REGEX matches whole names",
         metavar="REGEX",
         many="last",
         group=Setting.GROUP,
     )
     freeze_blocks: int = option(
         0,
-        "do not train the first N blocks and what comes before",
+        "do not train the first N blocks and the layers before them (default: %(default)s)",
         metavar="N",
         check=int,
         group=Setting.GROUP,
     )
     precision: Mixed = option(
-        "fp32", "bf16, fp16: mixed (%(default)s)", choices=names.MIXED, group=Setting.GROUP
+        "fp32",
+        "precision of training: fp32 (default), tf32; bf16 or fp16: mixed precision",
+        common="fp32 (default), tf32, or mixed: bf16, fp16",
+        metavar="NAME",
+        choices=names.MIXED,
+        group=Setting.GROUP,
     )
     checkpointing: bool = option(
         False,
-        "compute activations twice: less memory",
+        "recompute activations in the backward pass: less memory, more time",
         name="grad-checkpointing",
         group=Setting.GROUP,
     )
     store: Stored = option(
         "float32",
-        "of the weights in the files (%(default)s)",
+        "type of the weights in the files (default: %(default)s)",
         name="dtype",
         choices=names.STORED,
         group=RUNNING,
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", metavar="NAME", group=RUNNING
+        None,
+        "cpu, cuda, cuda:1, ... (default: cuda if there is one)",
+        common="cpu, cuda, cuda:1, ... (default: cuda, else cpu)",
+        metavar="NAME",
+        group=RUNNING,
     )
     workers: int | None = option(
         None, "threads that decode images (default: all cores)", metavar="N", check=int, group=RUNNING
     )
-    in_memory: bool = option(False, "keep all training images decoded in memory", group=RUNNING)
+    in_memory: bool = option(False, "decode all training images into memory, once", group=RUNNING)
     check_images: bool = option(
         True, "do not open every training image before the first step", name="no-check", group=RUNNING
     )
     keep_every: int | None = option(
         500,
-        "steps between two states from which a killed run resumes (%(default)s; also every epoch)",
+        "steps between saved states, from which a killed run resumes (default: %(default)s; also one per "
+        "epoch)",
         metavar="N",
         check=int,
         group=RUNNING,
     )
     cache: pathlib.Path | None = option(
         None,
-        "where decoded images of --val are kept",
+        "directory of the decoded images of --val (default: $RFT_CACHE, else rft_fast in the user's cache "
+        "directory)",
         metavar="DIR",
         check=pathlib.Path,
-        off="keep none",
+        off="decode them again, and keep none",
         group=RUNNING,
     )
 
@@ -302,15 +357,19 @@ class Invocation:
 
     random: int | None = option(
         None,
-        "N settings drawn at random instead: from the values given, for other options from the ranges of the "
-        "model-soups models",
+        "train N random settings instead of a grid: from the given values; for other options, from the "
+        "ranges of the model-soups models",
         metavar="N",
         check=int,
     )
-    search_seed: int = option(0, "of --random (default: 0)", metavar="N", check=int)
-    dry_run: bool = option(False, "only list the settings")
+    search_seed: int = option(0, "seed of --random (default: 0)", metavar="N", check=int)
+    dry_run: bool = option(
+        False,
+        "only list the models that would be trained",
+        common="only list the models that would be trained",
+    )
     deterministic: bool = option(
-        False, "on a GPU, only kernels that always sum in one order", group=Setting.GROUP
+        False, "use only GPU kernels whose results never vary between runs", group=Setting.GROUP
     )
 
 

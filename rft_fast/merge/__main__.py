@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from .settings import METHOD, MODELS, OUTPUT, Request, refuse_unused
 BUILDER = Builder((Request,), (MODELS, METHOD, OUTPUT))
 
 DESCRIPTION = """\
-Make one model of several and write it, with its origin in the metadata (docs/merge.md).
+Merge several models into one and write it; its metadata record its origin.
 
 methods:
 {methods}
@@ -24,13 +23,13 @@ methods:
 
 EXAMPLES = """\
 examples:
-  python -m rft_fast.merge interpolate --zeroshot zeroshot.pt --finetuned tuned.pt --alpha 0.4 \\
-      --out wise.safetensors
-  python -m rft_fast.merge soup --finetuned soup/model_*.pt --out soup.safetensors
-  python -m rft_fast.merge task-arithmetic --zeroshot zeroshot.pt --finetuned cars.pt dtd.pt --scale 0.3 \\
-      --out both.safetensors
-  python -m rft_fast.merge greedy-soup --finetuned soup/model_*.pt --out soup.safetensors \\
-      -- --arch ViT-B-32-quickgelu --id-data imagenet=imagenet/val --samples 10000
+  python -m rft_fast.merge interpolate --zeroshot zeroshot.pt \\
+      --finetuned tuned.pt --alpha 0.4 --out wise.safetensors
+  python -m rft_fast.merge task-arithmetic --zeroshot zeroshot.pt \\
+      --finetuned cars.pt dtd.pt --scale 0.3 --out both.safetensors
+  python -m rft_fast.merge greedy-soup --finetuned soup/model_*.pt \\
+      --out soup.safetensors -- --arch ViT-B-32-quickgelu \\
+      --id-data imagenet=imagenet/val --samples 10000
 """
 
 _DATA = {
@@ -84,15 +83,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> program.Parser:
     """The options of the command line."""
-    methods = "\n".join(f"  {name:<15}  {text}" for name, text in MERGE_METHODS.items())
     top = program.parser(
         "merge",
         usage="python -m rft_fast.merge METHOD [options] [-- options of the sweep]",
-        description=DESCRIPTION.format(methods=methods),
+        description=DESCRIPTION.format(methods=program.listed(MERGE_METHODS)),
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("method", metavar="METHOD", choices=tuple(MERGE_METHODS), help="how models are merged")
     BUILDER.add_to(top)

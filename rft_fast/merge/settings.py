@@ -24,7 +24,7 @@ from rft_fast.names import (
 )
 
 MODELS = Group("models")
-METHOD = Group("method", "an option that the method does not use is refused")
+METHOD = Group("method", "options that METHOD does not use are refused")
 OUTPUT = Group("result")
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -129,7 +129,8 @@ class Request:
     method: MergeMethod
     finetuned: tuple[pathlib.Path, ...] = field(
         metadata=described(
-            "checkpoints; for task-arithmetic, differences (task vectors) as well",
+            "fine-tuned checkpoints; also task vectors, for the methods that add differences",
+            common="fine-tuned checkpoints, or task vectors",
             metavar="FILE",
             check=pathlib.Path,
             many="once",
@@ -139,36 +140,45 @@ class Request:
     )
     out: pathlib.Path = field(
         metadata=described(
-            f"file to write ({', '.join(SUFFIXES)})", metavar="FILE", check=pathlib.Path, group=OUTPUT
+            f"file to write ({', '.join(SUFFIXES)})",
+            common="file to write (.safetensors, .pt, .pth, .bin)",
+            metavar="FILE",
+            check=pathlib.Path,
+            group=OUTPUT,
         )
     )
     zeroshot: pathlib.Path | None = option(
-        None, "checkpoint that the others were fine-tuned from", metavar="FILE", check=pathlib.Path,
+        None,
+        "zero-shot checkpoint that the others were fine-tuned from",
+        common="zero-shot checkpoint",
+        metavar="FILE",
+        check=pathlib.Path,
         group=MODELS,
-    )  # fmt: skip
+    )
     key: str | None = option(
         None,
-        "which weights of the fine-tuned files, where they have several, such as state_dict_ema",
+        "which weights to use if a fine-tuned checkpoint has several, such as state_dict_ema",
         metavar="NAME",
         group=MODELS,
     )
     zeroshot_key: str | None = option(
-        None, "which weights of the zero-shot file, where it has several", metavar="NAME", group=MODELS
+        None, "which weights to use if the zero-shot checkpoint has several", metavar="NAME", group=MODELS
     )
     unrelated: bool = option(
-        False, "accept models even if neither was fine-tuned from the other", group=MODELS
+        False, "accept checkpoints that were not fine-tuned from each other", group=MODELS
     )
     alpha: tuple[float | tuple[str, float], ...] = option(
         (),
         "position: 0 is zero-shot, 1 is fine-tuned; LAYER=X or re:PATTERN=X for some layers, a number alone "
         "for the others",
+        common="position: 0 is zero-shot, 1 is fine-tuned",
         metavar="X",
         check=position,
         many="once",
     )
     lines: tuple[float, float] | None = option(
         None,
-        "GAMMA BETA of LiNeS: alpha rises from GAMMA in the first block to GAMMA + BETA in the last",
+        "GAMMA and BETA of LiNeS: alpha rises from GAMMA in the first block to GAMMA + BETA in the last",
         metavar="X",
         check=finite,
         many="once",
@@ -176,59 +186,66 @@ class Request:
     )
     layers: tuple[str, ...] = option(
         (),
-        "layers that are held at zero-shot or pruned; names, or re:PATTERN",
+        "layers that hold keeps at zero-shot, or that prune prunes; names, or re:PATTERN",
+        common="layers that hold keeps, or that prune prunes",
         metavar="LAYER",
         many="once",
     )
     scale: tuple[float, ...] = option(
         (1.0,),
-        "factor of the differences, for all models or for each (1)",
+        "factor of the differences: one, or one for each model (default: 1)",
+        common="factor of the differences (default: 1)",
         metavar="X",
         check=finite,
         many="once",
     )
     density: float = option(
         0.2,
-        "fraction of each difference, its largest elements, that ties keeps (%(default)s)",
+        "fraction of each difference that ties keeps: its largest elements (default: %(default)s)",
         metavar="P",
         check=finite,
     )
     agreeing: Agreeing = option(
-        "mean", "how elements with the elected sign are combined (%(default)s)", choices=AGREEING
+        "mean", "how ties combines elements with the elected sign (default: %(default)s)", choices=AGREEING
     )
     drop: float | None = option(
         None,
-        "probability that an element of a difference is dropped; dare and dare-ties need it",
+        "probability that dare drops an element of a difference (required by dare and dare-ties)",
         metavar="P",
         check=finite,
     )
     least_angle: float = option(
         math.degrees(math.acos(0.9995)),
-        "degrees below which slerp interpolates linearly (1.81: cosine 0.9995)",
+        "angle in degrees below which slerp interpolates linearly (default: 1.81, cosine 0.9995)",
         metavar="X",
         check=finite,
     )
     keep: float = option(
-        0.5, "probability that a weight is kept by prune (%(default)s)", metavar="P", check=finite
+        0.5, "probability that prune keeps a weight (default: %(default)s)", metavar="P", check=finite
     )
-    fill: Fill = option("zero", "value of a pruned weight (%(default)s)", choices=FILL)
-    seed: int = option(0, "seed of the random masks (%(default)s)", metavar="N", check=int)
+    fill: Fill = option("zero", "value of pruned weights (default: %(default)s)", choices=FILL)
+    seed: int = option(0, "seed of the random masks (default: %(default)s)", metavar="N", check=int)
     format: MergeNaming | None = option(
         None,
-        "names in the result (default: those in the first fine-tuned file)",
+        "naming of the tensors (default: as in the first fine-tuned file)",
         choices=MERGE_NAMINGS,
         group=OUTPUT,
     )
     dtype: MergeDtype | None = option(
         None,
-        "type of floating-point tensors (default: as in the first fine-tuned file)",
+        f"type of floating-point tensors: {', '.join(MERGE_DTYPES)} (default: as in the first fine-tuned "
+        "file)",
+        common="float32, bfloat16 or float16",
+        metavar="NAME",
         choices=MERGE_DTYPES,
         group=OUTPUT,
     )
     recalibrate: bool = option(
         False, "estimate the statistics of BatchNorm again, on the data given after --", group=OUTPUT
     )
-    overwrite: bool = option(False, "replace a result that exists", group=OUTPUT)
+    overwrite: bool = option(
+        False, "replace --out if it exists", common="replace --out if it exists", group=OUTPUT
+    )
 
     def __post_init__(self) -> None:
         if self.method not in MERGE_METHODS:

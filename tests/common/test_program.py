@@ -76,6 +76,35 @@ def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert any(line.split(maxsplit=3)[2:] == [f"rft_fast.{name}", what] for line in lines)
 
 
+def parsers() -> dict[str, program.Parser]:
+    """The parsers whose short help leaves options out."""
+    found = ("config.options", "finetune.__main__", "merge.__main__")
+    return {module: importlib.import_module(f"rft_fast.{module}").parser() for module in found}
+
+
+@pytest.mark.parametrize("module", parsers())
+def test_the_short_help_fits_a_screen_and_the_complete_one_has_every_option(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = parsers()[module]
+    printed = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args([option])
+        assert caught.value.code == 0
+        printed[option] = capsys.readouterr().out
+        assert max(map(len, printed[option].splitlines())) <= 80
+        assert printed[option].rstrip().splitlines()[-1].startswith("      "), "examples come last"
+    every = {string for action in parser._actions for string in action.option_strings}
+    shown = {option: {*re.findall(r"^  (?:-h, )?(--[a-z-]+)", printed[option], re.M)} for option in printed}
+    assert shown["--help-all"] == every - {"-h"}
+    assert len(every) > 20 and shown["--help"] < shown["--help-all"]
+    common = printed["--help"].partition("common options:\n")[2].partition("\n\n")[0].splitlines()
+    assert 8 <= len(common) <= 22 and all(line.startswith("  --") for line in common), "a line each"
+    assert f"all {len(every) - 4} options" in printed["--help"]  # but -h, --help, --help-all, --version
+
+
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, stream: str, unbuffered: bool) -> None:

@@ -45,7 +45,13 @@ class Toy:
 
     GROUP: ClassVar = Group("toy", place=("settings", "toy"))
 
-    turns: int = option(3, "how often it turns (default: %(default)s)", metavar="N", check=positive)
+    turns: int = option(
+        3,
+        "how often it turns (default: %(default)s)",
+        common="turns (default: 3)",
+        metavar="N",
+        check=positive,
+    )
     loud: bool = option(True, "be silent", name="no-noise-at-all")
 
 
@@ -65,9 +71,13 @@ def test_a_new_field_is_an_option_everywhere(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        sweep.main(["--help"])
+        sweep.main(["--help-all"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "--turns N how often it turns (default: 3)" in printed and "--no-noise-at-all be silent" in printed
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--turns N turns (default: 3)" in printed and "--no-noise-at-all" not in printed
 
     file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), "turns = 4", "no-noise-at-all = true")
     assert request.read([]).of(Toy) == Toy()
@@ -246,7 +256,7 @@ def test_data_go_by_the_name_of_their_folder(zoo: Path, monkeypatch: pytest.Monk
     ("words", "hint"),
     [
         (["--sampels", "3"], "did you mean --samples?"),
-        (["--nothing-like-it"], "--help lists the options"),
+        (["--nothing-like-it"], "--help-all lists all options"),
         (["--xi", "2"], "--help lists the options"),
         (["interpolatoin"], "--help lists the options"),
     ],
