@@ -113,10 +113,8 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
         arch: as for :func:`config`. What the ``preprocess_cfg`` of a file does not set has open_clip's
             defaults: OpenAI's mean and standard deviation, the shortest edge resized (bicubic), centre crop.
         pretrained: for a model name, the pretrained tag of the weights or of their start, whose settings are
-            used.
-            None: the settings that all tags of that name share (SigLIP's all use a mean of .5, say), or
-                open_clip's
-            defaults if they differ.
+            used. None: the settings that all tags of that name share (SigLIP's all use a mean of .5, say), or
+            open_clip's defaults if they differ.
 
     Raises:
         ValueError: an unknown architecture or tag, or settings that do not fit it.

@@ -186,21 +186,27 @@ def _sets(help: str, common: str) -> dict[Any, Any]:
 class Request:
     """What is fine-tuned on what, and where it goes.
 
-    arch, zeroshot: an architecture, and a checkpoint file, a pretrained tag or ``hf-hub:org/name``, of it.
-    train: images that are trained on (:func:`rft_fast.datasets.open_source`); kind: of those. label_map: rows
-        of the head for the classes of ``train``, ``val`` and what of ``ood`` has the same classes; the others
-        must show their rows by their names (:func:`rft_fast.datasets.assign`). ``"order"``: class i of
-        ``train``, and of sets that do not show their rows, is row i.
-    out: the directory of the zoo. settings: name -> setting.
-    val: data sets scored after every epoch; in the zoo in distribution. ood: those that are only named there.
-    class_names: names of the head's rows (:mod:`rft_fast.clip.prompts`). Classes of data sets that are called
-        so go to those rows; and where the checkpoint has no head, one is made of them, ``templates`` and
-        ``head_scale``.
-    loss: ``cross-entropy`` of image tower and head; ``contrastive``: of both towers and the logit scale, on
-        pairs of an image and a prompt of its class (FLYP); needs ``class_names``.
-    freeze, freeze_blocks: what is not trained (:func:`rft_fast.finetune.freeze`).
-    precision, checkpointing: of training. store: ``float32`` or ``float16``, of the files.
-    keep_every: optimizer steps between two states to go on from. check_images: open every image first.
+    Args:
+        arch: architecture: a model name of open_clip, a JSON file, or ``hf-hub:org/name``.
+        zeroshot: checkpoint of it: a file, a pretrained tag, or ``hf-hub:org/name``.
+        train: images that are trained on (:func:`rft_fast.datasets.open_source`).
+        out: the directory of the zoo.
+        settings: name -> setting.
+        val: data sets scored after every epoch; in distribution in the zoo.
+        ood: data sets that are only named in the zoo, as out of distribution.
+        kind: format of ``train``.
+        label_map: rows of the head for the classes of ``train``, ``val`` and those sets of ``ood`` with the
+            same classes; the others must show their rows by their names (:func:`rft_fast.datasets.assign`).
+            ``"order"``: class i of ``train``, and of sets that do not show their rows, is row i.
+        class_names: names of the head's rows (:mod:`rft_fast.clip.prompts`). Classes with these names go to
+            those rows. A checkpoint without a head gets one from them, ``templates`` and ``head_scale``.
+        loss: ``cross-entropy`` of image tower and head; ``contrastive``: of both towers and the logit scale,
+            on pairs of an image and a prompt of its class (FLYP); needs ``class_names``.
+        freeze, freeze_blocks: what is not trained (:func:`rft_fast.finetune.freeze`).
+        precision, checkpointing: of training.
+        store: ``float32`` or ``float16``, of the files.
+        keep_every: optimizer steps between two states from which training can resume.
+        check_images: whether every image is opened first.
     """
 
     GROUP: ClassVar = DATA

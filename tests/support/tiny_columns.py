@@ -1,4 +1,4 @@
-"""The tables of columns in docs/results.md, which ``python -m support.tiny_columns`` (in tests/) writes."""
+"""The tables of columns in docs/columns.md, which ``python -m support.tiny_columns`` (in tests/) writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rft_fast import results
 
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
 TABLES = ("rows", "correlation", "claim", "cost")
 
 
