@@ -141,6 +141,13 @@ def test_options_in_the_text_are_some_command_s(page: Path, options: dict[str, s
     assert not wrong
 
 
+def test_the_messages_of_the_questions_are_those_of_the_program() -> None:
+    said = " ".join((ROOT / "tests" / "wording.txt").read_text("utf-8").split())
+    shown = re.findall(r"^```text\n(.*?)^```", text(ROOT / "docs" / "faq.md"), re.DOTALL | re.MULTILINE)
+    parts = [" ".join(part.split()) for message in shown for part in message.split("...")]
+    assert len(shown) > 20 and not [part for part in parts if part not in said]
+
+
 def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
