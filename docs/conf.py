@@ -37,6 +37,7 @@ suppress_warnings = ["myst.header"]  # a changelog starts anew at each version
 
 # Seconds to import, and nothing of them is documented here.
 autodoc_mock_imports = ["huggingface_hub", "matplotlib", "open_clip", "timm", "torchvision"]
+autodoc_type_aliases = {name: name for name in ("Each", "Listed", "Requests", "Tensors")}
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
@@ -62,5 +63,5 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": [], "start": ["sidebar-nav-bs"], "**": ["sidebar-nav-bs"]}
+html_sidebars = {name: [] for name in ("index", "start", "faq", "recipes/index")} | {"**": ["sidebar-nav-bs"]}
 copybutton_prompt_text = "$ "
