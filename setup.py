@@ -9,6 +9,9 @@ of the newest for what comes later.
 
 The source distribution (`python -m build --sdist`) is the same file, bit for bit, whenever and by whomever it
 is made from the same sources.
+
+What is built from a commit with a tag v1.2.3 has the version 1.2.3. Everything else has the version that
+rft_fast/__init__.py names: a clone, with or without tags, an archive without git.
 """
 
 import gzip
@@ -26,11 +29,14 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# What the module is built for, which is not always what builds it: "macosx-11.0-arm64" -> arm64.
+MACHINE = sysconfig.get_platform().rpartition("-")[2].lower()
+X86 = (platform.machine().lower() if MACHINE == "universal2" else MACHINE) in ("x86_64", "amd64")
 
 # No fused multiply-adds: the same bits on every instruction set. No -ffast-math for the same reason.
 CXXFLAGS = [
@@ -44,6 +50,8 @@ CXXFLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
+if sys.platform == "darwin":  # the architecture, as Python's own builds name it there
+    CXXFLAGS += shlex.split(os.environ.get("ARCHFLAGS", ""))
 # One translation unit, compiled once for each instruction set.
 PIECES = {"baseline": []}
 if X86:
@@ -135,7 +143,7 @@ def ninja_file(cxx: str, nvcc: str, build: Path, target: Path) -> str:
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     link = ["-shared", "-pthread"]
     if sys.platform == "darwin":
-        link = ["-bundle", "-undefined", "dynamic_lookup"]
+        link = ["-bundle", "-undefined", "dynamic_lookup", *shlex.split(os.environ.get("ARCHFLAGS", ""))]
     objects = {f"piece_{name}": ("cpu_piece.cpp", flags) for name, flags in PIECES.items()}
     objects["cpu"] = ("cpu.cpp", [])
     objects["bindings"] = ("bindings.cpp", [f"-isystem {shlex.quote(path)}" for path in includes])
@@ -259,6 +267,36 @@ class NativeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
+INIT = Path("rft_fast", "__init__.py")
+
+
+def version() -> str:
+    """That of the tag on this commit if nothing was changed; else the one in rft_fast/__init__.py."""
+    named = VERSION.search((ROOT / INIT).read_text("utf-8"))
+    if named is None:
+        raise SystemExit(f'{INIT}: expected a line __version__ = "..."; there is none')
+    git = ["git", "-C", str(ROOT), "describe", "--tags", "--exact-match", "--dirty", "--match", "v[0-9]*"]
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return named[1]
+    tag = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return tag[1:] if tag and not tag.endswith("-dirty") else named[1]
+
+
+def stamp(copy: Path, version: str) -> None:
+    """Name the version in a copy of rft_fast/__init__.py, which may be a hard link to the original."""
+    text = VERSION.sub(f'__version__ = "{version}"', copy.read_text("utf-8"))
+    copy.unlink()
+    copy.write_text(text, "utf-8")
+
+
+class StampedBuild(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # which copies nothing
+            stamp(Path(self.build_lib) / INIT, self.distribution.get_version())
+
+
 # The time of everything in the source distribution, unless SOURCE_DATE_EPOCH gives another: 1 January 2020.
 EPOCH = 1577836800
 # Bytes: larger results of benchmarks stay in the repository.
@@ -270,6 +308,7 @@ class ReproducibleSdist(sdist):
         results = os.path.join("benchmarks", "results", "")
         small = [f for f in files if not f.startswith(results) or os.path.getsize(f) <= LARGE_RESULT]
         super().make_release_tree(base_dir, small)
+        stamp(Path(base_dir) / INIT, self.distribution.get_version())
 
     def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None) -> str:
         """The archive without what depends on the checkout: times, owners, permissions, order."""
@@ -286,6 +325,7 @@ class ReproducibleSdist(sdist):
 
         top = Path(base_dir)
         name = f"{base_name}.tar.gz"
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         with (
             open(name, "wb") as file,
             gzip.GzipFile("", "wb", 9, file, mtime=epoch) as packed,
@@ -297,6 +337,7 @@ class ReproducibleSdist(sdist):
 
 
 setup(
+    version=version(),
     ext_modules=[Extension("rft_fast._native", sources=[], optional=True)],
-    cmdclass={"build_ext": NativeBuild, "sdist": ReproducibleSdist},
+    cmdclass={"build_ext": NativeBuild, "build_py": StampedBuild, "sdist": ReproducibleSdist},
 )

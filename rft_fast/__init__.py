@@ -6,7 +6,8 @@ between a zero-shot and a fine-tuned one; :mod:`~rft_fast.studies` measures alon
 :mod:`~rft_fast.results` reads what runs have measured.
 """
 
-__version__ = "0.1.0"
+# Of the next release. What is built from a tagged commit names the tag's instead (setup.py).
+__version__ = "0.2.0.dev0"
 
 from typing import TYPE_CHECKING
 

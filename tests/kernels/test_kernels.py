@@ -1055,6 +1055,7 @@ SETUP = pathlib.Path(__file__).resolve().parents[2] / "setup.py"
 def test_an_install_without_the_module_says_why(tmp_path, own, files, reason):
     (tmp_path / "rft_fast").mkdir()
     shutil.copy(SETUP, tmp_path)
+    shutil.copy(SETUP.parent / "rft_fast" / "__init__.py", tmp_path / "rft_fast")  # names the version
     sources = SETUP.parent / "csrc"
     shutil.copytree(sources, tmp_path / "csrc")
     for file in (tmp_path / "csrc").iterdir():

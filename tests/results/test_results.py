@@ -624,7 +624,7 @@ def changed(key: str, value: object, config: Mapping[str, Any] = ASKED) -> dict[
         ("impl", "triton", "cpp", "triton"),
         ("device_name", "H100", "", "H100"),
         ("versions.torch", "2.10", "2.9", "2.10"),
-        ("versions.rft_fast", "0.0.1", __version__, "0.0.1"),
+        pytest.param("versions.rft_fast", "0.0.1", __version__, "0.0.1", id="versions.rft_fast"),
         ("xi", None, "0.02", "nothing"),
         ("more", 1, "nothing", "1"),
     ],
