@@ -5,6 +5,7 @@ The strict build of the site (.ci/run) finds dead links as well; these tests nee
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -114,6 +115,17 @@ def test_the_reference_has_every_option(
     shown = re.findall(r"^:::\{option\} (.*)$", written, re.MULTILINE)
     found = {word for line in shown for word in re.findall(r"(?:^|, )(--?[a-zA-Z][\w-]*)", line)}
     assert found == options[name] - {"-h", "--help", "--help-all", "--version"}
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs" / "reference").glob("api-*.md")), ids=lambda page: page.stem
+)
+def test_the_reference_has_every_public_function_and_class(page: Path) -> None:
+    module = importlib.import_module(f"rft_fast.{page.stem.removeprefix('api-')}")
+    shown = re.findall(r"^\.\. auto(?:function|class):: rft_fast\.(?:\w+\.)?(\w+)$", text(page), re.MULTILINE)
+    things = {name: getattr(module, name) for name in module.__all__}
+    public = [name for name, thing in things.items() if callable(thing) and "rft_fast" in thing.__module__]
+    assert sorted(shown) == sorted(public)
 
 
 def commands(page: Path) -> list[tuple[str, str]]:
