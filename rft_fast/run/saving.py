@@ -15,7 +15,7 @@ from ..common import disk
 from ..common.words import visible
 from ..config.request import Request
 from ..config.settings import Running
-from ..merge import metadata
+from ..merge import metadata, provenance
 from ..merge.sources import view
 from ..merge.writing import Entry, writing
 from ..names import BestBy
@@ -90,6 +90,35 @@ def targets(folder: pathlib.Path, models: Iterable[str]) -> dict[str, pathlib.Pa
 
 def _check_targets(files: dict[str, pathlib.Path]) -> None:
     disk.check_targets(files.values(), folders={file.parent for file in files.values()})
+    if others := [file for file in files.values() if file.exists() and not _is_ours(file)]:
+        raise ValueError(
+            f"argument --save-best: {others[0]} exists, and was not written by --save-best; move it, or "
+            "choose another --out"
+        )
+
+
+def _is_ours(file: pathlib.Path) -> bool:
+    """Return whether a file is the best point of a path, by its header."""
+    try:
+        return "selection" in (provenance(file) or {})
+    except (OSError, ValueError):
+        return False
+
+
+def remove_earlier(folder: pathlib.Path) -> None:
+    """Remove the best points of an earlier run, which another one replaces; other files stay.
+
+    Args:
+        folder: directory of the run.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    if (folder / FOLDER).is_symlink():
+        return
+    for file in (folder / FOLDER).glob("*.safetensors"):
+        if not file.is_symlink() and _is_ours(file):
+            file.unlink()
 
 
 def best(rows: pd.DataFrame, model: str, datasets: tuple[str, ...]) -> Best:

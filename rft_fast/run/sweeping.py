@@ -53,6 +53,8 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 executor = InProcess(request) if request.of(Running).workers is None else Cluster(request)
                 asked = identity.dated(executor.config, argv)
                 run = results.Run(request.out, asked, overwrite=request.of(Running).overwrite)
+                if request.of(Running).overwrite and not run.resumed:
+                    saving.remove_earlier(run.directory)
                 followers = trackers.open_trackers(
                     request.of(Running).track, run.directory, run.config, run.directory.name
                 )

@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import tiny_zoo
 from support.wording import refused
 
 from rft_fast import checkpoints, merge, sweep
-from rft_fast.run.saving import best, targets
+from rft_fast.run.saving import best, remove_earlier, targets
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,44 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before(zoo: Path, tmp_pat
     words = ["interpolation", "--save-best", *tiny_zoo.own_models(zoo), "--device", "cpu"]
     tiny_zoo.sweep_refused([*words, "--out", str(run)], run / "best", tmp_path)
     assert not (run / "rows.sqlite").exists()
+
+
+def best_point(file: Path, **more: object) -> None:
+    """A file as --save-best writes it, as far as its header goes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"method": "interpolate", "numbers": {}, "sources": [], **more}
+    save_file({"visual.x": torch.ones(1)}, file, {"rft_fast.merge": json.dumps(origin)})
+
+
+def test_the_best_points_of_a_run_that_is_replaced_go_with_it(tmp_path: Path) -> None:
+    """Only those: files of other merges, and what is no merge, are someone's own."""
+    folder = tmp_path / "run" / "best"
+    best_point(folder / "a.safetensors", selection={"by": "id"})
+    best_point(folder / "b.safetensors")
+    (folder / "c.safetensors").write_text("no tensors")
+    (folder / "d.pt").write_bytes(b"")
+    best_point(tmp_path / "else.safetensors", selection={"by": "id"})
+    (folder / "e.safetensors").symlink_to(tmp_path / "else.safetensors")
+    remove_earlier(tmp_path / "run")
+    assert sorted(file.name for file in folder.iterdir()) == [f"{name}.safetensors" for name in "bc"] + [
+        "d.pt",
+        "e.safetensors",
+    ]
+    remove_earlier(tmp_path / "no run")
+
+
+@pytest.mark.slow
+def test_overwriting_a_run_removes_its_best_points(zoo: Path, tmp_path: Path) -> None:
+    swept(zoo, tmp_path / "run", "--save-best")
+    swept(zoo, tmp_path / "run", "--overwrite", "--seed", "1")
+    assert not [*(tmp_path / "run" / "best").iterdir()]
+
+
+def test_a_file_of_someone_else_is_not_replaced(zoo: Path, tmp_path: Path) -> None:
+    best_point(tmp_path / "run" / "best" / "a.safetensors", selection={"by": "id"})
+    (tmp_path / "run" / "best" / "b.safetensors").write_text("mine")
+    words = ["interpolation", "--save-best", *tiny_zoo.own_models(zoo), "--device", "cpu"]
+    tiny_zoo.sweep_refused([*words, "--out", str(tmp_path / "run")], "b.safetensors")
 
 
 @pytest.mark.slow
