@@ -238,7 +238,8 @@ class ImageBatches:
         setting: Of the training.
         device: Where the batches go.
         prompts: int64 [classes, templates, context]. With them, each image has a text: a random template of
-            its class, drawn anew in each epoch.
+            its class, drawn anew in each epoch. A last pair alone, which has no loss, joins the batch before
+            it.
     """
 
     images: Images
@@ -247,7 +248,14 @@ class ImageBatches:
     prompts: Tensor | None = None
 
     def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.setting.batch_size)
+        return len(self._split(torch.empty(len(self.images))))
+
+    def _split(self, order: Tensor) -> list[Tensor]:
+        """Split the order of an epoch into batches."""
+        batches = list(torch.split(order, self.setting.batch_size))
+        if self.prompts is not None and len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         setting = self.setting
@@ -257,7 +265,7 @@ class ImageBatches:
         def load(position: int) -> Tensor:
             return self.images.load(position, augment, _stream(setting, _IMAGE, number, position))
 
-        batches = list(enumerate(torch.split(order, setting.batch_size)))[first:]
+        batches = list(enumerate(self._split(order)))[first:]
         loaded = prepared(load, [chosen for _, chosen in batches], self.images.workers)
         texts = self._texts(number)
         for (index, chosen), pixels in zip(batches, loaded, strict=True):

@@ -115,6 +115,11 @@ def training_images(
         )
     if not len(found.labels):
         raise ValueError(f"finetune: {request.train} contains no training images")
+    if request.loss == "contrastive" and len(found.labels) < 2:
+        raise ValueError(
+            "finetune: the contrastive loss compares pairs of an image and a prompt, and needs two images or "
+            f"more; {request.train} has one"
+        )
     if int(found.labels.max()) >= rows.count:
         raise ValueError(
             f"finetune: labels go up to {int(found.labels.max())}, but the head has {rows.count} classes"

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from rft_fast.common.words import duration
 
-EVERY = 60.0  # seconds between two lines
+EVERY = 30.0  # seconds between two lines
+FEW = 5  # steps before the first one
 
 
 class Progress:
@@ -25,7 +26,7 @@ class Progress:
         self._label, self._steps, self._step, self._per_epoch = label, steps, first, per_epoch
         self._bar = tqdm(total=steps, initial=first, desc=label, disable=None, leave=False)
         self._first, self._start = first, time.monotonic()
-        self._said = self._start
+        self._said, self._images = self._start, 0  # time of the last line, and images since
 
     def __enter__(self) -> Progress:
         return self
@@ -33,19 +34,23 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def step(self, loss: float) -> None:
-        """Count a step with this loss."""
+    def step(self, loss: float, images: int) -> None:
+        """Count a step on so many images, with this loss."""
         self._step += 1
+        self._images += images
         self._bar.update()
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         now = time.monotonic()
+        done = self._step - self._first
+        left = (now - self._start) / done * (self._steps - self._step)
+        due = now - self._said >= EVERY or (done == FEW and left >= EVERY)
         # The end of an epoch has a line of its own.
-        if not self._bar.disable or now - self._said < EVERY or self._step % self._per_epoch == 0:
+        if not self._bar.disable or not due or self._step % self._per_epoch == 0:
             return
-        self._said = now
-        left = (now - self._start) / (self._step - self._first) * (self._steps - self._step)
+        rate = self._images / max(now - self._said, 1e-9)
+        self._said, self._images = now, 0
         epochs, epoch = self._steps // self._per_epoch, self._step // self._per_epoch + 1
         tqdm.write(
             f"{self._label}: epoch {epoch} of {epochs}, step {self._step} of {self._steps}, loss {loss:.4f}, "
-            f"{duration(left)} left"
+            f"{rate:.3g} images/s, {duration(left)} left"
         )

@@ -189,6 +189,7 @@ class Request:
     Args:
         arch: architecture: a model name of open_clip, a JSON file, or ``hf-hub:org/name``.
         zeroshot: checkpoint of it: a file, a pretrained tag, or ``hf-hub:org/name``.
+        zeroshot_key: which weights of its file, if it has several (:func:`rft_fast.checkpoints.read`).
         train: images that are trained on (:func:`rft_fast.datasets.open_source`).
         out: the directory of the zoo.
         settings: name -> setting.
@@ -249,6 +250,11 @@ class Request:
             "out-of-distribution data: written to the zoo for the sweep, not opened",
             "out-of-distribution data, only noted for the sweep",
         ),
+    )
+    zeroshot_key: str | None = option(
+        None,
+        "which weights of the file --zeroshot, if it has several, such as state_dict_ema",
+        metavar="NAME",
     )
     kind: Kind | None = option(
         None,

@@ -71,7 +71,8 @@ class Start:
     def __init__(
         self, request: Request, origin: Origin, made: prompts.Prompts | None, device: torch.device
     ) -> None:
-        state = checkpoints.load(checkpoints.fetch(request.zeroshot, request.arch))
+        file = checkpoints.fetch(request.zeroshot, request.arch)
+        state = checkpoints.load(file, key=request.zeroshot_key)
         both = request.loss == "contrastive"
         if both:
             _check_pairs(state)

@@ -83,7 +83,7 @@ def train(
         keeper: Where the state is kept. With one, a run that is killed and started again ends with the same
             weights as an uninterrupted one, on the same machine.
         finished: Called with all rows after each epoch, and with the kept rows on resuming.
-        label: Name in the progress and in errors. Where stderr is no terminal, progress is a line a minute.
+        label: Name in the progress and in errors. Where stderr is no terminal, progress is a line every 30 s.
         stop: Checked after each step; on a request the state is kept.
 
     Returns:
@@ -113,7 +113,7 @@ def train(
         while run.step < run.steps:
             epoch, first = divmod(run.step, len(batches))
             for batch in batches.epoch(epoch, first):
-                progress.step(run.take(batch))
+                progress.step(run.take(batch), len(batch.labels))
                 if run.step % len(batches):  # an epoch's last step is kept after its row is made
                     stopped = stop is not None and stop.requested
                     if stopped or (keeper is not None and keeper.every and run.step % keeper.every == 0):

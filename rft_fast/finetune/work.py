@@ -93,7 +93,7 @@ class Work:
         rows = inputs.named_rows(request, rows, self._images)
         label_maps = inputs.label_maps(request, rows)
         for setting in request.settings.values():
-            check_warmup(setting, len(ImageBatches(self._images, setting, self._device)))
+            check_warmup(setting, len(ImageBatches(self._images, setting, self._device, self._prompts)))
         start.prepare()
         fixed = {
             **start.facts,

@@ -203,6 +203,20 @@ def test_each_image_has_a_random_template_of_its_class(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(late, whole, strict=True) if a is not None and b is not None)
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(11, [12]), (5, [5, 5, 2]), (12, [12]), (4, [4, 4, 4])])
+def test_no_pair_is_alone(folder: Path, size: int, sizes: list[int]) -> None:
+    """A step on one pair has no loss, and AdamW would step all the same."""
+    source = datasets.open_source("train", folder / "big")
+    arch = str(folder / "both.json")
+    found = finetune.Images(source, torch.arange(12), source.labels, architectures.preprocess(arch), 2)
+    prompts = tokens(arch, Prompts(NAMES, TEMPLATES))
+    setting, cpu = Setting(batch_size=size, augment="none"), torch.device("cpu")
+    pairs = images.ImageBatches(found, setting, cpu, prompts)
+    assert [len(batch.labels) for batch in pairs.epoch(0)] == sizes and len(pairs) == len(sizes)
+    alone = images.ImageBatches(found, setting, cpu)
+    assert sum(len(batch.labels) for batch in alone.epoch(0)) == 12 and len(alone) == math.ceil(12 / size)
+
+
 # --- the command --------------------------------------------------------------------------------------
 
 

@@ -265,6 +265,18 @@ def test_a_checkpoint_without_a_head_gets_one_from_class_names(
     not_tuned(other, "head.templates")
 
 
+def test_key_chooses_the_weights_to_start_from(folder: Path, tmp_path: Path) -> None:
+    state = load_file(folder / "zeroshot.safetensors")
+    other = {name: 2 * tensor for name, tensor in state.items()}
+    torch.save({"state_dict": other, "state_dict_ema": state}, tmp_path / "both.pt")
+    argv = arguments(folder, tmp_path / "zoo")
+    argv[argv.index("--zeroshot") + 1] = str(tmp_path / "both.pt")
+    not_tuned(argv, tmp_path / "both.pt", "state_dict_ema")
+    assert main([*argv, "--zeroshot-key", "state_dict_ema", "--epochs", "1"]) == 0
+    for name, tensor in load_file(tmp_path / "zoo" / "zeroshot.safetensors").items():
+        assert torch.equal(tensor, state[name])
+
+
 def test_names_that_toml_has_to_escape(tmp_path: Path) -> None:
     names = ['say "x"', "tab\t, line\n, \x7f, \\ and ä", "a.b"]
     for name in (*names, output.START):
@@ -473,10 +485,11 @@ def test_progress_within_an_epoch_is_a_line_where_there_is_no_terminal(
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert main([*argv, "--seed", "1"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
-    expected = [(1, 1, 50), (1, 2, 40), (2, 4, 20), (2, 5, 10)]
-    for line, (epoch, step, left) in zip(lines, expected, strict=True):
+    # The third step, on two images, ends an epoch and has no line.
+    expected = [(1, 1, 50, 0.5), (1, 2, 40, 0.5), (2, 4, 20, 0.35), (2, 5, 10, 0.5)]
+    for line, (epoch, step, left, rate) in zip(lines, expected, strict=True):
         assert line.startswith(f"lr0.01-ep2-warm1-seed1: epoch {epoch} of 2, step {step} of 6, loss ")
-        assert line.endswith(f", {left} s left")
+        assert line.endswith(f", {rate} images/s, {left} s left")
 
 
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
