@@ -14,7 +14,7 @@ _WRAPPERS = frozenset(
 )
 _START = re.compile(r"\A(?:image_encoder\.)?model\.")
 CHOOSE = (
-    "Choose one with --key NAME (--zeroshot-key for the zero-shot model of a sweep; in a zoo: "
+    "Choose one with --key NAME (--zeroshot-key for the zero-shot model; in a zoo: "
     'key = "NAME"; in Python: key="NAME"), or save it as a file of its own'
 )
 _MOST = 12  # prefixes

@@ -15,6 +15,7 @@ from torch import Tensor
 from rft_fast.checkpoints import activation, folders, lineage
 from rft_fast.checkpoints.canonical import HEAD, HEAD_WEIGHT, INERT
 from rft_fast.common import disk
+from rft_fast.common.threads import few_threads
 from rft_fast.common.words import some
 from rft_fast.names import MergeMethod
 
@@ -48,6 +49,7 @@ class Fit:
     notes: list[str] = field(default_factory=list)
 
 
+@few_threads()  # on samples of tensors, the others would only wait, busily
 def fit(zeroshot: Source | None, finetuned: Sequence[Source], method: MergeMethod, unrelated: bool) -> Fit:
     """Check that files can be merged.
 
@@ -182,12 +184,9 @@ def _moved(a: Source, b: Source) -> str | None:
     """Describe heads whose rows are in another order."""
     heads: list[dict[str, Tensor]] = []
     for source in (a, b):
-        item = source.items.get(HEAD_WEIGHT)
-        if item is None:
+        if HEAD_WEIGHT not in source.items:
             return None
-        weight = torch.empty(item.numel, dtype=item.dtype)
-        source.read(HEAD_WEIGHT, weight)
-        heads.append({HEAD_WEIGHT: weight.view(item.shape)})
+        heads.append({HEAD_WEIGHT: source.tensor(HEAD_WEIGHT)})
     return lineage.moved_rows(*heads)
 
 
@@ -232,20 +231,14 @@ def _refuse_differing(name: str, sources: Sequence[Source]) -> None:
     if name.endswith(_COUNTER):
         return
     first, *others = sources
-    expected = _all(first, name)
+    expected = first.tensor(name)
     for other in others:
-        got = _all(other, name)
+        got = other.tensor(name)
         if got.dtype != expected.dtype or not torch.equal(got, expected):
             raise ValueError(
                 f"merge: {name} differs between {first.file} and {other.file}; integers are copied, not "
                 "merged, so they must be equal"
             )
-
-
-def _all(source: Source, name: str) -> Tensor:
-    out = torch.empty(source.items[name].numel, dtype=source.items[name].dtype)
-    source.read(name, out)
-    return out
 
 
 def check_out(request: Request) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,15 @@ class Measures(Protocol):
     def fisher(self, file: pathlib.Path) -> Mapping[str, Tensor]:
         """Return the diagonal Fisher information of a model: canonical name -> float32, of its shape."""
 
-    def statistics(self, file: pathlib.Path) -> Mapping[str, Tensor]:
-        """Return the statistics of BatchNorm of a model on the data: canonical name -> tensor."""
+    def statistics(
+        self, file: pathlib.Path, differences: Collection[pathlib.Path] = ()
+    ) -> Mapping[str, Tensor]:
+        """Return the statistics of BatchNorm of a model on the data: canonical name -> tensor.
+
+        Args:
+            file: the model.
+            differences: which files of the merge are differences, no models.
+        """
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from rft_fast.common.fields import Group, described, option
@@ -121,7 +121,8 @@ class Request:
         unrelated: accept models of which neither was fine-tuned from the other.
 
     Raises:
-        ValueError: a number is out of range; or files or options do not fit the method.
+        ValueError: a number is out of range; files do not fit the method; or an option is given that it does
+            not use.
     """
 
     GROUP: ClassVar = METHOD
@@ -252,6 +253,8 @@ class Request:
             raise ValueError(
                 f"merge: there is no method {self.method!r}; {suggestion(self.method, MERGE_METHODS)}"
             )
+        defaults = {each.name: each.default for each in fields(self)}
+        refuse_unused(self.method, lambda name: getattr(self, name) != defaults[name])
         self._check_files()
         self._check_numbers()
 
@@ -267,6 +270,8 @@ class Request:
                     f"merge: {self.method} has no zero-shot model; name {self.zeroshot} among the fine-tuned "
                     "ones if it is to be one of the models"
                 )
+            if self.zeroshot_key is not None:
+                raise ValueError(f"merge: {self.method} has no zero-shot model; leave --zeroshot-key out")
         elif self.zeroshot is None:
             raise ValueError(f"merge: {self.method} needs a zero-shot model; give --zeroshot FILE")
         if self.method in SEVERAL and count < 2:
@@ -336,7 +341,7 @@ def refuse_unused(method: MergeMethod, given: Callable[[str], bool]) -> None:
 
     Args:
         method: the method.
-        given: whether the option of a field was given.
+        given: whether the option of a field was given; in Python, whether it differs from its default.
 
     Raises:
         ValueError: one was.

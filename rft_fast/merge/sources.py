@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_fast.checkpoints import activation, folders, layouts, sharded
+from rft_fast.checkpoints import activation, adapters, folders, layouts, sharded
 from rft_fast.checkpoints.canonical import is_visual
 from rft_fast.checkpoints.entries import Entry
 from rft_fast.checkpoints.stored import Container, Maker, Span, Stored
@@ -47,19 +47,16 @@ class Source:
     Attributes:
         file: its path.
         key: which weights of the file; None: it has one set.
-        format: of the file, a key of ``rft_fast.names.FORMATS``.
         items: canonical name -> tensor, in the file's order.
         activation: tower -> activation that the file shows.
-        notes: what the reader says of the file.
     """
 
     def __init__(self, file: pathlib.Path, container: Container, key: str | None) -> None:
         evidence = activation.Evidence()
         found = layouts.layout(container, None, evidence, key)
-        self.file, self.key, self.format = file, key, found.format
-        evidence.add_all(activation.beside(file, self.format == "huggingface"))
-        self.activation, contradictions = evidence.judged()
-        self.notes = (*found.doubts, *found.notes, *contradictions)
+        self.file, self.key = file, key
+        evidence.add_all(activation.beside(file, found.format == "huggingface"))
+        self.activation, _ = evidence.judged()
         self._container, self._entries = container, found.entries
         self._made: tuple[Stored, Tensor] | None = None
         maker = Maker(container.size, meta=True)  # checks that the file has what it claims
@@ -93,6 +90,13 @@ class Source:
         if done < len(out):
             raise ValueError(f"read: {name} ends after {done} of the {len(out)} elements requested")
 
+    def tensor(self, name: str) -> Tensor:
+        """Read a whole tensor into memory of its own."""
+        item = self.items[name]
+        out = torch.empty(item.numel, dtype=item.dtype)
+        self.read(name, out)
+        return out.view(item.shape)
+
     def _read(self, stored: Stored, out: Tensor, start: int) -> None:
         data = stored.storage.data
         if not isinstance(data, Span) or not _is_contiguous(stored):
@@ -109,6 +113,34 @@ class Source:
         return self._made[1]
 
 
+class Adapted(Source):
+    """The model that a LoRA adapter makes of its base. Tensors that it changes are in memory.
+
+    Args:
+        file: of the adapter.
+        base: the model that it is added to.
+
+    Raises:
+        Unreadable: as of :func:`rft_fast.checkpoints.adapters.merged`.
+    """
+
+    def __init__(self, file: pathlib.Path, base: Source) -> None:
+        whole = {name: base.tensor(name) for name in base.items}
+        made, _ = adapters.merged(file, whole)
+        self.file, self.key, self.activation, self._base = file, None, base.activation, base
+        self._changed = {name: tensor for name, tensor in made.items() if tensor is not whole.get(name)}
+        self.items = {
+            name: base.items.get(name) or Item(tensor.shape, tensor.dtype, (name,), False)
+            for name, tensor in made.items()
+        }
+
+    def read(self, name: str, out: Tensor, start: int = 0) -> None:
+        if name in self._changed:
+            out.copy_(self._changed[name].reshape(-1)[start : start + len(out)])
+        else:
+            self._base.read(name, out, start)
+
+
 def _item(entry: Entry, tensor: Tensor) -> Item:
     names = tuple(piece.name for piece in entry.pieces)
     return Item(tensor.shape, tensor.dtype, names, entry.pieces[0].transposed)
@@ -120,13 +152,16 @@ def view(tensor: Tensor) -> memoryview:
 
 
 @contextmanager
-def opened(file: pathlib.Path, inputs: files.Inputs, key: str | None = None) -> Iterator[Source]:
+def opened(
+    file: pathlib.Path, inputs: files.Inputs, key: str | None = None, base: Source | None = None
+) -> Iterator[Source]:
     """Open a checkpoint file.
 
     Args:
         file: its path.
         inputs: gets the file, which must not change from now on.
         key: which weights, where the file has several, as for :func:`rft_fast.checkpoints.read`.
+        base: what a LoRA adapter is added to; None: adapters are refused.
 
     Raises:
         ValueError: as of :func:`rft_fast.checkpoints.read`.
@@ -138,10 +173,24 @@ def opened(file: pathlib.Path, inputs: files.Inputs, key: str | None = None) -> 
             inputs.add(part)
             stack.enter_context(inputs.unchanged(part))
         try:
-            source = Source(file, stack.enter_context(sharded.opened(file)), key)
+            if adapters.is_adapter(file):
+                source: Source = _adapted(file, key, base)
+            else:
+                source = Source(file, stack.enter_context(sharded.opened(file)), key)
         except (Unreadable, OSError) as error:
             raise ValueError(f"merge: {file} {error}") from error
         yield source
+
+
+def _adapted(file: pathlib.Path, key: str | None, base: Source | None) -> Adapted:
+    if base is None:
+        raise Unreadable(
+            "is a LoRA adapter of peft, which needs the model that it was trained on. Make a model of both "
+            "first: interpolate --alpha 1 --zeroshot BASE --finetuned ADAPTER --out FILE"
+        )
+    if key is not None:
+        raise Unreadable(f"is a LoRA adapter of peft, of which no key {key!r} chooses a part; leave it out")
+    return Adapted(file, base)
 
 
 def _is_contiguous(stored: Stored) -> bool:

@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -19,11 +19,13 @@ from torch import Tensor
 from rft_fast.checkpoints import containers, folders, huggingface
 from rft_fast.checkpoints.stored import PROVENANCE
 from rft_fast.common import files
+from rft_fast.common.pickles import Unreadable
+from rft_fast.common.threads import few_threads
 from rft_fast.path import layers as layering
 
 from . import alphas, fit, formulas, greedy, metadata, sources
 from .greedy import Measures
-from .settings import Request
+from .settings import MEASURING, Request
 from .sources import Source, view
 from .writing import Entry, Writer, writing
 
@@ -85,27 +87,30 @@ def run(request: Request, measures: Measures | None = None) -> Outcome:
         return _run(request, measures)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=request.out.parent) as folder:
         draft = pathlib.Path(folder, f"draft{request.out.suffix}")
-        outcome = _run(replace(request, out=draft), measures)
-        return _recalibrated(request, outcome, measures.statistics(draft))
+        outcome = _run(replace(request, out=draft), measures if request.method in MEASURING else None)
+        merged = outcome.provenance["sources"]
+        differences = [pathlib.Path(each["file"]) for each in merged if each.get("difference")]
+        return _recalibrated(request, outcome, measures.statistics(draft, differences), measures.about)
 
 
 def _run(request: Request, measures: Measures | None) -> Outcome:
     inputs = files.Inputs()
     with ExitStack() as stack:
-        opened = [
-            stack.enter_context(sources.opened(file, inputs, key))
-            for file, key in (
-                *([(request.zeroshot, request.zeroshot_key)] if request.zeroshot else []),
-                *((file, request.key) for file in request.finetuned),
-            )
+        zeroshot = None
+        if request.zeroshot is not None:
+            zeroshot = stack.enter_context(sources.opened(request.zeroshot, inputs, request.zeroshot_key))
+        finetuned = every = [
+            stack.enter_context(sources.opened(file, inputs, request.key, zeroshot))
+            for file in request.finetuned
         ]
-        zeroshot = opened[0] if request.zeroshot else None
-        finetuned = opened[1:] if request.zeroshot else opened
+        opened = [*([] if zeroshot is None else [zeroshot]), *every]
         found = fit.fit(zeroshot, finetuned, request.method, request.unrelated)
         if request.recalibrate and not any(name.endswith(".running_mean") for name in found.merged):
             raise ValueError(f"merge: {found.reference.file} has no BatchNorm; leave out --recalibrate")
         if request.method == "greedy-soup" and measures is not None:
-            finetuned = _greedy(finetuned, found, measures)
+            finetuned, notes = _greedy(finetuned, measures)
+            found = fit.fit(None, finetuned, request.method, request.unrelated)
+            found.notes += notes
         if request.method == "fisher" and measures is not None:
             formula = formulas.fisher([measures.fisher(source.file) for source in finetuned])
         else:
@@ -119,10 +124,12 @@ def _run(request: Request, measures: Measures | None) -> Outcome:
         entries = [entry for job in jobs for entry in job.entries]
         with writing(request.out, entries, texts, request.overwrite) as writer:
             work = _Work(request, zeroshot, finetuned, found.reference, formula)
-            for job in jobs:
-                work.do(job, writer)
+            # Runs are short, and hashing has the other cores: threads of torch would only wait, busily.
+            with nullcontext() if work.whole else few_threads():
+                for job in jobs:
+                    work.do(job, writer)
             hexes = [each.result() for each in digests]
-            fit.refuse_equal(opened[-len(request.finetuned) :], hexes[-len(request.finetuned) :])
+            fit.refuse_equal(every, hexes[-len(every) :])
             texts = _metadata(request, opened, found, hexes, data)
             writer.finish(texts)
             inputs.check()
@@ -143,18 +150,24 @@ def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
 
     Raises:
         ValueError: it is no safetensors file.
+        OSError: it cannot be read.
     """
     file = pathlib.Path(path)
-    with files.opened(file) as stream:
-        container = containers.read(stream, file)
+    try:
+        with files.opened(file) as stream:
+            container = containers.read(stream, file)
+    except Unreadable as error:
+        raise ValueError(f"merge: {file} {error}") from error
     if container.kind != "safetensors":
         raise ValueError(f"merge: {file} is a file of {container.kind}, expected safetensors")
     text = container.metadata.get(PROVENANCE)
     return None if text is None else dict(json.loads(text))
 
 
-def _recalibrated(request: Request, draft: Outcome, statistics: Mapping[str, Tensor]) -> Outcome:
-    """Write a result again, with other statistics of BatchNorm."""
+def _recalibrated(
+    request: Request, draft: Outcome, statistics: Mapping[str, Tensor], data: Mapping[str, object]
+) -> Outcome:
+    """Write a result again, with other statistics of BatchNorm. data: that they were estimated on."""
     modules = sum(name.endswith(".running_mean") for name in statistics)
     note = f"the statistics of {modules} BatchNorm modules are estimated anew"
     notes = [*(each for each in draft.notes if not each.endswith((fit.STATISTICS, fit.COUNTERS))), note]
@@ -162,7 +175,7 @@ def _recalibrated(request: Request, draft: Outcome, statistics: Mapping[str, Ten
         found = fit.Fit(source, copied=[*source.items])
         jobs = _jobs(replace(request, format=None, dtype=None), found)
         quick = {tower: known.quick for tower, known in source.activation.items()}
-        texts = metadata.rewritten(draft.provenance, notes, quick)
+        texts = metadata.rewritten({**draft.provenance, "data": data}, notes, quick)
         work = _Work(request, None, [], source, formulas.soup())
         entries = [entry for job in jobs for entry in job.entries]
         with writing(request.out, entries, texts, request.overwrite) as writer:
@@ -180,14 +193,16 @@ def _sha256(inputs: files.Inputs, file: pathlib.Path) -> str:
     return folders.digest({part: inputs.sha256(part) for part in folders.parts(file)})
 
 
-def _greedy(finetuned: list[Source], found: fit.Fit, measures: Measures) -> list[Source]:
-    """Choose the models of a greedy soup, and note how."""
+def _greedy(finetuned: list[Source], measures: Measures) -> tuple[list[Source], list[str]]:
+    """Choose the models of a greedy soup; return them, the best first, and notes on how."""
     chosen = greedy.greedy_soup([source.file for source in finetuned], measures.accuracy)
+    notes = []
     for file, accuracy in chosen.alone.items():
         what = "kept" if file in chosen.kept else "left out"
-        found.notes.append(f"{file}: accuracy {accuracy:.4f}, {what}")
-    found.notes.append(f"soup of {len(chosen.kept)} models: accuracy {chosen.accuracy:.4f}")
-    return [source for source in finetuned if source.file in chosen.kept]
+        notes.append(f"{file}: accuracy {accuracy:.4f}, {what}")
+    notes.append(f"soup of {len(chosen.kept)} models: accuracy {chosen.accuracy:.4f}")
+    by_file = {source.file: source for source in finetuned}
+    return [by_file[file] for file in chosen.kept], notes
 
 
 def _cancel(digests: list[Future[str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -45,13 +45,17 @@ class Measured:
         zeroshot_key: str | None = None,
         unrelated: bool = False,
     ) -> None:
-        named = ["--zeroshot", str(files[0]), "--finetuned", *map(str, files[1:])]
-        named += [] if key is None else ["--key", key]
-        named += [] if zeroshot_key is None else ["--zeroshot-key", zeroshot_key]
-        named += ["--unrelated"] if unrelated else []
-        self.request = requests.read(["interpolation", *named, *words])
-        self._words, self._key = tuple(words), key
+        self._words, self._files, self._key = tuple(words), tuple(files), key
+        self._more = [] if zeroshot_key is None else ["--zeroshot-key", zeroshot_key]
+        self._more += ["--unrelated"] if unrelated else []
+        self.request = self._requested(files[1:], key)
         self._sum: tuple[tuple[pathlib.Path, ...], State] = ((), {})
+
+    def _requested(self, finetuned: Sequence[pathlib.Path], key: str | None) -> requests.Request:
+        """Return the request of a sweep of these models."""
+        named = ["--zeroshot", str(self._files[0]), "--finetuned", *map(str, finetuned)]
+        named += [] if key is None else ["--key", key]
+        return requests.read(["interpolation", *named, *self._more, *self._words])
 
     @cached_property
     def _models(self) -> Models:
@@ -108,14 +112,21 @@ class Measured:
                     count += 1
         return {name: (total / count).cpu() for name, total in sums.items()}
 
-    def statistics(self, file: pathlib.Path) -> State:
+    def statistics(self, file: pathlib.Path, differences: Collection[pathlib.Path] = ()) -> State:
         """Return the statistics of BatchNorm of a model on the images: their cumulative mean over batches.
 
         As ``torch.optim.swa_utils.update_bn`` estimates them.
 
+        Args:
+            file: the model.
+            differences: which files are differences, no models: they are not loaded.
+
         Raises:
             ValueError: the model has no BatchNorm.
         """
+        if differences:
+            models = [each for each in self._files[1:] if checkpoints.located(each) not in differences]
+            self.request = self._requested(models or [file], self._key if models else None)
         self._write(self._added({}, file), 1)
         live = self._models.live
         modules = {

@@ -22,7 +22,7 @@ from support.wording import command_refused, refused, said
 from torch import Tensor
 
 from rft_fast import checkpoints, merge, sweep
-from rft_fast.merge import Request, greedy_soup, run
+from rft_fast.merge import Request, greedy_soup, provenance, run
 from rft_fast.merge.__main__ import main
 from rft_fast.run.measures import Measured
 
@@ -82,6 +82,22 @@ def test_a_greedy_soup_is_the_mean_of_the_models_kept(tmp_path: Path) -> None:
     alone = Fake(dict.fromkeys(("one+two", "three+two"), 0.1) | {"one": 0.5, "two": 0.7, "three": 0.6}, {})
     run(Request("greedy-soup", tuple(files.values()), out, overwrite=True), alone)
     assert all(torch.equal(tensor, two[name]) for name, tensor in load_file(out).items())
+
+
+def test_a_greedy_soup_takes_nothing_from_models_that_are_left_out(tmp_path: Path) -> None:
+    """Names and dtypes are the best model's, and no note is about another one."""
+    half = {f"model.{name}": tensor.bfloat16() for name, tensor in MODELS["one"].items()}
+    del half["model.logit_scale"]
+    files = tiny_merge.put(tmp_path, **{**MODELS, "one": half})
+    table = {"one": 0.1, "two": 0.6, "three": 0.7, "three+two": 0.8, "one+three+two": 0.5}
+    outcome = run(
+        Request("greedy-soup", tuple(files.values()), tmp_path / "out.safetensors"), Fake(table, {})
+    )
+    got = load_file(tmp_path / "out.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in got.items()} == {
+        name: (t.shape, t.dtype) for name, t in MODELS["three"].items()
+    }
+    assert not [note for note in outcome.notes if "logit_scale" in note]
 
 
 def test_fisher_weights(tmp_path: Path) -> None:
@@ -162,6 +178,24 @@ def test_statistics_of_batch_norm_are_those_of_the_data(
         elif "tracked" not in name:
             assert torch.equal(after[start + name], before[start + name])
     assert not [file for file in tmp_path.iterdir() if file not in (plain, out)]
+
+
+def test_recalibration_with_a_difference(resnets: Path, tmp_path: Path) -> None:
+    """A difference is no model that data could be shown to; the result is that of the model."""
+    zero, one = (load_file(resnets / f"{name}.safetensors") for name in ("zeroshot", "a"))
+    floats = [name for name, tensor in zero.items() if tensor.is_floating_point()]
+    vector = {n: one[n] - zero[n] if n in floats else one[n] for n in one}
+    files = {"model": resnets / "a.safetensors", **tiny_merge.put(tmp_path, vector=vector)}
+    words = ["task-arithmetic", "--zeroshot", str(resnets / "zeroshot.safetensors"), "--recalibrate"]
+    made = []
+    for name, file in files.items():
+        out = tmp_path / f"{name}-out.safetensors"
+        assert main([*words, "--finetuned", str(file), "--out", str(out), "--", *data(resnets)]) == 0
+        made.append(load_file(out))
+        origin = provenance(out)
+        assert origin is not None and origin["data"]["datasets"]
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_recalibration_of_a_model_without_batch_norm(zoo: Path, tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_provenance(tmp_path: Path) -> None:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert source == {"file": str(file), "sha256": digest, "role": role}
     assert provenance(files["zero"]) is None
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with refused(ValueError, "text.safetensors"):
+        provenance(tmp_path / "text.safetensors")
     note = next(note for note in checkpoints.read(out).notes if "rft_fast.merge" in note)
     said(note, "interpolate", "visual.conv1", "zero.safetensors", "one.safetensors")
     for text in ("{", "[]", '{"sources": 3}', '{"method": "x", "sources": [{"file": 1}], "numbers": {}}'):
@@ -220,6 +223,63 @@ def test_torchscript(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     run(Request("interpolate", (tmp_path / "one",), out, tmp_path / "zero", alpha=(0.4,)))
     agree(checkpoints.load(out), expected(tmp_path / "zero", tmp_path / "one", 0.4))
+
+
+def adapter(folder: Path, modules: dict[str, tuple[Tensor, Tensor]], alpha: float, **whole: Tensor) -> Path:
+    """Write an adapter as peft does: factors of weights, and tensors that it holds whole."""
+    folder.mkdir()
+    state = dict(whole)
+    for module, (a, b) in modules.items():
+        state |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file({f"base_model.model.{n}": t for n, t in state.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": len(a), "lora_alpha": alpha}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> tuple[dict[str, Path], dict[str, Tensor]]:
+    """A base and two adapters of it, and the float64 difference that each makes."""
+    noise = torch.Generator().manual_seed(4)
+    files, differences = tiny_merge.put(tmp_path, zero=ZERO), {}
+    for place, name in enumerate(("first", "second")):
+        module = f"visual.transformer.resblocks.{place}.mlp.c_fc"
+        a, b = 0.2 * torch.randn(2, 5, generator=noise), torch.randn(13, 2, generator=noise)
+        files[name] = adapter(tmp_path / name, {module: (a, b)}, alpha=3)
+        differences[f"{module}.weight"] = 3 / 2 * b.double() @ a.double()
+    return files, differences
+
+
+def test_adapters_are_merged_as_the_models_that_they_make(
+    tuned: tuple[dict[str, Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    files, differences = tuned
+    out = tmp_path / "out.safetensors"
+    state, outcome = merged("task-arithmetic", files, out, scale=(0.5,))
+    truth = {name: t.double() + 0.5 * differences.get(name, torch.zeros(())) for name, t in ZERO.items()}
+    tiny_merge.close(state, truth)
+    assert not outcome.provenance["notes"]
+    names = [Path(source["file"]).parent.name for source in outcome.provenance["sources"]]
+    assert names[1:] == ["first", "second"]
+    assert outcome.provenance["sources"][1]["sha256"] == checkpoints.sha256(files["first"])
+    one = {name: files[name] for name in ("zero", "first")}
+    state, _ = merged("interpolate", one, tmp_path / "whole.safetensors", alpha=(1.0,))
+    for name, tensor in checkpoints.load(files["first"], base=ZERO).items():
+        assert torch.equal(state[name], tensor)
+
+
+def test_an_adapter_without_its_base(
+    tuned: tuple[dict[str, Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    files, _ = tuned
+    out = tmp_path / "out.safetensors"
+    with refused(ValueError, files["first"], "--zeroshot"):
+        run(Request("soup", (files["first"], files["second"]), out))
+    with refused(ValueError, files["first"]):
+        run(Request("interpolate", (files["zero"],), out, files["first"], alpha=(1.0,)))
+    with refused(ValueError, files["first"], "ema"):
+        run(Request("interpolate", (files["first"],), out, files["zero"], key="ema", alpha=(1.0,)))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -170,6 +170,10 @@ OUT = Path("out.safetensors")
         pytest.param("hold", {}, id="no layers"),
         pytest.param("prune", {"layers": ("x",), "keep": 1.5}, id="keep"),
         pytest.param("prune", {"layers": ("x",), "seed": -1}, id="seed"),
+        pytest.param("soup", {"finetuned": (FILE, OUT), "zeroshot": None, "zeroshot_key": "x"}, id="key"),
+        pytest.param("soup", {"finetuned": (FILE, OUT), "zeroshot": None, "alpha": (0.5,)}, id="unused"),
+        pytest.param("interpolate", {"alpha": (0.5,), "scale": (0.3,)}, id="unused scale"),
+        pytest.param("ties", {"drop": 0.5}, id="unused drop"),
     ],
 )
 def test_requests(method: Any, options: dict[str, Any]) -> None:
