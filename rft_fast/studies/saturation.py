@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+_NUMBERS = ("accuracy", "loss", "sharpness", "samples", "draws")
 
 
 def saturated(row: Mapping[str, Any], classes: int | None) -> bool | None:
@@ -15,10 +18,12 @@ def saturated(row: Mapping[str, Any], classes: int | None) -> bool | None:
     Returns:
         None if it is unknown.
     """
-    found = flags(
-        pd.DataFrame([{"dataset": "", **row}]), {} if classes is None else {row["dataset"]: classes}
-    )
-    return None if pd.isna(found.iloc[0]) else bool(found.iloc[0])
+    if (stated := row.get("saturated")) is not None:
+        return bool(stated)
+    numbers = [math.nan if row.get(name) is None else float(row[name]) for name in _NUMBERS]
+    among = math.nan if classes is None else float(classes)
+    found, unknown = _decided([np.asarray(x) for x in numbers], np.asarray(among))
+    return None if unknown or row.get("estimator") == "hessian" else bool(found)
 
 
 def flags(rows: pd.DataFrame, classes: Mapping[str, int]) -> pd.Series:
@@ -41,10 +46,15 @@ def flags(rows: pd.DataFrame, classes: Mapping[str, int]) -> pd.Series:
         false where nothing is perturbed.
     """
     among = rows["dataset"].map(dict(classes)).to_numpy(dtype=float, na_value=np.nan)
-    numbers = (
-        rows[name].to_numpy(dtype=float, na_value=np.nan)
-        for name in ("accuracy", "loss", "sharpness", "samples", "draws")
-    )
+    numbers = (rows[name].to_numpy(dtype=float, na_value=np.nan) for name in _NUMBERS)
+    found, unknown = _decided(list(numbers), among)
+    unknown |= (rows["estimator"] == "hessian").to_numpy(dtype=bool, na_value=False)
+    decided = pd.Series(found, index=rows.index, dtype="boolean").mask(unknown)
+    return rows["saturated"].astype("boolean").fillna(decided) if "saturated" in rows else decided
+
+
+def _decided(numbers: Sequence[np.ndarray], among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each model answers at chance, and where that is unknown. among: numbers of classes."""
     accuracy, loss, sharpness, samples, draws = numbers
     with np.errstate(invalid="ignore", divide="ignore"):
         chance = 1 / among
@@ -54,9 +64,6 @@ def flags(rows: pd.DataFrame, classes: Mapping[str, int]) -> pd.Series:
         lost = (loss >= least) & (loss - sharpness < least)
         useful = (1 + chance) / 2
         few = chance + 2 * error >= useful - 2 * np.sqrt(useful * (1 - useful) / samples)
-    found = guesses | lost
     unknown = np.isnan([accuracy, loss, sharpness, samples, among]).any(0) | (among < 2)
     unknown |= guesses & few & ~lost & (draws != 0)
-    unknown |= (rows["estimator"] == "hessian").to_numpy(dtype=bool, na_value=False)
-    decided = pd.Series(found & (draws != 0), index=rows.index, dtype="boolean").mask(unknown)
-    return rows["saturated"].astype("boolean").fillna(decided) if "saturated" in rows else decided
+    return (guesses | lost) & (draws != 0), unknown
