@@ -18,7 +18,7 @@ from .flipping import Flips, Perturb, Perturbation, Record, frozen
 from .flow import Flow
 from .runtime import Runtime
 from .scores import Scores
-from .stages import evaluating
+from .stages import Stage, evaluating
 
 
 class Computing:
@@ -119,7 +119,9 @@ class Computing:
                 x = sample
                 for stage in self._runtime.traced.image[: flow.position]:
                     x = stage.run(x, sample)
-                known[key] = Flips(self._runtime.traced.image, flow.position, end, weights, x, sample)
+                known[key] = Flips(
+                    self._runtime.traced.image, flow.position, end, weights, x, sample, self._runtime.replays
+                )
         return known[key]
 
     def recorded(self, flow: Flow, weights: Sequence[Flipped], end: int) -> int:
@@ -172,7 +174,7 @@ class Computing:
                 if number in flips.sites:
                     x = flips.run(number, x, inputs, perturbation, signs)
                 else:
-                    x = flow.stages[number].run(x, inputs)
+                    x = self._stage(flow.stages[number], x, inputs)
             return (*flow.judge(self._joined(x, head), batch), *([] if control is None else [control]))
 
         def take(_: Flow, batch: slice, found: tuple[Tensor, ...]) -> None:
@@ -181,6 +183,12 @@ class Computing:
 
         with self._runtime.scoring():
             self._runtime.images.map([flow], work, take)
+
+    def _stage(self, stage: Stage, x: Tensor, inputs: Tensor) -> Tensor:
+        """Run a stage; its operations alone where they are known."""
+        if not stage.reads_inputs or inputs is x:
+            return self._runtime.replays.run(stage, lambda x: stage.run(x, x), [x], stage.tensors)
+        return self._runtime.replays.run(stage, stage.run, [x, inputs], stage.tensors)
 
     def _start(self, flow: Flow, batch: slice) -> tuple[Tensor, Tensor]:
         """A batch where the flow is, and the inputs of the chain."""

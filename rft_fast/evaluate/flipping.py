@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels.signs import BITS, blocks_of, check_blocks, signs_of_blocks
 from .flipped import SHARED, Conflict, Flipped, NoRule, Shift, Signs, Site
 from .flips import Rules
+from .replays import Replays
 from .stages import TOLERANCE, Stage
 
 # By how many units of the type's last place, relative to the largest, two ways of computing may differ.
@@ -103,6 +104,7 @@ class Flips:
         weights: The perturbed weights. Their layouts become known here.
         sample: Activations of some images before stage ``first``, [n, ...].
         inputs: Inputs of the model for these images.
+        replays: Recordings of what is computed.
 
     Raises:
         NoRule: The weights cannot differ between images.
@@ -116,8 +118,9 @@ class Flips:
         weights: Sequence[Flipped],
         sample: Tensor,
         inputs: Tensor,
+        replays: Replays,
     ) -> None:
-        self.stages, self.first, self.weights = stages, first, weights
+        self.stages, self.first, self.weights, self._replays = stages, first, weights, replays
         live = {id(weight.live) for weight in weights}
         named = {id(tensor) for stage in stages for tensor in stage.tensors}
         reading = [
@@ -245,19 +248,25 @@ class Flips:
         self, number: int, x: Tensor, inputs: Tensor, perturbation: Perturbation, signs: list[Signs]
     ) -> Tensor:
         """What a stage makes of images [n, ...] with the weights that each of them has."""
-        stage, bases = self.stages[number], perturbation.bases
-        # Its own alone: torch.vmap looks at each tensor that it is given.
-        own = {site.weight: signs[site.weight] for site in self.sites[number]}
+        stage = self.stages[number]
+        # Its own weights alone: torch.vmap looks at each tensor that it is given.
+        noise = _Noise(perturbation.bases, signs, [site.weight for site in self.sites[number]])
+        first = [x, inputs] if stage.reads_inputs and inputs is not x else [x]
 
-        def one(x: Tensor, inputs: Tensor, signs: dict[int, Signs]) -> Tensor:
-            def shift(site: Site) -> Tensor:
-                x = bases[site.weight] if site.input is None else site.input
-                return site.shift(x, bases[site.weight], signs[site.weight])
+        def run(*args: Tensor) -> Tensor:
+            bases, own = noise.of(args[len(first) :])
 
-            return self._image(stage, x, inputs, shift)
+            def one(x: Tensor, inputs: Tensor, signs: dict[int, Signs]) -> Tensor:
+                def shift(site: Site) -> Tensor:
+                    x = bases[site.weight] if site.input is None else site.input
+                    return site.shift(x, bases[site.weight], signs[site.weight])
 
-        found: Tensor = torch.vmap(one)(x, inputs, own)
-        return found
+                return self._image(stage, x, inputs, shift)
+
+            found: Tensor = torch.vmap(one)(args[0], args[len(first) - 1], own)
+            return found
+
+        return self._replays.run((self, number), run, [*first, *noise.flat], stage.tensors)
 
     @property
     def bytes(self) -> int:
@@ -321,19 +330,52 @@ class Flips:
         """
         if not (sites := self._own):
             return torch.zeros(1, dtype=torch.float64)
-        bases = perturbation.bases
+        noise = _Noise(perturbation.bases, signs, [site.weight for site in sites])
+        known = [x for x in record.inputs if x is not None]
+        count = len(known)
 
-        def one(inputs: list[Tensor], gradients: list[Tensor], signs: list[Signs]) -> Tensor:
-            products, rest = [], iter(inputs)
-            for site, gradient in zip(sites, gradients, strict=True):
-                x = bases[site.weight] if site.input is None else next(rest)
-                shift = site.shift(x, bases[site.weight], signs[site.weight])
-                products.append((gradient.float() * shift.float()).sum())
-            return torch.stack(products).double().sum()
+        def run(*args: Tensor) -> Tensor:
+            bases, own = noise.of(args[count + len(sites) :])
 
-        inputs = [x for x in record.inputs if x is not None]
-        found: Tensor = torch.vmap(one)(inputs, record.gradients, signs)
-        return found
+            def one(inputs: list[Tensor], gradients: list[Tensor], signs: dict[int, Signs]) -> Tensor:
+                products, rest = [], iter(inputs)
+                for site, gradient in zip(sites, gradients, strict=True):
+                    x = bases[site.weight] if site.input is None else next(rest)
+                    shift = site.shift(x, bases[site.weight], signs[site.weight])
+                    products.append((gradient.float() * shift.float()).sum())
+                return torch.stack(products).double().sum()
+
+            found: Tensor = torch.vmap(one)(list(args[:count]), list(args[count : count + len(sites)]), own)
+            return found
+
+        return self._replays.run((self, "control"), run, [*known, *record.gradients, *noise.flat], ())
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Base perturbations and signs of some weights as one list of tensors, and back."""
+
+    bases: Sequence[Tensor]
+    signs: Sequence[Signs]
+    weights: Sequence[int]
+
+    @property
+    def _own(self) -> list[int]:
+        return list(dict.fromkeys(self.weights))
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """The base and the signs of one weight after another."""
+        return [x for number in self._own for x in (self.bases[number], *self.signs[number])]
+
+    def of(self, flat: Sequence[Tensor]) -> tuple[dict[int, Tensor], dict[int, Signs]]:
+        """Weight -> base, weight -> signs, of a list like ``flat``."""
+        rest = iter(flat)
+        bases, signs = {}, {}
+        for number in self._own:
+            bases[number] = next(rest)
+            signs[number] = tuple(next(rest) for _ in self.signs[number])
+        return bases, signs
 
 
 def _tap(images: int, shape: torch.Size, like: Tensor) -> Tensor:

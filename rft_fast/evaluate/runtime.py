@@ -21,6 +21,7 @@ from .batches import Batches, Need
 from .budget import Budget
 from .flipped import NoRule
 from .flipping import Flips
+from .replays import Replays
 from .stages import Stage, Stages
 from .stages.cutting import run
 from .staging import Staged
@@ -54,6 +55,7 @@ class Runtime:
         slopes: How images are cut into batches for the gradient.
         curvatures: How images are cut into batches for products with the Hessian.
         flips: How stages read weights that differ between images, by what has been requested.
+        replays: Recordings of such stages, and of those after them.
     """
 
     traced: Stages
@@ -67,6 +69,7 @@ class Runtime:
     slopes: Batches
     curvatures: Batches
     flips: dict[tuple[int, ...], Flips]
+    replays: Replays
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class Runtime:
         pooled = len(chains.image) > 1 or isinstance(model, (ImageClassifier, ZeroShotClassifier))
         side = sys.maxsize if pooled else 1
         few = min(side, 4)  # since each batch has its own gradients
-        self.flips = {}
+        self.flips, self.replays = {}, Replays()
         self.example = images
         self.images = batches(1 if compile else side, lambda: forward(chains.image, images))
         self.prompts = batches(1 if compile else side, lambda: forward(chains.text, prompts), "prompt")

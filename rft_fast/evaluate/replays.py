@@ -1,0 +1,194 @@
+"""Functions of tensors as flat lists of torch's operations, recorded once for each shape and then replayed.
+
+A replay has the operations of the function and so its bits. It has no ``torch.vmap``, no modes, no modules
+and no layers of Python around them: with small batches these cost as much as the operations, and hold the
+interpreter's lock against batches that run side by side.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .stages import TOLERANCE
+
+MOST = 4096
+"""Recordings that are kept, those used last; each takes some 20 KiB, and no memory of tensors."""
+
+LARGEST = 8 << 20
+"""Bytes of the largest argument of what is recorded: larger ones take far longer than the Python around them,
+and a recording holds all that is computed in between while it is made.
+"""
+
+Function = Callable[..., Tensor]
+
+
+class Replays:
+    """Runs functions; from the third run with the same shapes on by a recording of the second.
+
+    Weights are read where they are, so a recording sees what is written into them. A tensor that replaces a
+    weight in the module is not seen: Path.check refuses it, an Evaluator alone does not. Several threads may
+    use it at once.
+    """
+
+    def __init__(self) -> None:
+        # True: it has run once. None: it cannot be recorded.
+        self._known: OrderedDict[tuple[object, ...], Function | bool | None] = OrderedDict()
+
+    def run(self, key: object, function: Function, args: Sequence[Tensor], reads: Sequence[Tensor]) -> Tensor:
+        """Return ``function(*args)``, the same bits.
+
+        Args:
+            key: What names the function.
+            function: Changes none of its arguments.
+            args: Distinct tensors.
+            reads: The model's tensors that it reads besides.
+        """
+        if max(x.nbytes for x in args) > LARGEST:
+            return function(*args)
+        full = (key, *((x.shape, x.stride(), x.dtype) for x in args))
+        known = self._known.get(full, False)
+        if callable(known):
+            return known(*args)
+        if known is None:
+            return function(*args)
+        if known:
+            found, self._known[full] = _record(function, args, reads)
+            return found
+        self._known[full] = True
+        while len(self._known) > MOST:
+            self._known.popitem(last=False)
+        return function(*args)
+
+    def __len__(self) -> int:
+        return sum(map(callable, self._known.values()))
+
+
+class _Unknown(Exception):
+    """Why a function cannot be recorded."""
+
+
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down, as Python, the operations that run while it is active.
+
+    Args:
+        args: Tensors that differ from run to run.
+    """
+
+    def __init__(self, args: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = {id(x): f"x{number}" for number, x in enumerate(args)}
+        self._kept: list[Tensor] = list(args)  # so that no other tensor gets the id of one
+        self._lines: list[tuple[list[str], str, list[str]]] = []  # results, call, what it reads
+        self._known: dict[str, Any] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.reason: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        reads: list[str] = []
+        given = [self._text(value, reads) for value in args]
+        given += [f"{name}={self._text(value, reads)}" for name, value in kwargs.items()]
+        results = [self._result(value) for value in (out if isinstance(out, (tuple, list)) else (out,))]
+        changed = func._schema.is_mutable or any(name != "y_" for name in results)
+        if changed and torch.Tag.nondeterministic_seeded in func.tags:  # dropout in eval mode changes nothing
+            self.reason = "it draws random numbers"
+        call = f"{self._constant(func)}({', '.join(given)})"
+        left = ", ".join(results) + ("," if isinstance(out, (tuple, list)) else "")
+        self._lines.append((results, f"{left} = {call}", reads))
+        return out
+
+    def _text(self, value: Any, reads: list[str]) -> str:
+        if isinstance(value, (list, tuple)):
+            inner = "".join(f"{self._text(each, reads)}, " for each in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if isinstance(value, Tensor):
+            if (name := self._names.get(id(value))) is None:
+                name = self._constant(value)
+                self._names[id(value)], self.constants[id(value)] = name, value
+            reads.append(name)
+            return name
+        return repr(value) if value is None or type(value) in (bool, int) else self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self._known)}"
+        self._known[name] = value
+        return name
+
+    def _result(self, value: Any) -> str:
+        if not isinstance(value, Tensor):
+            if value is not None:
+                self.reason = "it looks at numbers"
+            return "y_"
+        if id(value) in self._names:  # changed in place, or given back as it is
+            return "y_"
+        self._names[id(value)] = f"y{len(self._kept)}"
+        self._kept.append(value)
+        return self._names[id(value)]
+
+    def function(self, count: int, result: Tensor) -> Function:
+        """Return what was recorded as a function of ``count`` tensors. Frees each when it was used last.
+
+        Raises:
+            _Unknown: the result is none of a recorded operation.
+        """
+        if self.reason is not None or not (name := self._names.get(id(result), "")).startswith("y"):
+            raise _Unknown(self.reason or "what it returns is not computed here")
+        lines = [f"    return {name}"]
+        later = {name}
+        for results, line, reads in reversed(self._lines):
+            freed = {x for x in (*results, *reads) if x[0] in "xy"} - later
+            lines += [f"    del {', '.join(sorted(freed))}"] if freed else []
+            lines.append(f"    {line}")
+            later |= freed
+        head = f"def replay({', '.join(f'x{number}' for number in range(count))}):"
+        names = dict(self._known)
+        exec("\n".join([head, *reversed(lines)]), names)
+        found: Function = names["replay"]
+        return found
+
+
+def _record(
+    function: Function, args: Sequence[Tensor], reads: Sequence[Tensor]
+) -> tuple[Tensor, Function | None]:
+    """Run a function. Returns its result, and its recording; None if that computes anything else."""
+    if len({id(x) for x in args}) < len(args):
+        return function(*args), None
+    tape = _Tape(args)
+    with tape:
+        expected = function(*args)
+    try:
+        if not _refers(tape.constants.values(), reads):
+            return expected, None
+        recorded = tape.function(len(args), expected)
+        del tape
+        found = recorded(*args)
+    except (_Unknown, RuntimeError):  # the function has run: only the shortcut is lost
+        return expected, None
+    return expected, recorded if _same(found, expected) else None
+
+
+def _refers(constants: Any, reads: Sequence[Tensor]) -> bool:
+    """Whether a recording reads the function's tensors where they are, and no others.
+
+    A tensor whose numbers the function has looked at is missing. One that it has made of them is foreign.
+    """
+    found = {x.data_ptr() for x in constants}
+    wanted = {x.data_ptr() for x in reads if x.is_floating_point()}
+    return wanted <= found <= {x.data_ptr() for x in reads}
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    # Libraries of a GPU may round the same product differently.
+    close = 0.0 if expected.device.type == "cpu" else TOLERANCE
+    return torch.allclose(found, expected, rtol=close, atol=close, equal_nan=True)

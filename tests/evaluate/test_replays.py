@@ -1,0 +1,198 @@
+"""Recordings of functions against the functions themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support.tiny_models import dataset, deep, shaken, staged, transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rft_fast import studies
+from rft_fast.evaluate import Evaluator, replays
+from rft_fast.evaluate.replays import Replays
+from rft_fast.evaluate.stages import stages
+from rft_fast.path import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": deep,
+    "convolutions": staged,
+    "a transformer": lambda: transformer(layers=2),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_recorded_stages_have_the_bits_of_stages_whose_weights_change(make: Callable[[], nn.Module]) -> None:
+    model, known = make().eval(), Replays()
+    torch.manual_seed(1)
+    chain = stages(model, torch.rand(2, 3, 8, 8)).image
+    with torch.inference_mode():
+        for turn in range(8):
+            shaken(model, 0.05)
+            x = torch.rand((5, 2)[turn % 2], 3, 8, 8)
+            for stage in chain:
+                expected = stage.run(x, x)
+                got = known.run(stage, lambda x, stage=stage: stage.run(x, x), [x], stage.tensors)
+                assert torch.equal(got, expected) and got.stride() == expected.stride()
+                x = expected
+    assert len(known) == 2 * len(chain)
+
+
+WEIGHT = torch.rand(4)
+
+
+def looks(x: Tensor) -> Tensor:
+    return x * torch.tensor(WEIGHT.tolist())
+
+
+def looks_once(x: Tensor) -> Tensor:
+    return x * float(WEIGHT.sum())
+
+
+def reads_and_looks(x: Tensor) -> Tensor:
+    return x * WEIGHT * torch.tensor(WEIGHT.tolist())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        looks,
+        looks_once,
+        reads_and_looks,
+        lambda x: F.dropout(x * WEIGHT),
+        lambda x: F.dropout(x * WEIGHT, inplace=True),
+    ],
+)
+def test_what_looks_at_numbers_or_draws_some_is_not_recorded(function: Callable[[Tensor], Tensor]) -> None:
+    known = Replays()
+    for turn in range(5):
+        WEIGHT.fill_(turn + 1.0)
+        x = torch.rand(3, 4)
+        torch.manual_seed(turn)
+        got = known.run("it", function, [x], [WEIGHT])
+        torch.manual_seed(turn)
+        assert torch.equal(got, function(x))
+    assert len(known) == 0
+
+
+def in_place(x: Tensor, y: Tensor) -> Tensor:
+    z = x + 1
+    z.mul_(y).clamp_(min=0.5)
+    z[:, 1:].add_(WEIGHT[1:])
+    a, b = z.contiguous().chunk(2, 1)
+    return torch.cat([b, a, z.sort(1).values], 1).to(torch.float32)
+
+
+def test_views_changes_in_place_and_several_results() -> None:
+    known = Replays()
+    for turn in range(5):
+        WEIGHT.fill_(turn + 1.0)
+        x, y = torch.randn(3, 4), torch.randn(3, 4)
+        kept = x.clone(), y.clone()
+        assert torch.equal(known.run("it", in_place, [x, y], [WEIGHT]), in_place(*kept))
+        assert torch.equal(x, kept[0]) and torch.equal(y, kept[1])
+    assert len(known) == 1
+
+
+def test_other_strides_dtypes_and_names_are_other_functions() -> None:
+    known = Replays()
+
+    def flat(x: Tensor) -> Tensor:
+        return x.reshape(-1) + 1
+
+    square = torch.rand(4, 4)
+    for x in (square, square.t(), square.double(), square[:, :2]):
+        for _ in range(4):
+            assert torch.equal(known.run("flat", flat, [x], []), flat(x))
+            assert torch.equal(known.run("twice", lambda x: x * 2, [x], []), x * 2)
+    assert len(known) == 8
+
+
+def test_an_argument_that_is_given_back_or_given_twice() -> None:
+    known, x = Replays(), torch.rand(3)
+    for _ in range(4):
+        assert known.run("same", lambda x: x, [x], []) is x
+        other = torch.rand(3)
+        assert torch.equal(known.run("sum", lambda x, y: x + 2 * y, [x, x], []), 3 * x)
+        assert torch.equal(known.run("sum", lambda x, y: x + 2 * y, [x, other], []), x + 2 * other)
+    assert len(known) == 1  # of different ones
+
+
+def test_those_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "MOST", 3)
+    known = Replays()
+    for size in range(1, 9):
+        for _ in range(3):
+            known.run("it", lambda x: x + 1, [torch.rand(size)], [])
+        assert len(known) == min(size, 3)
+
+
+def test_large_arguments_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "LARGEST", 40)
+    known = Replays()
+    for size in (10, 11):
+        for _ in range(3):
+            assert len(known.run("it", lambda x: x + 1, [torch.rand(size)], [])) == size
+    assert len(known) == 1
+
+
+def test_errors_of_the_function_are_raised() -> None:
+    known = Replays()
+
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("of the test")
+
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="of the test"):
+            known.run("it", fails, [torch.rand(2)], [])
+
+
+def test_several_threads() -> None:
+    model, known = transformer(1).eval(), Replays()
+    chain = stages(model, torch.rand(2, 3, 8, 8)).image
+
+    def work(seed: int) -> bool:
+        with torch.inference_mode():
+            x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            for stage in chain:
+                expected = stage.run(x, x)
+                x = known.run(stage, lambda x, stage=stage: stage.run(x, x), [x], stage.tensors)
+                if not torch.equal(x, expected):
+                    return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(24)))
+    assert len(known) == len(chain)
+
+
+@pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
+def test_rows_are_the_same_bits_without_recordings(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> tuple[list[float], int]:
+        model = transformer(1).eval()
+        zero = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        one = {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in zero.items()}
+        path, evaluator = Path(model, zero, one), Evaluator(model, [dataset(count=6)], batch_size=3)
+        protocol = studies.Protocol(estimator)  # type: ignore[arg-type]
+        found = studies.layerwise_sharpness(
+            path,
+            evaluator,
+            [0.4, 0.6],
+            [0.3],
+            2,
+            ["re:visual.(conv1|ln_pre)", "re:.*c_fc"],
+            protocol=protocol,
+        )
+        numbers = found[["sharpness", "sharpness_se", "accuracy"]].to_numpy().ravel().tolist()
+        return numbers, len(evaluator.runtime.replays)
+
+    torch.manual_seed(0)
+    recorded, count = rows()
+    monkeypatch.setattr(Replays, "run", lambda self, key, function, args, reads: function(*args))
+    torch.manual_seed(0)
+    assert count > 5 and recorded == rows()[0]
