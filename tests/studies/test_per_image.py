@@ -36,8 +36,11 @@ from torch.nn import functional as F
 from rft_fast import studies
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, flips
+from rft_fast.evaluate.computing import Computing
 from rft_fast.evaluate.flipped import COPIES, Flipped, NoRule
-from rft_fast.evaluate.flipping import Perturbation
+from rft_fast.evaluate.flipping import Flips, Perturbation
+from rft_fast.evaluate.flow import Flow
+from rft_fast.evaluate.stages import Stage
 from rft_fast.kernels import noise_like
 from rft_fast.kernels.signs import signs
 from rft_fast.names import SAMPLING
@@ -708,3 +711,84 @@ def test_work_is_counted(estimator: str, gradients: int, draws: int) -> None:
     assert work.noisy == 3 * 3 * size  # draws, parts
     if estimator.startswith("per-image"):
         assert work.differentiated == 2 * size  # the base perturbation, and the scale of the noise
+
+
+class Passes:
+    """The images that each stage has really run on, forwards and backwards, from now on."""
+
+    def __init__(self, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images = [0] * len(evaluator.stages.image)
+        self.backward = 0
+        run, stage, flipped, record = Computing._run, Computing._stage, Flips.run, Flips.record
+
+        def counted_run(own: Computing, flow: Flow, batch: slice, last: int) -> Tensor:
+            self.add(range(flow.position, last), batch.stop - batch.start)
+            return run(own, flow, batch, last)
+
+        def counted_stage(own: Computing, one: Stage, x: Tensor, inputs: Tensor) -> Tensor:
+            self.add([evaluator.runtime.traced.image.index(one)], len(x))
+            return stage(own, one, x, inputs)
+
+        def counted_flips(own: Flips, number: int, x: Tensor, *rest: Any) -> Tensor:
+            self.add([number, number], len(x))  # with the weights, and with the base perturbation
+            return flipped(own, number, x, *rest)
+
+        def counted_record(own: Flips, x: Tensor, *rest: Any) -> Any:
+            with monkeypatch.context() as patch:
+                tapped, stages = own.tapped, own.stages
+
+                def through(number: int, y: Tensor) -> Tensor:
+                    self.add([number], len(y))
+
+                    def back(gradient: Tensor) -> None:
+                        self.add([number], len(gradient))
+                        self.backward += 1
+
+                    if y.requires_grad:
+                        y.register_hook(back)
+                    return y
+
+                def counted_tapped(number: int, *given: Any) -> tuple[Tensor, list[Tensor]]:
+                    y, found = tapped(number, *given)
+                    return through(number, y), found
+
+                def counted(number: int, one: Stage) -> Stage:
+                    if number in own.sites:
+                        return one
+                    return replace(one, run=lambda x, inputs: through(number, one.run(x, inputs)))
+
+                patch.setattr(own, "tapped", counted_tapped)
+                patch.setattr(own, "stages", [counted(*each) for each in enumerate(stages)])
+                return record(own, x, *rest)
+
+        monkeypatch.setattr(Computing, "_run", counted_run)
+        monkeypatch.setattr(Computing, "_stage", counted_stage)
+        monkeypatch.setattr(Flips, "run", counted_flips)
+        monkeypatch.setattr(Flips, "record", counted_record)
+
+    def add(self, stages: Sequence[int], images: int) -> None:
+        for stage in stages:
+            self.images[stage] += images
+
+
+@pytest.mark.slow(only="transformer")
+@pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
+@pytest.mark.parametrize("layers", [True, False], ids=["layer by layer", "all weights"])
+@pytest.mark.parametrize("make", [deep, lambda: transformer(2)], ids=["deep", "transformer"])
+def test_counted_passes_are_those_of_a_run(
+    make: Callable[[], nn.Module], layers: bool, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each stage: images that go through it, forwards and backwards, with parts of 4 of 11 images."""
+    path, evaluator = setting(make(), dataset(count=11))
+    protocol = replace(IMAGE, estimator=estimator)  # type: ignore[arg-type]
+
+    def study(path: Path, evaluator: Evaluator) -> object:
+        sharpness = studies.layerwise_sharpness if layers else studies.sharpness
+        return sharpness(path, evaluator, [0.4, 0.6], [0.1, 0.5], 3, protocol=protocol)
+
+    work = count(study, path, evaluator, {"set": (11, False)})
+    passes = Passes(evaluator, monkeypatch)
+    study(path, evaluator)
+    assert passes.images == [work.images[k] for k in range(len(passes.images))]
+    assert (passes.backward > 0) == (estimator == "per-image-gradient")
+    assert min(passes.images) > 2 * 11
