@@ -1,6 +1,7 @@
 """Sharpness on the digits zoo: what one draw of each estimator is worth, and whether its intervals hold.
 
     python benchmarks/variance.py [--part general layers coverage ...] [--draws 4] [--samples N] [--out FILE]
+        [--resume FILE]
 
 ``general``, ``layers``: the same forward passes by each estimator. The worth of a draw is the variance of the
 published protocol (plain draws, noise anew for every 128 images) over that of the estimator: so many times
@@ -8,7 +9,8 @@ fewer draws reach the same standard error. ``cost`` is the time of a draw over t
 the backward pass of the control, on one thread.
 
 ``coverage``: intervals of many seeds against the mean of many plain draws with other seeds.
-``general-coverage``: those of all weights together at more rhos, of a fixed number of draws.
+``general-coverage``: those of all weights together at more rhos, of a fixed number of draws. With
+``--resume FILE`` each seed is appended to FILE once it is measured, and seeds in FILE are not measured again.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import record
 import torch
 from scipy.special import stdtrit
 
@@ -160,14 +163,21 @@ def coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def general_coverage(setting: Setting, seeds: int, draws: int) -> pd.DataFrame:
+def general_coverage(setting: Setting, seeds: int, draws: int, kept: pathlib.Path | None) -> pd.DataFrame:
     """One row per rho: what 95 % intervals of all weights together cover, around the mean over seeds."""
     model, alpha = next(iter(MODELS.items()))
-    path = setting.path(model)
-    protocols = [Protocol(noise_batch=BATCH, seed=seed) for seed in range(seeds)]
-    made = [sharpness(path, setting.evaluator, [alpha], RHOS, draws, protocol=each) for each in protocols]
+    path, request = setting.path(model), {"model": model, "alpha": alpha, "draws": draws, "batch": BATCH}
+    lines = [line for line in (record.read(kept) if kept else []) if line["request"] == request]
+    made = {line["seed"]: line["rows"] for line in lines}
+    for seed in range(seeds):
+        if seed not in made:
+            protocol = Protocol(noise_batch=BATCH, seed=seed)
+            table = sharpness(path, setting.evaluator, [alpha], RHOS, draws, protocol=protocol)
+            made[seed] = table[["rho", "sharpness", "sharpness_se", "sharpness_df"]].to_dict("records")
+            if kept:
+                record.append(kept, {"request": request, "seed": seed, "rows": made[seed]})
     found = []
-    for rho, rows in pd.concat(made).groupby("rho"):
+    for rho, rows in pd.DataFrame([row for seed in range(seeds) for row in made[seed]]).groupby("rho"):
         values, errors = rows["sharpness"].to_numpy(), rows["sharpness_se"].to_numpy()
         half = stdtrit(rows["sharpness_df"].to_numpy(dtype=float), 0.975) * errors
         covered = float(np.mean(np.abs(values - values.mean()) <= half))
@@ -206,6 +216,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=200, help="of coverage (with 128 images, 4 draws)")
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--resume", type=pathlib.Path, metavar="FILE", help="of general-coverage")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tables = {}
@@ -214,7 +225,7 @@ def main() -> None:
         if part == "coverage":
             tables[part] = coverage(setting, arguments.seeds, 4)
         elif part == "general-coverage":
-            tables[part] = general_coverage(setting, arguments.seeds, 4)
+            tables[part] = general_coverage(setting, arguments.seeds, 4, arguments.resume)
         else:
             tables[part] = worth(setting, part, arguments.draws)
         show(part, tables[part])
