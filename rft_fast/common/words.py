@@ -79,6 +79,11 @@ def many(count: object, one: str) -> str:
     return f"{count} {one}" + ("" if str(count) == "1" else "s")
 
 
+def signed(text: str) -> str:
+    """Use the minus sign for hyphens, and remove the sign of zeros."""
+    return re.sub(r"(?<![\w.])[-+](0(\.0+)?)(?![\d.])", r"\1", text).replace("-", "\N{MINUS SIGN}")
+
+
 def duration(seconds: float) -> str:
     """Format seconds: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 5 h``."""
     if seconds < 100:

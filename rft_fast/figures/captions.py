@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..common.words import signed
 from ..names import ON_WORDS
 from .style import fold, margin
 
@@ -148,7 +149,7 @@ def choose(models: Sequence[str], gains: pd.Series, count: int) -> tuple[list[st
 
 def heading(name: str, model: str, gains: pd.Series) -> str:
     """The folded name of a model, and below it its observed gain in mean out-of-distribution accuracy."""
-    gain = f"gain {100 * gains[model]:+.1f}" if model in gains else ""
+    gain = signed(f"gain {100 * gains[model]:+.1f} points") if model in gains else ""
     return "\n".join(filter(None, [name, gain]))
 
 

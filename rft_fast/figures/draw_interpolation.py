@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..common.words import signed
 from ..studies.facts import Facts, as_facts
 from ..studies.gains import BONFERRONI, MAX_T
 from ..studies.interpolate import STUDY, Z95
@@ -63,7 +64,8 @@ class _Quantity:
     def range(self, fact: Mapping[Any, Any]) -> str:
         """Bounds of a gain, or the pointwise interval of a rise in loss."""
         if self.change == "gain":
-            return "[{:+.1f}, {:+.1f}]".format(*(100 * fact[end] for end in ("gain_low", "gain_high")))
+            low, high = (signed(format(100 * fact[end], "+.1f")) for end in ("gain_low", "gain_high"))
+            return f"[{low}, {high}]"
         return f"$\\pm$ {self.scale * Z95 * fact[f'{self.change}_se']:.{self.digits}f}"
 
 

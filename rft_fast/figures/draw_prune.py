@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..common.words import signed
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.pruning import STUDY, kind
@@ -149,5 +150,6 @@ def _label(effect: Mapping[str, Any], varying: Sequence[str]) -> str:
     count = len(effect["layers"])
     who = f"{count} at random" if effect["control"] else f"{count} {kind(effect['criterion'])}"
     how = f" ({', '.join(several([effect[name]]) for name in varying)})" if varying else ""
-    error = "(one seed)" if pd.isna(effect["change_se"]) else f"$\\pm$ {100 * effect['change_se']:.2f}"
-    return f"{who}{how}: {100 * effect['change']:+.2f} {error}"
+    error = f"$\\pm$ {100 * effect['change_se']:.2f} points"
+    error = "points (one seed)" if pd.isna(effect["change_se"]) else error
+    return f"{who}{how}: {signed(format(100 * effect['change'], '+.2f'))} {error}"

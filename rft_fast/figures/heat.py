@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 
+from ..common.words import signed
 from .looks import current, in_points
 from .style import GREY, Style, fix_ticks, points
 
@@ -102,7 +103,7 @@ def colorbar(figure: Figure, mesh: ScalarMappable, panels: Sequence[Axes], text:
         marks = marks[(marks == 0) | (np.abs(marks) > norm.vmax / 20)]
         where = {"pad": 0.01, "shrink": 0.8, "location": "bottom"}
     bar = figure.colorbar(mesh, ax=list(panels), aspect=30, ticks=marks, **where)
-    bar.set_ticklabels([f"{tick:.2g}" for tick in marks])
+    bar.set_ticklabels([signed(f"{tick:.2g}") for tick in marks])
     bar.ax.minorticks_off()
     fix_ticks(bar.ax)
     bar.set_label(f"{text}{' ' if below else chr(10)}(nats, asinh scale)")

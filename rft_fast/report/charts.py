@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..common.words import many
+from ..common.words import many, signed
 from ..figures.captions import measures
 from ..studies.correlation import COMPETITORS
 from ..studies.facts import Facts
@@ -25,15 +25,15 @@ from .drawing import (
     Trace,
     band,
     choices,
-    layer_axis,
     layout,
     line,
+    of_layers,
     rows_height,
     rule,
     safe,
 )
 from .phrases import MEASURES, p_value
-from .tables import sharpnesses, signed
+from .tables import sharpnesses
 
 ALPHA = "α (0 zero-shot, 1 fine-tuned)"
 
@@ -63,14 +63,15 @@ class Quantity:
     scale: float
     form: str
     unit: str
+    unit_of_change: str
 
 
-ACCURACY = Quantity("accuracy", "gain", 100, "+.1f", "%")
-LOSS = Quantity("loss", "rise", 1, "+.3f", " nats")
+ACCURACY = Quantity("accuracy", "gain", 100, "+.1f", "%", "points")
+LOSS = Quantity("loss", "rise", 1, "+.3f", "nats", "nats")
 
 
 def along(
-    curve: pd.DataFrame, what: Quantity, title: str, zero: str, unit: str
+    curve: pd.DataFrame, what: Quantity, title: str, zero: str
 ) -> tuple[list[float], pd.Series, pd.Series, list[str]]:
     """Prepare a curve with intervals.
 
@@ -79,7 +80,6 @@ def along(
         what: the quantity.
         title: name of the curve, escaped for plotly.
         zero: name of what the change is relative to.
-        unit: unit of the value in the hover texts.
 
     Returns:
         Positions, values, half-widths of the pointwise 95 % intervals, and hover texts.
@@ -87,8 +87,8 @@ def along(
     alphas, scale, form = curve["alpha"].tolist(), what.scale, what.form
     y, halves = scale * curve[what.value], scale * Z95 * curve[f"{what.change}_se"]
     hover = [
-        f"{title}, α = {a:g}<br>{what.value} {v:{form[1:]}}{unit}<br>"
-        f"against {zero} {points(c, h, 1, form)} (95 %)<br>n = {n:,} images"
+        f"{title}, α = {a:g}<br>{what.value} {v:{form[1:]}} {what.unit}<br>"
+        f"against {zero} {points(c, h, 1, form)} {what.unit_of_change} (95 %)<br>n = {n:,} images"
         for a, v, c, h, n in zip(alphas, y, scale * curve[what.change], halves, curve["samples"], strict=True)
     ]
     return alphas, y, halves, hover
@@ -115,7 +115,7 @@ def path(facts: Facts) -> Picture:
         alone = {"dataset": [dataset], "model": [model]}
         title = f"<b>{safe(model)}</b> on {safe(dataset)}"
         for traces, what in ((accuracy, ACCURACY), (loss, LOSS)):
-            alphas, y, half, hover = along(curve, what, title, "zero-shot", what.unit)
+            alphas, y, half, hover = along(curve, what, title, "zero-shot")
             low, high = y - half, y + half
             if what is ACCURACY:
                 low, high = (
@@ -252,8 +252,9 @@ def prune(facts: Facts) -> Picture:
         alphas = plain["alpha"].tolist()
         traces.append(band(alphas, list(y - half), list(y + half), show, "@ink"))
         hover = [
-            f"unpruned, α = {a:g}<br>accuracy {v:.1f} %<br>against zero-shot {points(g, h, 100, '+.1f')} (95 "
-            "%)"
+            f"unpruned, α = {a:g}<br>accuracy {v:.1f} %<br>against zero-shot {points(g, h, 100, '+.1f')} "
+            "points "
+            "(95 %)"
             for a, v, g, h in zip(alphas, y, plain["gain"], half / 100, strict=True)
         ]
         traces.append(line(alphas, y.tolist(), hover, show, "@ink", mode="lines+markers", symbol="circle"))
@@ -347,7 +348,7 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
             "rank correlation",
             "",
             rows_height(len(order)) + 20,
-            yaxis=layer_axis(order),
+            **of_layers(order, order),
             xaxis={"range": [-1.05, 1.05], "zeroline": False},
         ),
         wide=True,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from ..common.words import many, some
+from ..common.words import many, signed, some
 from ..names import ON_WORDS
 from ..settings import Sharpness
 from ..studies.claim import SETTING
@@ -181,7 +181,8 @@ def _picture(facts: Facts) -> Picture:
         n = numbers[fact["model"]]
         symbol = SYMBOLS[n % len(SYMBOLS)] + ("-open" if fact["mode"] == "failure" else "")
         hover = (
-            f"<b>{safe(fact['model'])}</b> ({fact['mode']}), gain {100 * fact['gain']:+.1f}<br>"
+            f"<b>{safe(fact['model'])}</b> ({fact['mode']}), gain "
+            f"{signed(format(100 * fact['gain'], '+.1f'))} points<br>"
             f"{fact['flat']} of {fact['layers']} layers at α = {fact['alpha']:g}"
             + ("<br>0 by definition" if fact["by_definition"] else "")
         )

@@ -7,30 +7,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from ..common.words import flat, many, some
+from ..common.words import flat, many, signed, some
 from ..config.recorded import shown_as, value_as
 from ..studies.interpolate import Z95
 from ..studies.rows import asked
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
-from .provenance import in_line
+from .matching import matched, paired
+from .provenance import in_line, title
 from .runs import RunRead
 from .shown import Section
-from .tables import Cell, Table, interval, number, signed
+from .tables import Cell, Table, interval, number
 
-# Columns that identify a measurement of a run.
-_KEYS = (
-    "study model dataset layer others alpha rho on noise adaptive keep method criterion control estimator "
-    "noise_batch normalized seed"
-).split()
 _SCALE = {
     "accuracy": (100.0, "+.1f", "points"),
     "loss": (1.0, "+.3f", "nats"),
     "sharpness": (1.0, "+.3g", "nats"),
 }
-_MANY = 1e9  # degrees of freedom with which Student's t is the normal distribution
+_UNIT = {"points": "%"}  # of a value, where that of its difference is another
 _SHOWN = 500  # most rows of the table
 
 
@@ -47,7 +42,7 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     Raises:
         ValueError: the runs have no measurement in common.
     """
-    common = matched(first.facts.rows, second.facts.rows)
+    common = matched(first.facts.rows, second.facts.rows, paired(first, second))
     if common.empty:
         raise ValueError(
             f"report: {first.directory} and {second.directory} have no measurement in common: no model, data "
@@ -63,12 +58,16 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     ]
     chance = 0.05 * common["known"].sum()
     findings.append(
-        f"In all {apart.sum():,} of {len(common):,}; about {chance:,.0f} would by chance if the runs "
-        f"were equal and the values independent. {corrected.sum():,} still differ after correction for all "
-        "comparisons (Bonferroni)."
+        f"In all {apart.sum():,} of {len(common):,} differ; about {chance:,.0f} would by chance if the runs "
+        f"measured the same and the values were independent. {corrected.sum():,} still differ after "
+        "correction for all comparisons (Bonferroni)."
     )
+    findings.append(_pairing(common))
+    titles = [title(first), title(second)]
     return {
-        "title": f"{first.config['zoo']} and {second.config['zoo']}",
+        "title": f"Two runs: {titles[0]}"
+        if titles[0] == titles[1]
+        else f"{titles[0]} (A) and {titles[1]} (B)",
         "above": "rft_fast comparison of two runs",
         "about": " · ".join(
             f"{name} {run.directory} ({run.config['date'][:10]})"
@@ -85,98 +84,26 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
         "notes": [*_notes(first, second, common)],
         "parts": [_configuration(settings), _measurements(common)],
         "models": 2,
+        "names": first.facts.names | second.facts.names,
     }
 
 
-def matched(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Match the values that two runs have in common, and test whether they differ.
-
-    Args:
-        first: rows of run A.
-        second: rows of run B.
-
-    Returns:
-        One row per value, with columns that identify it and
-
-        - ``value``: "accuracy", "loss" or "sharpness";
-        - ``a``, ``b``, ``a_se``, ``b_se``, ``n_a``, ``n_b``: the values, their standard errors, and images;
-        - ``difference``: b - a, and ``half``, the half-width of its 95 % interval by Student's t, as of
-          independent measurements;
-        - ``apart``: whether the interval excludes 0; ``corrected``: the same with Bonferroni's correction;
-        - ``known``: whether the difference has a standard error.
-    """
-    sides = [_long(rows) for rows in (first, second)]
-    both = sides[0].merge(sides[1], on=["place", "value"], suffixes=("", "_b"))
-    both = both.rename(
-        columns={
-            "x": "a",
-            "x_b": "b",
-            "se": "a_se",
-            "se_b": "b_se",
-            "samples": "n_a",
-            "samples_b": "n_b",
-            "count": "count_a",
-        }
+def _pairing(common: pd.DataFrame) -> str:
+    """Say how many differences are paired over images."""
+    count = int(common["paired"].sum())
+    start = (
+        f"{count:,} of {len(common):,} differences are paired: both runs scored the same images, and kept "
+        "the result of each."
+        if count
+        else "No difference is paired: the runs did not score the same images, or did not keep the result "
+        "of each."
     )
-    difference = both["b"] - both["a"]
-    error = np.hypot(both["a_se"], both["b_se"])
-    known = error.notna()
-    freedom = _freedom(both)
-    half = stdtrit(freedom, 0.975) * error
-    bound = stdtrit(freedom, 1 - 0.025 / max(int(known.sum()), 1))
-    # Without a standard error there is no test, unless one side is not finite.
-    one_sided = np.isfinite(both["a"]) != np.isfinite(both["b"])
-    return both.assign(
-        difference=difference,
-        half=half,
-        known=known,
-        apart=(difference.abs() > half) | one_sided,
-        corrected=(difference.abs() > bound * error) | one_sided,
+    if count == len(common):
+        return start
+    return (
+        f"{start} The intervals of all others are those of independent measurements; where the runs share "
+        "images or noise, they are usually too wide."
     )
-
-
-def _count(rows: pd.DataFrame) -> pd.Series:
-    """Return one more than the degrees of freedom of each standard error: of images, or of draws."""
-    pairs = rows["estimator"].str.startswith("antithetic").fillna(False)
-    draws = rows["draws"].astype(float) / np.where(pairs, 2, 1)
-    draws = (rows["sharpness_df"] + 1).fillna(draws)
-    return draws.where(rows["estimator"].notna(), rows["samples"].astype(float))
-
-
-def _freedom(both: pd.DataFrame) -> pd.Series:
-    """Degrees of freedom of the differences (Welch and Satterthwaite); many without an error."""
-    parts = [(both[f"{side}_se"] ** 2, both[f"count_{side}"] - 1) for side in "ab"]
-    spread = sum((variance**2 / freedom).where(freedom > 0, 0) for variance, freedom in parts)
-    freedom = sum(variance for variance, _ in parts) ** 2 / spread
-    return freedom.where(np.isfinite(freedom), _MANY)
-
-
-def _long(rows: pd.DataFrame) -> pd.DataFrame:
-    """Reshape to one row per value, with ``place``, all of its keys as one text."""
-    # The zero-shot measurement is the same for all models, and seeds identify only masks.
-    shared = (rows["study"] == "interpolation") & (rows["alpha"] == 0)
-    rows = rows.assign(
-        alpha=rows["alpha"].round(9),
-        model=rows["model"].mask(shared, "zero-shot"),
-        seed=rows["seed"].where(rows["method"].notna()),
-        estimator=asked(rows),
-    )
-    place = rows[_KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
-    parts = []
-    for value in ("accuracy", "loss", "sharpness"):
-        # Rows with an estimator are of a sharpness; their mean accuracy and loss are not compared.
-        part = rows[rows[value].notna() & ((value == "sharpness") == rows["estimator"].notna())]
-        facts = part[
-            ["study", "model", "dataset", "layer", "alpha", "rho", "criterion", "control", "seed", "samples"]
-        ]
-        parts.append(
-            facts.assign(
-                place=place[part.index], value=value,
-                x=part[value].astype(float), se=part[f"{value}_se"].astype(float),
-                count=_count(part),
-            )
-        )  # fmt: skip
-    return pd.concat(parts).drop_duplicates(["place", "value"])
 
 
 def _notes(first: RunRead, second: RunRead, common: pd.DataFrame) -> Iterator[str]:
@@ -251,8 +178,9 @@ def _measurements(common: pd.DataFrame) -> Section:
             hover = [
                 f"<b>{safe(row['model'])}</b> on {safe(row['dataset'])}, α = {row['alpha']:g}<br>"
                 + ("" if pd.isna(row["layer"]) else f"{safe(row['layer'])}<br>")
-                + f"A {scale * row['a']:{form[1:]}}, B {scale * row['b']:{form[1:]}} {unit}<br>B − A "
-                f"{points(row['difference'], row['half'], scale, form)} (95 %)"
+                + signed(f"A {scale * row['a']:{form[1:]}}, B {scale * row['b']:{form[1:]}}")
+                + f" {_UNIT.get(unit, unit)}<br>B − A {points(row['difference'], row['half'], scale, form)} "
+                f"{unit} (95 %, {'paired' if row['paired'] else 'independent'})"
                 for row in part.to_dict("records")
             ]
             trace = line(
@@ -286,8 +214,8 @@ def _measurements(common: pd.DataFrame) -> Section:
         "rows.sqlite",
         "Measurements",
         "Values that both runs have under the same name: study, model, data set, layer, position and noise. "
-        "Error bars of a difference are those of independent measurements. Where both runs scored the same "
-        "images or drew the same noise, they are conservative: the true ones are narrower.",
+        "The chart has the interval of each value. The table has that of their difference, and whether it is "
+        "paired.",
         Picture([control], [chart], keys),
         [_table(common)],
     )
@@ -319,12 +247,13 @@ def _table(common: pd.DataFrame) -> Table:
             [
                 Cell(str(row["model"])),
                 Cell(str(row["dataset"])),
-                Cell(f"{row['study']}, {row['value']} ({unit})"),
+                Cell(f"{row['study']}, {row['value']} ({_UNIT.get(unit, unit)})"),
                 number(row["alpha"], "g"),
                 number(row["a"], form[1:], scale),
                 number(row["b"], form[1:], scale),
                 interval(change, change - row["half"], change + row["half"], form, scale),
                 verdict,
+                Cell("paired" if row["paired"] else "independent" if row["known"] else "–"),
                 number(row["n_a"], ",.0f"),
                 number(row["n_b"], ",.0f"),
                 Cell(layer, None, "code"),
@@ -334,7 +263,7 @@ def _table(common: pd.DataFrame) -> Table:
     more = f", the {_SHOWN} furthest apart of {len(common):,}" if len(common) > _SHOWN else ""
     return Table(
         f"Both runs side by side{more}",
-        signed("model|data set|what|α|A|B|B − A [95 %]|verdict|n of A|n of B|layer").split("|"),
+        signed("model|data set|what|α|A|B|B − A [95 %]|verdict|interval|n of A|n of B|layer").split("|"),
         rows,
         chosen,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..common.words import visible
+from ..common.words import signed, visible
 from ..figures.heat import ticks
 
 ALL = "*"
@@ -186,7 +186,7 @@ def heat(values: pd.DataFrame, small: float, largest: float, hover: list[list[st
         "colorbar": {
             "title": {"text": what, "side": "right"},
             "tickvals": [math.asinh(tick / width) for tick in stops],
-            "ticktext": [f"{tick:.2g}".replace("-", "\N{MINUS SIGN}") for tick in stops],
+            "ticktext": [signed(f"{tick:.2g}") for tick in stops],
             "thickness": 10,
             "len": min(1.0, 300 / rows_height(len(values))),
             "y": 1,
@@ -199,21 +199,31 @@ def heat(values: pd.DataFrame, small: float, largest: float, hover: list[list[st
 
 def rows_height(count: int) -> int:
     """Return the height in pixels of a chart with so many layers."""
-    return 70 + count * (19 if count <= 60 else 12)
+    return max(70 + count * _row(count), 190)  # room for the colour bar
 
 
-def layer_axis(names: Sequence[str]) -> dict[str, Any]:
-    """Create an axis of layers, the first on top."""
-    return {
+def _row(count: int) -> int:
+    return 19 if count <= 60 else 12
+
+
+def of_layers(names: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
+    """Create the parts of a layout with one line for each layer, the first on top.
+
+    Args:
+        names: names of the layers, by which they are found.
+        texts: what the axis shows of each.
+    """
+    axis = {
         "title": {"text": ""},
         "tickmode": "array",
-        "tickvals": list(range(len(names))),
-        "ticktext": [safe(name) for name in names],
-        "range": [len(names) - 0.5, -0.5],
+        "tickvals": list(range(len(texts))),
+        "ticktext": [safe(text) for text in texts],
+        "range": [len(texts) - 0.5, -0.5],
         "automargin": True,
         "showgrid": False,
-        "tickfont": {"size": 11 if len(names) <= 60 else 9},
+        "tickfont": {"size": 11 if len(texts) <= 60 else 9},
     }
+    return {"yaxis": axis, "meta": {"names": list(names), "row": _row(len(texts))}}
 
 
 def marks(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from ..common.words import many
+from ..common.words import many, signed
 from ..figures.captions import short
 from ..settings import Layers, Sharpness
 from ..studies.facts import Facts
@@ -25,15 +25,15 @@ from .drawing import (
     band,
     choices,
     heat,
-    layer_axis,
     layout,
     line,
     marks,
+    of_layers,
     rows_height,
     rule,
     safe,
 )
-from .tables import STRAGGLING, sharpnesses, signed
+from .tables import STRAGGLING, sharpnesses
 
 _WORST = 3
 
@@ -60,7 +60,7 @@ def interpolation(facts: Facts) -> Picture:
             n = top.index(layer) if layer in top else 0
             here = show | {"layer": [ALL, layer] if layer in top else [layer]}
             for what in (LOSS, ACCURACY):
-                alphas, y, half, hover = along(curve, what, f"<b>{safe(layer)}</b>", "α = 0", "")
+                alphas, y, half, hover = along(curve, what, f"<b>{safe(layer)}</b>", "α = 0")
                 curves[what.value].append(band(alphas, list(y - half), list(y + half), here, f"@c{n}"))
                 symbol = ("circle", "square", "triangle-up")[n]
                 trace = line(alphas, y.tolist(), hover, here, f"@c{n}", symbol, name=names[layer])
@@ -68,7 +68,7 @@ def interpolation(facts: Facts) -> Picture:
     height = rows_height(len(layers))
     legend = {"showlegend": True, "legend": {"orientation": "h", "y": -0.24, "yanchor": "top"}}
     every = [(ALL, f"the {_WORST} most unstable")] + [(layer, names[layer]) for layer in layers]
-    shared = {"yaxis": layer_axis([names[layer] for layer in layers])}
+    shared = of_layers(layers, [names[layer] for layer in layers])
     return Picture(
         [
             choices("model", "Model", part["model"]),
@@ -161,7 +161,7 @@ def sharpness(facts: Facts) -> Picture:
             }
             dots.append(trace)
     height = rows_height(len(layers))
-    shared = {"yaxis": layer_axis([names[layer] for layer in layers])}
+    shared = of_layers(layers, [names[layer] for layer in layers])
     alphas = sorted((a for a in part["alpha"].unique() if a > 0), reverse=True)
     return Picture(
         [

@@ -8,9 +8,10 @@ import pathlib
 from .. import catalogue
 from ..common import disk
 from ..common.words import visible
-from . import comparison, page, provenance, sections
+from . import comparison, files, page, provenance, sections
 from .charts import colours
 from .findings import findings
+from .first import looks
 from .runs import read
 from .tables import minus
 
@@ -39,16 +40,19 @@ def write(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None 
     run = read(directory)
     config, arch = run.config, str(run.config["arch"])
     arch = pathlib.Path(arch).name if arch.endswith(".json") else arch
+    parts = sections.studied(run.facts, catalogue.studies(), run.captions)
     text = page.render(
-        title=str(config["zoo"]),
+        title=provenance.title(run),
         above="rft_fast report",
         about=f"{config['date'][:10]} · architecture {arch} · rft_fast {config['versions']['rft_fast']}",
         commands=[config["command"]],
         tiles=provenance.tiles(run),
         findings=[minus(visible(one.text)) for one in findings(run.facts, catalogue.studies())],
         notes=run.notes,
-        parts=[*sections.studied(run.facts, catalogue.studies(), run.captions), provenance.provenance(run)],
+        parts=files.with_rows(run, [*parts, provenance.provenance(run)]),
         models=len(colours(run.facts)),
+        looks=looks(run.facts, parts),
+        names=run.facts.names,
     )
     return _replace(file, text)
 

@@ -19,18 +19,49 @@
   });
   system.addEventListener("change", () => drawAll());
 
-  // --- what is chosen: selectors of a section, its charts and tables -------------------------------
+  // --- what is chosen: selectors and the search of a section, its charts and tables ----------------
   const chosen = (section) =>
     Object.fromEntries($$("select[data-key]", section).map((select) => [select.dataset.key, select.value]));
+  const sought = (section) => (section.querySelector("input[type=search]")?.value ?? "").trim().toLowerCase();
   const fits = (row, choice) =>
     Object.entries(choice).every(([key, value]) => value === ALL || !(key in row) || row[key] === value);
+  const plural = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
   function filter(section) {
-    const choice = chosen(section);
-    for (const row of $$("tr[data-chosen]", section)) row.hidden = !fits(JSON.parse(row.dataset.chosen), choice);
+    const choice = chosen(section), query = sought(section);
+    for (const table of $$("table", section)) {
+      const rows = [...table.tBodies[0].rows];
+      for (const row of rows)
+        row.hidden = !fits(JSON.parse(row.dataset.chosen ?? "{}"), choice)
+          || !(row.querySelector("code")?.textContent ?? "").toLowerCase().includes(query);
+      const shown = rows.filter((row) => !row.hidden).length;
+      table.closest(".table").querySelector(".count").textContent =
+        shown < rows.length ? `${shown.toLocaleString("en")} of ${plural(rows.length, "row")}` : plural(shown, "row");
+    }
+    const found = section.querySelector(".found");
+    if (found) {
+      const layers = new Set($$("tbody code", section).map((code) => code.textContent));
+      const count = [...layers].filter((name) => name.toLowerCase().includes(query)).length;
+      found.textContent = query ? `${count} of ${plural(layers.size, "layer")} match` : "";
+    }
+    for (const scroll of $$(".scroll", section)) hint(scroll);
+  }
+  function update(section) {
+    filter(section);
+    if (window.Plotly) for (const chart of $$(".chart", section)) draw(chart);
   }
 
+  // --- tables that scroll: shades at the sides with more to see --------------------------------------
+  function hint(scroll) {
+    const table = scroll.parentElement, room = 2;
+    table.classList.toggle("more-right", scroll.scrollLeft + scroll.clientWidth < scroll.scrollWidth - room);
+    table.classList.toggle("more-below", scroll.scrollTop + scroll.clientHeight < scroll.scrollHeight - room);
+  }
+  for (const scroll of $$(".scroll")) scroll.addEventListener("scroll", () => hint(scroll), { passive: true });
+  for (const details of $$("details"))
+    details.addEventListener("toggle", () => { for (const scroll of $$(".scroll", details)) hint(scroll); });
+
   // --- tables that sort: by the value of a cell, else by its text; numbers first largest -----------
-  for (const head of $$("th")) {
+  for (const head of $$("thead th")) {
     head.firstElementChild.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending"
         || (head.getAttribute("aria-sort") === "none" && head.classList.contains("n"));
@@ -48,6 +79,109 @@
     });
   }
 
+  // --- words: explained where one points, by the tab key, and by a tap ------------------------------
+  const tip = document.getElementById("tip");
+  let explained, leaving;
+  function explain(target) {
+    clearTimeout(leaving);
+    if (explained === target) return;
+    explained?.removeAttribute("aria-describedby");
+    explained = target;
+    tip.hidden = !target;
+    if (!target) return;
+    tip.replaceChildren(...target.dataset.words.split(" ").map((id) => {
+      const [name, means] = document.getElementById(id).children;
+      const text = document.createElement("p"), strong = document.createElement("strong");
+      strong.textContent = name.textContent;
+      text.append(strong, " ", means.textContent);
+      return text;
+    }));
+    target.setAttribute("aria-describedby", "tip");
+    const box = target.getClientRects()[0], own = tip.getBoundingClientRect();
+    const below = box.bottom + own.height + 6 < innerHeight;
+    tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - own.width - 8))}px`;
+    tip.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - own.height - 4)}px`;
+  }
+  const later = () => { clearTimeout(leaving); leaving = setTimeout(() => explain(), 150); };
+  const word = (event) => event.target.closest?.("[data-words]");
+  document.addEventListener("pointerover", (event) => {
+    if (tip.contains(event.target)) clearTimeout(leaving);
+    else if (word(event)) explain(word(event));
+    else if (explained && explained !== document.activeElement) later();
+  });
+  document.addEventListener("focusin", (event) => explain(word(event)));
+  document.addEventListener("focusout", later);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") explain(); });
+  addEventListener("scroll", () => explain(), { passive: true });
+  for (const link of $$("a.word")) {
+    link.addEventListener("click", (event) => { event.preventDefault(); explain(link); });
+  }
+  for (const section of $$("section")) {  // a word is a link once in each section; later, it is text
+    const known = new Set();
+    for (const link of $$("a.word", section)) {
+      if (known.has(link.hash)) {
+        const text = document.createElement("span");
+        text.dataset.words = link.dataset.words;
+        text.textContent = link.textContent;
+        link.replaceWith(text);
+      }
+      known.add(link.hash);
+    }
+  }
+
+  // --- files: tables as they are shown, and rows -----------------------------------------------------
+  const quoted = (text) => /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  const inert = (text) => /^[\s']*[=+\-@\uff1d\uff0b\uff0d\uff20]|^[\s']*[\t\r\n]/.test(text) ? `'${text}` : text;
+  function tabled(table) {  // [a, b] of an interval in columns of their own
+    const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => [...row.cells]);
+    const plain = (text) => text.replace(/\u2212/g, "-").replace(/^\+/, "");
+    const parts = (cell) => {
+      const found = /^(\S+) \[(\S+), (\S+)\]$/.exec(cell.textContent);
+      return found ? found.slice(1).map(plain) : null;
+    };
+    const lines = [[]];
+    for (const _ of rows) lines.push([]);
+    $$("thead th", table).forEach((head, column) => {
+      const name = head.textContent, wide = rows.some((row) => parts(row[column]));
+      lines[0].push(...wide ? [name, `${name}: low`, `${name}: high`] : [name]);
+      rows.forEach((row, place) => {
+        const cell = row[column], number = cell.classList.contains("n");
+        const text = number ? plain(cell.textContent) : inert(cell.textContent);
+        lines[place + 1].push(...wide ? parts(cell) ?? [text, "", ""] : [text]);
+      });
+    });
+    return `\ufeff${lines.map((line) => line.map(quoted).join(",")).join("\n")}\n`;
+  }
+  function save(name, text) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  }
+  let files;  // name -> text, read when first asked for
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.("button.save");
+    if (!button) return;
+    if (button.dataset.table)
+      return save(`${button.dataset.table}.csv`, tabled(button.closest(".table").querySelector("table")));
+    files ??= JSON.parse(await unpacked("rows"));
+    const [first, ...others] = JSON.parse(button.dataset.files).map((name) => files[name]);
+    save(button.dataset.name, [first, ...others.map((text) => text.slice(text.indexOf("\n") + 1))].join(""));
+  });
+
+  // --- what to look at first: a link that chooses ------------------------------------------------------
+  for (const link of $$("a[data-choose]")) {
+    link.addEventListener("click", () => {
+      const section = document.getElementById(link.hash.slice(1));
+      for (const [key, value] of Object.entries(JSON.parse(link.dataset.choose))) {
+        const select = $$("select[data-key]", section).find((one) => one.dataset.key === key);
+        if (select && [...select.options].some((option) => option.value === value)) select.value = value;
+      }
+      update(section);
+    });
+  }
+
   // --- charts ---------------------------------------------------------------------------------------
   const style = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
   const faded = (hex, alpha) =>
@@ -56,6 +190,7 @@
     light: [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"]],
     dark: [[0, "#7fb8ee"], [0.25, "#3b6c9c"], [0.5, "#26262f"], [0.75, "#a8513d"], [1, "#ff9d80"]],
   };
+  const TEXTS = new Set(["hovertext", "name", "ticktext", "text", "meta"]);  // people's names, which may begin with @
   function painted(value) {  // tokens -> colours of the theme
     if (typeof value === "string" && value.startsWith("@")) {
       if (value === "@diverging") return scales[theme()];
@@ -67,14 +202,50 @@
     }
     if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map(painted);
     if (value && typeof value === "object")
-      return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, painted(inner)]));
+      return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, TEXTS.has(key) ? inner : painted(inner)]));
     return value;
+  }
+  function narrowed(shown, layout, query) {  // to the layers that were searched for, a line each
+    const { names, row } = layout.meta ?? {};
+    if (!names || !query) return [shown, layout];
+    const kept = names.flatMap((name, place) => name.toLowerCase().includes(query) ? [place] : []);
+    const place = new Map(kept.map((old, now) => [old, now]));
+    const pick = (list, from) => Array.isArray(list) ? from.map((at) => list[at]) : list;
+    const traces = shown.map((trace) => {
+      if (trace.type === "heatmap") return { ...trace, z: pick(trace.z, kept), hovertext: pick(trace.hovertext, kept) };
+      if (trace.mode === "lines") return { ...trace, y: [-0.5, kept.length - 0.5] };  // a rule from top to bottom
+      const from = trace.y.flatMap((y, at) => place.has(Math.round(y)) ? [at] : []);
+      const { color, symbol } = trace.marker, bars = trace.error_x;
+      return {
+        ...trace, x: pick(trace.x, from), hovertext: pick(trace.hovertext, from),
+        y: from.map((at) => place.get(Math.round(trace.y[at])) + trace.y[at] - Math.round(trace.y[at])),
+        marker: { ...trace.marker, color: pick(color, from), symbol: pick(symbol, from) },
+        ...bars && { error_x: { ...bars, array: pick(bars.array, from), arrayminus: pick(bars.arrayminus, from) } },
+      };
+    });
+    const yaxis = { ...layout.yaxis, tickvals: kept.map((_, now) => now), ticktext: pick(layout.yaxis.ticktext, kept),
+      range: [kept.length - 0.5, -0.5] };
+    return [traces, { ...layout, yaxis, height: Math.max(layout.height - row * (names.length - kept.length), 190) }];
+  }
+  const words = (text) =>  // of a text that plotly would show
+    new DOMParser().parseFromString(text.replaceAll("<br>", ", "), "text/html").body.textContent;
+  function seen(shown, layout) {  // the highest and the lowest value, in words
+    const points = shown.flatMap(({ type, hovertext, x, y, z }) => !Array.isArray(hovertext) ? []
+      : type === "heatmap" ? z.flatMap((line, i) => line.map((value, j) => [value, hovertext[i][j]]))
+      : (layout.meta?.names ? x : y).map((value, at) => [value, hovertext[at]]));
+    const known = points.filter(([value, text]) => Number.isFinite(value) && text);
+    if (!known.length) return "No value to show for this choice.";
+    const [low, high] = [-1, 1].map((way) => known.reduce((a, b) => way * b[0] > way * a[0] ? b : a));
+    return low[0] === high[0] ? `${known.length === 1 ? "One value" : "All values are equal"}: ${words(high[1])}.`
+      : `Highest: ${words(high[1])}. Lowest: ${words(low[1])}.`;
   }
   const touch = matchMedia("(pointer: coarse)").matches;
   function draw(chart) {
-    const { traces, layout } = data.charts[chart.id];
-    const choice = chosen(chart.closest("section"));
-    const shown = traces.filter(({ show }) => Object.entries(show).every(([k, v]) => !(k in choice) || v.includes(choice[k])));
+    const section = chart.closest("section"), choice = chosen(section), known = data.charts[chart.id];
+    const chosenTraces = known.traces.filter(({ show }) =>
+      Object.entries(show).every(([k, v]) => !(k in choice) || v.includes(choice[k])));
+    const [shown, layout] = narrowed(chosenTraces, known.layout, sought(section));
+    document.getElementById(`${chart.id}-seen`).textContent = seen(shown, layout);
     const [ink, soft, line, paper] = ["ink", "soft", "line", "paper"].map(style);
     const axis = { color: soft, gridcolor: line, zerolinecolor: line, linecolor: line, zeroline: false, ticks: "",
       title: { font: { size: 12 }, standoff: 8 }, tickfont: { size: 11 }, automargin: true };
@@ -90,7 +261,7 @@
     });
     const heat = (trace) => trace.type === "heatmap" && trace.colorbar;
     const drawn = painted(shown).map(({ show, ...trace }) => heat(trace)
-      ? { ...trace, colorbar: { ...trace.colorbar, tickfont: { size: 10, color: soft }, title: { ...trace.colorbar.title, font: { size: 11, color: soft } } } }
+      ? { ...trace, colorbar: { ...trace.colorbar, len: Math.min(1, 300 / layout.height), tickfont: { size: 10, color: soft }, title: { ...trace.colorbar.title, font: { size: 11, color: soft } } } }
       : trace);
     return Plotly.react(chart, drawn, full, {
       displaylogo: false, displayModeBar: printing ? false : touch ? true : "hover", scrollZoom: false,
@@ -104,22 +275,21 @@
   for (const section of $$("section.part")) {
     filter(section);
     section.addEventListener("change", (event) => {
-      if (!event.target.matches("select")) return;
-      filter(section);
-      if (window.Plotly) for (const chart of $$(".chart", section)) draw(chart);
+      if (event.target.matches("select")) update(section);
     });
+    section.querySelector("input[type=search]")?.addEventListener("input", () => update(section));
     for (const form of $$("form", section)) form.addEventListener("submit", (event) => event.preventDefault());
   }
 
   // --- where one is on the page ----------------------------------------------------------------------
   const links = new Map($$("nav a").map((link) => [link.hash.slice(1), link]));
-  const seen = new IntersectionObserver((entries) => {
+  const watch = new IntersectionObserver((entries) => {
     for (const entry of entries.filter((entry) => entry.isIntersecting)) {
       for (const link of links.values()) link.removeAttribute("aria-current");
       links.get(entry.target.id)?.setAttribute("aria-current", "true");
     }
   }, { rootMargin: "-20% 0px -70%" });
-  for (const section of $$("section[id]")) seen.observe(section);
+  for (const section of $$("section[id]")) watch.observe(section);
 
   // --- on paper: light, and as wide as it is ------------------------------------------------------------
   let before;
@@ -149,7 +319,7 @@
     document.head.append(script);
     drawAll();
     let width = innerWidth;
-    addEventListener("resize", () => { if (innerWidth !== width && !printing) { width = innerWidth; drawAll(); } });
+    addEventListener("resize", () => { if (innerWidth !== width && !printing) { width = innerWidth; drawAll(); } $$(".scroll").forEach(hint); });
   } catch (error) {
     document.getElementById("failed").hidden = false;
     console.error(error);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from ..common.words import duration, flat
+from ..common.words import duration, flat, many
 from ..config.recorded import shown_as, value_as
 from . import tables
 from .runs import RunRead
@@ -111,6 +112,15 @@ def _cost(costs: pd.DataFrame) -> Table:
         for cost in costs.to_dict("records")
     ]
     return Table("Cost", ["study", "models", "time", "peak memory, GiB"], rows)
+
+
+def title(run: RunRead) -> str:
+    """The name of the zoo; of checkpoints without one, what they are: no name of a file."""
+    config = run.config
+    arch, count = str(config["arch"]), len(config["finetuned"])
+    if config["zoo"] != pathlib.Path(arch).stem:
+        return str(config["zoo"])
+    return many(count, "fine-tuned model") + ("" if arch.endswith(".json") else f" of {arch}")
 
 
 def tiles(run: RunRead) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ def studied(facts: Facts, studies: Iterable[Shown], captions: Mapping[str, str])
         if study.name in attempts.failed:
             section = replace(section, warnings=[attempts.failed[study.name]])
         text = printed(facts, [study]).strip("\n")
-        made.append(replace(section, printed=text, caption=captions.get(study.name, "")))
+        made.append(replace(section, printed=text, caption=captions.get(study.name, ""), study=study.name))
     return made
 
 
@@ -54,8 +54,8 @@ def path(facts: Facts) -> Section:
         if undecided:
             warnings.append(
                 f"On {dataset} (n = {group['samples'].iloc[0]:,}) it is undecided whether the path of "
-                f"{some(undecided, 4)} beats zero-shot: the bounds allow no gain, and one of "
-                f"{100 * facts.of(Along).xi:g} points."
+                f"{some(undecided, 4)} beats zero-shot: the bounds allow no gain, and a gain "
+                f"of {100 * facts.of(Along).xi:g} points, too."
             )
     return Section(
         "path",
@@ -81,8 +81,8 @@ def layers(facts: Facts) -> Section:
     warnings = []
     for (model, dataset), group in unclear.groupby(["model", "dataset"], sort=False):
         warnings.append(
-            f"{model} on {dataset}: it is unclear whether the instability of {len(group)} layers exceeds "
-            f"{facts.of(Layers).straggler_margin:g} nats: {some(list(group['layer']), 4)}."
+            f"{model} on {dataset}: it is unclear whether the instability of {many(len(group), 'layer')} "
+            f"exceeds {facts.of(Layers).straggler_margin:g} nats: {some(list(group['layer']), 4)}."
         )
     part = facts.part("layers")
     return Section(

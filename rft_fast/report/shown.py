@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -48,6 +48,38 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Something to look at first.
+
+    Attributes:
+        section: name of the section.
+        title: text of the link to it.
+        text: what is seen there, in a sentence.
+        choose: key of a control of the section -> the value to choose.
+    """
+
+    section: str
+    title: str
+    text: str
+    choose: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Download:
+    """A CSV file within the page.
+
+    Attributes:
+        name: name of the file.
+        text: text of the button.
+        parts: the files of sections of which it is made, one after another; their first lines are the same.
+    """
+
+    name: str
+    text: str
+    parts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Section:
     """A section of the page.
 
@@ -61,6 +93,9 @@ class Section:
         warnings: sentences on what cannot be concluded.
         printed: the section of the summary.
         caption: caption of the figure in the run's folder.
+        study: name of the study that it shows.
+        files: name -> text of a CSV file.
+        downloads: buttons that save such files.
     """
 
     name: str
@@ -72,6 +107,14 @@ class Section:
     warnings: list[str] = field(default_factory=list)
     printed: str = ""
     caption: str = ""
+    study: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    downloads: Sequence[Download] = ()
+
+    @property
+    def searched(self) -> bool:
+        """Whether layers can be searched for."""
+        return any("names" in chart.layout.get("meta", {}) for chart in self.picture.charts)
 
 
 class Shown(Protocol):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..common.words import signed
 from ..figures.style import margin
 from ..names import ON_WORDS
 from ..studies.facts import Facts
@@ -75,11 +76,6 @@ def number(value: Any, form: str = ".3f", scale: float = 1.0) -> Cell:
     if value is None or pd.isna(value):
         return Cell("–", math.inf, "n")
     return Cell(signed(format(scale * float(value), form)), float(value), "n")
-
-
-def signed(text: str) -> str:
-    """Use the minus sign for hyphens, and remove the sign of zeros."""
-    return re.sub(r"(?<![\w.])[-+](0(\.0+)?)(?![\d.])", r"\1", text).replace("-", "\N{MINUS SIGN}")
 
 
 def minus(text: str) -> str:

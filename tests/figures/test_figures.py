@@ -315,8 +315,8 @@ def layers_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
 
 def test_maps_are_the_rises_of_a_gain_and_a_failure_model(layers_figure: Figure) -> None:
     calm, stormy = layers_figure.axes[:2]
-    assert calm.get_title(loc="left").split("\n")[:2] == ["calm", "gain +10.0"]
-    assert stormy.get_title(loc="left").split("\n")[:2] == ["stormy", "gain +0.0"]
+    assert calm.get_title(loc="left").split("\n")[:2] == ["calm", "gain +10.0 points"]
+    assert stormy.get_title(loc="left").split("\n")[:2] == ["stormy", "gain 0.0 points"]
     np.testing.assert_allclose(cells(stormy), RISES)
     assert np.isnan(cells(calm)[4]).tolist() == [False, True, False]
     assert places(calm, "x") == [(0.5, 4)]
@@ -479,7 +479,8 @@ def layer_sharpness_figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
 @pytest.mark.slow
 def test_four_of_many_models_are_chosen_by_gain(layer_sharpness_figure: Figure) -> None:
     titles = [panel.get_title() for panel in layer_sharpness_figure.axes[:4]]
-    assert titles == ["b\ngain +40.0", "f\ngain +20.0", "c\ngain +0.0", "e\ngain +0.0"]
+    gains = {"b": "+40.0", "f": "+20.0", "c": "0.0", "e": "0.0"}
+    assert titles == [f"{name}\ngain {gain} points" for name, gain in gains.items()]
     gone = pd.concat([studies.frame(layer_sharp(m, SHARP[:1])) for m in "vwxyz"])
     with TemporaryDirectory() as folder:
         drawn = figures.layer_sharpness(gone, Path(folder) / "x.png")
@@ -544,8 +545,8 @@ def test_pruned_paths_are_means_over_seeds_beside_the_control(tmp_path: Path) ->
     found = {curve.get_label(): i for i, curve in enumerate(curves, 1)}
     # Standard errors of 2, 3, 7 and of 10, 20, 30: sqrt(7 / 3) and sqrt(100 / 3).
     expected = {
-        r"2 flat layers: +4.00 $\pm$ 1.53": ([50, 64, 44], (42, 47)),
-        r"2 at random: -20.00 $\pm$ 5.77": ([50, 40, 20], (10, 30)),
+        r"2 flat layers: +4.00 $\pm$ 1.53 points": ([50, 64, 44], (42, 47)),
+        "2 at random: \N{MINUS SIGN}20.00 $\\pm$ 5.77 points": ([50, 40, 20], (10, 30)),
     }
     assert set(found) == set(expected)
     for label, (values, ends) in expected.items():
@@ -554,9 +555,9 @@ def test_pruned_paths_are_means_over_seeds_beside_the_control(tmp_path: Path) ->
     assert len({curve.get_linestyle() for curve in curves}) == 2
     assert [text.get_text() for text in panel.get_legend().get_texts()] == list(found)
     labels = [line.get_label() for line in panels["m", "near"].lines]
-    assert "2 flat layers: +1.00 (one seed)" in labels
+    assert "2 flat layers: +1.00 points (one seed)" in labels
     assert len(panels["n", "far"].lines) == 1 and panels["n", "far"].get_legend() is None
-    assert {panel.get_title() for panel in drawn.axes[:2]} == {"m\ngain +10.0", "n\ngain +0.0"}
+    assert {panel.get_title() for panel in drawn.axes[:2]} == {"m\ngain +10.0 points", "n\ngain 0.0 points"}
     said(note(drawn), "0.5", "0 or 1 or 2", "2 of 39 accuracies")
     test_nothing_overlaps_or_is_cut_off(drawn)
 

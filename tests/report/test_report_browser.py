@@ -128,17 +128,17 @@ def test_hovering_a_layer(opened: tiny_browser.Browser) -> None:
 
 
 def test_sorting(opened: tiny_browser.Browser) -> None:
-    press = "document.querySelectorAll('#path th button')[{}].click()"
+    press = "document.querySelectorAll('#path thead button')[{}].click()"
     opened.run(press.format(9))  # fine-tuned, a number: the largest first
     found = cells(opened, "path", 9)
     assert found == ["55.0", "45.0", "30.0"]
-    assert opened.run("document.querySelectorAll('#path th')[9].ariaSort") == "descending"
+    assert opened.run("document.querySelectorAll('#path thead th')[9].ariaSort") == "descending"
     opened.run(press.format(9))
     assert cells(opened, "path", 9) == found[::-1]
     opened.run(press.format(0))  # a name: from a to z
     assert cells(opened, "path", 0) == sorted(MODELS)
-    assert opened.run("document.querySelectorAll('#path th[aria-sort=ascending]').length") == 1
-    opened.run("document.querySelectorAll('#path th button')[0].focus()")
+    assert opened.run("document.querySelectorAll('#path thead th[aria-sort=ascending]').length") == 1
+    opened.run("document.querySelectorAll('#path thead button')[0].focus()")
     opened.press("Enter")
     assert cells(opened, "path", 0) == sorted(MODELS, reverse=True)
 
