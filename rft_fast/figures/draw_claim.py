@@ -85,6 +85,7 @@ def claim(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
             left.set_xscale("log")
             left.set_xticks(margins, [f"{margin:g}" for margin in margins], minor=False)
             left.minorticks_off()
+            right.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))  # labels of narrow panels
             if group is groups[0] or per < len(panels):
                 left.set_title(title, loc="left")
             if group is groups[-1] or per < len(panels):

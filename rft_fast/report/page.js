@@ -97,6 +97,9 @@
       return text;
     }));
     target.setAttribute("aria-describedby", "tip");
+    place(target);
+  }
+  function place(target) {  // below the word, or above where there is no room
     const box = target.getClientRects()[0], own = tip.getBoundingClientRect();
     const below = box.bottom + own.height + 6 < innerHeight;
     tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - own.width - 8))}px`;
@@ -112,7 +115,9 @@
   document.addEventListener("focusin", (event) => explain(word(event)));
   document.addEventListener("focusout", later);
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") explain(); });
-  addEventListener("scroll", () => explain(), { passive: true });
+  addEventListener("scroll", () => {  // the tab key scrolls to a word, which stays explained
+    if (explained && explained === document.activeElement) place(explained); else explain();
+  }, { passive: true, capture: true });
   for (const link of $$("a.word")) {
     link.addEventListener("click", (event) => { event.preventDefault(); explain(link); });
   }

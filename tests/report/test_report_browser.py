@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import tiny_browser
+from support import PATIENCE, tiny_browser
 from support.tiny_report import LAYERS, MODELS, make_other, make_run
 
 from rft_fast import report
@@ -51,6 +53,7 @@ def opened(loaded: tiny_browser.Browser) -> tiny_browser.Browser:
     loaded.show(1280, 900)
     loaded.run("""localStorage.clear(); delete document.documentElement.dataset.theme;
         for (const select of document.querySelectorAll("select")) select.selectedIndex = 0;
+        for (const input of document.querySelectorAll("input")) input.value = "";
         for (const one of document.querySelectorAll("label:first-child select"))
           one.dispatchEvent(new Event("change", { bubbles: true }));""")
     return loaded
@@ -141,6 +144,134 @@ def test_sorting(opened: tiny_browser.Browser) -> None:
     opened.run("document.querySelectorAll('#path thead button')[0].focus()")
     opened.press("Enter")
     assert cells(opened, "path", 0) == sorted(MODELS, reverse=True)
+
+
+def test_words_are_explained(opened: tiny_browser.Browser) -> None:
+    """By the tab key, by a pointer and by a tap; Escape closes."""
+    tip = "document.getElementById('tip')"
+    opened.run("document.querySelector('#path .lead a.word').focus()")
+    first = opened.run(f"{tip}.textContent")
+    assert first.startswith("accuracy Share of images") and not opened.run(f"{tip}.hidden")
+    assert opened.run("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    opened.press("Escape")
+    assert opened.run(f"{tip}.hidden")
+    opened.run("document.activeElement.click()")  # as a tap does; the page does not jump
+    assert not opened.run(f"{tip}.hidden") and opened.run("location.hash") == ""
+    opened.press("Tab")
+    assert opened.run(f"{tip}.textContent").startswith("loss ")
+    opened.run("document.querySelectorAll('#path thead button')[4].focus()")
+    assert opened.run(f"{tip}.textContent").startswith("best α ")
+    assert opened.run("""new Promise((done) => { let tries = 0; const look = () => {
+        const box = document.getElementById("tip").getBoundingClientRect();
+        const seen = box.left >= 0 && box.right <= innerWidth && box.top >= 0 && box.bottom <= innerHeight;
+        seen || tries++ > 500 ? done(seen) : setTimeout(look, 20); }; look(); })""")
+    opened.press("Escape")
+    assert opened.errors == []
+
+
+def search(tab: tiny_browser.Browser, section: str, text: str) -> None:
+    tab.run(f"""{{ const i = document.getElementById("{section}-search"); i.value = {json.dumps(text)};
+        i.dispatchEvent(new Event("input", {{ bubbles: true }})); }}""")
+
+
+def test_finding_a_layer(opened: tiny_browser.Browser) -> None:
+    choose(opened, "layers-model", "bad")
+    search(opened, "layers", " BLOCKS.1 ")
+    assert cells(opened, "layers", 0) == [LAYERS[2]]
+    assert opened.run("document.querySelector('#layers .found').textContent") == "1 of 3 layers match"
+    drawn = opened.run("""["map", "dots"].map((name) => {
+        const chart = document.getElementById(`layers-${name}`);
+        return [chart.layout.yaxis.ticktext, chart.data[0].z ?? chart.data.map((t) => [t.x, t.y])]; })""")
+    (names, heat), (same, points) = drawn
+    assert names == same == ["1.mlp"] and len(heat) == 1 and max(heat[0]) > 0
+    assert [0.6] in [[round(v, 9) for v in x] for x, y in points if y == [0]]  # its instability
+    assert [[0.1, 0.1], [-0.5, 0.5]] in points  # the margin, from top to bottom
+    search(opened, "layers", "nothing")
+    assert cells(opened, "layers", 0) == []
+    assert "No value" in opened.run("document.getElementById('layers-map-seen').textContent")
+    search(opened, "layers", "")
+    assert len(cells(opened, "layers", 0)) == 3 and opened.errors == []
+
+
+def test_what_charts_show_in_words(opened: tiny_browser.Browser) -> None:
+    choose(opened, "path-dataset", "fog")
+    text = opened.run("document.getElementById('path-accuracy-seen').textContent")
+    assert text.startswith("Highest: good on fog, α = 0.5, accuracy 60.0 %, against zero-shot +10.0 ")
+    assert "Lowest: bad on fog, α = 1, accuracy 30.0 %, against zero-shot \N{MINUS SIGN}20.0" in text
+
+
+def test_what_to_look_at_first_is_chosen(opened: tiny_browser.Browser) -> None:
+    opened.run("""document.querySelector('a[href="#layers"][data-choose]').click()""")
+    assert opened.run("document.getElementById('layers-model').value") == "bad"
+    assert opened.run("document.getElementById('layers-layer').value") == LAYERS[2]
+    assert opened.run("location.hash") == "#layers"
+    opened.run("history.replaceState(null, '', location.pathname)")
+
+
+def saved(tab: tiny_browser.Browser, button: str, folder: Path) -> list[list[str]]:
+    """Presses a button that saves, and reads the file."""
+    folder.mkdir()
+    tab.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    tab.run(f"document.querySelector({json.dumps(button)}).click()")
+    tab.run("new Promise((done) => setTimeout(done, 50))")
+    until = time.monotonic() + PATIENCE
+    while not (found := [file for file in folder.iterdir() if file.suffix == ".csv"]):
+        assert time.monotonic() < until, "nothing was saved"
+        time.sleep(0.05)
+    with found[0].open(newline="", encoding="utf-8-sig") as stream:
+        return list(csv.reader(stream))
+
+
+def test_saving_tables_and_rows(opened: tiny_browser.Browser, run: Path, tmp_path: Path) -> None:
+    choose(opened, "path-dataset", "fog")
+    head, *rows = saved(opened, "#path .bar .save", tmp_path / "table")
+    assert head[:5] == ["model", "data set", "gain [95 % bounds]", "gain [95 % bounds]: low",
+                        "gain [95 % bounds]: high"]  # fmt: skip
+    assert len(rows) == 3
+    (good,) = (row for row in rows if row[0] == "good")
+    assert [float(text) for text in good[2:5]] == pytest.approx([10, 8, 12])
+    assert all(len(row) == len(head) for row in rows)
+    with (run / "rows.csv").open(newline="", encoding="utf-8") as stream:
+        expected = list(csv.reader(stream))
+    everything = saved(opened, "#run .downloads .save", tmp_path / "all")
+    assert everything[0] == expected[0] and sorted(everything) == sorted(expected)
+    own = saved(opened, "#layers .downloads .save", tmp_path / "own")
+    assert {row[0] for row in own[1:]} == {"layers"} and opened.errors == []
+
+
+def test_tables_show_that_there_is_more(opened: tiny_browser.Browser) -> None:
+    shaded = "document.querySelector('#path .table').classList.contains('more-right')"
+    assert opened.run(shaded)
+    at = "document.querySelector('#path tbody tr:not([hidden])').cells[0].getBoundingClientRect().left"
+    before = opened.run(at)
+    opened.run("document.querySelector('#path .scroll').scrollLeft = 1e6")
+    opened.run(f"""new Promise((done) => {{ let tries = 0; const look = () =>
+        !{shaded} || tries++ > 500 ? done() : setTimeout(look, 20); look(); }})""")
+    assert not opened.run(shaded) and opened.run(at) == before  # the name of a row stays in view
+    opened.run("document.querySelector('#path .scroll').scrollLeft = 0")
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """axe-core, which npm installs; RFT_AXE names its file."""
+    file = os.environ.get("RFT_AXE")
+    if not file:
+        pytest.skip("RFT_AXE names no axe.min.js (npm install axe-core)")
+    return Path(file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_violation(
+    opened: tiny_browser.Browser, run: Path, axe: str, width: int, dark: bool
+) -> None:
+    opened.show(width, 900, dark=dark, phone=width < 700)
+    opened.open(run / "report.html")
+    opened.run(f"void function () {{ {axe} }}.call(window)")
+    found = opened.run("""axe.run(document, { resultTypes: ["violations"] }).then(({ violations }) =>
+        violations.map(({ id, nodes }) => [id, nodes[0].html.slice(0, 200)]))""")
+    assert found == []
+    opened.errors.clear()  # of axe
 
 
 def test_light_and_dark(opened: tiny_browser.Browser, run: Path) -> None:

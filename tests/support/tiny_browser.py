@@ -53,6 +53,7 @@ class Browser:
         self._session = self.send("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)  # else nothing is told of the focus
 
     _session: str | None = None
 
@@ -144,6 +145,7 @@ _KEYS = {
     "Tab": {"windowsVirtualKeyCode": 9},
     "Enter": {"windowsVirtualKeyCode": 13},
     "ArrowDown": {"windowsVirtualKeyCode": 40},
+    "Escape": {"windowsVirtualKeyCode": 27},
 }
 
 
