@@ -14,6 +14,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+_PART = 8  # random bytes in the name of a temporary file
+# Bytes of a name that can be written: its temporary file (.NAME.16 digits.part) has more, and may have 255.
+LONGEST_NAME = 255 - len("...part") - 2 * _PART
 _KINDS = {
     stat.S_IFREG: "",
     stat.S_IFLNK: "a symbolic link",
@@ -138,7 +141,7 @@ def replacing(file: pathlib.Path, empty: bool = False) -> Iterator[pathlib.Path]
 def _new_part(file: pathlib.Path) -> tuple[int, pathlib.Path]:
     """Create a temporary file that stays locked while its descriptor is open."""
     while True:
-        part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
+        part = file.with_name(f".{file.name}.{secrets.token_hex(_PART)}.part")
         handle = open_plain(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         with suppress(OSError):  # no locks on this file system, so nothing is removed either
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -151,7 +154,7 @@ def _remove_left(file: pathlib.Path) -> None:
     """Remove temporary files of a file that no process holds."""
     prefix = f".{file.name}."
     names = [n for n in os.listdir(file.parent) if n.startswith(prefix) and n.endswith(".part")]
-    for part in (file.with_name(n) for n in names if len(n) == len(prefix) + 16 + len(".part")):
+    for part in (file.with_name(n) for n in names if len(n) == len(prefix) + 2 * _PART + len(".part")):
         with suppress(OSError):
             handle = open_plain(part, os.O_RDONLY)
             try:

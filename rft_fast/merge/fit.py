@@ -112,7 +112,7 @@ def _refuse_different(a: Source, b: Source) -> None:
         if alone := [name for name in one.items if name not in other.items and not _is_inert(name)]:
             head = " (a head for both can be copied into the other file)" if alone[0].startswith(HEAD) else ""
             problems.append(f"{len(alone)} tensors are in {one.file} only: {some(alone)}{head}")
-    kinds = [n for n in shared if a.items[n].dtype.is_floating_point != b.items[n].dtype.is_floating_point]
+    kinds = [n for n in shared if _computed(a.items[n].dtype) != _computed(b.items[n].dtype)]
     if kinds:
         problems.append(f"{len(kinds)} tensors are integers in one file only: {some(kinds)}")
     for source in (a, b):
@@ -234,7 +234,12 @@ def _refuse_differing(name: str, sources: Sequence[Source]) -> None:
     expected = first.tensor(name)
     for other in others:
         got = other.tensor(name)
-        if got.dtype != expected.dtype or not torch.equal(got, expected):
+        if got.dtype != expected.dtype:
+            raise ValueError(
+                f"merge: {name} is {expected.dtype} in {first.file} and {got.dtype} in {other.file}; "
+                "integers are copied, not merged, so they must be of one dtype"
+            )
+        if not torch.equal(got, expected):
             raise ValueError(
                 f"merge: {name} differs between {first.file} and {other.file}; integers are copied, not "
                 "merged, so they must be equal"
@@ -249,6 +254,11 @@ def check_out(request: Request) -> None:
     """
     out = request.out
     disk.check_targets(files=[out])
+    if (length := len(os.fsencode(out.name))) > disk.LONGEST_NAME:
+        raise ValueError(
+            f"merge: the name of {out} has {length} bytes; files can be written with names of at most "
+            f"{disk.LONGEST_NAME}"
+        )
     if not out.parent.is_dir():
         raise ValueError(f"merge: there is no folder {out.parent} for the result; make it first")
     if out.exists():

@@ -22,7 +22,6 @@ from ..names import BestBy
 from .wiring import Models
 
 FOLDER = "best"
-_LONGEST = 255  # bytes of a file's name
 _KINDS = {"id": "in distribution", "ood": "out of distribution"}
 
 
@@ -73,7 +72,7 @@ def targets(folder: pathlib.Path, models: Iterable[str]) -> dict[str, pathlib.Pa
     found: dict[str, pathlib.Path] = {}
     for model in models:
         name = f"{visible(model).replace('/', '-')}.safetensors"
-        if len(os.fsencode(name)) > _LONGEST:
+        if len(os.fsencode(name)) > disk.LONGEST_NAME:
             raise ValueError(
                 f"argument --save-best: the name of {visible(model)} is too long for a file; give the "
                 "model a shorter name, in a zoo file"

@@ -83,6 +83,31 @@ def test_activations_of_later_files_contradict_each_other(tmp_path: Path) -> Non
         merged("task-arithmetic", files, tmp_path / "out.safetensors")
 
 
+def test_a_name_that_no_file_can_have_is_refused_before(tmp_path: Path) -> None:
+    """Its temporary file has a longer name; the longest that is accepted can be written."""
+    files = tiny_merge.put(tmp_path, zero=ZERO, one=tiny_merge.moved(ZERO, 1))
+    suffix = ".safetensors"
+    merged("interpolate", files, tmp_path / f"{'a' * (232 - len(suffix))}{suffix}", alpha=(0.5,))
+    with refused(ValueError, "233 bytes", 232):
+        merged("interpolate", files, tmp_path / f"{'b' * (233 - len(suffix))}{suffix}", alpha=(0.5,))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.arange(3), torch.arange(3, dtype=torch.int32)),
+        (torch.ones(2), torch.ones(2).to(torch.complex64)),
+    ],
+    ids=["integers", "complex"],
+)
+def test_dtypes_that_are_not_merged(tmp_path: Path, one: torch.Tensor, other: torch.Tensor) -> None:
+    for name, tensor in (("zero", one), ("one", other)):
+        torch.save({**ZERO, "visual.more": tensor}, tmp_path / f"{name}.pt")
+    files = {name: tmp_path / f"{name}.pt" for name in ("zero", "one")}
+    with refused(ValueError, "visual.more", "zero.pt", "one.pt"):
+        merged("interpolate", files, tmp_path / "out.safetensors", alpha=(0.5,))
+
+
 def test_two_copies_of_a_model(tmp_path: Path) -> None:
     files = tiny_merge.put(tmp_path, one=ONE, two=ONE)
     before = sorted(os.listdir(tmp_path))
