@@ -112,6 +112,8 @@ def describe(checkpoint: checkpoints.Checkpoint) -> str:
     ]
     likely = matching.likely(tensors)
     lines.append(f"likely arch   {', '.join(likely) or 'none that open_clip knows'}")
+    if not parts["image tower"] and not parts["head"]:
+        lines.append("note          no image tower (visual.*) and no head, which a sweep needs")
     lines += [f"note          {note}" for note in checkpoint.notes]
     lines += ["", "layers"]
     names = list(tensors)

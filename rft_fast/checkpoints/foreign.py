@@ -64,7 +64,10 @@ _ENDINGS = {
     ".msgpack": "is a Flax checkpoint. Load it with from_pretrained(..., from_flax=True), then save it",
     ".onnx": "is an ONNX graph. Use the PyTorch checkpoint that it was exported from",
     ".tflite": "is a TensorFlow Lite model. Use the PyTorch checkpoint that it was made from",
-    ".index": "is the index of a TensorFlow checkpoint. Convert it to PyTorch first",
+    **dict.fromkeys(
+        (".index", ".meta", ".data", ".pb"),
+        "is a part of a TensorFlow checkpoint. Convert it to PyTorch first",
+    ),
 }
 _PAGE = re.compile(rb"<[a-z!?]", re.I)
 _ONNX = re.compile(rb"\x08[\x01-\x1f]\x12.{1,2}(?:pytorch|onnx|tf2onnx|keras2onnx|skl2onnx)", re.S)
@@ -119,8 +122,9 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
         )
     if not head.strip(b"\0"):
         return f"starts with {len(head)} zero bytes, as after an interrupted download. {_AGAIN}"
-    if file.suffix.lower() in _ENDINGS and not head.startswith((b"PK", b"\x80")):
-        return _ENDINGS[file.suffix.lower()]
+    ending = file.suffix.lower().partition("-")[0]  # .data-00000-of-00001
+    if ending in _ENDINGS and not head.startswith((b"PK", b"\x80")):
+        return _ENDINGS[ending]
     if _is_text(head):
         return f"is a text file, not weights (it starts with {_quoted(text)})"
     return None
@@ -137,7 +141,9 @@ def of_zip(names: list[str]) -> str:
     """
     if names and all(name.endswith(".npy") for name in names):
         return "is an .npz file of NumPy, not a checkpoint. Save a dict of torch tensors by name instead"
-    endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".tar")
+    if any(name.endswith(".weights.h5") for name in names):
+        return "is a model of Keras. Convert it to PyTorch first"
+    endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".tar", ".zip")
     if checkpoints := [name for name in names if name.endswith(endings)]:
         return f"is a zip archive. Unpack it and use the checkpoint inside, such as {_quoted(checkpoints[0])}"
     first = f", but {_quoted(names[0])}" if names else ""
@@ -161,7 +167,10 @@ def _json(stream: IO[bytes]) -> str:
             content = None
         if isinstance(content, dict) and (answer := content.get("error") or content.get("message")):
             return f"is the response of a server, not weights: {_quoted(str(answer))}. {_AGAIN}"
-    return "is a JSON file, not weights: a configuration, an index or the response of a server"
+    return (
+        "is a JSON file, not weights: a configuration, an index or the response of a server. Name the file "
+        "with the weights, or their folder"
+    )
 
 
 def _is_text(head: bytes) -> bool:

@@ -197,7 +197,10 @@ def _choose(found: list[_Candidate], key: str | None, container: Container) -> t
     weights = [one for one in found if not one.training]
     if not weights:
         listed = some(list(map(str, found)))
-        raise Unreadable(f"holds no weights, only state of a training: {listed}. {CHOOSE}")
+        raise Unreadable(
+            f"holds no weights, only state of a training: {listed}. Name the file with the model's weights; "
+            "--key NAME reads one of these all the same"
+        )
     first, others = weights[0], weights[1:]
     first.same = [one.label for one in others if _same(first, one, container)]
     if several := [one for one in others if one.label not in first.same]:
@@ -271,6 +274,11 @@ def _check_tensors(content: Mapping[Any, Any]) -> None:
         for name, value in content.items()
         if not (isinstance(name, str) and isinstance(value, TENSORS))
     ]
+    if not any(isinstance(value, (*TENSORS, Mapping)) for value in content.values()):
+        raise Unreadable(
+            f"holds no tensors, but {some(foreign)}, such as settings or state of a training. Name the file "
+            "with the model's weights"
+        )
     if foreign:
         raise Unreadable(
             f"must map names to tensors, but holds {some(foreign)}; save the state dict without them"

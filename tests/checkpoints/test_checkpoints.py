@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,12 +194,37 @@ def test_files_of_other_kinds_are_named(tmp_path: Path, content: bytes, ending: 
 
 @pytest.mark.parametrize(
     ("names", "facts"),
-    [(["a.npy", "b.npy"], ""), (["x/model.pt"], "model.pt"), (["word/a.xml"], "torch.save")],
+    [
+        (["a.npy", "b.npy"], ""),
+        (["x/model.pt"], "model.pt"),
+        (["word/a.xml"], "torch.save"),
+        (["x/inner.zip"], "inner.zip"),
+        (["config.json", "model.weights.h5"], "Keras"),
+    ],
 )
 def test_zip_files_of_other_kinds_are_named(tmp_path: Path, names: list[str], facts: str) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         for name in names:
             archive.writestr(name, b"1")
+    not_loaded(tmp_path / "a.pt", *facts.split())
+
+
+@pytest.mark.parametrize("end", ["data-00000-of-00001", "data-00001-of-00003", "meta", "index", "pb"])
+def test_parts_of_tensorflow_checkpoints_are_named(tmp_path: Path, end: str) -> None:
+    (tmp_path / f"model.ckpt.{end}").write_bytes(bytes(range(1, 250)))
+    not_loaded(tmp_path / f"model.ckpt.{end}", "TensorFlow")
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        ({"last_epoch": 3, "base_lrs": [0.1]}, "last_epoch"),
+        ({"state": {0: {"exp_avg": torch.ones(3, 3), "step": 1}}, "param_groups": []}, "state.0 --key"),
+    ],
+    ids=["schedule", "optimizer"],
+)
+def test_the_state_of_a_training_is_no_model(tmp_path: Path, content: dict[str, Any], facts: str) -> None:
+    torch.save(content, tmp_path / "a.pt")
     not_loaded(tmp_path / "a.pt", *facts.split())
 
 
