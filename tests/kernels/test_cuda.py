@@ -1,4 +1,4 @@
-"""The CUDA kernels where there is no GPU: csrc/cuda.cu built for the CPU (see tiny_cuda.py).
+"""The CUDA kernels where there is no GPU: csrc/cuda.cu and its headers built for the CPU (see tiny_cuda.py).
 
 That they compute what every backend computes is shown in test_kernels.py, where they are one more backend.
 """
@@ -56,9 +56,9 @@ def test_no_kernel_leaves_its_tensors_or_the_language(watched, kernels):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("gpu-too-far", ("heap-buffer-overflow", "cuda.cu")),
+        ("gpu-too-far", ("heap-buffer-overflow", "cuda_memory.cuh")),
         ("cpu-too-far", ("heap-buffer-overflow", "cpu_piece.cpp")),
-        ("gpu-misaligned", ("misaligned address", "cuda.cu")),
+        ("gpu-misaligned", ("misaligned address", "cuda_memory.cuh")),
     ],
 )
 def test_what_the_sanitizers_are_there_for_is_noticed(watched, what, words):

@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/cuda.cu uses, on the CPU: threads run one after the other, device memory is memory.
+// As much of CUDA as csrc/cuda*.cu* use, on the CPU: threads run one after the other, device memory is memory.
 //
 // So a C++ compiler alone can build the kernels, and tests can run them where there is no GPU. It is stricter than
 // a GPU where it can be: wide accesses must be aligned, assumptions must hold, and the approximate root is as wrong
