@@ -68,8 +68,27 @@ if X86:
     ]
 
 
-SOURCES = ("bindings.cpp", "cpu.cpp", "cpu.h", "cpu_lanes.h", "cpu_piece.cpp", "element.h")
-CUDA_SOURCES = ("cuda.cu", "cuda.h")
+SOURCES = (
+    "bindings.cpp",
+    "cpu.cpp",
+    "cpu.h",
+    "cpu_formats.h",
+    "cpu_grid.h",
+    "cpu_lanes.h",
+    "cpu_norm.h",
+    "cpu_piece.cpp",
+    "cpu_placed.h",
+    "cpu_tiles.h",
+    "element.h",
+)
+CUDA_SOURCES = (
+    "cuda.cu",
+    "cuda.h",
+    "cuda_kernel.cuh",
+    "cuda_lanes.cuh",
+    "cuda_layout.cuh",
+    "cuda_memory.cuh",
+)
 
 # The GPU generations that differ in machine code and in use: Ampere, Ada, Hopper, Blackwell.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")

@@ -61,6 +61,7 @@ class Row:
     goal: float
     rounds: int
     faster: bool = True
+    moved: int = 0  # bytes of each element that ours reads and writes at least; 0: bound by arithmetic
     seconds: list[tuple[float, float]] = field(default_factory=list)
 
     def measure(self) -> None:
@@ -222,7 +223,10 @@ def sam(case: peers.Case, rounds: int, adaptive: bool) -> Row:
         same(*found, "ASAM" if adaptive else "SAM")
 
     name = f"{'ASAM' if adaptive else 'SAM'}, both steps and SGD's"
-    return Row(name, partial(both, steps(OurSam)), partial(both, steps(published.Sam)), check, 2.0, rounds)
+    # In float32: the norm reads g (ASAM: w, too), add_ reads w and g and writes, and so does SGD.
+    moved = 4 * (8 if adaptive else 7)
+    run, other = (partial(both, steps(kind)) for kind in (OurSam, published.Sam))
+    return Row(name, run, other, check, 2.0, rounds, moved=moved)
 
 
 def operations(case: peers.Case, rounds: int) -> Iterator[Row]:
@@ -293,6 +297,7 @@ def facts(row: Row, elements: int) -> dict[str, Any]:
         "ours": spread(ours),
         "other": spread(theirs),
         "ratio": spread(ratios),
+        "GB/s": row.moved * elements / statistics.median(ours) / 1e9,
         "range": [min(ratios), max(ratios)],
         "goal": f"{'at least' if row.faster else 'at most'} {row.goal:g}",
         "reached": ratio >= row.goal if row.faster else ratio <= row.goal,
@@ -354,6 +359,10 @@ def main(words: list[str] | None = None) -> None:
             row.measure()
             found[kind].append(facts(row, case.elements))
             print(line(found[kind][-1]), flush=True)
+        if kind == "loops":
+            found["copy, GB/s"] = copy = clock.bandwidth(CPU, 8 * case.elements, 2)
+            at = ", ".join(f"{r['name'].split(',')[0]} {r['GB/s']:.3g}" for r in found[kind] if r["GB/s"])
+            print(f"\nGB/s, of bytes that must be moved: {at}; a copy in the same run {copy:.3g}")
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

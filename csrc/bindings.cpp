@@ -55,6 +55,8 @@ std::vector<Row> make_rows(const std::vector<Entry>& entries) {
         row.place.sizes[d - 1] = x[kPlain + d];
         if (row.place.sizes[d - 1] <= 0) throw std::invalid_argument("native: a place has a size that is not positive");
       }
+      const auto& inner = row.place.sizes;
+      if (size % (inner[0] * inner[1] * inner[2])) throw std::invalid_argument("native: a place has no such size");
       for (int d = 0; d < kDimensions; ++d) row.place.strides[d] = x[kPlain + kDimensions + d];
     }
     rows.push_back(row);
@@ -90,6 +92,11 @@ class Table {
     check_runs(runs, rows_.size());
     check_elements(elements, rows_.size());
     write_cpu(rows_, runs, elements, threads, find_isa(isa));
+  }
+
+  double squares(int factor, int threads, const std::string& isa) const {
+    if (factor < kOne || factor > kSquare) throw std::invalid_argument("native: unknown factor code");
+    return squares_cpu(rows_, factor, threads, find_isa(isa));
   }
 
  private:
@@ -129,7 +136,7 @@ py::array_t<float> noise_of_words(int kind, py::array_t<uint32_t, py::array::c_s
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The kernels of rft_fast in C++, on raw pointers.";
-  m.attr("VERSION") = 4;  // as in kernels/native.py
+  m.attr("VERSION") = 5;  // as in kernels/native.py
 
   py::class_<Element>(m, "Element")
       .def(py::init(&make_element), py::arg("base"), py::arg("k"), py::arg("noise"), py::arg("scale"),
@@ -139,6 +146,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Table>(m, "Table")
       .def(py::init<const std::vector<Entry>&>())
       .def("write", &Table::write, py::arg("runs"), py::arg("elements"), py::arg("threads"), py::arg("isa") = "",
+           py::call_guard<py::gil_scoped_release>())
+      .def("squares", &Table::squares, py::arg("factor"), py::arg("threads"), py::arg("isa") = "",
            py::call_guard<py::gil_scoped_release>());
 
 #if defined(RFT_CUDA)

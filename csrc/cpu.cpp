@@ -6,6 +6,8 @@
 #include <exception>
 #include <thread>
 
+#include "cpu_grid.h"
+
 #if defined(__SSE2__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -28,25 +30,28 @@ struct Task {
   const Row* row;
   const Element* element;
   int64_t start, stop;
+  bool tiles;  // start and stop count tiles of the row's grid instead of elements
 };
 
-std::vector<Task> cut(const std::vector<Row>& rows, const Runs& runs, const std::vector<Element>& elements) {
-  std::vector<Task> tasks;
-  for (const auto& run : runs) {
-    for (int64_t r = run.first; r < run.second; ++r) {
-      const Row& row = rows[r];
-      const Element& element = elements[elements.size() == 1 ? 0 : r];
-      for (int64_t start = 0, stop; start < row.size; start = stop) {
-        stop = std::min(start + kPiece, row.size);
-        // Within a piece the high word of the block number stays the same.
-        const uint64_t block = row.first_block + start / kBlock;
-        const uint64_t left = (((block >> 32) + 1) << 32) - block;
-        if (left < (uint64_t)kPiece / kBlock) stop = std::min(stop, start + (int64_t)left * kBlock);
-        tasks.push_back({&row, &element, start, stop});
-      }
+// Whether the row is written by tiles of its grid. Without random numbers their order does not matter.
+bool by_tiles(const Row& row, const Element& e) { return row.place.used && (is_random(e.noise) || e.masked); }
+
+void cut(std::vector<Task>& tasks, const Row& row, const Element& element) {
+  if (by_tiles(row, element)) {
+    const int64_t tiles = Grid(row).tiles, most = kPiece / kTile;
+    for (int64_t start = 0; start < tiles; start += most) {
+      tasks.push_back({&row, &element, start, std::min(start + most, tiles), true});
     }
+    return;
   }
-  return tasks;
+  for (int64_t start = 0, stop; start < row.size; start = stop) {
+    stop = std::min(start + kPiece, row.size);
+    // Within a piece the high word of the block number stays the same.
+    const uint64_t block = row.first_block + start / kBlock;
+    const uint64_t left = (((block >> 32) + 1) << 32) - block;
+    if (left < (uint64_t)kPiece / kBlock) stop = std::min(stop, start + (int64_t)left * kBlock);
+    tasks.push_back({&row, &element, start, stop, false});
+  }
 }
 
 // IEEE rounding with subnormals, whatever the calling thread has set (torch.set_flush_denormal).
@@ -98,6 +103,27 @@ std::vector<Isa> find_isas() {
   return isas;
 }
 
+// Calls work(i) for every i below `count`, on as many threads as `size` elements are worth.
+template <class Work>
+void share(size_t count, int64_t size, int threads, const Work& work) {
+  const int64_t useful = std::min<int64_t>(size / kThreadWorth, (int64_t)count);
+  const int helpers = (int)std::max<int64_t>(0, std::min<int64_t>(threads, useful) - 1);
+  std::atomic<size_t> next{0};
+  const auto take = [&] {
+    const IeeeMode mode;
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+  };
+  std::vector<std::thread> pool;
+  try {
+    pool.reserve(helpers);
+    for (int i = 0; i < helpers; ++i) pool.emplace_back(take);
+  } catch (const std::exception&) {
+    // The system grants no more threads: those that started, and this one, do all the work.
+  }
+  take();
+  for (std::thread& thread : pool) thread.join();
+}
+
 }  // namespace
 
 const std::vector<Isa>& usable_isas() {
@@ -108,28 +134,39 @@ const std::vector<Isa>& usable_isas() {
 
 void write_cpu(const std::vector<Row>& rows, const Runs& runs, const std::vector<Element>& elements, int threads,
                const Isa& isa) {
-  const std::vector<Task> tasks = cut(rows, runs, elements);
+  std::vector<Task> tasks;
   int64_t size = 0;
-  for (const Task& task : tasks) size += task.stop - task.start;
-  const int64_t useful = std::min<int64_t>(size / kThreadWorth, (int64_t)tasks.size());
-  const int helpers = (int)std::max<int64_t>(0, std::min<int64_t>(threads, useful) - 1);
-
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    const IeeeMode mode;
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
-      isa.piece(*tasks[i].row, tasks[i].start, tasks[i].stop, *tasks[i].element, size >= kPastCaches);
+  for (const auto& run : runs) {
+    for (int64_t r = run.first; r < run.second; ++r) {
+      cut(tasks, rows[r], elements[elements.size() == 1 ? 0 : r]);
+      size += rows[r].size;
     }
-  };
-  std::vector<std::thread> pool;
-  try {
-    pool.reserve(helpers);
-    for (int i = 0; i < helpers; ++i) pool.emplace_back(work);
-  } catch (const std::exception&) {
-    // The system grants no more threads: those that started, and this one, do all the work.
   }
-  work();
-  for (std::thread& thread : pool) thread.join();
+  share(tasks.size(), size, threads, [&](size_t i) {
+    const Task& task = tasks[i];
+    if (task.tiles) {
+      isa.tiles(*task.row, task.start, task.stop, *task.element);
+    } else {
+      isa.piece(*task.row, task.start, task.stop, *task.element, size >= kPastCaches);
+    }
+  });
+}
+
+double squares_cpu(const std::vector<Row>& rows, int factor, int threads, const Isa& isa) {
+  std::vector<Task> tasks;
+  int64_t size = 0;
+  for (const Row& row : rows) {
+    for (int64_t start = 0; start < row.size; start += kPiece) {
+      tasks.push_back({&row, nullptr, start, std::min(start + kPiece, row.size), false});
+    }
+    size += row.size;
+  }
+  std::vector<double> sums(tasks.size());
+  share(tasks.size(), size, threads,
+        [&](size_t i) { sums[i] = isa.squares(*tasks[i].row, tasks[i].start, tasks[i].stop, factor); });
+  double sum = 0;
+  for (double own : sums) sum += own;
+  return sum;
 }
 
 }  // namespace rft

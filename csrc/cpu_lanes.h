@@ -211,15 +211,17 @@ struct Lanes {
     for (int j = 0; j < kHalf; ++j) lane[j] = j / 2 + (j % 2) * (kHalf / 2);
     return {lane + first, lane + first + kHalf};
   }
-  // The same of any blocks: only their low words are used.
+  // The same of any blocks: block i at slot(i). Only their low words are used.
   static RFT_FN W gather(const uint64_t* blocks) {
-    constexpr int kHalf = kBlocks / 2;
     W x;
-    for (int j = 0; j < kHalf; ++j) {
-      const int from = j / 2 + (j % 2) * (kHalf / 2);
-      x.a[j] = blocks[from], x.b[j] = blocks[from + kHalf];
-    }
+    std::memcpy(&x.a, blocks, kBytes);
+    std::memcpy(&x.b, blocks + kBlocks / 2, kBytes);
     return x;
+  }
+  static RFT_FN int slot(int i) {
+    constexpr int kHalf = kBlocks / 2;
+    const int own = i % kHalf;
+    return i - own + own % (kHalf / 2) * 2 + own / (kHalf / 2);
   }
   static RFT_FN W next_blocks(W x) { return {x.a + kBlocks, x.b + kBlocks}; }
 

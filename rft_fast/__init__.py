@@ -1,9 +1,9 @@
 """Robust fine-tuning paths between CLIP models: interpolate, perturb and prune, in place and fast.
 
-The kernels (:func:`write_`, :func:`interpolate_`, :func:`perturb_`, :func:`add_`, :func:`noise_like`,
-:func:`keep_mask_like`, :func:`offsets`, :class:`Plan`) work on any tensors; :class:`Path` is a live model
-between a zero-shot and a fine-tuned one; :mod:`~rft_fast.studies` measures along it, and
-:mod:`~rft_fast.results` reads what runs have measured.
+The kernels (:func:`write_`, :func:`interpolate_`, :func:`perturb_`, :func:`add_`, :func:`norm`,
+:func:`noise_like`, :func:`keep_mask_like`, :func:`offsets`, :class:`Plan`) work on any tensors;
+:class:`Path` is a live model between a zero-shot and a fine-tuned one; :mod:`~rft_fast.studies` measures
+along it, and :mod:`~rft_fast.results` reads what runs have measured.
 """
 
 # Of the next release. What is built from a tagged commit names the tag's instead (setup.py).
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         interpolate_,
         keep_mask_like,
         noise_like,
+        norm,
         offsets,
         perturb_,
         write_,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = _lazy.face(
         __name__,
-        kernels="Plan add_ interpolate_ keep_mask_like noise_like offsets perturb_ write_",
+        kernels="Plan add_ interpolate_ keep_mask_like noise_like norm offsets perturb_ write_",
         path="Path",
     )
 
@@ -44,6 +45,7 @@ __all__ = [
     "interpolate_",
     "keep_mask_like",
     "noise_like",
+    "norm",
     "offsets",
     "perturb_",
     "results",

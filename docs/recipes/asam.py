@@ -13,8 +13,7 @@ import rft_fast as rft
 def climb(params, spare, rho):
     """Put w + rho w^2 g / norm(|w| g) in place of w, which is in spare then."""
     grads = [p.grad for p in params]
-    scaled = [torch.mul(p.data, g, out=s) for p, g, s in zip(params, grads, spare, strict=True)]
-    norm = torch.stack([g.norm() for g in scaled]).norm().item()
+    norm = rft.norm(grads, params, weight="abs")
     rft.add_(spare, params, grads, rho / (norm + 1e-12), weight="square")
     swap(params, spare)
 

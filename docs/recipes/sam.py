@@ -14,8 +14,7 @@ import rft_fast as rft
 def climb(params, spare, rho):
     """Put w + rho g / norm(g) in place of w, which is in spare then."""
     grads = [p.grad for p in params]
-    norm = torch.stack([g.norm() for g in grads]).norm().item()
-    rft.add_(spare, params, grads, rho / (norm + 1e-12))
+    rft.add_(spare, params, grads, rho / (rft.norm(grads) + 1e-12))
     swap(params, spare)
 
 

@@ -4,6 +4,7 @@ from rft_fast.kernels.contract import Write
 from rft_fast.kernels.functions import (
     add_,
     interpolate_,
+    norm,
     perturb_,
     write_,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "interpolate_",
     "keep_mask_like",
     "noise_like",
+    "norm",
     "offsets",
     "perturb_",
     "write_",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
 from rft_fast.kernels import library, registry
-from rft_fast.kernels.containers import Listed, Tensors, listed, sources
+from rft_fast.kernels.containers import Listed, Tensors, listed, matched, sources
 from rft_fast.kernels.contract import PER_TENSOR, WRITE_ARGUMENTS, Add, Each, Requests, Write, requests
 from rft_fast.kernels.places import Offset, blocks_at
-from rft_fast.kernels.rows import ROLES, device_of, make_rows, mark_written
+from rft_fast.kernels.rows import ROLES, check_memory, device_of, lay_out, make_rows, mark_written
+from rft_fast.kernels.shards import is_sharded
 from rft_fast.names import Fill, Impl, Noise, On, Weight
 
 P = ParamSpec("P")
@@ -133,7 +135,7 @@ def write_listed(
     at_zero = type(offset) is int and offset == 0
     blocks = None if at_zero else blocks_at(out, offset)
     if library.is_traced(tensors):
-        library.write_(tensors, zeroshot, finetuned, numbers, impl, blocks)
+        library.write_(tensors, zeroshot, finetuned, numbers, impl, blocks, names)
         return
     # Refused before anything is allocated.
     request = requests(Write, dict(zip(WRITE_ARGUMENTS, numbers, strict=True)), PER_TENSOR, len(tensors))
@@ -284,7 +286,58 @@ def add_(
     roles = ("out", "b", "w")
     first, bs, ws = sources(out, b, w, roles)
     if library.is_traced(first[0]):
-        library.add_(first[0], ws, bs, scale, weight, impl)
+        library.add_(first[0], ws, bs, scale, weight, impl, first[1])
         return
     request = requests(Add, {"scale": scale, "weight": weight}, ("scale",), len(first[0]))
     _submit(request, (first[0], bs, ws), first[1], None, impl, roles)
+
+
+@errors_by_own_name
+def norm(b: Tensors, w: Tensors | None = None, weight: Weight = "none", impl: Impl = "auto") -> float:
+    """Return the Euclidean norm of ``factor(w) * b`` over all tensors, factor(w) = 1, ``|w|`` or ``w * w``.
+
+    One pass without temporaries, computed in float64; of the same bits with any number of threads and on
+    every instruction set. It is what the step of SAM (``weight="none"``) or ASAM ("abs") is divided by. Waits
+    for the device.
+
+    Args:
+        b: Tensors such as gradients, in any container; requirements as for :func:`rft_fast.write_`, but they
+            may share memory.
+        w: As many tensors of the same shapes and layouts; None with weight "none".
+        weight: Factor of b: "none", "abs" (``|w|``) or "square" (``w * w``).
+        impl: Backend: "auto" (the fastest that works on the device), "native", "triton" or "reference". On a
+            GPU each leaves this to torch.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a tensor a dtype that is not offered.
+        ValueError: ``w`` is missing, or given without a use; tensors differ in names, shape, layout or
+            device, have gaps in memory, or are sharded.
+        RuntimeError: The backend does not work here; or it is called in compiled code, or on fake tensors.
+
+    Example:
+        >>> rft.add_(params, before, grads, rho / rft.norm(grads, before, "abs"), weight="square")  # ASAM
+    """
+    Add(0.0, weight)  # checks the name
+    if (w is None) != (weight == "none"):
+        given = "is missing" if w is None else "has no effect"
+        raise ValueError(
+            f"write: w {given} with weight={weight!r}; pass norm(b), or norm(b, w, weight='abs')"
+        )
+    first = listed("b", b)
+    bs, ws = first[0], first[0] if w is None else matched(first, "w", listed("w", w))
+    if library.is_traced(bs):
+        raise RuntimeError(
+            "write: it returns a number, which compiled code and fake tensors do not have; call it outside "
+            "of the compiled function, and pass the number to it"
+        )
+    for place, tensor in enumerate(bs):
+        if is_sharded(tensor):
+            raise ValueError(
+                f"write: b[{place}] is a DTensor, of which this process has a part only; add the squares of "
+                "norm(tensor.to_local()) over the processes that shard it, or use torch.norm(tensor)"
+            )
+    roles = ("b", "b", "w")
+    rows = lay_out(bs, bs, ws, first[1], None, roles)
+    for row in rows:
+        check_memory(row, roles)
+    return math.sqrt(registry.pick(impl, device_of(rows)).squares(rows, weight))

@@ -12,7 +12,7 @@ only checks its arguments, as torch's own operators do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,18 @@ from rft_fast.names import Impl, Weight
 Numbers = tuple[Any, ...]
 
 # The tensors; the numbers of a Write, the seed as two words; the backend; where each tensor's noise starts;
-# the numbers of each tensor, which replace the single ones.
+# the numbers of each tensor, which replace the single ones; what errors call the tensors.
 _SCHEMA = (
     "(Tensor(a0!)[] out, Tensor?[] zeroshot, Tensor?[] finetuned, "
     "float alpha, float rho, str on, float keep, str fill, str noise, bool adaptive, "
     "SymInt seed_high, SymInt seed_low, SymInt draw, SymInt sign, str impl, SymInt[]? blocks=None, "
-    "float[]? alphas=None, float[]? rhos=None, float[]? keeps=None) -> ()"
+    "float[]? alphas=None, float[]? rhos=None, float[]? keeps=None, str[]? names=None) -> ()"
 )
 _OTHERS = len(WRITE_ARGUMENTS) + 2  # arguments between the tensors and ``blocks``
-_ADD = "(Tensor(a0!)[] out, Tensor?[] w, Tensor?[] b, float[] scale, str weight, str impl) -> ()"
+_ADD = (
+    "(Tensor(a0!)[] out, Tensor?[] w, Tensor?[] b, float[] scale, str weight, str impl, "
+    "str[]? names=None) -> ()"
+)
 
 # Numbers whose values are not known while tracing.
 SYMBOLS = (torch.SymInt, torch.SymFloat)
@@ -76,6 +79,16 @@ def _refuse_sharded(tensors: Sequence[Tensor]) -> None:
             )
 
 
+def _refuse_tensors(numbers: Mapping[str, object]) -> None:
+    """Refuse numbers in tensors whose values are not known while tracing."""
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) and (torch.compiler.is_dynamo_compiling() or type(value) not in PLAIN):
+            raise TypeError(
+                f"write: {name} is a tensor, whose value is not known while code is traced; pass a number to "
+                f"the compiled function: {name}.item() outside of it"
+            )
+
+
 def write_(
     out: Sequence[Tensor],
     zeroshot: Sequence[Tensor],
@@ -83,9 +96,11 @@ def write_(
     numbers: Numbers,
     impl: Impl,
     blocks: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Write through the operator. ``blocks``: as for ``rows.make_rows``."""
+    """Write through the operator. ``blocks``, ``names``: as for ``rows.make_rows``."""
     _refuse_sharded(out)
+    _refuse_tensors(dict(zip(WRITE_ARGUMENTS, numbers, strict=True)))
     if not torch.compiler.is_dynamo_compiling():  # cannot trace Write; _refuse checks there
         numbers = _checked(numbers, len(out))
     named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
@@ -98,7 +113,7 @@ def write_(
     with torch.no_grad():
         _write(
             out, _apart(zeroshot, out), _apart(finetuned, out),
-            *others, seed // 2**32, seed % 2**32, draw, sign, impl, blocks, *lists,
+            *others, seed // 2**32, seed % 2**32, draw, sign, impl, blocks, *lists, names,
         )  # fmt: skip
 
 
@@ -109,12 +124,14 @@ def add_(
     scale: Each,
     weight: Weight,
     impl: Impl,
+    names: Sequence[str] | None = None,
 ) -> None:
     """``rft_fast.add_`` through its operator."""
     _refuse_sharded(out)
+    _refuse_tensors({"scale": scale})
     scales = spread("scale", scale, len(out))
     with torch.no_grad():
-        _add(out, _apart(w, out), _apart(b, out), scales, weight, impl)
+        _add(out, _apart(w, out), _apart(b, out), scales, weight, impl, names)
 
 
 def _checked(numbers: Numbers, count: int) -> Numbers:
@@ -148,9 +165,9 @@ def _together(sources: Sequence[Tensor | None], out: Sequence[Tensor]) -> list[T
 def _write(
     out: Sequence[Tensor], zeroshot: Sequence[Tensor | None], finetuned: Sequence[Tensor | None], *others: Any
 ) -> None:
-    numbers, impl, blocks = _parsed(others)
+    numbers, impl, blocks, names = _parsed(others)
     request = requests(Write, dict(zip(WRITE_ARGUMENTS, numbers, strict=True)), PER_TENSOR, len(out))
-    rows = make_rows(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
+    rows = make_rows(out, _together(zeroshot, out), _together(finetuned, out), names, blocks)
     if rows:
         registry.pick(impl, rows[0].out.device).write(rows, request)
 
@@ -160,10 +177,10 @@ def _refuse(
     out: Sequence[Tensor], zeroshot: Sequence[Tensor | None], finetuned: Sequence[Tensor | None], *others: Any
 ) -> None:
     """Refuse what ``_write`` would refuse, as far as it is known while tracing."""
-    numbers, impl, blocks = _parsed(others)
+    numbers, impl, blocks, names = _parsed(others)
     _checked(numbers, len(out))
     registry.check_name(impl)
-    lay_out(out, _together(zeroshot, out), _together(finetuned, out), blocks=blocks)
+    lay_out(out, _together(zeroshot, out), _together(finetuned, out), names, blocks)
 
 
 @torch.library.custom_op(
@@ -176,9 +193,10 @@ def _add(
     scale: Sequence[float],
     weight: Weight,
     impl: Impl,
+    names: Sequence[str] | None = None,
 ) -> None:
     request = requests(Add, {"scale": list(scale), "weight": weight}, ("scale",), len(out))
-    rows = make_rows(out, _together(b, out), _together(w, out), roles=("out", "b", "w"))
+    rows = make_rows(out, _together(b, out), _together(w, out), names, roles=("out", "b", "w"))
     if rows:
         registry.pick(impl, rows[0].out.device).write(rows, request)
 
@@ -191,17 +209,20 @@ def _refuse_add(
     scale: Sequence[float],
     weight: Weight,
     impl: Impl,
+    names: Sequence[str] | None = None,
 ) -> None:
     known = [0.0 if isinstance(number, SYMBOLS) else number for number in scale]
     requests(Add, {"scale": known, "weight": weight}, ("scale",), len(out))
     registry.check_name(impl)
-    lay_out(out, _together(b, out), _together(w, out), roles=("out", "b", "w"))
+    lay_out(out, _together(b, out), _together(w, out), names, roles=("out", "b", "w"))
 
 
-def _parsed(others: Sequence[Any]) -> tuple[Numbers, Impl, Sequence[int] | None]:
-    """The operator's arguments after the tensors: numbers, backend, blocks (torch omits trailing Nones)."""
+def _parsed(
+    others: Sequence[Any],
+) -> tuple[Numbers, Impl, Sequence[int] | None, Sequence[str] | None]:
+    """The arguments after the tensors: numbers, backend, blocks, names (torch omits trailing Nones)."""
     *numbers, seed_high, seed_low, draw, sign, impl = others[:_OTHERS]
-    blocks, *lists = [*others[_OTHERS:], *[None] * 4][:4]
+    blocks, *lists, names = [*others[_OTHERS:], *[None] * 5][:5]
     named = dict(zip(WRITE_ARGUMENTS, numbers, strict=False))
     named |= {name: given for name, given in zip(PER_TENSOR, lists, strict=True) if given is not None}
-    return (*named.values(), seed_high * 2**32 + seed_low, draw, sign), impl, blocks
+    return (*named.values(), seed_high * 2**32 + seed_low, draw, sign), impl, blocks, names

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from rft_fast.kernels import library, registry
 from rft_fast.kernels.containers import Tensors, sources
 from rft_fast.kernels.contract import (
     PER_TENSOR,
     WRITE_ARGUMENTS,
+    Add,
     Each,
     Requests,
     Write,
@@ -19,9 +21,10 @@ from rft_fast.kernels.contract import (
     requests,
     spread,
 )
+from rft_fast.kernels.functions import errors_by_own_name
 from rft_fast.kernels.places import Offset, blocks_at
 from rft_fast.kernels.rows import ROLES, check_runs, device_of, make_rows, mark_written
-from rft_fast.names import Fill, Impl, Names, Noise, On
+from rft_fast.names import Fill, Impl, Names, Noise, On, Weight
 
 
 class Plan:
@@ -163,6 +166,34 @@ class Plan:
         else:
             self._submit(write, tensors)
 
+    @errors_by_own_name
+    def add(
+        self, scale: Each, weight: Weight = "none", *, tensors: Iterable[tuple[int, int]] | None = None
+    ) -> None:
+        """Write ``out = finetuned + scale * factor(finetuned) * zeroshot``, as :func:`rft_fast.add_` does.
+
+        That is ``add_(out, w, b, scale, weight)`` of a ``Plan(out, b, w)``, in one launch.
+
+        Args:
+            scale: Factor of what is added, finite; 0 copies the fine-tuned weights. Or a list with one number
+                per tensor of the plan, whichever are written.
+            weight: Further factor: "none", "abs" (``|finetuned|``) or "square".
+            tensors: Half-open (first, last) runs of the table, in any order and without overlap; None: all.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As for :meth:`write`.
+
+        Example:
+            >>> plan = Plan(params, grads, before)
+            >>> plan.add(rho / rft.norm(grads))  # SAM's ascent
+        """
+        numbers: dict[str, Any] = {"scale": scale, "weight": weight}
+        if library.is_tracing():
+            (outs, bs, ws), _, names = self._part(tensors, numbers, ("scale",))
+            library.add_(outs, ws, bs, **numbers, impl=self.impl, names=names)
+        else:
+            self._submit(requests(Add, numbers, ("scale",), len(self)), tensors)
+
     def _submit(self, request: Requests, tensors: Iterable[tuple[int, int]] | None) -> None:
         runs = [(0, len(self))] if tensors is None else check_runs(tensors, len(self))
         self._table.write(runs, request)
@@ -173,25 +204,31 @@ class Plan:
             torch.autograd.graph.increment_version(self._outs[first:last])
 
     def _write_traced(self, tensors: Iterable[tuple[int, int]] | None, numbers: library.Numbers) -> None:
-        runs = [(0, len(self._rows))] if tensors is None else check_runs(tensors, len(self._rows))
+        named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
+        (outs, w0, w1), blocks, names = self._part(tensors, named, PER_TENSOR)
+        library.write_(outs, w0, w1, tuple(named.values()), self.impl, blocks, names)
+
+    def _part(
+        self, tensors: Iterable[tuple[int, int]] | None, numbers: dict[str, Any], listed: Sequence[str]
+    ) -> tuple[tuple[list[Tensor], ...], list[int], list[str]]:
+        """Return the tensors of runs by role, their first blocks, and their names.
+
+        Args:
+            tensors: Runs, as for :meth:`write`.
+            numbers: Arguments by name. A list with a number for each tensor of the plan becomes one with
+                those of the runs.
+            listed: Names of those that may be a list.
+        """
+        runs = [(0, len(self))] if tensors is None else check_runs(tensors, len(self))
         rows = [row for first, last in runs for row in self._rows[first:last]]
         if any(row.whole is not None for row in rows):
             raise RuntimeError(
                 "write: this plan writes DTensors, which compiled code cannot; write outside of the compiled "
                 "function, which then sees the new weights"
             )
-        if tensors is not None:  # lists have a number for each tensor of the plan
-            named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
-            for name in PER_TENSOR:
-                if is_list(named[name]):
-                    each = spread(name, named[name], len(self._rows))
-                    named[name] = [number for first, last in runs for number in each[first:last]]
-            numbers = tuple(named.values())
-        library.write_(
-            [row.out for row in rows],
-            [row.zeroshot for row in rows],
-            [row.finetuned for row in rows],
-            numbers,
-            self.impl,
-            [row.first_block for row in rows],
-        )
+        for name in listed:
+            if is_list(numbers[name]):
+                each = spread(name, numbers[name], len(self))
+                numbers[name] = [number for first, last in runs for number in each[first:last]]
+        parts = [row.out for row in rows], [row.zeroshot for row in rows], [row.finetuned for row in rows]
+        return parts, [row.first_block for row in rows], [row.name for row in rows]

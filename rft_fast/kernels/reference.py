@@ -17,7 +17,7 @@ from torch import Tensor
 from rft_fast.kernels.contract import BLOCK, PURPOSE_MASK, PURPOSE_NOISE, Add, Request, Requests, Write
 from rft_fast.kernels.places import Place
 from rft_fast.kernels.rows import Row
-from rft_fast.names import Noise, never
+from rft_fast.names import Noise, Weight, never
 
 MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -179,6 +179,18 @@ class Table:
         for start in range(0, row.size, CHUNK):
             stop = min(start + CHUNK, row.size)
             out[start:stop] = _chunk(row, request, start, stop).to(out.dtype)
+
+
+@torch.no_grad()
+def squares(rows: Sequence[Row], weight: Weight) -> float:
+    """Return the sum of ``(factor(finetuned) * zeroshot)**2`` over all rows, computed in float64."""
+    norms = []
+    for row in rows:
+        b, w = row.zeroshot.detach(), row.finetuned.detach()
+        if weight != "none":
+            b = b.double() * (w.double().abs() if weight == "abs" else w.double().square())
+        norms.append(torch.linalg.vector_norm(b, dtype=torch.float64))
+    return float(torch.stack(norms).square().sum()) if norms else 0.0  # one wait for the device
 
 
 def why_not(device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from rft_fast.kernels import native, reference, triton
 from rft_fast.kernels.contract import Requests
 from rft_fast.kernels.rows import Row
-from rft_fast.names import IMPLS, Impl
+from rft_fast.names import IMPLS, Impl, Weight
 
 
 class Table(Protocol):
@@ -33,6 +33,7 @@ class Backend:
         why_not: Device -> None where the backend works, else the reason and the remedy.
         table: ``table(rows, wait=True)`` makes a table; with ``wait`` it may be written from any stream,
             otherwise from the current one alone.
+        squares: ``squares(rows, weight)`` is the sum of ``(factor(finetuned) * zeroshot)**2`` in float64.
         on_request: Device types on which only an explicit ``impl=`` selects it, never "auto".
     """
 
@@ -40,6 +41,7 @@ class Backend:
     what: str
     why_not: Callable[[torch.device], str | None]
     table: Callable[..., Table]
+    squares: Callable[[Sequence[Row], Weight], float] = reference.squares
     on_request: tuple[str, ...] = ()
 
     def write(self, rows: Sequence[Row], request: Requests) -> None:
@@ -48,7 +50,7 @@ class Backend:
 
 
 _ALL = (
-    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table),
+    Backend("native", "C++ (CPU) and CUDA (NVIDIA GPUs)", native.why_not, native.Table, native.squares),
     Backend(
         "triton",
         "Triton (NVIDIA and AMD GPUs)",

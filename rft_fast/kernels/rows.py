@@ -86,7 +86,7 @@ def make_rows(
     if blocks is not None:
         check_blocks(blocks, [tensor.numel() for tensor in out], [row.name for row in rows])
     for row in rows:
-        _check_memory(row, roles)
+        check_memory(row, roles)
     _check_overlap(rows, roles)
     return rows
 
@@ -211,7 +211,8 @@ def _check_layout(row: Row, roles: tuple[str, str, str]) -> None:
             )
 
 
-def _check_memory(row: Row, roles: tuple[str, str, str]) -> None:
+def check_memory(row: Row, roles: tuple[str, str, str]) -> None:
+    """Raise ValueError for tensors whose memory was freed."""
     for role, tensor in zip(roles, (row.out, row.zeroshot, row.finetuned), strict=True):
         if lacks_memory(tensor):
             raise ValueError(

@@ -94,6 +94,45 @@ def test_add_in_place_and_with_scale_zero(impl: Any) -> None:
     assert torch.equal(out, last + last.abs() * (last * 2))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("weight", FACTORS)
+def test_a_plan_adds_as_add_does(impl: Any, weight: Any) -> None:
+    dtypes = ((BF16, F32), (F32,), (F32, F16))
+    out, w, b = (tensors(i, d) for i, d in enumerate(dtypes))
+    plan = Plan(out, b, w, impl)
+    for scale in (-0.3, [0.5, 1.0, 0.0, -2.0, 0.25]):
+        expected = [torch.zeros_like(x) for x in out]
+        rft.add_(expected, w, b, scale, weight, impl=impl)
+        plan.add(0.0)
+        plan.add(scale, weight, tensors=[(3, 5), (0, 3)])
+        same_bits(out, expected)
+        plan.add(0.0)
+        plan.add(scale, weight, tensors=[(2, 4)])
+        same_bits(out[2:4], expected[2:4])
+        same_bits(out[:2], [x.to(o.dtype) for x, o in zip(w[:2], out[:2], strict=True)])
+
+
+def test_a_plan_adds_in_one_launch_and_refuses_what_add_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    write = native.Table.write
+    monkeypatch.setattr(
+        native.Table, "write", lambda self, runs, of: calls.append(list(runs)) or write(self, runs, of)
+    )
+    w = tensors(0)
+    plan = Plan(w, w, w)
+    version = w[0]._version
+    plan.add([0.1, 0.2, 0.3, 0.4, 0.5], "abs")
+    assert calls == [[(0, 5)]] and w[0]._version > version
+    before = [x.clone() for x in w]
+    with refused(ValueError, "add", "weight", "cube"):
+        plan.add(1.0, "cube")  # type: ignore[arg-type]
+    with refused(ValueError, "add", "scale", 5, 2):
+        plan.add([1.0, 2.0], tensors=[(0, 2)])
+    with refused(ValueError, "add", "(4, 6)"):
+        plan.add(1.0, tensors=[(4, 6)])
+    same_bits(w, before)
+
+
 def test_sam_and_asam_reach_their_published_perturbation() -> None:
     """Foret et al. 2021, Eq. 2; Kwon et al. 2021, Eq. 7 with T_w = |w|: rho T_w^2 g / ||T_w g||."""
     torch.manual_seed(0)

@@ -264,6 +264,34 @@ def test_places_of_parts_are_the_indices_of_the_full_tensor() -> None:
             assert skipped == 0 and memory == brute(place, len(memory))
 
 
+@pytest.mark.parametrize("isa", native.isas())
+def test_tiles_of_every_shape_have_the_noise_of_the_full_tensor(isa: str) -> None:
+    """Parts of permuted tensors: runs of noise that are short, adjacent or unaligned, or in order."""
+    source = random.Random(1)
+    shapes = [(40, 3, 8, 8), (70, 90), (33, 37, 9), (5, 64, 3, 3), (1030, 3), (3, 1300), (2, 3, 4, 200)]
+    for shape in [*shapes, *([source.randint(1, 30) for _ in range(3)] for _ in range(20))]:
+        full = torch.empty(shape)
+        at = 4 * source.choice([0, 2**32 - 7, 2**40 + 1])
+        eps, mask = (
+            rft.noise_like(full, 3, 2, "uniform", offset=at),
+            rft.keep_mask_like(full, 0.4, 3, offset=at),
+        )
+        starts = [source.choice([0, source.randrange(n)]) for n in shape]
+        cut = tuple(
+            slice(a, source.choice([n, max(a + 1, n - 1)])) for a, n in zip(starts, shape, strict=True)
+        )
+        order = source.sample(range(len(shape)), len(shape))
+        back = [order.index(axis) for axis in range(len(shape))]
+        local = torch.ones_like(full)[cut].permute(order).contiguous().permute(back)
+        skipped, place = place_of(local, shape, starts)
+        out = torch.full_like(local, 7)
+        row = Row(out, local, local, at // 4 + skipped, "w", place)
+        native.Table([row]).write([(0, 1)], Write(1.0, 0.5, noise="uniform", seed=3, draw=2), isa)
+        assert torch.equal(out, 1 + torch.tensor(0.5) * eps[cut])
+        native.Table([row]).write([(0, 1)], Write(1.0, keep=0.4, seed=3), isa)
+        assert torch.equal(out == 1, mask[cut])
+
+
 @pytest.mark.parametrize("place", [None, Place(1, (4, 5), (1, 4))])
 def test_the_reference_reads_no_data_while_it_writes(place: Any) -> None:
     """Hence it waits for no GPU and can be captured in a CUDA graph. Tensors on meta have no data."""

@@ -293,6 +293,60 @@ def test_refusals_while_compiling_name_the_argument(arguments: dict[str, Any]) -
     assert (w == 7).all()
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_plan_adds(backend: str) -> None:
+    def add(plan: Plan) -> None:
+        plan.add([0.1, 0.2, 0.3], "abs", tensors=[(0, 1), (2, 3)])
+
+    results = []
+    for function in (add, compiled(add, backend)):
+        out = [torch.zeros(n) for n in (5, 6, 7)]
+        w, b = ([random(n, seed=n + s) for n in (5, 6, 7)] for s in (0, 10))
+        plan = Plan(out, b, w)
+        function(plan)
+        results.append(out)
+    same(results[1], results[0])
+    assert not results[0][1].any() and results[0][2].any()
+
+
+def test_refusals_of_traced_code_name_the_tensors() -> None:
+    with FakeTensorMode():
+        a = {"conv1": torch.empty(2), "head": torch.empty(3)}
+        b = {"conv1": torch.empty(2), "head": torch.empty(4)}
+    for call in (
+        lambda: rft.interpolate_(a, b, a, 0.5),
+        lambda: rft.add_(a, a, b, 0.5),
+    ):
+        with refused(ValueError, "head"):
+            call()
+    real, other = {"head": torch.ones(3)}, {"head": torch.ones(4)}
+    with pytest.raises(Exception, match="shapes differ for head"):
+        compiled(lambda: rft.interpolate_(real, other, real, 0.5), "eager")()
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), torch.tensor([0.5])], ids=["single", "list"])
+@pytest.mark.parametrize("name", ["alpha", "rho", "keep", "scale"])
+def test_numbers_in_tensors_are_refused_while_tracing(name: str, number: Tensor) -> None:
+    """Their values are not known then. Eager calls take them."""
+    w = torch.full((3,), 7.0)
+
+    def call(number: Any) -> None:
+        if name == "scale":
+            rft.add_(w, w, w, number)
+        else:
+            rft.write_(w, w, w, **{"alpha": 0.5, name: number})
+
+    with pytest.raises(Exception, match=rf"{name} is a tensor.*{name}\.item\(\)"):
+        compiled(call, "eager")(number)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(number)
+        w = torch.empty(3)
+    with refused(TypeError, name):
+        call(fake)
+    w = torch.ones(3)
+    call(number)
+
+
 def test_a_number_known_only_when_it_runs_is_refused_then() -> None:
     write = compiled(lambda w, draw: rft.perturb_(w, 0.1, draw=draw))
     w = random(5)
