@@ -95,6 +95,7 @@ class Along:
         seed: seed of that draw and of the noise.
         xi: gain in accuracy that counts as high, a fraction (Eq. 2).
         paper: whether the paper's choices stand in for the defaults (:mod:`rft_fast.config.paper`).
+        quick: whether images, positions and draws are limited (:mod:`rft_fast.config.quick`).
     """
 
     GROUP: ClassVar = Group("what is measured", place=("settings", "along"))
@@ -133,6 +134,14 @@ class Along:
         "use the paper's data, estimator, draws and definitions as defaults (docs/paper.md)",
         common="use the paper's data, estimator and draws",
         compared=False,
+    )
+    quick: bool = option(
+        False,
+        "measure at most 200 images of each data set, 6 positions, 4 draws and 2 masks, for a first look; an "
+        "option given beside it wins",
+        common="a first look: fewer images, positions and draws",
+        compared=False,
+        own="how thoroughly is for the user's own command to say, and no zoo file; leave it out",
     )
 
 

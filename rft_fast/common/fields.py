@@ -154,8 +154,8 @@ class Tree:
 
     Args:
         settings: instances of different settings classes.
-        givers: option -> who gave it: ``"command line"``, ``"zoo"`` or ``"paper"``; the others have their
-            defaults.
+        givers: option -> who gave it: ``"command line"``, ``"zoo"``, ``"paper"`` or ``"quick"``; the others
+            have their defaults.
     """
 
     def __init__(self, *settings: object, givers: Mapping[str, str] | None = None) -> None:

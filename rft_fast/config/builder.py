@@ -13,7 +13,7 @@ from ..common.fields import Entry, Group, Tree, entries
 
 Given = Mapping[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
 _Settings = TypeVar("_Settings")
-COMMAND, ZOO, PAPER = "command line", "zoo", "paper"  # who gives options
+COMMAND, ZOO, PAPER, QUICK = "command line", "zoo", "paper", "quick"  # who gives options
 _PLAIN = (int, float, str, pathlib.Path)  # of which argparse says itself what is expected
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from ..common.fields import Tree
 from ..names import WORST_CASE
 from ..settings import Along, Prune, Sharpness, check_draws
-from .builder import COMMAND, PAPER, ZOO
+from .builder import COMMAND, PAPER, QUICK, ZOO
 
 
 def named(tree: Tree, option: str, zoo: str) -> str:
     """The name of an option for errors: of the zoo where it comes from there, else of the command line."""
-    if tree.giver(option) == PAPER:
-        return f"the choice of --paper for --{option}"
-    return f"option {option} of the zoo {zoo!r}" if tree.giver(option) == ZOO else f"argument --{option}"
+    if (giver := tree.giver(option)) in (PAPER, QUICK):
+        return f"the choice of --{giver} for --{option}"
+    return f"option {option} of the zoo {zoo!r}" if giver == ZOO else f"argument --{option}"
 
 
 def settle(tree: Tree, zoo: str, perturbed: Callable[[Tree], bool]) -> tuple[Tree, list[str]]:
@@ -63,7 +63,7 @@ class _Settling:
         was = getattr(settings, field)
         whose = (
             named(self.tree, option, self.zoo)
-            if self.tree.giver(option) in (ZOO, PAPER)
+            if self.tree.giver(option) in (ZOO, PAPER, QUICK)
             else f"the default of --{option}"
         )
         self.notices.append(f"{whose} ({said(was)}) gives way to {to}: {said(value)}")

@@ -15,7 +15,7 @@ from ..common.words import visible
 from ..datasets import cache
 from ..names import CLASS_LISTS, KINDS, TEMPLATE_LISTS, as_given, list_file
 from ..settings import Layers, Sharpness, once
-from . import paper, zoo
+from . import quick, zoo
 from .builder import COMMAND
 from .conflicts import named, settle
 from .options import parser, split
@@ -97,7 +97,7 @@ def read(argv: Sequence[str]) -> Request:
     given = options.given(parser(options).parse_args(rest))
     tree = options.tree({COMMAND: given})
     its_zoo = _zoo(tree, zoos)
-    sources, replaced = paper.sources(options, its_zoo, given)
+    sources, replaced = quick.sources(options, its_zoo, given)
     return _request(studies, options.tree(sources), its_zoo, zoos, replaced)
 
 

@@ -134,10 +134,12 @@ def find(
     kind: Kind | None = None,
     rows: Rows | None = None,
     label_map: LabelMap | pathlib.Path | str | None = None,
+    at_most: bool = False,
 ) -> Listed:
     """List a data set and match it with a head, without decoding; arguments as in :func:`load`.
 
-    An ``.npz`` is read whole. Nothing is written.
+    An ``.npz`` is read whole. Nothing is written. at_most: whether a data set of fewer images than
+    ``samples`` is taken whole, not refused.
 
     Raises:
         TypeError: as :func:`load`.
@@ -159,6 +161,8 @@ def find(
         found = assign(source, rows, label_map)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if at_most and samples is not None:
+        samples = min(samples, len(found.images))
     drawn = choose(len(found.images), samples, seed, where)
     chosen = replace(found, images=found.images[drawn], labels=found.labels[drawn])
     named = () if source.pixels is not None else _names(source, found)

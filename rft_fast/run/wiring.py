@@ -22,6 +22,7 @@ from ..clip.endpoints import Ends, Setup
 from ..common import files
 from ..common.words import visible
 from ..config import zoo
+from ..config.builder import QUICK
 from ..config.request import Request
 from ..config.settings import Computed, Running
 from ..evaluate import Evaluator, precision
@@ -222,6 +223,7 @@ def find_images(request: Request, rows: datasets.Rows) -> list[datasets.Listed]:
             kind=data.kind,
             rows=rows,
             label_map=data.labels,
+            at_most=request.settings.giver("samples") == QUICK,
         )
         for name, data in request.zoo.data.items()
     ]

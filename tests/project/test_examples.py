@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_zoo
+from support import PATIENCE, tiny_zoo
 
 from rft_fast import checkpoints, results, sweep
 from rft_fast.config import zoo
@@ -84,3 +84,22 @@ def test_the_readme_goes_from_files_to_rows(tmp_path: Path, monkeypatch: pytest.
     found: dict[str, Any] = {}
     exec(code, found)
     assert found["rows"]["alpha"].tolist() == [0, 0.5, 1] and set(found["rows"]["dataset"]) == {"sketch"}
+
+
+@pytest.mark.slow
+def test_the_tour_runs_as_a_notebook(tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    tour = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    nbformat.validate(tour)
+    cells = [cell for cell in tour.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)  # it is kept without them
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(tour, timeout=PATIENCE, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in cells for output in cell.outputs]
+    printed = "".join(output.get("text", "") for output in outputs)
+    start, middle, end = (
+        float(re.findall(rf"alpha {alpha}: (\S+)", printed)[0]) for alpha in ("0", "0.5", "1")
+    )
+    assert start != end and middle == pytest.approx((start + end) / 2, abs=2e-6)
+    drawn = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(drawn) == 1 and not list(tmp_path.iterdir())
