@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "numpy", "pandas", "safetensors")
+MISSING = "not installed"
 
 
 def versions() -> dict[str, str]:
@@ -24,7 +25,7 @@ def versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = MISSING
     return found
 
 
@@ -91,6 +92,10 @@ def main(argv: Sequence[str]) -> int:
     """Print the report; returns 0."""
     program.parser("env", description=__doc__).parse_args(argv)
     print(report())
+    if missing := [name for name, version in versions().items() if version == MISSING]:
+        print(program.next_step("pip install", *missing))
+    else:
+        print(program.next_step("sweep"))
     return 0
 
 

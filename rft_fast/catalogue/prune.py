@@ -51,7 +51,9 @@ class Prune(Study):
 
     def assumptions(self, request: Request) -> Iterator[str]:
         if not request.of(settings.Prune).layers:
-            yield "Pruning: as if each criterion found a layer in each model; without, it costs less."
+            yield (
+                "Pruning: assuming that each criterion finds a layer in each model; otherwise it costs less."
+            )
 
     def measure(self, task: Task) -> None:
         from .. import studies

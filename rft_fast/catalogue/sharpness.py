@@ -70,8 +70,8 @@ class Sharpness(Study):
         goal = self.protocol(request).goal
         if goal is not None:
             yield (
-                f"{self.name}: counted are the pilot of --goal-se and as many draws after it; a goal of "
-                f"{goal:g} may need more."
+                f"{self.name}: the pilot of --goal-se and as many draws after it are counted; a goal "
+                f"of {goal:g} may need more."
             )
 
     def measure(self, task: Task) -> None:
@@ -135,8 +135,8 @@ class LayerSharpness(Sharpness):
         own = request.of(settings.Sharpness)
         if own.rhos and max(own.rhos) <= _SMALL and own.estimator not in ("hessian", *WORST_CASE):
             yield (
-                f"Layer-wise sharpness: at rho up to {_SMALL:g}, --estimator hessian estimates the limit of "
-                "small rho for all layers at once."
+                f"Layer-wise sharpness: for rho up to {_SMALL:g}, --estimator hessian estimates the "
+                "limit of small rho for all layers at once."
             )
 
     def measure(self, task: Task) -> None:
@@ -206,8 +206,8 @@ class Pilot(Sharpness):
         from ..studies.pilot import GRID, STEPS
 
         yield (
-            f"--rhos auto: a pilot of {len(GRID)} rhos and {STEPS} bisections; a run without a rho to find "
-            "ends after the grid."
+            f"--rhos auto: a pilot of {len(GRID)} rhos and {STEPS} bisections; if there is no "
+            "such rho, the run ends after the grid."
         )
 
     def notices(self, facts: Facts) -> Iterator[str]:

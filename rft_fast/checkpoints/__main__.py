@@ -34,23 +34,25 @@ def main(arguments: Sequence[str]) -> int:
         "other",
         metavar="FILE2",
         nargs="?",
-        help="second checkpoint: check whether both can be the ends of one path",
+        help="second checkpoint, to check whether both can be the ends of one path",
     )
-    parser.add_argument("--format", choices=tuple(FORMATS), help="required format of FILE; default: any")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="expected format of FILE (default: any)")
     parser.add_argument(
         "--key",
         metavar="NAME",
-        help="which weights, of FILE and FILE2, where a file has several, such as state_dict_ema or teacher",
+        help=(
+            "which weights of FILE and FILE2 to use if a file has several, such as state_dict_ema or teacher"
+        ),
     )
     parser.add_argument(
         "--base",
         metavar="FILE",
-        help="weights that FILE or FILE2 is added to, if it is a LoRA adapter of peft",
+        help="base weights for FILE or FILE2, if it is a LoRA adapter of peft",
     )
     parser.add_argument(
         "--unrelated",
         action="store_true",
-        help="accept checkpoints of which neither was fine-tuned from the other, as the sweep's --unrelated",
+        help=("accept checkpoints that were not fine-tuned from each other, as --unrelated of the sweep"),
     )
     options = parser.parse_args(arguments)
     try:
@@ -72,7 +74,11 @@ def main(arguments: Sequence[str]) -> int:
     for letter, checkpoint in (("a", first), ("b", second)):
         print(f"{letter}           {checkpoint.file} ({checkpoint.format})")
     print(lineage)
-    return 1 if lineage.problems else 0
+    if lineage.problems:
+        return 1
+    ends = ("--zeroshot", options.file, "--finetuned", options.other)
+    print(program.next_step("merge", "interpolate", *ends, "--alpha", 0.5, "--out", "merged.safetensors"))
+    return 0
 
 
 def _read(file: str, format: Format | None, key: str | None, base: str | None) -> checkpoints.Checkpoint:

@@ -113,8 +113,8 @@ class Evidence:
             if len(sources) == 1
         }
         notes = [
-            f"activation of the {tower} tower: {sources[True]} says QuickGELU, {sources[False]} says GELU, "
-            "so neither is used"
+            f"the activation of the {tower} tower is unclear, so neither is used: {sources[True]} "
+            f"says QuickGELU, {sources[False]} says GELU"
             for tower, sources in self._found.items()
             if len(sources) == 2
         ]

@@ -32,7 +32,9 @@ _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])(?:\.[^.]+)?\.weight|(embedding_[AB])
 _START = re.compile(r"\Abase_model\.model\.")
 _PLAIN = re.compile(r"\^?[\w.\\-]+")  # a pattern of modules that is a name
 _LARGEST = 1 << 20  # bytes of a configuration
-_PEFT = "merge it where it was trained (peft: model.merge_and_unload()) and save the whole model"
+_PEFT = (
+    "merge it with its base where it was trained (peft: model.merge_and_unload()), and save the whole model"
+)
 # Initialisations that change the base: what is left of it is not in the adapter.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -79,13 +81,16 @@ class _Config:
         except (ValueError, RecursionError) as error:
             raise Unreadable(f"has an {ADAPTER_CONFIG} that is not valid JSON") from error
         if not isinstance(content, dict):
-            raise Unreadable(f"has an {ADAPTER_CONFIG} that is no table")
+            raise Unreadable(f"has an {ADAPTER_CONFIG} that is not a JSON object")
         if (kind := content.get("peft_type")) != "LORA":
-            raise Unreadable(f"is an adapter of peft of the kind {str(kind)[:40]!r}, expected LORA; {_PEFT}")
+            raise Unreadable(
+                f"is an adapter of peft of the type {str(kind)[:40]!r}; only LORA is supported; {_PEFT}"
+            )
         start = content.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
             raise Unreadable(
-                f"is a LoRA adapter that began with {start[:40]!r}, which changes the base as well; {_PEFT}"
+                f"is a LoRA adapter that was initialised with {start[:40]!r}, which changes the base "
+                f"as well; {_PEFT}"
             )
         for name in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "use_qalora"):
             if content.get(name):
@@ -94,11 +99,13 @@ class _Config:
         numbers = [content.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
         if not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
             raise Unreadable(
-                f"has an {ADAPTER_CONFIG} whose lora_alpha, or a value of alpha_pattern, is no finite number"
+                f"has an {ADAPTER_CONFIG} in which lora_alpha or a value of alpha_pattern is not a "
+                "finite number"
             )
         if regular := [name for name in alphas if not _PLAIN.fullmatch(name)]:
             raise Unreadable(
-                f"is a LoRA adapter with alpha_pattern by regular expressions ({some(regular, 3)}); {_PEFT}"
+                "is a LoRA adapter whose alpha_pattern uses regular expressions "
+                f"({some(regular, 3)}), which is not supported; {_PEFT}"
             )
         ranks = content.get("rank_pattern") or {}
         plain = isinstance(ranks, dict) and all(map(_PLAIN.fullmatch, ranks))
@@ -125,7 +132,7 @@ class _Config:
         expected = _of(self.ranks, module, self.rank)
         if expected is not None and expected != rank:
             raise Unreadable(
-                f"has factors of {module!r} of rank {rank}, where {ADAPTER_CONFIG} says "
+                f"has factors of {module!r} with rank {rank}, but {ADAPTER_CONFIG} says "
                 f"{str(expected)[:40]}; is it the configuration of this adapter?"
             )
         return _of(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
@@ -188,7 +195,7 @@ def merged(path: str | PathLike[str], base: Mapping[str, Tensor]) -> tuple[Tenso
     count = f"{len(changes)} weight{'' if len(changes) == 1 else 's'}"
     notes.insert(0, f"a LoRA adapter{of}: added to {count} of the base")
     if whole:
-        notes.append(f"taken from the adapter as they are: {some(list(whole), 3)}")
+        notes.append(f"used unchanged from the adapter: {some(list(whole), 3)}")
     return Tensors(result, getattr(base, "activation", None)), notes
 
 
@@ -201,8 +208,8 @@ def _sorted(made: Mapping[str, Tensor]) -> tuple[dict[str, _Change], dict[str, T
             module, side = match[1], match[2] or match[3]
             if ".base_layer." in module:
                 raise Unreadable(
-                    f"adapts a MultiheadAttention of torch ({module!r}), to whose output projection versions "
-                    f"of peft add the product twice; {_PEFT}"
+                    f"adapts a MultiheadAttention of torch ({module!r}); some versions of peft add the "
+                    f"product to its output projection twice; {_PEFT}"
                 )
             change = changes.setdefault(module, _Change(embedding=side.startswith("embedding")))
             if (change.a if side.endswith("A") else change.b) is not None:
@@ -212,7 +219,7 @@ def _sorted(made: Mapping[str, Tensor]) -> tuple[dict[str, _Change], dict[str, T
             else:
                 change.b = tensor
         elif "lora" in name.lower():
-            raise Unreadable(f"has {name!r}, which is no part of a plain LoRA adapter; {_PEFT}")
+            raise Unreadable(f"has {name!r}, which does not belong to a plain LoRA adapter; {_PEFT}")
         else:
             whole[name.replace(".modules_to_save", "").replace(".base_layer", "")] = tensor
     if not changes:
@@ -224,7 +231,7 @@ def _product(module: str, change: _Change, config: _Config) -> Tensor:
     """Compute what an adapter adds to a weight: scale B A, in the shape of the weight."""
     a, b = change.a, change.b
     if a is None or b is None:
-        raise Unreadable(f"has only one of the two factors of {module!r}")
+        raise Unreadable(f"has only one of the two factors of {module!r}, A and B")
     if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or b[0, 0].numel() != 1 or not a.shape[0]:
         raise Unreadable(
             f"has factors of {module!r} that do not fit: A {list(a.shape)}, B {list(b.shape)}; expected A "
@@ -255,7 +262,7 @@ def _write(
     value = value.T if transposed else value
     if name not in base:
         if add or not name.startswith(HEAD):
-            raise Unreadable(f"changes {stored!r}, but the base has no {name!r}. Is it the right base?")
+            raise Unreadable(f"changes {stored!r}, but the base has no {name!r}. Is this the right base?")
         result[name] = value.contiguous()
         return
     if result[name] is base[name]:
@@ -263,8 +270,8 @@ def _write(
     row = result[name] if part is None else result[name].chunk(3)[part]
     if row.shape != value.shape:
         raise Unreadable(
-            f"changes {stored!r} by a tensor {list(value.shape)}, but that of the base is {list(row.shape)}. "
-            "Is it the right base?"
+            f"changes {stored!r} with shape {list(value.shape)}, but in the base it has shape "
+            f"{list(row.shape)}. Is this the right base?"
         )
     wide = torch.promote_types(row.dtype, torch.float32)
     row.copy_(row.to(wide) + value.to(row.device) if add else value)

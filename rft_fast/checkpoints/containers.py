@@ -38,7 +38,9 @@ def read(stream: BinaryIO, file: pathlib.Path) -> Container:
     data = Content(stream)
     size = len(data)
     if not size:
-        raise Unreadable("is empty, as after an interrupted download or on a full disk. Get it again")
+        raise Unreadable(
+            "is empty, as after an interrupted download or on a full disk. Download or copy it again"
+        )
     head = bytes(data[: foreign.FIRST])
     # A safetensors file starts with the length of its header; in text, these eight bytes are a huge number.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
@@ -66,12 +68,12 @@ def _safetensors(data: Content) -> Container:
     """Read safetensors: length of the header, header in JSON (name -> dtype, shape, offsets), tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
     if start > min(len(data), 8 + _MOST_HEADER):
-        raise _not_whole("its header is longer than the file, or than the format allows")
+        raise _not_whole("the header is longer than the file, or than the format allows")
     try:
         header = json.loads(bytes(data[8:start]), object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are not strings")
+            raise ValueError("the metadata are not strings")
         entries = [(*map(natural, entry["data_offsets"]), name, entry) for name, entry in header.items()]
         tensors, end = {}, 0
         for first, last, name, entry in sorted(entries, key=lambda entry: entry[:3]):
@@ -79,7 +81,7 @@ def _safetensors(data: Content) -> Container:
             if len(shape) > MOST_DIMENSIONS:
                 raise ValueError(f"{name[:80]!r} has {len(shape)} dimensions")
             if entry["dtype"] not in SAFETENSORS:
-                raise Unreadable(f"has {name[:80]!r} of the unknown type {entry['dtype']!r}")
+                raise Unreadable(f"{name[:80]!r} has the unknown type {entry['dtype']!r}")
             dtype = SAFETENSORS[entry["dtype"]]
             if first != end or last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name[:80]!r} has wrong offsets or a wrong size")
@@ -89,7 +91,7 @@ def _safetensors(data: Content) -> Container:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _not_whole(f"{type(error).__name__}: {error}") from error
     if start + end != len(data):
-        raise _not_whole(f"its tensors take {end:,} bytes, it has {len(data) - start:,} for them")
+        raise _not_whole(f"the tensors need {end:,} bytes, but the file has {len(data) - start:,} for them")
     return Container("safetensors", tensors, len(data), metadata=metadata)
 
 

@@ -61,19 +61,19 @@ def _of_folder(folder: pathlib.Path) -> str:
         names = []
     if any(name.endswith(".distcp") for name in names):
         return (
-            " of torch.distributed.checkpoint. Make one file of it: python -m "
+            " of torch.distributed.checkpoint. Convert it to one file: python -m "
             "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
         )
     if "zero_to_fp32.py" in names:
-        return " of DeepSpeed. Make one file of it: python zero_to_fp32.py . FILE, in that folder"
+        return " of DeepSpeed. Convert it to one file, in that folder: python zero_to_fp32.py . FILE"
     if shards := [match for name in names if (match := _SHARD.fullmatch(name))]:
         return (
-            " with shards of a checkpoint, but without their index; get "
+            " with shards of a checkpoint, but without their index; download "
             f"{shards[0][1]}.{shards[0][2]}.index.json as well"
         )
     if inside := [name for name in names if name.endswith(_ENDINGS)]:
         return f", expected a checkpoint file in it, such as {some(inside, 3)}"
-    return ", expected a checkpoint file in it; it holds none"
+    return ", expected a checkpoint file in it, but there is none"
 
 
 def parts(path: str | PathLike[str]) -> tuple[pathlib.Path, ...]:
@@ -140,16 +140,18 @@ def index(file: pathlib.Path) -> dict[str, pathlib.Path] | None:
         if not isinstance(shard, str) or not shard.isprintable() or shard in ("", ".", ".."):
             raise Unreadable("is a damaged index of a sharded checkpoint: a shard has no name")
         if "/" in shard or "\\" in shard:
-            raise Unreadable(f"is the index of a sharded checkpoint with shards in other folders: {shard!r}")
+            raise Unreadable(
+                f"is the index of a sharded checkpoint with a shard in another folder: {shard!r}"
+            )
         shards[name] = file.parent / shard
     distinct = sorted({shard.name for shard in shards.values()})
     if missing := [name for name in distinct if not (file.parent / name).is_file()]:
         raise Unreadable(
-            f"is the index of a sharded checkpoint, of which {len(missing)} of {len(distinct)} shards are "
-            f"missing beside it: {some(missing, 3)}. Download them as well"
+            f"is the index of a sharded checkpoint, but {len(missing)} of its {len(distinct)} "
+            f"shards are missing beside it: {some(missing, 3)}. Download them as well"
         )
     if not shards:
-        raise Unreadable("is the index of a sharded checkpoint without shards")
+        raise Unreadable("is the index of a sharded checkpoint, but lists no shards")
     return shards
 
 

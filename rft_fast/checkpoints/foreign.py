@@ -25,8 +25,8 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     *(
         (
             magic,
-            "is a GGUF or GGML file of llama.cpp, whose weights are quantised. Use the checkpoint that it "
-            "was converted from",
+            "is a GGUF or GGML file of llama.cpp, with quantised weights. Use the checkpoint "
+            "that it was converted from",
         )
         for magic in (b"GGUF", b"FUGG", b"ggml", b"lmgg", b"ggjt", b"tjgg", b"fmgg")
     ),
@@ -51,8 +51,8 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     *(
         (
             magic,
-            "is a pickle of protocol 0 or 1, which is not supported. Load it where it was made, and "
-            "save it with torch.save(model.state_dict(), ...)",
+            "is a pickle of protocol 0 or 1, which is not supported. Load it with the program "
+            "that wrote it, and save it with torch.save(model.state_dict(), ...)",
         )
         for magic in (
             *(b"(dp", b"(lp", b"(i__", b"}q\x00", b"]q\x00"),
@@ -97,9 +97,9 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
         )
     if _PAGE.match(text):
         return (
-            "is a web page (HTML or XML), not weights: the download ended at a sign-in, a confirmation or "
-            "an error. Download the file itself (on Hugging Face and GitHub the link has /resolve/ or /raw/, "
-            "not /blob/)"
+            "is a web page (HTML or XML), not weights: the download ended at a login page, a "
+            "confirmation or an error. Download the file itself (on Hugging Face and GitHub, its "
+            "link contains /resolve/ or /raw/, not /blob/)"
         )
     if text[:1] == b"{":
         return _json(stream)
@@ -108,8 +108,8 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
             return answer
     if head[4:8] in (b"PTMF", b"TFL3"):
         return (
-            "is a model for mobile devices, without names of weights. Use the checkpoint that it was "
-            "made from"
+            "is a model for mobile devices, which has no names of weights. Use the checkpoint "
+            "that it was made from"
         )
     if _ONNX.match(head):
         return _ENDINGS[".onnx"]
@@ -117,8 +117,9 @@ def why(stream: IO[bytes], file: pathlib.Path, head: bytes) -> str | None:
         return _ENDINGS[".msgpack"]
     if head[257:262] == b"ustar" or head.startswith(b"sys_info"):
         return (
-            "is a tar archive. Unpack it and use the checkpoint inside (files of torch before 0.4 are "
-            "tar archives as well: load and save them with such a version)"
+            "is a tar archive. Unpack it and use the checkpoint inside. (Files of torch before "
+            "0.4 are tar archives, too: load them with such a version and save them with a newer "
+            "one)"
         )
     if not head.strip(b"\0"):
         return f"starts with {len(head)} zero bytes, as after an interrupted download. {_AGAIN}"

@@ -43,16 +43,18 @@ _IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_
 _OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(r"vision_model\.(?:head\.probe|embeddings\.patch_embedding\.bias)|logit_bias"),
-        "is a SigLIP model of transformers: it has no class token, pools by attention, and is no CLIP. "
-        "open_clip has the same weights under its own names: --arch ViT-B-16-SigLIP with the source webli or "
-        "hf-hub:timm/ViT-B-16-SigLIP (open_clip.list_pretrained() has the others)",
+        "is a SigLIP model of transformers, not a CLIP: it has no class token and pools by "
+        "attention. open_clip has the same weights under its own names: --arch "
+        "ViT-B-16-SigLIP with --zeroshot webli or hf-hub:timm/ViT-B-16-SigLIP "
+        "(open_clip.list_pretrained() lists the others)",
     ),
     (
         re.compile(r"classifier\.(?:weight|bias)"),
-        "is a CLIPForImageClassification of transformers: its classifier takes the mean of the patch tokens, "
-        "without CLIP's last LayerNorm and projection, which no head here computes. Fine-tune a "
-        "CLIPVisionModelWithProjection with a linear layer on its normalised image_embeds, and save that "
-        "layer as classification_head.weight and .bias",
+        "is a CLIPForImageClassification of transformers: its classifier uses the mean of "
+        "the patch tokens, without CLIP's last LayerNorm and projection, which is not "
+        "supported. Fine-tune a CLIPVisionModelWithProjection with a linear layer on its "
+        "normalised image_embeds instead, and save that layer as classification_head.weight "
+        "and .bias",
     ),
 )
 
@@ -84,14 +86,14 @@ def entries(state: Mapping[str, Any], origin: Mapping[str, str], notes: list[str
                 unknown.append(origin[stored])
             elif name in result:
                 raise Unreadable(
-                    f"has {origin[stored]!r} and another name that both mean {name!r}; keep one of them"
+                    f"has both {origin[stored]!r} and another name that means {name!r}; keep one of them"
                 )
             else:
                 result[name] = entry
     if unknown:
         raise Unreadable(
-            f"holds {some(unknown)}, which transformers' CLIP does not have; format='state-dict' keeps "
-            f"its names{_alone(origin)}"
+            f"holds {some(unknown)}, which CLIP of transformers does not have; "
+            f"format='state-dict' reads it under its own names{_alone(origin)}"
         )
     if any(map(is_visual, result)) and "visual.proj" not in result:
         notes.append(
@@ -122,7 +124,9 @@ def _converted(
         yield _NAMES[stored], entry(stored)
     elif stored in _PROJECTIONS:
         if len(shape := entry(stored).shape) != 2:
-            raise Unreadable(f"has {origin[stored]!r} of shape {shape}; a projection has two dimensions")
+            raise Unreadable(
+                f"has {origin[stored]!r} of shape {shape}; a projection must have two dimensions"
+            )
         yield _PROJECTIONS[stored], entry(stored, transposed=True)
     elif (match := _LAYER.fullmatch(stored)) is not None:
         tower, number, part, kind = match.groups()
@@ -135,7 +139,7 @@ def _converted(
             kinds = {(piece.stored.size, piece.stored.dtype) for piece in pieces}
             if len(pieces) < 3 or len(kinds) > 1 or not pieces[0].stored.size:
                 raise Unreadable(
-                    f"needs {', '.join(trio)}, all of one shape and dtype: they become one tensor"
+                    f"needs {', '.join(trio)} with one shape and dtype, because they become one tensor"
                 )
             if part == "self_attn.q_proj":
                 yield f"{block}.attn.in_proj_{kind}", Entry(tuple(pieces))

@@ -104,8 +104,8 @@ def layout(container: Container, format: Format | None, evidence: Evidence, key:
     if chosen.module is not None:
         kind = chosen.module.kind
         doubts = [
-            f"{chosen.place(f'{where}.') or where} does not normalise its input (normalize=False); rft_fast "
-            "does"
+            f"{chosen.place(f'{where}.') or where} does not normalise its input "
+            "(normalize=False), but rft_fast does"
             for where in chosen.module.unnormalised
         ]
         for name, prefix in chosen.module.classes:
@@ -117,7 +117,7 @@ def layout(container: Container, format: Format | None, evidence: Evidence, key:
     shape = _Layout(container.kind, kind, chosen.path[-1:] == ("state_dict",), frozenset(state))
     detected = next(name for name, fits in _FITS.items() if fits(shape))
     if format is not None and not _FITS[format](shape):
-        raise Unreadable(f"is not in the format {format!r} but {detected!r} ({FORMATS[detected]})")
+        raise Unreadable(f"has the format {detected!r} ({FORMATS[detected]}), not {format!r}")
     taken = format or detected
     unmerged = [f"holds {what} ({some(names, 3)})" for what, names in factors(state).items()]
     notes += unmerged

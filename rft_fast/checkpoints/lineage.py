@@ -51,7 +51,7 @@ class Kinship:
         """Return the problem if both ends have the same weights; None otherwise."""
         if not self.same:
             return None
-        return "the same weights: nothing changes along the path between them; is it the right file?"
+        return "the same weights, so nothing changes along the path; is it the right file?"
 
     def unrelated(self) -> str | None:
         """Return the problem if neither end was fine-tuned from the other; None otherwise."""
@@ -59,25 +59,22 @@ class Kinship:
             if not (self.ratio < 0.5 or self.ratio > 2):
                 return None
             return (
-                f"weights of another norm: the norm of their matrices is {self.ratio:.2g} times that of "
-                "the zero-shot ones (expected after fine-tuning: 0.5 to 2). Is it a sum of models "
-                "instead of their mean? --unrelated measures the path anyway"
+                f"matrices with {self.ratio:.2g} times the norm of the zero-shot ones "
+                "(expected after fine-tuning: 0.5 to 2). Is it a sum of models instead of their "
+                "mean? --unrelated measures the path anyway"
             )
         why = (
-            f"unrelated weights: the cosine between their matrices is {self.cosine:.2f}, but fine-tuned "
-            f"ones stay close to their start (expected: at least {UNRELATED:g})"
+            f"unrelated weights: the cosine between the matrices is {self.cosine:.2f}, "
+            f"but fine-tuned ones stay close to their start (expected: at least {UNRELATED:g})"
         )
         if not 0.5 <= self.ratio <= 2:
             smaller, share = ("fine-tuned", self.ratio) if self.ratio < 1 else ("zero-shot", 1 / self.ratio)
             return (
-                f"{why}; the norm of the {smaller} ones is only {share:.2g} of the others', so they may "
-                "be a difference (task vector): add it to its base weights first. --unrelated measures "
-                "the path anyway"
+                f"{why}; the norm of the {smaller} ones is only {share:.2g} of the others', so they "
+                "may be a difference (task vector): add it to its base weights first. --unrelated "
+                "measures the path anyway"
             )
-        return (
-            f"{why}. Is it fine-tuned from another zero-shot model, or in another training? --unrelated "
-            "measures the path anyway"
-        )
+        return f"{why}. Was it fine-tuned from another zero-shot model? --unrelated measures the path anyway"
 
 
 def kinship(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Callable[[str], bool]) -> Kinship:
@@ -139,9 +136,9 @@ def moved_rows(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
         return None
     pairs = some([f"row {place} is the zero-shot row {other}" for place, other in moved], 3)
     return (
-        f"a head with {len(moved)} of {len(rows_b)} rows in another order than the zero-shot end's "
-        f"({pairs}), so interpolation would mix classes; reorder its rows, or use one head for both "
-        "ends (--head zeroshot)"
+        f"a head with {len(moved)} of {len(rows_b)} rows in another order than at the "
+        f"zero-shot end ({pairs}), so interpolation would mix classes; reorder its rows, or "
+        "use one head for both ends (--head zeroshot)"
     )
 
 
@@ -214,7 +211,7 @@ class Lineage:
             f"{self.kinship.cosine:.6f}",
         ]
         if self.inert:
-            lines.append(f"inert       text side, shapes or dtypes differ: {some(self.inert)}")
+            lines.append(f"inert       text tower; shapes or dtypes differ: {some(self.inert)}")
         if self.problems:
             lines.append("they cannot be the ends of one path:")
             return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
@@ -264,7 +261,7 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         related = replace(related, same=kinship(a.tensors, b.tensors, beside).same)
     problems = _problems(a, b, shared, [*only_a, *only_b], [name for name in other_shape if _on_path(name)])
     for what, names in (
-        ("differ in kind, float and integer or integers of two dtypes", other_kind),
+        ("are float in one and integer in the other, or integers of two dtypes", other_kind),
         ("have a dtype other than float32, bfloat16 and float16", unfit),
         ("hold NaN or infinity in one of them", not_finite),
     ):
@@ -300,13 +297,13 @@ def _problems(
 ) -> list[str]:
     """List the problems that names, shapes and activations show."""
     if not shared:
-        return [f"they share nothing: no name of {a.file.name} is in {b.file.name}"]
+        return [f"they have no tensor names in common: no name in {a.file.name} is in {b.file.name}"]
     problems = []
     heads = [name for name in other_shape if name.startswith(HEAD)]
     if heads:
         counts = [len(x.tensors[heads[0]]) if x.tensors[heads[0]].ndim else 0 for x in (a, b)]
         problems.append(
-            f"their heads are for {counts[0]} and {counts[1]} classes; one of the heads must serve both ends"
+            f"their heads have {counts[0]} and {counts[1]} classes; both ends must use one of the heads"
         )
     towers = [
         f"{name} {list(a.tensors[name].shape)} and {list(b.tensors[name].shape)}"
@@ -316,9 +313,9 @@ def _problems(
     if towers:
         problems.append(f"{len(towers)} tensors have different shapes: {some(towers)}")
         if list(filter(is_visual, other_shape)) == [POSITIONS]:
-            problems[-1] += " (the sweep's --resize-positions resamples them for one image size)"
+            problems[-1] += " (--resize-positions of the sweep resamples them for one image size)"
     if not any(map(is_visual, shared)):
-        problems.append("they share no image tower ('visual.*')")
+        problems.append("they have no common image tower ('visual.*')")
     if images := list(filter(is_visual, alone)):
         problems.append(
             f"{len(images)} tensors of the image tower are in one checkpoint only: {some(images)}"
@@ -327,8 +324,7 @@ def _problems(
         unknown = [n for n in checkpoint.tensors if _on_path(n) and not n.startswith(("visual.", HEAD))]
         if unknown:
             problems.append(
-                f"{some(unknown)} of {checkpoint.file.name} belong neither to an image tower, a head nor a "
-                "text tower"
+                f"{some(unknown)} of {checkpoint.file.name} belong to no image tower, head or text tower"
             )
     one, other = (x.tensors.activation.get("image") for x in (a, b))
     if one is not None and other is not None and one.quick != other.quick:

@@ -67,7 +67,7 @@ def module(root: Shell, container: Container) -> Module:
         own, children = _script_parts(shell, container.own) if script else _module_parts(shell)
         entries += 1 + len(own) + len(children) + len(shell.state)
         if depth > _DEEPEST or entries > _MOST_ENTRIES or len(prefix) > LONGEST_NAME:
-            raise Unreadable("holds too many nested modules; nothing was executed")
+            raise Unreadable("holds too deeply nested modules; nothing was executed")
         if shell.state.get("normalize") is False:
             result.unnormalised.append(prefix.removesuffix(".") or str(shell))
         for named in (shell, *(value for value in shell.state.values() if isinstance(value, Global))):

@@ -90,7 +90,7 @@ def prefixes(names: Collection[str], notes: list[str]) -> tuple[str, ...]:
         towers = [name for name in names if tower(name) is not None]
         if len({stripped(name, found) for name in towers}) < len(towers):
             raise _several(found)
-    notes.append(f"dropped, a prefix of names: {some([start for start in found if start])}")
+    notes.append(f"removed, a prefix of names: {some([start for start in found if start])}")
     # A head beside the CLIP has a part of its prefix.
     parents = {start[: at + 1] for start in found for at, letter in enumerate(start) if letter == "."}
     return tuple(sorted(sorted(parents), key=len, reverse=True))
@@ -108,7 +108,9 @@ def refuse_many(starts: Collection[str]) -> None:
 
 def _several(starts: Collection[str]) -> Unreadable:
     listed = some([repr(start.removesuffix(".") or ROOT) for start in starts], _MOST)
-    return Unreadable(f"holds several models, by the first components of names: {listed}. {CHOOSE}")
+    return Unreadable(
+        f"holds several models, which differ in the first part of their names: {listed}. {CHOOSE}"
+    )
 
 
 def stripped(name: str, prefixes: Collection[str] = ()) -> str:

@@ -51,8 +51,8 @@ def unpickle(
         return pickles.unpickle(stream, answers, DTYPES, persistent)
     except Refused as error:
         raise Unreadable(
-            f"{error}. If you trust its origin, load it where it was made and save it with "
-            "torch.save(model.state_dict(), ...)"
+            f"{error}. If you trust the file, load it with the program that wrote it and save it "
+            "with torch.save(model.state_dict(), ...)"
         ) from error
 
 
@@ -61,7 +61,7 @@ def unpickle(
 
 def _nested(read: Callable[[memoryview], Storage] | None, machine: Machine, data: Any) -> Storage:
     if read is None or not isinstance(data, (bytes, memoryview)):
-        raise Unreadable("holds a torch file within a torch file, deeper than any model needs")
+        raise Unreadable("holds torch files nested more deeply than any model needs")
     machine.spend(len(data))
     # Short bytes are copied: the memory of tensors must be writable.
     return read(data if isinstance(data, memoryview) else memoryview(bytearray(data)))
@@ -69,7 +69,7 @@ def _nested(read: Callable[[memoryview], Storage] | None, machine: Machine, data
 
 def _tensor(machine: Machine, source: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
     if not isinstance(source, Storage):
-        raise ValueError("a tensor is made of no storage")
+        raise ValueError("a tensor is built from something other than a storage")
     return _typed_tensor(machine, source, offset, size, stride, None, None, source.dtype or torch.uint8)
 
 
@@ -91,7 +91,7 @@ def _typed_tensor(
         or not isinstance(stride, (tuple, list))
         or len(size) != len(stride)
     ):
-        raise ValueError("a tensor's shape and strides do not fit")
+        raise ValueError("the shape and the strides of a tensor do not fit")
     machine.spend(len(size))
     return Stored(source, dtype, natural(offset), tuple(map(natural, size)), tuple(map(natural, stride)))
 
@@ -138,8 +138,8 @@ _TENSORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
     "torch._utils._rebuild_wrapper_subclass": _opaque(
-        "shard of a DTensor: save whole tensors, by get_model_state_dict of "
-        "torch.distributed.checkpoint.state_dict with full_state_dict=True",
+        "shard of a DTensor: save whole tensors, with get_model_state_dict of "
+        "torch.distributed.checkpoint.state_dict and full_state_dict=True",
         Special,
     ),
     "torch._utils._rebuild_sparse_tensor": _opaque("sparse tensor", Special),

@@ -126,11 +126,13 @@ def opened(
         notes = [*layout.notes, *notes_of(activation), *contradictions]
         if adapters.is_adapter(file):
             notes.append(
-                "an adapter of peft, which is added to a base: base=, --base FILE; in a sweep the zero-shot "
-                "model"
+                "a LoRA adapter of peft, which needs base weights: base=, --base FILE; in a sweep, "
+                "the zero-shot model"
             )
         if integers := [name for name, e in layout.entries.items() if not e.dtype.is_floating_point]:
-            notes.append(f"not floating-point, copied instead of interpolated: {some(integers, 3)}")
+            notes.append(
+                f"copied instead of interpolated, because they are not floating-point: {some(integers, 3)}"
+            )
         notes += _merged_from(content.metadata)
         yield Opened(
             file,
@@ -248,8 +250,8 @@ def load_head(path: str | PathLike[str], key: str | None = None) -> dict[str, Te
     weight, bias = head.get(HEAD_WEIGHT), head.get(HEAD_BIAS)
     if weight is None:
         raise ValueError(
-            f"load_head: {path} has no head: expected {HEAD_WEIGHT!r}, or 'weight' alone; got "
-            f"{len(tensors)} tensors, the first of them {next(iter(tensors))!r}"
+            f"load_head: {path} has no head: expected {HEAD_WEIGHT!r}, or a single 'weight'; got "
+            f"{len(tensors)} tensors, the first is {next(iter(tensors))!r}"
         )
     if weight.ndim != 2 or 0 in weight.shape or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in head.items())
@@ -295,7 +297,7 @@ def _read(
     if operation != "read":
         for doubt in found.doubts:
             warnings.warn(
-                f"{found.file}: {doubt}, so its scores may differ from those of its own code", stacklevel=3
+                f"{found.file}: {doubt}, so its accuracy may differ from that in its own code", stacklevel=3
             )
     return Checkpoint(found.file, found.format, Tensors(tensors, found.activation), found.notes, found.doubts)
 
@@ -311,13 +313,15 @@ def _adapted(
     file = folders.located(path, operation)
     if not adapters.is_adapter(file):
         raise ValueError(
-            f"{operation}: {file} is no adapter of peft (adapter_model.safetensors or .bin with "
-            "adapter_config.json beside it), so it takes no base"
+            f"{operation}: {file} is not an adapter of peft (adapter_model.safetensors or .bin "
+            "with adapter_config.json beside it), so leave base out"
         )
     if base is None or format not in (None, "lora"):
-        raise ValueError(f"{operation}: {file} is an adapter of peft: it takes a base, and the format 'lora'")
+        raise ValueError(f"{operation}: {file} is an adapter of peft: it needs base, and the format 'lora'")
     if key is not None:
-        raise ValueError(f"{operation}: {file} is an adapter of peft, of which no key {key!r} chooses a part")
+        raise ValueError(
+            f"{operation}: {file} is an adapter of peft, from which key {key!r} cannot select; leave key out"
+        )
     try:
         tensors, notes = adapters.merged(file, base)
     except (Unreadable, OSError) as error:

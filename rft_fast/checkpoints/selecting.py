@@ -98,7 +98,7 @@ def select(container: Container, key: str | None) -> Selected:
         left = [name for name in _beside(container.value, candidate.path) if name not in candidate.same]
         same = f"; the same tensors are under {some(candidate.same)}" if candidate.same else ""
         rest = f"; left out: {some(left, 12)}" if left else ""
-        chosen.notes.append(f"the weights are those under {label!r}{same}{rest}")
+        chosen.notes.append(f"the weights under {label!r} are used{same}{rest}")
     _name(chosen, state)
     return chosen
 
@@ -159,7 +159,7 @@ def _within(value: Any, path: tuple[str, ...], training: bool, seen: dict[int, b
         if isinstance(name, (str, int)):
             inner += _within(child, (*path, str(name)), training or _is_training(str(name)), seen)
         if len(inner) > _MOST:
-            raise Unreadable(f"holds more than {_MOST} dicts of tensors, which no training needs")
+            raise Unreadable(f"holds more than {_MOST} dicts of tensors, more than any training needs")
     # Weights beside something else are a candidate, to be named in an error; a few tensors in a container
     # are not.
     if tensors and (any("." in name for name in tensors) or all(one.training for one in inner)):
@@ -281,7 +281,7 @@ def _check_tensors(content: Mapping[Any, Any]) -> None:
         )
     if foreign:
         raise Unreadable(
-            f"must map names to tensors, but holds {some(foreign)}; save the state dict without them"
+            f"must map names to tensors, but also holds {some(foreign)}; save the state dict without them"
         )
 
 
@@ -315,8 +315,8 @@ def _name(chosen: Selected, state: Mapping[str, Any]) -> None:
         name = chosen.renamed(stored)
         if name in chosen.state:
             raise Unreadable(
-                f"has both {chosen.origin[name]!r} and {stored!r}, which are both {name!r} "
-                "once the wrapper's prefix is dropped; keep one of them"
+                f"has both {chosen.origin[name]!r} and {stored!r}, which are both called {name!r} "
+                "without the prefix of the wrapper; keep one of them"
             )
         chosen.origin[name], chosen.state[name] = stored, state[stored]
 
@@ -328,8 +328,9 @@ def _refuse_partitions(names: Collection[str], state: Mapping[str, Any]) -> None
     """Refuse files that hold parts of a model which a sharded training leaves."""
     if flat := [stored for stored in names if stored.rpartition(".")[2] in _FLAT]:
         raise Unreadable(
-            f"holds flattened parameters of FSDP ({some(flat, 3)}), which have no shapes. Save the model "
-            "with torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+            f"holds flattened parameters of FSDP ({some(flat, 3)}), whose shapes are unknown. "
+            "Save the model with torch.distributed.checkpoint.state_dict.get_model_state_dict "
+            "and full_state_dict=True"
         )
     if len(names) > 1 and all(isinstance(state[n], Stored) and 0 in state[n].size for n in names):
         raise Unreadable(

@@ -37,8 +37,8 @@ def opened(file: pathlib.Path) -> Iterator[Container]:
         where = file.with_name(f"{start}.{ending}.index.json")
         cure = f"read its index, {where.name}" if where.is_file() else f"get the others and {where.name}"
         raise Unreadable(
-            f"is one shard, {int(number)} of {int(count)}, with a part of the weights only; {cure}, or name "
-            "the folder that has them all"
+            f"is only one shard, {int(number)} of {int(count)}; {cure}, or name the folder that "
+            "has all of them"
         )
     with ExitStack() as stack:
 
@@ -65,7 +65,7 @@ def _joined(shards: Mapping[str, pathlib.Path], read: Callable[[pathlib.Path], C
         if expected != set(content):
             other = sorted(map(str, expected ^ set(content)))
             raise Unreadable(
-                f"has the shard {shard.name!r}, whose tensors are not those that the index names: "
+                f"has the shard {shard.name!r}, whose tensors differ from those in the index: "
                 f"{some(other, 3)}"
             )
         result.update(content)

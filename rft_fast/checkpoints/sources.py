@@ -52,7 +52,7 @@ def check_source(source: str, arch: str) -> None:
     if not tags:
         raise ValueError(
             f"check_source: {source!r} is not a file, and open_clip has no pretrained weights for "
-            f"{arch!r}; give a file or hf-hub:org/name"
+            f"{arch!r}; give a file or hf-hub:ORG/NAME"
         )
     near = difflib.get_close_matches(source, tags, n=3, cutoff=0.4) or tags[:6]
     raise ValueError(
@@ -162,7 +162,8 @@ def _from_hub(repository: str, revision: str | None) -> pathlib.Path:
     if missing is not None:
         raise ValueError(_offline(f"hf-hub:{repository}", missing)) from missing
     raise ValueError(
-        f"fetch: hf-hub:{repository} has none of {', '.join(_HUB_FILES)}; download its file and give the path"
+        f"fetch: hf-hub:{repository} has none of {', '.join(_HUB_FILES)}; download its "
+        "weights and give their path"
     )
 
 

@@ -154,7 +154,7 @@ def storage(kind: Any, count: Any) -> Storage:
     """
     match = _STORAGE_NAME.fullmatch(kind.name) if isinstance(kind, Global) else None
     if match is None or match[1] not in _STORAGES:
-        raise Unreadable(f"stores tensors as the unknown type {kind_of(kind)}")
+        raise Unreadable(f"stores tensors with the unknown type {kind_of(kind)}")
     dtype = _STORAGES[match[1]]
     return Storage(dtype, natural(count) * (1 if dtype is None else dtype.itemsize))
 
@@ -203,7 +203,7 @@ class Maker:
         try:
             made = self._make(stored)
         except (RuntimeError, OverflowError) as error:
-            raise Unreadable("claims a shape that torch cannot make: it is damaged") from error
+            raise Unreadable("claims a shape that torch cannot create: it is damaged") from error
         if self.keep:
             self.made[key] = made
         return made
@@ -229,7 +229,7 @@ class Maker:
             (side - 1) * step for side, step in zip(stored.size, stored.stride, strict=True)
         )
         if (last + 1) * itemsize > len(data):
-            raise Unreadable(f"goes beyond its storage of {len(data)} bytes: it is damaged")
+            raise Unreadable(f"extends beyond its storage of {len(data)} bytes: it is damaged")
         if self.meta:
             return torch.empty(stored.size, dtype=stored.dtype, device="meta")
         first, end = stored.offset * itemsize, (last + 1) * itemsize
@@ -248,5 +248,5 @@ class Maker:
         """Pay for a copy."""
         self.budget -= tensor.nbytes
         if self.budget < 0:
-            raise Unreadable("holds tensors that expand to more than its size")
+            raise Unreadable("holds tensors that expand to more than the size of the file")
         return tensor

@@ -44,11 +44,11 @@ def read_archive(stream: BinaryIO, data: Content) -> Container:
         ) from error
     by_name = {entry.filename: entry for entry in entries}
     if len(by_name) < len(entries):
-        raise Unreadable("is a zip file with several entries of one name")
+        raise Unreadable("is a zip file with several entries of the same name")
     tops = [name.removesuffix("data.pkl") for name in by_name if name.rpartition("/")[2] == "data.pkl"]
     if len(tops) != 1:
         if tops:
-            raise Unreadable(f"is a zip, but not of torch.save: it holds {len(tops)} checkpoints")
+            raise Unreadable(f"is a zip file, but not of torch.save: it holds {len(tops)} checkpoints")
         raise Unreadable(f"{foreign.of_zip(list(by_name))}. Supported: {foreign.SUPPORTED}")
     parts = _Parts(tops[0], by_name, data)
     if (order := parts.place("byteorder")) is not None and bytes(order.read()) != b"little":
@@ -115,16 +115,18 @@ class _Parts:
         spans = sorted((*self.span(entry), entry.filename) for entry in entries.values())
         for (_, stop, name), (start, _, other) in pairwise(spans):
             if start < stop:
-                raise Unreadable(f"is a zip whose entries {name!r} and {other!r} overlap")
+                raise Unreadable(f"is a zip file in which the entries {name!r} and {other!r} overlap")
 
     def span(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
         """Return the first byte of an entry in the file, and its end."""
         header = self.data[entry.header_offset : entry.header_offset + 30]
         if len(header) < 30 or bytes(header[:4]) != b"PK\x03\x04":
-            raise Unreadable(f"is a damaged zip: the entry {entry.filename!r} is not where it should be")
+            raise Unreadable(
+                f"is a damaged zip file: the entry {entry.filename!r} is not where the directory says"
+            )
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if start + entry.compress_size > len(self.data):
-            raise Unreadable(f"is a truncated zip: the entry {entry.filename!r} goes beyond its end")
+            raise Unreadable(f"is a truncated zip file: the entry {entry.filename!r} extends beyond the end")
         return start, start + entry.compress_size
 
     def inside(self, folder: str) -> list[str]:
@@ -150,13 +152,15 @@ class _Parts:
     def __getitem__(self, name: str) -> Span:
         part = self.place(name)
         if part is None:
-            raise Unreadable(f"is a damaged zip: it has no entry {self.top + name!r}; nothing was executed")
+            raise Unreadable(
+                f"is a damaged zip file without the entry {self.top + name!r}; nothing was executed"
+            )
         return part
 
     def storage(self, identity: Any) -> Storage:
         """Make the storage of a persistent id: ('storage', type, entry, device, elements)."""
         if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
-            raise Unreadable("refers to data in an unknown way; nothing was executed")
+            raise Unreadable("refers to data in an unsupported way; nothing was executed")
         claimed = storage(identity[1], identity[4])
         key = identity[2]
         if not isinstance(key, str):
@@ -167,8 +171,8 @@ class _Parts:
         _same_claim(known, claimed, key)
         if known.data is None or len(known.data) != claimed.nbytes:
             raise Unreadable(
-                f"claims {claimed.nbytes} bytes for a storage that has {len(known.data or b'')}: it is "
-                "damaged; nothing was executed"
+                f"claims {claimed.nbytes} bytes for a storage of {len(known.data or b'')} bytes: it "
+                "is damaged; nothing was executed"
             )
         return known
 
@@ -196,7 +200,7 @@ def nested_storage(data: memoryview) -> Storage:
     value = read_legacy(stream, nested=None)
     if not isinstance(value, Storage):
         raise Unreadable(
-            "holds something other than numbers where a tensor's should be; nothing was executed"
+            "holds something other than numbers in place of a tensor's data; nothing was executed"
         )
     return value
 
@@ -224,9 +228,7 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
     value = unpickle(stream, partial(_old_storage, roots, views), nested)
     keys = unpickle(stream)
     if not isinstance(keys, list) or len(keys) != len(roots) or any(key not in roots for key in keys):
-        raise Unreadable(
-            "is damaged: it does not list the storages that its tensors use; nothing was executed"
-        )
+        raise Unreadable("is damaged: it does not list the storages of its tensors; nothing was executed")
     for key in keys:
         root = roots[key]
         itemsize = 1 if root.dtype is None else root.dtype.itemsize
@@ -234,9 +236,7 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
         # The number of elements comes first; of bytes, for an untyped storage.
         count = int.from_bytes(stream.data[stream.position : start], "little")
         if root.data is not None or start > len(stream.data) or count * itemsize != root.nbytes:
-            raise Unreadable(
-                "is damaged: a storage is not as large as its tensors claim; nothing was executed"
-            )
+            raise Unreadable("is damaged: a storage is smaller than its tensors claim; nothing was executed")
         if start + root.nbytes > len(stream.data):
             raise Unreadable(
                 f"is truncated: {start + root.nbytes - len(stream.data)} bytes of tensors are missing"
@@ -246,7 +246,7 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
     for view, root, offset in views:
         if not isinstance(root.data, memoryview) or offset + view.nbytes > len(root.data):
             raise Unreadable(
-                "is damaged: a storage goes beyond the one that it is part of; nothing was executed"
+                "is damaged: a storage extends beyond the one that contains it; nothing was executed"
             )
         view.data = root.data[offset : offset + view.nbytes]
     return value
@@ -271,4 +271,4 @@ def _old_storage(roots: dict[str, Storage], views: list[tuple[Storage, Storage, 
         at = storage(identity[1], offset).nbytes
         views.append((view, root, at))
         return view
-    raise Unreadable("refers to data in an unknown way; nothing was executed")
+    raise Unreadable("refers to data in an unsupported way; nothing was executed")

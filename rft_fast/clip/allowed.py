@@ -83,11 +83,11 @@ _TOKENIZER = _within(
         "reduction_mask": _word,
     }
 )
-_WORDS[_ACTIVATION] = "an object with nothing but approximate"
-_WORDS[_NORM] = "an object with nothing but eps, elementwise_affine and bias"
+_WORDS[_ACTIVATION] = "an object with only approximate"
+_WORDS[_NORM] = "an object with only eps, elementwise_affine and bias"
 _WORDS[_TOKENIZER] = (
-    "an object with nothing but clean (lower, canonicalize, whitespace), strip_sep_token, language and "
-    "reduction_mask"
+    "an object with only clean (lower, canonicalize, whitespace), strip_sep_token, "
+    "language and reduction_mask"
 )
 
 
@@ -216,8 +216,9 @@ def tokenizer(name: str, beside: pathlib.Path | None, where: str) -> tuple[str, 
         raise ValueError(f"{where} the tokenizer {name!r} is neither a folder beside the file nor ORG/NAME")
     if os.path.lexists(name):  # transformers would use it
         raise ValueError(
-            f"{where} the tokenizer {name!r} is a repository of Hugging Face, but the working directory "
-            "has something of that name, which would be loaded instead; run this in another directory"
+            f"{where} the tokenizer {name!r} is a repository of Hugging Face, but the working "
+            "directory contains a file or folder of that name, which would be loaded instead; "
+            "run the command in another directory"
         )
     return name, False
 
@@ -237,8 +238,8 @@ def _check_folder(folder: pathlib.Path, where: str) -> None:
                 continue  # transformers reports what is wrong, if it matters
             if isinstance(content, dict) and "auto_map" in content:
                 raise ValueError(
-                    f"{where} {file} imports Python code (auto_map), which is not supported; remove "
-                    "that entry, or give a head that was made elsewhere (--zeroshot-head FILE)"
+                    f"{where} {file} imports Python code (auto_map), which is not supported; remove that "
+                    "entry, or give the head as a file (--zeroshot-head FILE)"
                 )
 
 

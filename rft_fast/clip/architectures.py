@@ -124,14 +124,14 @@ def preprocess(arch: str | PathLike[str], pretrained: str | None = None) -> Prep
         cfg = _of_tags(label, pretrained)
     elif pretrained is not None:
         raise ValueError(
-            f"preprocess: only model names of open_clip have pretrained tags, and {label} is not one; "
-            f"leave out the tag {pretrained!r}, and write its settings into preprocess_cfg"
+            f"preprocess: only model names of open_clip have pretrained tags, and {label} is not "
+            f"one; leave the tag {pretrained!r} out, and write its settings into preprocess_cfg"
         )
     allowed.known(cfg, _PREPROCESS_KEYS, f"preprocess: {label}: preprocess_cfg")
     expected = image_size(model_cfg)
     size = _pair(cfg.get("size", expected))
     if size != expected:
-        raise ValueError(f"preprocess: {label}: size {size} is not the model's, {expected}")
+        raise ValueError(f"preprocess: {label}: size {size} differs from the model's, {expected}")
     for key, values in _PREPROCESS_VALUES.items():
         if cfg.get(key, values[0]) not in values:
             raise ValueError(f"preprocess: {label}: {key} must be one of {values}, got {cfg[key]!r}")
@@ -186,8 +186,8 @@ def text(arch: str | PathLike[str]) -> nn.Module:
     text_cfg = text_config(label, model_cfg)
     if name := text_cfg.get("hf_model_name"):
         raise ValueError(
-            f"arch: the text tower of {label} is Hugging Face's {name}, which is not supported here; "
-            "make the head with that model and give it (--zeroshot-head FILE)"
+            f"arch: the text tower of {label} is {name} of Hugging Face, which is not supported; "
+            "make the head with that model, and give it with --zeroshot-head FILE"
         )
     tower: nn.Module = _make(label, model_cfg, _NO_VISION, {**text_cfg, "output_tokens": False}).text
     return tower
@@ -255,8 +255,8 @@ def _from_hub(arch: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, _CONFIG, revision=revision))
     except Exception as error:  # of the network, the hub, or an invalid name
         raise ValueError(
-            f"arch: the open_clip_config.json of {arch} could not be downloaded: {error}. Offline: "
-            "download it once with a network, and use that file as the arch"
+            f"arch: the open_clip_config.json of {arch} could not be downloaded: {error}. "
+            "Offline: download it once while online, and give that file as --arch"
         ) from error
 
 

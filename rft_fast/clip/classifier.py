@@ -76,8 +76,8 @@ class ZeroShotClassifier(nn.Module):
                 raise TypeError(f"ZeroShotClassifier: {name} must be a tensor, got {kind}")
         if prompts.dtype != torch.int64 or prompts.ndim != 3 or prompts.numel() == 0:
             raise ValueError(
-                "ZeroShotClassifier: prompts must be int64 [classes, templates, context], none of them 0; "
-                f"got {prompts.dtype} {list(prompts.shape)}"
+                "ZeroShotClassifier: prompts must be int64 [classes, templates, context], with no "
+                f"dimension 0; got {prompts.dtype} {list(prompts.shape)}"
             )
         if not isinstance(logit_scale, nn.Parameter):
             raise TypeError("ZeroShotClassifier: logit_scale must be an nn.Parameter, got a plain tensor")

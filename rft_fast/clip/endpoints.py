@@ -24,7 +24,7 @@ from .prompts import Prompts
 ZEROSHOT, FINETUNED = "zero-shot end", "fine-tuned end"
 # First component of a name -> why it cannot change the output if both towers are on the path.
 _INERT_BOTH = {
-    "attn_mask": "causal mask: the text tower makes its own",
+    "attn_mask": "causal mask: the text tower creates its own",
     "classification_head": "head: made from the prompts instead",
     "logit_bias": "logit bias: the same for every class",
     "text_decoder": "text decoder: not part of a classifier",
@@ -69,17 +69,16 @@ class Setup:
                 raise ValueError(f"Setup: {what} must be one of {', '.join(known)}; got {value!r}")
         if self.towers == "both":
             if self.prompts is None:
-                raise ValueError("Setup: both towers need prompts to make the head from; give --class-names")
+                raise ValueError("Setup: with both towers, the head is made from prompts; give --class-names")
             if self.head != "interpolate" or self.zeroshot_head is not None:
                 raise ValueError(
-                    "Setup: with both towers on the path, the text tower makes the head from the "
-                    "prompts at every alpha, so no other can be chosen; leave out --head and "
-                    "--zeroshot-head, or use --towers image"
+                    "Setup: with both towers on the path, the text tower makes the head from prompts at "
+                    "every alpha; leave --head and --zeroshot-head out, or use --towers image"
                 )
         if self.zeroshot_head is not None:
             if self.head == "finetuned":
                 raise ValueError(
-                    "Setup: --head finetuned does not use the zero-shot head; leave out --zeroshot-head"
+                    "Setup: --head finetuned does not use the zero-shot head; leave --zeroshot-head out"
                 )
             if HEAD_WEIGHT not in self.zeroshot_head or set(self.zeroshot_head) - {HEAD_WEIGHT, HEAD_BIAS}:
                 raise ValueError(
@@ -89,8 +88,8 @@ class Setup:
         if self.scale is not None:
             if self.prompts is None:
                 raise ValueError(
-                    "Setup: the scale applies to a head made from prompts, but there are none; give "
-                    "--class-names, or leave out --head-scale"
+                    "Setup: the scale is for a head made from prompts, but there are none; give "
+                    "--class-names, or leave --head-scale out"
                 )
             if not (math.isfinite(self.scale) and self.scale > 0):
                 raise ValueError(f"Setup: the head's scale must be a positive number, got {self.scale}")
@@ -236,14 +235,14 @@ class Ends:
             self._refuse_scale()
         if rows != self.classes and self.setup.head == "finetuned":
             raise ValueError(
-                f"{FINETUNED}: its head has {rows} classes, the others have {self.classes}; sweep "
+                f"{FINETUNED}: its head has {rows} classes, but the others have {self.classes}; sweep "
                 "models with other classes separately"
             )
         if rows != self.classes:
             raise ValueError(
-                f"{FINETUNED}: its head has {rows} classes, expected {self.classes} as at the zero-shot "
-                "end; use one head for both ends (--head zeroshot or finetuned), or models with the "
-                "same classes"
+                f"{FINETUNED}: its head has {rows} classes, but the zero-shot end has {self.classes}; "
+                "use one head for both ends (--head zeroshot or finetuned), or models with the same "
+                "classes"
             )
 
     def check_lineage(self, finetuned: Mapping[str, Tensor], unrelated: bool = False) -> None:
@@ -299,8 +298,8 @@ class Ends:
                 unknown.append(name)
         if unknown:
             raise ValueError(
-                f"{end}: {some(unknown)} belong neither to an image tower ('visual.*'), a head "
-                f"({HEAD_WEIGHT!r}, {HEAD_BIAS!r}) nor a text tower; is this a CLIP model?"
+                f"{end}: {some(unknown)} belong to no image tower ('visual.*'), head "
+                f"({HEAD_WEIGHT!r}, {HEAD_BIAS!r}) or text tower; is this a CLIP model?"
             )
         if not any(map(is_visual, used)):
             raise ValueError(f"{end}: the checkpoint has no image tower ('visual.*')")
@@ -326,7 +325,7 @@ class Ends:
         if resized is not positions:
             warnings.warn(
                 f"{end}: its position embeddings were resampled from {len(positions) - 1} cells to "
-                f"{self._grid[0]} x {self._grid[1]}, the image size of {self.setup.arch}",
+                f"{self._grid[0]} x {self._grid[1]}, for the image size of {self.setup.arch}",
                 stacklevel=2,
             )
 
@@ -354,8 +353,8 @@ class Ends:
         """Refuse a scale if no head is made."""
         if self.setup.scale is not None:
             raise ValueError(
-                f"ends: a head scale of {self.setup.scale} has no effect, because no head is made from "
-                "prompts; leave out --head-scale"
+                f"ends: a head scale of {self.setup.scale} has no effect, because no head is made "
+                "from prompts; leave --head-scale out"
             )
 
     def _check_head(self, state: Mapping[str, Tensor], end: str) -> int:

@@ -83,8 +83,8 @@ class HeadMaker:
         refuse_without_text(state, end, f"it has no head either: {remedy}")
         if names is None:
             raise ValueError(
-                f"{end}: the checkpoint has no head ({HEAD_WEIGHT!r}), but a text tower that can make one: "
-                f"give --class-names (and --templates), or {remedy}"
+                f"{end}: the checkpoint has no head ({HEAD_WEIGHT!r}), but its text tower can make "
+                f"one: give --class-names (and --templates), or {remedy}"
             )
         with naming(end):
             _text_weights(self.arch, state)
@@ -227,7 +227,7 @@ def refuse_without_text(state: Mapping[str, Tensor], end: str, remedy: str) -> N
     """
     if not any(name.startswith(("transformer.", "text.")) for name in state):
         raise ValueError(
-            f"{end}: the checkpoint has no text tower, or only parts of it (model-soups' files lack "
+            f"{end}: the checkpoint has no complete text tower (files of model-soups lack "
             f"'transformer'); {remedy}"
         )
 
@@ -250,15 +250,15 @@ def check_scale(state: Mapping[str, Tensor]) -> None:
     """
     if SCALE not in state or state[SCALE].numel() != 1:
         raise ValueError(
-            f"the checkpoint has no {SCALE!r} with one element, which scales a head made from prompts; "
-            "give --head-scale (100 for models that descend from OpenAI's)"
+            f"the checkpoint has no {SCALE!r} with one element, the logit scale of a head made "
+            "from prompts; give --head-scale (100 for models derived from OpenAI's)"
         )
     # The logarithm of the factor of the logits: 4.6 for CLIP, whose factor is 100.
     scale = 0.0 if state[SCALE].is_meta else float(state[SCALE])
     if not -_LARGEST_SCALE <= scale <= _LARGEST_SCALE:
         raise ValueError(
-            f"the checkpoint's {SCALE!r} is {scale:g}, whose exponential overflows float32; is it the "
-            "factor instead of its logarithm, or is the file damaged?"
+            f"the checkpoint's {SCALE!r} is {scale:g}, whose exponential overflows float32; is it "
+            "the scale instead of its logarithm, or is the file damaged?"
         )
 
 

@@ -158,10 +158,10 @@ def compare(
             here, expected = len(state[POSITIONS]) - 1, shapes[POSITIONS][0] - 1
             advice += (
                 f". The position embeddings are for another image size ({here} cells instead of "
-                f"{expected}): --resize-positions resamples them for {arch}, at either end (in Python: "
+                f"{expected}): --resize-positions resamples them for {arch} (in Python: "
                 "Setup(resize_positions=True), or open_clip.model.resize_pos_embed beforehand)"
             )
-        raise ValueError(f"arch: the weights are not those of {arch}: {found}. {advice}")
+        raise ValueError(f"arch: the weights do not fit {arch}: {found}. {advice}")
 
 
 def _differ_in_number(table: Tensor | None, expected: torch.Size | None) -> bool:
@@ -191,7 +191,8 @@ def resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     cells = len(positions) - 1
     if cells < 1 or math.isqrt(cells) ** 2 != cells:
         raise ValueError(
-            f"arch: {POSITIONS!r} has {cells} cells, which do not form a square, so they cannot be resampled"
+            f"arch: {POSITIONS!r} has {cells} cells, which do not form a square, so that they "
+            "cannot be resampled"
         )
     if positions.is_meta:
         return positions.new_empty(1 + grid[0] * grid[1], positions.shape[1])

@@ -73,7 +73,8 @@ class Prompts:
         for template in self.templates:
             if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
                 raise ValueError(
-                    f"Prompts: a template must have exactly one {{}}, for the class name; got {template!r}"
+                    "Prompts: a template must have exactly one {}, in place of the class name; got "
+                    f"{template!r}"
                 )
 
     def of(self, index: int) -> list[str]:
@@ -162,8 +163,8 @@ def _refuse_long(tokenizer: open_clip.SimpleTokenizer, texts: Sequence[str], con
         length = len(tokenizer.encode(prompt)) + 2  # tokens of start and end
         if length > context:
             raise ValueError(
-                f"tokens: the prompt {prompt!r} is {length} tokens long, more than the context of {context}; "
-                "shorten the class name or the template"
+                f"tokens: the prompt {prompt!r} has {length} tokens, more than the context of "
+                f"{context}; shorten the class name or the template"
             )
 
 
@@ -187,6 +188,7 @@ def _read(what: str, source: str, known: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"{what}: {source} is empty")
     if "" in lines:
         raise ValueError(
-            f"{what}: {source}: entry {lines.index('') + 1} is empty, which would shift those after it"
+            f"{what}: {source}: entry {lines.index('') + 1} is empty, which would shift all later "
+            "classes; complete or remove it"
         )
     return tuple(lines)

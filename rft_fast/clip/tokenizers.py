@@ -45,9 +45,9 @@ def tokenizer(arch: str | PathLike[str], network: bool | None = None) -> Any:
     vocabulary = text_cfg.get("vocab_size", 49408)
     if vocabulary != simple.vocab_size:
         raise ValueError(
-            f"arch: {label} has a vocabulary of {vocabulary} tokens and names no tokenizer, but CLIP's own "
-            f"has {simple.vocab_size}, so its prompts cannot be tokenised here; give a head that was made "
-            "elsewhere (--zeroshot-head FILE)"
+            f"arch: {label} has a vocabulary of {vocabulary} tokens and names no tokenizer, but "
+            f"the tokenizer of CLIP has {simple.vocab_size}, so that its prompts cannot be "
+            "tokenised; give the head as a file (--zeroshot-head FILE)"
         )
     return simple
 
@@ -85,13 +85,13 @@ def _of_hugging_face(
         f"arch: {label} needs the tokenizer {name!r} of Hugging Face, which could not be loaded: "
         f"{first_line(problem)}."
     )
-    other = "or give a head that was made elsewhere (--zeroshot-head FILE)"
+    other = "or give the head as a file (--zeroshot-head FILE)"
     if local:
         raise ValueError(f"{failure} Install transformers, {other}") from problem
     if network:
         remedy = "Install transformers and download it once while online"
         raise ValueError(f"{failure} {remedy}, {other}") from problem
     raise NotHere(
-        f"{failure} It is downloaded only on request: install transformers, then run hf download {name} "
-        f"or use --fetch, {other}"
+        f"{failure} It is downloaded only on request: install transformers, then run hf "
+        f"download {name} or use --fetch, {other}"
     ) from problem

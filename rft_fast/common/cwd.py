@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-GONE = "the working directory no longer exists (deleted or renamed); change to one that does"
+GONE = "the working directory no longer exists (it was deleted or renamed); change to one that does"
 REFUSED = 2  # exit status, as argparse's
 
 

@@ -53,14 +53,13 @@ def check_targets(
                 where = f" to {os.readlink(file)}" if stat.S_ISLNK(status.st_mode) else ""
                 expected = "a directory" if file in inside else "a file"
                 raise ValueError(
-                    f"{file} is {actual}{where}; expected {expected} or nothing, because rft_fast "
-                    "writes there. Does the directory come from someone else? Remove it, or choose "
-                    "another directory"
+                    f"{file} is {actual}{where}; expected {expected} or nothing, because rft_fast writes "
+                    "there. If the directory comes from someone else, remove it or choose another one"
                 )
             if file in alone and status.st_nlink > 1:
                 raise ValueError(
-                    f"{file} is a hard link: writing to it would change the same file under another "
-                    "name; copy it (cp FILE COPY, mv COPY FILE), or choose another directory"
+                    f"{file} is a hard link: writing to it would change the same file under another name; "
+                    "make a copy (cp FILE COPY, mv COPY FILE), or choose another directory"
                 )
 
 

@@ -109,7 +109,7 @@ def named_path(text: str) -> tuple[str, pathlib.Path]:
     path = pathlib.Path(text).resolve()
     name = path.stem if path.is_file() else path.name
     if not name:
-        raise ValueError(f"{text} has no name of its own; give it one: NAME={text}")
+        raise ValueError(f"{text} has no name of its own; name it: NAME={text}")
     return name, pathlib.Path(text)
 
 

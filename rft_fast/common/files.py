@@ -331,10 +331,12 @@ def sha256(path: str | PathLike[str]) -> str:
 
 def _changed(path: pathlib.Path, before: Stamp, now: Stamp) -> Changed:
     size, other = before.identity[2], now.identity[2]
-    what = f"from {size:,} to {other:,} bytes" if size != other else f"still {size:,} bytes, but other ones"
+    what = (
+        f"from {size:,} to {other:,} bytes" if size != other else f"still {size:,} bytes, but different ones"
+    )
     return Changed(
-        f"{path} changed while it was in use ({what}), so results would be recorded under the SHA-256 "
-        "of another file; restore it, or start a new run once nothing writes to it"
+        f"{path} changed while it was in use ({what}), so results would be recorded under the "
+        "SHA-256 of another file; restore it, or start a new run when nothing writes to it"
     )
 
 

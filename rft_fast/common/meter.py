@@ -63,7 +63,7 @@ def measure(run: Callable[[], object]) -> Reading:
             reason = str(error).strip().partition("\n")[0]
             raise RuntimeError(
                 f"measure: the callable does not run on fake tensors ({type(error).__name__}: "
-                f"{reason}); run it on the device inside Peak instead"
+                f"{reason}); run it on the device, inside Peak"
             ) from error
     return Reading(ledger.flops, ledger.peak)
 
@@ -304,7 +304,7 @@ def _available(root: pathlib.Path) -> int:
     free = _entry(root / "proc/meminfo", "MemAvailable")
     if free is None:
         if not hasattr(os, "sysconf"):
-            raise RuntimeError("available: this system does not report its memory; give a limit instead")
+            raise RuntimeError("available: this system does not report its free memory; set a limit instead")
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(0, min([free, *_left_to_groups(root)]))
 

@@ -64,7 +64,7 @@ def check_alphas(alphas: Iterable[float]) -> list[float]:
     missing = sorted({0.0, 1.0} - set(grid))
     if missing:
         raise ValueError(
-            f"alphas: expected the ends 0 and 1 among them, got {grid}; add {missing}, since gain, "
+            f"alphas: expected 0 and 1 among them, got {grid}; add {missing}, because gain, "
             "barrier and instability are measured from the ends"
         )
     return grid
@@ -108,7 +108,7 @@ def fraction(text: str) -> float:
     value = as_float(text)
     if not 0 <= value < 1:
         raise ValueError(
-            f"expected a fraction from 0 to below 1 (two points of accuracy are 0.02), got {text!r}"
+            f"expected a fraction, at least 0 and below 1 (2 percentage points are 0.02), got {text!r}"
         )
     return value
 
@@ -120,7 +120,7 @@ def spaced(text: str) -> list[float]:
             return [float(text)]
         start, stop, count = text.split(":")
         if int(count) < 2:
-            raise ValueError("a range needs both ends")
+            raise ValueError("a range needs a start and a stop")
         # Rounded, so that tenths are written as people write them.
         return [round(x, 12) for x in np.linspace(float(start), float(stop), int(count)).tolist()]
     except ValueError:

@@ -24,26 +24,29 @@ _COMPONENTS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     (
-        "parametrised weights: interpolating what they are computed from is not a straight line in "
-        'weight space; remove_parametrizations(module, "weight") of torch.nn.utils.parametrize in both '
-        "models first",
+        "parametrised weights: interpolating their parameters is not a straight line in "
+        'weight space; run remove_parametrizations(module, "weight") of '
+        "torch.nn.utils.parametrize in both models first",
         re.compile(r"parametrizations"),
     ),
 )
 # (Problem and remedy, suffixes of the two tensors by which an older torch function replaces a weight.)
 _PAIRS: tuple[tuple[str, tuple[str, str]], ...] = (
     (
-        "weight_norm's factors: interpolating them is not a straight line in weight space; "
-        "torch.nn.utils.remove_weight_norm(module) in both models first",
+        "factors of weight_norm: interpolating them is not a straight line in weight space; "
+        "run torch.nn.utils.remove_weight_norm(module) in both models first",
         ("_g", "_v"),
     ),
     (
-        "pruned weights and their masks: torch.nn.utils.prune.remove(module, name) in both models first",
+        (
+            "pruned weights and their masks: run torch.nn.utils.prune.remove(module, name) in "
+            "both models first"
+        ),
         ("_orig", "_mask"),
     ),
     (
-        "spectral_norm's factors: interpolating them is not a straight line in weight space; "
-        "torch.nn.utils.remove_spectral_norm(module) in both models first",
+        "factors of spectral_norm: interpolating them is not a straight line in weight "
+        "space; run torch.nn.utils.remove_spectral_norm(module) in both models first",
         ("_orig", "_u"),
     ),
 )

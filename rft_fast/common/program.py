@@ -9,6 +9,7 @@ import errno
 import functools
 import io
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
 from . import cwd, words
-from .terminal import escaped
+from .terminal import escaped, styled
 
 # Command -> what it does; run as ``python -m rft_fast.NAME``.
 COMMANDS = {
@@ -95,6 +96,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(cwd.REFUSED, f"{errors(self.prog)} {words.message(message)}\n({hint})\n")
 
 
+def next_step(name: str, *arguments: object) -> str:
+    """Return the line that says what to run next, quoted for the shell.
+
+    Args:
+        name: a key of COMMANDS, or another command line's beginning, such as ``"pip install"``.
+        *arguments: of that command.
+    """
+    command = called(name) if name in COMMANDS else name
+    return f"{styled('next:', 'heading')} {command} {shlex.join(map(str, arguments))}".rstrip()
+
+
 def _with(action: argparse.Action, help: str) -> argparse.Action:
     other = copy.copy(action)
     other.help = help
@@ -131,8 +143,9 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def errors(prog: str) -> str:
-    """How an error line of a command begins."""
-    return f"{prog.removeprefix('python -m ').removeprefix('rft_fast.')}: error:"
+    """Return how an error line of a command begins on standard error."""
+    name = prog.removeprefix("python -m ").removeprefix("rft_fast.")
+    return styled(f"{name}: error:", "error", sys.stderr)
 
 
 def parser(name: str, version: bool = True, **more: Any) -> Parser:
@@ -225,7 +238,8 @@ def _check(name: str, argv: Sequence[str]) -> None:
     for argument in argv:
         if nul(argument):
             print(
-                f"{prog} argument {argument!r} contains a NUL byte, which no file name can", file=sys.stderr
+                f"{prog} argument {argument!r} contains a NUL byte, which file names cannot contain",
+                file=sys.stderr,
             )
             raise SystemExit(cwd.REFUSED)
     if not cwd.exists():
@@ -360,8 +374,11 @@ class Stop:
                 return
             raise KeyboardInterrupt
         self.requested = True
-        what = {signal.SIGINT: "Ctrl-C again: at once", signal.SIGTERM: "SIGTERM again: at once"}
-        again = what.get(signal.Signals(number), "after SIGHUP; SIGTERM: at once")
+        what = {
+            signal.SIGINT: "press Ctrl-C again to stop at once",
+            signal.SIGTERM: "send SIGTERM again to stop at once",
+        }
+        again = what.get(signal.Signals(number), "after SIGHUP; send SIGTERM to stop at once")
         self._notice(f"stopping after the current {self._step} ({again})")
 
     def check(self) -> None:

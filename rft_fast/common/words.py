@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -119,7 +120,7 @@ def first_line(error: Exception) -> str:
 
 
 def paragraph(text: str, names: Iterable[str] = (), bullet: str = "") -> list[str]:
-    """Wrap a text at 100 characters, without breaking names: a line with a longer name is longer.
+    """Wrap a text for the terminal, without breaking names: a line with a longer name is longer.
 
     Args:
         text: one line, as :func:`visible` returns it.
@@ -132,7 +133,11 @@ def paragraph(text: str, names: Iterable[str] = (), bullet: str = "") -> list[st
     for name in sorted(map(visible, names), key=len, reverse=True):  # longest first: some are parts of others
         text = text.replace(name, name.translate(_FIRM))
     lines = textwrap.wrap(
-        text, 100, break_long_words=False, initial_indent=bullet, subsequent_indent=" " * len(bullet)
+        text,
+        min(100, shutil.get_terminal_size((80, 24)).columns),
+        break_long_words=False,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
     )
     return [line.translate(_LOOSE) for line in lines]
 

@@ -125,7 +125,7 @@ class Builder:
             hint = f"did you mean {near[0]}?" if near else "--help-all of the sweep lists them"
             raise ValueError(f"is no option; {hint}")
         if reason := entry.option.own or entry.group.own:
-            raise ValueError(f"is no option of a zoo: {reason}")
+            raise ValueError(f"is not allowed in a zoo: {reason}")
         return entry
 
     # --- trees and JSON ---------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class _Once(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if hasattr(namespace, self.dest):
-            raise argparse.ArgumentError(self, "given more than once; put all values behind one of it")
+            raise argparse.ArgumentError(self, "given more than once; give all values after one of it")
         setattr(namespace, self.dest, values)
 
 
@@ -235,7 +235,7 @@ class _OnOrOff(argparse.Action):
         off = self.nargs == 0
         if hasattr(namespace, self.dest) and (getattr(namespace, self.dest) is None) != off:
             other = f"--{'' if off else 'no-'}{self.dest.replace('_', '-')}"
-            raise argparse.ArgumentError(self, f"not together with {other}")
+            raise argparse.ArgumentError(self, f"cannot be combined with {other}")
         setattr(namespace, self.dest, None if off else values)
 
 
@@ -259,7 +259,7 @@ def _plain(value: Any) -> list[Any]:
         v for v in values if isinstance(v, (str, int, float)) and (v is value or not isinstance(v, bool))
     ]
     if not values or len(plain) < len(values):
-        raise ValueError(f"must be a string, number, true or a list, got {value!r}")
+        raise ValueError(f"must be a string, a number, true or a list, got {value!r}")
     return values
 
 
@@ -272,7 +272,7 @@ def _of_toml(entry: Entry, values: list[Any]) -> Any:
     if entry.option.many is not None:
         return _whole(entry, read)
     if len(read) != 1:
-        raise ValueError(f"takes one value, got {values}")
+        raise ValueError(f"needs exactly one value, got {values}")
     return read[0]
 
 

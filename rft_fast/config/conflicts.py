@@ -66,7 +66,7 @@ class _Settling:
             if self.tree.giver(option) in (ZOO, PAPER, QUICK)
             else f"the default of --{option}"
         )
-        self.notices.append(f"{whose} ({said(was)}) gives way to {to}: {said(value)}")
+        self.notices.append(f"{whose} ({said(was)}) is overridden by {to}: {said(value)}")
         self.tree = self.tree.but(replace(settings, **{field: value}))
 
     @property
@@ -82,9 +82,9 @@ class _Settling:
         elif extra or not any(own):
             where = named(self.tree, "sharpness-alphas", self.zoo)
             raise ValueError(
-                f"{where}: {extra} are not among --alphas, where accuracies are measured"
+                f"{where}: {extra} are not in --alphas, the positions at which accuracy is measured"
                 if extra
-                else f"{where}: expected at least one above 0; no fine-tuned weight matters at 0"
+                else f"{where}: expected at least one above 0, because at 0 no fine-tuned weight matters"
             )
 
     def draws(self) -> None:
@@ -106,8 +106,8 @@ class _Settling:
         if goal is not None and own.max_draws < least:
             if not self.may_give_way("max-draws", "draws", "layer-draws"):
                 raise ValueError(
-                    f"{named(self.tree, 'max-draws', self.zoo)}: expected at least {least}, twice "
-                    f"--draws and --layer-draws (the pilot's), got {own.max_draws}"
+                    f"{named(self.tree, 'max-draws', self.zoo)}: expected at least {least}, twice --draws "
+                    f"and --layer-draws (the draws of the pilot), got {own.max_draws}"
                 )
             self.give_way("max-draws", least, "the number of draws")
         for draws in (own.draws, own.layer_draws):

@@ -132,5 +132,5 @@ def _study(word: str) -> str:
     if word not in (names := catalogue.names()):
         near = difflib.get_close_matches(word, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-        raise ValueError(f"argument STUDY: no study is called {word!r}; {hint}")
+        raise ValueError(f"argument STUDY: there is no study {word!r}; {hint}")
     return word

@@ -114,7 +114,7 @@ def sources(options: Builder, zoo: Zoo, given: Given) -> tuple[dict[str, Given],
         if name in chosen and name not in given and value != chosen[name]
     ]
     if gone:
-        notices.append(f"options of the zoo {zoo.name!r} that give way to --paper: {'; '.join(gone)}")
+        notices.append(f"options of the zoo {zoo.name!r} that --paper overrides: {'; '.join(gone)}")
     return own | {PAPER: chosen} | command, notices
 
 
@@ -123,16 +123,18 @@ def _data(sets: Mapping[str, DataSource], beside: Given) -> tuple[dict[str, Any]
     far = [name for name, source in sets.items() if source.ood]
     if not far:
         raise ValueError(
-            "--paper: its figures are measured out of distribution, on ImageNet-A; expected such data, got "
-            f"{', '.join(sets)}, which are in distribution; name some with --data, or leave --paper out"
+            "--paper: its figures are measured out of distribution, on ImageNet-A, but the data "
+            f"({', '.join(sets)}) are in distribution; add out-of-distribution data with --data, "
+            "or leave --paper out"
         )
     found = [name for name in far if {_plain(name), _plain(sets[name].path.name)} & set(_NAMES)]
     chosen = (found or far)[:1]
     notices = []
     if not found and (left := [option for option in _DATA if option not in beside]):
         notices.append(
-            f"--paper: none of the data is called ImageNet-A; {' and '.join(f'--{name}' for name in left)} "
-            f"{'is' if len(left) == 1 else 'are'} {chosen[0]}, the first out-of-distribution set"
+            "--paper: no data set is called ImageNet-A; "
+            f"{' and '.join(f'--{name}' for name in left)} {'is' if len(left) == 1 else 'are'} "
+            f"{chosen[0]}, the first out-of-distribution set"
         )
     return dict.fromkeys(_DATA, tuple(chosen)), notices
 

@@ -76,8 +76,8 @@ class NotFetched(Exception):
 def unfetched(what: object) -> str:
     """What is printed instead of a plan, where something would have to be downloaded first."""
     return (
-        f"would be downloaded: {what}\nNothing was. The same command with --fetch downloads it and says what "
-        "the run costs."
+        f"would be downloaded: {what}\nNothing was downloaded. Repeat the command with "
+        "--fetch to download it and print the plan."
     )
 
 
@@ -124,9 +124,9 @@ def _request(
         _check_auto(tree, its_zoo, perturbed(tree))
     measured = catalogue.measured(asked, tree)
     if running.plan and running.json:
-        raise ValueError("argument --json: not together with --plan, which is a table to read")
+        raise ValueError("argument --json: cannot be combined with --plan, which prints a table")
     if running.quiet and running.json:
-        raise ValueError("argument --json: not together with --quiet")
+        raise ValueError("argument --json: cannot be combined with --quiet")
     for option, names in (("layer-data", layers.data), ("sharpness-data", tree.of(Sharpness).data)):
         _check_data_named(named(tree, option, its_zoo.name), names or (), its_zoo)
     _check_lists(its_zoo)
@@ -166,13 +166,14 @@ def _check_auto(tree: Tree, its_zoo: zoo.Zoo, perturbed: bool) -> None:
     where = named(tree, "rhos", its_zoo.name)
     if not perturbed and tree.giver("rhos") == COMMAND:
         raise ValueError(
-            f"{where}: auto is for a study of sharpness, and none is requested; add sharpness or "
+            f"{where}: auto needs a study of sharpness, and none is requested; add sharpness or "
             "layer-sharpness, or leave --rhos out"
         )
     if perturbed and len(its_zoo.finetuned) < 2:
         raise ValueError(
-            f"{where}: auto makes models comparable, so it needs 2 or more; got "
-            f"{', '.join(its_zoo.finetuned)}, whose sharpness would be .1 nats by construction; name a rho"
+            f"{where}: auto makes models comparable, so it needs at least 2; got "
+            f"{', '.join(its_zoo.finetuned)}, whose sharpness would be 0.1 nats by construction; "
+            "name a rho"
         )
 
 
@@ -205,7 +206,7 @@ def _device(tree: Tree) -> torch.device:
         return env.device(name)
     if name not in (None, "cpu", "cuda"):
         raise ValueError(
-            f"argument --device: each worker has one device of its own: cpu or cuda; got {name!r}"
+            f"argument --device: with --workers, the device of each worker is cpu or cuda; got {name!r}"
         )
     from ..run.cluster import connection
 
@@ -219,8 +220,8 @@ def _check_models_named(tree: Tree, its_zoo: zoo.Zoo) -> None:
             names = list(its_zoo.finetuned)
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
             raise ValueError(
-                f"{named(tree, 'models', its_zoo.name)}: there is no fine-tuned model {name!r}; the nearest "
-                f"are {', '.join(near)}"
+                f"{named(tree, 'models', its_zoo.name)}: there is no fine-tuned model {name!r}; the "
+                f"nearest names are {', '.join(near)}"
             )
 
 
@@ -251,17 +252,17 @@ def _zoo(tree: Tree, files: Sequence[str]) -> zoo.Zoo:
         "--data or --id-data": models.data or models.id_data,
     }
     if len(files) > 1:
-        raise ValueError(f"a sweep takes one zoo, got {', '.join(files)}")
+        raise ValueError(f"a sweep reads one zoo, got {', '.join(files)}")
     if files and any(given.values()):
         options = ", ".join(option for option, value in given.items() if value)
-        raise ValueError(f"{files[0]} names models and data already; leave out {options}, or the zoo")
+        raise ValueError(f"{files[0]} already names models and data; leave out {options}, or the zoo")
     if files:
         its_zoo = zoo.read(files[0])
     elif any(given.values()):
         if missing := [option for option, value in given.items() if not value]:
             raise ValueError(
                 f"a sweep of your own models needs {', '.join(given)}; missing: {', '.join(missing)} "
-                "(leave all of them out for the digits zoo, or name a zoo file)"
+                "(leave all of them out to use the digits zoo, or name a zoo file)"
             )
         its_zoo = _zoo_of_options(models)
     else:
@@ -281,12 +282,12 @@ def _zoo_of_options(models: Models) -> zoo.Zoo:
     sources += [(name, zoo.DataSource(path, ood=True)) for name, path in models.data]
     for name, source in sources:
         if not source.path.exists():
-            raise ValueError(f"argument --data, --id-data: {name}: there is no {source.path}")
+            raise ValueError(f"argument --data, --id-data: {name}: {source.path} does not exist")
     try:
         once([name for name, _ in sources])
     except ValueError as error:
         raise ValueError(
-            f"argument --data, --id-data: {error}; give each a name of its own: NAME=PATH"
+            f"argument --data, --id-data: {error}; give each a different name: NAME=PATH"
         ) from None
     try:
         checkpoints.check_source(models.zeroshot, models.arch)
@@ -312,18 +313,20 @@ def _zoo_of_options(models: Models) -> zoo.Zoo:
 def _changed(its_zoo: zoo.Zoo, models: Models, head: Head) -> zoo.Zoo:
     """With what the command line says of its checkpoints, its head and its data."""
     if head.zeroshot_head is not None and not head.zeroshot_head.is_file():
-        raise ValueError(f"argument --zeroshot-head: there is no file {head.zeroshot_head}")
+        raise ValueError(f"argument --zeroshot-head: the file {head.zeroshot_head} does not exist")
     data = dict(its_zoo.data)
     for option, values in (("--data-kind", models.data_kind), ("--data-labels", models.data_labels)):
         _check_data_named(f"argument {option}", [name for name, _ in values], its_zoo)
     for name, kind in models.data_kind:
         if kind not in KINDS:
-            raise ValueError(f"argument --data-kind: {name}: no kind {kind!r}; known are {', '.join(KINDS)}")
+            raise ValueError(
+                f"argument --data-kind: {name}: there is no kind {kind!r}; known are {', '.join(KINDS)}"
+            )
         data[name] = replace(data[name], kind=kind)
     for name, file in models.data_labels:
         labels = as_given(file)
         if isinstance(labels, pathlib.Path) and not labels.is_file():
-            raise ValueError(f"argument --data-labels: {name}: there is no file {file}")
+            raise ValueError(f"argument --data-labels: {name}: the file {file} does not exist")
         data[name] = replace(data[name], labels=labels)
     of_weights: dict[str, Any] = {} if models.format is None else {"format": models.format}
     of_weights |= {"unrelated": True} if models.unrelated else {}
@@ -369,8 +372,8 @@ def _sources(its_zoo: zoo.Zoo, running: Running, zoos: Sequence[str]) -> tuple[z
         raise NotFetched("; ".join(missing))
     if missing:
         raise ValueError(
-            f"{zoos[0]} names what is not on this machine: {'; '.join(missing)}. A zoo file starts no "
-            "download; --fetch does"
+            f"{zoos[0]} needs files that are not on this machine: {'; '.join(missing)}. Add "
+            "--fetch to download them"
         )
     return its_zoo, fetch
 
@@ -388,11 +391,12 @@ def _check_models(its_zoo: zoo.Zoo, tree: Tree) -> None:
         prompts.class_names(head.class_names)
         prompts.templates(head.templates)
     elif head.towers == "both":
-        raise ValueError("argument --towers: both towers need the names of the classes, --class-names")
+        raise ValueError("argument --towers: both towers need the names of the classes; give --class-names")
     elif head.templates != zoo.Head().templates:
-        raise ValueError("argument --templates: they are put around the names of --class-names; give both")
+        raise ValueError("argument --templates: templates need class names; give --class-names, too")
     if head.towers == "both" and head.choice != "interpolate":
         which = "argument --head" if tree.giver("head") else f"head of the zoo {its_zoo.name!r}"
         raise ValueError(
-            f"{which}: {head.choice} keeps a linear head, which there is none of with --towers both"
+            f"{which}: {head.choice} keeps a linear head, but with --towers both there is none; "
+            "leave it out, or use --towers image"
         )

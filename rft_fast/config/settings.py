@@ -26,11 +26,11 @@ from ..names import (
 from ..settings import Along, Layers, Prune, Sharpness, different, once
 from .builder import Builder
 
-_OF_THE_ZOO = "it belongs to the zoo's other entries (docs/zoo.md), or to the command line; leave it out"
+_OF_THE_ZOO = "other entries of the zoo set it (docs/zoo.md), or the command line; leave it out"
 
 
 def _yours(what: str) -> str:
-    return f"{what} is for the user's own command to say, and no zoo file; leave it out"
+    return f"only the command line may set {what}; leave it out"
 
 
 # --- models and data --------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def _workers(text: str) -> str:
     return text
 
 
-_WHO = _yours("who computes, and with how much")
+_WHO = _yours("where and with how much memory to compute")
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class Running:
     image_results: bool = option(
         True,
         "do not keep the results of single images; intervals and comparisons need them (docs/results.md)",
-        own=_yours("what is kept of a run"),
+        own=_yours("what a run keeps"),
     )
     save_best: bool = option(
         False,
@@ -329,7 +329,7 @@ class Running:
         choices=names.TRACKERS,
         many="once",
         whole=different,
-        own=_yours("to whom results are sent"),
+        own=_yours("where results are sent"),
     )
     plan: bool = option(
         False,

@@ -32,7 +32,7 @@ def _max_draws(tree: Tree) -> str:
 
 def _noise(tree: Tree) -> str:
     estimator = tree.of(Sharpness).estimator
-    return f"--estimator {estimator} takes no mean over noise" if estimator in WORST_CASE else ""
+    return f"--estimator {estimator} does not average over noise" if estimator in WORST_CASE else ""
 
 
 def _criteria(tree: Tree) -> str:

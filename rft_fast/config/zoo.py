@@ -165,11 +165,11 @@ def read(path: str | PathLike[str]) -> Zoo:
         file /= "zoo.toml"
         if not file.is_file():
             raise ValueError(
-                f"zoo: {file.parent} has no zoo.toml, which names models and data; "
-                "rft_fast.finetune writes one, or write it by hand (rft_fast.config.zoo.read has the entries)"
+                f"zoo: {file.parent} has no zoo.toml, which names models and data; rft_fast.finetune "
+                "writes one, or write one as docs/zoo.md describes"
             )
     if not file.is_file():
-        raise ValueError(f"zoo: there is no file {file}")
+        raise ValueError(f"zoo: the file {file} does not exist")
     try:
         table = tomllib.loads(files.read_text(file, "utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -179,7 +179,7 @@ def read(path: str | PathLike[str]) -> Zoo:
     for names, value in flat(table):
         texts = [*names, *(value if isinstance(value, list) else [value])]
         if any(isinstance(text, str) and program.nul(text) for text in texts):
-            raise entries.error(repr(".".join(names))[1:-1], f"holds a NUL byte, got {value!r}")
+            raise entries.error(repr(".".join(names))[1:-1], f"contains a NUL byte, got {value!r}")
     entries.known(table, "", ("name", "arch", "zeroshot", *_HEAD, _RESIZE, "finetuned", "data", "options"))
     arch = entries.get(table, "arch", str)
     finetuned = entries.get(table, "finetuned", dict)
@@ -258,7 +258,7 @@ class _Entries:
             try:
                 checkpoints.located(file)
             except ValueError as error:
-                raise self.error(f"{prefix}{key}", f"names no checkpoint: {error}") from None
+                raise self.error(f"{prefix}{key}", f"names no readable checkpoint: {error}") from None
             return Weights(str(file), format, unrelated, which)
         try:
             if pathlib.Path(source).exists():  # in the working directory, which a zoo does not depend on

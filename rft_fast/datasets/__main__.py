@@ -21,11 +21,13 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = program.parser(
         "datasets",
-        description="Describe a data set and how it would be scored, and list its problems. "
-        "Exit status: 0 no problems, 1 problems found, 2 not a data set.",
+        description="Describe a data set, how it would be scored, and its problems. Exit status: 0 no "
+        "problems, 1 problems found, 2 not a data set.",
     )
-    parser.add_argument("path", type=_path, help="a folder of class folders, an archive, a file of arrays")
-    parser.add_argument("--kind", choices=sorted(names.KINDS), help="its format; detected by default")
+    parser.add_argument("path", type=_path, help="folder of class folders, archive, or file of arrays")
+    parser.add_argument(
+        "--kind", choices=sorted(names.KINDS), help="format of the data set (default: detected)"
+    )
     parser.add_argument(
         "--rows",
         metavar="HEAD",
@@ -34,14 +36,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="class -> row of the head, in .json, .toml or .csv; or the word order: class i is row i",
+        help=(
+            "label map from classes to rows of the head (.json, .toml or .csv); or the word "
+            "order: class i is row i"
+        ),
     )
-    parser.add_argument("--quick", action="store_true", help="list the files without decoding them")
+    parser.add_argument("--quick", action="store_true", help="list the files, but do not decode them")
     parser.add_argument(
         "--write-labels",
         metavar="FILE.csv",
         type=pathlib.Path,
-        help="only draft a label map, with the rows that class names indicate, for you to complete",
+        help=("only write a draft of a label map, with the rows that class names indicate, to be completed"),
     )
     options = parser.parse_args(argv)
     from tqdm import tqdm

@@ -40,16 +40,17 @@ def source(path: pathlib.Path, where: str) -> Source:
     stored = files.Inputs()
     with reading(stored, path, f"{where}: {path} cannot be read as arrays"), files.opened(path) as stream:
         if not zipfile.is_zipfile(stream):  # numpy would advise to unpickle it
-            raise ValueError("it is not an .npz archive, as numpy.savez writes, or is incomplete")
+            raise ValueError("it is incomplete, or not an .npz archive of numpy.savez")
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     for key in ("images", "labels"):
         if key not in arrays:
-            raise ValueError(f"{where}: {path} has no array {key!r}, it has {some(list(arrays))}")
+            raise ValueError(f"{where}: {path} has no array {key!r}; it has {some(list(arrays))}")
     if unknown := [key for key in arrays if key not in ("images", "labels", "classes")]:
         raise ValueError(
-            f"{where}: {path} has unknown arrays: {some(unknown)}; expected images, labels, perhaps classes"
+            f"{where}: {path} has unknown arrays: {some(unknown)}; expected images, labels, and "
+            "optionally classes"
         )
     images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
@@ -58,7 +59,7 @@ def source(path: pathlib.Path, where: str) -> Source:
             f"got {images.dtype} {list(images.shape)} in {path}"
         )
     if 0 in images.shape:
-        raise ValueError(f"{where}: {path} has no images: their shape is {list(images.shape)}")
+        raise ValueError(f"{where}: {path} has no images: the shape is {list(images.shape)}")
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
     labels = _integers(arrays["labels"], f"{where}: labels in {path}")

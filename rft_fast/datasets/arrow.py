@@ -60,7 +60,7 @@ def source(path: pathlib.Path, where: str) -> Source:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"{where}: {path} needs pyarrow to be read; pip install 'rft-fast[huggingface]'"
+            f"{where}: reading {path} needs pyarrow; pip install 'rft-fast[huggingface]'"
         ) from error
     if path.suffix == ".parquet" or not arrow_files.is_saved(path):
         parts: list[_Part] = [_ParquetPart(file, where, path) for file in arrow_files.parquet(path, where)]
@@ -183,8 +183,9 @@ class _Part(ABC):
                     missing.append(f"row {row} ({error})")
         if missing:
             raise ValueError(
-                f"{self.where} has {len(missing)} images that are neither embedded nor files here: "
-                f"{some(missing)}; save the data set again, with save_to_disk, where the files are"
+                f"{self.where} has {len(missing)} images that are neither embedded nor files on this "
+                f"machine: {some(missing)}; save the data set again with save_to_disk, on the machine "
+                "that has the files"
             )
 
     def beside(self, path: str | None) -> pathlib.Path:
@@ -198,7 +199,7 @@ class _Part(ABC):
             raise ValueError("no path")
         found = pathlib.Path(self.file.parent, path).resolve()
         if not found.is_relative_to(self.folder):
-            raise ValueError(f"{path!r} is outside of the data set's folder, {self.folder}")
+            raise ValueError(f"{path!r} is outside the folder of the data set, {self.folder}")
         return found
 
     def open(self, name: str, row: int) -> Image.Image:
@@ -318,8 +319,8 @@ def _columns(features: dict[str, Any], schema: Any, where: str) -> tuple[str, st
     images = [name for name in images if _is_image(schema.field(name).type)]
     if len(images) != 1:
         raise ValueError(
-            f"{where} has {len(images)} columns of images, expected one; {held}; "
-            "keep one with select_columns and save it again"
+            f"{where} has {len(images)} image columns, expected one; {held}; keep one with "
+            "select_columns and save it again"
         )
     labels = of("ClassLabel") or [name for name in LABELS if name in schema.names]
     if len(labels) > 1:
@@ -327,7 +328,7 @@ def _columns(features: dict[str, Any], schema: Any, where: str) -> tuple[str, st
     labels = [name for name in labels if types.is_integer(schema.field(name).type)]
     if len(labels) != 1:
         raise ValueError(
-            f"{where} has {len(labels)} columns of labels, expected one ClassLabel, or one named "
+            f"{where} has {len(labels)} label columns, expected one ClassLabel, or one named "
             f"{', '.join(LABELS)}; {held}; see class_encode_column and select_columns of datasets"
         )
     return images[0], labels[0]

@@ -34,15 +34,15 @@ def saved(path: pathlib.Path, where: str) -> list[pathlib.Path]:
     state = _json(folder / "state.json", where)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise ValueError(
-            f"{where}: {folder} is a selection by indices, as old versions of datasets saved; "
-            "load it and save it again"
+            f"{where}: {folder} is a selection by indices, from an old version of datasets; load "
+            "it and save it again"
         )
     entries = state.get("_data_files")
     names = [str(entry.get("filename")) for entry in entries or () if isinstance(entry, dict)]
     if not names or any(name != pathlib.Path(name).name for name in names):
         raise ValueError(f"{where}: {folder / 'state.json'} does not list the files of the data set")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{where}: {folder} lacks {some(missing)} of its {len(names)} files")
+        raise ValueError(f"{where}: {folder} lacks {some(missing)}, of {len(names)} files")
     return [folder / name for name in names]
 
 
@@ -62,7 +62,7 @@ def parquet(path: pathlib.Path, where: str) -> list[pathlib.Path]:
         )
     files = splits[_only(list(splits), path, where)]
     if (part := _PART.fullmatch(files[0].stem)) and int(part[2]) != len(files):
-        raise ValueError(f"{where}: {path} has {len(files)} of {int(part[2])} files of {part[1]!r}")
+        raise ValueError(f"{where}: {path} has only {len(files)} of the {int(part[2])} files of {part[1]!r}")
     return files
 
 

@@ -87,7 +87,7 @@ def source(path: pathlib.Path, where: str) -> Source:
     names = [file.name for _, paths in found for file in paths]
     if len(found) != 1:
         listed = f"has {some(names)}; give the path of one of them" if names else "has none"
-        raise ValueError(f"{where}: expected one set of CIFAR or STL-10 images, {path} {listed}")
+        raise ValueError(f"{where}: expected one set of CIFAR or STL-10 images, but {path} {listed}")
     ((layout, paths),) = found
     parts = layout.parts if path.name == "train" and not path.exists() else 1
     if len(paths) != parts:
@@ -161,9 +161,11 @@ def _class_names(layout: _Layout, folder: pathlib.Path, where: str) -> tuple[str
         else:
             names = [_text(name) for name in _expect(_read_pickle(file)[key], list)]
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {file} has no readable class names: {error}") from error
+        raise ValueError(f"{where}: the class names in {file} cannot be read: {error}") from error
     if len(names) != len(layout.names):
-        raise ValueError(f"{where}: {file} has {len(names)} class names, {layout.title} {len(layout.names)}")
+        raise ValueError(
+            f"{where}: {file} has {len(names)} class names, expected {len(layout.names)} as in {layout.title}"
+        )
     return tuple(names)
 
 
@@ -173,7 +175,7 @@ def _pickled(key: str) -> Callable[[pathlib.Path], tuple[Array, Array]]:
     def read(file: pathlib.Path) -> tuple[Array, Array]:
         batch = _read_pickle(file)
         if missing := [name for name in ("data", key) if name not in batch]:
-            raise ValueError(f"it has no {' or '.join(missing)}, but {some(list(batch))}")
+            raise ValueError(f"it has no {' or '.join(missing)}; it has {some(list(batch))}")
         if not isinstance(batch["data"], pickled_arrays.Array):
             raise ValueError(f"its data is {type(batch['data']).__name__}, expected an array")
         data = batch["data"].numpy()
@@ -219,7 +221,7 @@ def _cifar102(file: pathlib.Path) -> tuple[Array, Array]:
             with on_disk.opened(file) as stream, zipfile.ZipFile(stream) as archive:
                 return _member(archive, "images"), _member(archive, "labels")
         except Exception as error:  # damaged archives raise almost anything
-            raise ValueError(f"no archive with images and labels: {error}") from error
+            raise ValueError(f"not an archive of images and labels: {error}") from error
     stream = io.BytesIO(on_disk.read_bytes(file))
     shape, _, dtype = _header(stream)
     if shape != () or not dtype.hasobject:
@@ -229,14 +231,16 @@ def _cifar102(file: pathlib.Path) -> tuple[Array, Array]:
         raise ValueError("it does not hold one dict of images and labels")
     entries = _entries(held.raw[0])
     if not isinstance(entries.get("images"), pickled_arrays.Array) or "labels" not in entries:
-        raise ValueError(f"it holds no images and labels, but {some(list(entries))}")
+        raise ValueError(f"it holds no images and labels; it holds {some(list(entries))}")
     return entries["images"].numpy(), _integers(entries["labels"])
 
 
 def _whole_records(file: pathlib.Path, record: int) -> Array:
     data = on_disk.read_bytes(file)
     if not data or len(data) % record:
-        raise ValueError(f"its {len(data)} bytes are not whole images of {record} bytes; download it again")
+        raise ValueError(
+            f"its {len(data)} bytes are not a whole number of images of {record} bytes; download it again"
+        )
     return np.frombuffer(data, np.uint8).reshape(-1, record)
 
 
@@ -273,7 +277,7 @@ def _sized(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], held: int) -
     size = math.prod(shape) * dtype.itemsize
     if size != held or size == 0:
         raise ValueError(
-            f"{name}: {dtype} {list(shape)} needs {size} bytes, it has {held}; download it again"
+            f"{name}: {dtype} {list(shape)} needs {size} bytes, but there are {held}; download it again"
         )
     return size
 
@@ -312,7 +316,7 @@ def _integers(value: object) -> Array:
     if isinstance(value, pickled_arrays.Array):
         return value.numpy()
     if not all(type(entry) is int and abs(entry) < 2**31 for entry in _expect(value, list)):
-        raise ValueError("its labels are not all class numbers")
+        raise ValueError("some of its labels are not class numbers")
     return np.array(value, np.int64)
 
 

@@ -54,7 +54,7 @@ class Dataset:
         _tensor(self.labels, torch.int64, 1, f"{where}: labels")
         count, channels = self.images.shape[:2]
         if 0 in self.images.shape:
-            raise ValueError(f"{where}: no images, shape {tuple(self.images.shape)}")
+            raise ValueError(f"{where}: there are no images: the shape is {tuple(self.images.shape)}")
         if channels != 3:
             raise ValueError(f"{where}: images must be [n, 3, h, w], got {tuple(self.images.shape)}")
         if len(self.labels) != count:
@@ -77,14 +77,14 @@ class Dataset:
 
     def _check_groups(self, where: str) -> None:
         if self.classes is None:
-            raise ValueError(f"{where}: groups need classes, one group for each")
+            raise ValueError(f"{where}: groups need classes, and one group for each class")
         _tensor(self.groups, torch.int64, 1, f"{where}: groups")
         groups = [] if self.groups is None else self.groups.tolist()
         if len(groups) != len(self.classes):
             raise ValueError(f"{where}: {len(self.classes)} classes but {len(groups)} groups")
         counts_as = dict(zip(self.classes.tolist(), groups, strict=True))
         if wrong := sorted({row for row in groups if counts_as.get(row) != row}):
-            raise ValueError(f"{where}: groups {some(wrong)} must be classes that count as themselves")
+            raise ValueError(f"{where}: groups {some(wrong)} must be classes that are their own group")
         if unknown := sorted(set(self.labels.tolist()) - set(groups)):
             raise ValueError(f"{where}: labels {some(unknown)} are not among its groups")
 
@@ -109,8 +109,8 @@ def choose(count: int, samples: int | None, seed: int, where: str) -> Tensor:
         raise ValueError(f"{where}: samples must be at least 1, got {samples}")
     if samples > count:
         raise ValueError(
-            f"{where}: {samples} samples requested, but it has only {count} images; request at most {count} "
-            "of every data set, or all (no number)"
+            f"{where}: {samples} samples requested, but it has only {count} images; request at "
+            f"most {count} of every data set, or all (leave samples out)"
         )
     # RandomState's stream is frozen, so a seed selects the same images everywhere.
     return torch.from_numpy(np.sort(np.random.RandomState(seed).permutation(count)[:samples]))

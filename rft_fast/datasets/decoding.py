@@ -107,7 +107,7 @@ def read(
             failures = f"{len(unreadable)} of {len(chosen)} images cannot be read: "
             failures += some(list(unreadable.values()))
             if not skip_unreadable or len(unreadable) == len(chosen):
-                raise ValueError(f"{where}: {failures}; replace or remove them")
+                raise ValueError(f"{where}: {failures}; replace or remove them, or use --skip-unreadable")
             warnings.warn(f"{where}: {failures}; they are left out", stacklevel=4)
         pixels = images.take()
     readable = [position for position in range(len(chosen)) if position not in unreadable]
@@ -146,7 +146,7 @@ def examine(source: Source, index: int) -> tuple[str, tuple[int, int]] | str:
 
 def loss(mode: str) -> str:
     """The reason why images of a mode are refused."""
-    return f"of mode {mode}, which RGB bytes cannot represent: convert to 8 bits with the intended scale"
+    return f"has mode {mode}, which RGB bytes cannot represent: convert it to 8 bits with the intended scale"
 
 
 def _trimmed(image: Image.Image, border: int) -> Image.Image:
@@ -154,7 +154,7 @@ def _trimmed(image: Image.Image, border: int) -> Image.Image:
         return image
     width, height = image.size
     if min(width, height) <= 2 * border:
-        raise ValueError(f"{width} x {height} pixels, nothing is left without a border of {border}")
+        raise ValueError(f"{width} x {height} pixels: a border of {border} leaves nothing")
     return image.crop((border, border, width - border, height - border))
 
 
@@ -216,8 +216,8 @@ def pixel_transform(preprocess: Preprocess) -> Callable[[Image.Image], Image.Ima
     cut = next((i for i, step in enumerate(steps) if isinstance(step, ToTensor)), None)
     if cut is None or cut != len(steps) - 2:
         raise RuntimeError(
-            f"datasets: open_clip {open_clip.__version__} builds its image transform "
-            f"differently than expected ({whole}); please report this"
+            f"datasets: the image transform of open_clip {open_clip.__version__} differs from the "
+            f"expected one ({whole}); please report this"
         )
 
     def apply(image: Image.Image) -> Image.Image:

@@ -61,7 +61,7 @@ class Report:
         count = len(self.problems)
         end = [f"{count} problems:" if count > 1 else "1 problem:", *(f"- {p}" for p in self.problems)]
         if not self.problems:
-            end = ["no problems found, but:"] if self.unchecked else ["sound"]
+            end = ["no problems found, but note:"] if self.unchecked else ["sound"]
         lines = [*self.facts, *end, *(f"- not checked: {text}" for text in self.unchecked)]
         return "\n".join(map(message, lines))
 
@@ -133,18 +133,20 @@ def write_labels(
     rows = rows or _default_rows(source)
     if not source.class_names or rows is None:
         what = (
-            "its labels are rows, without names"
+            "its labels are rows of a head, without names"
             if not source.class_names
-            else "the head is unknown, give --rows"
+            else "the head is unknown; give --rows"
         )
-        raise ValueError(f"cannot write a draft of a label map for {path}: {what}")
+        raise ValueError(f"cannot write a draft label map for {path}: {what}")
     if file.suffix != ".csv":
-        raise ValueError(f"expected a .csv file for the label map, got {file}")
+        raise ValueError(f"the label map must be a .csv file, got {file}")
     found = proposed(source, rows)
     maps.write_csv(file, {name: [maps.UNKNOWN if row is None else row] for name, row in found.items()})
     unknown = sum(row is None for row in found.values())
     state = (
-        f"{unknown} are question marks, to be replaced by rows or left empty" if unknown else "all have rows"
+        f"{unknown} are question marks: replace them by rows, or leave them empty"
+        if unknown
+        else "all have rows"
     )
     return f"{file}: {len(found)} classes; {state}"
 
@@ -187,12 +189,15 @@ def _count(report: Report, source: Source, title: str) -> None:
     if title in _PUBLISHED:
         published = " or ".join(f"{count:,}" for count in _PUBLISHED[title])
         if len(source.files) not in _PUBLISHED[title]:
-            report.problems.append(f"{title} has {published} images, this has {len(source.files):,}")
+            report.problems.append(
+                f"{title} has {published} images, but this data set has {len(source.files):,}"
+            )
         else:
-            report.facts.append(f"{title} has {published} images, and so does this")
+            report.facts.append(f"{title} has {published} images, as this data set has")
     if title in _EACH and (wrong := [f"{n} ({c:,})" for n, c in counts.items() if c != _EACH[title]]):
         report.problems.append(
-            f"{len(wrong)} classes do not have the {_EACH[title]} images of {title}: {some(wrong, SHOWN)}"
+            f"{len(wrong)} classes do not have {_EACH[title]} images each, as in {title}: "
+            f"{some(wrong, SHOWN)}"
         )
     wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
     if len(wnids) < len(names) and (missing := imagenet.almost(wnids)[1]):  # otherwise reported with the rows
@@ -204,7 +209,7 @@ def _count(report: Report, source: Source, title: str) -> None:
             report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")
     if source.kind == "objectnet" and len(names) != imagenet.OBJECTNET_FOLDERS:
         report.problems.append(
-            f"ObjectNet has {imagenet.OBJECTNET_FOLDERS} class folders, this has {len(names)}"
+            f"ObjectNet has {imagenet.OBJECTNET_FOLDERS} class folders, but this data set has {len(names)}"
         )
 
 
@@ -215,7 +220,7 @@ def _look_for_copies(report: Report, source: Source) -> None:
         alike.setdefault(fold(_COPY.sub("", name)), []).append(name)
     for group in alike.values():
         if len(group) > 1:
-            report.problems.append(f"class folders that seem to be copies: {some(group, SHOWN)}")
+            report.problems.append(f"class folders that look like copies: {some(group, SHOWN)}")
     contents: dict[str, list[tuple[str, int]]] = {name: [] for name in source.class_names}
     first: dict[str, str] = {}
     nested = set()
@@ -226,7 +231,9 @@ def _look_for_copies(report: Report, source: Source) -> None:
         if len(parts) > 2 and parts[1].casefold() == parts[0].casefold():
             nested.add(parts[0])
     if nested:
-        report.problems.append(f"class folders in a folder of the same name: {some(sorted(nested), SHOWN)}")
+        report.problems.append(
+            f"class folders inside a folder of the same name: {some(sorted(nested), SHOWN)}"
+        )
     listed: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for name, files in contents.items():
         if len(files) > 1:
@@ -267,26 +274,29 @@ def _scored(
         return
     if rows is None:
         report.unchecked.append(
-            "the rows of its classes, as no head was given; use --rows (imagenet, cifar10, "
-            "..., a file of class names, or a number)"
+            "the rows of its own classes, because no head was given; use --rows (imagenet, "
+            "cifar10, ..., a file of class names, or a number)"
         )
     elif label_map == ORDER and not rows.names:
-        report.unchecked.append("whether its classes are in the head's order, as requested")
+        report.unchecked.append("whether its classes are in the order of the head, as requested")
     classes = len(set(found.labels.tolist()))
-    rows_of = f"the head's {rows.count:,} rows" if rows is not None else "a head's rows, class i being row i"
+    rows_of = (
+        f"the head's {rows.count:,} rows" if rows is not None else "the rows of a head whose row i is class i"
+    )
     if rows is None and (found.classes is not None or source.imagenet or label_map is not None):
         rows_of = "a head's rows"
     among = f"all of {rows_of}" if found.classes is None else f"{len(found.classes):,} of {rows_of}"
     several = ""
     if found.groups is not None:
         right = Counter(found.groups.tolist())
-        several = f"; for {sum(n > 1 for n in right.values())} classes several rows are right"
+        several = f"; {sum(n > 1 for n in right.values())} classes have several correct rows"
     report.facts.append(
         f"scored: {_images(len(found.images))} of {classes:,} classes, among {among}{several}; {found.how}"
     )
     if source.kind == "objectnet" and label_map is None and len(found.images) != imagenet.OBJECTNET_SCORED:
         report.problems.append(
-            f"ObjectNet has {imagenet.OBJECTNET_SCORED:,} images to score, this has {len(found.images):,}"
+            f"ObjectNet has {imagenet.OBJECTNET_SCORED:,} images to score, but this data set has "
+            f"{len(found.images):,}"
         )
 
 

@@ -14,12 +14,12 @@ from .naming import composed, fold, numbers, places
 from .source import Source
 
 CURE = (
-    'give a label map or, if class i is row i, the word "order" instead (--data-labels NAME=order of the '
-    'sweep, --label-map order of finetune, labels = "order" in a zoo, label_map="order" in Python; '
-    "docs/data.md)"
+    'give a label map, or, if class i is row i, the word "order" (--data-labels '
+    'NAME=order of the sweep, --label-map order of finetune, labels = "order" in a '
+    'zoo, label_map="order" in Python; docs/data.md)'
 )
-_NAME_HEAD = ", or name the head's rows (--class-names)"
-_ALIKE = "case, spaces and Unicode forms do not count"
+_NAME_HEAD = ", or name the rows of the head (--class-names)"
+_ALIKE = "regardless of case, spaces and Unicode form"
 
 # Heads with as many unnamed rows are taken to be in the order of these classes. STL-10 is not included: it
 # has other classes than CIFAR-10, in another order.
@@ -47,7 +47,7 @@ class Rows:
     def __post_init__(self) -> None:
         if self.count < 1 or len(self.names) not in (0, self.count):
             raise ValueError(
-                "Rows: expected at least one row, and a name for each or none; got "
+                "Rows: expected at least one row, and either no names or one for each; got "
                 f"{self.count} rows and {len(self.names)} names"
             )
 
@@ -82,21 +82,22 @@ def by_evidence(source: Source, rows: Rows) -> tuple[Answers, str]:
     if not any(own) and (found := numbers(names)):
         if of_head is not None and rows.count == imagenet.CLASSES and min(found) == 1:
             raise ValueError(
-                "its classes are numbers from 1, and the head is ImageNet's: the published archives number "
-                f"classes by ILSVRC2012_ID, in another order than the head's rows; {CURE}"
+                "its classes are numbers from 1, and the head is ImageNet's: the published archives "
+                "number the classes by ILSVRC2012_ID, in another order than the rows of the head; "
+                f"{CURE}"
             )
         return single(ordered(names)), "by number"
     if rows.names:
         raise ValueError(_other_names(names, rows, own, wnids))
     if built_in := _built_in(names):
-        return single(built_in[1]), f"by the names of {built_in[0]}, in whose order the head is taken to be"
+        return single(built_in[1]), f"by the names of {built_in[0]}, assuming that the head is in this order"
     if rows.count == 1:
-        return [(0,)], "the only class is the only row"
+        return [(0,)], "there is only one class and one row"
     table = some([f"{name} -> {row}" for row, name in enumerate(names)], 10)
-    ids = "; its classes are WordNet ids, and the head is not ImageNet's" if wnids else ""
+    ids = "; its classes are WordNet ids, but the head is not ImageNet's" if wnids else ""
     raise ValueError(
-        f"the names of the head's {rows.count} rows are not known, so nothing shows which class is which row"
-        f"{ids}; in order they would be {table}; {CURE}{_NAME_HEAD}"
+        f"the names of the {rows.count} rows of the head are unknown, so that nothing shows "
+        f"which class is which row{ids}; in order, they would be {table}; {CURE}{_NAME_HEAD}"
     )
 
 
@@ -166,14 +167,14 @@ def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, 
     """Rows of ImageNet classes; refuses a published data set that lacks a few of its classes."""
     if outside := [name for name, row in zip(names, classes, strict=True) if row not in row_of]:
         raise ValueError(
-            f"{len(outside)} of {len(names)} classes are not among the head's: {some(outside)}; {CURE}"
+            f"{len(outside)} of {len(names)} classes are not in the head: {some(outside)}; {CURE}"
         )
     wnids = imagenet.synsets()
     title, missing = imagenet.almost(wnids[row] for row in classes)
     if missing and len(row_of) == imagenet.CLASSES:
         raise ValueError(
-            f"{len(missing)} of the classes of {title} are missing, so it would score too high: "
-            f"{some(missing)}; complete it, or give a label map if this is intended"
+            f"{len(missing)} of the classes of {title} are missing, so that accuracy would be too high: "
+            f"{some(missing)}; complete the data set, or give a label map if this is intended"
         )
     return [row_of[row] for row in classes]
 
@@ -212,14 +213,15 @@ def single(rows: Sequence[int]) -> Answers:
 
 
 def both(names: Sequence[str], rows: Rows) -> str:
-    return f"its classes: {some(names, 10)}; the head's: {some(rows.names, 10)}"
+    return f"classes of the data set: {some(names, 10)}; of the head: {some(rows.names, 10)}"
 
 
 def other_count(names: Sequence[str], rows: Rows) -> str:
     lists = f"; {both(names, rows)}" if rows.names else f": {some(names)}"
     return (
-        f"{len(names)} classes, but the head has {rows.count} rows; give a label map (class of the data "
-        f"set -> row of the head), or the head that belongs to this data set{lists}"
+        f"the data set has {len(names)} classes, but the head has {rows.count} rows; give a "
+        "label map (class of the data set -> row of the head), or the head of this data "
+        f"set{lists}"
     )
 
 
@@ -228,19 +230,19 @@ def _other_names(names: Sequence[str], rows: Rows, own: _Candidates, wnids: bool
     unclear = [name for name, of in zip(names, own, strict=True) if len(of) > 1]
     cure = CURE
     if wnids:
-        what = "its classes are WordNet ids, and the head's are not ImageNet's"
+        what = "its classes are WordNet ids, but the head is not ImageNet's"
     elif len(unknown) == len(names):
-        what = "none of its classes has the name of one of the head's"
+        what = "none of its class names is in the head"
     elif unknown:
-        what = f"{len(unknown)} of its {len(names)} class names are not among the head's: {some(unknown)}"
+        what = f"{len(unknown)} of its {len(names)} class names are not in the head: {some(unknown)}"
         if moved := elsewhere(names, ordered(names), own):
-            cure = f"others are in another order than in the head, such as {some(moved)}; give a label map"
+            cure = f"classes are in another order than in the head, such as {some(moved)}; give a label map"
     elif unclear:
-        what = f"several rows of the head have the name of {some(unclear)} ({_ALIKE})"
+        what = f"several rows of the head have the same name, {some(unclear)} ({_ALIKE})"
     else:
         by_name = places(names)
         twice = [", ".join(names[place] for place in of) for of in by_name.values() if len(of) > 1]
-        what = f"classes with equal names: {some(twice)} ({_ALIKE})"
+        what = f"several classes have the same name, {some(twice)} ({_ALIKE})"
     return f"{what}; {cure}; {both(names, rows)}"
 
 
@@ -259,13 +261,13 @@ def _unclear_imagenet(names: Sequence[str], classes: _Candidates) -> str:
     parts = [
         f"{len(found)} of {len(names)} classes {what}: {some(found, 10)}"
         for found, what in (
-            (unknown, "are not among ImageNet's 1,000"),
-            (unclear, "may be several of ImageNet's"),
-            (twice, "are of one class of ImageNet"),
+            (unknown, "are not among the 1,000 classes of ImageNet"),
+            (unclear, "may be several classes of ImageNet"),
+            (twice, "are the same class of ImageNet"),
         )
         if found
     ]
     return (
-        f"{'; '.join(parts)}; give a label map with rows for them, or none (python -m rft_fast.datasets "
-        "... --write-labels FILE.csv writes a draft)"
+        f"{'; '.join(parts)}; give a label map that maps them to rows, or to none (python -m "
+        "rft_fast.datasets ... --write-labels FILE.csv writes a draft)"
     )

@@ -118,8 +118,8 @@ class Listed:
                     decoded += 1
         if not decoded:
             raise ValueError(
-                f"datasets: {self.name!r}: none of the images tried can be read, such as {failure}; "
-                "replace or remove them"
+                f"datasets: {self.name!r}: none of the images that were tried can be read, such as "
+                f"{failure}; replace or remove them"
             )
         return (time.perf_counter() - start) / decoded
 
@@ -153,9 +153,9 @@ def find(
     source = open_source(name, path, kind)
     if source.pixels is not None and tuple(source.pixels.shape[2:]) != preprocess.size:
         raise ValueError(
-            f"{where}: the model takes {preprocess.size} images, {path} has "
-            f"{tuple(source.pixels.shape[2:])}; resize them, or give a folder of "
-            "images, which are resized on reading"
+            f"{where}: the model needs images of size {preprocess.size}, but {path} has "
+            f"{tuple(source.pixels.shape[2:])}; resize them, or give a folder of images, which "
+            "are resized when they are read"
         )
     try:
         found = assign(source, rows, label_map)

@@ -77,7 +77,9 @@ def source(path: pathlib.Path, where: str, kind: Kind | None = None) -> Source:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if listing.problems:
-        more = f" (for all problems: python -m rft_fast.datasets {path})" if len(listing.problems) > 1 else ""
+        more = (
+            f" (python -m rft_fast.datasets {path} lists all problems)" if len(listing.problems) > 1 else ""
+        )
         raise ValueError(f"{where}: {listing.problems[0]}{more}")
     return listing.source
 
@@ -96,7 +98,7 @@ def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
     if not names:
         raise ValueError(f"{root} has no class folders")
     if stray := [entry.name for entry in entries if is_image(entry)]:
-        problems.append(f"{root} has images outside of class folders: {some(stray)}")
+        problems.append(f"{root} has images outside its class folders: {some(stray)}")
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
         problems += _gaps([int(name) for name in names], root)
@@ -106,10 +108,10 @@ def look(path: pathlib.Path, kind: Kind | None = None) -> Listing:
     if place.mappings is not None:
         known, scored = imagenet.objectnet(place.mappings)
         if unknown := [name for name in names if name not in known]:
-            problems.append(f"{root} has folders that are not in its mappings: {some(unknown)}")
+            problems.append(f"{root} has folders that its mappings do not list: {some(unknown)}")
         if missing := sorted(scored.keys() - set(names)):
             problems.append(
-                f"{root} lacks {len(missing)} of the {len(scored)} scored classes: {some(missing)}"
+                f"{root} lacks {len(missing)} of the {len(scored)} classes to score: {some(missing)}"
             )
     problems += _unfit(place.kind, root, names)
     found = Source(
@@ -141,8 +143,9 @@ def find(path: pathlib.Path, kind: Kind | None = None) -> Place:
         return place
     if kind == "objectnet":
         raise ValueError(
-            f"{path} is not ObjectNet as published: expected its folder {MAPPINGS} (with "
-            f"{imagenet.TO_IMAGENET} and others) beside images, or in or beside the folder of its classes"
+            f"{path} is not ObjectNet as published: expected the folder {MAPPINGS} (with "
+            f"{imagenet.TO_IMAGENET} and other files) beside the images, or in or beside the "
+            "folder of the classes"
         )
     wanted = "by WordNet ids such as n01440764" if kind == "imagenet" else "0 to 999"
     raise ValueError(
@@ -172,7 +175,9 @@ def _find(path: pathlib.Path) -> Place:
         return Place("imagenet-v2", path)
     if sets := [name for name in names if _is_set(path / name)]:
         if names != sets or len(sets) > 1:
-            raise ValueError(f"{path} contains data sets, not classes: {some(sets)}; give the path of one")
+            raise ValueError(
+                f"{path} contains data sets, not classes: {some(sets)}; give the path of one of them"
+            )
         return _inside(path, sets[0])
     return Place("folder", path)
 
@@ -183,13 +188,14 @@ def _split(path: pathlib.Path, names: list[str]) -> Place:
     if len(fit) == 1:
         return _inside(path, fit[0])
     which = (
-        f"of which several are to evaluate on: {some(fit)}"
+        f"and several of them are for evaluation: {some(fit)}"
         if fit
-        else "but none to evaluate on that has class folders"
+        else "but none for evaluation that has class folders"
     )
     raise ValueError(
-        f"{path} contains parts of a data set ({some(sorted(names))}), {which}; give the path of the "
-        "intended folder of class folders (if these are classes, use kind folder)"
+        f"{path} contains parts of a data set ({some(sorted(names))}), {which}; give the path "
+        "of the folder of class folders that you mean (if these are classes, use the kind "
+        "folder)"
     )
 
 
@@ -256,10 +262,10 @@ class _Files:
             (
                 self.foreign,
                 f"files that are not images ({', '.join(EXTENSIONS)})",
-                "; move them elsewhere, or convert images to one of these formats",
+                "; move them elsewhere, or convert the images to one of these formats",
             ),
             (self.broken, "broken links, or not regular files", "; repair or remove them"),
-            (self.loops, "links to a folder that contains them, an endless loop", "; remove them"),
+            (self.loops, "a link to a folder that contains it, an endless loop", "; remove them"),
         )
         return [f"{what}: {some(names)}{cure}" for names, what, cure in found if names]
 
@@ -270,8 +276,8 @@ def _unfit(kind: Kind, root: pathlib.Path, names: list[str]) -> list[str]:
         return []
     if other := [name for name in names if not imagenet.WNID.fullmatch(name)]:
         return [
-            f"{root} has folders that are not WordNet ids, beside {len(names) - len(other)} that are: "
-            f"{some(other)}"
+            f"{root} has {len(names) - len(other)} folders that are WordNet ids, and others that "
+            f"are not: {some(other)}"
         ]
     return []
 
@@ -289,8 +295,8 @@ def _gaps(numbers: list[int], folder: pathlib.Path) -> list[str]:
     missing = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
     what = f"{some(missing)} missing" if missing else "a duplicate number"
     return [
-        f"numbered folders of {folder} run from {numbers[0]} to {numbers[-1]} with "
-        f"{what}, so labels would shift; complete or rename them"
+        f"numbered folders in {folder} run from {numbers[0]} to {numbers[-1]} with {what}, so "
+        "that labels would shift; complete or rename them"
     ]
 
 

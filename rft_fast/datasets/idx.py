@@ -54,15 +54,15 @@ def source(path: pathlib.Path, where: str) -> Source:
     """
     file = _one(path, where)
     stored = on_disk.Inputs()
-    with reading(stored, file, f"{where}: {file} is not a file of images in IDX format"):
+    with reading(stored, file, f"{where}: {file} is not an image file in IDX format"):
         images = _read(file, 3)
     labels_file = _labels_file(file, where)
-    with reading(stored, labels_file, f"{where}: {labels_file} is not a file of labels in IDX format"):
+    with reading(stored, labels_file, f"{where}: {labels_file} is not a label file in IDX format"):
         labels = _read(labels_file, 1)
     if len(labels) != len(images):
         raise ValueError(
-            f"{where}: {file} has {len(images)} images, but {labels_file.name} has {len(labels)} labels; use "
-            "files of the same part, or download both again"
+            f"{where}: {file} has {len(images)} images, but {labels_file.name} has {len(labels)} "
+            "labels; use files of the same split, or download both again"
         )
     first, last = int(labels.min()), int(labels.max())
     return Source(
@@ -107,13 +107,13 @@ def _one(path: pathlib.Path, where: str) -> pathlib.Path:
         )
     names = [file.name for file in found]
     what = "only training images" if not chosen else "several files of images"
-    raise ValueError(f"{where}: {path} has {what}, {some(names)}; give the path of the file that you mean")
+    raise ValueError(f"{where}: {path} has {what}, {some(names)}; give the path of one of them")
 
 
 def _labels_file(images: pathlib.Path, where: str) -> pathlib.Path:
     name = _IMAGES.fullmatch(images.name)
     if name is None:  # _found gives no others
-        raise ValueError(f"{where}: {images} is not named as a file of images")
+        raise ValueError(f"{where}: the name of {images} is not that of an image file")
     usual = f"{name['stem']}labels-idx1-ubyte"
     for other in (usual, f"{name['stem']}labels.idx1-ubyte"):
         for file in (images.with_name(other), images.with_name(f"{other}.gz")):
@@ -148,12 +148,12 @@ def _unpacked(stream: IO[bytes], header: int, dimensions: int) -> bytes:
             most = header + _size(data, dimensions) + 1
             if most > MOST_UNPACKED:
                 raise ValueError(
-                    f"its header says {most - 1:,} bytes, and a gzip file may unpack to {MOST_UNPACKED:,}; "
-                    "unpack it yourself (gunzip) if you trust it"
+                    f"its header says {most - 1:,} bytes, but a gzip file may unpack to at most "
+                    f"{MOST_UNPACKED:,}; if you trust it, unpack it with gunzip"
                 )
             data += _part(archive, most - len(data))
     except EOFError as error:
-        raise ValueError(f"it is a gzip file that is cut short; {_AGAIN}") from error
+        raise ValueError(f"it is a truncated gzip file; {_AGAIN}") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"it is a damaged gzip file; {_AGAIN}") from error
     return bytes(data)
@@ -176,12 +176,13 @@ def _size(data: bytes | bytearray, dimensions: int) -> int:
     """Bytes that follow the header, which is checked."""
     if len(data) >= 4 and data[:4] != bytes((0, 0, _UBYTE, dimensions)):
         raise ValueError(
-            f"it begins with {data[:4].hex()}{_meaning(data)}, expected 0000{_UBYTE:02x}{dimensions:02x} "
-            f"(unsigned bytes, {_counted(dimensions)}); {_AGAIN}, or check its name"
+            f"it begins with {data[:4].hex()}{_meaning(data)}, expected "
+            f"0000{_UBYTE:02x}{dimensions:02x} (unsigned bytes, {_counted(dimensions)}); "
+            f"{_AGAIN}, or check its name"
         )
     if len(data) < 4 + 4 * dimensions:
         raise ValueError(
-            f"it has {len(data)} bytes, fewer than the {4 + 4 * dimensions} of its header; {_AGAIN}"
+            f"it has {len(data)} bytes, fewer than the {4 + 4 * dimensions} bytes of its header; {_AGAIN}"
         )
     shape = _shape(data, dimensions)
     if 0 in shape:
@@ -195,7 +196,7 @@ def _check_size(data: bytes, dimensions: int, held: int, how: str = "") -> None:
     if held != size:
         shape = " x ".join(map(str, _shape(data, dimensions)))
         raise ValueError(
-            f"its header says {shape}, which is {size:,} bytes, but it has {held:,}{how}; {_AGAIN}"
+            f"its header says {shape}, which is {size:,} bytes, but there are {held:,}{how}; {_AGAIN}"
         )
 
 

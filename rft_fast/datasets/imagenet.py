@@ -162,9 +162,7 @@ def objectnet(folder: pathlib.Path) -> tuple[dict[str, str], dict[str, tuple[int
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if sorted(line_of.values()) != list(range(len(lines))):
-        raise ValueError(
-            f"{folder / ROW_TO_LINE} does not name each of the {len(lines)} lines of {file} once"
-        )
+        raise ValueError(f"{folder / ROW_TO_LINE} must name each of the {len(lines)} lines of {file} once")
     rows: dict[str, list[int]] = {}
     for row, line in line_of.items():
         rows.setdefault(lines[line].strip(), []).append(row)
@@ -177,7 +175,9 @@ def objectnet(folder: pathlib.Path) -> tuple[dict[str, str], dict[str, tuple[int
         if label not in folders:
             raise ValueError(f"{folder / TO_IMAGENET} names {label!r}, which {FOLDER_NAMES} does not")
         if unclear := [name for name in names if len(rows.get(name, ())) != 1]:
-            raise ValueError(f"{folder / TO_IMAGENET} names {unclear[0]!r}, which is not one line of {LINES}")
+            raise ValueError(
+                f"{folder / TO_IMAGENET} names {unclear[0]!r}, which is not exactly one line of {LINES}"
+            )
         scored[folders[label]] = tuple(rows[name][0] for name in names)
     return labels, scored
 

@@ -45,12 +45,15 @@ def detect(path: str | PathLike[str]) -> names.Kind:
             readings.append(f"{place.kind} in {place.path}")
     if len(readings) > 1 and readings != ["cifar", "npz"]:  # an .npz may be CIFAR's by its name
         raise ValueError(
-            f"{path} can be read as {' or as '.join(readings)}; give its kind, or the path of one"
+            f"{path} can be read as {' or as '.join(readings)}; choose a kind, or give the path "
+            "of one of them"
         )
     if formats:
         return formats[0]
     state = "is neither" if path.exists() else "does not exist"
-    raise ValueError(f"expected a folder of classes or a file of kind {', '.join(_FORMATS)}; {path} {state}")
+    raise ValueError(
+        f"expected a folder of class folders, or a file of kind {', '.join(_FORMATS)}; {path} {state}"
+    )
 
 
 def named(path: str | PathLike[str]) -> pathlib.Path:

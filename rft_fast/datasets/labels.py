@@ -88,9 +88,9 @@ def assign(
         if not source.class_names:
             return _as_labelled(source, rows, "labels are rows of the head")
         if source.imagenet is not None and (rows is None or rows.count != len(source.class_names)):
-            return _assignment(source, _objectnet(source, rows), rows, "by ObjectNet's mappings")
+            return _assignment(source, _objectnet(source, rows), rows, "by the mappings of ObjectNet")
         if rows is None:
-            return _as_labelled(source, rows, "class i is row i, as no head is known")
+            return _as_labelled(source, rows, "class i is row i, because the head is unknown")
         answers, how = by_evidence(source, rows)
         return _assignment(source, answers, rows, how)
     except ValueError as error:
@@ -120,8 +120,8 @@ def _objectnet(source: Source, rows: Rows | None) -> Answers:
         count = 0 if rows is None else rows.count
         what = "rows of other classes" if count == imagenet.CLASSES else "rows"
         raise ValueError(
-            f"its mappings are to ImageNet's {imagenet.CLASSES} classes, the head has {count} {what}; "
-            "give a label map"
+            f"it maps to the {imagenet.CLASSES} classes of ImageNet, but the head has {count} "
+            f"{what}; give a label map"
         )
     return [tuple(row_of[row] for row in known.get(name, ())) for name in source.class_names]
 
@@ -145,8 +145,8 @@ def _in_order(source: Source, rows: Rows | None) -> Assignment:
         moved += [name for name in elsewhere(names, order, of_head) if name not in moved]
     if moved:
         raise ValueError(
-            f'"order" was requested, but its classes are in another order than the head\'s, as {some(moved)} '
-            f"show; give a label map; {both(names, rows)}"
+            '"order" was requested, but its classes are in another order than in the head, '
+            f"such as {some(moved)}; give a label map; {both(names, rows)}"
         )
     return _assignment(source, single(order), rows, how)
 
@@ -158,7 +158,7 @@ def _as_labelled(source: Source, rows: Rows | None, how: str) -> Assignment:
         labels = torch.tensor(ordered(source.class_names), dtype=torch.int64)[labels]
     highest = max((int(t.max()) for t in (labels, classes) if t is not None and len(t)), default=0)
     if rows is not None and highest >= rows.count:
-        raise ValueError(f"it has label {highest}, the head has {rows.count} rows; give a label map")
+        raise ValueError(f"it has the label {highest}, but the head has {rows.count} rows; give a label map")
     return Assignment(torch.arange(len(labels)), labels, classes, None, how)
 
 
@@ -168,18 +168,18 @@ def _as_labelled(source: Source, rows: Rows | None, how: str) -> Assignment:
 def _assignment(source: Source, answers: Answers, rows: Rows | None, how: str) -> Assignment:
     owner: dict[int, frozenset[int]] = {}
     if twice := [answer for answer in answers if len(set(answer)) != len(answer)]:
-        raise ValueError(f"a class has a row twice: {some(twice[0])}")
+        raise ValueError(f"a class has the same row twice: {some(twice[0])}")
     for row, right in ((row, frozenset(answer)) for answer in answers for row in answer):
         if owner.setdefault(row, right) != right:
             raise ValueError(
-                f"row {row} is right for classes whose other rows differ, so neither is scored correctly"
+                f"row {row} is correct for classes whose other rows differ, so that neither can be scored"
             )
     used = sorted(owner)
     table = torch.tensor([min(answer) if answer else -1 for answer in answers], dtype=torch.int64)
     labels = table[source.labels]
     images = torch.nonzero(labels >= 0).flatten()
     if not len(images):
-        raise ValueError("none of its images would be scored")
+        raise ValueError("none of its images can be scored")
     every = rows is not None and len(used) == rows.count
     grouped = any(len(answer) > 1 for answer in answers)
     return Assignment(

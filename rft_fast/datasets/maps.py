@@ -43,7 +43,9 @@ def read_map(file: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise ValueError(f"label map {file}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"label map {file}: expected a table of classes, got {type(found).__name__}")
+        raise ValueError(
+            f"label map {file}: expected an object or table of classes, got {type(found).__name__}"
+        )
     return found
 
 
@@ -73,7 +75,7 @@ def _read_csv(file: pathlib.Path) -> dict[str, Any]:
             raise ValueError(f"expected two columns, got {','.join(line)!r}")
         name, row = line[0], line[1].strip()
         if name in found and not (found[name] and row):
-            raise ValueError(f"class {name!r} has both a row and an empty one, or two empty ones")
+            raise ValueError(f"class {name!r} has a row and an empty row, or two empty rows")
         found.setdefault(name, [])
         if row:
             found[name].append(_Written(row) if row.isdecimal() else row)
@@ -104,8 +106,8 @@ def of_classes(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]
     unclear = [keys[of[0]] for key, of in by_fold.items() if key in wanted and len(of) + len(wanted[key]) > 2]
     if unclear:
         raise ValueError(
-            f"the label map's {some(unclear)} are ambiguous or duplicate, since case, spaces and Unicode "
-            "forms do not count; spell them exactly as the data set does"
+            f"the label map's {some(unclear)} are ambiguous or duplicate, because case, spaces "
+            "and Unicode forms are ignored; spell them exactly as in the data set"
         )
     entries |= {name: given[keys[by_fold[fold(name)][0]]] for name in rest if fold(name) in by_fold}
     if missing := [name for name in names if name not in entries]:
@@ -150,17 +152,18 @@ def answers(names: Sequence[str], head: Sequence[str], most: int, given: Mapping
                 rows.append(_row_named(part, name, rows_of))
             elif isinstance(part, _Written) and rows_of.get(fold(str(part)), [part]) != [part]:
                 raise ValueError(
-                    f"class {name!r}: {part} may be a row or the name of {some(rows_of[fold(str(part))])}; "
-                    "use a map in .json, where names are in quotes and rows are not"
+                    f"class {name!r}: {part} may be a row, or the name of "
+                    f"{some(rows_of[fold(str(part))])}; use a .json map, where names are in quotes and "
+                    "rows are not"
                 )
             elif isinstance(part, bool) or not isinstance(part, int):
-                raise ValueError(f"class {name!r}: expected a row or the name of one, got {part!r}")
+                raise ValueError(f"class {name!r}: expected a row or its name, got {part!r}")
             else:
                 rows.append(part)
         wrong += [f"{name} = {row}" for row in rows if not 0 <= row < most]
         found.append(tuple(rows))
     if wrong:
-        raise ValueError(f"rows outside of the head's 0 to {most - 1}: {some(wrong)}")
+        raise ValueError(f"rows must be in the head, 0 to {most - 1}: {some(wrong)}")
     return found
 
 
@@ -170,10 +173,11 @@ def _row_named(part: str, name: str, rows_of: Mapping[str, list[int]]) -> int:
         return found[0]
     if not rows_of:
         raise ValueError(
-            f"class {name!r}: {part!r} is a name, but the head's are unknown; give the row's number"
+            f"class {name!r}: {part!r} is a name, but the names of the head are unknown; give the "
+            "number of the row"
         )
     state = (
-        f"is the name of rows {some(found)}; give the number of one"
+        f"is the name of several rows, {some(found)}; give the number of one"
         if found
         else "is not a class of the head"
     )

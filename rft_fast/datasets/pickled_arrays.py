@@ -67,7 +67,7 @@ class Array(Building):
             ValueError: the elements are objects, or their bytes do not fill the shape.
         """
         if self.type is None or not isinstance(self.raw, bytes):
-            raise ValueError("an array without contents, or of objects, expected numbers")
+            raise ValueError("an array without data, or of objects, expected numbers")
         dtype = self.type.numpy()
         if math.prod(self.shape) * dtype.itemsize != len(self.raw):
             raise ValueError(f"an array {dtype} {list(self.shape)} of {len(self.raw)} bytes")

@@ -78,7 +78,7 @@ def source(path: pathlib.Path, where: str) -> Source:
     archives = [path] if path.is_file() else _archives(path)
     if not archives:
         raise ValueError(
-            f"{where}: expected a .tar, a folder of them, or one with them in test/; {path} is none of these"
+            f"{where}: expected a .tar file, a folder of them, or a folder with them in test/, got {path}"
         )
     _counted(archives, path, where)
     names = _class_names(archives[0].parent, where)
@@ -107,10 +107,10 @@ def source(path: pathlib.Path, where: str) -> Source:
         raise ValueError(f"{where}: {path} has members whose names differ only in unprintable characters")
     if names and max(labels) >= len(names):
         raise ValueError(
-            f"{where}: {path} has labels from {min(labels)} to {max(labels)}, its {len(names)} class names "
-            f"allow 0 to {len(names) - 1}"
+            f"{where}: {path} has labels from {min(labels)} to {max(labels)}, but its "
+            f"{len(names)} class names allow 0 to {len(names) - 1}"
         )
-    note = (f"ignored, as they belong to no sample: {some(ignored)}",) if ignored else ()
+    note = (f"ignored, because they belong to no sample: {some(ignored)}",) if ignored else ()
     return Source(
         kind="webdataset",
         path=path,
@@ -158,8 +158,8 @@ def _counted(archives: list[pathlib.Path], path: pathlib.Path, where: str) -> No
     text = on_disk.read_bytes(file).decode("utf-8", "replace").strip()
     if text != str(len(archives)):
         raise ValueError(
-            f"{where}: {file} states {text[:20]!r} shards, found {len(archives)}; download the others, "
-            "or give the path of one shard"
+            f"{where}: {file} says {text[:20]!r} shards, but there are {len(archives)}; download "
+            "the others, or give the path of one shard"
         )
 
 
@@ -191,8 +191,8 @@ def _samples(archive: pathlib.Path, where: str) -> tuple[dict[str, dict[str, Mem
         sample, extension = samples.setdefault(f"{folder}/{stem}" if folder else stem, {}), extension.lower()
         if extension in sample:
             raise ValueError(
-                f"{where}: {_shown(member.name)!r} occurs twice, or differs from another "
-                "file only in the case of its extension; rename it"
+                f"{where}: {_shown(member.name)!r} occurs twice, or differs from another file only in "
+                "the case of the extension; rename it"
             )
         sample[extension] = member
     return samples, others
@@ -207,18 +207,19 @@ def _members(archive: pathlib.Path, where: str) -> Iterator[Member]:
         first = bytes(content[:4])
         if kind := next((kind for magic, kind in _COMPRESSED.items() if first.startswith(magic)), None):
             raise ValueError(
-                f"{where} is compressed ({kind}), so single images cannot be read; decompress it"
+                f"{where} is compressed ({kind}), so that single images cannot be read; decompress it"
             )
         end = yield from _listed(content, where)
         # tarfile mistakes damage for the end.
         if len(content) - end < tarfile.BLOCKSIZE:
             raise ValueError(
-                f"{where} is truncated: the blocks that end an archive are missing; download it again"
+                f"{where} is truncated: the end-of-archive blocks are missing; download it again"
             )
         for start in range(end, len(content), 1 << 20):
             if bytes(content[start : start + (1 << 20)]).strip(b"\0"):
                 raise ValueError(
-                    f"{where} continues after its end at {end}: it is damaged, or two archives were joined"
+                    f"{where} continues after its end at byte {end}: it is damaged, or two archives were "
+                    "joined"
                 )
 
 
@@ -255,14 +256,12 @@ def _listed(content: _Content, where: str) -> Generator[Member, None, int]:
             return int(tar.offset)
         name = _shown(info.name)
         if info.size < 0 or info.offset_data + info.size > len(content):
-            raise ValueError(
-                f"{where} is truncated in {name!r}, which has {info.size} bytes; download it again"
-            )
+            raise ValueError(f"{where} is truncated within {name!r}, of {info.size} bytes; download it again")
         if info.isdir():
             continue
         if not info.isreg() or info.issparse():
             raise ValueError(
-                f"{where}: {name!r} is a link, a sparse file or not a file; store it as a regular file"
+                f"{where}: {name!r} is a link, a sparse file or a special file; store it as a regular file"
             )
         yield Member(info.name, info.offset_data, info.size)
 
@@ -277,7 +276,7 @@ def _image(sample: Mapping[str, Member], where: str) -> Member:
 def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
     member = sample.get("cls") or sample.get("json")
     if member is None:
-        raise ValueError(f"{where} has no label: neither .cls nor .json, but {some(list(sample))}")
+        raise ValueError(f"{where} has no label: neither .cls nor .json; it has {some(list(sample))}")
     if member.size > LARGEST_LABEL:
         raise ValueError(f"{where}: {_shown(member.name)} has {member.size} bytes, too many for a label")
     stream.seek(member.offset)
@@ -296,7 +295,7 @@ def _label(sample: Mapping[str, Member], stream: BinaryIO, where: str) -> int:
     labels = {entries[field] for field in LABEL_FIELDS if type(entries.get(field)) is int}
     if len(labels) != 1 or not 0 <= (label := labels.pop()) < MOST_ROWS:
         raise ValueError(
-            f"{where}: .json must give one class as a number under {', '.join(LABEL_FIELDS)}; "
+            f"{where}: .json must give one class, as a number, under {', '.join(LABEL_FIELDS)}; "
             f"it has {some([_shown(field) for field in entries], 10)}"
         )
     return int(label)
@@ -309,7 +308,7 @@ def _read(shard: _Shard, member: Member) -> bytes:
         data = stream.read(member.size)
         status = os.fstat(stream.fileno())
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.time):
-        raise on_disk.Changed(f"{shard.path} changed while it was in use; start again")
+        raise on_disk.Changed(f"{shard.path} changed while it was in use; run the command again")
     return data
 
 

@@ -18,7 +18,7 @@ from rft_fast.common import files as on_disk
 from rft_fast.datasets import cache as caches
 from rft_fast.names import TREES, Kind
 
-PART = "the images are those of"  # begins the note that only a part of a folder is used
+PART = "the images are the same as in"  # begins the note that only a part of a folder is used
 
 MOST_ROWS = 1 << 24  # upper bound of a head's rows
 
@@ -124,9 +124,11 @@ def open_file(path: pathlib.Path, listed: caches.File | None = None) -> Image.Im
     except FileNotFoundError:
         if listed is None:
             raise
-        raise on_disk.Changed(f"{path} changed while it was in use: it is no longer there") from None
+        raise on_disk.Changed(f"{path} changed while it was in use: it no longer exists") from None
     if listed is not None and (status.st_size, status.st_mtime_ns) != (listed.size, listed.time):
-        raise on_disk.Changed(f"{path} changed while it was in use: it is not as it was listed; start again")
+        raise on_disk.Changed(
+            f"{path} changed while it was in use: it differs from when it was listed; run the command again"
+        )
     return open_image(io.BytesIO(data))
 
 

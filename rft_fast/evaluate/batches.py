@@ -235,8 +235,8 @@ class Batches:
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(
-                f"Evaluator: the memory of {self._device} does not hold what is kept between stages: "
-                f"{_first_line(error)}; give a smaller memory_limit"
+                f"Evaluator: the memory of {self._device} is too small for what is kept between "
+                f"stages: {_first_line(error)}; use a smaller memory_limit"
             ) from error
 
     def _halves(self, source: S, batch: slice) -> list[tuple[S, slice]]:
@@ -245,12 +245,10 @@ class Batches:
         size = min((samples + 1) // 2, self._most)
         if size < self._most:
             self._most = size
-            hint = (
-                "; give --batch-size (batch_size=) to begin with so many" if self._sample == "image" else ""
-            )
+            hint = "; --batch-size (batch_size=) starts with this number" if self._sample == "image" else ""
             warnings.warn(
-                f"Evaluator: {samples} {self._sample}s at once do not fit in the memory of {self._device}; "
-                f"continuing with {size}{hint}",
+                f"Evaluator: {samples} {self._sample}s at once do not fit in the memory of "
+                f"{self._device}; continuing with {size}{hint}",
                 stacklevel=2,
             )
         self.relieve()

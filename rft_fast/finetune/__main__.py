@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -85,7 +84,7 @@ def _run(argv: Sequence[str]) -> int:
         + (f"zoo: {made}" if made.exists() else "no zoo yet")
     )
     if made.exists():
-        print(f"next: python -m rft_fast.sweep {shlex.quote(str(request.out))}")
+        print(program.next_step("sweep", request.out))
     if outcome.diverged:
         print(
             f"finetune: error: {len(outcome.diverged)} diverged: {', '.join(outcome.diverged)}",

@@ -42,7 +42,7 @@ def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]
             raise ValueError(f"freeze: {pattern!r} is not a regular expression: {error}") from None
         if not found:
             raise ValueError(
-                f"freeze: {pattern!r} matches no parameter's whole name; names are such as {names[0]!r}"
+                f"freeze: {pattern!r} matches the whole name of no parameter; names look like {names[0]!r}"
             )
         frozen |= found
     if blocks:
@@ -50,8 +50,8 @@ def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]
         numbers = sorted(set(block_of.values()))
         if not 0 < blocks <= len(numbers):
             raise ValueError(
-                f"freeze: {blocks} blocks requested, but {len(numbers)} were found in the image tower; "
-                "freeze by names instead"
+                f"freeze: {blocks} blocks requested, but the image tower has {len(numbers)}; freeze "
+                "by names instead"
             )
         frozen |= {name for name, number in block_of.items() if number in numbers[:blocks]}
         frozen |= {name for name in names if _STEM.fullmatch(name)}

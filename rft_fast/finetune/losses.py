@@ -91,8 +91,8 @@ def _backward_of_pairs(
     check_contrastive(setting)
     if not isinstance(model, ZeroShotClassifier) or batch.texts is None:
         raise TypeError(
-            "finetune: batches with texts train both towers of a ZeroShotClassifier "
-            f"(rft_fast.clip.classifier), got {type(model).__name__}"
+            "finetune: batches with texts need a ZeroShotClassifier (rft_fast.clip.classifier), "
+            f"got {type(model).__name__}"
         )
     with autocast(precision, device):
         images, texts = model.visual(batch.images.to(device)), model.text(batch.texts.to(device))
@@ -133,18 +133,18 @@ def check_contrastive(setting: Setting) -> None:
             "accumulate",
             "--accumulate",
             1,
-            "it compares all pairs of a batch; --grad-checkpointing saves memory",
+            "it compares all pairs of a batch; use --grad-checkpointing to save memory",
         ),
     ):
         if (value := getattr(setting, name)) != fine:
             raise ValueError(
-                f"finetune: {option} {value} does not go with the contrastive loss: {why}; "
-                f"use {option} {fine}"
+                f"finetune: {option} {value} cannot be combined with the contrastive loss: {why}; use "
+                f"{option} {fine}"
             )
     if setting.batch_size < 2:
         raise ValueError(
-            "finetune: the contrastive loss of a single pair is 0; use a --batch-size of at least 2, got "
-            f"{setting.batch_size}"
+            "finetune: the contrastive loss of a single pair is always 0; use a --batch-size of "
+            f"at least 2, got {setting.batch_size}"
         )
 
 
@@ -190,4 +190,6 @@ def check_precision(precision: Mixed, device: torch.device) -> None:
     if precision not in AUTOCAST:
         raise ValueError(f"finetune: precision must be one of {', '.join(AUTOCAST)}; got {precision!r}")
     if precision in ("tf32", "fp16") and device.type != "cuda":
-        raise ValueError(f"finetune: precision {precision!r} needs CUDA, the device is {device}; use bf16")
+        raise ValueError(
+            f"finetune: precision {precision!r} needs CUDA, but the device is {device}; use bf16"
+        )

@@ -24,7 +24,7 @@ from rft_fast.common.words import cell, differences
 
 START = "zeroshot.safetensors"
 HEADER = "finetune"  # entry of a file's header: how it was made, as JSON
-WRITTEN = "# Written by python -m rft_fast.finetune, and again for every model; copy it before you change it."
+WRITTEN = "# Written by python -m rft_fast.finetune after every model; copy it before you change it."
 
 Configuration = dict[str, Any]
 SIDES = ("in the file", "requested")  # of two configurations that differ
@@ -98,7 +98,7 @@ def configuration_of(file: pathlib.Path) -> Configuration | None:
         with safe_open(file, "pt") as archive:
             text = (archive.metadata() or {}).get(HEADER)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"finetune: {file} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"finetune: {file} is not a complete safetensors file: {error}") from error
     try:
         configuration = json.loads(text or "")["configuration"]
     except (ValueError, TypeError, LookupError):
@@ -140,13 +140,13 @@ class FileKeeper:
             # Without torch's message, which advises to run the code in the file.
             reason = f" ({error})" if isinstance(error, OSError) else ": damaged, or of another origin"
             raise ValueError(
-                f"finetune: {self.file} cannot be read as the state of a training{reason}; remove it, and "
-                "the table beside it, to train that model from the start"
+                f"finetune: {self.file} cannot be read as a saved training state{reason}; remove it "
+                "and the table beside it, to train that model from the start"
             ) from error
         if different := "; ".join(differences(there, self.configuration, sides=SIDES)):
             raise ValueError(
-                f"finetune: {self.file} holds the state of another configuration ({different}); use that "
-                "one, remove the file, or choose another --out"
+                f"finetune: {self.file} holds a training state of another configuration "
+                f"({different}); use the same configuration, remove the file, or choose another --out"
             )
         return state
 
@@ -198,10 +198,7 @@ def write_json(file: pathlib.Path, content: object) -> None:
 def check_json(file: pathlib.Path, content: object) -> None:
     """Raise ValueError for an existing file with other content, which would be lost."""
     if file.exists() and file.read_bytes() != _json(content):
-        raise ValueError(
-            f"finetune: {file} exists with other content and would be replaced; choose another --out, "
-            "or move it"
-        )
+        raise ValueError(f"finetune: {file} exists with other content; choose another --out, or move it")
 
 
 def _json(content: object) -> bytes:
@@ -225,7 +222,4 @@ def check_zoo(folder: pathlib.Path) -> None:
     """Raise ValueError for a ``zoo.toml`` written by hand, which would be lost."""
     file = folder / "zoo.toml"
     if file.exists() and file.read_bytes().partition(b"\n")[0] != WRITTEN.encode():
-        raise ValueError(
-            f"finetune: {file} was not written by fine-tuning and would be replaced; choose another --out, "
-            "or move it"
-        )
+        raise ValueError(f"finetune: {file} was not written by finetune; choose another --out, or move it")

@@ -447,7 +447,7 @@ def _named(settings: Sequence[Setting]) -> dict[str, Setting]:
     named: dict[str, Setting] = {}
     for setting in settings:
         if setting.name in named:
-            raise ValueError(f"finetune: the setting {setting.name} is asked for twice")
+            raise ValueError(f"finetune: the setting {setting.name} occurs twice")
         named[setting.name] = setting
     return named
 

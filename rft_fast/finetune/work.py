@@ -144,10 +144,10 @@ class Work:
                 stop.check()
             with disk.locked(self._request.out / f".{name}.lock") as ours:
                 if not ours:
-                    tqdm.write(f"{name}: another process is training it, skipped")
+                    tqdm.write(f"{name}: skipped, another process is training it")
                     outcome.skipped.append(name)
                 elif self._folder.is_finished(name):
-                    tqdm.write(f"{name}: already exists, skipped")
+                    tqdm.write(f"{name}: skipped, it exists already")
                     outcome.skipped.append(name)
                     self._folder.keeper(name).file.unlink(missing_ok=True)
                 else:
@@ -193,8 +193,9 @@ class Work:
         )
         if broken := output.overflowing(model.state_dict(), self._dtype):
             raise Diverged(
-                f"finetune: {broken} is not finite in {self._dtype}, the type of stored weights; train it "
-                f"with --dtype float32 in another --out ({keeper.file.name} keeps these weights)"
+                f"finetune: {broken} is not finite in {self._dtype}, the type of the weights in the "
+                f"files; train it with --dtype float32 in another --out ({keeper.file.name} keeps "
+                "these weights)"
             )
         self._folder.write_model(name, model.state_dict())
         self._folder.write_zoo()

@@ -98,10 +98,10 @@ class ZooFolder:
             return False
         found = output.configuration_of(file)
         if found is None:
-            raise ValueError(f"finetune: {file} was not made by fine-tuning; choose another --out")
+            raise ValueError(f"finetune: {file} was not written by finetune; choose another --out")
         if different := "; ".join(differences(found, self._configuration(name), sides=output.SIDES)):
             raise ValueError(
-                f"finetune: {file} was made with another configuration ({different}); choose another --out"
+                f"finetune: {file} was written with another configuration ({different}); choose another --out"
             )
         return True
 
@@ -112,15 +112,17 @@ class ZooFolder:
         start = self.is_finished(RESERVED)
         finished = [name for name in self._request.settings if self.is_finished(name)]
         if finished and not start:
-            raise ValueError(f"finetune: {self._path} has models but no {output.START}; choose another --out")
+            raise ValueError(
+                f"finetune: {self._path} has models, but no {output.START}; choose another --out"
+            )
         for name in self._request.settings:
             table = self.table(name)
             if name in finished or self.keeper(name).load() is not None or not table.exists():
                 continue
             if not self.file(name).exists():  # otherwise another process has just finished it
                 raise ValueError(
-                    f"finetune: {table} exists without a model or a state to resume from, and would be "
-                    "replaced; move it, or choose another --out"
+                    f"finetune: {table} exists, but has no model or state to resume from; move it, or "
+                    "choose another --out"
                 )
 
     def table(self, name: str) -> pathlib.Path:

@@ -34,8 +34,8 @@ examples:
 
 _DATA = {
     True: "{method} measures nothing, but there are options behind --; leave them out",
-    False: "{method} needs data here; give architecture and data behind --, as for the sweep: "
-    "-- --arch NAME --id-data NAME=PATH",
+    False: "{method} needs data; give the architecture and data after --, as for the sweep: -- "
+    "--arch NAME --id-data NAME=PATH",
 }
 
 
@@ -80,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
     for note in outcome.notes:
         print(f"note: {visible(note)}")
     print(f"{visible(str(outcome.out))}: {outcome.merged} tensors merged, {outcome.copied} copied")
+    ends = [] if request.zeroshot is None else [request.zeroshot]
+    print(program.next_step("checkpoints", *ends, outcome.out))
     return 0
 
 

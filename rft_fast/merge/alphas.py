@@ -46,8 +46,8 @@ def table(entries: Sequence[float | tuple[str, float]], layers: Sequence[str]) -
     missing = [layer for layer in layers if layer not in found]
     if missing and not rest:
         raise ValueError(
-            f"merge: alpha has no value for {len(missing)} layers ({some(missing, 3)}); add a number for all "
-            "layers that no pattern names"
+            f"merge: alpha has no value for {len(missing)} layers ({some(missing, 3)}); add a "
+            "number for all layers that no pattern matches"
         )
     return {layer: found.get(layer, *rest) for layer in layers}
 
@@ -77,22 +77,22 @@ def lines(layers: Sequence[str], gamma: float, beta: float) -> dict[str, float]:
             blocks[match[1]] = max(blocks.get(match[1], 0), int(match[2]) + 1)
     if not blocks:
         raise ValueError(
-            f"merge: LiNeS needs numbered blocks ('resblocks.0'), but no layer of {len(layers)} is in one; "
-            "give a table of --alpha instead"
+            f"merge: LiNeS needs numbered blocks ('resblocks.0'), but none of the {len(layers)} "
+            "layers is in one; use --alpha LAYER=X ... instead"
         )
     if stages := [layer for layer in layers if _STAGES.search(layer)]:
         raise ValueError(
-            f"merge: LiNeS needs one row of blocks in a tower, but {stages[0]} is in one of several stages; "
-            "give a table of --alpha instead"
+            f"merge: LiNeS needs one sequence of blocks in a tower, but {stages[0]} is in one of "
+            "several stages; use --alpha LAYER=X ... instead"
         )
     image = [layer for layer in layers if is_visual(layer)]
     if image and not any(map(is_visual, blocks)):
         raise ValueError(
             "merge: LiNeS needs numbered blocks, but no layer of the image tower is in one "
-            f"({image[0]} ...); give a table of --alpha instead"
+            f"({image[0]} ...); use --alpha LAYER=X ... instead"
         )
     if short := [name for name, count in blocks.items() if count < 2]:
-        raise ValueError(f"merge: LiNeS needs two blocks or more, but {short[0]} has one")
+        raise ValueError(f"merge: LiNeS needs at least two blocks, but {short[0]} has one")
     found = {}
     for layer in layers:
         if match := _BLOCK.match(layer):

@@ -79,7 +79,7 @@ def fit(zeroshot: Source | None, finetuned: Sequence[Source], method: MergeMetho
     models = [source for source in finetuned if source not in differences]
     found = Fit(models[0] if models else first, differences=differences)
     for name in differences:
-        found.notes.append(f"{name.file} is a difference (task vector), and is added as one")
+        found.notes.append(f"{name.file} is a difference (task vector) and is added as one")
     _sort(found, sources)
     return found
 
@@ -89,7 +89,7 @@ def _refuse_twice(sources: Sequence[Source]) -> None:
         for other in sources[:place]:
             if os.path.samefile(source.file, other.file) and source.key == other.key:
                 raise ValueError(
-                    f"merge: {other.file} and {source.file} are the same file; each model counts once"
+                    f"merge: {other.file} and {source.file} are the same file; name each model once"
                 )
 
 
@@ -97,14 +97,12 @@ def _refuse_different(a: Source, b: Source) -> None:
     """Refuse two files that differ in names, shapes, kinds or activations."""
     shared = [name for name in a.items if name in b.items]
     if not shared:
-        raise ValueError(
-            f"merge: {a.file} and {b.file} share nothing: no tensor of one has the name of one of the other"
-        )
+        raise ValueError(f"merge: {a.file} and {b.file} have no tensor names in common")
     problems = []
     shapes = [name for name in shared if a.items[name].shape != b.items[name].shape]
     if heads := [name for name in shapes if name.startswith(HEAD)]:
         counts = [len(x.items[heads[0]].shape) and x.items[heads[0]].shape[0] for x in (a, b)]
-        problems.append(f"their heads are for {counts[0]} and {counts[1]} classes")
+        problems.append(f"their heads have {counts[0]} and {counts[1]} classes")
     if others := [name for name in shapes if not name.startswith(HEAD)]:
         listed = [f"{n} {list(a.items[n].shape)} and {list(b.items[n].shape)}" for n in others]
         problems.append(f"{len(others)} tensors have different shapes: {some(listed)}")
@@ -167,15 +165,15 @@ def _is_difference(a: Source, b: Source, method: MergeMethod, unrelated: bool) -
         if method in VECTORS:
             return True
         raise ValueError(
-            f"merge: {b.file} is a difference (task vector) rather than a model: the norm of its matrices is "
-            f"{kin.ratio:.2g} times that of {a.file}, the cosine {kin.cosine:.2f}; {method} needs models. "
-            "Use task-arithmetic, which adds it"
+            f"merge: {b.file} is a difference (task vector), not a model: the norm of its "
+            f"matrices is {kin.ratio:.2g} times that of {a.file}, the cosine {kin.cosine:.2f}; "
+            f"{method} needs models. Use task-arithmetic, which adds differences"
         )
     if not unrelated:
         raise ValueError(
             f"merge: {a.file} and {b.file} are unrelated: the cosine between their matrices is "
-            f"{kin.cosine:.2f}, but models that were fine-tuned from one start stay close (expected: at "
-            f"least {lineage.UNRELATED:g}). --unrelated merges them anyway"
+            f"{kin.cosine:.2f}, but models fine-tuned from the same start stay close (expected: "
+            f"at least {lineage.UNRELATED:g}). --unrelated merges them anyway"
         )
     return False
 
@@ -212,11 +210,11 @@ def _sort(found: Fit, sources: Sequence[Source]) -> None:
             _refuse_differing(name, [source for source in sources if source not in found.differences])
     if alone:
         found.notes.append(
-            f"copied from {reference.file}, because another file has no such tensors: {some(alone, 3)}"
+            f"copied from {reference.file}, because another file lacks these tensors: {some(alone, 3)}"
         )
     left = dict.fromkeys(n for source in sources for n in source.items if n not in reference.items)
     if left:
-        found.notes.append(f"left out, because {reference.file} has no such tensors: {some(list(left), 3)}")
+        found.notes.append(f"left out, because {reference.file} lacks these tensors: {some(list(left), 3)}")
     if counters := [name for name in found.copied if name.endswith(_COUNTER)]:
         found.notes.append(f"copied from {reference.file}: {some(counters, 3)}, {COUNTERS}")
     if statistics := [name for name in found.merged if name.endswith(_STATISTICS)]:
@@ -241,8 +239,8 @@ def _refuse_differing(name: str, sources: Sequence[Source]) -> None:
             )
         if not torch.equal(got, expected):
             raise ValueError(
-                f"merge: {name} differs between {first.file} and {other.file}; integers are copied, not "
-                "merged, so they must be equal"
+                f"merge: {name} differs between {first.file} and {other.file}; integers are copied, "
+                "so they must be equal"
             )
 
 
@@ -260,15 +258,15 @@ def check_out(request: Request) -> None:
             f"{disk.LONGEST_NAME}"
         )
     if not out.parent.is_dir():
-        raise ValueError(f"merge: there is no folder {out.parent} for the result; make it first")
+        raise ValueError(f"merge: the folder of the result, {out.parent}, does not exist; create it first")
     if out.exists():
         for file in (request.zeroshot, *request.finetuned):
             if file is not None and any(part.samefile(out) for part in _parts(file)):
                 raise ValueError(
-                    f"merge: {out} belongs to the model {file}; write the result to another file"
+                    f"merge: {out} is one of the models ({file}); write the result to another file"
                 )
         if not request.overwrite:
-            raise ValueError(f"merge: {out} exists; choose another file, or --overwrite replaces it")
+            raise ValueError(f"merge: {out} exists; choose another file, or replace it with --overwrite")
 
 
 def _parts(file: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -293,6 +291,6 @@ def refuse_equal(opened: Sequence[Source], digests: Sequence[str]) -> None:
     for source, digest in zip(opened, digests, strict=True):
         if (other := known.setdefault(digest, source)) is not source:
             raise ValueError(
-                f"merge: {other.file} and {source.file} have the same content (SHA-256 {digest[:12]}...); "
-                "each model counts once"
+                f"merge: {other.file} and {source.file} have the same content (SHA-256 "
+                f"{digest[:12]}...); name each model once"
             )

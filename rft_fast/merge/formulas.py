@@ -133,8 +133,8 @@ def model_stock() -> Formula:
         cosine = math.fsum(cosines) / len(cosines)
         if 1 + (count - 1) * cosine <= 1e-6:  # NaN goes on, into the result, which is refused
             raise ValueError(
-                f"merge: model-stock has no result for {run.name}: the mean cosine between differences is "
-                f"{cosine:.3g}, and must be above {-1 / (count - 1):.3g}"
+                f"merge: model-stock has no result for {run.name}: the mean cosine between the "
+                f"differences is {cosine:.3g}, but must be above {-1 / (count - 1):.3g}"
             )
         t = count * cosine / (1 + (count - 1) * cosine)
         total = found[0].clone()

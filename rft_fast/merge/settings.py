@@ -261,21 +261,24 @@ class Request:
     def _check_files(self) -> None:
         count = len(self.finetuned)
         if self.out.suffix not in SUFFIXES:
-            raise ValueError(f"merge: the result must be a file {', '.join(SUFFIXES)}; got {str(self.out)!r}")
+            raise ValueError(
+                f"merge: the result must be a file with the ending {', '.join(SUFFIXES)}; got "
+                f"{str(self.out)!r}"
+            )
         if self.method in PAIRS and count != 1:
-            raise ValueError(f"merge: {self.method} takes one fine-tuned model, got {count}")
+            raise ValueError(f"merge: {self.method} needs exactly one fine-tuned model, got {count}")
         if self.method in BASELESS:
             if self.zeroshot is not None:
                 raise ValueError(
-                    f"merge: {self.method} has no zero-shot model; name {self.zeroshot} among the fine-tuned "
-                    "ones if it is to be one of the models"
+                    f"merge: {self.method} uses no zero-shot model; leave --zeroshot out, or give "
+                    f"{self.zeroshot} with --finetuned if it is one of the models"
                 )
             if self.zeroshot_key is not None:
                 raise ValueError(f"merge: {self.method} has no zero-shot model; leave --zeroshot-key out")
         elif self.zeroshot is None:
             raise ValueError(f"merge: {self.method} needs a zero-shot model; give --zeroshot FILE")
         if self.method in SEVERAL and count < 2:
-            raise ValueError(f"merge: {self.method} needs two fine-tuned models or more, got {count}")
+            raise ValueError(f"merge: {self.method} needs at least two fine-tuned models, got {count}")
         if not count:
             raise ValueError(f"merge: {self.method} needs a fine-tuned model; give --finetuned FILE")
 
@@ -350,5 +353,6 @@ def refuse_unused(method: MergeMethod, given: Callable[[str], bool]) -> None:
     if unused := sorted(name for name in every - USED[method] if given(name)):
         users = ", ".join(each for each in USED if unused[0] in USED[each])
         raise ValueError(
-            f"merge: {method} does not use --{unused[0].replace('_', '-')} (used by {users}); leave it out"
+            f"merge: {method} does not use --{unused[0].replace('_', '-')} (methods that do: "
+            f"{users}); leave it out"
         )

@@ -82,7 +82,7 @@ def run(request: Request, measures: Measures | None = None) -> Outcome:
     if not request.measures:
         measures = None
     elif measures is None:
-        raise ValueError(f"merge: {request.method} needs data here; give it data to measure models on")
+        raise ValueError(f"merge: {request.method} needs data to measure models on")
     if not request.recalibrate or measures is None:
         return _run(request, measures)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=request.out.parent) as folder:
@@ -106,7 +106,7 @@ def _run(request: Request, measures: Measures | None) -> Outcome:
         opened = [*([] if zeroshot is None else [zeroshot]), *every]
         found = fit.fit(zeroshot, finetuned, request.method, request.unrelated)
         if request.recalibrate and not any(name.endswith(".running_mean") for name in found.merged):
-            raise ValueError(f"merge: {found.reference.file} has no BatchNorm; leave out --recalibrate")
+            raise ValueError(f"merge: {found.reference.file} has no BatchNorm; leave --recalibrate out")
         if request.method == "greedy-soup" and measures is not None:
             finetuned, notes = _greedy(finetuned, measures)
             found = fit.fit(None, finetuned, request.method, request.unrelated)
@@ -159,7 +159,7 @@ def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
     except Unreadable as error:
         raise ValueError(f"merge: {file} {error}") from error
     if container.kind != "safetensors":
-        raise ValueError(f"merge: {file} is a file of {container.kind}, expected safetensors")
+        raise ValueError(f"merge: {file} is a {container.kind} file, expected safetensors")
     text = container.metadata.get(PROVENANCE)
     return None if text is None else dict(json.loads(text))
 
@@ -169,7 +169,7 @@ def _recalibrated(
 ) -> Outcome:
     """Write a result again, with other statistics of BatchNorm. data: that they were estimated on."""
     modules = sum(name.endswith(".running_mean") for name in statistics)
-    note = f"the statistics of {modules} BatchNorm modules are estimated anew"
+    note = f"the statistics of {modules} BatchNorm modules are estimated again"
     notes = [*(each for each in draft.notes if not each.endswith((fit.STATISTICS, fit.COUNTERS))), note]
     with sources.opened(draft.out, files.Inputs()) as source:
         found = fit.Fit(source, copied=[*source.items])
@@ -270,7 +270,7 @@ def _jobs(request: Request, found: fit.Fit) -> list[_Job]:
         entries = [Entry(each, shape, dtype) for each, shape in zip(place.names, shapes, strict=True)]
         jobs.append(_Job(name, name in merged, dtype, tuple(entries), place.transposed))
     if twice := {e.name for j in jobs for e in j.entries if e.name == PROVENANCE}:
-        raise ValueError(f"merge: no tensor can be called {twice.pop()}")
+        raise ValueError(f"merge: no tensor may be called {twice.pop()}")
     if request.out.suffix == ".safetensors":  # aligned
         jobs.sort(key=lambda job: -job.dtype.itemsize)
     return jobs
@@ -283,7 +283,7 @@ def _place(request: Request, reference: Source, name: str) -> huggingface.Place:
     if request.format == "huggingface":
         if (place := huggingface.place(name)) is None:
             raise ValueError(
-                f"merge: transformers' CLIP has no place for {name}; leave out --format huggingface"
+                f"merge: CLIP of transformers has no place for {name}; leave --format huggingface out"
             )
         return place
     soup = request.format == "soup" and not name.startswith("classification_head.")
@@ -334,8 +334,8 @@ class _Work:
         total = out.sum(dtype=torch.promote_types(out.dtype, torch.float32)).item()
         if not math.isfinite(total) and not torch.isfinite(out).all():
             raise ValueError(
-                f"merge: {job.name} of the result has NaN or infinity: an input has, or a number is beyond "
-                f"the range of {str(job.dtype).removeprefix('torch.')}"
+                f"merge: {job.name} would have NaN or infinity: an input has, or a value exceeds the "
+                f"range of {str(job.dtype).removeprefix('torch.')}"
             )
         return out
 
@@ -344,7 +344,7 @@ class _Work:
         out = found.to(job.dtype)
         if out.dtype != found.dtype and torch.isinf(out).sum() > torch.isinf(found).sum():
             raise ValueError(
-                f"merge: {job.name}, which is copied, has numbers beyond the range of "
+                f"merge: {job.name}, which is copied, has values that exceed the range of "
                 f"{str(job.dtype).removeprefix('torch.')}; choose another --dtype"
             )
         return out

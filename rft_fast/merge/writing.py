@@ -168,8 +168,8 @@ class _Archive:
         unknown = [entry for entry in entries if entry.dtype not in _STORAGES]
         if unknown:
             raise ValueError(
-                f"merge: {unknown[0].name} is {unknown[0].dtype}, which this writer of torch files does not "
-                "support; write .safetensors"
+                f"merge: {unknown[0].name} is {unknown[0].dtype}, which torch files are not written "
+                "with; choose a .safetensors file"
             )
         self._zip = zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED)
         self._zip.writestr(_info("data.pkl"), _pickle(entries))
@@ -223,7 +223,7 @@ def _need_space(stream: IO[bytes], size: int) -> None:
     """Refuse a result that the disk has no space for, before it is computed."""
     system = os.fstatvfs(stream.fileno())
     if (free := system.f_bavail * system.f_frsize) < size:
-        raise OSError(errno.ENOSPC, f"the result takes {size:,} bytes, the disk has {free:,} left")
+        raise OSError(errno.ENOSPC, f"the result needs {size:,} bytes, but the disk has {free:,} free")
 
 
 def _write_all(stream: IO[bytes], data: memoryview) -> None:

@@ -160,7 +160,7 @@ def _scan(name: str, live: Tensor, tensor: Tensor, label: str, faults: _Faults) 
     if not (math.isfinite(low) and math.isfinite(high)):
         faults.note(f"{label} has NaN or infinite weights", name)
     elif live.dtype in DTYPES and not bool(torch.tensor(largest).to(live.dtype).isfinite()):
-        faults.note(f"{label} has weights beyond what the live model's {dtype_name(live)} holds", name)
+        faults.note(f"{label} has weights that exceed the range of the live model's {dtype_name(live)}", name)
     return largest
 
 
@@ -181,9 +181,10 @@ def refuse_negative(slots: Sequence[Slot], alpha: float) -> None:
         high = min(high, float(root.where(change < 0, math.inf).min()))
     if names:
         raise ValueError(
-            f"Path.write: at alpha = {alpha:g}, {some(names, 4)} would be negative, and a variance cannot "
-            f"be: the model would give NaN. None is negative for alpha between {low:.4g} and {high:.4g}; "
-            "stay within, or leave the buffers as they are (buffers=False)"
+            f"Path.write: at alpha = {alpha:g}, {some(names, 4)} would be negative, which a "
+            f"variance cannot be: the model would give NaN. For alpha from {low:.4g} to "
+            f"{high:.4g} none is negative; stay in that range, or leave the buffers unchanged "
+            "(buffers=False)"
         )
 
 
@@ -206,8 +207,8 @@ def _check_sharing(live: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]
             at = bisect_left(taken, (device, stop)) - 1
             if tensor.numel() and at >= 0 and taken[at][0] == device and taken[at][2] > start:
                 faults.note(
-                    f"{label} shares memory with the live model, which is overwritten: give the "
-                    "live model its own storage, e.g. copy.deepcopy",
+                    f"{label} shares memory with the live model, which is overwritten: give the live "
+                    "model its own storage, for example with copy.deepcopy",
                     name,
                 )
 

@@ -119,7 +119,7 @@ def select(names: Iterable[str], patterns: Names, *, operation: str = "layers.se
             found = {pattern} & known
         if not found:
             near = _nearest(pattern, names)
-            raise ValueError(f"{operation}: {pattern!r} names nothing here; {near}")
+            raise ValueError(f"{operation}: {pattern!r} matches no layer; {near}")
         chosen |= found
     return [name for name in dict.fromkeys(names) if name in chosen]
 

@@ -117,7 +117,7 @@ class Path:
         self.write(0.0)
         if all(slot.is_unchanged() for slot in slots):
             warnings.warn(
-                "Path: the two ends are the same weights, so nothing changes along this path; is the "
+                "Path: both ends have the same weights, so nothing changes along the path; is the "
                 "fine-tuned end the right file?",
                 stacklevel=2,
             )
@@ -348,8 +348,9 @@ class Path:
             if base is not None and None not in apart.values():
                 self._restore(base, apart)
             raise ValueError(
-                f"Path.write: alpha = {request.alpha:g} and rho = {request.rho:g} take {some(lost, 4)} "
-                "beyond what their dtypes hold; choose smaller ones, or a wider dtype"
+                f"Path.write: alpha = {request.alpha:g} and rho = {request.rho:g} move "
+                f"{some(lost, 4)} beyond the range of their dtypes; choose smaller ones, or a wider "
+                "dtype"
             )
         if not buffers:
             return  # these layers are at no single alpha now
@@ -377,8 +378,8 @@ class Path:
         base, apart = self._base, dict(self._apart)
         if base is None or None in apart.values():
             raise RuntimeError(
-                "Path: an earlier write was interrupted, or weights are borrowed, so there is no known "
-                "state to come back to; write the whole model first"
+                "Path: an earlier write was interrupted, or weights are borrowed, so the state to "
+                "restore is unknown; write the whole model first"
             )
         try:
             yield

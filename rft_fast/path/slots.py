@@ -175,10 +175,10 @@ class Part(Rows):
             if answers != expected or any(home.get(key) is not held for home, key, held in slot.homes)
         ]
         raise RuntimeError(
-            f"Path.write: {some(moved, 4)} of the live model, or of its ends, are not where this Path found "
-            "them any more, or not laid out so (model.to(), load_state_dict(assign=True), replacing a "
-            "module, another .data and FSDP's freeing of storages do that); move and change the models "
-            "first, then make a Path"
+            f"Path.write: {some(moved, 4)} of the live model, or of its ends, have moved or "
+            "changed their layout since this Path was made (by model.to(), "
+            "load_state_dict(assign=True), replacing a module, another .data, or FSDP freeing "
+            "storages); move and change the models first, then make a Path"
         )
 
 

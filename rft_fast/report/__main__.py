@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{parser.prog}: {message(error)}", file=sys.stderr)
         return 2
     print(f"report   {file} ({file.stat().st_size / 1e6:.1f} MB, opens without a network)")
+    print(program.next_step("python -m webbrowser", file.absolute().as_uri()))
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from ..common.tables import aligned
 from ..common.words import many, signed, some
 from ..names import ON_WORDS
 from ..settings import Sharpness
@@ -17,7 +18,7 @@ from .charts import colours, model_keys
 from .drawing import SYMBOLS, Chart, Picture, Trace, choices, layout, line, safe
 from .phrases import PAPER_CLAIM, p_value, points
 from .shown import Finding, Rank, Section
-from .summary import aligned, paragraphs
+from .summary import paragraphs
 from .tables import Cell, Table, number
 
 _JUDGED: dict[Association, Cell] = {

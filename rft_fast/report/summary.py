@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..common.tables import aligned
+from ..common.terminal import Style, styled
 from ..common.words import duration, many, paragraph, visible
 from ..names import REFERENCES
 from ..settings import Along, Layers, Prune, Sharpness
@@ -63,7 +65,8 @@ def report(
     lines = []
     for finding in findings(facts, studies, attempts) if found is None else found:
         lines += paragraph(visible(finding.text), facts.names, "- ")
-    return "\n".join([*(["In short", *lines] if lines else []), sections(facts, studies, attempts)])
+    short = [styled("In short", "heading"), *lines] if lines else []
+    return "\n".join([*short, sections(facts, studies, attempts)])
 
 
 def sections(facts: Facts, studies: Iterable[Shown], attempts: Attempts | None = None) -> str:
@@ -94,7 +97,7 @@ def interpolation(facts: Facts) -> list[str]:
         images = f"{first['samples']:,} images{left_out}"
         lines += [f"\n{visible(dataset)}: {where} distribution, {images}, {first['alphas']} alphas"]
         records = group.to_dict("records")
-        lines += aligned([*_ACCURACIES, *map(_accuracies, records)], last=True)
+        lines += aligned([*_ACCURACIES, *map(_accuracies, records)], last=True, style=_verdict)
         lines += ["", *aligned([*_LOSSES, *map(_losses, records)], last=True)]
     methods = set(facts.path["gain_method"])
     by = (
@@ -105,13 +108,25 @@ def interpolation(facts: Facts) -> list[str]:
     return [*lines, "", *paragraph(LEGEND.format(xi=100 * facts.of(Along).xi, by=by), facts.names)]
 
 
+def _verdict(cell: str) -> str:
+    """Colour the word of a mode."""
+    style: dict[str, Style] = {
+        "gain": "good",
+        "high gain": "good",
+        "failure": "error",
+        "undecided": "warning",
+    }
+    word = cell.strip()
+    return cell.replace(word, styled(word, style[word])) if word in style else cell
+
+
 _ACCURACIES = [
     ["", "zero-", "fine-", "best", "", "held", "alpha", "gain at", ""],
     ["model", "shot", "tuned", "alpha", "gain [95 % bounds]", "out", "of ID", "alpha of ID", "mode"],
 ]
 _LOSSES = [
-    ["", "", "", "instability", "", ""],
-    ["model", "barrier", "bump", "loss", "accuracy", "shape of the loss"],
+    ["", "", "", "instability", "", "shape of"],
+    ["model", "barrier", "bump", "loss", "accuracy", "the loss"],
 ]
 
 
@@ -335,20 +350,6 @@ def correlation(facts: Facts) -> list[str]:
 def paragraphs(facts: Facts, text: str) -> list[str]:
     """Wrap a paragraph, with an empty line before it."""
     return ["", *paragraph(visible(text), facts.names)]
-
-
-def aligned(cells: Iterable[Sequence[str]], last: bool = False) -> list[str]:
-    """Align columns: the first to the left, the others to the right, except the last if ``last``."""
-    cells = [[visible(cell) for cell in row] for row in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        padded[0] = row[0].ljust(widths[0])
-        if last:
-            padded[-1] = row[-1]
-        lines.append("  " + "  ".join(padded))
-    return lines
 
 
 def cost(costs: Sequence[Mapping[str, Any]]) -> str:

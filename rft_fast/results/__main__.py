@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = program.parser("results", description=__doc__)
     parser.add_argument(
-        "directory", metavar="DIR", type=pathlib.Path, help="directory of a run, which may still be running"
+        "directory", metavar="DIR", type=pathlib.Path, help="directory of a run, finished or not"
     )
     parser.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the rows to FILE")
     parser.add_argument(
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument(
-        "--recover", action="store_true", help="save what can be read of a damaged rows.sqlite to a new file"
+        "--recover", action="store_true", help="save the readable part of a damaged rows.sqlite to a new file"
     )
     options = parser.parse_args(argv)
     try:
@@ -51,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
         for file in files:
             _check(file, options.overwrite)
         if len({file.resolve() for file in files}) < len(files):
-            raise ValueError(f"results: --csv and --parquet name the same file, {files[0]}")
+            raise ValueError(
+                f"results: --csv and --parquet name the same file, {files[0]}; give different ones"
+            )
         if options.parquet is not None:
             _check_pyarrow()
         print(describe(options.directory, rows))
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
             results.export.write_parquet(options.directory, options.parquet)
         for file in files:
             print(f"{len(rows)} rows in {file}")
+        print(program.next_step("report", options.directory))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
@@ -79,7 +82,7 @@ def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
         counts = part["model"].value_counts(sort=False)
         lines.append(f"  {study}: {len(part):,} rows of {len(counts)} models")
     if kept := count(directory):
-        lines.append(f"  results of single images: of {kept:,} rows (rft_fast.results.images)")
+        lines.append(f"  results of single images for {kept:,} rows (rft_fast.results.images)")
     return "\n".join(map(visible, lines))
 
 
@@ -94,11 +97,11 @@ def _check(file: pathlib.Path, overwrite: bool) -> None:
     if file.exists() and not file.is_file():
         raise ValueError(f"results: cannot write {file}: it exists and is not a regular file")
     if file.exists() and not overwrite:
-        raise ValueError(f"results: {file} exists; choose another name, or --overwrite")
+        raise ValueError(f"results: {file} exists; choose another name, or add --overwrite")
     if file.exists():
         with file.open("rb") as stream:
             if stream.read(15) == b"SQLite format 3":
-                raise ValueError(f"results: {file} is a database, which may hold a run; choose another name")
+                raise ValueError(f"results: {file} is a database, possibly of a run; choose another name")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def check(
         written = dict.fromkeys([*replaced(directory, config or {}), directory / FIGURES, directory / LOG])
         if names := [f.relative_to(directory) for f in written if f not in ours and f.exists()]:
             raise ValueError(
-                f"results: {directory} contains {', '.join(map(str, names))} but no {database.FILE} with a "
-                "run, so they do not belong to a run; choose another directory"
+                f"results: {directory} contains {', '.join(map(str, names))} but no {database.FILE} "
+                "of a run; choose another directory"
             )
         return
     if overwrite:
@@ -152,9 +152,9 @@ def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def mismatch(directory: pathlib.Path, unlike: Sequence[str]) -> Mismatch:
-    remedy = "To resume it, use the same settings; otherwise choose another --out, or --overwrite"
+    remedy = "To resume it, use the same settings; otherwise choose another --out, or add --overwrite"
     if any(EARLIER in difference for difference in unlike):
-        remedy = "No option of this version has these settings: choose another --out, or --overwrite"
+        remedy = "This version has no options for these settings: choose another --out, or add --overwrite"
     return Mismatch(f"results: {directory} holds a run with other settings ({'; '.join(unlike)}). {remedy}")
 
 

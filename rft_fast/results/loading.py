@@ -184,6 +184,6 @@ def check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
             newer = Version(by) > Version(__version__)
     if newer:
         raise ValueError(
-            f"results: the run in {directory} was made by rft_fast {by}, this is {__version__}; upgrade to "
-            "read it, or choose another directory"
+            f"results: the run in {directory} was made by rft_fast {by}, but this is "
+            f"{__version__}; upgrade to read it, or choose another directory"
         )

@@ -62,6 +62,6 @@ def refuse_in_use(directory: pathlib.Path) -> None:
 def _in_use(directory: pathlib.Path) -> str:
     by = (directory / LOCK).read_text(encoding="utf-8").strip() or "another process"
     return (
-        f"results: {directory} is being written to by {by}; wait for it or stop it, or choose another "
-        "directory (for several GPUs on one run, see --workers)"
+        f"results: {directory} is being written to by {by}; wait for it or stop it, or choose "
+        "another directory (--workers uses several GPUs for one run)"
     )

@@ -37,7 +37,7 @@ def config(database: sqlite3.Connection) -> dict[str, Any]:
     """
     text, *more, kept = database.execute("SELECT config, begun, crc FROM run").fetchone() or (None, None)
     if not isinstance(text, str) or crc(text, *more) != kept:
-        raise sqlite3.DatabaseError("the run's configuration is not what was written")
+        raise sqlite3.DatabaseError("the run's configuration differs from what was written")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -179,7 +179,7 @@ def measurements(
             != kept
         ):
             raise sqlite3.DatabaseError(
-                f"measurement {number} of {study} of {model!r} is not what was written"
+                f"measurement {number} of {study} of {model!r} differs from what was written"
             )
         if names != tuple(COLUMNS):
             own = [arrange(row, names) for row in own]
@@ -245,7 +245,7 @@ def _checksums(database: sqlite3.Connection, identity: int) -> list[int]:
 def _intact(kept: int, place: int, *packed: Any) -> Packed:
     """Return hits, losses and predictions if their checksum fits."""
     if crc(place, *packed) != kept:
-        raise sqlite3.DatabaseError("results of single images are not what was written")
+        raise sqlite3.DatabaseError("results of single images differ from what was written")
     return packed
 
 
@@ -301,7 +301,7 @@ def get_scores(database: sqlite3.Connection, of: str, key: tuple[str, float]) ->
     count = len(first) // 4
     bytewise = isinstance(first, bytes) and isinstance(second, bytes)
     if not bytewise or len(first) != 4 * count or len(second) not in (count, 5 * count):
-        raise sqlite3.DatabaseError(f"scores of {of} are not what was written")
+        raise sqlite3.DatabaseError(f"scores of {of} differ from what was written")
     losses = torch.from_numpy(np.frombuffer(first, "<f4").astype("f4"))
     hits = torch.from_numpy(np.frombuffer(second, np.uint8, count).astype(bool))
     if len(second) == count:  # of an earlier version

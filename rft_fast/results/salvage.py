@@ -79,8 +79,9 @@ def _save(file: pathlib.Path) -> str:
     others = [database.beside(file, end) for end in database.BESIDE]
     remove = "".join(f", remove {other.name}" for other in others if other.exists())
     return (
-        f"{len(measurements)} whole measurements were saved to {place} ({missing} known ones could not be). "
-        f"To resume from them, move that file over {file.name}{remove}, and repeat the command"
+        f"{len(measurements)} complete measurements were saved to {place} ({missing} known "
+        f"ones could not be). To resume from them, move that file over {file.name}{remove}, "
+        "and repeat the command"
     )
 
 

@@ -63,7 +63,7 @@ def images(
     if not found:
         raise ValueError(f"results: {directory} has no rows of {of}; it has {_contents(directory)}")
     if dataset is None and len(found) > 1:
-        raise ValueError(f"results: {of} has rows of several data sets; name one of {some(list(found))}")
+        raise ValueError(f"results: {of} has rows of several data sets; select one of {some(list(found))}")
     name = next(iter(found)) if dataset is None else dataset
     if name not in found:
         raise ValueError(f"results: {of} has no rows of {name!r}; it has rows of {some(list(found))}")

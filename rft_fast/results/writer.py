@@ -267,7 +267,7 @@ class Run:
         with suppress(OSError):
             if all(file.stat().st_ino == place for file, place in self._places.items()):
                 return
-        raise OSError(f"results: {self._file} was moved, removed or replaced while the run was writing to it")
+        raise OSError(f"results: {self._file} was moved, removed or replaced during the run")
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -278,7 +278,7 @@ class Run:
             raise
         except sqlite3.Error as error:
             raise OSError(
-                f"results: cannot use {self._file} any more: {error}; earlier measurements are kept"
+                f"results: {self._file} can no longer be used: {error}; earlier measurements are kept"
             ) from error
 
     @contextmanager

@@ -42,7 +42,9 @@ class Ledger:
                     self._costs[row["study"]] = (seconds, peak)
             except (ValueError, KeyError, OverflowError) as error:
                 self._costs.clear()
-                progress.notice(f"{file} cannot be read ({error}): it will lack what earlier processes took")
+                progress.notice(
+                    f"{file} cannot be read ({error}): it will lack the costs of earlier processes"
+                )
 
     def begun(self, piece: Piece) -> None:
         self._progress.begin(piece.study, piece.model)
@@ -73,7 +75,7 @@ class Ledger:
     def withdrawn(self, piece: Piece) -> None:
         count = self._run.withdraw(piece.study, piece.model)
         self._progress.notice(
-            f"{count} measurements of {piece.study} of {piece.model} are removed: its file changed meanwhile"
+            f"{count} measurements of {piece.study} of {piece.model} are removed, because its file changed"
         )
 
     def rows(self) -> list[dict[str, object]]:

@@ -135,7 +135,7 @@ class Measured:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         }
         if not modules:
-            raise ValueError("the model has no BatchNorm with statistics; leave out --recalibrate")
+            raise ValueError("the model has no BatchNorm with statistics; leave --recalibrate out")
         size = self._evaluator.batch_size or _BATCH
         live.eval()
         for module in modules.values():

@@ -134,10 +134,12 @@ def _notes(request: Request, sets: Sequence[datasets.Listed], stored: int) -> li
             images += undecoded
     if images:
         kept = "and then kept" if request.of(Running).cache is not None else "and not kept (--no-cache)"
-        notes.append(f"Decoding {images:,} images first, {kept}: {duration(seconds)}, not in the table.")
+        notes.append(
+            f"Decoding {images:,} images first, {kept}: {duration(seconds)}, not included in the table."
+        )
     studies = [catalogue.study(name) for name in request.measured]
     few = any(study.measures and study.most_models(request) is not None for study in studies)
     if few and request.of(Layers).models is None and len(request.zoo.finetuned) > 2:
-        notes.append("Which models are studied layer by layer, the interpolation will tell; they cost alike.")
+        notes.append("The interpolation decides which models are studied layer by layer; they cost the same.")
     notes += dict.fromkeys(note for study in studies for note in study.assumptions(request))
     return notes

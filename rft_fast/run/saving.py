@@ -49,12 +49,12 @@ def check(request: Request) -> None:
     how = request.of(Running)
     if not how.save_best:
         if how.best_by != "id":
-            raise ValueError("argument --best-by: it chooses what --save-best writes; give --save-best, too")
+            raise ValueError("argument --best-by: it selects what --save-best writes; add --save-best")
         return
     if not _deciding(request):
         other = "ood" if how.best_by == "id" else "id"
         raise ValueError(
-            f"argument --save-best: no data set is {_KINDS[how.best_by]}; add one, or --best-by {other}"
+            f"argument --save-best: no data set is {_KINDS[how.best_by]}; add one, or use --best-by {other}"
         )
     _check_targets(targets(request.out, request.zoo.finetuned))
 
@@ -74,14 +74,14 @@ def targets(folder: pathlib.Path, models: Iterable[str]) -> dict[str, pathlib.Pa
         name = f"{visible(model).replace('/', '-')}.safetensors"
         if len(os.fsencode(name)) > disk.LONGEST_NAME:
             raise ValueError(
-                f"argument --save-best: the name of {visible(model)} is too long for a file; give the "
-                "model a shorter name, in a zoo file"
+                f"argument --save-best: the name of {visible(model)} is too long for a file name; "
+                "give the model a shorter name in a zoo file"
             )
         file = folder / FOLDER / name
         if other := [visible(each) for each in found if found[each] == file]:
             raise ValueError(
-                f"argument --save-best: {other[0]} and {visible(model)} would both be written to {name}; "
-                "give them other names, in a zoo file"
+                f"argument --save-best: {other[0]} and {visible(model)} would both be written to "
+                f"{name}; give them different names in a zoo file"
             )
         found[model] = file
     return found

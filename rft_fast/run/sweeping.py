@@ -149,6 +149,8 @@ def _draw(
         f"rows     {run.directory / 'rows.csv'} (also rows.sqlite)\n"
         f"request  {run.directory / 'config.json'}; time and memory in cost.csv"
     )
+    print(program.next_step("report", run.directory))
+    print(program.next_step("results", run.directory))
     return attempts.failed
 
 
@@ -170,4 +172,4 @@ def _kept(run: results.Run | None, argv: Sequence[str]) -> str:
         count = len(results.load(run.directory))
     except (OSError, ValueError) as error:
         return f"its rows cannot be read now: {error}"
-    return f"the {count} rows so far are in {run.directory}; to go on:\n  {again}"
+    return f"the {count} rows so far are in {run.directory}; to resume:\n  {again}"

@@ -177,7 +177,7 @@ def _client(name: str) -> Any:
     else:
         if getattr(module, "__file__", None) is not None:
             return module
-        reason = f"only a folder has its name, {next(iter(module.__path__))}"  # W&B creates one
+        reason = f"it is only a folder of that name, {next(iter(module.__path__))}"  # W&B creates one
     raise ValueError(f'track: {name} cannot be used ({reason}); pip install "rft-fast[track]"')
 
 

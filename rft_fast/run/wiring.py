@@ -79,8 +79,8 @@ class Models:
         models = cls(request, ends, live, inputs, common, parts)
         if request.of(Running).image_results and ends.classes > NO_CLASS:
             raise ValueError(
-                f"{file}: the head has {ends.classes} classes, and results of single images number at most "
-                f"{NO_CLASS}; use --no-image-results"
+                f"{file}: the head has {ends.classes} classes, but results of single images can "
+                f"number at most {NO_CLASS}; add --no-image-results"
             )
         models.hashes[source.zeroshot.source] = models._sha256(file)
         first: dict[tuple[str, str | None], str] = {}  # SHA-256 and key -> the first model of that file
@@ -88,7 +88,7 @@ class Models:
             models.hashes[weights.source] = found = models._sha256(weights.source)
             if (other := first.setdefault((found, weights.key), name)) != name:
                 both = f"{visible(other)} and {visible(name)}"
-                warnings.warn(f"{both} are the same file: as two models they count twice", stacklevel=2)
+                warnings.warn(f"{both} are the same file, so it counts as two models", stacklevel=2)
             path = models.path(name)
             models._check_layers(path)
             models.layers[name] = tuple(path.layers)
@@ -138,8 +138,8 @@ class Models:
                 raise ValueError(f"{request.named(option)}: {error}") from None
         if excluded is not None and set(chosen) == set(path.layers):
             raise ValueError(
-                f"{request.named('exclude')}: expected at least one layer that is left to perturb, got "
-                f"{list(excluded)}, which name all {len(path.layers)}; name fewer"
+                f"{request.named('exclude')}: {list(excluded)} excludes all {len(path.layers)} "
+                "layers, so that none is left to perturb; exclude fewer"
             )
 
     def evaluator(self, sets: Sequence[datasets.Dataset]) -> Evaluator:
@@ -240,7 +240,7 @@ def load_images(
     for found in find_images(request, rows):
         for note in found.source.notes:
             if note.startswith(datasets.source.PART):
-                warnings.warn(f"{found.name}: {note}; name that folder to be sure", stacklevel=2)
+                warnings.warn(f"{found.name}: {note}; name that folder explicitly to be sure", stacklevel=2)
         with tqdm(desc=f"reading {visible(found.name)}", disable=None, leave=False) as bar:
 
             def progress(done: int, total: int, bar: Any = bar) -> None:

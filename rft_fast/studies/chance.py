@@ -59,7 +59,7 @@ class Chance:
         of = f" of {some(self.models, 3)}" if self.models else ""
         if self.verdict == "unknown":
             what = "only one image is scored" if self.samples == 1 else "it is scored among one class"
-            return f"On {self.dataset}, {what}: nothing can be concluded from its accuracies."
+            return f"On {self.dataset}, {what}: its accuracies support no conclusion."
         accuracy, low, high = (f"{100 * value:.1f}" for value in (self.accuracy, self.low, self.high))
         return (
             f"On {self.dataset}, the zero-shot end{of} is {self.verdict} chance: {accuracy} % of "

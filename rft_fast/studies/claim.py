@@ -120,8 +120,8 @@ def _check(group: pd.DataFrame, where: str) -> None:
         if missing := every - set(zip(own["layer"], own["alpha"], strict=True)):
             layer, alpha = min(missing)
             raise ValueError(
-                f"{where}: {model!r} lacks {len(missing)} of {len(every)} rows, say {layer} at "
-                f"alpha={alpha:g}; finish the run, or leave out the model"
+                f"{where}: {model!r} lacks {len(missing)} of {len(every)} rows, such as {layer} at "
+                f"alpha={alpha:g}; finish the run, or leave the model out"
             )
 
 

@@ -367,12 +367,13 @@ def _check(group: pd.DataFrame, where: str) -> None:
     keys = ["model", "layer", "alpha"]
     counts = group.groupby(keys, sort=False, dropna=False).size()
     if (counts > 1).any():
-        raise ValueError(f"{where}: measured more than once, say {_say(counts.index[counts > 1][0])}")
+        raise ValueError(f"{where}: measured more than once, such as {_say(counts.index[counts > 1][0])}")
     every = pd.MultiIndex.from_product([group[key].unique() for key in keys])
     if len(missing := every.difference(counts.index, sort=False)):
         raise ValueError(
-            f"{where}: {len(missing)} of {len(every)} rows are missing, say {_say(missing[0])}; finish the "
-            "run, or leave out the rows of models, layers or alphas that were not measured for all"
+            f"{where}: {len(missing)} of {len(every)} rows are missing, such as "
+            f"{_say(missing[0])}; finish the run, or leave out the rows of models, layers or "
+            "alphas that were not measured for all"
         )
 
 

@@ -131,8 +131,8 @@ def id_alphas(rows: pd.DataFrame) -> pd.Series:
     near = rows[(rows["study"] == STUDY) & ~rows["ood"].fillna(False).astype(bool)]
     if near.empty:
         raise ValueError(
-            "id_alphas: expected rows of the interpolation on in-distribution data, which choose alpha, got "
-            "none; measure a set of it, too (--id-data)"
+            "id_alphas: expected rows of the interpolation on in-distribution data, to choose "
+            "alpha, got none; measure an in-distribution set, too (--id-data)"
         )
     means = near.groupby(["model", "alpha"])["accuracy"].mean()
     chosen = {model: own.index.get_level_values("alpha")[best(own)] for model, own in means.groupby("model")}

@@ -101,8 +101,8 @@ def layerwise_interpolation(
     if unchanged:
         of = f" of {model}" if model else ""
         path.warn(
-            f"layers: {len(unchanged)} of {len(ordered)} layers{of} are the same at both ends, so nothing is "
-            f"to be measured: their loss does not change ({some(unchanged, 3)})"
+            f"layers: {len(unchanged)} of {len(ordered)} layers{of} are the same at both ends, so "
+            f"their loss does not change ({some(unchanged, 3)})"
         )
     for place, data in enumerate(evaluator.datasets):
         numbers = {layer: n for n, layer in enumerate(ordered, place * len(ordered)) if record.wants(n)}

@@ -99,8 +99,8 @@ def progress(rows: pd.DataFrame, models: Sequence[str]) -> Search:
     except NoCrossing as error:
         first = rows[rows["study"] == STUDY].iloc[0]
         raise NoCrossing(
-            f"--rhos auto: expected a rho from {GRID[0]:g} to {GRID[-1]:g} at which the median sharpness of "
-            f"{len(models)} models at alpha = {first['alpha']:g} on {first['dataset']} rises through "
-            f"{TARGET:g} nats; the medians are {error}. Name rhos instead, such as --rhos 0.1 1, or look at "
-            "the rows of the study pilot"
+            f"--rhos auto: expected a rho from {GRID[0]:g} to {GRID[-1]:g} at which the median "
+            f"sharpness of {len(models)} models at alpha = {first['alpha']:g} on "
+            f"{first['dataset']} exceeds {TARGET:g} nats; the medians are {error}. Name rhos "
+            "instead, such as --rhos 0.1 1, or look at the rows of the study pilot"
         ) from None

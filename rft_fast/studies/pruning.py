@@ -138,7 +138,7 @@ def prune_stragglers(
     for label, names in chosen.items():
         if not names:
             of = f" of {model}" if model else ""
-            warnings.warn(f"prune: there are no {kind(label)}{of}; none is pruned", stacklevel=2)
+            warnings.warn(f"prune: there are no {kind(label)}{of}, so none is pruned", stacklevel=2)
         variants += _variants(path.layers, label, names, methods, seeds, control)
     unpruned = {} if unpruned is None else unpruned
     record = Measured(STUDY, len(variants) * len(grid), only, sink, images)
@@ -192,8 +192,9 @@ def _check(keep: float, criterion: Criterion, methods: Sequence[Method], seeds: 
     wrong = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32]
     if not seeds or wrong or len(set(seeds)) < len(seeds):
         raise ValueError(
-            f"prune: seeds must be distinct integers in [0, 2**32), at least one; got {seeds} (the control's "
-            "layers are chosen by numpy.random.RandomState, which takes no others)"
+            f"prune: seeds must be distinct integers in [0, 2**32), at least one; got {seeds} "
+            "(numpy.random.RandomState, which chooses the layers of the control, accepts no "
+            "others)"
         )
 
 
@@ -229,7 +230,10 @@ def _variants(
     others = [layer for layer in layers if layer not in set(chosen)]
     if control and len(others) < len(chosen):
         warnings.warn(
-            f"prune: the control to {len(chosen)} layers by {criterion} has only {len(others)} other layers",
+            (
+                f"prune: the control to {len(chosen)} layers by {criterion} has only {len(others)} "
+                "other layers to choose from"
+            ),
             stacklevel=3,
         )
     found = []

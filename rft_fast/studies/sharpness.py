@@ -207,8 +207,8 @@ class _Study:
         record = Measured(self.name, len(places) * len(units), only, sink)
         if self.protocol.noise_batch and self._images_per_noise is None:
             self.path.warn(
-                f"{self.name}: a text tower makes the head for all images, so noise_batch is not used: each "
-                "draw, and each base of noise per image, serves all images"
+                f"{self.name}: the text tower makes the head for all images, so noise_batch is not "
+                "used: all images share each draw, and each base of noise per image"
             )
         compared = self.name == STUDY and 0.0 in positions
         for place, (alpha, data) in enumerate(places):

@@ -278,18 +278,18 @@ def test_an_error_is_a_line_and_a_hint(
     [
         (
             ["sharpness-alphas = [0, 0.2, 1]"], "--alphas 0:1:3", Sharpness, "alphas", (0, 1),
-            "option sharpness-alphas of the zoo 'tiny' (0, 0.2, 1) gives way to --alphas: 0, 1",
+            "option sharpness-alphas of the zoo 'tiny' (0, 0.2, 1) is overridden by --alphas: 0, 1",
         ),
-        (["sharpness-alphas = [0.2]"], "--alphas 0 1", Sharpness, "alphas", (0, 1), "to --alphas: 0, 1"),
-        (["layer-draws = 5"], "--estimator per-image-antithetic", Sharpness, "layer_draws", 6, "(5) gives"),
-        (["layer-draws = 3"], "--goal-se 0.1", Sharpness, "layer_draws", 4, "to --goal-se: 4"),
+        (["sharpness-alphas = [0.2]"], "--alphas 0 1", Sharpness, "alphas", (0, 1), "by --alphas: 0, 1"),
+        (["layer-draws = 5"], "--estimator per-image-antithetic", Sharpness, "layer_draws", 6, "(5) is"),
+        (["layer-draws = 3"], "--goal-se 0.1", Sharpness, "layer_draws", 4, "by --goal-se: 4"),
         ([], "--goal-se 0.1 --draws 2000", Sharpness, "max_draws", 4000, "the default of --max-draws (1000)"),
         (["goal-se = 0.1"], "--estimator apgd-l2", Sharpness, "goal_se", None, "apgd-l2: none"),
         (
             ['estimator = "apgd-l2"', "restarts = 4"], "--estimator plain", Sharpness, "restarts", 1,
-            "option restarts of the zoo 'tiny' (4) gives way to --estimator plain: 1",
+            "option restarts of the zoo 'tiny' (4) is overridden by --estimator plain: 1",
         ),
-        (['prune-layers = "re:.*"'], "--criteria sharpness", Prune, "layers", None, "to --criteria: none"),
+        (['prune-layers = "re:.*"'], "--criteria sharpness", Prune, "layers", None, "by --criteria: none"),
     ],
 )  # fmt: skip
 def test_what_nobody_said_gives_way(
@@ -346,10 +346,10 @@ def test_what_gave_way_is_said_by_the_run_and_by_its_plan(
     file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), "sharpness-alphas = [0.5]")
     words = [str(file), "sharpness", "--alphas", "0", "1", "--draws", "2", "--device", "cpu"]
     assert sweep.main([*words, "--plan"]) == 0
-    assert "gives way to --alphas: 0, 1" in capsys.readouterr().out
+    assert "is overridden by --alphas: 0, 1" in capsys.readouterr().out
     assert sweep.main([*words, "--out", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().err.count("gives way to --alphas: 0, 1") == 1
-    assert "gives way to --alphas: 0, 1" in (tmp_path / "run" / "run.log").read_text()
+    assert capsys.readouterr().err.count("is overridden by --alphas: 0, 1") == 1
+    assert "is overridden by --alphas: 0, 1" in (tmp_path / "run" / "run.log").read_text()
 
 
 @pytest.mark.parametrize(("words", "size"), [("", 128), ("--noise-batch all", None), ("--noise-batch 9", 9)])

@@ -126,7 +126,7 @@ def test_rows_are_found_by_evidence(
 
 # Names of a data set; names of the head, or how many rows; what is said.
 WITHOUT: list[tuple[Sequence[str], Sequence[str] | int, tuple[str, ...]]] = [
-    (LETTERS, CIFAR10, ("none of its classes", "a, b, c", "airplane, automobile", "label map", '"order"')),
+    (LETTERS, CIFAR10, ("none of its class", "a, b, c", "airplane, automobile", "label map", '"order"')),
     (LETTERS, 10, ("a -> 0, b -> 1", '"order"', "--class-names")),
     (STL10, 10, ("bird -> 1",)),
     (["car" if name == "automobile" else name for name in CIFAR10], CIFAR10, ("1", "10", "car")),

@@ -296,7 +296,7 @@ def test_an_image_smaller_than_its_border(tmp_path: Path) -> None:
     mappings(tmp_path / "mappings")
     bordered(tmp_path / "images", each=1)
     Image.new("RGB", (4, 9)).save(tmp_path / "images" / "chair" / "00.png")
-    refused_words = "chair/00.png (4 x 9 pixels, nothing is left without a border of 2)"
+    refused_words = "chair/00.png (4 x 9 pixels: a border of 2 leaves nothing)"
     with refused(ValueError, "1", "5") as caught:
         load(tmp_path)
     assert refused_words in str(caught.value)

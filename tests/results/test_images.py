@@ -124,7 +124,7 @@ def test_what_was_added_comes_back(out: Path) -> None:
 
 def test_the_command_says_how_many_there_are(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(out)]) == 0
-    assert "results of single images: of 12 rows" in capsys.readouterr().out
+    assert "results of single images for 12 rows" in capsys.readouterr().out
     (out / "rows.sqlite").write_bytes(b"")
     with refused(ValueError, "interpolation"):
         results.images(out)
@@ -394,7 +394,7 @@ def test_a_damaged_run_of_an_earlier_version_is_saved(old: Path, resumed: bool) 
             add(run, "a", 4)
     with closing(sqlite3.connect(old / "rows.sqlite", isolation_level=None)) as base:
         base.execute("UPDATE rows SET accuracy = accuracy + 1 WHERE measurement = 3")
-    assert f"{3 + resumed} whole measurements were saved" in results.recover(old)
+    assert f"{3 + resumed} complete measurements were saved" in results.recover(old)
     shutil.move(old / "rows.recovered.sqlite", old / "rows.sqlite")
     found = results.load(old)
     assert found["alpha"].tolist() == [0.0, 0.0, 0.5, *([1.0] if resumed else [])]

@@ -1240,7 +1240,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     before = base.read_bytes()
     for option in ("--csv", "--parquet"):
         message = refuses(tmp_path / "run", option, base, "--overwrite")
-        assert "is a database, which may hold a run; choose another name" in message
+        assert "is a database, possibly of a run; choose another name" in message
     assert base.read_bytes() == before
 
 
@@ -1386,7 +1386,7 @@ def test_damage(tmp_path: Path, whole: Path, everything: pd.DataFrame, base: str
         assert new in (["rows.recovered.sqlite"], []) and "cannot be read" in message
         saved = check_saved(out / new[0]) if new else 0
         assert (
-            f"{saved} whole measurements were saved to {out / 'rows.recovered.sqlite'}" in message
+            f"{saved} complete measurements were saved to {out / 'rows.recovered.sqlite'}" in message
         ) or not new
         assert not leaf or saved >= 0.9 * len(MEASURED)
         if refusals > 1:
@@ -1571,7 +1571,7 @@ def test_a_damaged_first_page_costs_nothing(tmp_path: Path, whole: Path, size: i
     content = (tmp_path / "rows.sqlite").read_bytes()
     (tmp_path / "rows.sqlite").write_bytes(bytes(size) + content[size:])
     said = results.recover(tmp_path)
-    assert f"{len(MEASURED)} whole measurements were saved" in said
+    assert f"{len(MEASURED)} complete measurements were saved" in said
     assert check_saved(tmp_path / "rows.recovered.sqlite") == len(MEASURED)
 
 
@@ -1582,7 +1582,7 @@ def test_recovering_by_hand(
     before = files(tmp_path)
     assert command.main([str(tmp_path), "--recover"]) == 0
     said = capsys.readouterr().out
-    assert f"{len(MEASURED)} whole measurements were saved" in said
+    assert f"{len(MEASURED)} complete measurements were saved" in said
     assert "move that file over rows.sqlite, remove rows.sqlite-wal, and repeat the command" in said
     after = files(tmp_path)
     assert after.keys() - before.keys() == {"rows.recovered.sqlite"} and before.items() <= after.items()

@@ -266,7 +266,7 @@ def test_workers_without_the_data_are_told(
         patch.setattr(results.Run, "__init__", change)
         assert sweep.main(arguments(own, out)) == 1
     errors = capfd.readouterr().err
-    assert "the workers are not alike" in errors and "data.far.sha256" in errors
+    assert "the workers differ" in errors and "data.far.sha256" in errors
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ class Machine:
         """NEWOBJ: make an object; of a class without an answer, a Shell."""
         kind = self.stack.pop()
         if not isinstance(kind, Global):
-            raise ValueError(f"it makes an object of {kind_of(kind)}")
+            raise ValueError(f"it creates an object of {kind_of(kind)}")
         # Arguments are ignored for shells, whose attributes come by BUILD.
         self.stack.append(self.call(kind, arguments) if kind.name in self.answers else Shell(kind))
 
@@ -187,5 +187,5 @@ class Machine:
     def refer(self, value: Any) -> None:
         """Push the value of a persistent id."""
         if self.persistent is None:
-            raise Unreadable("refers to data outside its pickle, which a plain pickle cannot have")
+            raise Unreadable("refers to data outside its pickle, which a plain pickle cannot do")
         self.stack.append(self.persistent(value))

@@ -33,7 +33,7 @@ class Refused(Unreadable):
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"calls {name} while it is read, which could run any code. Nothing was executed")
+        super().__init__(f"calls {name} while it is loaded, which could run any code. Nothing was executed")
 
 
 class Shell:

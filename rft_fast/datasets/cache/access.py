@@ -96,7 +96,9 @@ class Images:
     def put(self, position: int, pixels: Pixels) -> None:
         """Store a decoded image: uint8 [3, h, w], contiguous; ``position`` is that in ``chosen``."""
         if pixels.shape != (3, *self.source.size) or pixels.dtype != np.uint8:
-            raise RuntimeError(f"cache: an image of {pixels.dtype} {pixels.shape}, not {self.source.size}")
+            raise RuntimeError(
+                f"cache: expected an image of size {self.source.size}, got {pixels.dtype} {pixels.shape}"
+            )
         if self._file is not None:
             try:
                 self._file.write(self.chosen[position], pixels)
@@ -169,7 +171,7 @@ class Images:
             self.there[position] = True
         if damaged:
             warnings.warn(
-                f"cache: {damaged} of {len(marked)} images in {file.path} are damaged; they are decoded "
+                f"cache: {damaged} of {len(marked)} images in {file.path} are damaged and are decoded "
                 "again. If this happens again, check the disk",
                 stacklevel=4,
             )
@@ -201,8 +203,9 @@ class Images:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space, or choose a larger directory" if full else "choose a writable directory"
         warnings.warn(
-            f"cache: {error}; {what}, and images of {self.source.folder} are decoded for this run alone. To "
-            f"decode them once for all runs, {remedy} (--cache, or the environment variable RFT_CACHE)",
+            f"cache: {error}; {what}, so images of {self.source.folder} are decoded for this run "
+            f"only. To keep them for all runs, {remedy} (--cache, or the environment variable "
+            "RFT_CACHE)",
             stacklevel=5,
         )
 

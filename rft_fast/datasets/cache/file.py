@@ -195,7 +195,7 @@ def open_cache(source: Source, directory: pathlib.Path) -> CacheFile:
             left.unlink(missing_ok=True)
         made = _make(path, source)
     if difference:
-        warnings.warn(f"cache: the decoded images of {source.folder} are renewed: {difference}", stacklevel=5)
+        warnings.warn(f"cache: the images of {source.folder} are decoded again: {difference}", stacklevel=5)
     return made
 
 
@@ -279,14 +279,14 @@ def _new_head(source: Source) -> tuple[bytes, _Head]:
 def parse(fd: int) -> _Head:
     start = os.pread(fd, 16, 0)
     if len(start) < 16 or start[:8] != MAGIC:
-        raise Damaged("it does not start as a cache does")
+        raise Damaged("it does not start like a cache")
     length, checksum = struct.unpack("<II", start[8:])
     text = os.pread(fd, min(length, 1 << 20), 16)
     if len(text) != length or zlib.crc32(text) != checksum:
-        raise Damaged("the checksum of its head does not match")
+        raise Damaged("the checksum of its header does not match")
     about = json.loads(text)
     if about.get("format") != FORMAT:
-        raise Damaged(f"its format is {about.get('format')}, not {FORMAT}")
+        raise Damaged(f"its format is {about.get('format')}, expected {FORMAT}")
     table_at = _padded(16 + length)
     table = storage.read(fd, RECORD * about["count"], table_at)
     if zlib.crc32(table) != about["table"]:
@@ -294,7 +294,7 @@ def parse(fd: int) -> _Head:
     marks_at = table_at + _padded(len(table))
     head = _Head(about, table, marks_at, marks_at + _padded(8 * about["count"]))
     if os.fstat(fd).st_size != head.bytes:
-        raise Damaged(f"it has {os.fstat(fd).st_size:,} bytes, not {head.bytes:,}")
+        raise Damaged(f"it has {os.fstat(fd).st_size:,} bytes, expected {head.bytes:,}")
     return head
 
 

@@ -53,7 +53,7 @@ def check_room(directory: pathlib.Path, wanted: int) -> None:
     if free < wanted + RESERVE:
         raise OSError(
             errno.ENOSPC,
-            f"{size(wanted)} and {size(RESERVE)} to spare are needed, {size(free)} are free",
+            f"{size(wanted)} are needed, with {size(RESERVE)} to spare, but {size(free)} are free",
             str(directory),
         )
 

@@ -32,8 +32,9 @@ def check() -> None:
         raise ValueError('argument --workers: Ray is not installed; pip install "rft-fast[cluster]"')
     if Version(found := version("ray")) < Version(OLDEST):
         raise ValueError(
-            f"argument --workers: Ray {found} obeys anybody who reaches its ports; {OLDEST} or later "
-            'is needed, which asks for a token: pip install -U "rft-fast[cluster]"'
+            f"argument --workers: Ray {found} accepts commands from anybody who reaches its "
+            f"ports; {OLDEST} or later, which requires a token, is needed: pip install -U "
+            '"rft-fast[cluster]"'
         )
 
 
@@ -90,9 +91,9 @@ def connect(workers: str) -> None:
             ray.init(address=workers, **quiet)
     except Exception as error:  # Ray has many ways of not finding a cluster
         raise ValueError(
-            f"argument --workers: no Ray cluster could be reached ({workers}): {reason(error)}; is it "
-            "running (ray start --head), of the same version of Ray and Python, and does this process have "
-            "its token, if it asks for one (RAY_AUTH_TOKEN)?"
+            f"argument --workers: no Ray cluster could be reached at {workers}: {reason(error)}. "
+            "Is it running (ray start --head), with the same versions of Ray and Python? If it "
+            "requires a token, does this process have it (RAY_AUTH_TOKEN)?"
         ) from error
     _ours = True
 

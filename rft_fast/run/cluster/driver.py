@@ -34,7 +34,7 @@ class Cluster:
     def __init__(self, request: Request) -> None:
         workers = request.of(Running).workers
         if workers is None:
-            raise ValueError("cluster: the request names no workers")
+            raise ValueError("cluster: the request has no workers")
         check()
         connect(workers)
         try:

@@ -48,7 +48,7 @@ class Workers:
     def __init__(self, request: Request) -> None:
         wanted, computed = request.of(Running).workers, request.of(Computed)
         if wanted is None:
-            raise ValueError("cluster: the request names no workers")
+            raise ValueError("cluster: the request has no workers")
         self._wanted, self._local = wanted, is_local(wanted)
         self._started: list[Any] = []
         self._threads = CORES
@@ -95,8 +95,8 @@ class Workers:
             gpus = int(client().cluster_resources().get("GPU", 0))
             if request.device.type == "cuda" and wanted > gpus:
                 raise ValueError(
-                    f"argument --workers: {wanted} workers need a GPU each, and there are {gpus}; "
-                    "ask for fewer, or for --device cpu"
+                    f"argument --workers: {wanted} workers need one GPU each, but there are {gpus}; "
+                    "request fewer, or use --device cpu"
                 )
             return wanted
         have = client().cluster_resources()
@@ -150,10 +150,11 @@ class Workers:
         self._deaths[where] += 1
         if self._deaths[where] >= DEATHS:
             raise Failed(
-                f"cluster: {DEATHS} workers died at the same place ({where}): {reason(error)}; if their "
-                "memory ran out, use fewer workers to a machine, or a smaller --batch-size or --memory-limit"
+                f"cluster: {DEATHS} workers died at the same place ({where}): {reason(error)}; if "
+                "their memory ran out, use fewer workers per machine, or a smaller --batch-size or "
+                "--memory-limit"
             ) from error
-        warnings.warn(f"a worker died ({where}: {reason(error)}); another one continues", stacklevel=2)
+        warnings.warn(f"a worker died ({where}: {reason(error)}); another one takes over", stacklevel=2)
 
     def any(self) -> Any:
         """A worker that is ready."""
@@ -171,8 +172,8 @@ class Workers:
                 return list(arrived)
             if not said:
                 warnings.warn(
-                    "no worker is ready yet: the cluster is busy, lacks what was asked for, or still loads; "
-                    "waiting",
+                    "waiting for a worker: the cluster is busy, still loads, or lacks the requested "
+                    "resources",
                     stacklevel=2,
                 )
             said = True
@@ -203,7 +204,7 @@ class Workers:
                 )
             if unlike := results.differences(self.config, answer, ("on one", "on another")):
                 raise Failed(
-                    "cluster: the workers are not alike, so that their numbers could differ: "
+                    "cluster: the workers differ, so that their numbers could differ: "
                     f"{'; '.join(unlike)}; use machines of one kind, with the same files and versions"
                 )
             self.ready.append(worker)

@@ -90,7 +90,7 @@ def calibrate(
     """
     if evaluator.model is not path.model:
         raise ValueError(
-            "calibrate: expected an evaluator of the path's live model, got one of another model"
+            "calibrate: expected an evaluator of the live model of the path, got one of another model"
         )
     clock = _Clock(evaluator.device)
     one = _first(evaluator, 1)

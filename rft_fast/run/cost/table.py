@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from ...common.tables import aligned
 from ...common.words import duration
 from ...path import Path
 from .footprint import Memory
@@ -97,13 +98,7 @@ def table(
         total += line.work
         seconds += line.seconds
     rows.append(cells("total", "", total, seconds, flops))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    text = aligned(rows, indent="")
     parts = [f"{getattr(peak, f.name) / 2**30:.3g} GiB {_HELD[f.name]}" for f in fields(peak)]
     text += ["", f"peak memory: {peak.total / 2**30:.3g} GiB ({', '.join(parts)})", "", *LEGEND.splitlines()]
     if encoding is not None:
@@ -112,8 +107,9 @@ def table(
 
 
 LEGEND = """\
-Settings: weights that are scored. Forwards: images through the whole model; a part of the way counts as
-its part of the FLOPs. FLOPs: two per multiply-add of products, convolutions and attention."""
+Settings: weights that are scored. Forwards: images through the whole model; a
+part of the model counts by its FLOPs. FLOPs: two per multiply-add of products,
+convolutions and attention."""
 
 PROMPTS = (
     "Prompts: heads are made from them by the text tower before the first measurement. They are not in the "

@@ -54,7 +54,7 @@ class Log:
                 file.write(line.encode("utf-8", "backslashreplace"))
         except OSError as error:
             self._file = None
-            self._failed(f"the log cannot be written, the run continues without it: {error}")
+            self._failed(f"run.log cannot be written, the run continues without it: {error}")
 
 
 class JsonLines:

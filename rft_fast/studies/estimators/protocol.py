@@ -117,8 +117,8 @@ class Protocol:
             )
         if self.restarts > 1 and self.estimator not in WORST_CASE:
             raise ValueError(
-                f"sharpness: restarts (--restarts) are for estimators of the worst case, "
-                f"{', '.join(WORST_CASE)}; with {self.estimator!r} leave it out, got {self.restarts}"
+                "sharpness: restarts (--restarts) are only for estimators of the worst case, "
+                f"{', '.join(WORST_CASE)}; leave it out with {self.estimator!r}, got {self.restarts}"
             )
         if self.goal is not None and not 0 < as_number("sharpness: goal", self.goal) < math.inf:
             raise ValueError(
@@ -126,8 +126,8 @@ class Protocol:
             )
         if self.goal is not None and self.estimator in WORST_CASE:
             raise ValueError(
-                f"sharpness: a goal needs a standard error, and {self.estimator!r} has none over draws; "
-                "leave it out"
+                f"sharpness: a goal needs a standard error over draws, and {self.estimator!r} has "
+                "none; leave the goal out"
             )
 
     @property
