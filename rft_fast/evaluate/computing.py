@@ -185,7 +185,9 @@ class Computing:
             self._runtime.images.map([flow], work, take)
 
     def _stage(self, stage: Stage, x: Tensor, inputs: Tensor) -> Tensor:
-        """Run a stage; its operations alone where they are known."""
+        """Run a stage; its operations alone where they are known. The compiler replays for itself."""
+        if self._runtime.stages is not self._runtime.traced:
+            return stage.run(x, inputs)
         if not stage.reads_inputs or inputs is x:
             return self._runtime.replays.run(stage, lambda x: stage.run(x, x), [x], stage.tensors)
         return self._runtime.replays.run(stage, stage.run, [x, inputs], stage.tensors)

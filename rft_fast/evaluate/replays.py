@@ -7,6 +7,7 @@ interpreter's lock against batches that run side by side.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .stages import TOLERANCE
 
 MOST = 4096
-"""Recordings that are kept, those used last; each takes some 20 KiB, and no memory of tensors."""
+"""Recordings that are kept, those made last; each takes some 20 KiB, and no memory of tensors."""
 
 LARGEST = 8 << 20
 """Bytes of the largest argument of what is recorded: larger ones take far longer than the Python around them,
@@ -26,6 +27,10 @@ and a recording holds all that is computed in between while it is made.
 """
 
 Function = Callable[..., Tensor]
+
+# One recording at a time: torch keeps in flags of the whole process whether a mode is active. Two modes that
+# overlap would leave them set, and the kernels would take every later call for a traced one.
+_RECORDING = threading.Lock()
 
 
 class Replays:
@@ -53,16 +58,18 @@ class Replays:
             return function(*args)
         full = (key, *((x.shape, x.stride(), x.dtype) for x in args))
         known = self._known.get(full, False)
+        if known is True:
+            with _RECORDING:
+                known = self._known.get(full)  # another thread may have recorded it meanwhile
+                if known is True:
+                    found, self._known[full] = _record(function, args, reads)
+                    return found
         if callable(known):
             return known(*args)
-        if known is None:
-            return function(*args)
-        if known:
-            found, self._known[full] = _record(function, args, reads)
-            return found
-        self._known[full] = True
-        while len(self._known) > MOST:
-            self._known.popitem(last=False)
+        if known is False:
+            self._known[full] = True
+            while len(self._known) > MOST:
+                self._known.popitem(last=False)
         return function(*args)
 
     def __len__(self) -> int:

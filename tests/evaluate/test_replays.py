@@ -10,7 +10,9 @@ import torch
 from support.tiny_models import dataset, deep, shaken, staged, transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+import rft_fast as rft
 from rft_fast import studies
 from rft_fast.evaluate import Evaluator, replays
 from rft_fast.evaluate.replays import Replays
@@ -123,7 +125,7 @@ def test_an_argument_that_is_given_back_or_given_twice() -> None:
     assert len(known) == 1  # of different ones
 
 
-def test_those_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_made_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replays, "MOST", 3)
     known = Replays()
     for size in range(1, 9):
@@ -171,6 +173,21 @@ def test_several_threads() -> None:
     assert len(known) == len(chain)
 
 
+def test_recordings_of_several_threads_leave_torch_outside_of_any_mode() -> None:
+    known, weights = Replays(), [torch.rand(8, 8) for _ in range(200)]
+
+    def work(first: int) -> None:
+        for number in range(first, len(weights), 4):
+            for _ in range(2):
+                known.run(number, lambda x, w=weights[number]: x @ w, [torch.rand(2, 8)], [weights[number]])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(known) == len(weights)
+    assert not is_in_torch_dispatch_mode()  # of which the kernels decide whether they are traced
+    assert rft.norm([torch.ones(4)]) == 2
+
+
 @pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
 def test_rows_are_the_same_bits_without_recordings(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> tuple[list[float], int]:
@@ -196,3 +213,29 @@ def test_rows_are_the_same_bits_without_recordings(estimator: str, monkeypatch: 
     monkeypatch.setattr(Replays, "run", lambda self, key, function, args, reads: function(*args))
     torch.manual_seed(0)
     assert count > 5 and recorded == rows()[0]
+
+
+def test_compiled_stages_are_not_replaced_by_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = 0
+
+    def compiled(function: Callable[..., Tensor], options: object = None) -> Callable[..., Tensor]:
+        def run(x: Tensor, inputs: Tensor) -> Tensor:
+            nonlocal runs
+            assert not is_in_torch_dispatch_mode()  # in one, torch.compile compiles nothing
+            runs += 1
+            return function(x, inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = deep().eval()
+    zero = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = Path(model, zero, {name: tensor * 1.1 for name, tensor in zero.items()})
+    evaluator = Evaluator(model, [dataset(count=6)], batch_size=6, compile=True)
+    counts = []
+    for draws in (2, 3, 4, 5):
+        runs = 0
+        protocol = studies.Protocol("per-image")
+        studies.layerwise_sharpness(path, evaluator, [0.5], [0.3], draws, path.layers[:1], protocol=protocol)
+        counts.append(runs)
+    assert counts[1] > counts[0] and counts == [*range(counts[0], counts[3] + 1, counts[1] - counts[0])]
