@@ -260,6 +260,8 @@ def requests(make: type[R], numbers: dict[str, object], listed: Sequence[str], c
     listed = [name for name in listed if is_list(numbers[name])]
     if not listed:
         return make(**numbers)  # type: ignore[arg-type]
+    # The other numbers first: what is wrong with them is wrong with no tensor.
+    none = make(**{**numbers, **dict.fromkeys(listed, 0.0)})  # type: ignore[arg-type]
     columns = [spread(name, numbers[name], count) for name in listed]
     known: dict[tuple[object, ...], R] = {}  # a layer's tensors mostly have equal numbers
     found = []
@@ -272,5 +274,5 @@ def requests(make: type[R], numbers: dict[str, object], listed: Sequence[str], c
             raise type(error)(f"{error} (of tensor {place})") from None
         found.append(known[key])
     if not found:  # lists of no tensors
-        return make(**{**numbers, **dict.fromkeys(listed, 0.0)})  # type: ignore[arg-type]
+        return none
     return found[0] if len(known) == 1 else found

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rft_fast.kernels import registry
 from rft_fast.kernels.contract import (
@@ -56,8 +55,11 @@ SYMBOLS = (torch.SymInt, torch.SymFloat)
 
 
 def is_tracing() -> bool:
-    """Whether torch records calls, and therefore must see a write."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    """Whether torch records the calls of this thread, and therefore must see a write.
+
+    ``is_in_torch_dispatch_mode`` tells it of all threads at once.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_traced(tensors: Sequence[Tensor]) -> bool:

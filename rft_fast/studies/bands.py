@@ -20,7 +20,7 @@ from scipy.stats import qmc
 Z95 = NormalDist().inv_cdf(0.975)
 LEVEL = 0.95
 FOLDS = 5
-_POINTS = 14  # log2 of the number of quasi-random points of a quantile
+_POINTS = 16  # log2 of the number of quasi-random points of a quantile
 
 Array = NDArray[np.float64]
 

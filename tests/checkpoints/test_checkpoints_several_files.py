@@ -78,7 +78,7 @@ def test_shards_that_are_incomplete(tmp_path: Path) -> None:
     with refused(ValueError, alone.name, "GGUF"):
         checkpoints.read(index)
     alone.unlink()
-    with refused(ValueError, alone.name, "1 of 3"):
+    with refused(ValueError, alone.name, 1, 3):
         checkpoints.read(tmp_path)
     for name in ("../x.safetensors", "/etc/passwd", "..", "", 3, "a\\b"):
         content["weight_map"] = {"visual.proj": name}

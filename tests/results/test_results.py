@@ -1443,7 +1443,7 @@ def test_what_lies_between_damaged_pages_is_saved(tmp_path: Path, whole: Path, t
     file.write_bytes(content)
     said = results.recover(tmp_path)
     saved = check_saved(tmp_path / "rows.recovered.sqlite")
-    assert f"{saved} whole measurements" in said
+    assert f"{saved} complete measurements" in said
     assert 0.9 * len(MEASURED) <= saved < len(MEASURED)
 
 

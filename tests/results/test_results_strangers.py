@@ -105,7 +105,7 @@ def test_only_the_tables_of_a_run_are_read(what: str, out: Path) -> None:
 
 def test_a_recovered_run_holds_tables_alone(out: Path) -> None:
     changed(out, sql("CREATE TRIGGER t AFTER INSERT ON rows BEGIN DELETE FROM measurements; END"))
-    assert "8 whole measurements" in results.recover(out)
+    assert "8 complete measurements" in results.recover(out)
     (out / "rows.recovered.sqlite").rename(out / "rows.sqlite")
     assert len(results.load(out)) == 8
 

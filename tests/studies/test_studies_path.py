@@ -425,7 +425,7 @@ def test_a_zero_shot_end_against_guessing(right: int, samples: int, classes: int
     said = {
         "near": "near chance",
         "below": "below chance",
-        "unknown": "nothing can be concluded",
+        "unknown": "support no conclusion",
         "above": "",
     }
     assert said[verdict] in end.text and bool(end.text) == (verdict != "above")
