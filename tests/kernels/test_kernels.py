@@ -1046,8 +1046,8 @@ SETUP = pathlib.Path(__file__).resolve().parents[2] / "setup.py"
         (
             {},
             ("bindings.cpp", "cpu.cpp", "cpu.h"),
-            "lack csrc/cpu_formats.h, csrc/cpu_grid.h, csrc/cpu_lanes.h, csrc/cpu_norm.h, csrc/cpu_piece.cpp, "
-            "csrc/cpu_placed.h, csrc/cpu_tiles.h, csrc/element.h",
+            "lack csrc/cpu_formats.h, csrc/cpu_grid.h, csrc/cpu_lanes.h, csrc/cpu_norm.h, "
+            "csrc/cpu_piece.cpp, csrc/cpu_placed.h, csrc/cpu_tiles.h, csrc/element.h",
         ),
         ({"CXX": "no-such-compiler"}, None, "no C++ compiler was found at install time (looked for no-such-"),
         ({"CXX": "false"}, None, "false could not compile csrc at install time"),
