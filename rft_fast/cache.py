@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rft_fast.common import program
+from rft_fast.common.words import many
 from rft_fast.datasets import cache
 
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     clear = parser.parse_args(argv).clear
     directory = cache.directory()
     found = cache.entries(directory)
-    total = f"{len(found)} caches, {cache.size(sum(entry.taken for entry in found))}, in {directory}"
+    total = f"{many(len(found), 'cache')}, {cache.size(sum(entry.taken for entry in found))}, in {directory}"
     if not clear:
         print("\n".join([*map(line, found), total]))
         return 0
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             entry.path.unlink(missing_ok=True)
         (directory / ".lock").unlink(missing_ok=True)
     except OSError as error:
-        print(f"cache: {error}; not everything is removed", file=sys.stderr)
+        print(f"{program.errors(parser.prog)} {error}; not everything is removed", file=sys.stderr)
         return 1
     print(f"removed {total}")
     return 0

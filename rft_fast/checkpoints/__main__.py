@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import checkpoints
 from ..common import program
-from ..common.words import message, visible
+from ..common.words import many, message, visible
 from ..names import FORMATS, Format
 from ..path import layers
 from .canonical import HEAD_WEIGHT, INERT
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         second = _read(options.other, None, options.key, options.base)
     except (OSError, ValueError) as error:
-        print(message(error), file=sys.stderr)
+        print(f"{program.errors(parser.prog)} {message(error)}", file=sys.stderr)
         return 2
     lineage = checkpoints.compare(first, second, options.unrelated)
     for letter, checkpoint in (("a", first), ("b", second)):
@@ -107,11 +107,12 @@ def describe(checkpoint: checkpoints.Checkpoint) -> str:
     lines = [
         f"file          {checkpoint.file}",
         f"format        {checkpoint.format}: {FORMATS[checkpoint.format]}",
-        f"parameters    {_count(tensors.values())} in {len(tensors)} tensors, {len(grouped)} layers",
+        f"parameters    {_count(tensors.values())} in {many(len(tensors), 'tensor')}, "
+        f"{many(len(grouped), 'layer')}",
         f"dtypes        {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
     ]
     lines += [
-        f"{part:<13} {_count(tensors[name] for name in names)} in {len(names)} tensors"
+        f"{part:<13} {_count(tensors[name] for name in names)} in {many(len(names), 'tensor')}"
         + _classes(part, tensors)
         for part, names in parts.items()
         if names

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..common.words import some
+from ..common.words import many, some
 from .activation import NAMES
 from .canonical import HEAD, HEAD_BIAS, HEAD_WEIGHT, INERT, POSITIONS, is_visual
 
@@ -203,7 +203,7 @@ class Lineage:
 
     def __str__(self) -> str:
         lines = [
-            f"shared      {len(self.shared)} tensors, {len(self.differing)} of them differ",
+            f"shared      {many(len(self.shared), 'tensor')}, {len(self.differing)} of them differ",
             f"only in a   {some(self.only_a) or '-'}",
             f"only in b   {some(self.only_b) or '-'}",
             f"distance    {self.distance:.6g} (l2), {self.relative:.4g} of a's norm",

@@ -36,14 +36,14 @@ def check_source(source: str, arch: str) -> None:
         ValueError: it is none of these; the message lists the nearest tags.
     """
     if pathlib.Path(source).exists():
-        located(source, "check_source")
+        located(source)
         return
     if _HUB.fullmatch(source):
         return
     if source.startswith("hf-hub:"):
-        raise ValueError(f"check_source: {source!r} must be hf-hub:org/name or hf-hub:org/name@revision")
+        raise ValueError(f"{source!r} must be hf-hub:org/name or hf-hub:org/name@revision")
     if "/" in source or pathlib.Path(source).suffix in (".pt", ".pth", ".bin", ".pkl", ".safetensors"):
-        raise ValueError(f"check_source: there is no file {source}")
+        raise ValueError(f"there is no file {source}")
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(arch)
@@ -51,12 +51,12 @@ def check_source(source: str, arch: str) -> None:
         return
     if not tags:
         raise ValueError(
-            f"check_source: {source!r} is not a file, and open_clip has no pretrained weights for "
+            f"{source!r} is not a file, and open_clip has no pretrained weights for "
             f"{arch!r}; give a file or hf-hub:ORG/NAME"
         )
     near = difflib.get_close_matches(source, tags, n=3, cutoff=0.4) or tags[:6]
     raise ValueError(
-        f"check_source: {source!r} is neither a file nor a pretrained tag of {arch}; did you mean "
+        f"{source!r} is neither a file nor a pretrained tag of {arch}; did you mean "
         f"{', '.join(near)}? open_clip.list_pretrained_tags_by_model({arch!r}) lists all {len(tags)}"
     )
 

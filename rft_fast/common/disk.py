@@ -11,7 +11,7 @@ import os
 import pathlib
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 _PART = 8  # random bytes in the name of a temporary file
@@ -61,6 +61,26 @@ def check_targets(
                     f"{file} is a hard link: writing to it would change the same file under another name; "
                     "make a copy (cp FILE COPY, mv COPY FILE), or choose another directory"
                 )
+
+
+def check_outside(out: pathlib.Path, data: Mapping[str, pathlib.Path], where: str) -> None:
+    """Check that a directory for results is not in a folder of images, where its files would become a class.
+
+    Args:
+        out: the directory, which need not exist.
+        data: name -> path of each data set.
+        where: the beginning of the message.
+
+    Raises:
+        ValueError: it is one of these folders, or lies in one.
+    """
+    target = out.resolve()
+    for name, path in data.items():
+        if path.is_dir() and target.is_relative_to(path.resolve()):
+            raise ValueError(
+                f"{where}: {out} is in the folder of the data set {name} ({path}), and what is written there "
+                "would be read as images of another class; choose a directory outside of it"
+            )
 
 
 def open_plain(file: pathlib.Path, flags: int) -> int:

@@ -86,7 +86,8 @@ def whole(low: int, high: int = sys.maxsize) -> Callable[[str], int]:
 
     def check(text: str) -> int:
         if not (text.isdecimal() and low <= int(text) <= high):
-            raise ValueError(f"expected an integer from {low} to {high}, got {text!r}")
+            what = f"from {low} to {high}" if high < sys.maxsize else f"of at least {low}"
+            raise ValueError(f"expected an integer {what}, got {text!r}")
         return int(text)
 
     return check

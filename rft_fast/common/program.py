@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -101,10 +102,14 @@ def next_step(name: str, *arguments: object) -> str:
 
     Args:
         name: a key of COMMANDS, or another command line's beginning, such as ``"pip install"``.
-        *arguments: of that command.
+        *arguments: of that command; files as ``Path``, so that none is read as an option.
     """
     command = called(name) if name in COMMANDS else name
-    return f"{styled('next:', 'heading')} {command} {shlex.join(map(str, arguments))}".rstrip()
+    # pathlib shortens ./-x to -x, which would be read as an option
+    plain = [
+        f"./{one}" if isinstance(one, Path) and str(one).startswith("-") else str(one) for one in arguments
+    ]
+    return f"{styled('next:', 'heading')} {command} {shlex.join(plain)}".rstrip()
 
 
 def _with(action: argparse.Action, help: str) -> argparse.Action:

@@ -247,7 +247,8 @@ def _whole(entry: Entry, values: Iterable[Any], where: str = "") -> Any:
     try:
         return tuple(flat) if entry.option.whole is None else entry.option.whole(flat)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        text = str(error).removeprefix(f"{entry.name}: ")  # which the place says already
+        raise ValueError(f"{where}: {text}" if where else text) from None
 
 
 def _plain(value: Any) -> list[Any]:

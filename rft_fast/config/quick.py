@@ -11,6 +11,13 @@ from .conflicts import said
 from .zoo import Zoo
 
 IMAGES, POSITIONS, DRAWS, MASKS = 200, ALPHAS[::2], 4, 2
+# Option -> its limit in words; an option of the command line replaces it.
+_AT_MOST = {
+    "samples": f"{IMAGES} images of each data set",
+    "alphas": f"{len(POSITIONS)} positions",
+    "draws": f"{DRAWS} draws",
+    "mask-seeds": f"{MASKS} masks",
+}
 
 
 def sources(options: Builder, zoo: Zoo, given: Given) -> tuple[dict[str, Given], list[str]]:
@@ -39,13 +46,19 @@ def sources(options: Builder, zoo: Zoo, given: Given) -> tuple[dict[str, Given],
         )
     limits = _limits(options, zoo, given)
     notices = [
-        f"argument --{name} ({said(given[name])}) replaces the limit of --quick: {said(limits[name])}"
+        f"argument --{name} ({_short(given[name])}) replaces the limit of --quick: {said(limits[name])}"
         for name in limits
         if name in given and given[name] != limits[name]
     ]
-    at_most = f"{IMAGES} images of each data set, {len(POSITIONS)} positions, {DRAWS} draws, {MASKS} masks"
-    notices.insert(0, f"--quick: at most {at_most}; for a first look, with wide intervals")
+    at_most = ", ".join(text for name, text in _AT_MOST.items() if name not in given)
+    limited = f"at most {at_most}" if at_most else "all of its main limits are replaced"
+    notices.insert(0, f"--quick: {limited}; for a first look, with wide intervals")
     return {ZOO: zoo.options, QUICK: limits, COMMAND: given}, notices
+
+
+def _short(value: Any) -> str:
+    """Return a value as :func:`said` does, or for a long list the number of its values."""
+    return f"{len(value)} values" if isinstance(value, tuple) and len(value) > 8 else said(value)
 
 
 def _limits(options: Builder, zoo: Zoo, given: Given) -> dict[str, Any]:

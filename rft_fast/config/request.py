@@ -141,7 +141,7 @@ def _request(
     device = _device(tree)
     its_zoo, fetch = _sources(its_zoo, running, zoos)
     _check_models(its_zoo, tree)
-    out = running.out or _new(its_zoo)
+    out = its_zoo.outside(running.out or _new(its_zoo))
     running = replace(running, out=out, cache=running.cache if tree.giver("cache") else cache.directory())
     request = Request(
         everything=not studies,

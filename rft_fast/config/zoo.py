@@ -12,7 +12,7 @@ from os import PathLike
 from typing import Any, TypeVar
 
 from .. import checkpoints
-from ..common import files, program
+from ..common import disk, files, program
 from ..common.words import flat
 from ..names import (
     CLASS_LISTS,
@@ -123,6 +123,11 @@ class Zoo:
     def own_heads(self) -> bool:
         """Whether each model has a zero-shot end of its own, for it keeps its own head."""
         return self.head.choice == "finetuned"
+
+    def outside(self, out: pathlib.Path) -> pathlib.Path:
+        """Return the directory of a run. Raises ValueError if it lies inside a data set."""
+        disk.check_outside(out, {name: source.path for name, source in self.data.items()}, "argument --out")
+        return out
 
 
 def read(path: str | PathLike[str]) -> Zoo:

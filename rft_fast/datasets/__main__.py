@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         rows = None if options.rows is None else _rows(options.rows)
         if options.write_labels is not None:
             print(doctor.write_labels(options.path, options.write_labels, options.kind, rows))
+            print(_next(options, "--labels", options.write_labels))
             return 0
         with tqdm(desc="decoding", disable=None, leave=False) as bar:
 
@@ -66,10 +67,21 @@ def main(argv: Sequence[str]) -> int:
 
             report = doctor.examine(options.path, options.kind, rows, options.labels, options.quick, progress)
     except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {message(error)}", file=sys.stderr)
+        print(f"{program.errors(parser.prog)} {message(error)}", file=sys.stderr)
         return 2
     print(report)
-    return 1 if report.problems else 0
+    if report.problems:
+        return 1
+    if options.quick:
+        print(_next(options, *(("--labels", options.labels) if options.labels is not None else ())))
+    return 0
+
+
+def _next(options: argparse.Namespace, *labels: object) -> str:
+    """Return the line that says how to check all images."""
+    given = [("--kind", options.kind), ("--rows", options.rows)]
+    arguments = [word for pair in given if pair[1] is not None for word in pair]
+    return program.next_step("datasets", options.path, *arguments, *labels)
 
 
 def _path(text: str) -> pathlib.Path:

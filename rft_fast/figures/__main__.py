@@ -89,7 +89,9 @@ def draw(
     studies = [catalogue.study(name) for name in names]
     for study in studies:
         if study.pooled and models is not None:
-            raise ValueError(f"figures: {study.name} is about all models together; leave out it, or --models")
+            raise ValueError(
+                f"figures: {study.name} is about all models together; leave it out, or leave out --models"
+            )
         if not study.done(facts):
             of_whom = "" if models is None else f" of {', '.join(models)}"
             others = ", ".join(study.name for study in every if study.done(facts))

@@ -11,7 +11,7 @@ from rft_fast.common import program
 from rft_fast.config.builder import Builder, Given
 from rft_fast.datasets import cache as caches
 
-from ..common.words import message
+from ..common.words import many, message
 from .settings import DATA, GRID, HEAD, SHORT, Invocation, Request, Setting, at_random, grid
 
 BUILDER = Builder((Setting, Request, Invocation), (DATA, HEAD, GRID))
@@ -120,7 +120,7 @@ def _settings(given: Given) -> dict[str, Setting]:
 def _list(settings: dict[str, Setting]) -> None:
     for name, setting in settings.items():
         print(name, *(f"{option}={value}" for option, value in asdict(setting).items()))
-    print(f"{len(settings)} models")
+    print(many(len(settings), "model"))
 
 
 if __name__ == "__main__":

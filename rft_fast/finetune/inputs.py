@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from rft_fast import datasets
 from rft_fast.clip.architectures import Preprocess
+from rft_fast.common import disk
 from rft_fast.common.words import visible
 from rft_fast.datasets import cifar, labels, maps, naming
 from rft_fast.names import LOSSES, STORED
@@ -58,6 +59,7 @@ def check(request: Request) -> None:
         value = getattr(request, name)
         if value is not None and value < 1:
             raise ValueError(f"finetune: {name} must be at least 1, got {value}")
+    disk.check_outside(request.out, {"train": request.train, **request.val, **request.ood}, "finetune: --out")
     there = next(path for path in (request.out, *request.out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"finetune: {there} is a file, expected a directory")
@@ -124,7 +126,7 @@ def training_images(
         raise ValueError(
             f"finetune: labels go up to {int(found.labels.max())}, but the head has {rows.count} classes"
         )
-    tqdm.write(visible(f"train: {found.how}"))
+    tqdm.write(visible(f"train: rows of the head: {found.how}"))
     for note in source.notes:
         tqdm.write(visible(f"train: {note}"))
     workers = request.workers or threads()

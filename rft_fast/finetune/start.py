@@ -39,7 +39,10 @@ class Origin:
         self.config = architectures.config(request.arch)[1]
         if request.loss == "contrastive":
             _check_text_tower(request.arch, self.config)
-        checkpoints.check_source(request.zeroshot, request.arch)
+        try:
+            checkpoints.check_source(request.zeroshot, request.arch)
+        except ValueError as error:
+            raise ValueError(f"finetune: --zeroshot: {error}") from None
         is_file = pathlib.Path(request.zeroshot).exists()  # or a folder with one
         tag = None if is_file or request.zeroshot.startswith(architectures.HUB) else request.zeroshot
         if tag is not None:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             file = report.compare(options.run, options.other, options.out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: {message(error)}", file=sys.stderr)
+        print(f"{program.errors(parser.prog)} {message(error)}", file=sys.stderr)
         return 2
     print(f"report   {file} ({file.stat().st_size / 1e6:.1f} MB, opens without a network)")
     print(program.next_step("python -m webbrowser", file.absolute().as_uri()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import results
 from ..common import program
-from ..common.words import visible
+from ..common.words import many, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,7 @@ def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     ]
     for study, part in rows.groupby("study", sort=False):
         counts = part["model"].value_counts(sort=False)
-        lines.append(f"  {study}: {len(part):,} rows of {len(counts)} models")
+        lines.append(f"  {study}: {many(f'{len(part):,}', 'row')} of {many(len(counts), 'model')}")
     if kept := count(directory):
         lines.append(f"  results of single images for {kept:,} rows (rft_fast.results.images)")
     return "\n".join(map(visible, lines))

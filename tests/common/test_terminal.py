@@ -71,6 +71,7 @@ def test_no_name_asks_for_a_colour(
 def test_the_next_line_is_quoted_for_the_shell() -> None:
     line = program.next_step("results", "a run's; folder", 0.5)
     assert shlex.split(line) == ["next:", "python", "-m", "rft_fast.results", "a run's; folder", "0.5"]
+    assert shlex.split(program.next_step("report", Path("./-run"), -1))[4:] == ["./-run", "-1"]
 
 
 def test_the_next_command_runs_as_it_is_printed(

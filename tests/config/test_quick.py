@@ -62,6 +62,17 @@ def test_the_command_line_wins_and_a_notice_says_so(zoo: Path) -> None:
     said = "\n".join(asked.notices)
     for was in ("--samples (300)", "--draws (8)", "--alphas (0, 0.5, 1)", ": 200", ": 4"):
         assert was in said
+    limits = asked.notices[0]  # those that were not replaced
+    assert "2 masks" in limits and not any(word in limits for word in ("images", "positions", "draws"))
+    assert "--alphas (21 values)" in "\n".join(
+        request.read([*own_models(zoo), "--quick", "--alphas", "0:1:21"]).notices
+    )
+
+
+def test_a_run_is_not_written_into_its_images(zoo: Path, tmp_path: Path) -> None:
+    for out in (zoo / "near", zoo / "near" / "0" / "run", zoo / "near" / ".." / "near" / "run"):
+        sweep_refused([*own_models(zoo), "--out", str(out)], "--out", "near")
+    assert request.read([*own_models(zoo), "--out", str(zoo / "near-run")]).out == zoo / "near-run"
 
 
 def test_it_does_not_stand_beside_the_paper_or_in_a_zoo(zoo: Path) -> None:

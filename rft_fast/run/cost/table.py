@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ...common.tables import aligned
-from ...common.words import duration
+from ...common.words import duration, paragraph
 from ...path import Path
 from .footprint import Memory
 from .operations import Flops
@@ -100,16 +100,17 @@ def table(
     rows.append(cells("total", "", total, seconds, flops))
     text = aligned(rows, indent="")
     parts = [f"{getattr(peak, f.name) / 2**30:.3g} GiB {_HELD[f.name]}" for f in fields(peak)]
-    text += ["", f"peak memory: {peak.total / 2**30:.3g} GiB ({', '.join(parts)})", "", *LEGEND.splitlines()]
+    memory = f"peak memory: {peak.total / 2**30:.3g} GiB ({', '.join(parts)})"
+    text += ["", *paragraph(memory), "", *paragraph(LEGEND)]
     if encoding is not None:
         notes = [PROMPTS, *notes]
     return "\n".join([*text, *(f"- {note}" for note in notes)])
 
 
-LEGEND = """\
-Settings: weights that are scored. Forwards: images through the whole model; a
-part of the model counts by its FLOPs. FLOPs: two per multiply-add of products,
-convolutions and attention."""
+LEGEND = (
+    "Settings: weights that are scored. Forwards: images through the whole model; a part of the model counts "
+    "by its FLOPs. FLOPs: two per multiply-add of products, convolutions and attention."
+)
 
 PROMPTS = (
     "Prompts: heads are made from them by the text tower before the first measurement. They are not in the "
