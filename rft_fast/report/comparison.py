@@ -14,6 +14,7 @@ from ..studies.interpolate import Z95
 from ..studies.rows import asked
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
+from .files import with_matched
 from .matching import matched, paired
 from .provenance import in_line, title
 from .runs import RunRead
@@ -82,7 +83,7 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
         ],
         "findings": findings,
         "notes": [*_notes(first, second, common)],
-        "parts": [_configuration(settings), _measurements(common)],
+        "parts": [_configuration(settings), with_matched(_measurements(common), common)],
         "models": 2,
         "names": first.facts.names | second.facts.names,
     }

@@ -1,4 +1,4 @@
-"""The rows of a run as CSV files within its page."""
+"""CSV files within a page: the rows of a run, and the values that two runs have in common."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..common.words import many
+import pandas as pd
+
+from ..common.words import cell, many
 from ..results.export import write_csv
+from .matching import KEYS
 from .runs import RunRead
 from .shown import Download, Section
 
@@ -30,14 +33,12 @@ def with_rows(run: RunRead, parts: Sequence[Section]) -> list[Section]:
         text = f" The run has {run.count:,} rows, too many for a page: they are in rows.csv of its directory."
         return [*studies, replace(last, lead=last.lead + text)]
     texts, counts = _by_study(run)
-    everything = Download("rows.csv", f"All rows as CSV ({many(f'{run.count:,}', 'row')})", [*texts])
+    everything = _download("rows.csv", "All rows", run.count, [*texts])
     made = []
     for part in studies:
         name = part.study
         if name in texts:
-            one = Download(
-                f"{name}.csv", f"Rows of this study as CSV ({many(f'{counts[name]:,}', 'row')})", [name]
-            )
+            one = _download(f"{name}.csv", "Rows of this study", counts[name], [name])
             part = replace(part, downloads=[one])
         made.append(part)
     return [*made, replace(last, files=texts, downloads=[everything])]
@@ -61,3 +62,27 @@ def _by_study(run: RunRead) -> tuple[Mapping[str, str], Mapping[str, int]]:
         csv.writer(streams[study], lineterminator="\n").writerow(row)
         counts[study] += 1
     return {study: stream.getvalue() for study, stream in streams.items()}, counts
+
+
+_MATCHED = "value a a_se n_a b b_se n_b difference half paired known apart corrected".split()
+
+
+def with_matched(part: Section, common: pd.DataFrame) -> Section:
+    """Add a download of all values that two runs have in common.
+
+    Args:
+        part: the section that shows them.
+        common: the result of :func:`rft_fast.report.matching.matched`; of more than :data:`MOST`, the section
+            says that they are too many.
+    """
+    if len(common) > MOST:
+        text = f" The runs have {len(common):,} values in common, too many for a file within the page."
+        return replace(part, lead=part.lead + text)
+    lines = io.StringIO()
+    common[[*KEYS, *_MATCHED]].map(cell).to_csv(lines, index=False, lineterminator="\n")
+    one = _download("matched.csv", "All matched values", len(common), ["matched"])
+    return replace(part, files={"matched": lines.getvalue()}, downloads=[one])
+
+
+def _download(name: str, what: str, count: int, parts: Sequence[str]) -> Download:
+    return Download(name, f"{what} as CSV ({many(f'{count:,}', 'row')})", parts)

@@ -15,11 +15,11 @@ from ..settings import Along
 from ..studies.rows import asked
 from .runs import RunRead
 
-# Columns that identify a measurement of a run.
-_KEYS = (
+KEYS = (
     "study model dataset layer others alpha rho on noise adaptive keep method criterion control estimator "
     "noise_batch normalized seed"
 ).split()
+"""Columns that identify a measurement of a run."""
 _MANY = 1e9  # degrees of freedom with which Student's t is the normal distribution
 
 Config = dict[str, Any]
@@ -103,11 +103,8 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
     for value in ("accuracy", "loss", "sharpness"):
         # Rows with an estimator are of a sharpness; their mean accuracy and loss are not compared.
         part = rows[rows[value].notna() & ((value == "sharpness") == rows["estimator"].notna())]
-        facts = part[
-            ["study", "model", "dataset", "layer", "alpha", "rho", "criterion", "control", "seed", "samples"]
-        ]
         parts.append(
-            facts.assign(
+            part[[*KEYS, "samples"]].assign(
                 place=place[part.index], value=value,
                 x=part[value].astype(float), se=part[f"{value}_se"].astype(float),
                 count=_count(part),
@@ -126,7 +123,7 @@ def _placed(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
         seed=rows["seed"].where(rows["method"].notna()),
         estimator=asked(rows),
     )
-    return rows, rows[_KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
+    return rows, rows[KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)
 
 
 def paired(first: RunRead, second: RunRead) -> Errors:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
 import html
+import io
 import json
 import os
 import random
@@ -36,7 +38,7 @@ from support.tiny_report import (
 from support.wording import command_refused, refused, said
 
 from rft_fast import __version__, catalogue, report, results, studies
-from rft_fast.report import comparison, matching, runs, sections, summary, tables
+from rft_fast.report import comparison, files, matching, runs, sections, summary, tables
 from rft_fast.report.__main__ import main
 from rft_fast.report.findings import findings
 
@@ -428,6 +430,36 @@ def test_the_comparison_page(run: Path, pair: Path, capsys: pytest.CaptureFixtur
     said(listed(text), "Only A", MODELS[2], "3 of 30", "3 of 120")  # bad's accuracies at 1, by 6 points
     nothing = make_run(pair.parent / "nothing", [{**row, "dataset": "x"} for row in SHORT])
     refuses(run, nothing)
+
+
+def test_all_matched_values_are_a_file(run: Path, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value once, and the three that differ; more than the table shows."""
+    monkeypatch.setattr(comparison, "_SHOWN", 5)
+    made = comparison.compare(runs.read(run), runs.read(pair))["parts"][-1]
+    (table,) = made.tables
+    lines = list(csv.DictReader(io.StringIO(made.files["matched"])))
+    assert len(table.rows) == 5 and len(lines) == len(matching.matched(results.load(run), results.load(pair)))
+    assert len({tuple(line[key] for key in [*matching.KEYS, "value"]) for line in lines}) == len(lines)
+    stored = {
+        (row["model"], row["dataset"], row["alpha"]): float(str(row["accuracy"]))
+        for row in SHORT
+        if row["model"] == "bad" and row["alpha"] == 1.0
+    }
+    apart = [line for line in lines if line["apart"] == "True"]
+    found = {(line["model"], line["dataset"], float(line["alpha"])): line for line in apart}
+    assert found.keys() == stored.keys() and {line["value"] for line in apart} == {"accuracy"}
+    for key, accuracy in stored.items():
+        assert float(found[key]["a"]) == accuracy and float(found[key]["b"]) == accuracy + 0.06
+    monkeypatch.setattr(files, "MOST", len(lines) - 1)
+    made = comparison.compare(runs.read(run), runs.read(pair))["parts"][-1]
+    assert not made.files and not made.downloads and f"{len(lines):,}" in made.lead
+
+
+def test_no_model_is_a_formula_in_that_file(tmp_path: Path) -> None:
+    rows = [{**row, "model": "=1+1"} for row in SHORT if row["model"] == "bad"]
+    a, b = (runs.read(make_run(tmp_path / name, rows, measured=["interpolation"])) for name in "ab")
+    lines = csv.DictReader(io.StringIO(comparison.compare(a, b)["parts"][-1].files["matched"]))
+    assert {line["model"] for line in lines} == {"zero-shot", "'=1+1"}
 
 
 def test_sharpness_of_other_estimators_is_not_compared(run: Path, tmp_path: Path) -> None:
