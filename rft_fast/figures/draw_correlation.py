@@ -138,7 +138,7 @@ def _forest(panel: Axes, rows: pd.DataFrame) -> None:
     plain(panel)
     panel.tick_params("y", left=False, labelleft=False)
     panel.set_xlim(-1.05, 1.05)
-    panel.set_xticks([-1, -0.5, 0, 0.5, 1], ["-1", "-0.5", "0", "0.5", "1"])
+    panel.set_xticks([-1, -0.5, 0, 0.5, 1], ["\N{MINUS SIGN}1", "\N{MINUS SIGN}0.5", "0", "0.5", "1"])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.axvline(0, **_ZERO)
     panel.set_xlabel("rank\ncorrelation")

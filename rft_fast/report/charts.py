@@ -88,7 +88,7 @@ def along(
     y, halves = scale * curve[what.value], scale * Z95 * curve[f"{what.change}_se"]
     hover = [
         f"{title}, α = {a:g}<br>{what.value} {v:{form[1:]}} {what.unit}<br>"
-        f"against {zero} {points(c, h, 1, form)} {what.unit_of_change} (95 %)<br>n = {n:,} images"
+        f"against {zero}: {points(c, h, 1, form)} {what.unit_of_change} (95 %)<br>n = {n:,} images"
         for a, v, c, h, n in zip(alphas, y, scale * curve[what.change], halves, curve["samples"], strict=True)
     ]
     return alphas, y, halves, hover
@@ -252,7 +252,7 @@ def prune(facts: Facts) -> Picture:
         alphas = plain["alpha"].tolist()
         traces.append(band(alphas, list(y - half), list(y + half), show, "@ink"))
         hover = [
-            f"unpruned, α = {a:g}<br>accuracy {v:.1f} %<br>against zero-shot {points(g, h, 100, '+.1f')} "
+            f"unpruned, α = {a:g}<br>accuracy {v:.1f} %<br>against zero-shot: {points(g, h, 100, '+.1f')} "
             "points "
             "(95 %)"
             for a, v, g, h in zip(alphas, y, plain["gain"], half / 100, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ import pandas as pd
 from ..common.words import signed, visible
 from ..figures.heat import ticks
 
+# Words in letters that run from right to left, with what joins them.
+RIGHT_TO_LEFT = re.compile(r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc](?:[\w.-]*\w)?")
 ALL = "*"
 Trace = dict[str, Any]
 SYMBOLS = "circle square triangle-up triangle-down diamond cross x triangle-left triangle-right".split()
@@ -74,8 +77,11 @@ def choices(key: str, label: str, values: Iterable[Any], everything: str = "") -
 
 
 def safe(text: object) -> str:
-    """Escape text for plotly, which interprets some HTML."""
-    return html.escape(visible(str(text), lines=True), quote=False)
+    """Escape text for plotly, which interprets some HTML; numbers after Hebrew or Arabic stay after it."""
+    return RIGHT_TO_LEFT.sub(
+        "\N{FIRST STRONG ISOLATE}\\g<0>\N{POP DIRECTIONAL ISOLATE}",
+        html.escape(visible(str(text), lines=True), quote=False),
+    )
 
 
 def layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from ..common.words import many, visible
 from . import glossary
-from .drawing import Chart, Control, Key
+from .drawing import RIGHT_TO_LEFT, Chart, Control, Key
 from .shown import Download, Look, Section
 from .tables import Cell, Table
 
@@ -211,5 +211,6 @@ def _cell(cell: Cell, head: bool = False) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Allow line breaks within long dotted names of escaped text."""
+    """Allow line breaks within long dotted names of escaped text, and isolate words from right to left."""
+    text = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", text)
     return re.sub(r"(?<=[A-Za-z_])\.(?=\w)|(?<=\.\d)\.(?=[a-z])|(?<=[a-z])[/_](?=\w)", r"\g<0><wbr>", text)

@@ -273,7 +273,7 @@ def _instabilities(facts: pd.DataFrame, place: dict[str, int], show: dict[str, l
             f"<b>{safe(fact['layer'])}</b>: {STRAGGLING[straggling(fact)].text}<br>instability "
             f"{points(fact['instability'], half, 1, '+.3f')} nats (95 %), at α = "
             f"{fact['alpha']:g}<br>corrected lower "
-            f"end {signed(format(fact['instability_low'], '+.3f'))}, loss against α = 0 "
+            f"end {signed(format(fact['instability_low'], '+.3f'))}, loss against α = 0: "
             f"{points(fact['rise'], Z95 * fact['rise_se'], 1, '+.3f')}<br>n = {fact['samples']:,} images"
             for fact, half in zip(here, halves, strict=True)
         ]

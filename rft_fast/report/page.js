@@ -232,10 +232,28 @@
       range: [kept.length - 0.5, -0.5] };
     return [traces, { ...layout, yaxis, height: Math.max(layout.height - row * (names.length - kept.length), 190) }];
   }
+  const PIECE = /<[^>]*>|&[a-z#0-9]+;|./gsu;  // a tag, or a character
+  const isTag = (piece) => piece.length > 2 && piece.startsWith("<");
+  function tail(text, most) {  // the end of a long name, where layers differ
+    const pieces = text.match(PIECE) ?? [];
+    return pieces.length > most ? `…${pieces.slice(1 - most).join("")}` : text;
+  }
+  function folded(text, most) {  // long lines in several, as plotly cuts off what leaves the chart
+    if (text.length <= most) return text;
+    let count = 0;
+    return text.match(PIECE).map((piece) => {
+      if (piece === "<br>") count = 0;
+      if (isTag(piece)) return piece;
+      count += 1;
+      return count > most ? (count = 1, `<br>${piece}`) : piece;
+    }).join("");
+  }
+  const each = (texts, change) => Array.isArray(texts) ? texts.map((one) => each(one, change)) : texts && change(texts);
   const words = (text) =>  // of a text that plotly would show
     new DOMParser().parseFromString(text.replaceAll("<br>", ", "), "text/html").body.textContent;
   function seen(shown, layout) {  // the highest and the lowest value, in words
-    const points = shown.flatMap(({ type, hovertext, x, y, z }) => !Array.isArray(hovertext) ? []
+    const maps = shown.filter(({ type }) => type === "heatmap");  // beside which marks have no value
+    const points = (maps.length ? maps : shown).flatMap(({ type, hovertext, x, y, z }) => !Array.isArray(hovertext) ? []
       : type === "heatmap" ? z.flatMap((line, i) => line.map((value, j) => [value, hovertext[i][j]]))
       : (layout.meta?.names ? x : y).map((value, at) => [value, hovertext[at]]));
     const known = points.filter(([value, text]) => Number.isFinite(value) && text);
@@ -265,7 +283,12 @@
       dragmode: touch ? false : "zoom",
     });
     const heat = (trace) => trace.type === "heatmap" && trace.colorbar;
-    const drawn = painted(shown).map(({ show, ...trace }) => heat(trace)
+    const across = chart.clientWidth || 700, most = Math.floor(across / 8);  // of characters
+    if (full.meta?.names) full.yaxis.ticktext = each(full.yaxis.ticktext, (text) => tail(text, Math.floor(across * 0.4 / 6.5)));
+    const named = painted(shown).map(({ show, ...trace }) => ({ ...trace,
+      ...trace.name && { name: tail(trace.name, Math.floor(most * 0.75)) },
+      ...trace.hovertext && { hovertext: each(trace.hovertext, (text) => folded(text, Math.floor(most * 0.9))) } }));
+    const drawn = named.map((trace) => heat(trace)
       ? { ...trace, colorbar: { ...trace.colorbar, len: Math.min(1, 300 / layout.height), tickfont: { size: 10, color: soft }, title: { ...trace.colorbar.title, font: { size: 11, color: soft } } } }
       : trace);
     return Plotly.react(chart, drawn, full, {

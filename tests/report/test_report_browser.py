@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
+import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from support import PATIENCE, tiny_browser
-from support.tiny_report import LAYERS, MODELS, make_other, make_run
+from support.tiny_report import CONFIG, LAYERS, MODELS, make_other, make_rows, make_run
 
-from rft_fast import report
+from rft_fast import report, results
 
 pytestmark = pytest.mark.browser
 
@@ -196,8 +199,8 @@ def test_finding_a_layer(opened: tiny_browser.Browser) -> None:
 def test_what_charts_show_in_words(opened: tiny_browser.Browser) -> None:
     choose(opened, "path-dataset", "fog")
     text = opened.run("document.getElementById('path-accuracy-seen').textContent")
-    assert text.startswith("Highest: good on fog, α = 0.5, accuracy 60.0 %, against zero-shot +10.0 ")
-    assert "Lowest: bad on fog, α = 1, accuracy 30.0 %, against zero-shot \N{MINUS SIGN}20.0" in text
+    assert text.startswith("Highest: good on fog, α = 0.5, accuracy 60.0 %, against zero-shot: +10.0 ")
+    assert "Lowest: bad on fog, α = 1, accuracy 30.0 %, against zero-shot: \N{MINUS SIGN}20.0" in text
 
 
 def test_what_to_look_at_first_is_chosen(opened: tiny_browser.Browser) -> None:
@@ -329,6 +332,80 @@ def test_a_phone(opened: tiny_browser.Browser, run: Path) -> None:
     assert opened.errors == []
 
 
+NAMES = [
+    "m" * 200,
+    "\u05e9\u05dc\u05d5\u05dd.2",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "@c0",
+    "__proto__",
+]
+TITLES = ["visual." + "deep." * 40 + "mlp", "\u05e9\u05db\u05d1\u05d4.0", "<i>&amp;</i>"]
+
+
+def extreme(folder: Path, models: int, layers: int) -> Path:
+    """A run of so many models, of which the first has so many layers, with names and values to break a page."""
+    everyone = [*NAMES, *(f"model-{k}" for k in range(models))][:models]
+    found = [*TITLES, *(f"visual.transformer.resblocks.{k}.attn" for k in range(layers))][:layers]
+    template = list(make_rows())
+    of = {study: [row for row in template if row["study"] == study] for study in ("interpolation", "layers")}
+    rows = [
+        {**row, "model": model, **({"loss": math.nan, "rise": math.nan} if model == NAMES[1] else {})}
+        for model in everyone
+        for row in of["interpolation"]
+        if row["model"] == "good"
+    ]
+    rows += [
+        {
+            **row,
+            "model": everyone[0],
+            "layer": layer,
+            **({"loss": math.inf, "rise": math.inf} if lost else {}),
+        }
+        for number, layer in enumerate(found)
+        for row in of["layers"]
+        if (row["model"], row["layer"]) == ("bad", LAYERS[2])
+        for lost in [number == 2 and row["alpha"] == 0.5]
+    ]
+    with results.Run(
+        folder, {**CONFIG, "measured": list(of), "studies": list(of), "everything": False}
+    ) as run:
+        for (study, model), group in itertools.groupby(
+            rows, lambda row: (str(row["study"]), str(row["model"]))
+        ):
+            run.add(study, model, 0, list(group))
+    return folder
+
+
+@pytest.mark.parametrize(("models", "layers"), [(1, 3), (60, 200)])
+def test_names_and_values_without_measure(
+    tab: tiny_browser.Browser, tmp_path: Path, models: int, layers: int
+) -> None:
+    """Nothing in a name runs, the page does not scroll sideways, and names stand whole."""
+    file = report.write(extreme(tmp_path / "run", models, layers))
+    tab.errors.clear()
+    tab.show(390, 844, phone=True)
+    tab.open(file)
+    assert tab.errors == [] and tab.run("document.title").startswith("zoo <script>")
+    assert tab.run("document.querySelectorAll('main img, main i, main script').length") == 0
+    assert tab.run("document.documentElement.scrollWidth") == 390
+    assert set(cells(tab, "path", 0)) == {*NAMES, *(f"model-{k}" for k in range(models))} & set(
+        tab.run("[...document.getElementById('path-model').options].map((o) => o.value)")
+    )
+    assert set(TITLES) <= set(cells(tab, "layers", 0)) and len(cells(tab, "layers", 0)) == layers
+    cut = "(e) => e.scrollWidth > e.clientWidth + 1"
+    assert tab.run(f"[...document.querySelectorAll('th[scope=row], td')].filter({cut}).length") == 0
+    assert (
+        tab.run("Math.min(...[...document.querySelectorAll('.chart')].map((c) => c._fullLayout._size.w))")
+        > 120
+    )
+    # What plotly shows beside the pointer is no wider than the chart (at least 6 pixels a letter).
+    lines = tab.run("""[...document.querySelectorAll(".chart")].flatMap((c) => c.data.flatMap((t) => t.hovertext ?? []))
+        .flat(2).filter(Boolean).flatMap((t) => t.replace(/<br>/g, "\\n").replace(/<[^>]*>/g, "").split("\\n"))""")
+    assert max(len(html.unescape(text)) for text in lines) <= 358 / 6
+    whole = "".join(html.unescape(text) for text in lines)
+    assert "m" * 200 in whole and TITLES[0] in whole
+
+
 def test_on_paper(opened: tiny_browser.Browser) -> None:
     opened.show(1280, 900, dark=True)
     pdf = opened.pdf()
@@ -348,3 +425,6 @@ def test_the_comparison(tab: tiny_browser.Browser, run: Path, tmp_path: Path) ->
     before = tab.run("document.getElementById('measurements-both').data.length")
     choose(tab, "measurements-what", "sharpness, sharpness")
     assert set(cells(tab, "measurements", 2)) == {"sharpness, sharpness (nats)"} and before
+    head, *rows = saved(tab, "#measurements .downloads .save", tmp_path / "all")
+    shown = tab.run("document.querySelectorAll('#measurements tbody tr').length")  # hidden ones, too
+    assert len(rows) == shown and {"a", "b", "difference"} < set(head)
