@@ -81,7 +81,10 @@ def paragraph(text: str, start: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_whole_run(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # tables stay whole
     out = tmp_path / "run"
     arguments = ["interpolation", *own_models(zoo), "--alphas", "0:1:3", "0.1", "--samples", "10",
                  "--seed", "3", "--xi", "0.05", "--device", "cpu", "--impl", "reference",
@@ -309,8 +312,9 @@ def test_a_part_that_was_chosen_is_said(
 
 @pytest.mark.slow
 def test_several_sets_are_told_apart_in_words(
-    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # tables stay whole
     own = [*own_models(zoo, "abc"), "--alphas", "0", "1", "--draws", "2", "--mask-seeds", "2"]
     both = ["--layer-data", "near", "far", "--sharpness-data", "near", "far", "--layers", "visual.conv1"]
     asked = ["layers", "correlation", "prune", "--prune-layers", "visual.conv1", "--models", *"abc"]
