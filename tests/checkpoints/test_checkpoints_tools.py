@@ -224,7 +224,7 @@ def test_sources_that_can_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_sources_that_cannot(source: str, arch: str, facts: str) -> None:
     for function in (checkpoints.check_source, checkpoints.fetch):
-        with refused(ValueError, "check_source", *facts.split()):
+        with refused(ValueError, *facts.split()):
             function(source, arch)
 
 
