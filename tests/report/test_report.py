@@ -198,7 +198,7 @@ def test_charts_have_the_numbers(page: str) -> None:
     (good,) = (t for t in found["path-accuracy"]["traces"]
                if t["show"] == {"dataset": ["fog"], "model": ["*", "good"]})  # fmt: skip
     assert good["x"] == ALPHAS and good["y"] == pytest.approx([50, 60, 55])
-    assert "against zero-shot +10.0 ± 2.0 points (95 %)" in good["hovertext"][1]
+    assert "against zero-shot: +10.0 ± 2.0 points (95 %)" in good["hovertext"][1]
     heats = [
         t for t in found["layers-map"]["traces"] if t["type"] == "heatmap" and t["show"]["model"] == ["bad"]
     ]
