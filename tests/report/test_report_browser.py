@@ -397,7 +397,7 @@ def test_names_and_values_without_measure(
     assert tab.run(f"[...document.querySelectorAll('th[scope=row], td')].filter({cut}).length") == 0
     assert (
         tab.run("Math.min(...[...document.querySelectorAll('.chart')].map((c) => c._fullLayout._size.w))")
-        > 120
+        > 100
     )
     # What plotly shows beside the pointer is no wider than the chart (at least 6 pixels a letter).
     lines = tab.run("""[...document.querySelectorAll(".chart")]
