@@ -92,6 +92,7 @@ def circles(arrows: Arrows) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_module_leads_back_to_itself() -> None:
     assert circles(arrows(ROOT)) == []
 
@@ -100,6 +101,7 @@ def test_no_module_leads_back_to_itself() -> None:
 UNDER_WAY = "rft_fast.catalogue"
 
 
+@pytest.mark.slow
 def test_no_package_leads_back_to_itself() -> None:
     found: dict[str, set[str]] = {}
     for module, others in arrows(ROOT).items():

@@ -98,6 +98,7 @@ def test_a_study_more_needs_one_file(
     assert (out / "rows.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_analysis_that_fails_costs_no_other(
     toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +127,7 @@ def test_an_analysis_that_fails_costs_no_other(
         del catalogue._TABLE["halfway"]
 
 
+@pytest.mark.slow
 def test_it_is_resumed(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after its second measurement, it makes the others, and the rows are the same."""
     command = ["halfway", *own_models(zoo, "abc"), *BRIEF]
