@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             entry.path.unlink(missing_ok=True)
         (directory / ".lock").unlink(missing_ok=True)
     except OSError as error:
-        print(f"{program.errors(parser.prog)} {error}; not everything is removed", file=sys.stderr)
+        print(program.failure(parser.prog, f"{error}; not everything is removed"), file=sys.stderr)
         return 1
     print(f"removed {total}")
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import checkpoints
 from ..common import program
-from ..common.words import many, message, visible
+from ..common.words import many, visible
 from ..names import FORMATS, Format
 from ..path import layers
 from .canonical import HEAD_WEIGHT, INERT
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         second = _read(options.other, None, options.key, options.base)
     except (OSError, ValueError) as error:
-        print(f"{program.errors(parser.prog)} {message(error)}", file=sys.stderr)
+        print(program.failure(parser.prog, error), file=sys.stderr)
         return 2
     lineage = checkpoints.compare(first, second, options.unrelated)
     for letter, checkpoint in (("a", first), ("b", second)):

@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
             known = sorted(self._option_string_actions)
             if near := difflib.get_close_matches(option, known, n=1):
                 hint = f"did you mean {near[0]}? {hint}"
-        self.exit(cwd.REFUSED, f"{errors(self.prog)} {words.message(message)}\n({hint})\n")
+        self.exit(cwd.REFUSED, f"{failure(self.prog, message)}\n({hint})\n")
 
 
 def next_step(name: str, *arguments: object) -> str:
@@ -147,10 +147,16 @@ class _Formatter(argparse.HelpFormatter):
         return super()._format_args(action, default_metavar)
 
 
-def errors(prog: str) -> str:
-    """Return how an error line of a command begins on standard error."""
+def failure(prog: str, error: object) -> str:
+    """Return the line of an error on standard error, which begins with the command's name.
+
+    Args:
+        prog: the command, such as ``"python -m rft_fast.merge"`` or ``"merge"``.
+        error: an exception or a text; if it begins with the same name, that is not repeated.
+    """
     name = prog.removeprefix("python -m ").removeprefix("rft_fast.")
-    return styled(f"{name}: error:", "error", sys.stderr)
+    text = words.message(error).removeprefix(f"{name}: ")
+    return f"{styled(f'{name}: error:', 'error', sys.stderr)} {text}"
 
 
 def parser(name: str, version: bool = True, **more: Any) -> Parser:
@@ -223,7 +229,7 @@ def command(name: str) -> Callable[[Callable[[Sequence[str]], int]], Callable[..
             for guard in guards:
                 guard.flush()
                 if (error := broken(guard)) is not None and not _reader_left(error):
-                    print(f"{errors(called(name))} output could not be written: {error}", file=sys.stderr)
+                    print(failure(called(name), f"output could not be written: {error}"), file=sys.stderr)
                     status = status or 1
             return status
 
@@ -239,16 +245,13 @@ def nul(text: str) -> bool:
 
 def _check(name: str, argv: Sequence[str]) -> None:
     """Refuse NUL bytes in arguments, and a deleted working directory."""
-    prog = errors(called(name))
     for argument in argv:
         if nul(argument):
-            print(
-                f"{prog} argument {argument!r} contains a NUL byte, which file names cannot contain",
-                file=sys.stderr,
-            )
+            text = f"argument {argument!r} contains a NUL byte, which file names cannot contain"
+            print(failure(called(name), text), file=sys.stderr)
             raise SystemExit(cwd.REFUSED)
     if not cwd.exists():
-        print(f"{prog} {cwd.GONE}", file=sys.stderr)
+        print(failure(called(name), cwd.GONE), file=sys.stderr)
         raise SystemExit(cwd.REFUSED)
 
 

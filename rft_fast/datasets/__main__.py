@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from .. import datasets, names
 from ..common import program
-from ..common.words import message
 
 
 @program.command("datasets")
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
             report = doctor.examine(options.path, options.kind, rows, options.labels, options.quick, progress)
     except (OSError, ValueError) as error:
-        print(f"{program.errors(parser.prog)} {message(error)}", file=sys.stderr)
+        print(program.failure(parser.prog, error), file=sys.stderr)
         return 2
     print(report)
     if report.problems:

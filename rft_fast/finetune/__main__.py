@@ -11,7 +11,7 @@ from rft_fast.common import program
 from rft_fast.config.builder import Builder, Given
 from rft_fast.datasets import cache as caches
 
-from ..common.words import many, message
+from ..common.words import many
 from .settings import DATA, GRID, HEAD, SHORT, Invocation, Request, Setting, at_random, grid
 
 BUILDER = Builder((Setting, Request, Invocation), (DATA, HEAD, GRID))
@@ -73,10 +73,8 @@ def _run(argv: Sequence[str]) -> int:
         with program.Stop(tqdm.write, "training step") as stop:
             outcome = work.run(stop)
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        print(
-            f"finetune: error: {message(error)}; the same command resumes from the last saved state",
-            file=sys.stderr,
-        )
+        text = f"{error}; the same command resumes from the last saved state"
+        print(program.failure("finetune", text), file=sys.stderr)
         return 1
     made = request.out / "zoo.toml"
     print(
@@ -86,10 +84,8 @@ def _run(argv: Sequence[str]) -> int:
     if made.exists():
         print(program.next_step("sweep", request.out))
     if outcome.diverged:
-        print(
-            f"finetune: error: {len(outcome.diverged)} diverged: {', '.join(outcome.diverged)}",
-            file=sys.stderr,
-        )
+        text = f"{len(outcome.diverged)} diverged: {', '.join(outcome.diverged)}"
+        print(program.failure("finetune", text), file=sys.stderr)
         return 1
     return 0
 

@@ -9,7 +9,7 @@ from rft_fast.common import program
 from rft_fast.config.builder import Builder
 from rft_fast.names import MERGE_METHODS
 
-from ..common.words import message, visible
+from ..common.words import visible
 from .settings import METHOD, MODELS, OUTPUT, Request, refuse_unused
 
 BUILDER = Builder((Request,), (MODELS, METHOD, OUTPUT))
@@ -73,9 +73,9 @@ def main(argv: Sequence[str]) -> int:
         else:
             outcome = run(request)
     except ValueError as error:
-        top.error(str(error).removeprefix("merge: "))
+        top.error(str(error))
     except (OSError, RuntimeError) as error:
-        print(f"{program.errors(top.prog)} {message(error)}; nothing was written", file=sys.stderr)
+        print(program.failure(top.prog, f"{error}; nothing was written"), file=sys.stderr)
         return 1
     for note in outcome.notes:
         print(f"note: {visible(note)}")

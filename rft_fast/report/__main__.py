@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from .. import report
 from ..common import program
-from ..common.words import message
 
 
 @program.command("report")
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             file = report.compare(options.run, options.other, options.out)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{program.errors(parser.prog)} {message(error)}", file=sys.stderr)
+        print(program.failure(parser.prog, error), file=sys.stderr)
         return 2
     print(f"report   {file} ({file.stat().st_size / 1e6:.1f} MB, opens without a network)")
     print(program.next_step("python -m webbrowser", file.absolute().as_uri()))

@@ -12,7 +12,7 @@ from datetime import datetime
 from .. import catalogue, results
 from ..common import disk, program
 from ..common.program import Interrupted, Stop
-from ..common.words import cell, message
+from ..common.words import cell
 from ..config.request import NotFetched, Request, unfetched
 from ..config.settings import Figures, Running
 from ..report import summary
@@ -84,13 +84,14 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
         print(f"\nsweep: interrupted; {_kept(run, argv)}", file=sys.stderr)
         return 130
     except (OSError, MemoryError, Failed, NoCrossing) as error:
-        print(f"\nsweep: error: {message(error)}; {_kept(run, argv)}", file=sys.stderr)
+        print("\n" + program.failure("sweep", f"{error}; {_kept(run, argv)}"), file=sys.stderr)
         return 1
     finally:
         if executor is not None:
             executor.close()
     for name, text in failed.items():
-        print(f"sweep: error: {name} was measured, but its analysis failed: {message(text)}", file=sys.stderr)
+        text = f"{name} was measured, but its analysis failed: {text}"
+        print(program.failure("sweep", text), file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,5 +1,7 @@
 """The limit of the default tier: a test without the marker ``slow`` takes at most two seconds of CPU.
 
+Beyond it, the summary of pytest lists the test; beyond three times as much, the test fails.
+
 CPU seconds of this process, all its threads, and the child processes that it waited for. Other load makes
 them longer, too: the limit is scaled by a loop of known length, timed at the start of the session and again
 before a test fails, and by the load average per core. Not counted: fixtures that several tests share, which
@@ -21,6 +23,7 @@ import pytest
 LIMIT = 2.0  # CPU seconds of one test
 SHARED = 6.0  # CPU seconds of the shared fixtures that one test sets up
 REFERENCE = 0.014  # CPU seconds of loop() on the machine that the limits are meant for
+MARGIN = 3  # a test fails beyond so many limits
 IMPORTS = 25  # as many new modules, and the time went into importing them
 
 
@@ -49,7 +52,7 @@ class Cost:
 
 
 class Guard:
-    """A plugin of pytest that fails tests of the default tier beyond the limit.
+    """A plugin of pytest that lists tests of the default tier beyond the limit, and fails those far beyond.
 
     Args:
         limit: CPU seconds of one test on the reference machine.
@@ -78,8 +81,17 @@ class Guard:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         yield from self._watch()
-        if item.get_closest_marker("slow") is None and (reason := self._excess()):
-            pytest.fail(reason, pytrace=False)
+        if item.get_closest_marker("slow") is None:
+            if reason := self._excess(MARGIN):
+                pytest.fail(reason, pytrace=False)
+            if reason := self._excess(1):
+                item.user_properties.append(("slow", reason))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for report in terminalreporter.stats.get("passed", []):
+            for name, reason in report.user_properties:
+                if name == "slow":
+                    terminalreporter.write_line(f"SLOW {report.nodeid}: {reason}")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
@@ -99,14 +111,14 @@ class Guard:
             self._cost.own += cpu_seconds() - start - (self._cost.shared - shared)
             self._cost.modules += len(sys.modules) - modules
 
-    def _excess(self) -> str:
-        """Why the test that has just run is too slow; empty where it is not."""
+    def _excess(self, margin: float) -> str:
+        """Why the test that has just run is slower than ``margin`` limits; empty where it is not."""
         cost = self._cost
         if cost.modules >= IMPORTS or sys.gettrace() is not None or self._on_a_gpu():
             return ""
         for what, seconds, limit in (
-            ("the test", cost.own, self.limit),
-            ("its shared fixtures", cost.shared, self.shared),
+            ("the test", cost.own, self.limit * margin),
+            ("its shared fixtures", cost.shared, self.shared * margin),
         ):
             if seconds > limit * self._slowness:
                 self._slowness = max(self._slowness, self._measured())
