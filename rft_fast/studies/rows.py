@@ -43,7 +43,7 @@ COLUMNS: dict[str, str] = {
     "control": "boolean",  # whether as many other layers, chosen at random, were pruned instead
     # How it was measured.
     "estimator": "string",
-    "asked": "string",  # the estimator that was asked for, say auto
+    "asked": "string",  # the estimator that was requested, such as auto
     "excluded": "string",  # layers that were not perturbed, joined by ", "
     "noise_alike": "string",  # parameters whose noise images share, though others have noise per image
     "noise_batch": "Int64",  # images per draw of noise; missing: one draw for all images
