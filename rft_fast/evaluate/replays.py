@@ -3,11 +3,17 @@
 A replay has the operations of the function and so its bits. It has no ``torch.vmap``, no modes, no modules
 and no layers of Python around them: with small batches these cost as much as the operations, and hold the
 interpreter's lock against batches that run side by side.
+
+On a CUDA device, short recordings become CUDA graphs. What differs from draw to draw (activations, base
+perturbations, signs) is an argument of the function and copied into the graph's buffers, so a graph is valid
+for every draw.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .graphs import SHORT, WARM, Body, Capture
 from .stages import TOLERANCE
 
 MOST = 4096
@@ -38,10 +45,15 @@ class Replays:
 
     Weights are read where they are, so a recording sees what is written into them. A tensor that replaces a
     weight in the module is not seen: Path.check refuses it, an Evaluator alone does not. Several threads may
-    use it at once.
+    use it at once, unless it makes CUDA graphs.
+
+    Args:
+        capture: Makes CUDA graphs, see :func:`rft_fast.evaluate.graphs.on`; None: recordings stay Python.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = capture
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
         # True: it has run once. None: it cannot be recorded.
         self._known: OrderedDict[tuple[object, ...], Function | bool | None] = OrderedDict()
 
@@ -62,7 +74,10 @@ class Replays:
             with _RECORDING:
                 known = self._known.get(full)  # another thread may have recorded it meanwhile
                 if known is True:
-                    found, self._known[full] = _record(function, args, reads)
+                    found, recorded = _record(function, args, reads)
+                    if recorded is not None and self._capture is not None:
+                        recorded = _Graph(recorded, self._capture, self._buffer)
+                    self._known[full] = recorded
                     return found
         if callable(known):
             return known(*args)
@@ -72,8 +87,78 @@ class Replays:
                 self._known.popitem(last=False)
         return function(*args)
 
+    def clear(self) -> None:
+        """Drop all recordings and free the memory of their graphs."""
+        self._known.clear()
+        self._buffers.clear()
+
+    def _buffer(self, role: object, like: Tensor) -> Tensor:
+        """One for all graphs: each copies its arguments in and its result out."""
+        key = (role, like.shape, like.stride(), like.dtype, like.device)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=like.device
+            )
+        return self._buffers[key]
+
     def __len__(self) -> int:
         return sum(map(callable, self._known.values()))
+
+
+class _Graph:
+    """A recording that becomes a CUDA graph on its third run, if its tensors are small.
+
+    Args:
+        function: The recording.
+        capture: Makes CUDA graphs.
+        buffer: (role, a tensor) -> a buffer of its shape, strides and dtype for that role.
+    """
+
+    def __init__(
+        self, function: Function, capture: Capture, buffer: Callable[[object, Tensor], Tensor]
+    ) -> None:
+        self._function, self._capture, self._buffer = function, capture, buffer
+        self._runs, self._short = 0, False
+        self._replay: Body | None = None
+        self._args: list[Tensor] = []
+        self._result: Tensor | None = None
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        self._runs += 1
+        if self._replay is None and self._short and self._runs > WARM:
+            self._record(args)
+        if self._replay is None or self._result is None:
+            found = self._function(*args)
+            # An expanded tensor has no memory of its own to copy to.
+            apart = all(
+                step or size == 1
+                for x in (*args, found)
+                for size, step in zip(x.shape, x.stride(), strict=True)
+            )
+            self._short = apart and sum(x.nbytes for x in (*args, found)) <= SHORT
+            return found
+        for buffer, x in zip(self._args, args, strict=True):
+            buffer.copy_(x)
+        self._replay()
+        return self._result.clone()
+
+    def _record(self, args: Sequence[Tensor]) -> None:
+        self._args = [self._buffer(place, x) for place, x in enumerate(args)]
+        for buffer, x in zip(self._args, args, strict=True):
+            buffer.copy_(x)
+        result = self._buffer("result", self._function(*self._args))
+
+        def body() -> None:
+            result.copy_(self._function(*self._args))
+
+        try:
+            self._replay = self._capture(body)
+        except RuntimeError as error:
+            self._runs = -sys.maxsize  # never again
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"Evaluator: a stage runs without a CUDA graph: {reason}", stacklevel=2)
+        else:
+            self._result = result
 
 
 class _Unknown(Exception):

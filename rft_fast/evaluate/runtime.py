@@ -89,13 +89,13 @@ class Runtime:
         self.stages = _compiled(chains, precision) if compile else chains
         self.stations = len(chains.image) + (len(chains.text) + 2 if chains.text else 0)
         self.holds_prompts = budget.holds(staged.prompts)
-        self.graphs = None
-        if graphs and device.type == "cuda":
-            self.graphs = recordings.Graphs(recordings.on(device))
+        capture = recordings.on(device) if graphs and device.type == "cuda" else None
+        self.graphs = None if capture is None else recordings.Graphs(capture)
+        self.flips, self.replays = {}, Replays(capture)
 
         # The functions below do not refer to the runtime: a reference cycle would keep its memory until the
         # next garbage collection.
-        dtype, recorded = formats.PRECISIONS[precision], self.graphs
+        dtype, recorded, replays = formats.PRECISIONS[precision], self.graphs, self.replays
 
         def images(count: int) -> Tensor:
             return torch.empty((count, *pixels), dtype=dtype, device=device)
@@ -114,6 +114,7 @@ class Runtime:
         def relieve() -> None:
             if recorded is not None:
                 recorded.clear()
+                replays.clear()
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     torch.cuda.empty_cache()
@@ -125,7 +126,6 @@ class Runtime:
         pooled = len(chains.image) > 1 or isinstance(model, (ImageClassifier, ZeroShotClassifier))
         side = sys.maxsize if pooled else 1
         few = min(side, 4)  # since each batch has its own gradients
-        self.flips, self.replays = {}, Replays()
         self.example = images
         self.images = batches(1 if compile else side, lambda: forward(chains.image, images))
         self.prompts = batches(1 if compile else side, lambda: forward(chains.text, prompts), "prompt")

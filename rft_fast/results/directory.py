@@ -152,7 +152,11 @@ def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def mismatch(directory: pathlib.Path, unlike: Sequence[str]) -> Mismatch:
-    remedy = "To resume it, use the same settings; otherwise choose another --out, or add --overwrite"
+    packages = [difference.startswith("versions.") for difference in unlike]
+    same = "use the same settings and the versions of the run" if any(packages) else "use the same settings"
+    if all(packages):
+        same = "install the versions of the run (pip install NAME==VERSION)"
+    remedy = f"To resume it, {same}; otherwise choose another --out, or add --overwrite"
     if any(EARLIER in difference for difference in unlike):
         remedy = "This version has no options for these settings: choose another --out, or add --overwrite"
     return Mismatch(f"results: {directory} holds a run with other settings ({'; '.join(unlike)}). {remedy}")

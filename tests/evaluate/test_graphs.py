@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.tiny_models import (
     CLASSES,
+    Recorder,
     assert_plain,
     close,
     dataset,
@@ -37,22 +38,6 @@ from rft_fast.evaluate.stages import Stage, stages
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-
-class Recorder:
-    """Keeps what it is to record, without running it; replaying runs it."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            body()
-
-        return replay
 
 
 def eager(chain: tuple[Stage, ...], first: int, last: int, x: Tensor, inputs: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.tiny_models import dataset, deep, shaken, staged, transformer
+from support.tiny_models import Recorder, dataset, deep, shaken, staged, transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -188,31 +189,101 @@ def test_recordings_of_several_threads_leave_torch_outside_of_any_mode() -> None
     assert rft.norm([torch.ones(4)]) == 2
 
 
+def layer_sharpness(
+    estimator: str, evaluate: Callable[[Evaluator], None] = lambda evaluator: None, device: str = "cpu"
+) -> tuple[list[float], Evaluator]:
+    """Sharpness, its errors and accuracies of some layers, at two alphas in two draws."""
+    torch.manual_seed(0)
+    model = transformer(1).eval().to(device)
+    zero = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    one = {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in zero.items()}
+    path, evaluator = Path(model, zero, one), Evaluator(model, [dataset(count=6)], batch_size=3)
+    evaluate(evaluator)
+    protocol = studies.Protocol(estimator)  # type: ignore[arg-type]
+    layers = ["re:visual.(conv1|ln_pre)", "re:.*c_fc"]
+    found = studies.layerwise_sharpness(path, evaluator, [0.4, 0.6], [0.3], 2, layers, protocol=protocol)
+    return found[["sharpness", "sharpness_se", "accuracy"]].to_numpy().ravel().tolist(), evaluator
+
+
 @pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
 def test_rows_are_the_same_bits_without_recordings(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows() -> tuple[list[float], int]:
-        model = transformer(1).eval()
-        zero = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        one = {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in zero.items()}
-        path, evaluator = Path(model, zero, one), Evaluator(model, [dataset(count=6)], batch_size=3)
-        protocol = studies.Protocol(estimator)  # type: ignore[arg-type]
-        found = studies.layerwise_sharpness(
-            path,
-            evaluator,
-            [0.4, 0.6],
-            [0.3],
-            2,
-            ["re:visual.(conv1|ln_pre)", "re:.*c_fc"],
-            protocol=protocol,
-        )
-        numbers = found[["sharpness", "sharpness_se", "accuracy"]].to_numpy().ravel().tolist()
-        return numbers, len(evaluator.runtime.replays)
-
-    torch.manual_seed(0)
-    recorded, count = rows()
+    recorded, evaluator = layer_sharpness(estimator)
     monkeypatch.setattr(Replays, "run", lambda self, key, function, args, reads: function(*args))
-    torch.manual_seed(0)
-    assert count > 5 and recorded == rows()[0]
+    assert len(evaluator.runtime.replays) > 5 and recorded == layer_sharpness(estimator)[0]
+
+
+# --- CUDA graphs of recordings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
+def test_graphs_are_valid_for_every_draw_and_alpha(estimator: str) -> None:
+    """Signs, bases and activations are inputs of a graph, and the weights are read where they are."""
+    recorder = Recorder()
+
+    def use_graphs(evaluator: Evaluator) -> None:
+        evaluator.runtime.replays = Replays(recorder)
+
+    graphed, _ = layer_sharpness(estimator, use_graphs)
+    assert recorder.recorded > 5 and recorder.replayed > recorder.recorded
+    assert graphed == layer_sharpness(estimator)[0]
+
+
+def test_results_of_graphs_stay_when_the_next_one_runs() -> None:
+    recorder = Recorder()
+    known = Replays(recorder)
+    given = [torch.rand(3, 4) for _ in range(9)]
+    found = [known.run("it", lambda x: (x + 1).t(), [x], []) for x in given]
+    assert all(torch.equal(y, (x + 1).t()) for x, y in zip(given, found, strict=True))
+    # One run as it is, one recorded, two of the recording, then the graph.
+    assert (recorder.recorded, recorder.replayed) == (1, 5)
+    known.clear()
+    assert len(known) == 0 and torch.equal(known.run("it", lambda x: x - 1, [given[0]], []), given[0] - 1)
+
+
+@pytest.mark.parametrize("size", [10, 11], ids=["small", "large"])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_only_short_functions_of_whole_tensors_become_graphs(
+    size: int, expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replays, "SHORT", 80)
+    recorder = Recorder()
+    known = Replays(recorder)
+    for number in range(6):
+        x = torch.full((1,), float(number)).expand(size) if expanded else torch.rand(size)
+        assert torch.equal(known.run("it", lambda x: x + 1, [x], []), x + 1)
+    assert recorder.recorded == (size == 10 and not expanded)
+
+
+def test_a_graph_that_fails_is_left_with_one_warning() -> None:
+    tries = 0
+
+    def fail(body: Callable[[], None]) -> Callable[[], None]:
+        nonlocal tries
+        tries += 1
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    known = Replays(fail)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            x = torch.rand(4)
+            assert torch.equal(known.run("it", lambda x: x * 3, [x], []), x * 3)
+    (one,) = heard
+    assert tries == 1
+    assert str(one.message).endswith("without a CUDA graph: operation not permitted when stream is capturing")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("estimator", ["per-image", "per-image-gradient"])
+def test_graphs_on_a_gpu(estimator: str) -> None:
+    def use_no_graphs(evaluator: Evaluator) -> None:
+        evaluator.runtime.replays = Replays()
+
+    graphed, evaluator = layer_sharpness(estimator, device="cuda")
+    plain, _ = layer_sharpness(estimator, use_no_graphs, device="cuda")
+    assert evaluator.runtime.replays._buffers
+    torch.testing.assert_close(torch.tensor(graphed), torch.tensor(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_stages_are_not_replaced_by_recordings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,3 +213,19 @@ def counted(*modules: nn.Module) -> Iterator[list[list[int]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Recorder:
+    """Keeps what it is to record, without running it; replaying runs it."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            body()
+
+        return replay
