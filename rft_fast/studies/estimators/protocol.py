@@ -53,7 +53,7 @@ class Protocol:
               and the mean over these: a lower bound. Needs memory for eight copies of the layer's weights,
               ten with restarts;
             - ``"apgd-l2-published"``, ``"apgd-linf-published"``: the same by the loop of the published code,
-              for comparison with its numbers. It usually finds a lower loss, see docs/studies.md.
+              for comparison with its numbers. It usually finds a lower loss, see docs/estimators.md.
 
         on: weights that the noise is added to: ``"interpolated"`` (Eq. 3) or ``"finetuned"`` (Sec. 3.1);
             None: as the study defines it.
