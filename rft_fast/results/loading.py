@@ -54,8 +54,7 @@ def load(directory: str | os.PathLike[str]) -> pd.DataFrame:
 
     Returns:
         The columns and types of :data:`COLUMNS`, sorted by study, by model in the order of the request, and
-        by the
-        position of each measurement in its study.
+        by the position of each measurement in its study.
 
     Raises:
         FileNotFoundError: The directory holds no ``rows.sqlite``.
