@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -56,8 +57,11 @@ def device(name: str | None) -> torch.device:
         found = torch.device(name)
         torch.zeros(1, device=found).item()
     except Exception as error:  # each backend raises its own
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"argument --device: {name!r} cannot be used: {reason}") from None
+        reason = re.split(r"\n|\. ", str(error))[0]
+        here = ", ".join(map(str, devices()))
+        raise ValueError(
+            f"argument --device: {name!r} cannot be used: {reason}; torch finds on this machine: {here}"
+        ) from None
     return found
 
 

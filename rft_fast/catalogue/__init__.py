@@ -35,8 +35,13 @@ def names() -> list[str]:
     return [study.name for study in studies()]
 
 
+def default() -> list[str]:
+    """Names of the studies that a run makes for which none is named."""
+    return [study.name for study in studies() if study.by_default]
+
+
 def studies() -> list[Study]:
-    """These studies."""
+    """The studies that people choose by name."""
     return [study for study in _TABLE.values() if not study.hidden]
 
 
@@ -86,6 +91,7 @@ __all__ = [
     "Images",
     "Study",
     "Task",
+    "default",
     "measured",
     "names",
     "phases",

@@ -125,6 +125,8 @@ class Study(ABC):
     """Models have different numbers of rows."""
     keeps_images: bool = False
     """It fills :attr:`Task.images`."""
+    by_default: bool = True
+    """A sweep for which no study is named makes it: the studies of the paper."""
     hidden: bool = False
     """Others need it, and nobody names it: it has no figure, section or words of its own."""
     rounds: int = 1

@@ -20,7 +20,7 @@ Measure fine-tuned CLIP models along the straight line in weight space from
 their zero-shot model (alpha = 0) to each of them (alpha = 1). A run leaves
 rows, figures and a summary in a directory.
 
-studies (default: all; studies that a named one needs run, too):
+studies of the paper (default: all; what a named study needs runs, too):
 {studies}
 
 ZOO is a .toml file that names models and data, or a folder with a zoo.toml.
@@ -49,7 +49,13 @@ def parser(options: Builder | None = None) -> program.Parser:
     Args:
         options: None: those of the sweep.
     """
-    studies = program.listed({study.name: study.help for study in catalogue.studies()})
+    listed = []
+    for default in (True, False):
+        texts = {each.name: each.help for each in catalogue.studies() if each.by_default == default}
+        listed.append(program.listed(texts) if texts else "")
+    studies, named = listed
+    if named:
+        studies += f"\n\nstudies beyond the paper, which run where they are named:\n{named}"
     top = program.parser(
         "sweep",
         usage="python -m rft_fast.sweep [ZOO] [STUDY ...] [options]",

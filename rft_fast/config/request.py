@@ -34,7 +34,7 @@ class Request:
     """What the command line asks for, found valid. Nothing is loaded yet.
 
     Attributes:
-        everything: whether no study was named: all of them.
+        everything: whether no study was named: those of the paper.
         studies: those that were.
         measured: these, and what they need, in order.
         zoo: models and data, with what the command line says of them.
@@ -106,7 +106,7 @@ def _request(
 ) -> Request:
     layers, running = tree.of(Layers), tree.of(Running)
     _check_models_named(tree, its_zoo)
-    asked = [study for study in catalogue.names() if study in studies] or catalogue.names()
+    asked = [study for study in catalogue.names() if study in studies] or catalogue.default()
     models, ood = layers.models or its_zoo.finetuned, any(data.ood for data in its_zoo.data.values())
     for name in list(asked):
         if lacking := catalogue.study(name).lacks(len(models), ood):

@@ -181,7 +181,7 @@ class Head:
 
 # --- how ----------------------------------------------------------------------------------------------
 
-_DEVICES = re.compile(r"(cpu|cuda|xpu|mps|mtia|hpu|xla|maia|meta|privateuseone)(:\d+)?")
+_DEVICES = re.compile(r"(cpu|cuda|xpu|mps|mtia|hpu|xla|maia|privateuseone)(:\d+)?")
 
 
 def device(text: str) -> str:

@@ -44,7 +44,7 @@ class Facts:
         settings: settings of the run, such as margins; None: the defaults.
         classes: data set -> number of classes among which it is scored, as far as known.
         measured: names of the studies that the run measures.
-        everything: whether all studies were requested.
+        everything: whether no study was named, so that those of the paper were requested.
         images: gives the results of single images, of one model and data set at a time; None: there are none.
     """
 

@@ -16,6 +16,7 @@ from support.wording import refused
 
 from rft_fast import catalogue, names, report, results, sweep
 from rft_fast.catalogue import Study
+from rft_fast.config.request import read
 
 BRIEF = ["--alphas", "0:1:5", "--device", "cpu"]
 
@@ -47,6 +48,20 @@ def test_a_name_is_taken_once(toy: Study) -> None:
         catalogue.register(toy_study.Halfway())
     with refused(ValueError, "halfways"):
         catalogue.study("halfways")
+
+
+def test_a_study_beyond_the_paper_runs_where_it_is_named(
+    toy: Study, zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(toy, "by_default", False)
+    assert catalogue.default() == [name for name in catalogue.names() if name != "halfway"]
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    paper, _, beyond = capsys.readouterr().out.partition("beyond the paper")
+    assert "layer-sharpness" in paper and "halfway" not in paper and f"halfway  {toy.help}" in beyond
+    for named, wanted in ([], False), (["halfway"], True):
+        request = read([*named, *own_models(zoo, "abc")])
+        assert ("halfway" in request.studies) == wanted and request.everything != wanted
 
 
 def test_a_study_that_shows_nothing_is_refused_before_it_measures() -> None:
