@@ -50,8 +50,8 @@ class Protocol:
               Hutchinson's products with random signs, all layers at once; ``draws`` counts products;
             - ``"apgd-l2"``, ``"apgd-linf"``: not the average but the worst case over ||delta / c|| <= rho (c
               = |w| if adaptive), by Auto-PGD (Croce & Hein 2020), ``draws`` steps for each ``noise_batch``,
-              and the mean over these: a lower bound. Needs memory for eight copies of the layer's weights,
-              ten with restarts;
+              and the mean over these: a lower bound. Needs memory for seven copies of the layer's weights,
+              nine with restarts, and for l2 briefly for float64 copies of one tensor;
             - ``"apgd-l2-published"``, ``"apgd-linf-published"``: the same by the loop of the published code,
               for comparison with its numbers. It usually finds a lower loss, see docs/estimators.md.
 
