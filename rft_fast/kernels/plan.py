@@ -150,11 +150,14 @@ class Plan:
             named = dict(zip(WRITE_ARGUMENTS, numbers, strict=True))
             self._submit(requests(Write, named, PER_TENSOR, len(self)), tensors)
 
-    def submit(self, write: Write, tensors: Iterable[tuple[int, int]] | None = None) -> None:
+    def submit(
+        self, write: Write | Sequence[Write], tensors: Iterable[tuple[int, int]] | None = None
+    ) -> None:
         """As :meth:`write`, with numbers that were validated before.
 
         Args:
-            write: The numbers of the write.
+            write: The numbers of the write; or those of each tensor of the plan, whichever are written, which
+                may differ in alpha, rho and keep.
             tensors: Half-open (first, last) runs of the table, in any order and without overlap; None: all.
 
         Raises:
@@ -162,7 +165,12 @@ class Plan:
             ValueError: Runs overlap, or lie outside the table.
         """
         if library.is_tracing():
-            self._write_traced(tensors, tuple(getattr(write, name) for name in WRITE_ARGUMENTS))
+            each = [write] if isinstance(write, Write) else write
+            columns = ([getattr(one, name) for one in each] for name in WRITE_ARGUMENTS)
+            listed = [len(each) > 1 and name in PER_TENSOR for name in WRITE_ARGUMENTS]
+            self._write_traced(
+                tensors, tuple(col if many else col[0] for col, many in zip(columns, listed, strict=True))
+            )
         else:
             self._submit(write, tensors)
 

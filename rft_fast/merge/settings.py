@@ -22,6 +22,7 @@ from rft_fast.names import (
     MergeMethod,
     MergeNaming,
 )
+from rft_fast.path.coefficients import read_table
 
 MODELS = Group("models")
 METHOD = Group("method", "options that METHOD does not use are refused")
@@ -31,7 +32,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 # Method -> its own options, by field.
 USED: dict[MergeMethod, frozenset[str]] = {
-    "interpolate": frozenset({"alpha", "lines"}),
+    "interpolate": frozenset({"alpha", "alpha_table", "lines"}),
     "soup": frozenset(),
     "greedy-soup": frozenset(),
     "fisher": frozenset(),
@@ -40,7 +41,7 @@ USED: dict[MergeMethod, frozenset[str]] = {
     "ties": frozenset({"scale", "density", "agreeing"}),
     "dare": frozenset({"scale", "drop", "seed"}),
     "dare-ties": frozenset({"scale", "drop", "seed", "agreeing"}),
-    "slerp": frozenset({"alpha", "least_angle"}),
+    "slerp": frozenset({"alpha", "alpha_table", "least_angle"}),
     "hold": frozenset({"alpha", "layers"}),
     "prune": frozenset({"alpha", "layers", "keep", "fill", "seed"}),
 }
@@ -68,6 +69,11 @@ def position(text: str) -> float | tuple[str, float]:
     if not math.isfinite(value) or (equals and not pattern):
         raise ValueError(f"expected a finite number, or PATTERN=NUMBER with one; got {text!r}")
     return (pattern, value) if equals else value
+
+
+def _table(text: str) -> tuple[float | tuple[str, float], ...]:
+    """A check: a file of alphas, as ``alpha`` has them."""
+    return tuple(value if name is None else (name, value) for name, value in read_table(text))
 
 
 def finite(text: str) -> float:
@@ -101,6 +107,8 @@ class Request:
         alpha: position of the result: 0 is zero-shot, 1 is fine-tuned. Numbers, at most one, and pairs of a
             layer (its name, or ``re:`` and a regular expression) and a number; the number alone is for all
             other layers. Empty: 1 for ``hold`` and ``prune``.
+        alpha_table: the same, of a TOML file (:func:`rft_fast.path.coefficients.read_table`); instead of
+            ``alpha``.
         lines: (gamma, beta) of LiNeS (Wang et al. 2024): alpha of block l of L is
             ``gamma + beta (l - 1) / (L - 1)``; instead of ``alpha``.
         layers: layers that ``hold`` keeps at zero-shot, or that ``prune`` masks; names or patterns.
@@ -176,6 +184,13 @@ class Request:
         metavar="X",
         check=position,
         many="once",
+    )
+    alpha_table: tuple[float | tuple[str, float], ...] = option(
+        (),
+        "TOML file with the position of each layer, instead of --alpha: lines such as visual.conv1 = 0.0; "
+        "rest = 1.0 is for all layers that no line names",
+        metavar="FILE",
+        check=_table,
     )
     lines: tuple[float, float] | None = option(
         None,
@@ -284,13 +299,15 @@ class Request:
 
     def _check_numbers(self) -> None:
         plain = [entry for entry in self.alpha if not isinstance(entry, tuple)]
-        values = [entry[1] if isinstance(entry, tuple) else entry for entry in self.alpha]
-        self._need("alpha", all(map(_in_float32, values)), "finite in float32")
+        values = [entry[1] if isinstance(entry, tuple) else entry for entry in self.alphas]
+        given = "alpha_table" if self.alpha_table and not self.alpha else "alpha"
+        self._need(given, all(map(_in_float32, values)), "finite in float32")
         self._need("alpha", len(plain) <= 1, "at most one number for all layers")
         if self.method in ("interpolate", "slerp"):
-            given = bool(self.alpha) + (self.lines is not None)
-            if given != 1:
-                options = "--alpha or --lines" if self.method == "interpolate" else "--alpha"
+            ways = bool(self.alpha) + bool(self.alpha_table) + (self.lines is not None)
+            if ways != 1:
+                options = "--alpha, --alpha-table or --lines"
+                options = options if self.method == "interpolate" else "--alpha or --alpha-table"
                 raise ValueError(f"merge: {self.method} needs {options}, and only one of them")
         if self.lines is not None:
             self._need("lines", all(map(_in_float32, (*self.lines, sum(self.lines)))), "finite in float32")
@@ -324,8 +341,8 @@ class Request:
 
     @property
     def alphas(self) -> tuple[float | tuple[str, float], ...]:
-        """``alpha``, or its default."""
-        return self.alpha or (1.0,)
+        """``alpha``, or what stands for it."""
+        return self.alpha or self.alpha_table or (1.0,)
 
     def scales(self) -> list[float]:
         """The factor of each fine-tuned model."""
@@ -333,7 +350,7 @@ class Request:
 
     def numbers(self) -> dict[str, object]:
         """The values of the method's own options, as JSON has them."""
-        found = {name: getattr(self, name) for name in sorted(USED[self.method])}
+        found = {name: getattr(self, name) for name in sorted(USED[self.method] - {"alpha_table"})}
         if "alpha" in found and self.lines is None:
             found["alpha"] = self.alphas
         return {name: value for name, value in found.items() if value not in ((), None)}

@@ -14,8 +14,10 @@ from rft_fast.common.words import some
 from rft_fast.kernels import Write
 from rft_fast.names import Fill, Impl, Names, Noise, On
 from rft_fast.path.checksum import checksum
+from rft_fast.path.coefficients import Alpha
 from rft_fast.path.fit import fit, refuse_negative, state
 from rft_fast.path.layers import select
+from rft_fast.path.requests import Requests, grouped, layers_in, requests_of
 from rft_fast.path.slots import Part, Slot, Weight, distance, join, layers_of, slots_of
 from rft_fast.path.writer import InPlace, Writer
 
@@ -167,7 +169,7 @@ class Path:
 
     def write(
         self,
-        alpha: float,
+        alpha: Alpha,
         rho: float = 0.0,
         layers: Names | None = None,
         seed: int = 0,
@@ -184,7 +186,10 @@ class Path:
         """Write the live weights from the two ends.
 
         Args:
-            alpha: Position on the path, any finite number: 0 is zero-shot, 1 is fine-tuned.
+            alpha: Position on the path, any finite number: 0 is zero-shot, 1 is fine-tuned. Or a table, name
+                or ``re:`` pattern of layers -> position, with None -> that of all others; each layer to write
+                needs one, and one only. What is in no layer (:attr:`inert`) takes that of None, and keeps its
+                values without it. Still one launch, and equal numbers give the bits of the single number.
             rho: Noise scale, at least 0; relative to each weight if ``adaptive``.
             layers: Layers to write, as names or ``re:`` patterns; the other layers keep their values. None:
                 the whole model. An empty list writes nothing.
@@ -203,19 +208,19 @@ class Path:
         Raises:
             TypeError: A number has the wrong type, or ``layers`` is not a list of names. Nothing is written.
             ValueError: A number is out of range; a layer is unknown (the message names the nearest) or inert
-                (it names the reason); a variance (``running_var``) would be negative at this alpha outside
-                [0, 1]. Nothing is written. Also: the result exceeds the range of a live dtype; the weights
-                are restored.
+                (it names the reason), or has no position in a table, or several; a variance (``running_var``)
+                would be negative at this alpha outside [0, 1]. Nothing is written. Also: the result exceeds
+                the range of a live dtype; the weights are restored.
             RuntimeError: A tensor of the live model or of an end has moved, or has another layout, since this
                 Path was made.
         """
-        request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
-        self._write(request, None if layers is None else self._select(layers), buffers)
+        numbers = (rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+        self._write(requests_of(alpha, layers, self.select, *numbers), buffers)
 
     @contextmanager
     def perturbed(
         self,
-        alpha: float,
+        alpha: Alpha,
         rho: float,
         layers: Names | None = None,
         seed: int = 0,
@@ -246,23 +251,19 @@ class Path:
             RuntimeError: As :meth:`write` does; or there is no state to restore, because weights are borrowed
                 or a write was interrupted.
         """
-        request = Write(alpha, rho, on, keep, fill, noise, adaptive, seed, draw, sign)
-        parts = None if layers is None else self._select(layers)
-        with self._restored(parts):
-            self._write(request, parts)
+        numbers = (rho, on, keep, fill, noise, adaptive, seed, draw, sign)
+        requests = requests_of(alpha, layers, self.select, *numbers)
+        with self._restored(layers_in(requests)):
+            self._write(requests)
             yield self
 
-    def at(self, alpha: float, layers: Names | None = None) -> AbstractContextManager[Path]:
+    def at(self, alpha: Alpha, layers: Names | None = None) -> AbstractContextManager[Path]:
         """Context manager: the model, or only ``layers``, at alpha; restored on exit.
 
         Same as :meth:`perturbed` with rho = 0.
 
         Args:
-            alpha: Position on the path.
-            layers: Layers to write; None: the whole model.
-
-        Returns:
-            The context manager, which yields this path.
+            alpha, layers: As for :meth:`write`.
         """
         return self.perturbed(alpha, 0.0, layers)
 
@@ -282,9 +283,9 @@ class Path:
         Raises:
             TypeError, ValueError, RuntimeError: As :meth:`perturbed` does.
         """
-        parts = None if layers is None else self._select(layers)
-        with self._restored(parts):
-            self._forget(parts)
+        names = None if layers is None else self.select(layers)
+        with self._restored(names):
+            self._forget(names)
             yield self.writer.borrowed(self._floats(layers))
 
     def weights(self, layers: Names | None = None) -> list[Weight]:
@@ -333,48 +334,48 @@ class Path:
                     raise ValueError(f"Path.write: {name!r} is left out of path.layers: {reason}") from None
         return [self._parts[name] for name in select(self.layers, layers, operation="Path.write")]
 
-    def _write(self, request: Write, parts: Sequence[Part] | None, buffers: bool = True) -> None:
-        """Write ``parts``, or the whole model for None."""
-        self.writer.check([self._whole] if parts is None else parts)
-        rows = self._whole if parts is None else join(parts)
-        if buffers and not 0 <= request.alpha <= 1:
-            refuse_negative(rows.variances, request.alpha)
+    def _write(self, requests: Requests, buffers: bool = True) -> None:
+        layers = layers_in(requests)
+        self.writer.check(self._among(layers))
+        groups = grouped(self._whole, self._parts, requests)
+        for request, rows in groups:
+            if buffers and not 0 <= request.alpha <= 1:
+                refuse_negative(rows.variances, request.alpha)
         before = self._base, dict(self._apart)
         # An interrupted write must not count as complete, so the state is unknown during the write.
-        self._forget(parts)
+        self._forget(layers)
 
-        if lost := self.writer.write(request, rows, buffers):
+        if lost := self.writer.write(groups, buffers) if groups else []:
             base, apart = before
             if base is not None and None not in apart.values():
                 self._restore(base, apart)
+            alphas = ", ".join(f"{alpha:g}" for alpha in sorted({request.alpha for request, _ in groups}))
             raise ValueError(
-                f"Path.write: alpha = {request.alpha:g} and rho = {request.rho:g} move "
+                f"Path.write: alpha = {alphas} and rho = {groups[0][0].rho:g} move "
                 f"{some(lost, 4)} beyond the range of their dtypes; choose smaller ones, or a wider "
                 "dtype"
             )
         if not buffers:
             return  # these layers are at no single alpha now
 
-        if parts is None:
-            self._base = request
-        else:
-            for p in parts:
-                if request == self._base:
-                    self._apart.pop(p.name, None)
-                else:
-                    self._apart[p.name] = request
+        self._base = requests.get(None, self._base)
+        self._apart |= {name: request for name, request in requests.items() if name is not None}
+        self._apart = {name: write for name, write in self._apart.items() if write != self._base}
 
-    def _forget(self, parts: Sequence[Part] | None) -> None:
-        """Mark the weights of ``parts`` (None: all) as not known to come from a write."""
-        if parts is None:
+    def _among(self, layers: Sequence[str] | None) -> list[Part]:
+        return [self._whole] if layers is None else [self._parts[name] for name in layers]
+
+    def _forget(self, layers: Sequence[str] | None) -> None:
+        """Mark the weights of ``layers`` (None: all) as not known to come from a write."""
+        if layers is None:
             self._base, self._apart = None, {}
         else:
-            self._apart.update((part.name, None) for part in parts)
+            self._apart.update(dict.fromkeys(layers))
 
     @contextmanager
-    def _restored(self, parts: Sequence[Part] | None) -> Iterator[None]:
-        """On exit, restore ``parts`` (None: all) and whatever was written inside."""
-        self.writer.check([self._whole] if parts is None else parts)
+    def _restored(self, layers: Sequence[str] | None) -> Iterator[None]:
+        """On exit, restore ``layers`` (None: all) and whatever was written inside."""
+        self.writer.check(self._among(layers))
         base, apart = self._base, dict(self._apart)
         if base is None or None in apart.values():
             raise RuntimeError(
@@ -384,16 +385,15 @@ class Path:
         try:
             yield
         finally:
-            self._forget(parts)  # they may have been changed since their last write
+            self._forget(layers)  # they may have been changed since their last write
             self._restore(base, apart)
 
     def _restore(self, base: Write, apart: Mapping[str, Write | None]) -> None:
-        if self._base != base:
-            self._write(base, None)
-        back: dict[Write, list[Part]] = {}
+        whole = self._base != base
+        back: dict[str | None, Write] = {None: base} if whole else {}
         for name in {**self._apart, **apart}:
-            was = apart.get(name, base)
-            if self._apart.get(name, base) != was and was is not None:
-                back.setdefault(was, []).append(self._parts[name])
-        for request, parts in back.items():
-            self._write(request, parts)
+            was, now = apart.get(name, base), base if whole else self._apart.get(name, base)
+            if was is not None and was != now:
+                back[name] = was
+        if back:
+            self._write(back)

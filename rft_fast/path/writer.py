@@ -13,7 +13,8 @@ from typing import Protocol
 
 from rft_fast.kernels import Plan, Write
 from rft_fast.names import Impl
-from rft_fast.path.slots import Part, Rows, Slot, Weight
+from rft_fast.path.requests import Groups
+from rft_fast.path.slots import Part, Slot, Weight
 
 
 class Writer(Protocol):
@@ -22,12 +23,11 @@ class Writer(Protocol):
     def check(self, parts: Sequence[Part]) -> None:
         """Raise RuntimeError unless these parts of the live model and its ends can be written."""
 
-    def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
-        """Write some of the live tensors from their ends.
+    def write(self, groups: Groups, buffers: bool) -> list[str]:
+        """Write some of the live tensors from their ends, all in one launch of the kernel.
 
         Args:
-            request: The numbers of the write. Buffers are interpolated only.
-            rows: The tensors.
+            groups: Numbers, and the tensors that are written with them. Buffers are interpolated only.
             buffers: False leaves buffers unchanged.
 
         Returns:
@@ -67,14 +67,17 @@ class InPlace:
         for part in parts:
             part.check()
 
-    def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
-        self.parameters.submit(request, rows.parameters)
-        if rows.buffers and buffers:
-            self.buffers.submit(Write(request.alpha), rows.buffers)
-        for slot in rows.integers:
-            if buffers or slot.is_parameter:
-                slot.tensor.copy_(slot.ends[0 if request.alpha < 0.5 else 1])
-        return rows.not_finite() if rows.may_overflow(request) else []
+    def write(self, groups: Groups, buffers: bool) -> list[str]:
+        _submit(self.parameters, [(request, rows.parameters) for request, rows in groups])
+        if buffers and any(rows.buffers for _, rows in groups):
+            _submit(self.buffers, [(Write(request.alpha), rows.buffers) for request, rows in groups])
+        lost = []
+        for request, rows in groups:
+            for slot in rows.integers:
+                if buffers or slot.is_parameter:
+                    slot.tensor.copy_(slot.ends[0 if request.alpha < 0.5 else 1])
+            lost += rows.not_finite() if rows.may_overflow(request) else []
+        return lost
 
     def weights(self, slots: Sequence[Slot]) -> list[Weight]:
         return [Weight(slot.name, slot.tensor, *slot.ends) for slot in slots]
@@ -85,6 +88,18 @@ class InPlace:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=4)
+
+
+def _submit(plan: Plan, groups: Sequence[tuple[Write, list[tuple[int, int]]]]) -> None:
+    """Write runs of a plan, each with its numbers, in one launch."""
+    if len(groups) == 1:
+        plan.submit(*groups[0])
+        return
+    each = [groups[0][0]] * len(plan)
+    for request, runs in groups:
+        for first, last in runs:
+            each[first:last] = [request] * (last - first)
+    plan.submit(each, [run for _, runs in groups for run in runs])
 
 
 def _plan(slots: Sequence[Slot], impl: Impl) -> Plan:

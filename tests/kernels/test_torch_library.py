@@ -238,13 +238,17 @@ def test_autograd_sees_the_write(backend: str) -> None:
         compiled(write_last, backend)(w, x).backward()
 
 
-@pytest.mark.parametrize("how", ["write", "submit"])
+@pytest.mark.parametrize("how", ["write", "submit", "submit each"])
 def test_a_plan_inside_compiled_code(how: str) -> None:
     """A row's noise stays where the whole table has it, whichever rows are written."""
+
+    other = Write(0.7, 0.1, keep=0.9, seed=2**64 - 1)
 
     def write(plan: Plan, request: Write, draw: int) -> None:
         if how == "submit":
             plan.submit(request, [(1, 3)])
+        elif how == "submit each":
+            plan.submit([request, request, other, request], [(1, 3)])
         else:
             plan.write(0.4, tensors=[(1, 2), (2, 3)], rho=0.1, draw=draw)
 

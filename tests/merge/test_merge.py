@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_merge
 from support.tiny_merge import State, close, merged
 from support.wording import refused
 
 import rft_fast as rft
-from rft_fast.merge import lines
+from rft_fast.merge import lines, provenance
+from rft_fast.merge.__main__ import main
 
 ZERO = tiny_merge.base()
 ONE, TWO, THREE = (tiny_merge.moved(ZERO, seed) for seed in (1, 2, 3))
@@ -76,6 +78,30 @@ def test_a_table_of_layers(pair: dict[str, Path], tmp_path: Path) -> None:
         return 0.0 if "conv1" in name else 2.0 if "resblocks.1." in name else 0.5
 
     close(got, {n: (1 - alpha(n)) * ZERO[n].double() + alpha(n) * ONE[n].double() for n in ZERO})
+
+
+def numbers(file: Path) -> Any:
+    found = provenance(file)
+    assert found is not None
+    return found["numbers"]
+
+
+def test_a_table_in_a_file_is_the_table(pair: dict[str, Path], tmp_path: Path) -> None:
+    """To the bit, and so does the result say; from the command line, too."""
+    file, pattern = tmp_path / "table.toml", r"re:visual\.transformer\.resblocks\.1\..*"
+    file.write_text(f"rest = 0.5\nvisual.conv1 = 0\n'{pattern}' = 2.0\n")
+    table = (0.5, ("visual.conv1", 0.0), (pattern, 2.0))
+    results: dict[str, tuple[State, Any]] = {}
+    for name, how in {"words": {"alpha": table}, "file": {"alpha_table": table}}.items():
+        got, _ = merged("interpolate", pair, tmp_path / f"{name}.safetensors", **how)
+        results[name] = got, numbers(tmp_path / f"{name}.safetensors")
+    command = ["interpolate", "--zeroshot", str(pair["zero"]), "--finetuned", str(pair["one"])]
+    out = tmp_path / "command.safetensors"
+    assert main([*command, "--alpha-table", str(file), "--out", str(out)]) == 0
+    results["command"] = load_file(out), numbers(out)
+    for got, said in results.values():
+        assert said == results["words"][1]
+        assert all(torch.equal(got[n], results["words"][0][n]) for n in ZERO)
 
 
 def test_lines_of_the_paper(pair: dict[str, Path], tmp_path: Path) -> None:

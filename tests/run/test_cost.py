@@ -134,19 +134,23 @@ def watched(path: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -
             return submit(plan, request)  # noise for directions, which is no write of the path
         tensors = [s.tensor for s in path.slots if s.is_float]
         tensors = [s for s in tensors if isinstance(s, nn.Parameter) == (plan is path.writer.parameters)]
-        size = sum(t.numel() for first, last in runs for t in tensors[first:last])
+        each = request if isinstance(request, list) else [request] * len(tensors)
         found.writes += plan is path.writer.parameters
-        if request.noisy or request.masked:
-            found.noisy += size
-        else:
-            found.written += size
+        for own, tensor in (
+            pair for first, last in runs for pair in list(zip(each, tensors, strict=True))[first:last]
+        ):
+            if own.noisy or own.masked:
+                found.noisy += tensor.numel()
+            else:
+                found.written += tensor.numel()
         submit(plan, request, runs)
 
     write_all = InPlace.write
 
-    def copy_integers(writer: InPlace, request: Any, rows: Any, buffers: bool) -> list[str]:
-        found.written += sum(s.tensor.numel() for s in rows.integers) if buffers else 0
-        return write_all(writer, request, rows, buffers)
+    def copy_integers(writer: InPlace, groups: Any, buffers: bool) -> list[str]:
+        integers = [slot for _, rows in groups for slot in rows.integers]
+        found.written += sum(s.tensor.numel() for s in integers) if buffers else 0
+        return write_all(writer, groups, buffers)
 
     # Needs are found out with a forward pass of their own, once.
     runtime = evaluator.runtime

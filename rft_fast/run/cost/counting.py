@@ -17,9 +17,9 @@ from ...evaluate.flipped import Flipped
 from ...evaluate.flipping import Perturb, Record
 from ...evaluate.flow import Flow
 from ...evaluate.runtime import Runtime
-from ...kernels import Write
 from ...path import Path, Weight
-from ...path.slots import Part, Rows, Slot
+from ...path.requests import Groups
+from ...path.slots import Part, Slot
 from .work import Work
 
 Study = Callable[[Path, Evaluator], object]
@@ -65,14 +65,15 @@ class CountingWriter:
     def check(self, parts: Sequence[Part]) -> None:
         """Nothing to check: nothing is written."""
 
-    def write(self, request: Write, rows: Rows, buffers: bool) -> list[str]:
-        parameters, others = rows.sizes
+    def write(self, groups: Groups, buffers: bool) -> list[str]:
         self._work.writes += 1
-        if request.noisy or request.masked:
-            self._work.noisy += parameters
-        else:
-            self._work.written += parameters
-        self._work.written += others if buffers else 0
+        for request, rows in groups:
+            parameters, others = rows.sizes
+            if request.noisy or request.masked:
+                self._work.noisy += parameters
+            else:
+                self._work.written += parameters
+            self._work.written += others if buffers else 0
         return []
 
     def weights(self, slots: Sequence[Slot]) -> list[Weight]:
