@@ -260,13 +260,14 @@ def compare(a: Checkpoint, b: Checkpoint, unrelated: bool = False) -> Lineage:
         beside = {HEAD_WEIGHT, HEAD_BIAS}.__contains__ if heads else lambda name: not is_visual(name)
         related = replace(related, same=kinship(a.tensors, b.tensors, beside).same)
     problems = _problems(a, b, shared, [*only_a, *only_b], [name for name in other_shape if _on_path(name)])
-    for what, names in (
-        ("are float in one and integer in the other, or integers of two dtypes", other_kind),
-        ("have a dtype other than float32, bfloat16 and float16", unfit),
-        ("hold NaN or infinity in one of them", not_finite),
+    for has, have, what, names in (
+        ("is", "are", "float in one and integer in the other, or integers of two dtypes", other_kind),
+        ("has", "have", "a dtype other than float32, bfloat16 and float16", unfit),
+        ("has", "have", "NaN or infinity in one of them", not_finite),
     ):
         if names := list(filter(_on_path, names)):
-            problems.append(f"{len(names)} tensors {what}: {some(names)}")
+            do = many(len(names), f"tensor {has}", f"tensors {have}")
+            problems.append(f"{do} {what}: {some(names)}")
     if not problems:
         problem = related.identical() or moved_rows(a.tensors, b.tensors)
         problem = problem or (None if unrelated else related.unrelated())
@@ -311,15 +312,15 @@ def _problems(
         if name not in heads
     ]
     if towers:
-        problems.append(f"{len(towers)} tensors have different shapes: {some(towers)}")
+        have = many(len(towers), "tensor has", "tensors have")
+        problems.append(f"{have} different shapes: {some(towers)}")
         if list(filter(is_visual, other_shape)) == [POSITIONS]:
             problems[-1] += " (--resize-positions of the sweep resamples them for one image size)"
     if not any(map(is_visual, shared)):
         problems.append("they have no common image tower ('visual.*')")
     if images := list(filter(is_visual, alone)):
-        problems.append(
-            f"{len(images)} tensors of the image tower are in one checkpoint only: {some(images)}"
-        )
+        are = many(len(images), "tensor of the image tower is", "tensors of the image tower are")
+        problems.append(f"{are} in one checkpoint only: {some(images)}")
     for checkpoint in (a, b):
         unknown = [n for n in checkpoint.tensors if _on_path(n) and not n.startswith(("visual.", HEAD))]
         if unknown:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from ..common.files import Content
 from ..common.pickles import Global, Stream, Unreadable
+from ..common.words import many
 from . import activation, foreign
 from .pickled_tensors import unpickle
 from .stored import Container, Span, Storage, storage
@@ -238,9 +239,9 @@ def read_legacy(stream: Stream, nested: Any) -> Any:
         if root.data is not None or start > len(stream.data) or count * itemsize != root.nbytes:
             raise Unreadable("is damaged: a storage is smaller than its tensors claim; nothing was executed")
         if start + root.nbytes > len(stream.data):
-            raise Unreadable(
-                f"is truncated: {start + root.nbytes - len(stream.data)} bytes of tensors are missing"
-            )
+            count = start + root.nbytes - len(stream.data)
+            are = many(count, "byte of its tensors is", "bytes of its tensors are")
+            raise Unreadable(f"is truncated: {are} missing")
         root.data = stream.data[start : start + root.nbytes]
         stream.position = start + root.nbytes
     for view, root, offset in views:

@@ -90,6 +90,21 @@ def aligned(
     return [*lines, *(f"{indent}{short}: {name}" for short, name in legend.items())]
 
 
+def labelled(pairs: Iterable[tuple[str, str]], indent: str = "") -> list[str]:
+    """Align texts behind their labels, in full.
+
+    Args:
+        pairs: label and text of each line.
+        indent: what each line starts with.
+
+    Returns:
+        The lines.
+    """
+    known = [(visible(label), visible(text)) for label, text in pairs]
+    size = max((display_width(label) for label, _ in known), default=0)
+    return [f"{indent}{padded(label, size, left=True)}{_GAP}{text}".rstrip() for label, text in known]
+
+
 def _total(widths: Iterable[int]) -> int:
     return sum(width + len(_GAP) for width in widths) - len(_GAP)
 

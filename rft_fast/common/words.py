@@ -75,9 +75,15 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     return ", ".join(visible(str(name)) for name in names[:shown]) + more
 
 
-def many(count: object, one: str) -> str:
-    """Describe a count: ``"1 draw"``, ``"5 to 20 draws"``."""
-    return f"{count} {one}" + ("" if str(count) == "1" else "s")
+def many(count: object, one: str, several: str = "") -> str:
+    """Describe a count: ``"1 draw"``, ``"5 to 20 draws"``.
+
+    Args:
+        count: a number, or a range in words.
+        one: what follows the number 1, such as ``"of 5 layers is flat"``.
+        several: what follows other numbers; if empty, ``one`` with an s.
+    """
+    return f"{count} {one if str(count) == '1' else several or f'{one}s'}"
 
 
 def signed(text: str) -> str:

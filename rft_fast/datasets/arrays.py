@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rft_fast.common import files
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 
 from .source import MOST_ROWS, Source, numbered, reading
 
@@ -64,7 +64,7 @@ def source(path: pathlib.Path, where: str) -> Source:
         images = np.repeat(images[..., None], 3, axis=3)
     labels = _integers(arrays["labels"], f"{where}: labels in {path}")
     if len(labels) != len(images):
-        raise ValueError(f"{where}: {path} has {len(images)} images but {len(labels)} labels")
+        raise ValueError(f"{where}: {path} has {many(len(images), 'image')} but {many(len(labels), 'label')}")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     classes = None
     if "classes" in arrays:

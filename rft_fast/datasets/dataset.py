@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Dataset:
         if channels != 3:
             raise ValueError(f"{where}: images must be [n, 3, h, w], got {tuple(self.images.shape)}")
         if len(self.labels) != count:
-            raise ValueError(f"{where}: {count} images but {len(self.labels)} labels")
+            raise ValueError(f"{where}: {many(count, 'image')} but {many(len(self.labels), 'label')}")
         if self.labels.min() < 0:
             raise ValueError(f"{where}: labels must not be negative, got {int(self.labels.min())}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:

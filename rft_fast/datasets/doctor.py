@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 
-from rft_fast.common.words import message, some
+from rft_fast.common.tables import labelled
+from rft_fast.common.words import many, message, some
 from rft_fast.names import ORDER, TREES, Kind
 
 from . import decoding, folders, imagenet, kinds, maps
@@ -48,22 +49,22 @@ class Report:
     """The result of an examination, as lines of text.
 
     Attributes:
-        facts: what was found.
+        facts: what was found, with a label for each.
         problems: errors that would make scores wrong, or stop a sweep.
         unchecked: checks that could not be made, so that the data set is not known to be sound.
     """
 
-    facts: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         count = len(self.problems)
-        end = [f"{count} problems:" if count > 1 else "1 problem:", *(f"- {p}" for p in self.problems)]
+        end = [f"{many(count, 'problem')}:", *(f"- {p}" for p in self.problems)]
         if not self.problems:
             end = ["no problems found, but note:"] if self.unchecked else ["sound"]
-        lines = [*self.facts, *end, *(f"- not checked: {text}" for text in self.unchecked)]
-        return "\n".join(map(message, lines))
+        lines = [*end, *(f"- not checked: {text}" for text in self.unchecked)]
+        return "\n".join([*labelled(self.facts), *map(message, lines)])
 
 
 def examine(
@@ -99,8 +100,8 @@ def examine(
     else:
         source = kinds.open_source(path.name, path, kind)
     title = _title(source)
-    report.facts.append(f"{source.path}: {title or 'a data set'}, kind {source.kind}")
-    report.facts += source.notes
+    report.facts += [("path", str(source.path)), ("kind", source.kind + (f" ({title})" if title else ""))]
+    report.facts += [("note", note) for note in source.notes]
     _count(report, source, title)
     if source.kind in TREES:
         _look_for_copies(report, source)
@@ -143,12 +144,11 @@ def write_labels(
     found = proposed(source, rows)
     maps.write_csv(file, {name: [maps.UNKNOWN if row is None else row] for name, row in found.items()})
     unknown = sum(row is None for row in found.values())
-    state = (
-        f"{unknown} are question marks: replace them by rows, or leave them empty"
-        if unknown
-        else "all have rows"
-    )
-    return f"{file}: {len(found)} classes; {state}"
+    state = "all have rows"
+    if unknown:
+        have = many(unknown, "has a question mark", "have question marks")
+        state = f"{have}: replace each by a row, or by nothing if the class is not to be scored"
+    return f"{file}: {many(len(found), 'class', 'classes')}; {state}"
 
 
 def _title(source: Source) -> str:
@@ -184,8 +184,9 @@ def _count(report: Report, source: Source, title: str) -> None:
     counts = {name: counter[label] for name, label in zip(names, place, strict=True)}
     least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     spread = f"{counts[least]:,} ({least}) to {counts[most]:,} ({most}) images"
-    each = f"{counts[least]:,} images each" if counts[least] == counts[most] else spread
-    report.facts.append(f"{_images(len(source.files))}, {len(counts):,} classes of {each}")
+    each = f"{_images(counts[least])} each" if counts[least] == counts[most] else spread
+    classes = many(f"{len(counts):,}", "class", "classes")
+    report.facts.append(("images", f"{_images(len(source.files))}, {classes} of {each}"))
     if title in _PUBLISHED:
         published = " or ".join(f"{count:,}" for count in _PUBLISHED[title])
         if len(source.files) not in _PUBLISHED[title]:
@@ -193,20 +194,18 @@ def _count(report: Report, source: Source, title: str) -> None:
                 f"{title} has {published} images, but this data set has {len(source.files):,}"
             )
         else:
-            report.facts.append(f"{title} has {published} images, as this data set has")
+            report.facts.append(("published", f"{title} has {published} images, as this data set has"))
     if title in _EACH and (wrong := [f"{n} ({c:,})" for n, c in counts.items() if c != _EACH[title]]):
-        report.problems.append(
-            f"{len(wrong)} classes do not have {_EACH[title]} images each, as in {title}: "
-            f"{some(wrong, SHOWN)}"
-        )
+        have = many(len(wrong), "class does not have", "classes do not have")
+        report.problems.append(f"{have} {_EACH[title]} images, as in {title}: {some(wrong, SHOWN)}")
     wnids = [name for name in names if imagenet.WNID.fullmatch(name)]
     if len(wnids) < len(names) and (missing := imagenet.almost(wnids)[1]):  # otherwise reported with the rows
-        report.problems.append(
-            f"{len(missing)} of the classes of {title} are missing: {some(missing, SHOWN)}"
-        )
+        are = many(len(missing), f"class of {title} is", f"classes of {title} are")
+        report.problems.append(f"{are} missing: {some(missing, SHOWN)}")
     if source.kind not in TREES:  # where the reader reports it
         if empty := [name for name, count in counts.items() if not count]:
-            report.problems.append(f"{len(empty)} classes have no images: {some(empty, SHOWN)}")
+            have = many(len(empty), "class has", "classes have")
+            report.problems.append(f"{have} no images: {some(empty, SHOWN)}")
     if source.kind == "objectnet" and len(names) != imagenet.OBJECTNET_FOLDERS:
         report.problems.append(
             f"ObjectNet has {imagenet.OBJECTNET_FOLDERS} class folders, but this data set has {len(names)}"
@@ -289,10 +288,11 @@ def _scored(
     several = ""
     if found.groups is not None:
         right = Counter(found.groups.tolist())
-        several = f"; {sum(n > 1 for n in right.values())} classes have several correct rows"
-    report.facts.append(
-        f"scored: {_images(len(found.images))} of {classes:,} classes, among {among}{several}; {found.how}"
-    )
+        have = many(sum(n > 1 for n in right.values()), "class has", "classes have")
+        several = f"; {have} several correct rows"
+    of = many(f"{classes:,}", "class", "classes")
+    scored = f"{_images(len(found.images))} of {of}, among {among}{several}; {found.how}"
+    report.facts.append(("scored", scored))
     if source.kind == "objectnet" and label_map is None and len(found.images) != imagenet.OBJECTNET_SCORED:
         report.problems.append(
             f"ObjectNet has {imagenet.OBJECTNET_SCORED:,} images to score, but this data set has "
@@ -321,7 +321,7 @@ def _decode(report: Report, source: Source, progress: Callable[[int, int], objec
         smallest, largest = (f"{width} x {height}" for width, height in (order[0], order[-1]))
         shape = f"all {smallest}" if len(sizes) == 1 else f"{smallest} to {largest}"
         kinds_of = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
-        report.facts.append(f"modes: {kinds_of}; width x height: {shape}")
+        report.facts += [("modes", kinds_of), ("sizes", f"{shape} (width x height)")]
     if unreadable:
         report.problems.append(f"{_images(len(unreadable))} cannot be read: {some(unreadable, SHOWN)}")
     for mode, places in lossy.items():
@@ -335,4 +335,4 @@ def _examined(source: Source) -> Iterator[tuple[str, tuple[int, int]] | str]:
 
 
 def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
+    return many(f"{count:,}", "image")

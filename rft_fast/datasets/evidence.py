@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rft_fast.clip import prompts
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 
 from . import imagenet
 from .maps import Answers
@@ -166,9 +166,8 @@ def imagenet_rows(rows: Rows, among: Collection[int] = ()) -> dict[int, int] | N
 def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, int]) -> list[int]:
     """Rows of ImageNet classes; refuses a published data set that lacks a few of its classes."""
     if outside := [name for name, row in zip(names, classes, strict=True) if row not in row_of]:
-        raise ValueError(
-            f"{len(outside)} of {len(names)} classes are not in the head: {some(outside)}; {CURE}"
-        )
+        are = many(len(outside), f"of {len(names)} classes is", f"of {len(names)} classes are")
+        raise ValueError(f"{are} not in the head: {some(outside)}; {CURE}")
     wnids = imagenet.synsets()
     title, missing = imagenet.almost(wnids[row] for row in classes)
     if missing and len(row_of) == imagenet.CLASSES:
@@ -234,7 +233,8 @@ def _other_names(names: Sequence[str], rows: Rows, own: _Candidates, wnids: bool
     elif len(unknown) == len(names):
         what = "none of its class names is in the head"
     elif unknown:
-        what = f"{len(unknown)} of its {len(names)} class names are not in the head: {some(unknown)}"
+        of = f"of its {len(names)} class names"
+        what = f"{many(len(unknown), f'{of} is', f'{of} are')} not in the head: {some(unknown)}"
         if moved := elsewhere(names, ordered(names), own):
             cure = f"classes are in another order than in the head, such as {some(moved)}; give a label map"
     elif unclear:
@@ -258,15 +258,15 @@ def _unclear_imagenet(names: Sequence[str], classes: _Candidates) -> str:
         for row in of if len(of) == 1 else ():
             holders.setdefault(row, []).append(name)
     twice = [" and ".join(of) for of in holders.values() if len(of) > 1]
-    parts = [
-        f"{len(found)} of {len(names)} classes {what}: {some(found, 10)}"
-        for found, what in (
-            (unknown, "are not among the 1,000 classes of ImageNet"),
-            (unclear, "may be several classes of ImageNet"),
-            (twice, "are the same class of ImageNet"),
-        )
-        if found
-    ]
+    share = f"of {len(names)} classes"
+    parts = []
+    if unknown:
+        are = many(len(unknown), f"{share} is", f"{share} are")
+        parts.append(f"{are} not among the 1,000 classes of ImageNet: {some(unknown, 10)}")
+    if unclear:
+        parts.append(f"{len(unclear)} {share} may be several classes of ImageNet: {some(unclear, 10)}")
+    if twice:
+        parts.append(f"several names are the same class of ImageNet: {some(twice, 10)}")
     return (
         f"{'; '.join(parts)}; give a label map that maps them to rows, or to none (python -m "
         "rft_fast.datasets ... --write-labels FILE.csv writes a draft)"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..common.words import signed
+from ..common.words import many, signed
 from ..names import ON_WORDS
 from .style import fold, margin
 
@@ -20,19 +20,16 @@ SETTING = "rho dataset on asked noise adaptive noise_batch normalized".split()
 def not_finite(values: Iterable[float], what: str) -> str:
     """A sentence that counts the values that are not finite; empty if there are none."""
     finite = np.isfinite(np.asarray(values, dtype=float))
-    return (
-        ""
-        if finite.all()
-        else f"{(~finite).sum():,} of {finite.size:,} {what} are not finite, and not drawn."
-    )
+    of = f"of {finite.size:,} {what}"
+    are = many(f"{(~finite).sum():,}", f"{of} is", f"{of} are")
+    return "" if finite.all() else f"{are} not finite, and not drawn."
 
 
 def unknown_errors(rows: pd.DataFrame) -> str:
     """A sentence that counts the sharpnesses without an interval; empty if there are none."""
     count = int(margin(rows).isna().sum())
-    return (
-        f"{count} of {len(rows)} have no standard error (a worst case, or one draw): no bar." if count else ""
-    )
+    have = many(count, f"of {len(rows)} values has", f"of {len(rows)} values have")
+    return f"{have} no standard error (a worst case, or one draw): no bar." if count else ""
 
 
 def stated(rows: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..common.words import many
 from ..names import Names
 from ..studies.facts import ENDS, Facts, as_facts
 from ..studies.interpolate import Z95
@@ -98,7 +99,7 @@ def layers(
         unstable = set(found.loc[found["straggler"], "layer"])
         heat.mark(top, names, unstable, heat.STRAGGLER)
         shapes = [layer_shape(fact) for fact in found.to_dict("records")]
-        counted = f"{len(unstable)} stragglers"
+        counted = many(len(unstable), "straggler")
         if "bump" in shapes or "slope" in shapes:
             counted += f", {shapes.count('bump')} by a bump"
         top.set_title(_title(at, part, counted, room), fontsize="small")

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from ..common.words import many
 from ..studies.facts import Facts, as_facts
 from ..studies.interpolate import Z95
 from ..studies.rows import of_study
@@ -117,7 +118,7 @@ def sharpness(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Figur
         _failure(far) if sets else "",
         r"Models are shifted sideways a little over $\alpha$." if len(models) > 1 else "",
         "" if sets else "No rows of the interpolation: accuracy is not shown, nor which models fail.",
-        f"{unmatched} positions have no accuracy at their alpha." if unmatched else "",
+        f"{many(unmatched, 'position has', 'positions have')} no accuracy." if unmatched else "",
         not_finite(measured["sharpness"], "values of sharpness"),
         unknown_errors(measured),
         SATURATED_EXPLAINED if measured["saturated"].any() else "",

@@ -16,7 +16,7 @@ from rft_fast.checkpoints import activation, folders, lineage
 from rft_fast.checkpoints.canonical import HEAD, HEAD_WEIGHT, INERT
 from rft_fast.common import disk
 from rft_fast.common.threads import few_threads
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 from rft_fast.names import MergeMethod
 
 from .settings import VECTORS, Request
@@ -105,21 +105,24 @@ def _refuse_different(a: Source, b: Source) -> None:
         problems.append(f"their heads have {counts[0]} and {counts[1]} classes")
     if others := [name for name in shapes if not name.startswith(HEAD)]:
         listed = [f"{n} {list(a.items[n].shape)} and {list(b.items[n].shape)}" for n in others]
-        problems.append(f"{len(others)} tensors have different shapes: {some(listed)}")
+        have = many(len(others), "tensor has", "tensors have")
+        problems.append(f"{have} different shapes: {some(listed)}")
     for one, other in ((a, b), (b, a)):
         if alone := [name for name in one.items if name not in other.items and not _is_inert(name)]:
             head = " (a head for both can be copied into the other file)" if alone[0].startswith(HEAD) else ""
-            problems.append(f"{len(alone)} tensors are in {one.file} only: {some(alone)}{head}")
+            are = many(len(alone), "tensor is", "tensors are")
+            problems.append(f"{are} in {one.file} only: {some(alone)}{head}")
     kinds = [n for n in shared if _computed(a.items[n].dtype) != _computed(b.items[n].dtype)]
     if kinds:
-        problems.append(f"{len(kinds)} tensors are integers in one file only: {some(kinds)}")
+        are = many(len(kinds), "tensor is an integer", "tensors are integers")
+        problems.append(f"{are} in one file only: {some(kinds)}")
     for source in (a, b):
         items = source.items.items()
         unfit = [n for n, i in items if _computed(i.dtype) and i.dtype not in _FLOATS]
         if unfit:
+            have = many(len(unfit), f"tensor of {source.file} has", f"tensors of {source.file} have")
             problems.append(
-                f"{len(unfit)} tensors of {source.file} have a dtype other than float64, float32, bfloat16 "
-                f"and float16: {some(unfit)}"
+                f"{have} a dtype other than float64, float32, bfloat16 and float16: {some(unfit)}"
             )
     if problems := [*problems, *_contradictions(a, b)]:
         _refuse(a, b, problems)

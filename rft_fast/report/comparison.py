@@ -54,14 +54,14 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     corrected = common["corrected"].to_numpy(dtype=bool)
     by_study = common.groupby("study", sort=False)["apart"].agg(["sum", "size"])
     findings = [
-        f"{study}: {int(row['sum'])} of {int(row['size'])} values differ beyond their error bars."
+        f"{study}: {_differ(int(row['sum']), int(row['size']))}, by the 95 % interval of the difference."
         for study, row in by_study.iterrows()
     ]
     chance = 0.05 * common["known"].sum()
     findings.append(
-        f"In all {apart.sum():,} of {len(common):,} differ; about {chance:,.0f} would by chance if the runs "
-        f"measured the same and the values were independent. {corrected.sum():,} still differ after "
-        "correction for all comparisons (Bonferroni)."
+        f"All studies together: {_differ(int(apart.sum()), len(common))}. If the runs measured the same and "
+        f"the values were independent, about {chance:,.0f} would differ by chance. After correction for all "
+        f"comparisons (Bonferroni), {_differ(int(corrected.sum()), len(common))}."
     )
     findings.append(_pairing(common))
     titles = [title(first), title(second)]
@@ -89,11 +89,17 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     }
 
 
+def _differ(count: int, total: int) -> str:
+    of = f"of {total:,} values"
+    return many(f"{count:,}", f"{of} differs", f"{of} differ")
+
+
 def _pairing(common: pd.DataFrame) -> str:
     """Say how many differences are paired over images."""
     count = int(common["paired"].sum())
+    of = f"of {len(common):,} differences"
     start = (
-        f"{count:,} of {len(common):,} differences are paired: both runs scored the same images, and kept "
+        f"{many(f'{count:,}', f'{of} is', f'{of} are')} paired: both runs scored the same images, and kept "
         "the result of each."
         if count
         else "No difference is paired: the runs did not score the same images, or did not keep the result "

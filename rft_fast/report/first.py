@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..common.words import some
+from ..common.words import many, some
 from ..studies.facts import Facts
 from ..studies.verdicts import mode
 from .drawing import ALL
@@ -75,7 +75,9 @@ def _saturated(facts: Facts) -> Iterator[Look]:
         part = facts.part(study)
         count = 0 if part.empty else int(facts.saturated(part).sum())
         if count:
-            text = f"{count:,} of {len(part):,} values are saturated: they say nothing of flatness."
+            of = f"of {len(part):,} values"
+            are = many(f"{count:,}", f"{of} is", f"{of} are")
+            text = f"{are} saturated, which says nothing about flatness."
             yield Look(study, f"Which {study.replace('-', ' ')} can be read?", text)
 
 

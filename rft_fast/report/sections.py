@@ -108,15 +108,17 @@ def _images(part: pd.DataFrame) -> str:
 def _unclear(table: Table, reason: str = "their sign is unclear") -> list[str]:
     """Describe how many intervals of a table are too wide to conclude."""
     wide = len(table.wide())
-    return [f"{wide:,} of {len(table.rows):,} intervals include 0 or are missing: {reason}."] if wide else []
+    of = f"of {len(table.rows):,} intervals"
+    include = many(f"{wide:,}", f"{of} includes 0 or is missing", f"{of} include 0 or are missing")
+    return [f"{include}: {reason}."] if wide else []
 
 
 def _saturated(facts: Facts, part: pd.DataFrame) -> list[str]:
     """Describe how many perturbed models answer at chance."""
     count = int(facts.saturated(part).sum())
-    return (
-        [f"{count:,} of {len(part):,} values are saturated: {SATURATED}; use a smaller rho."] if count else []
-    )
+    of = f"of {len(part):,} values"
+    are = many(f"{count:,}", f"{of} is", f"{of} are")
+    return [f"{are} saturated: {SATURATED}; use a smaller rho."] if count else []
 
 
 def _drawn(part: pd.DataFrame) -> str:
@@ -188,9 +190,12 @@ def correlation(facts: Facts) -> Section:
     models = int(known["models"].max())
     judged = [association(fact) for fact in known.to_dict("records")]
     tested = [verdict for verdict in judged if verdict in ("above", "below", "unclear")]
-    warnings = [f"{tested.count('unclear'):,} of {len(tested):,} tests are not significant after correction."]
+    of = f"of {len(tested):,} tests"
+    are = many(f"{tested.count('unclear'):,}", f"{of} is", f"{of} are")
+    warnings = [f"{are} not significant after correction."]
     if count := judged.count("saturated"):
-        warnings.append(f"{count:,} correlations are of a saturated sharpness, and not tested: {SATURATED}.")
+        are = many(f"{count:,}", "correlation is", "correlations are")
+        warnings.append(f"{are} not tested, because the sharpness is saturated: {SATURATED}.")
     if known["circular"].any():
         warnings.append("Circular: measure and outcome are of the same images.")
     return Section(

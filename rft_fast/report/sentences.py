@@ -192,8 +192,9 @@ def layers(facts: Facts) -> Iterator[Finding]:
     if pd.isna(top["instability_low"]):
         low = "no bound"
     label = f"{top['layer']} of {top['model']}" if table["model"].nunique() > 1 else top["layer"]
+    were = "was a straggler" if len(parts) == 1 and parts[0].startswith("1 of ") else "were stragglers"
     text = (
-        f"{where}{joined(parts)} were stragglers, unstable when moved along the path alone: the highest "
+        f"{where}{joined(parts)} {were}, unstable when moved along the path alone: the highest "
         f"instability, the rise of the loss above {reference}, was {nats(top['instability'])} nats [{low}] "
         f"({some([label])}), where {margin:g} would count"
     )

@@ -82,7 +82,8 @@ def sections(facts: Facts, studies: Iterable[Shown], attempts: Attempts | None =
             continue
         lines += paragraphs(facts, f"{study.name}: its tables failed ({attempts.failed[study.name]}).")
     infinite = int((~np.isfinite(facts.rows["loss"])).sum())
-    lines += [f"\n{infinite} mean losses are not finite; they are means over all images."] if infinite else []
+    are = many(infinite, "mean loss is", "mean losses are")
+    lines += [f"\n{are} not finite; a mean is over all images."] if infinite else []
     return "\n".join(lines)
 
 
@@ -187,9 +188,11 @@ def layers(facts: Facts) -> list[str]:
         worst = group[group["straggler"]].sort_values("instability", ascending=False)
         on = visible(f"{model} on {dataset}")
         same = int(group["unchanged"].sum())
-        left_out = f"; {same} more are the same at both ends" if same else ""
+        left_out = f"; {many(same, 'more is', 'more are')} the same at both ends" if same else ""
         shapes = f": {by_shape(worst)}" if len(worst) else ""
-        lines.append(f"  {on}: {len(worst)} of {len(group) - same} layers are stragglers{left_out}{shapes}")
+        of = f"of {len(group) - same} layers"
+        are = many(len(worst), f"{of} is a straggler", f"{of} are stragglers")
+        lines.append(f"  {on}: {are}{left_out}{shapes}")
         lines += [
             f"    {fact['layer']}: instability {_nats(fact['instability'])} "
             f"+- {_nats(fact['instability_se'])} nats, {100 * fact['instability_accuracy']:.1f} points; "
@@ -231,9 +234,11 @@ def layer_sharpness(facts: Facts) -> list[str]:
             same = (near["model"] == model) & (near["dataset"] == dataset) & (near["rho"] == rho)
             tested = near[same & near["bound"].notna()]
             count, flat = own["layer"].nunique(), int(tested["near_zero"].sum())
-            flats = f"{flat} of {count} layers are flat"
+            of = f"of {count} layers"
             if len(tested) < count:  # one draw, or a worst case
-                flats = f"{flat} of {len(tested)} tested layers are flat; {count - len(tested)} not tested"
+                of = f"of {len(tested)} tested layers"
+            flats = f"{many(flat, f'{of} is', f'{of} are')} flat"
+            flats += f"; {count - len(tested)} not tested" if len(tested) < count else ""
             if tested.empty:
                 flats = "flatness is not tested, as there is no standard error (one draw, or a worst case)"
             top = own[own["alpha"] == own["alpha"].max()].nlargest(3, "sharpness")
@@ -265,7 +270,7 @@ def _how(facts: Facts, group: pd.DataFrame, rho: float) -> str:
 def _saturated(facts: Facts, group: pd.DataFrame) -> str:
     count = int(facts.saturated(group).sum())
     said = f"; in {count:,} of {len(group):,} rows the perturbed model answers at chance (saturated)"
-    return f"{said}, which says nothing of flatness" if count else ""
+    return f"{said}, so that sharpness says nothing about flatness" if count else ""
 
 
 def _value(row: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..common.words import many
 from ..names import Names
 from .associations import Pairing, associate
 from .interpolate import STUDY as INTERPOLATION
@@ -370,8 +371,9 @@ def _check(group: pd.DataFrame, where: str) -> None:
         raise ValueError(f"{where}: measured more than once, such as {_say(counts.index[counts > 1][0])}")
     every = pd.MultiIndex.from_product([group[key].unique() for key in keys])
     if len(missing := every.difference(counts.index, sort=False)):
+        of = f"of {len(every)} rows"
         raise ValueError(
-            f"{where}: {len(missing)} of {len(every)} rows are missing, such as "
+            f"{where}: {many(len(missing), f'{of} is', f'{of} are')} missing, such as "
             f"{_say(missing[0])}; finish the run, or leave out the rows of models, layers or "
             "alphas that were not measured for all"
         )

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ..common.words import some
+from ..common.words import many, some
 from ..names import OTHERS, REFERENCES, STRAGGLER_MARGIN, Names, Others, Reference
 from .images import Kept
 from .interpolate import check_alphas, check_evaluator, end_scores, lower_end
@@ -99,10 +99,10 @@ def layerwise_interpolation(
     record = Measured(STUDY, len(ordered) * len(evaluator.datasets), only, sink, images)
     unchanged = [layer for layer in ordered if layer in set(path.unchanged)]
     if unchanged:
-        of = f" of {model}" if model else ""
+        every = f"of {len(ordered)} layers" + (f" of {model}" if model else "")
         path.warn(
-            f"layers: {len(unchanged)} of {len(ordered)} layers{of} are the same at both ends, so "
-            f"their loss does not change ({some(unchanged, 3)})"
+            f"layers: {many(len(unchanged), f'{every} is', f'{every} are')} the same at both ends, so "
+            f"the loss does not change with alpha ({some(unchanged, 3)})"
         )
     for place, data in enumerate(evaluator.datasets):
         numbers = {layer: n for n, layer in enumerate(ordered, place * len(ordered)) if record.wants(n)}

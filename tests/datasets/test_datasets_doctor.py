@@ -39,10 +39,12 @@ def test_a_sound_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (names := tmp_path.with_suffix(".txt")).write_text("Dog\ncat\n")
     out = checked(capsys, 0, tmp_path, "--rows", names)
     assert out.splitlines() == [
-        f"{tmp_path}: a data set, kind folder",
-        "5 images, 2 classes of 2 (cat) to 3 (dog) images",
-        "scored: 5 images of 2 classes, among all of the head's 2 rows; by name",
-        "modes: RGB 4, L 1; width x height: 12 x 9 to 30 x 20",
+        f"path    {tmp_path}",
+        "kind    folder",
+        "images  5 images, 2 classes of 2 (cat) to 3 (dog) images",
+        "scored  5 images of 2 classes, among all of the head's 2 rows; by name",
+        "modes   RGB 4, L 1",
+        "sizes   12 x 9 to 30 x 20 (width x height)",
         "sound",
     ]
     assert "modes" not in checked(capsys, 0, tmp_path, "--quick")

@@ -98,7 +98,7 @@ def test_this_folder_is_what_its_name_and_neighbours_say(
         monkeypatch.chdir(there)
         source = datasets.open_source("set", path)
         assert source.kind == datasets.detect(path) == "objectnet" and source.trim == 2
-        assert "ObjectNet" in doctor.examine(Path(path), quick=True).facts[0]
+        assert "ObjectNet" in str(doctor.examine(Path(path), quick=True))
 
 
 def test_folders_named_as_parts_may_be_classes_when_said(tmp_path: Path) -> None:

@@ -448,7 +448,7 @@ def test_sharpness_alone_says_what_is_missing(tmp_path: Path) -> None:
     said(note(drawn), "interpolation", "3 of 3", "apgd-l2", "10 steps")
     some = [*whole_paths({"m": 0.1})[::2], *whole_paths({"m": 0.1})[1:1], *rows]
     drawn = figures.sharpness(studies.frame(some), tmp_path / "sharpness.png")
-    said(note(drawn), "1 positions")
+    said(note(drawn), "1 position ")
 
 
 # --- Figure 4 --------------------------------------------------------------------------------------

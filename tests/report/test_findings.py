@@ -377,7 +377,7 @@ def test_one_draw_has_no_interval_and_supports_no_verdict() -> None:
     (text,) = (one.text for one in findings(facts, catalogue.studies()) if one.rank == Rank.SHARPNESS)
     said(text, "near", "0.600 to 1.000 nats", "without intervals")
     printed = summary.sections(facts, catalogue.studies())
-    assert "flatness is not tested" in printed and "layers are flat" not in printed
+    assert "flatness is not tested" in printed and "are flat" not in printed and "is flat" not in printed
 
 
 def test_saturated_models_alone_are_named_and_conclude_nothing() -> None:

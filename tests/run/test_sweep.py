@@ -196,10 +196,12 @@ def test_all_studies(everything: tuple[Path, str]) -> None:
     facts = studies.stragglers(rows, 1e-4)
     for model, group in facts.groupby("model"):
         found = int(group["straggler"].sum())
-        assert f"{model} on far: {found} of 13 layers are stragglers" in printed
+        are = "is a straggler" if found == 1 else "are stragglers"
+        assert f"{model} on far: {found} of 13 layers {are}" in printed
     flat = studies.near_zero(rows)
     for (model, _), group in flat.groupby(["model", "rho"]):
-        assert f"{model}: {int(group['near_zero'].sum())} of 13 layers are flat" in printed
+        count = int(group["near_zero"].sum())
+        assert f"{model}: {count} of 13 layers {'is' if count == 1 else 'are'} flat" in printed
     for fact in studies.pruning_effect(rows).to_dict("records"):
         assert f"{100 * fact['change']:+.1f}" in printed
     one = table.query("measure == 'general' and dataset == 'far' and outcome == 'accuracy' and alpha == 1")

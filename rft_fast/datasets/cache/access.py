@@ -171,8 +171,8 @@ class Images:
             self.there[position] = True
         if damaged:
             warnings.warn(
-                f"cache: {damaged} of {len(marked)} images in {file.path} are damaged and are decoded "
-                "again. If this happens again, check the disk",
+                f"cache: {damaged} of {len(marked)} images in {file.path} had to be decoded again, because "
+                "the cache is damaged there. If this happens again, check the disk",
                 stacklevel=4,
             )
         wanted = int((~self.there).sum()) * file.head.slot
