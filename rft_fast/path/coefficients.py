@@ -147,8 +147,8 @@ def lines(layers: Sequence[str], gamma: float, beta: float, operation: str, inst
             blocks[match[1]] = max(blocks.get(match[1], 0), int(match[2]) + 1)
     if not blocks:
         raise ValueError(
-            f"{operation}: LiNeS needs numbered blocks ('resblocks.0'), but none of the {len(layers)} "
-            f"layers is in one; use {instead} instead"
+            f"{operation}: LiNeS needs numbered blocks ('resblocks.0'), but no layer is in one "
+            f"({some(layers, 3)}); use {instead} instead"
         )
     if stages := [layer for layer in layers if _STAGES.search(layer)]:
         raise ValueError(
