@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import rft_fast
 from rft_fast.common import program
+from rft_fast.common.tables import labelled
 
 if TYPE_CHECKING:
     import torch
@@ -72,20 +73,21 @@ def report() -> str:
     from rft_fast.kernels import native
     from rft_fast.kernels.registry import BACKENDS
 
-    lines = [f"{name:<16} {version}" for name, version in versions().items()]
-    lines += [
-        f"{'platform':<16} {platform.platform()}",
-        f"{'torch CUDA':<16} {torch.version.cuda or 'not in this build of torch'}",
-        f"{'threads':<16} {torch.get_num_threads()}",
+    about = [
+        *versions().items(),
+        ("platform", platform.platform()),
+        ("torch CUDA", torch.version.cuda or "not in this build of torch"),
+        ("threads", str(torch.get_num_threads())),
     ]
     if isas := native.isas():
-        lines.append(f"{'CPU kernels':<16} {isas[-1]} (usable: {', '.join(isas)})")
+        about.append(("CPU kernels", f"{isas[-1]} (usable: {', '.join(isas)})"))
+    lines = labelled(about)
     for device in devices():
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         lines.append(f"\nbackends on {device}{name}, in the order in which impl='auto' takes them:")
-        for backend in BACKENDS.values():
-            reason = backend.why_not(device)
-            lines.append(f"  {backend.name:<10} " + ("works" if reason is None else f"no: {reason}"))
+        reasons = {backend.name: backend.why_not(device) for backend in BACKENDS.values()}
+        works = [(name, "works" if reason is None else f"no: {reason}") for name, reason in reasons.items()]
+        lines += labelled(works, indent="  ")
     if len(devices()) == 1:
         lines.append("\nno CUDA device: torch.cuda.is_available() is False")
     return "\n".join(lines)

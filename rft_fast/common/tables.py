@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 
-from wcwidth import wcswidth, wcwidth
-
 from .words import visible
 
 _GAP = "  "
@@ -22,6 +20,10 @@ def columns() -> int:
 
 def display_width(text: str) -> int:
     """Return how many columns a text takes; East Asian characters take two, combining ones none."""
+    if text.isascii() and text.isprintable():
+        return len(text)
+    from wcwidth import wcswidth, wcwidth  # is not needed, nor always there, for the kernels alone
+
     whole = wcswidth(text)
     return whole if whole >= 0 else sum(max(0, wcwidth(one)) for one in text)
 
@@ -30,6 +32,8 @@ def shortened(text: str, size: int) -> str:
     """Return a text with its middle left out, so that it takes at most ``size`` columns."""
     if display_width(text) <= size:
         return text
+    from wcwidth import wcwidth
+
     room = size - len(_DOTS)
     head = _taken(text, room - room // 2)
     tail = text[::-1]

@@ -49,13 +49,13 @@ class Listed:
         """Number of images to score, if all can be read."""
         return len(self.chosen.images)
 
-    def undecoded(self, cache: pathlib.Path | None = None) -> int:
+    def undecoded(self, cache: str | PathLike[str] | None = None) -> int:
         """Number of images that :meth:`load` has to decode because the cache lacks them."""
         if self.source.pixels is not None:
             return 0
         if cache is None:
             return self.count
-        decoded = caches.decoded(decoding.cached(self.source, self.preprocess), cache)
+        decoded = caches.decoded(decoding.cached(self.source, self.preprocess), pathlib.Path(cache))
         return self.count - int(decoded[self.chosen.images.numpy()].sum())
 
     def load(
@@ -63,13 +63,14 @@ class Listed:
         ood: bool = True,
         progress: Progress | None = None,
         *,
-        cache: pathlib.Path | None = None,
+        cache: str | PathLike[str] | None = None,
         skip_unreadable: bool = False,
     ) -> Dataset:
         """Decode the images; arguments and errors as in :func:`load`."""
         chosen, labels, pixels, skipped = self.chosen.images, self.chosen.labels, self.source.pixels, 0
         if pixels is None:
             where = f"datasets: {self.name!r}"
+            cache = None if cache is None else pathlib.Path(cache)
             arguments = (chosen.tolist(), self.preprocess, cache, progress, skip_unreadable, where)
             with self.source.stored.unchanged():
                 images, readable = decoding.read(self.source, *arguments)
@@ -178,7 +179,7 @@ def load(
     seed: int = 0,
     progress: Progress | None = None,
     *,
-    cache: pathlib.Path | None = None,
+    cache: str | PathLike[str] | None = None,
     skip_unreadable: bool = False,
     kind: Kind | None = None,
     rows: Rows | None = None,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from .. import results
 from ..common import program
-from ..common.words import many, visible
+from ..common.tables import aligned, labelled
+from ..common.words import many
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         if options.parquet is not None:
             results.export.write_parquet(options.directory, options.parquet)
         for file in files:
-            print(f"{len(rows)} rows in {file}")
+            print(f"written  {many(f'{len(rows):,}', 'row')} to {file}")
         print(program.next_step("report", options.directory))
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -74,16 +75,18 @@ def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     from .single_images import count
 
     config = results.recorded(directory) or {}
-    lines = [
-        f"{config.get('command', 'an unknown command')}",
-        f"begun {config.get('date', 'at an unknown time')}, {len(rows):,} rows",
+    kept = count(directory)
+    share = "all" if kept == len(rows) else f"{kept:,} of them"
+    images = f", {share} with results of single images" if kept else ""
+    about = [
+        ("command", str(config.get("command", "unknown"))),
+        ("begun", str(config.get("date", "unknown"))),
+        ("rows", f"{len(rows):,}{images}"),
     ]
+    table = [["study", "models", "rows"]] if len(rows) else []
     for study, part in rows.groupby("study", sort=False):
-        counts = part["model"].value_counts(sort=False)
-        lines.append(f"  {study}: {many(f'{len(part):,}', 'row')} of {many(len(counts), 'model')}")
-    if kept := count(directory):
-        lines.append(f"  results of single images for {kept:,} rows (rft_fast.results.images)")
-    return "\n".join(map(visible, lines))
+        table.append([str(study), f"{part['model'].nunique():,}", f"{len(part):,}"])
+    return "\n".join([*labelled(about), *aligned(table)])
 
 
 def _check_pyarrow() -> None:

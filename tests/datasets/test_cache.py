@@ -93,6 +93,12 @@ def load(folder: Path, directory: Path | None, preprocess: Preprocess = PREPROCE
     return datasets.load("set", folder, preprocess, cache=directory, **more)
 
 
+def test_the_directory_may_be_a_text(folder: Path, tmp_path: Path) -> None:
+    found = datasets.find("set", folder, PREPROCESS)
+    assert found.undecoded(str(tmp_path)) == 10 and len(found.load(cache=str(tmp_path)).images) == 10
+    assert found.undecoded(str(tmp_path)) == 0
+
+
 def quietly(folder: Path, directory: Path | None, **more: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

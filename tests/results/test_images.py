@@ -124,7 +124,7 @@ def test_what_was_added_comes_back(out: Path) -> None:
 
 def test_the_command_says_how_many_there_are(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(out)]) == 0
-    assert "results of single images for 12 rows" in capsys.readouterr().out
+    assert "12, all with results of single images" in capsys.readouterr().out
     (out / "rows.sqlite").write_bytes(b"")
     with refused(ValueError, "interpolation"):
         results.images(out)

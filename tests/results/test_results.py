@@ -1192,8 +1192,14 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run.add("interpolation", "m", 0, rows[:2])
         assert command.main([str(out), "--csv", str(table), "--parquet", str(parquet)]) == 0
     said = capsys.readouterr().out
-    assert "python -m rft_fast.sweep\nbegun today, 3 rows\n  interpolation: 3 rows of 2 models\n" in said
-    assert f"3 rows in {table}" in said and f"3 rows in {parquet}" in said
+    assert [line.split() for line in said.splitlines()[:5]] == [
+        ["command", "python", "-m", "rft_fast.sweep"],
+        ["begun", "today"],
+        ["rows", "3"],
+        ["study", "models", "rows"],
+        ["interpolation", "2", "3"],
+    ]
+    assert f"3 rows to {table}" in said and f"3 rows to {parquet}" in said
     assert table.read_bytes() == (out / "rows.csv").read_bytes()
     assert [repr(one) for one in read_csv(table)] == [
         repr({name: one.get(name) for name in COLUMNS}) for one in rows
