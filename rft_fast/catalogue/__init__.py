@@ -7,6 +7,7 @@ Everything else, such as command line, plan, workers, figures, summary and repor
 from __future__ import annotations
 
 from ..common.fields import Tree
+from .choice import Choice
 from .claim import Claim
 from .correlation import Correlation
 from .interpolation import Interpolation
@@ -26,6 +27,7 @@ _TABLE: dict[str, Study] = {
         Prune(),
         Correlation(),
         Claim(),
+        Choice(),
     )
 }
 

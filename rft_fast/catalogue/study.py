@@ -34,12 +34,24 @@ numbers as text."""
 _Settings = TypeVar("_Settings")
 
 
+class Data(Protocol):
+    """What a study needs to know of a data set."""
+
+    @property
+    def ood(self) -> bool:
+        """Whether it is out of distribution."""
+
+
 class Zoo(Protocol):
     """What a study needs to know of models."""
 
     @property
     def finetuned(self) -> Mapping[str, object]:
         """Fine-tuned models by name."""
+
+    @property
+    def data(self) -> Mapping[str, Data]:
+        """Data sets by name."""
 
 
 class Request(Protocol):

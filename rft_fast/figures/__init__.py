@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rft_fast.common import lazy
 
 if TYPE_CHECKING:
+    from .draw_choice import choice
     from .draw_claim import claim
     from .draw_correlation import correlation
     from .draw_interpolation import interpolation
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy.face(
         __name__,
+        draw_choice="choice",
         draw_claim="claim",
         draw_correlation="correlation",
         draw_interpolation="interpolation",
@@ -29,4 +31,14 @@ else:
         looks="look",
     )
 
-__all__ = ["claim", "correlation", "interpolation", "layer_sharpness", "layers", "look", "prune", "sharpness"]
+__all__ = [
+    "choice",
+    "claim",
+    "correlation",
+    "interpolation",
+    "layer_sharpness",
+    "layers",
+    "look",
+    "prune",
+    "sharpness",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .chance import Chance, against_chance, zeroshot_chances
+from .choice import choice, choice_means
 from .claim import claim, claim_tests
 from .correlation import correlation
 from .estimators import ESTIMATORS, Protocol
@@ -25,6 +26,8 @@ __all__ = [
     "against_chance",
     "best_gains",
     "check_alphas",
+    "choice",
+    "choice_means",
     "claim",
     "claim_tests",
     "correlation",

@@ -170,8 +170,7 @@ def held_out(hits: ArrayLike, zero: int = 0, folds: int = FOLDS) -> tuple[float,
             f"held_out: expected at least 2 folds and as many images as folds, got {folds} folds and "
             f"{images} images; use more images or fewer folds"
         )
-    fold = np.empty(images, dtype=np.intp)
-    fold[np.random.RandomState(0).permutation(images)] = np.arange(images) % folds  # a frozen stream
+    fold = dealt(images, folds)
     total = table.sum(axis=1)
     differences = np.empty(images)
     for number in range(folds):
@@ -179,6 +178,13 @@ def held_out(hits: ArrayLike, zero: int = 0, folds: int = FOLDS) -> tuple[float,
         chosen = best(total - table[:, own].sum(axis=1))
         differences[own] = table[chosen, own] - table[zero, own]
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(images))
+
+
+def dealt(images: int, folds: int = FOLDS) -> NDArray[np.intp]:
+    """Return the fold of each image, [images]: at random, always in the same way."""
+    fold = np.empty(images, dtype=np.intp)
+    fold[np.random.RandomState(0).permutation(images)] = np.arange(images) % folds  # a frozen stream
+    return fold
 
 
 def _checked(caller: str, hits: ArrayLike, zero: int) -> Array:

@@ -231,7 +231,21 @@ COST = {
     "peak_memory": Column("bytes", "peak memory of the GPU, or of the process", _ALL, "981282816"),
 }
 
-TABLES = {"rows": ROWS, "correlation": CORRELATION, "claim": CLAIM, "cost": COST}
+CHOICE = _made("choice", {
+    "dataset": ("-", "out-of-distribution data set on which the regret is measured", "rotated"),
+    "model": ("-", "name of the fine-tuned model", "lr1e-3-ep3"),
+    "rule": ("-", "rule that chooses alpha without labels of these images", "ID accuracy"),
+    "alpha": ("-", "position that the rule chooses", "0.4"),
+    "best_alpha": ("-", "position of the highest accuracy", "0.6"),
+    "accuracy": ("fraction", "accuracy at alpha", "0.872"),
+    "gain": ("fraction", "accuracy at alpha minus that at alpha = 0", "0.018"),
+    "regret": ("fraction", "accuracy at the best position minus that at alpha", "0.004"),
+    "regret_se": ("fraction", "standard error of regret, paired over images", "0.003"),
+    "cross_fitted": ("-", "whether the best position is chosen on other images than regret", "True"),
+    "samples": ("images", "number of images", "1500"),
+})  # fmt: skip
+
+TABLES = {"rows": ROWS, "correlation": CORRELATION, "claim": CLAIM, "choice": CHOICE, "cost": COST}
 
 
 def describe(table: str = "rows") -> pd.DataFrame:
@@ -239,7 +253,7 @@ def describe(table: str = "rows") -> pd.DataFrame:
 
     Args:
         table: ``"rows"`` (of :func:`rft_fast.results.load`, ``rows.csv`` and Parquet), ``"correlation"``,
-            ``"claim"`` or ``"cost"`` (the CSV files of these names).
+            ``"claim"``, ``"choice"`` or ``"cost"`` (the CSV files of these names).
 
     Returns:
         One row per column, in order: ``name``, ``type`` (of pandas; only of rows), ``unit``, ``meaning``,

@@ -16,6 +16,7 @@ from ..common.fields import Tree
 from ..names import never
 from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
+from .choice import choice, choice_means
 from .claim import claim_tests, count_flat
 from .correlation import correlate
 from .gains import gain_bounds
@@ -188,6 +189,16 @@ class Facts:
     def claim_tests(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.claim_tests`."""
         return claim_tests(self.claim)
+
+    @cached_property
+    def choice(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.choice`."""
+        return choice(self.rows, self.images)
+
+    @cached_property
+    def choice_means(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.choice_means`."""
+        return choice_means(self.rows, self.images)
 
     @cached_property
     def chances(self) -> list[Chance]:

@@ -17,7 +17,7 @@ from .verdicts import mode
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .images import Images
+    from .images import ImageResults, Images
 
 STUDY = "interpolation"
 MAX_T, BONFERRONI = "max-t", "bonferroni"
@@ -93,6 +93,21 @@ def hits_of(curve: pd.DataFrame, images: Images | None) -> NDArray[np.bool_] | N
     """Return the hits of one path's images, [positions, n] by ascending alpha; None if they were not kept.
 
     Raises:
+        ValueError: As :func:`results_of` does.
+    """
+    results = results_of(curve, images, "gain_bounds")
+    return None if results is None else results.hits
+
+
+def results_of(curve: pd.DataFrame, images: Images | None, caller: str) -> ImageResults | None:
+    """Return the results of one path's images, by ascending alpha; None if they were not kept.
+
+    Args:
+        curve: The rows of the path.
+        images: Gives the results; None: there are none.
+        caller: Named in the error.
+
+    Raises:
         ValueError: They are of other positions or another number of images than the rows.
     """
     if images is None:
@@ -105,12 +120,11 @@ def hits_of(curve: pd.DataFrame, images: Images | None) -> NDArray[np.bool_] | N
     order = np.argsort(results.alphas, kind="stable")
     if not np.array_equal(results.alphas[order], np.sort(alphas)) or results.hits.shape[1] != samples:
         raise ValueError(
-            f"gain_bounds: expected results of {samples} images at the positions of {model!r} on "
+            f"{caller}: expected results of {samples} images at the positions of {model!r} on "
             f"{dataset!r}, {alphas.tolist()}, got those of {results.hits.shape[1]} at "
             f"{results.alphas.tolist()}"
         )
-    hits: NDArray[np.bool_] = results.hits[order]
-    return hits
+    return results.ordered(order)
 
 
 def id_alphas(rows: pd.DataFrame) -> pd.Series:

@@ -96,6 +96,12 @@ class ImageResults:
             np.stack(known) if len(known) == len(scores) else None,
         )
 
+    def ordered(self, order: NDArray[np.intp]) -> ImageResults:
+        """Return them with their rows in another order."""
+        predictions = None if self.predictions is None else self.predictions[order]
+        rows = self.rows.iloc[order].reset_index(drop=True)
+        return ImageResults(rows, self.hits[order], self.losses[order], predictions)
+
     @property
     def alphas(self) -> NDArray[np.float64]:
         """Position of each row, [k]."""

@@ -117,16 +117,16 @@ def facts() -> dict[bool, Facts]:
 
 @pytest.mark.slow(but="one-interpolation-short")
 @pytest.mark.parametrize("names", ["short", "long"])
-@pytest.mark.parametrize("study", [*STUDIES, "claim"])
+@pytest.mark.parametrize("study", [*STUDIES, "claim", "choice"])
 @pytest.mark.parametrize(("width", "inches"), [("one", 3.4), ("two", 7.0)], ids=["one", "two"])
 def test_figures_have_the_width_of_columns_and_nothing_is_cut_off(
     width: FigureWidth, inches: float, study: str, names: str, facts: dict[bool, Facts], tmp_path: Path
 ) -> None:
     known = facts[names == "long"]
     with figures.look(width=width, captions="none"):
-        drawn = getattr(figures, study.replace("-", "_"))(
-            getattr(known, study) if study in ("correlation", "claim") else known, tmp_path / "a.png"
-        )
+        of_tables = {"correlation": ["correlation"], "claim": ["claim"], "choice": ["choice", "choice_means"]}
+        shown = [getattr(known, table) for table in of_tables.get(study, [])] or [known]
+        drawn = getattr(figures, study.replace("-", "_"))(*shown, tmp_path / "a.png")
     assert drawn.get_figwidth() == inches
     ticks = {id(text) for panel in drawn.axes for axis in (panel.xaxis, panel.yaxis)
              for text in axis.get_ticklabels()}  # fmt: skip

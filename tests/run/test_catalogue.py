@@ -54,7 +54,7 @@ def test_a_study_beyond_the_paper_runs_where_it_is_named(
     toy: Study, zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(toy, "by_default", False)
-    assert catalogue.default() == [name for name in catalogue.names() if name != "halfway"]
+    assert set(names.STUDIES) < {*catalogue.default()} and "halfway" not in catalogue.default()
     with pytest.raises(SystemExit):
         sweep.main(["--help"])
     paper, _, beyond = capsys.readouterr().out.partition("beyond the paper")

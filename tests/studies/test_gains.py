@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from support.wording import refused
 
 from rft_fast import studies
 from rft_fast.studies.bands import held_out, simultaneous
+from rft_fast.studies.images import ImageResults
 
 ALPHAS = [0.0, 0.2, 0.6, 1.0]
 
@@ -48,7 +48,9 @@ class Kept:
         assert study == "interpolation"
         if (model, dataset) not in self.hits:
             return None
-        return SimpleNamespace(hits=self.hits[model, dataset][::-1], alphas=np.array(self.alphas[::-1]))
+        hits = self.hits[model, dataset][::-1]
+        rows = pd.DataFrame({"alpha": self.alphas[::-1]})
+        return ImageResults(rows, hits, np.zeros(hits.shape, dtype=np.float16), None)
 
 
 def test_bounds_of_rows_and_of_single_images() -> None:
