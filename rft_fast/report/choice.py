@@ -113,7 +113,8 @@ def _picture(facts: Facts) -> Picture:
         symbol = SYMBOLS[n % len(SYMBOLS)] + "-open"
         traces.append(line([100 * fact["regret"]], [at], [hover], show, f"@c{n}", symbol, mode="markers"))
     for fact in facts.choice_means.to_dict("records"):
-        hover = f"mean, {safe(fact['rule'])}<br>{points(fact['regret'])} points {_bounds(fact, 'regret')}"
+        hover = f"mean, {safe(fact['rule'])}<br>{signed(points(fact['regret']))} points "
+        hover += signed(_bounds(fact, "regret"))
         half = 100 * (fact["regret_high"] - fact["regret"])
         traces.append(
             line(
@@ -152,9 +153,9 @@ def _means(facts: Facts) -> Table:
                 Cell(fact["rule"]),
                 Cell(RULES[fact["rule"]]),
                 number(100 * fact["regret"], "+.2f"),
-                Cell(_bounds(fact, "regret"), look="n"),
+                Cell(signed(_bounds(fact, "regret")), look="n"),
                 number(100 * fact["largest"], "+.2f"),
-                Cell(_bounds(fact, "beyond_id"), look="n"),
+                Cell(signed(_bounds(fact, "beyond_id")), look="n"),
                 Cell(fact["dataset"]),
             ]
         )

@@ -255,7 +255,7 @@
     const maps = shown.filter(({ type }) => type === "heatmap");  // beside which marks have no value
     const points = (maps.length ? maps : shown).flatMap(({ type, hovertext, x, y, z }) => !Array.isArray(hovertext) ? []
       : type === "heatmap" ? z.flatMap((line, i) => line.map((value, j) => [value, hovertext[i][j]]))
-      : (layout.meta?.names ? x : y).map((value, at) => [value, hovertext[at]]));
+      : (layout.yaxis?.ticktext ? x : y).map((value, at) => [value, hovertext[at]]));
     const known = points.filter(([value, text]) => Number.isFinite(value) && text);
     if (!known.length) return "No value to show for this choice.";
     const [low, high] = [-1, 1].map((way) => known.reduce((a, b) => way * b[0] > way * a[0] ? b : a));
