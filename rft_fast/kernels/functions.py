@@ -320,21 +320,19 @@ def norm(b: Tensors, w: Tensors | None = None, weight: Weight = "none", impl: Im
     Add(0.0, weight)  # checks the name
     if (w is None) != (weight == "none"):
         given = "is missing" if w is None else "has no effect"
-        raise ValueError(
-            f"write: w {given} with weight={weight!r}; pass norm(b), or norm(b, w, weight='abs')"
-        )
+        raise ValueError(f"norm: w {given} with weight={weight!r}; call norm(b), or norm(b, w, weight='abs')")
     first = listed("b", b)
     bs, ws = first[0], first[0] if w is None else matched(first, "w", listed("w", w))
     if library.is_traced(bs):
         raise RuntimeError(
-            "write: it returns a number, which compiled code and fake tensors do not have; call it outside "
-            "of the compiled function, and pass the number to it"
+            "norm: it returns a number, which is not known in compiled code or of fake tensors; call it "
+            "outside of the compiled function, and pass the number to the function"
         )
     for place, tensor in enumerate(bs):
         if is_sharded(tensor):
             raise ValueError(
-                f"write: b[{place}] is a DTensor, of which this process has a part only; add the squares of "
-                "norm(tensor.to_local()) over the processes that shard it, or use torch.norm(tensor)"
+                f"norm: b[{place}] is a DTensor, of which this process has only a part; sum the squares of "
+                "norm(tensor.to_local()) over the processes that share it, or use torch.norm(tensor)"
             )
     roles = ("b", "b", "w")
     rows = lay_out(bs, bs, ws, first[1], None, roles)

@@ -99,11 +99,11 @@ def blocks_at(listed: Listed, offset: Offset, name: str = "offset") -> list[int]
     if isinstance(offset, Mapping):
         if names is None:
             raise TypeError(
-                f"write: {name} is by name, but the tensors have no names; pass a module, named_parameters() "
-                "or a dict of tensors, or a list of offsets"
+                f"write: {name} is a dict by name, but the tensors have no names; pass the tensors as a "
+                "module, named_parameters() or a dict, or the offsets as a list"
             )
         if missing := [each for each in names if each not in offset]:
-            raise ValueError(f"write: {name} lacks {some(missing)}; rft.offsets(model) has all of a model")
+            raise ValueError(f"write: {name} lacks {some(missing)}; rft.offsets(model) gives them all")
         offset = [offset[each] for each in names]
     if not is_list(offset):
         first = _block(name, offset)
@@ -112,7 +112,7 @@ def blocks_at(listed: Listed, offset: Offset, name: str = "offset") -> list[int]
     if len(given) != len(tensors):
         raise ValueError(
             f"write: {name} must be one number, or a list with one for each of the {len(tensors)} tensors; "
-            f"got {len(given)} (rft.offsets(params) makes them)"
+            f"got {len(given)} (rft.offsets(params) gives such a list)"
         )
     return [_block(f"{name}[{place}]", value) for place, value in enumerate(given)]
 
@@ -121,8 +121,8 @@ def _block(name: str, offset: object) -> int:
     position = whole(name, offset, BLOCK * BLOCKS)
     if position % BLOCK:
         raise ValueError(
-            f"write: {name} must be a multiple of {BLOCK} elements, at which random numbers are drawn; "
-            f"got {position} (rft.offsets(params) gives each tensor's)"
+            f"write: {name} must be a multiple of {BLOCK}, because random numbers are made for {BLOCK} "
+            f"elements at a time; got {position} (rft.offsets(params) gives the offset of each tensor)"
         )
     return position // BLOCK
 

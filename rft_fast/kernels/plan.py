@@ -95,8 +95,8 @@ class Plan:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "Plan: it writes to the memory that it was made for, so it cannot be copied or pickled; "
-            "make a new Plan of the copied tensors"
+            "Plan: a Plan writes to the memory of its tensors, so it cannot be copied or pickled; make a "
+            "new Plan of the copied tensors"
         )
 
     def write(

@@ -106,7 +106,7 @@ def lay_out(
             f"got {len(out)}, {len(zeroshot)} and {len(finetuned)}"
         )
     if names is not None and len(names) != len(out):
-        raise ValueError(f"write: {len(out)} tensors but {len(names)} names")
+        raise ValueError(f"write: expected a name for each of the {len(out)} tensors; got {len(names)} names")
     labels = [f"tensor {i}" for i in range(len(out))] if names is None else list(names)
     starts = first_blocks(out) if blocks is None else blocks
     rows: list[Row] = []
@@ -145,9 +145,9 @@ def _row(
     skipped, place = place_of(row.out, shape or tuple(row.out.shape), starts or (0,) * row.out.ndim)
     if place is not None and len(place.sizes) > DIMENSIONS:
         raise ValueError(
-            f"write: the layout of {roles[0]} of {label}, shape {tuple(row.out.shape)} and strides "
-            f"{row.out.stride()}, has {len(place.sizes)} dimensions that cannot be merged; offered are "
-            f"{DIMENSIONS}. Pass .contiguous(), and copy what is written to it back"
+            f"write: {roles[0]} of {label}, shape {tuple(row.out.shape)} and strides {row.out.stride()}, "
+            f"needs {len(place.sizes)} strides, at most {DIMENSIONS} are supported. Write to a .contiguous() "
+            "copy, and copy the result back"
         )
     return row._replace(first_block=start + skipped, place=place)
 
@@ -157,8 +157,8 @@ def _check_tensor(tensor: Tensor, role: str, row: Row, device: torch.device) -> 
     if tensor.dtype not in DTYPES:
         offered = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(
-            f"write: {role} of {row.name} is {tensor.dtype}; offered are {offered}. "
-            "Convert it with .float(), or copy it instead of interpolating"
+            f"write: {role} of {row.name} is {tensor.dtype}, expected one of {offered}. "
+            "Convert it with .float(), or copy it instead of interpolating it"
         )
     strided = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
     # A contiguous tensor is dense. (Strides of a tensor whose sizes are not known yet may not be compared.)
@@ -167,14 +167,13 @@ def _check_tensor(tensor: Tensor, role: str, row: Row, device: torch.device) -> 
         check_layout(tensor, f"{role} of {row.name}")
         if tensor.is_neg():
             raise ValueError(
-                f"write: {role} of {row.name} is a view of memory that holds the opposite signs, as the "
-                "imaginary part of a conjugate is; pass .resolve_neg(), and copy what is written to it "
-                "back"
+                f"write: {role} of {row.name} is a negated view, such as the imaginary part of a conjugate "
+                "tensor; pass a .resolve_neg() copy, and copy the result of an output back"
             )
         raise ValueError(
-            f"write: {role} of {row.name}, shape {tuple(tensor.shape)} and strides {tensor.stride()}, is not "
-            "contiguous or a permutation of contiguous memory; pass .contiguous(), and copy what is written "
-            "to it back (for a parameter p, once: p.data = p.data.contiguous())"
+            f"write: {role} of {row.name}, shape {tuple(tensor.shape)} and strides {tensor.stride()}, has "
+            "gaps or overlaps in memory; pass a .contiguous() copy, and copy the result of an output back "
+            "(for a parameter p, once: p.data = p.data.contiguous())"
         )
     if tensor.device != device:
         raise ValueError(
@@ -188,9 +187,9 @@ def _check_sharding(parts: Sequence[Part], roles: tuple[str, str, str], label: s
     for role, part in zip(roles, parts, strict=True):
         if part.layout != parts[0].layout or (part.layout and part.shape != parts[0].shape):
             raise ValueError(
-                f"write: {role} of {label}, shape {part.shape}, {_sharding(part)}, the tensor to write, "
-                f"shape {parts[0].shape}, {_sharding(parts[0])}; bring both to one: "
-                "distribute_tensor(tensor, device_mesh, placements), or .redistribute(...)"
+                f"write: {role} of {label}, shape {part.shape}, {_sharding(part)}, but the tensor to write, "
+                f"shape {parts[0].shape}, {_sharding(parts[0])}; shard both alike with "
+                "distribute_tensor(tensor, device_mesh, placements) or .redistribute(...)"
             )
 
 
@@ -206,7 +205,7 @@ def _check_layout(row: Row, roles: tuple[str, str, str]) -> None:
         if strides(tensor) != strides(row.out) and row.size:
             raise ValueError(
                 f"write: {role} of {row.name} has strides {tensor.stride()}, {roles[0]} {row.out.stride()}; "
-                f"all must have one layout in memory: bring {role} to that of {roles[0]}, e.g. "
+                f"all must have the same layout in memory: convert {role} to that of {roles[0]}, e.g. "
                 ".contiguous(memory_format=torch.channels_last)"
             )
 
@@ -216,9 +215,9 @@ def check_memory(row: Row, roles: tuple[str, str, str]) -> None:
     for role, tensor in zip(roles, (row.out, row.zeroshot, row.finetuned), strict=True):
         if lacks_memory(tensor):
             raise ValueError(
-                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, lies beyond its storage of "
-                f"{tensor.untyped_storage().nbytes()} bytes, which was freed or cut short (as FSDP does "
-                "between uses); gather the full tensor first"
+                f"write: {role} of {row.name}, shape {tuple(tensor.shape)}, does not fit into its storage of "
+                f"{tensor.untyped_storage().nbytes()} bytes, which was freed or shrunk (as FSDP does between "
+                "uses); gather the full tensor first"
             )
 
 
@@ -257,8 +256,8 @@ def _check_overlap(rows: Sequence[Row], roles: tuple[str, str, str]) -> None:
             )
         if start < reach:
             raise ValueError(
-                f"write: {what} overlaps {other} in memory; an output may be its own source, "
-                "but share no other byte. Give it storage of its own, e.g. .clone()"
+                f"write: {what} overlaps {other} in memory; an output may be its own source, but must not "
+                "share memory with other tensors. Give it its own storage, e.g. with .clone()"
             )
         if end > any_end:
             any_end, any_what = end, what

@@ -58,8 +58,8 @@ def check_sharded(module: nn.Module) -> None:
         own = [p for p in part.parameters() if id(p) not in inner]
         if own and not any(is_sharded(p) for p in own):
             raise ValueError(
-                f"write: the parameters of {name or 'the module'} are gathered by FSDP, as after a forward "
-                "pass, and what is written to them would be lost; call its reshard() first"
+                f"write: FSDP has gathered the parameters of {name or 'the module'}, as it does for a "
+                "forward pass, and would discard what is written to them; call its reshard() first"
             )
 
 
@@ -86,7 +86,7 @@ def part_of(tensor: Tensor, what: str) -> Part:
             continue
         if type(placement) is not Shard:  # a subclass may divide otherwise
             raise ValueError(
-                f"write: {what} has the placement {placement}; offered are Shard(dim) and Replicate(). "
+                f"write: {what} has the placement {placement}, expected Shard(dim) or Replicate(). "
                 "Redistribute it first: tensor.redistribute(placements=[Replicate()])"
             )
         dim, count = placement.dim, mesh.size(axis)
@@ -98,8 +98,8 @@ def part_of(tensor: Tensor, what: str) -> Part:
         local = tensor.to_local().detach()  # type: ignore[attr-defined]
     if here is not None and tuple(local.shape) != tuple(sizes):
         raise ValueError(
-            f"write: the local part of {what} has shape {tuple(local.shape)}, where {placements} of "
-            f"{tuple(tensor.shape)} give {tuple(sizes)}; make it with distribute_tensor"
+            f"write: the local part of {what} has shape {tuple(local.shape)}, but {placements} of "
+            f"{tuple(tensor.shape)} gives {tuple(sizes)}; make it with distribute_tensor"
         )
     return Part(local, tuple(tensor.shape), tuple(starts), (mesh, tuple(placements)))
 

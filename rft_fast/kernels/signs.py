@@ -49,7 +49,7 @@ def signs(seed: int, draw: int, images: Tensor, first_block: int, count: int) ->
 def check_blocks(end: int) -> None:
     """Raise ValueError unless there are signs of all blocks before ``end``."""
     if end > MASK32 + 1:
-        raise ValueError("signs: the model has too many weights for signs of its own for each image")
+        raise ValueError("signs: the model has too many weights to give each image its own signs")
 
 
 def signs_of_blocks(seed: int, draw: int, images: Tensor, blocks: Tensor) -> Tensor:
