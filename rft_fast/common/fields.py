@@ -39,7 +39,8 @@ class Option:
         common: its text in the short help, one line; empty: only ``--help-all`` shows it.
         name: name without dashes; None: the field's, with ``no-`` before it where the default is True.
         metavar: placeholder of the value in the help.
-        check: text -> value, or a list of several; raises ValueError.
+        check: text -> value, or a list of several; raises ValueError. ``int`` and ``float`` stand for
+            :func:`integer` and :func:`number`.
         choices: the possible values, instead of a check.
         many: the option takes several values, and may be given ``once``, or repeatedly: ``each`` adds values,
             or the ``last`` counts. None: a single value.
@@ -93,6 +94,30 @@ def described(help: str, **how: Any) -> dict[type[Option], Option]:
     return {Option: Option(help, **how)}
 
 
+def integer(text: str) -> int:
+    """A check: an integer.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected an integer, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """A check: a number.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected a number, got {text!r}") from None
+
+
 def named_path(text: str) -> tuple[str, pathlib.Path]:
     """A check: ``NAME=PATH``, or a path -> name and path.
 
@@ -113,6 +138,10 @@ def named_path(text: str) -> tuple[str, pathlib.Path]:
     return name, pathlib.Path(text)
 
 
+# Whose own errors are words for programmers -> checks that say what was expected.
+_WORDED: Mapping[Any, Callable[[str], Any]] = {int: integer, float: number}
+
+
 @dataclass(frozen=True)
 class Entry:
     """An option and the field that it sets."""
@@ -128,6 +157,12 @@ class Entry:
         """Name of the option, without dashes."""
         plain = self.field.replace("_", "-")
         return self.option.name or (f"no-{plain}" if self.default is True else plain)
+
+    @property
+    def check(self) -> Callable[[str], Any] | None:
+        """The check of the option, whose errors say what was expected."""
+        check = self.option.check
+        return None if check is None else _WORDED.get(check, check)
 
     @property
     def required(self) -> bool:

@@ -14,7 +14,6 @@ from ..common.fields import Entry, Group, Tree, entries
 Given = Mapping[str, Any]  # option, without dashes -> its value: those that were given, and no defaults
 _Settings = TypeVar("_Settings")
 COMMAND, ZOO, PAPER, QUICK = "command line", "zoo", "paper", "quick"  # who gives options
-_PLAIN = (int, float, str, pathlib.Path)  # of which argparse says itself what is expected
 
 
 class Builder:
@@ -193,8 +192,8 @@ def _add(group: Any, entry: Entry) -> list[argparse.Action]:
         how["metavar"] = option.metavar
     if option.choices is not None:
         how["choices"] = option.choices
-    if option.check is not None:
-        how["type"] = option.check if option.check in _PLAIN else _typed(option.check)
+    if entry.check is not None:
+        how["type"] = _typed(entry.check)
     if option.many is not None:
         how |= {"nargs": "+", "action": _MANY[option.many]}
     elif option.off:
@@ -281,7 +280,7 @@ def _read(entry: Entry, text: str) -> Any:
     option = entry.option
     if option.choices is not None and text not in option.choices:
         raise ValueError(f"must be one of {', '.join(option.choices)}; got {text!r}")
-    return text if option.check is None else option.check(text)
+    return text if entry.check is None else entry.check(text)
 
 
 def fits(entry: Entry, text: str) -> bool:

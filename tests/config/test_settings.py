@@ -12,7 +12,7 @@ import pytest
 from support import tiny_zoo
 from support.tiny_zoo import own_models, sweep_refused
 from support.toy_study import Halfway
-from support.wording import refused
+from support.wording import command_refused, refused
 
 from rft_fast import catalogue, results, sweep
 from rft_fast.common.fields import Group, Tree, option
@@ -20,6 +20,8 @@ from rft_fast.common.numeric import positive
 from rft_fast.config import recorded, request
 from rft_fast.config.builder import COMMAND, ZOO, Builder
 from rft_fast.config.settings import Computed, Models, Running, builder
+from rft_fast.finetune.__main__ import main as finetune
+from rft_fast.merge.__main__ import main as merge
 from rft_fast.results import directory
 from rft_fast.settings import Along, Layers, Prune, Sharpness
 
@@ -110,6 +112,12 @@ def test_runs_from_before_an_option_have_its_default(tmp_path: Path) -> None:
 def test_two_fields_of_one_option_are_refused() -> None:
     with refused(ValueError):
         Builder([Along, Along])
+
+
+def test_what_is_no_number_is_refused_in_words() -> None:
+    command_refused(finetune, ["--lr", "1e-5", "abc"], "--lr", "number", "'abc'")
+    command_refused(finetune, ["--epochs", "1.5"], "--epochs", "integer", "'1.5'")
+    command_refused(merge, ["dare", "--seed", "x"], "--seed", "integer", "'x'")
 
 
 def test_a_tree_holds_settings_by_class() -> None:
