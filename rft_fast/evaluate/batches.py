@@ -235,8 +235,8 @@ class Batches:
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(
-                f"Evaluator: the memory of {self._device} is too small for what is kept between "
-                f"stages: {_first_line(error)}; use a smaller memory_limit"
+                f"Evaluator: the memory of {self._device} is too small for the activations that are kept "
+                f"between stages: {_first_line(error)}; use a smaller --memory-limit (memory_limit=)"
             ) from error
 
     def _halves(self, source: S, batch: slice) -> list[tuple[S, slice]]:

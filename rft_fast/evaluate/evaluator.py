@@ -333,9 +333,9 @@ def _check_datasets(datasets: Sequence[Dataset]) -> None:
             raise TypeError(f"Evaluator: datasets must hold Datasets, got {type(dataset).__name__}")
     names = [dataset.name for dataset in datasets]
     if not names:
-        raise ValueError("Evaluator: no data set to score")
+        raise ValueError("Evaluator: expected at least one data set, got none")
     if len(set(names)) != len(names):
-        raise ValueError(f"Evaluator: data sets need distinct names, got {', '.join(names)}")
+        raise ValueError(f"Evaluator: expected data sets with different names, got {', '.join(names)}")
 
 
 def _is_count(value: object) -> bool:

@@ -149,20 +149,20 @@ class Images:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"{where}: the model must return logits [n, classes], for one image it gave {got}"
+                f"{where}: the model must return logits [n, classes]; for one image it returned {got}"
             )
         classes = logits.shape[1]
         rows = dataset.labels if dataset.classes is None else dataset.classes
         if (highest := int(rows.max())) >= classes:
             raise ValueError(
-                f"{where}: class {highest} is beyond the head, which has {classes}; "
-                "is it the head for this data set?"
+                f"{where}: its labels go up to {highest}, but the head has {classes} rows (0 to "
+                f"{classes - 1}); is it the head for this data set?"
             )
         folders = len(dataset.class_names)
         if dataset.classes is None and folders not in (0, classes):
             raise ValueError(
-                f"{where}: {folders} class folders but {classes} classes in the head, so labels "
-                "would mean other classes; tell by Dataset.classes which rows of the head they are"
+                f"{where}: {folders} class folders but {classes} classes in the head, so labels would mean "
+                "other classes; name the rows of the head that belong to the data set in Dataset.classes"
             )
         self.among = classes if dataset.classes is None else len(dataset.classes)
         if dataset.groups is not None:
@@ -209,7 +209,7 @@ class _Stream:
     def take(self, images: Tensor, batch: slice) -> Tensor:
         self.start(images, batch)
         if self._coming is None:
-            raise RuntimeError("Evaluator: a batch got lost on its way to the device")
+            raise RuntimeError("Evaluator: a batch did not reach the device; please report this")
         (_, there, arrived), self._coming = self._coming, None
         current = torch.cuda.current_stream(self._device)
         current.wait_event(arrived)

@@ -142,7 +142,7 @@ class Flips:
         seen = {site.weight for sites in self.sites.values() for site in sites}
         for number, weight in enumerate(weights):
             if number not in seen and (id(weight.live) in named or not all(s.tensors for s in stages)):
-                raise NoRule(f"no rule is known for what reads {weight.name}")
+                raise NoRule(f"no rule is known for the operation that reads {weight.name}")
         self._lay_signs(seen)
 
     def _find(self, reading: Sequence[int], sample: Tensor, inputs: Tensor) -> dict[int, list[_Site]]:
@@ -164,7 +164,7 @@ class Flips:
                     got.shape != expected.shape
                     or not (got - expected).float().abs().max() <= tolerance * size
                 ):
-                    raise NoRule("image by image it computes other numbers")
+                    raise NoRule("computed image by image, it gives other numbers")
                 if sites:
                     found[number] = sites
             x = expected
@@ -209,7 +209,7 @@ class Flips:
         size = sum(weight.live.numel() for weight in alike)
         if 2 * size > sum(weight.live.numel() for weight in self.weights):
             names = ", ".join(weight.name for weight in alike)
-            raise NoRule(f"no rule is known for what reads {names}")
+            raise NoRule(f"no rule is known for the operations that read {names}")
 
     # --- signs ----------------------------------------------------------------------------------
 

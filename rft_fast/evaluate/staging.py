@@ -85,8 +85,8 @@ def _verify(chains: Stages, precision: Precision, feed: Images, expected: Tensor
     tolerance = 1e-3 if precision in ("fp32", "ieee") else 0.05
     if error > tolerance * expected.float().abs().max():
         raise RuntimeError(
-            f"Evaluator: on {feed.name!r} the model's stages do not compute what its forward pass "
-            "computes; please report this"
+            f"Evaluator: on {feed.name!r} the stages of the model compute other numbers than its forward "
+            "pass; please report this"
         )
     return image, prompts
 
@@ -125,7 +125,7 @@ def check_weights(model: nn.Module, precision: Precision) -> None:
         raise ValueError(
             f"Evaluator: precision {precision!r} needs a model in {_short(wanted)}, this one has "
             f"{', '.join(sorted(map(_short, dtypes)))}; call rft_fast.evaluate.precision.cast(model, "
-            f"{precision!r}) before a Path is made of it (the path's ends may stay as they are)"
+            f"{precision!r}) before you make a Path of it (the two ends may keep their dtype)"
         )
 
 

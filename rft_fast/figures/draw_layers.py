@@ -125,7 +125,8 @@ def layers(
         f"{_WORST} of each model; bands: pointwise 95 % intervals of the difference to $\\alpha$ = 0, paired",
         "over images. Stragglers: lower end of the one-sided 95 % interval of the instability in loss,",
         f"Bonferroni-corrected for layers and positions, above {facts['margin'].iloc[0]:g} nats; by a",
-        "bump: its loss rises above the straight line between the layer's own ends, so corrected. No noise.",
+        "bump: its loss rises above the straight line between the layer's own ends, with the same "
+        "correction. No noise.",
         not_finite(rows["loss"], "losses"),
     )
     marks = [key("straggler", heat.STRAGGLER), key("zero-shot", ZERO_SHOT)]

@@ -44,7 +44,9 @@ BEATS: Style = {"ls": "-", "marker": "o"}
 UNDECIDED: Style = {"ls": "-.", "marker": "o"}
 FAILS: Style = {"ls": (0, (3.5, 1.5)), "marker": "o", "ms": 3.5, "mfc": "white"}
 SATURATED: Style = {"ls": "", "marker": "D", "ms": 5, "mfc": "none", "mec": "black", "mew": 0.8}
-SATURATED_EXPLAINED = "Saturated: the perturbed model answers at chance; it says nothing of flatness."
+SATURATED_EXPLAINED = (
+    "Saturated: the perturbed model answers at chance, so sharpness says nothing about flatness."
+)
 ZERO_SHOT: Style = {"ls": ":", "lw": 1, "color": GREY}
 
 

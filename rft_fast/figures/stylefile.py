@@ -36,7 +36,7 @@ _INSTEAD = {
     "figure.figsize": "use --figure-width",
     "savefig.format": "use --figure-format",
     "figure.dpi": "use savefig.dpi",
-    "text.usetex": "LaTeX runs programs; mathtext.fontset: stix, or cm, gives such formulas",
+    "text.usetex": "LaTeX runs programs; mathtext.fontset: stix (or cm) draws such formulas",
 }
 
 

@@ -99,8 +99,8 @@ def training_source(request: Request) -> datasets.Source:
         )
     if not request.train.exists() and not (request.val or request.ood):
         raise ValueError(
-            f"finetune: {request.train} is a part of a folder, which a zoo cannot name as its only data; "
-            "give data to score with --val"
+            f"finetune: the zoo needs data, and {request.train} is only a part of a folder, which a zoo "
+            "cannot name; give data to score with --val"
         )
     return source
 
@@ -112,15 +112,15 @@ def training_images(
     found = datasets.assign(source, rows, request.label_map)
     if found.groups is not None:
         raise ValueError(
-            "finetune: some classes of the training images belong to several rows of the head; give a "
-            "label map with one row for each class"
+            "finetune: some classes of the training images have several rows of the head; give a label map "
+            "with one row for each class"
         )
     if not len(found.labels):
         raise ValueError(f"finetune: {request.train} contains no training images")
     if request.loss == "contrastive" and len(found.labels) < 2:
         raise ValueError(
-            "finetune: the contrastive loss compares pairs of an image and a prompt, and needs two images or "
-            f"more; {request.train} has one"
+            "finetune: the contrastive loss compares pairs of an image and a prompt, so it needs two images "
+            f"or more; {request.train} has one"
         )
     if int(found.labels.max()) >= rows.count:
         raise ValueError(

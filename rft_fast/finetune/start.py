@@ -89,9 +89,8 @@ class Start:
         ends = Ends(setup, state, device=device)
         if both and (others := [name for name in ends.inert if not name.startswith(HEAD)]):
             raise ValueError(
-                f"finetune: --loss contrastive neither trains nor keeps {some(others)} of the checkpoint, "
-                "which was pretrained with another loss than CLIP's; start from another one, or leave --loss "
-                "out"
+                "finetune: the checkpoint was pretrained with another loss than CLIP's; --loss contrastive "
+                f"would drop {some(others)}; start from another checkpoint, or leave --loss out"
             )
         self._request, self._ends = request, ends
         self.model = cast(ImageClassifier | ZeroShotClassifier, ends.live)
@@ -170,7 +169,7 @@ def _check_pairs(state: Mapping[str, Tensor]) -> None:
         )
     if HEAD_WEIGHT in state:
         tqdm.write(
-            "finetune: the head of the checkpoint is not used: the text tower makes one of the prompts"
+            "finetune: the head of the checkpoint is not used: the text tower makes one from the prompts"
         )
 
 

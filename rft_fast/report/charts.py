@@ -319,7 +319,7 @@ def correlation(table: pd.DataFrame) -> tuple[Picture, list[str]]:
                 f"<b>{safe(what)}</b>, α = {alpha:g}<br>{letter} with {outcome} on {safe(dataset)}<br>"
                 + signed(f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" if pd.notna(a) else f"{v:+.2f}, no interval")
                 + f"<br>over {fact['models']} models, p = {p_value(fact['p_max'])} corrected"
-                + ("<br>saturated: says nothing of flatness" if fact["saturated"] else "")
+                + ("<br>saturated: says nothing about flatness" if fact["saturated"] else "")
                 for what, v, a, b, fact in zip(
                     group["name"], value, low, high, group.to_dict("records"), strict=True
                 )

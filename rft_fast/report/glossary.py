@@ -132,7 +132,7 @@ WORDS = tuple(
         (":measured on|measured", "The images, the weights and the estimator of the sharpness."),
         (
             "saturated",
-            "The perturbed model answers at chance. Its sharpness says nothing of flatness, and is not "
+            "The perturbed model answers at chance. Its sharpness says nothing about flatness, and is not "
             "tested.",
         ),
         ("chance", "The accuracy of a guess: one over the number of classes."),

@@ -14,7 +14,7 @@ from ..studies.permutation import least
 from ..studies.pruning import NAMED, kind
 from ..studies.verdicts import Shape, layer_shape
 
-SATURATED = "the perturbed model answers at chance, which says nothing of flatness"
+SATURATED = "the perturbed model answers at chance, which says nothing about flatness"
 PAPER_CLAIM = "The paper reports flat layers in models whose interpolation fails."
 PAPER_CORRELATION = (
     "The paper reports that the sharpness of the whole model does not predict accuracy, and that of the "

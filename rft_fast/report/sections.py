@@ -92,9 +92,9 @@ def layers(facts: Facts) -> Section:
         f"Each layer on the path alone, the others {ENDS[facts.of(Layers).others]}; {_images(part)}. A "
         "straggler's instability lies above the margin with 95 % confidence, corrected for all layers and "
         "positions (Bonferroni), and its loss above that at α = 0. Instability is measured from "
-        f"{REFERENCES[facts.of(Layers).reference]}. By a bump: the loss rises above the straight line "
-        "between the layer's own ends, so corrected; by a slope: that is not shown. Bars are pointwise 95 % "
-        "intervals, not corrected.",
+        f"{REFERENCES[facts.of(Layers).reference]}. By a bump: the loss also rises above the straight line "
+        "between the layer's own ends, with the same correction. By a slope: this is not shown. Bars are "
+        "pointwise 95 % intervals, not corrected.",
         layer_charts.interpolation(facts),
         [tables.layers(facts)],
         warnings,

@@ -278,7 +278,8 @@ def _least_saturated(facts: Facts, study: str) -> tuple[pd.DataFrame, str]:
     (rho, count), *others = bad
     listed = [f"{count} {what} at rho = {rho:g}", *(f"{count} at rho = {rho:g}" for rho, count in others)]
     clause = (
-        f"{joined(listed)} answered at chance (saturated), so that their sharpness says nothing of flatness"
+        f"{joined(listed)} answered at chance (saturated), so that their sharpness says nothing about "
+        "flatness"
     )
     return best[~best["bad"]], clause
 

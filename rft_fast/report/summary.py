@@ -181,8 +181,9 @@ def layers(facts: Facts) -> list[str]:
         f"{images(facts.part('layers'))}, {facts.stragglers.iloc[0]['alphas']} alphas. A straggler's "
         f"instability lies above {facts.of(Layers).straggler_margin:g} nats with 95 % confidence "
         "(Bonferroni-corrected for layers and alphas), and its loss above that at alpha = 0. Instability is "
-        f"measured from {REFERENCES[facts.of(Layers).reference]}. By a bump: the rise above the straight "
-        "line between the layer's own ends lies above 0, so corrected; by a slope: it is not shown to.",
+        f"measured from {REFERENCES[facts.of(Layers).reference]}. By a bump: the loss also rises above "
+        "the straight line between the layer's own ends, with the same correction. By a slope: this is not "
+        "shown.",
     )
     for (model, dataset), group in facts.stragglers.groupby(["model", "dataset"], sort=False):
         worst = group[group["straggler"]].sort_values("instability", ascending=False)

@@ -1,4 +1,4 @@
-"""Saturation: a perturbed model that answers at chance has a sharpness that says nothing of flatness."""
+"""Saturation: a perturbed model that answers at chance has a sharpness that says nothing about flatness."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def association(fact: Mapping[Any, Any]) -> Association:
 
     Returns:
         "above" or "below" 0 where ``p_max`` is at most 0.05, else "unclear"; "saturated" where a sharpness
-        says nothing of flatness; "unknown" without a test.
+        says nothing about flatness; "unknown" without a test.
     """
     if fact["saturated"]:
         return "saturated"

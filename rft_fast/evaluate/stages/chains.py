@@ -55,8 +55,9 @@ def chain(model: nn.Module, example: Tensor, exact: bool) -> tuple[Stage, ...]:
             words = str(error).strip().splitlines()
             reason = (words[0] if words else "") if isinstance(error, Uncut) else _describe(error)
     warnings.warn(
-        f"stages: this {type(model).__name__} is one stage, because {reason}; every score then takes a "
-        "whole forward pass, and the numbers are the same",
+        f"stages: this {type(model).__name__} is not divided into stages, because {reason}; every score "
+        "takes "
+        "a whole forward pass, with the same numbers",
         stacklevel=3,
     )
     return (Stage(lambda x, inputs: model(x)),)

@@ -45,7 +45,7 @@ def build(facts: Facts, compact: bool) -> tuple[Stage, ...]:
             x = run(found, inputs)
             y = stage.run(x, inputs)
         if version(inputs) != kept and x is not inputs:
-            raise Uncut("a late part of it changes its input")
+            raise Uncut("a later part of it changes its input in place")
         found.append(stage)
         x = y
     return tuple(found)
@@ -76,7 +76,7 @@ def _cuts(facts: Facts) -> list[tuple[int, fx.Node]]:
         if places:
             found.append((places[-1], boundaries[places[-1]]))
     if not found and len(readers) > 1:
-        raise Uncut("nowhere between its layers is one tensor [n, ...] all that goes on")
+        raise Uncut("more than one tensor [n, ...] is passed on everywhere between its layers")
     return found
 
 

@@ -72,7 +72,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.seen += self._weights.get(value.untyped_storage().data_ptr(), [])
         if self.seen and self._refuse:
             self.seen.clear()
-            raise TypeError("weights are computed with out of the sight of torch.fx")
+            raise TypeError("torch.fx does not see all computations with its weights")
         return func(*args, **(kwargs or {}))
 
 
