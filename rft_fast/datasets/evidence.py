@@ -171,9 +171,10 @@ def _of_head(classes: Sequence[int], names: Sequence[str], row_of: Mapping[int, 
     wnids = imagenet.synsets()
     title, missing = imagenet.almost(wnids[row] for row in classes)
     if missing and len(row_of) == imagenet.CLASSES:
+        are = many(len(missing), f"class of {title} is", f"classes of {title} are")
         raise ValueError(
-            f"{len(missing)} of the classes of {title} are missing, so that accuracy would be too high: "
-            f"{some(missing)}; complete the data set, or give a label map if this is intended"
+            f"{are} missing, so that accuracy would be too high: {some(missing)}; complete the data set, or "
+            "give a label map if this is intended"
         )
     return [row_of[row] for row in classes]
 
