@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rft_fast.common import files as on_disk
 from rft_fast.common import meter
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 from rft_fast.datasets import cache as caches
 
 from . import arrow_files
@@ -160,7 +160,7 @@ class _Part(ABC):
     def labels(self, name: str) -> Tensor:
         column = self.column(name)
         if column.null_count:
-            raise ValueError(f"{self.where} has {column.null_count} images without a {name!r}")
+            raise ValueError(f"{self.where} has {many(column.null_count, 'image')} without a {name!r}")
         return torch.from_numpy(column.to_numpy().astype("int64"))
 
     def check_images(self, name: str) -> None:

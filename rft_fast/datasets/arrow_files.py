@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rft_fast.common import files as on_disk
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 
 _PART = re.compile(r"(.+?)-\d{5}-of-(\d{5})(-[0-9a-f]+)?")
 
@@ -42,7 +42,7 @@ def saved(path: pathlib.Path, where: str) -> list[pathlib.Path]:
     if not names or any(name != pathlib.Path(name).name for name in names):
         raise ValueError(f"{where}: {folder / 'state.json'} does not list the files of the data set")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{where}: {folder} lacks {some(missing)}, of {len(names)} files")
+        raise ValueError(f"{where}: {folder} lacks {some(missing)}, of {many(len(names), 'file')}")
     return [folder / name for name in names]
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from rft_fast.clip import prompts
 from rft_fast.common import files as on_disk
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 from rft_fast.datasets import cache as caches
 
 from . import pickled_arrays
@@ -146,7 +146,7 @@ def _check(pixels: Array, labels: Array, classes: int) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] not in ((32, 32, 3), (96, 96, 3)):
         raise ValueError(f"images are {pixels.dtype} {list(pixels.shape)}, expected uint8 [n, 32, 32, 3]")
     if labels.dtype.kind not in "iu" or labels.shape != (len(pixels),) or not len(labels):
-        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)} for {len(pixels)} images")
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)} for {many(len(pixels), 'image')}")
     if wrong := sorted({int(label) for label in labels[(labels < 0) | (labels >= classes)]}):
         raise ValueError(f"labels {some(wrong)} are not among its {classes} classes")
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from rft_fast.common import files as on_disk
-from rft_fast.common.words import some
+from rft_fast.common.words import many, some
 from rft_fast.datasets import cache as caches
 
 from .source import MOST_ROWS, Source, open_image
@@ -256,7 +256,9 @@ def _listed(content: _Content, where: str) -> Generator[Member, None, int]:
             return int(tar.offset)
         name = _shown(info.name)
         if info.size < 0 or info.offset_data + info.size > len(content):
-            raise ValueError(f"{where} is truncated within {name!r}, of {info.size} bytes; download it again")
+            raise ValueError(
+                f"{where} is truncated within {name!r}, of {many(info.size, 'byte')}; download it again"
+            )
         if info.isdir():
             continue
         if not info.isreg() or info.issparse():

@@ -50,8 +50,8 @@ def freeze(model: nn.Module, patterns: Names = (), blocks: int = 0) -> list[str]
         numbers = sorted(set(block_of.values()))
         if not 0 < blocks <= len(numbers):
             raise ValueError(
-                f"freeze: {blocks} blocks requested, but the image tower has {len(numbers)}; freeze "
-                "by names instead"
+                f"freeze: expected 0 to {len(numbers)} blocks, as many as the image tower has, got {blocks}; "
+                "freeze by names instead"
             )
         frozen |= {name for name, number in block_of.items() if number in numbers[:blocks]}
         frozen |= {name for name in names if _STEM.fullmatch(name)}

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from .. import catalogue
-from ..common.words import some
+from ..common.words import many, some
 from ..studies.images import ImageResults, ImageScores
 from ..studies.rows import COLUMNS
 from . import database, records
@@ -70,7 +70,7 @@ def images(
     rows, scores = found[name]
     whole = [each for each in scores if each is not None]
     if len(whole) < len(rows):
-        raise NoImages(_why(directory, f"{len(rows) - len(whole)} of {len(rows)} rows of {of}"))
+        raise NoImages(_why(directory, f"{len(rows) - len(whole)} of {many(len(rows), 'row')} of {of}"))
     return ImageResults.stack(frame(rows), whole)
 
 
