@@ -41,6 +41,9 @@ REFERENCES: dict[Reference, str] = {
     "own": "the mean loss of the layer's own two ends",
     "models": "the mean loss of the two original models",
 }
+Cumulative = Literal["first", "last"]
+# The layers that are at alpha together -> in words.
+CUMULATIVE: dict[Cumulative, str] = {"first": "the first layers", "last": "the last layers"}
 STRAGGLER_MARGIN = 0.1  # nats: instability that makes a straggler
 
 # Means over draws of noise. Without "per-image", all images of a noise batch share each draw.

@@ -153,16 +153,19 @@ class Layers:
         granularity: how parameters form layers: ``module``, ``block``, ``tensor`` or ``re:PATTERN``.
         layers: names or ``re:PATTERN`` of the layers to study; None: all.
         models: names of the models to study; None: each study's own choice.
-        data: names of the data sets of ``layers`` and ``prune``; None: the first out-of-distribution one.
+        data: names of the data sets of ``layers``, ``cumulative`` and ``prune``; None: the first
+            out-of-distribution one.
         samples: largest number of images of each.
-        alphas: positions of layer-wise interpolation.
+        alphas: positions of layer-wise interpolation and of cumulative paths.
         others: position of the other layers, ``"zeroshot"`` or ``"finetuned"``.
         reference: what instability is measured from: the mean loss of the layer's own ends, ``"own"``, or
             that of the two original models, ``"models"`` (Def. 1.1).
         straggler_margin: instability above which a layer is a straggler, in nats (Def. 1.2).
     """
 
-    GROUP: ClassVar = Group("layer by layer (layers, layer-sharpness, prune)", place=("settings", "layers"))
+    GROUP: ClassVar = Group(
+        "layer by layer (layers, cumulative, layer-sharpness, prune)", place=("settings", "layers")
+    )
 
     granularity: str = option(
         "module",
@@ -176,13 +179,13 @@ class Layers:
         whole=tuple,
     )
     models: tuple[str, ...] | None = _names(
-        "models for layers, layer-sharpness, prune and figures; other studies measure all (default: those "
-        "with the highest and lowest mean out-of-distribution gain: two for layers and prune, four for "
-        "layer-sharpness; all for correlation and claim)",
+        "models for layers, cumulative, layer-sharpness, prune and figures; other studies measure all "
+        "(default: those with the highest and lowest mean out-of-distribution gain: two for layers, "
+        "cumulative and prune, four for layer-sharpness; all for correlation and claim)",
         common="models of studies by layer (default: best, worst)",
     )
     data: tuple[str, ...] | None = _names(
-        "data sets for layers and prune (default: the first out-of-distribution one)",
+        "data sets for layers, cumulative and prune (default: the first out-of-distribution one)",
         "layer-data",
         compared=False,
     )
@@ -196,7 +199,7 @@ class Layers:
     )
     alphas: tuple[float, ...] = option(
         ALPHAS,
-        "positions for layers (default: as --alphas)",
+        "positions for layers and cumulative (default: as --alphas)",
         name="layer-alphas",
         metavar="ALPHA",
         check=spaced,

@@ -10,6 +10,7 @@ from ..common.fields import Tree
 from .choice import Choice
 from .claim import Claim
 from .correlation import Correlation
+from .cumulative import Cumulative
 from .interpolation import Interpolation
 from .layers import Layers
 from .prune import Prune
@@ -28,6 +29,7 @@ _TABLE: dict[str, Study] = {
         Correlation(),
         Claim(),
         Choice(),
+        Cumulative(),
     )
 }
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from .. import catalogue
 from ..common.fields import Tree, entries
 from ..names import WORST_CASE
 from ..settings import Layers, Prune, Sharpness
 from .builder import COMMAND
 
-_BY_LAYER = ("layers", "layer-sharpness", "prune")
+_ALONE = ("layers", "cumulative")  # without noise or masks
+_BY_LAYER = (*_ALONE, "layer-sharpness", "prune")
 _SHARPNESS = ("sharpness", "layer-sharpness")
 
 # Settings class -> the studies that use its options; and option -> those that use it, where they differ.
-_OF_CLASS: Mapping[type, Sequence[str]] = {Layers: ("layers",), Sharpness: _SHARPNESS, Prune: ("prune",)}
+_OF_CLASS: dict[type, Sequence[str]] = {Layers: ("layers",), Sharpness: _SHARPNESS, Prune: ("prune",)}
 _OF_OPTION: Mapping[str, Sequence[str]] = {
     "granularity": ("sharpness", *_BY_LAYER),
     "layers": _BY_LAYER,
-    "layer-data": ("layers", "prune"),
-    "layer-samples": ("layers", "prune"),
+    "layer-alphas": _ALONE,
+    "layer-data": (*_ALONE, "prune"),
+    "layer-samples": (*_ALONE, "prune"),
     "layer-draws": ("layer-sharpness",),
     "exclude": ("sharpness",),
     "zero-margin": ("layer-sharpness",),
@@ -64,7 +67,8 @@ def unused(tree: Tree, measured: Sequence[str]) -> Iterator[str]:
         measured: The studies that are measured or made of rows, with those that they need.
     """
     reasons: dict[str, list[str]] = {}
-    for kind, studies in _OF_CLASS.items():
+    own = {study.options: (study.name,) for study in catalogue.studies() if study.options is not None}
+    for kind, studies in (_OF_CLASS | own).items():
         for entry in entries(kind):
             if tree.giver(entry.name) != COMMAND or entry.name in _ALWAYS:
                 continue

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .draw_choice import choice
     from .draw_claim import claim
     from .draw_correlation import correlation
+    from .draw_cumulative import cumulative
     from .draw_interpolation import interpolation
     from .draw_layer_sharpness import layer_sharpness
     from .draw_layers import layers
@@ -23,6 +24,7 @@ else:
         draw_choice="choice",
         draw_claim="claim",
         draw_correlation="correlation",
+        draw_cumulative="cumulative",
         draw_interpolation="interpolation",
         draw_layer_sharpness="layer_sharpness",
         draw_layers="layers",
@@ -35,6 +37,7 @@ __all__ = [
     "choice",
     "claim",
     "correlation",
+    "cumulative",
     "interpolation",
     "layer_sharpness",
     "layers",

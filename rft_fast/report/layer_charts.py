@@ -45,7 +45,7 @@ def interpolation(facts: Facts) -> Picture:
     place = {layer: row for row, layer in enumerate(layers)}
     names = short(layers)
     known, edge = facts.stragglers, facts.of(Layers).straggler_margin
-    largest = _largest(part["rise"], edge)
+    largest = largest_of(part["rise"], edge)
     maps: list[Trace] = []
     dots: list[Trace] = [rule([edge, edge], [-0.5, len(layers) - 0.5])]
     curves: dict[str, list[Trace]] = {"loss": [], "accuracy": []}
@@ -53,7 +53,7 @@ def interpolation(facts: Facts) -> Picture:
         own = known[(known["model"] == model) & (known["dataset"] == dataset)]
         show = {"model": [model], "dataset": [dataset]}
         worst = set(own[own["straggler"]]["layer"])
-        maps += _map(group, "rise", "rise_se", layers, edge, largest, "rise in loss", worst, show)
+        maps += heat_map(group, "rise", "rise_se", layers, edge, largest, "rise in loss", worst, show)
         dots += _instabilities(own, place, show)
         top = list(own.sort_values("instability", ascending=False, kind="stable")["layer"][:_WORST])
         for layer, curve in group.groupby("layer", sort=False):
@@ -81,7 +81,7 @@ def interpolation(facts: Facts) -> Picture:
                 "Rise in loss",
                 "Map of the rise in loss: layers down, alpha across",
                 maps,
-                layout("α of the layer", "", height, **shared, **_across(part)),
+                layout("α of the layer", "", height, **shared, **across(part)),
             ),
             Chart(
                 "dots",
@@ -124,10 +124,10 @@ def sharpness(facts: Facts) -> Picture:
     maps: list[Trace] = []
     dots: list[Trace] = [rule([x, x], [-0.5, len(layers) - 0.5]) for x in (-edge, edge)]
     for (model, where), group in part.groupby(["model", "setting"], sort=False):
-        largest = _largest(part.loc[part["setting"] == where, "sharpness"], edge)
+        largest = largest_of(part.loc[part["setting"] == where, "sharpness"], edge)
         show = {"model": [model], "setting": [where]}
         flat = set(group.loc[group["near_zero"], "layer"])
-        maps += _map(
+        maps += heat_map(
             group, "sharpness", "half", layers, edge, largest, "sharpness", flat, show,
             half=1.0, symbol="circle-open", label="flat layer",
         )  # fmt: skip
@@ -175,7 +175,7 @@ def sharpness(facts: Facts) -> Picture:
                 "Sharpness along the path",
                 "Map of layer-wise sharpness: layers down, alpha across",
                 maps,
-                layout("α", "", height, **shared, **_across(part)),
+                layout("α", "", height, **shared, **across(part)),
             ),
             Chart(
                 "dots",
@@ -194,13 +194,13 @@ def sharpness(facts: Facts) -> Picture:
     )
 
 
-def _largest(values: pd.Series, small: float) -> float:
+def largest_of(values: pd.Series, small: float) -> float:
     """Return the largest finite magnitude, for a scale that all models share."""
     sizes = values.abs().to_numpy(dtype=float)
     return float(max(sizes[np.isfinite(sizes)], default=0.0)) or small or 1.0
 
 
-def _across(part: pd.DataFrame) -> dict[str, dict[str, object]]:
+def across(part: pd.DataFrame) -> dict[str, dict[str, object]]:
     """Create the axis of a map's alphas, with room for marks on the right."""
     alphas = sorted(part["alpha"].unique())
     return {
@@ -215,7 +215,7 @@ def _across(part: pd.DataFrame) -> dict[str, dict[str, object]]:
     }
 
 
-def _map(
+def heat_map(
     group: pd.DataFrame,
     value: str,
     error: str,
@@ -250,7 +250,7 @@ def _map(
         traces.append(marks([a for a, _ in places], [b for _, b in places], "x", texts))
     rows = [row for row, layer in enumerate(layers) if layer in marked]
     edge = values.shape[1] - 0.5 + 0.03 * values.shape[1]
-    colour = "@bad" if label == "straggler" else "@good"
+    colour = "@good" if label == "flat layer" else "@bad"
     traces.append(
         marks([edge] * len(rows), rows, symbol, [f"{safe(layers[r])}: {label}" for r in rows], colour=colour)
     )

@@ -16,8 +16,8 @@ from ..studies.rows import asked
 from .runs import RunRead
 
 KEYS = (
-    "study model dataset layer others alpha rho on noise adaptive keep method criterion control estimator "
-    "noise_batch normalized seed"
+    "study model dataset layer others cumulative alpha rho on noise adaptive keep method criterion control "
+    "estimator noise_batch normalized seed"
 ).split()
 """Columns that identify a measurement of a run."""
 _MANY = 1e9  # degrees of freedom with which Student's t is the normal distribution

@@ -6,6 +6,7 @@ from .chance import Chance, against_chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim, claim_tests
 from .correlation import correlation
+from .cumulative import cumulative_effects, cumulative_interpolation
 from .estimators import ESTIMATORS, Protocol
 from .gains import gain_bounds, id_alphas
 from .images import ImageResults, ImageScores, image_results
@@ -31,6 +32,8 @@ __all__ = [
     "claim",
     "claim_tests",
     "correlation",
+    "cumulative_effects",
+    "cumulative_interpolation",
     "frame",
     "gain_bounds",
     "id_alphas",

@@ -25,7 +25,9 @@ class Column(NamedTuple):
     example: str
 
 
-_PATH = "interpolation, layers, prune"
+_LAYERS = "layers, cumulative"
+_ENDS = f"interpolation, {_LAYERS}"
+_PATH = f"{_ENDS}, prune"
 _SHARP = "sharpness, layer-sharpness"
 _ALL = f"{_PATH}, {_SHARP}"
 
@@ -36,15 +38,19 @@ ROWS = {
     "ood": Column("-", "whether the data set is out of distribution for the fine-tuned models", _ALL, "True"),
     "layer": Column(
         "-", "the layer that is moved, pruned or perturbed; several: joined by ', '; missing: all layers",
-        "layers, prune, layer-sharpness", "visual.conv1",
+        f"{_LAYERS}, prune, layer-sharpness", "visual.conv1",
     ),
     "others": Column(
         "-", "weights of the other layers: zeroshot or finetuned; missing: also at alpha",
-        "layers", "zeroshot"
+        _LAYERS, "zeroshot"
+    ),
+    "cumulative": Column(
+        "-", "layers that are moved with it: those before it (first) or after it (last); missing: none",
+        "cumulative", "first",
     ),
     "reference": Column(
         "-", "baseline of instability: own (the layer's own two ends) or models (the two original models)",
-        "layers", "own",
+        _LAYERS, "own",
     ),
     "alpha": Column("-", "position on the path: 0 is zero-shot, 1 is fine-tuned", _ALL, "0.4"),
     "rho": Column("-", "scale of the noise, in units of |w| if it is adaptive; 0: no noise", _ALL, "0.1"),
@@ -92,19 +98,18 @@ ROWS = {
     "gain_se": Column("fraction", "standard error of gain, paired over images", _PATH, "0.006"),
     "rise": Column("nats", "loss minus that at alpha = 0", _PATH, "-0.148"),
     "rise_se": Column("nats", "standard error of rise, paired over images", _PATH, "0.019"),
-    "instability": Column("nats", "loss minus the mean loss of the two ends (Def. 1)", "layers", "0.287"),
-    "instability_se": Column("nats", "standard error of instability, paired over images", "layers", "0.017"),
+    "instability": Column("nats", "loss minus the mean loss of the two ends (Def. 1)", _LAYERS, "0.287"),
+    "instability_se": Column("nats", "standard error of instability, paired over images", _LAYERS, "0.017"),
     "instability_accuracy": Column(
-        "fraction", "mean accuracy of the two ends minus accuracy (Def. 1)", "layers", "0.051"
+        "fraction", "mean accuracy of the two ends minus accuracy (Def. 1)", _LAYERS, "0.051"
     ),
     "instability_accuracy_se": Column(
-        "fraction", "standard error of instability_accuracy, paired over images", "layers", "0.008"
+        "fraction", "standard error of instability_accuracy, paired over images", _LAYERS, "0.008"
     ),
     "bump": Column(
-        "nats", "loss minus the straight line between the losses of the two ends",
-        "interpolation, layers", "0.202"
+        "nats", "loss minus the straight line between the losses of the two ends", _ENDS, "0.202"
     ),
-    "bump_se": Column("nats", "standard error of bump, paired over images", "interpolation, layers", "0.012"),
+    "bump_se": Column("nats", "standard error of bump, paired over images", _ENDS, "0.012"),
     "distance": Column(
         "-", "Euclidean distance of the weights from zero-shot: alpha |w1 - w0|, over all layers",
         "interpolation", "11.4",

@@ -19,6 +19,7 @@ from .chance import Chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim_tests, count_flat
 from .correlation import correlate
+from .cumulative import cumulative_effects
 from .gains import gain_bounds
 from .images import Images, Renamed
 from .interpolate import STUDY as INTERPOLATION
@@ -151,6 +152,11 @@ class Facts:
     def stragglers(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.stragglers`."""
         return stragglers(self.rows, self.of(Layers).straggler_margin)
+
+    @cached_property
+    def cumulative(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.cumulative_effects`."""
+        return cumulative_effects(self.rows)
 
     @cached_property
     def unstable(self) -> dict[str, set[str]]:

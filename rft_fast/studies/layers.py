@@ -121,7 +121,7 @@ def layerwise_interpolation(
             for layer, scores, seconds in chain(still, curves):
                 at = {alpha: (score, seconds) for alpha, score in scores.items()}
                 at[rest], once = (held, once), 0.0
-                rows = [_row(evaluator, data.name, at, alpha, models) for alpha in grid]
+                rows = [moved_row(STUDY, evaluator, data.name, at, alpha, models) for alpha in grid]
                 common = {"model": model, "layer": layer, "others": others, "reference": reference}
                 record.add(numbers[layer], [row | common for row in rows], [at[alpha][0] for alpha in grid])
     return record.frame()
@@ -162,16 +162,27 @@ def _curves(
                 yield layer, dict(zip(moves, found[layer], strict=True)), seconds[layer] / len(moves)
 
 
-def _row(
+def moved_row(
+    study: str,
     evaluator: Evaluator,
     name: str,
     measured: Mapping[float, tuple[Scores, float]],
     alpha: float,
-    models: Sequence[Scores],
+    models: Sequence[Scores] = (),
 ) -> Row:
+    """Return the row of some layers at alpha.
+
+    Args:
+        study: name of the study.
+        evaluator: what scored them.
+        name: name of the data set.
+        measured: alpha -> scores and seconds.
+        alpha: the position.
+        models: scores at the two ends of the whole model, if instability is measured from them.
+    """
     score, seconds = measured[alpha]
     first, last = measured[0.0][0], measured[1.0][0]
-    row = scored(STUDY, evaluator, name, {name: score}, seconds)
+    row = scored(study, evaluator, name, {name: score}, seconds)
     row["alpha"], row["rho"], row["keep"] = alpha, 0.0, 1.0
     row["gain"], row["gain_se"] = score.gain_over(first)
     row["rise"], row["rise_se"] = score.rise_over(first)

@@ -31,6 +31,7 @@ COLUMNS: dict[str, str] = {
     # What was written.
     "layer": "string",  # the layer that differs from the others; several: joined by ", "; missing: all layers
     "others": "string",  # end of the other layers: zeroshot or finetuned; missing: at alpha, too
+    "cumulative": "string",  # layers that move with it: those before (first) or behind (last); missing: none
     "reference": "string",  # what instability is measured from: own or models; missing: own
     "alpha": "float64",
     "rho": "float64",

@@ -141,7 +141,7 @@ def test_json_gives_the_tree_back() -> None:
     config = json.loads(json.dumps(options.as_json(tree)))
     assert options.of_json(config) == tree
     assert set(config) == {"settings", "run"}
-    assert set(config["settings"]) == {"along", "layers", "sharpness", "prune", "computed"}
+    assert set(config["settings"]) == {*("along", "layers", "sharpness", "prune", "cumulative", "computed")}
 
 
 def test_defaults_pass_their_own_checks() -> None:
@@ -424,6 +424,9 @@ def test_a_rho_to_be_found_is_called_auto() -> None:
         ("prune --criteria sharpness --prune-layers re:.*", "criteria", "--prune-layers"),
         ("prune --methods magnitude --no-control --mask-seeds 5", "mask-seeds", "magnitude"),
         ("prune --methods magnitude --mask-seeds 5", None, ""),
+        ("layers --cumulative last", "cumulative", "(cumulative does)"),
+        ("cumulative --cumulative last --layer-alphas 0 1 --layer-samples 9", None, ""),
+        ("cumulative --others finetuned", "others", "(layers does)"),
         ("prune --methods magnitude zero --mask-seeds 5", None, ""),
     ],
 )
@@ -440,7 +443,7 @@ def test_options_without_effect_for_one_reason_are_one_sentence() -> None:
         "interpolation --rhos 0.1 --draws 5 --methods zero --layer-samples 9".split()
     ).notices
     assert [notice for notice in notices if "no effect" in notice] == [
-        "--layer-samples has no effect: no requested study uses it (layers, prune do)",
+        "--layer-samples has no effect: no requested study uses it (layers, cumulative, prune do)",
         "--rhos, --draws have no effect: no requested study uses them (sharpness, layer-sharpness do)",
         "--methods has no effect: no requested study uses it (prune does)",
     ]

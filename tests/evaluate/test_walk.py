@@ -486,6 +486,9 @@ STUDIES: dict[str, Callable[..., pd.DataFrame]] = {
     "layers around the fine-tuned": lambda p, e, **k: studies.layerwise_interpolation(
         p, e, [0, 0.5, 1], others="finetuned", **k
     ),
+    "cumulative": lambda p, e, **k: studies.cumulative_interpolation(
+        p, e, [0, 0.5, 1], directions=["first", "last"], **k
+    ),
     "sharpness": lambda p, e, **k: studies.sharpness(p, e, [0, 0.5], [0.1, 0.2], 4, **k),
     "layer sharpness": lambda p, e, **k: studies.layerwise_sharpness(p, e, [0, 0.5], [0.1, 0.2], 4, **k),
     "parts": lambda p, e, **k: studies.layerwise_sharpness(

@@ -47,6 +47,7 @@ def test_the_studies_fill_what_is_said() -> None:
     measured = {
         "interpolation": studies.interpolation(path, evaluator, [0, 0.5, 1], model="m"),
         "layers": studies.layerwise_interpolation(path, evaluator, [0, 0.5, 1], model="m"),
+        "cumulative": studies.cumulative_interpolation(path, evaluator, [0, 0.5, 1], model="m"),
         "sharpness": studies.sharpness(path, evaluator, [0, 1], [0.5], 2, model="m"),
         "layer-sharpness": studies.layerwise_sharpness(path, evaluator, [0, 1], [0.5], 2, model="m"),
         "prune": studies.prune_stragglers(path, evaluator, [0, 1], layers=["1"], seeds=[0], model="m"),

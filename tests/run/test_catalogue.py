@@ -58,7 +58,8 @@ def test_a_study_beyond_the_paper_runs_where_it_is_named(
     with pytest.raises(SystemExit):
         sweep.main(["--help"])
     paper, _, beyond = capsys.readouterr().out.partition("beyond the paper")
-    assert "layer-sharpness" in paper and "halfway" not in paper and f"halfway  {toy.help}" in beyond
+    assert "layer-sharpness" in paper and "halfway" not in paper
+    assert f"halfway {toy.help}" in " ".join(beyond.split())
     for named, wanted in ([], False), (["halfway"], True):
         request = read([*named, *own_models(zoo, "abc")])
         assert ("halfway" in request.studies) == wanted and request.everything != wanted
@@ -142,18 +143,28 @@ def test_an_analysis_that_fails_costs_no_other(
         del catalogue._TABLE["halfway"]
 
 
+WITH_OPTIONS = {"halfway": [], "cumulative": ["--cumulative", "first", "last"]}
+
+
 @pytest.mark.slow
-def test_it_is_resumed(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_it_is_resumed(
+    name: str, toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted after its second measurement, it makes the others, and the rows are the same."""
-    command = ["halfway", *own_models(zoo, "abc"), *BRIEF]
-    assert sweep.main([*command, "--out", str(tmp_path / "whole")]) == 0
+    command = [name, *own_models(zoo, "abc"), *BRIEF, *WITH_OPTIONS[name]]
     added: list[tuple[str, int]] = []
     add: Callable[..., None] = results.Run.add
+    with monkeypatch.context() as patch:
+        patch.setattr(results.Run, "add", lambda *args: added.append(args[1:4]) or add(*args))
+        assert sweep.main([*command, "--out", str(tmp_path / "whole")]) == 0
+    whole = [study for study, *_ in added].count(name)
+    added.clear()
 
     def then(run: results.Run, study: str, model: str, number: int, *rows: Any) -> None:
         add(run, study, model, number, *rows)
         added.append((study, number))
-        if [name for name, _ in added][-2:] == ["halfway"] * 2:
+        if [study for study, _ in added][-2:] == [name] * 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -164,13 +175,16 @@ def test_it_is_resumed(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(results.Run, "add", lambda *args: added.append(args[1:4]) or add(*args))
         assert sweep.main([*command, "--out", str(tmp_path / "parts")]) == 0
-    assert len(added) - kept == 2 * 3 - 2  # models, positions
+    assert len(added) - kept == whole - 2 > 3
     pd.testing.assert_frame_equal(rows_of(tmp_path / "parts"), rows_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_workers_measure_it(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_workers_measure_it(
+    name: str, toy: Study, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other processes have it in their catalogue, too: here it is registered as Python starts."""
     code = "from rft_fast import catalogue\nimport toy_study\ncatalogue.register(toy_study.Halfway())\n"
     (tmp_path / "sitecustomize.py").write_text(code)
@@ -179,7 +193,7 @@ def test_workers_measure_it(toy: Study, zoo: Path, tmp_path: Path, monkeypatch: 
 
     path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    command = ["halfway", *own_models(zoo, "abc"), *BRIEF]
+    command = [name, *own_models(zoo, "abc"), *BRIEF, *WITH_OPTIONS[name]]
     assert sweep.main([*command, "--out", str(tmp_path / "alone")]) == 0
     assert sweep.main([*command, "--out", str(tmp_path / "two"), "--workers", "2"]) == 0
     pd.testing.assert_frame_equal(rows_of(tmp_path / "two"), rows_of(tmp_path / "alone"))

@@ -59,6 +59,10 @@ STUDIES: dict[str, Study] = {
     "interpolation": lambda p, e: studies.interpolation(p, e, ALPHAS),
     "layers": lambda p, e: studies.layerwise_interpolation(p, e, ALPHAS),
     "layers from fine-tuned": lambda p, e: studies.layerwise_interpolation(p, e, ALPHAS, others="finetuned"),
+    "first layers": lambda p, e: studies.cumulative_interpolation(p, e, ALPHAS),
+    "some of the last layers": lambda p, e: studies.cumulative_interpolation(
+        p, e, ALPHAS, directions=["last"], only=[1, len(p.layers) - 1, len(p.layers) + 1]
+    ),
     "plain": general("plain"),
     "gradient": general("gradient"),
     "noise batches": general("gradient", noise_batch=10),
