@@ -6,20 +6,25 @@ import sys
 from collections.abc import Sequence
 
 from rft_fast.common import program
+from rft_fast.common.tables import aligned, labelled
 from rft_fast.common.words import many
 from rft_fast.datasets import cache
 
 
-def line(entry: cache.Entry) -> str:
-    """Describe a cache in two lines: size and name, and what it holds."""
-    about = entry.about
-    if about is None:
-        what = "damaged or unfinished"
-    else:
-        height, width = about["size"]
-        how = " ".join(f"{name}={value}" for name, value in about["transform"].items())
-        what = f"{about['folder']}: {entry.decoded:,} of {about['count']:,} images, {height} x {width}, {how}"
-    return f"{cache.size(entry.taken):>10}  {entry.path.name}\n{'':>12}{what}"
+def listed(entries: Sequence[cache.Entry]) -> list[str]:
+    """Return a table of caches, and below it the data set and the transform of each."""
+    table, origins = [("file", "images", "height x width", "on disk")], []
+    for entry in entries:
+        name, taken, about = entry.path.name, cache.size(entry.taken), entry.about
+        if about is None:
+            table.append((name, "", "", taken))
+            origins.append((name, "damaged or unfinished"))
+            continue
+        images, size = f"{entry.decoded:,} of {about['count']:,}", " x ".join(map(str, about["size"]))
+        table.append((name, images, size, taken))
+        how = " ".join(f"{option}={value}" for option, value in about["transform"].items())
+        origins.append((name, f"{about['folder']}; {how}"))
+    return [*aligned(table, indent=""), "", *labelled(origins), ""] if entries else []
 
 
 @program.command("cache")
@@ -36,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     found = cache.entries(directory)
     total = f"{many(len(found), 'cache')}, {cache.size(sum(entry.taken for entry in found))}, in {directory}"
     if not clear:
-        print("\n".join([*map(line, found), total]))
+        print("\n".join([*listed(found), total]))
         return 0
     try:
         for entry in found:

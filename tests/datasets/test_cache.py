@@ -814,7 +814,8 @@ def test_the_command_lists_and_clears_only_what_is_ours(
         (directory / name).write_text("keep me")
     assert command.main([]) == 0
     out = capsys.readouterr().out
-    for fact in (f"{folder}: 4 of 10", "24 x 24", "resize_mode=shortest", f"{folder}: 10 of 10", "20 x 20"):
+    facts = ("4 of 10", "24 x 24", f"{folder}; resize_mode=shortest", "10 of 10", "20 x 20", "damaged")
+    for fact in facts:
         assert fact in out  # in the order of the files' names, which are hashes
     assert out.endswith(f"in {directory}\n") and "\n4 caches" in out
     assert not any(name in out for name in others[:2])
