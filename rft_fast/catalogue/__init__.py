@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..common.fields import Tree
 from .choice import Choice
 from .claim import Claim
+from .coefficients import Coefficients
 from .correlation import Correlation
 from .cumulative import Cumulative
 from .interpolation import Interpolation
@@ -30,6 +31,7 @@ _TABLE: dict[str, Study] = {
         Claim(),
         Choice(),
         Cumulative(),
+        Coefficients(),
     )
 }
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..studies.facts import Facts
     from .study import Chosen, Request
 
-_DECIDED_BY: dict[Criterion, str] = {"sharpness": "layer-sharpness", "instability": "layers"}
+DECIDED_BY: dict[Criterion, str] = {"sharpness": "layer-sharpness", "instability": "layers"}
 
 
 class Prune(Study):
@@ -36,7 +36,7 @@ class Prune(Study):
     def needs(self, tree: Tree) -> list[str]:
         own = tree.of(settings.Prune)
         criteria = () if own.layers else own.criteria
-        return ["interpolation", *(_DECIDED_BY[criterion] for criterion in criteria)]
+        return ["interpolation", *(DECIDED_BY[criterion] for criterion in criteria)]
 
     def choose(self, facts: Facts, model: str) -> Chosen:
         return {criterion: layers for criterion, layers in facts.to_prune(model).items() if layers}

@@ -167,6 +167,9 @@ class Study(ABC):
     def validate(self, request: Request) -> None:  # noqa: B027 (may be left as it is)
         """Raises ValueError where the settings of a request do not allow its measurements."""
 
+    def fits(self, request: Request, layers: Sequence[str]) -> None:  # noqa: B027 (may be left as it is)
+        """Raises ValueError where the settings of a request do not fit the layers of one of its models."""
+
     def models(self, request: Request) -> int:
         """How many models it takes."""
         everyone = len(request.zoo.finetuned)

@@ -10,6 +10,7 @@ from rft_fast.common import lazy
 if TYPE_CHECKING:
     from .draw_choice import choice
     from .draw_claim import claim
+    from .draw_coefficients import coefficients
     from .draw_correlation import correlation
     from .draw_cumulative import cumulative
     from .draw_interpolation import interpolation
@@ -23,6 +24,7 @@ else:
         __name__,
         draw_choice="choice",
         draw_claim="claim",
+        draw_coefficients="coefficients",
         draw_correlation="correlation",
         draw_cumulative="cumulative",
         draw_interpolation="interpolation",
@@ -36,6 +38,7 @@ else:
 __all__ = [
     "choice",
     "claim",
+    "coefficients",
     "correlation",
     "cumulative",
     "interpolation",

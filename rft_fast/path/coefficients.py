@@ -18,8 +18,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Alpha: TypeAlias = float | Mapping[str | None, float]
-"""One position for all layers; or name or ``re:`` pattern of layers -> theirs, None -> that of the others."""
+Table: TypeAlias = Mapping[str, float] | Mapping[str | None, float]
+"""Name or ``re:`` pattern of layers -> their number; None -> that of all others."""
+
+Alpha: TypeAlias = float | Table
+"""One position for all layers, or those of layers."""
 
 Entries: TypeAlias = tuple[tuple[str | None, float], ...]
 """A table as pairs, in the order in which they were given."""

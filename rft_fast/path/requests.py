@@ -37,9 +37,11 @@ def requests_of(
         return {None: request} if layers is None else dict.fromkeys(select(layers), request)
     select([name for name in alpha if name is not None])  # refuses those that are inert by their reason
     table = spread(alpha.items(), select(layers), "Path.write: alpha", "the key None with a number")
-    rest = {None: alpha[None]} if layers is None and None in alpha else {}
+    pairs: list[tuple[str | None, float]] = [*table.items()]
+    if layers is None:
+        pairs += [(None, value) for name, value in alpha.items() if name is None]
     found: dict[str | None, Write] = {}
-    for name, value in (rest | table).items():
+    for name, value in pairs:
         try:
             found[name] = Write(value, *numbers)
         except (TypeError, ValueError) as error:

@@ -16,8 +16,8 @@ from ..studies.rows import asked
 from .runs import RunRead
 
 KEYS = (
-    "study model dataset layer others cumulative alpha rho on noise adaptive keep method criterion control "
-    "estimator noise_batch normalized seed"
+    "study model dataset layer others cumulative alpha rho on noise adaptive keep method criterion "
+    "coefficients control estimator noise_batch normalized seed"
 ).split()
 """Columns that identify a measurement of a run."""
 _MANY = 1e9  # degrees of freedom with which Student's t is the normal distribution
@@ -115,12 +115,12 @@ def _long(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _placed(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Return rows whose keys can be compared between runs, and all keys of each as one text."""
-    # The zero-shot measurement is the same for all models, and seeds identify only masks.
+    # The zero-shot measurement is the same for all models, and seeds identify only masks and controls.
     shared = (rows["study"] == "interpolation") & (rows["alpha"] == 0)
     rows = rows.assign(
         alpha=rows["alpha"].round(9),
         model=rows["model"].mask(shared, "zero-shot"),
-        seed=rows["seed"].where(rows["method"].notna()),
+        seed=rows["seed"].where(rows["method"].notna() | rows["coefficients"].notna()),
         estimator=asked(rows),
     )
     return rows, rows[KEYS].astype("string").fillna("").agg("\x1f".join, axis=1)

@@ -170,4 +170,6 @@ def _unfinished(part: pd.DataFrame) -> list[str]:
     return [model for model in part["model"].unique() if model in unfinished]
 
 
-_CURVE = "model dataset others cumulative layer rho on noise method criterion control asked seed".split()
+_CURVE = (
+    "model dataset others cumulative layer rho on noise method criterion coefficients control asked seed"
+).split()

@@ -258,7 +258,7 @@ def _settings(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-_PRUNED: dict[Sign, Cell] = {
+PRUNED: dict[Sign, Cell] = {
     "above": Cell("helped", 2, "good"),
     "below": Cell("hurt", 0, "bad"),
     "unclear": Cell("includes 0: " + WIDE, 1, "wide"),
@@ -273,7 +273,7 @@ def prune(facts: Facts) -> Table:
         seeds, change, error = int(fact["seeds"]), fact["change"], fact["change_se"]
         half = half_width(error, seeds - 1, cases)
         reason = "one mask" if seeds == 1 else "masks agree"
-        words = _PRUNED | {"unknown": Cell(f"{reason}: no interval", 1, "wide")}
+        words = PRUNED | {"unknown": Cell(f"{reason}: no interval", 1, "wide")}
         rows.append(
             [
                 Cell(fact["model"]),

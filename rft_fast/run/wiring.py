@@ -14,7 +14,7 @@ import open_clip
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import checkpoints, datasets
+from .. import catalogue, checkpoints, datasets
 from .. import path as paths
 from ..checkpoints.canonical import HEAD_WEIGHT
 from ..clip import architectures, prompts
@@ -126,6 +126,8 @@ class Models:
         """Refuses layers that are not on the path, with the nearest names."""
         request = self.request
         excluded = request.of(Sharpness).exclude
+        for study in request.measured:
+            catalogue.study(study).fits(request, path.layers)
         asked = (
             ("layers", request.of(Layers).layers),
             ("prune-layers", request.of(Prune).layers),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .chance import Chance, against_chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim, claim_tests
+from .coefficients import coefficient_effects, coefficients
 from .correlation import correlation
 from .cumulative import cumulative_effects, cumulative_interpolation
 from .estimators import ESTIMATORS, Protocol
@@ -31,6 +32,8 @@ __all__ = [
     "choice_means",
     "claim",
     "claim_tests",
+    "coefficient_effects",
+    "coefficients",
     "correlation",
     "cumulative_effects",
     "cumulative_interpolation",

@@ -27,7 +27,8 @@ class Column(NamedTuple):
 
 _LAYERS = "layers, cumulative"
 _ENDS = f"interpolation, {_LAYERS}"
-_PATH = f"{_ENDS}, prune"
+_PATH = f"{_ENDS}, prune, coefficients"
+_CHANGED = "prune, coefficients"
 _SHARP = "sharpness, layer-sharpness"
 _ALL = f"{_PATH}, {_SHARP}"
 
@@ -37,8 +38,8 @@ ROWS = {
     "dataset": Column("-", "name of the data set", _ALL, "rotated"),
     "ood": Column("-", "whether the data set is out of distribution for the fine-tuned models", _ALL, "True"),
     "layer": Column(
-        "-", "the layer that is moved, pruned or perturbed; several: joined by ', '; missing: all layers",
-        f"{_LAYERS}, prune, layer-sharpness", "visual.conv1",
+        "-", "layer that is moved, held, pruned or perturbed; several: joined by ', '; missing: all layers",
+        f"{_LAYERS}, prune, layer-sharpness, coefficients", "visual.conv1",
     ),
     "others": Column(
         "-", "weights of the other layers: zeroshot or finetuned; missing: also at alpha",
@@ -60,9 +61,12 @@ ROWS = {
     "keep": Column("-", "fraction of the weights in pruned layers that survives; 1: all", _ALL, "0.5"),
     "method": Column("-", "value of pruned weights; missing: nothing is pruned", "prune", "zero"),
     "criterion": Column("-", "how the pruned layers were selected", "prune", "instability"),
+    "coefficients": Column(
+        "-", "table of a coefficient for each layer; missing: 1 for all", "coefficients", "LiNeS, slope 0.5"
+    ),
     "control": Column(
-        "-", "whether this is the control: as many other layers, chosen at random, are pruned",
-        "prune", "False"
+        "-", "whether this is the control: as many other layers, chosen at random, are pruned or held",
+        "prune, coefficients", "False"
     ),
     "estimator": Column("-", "estimator of sharpness that was used", _SHARP, "per-image-gradient"),
     "asked": Column("-", "estimator that was requested; auto: the first draws decided", _SHARP, "auto"),
@@ -80,7 +84,7 @@ ROWS = {
         "images", "images that share one draw of noise; missing: all of them", _SHARP, "128"
     ),
     "normalized": Column("-", "whether logits were normalised before the loss", _ALL, "False"),
-    "seed": Column("-", "seed of the noise, or of the mask", f"prune, {_SHARP}", "0"),
+    "seed": Column("-", "seed of the noise, mask or control", f"prune, coefficients, {_SHARP}", "0"),
     "draws": Column("draws", "number of draws of noise; for the worst case, number of steps", _SHARP, "20"),
     "restarts": Column("starts", "number of starts of each search for the worst case", _SHARP, "1"),
     "samples": Column("images", "number of images", _ALL, "1500"),
@@ -115,9 +119,11 @@ ROWS = {
         "interpolation", "11.4",
     ),
     "change": Column(
-        "fraction", "accuracy minus that of the unpruned model at the same alpha", "prune", "-0.018"
+        "fraction", "accuracy minus that of the path as it is, at the same alpha", _CHANGED, "-0.018"
     ),
-    "change_se": Column("fraction", "standard error of change, paired over images", "prune", "0.005"),
+    "change_se": Column("fraction", "standard error of change, paired over images", _CHANGED, "0.005"),
+    "change_loss": Column("nats", "the same difference of the loss", "coefficients", "0.04"),
+    "change_loss_se": Column("nats", "its standard error, paired over images", "coefficients", "0.009"),
     "sharpness": Column("nats", "mean loss with noise minus loss without noise", _SHARP, "0.435"),
     "sharpness_se": Column(
         "nats", "standard error of sharpness over draws, for these images; worst case: over noise batches",

@@ -13,11 +13,12 @@ from typing import TypeVar
 import pandas as pd
 
 from ..common.fields import Tree
-from ..names import never
+from ..names import Criterion, never
 from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim_tests, count_flat
+from .coefficients import coefficient_effects
 from .correlation import correlate
 from .cumulative import cumulative_effects
 from .gains import gain_bounds
@@ -182,6 +183,11 @@ class Facts:
         return pruning_effect(self.rows)
 
     @cached_property
+    def coefficients(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.coefficient_effects`."""
+        return coefficient_effects(self.rows, self.images)
+
+    @cached_property
     def correlation(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.correlation`."""
         return correlate(self.rows, lambda: self.path, lambda: self.stragglers, classes=self.classes)
@@ -221,19 +227,19 @@ class Facts:
         """Return the layers of a model to prune, by criterion."""
         if (named := self.of(Prune).layers) is not None:
             return {NAMED: list(named)}
-        found: dict[str, list[str]] = {}
-        for criterion in self.of(Prune).criteria:
-            if criterion == "instability":
-                own = self.stragglers[self.stragglers["model"] == model]
-                found[criterion] = list(own.loc[own["straggler"], "layer"].unique())
-            elif criterion == "sharpness":
-                # Near zero at every rho and on every data set.
-                own = self.near_zero[self.near_zero["model"] == model]
-                everywhere = own.groupby("layer", sort=False)["near_zero"].all()
-                found[criterion] = list(everywhere.index[everywhere])
-            else:
-                never(criterion)
-        return found
+        return {criterion: self.picked(criterion, model) for criterion in self.of(Prune).criteria}
+
+    def picked(self, criterion: Criterion, model: str) -> list[str]:
+        """Return the layers of a model that a criterion picks."""
+        if criterion == "instability":
+            own = self.stragglers[self.stragglers["model"] == model]
+            return list(own.loc[own["straggler"], "layer"].unique())
+        if criterion == "sharpness":
+            # Near zero at every rho and on every data set.
+            own = self.near_zero[self.near_zero["model"] == model]
+            everywhere = own.groupby("layer", sort=False)["near_zero"].all()
+            return list(everywhere.index[everywhere])
+        never(criterion)
 
 
 def as_facts(

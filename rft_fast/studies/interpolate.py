@@ -98,7 +98,7 @@ def interpolation(
     names = [data.name for data in evaluator.datasets]
     record = Measured(STUDY, len(grid) * len(names), only, sink, images)
     for place, alpha in enumerate(grid):
-        for group in _together(evaluator):
+        for group in together(evaluator):
             numbers = [place * len(names) + names.index(name) for name in group]
             if not any(map(record.wants, numbers)):
                 continue
@@ -144,7 +144,7 @@ def end_scores(
     return {name: known[name] for name in names}
 
 
-def _together(evaluator: Evaluator) -> list[list[str]]:
+def together(evaluator: Evaluator) -> list[list[str]]:
     """Group the data sets that are scored together, always in the same way, whichever are wanted.
 
     Small sets together keep all cores busy; large ones alone limit what an interrupted run loses. What runs

@@ -242,7 +242,7 @@ def _variants(
         masks = seeds[:1] if method == "magnitude" else seeds
         found += [_Variant(method, criterion, tuple(chosen), seed, False) for seed in masks]
         if control and others:
-            picked = [_random(others, len(chosen), seed) for seed in seeds]
+            picked = [random_layers(others, len(chosen), seed) for seed in seeds]
             found += [
                 _Variant(method, criterion, names, seed, True)
                 for names, seed in zip(picked, seeds, strict=True)
@@ -250,7 +250,8 @@ def _variants(
     return found
 
 
-def _random(layers: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+def random_layers(layers: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
+    """Return so many layers, or all if they are fewer, chosen at random, in their order."""
     # RandomState's stream is frozen, so a seed selects the same layers everywhere.
     picked = np.random.RandomState(seed).permutation(len(layers))[:count]
     return tuple(layers[index] for index in sorted(picked))

@@ -41,6 +41,7 @@ COLUMNS: dict[str, str] = {
     "keep": "float64",
     "method": "string",  # replacement of pruned weights: zero, zeroshot, rescale, magnitude
     "criterion": "string",  # choice of the pruned layers: sharpness, instability, named
+    "coefficients": "string",  # name of the table of coefficients; missing: 1 for all layers
     "control": "boolean",  # whether as many other layers, chosen at random, were pruned instead
     # How it was measured.
     "estimator": "string",
@@ -73,6 +74,8 @@ COLUMNS: dict[str, str] = {
     "distance": "float64",  # of the weights from zero-shot, Euclidean
     "change": "float64",  # A(pruned) - A(unpruned) at the same alpha, paired over samples
     "change_se": "float64",
+    "change_loss": "float64",  # L minus that of the plain path at the same alpha, paired over samples
+    "change_loss_se": "float64",
     "sharpness": "float64",
     "sharpness_se": "float64",  # over draws, for these images
     "sharpness_df": "float64",  # degrees of freedom of sharpness_se

@@ -141,7 +141,8 @@ def test_json_gives_the_tree_back() -> None:
     config = json.loads(json.dumps(options.as_json(tree)))
     assert options.of_json(config) == tree
     assert set(config) == {"settings", "run"}
-    assert set(config["settings"]) == {*("along", "layers", "sharpness", "prune", "cumulative", "computed")}
+    studies = {"layers", "sharpness", "prune", "cumulative", "coefficients"}
+    assert set(config["settings"]) == {"along", *studies, "computed"}
 
 
 def test_defaults_pass_their_own_checks() -> None:

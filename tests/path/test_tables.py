@@ -48,6 +48,7 @@ def recorded(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 # --- writing ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(only="noisy-triton")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("more", [{}, {"rho": 0.3, "seed": 5, "keep": 0.7}], ids=["plain", "noisy"])
 def test_a_table_writes_what_layers_one_by_one_do(

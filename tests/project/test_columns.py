@@ -51,6 +51,9 @@ def test_the_studies_fill_what_is_said() -> None:
         "sharpness": studies.sharpness(path, evaluator, [0, 1], [0.5], 2, model="m"),
         "layer-sharpness": studies.layerwise_sharpness(path, evaluator, [0, 1], [0.5], 2, model="m"),
         "prune": studies.prune_stragglers(path, evaluator, [0, 1], layers=["1"], seeds=[0], model="m"),
+        "coefficients": studies.coefficients(
+            path, evaluator, [0, 1], {"t": {"1": 0.5, None: 1}}, {"held": ["1"]}, seeds=[0], model="m"
+        ),
     }
     told = results.describe().set_index("name")["filled_by"].str.split(", ")
     for study, rows in measured.items():

@@ -74,6 +74,9 @@ STUDIES: dict[str, Study] = {
     "worst case by layer": layerwise("apgd-linf", 3),
     "worst case as published": general("apgd-l2-published", 3, noise_batch=10, restarts=2),
     "prune": prune,
+    "coefficients": lambda p, e: studies.coefficients(
+        p, e, ALPHAS, {"t": {p.layers[0]: 0.5, None: 1.0}}, {"held": p.layers[:1]}, seeds=[0]
+    ),
     "some of the interpolation": lambda p, e: studies.interpolation(p, e, ALPHAS, only=[1, 4]),
     "some of the layers": lambda p, e: studies.layerwise_interpolation(
         p, e, ALPHAS, only=[2, len(p.layers) - 1, len(p.layers) + 1]

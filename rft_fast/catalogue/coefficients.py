@@ -1,0 +1,180 @@
+"""The path with a coefficient for each layer: LiNeS, tables, stragglers or flat layers held at zero-shot."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import settings
+from ..common.fields import Group, option
+from ..common.numeric import whole
+from ..names import CRITERIA, Criterion
+from ..path.coefficients import Entries, Table, lines, read_table, spread
+from .prune import DECIDED_BY
+from .study import Study, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from ..common.fields import Tree
+    from ..names import Names
+    from ..report.shown import Finding, Section
+    from ..studies.facts import Facts
+    from .study import Chosen, Request
+
+
+def _slope(text: str) -> float | str:
+    if text != "none" and not 0 < float(text) <= 1:
+        raise ValueError(f"expected a number above 0, at most 1, or none; got {text}")
+    return text if text == "none" else float(text)
+
+
+def _some(values: Sequence[float | str]) -> tuple[float | str, ...]:
+    if "none" in values and len(values) > 1:
+        raise ValueError(f"none stands alone; got {' '.join(map(str, values))}")
+    return () if "none" in values else settings.once(values)
+
+
+def _table(text: str) -> tuple[str, Entries]:
+    return pathlib.Path(text).stem, read_table(text)
+
+
+def _tables(tables: Sequence[tuple[str, Entries]]) -> tuple[tuple[str, Entries], ...]:
+    settings.once([name for name, _ in tables])
+    return tuple(tables)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Settings of the study ``coefficients``: slopes of LiNeS, names and content of files, layers to hold."""
+
+    GROUP: ClassVar = Group("coefficients", place=("settings", "coefficients"))
+
+    slopes: tuple[float, ...] = option(
+        (0.5, 1.0),
+        "slopes of LiNeS: coefficients from 1 - SLOPE in the first block to 1 in the last (default: 0.5 1); "
+        "none: no LiNeS",
+        metavar="SLOPE",
+        check=_slope,
+        many="once",
+        whole=_some,
+        none="none",
+    )
+    tables: tuple[tuple[str, Entries], ...] = option(
+        (),
+        "TOML file with a coefficient for each layer, such as visual.conv1 = 0.0, and rest = 1.0 for all "
+        "others; may be repeated",
+        name="alpha-table",
+        metavar="FILE",
+        check=_table,
+        many="each",
+        whole=_tables,
+        own="which tables are measured is for the user's own command to say; leave it out",
+    )
+    hold: tuple[Criterion, ...] = option(
+        ("instability",),
+        "layers to hold at zero-shot: stragglers (instability, the default), flat layers (sharpness), none",
+        choices=(*CRITERIA, "none"),
+        many="once",
+        whole=_some,
+        none="none",
+    )
+    hold_draws: int = option(
+        3, "random choices of as many other layers (default: 3)", metavar="N", check=whole(0, 1000)
+    )
+
+
+def tables_of(own: Tables, layers: Sequence[str]) -> dict[str, Table]:
+    """Name -> coefficients: LiNeS, and files."""
+    found: dict[str, Table] = {}
+    for slope in own.slopes:
+        instead = "--slopes none --alpha-table FILE"
+        found[f"LiNeS, slope {slope:g}"] = lines(layers, 1 - slope, slope, "argument --slopes", instead)
+    for name, entries in own.tables:
+        spread(entries, layers, f"argument --alpha-table: {name}: the coefficient", "rest = NUMBER")
+        found[f"table {name}"] = dict(entries)
+    return found
+
+
+class Coefficients(Study):
+    """Tables of coefficients against the plain path, in and out of distribution (beyond the paper)."""
+
+    name = "coefficients"
+    help = "a coefficient for each layer: LiNeS, tables, layers held"
+    phase = 2
+    options = Tables
+    most = 2
+    reaches_ends = True
+    keeps_images = True
+    rows_vary = True  # as many as there are layers to hold
+    by_default = False
+
+    def needs(self, tree: Tree) -> list[str]:
+        return ["interpolation", *(DECIDED_BY[criterion] for criterion in tree.of(Tables).hold)]
+
+    def lacks(self, models: int, ood: bool) -> str:
+        return "" if ood else "out-of-distribution data"
+
+    def validate(self, request: Request) -> None:
+        if all(data.ood for data in request.zoo.data.values()):
+            raise ValueError(
+                "coefficients: this study chooses alpha on in-distribution data, of which there are none; "
+                "add some (--id-data), or leave coefficients out"
+            )
+
+    def fits(self, request: Request, layers: Sequence[str]) -> None:
+        tables_of(request.of(Tables), layers)
+
+    def choose(self, facts: Facts, model: str) -> Chosen:
+        picked = {criterion: facts.picked(criterion, model) for criterion in facts.of(Tables).hold}
+        return {criterion: layers for criterion, layers in picked.items() if layers}
+
+    def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
+        return {criterion: list(layers[:1]) for criterion in request.of(Tables).hold}
+
+    def assumptions(self, request: Request) -> Iterator[str]:
+        if request.of(Tables).hold:
+            yield "Coefficients: assuming that each model has layers to hold; otherwise it costs less."
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+        from ..studies.pruning import kind
+        from .known import ByAlpha
+
+        own, along = task.request.of(Tables), task.request.of(settings.Along)
+        studies.coefficients(
+            task.path,
+            task.evaluator,
+            along.alphas,
+            tables_of(own, task.path.layers),
+            {f"{kind(criterion)} held": layers for criterion, layers in (task.chosen or {}).items()},
+            seeds=range(along.seed, along.seed + own.hold_draws),
+            model=task.model,
+            plain=ByAlpha(task.zeroshot, task.own),
+            only=task.only,
+            sink=task.sink,
+            images=task.images,
+        )
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
+        from .. import figures
+
+        figures.coefficients(facts, file)
+
+    def say(self, facts: Facts) -> list[str]:
+        from ..report import coefficients
+
+        return coefficients.lines(facts)
+
+    def findings(self, facts: Facts) -> Iterator[Finding]:
+        from ..report import coefficients
+
+        return coefficients.findings(facts)
+
+    def section(self, facts: Facts) -> Section:
+        from ..report import coefficients
+
+        return coefficients.section(facts)

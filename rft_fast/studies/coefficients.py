@@ -1,0 +1,209 @@
+"""The path with a coefficient for each layer: LiNeS, tables, and layers that are held at zero-shot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from itertools import product
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ..names import Names
+from ..path.coefficients import Table, spread
+from .bands import best
+from .images import Images, Kept
+from .interpolate import check_alphas, check_evaluator, end_scores, together
+from .pruning import random_layers
+from .rows import Measured, Sink, of_study, scored
+from .verdicts import half_width, sign
+
+if TYPE_CHECKING:
+    from ..evaluate import Evaluator, Scores
+    from ..path import Path
+
+STUDY = "coefficients"
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Coefficients of layers, of None for what is in no layer. ``name`` None: 1 for all, the plain path."""
+
+    name: str | None
+    values: Mapping[str | None, float]
+    held: tuple[str, ...] = ()
+    seed: int | None = None  # of layers that were chosen at random
+
+
+def coefficients(
+    path: Path,
+    evaluator: Evaluator,
+    alphas: Iterable[float],
+    tables: Mapping[str, Table],
+    hold: Mapping[str, Names] | None = None,
+    *,
+    seeds: Collection[int] = (0, 1, 2),
+    model: str = "",
+    plain: MutableMapping[tuple[str, float], Scores] | None = None,
+    only: Collection[int] | None = None,
+    sink: Sink | None = None,
+    images: Kept | None = None,
+) -> pd.DataFrame:
+    """Measure the path with each layer at ``c * alpha``, c its coefficient by some table, on every data set.
+
+    A measurement takes one forward pass of all images. On return, and on any error, the live model is
+    restored bit for bit.
+
+    Args:
+        path, evaluator, alphas, model, sink, images: as for :func:`rft_fast.studies.interpolation`.
+        tables: name -> coefficients by name or ``re:`` pattern of layers, None: of all others.
+        hold: name -> layers with coefficient 0, as names or ``re:`` patterns; the others have 1.
+        seeds: of the controls to each of these: as many of the other layers, chosen at random.
+        plain: scores on the plain path by (data set, alpha), if known; missing ones are measured and added.
+        only: numbers of the measurements to make; None: all. There is one per (alpha, table), in ascending
+            order of alpha and, for each alpha, the plain path first.
+
+    Returns:
+        One row per (alpha, table, data set), with the columns of :data:`rft_fast.studies.COLUMNS`;
+        ``coefficients`` is missing on the plain path. ``gain`` and ``rise`` are differences to zero-shot,
+        ``change`` and ``change_loss`` to the plain path at the same alpha; all are paired over samples.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: as for :func:`rft_fast.studies.interpolation`; or a table names an unknown layer, no
+            layer, a layer twice, or not all of them.
+    """
+    grid = check_alphas(alphas)
+    check_evaluator(path, evaluator, STUDY)
+    every = list(_tables(path, tables, hold or {}, seeds))
+    plain = {} if plain is None else plain
+    record = Measured(STUDY, len(grid) * len(every), only, sink, images)
+    for number, (alpha, table) in enumerate(product(grid, every)):
+        if not record.wants(number):
+            continue
+        start = perf_counter()
+        base, here = (_plain(path, evaluator, at, plain) for at in (0.0, alpha))
+        scores = here
+        if table.name is not None and alpha:  # at 0 all layers are zero-shot
+            start = perf_counter()
+            with path.at({layer: c * alpha for layer, c in table.values.items()}):
+                parts = [evaluator.among(group).scores() for group in together(evaluator)]
+            scores = {name: score for part in parts for name, score in part.items()}
+        seconds, rows = perf_counter() - start, []
+        for name, score in scores.items():
+            row = scored(STUDY, evaluator, name, scores, seconds)
+            row |= {"model": model, "coefficients": table.name, "alpha": alpha, "rho": 0.0, "keep": 1.0}
+            row["gain"], row["gain_se"] = score.gain_over(base[name])
+            row["rise"], row["rise_se"] = score.rise_over(base[name])
+            row["change"], row["change_se"] = score.gain_over(here[name])
+            row["change_loss"], row["change_loss_se"] = score.rise_over(here[name])
+            if table.held:
+                row |= {"layer": ", ".join(table.held), "control": table.seed is not None, "seed": table.seed}
+            rows.append(row)
+        record.add(number, rows, scores.values())
+    return record.frame()
+
+
+def _tables(
+    path: Path,
+    tables: Mapping[str, Table],
+    hold: Mapping[str, Names],
+    seeds: Iterable[int],
+) -> Iterator[_Table]:
+    ones: dict[str | None, float] = dict.fromkeys([None, *path.layers], 1.0)
+    yield _Table(None, ones)
+    for name, table in tables.items():
+        found = spread(table.items(), path.layers, f"coefficients: {name}: the coefficient", "the key None")
+        rest = {key: value for key, value in table.items() if key is None}
+        yield _Table(name, ones | rest | dict(found.items()))
+    for name, layers in hold.items():
+        chosen = path.select(layers)
+        others = [layer for layer in path.layers if layer not in chosen]
+        if len(others) < len(chosen):
+            path.warn(f"coefficients: the control to {len(chosen)} layers has only {len(others)} others")
+        draws = [(random_layers(others, len(chosen), seed), seed) for seed in seeds if others]
+        for held, seed in [(tuple(chosen), None), *draws] if chosen else []:
+            yield _Table(name, ones | dict.fromkeys(held, 0.0), held, seed)
+
+
+def _plain(
+    path: Path, evaluator: Evaluator, alpha: float, known: MutableMapping[tuple[str, float], Scores]
+) -> dict[str, Scores]:
+    """Scores on the plain path; missing ones are measured and added to ``known``."""
+    found: dict[str, Scores] = {}
+    for group in together(evaluator):
+        own = {name: known[name, alpha] for name in group if (name, alpha) in known}
+        found |= end_scores(path, evaluator, group, own, alpha)
+    known.update({(name, alpha): scores for name, scores in found.items()})
+    return found
+
+
+def coefficient_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFrame:
+    """Compare each table with the plain path at equal accuracy in distribution.
+
+    A table is at the alpha of its highest mean accuracy over the data sets in distribution, the plain path at
+    the measured alpha whose mean accuracy there is nearest. So accuracy out of distribution chooses neither.
+    At the same alpha, a table of small coefficients would only be nearer to zero-shot.
+
+    Args:
+        rows: rows of :func:`coefficients`; rows of other studies are ignored.
+        images: results of single images of these rows; None: there are none, and no intervals.
+
+    Returns:
+        One row per (model, dataset, coefficients, control):
+
+        - ``ood``, ``samples``; ``layers`` (held; of the first draw), ``draws`` (1 without any);
+        - ``alpha``, ``near``: of the table, the alpha and mean accuracy in distribution there, and
+          ``plain_alpha``, ``plain_near`` of the plain path; both alphas of the first draw;
+        - ``difference`` in accuracy, mean over draws, with ``difference_se``, paired over images;
+          ``difference_low``, ``difference_high``: 95 % interval by Student's t, Bonferroni-corrected for all
+          that are out of distribution and no control; ``verdict``: its :func:`.verdicts.sign`.
+
+    Raises:
+        TypeError: ``rows`` is not a table of rows.
+        ValueError: there are no rows of the study, or none in distribution.
+    """
+    rows = of_study(rows, STUDY, "coefficient_effects")
+    rows = rows.fillna({"coefficients": "", "seed": -1, "control": False, "ood": False})
+    if rows["ood"].all():
+        raise ValueError("coefficient_effects: alpha is chosen in distribution, but there are no such rows")
+    levels = ["model", "coefficients", "seed"]
+    near = rows[~rows["ood"]].groupby([*levels, "alpha"])["accuracy"].mean().rename("near")
+    rows = rows.join(near, on=near.index.names)
+    pairs: dict[Any, tuple[float, float]] = {}  # curve -> its alpha, and that of the plain path
+    for key, own in near.groupby(level=levels):
+        plain = near[key[0], "", -1]
+        pairs[key] = own.index[best(own)][-1], plain.index[best(-(plain - own.max()).abs())]
+    found: list[dict[str, Any]] = []
+    for (model, dataset), group in rows.groupby(["model", "dataset"], sort=False):
+        kept = None if images is None else images.of(STUDY, str(model), str(dataset))
+        hits = kept.hits if kept is not None and kept.alphas.tolist() == group["alpha"].tolist() else None
+        keys = group[["coefficients", "seed", "alpha"]].itertuples(index=False, name=None)
+        place = {key: number for number, key in enumerate(keys)}
+        tables = group[group["coefficients"] != ""].groupby(["coefficients", "control"], sort=False)
+        for (name, control), curves in tables:
+            both = {seed: pairs[model, name, seed] for seed in curves["seed"].unique()}
+            ours = [place[name, seed, at] for seed, (at, _) in both.items()]
+            theirs = [place["", -1, at] for _, at in both.values()]
+            here, there, error = group.iloc[ours], group.iloc[theirs], math.nan
+            if hits is not None and hits.shape[1] > 1:
+                paired = hits[ours].mean(0) - hits[theirs].mean(0)
+                error = paired.std(ddof=1) / math.sqrt(len(paired))
+            found.append(
+                {
+                    **{key: here[key].iloc[0] for key in ("model", "dataset", "ood", "samples", "alpha")},
+                    **{"coefficients": name, "control": control, "draws": len(ours)},
+                    "layers": here["layer"].iloc[0].split(", ") if here["layer"].notna().all() else [],
+                    **{"plain_alpha": there["alpha"].iloc[0], "near": here["near"].mean()},
+                    **{"plain_near": there["near"].mean(), "difference_se": error},
+                    "difference": here["accuracy"].mean() - there["accuracy"].mean(),
+                }
+            )
+    tests = sum(fact["ood"] and not fact["control"] for fact in found)
+    for fact in found:
+        half = half_width(fact["difference_se"], fact["samples"] - 1, max(1, tests))
+        ends = (fact["difference"] - half, fact["difference"] + half)
+        fact |= {"difference_low": ends[0], "difference_high": ends[1], "verdict": sign(*ends)}
+    return pd.DataFrame(found, columns=[*found[0]] if found else ["model", "dataset", "ood", "control"])
