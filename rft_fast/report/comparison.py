@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -174,6 +174,12 @@ def _configuration(settings: list[tuple[str, str, str]]) -> Section:
     )
 
 
+def _layer(row: Mapping[Any, Any]) -> str:
+    """Name what was moved or perturbed; empty for all layers."""
+    layer = "" if pd.isna(row["layer"]) else str(row["layer"])
+    return layer if pd.isna(row["cumulative"]) else f"{layer} ({row['cumulative']})"
+
+
 def _measurements(common: pd.DataFrame) -> Section:
     traces = [rule([-1e3, 1e3], [-1e3, 1e3])]
     ranges: dict[str, list[float]] = {}
@@ -184,7 +190,7 @@ def _measurements(common: pd.DataFrame) -> Section:
             part = group[group["apart"] == apart]
             hover = [
                 f"<b>{safe(row['model'])}</b> on {safe(row['dataset'])}, α = {row['alpha']:g}<br>"
-                + ("" if pd.isna(row["layer"]) else f"{safe(row['layer'])}<br>")
+                + (f"{safe(layer)}<br>" if (layer := _layer(row)) else "")
                 + signed(f"A {scale * row['a']:{form[1:]}}, B {scale * row['b']:{form[1:]}}")
                 + f" {_UNIT.get(unit, unit)}<br>B − A {points(row['difference'], row['half'], scale, form)} "
                 f"{unit} (95 %, {'paired' if row['paired'] else 'independent'})"
@@ -248,7 +254,6 @@ def _table(common: pd.DataFrame) -> Table:
             if row["known"]
             else Cell("no standard error", 0, "wide")
         )
-        layer = "" if pd.isna(row["layer"]) else str(row["layer"])
         change = row["difference"]
         rows.append(
             [
@@ -263,7 +268,7 @@ def _table(common: pd.DataFrame) -> Table:
                 Cell("paired" if row["paired"] else "independent" if row["known"] else "–"),
                 number(row["n_a"], ",.0f"),
                 number(row["n_b"], ",.0f"),
-                Cell(layer, None, "code"),
+                Cell(_layer(row), None, "code"),
             ]
         )
         chosen.append({"what": f"{row['study']}, {row['value']}"})

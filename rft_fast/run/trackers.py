@@ -195,7 +195,7 @@ def _apart(row: Mapping[str, object]) -> list[str]:
         parts += ["control"] if row.get("control") else []
         parts += [f"seed{row['seed']}"] if "seed" in row else []
         return ["-".join(parts)]
-    layer = [str(row["layer"])] if "layer" in row else []
+    layer = [str(row[name]) for name in ("cumulative", "layer") if name in row]
     rho = _number(row.get("rho", 0))
     return layer + ([f"rho{rho:g}"] if rho else [])
 

@@ -26,8 +26,8 @@ from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator
 from rft_fast.path import Path
 from rft_fast.report import cumulative as said
-from rft_fast.report import glossary
-from rft_fast.run import cost
+from rft_fast.report import glossary, matching
+from rft_fast.run import cost, trackers
 from rft_fast.studies.facts import Facts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -416,6 +416,23 @@ def test_the_figure_has_a_map_for_each_direction(facts: Facts, tmp_path: Folder)
         figures.cumulative(facts, tmp_path / "a.png", models=["m", "other"])
 
 
+def test_losses_that_are_not_finite_and_odd_names(facts: Facts, tmp_path: Folder) -> None:
+    """Crossed out and counted in the figure; named in words and page as they are."""
+    rows = facts.rows.copy()
+    burst = (rows["study"] == "cumulative") & (rows["layer"] == "3") & (rows["alpha"] == 1)
+    rows.loc[burst, ["loss", "rise", "bump"]] = math.inf
+    rows = rows.assign(model="a$b$<i>", layer=rows["layer"].replace("3", "$x_<b>"))
+    odd = facts.but(rows)
+    drawn = figures.cumulative(odd, tmp_path / "a.png")
+    first, last, _ = drawn.axes
+    crosses = [line.get_xydata().tolist() for line in first.lines if line.get_marker() == "x"]
+    assert crosses == [[[1.0, 2.0]]] and "a\\$b\\$<i>" in last.get_title()
+    assert "2 of 24 losses are not finite" in drawn.legends[0].get_title().get_text().replace("\n", " ")
+    (first_text, _) = (finding.text for finding in said.findings(odd))
+    assert "a$b$<i>" in first_text and not odd.cumulative["bumps"].any()
+    assert len(said.section(odd).picture.charts) == 2
+
+
 def test_words_say_what_the_bounds_support(facts: Facts) -> None:
     first, last = (finding.text for finding in said.findings(facts))
     for text, size in ((first, "2 of 3 layers (up to 2)"), (last, "2 of 3 layers (from 2)")):
@@ -442,3 +459,12 @@ def test_the_section_of_the_page(facts: Facts) -> None:
 def test_it_runs_only_if_it_is_named() -> None:
     assert "cumulative" in catalogue.names() and "cumulative" not in catalogue.default()
     assert Tree().of(Directions).cumulative == ("first",) and "cumulative" in results.COLUMNS
+
+
+def test_both_directions_of_a_layer_are_told_apart(facts: Facts) -> None:
+    """In the curves of trackers, and in the comparison of two runs."""
+    rows = facts.part("cumulative")
+    tags = [tag for row in rows.to_dict("records") for tag in trackers._read("cumulative", "m", row)[1]]
+    assert "cumulative/far/m/first/2/accuracy" in tags and len(set(tags)) == len(tags) / 4  # positions
+    both = matching.matched(rows, rows)
+    assert len(both) == 2 * len(rows) and set(both["cumulative"]) == {*BOTH}
