@@ -187,14 +187,12 @@ def _note(rows: pd.DataFrame, facts: pd.DataFrame) -> str:
     by = ", or ".join(methods[name] for name in methods if name in set(facts["gain_method"]))
     note = (
         "Accuracy and loss along the path from zero-shot ($\\alpha$ = 0) to fine-tuned ($\\alpha$ = 1); "
-        f"{' or '.join(map(str, counts))} positions $\\alpha$ per curve. Bands: difference "
-        "to zero-shot, paired over images; of accuracy by 95 % bounds for all positions at once, each side "
-        f"({by}), of the loss by pointwise 95 % intervals.\n"
-        "Line: gain where a lower bound is above zero-shot; failure where no upper bound reaches "
-        f"{100 * facts['xi'].iloc[0]:g} points; else undecided.\n"
-        "Written out: the largest gain and rise in loss with these ranges; their $\\alpha$ is chosen on the "
-        "same images, which overstates both.\n"
-        "A rise is called a barrier where the loss has a bump: above the straight line between its ends "
-        "(95 %, corrected)."
+        f"{' or '.join(map(str, counts))} positions $\\alpha$ per curve. Bands: difference to zero-shot, "
+        f"paired over images; of accuracy by 95 % bounds for all positions at once, each side ({by}), of the "
+        "loss by pointwise 95 % intervals.\nLine: gain where a lower bound is above zero-shot; failure "
+        f"where no upper bound reaches {100 * facts['xi'].iloc[0]:g} points; else undecided.\nText in a "
+        "panel: the largest gain and rise in loss with these ranges; their $\\alpha$ is chosen on the same "
+        "images, which overstates both.\nA rise is called a barrier where the loss has a bump: above the "
+        "straight line between its ends (95 %, corrected)."
     )
     return "\n".join(filter(None, [note, not_finite(rows["loss"], "losses")]))

@@ -68,7 +68,7 @@ def _run(argv: Sequence[str]) -> int:
             torch.use_deterministic_algorithms(True)
         work = Work(request)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        top.error(str(error))
+        top.error(_by_option(str(error)))
     try:
         with program.Stop(tqdm.write, "training step") as stop:
             outcome = work.run(stop)
@@ -88,6 +88,15 @@ def _run(argv: Sequence[str]) -> int:
         print(program.failure("finetune", text), file=sys.stderr)
         return 1
     return 0
+
+
+def _by_option(text: str) -> str:
+    """Name the option in a message that begins with a field of Setting."""
+    for entry in BUILDER.entries.values():
+        start = f"Setting: {entry.field} "
+        if entry.kind is Setting and text.startswith(start):
+            return f"argument --{entry.name}: {text.removeprefix(start)}"
+    return text
 
 
 def parser() -> program.Parser:

@@ -131,19 +131,21 @@ class Setting:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"Setting: {name} must be a number, got {value!r}")
-            self._check(name, 0 <= value < math.inf, "finite and not negative")
-        self._check("lr", self.lr > 0, "above 0")
-        self._check("probe_lr", self.probe_lr > 0, "above 0")
+            if name.endswith("lr"):
+                self._check(name, 0 < value < math.inf, "a finite number above 0")
+            self._check(name, 0 <= value < math.inf, "a finite number of at least 0")
         self._check("label_smoothing", self.label_smoothing < 1, "below 1")
-        self._check("clip", self.clip is None or 0 < self.clip < math.inf, "above 0, or None")
-        self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two in [0, 1)")
+        self._check("clip", self.clip is None or 0 < self.clip < math.inf, "a finite number above 0, or None")
+        fine = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self._check("betas", fine, "two numbers of at least 0 and below 1")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._check("seed", self.seed < 2**32, "below 2**32")
         self._check("accumulate", self.accumulate <= self.batch_size, "at most batch_size")
         found = AUGMENT.fullmatch(self.augment)
         self._check("augment", found is not None, "none, crop, crop-flip or rand-mM-nN such as rand-m9-n2")
         if found is not None and found["m"]:
-            self._check("augment", int(found["m"]) <= MAGNITUDES, f"of a magnitude m up to {MAGNITUDES}")
+            magnitude = f"rand-mM-nN with a magnitude M of at most {MAGNITUDES}"
+            self._check("augment", int(found["m"]) <= MAGNITUDES, magnitude)
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:

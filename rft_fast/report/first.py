@@ -33,7 +33,7 @@ def looks(facts: Facts, parts: Sequence[Section]) -> list[Look]:
     boxes = [f"“{part.title}”" for part in parts if part.warnings]
     if boxes:
         first = next(part.name for part in parts if part.warnings)
-        text = f"Yellow boxes list it: {joined(boxes)}."
+        text = f"See the yellow {'box' if len(boxes) == 1 else 'boxes'} in {joined(boxes)}."
         found.append(Look(first, "What cannot be concluded?", text))
     return found
 

@@ -89,7 +89,7 @@ WORDS = tuple(
         ),
         ("high gain", "Some α beats zero-shot by at least xi, two points unless --xi says otherwise."),
         ("failure|fail|fails|failed|failing", "No α beats zero-shot, and no gain of xi or more is possible."),
-        ("undecided", "The bounds allow no gain at all, and a gain of xi or more, too."),
+        ("undecided", "The bounds include both no gain and a gain of xi or more."),
         ("xi|--xi", "The gain that counts as high: 0.02, which is two points, unless --xi says otherwise."),
         ("barrier", "Eq. 1: highest loss on the path minus zero-shot loss."),
         (

@@ -54,8 +54,8 @@ def path(facts: Facts) -> Section:
         if undecided:
             warnings.append(
                 f"On {dataset} (n = {group['samples'].iloc[0]:,}) it is undecided whether the path of "
-                f"{some(undecided, 4)} beats zero-shot: the bounds allow no gain, and a gain "
-                f"of {100 * facts.of(Along).xi:g} points, too."
+                f"{some(undecided, 4)} beats zero-shot: the bounds include both no gain and a "
+                f"gain of {100 * facts.of(Along).xi:g} points."
             )
     return Section(
         "path",
