@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..common.fields import Tree
 from .choice import Choice
 from .claim import Claim
-from .coefficients import Coefficients
+from .coefficients import Coefficients, Search
 from .correlation import Correlation
 from .cumulative import Cumulative
 from .interpolation import Interpolation
@@ -32,6 +32,7 @@ _TABLE: dict[str, Study] = {
         Choice(),
         Cumulative(),
         Coefficients(),
+        Search(),
     )
 }
 

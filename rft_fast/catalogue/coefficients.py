@@ -86,6 +86,13 @@ class Tables:
         3, "random choices of as many other layers (default: 3)", metavar="N", check=whole(0, 1000)
     )
 
+    search: str | None = option(
+        None,
+        "in-distribution data set on which a coefficient is searched for each layer, one layer after the "
+        "other; they are measured on all other data sets",
+        metavar="NAME",
+    )
+
 
 def tables_of(own: Tables, layers: Sequence[str]) -> dict[str, Table]:
     """Name -> coefficients: LiNeS, and files."""
@@ -97,6 +104,30 @@ def tables_of(own: Tables, layers: Sequence[str]) -> dict[str, Table]:
         spread(entries, layers, f"argument --alpha-table: {name}: the coefficient", "rest = NUMBER")
         found[f"table {name}"] = dict(entries)
     return found
+
+
+class Search(Study):
+    """A greedy search of coefficients on images in distribution, of which ``coefficients`` makes a table."""
+
+    name = "search"
+    help = "the coefficients of lowest loss, layer by layer"
+    most = 2
+    hidden = True
+
+    def measure(self, task: Task) -> None:
+        from .. import studies
+
+        own = task.evaluator.among([str(task.request.of(Tables).search)])
+        studies.search_coefficients(task.path, own, model=task.model, only=task.only, sink=task.sink)
+
+    def draw(self, facts: Facts, file: str | os.PathLike[str], models: Names | None) -> None:
+        raise ValueError(f"{self.name}: it has no figure")
+
+    def say(self, facts: Facts) -> list[str]:
+        return []
+
+    def section(self, facts: Facts) -> Section:
+        raise ValueError(f"{self.name}: it has no section")
 
 
 class Coefficients(Study):
@@ -113,13 +144,22 @@ class Coefficients(Study):
     by_default = False
 
     def needs(self, tree: Tree) -> list[str]:
-        return ["interpolation", *(DECIDED_BY[criterion] for criterion in tree.of(Tables).hold)]
+        own = tree.of(Tables)
+        search = [Search.name] if own.search is not None else []
+        return ["interpolation", *search, *(DECIDED_BY[criterion] for criterion in own.hold)]
 
     def lacks(self, models: int, ood: bool) -> str:
         return "" if ood else "out-of-distribution data"
 
     def validate(self, request: Request) -> None:
-        if all(data.ood for data in request.zoo.data.values()):
+        data, search = request.zoo.data, request.of(Tables).search
+        near = [name for name in data if not data[name].ood]
+        if search is not None and (search not in near or len(near) < 2):
+            raise ValueError(
+                "argument --search: expected an in-distribution data set, and at least one other to judge "
+                f"the result; got {search}, and in distribution are {', '.join(near) or 'none'}"
+            )
+        if not near:
             raise ValueError(
                 "coefficients: this study chooses alpha on in-distribution data, of which there are none; "
                 "add some (--id-data), or leave coefficients out"
@@ -129,11 +169,16 @@ class Coefficients(Study):
         tables_of(request.of(Tables), layers)
 
     def choose(self, facts: Facts, model: str) -> Chosen:
-        picked = {criterion: facts.picked(criterion, model) for criterion in facts.of(Tables).hold}
+        hold = facts.of(Tables).hold
+        picked: dict[str, list[str]] = {criterion: facts.picked(criterion, model) for criterion in hold}
+        found = facts.part(Search.name).query("model == @model")
+        picked[Search.name] = [*(found["layer"] + "=" + found["coefficients"])]
         return {criterion: layers for criterion, layers in picked.items() if layers}
 
     def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
-        return {criterion: list(layers[:1]) for criterion in request.of(Tables).hold}
+        own = request.of(Tables)
+        searched = {Search.name: [f"{layer}=0" for layer in layers]} if own.search is not None else {}
+        return {criterion: list(layers[:1]) for criterion in own.hold} | searched
 
     def assumptions(self, request: Request) -> Iterator[str]:
         if request.of(Tables).hold:
@@ -145,12 +190,16 @@ class Coefficients(Study):
         from .known import ByAlpha
 
         own, along = task.request.of(Tables), task.request.of(settings.Along)
+        chosen = dict(task.chosen or {})
+        pairs = [pair.rpartition("=") for pair in chosen.pop(Search.name, ())]
+        searched = {"greedy search": {layer: float(value) for layer, _, value in pairs}} if pairs else {}
+        judging = [data.name for data in task.evaluator.datasets if data.name != own.search]
         studies.coefficients(
             task.path,
-            task.evaluator,
+            task.evaluator.among(judging),
             along.alphas,
-            tables_of(own, task.path.layers),
-            {f"{kind(criterion)} held": layers for criterion, layers in (task.chosen or {}).items()},
+            tables_of(own, task.path.layers) | searched,
+            {f"{kind(criterion)} held": layers for criterion, layers in chosen.items()},
             seeds=range(along.seed, along.seed + own.hold_draws),
             model=task.model,
             plain=ByAlpha(task.zeroshot, task.own),

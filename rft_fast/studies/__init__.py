@@ -15,6 +15,7 @@ from .interpolate import XI, best_gains, check_alphas, interpolation, summarize
 from .layers import layerwise_interpolation, stragglers
 from .pruning import prune_stragglers, pruning_effect
 from .rows import COLUMNS, frame
+from .search import search_coefficients
 from .sharpness import layerwise_sharpness, near_zero, sharpness
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "near_zero",
     "prune_stragglers",
     "pruning_effect",
+    "search_coefficients",
     "sharpness",
     "stragglers",
     "summarize",
