@@ -12,6 +12,7 @@ from .claim import Claim
 from .coefficients import Coefficients, Search
 from .correlation import Correlation
 from .cumulative import Cumulative
+from .ensemble import Ensemble
 from .interpolation import Interpolation
 from .layers import Layers
 from .prune import Prune
@@ -29,6 +30,7 @@ _TABLE: dict[str, Study] = {
         Prune(),
         Correlation(),
         Claim(),
+        Ensemble(),
         Choice(),
         Cumulative(),
         Coefficients(),

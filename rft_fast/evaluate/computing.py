@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
@@ -282,6 +282,42 @@ class _Results:
                 rows[batch] = new
 
         with self._runtime.scoring():
+            head = self._computing.head(text)
+            self._runtime.images.map(flows, work, take)
+
+    def blend(
+        self,
+        flows: Sequence[Flow],
+        text: Flow | None,
+        write: Callable[[int], object],
+        shares: Sequence[float],
+    ) -> None:
+        first: dict[int, Tensor] = {}
+        rows = {id(flow): pair for flow, *pair in zip(flows, self._losses, self._best, strict=True)}
+
+        def logits(flow: Flow, batch: slice) -> Tensor:
+            return self._computing.logits(flow, batch, head).float()
+
+        def keep(flow: Flow, batch: slice, found: Tensor) -> None:
+            if id(flow) not in first:
+                first[id(flow)] = found.new_empty((len(flow), found.shape[1]))
+            first[id(flow)][batch] = found
+
+        def work(flow: Flow, batch: slice) -> list[tuple[Tensor, Tensor]]:
+            second = logits(flow, batch)
+            # lerp has exact ends
+            return [flow.judge(first[id(flow)][batch].lerp(second, share), batch) for share in shares]
+
+        def take(flow: Flow, batch: slice, found: list[tuple[Tensor, Tensor]]) -> None:
+            for k, pair in enumerate(found):
+                for row, new in zip(rows[id(flow)], pair, strict=True):
+                    row[k, batch] = new
+
+        with self._runtime.scoring():
+            write(0)
+            head = self._computing.head(text)
+            self._runtime.images.map(flows, logits, keep)
+            write(1)
             head = self._computing.head(text)
             self._runtime.images.map(flows, work, take)
 

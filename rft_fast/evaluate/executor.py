@@ -8,7 +8,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -30,6 +30,21 @@ class Results(Protocol):
             flows: One for each data set, all with the same number of copies; they stay at their positions.
             text: The prompts whose features make the head; None: the head is fixed.
             first: Number of the variant of the first copy.
+        """
+
+    def blend(
+        self,
+        flows: Sequence[Flow],
+        text: Flow | None,
+        write: Callable[[int], object],
+        shares: Sequence[float],
+    ) -> None:
+        """Score weighted means of the logits of two models; variant k has ``shares[k]`` of the second one.
+
+        Args:
+            flows, text: As for :meth:`judge`.
+            write: write(0) and write(1) write the weights of the two models.
+            shares: One for each variant, in [0, 1].
         """
 
     def scores(self) -> list[dict[str, Scores]]:

@@ -151,6 +151,23 @@ class Walk:
             self._executor.holding((1 + group) * total(self.feeds))
         return results.scores()
 
+    def blend(self, write: Callable[[int], object], shares: Sequence[float]) -> list[dict[str, Scores]]:
+        """Score weighted means of the logits of two models (an ensemble), each of which runs once.
+
+        The logits of the first model are held for all images, in float32.
+
+        Args:
+            write: write(0) and write(1) write the weights of the two models, which differ in stations from
+                the present one on alone.
+            shares: Shares of the second model, in [0, 1]; 0 and 1 have the bits of one model alone.
+
+        Returns:
+            For each share: data set name -> per-image losses and hits.
+        """
+        results = self._executor.results(self.feeds, len(shares))
+        results.blend(self.flows, self.text, write, shares)
+        return results.scores()
+
     def flipped(
         self,
         weights: Sequence[Flipped],

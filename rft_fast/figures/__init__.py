@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .draw_coefficients import coefficients
     from .draw_correlation import correlation
     from .draw_cumulative import cumulative
+    from .draw_ensemble import ensemble
     from .draw_interpolation import interpolation
     from .draw_layer_sharpness import layer_sharpness
     from .draw_layers import layers
@@ -23,6 +24,7 @@ else:
     __getattr__, __dir__ = lazy.face(
         __name__,
         draw_choice="choice",
+        draw_ensemble="ensemble",
         draw_claim="claim",
         draw_coefficients="coefficients",
         draw_correlation="correlation",
@@ -41,6 +43,7 @@ __all__ = [
     "coefficients",
     "correlation",
     "cumulative",
+    "ensemble",
     "interpolation",
     "layer_sharpness",
     "layers",

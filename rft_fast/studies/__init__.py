@@ -8,6 +8,7 @@ from .claim import claim, claim_tests
 from .coefficients import coefficient_effects, coefficients
 from .correlation import correlation
 from .cumulative import cumulative_effects, cumulative_interpolation
+from .ensemble import ensemble, ensemble_difference
 from .estimators import ESTIMATORS, Protocol
 from .gains import gain_bounds, id_alphas
 from .images import ImageResults, ImageScores, image_results
@@ -38,6 +39,8 @@ __all__ = [
     "correlation",
     "cumulative_effects",
     "cumulative_interpolation",
+    "ensemble",
+    "ensemble_difference",
     "frame",
     "gain_bounds",
     "id_alphas",

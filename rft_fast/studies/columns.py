@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 
 _LAYERS = "layers, cumulative"
-_ENDS = f"interpolation, {_LAYERS}"
+_ENDS = f"interpolation, {_LAYERS}, ensemble"
 _PATH = f"{_ENDS}, prune, coefficients"
 _CHANGED = "prune, coefficients"
 _SHARP = "sharpness, layer-sharpness"
@@ -256,7 +256,28 @@ CHOICE = _made("choice", {
     "samples": ("images", "number of images", "1500"),
 })  # fmt: skip
 
-TABLES = {"rows": ROWS, "correlation": CORRELATION, "claim": CLAIM, "choice": CHOICE, "cost": COST}
+ENSEMBLE = _made("ensemble", {
+    "model": ("-", "name of the fine-tuned model", "lr1e-3-ep3"),
+    "dataset": ("-", "data set that is scored", "rotated"),
+    "ood": ("-", "whether it is out of distribution", "True"),
+    "gain_path": ("fraction", "highest accuracy on the path minus that at alpha = 0", "0.022"),
+    "gain_ensemble": ("fraction", "highest accuracy of an ensemble minus that at alpha = 0", "0.017"),
+    "difference": ("fraction", "mean accuracy on the path minus that of the ensemble", "0.004"),
+    "difference_se": ("fraction", "standard error of difference, paired over images", "0.002"),
+    "difference_low": ("fraction", "lower end of its 95 % interval", "0.001"),
+    "difference_high": ("fraction", "upper end of this interval", "0.008"),
+    "samples": ("images", "number of images", "1500"),
+    "alphas": ("-", "number of positions between the ends", "9"),
+})  # fmt: skip
+
+TABLES = {
+    "rows": ROWS,
+    "correlation": CORRELATION,
+    "claim": CLAIM,
+    "ensemble": ENSEMBLE,
+    "choice": CHOICE,
+    "cost": COST,
+}
 
 
 def describe(table: str = "rows") -> pd.DataFrame:
@@ -264,7 +285,7 @@ def describe(table: str = "rows") -> pd.DataFrame:
 
     Args:
         table: ``"rows"`` (of :func:`rft_fast.results.load`, ``rows.csv`` and Parquet), ``"correlation"``,
-            ``"claim"``, ``"choice"`` or ``"cost"`` (the CSV files of these names).
+            ``"claim"``, ``"ensemble"``, ``"choice"`` or ``"cost"`` (the CSV files of these names).
 
     Returns:
         One row per column, in order: ``name``, ``type`` (of pandas; only of rows), ``unit``, ``meaning``,

@@ -21,6 +21,7 @@ from .claim import claim_tests, count_flat
 from .coefficients import coefficient_effects
 from .correlation import correlate
 from .cumulative import cumulative_effects
+from .ensemble import ensemble_difference
 from .gains import gain_bounds
 from .images import Images, Renamed
 from .interpolate import STUDY as INTERPOLATION
@@ -211,6 +212,11 @@ class Facts:
     def choice_means(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.choice_means`."""
         return choice_means(self.rows, self.images)
+
+    @cached_property
+    def ensemble(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.ensemble_difference`."""
+        return ensemble_difference(self.rows, self.images)
 
     @cached_property
     def chances(self) -> list[Chance]:

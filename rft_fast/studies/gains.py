@@ -113,7 +113,7 @@ def results_of(curve: pd.DataFrame, images: Images | None, caller: str) -> Image
     if images is None:
         return None
     model, dataset = str(curve["model"].iloc[0]), str(curve["dataset"].iloc[0])
-    results = images.of(STUDY, model, dataset)
+    results = images.of(str(curve["study"].iloc[0]), model, dataset)
     if results is None:
         return None
     alphas, samples = curve["alpha"].to_numpy(), int(curve["samples"].iloc[0])

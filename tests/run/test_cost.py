@@ -78,6 +78,7 @@ STUDIES: dict[str, Study] = {
         p, e, ALPHAS, {"t": {p.layers[0]: 0.5, None: 1.0}}, {"held": p.layers[:1]}, seeds=[0]
     ),
     "search": lambda p, e: studies.search_coefficients(p, e.among([e.datasets[0].name]), ALPHAS),
+    "ensemble": lambda p, e: studies.ensemble(p, e, ALPHAS),
     "some of the interpolation": lambda p, e: studies.interpolation(p, e, ALPHAS, only=[1, 4]),
     "some of the layers": lambda p, e: studies.layerwise_interpolation(
         p, e, ALPHAS, only=[2, len(p.layers) - 1, len(p.layers) + 1]

@@ -235,6 +235,17 @@ class _NoResults:
         if text is not None:
             self._counting.run(text, len(text.stages))
 
+    def blend(
+        self,
+        flows: Sequence[Flow],
+        text: Flow | None,
+        write: Callable[[int], object],
+        shares: Sequence[float],
+    ) -> None:
+        for model in (0, 1):
+            write(model)
+            self.judge(flows, text, 0)
+
     def scores(self) -> list[dict[str, Scores]]:
         found: dict[str, Scores] = {feed.name: _Zeros.of(len(feed)) for feed in self._feeds}
         return [found] * self._count
