@@ -154,3 +154,21 @@ def test_the_file_is_sorted_and_written_as_the_option_writes_it() -> None:
 def test_no_entry_is_of_a_test_that_is_gone() -> None:
     """Of the files that this run collects."""
     assert wording.stale() == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "expected"),
+    [
+        ("a: no image of the formats ...); replace it", "b: no image of the formats PNG); replace it, or go",
+         "b: no image of the formats ...); replace it, or go"),
+        ("old: cannot be read as JSON: ...", "cannot be read as JSON: line 1", "cannot be read as JSON: ..."),
+        ("made by 99, this is ...; upgrade", "it is made by 99, this is 0.2; upgrade\nor\nnot",
+         "it is made by 99, this is ...; upgrade\nor\nnot"),
+        ("x took ... and y took ... MB", "now x took 3 and y took 4 MB", "now x took ... and y took ... MB"),
+        ("one ... two", "three four", "three four"),
+        ("... two", "one two", "one two"),
+        ("one", "two", "two"),
+    ],
+)  # fmt: skip
+def test_wildcards_stay_where_their_neighbours_do(entry: str, text: str, expected: str) -> None:
+    assert wording.carried(entry, text) == expected

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -145,6 +146,19 @@ def matches(entry: str, text: str) -> bool:
             return False
         place = found + len(part)
     return place <= len(text) - len(last)
+
+
+def carried(entry: str, text: str) -> str:
+    """The text with each ``...`` of an entry whose neighbouring words it has."""
+    found = text
+    for left, right in itertools.pairwise(entry.split("...")):
+        near = left.split()[-3:], right.split()[:2]
+        before, after = (r"\s+".join(map(re.escape, words)) for words in near)
+        pattern = f"({before})(.+?)({after})" if after else f"({before})(.+)"
+        if before and (place := re.search(pattern, found, re.DOTALL)):
+            some = f"{' ' * left[-1:].isspace()}...{' ' * right[:1].isspace()}"
+            found = found[: place.end(1)] + some + found[place.end(2) :]
+    return found if matches(found, text) else text
 
 
 def missing(text: str, facts: Sequence[object]) -> list[str]:
@@ -366,7 +380,8 @@ def accepted(
         for test, texts in ran.items():
             for ordinal, text in enumerate(texts, 1):
                 name = _name(test, ordinal)
-                kept[name] = old[name] if name in old and matches(old[name], text) else text
+                known_text = old.get(name, "")
+                kept[name] = known_text if matches(known_text, text) else carried(known_text, text)
         result[file] = kept
     return result
 
