@@ -85,9 +85,9 @@ def section(facts: Facts) -> Section:
         for fact in facts.coefficients.to_dict("records")
     ]
     head = (
-        "model|coefficients|difference in points [95 %, corrected]|what the interval says|α|α, plain path|"
-        "in distribution, %|plain path, %|layers held|data set"
+        "model|coefficients|against the plain path, in points [95 %, corrected]|what the interval says|α|"
+        "α, plain path|accuracy in distribution|plain path's|layers held|data set"
     ).split("|")
-    table = Table("Against the plain path at about the same accuracy in distribution", head, rows)
+    table = Table("Accuracy at about the same accuracy in distribution", head, rows)
     lead = f"{_ABOUT} {images(facts.part(STUDY), 'n = {:,} images of {}', '; ')}."
     return Section(STUDY, "Beyond the paper", "A coefficient for each layer", lead, tables=[table])

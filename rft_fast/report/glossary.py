@@ -141,8 +141,15 @@ WORDS = tuple(
             "Alg. 1: weights of some layers of the fine-tuned model are set to zero at random.",
         ),
         ("masks|mask", "Number of random choices of the weights that are removed."),
-        ("control", "As many other layers, chosen at random and pruned in the same way."),
+        ("control", "As many other layers, chosen at random and pruned, or held, in the same way."),
         (":criterion, method|criterion", "How the layers were chosen, and what happened to their weights."),
+        (
+            "coefficients|coefficient",
+            "Factor of α for a layer: 0 keeps it at zero-shot.",
+        ),
+        ("plain path", "The path with the same α for all layers."),
+        ("LiNeS", "Coefficients that rise in equal steps from the first block to the last."),
+        (":layers held", "Number of layers with coefficient 0."),
         (":mean change", "Accuracy of the pruned path minus that of the unpruned one, mean over α > 0."),
         (":measure", "What is compared with accuracy or gain: a sharpness, or something that costs less."),
         (":against|outcome", "The quantity that the measure is compared with, out of distribution."),
@@ -199,7 +206,7 @@ WORDS = tuple(
         ("zoo", "A zero-shot model, models fine-tuned from it, and image sets."),
         ("SHA-256", "A fingerprint of a file: equal files have equal ones."),
         ("peak memory", "Largest memory of the process or of the GPU during the study."),
-        ("B − A|difference", "Value of the second run minus that of the first."),
+        (":B − A|difference", "Value of the second run minus that of the first."),
     )
 )
 """All words, in the order of the studies. Forms are distinct."""

@@ -190,12 +190,12 @@ def _read(study: str, model: str, row: Mapping[str, object]) -> tuple[float, dic
 
 def _apart(row: Mapping[str, object]) -> list[str]:
     """Return what distinguishes the curve of a row from others of its study, data set and model."""
-    if "method" in row:  # pruned: the layers' names together would be long
-        parts = [str(row[name]) for name in ("criterion", "method") if name in row]
+    if "method" in row or "control" in row:  # the layers' names together would be long
+        parts = [str(row[name]) for name in ("criterion", "method", "coefficients") if name in row]
         parts += ["control"] if row.get("control") else []
         parts += [f"seed{row['seed']}"] if "seed" in row else []
         return ["-".join(parts)]
-    layer = [str(row[name]) for name in ("cumulative", "layer") if name in row]
+    layer = [str(row[name]) for name in ("cumulative", "coefficients", "layer") if name in row]
     rho = _number(row.get("rho", 0))
     return layer + ([f"rho{rho:g}"] if rho else [])
 

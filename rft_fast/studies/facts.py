@@ -18,6 +18,7 @@ from ..settings import Along, Layers, Prune, Sharpness
 from .chance import Chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim_tests, count_flat
+from .coefficients import STUDY as COEFFICIENTS
 from .coefficients import coefficient_effects
 from .correlation import correlate
 from .cumulative import cumulative_effects
@@ -112,7 +113,8 @@ class Facts:
     @cached_property
     def names(self) -> frozenset[str]:
         """Names of models, data sets and layers."""
-        single = self.rows["layer"].where(self.rows["study"] != PRUNING)  # pruning joins names of layers
+        joined = self.rows["study"].isin([PRUNING, COEFFICIENTS])  # which join names of layers
+        single = self.rows["layer"].where(~joined)
         columns = (self.rows["model"], self.rows["dataset"], single)
         return frozenset(str(name) for column in columns for name in column.dropna().unique())
 

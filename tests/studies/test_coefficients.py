@@ -28,6 +28,8 @@ from rft_fast.evaluate import Evaluator
 from rft_fast.names import FigureWidth
 from rft_fast.path import Path
 from rft_fast.report import coefficients as words
+from rft_fast.report import glossary
+from rft_fast.run import trackers
 from rft_fast.studies.coefficients import coefficient_effects
 from rft_fast.studies.facts import Facts
 from rft_fast.studies.images import ImageResults, ImageScores
@@ -323,6 +325,15 @@ def test_the_section_has_a_row_for_each_table() -> None:
     assert [row[1].text for row in table.rows] == ["LiNeS", "held", "held: control"] * 2
     assert [row[3].look for row in table.rows][3:] == ["good", "wide", "good"]
     assert all(len(row) == len(table.headings) for row in table.rows)
+    unexplained = {heading for heading in table.headings if not glossary.words_of(heading)}
+    assert unexplained <= {"model", "data set"}
+
+
+def test_trackers_keep_the_curves_apart() -> None:
+    rows = by_hand()
+    names = [name for row in rows.to_dict("records") for name in trackers._read("coefficients", "m", row)[1]]
+    curves = rows[["dataset", "coefficients", "seed"]].drop_duplicates()
+    assert len({name for name in names if name.endswith("/accuracy")}) == len(curves) == 10
 
 
 def test_the_figure_has_a_curve_for_each_table(tmp_path: File) -> None:
