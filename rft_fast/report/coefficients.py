@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle
 
 from ..common.tables import aligned
 from ..common.words import many, some, visible
 from ..studies.coefficients import STUDY
 from ..studies.facts import Facts
+from .drawing import SYMBOLS, Chart, Key, Picture, choices, layout, line, safe
 from .phrases import images, points, within
 from .shown import Finding, Rank, Section
 from .summary import paragraphs
@@ -74,20 +76,47 @@ def section(facts: Facts) -> Section:
     rows = [
         [
             Cell(fact["model"]),
+            Cell(fact["dataset"]),
             Cell(fact["coefficients"] + _CONTROL[fact["control"]]),
             interval(fact["difference"], fact["difference_low"], fact["difference_high"], "+.2f", 100),
             words[fact["verdict"]],
             *(number(fact[name] if fact["draws"] == 1 else None, "g") for name in ("alpha", "plain_alpha")),
             *(number(fact[name], ".1f", 100) for name in ("near", "plain_near")),
             number(len(fact["layers"]), ".0f"),
-            Cell(fact["dataset"]),
         ]
         for fact in facts.coefficients.to_dict("records")
     ]
     head = (
-        "model|coefficients|against the plain path, in points [95 %, corrected]|what the interval says|α|"
-        "α, plain path|accuracy in distribution|plain path's|layers held|data set"
+        "model|data set|coefficients|points against the plain path [95 %]|what the interval says|α|"
+        "α, plain path|accuracy in distribution|plain path's|layers held"
     ).split("|")
     table = Table("Accuracy at about the same accuracy in distribution", head, rows)
     lead = f"{_ABOUT} {images(facts.part(STUDY), 'n = {:,} images of {}', '; ')}."
-    return Section(STUDY, "Beyond the paper", "A coefficient for each layer", lead, tables=[table])
+    return Section(STUDY, "Beyond the paper", "A coefficient for each layer", lead, _picture(facts), [table])
+
+
+def _picture(facts: Facts) -> Picture:
+    """Draw accuracy out of distribution against that in distribution; of controls, means over draws."""
+    part = facts.part(STUDY).fillna({"coefficients": "plain path", "control": False})
+    keys = ["model", "coefficients", "control", "alpha"]
+    near, far = (part[part["ood"].astype(bool) == ood] for ood in (False, True))
+    across = 100 * near.groupby(keys)["accuracy"].mean()
+    colours = {name: f"@c{n - 1}" if n else "@ink" for n, name in enumerate(part["coefficients"].unique())}
+    symbols = dict(zip(colours, cycle(SYMBOLS)))
+    traces = []
+    for (model, dataset, name, control), curve in far.groupby(["model", "dataset", *keys[1:3]], sort=False):
+        y, x = 100 * curve.groupby("alpha")["accuracy"].mean(), across[model, name, control]
+        hover = [
+            f"<b>{safe(name + _CONTROL[control])}</b>, α = {alpha:g}<br>in distribution {x[alpha]:.1f} %<br>"
+            f"{safe(dataset)} {y[alpha]:.1f} %"
+            for alpha in x.index
+        ]
+        style = (symbols[name] + "-open", "dot") if control else (symbols[name], "solid")
+        show = {"model": [model], "dataset": [dataset]}
+        traces.append(line(x.tolist(), y[x.index].tolist(), hover, show, colours[name], *style))
+    alt = "Accuracy out of distribution against accuracy in distribution, a curve along alpha for each table"
+    axes = layout("mean accuracy in distribution (%)", "accuracy (%)", 420)
+    legend = [Key(name, colour, symbols[name]) for name, colour in colours.items()]
+    controls = [choices(of, text, far[of]) for of, text in (("model", "Model"), ("dataset", "Data set"))]
+    chart = Chart("front", "Out of distribution against in distribution", alt, traces, axes, wide=True)
+    return Picture(controls, [chart], [*legend, Key("control: others held", "@grey", "circle-open", "dot")])

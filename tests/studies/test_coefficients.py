@@ -322,11 +322,21 @@ def test_words_say_what_intervals_allow() -> None:
 def test_the_section_has_a_row_for_each_table() -> None:
     section = words.section(facts_of(clear(by_hand())))
     (table,) = section.tables
-    assert [row[1].text for row in table.rows] == ["LiNeS", "held", "held: control"] * 2
-    assert [row[3].look for row in table.rows][3:] == ["good", "wide", "good"]
+    assert [row[2].text for row in table.rows] == ["LiNeS", "held", "held: control"] * 2
+    assert [row[4].look for row in table.rows][3:] == ["good", "wide", "good"]
     assert all(len(row) == len(table.headings) for row in table.rows)
     unexplained = {heading for heading in table.headings if not glossary.words_of(heading)}
     assert unexplained <= {"model", "data set"}
+
+
+def test_the_chart_has_a_curve_for_each_table() -> None:
+    (chart,) = words.section(facts_of(by_hand())).picture.charts
+    lines, plain, held, control = (chart.traces[place] for place in (1, 0, 2, 3))
+    assert plain["x"] == pytest.approx([80, 88, 92]) and plain["y"] == pytest.approx([60, 66, 56])
+    assert lines["x"] == pytest.approx([80, 86, 86]) and lines["y"] == pytest.approx([60, 72, 78])
+    assert control["x"] == pytest.approx([80, 85, 83]) and control["y"] == pytest.approx([60, 64, 60])
+    assert control["line"] == held["line"] | {"dash": "dot"}
+    assert all(trace["show"] == {"model": ["m"], "dataset": ["far"]} for trace in chart.traces)
 
 
 def test_trackers_keep_the_curves_apart() -> None:
