@@ -7,6 +7,7 @@ from pathlib import Path as File
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -179,3 +180,13 @@ def test_a_search_needs_images_of_its_own(zoo: File) -> None:
     words = ["coefficients", *own_models(zoo), "--alphas", "0", "1", "--hold", "none", "--slopes", "none"]
     for name in ("near", "far", "nowhere"):
         sweep_refused([*words, "--search", name], "--search", name, "near")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_find_the_same(zoo: File, tmp_path: File) -> None:
+    rows = {}
+    for name, more in {"alone": [], "two": ["--workers", "2"]}.items():
+        assert sweep.main([*command(zoo), *more, "--out", str(tmp_path / name)]) == 0
+        rows[name] = results.load(tmp_path / name).drop(columns="seconds")
+    pd.testing.assert_frame_equal(rows["two"], rows["alone"])
