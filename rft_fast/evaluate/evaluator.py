@@ -229,6 +229,10 @@ class Evaluator:
         feeds = {feed.name: feed for feed in self.feeds}
         return self.of([feeds[name] for name in names])
 
+    def noting(self) -> Evaluator:
+        """Return this evaluator, whose :meth:`scores` also have the entropies of predictions."""
+        return self.of([feed.noting() for feed in self.feeds])
+
     def pieces(self, each: int = 0) -> list[Evaluator]:
         """Return evaluators of consecutive images, such that the activations that a walk holds fit in memory.
 

@@ -53,6 +53,7 @@ class Images:
             ordered, order = self.classes.sort()
             self.targets = order[torch.searchsorted(ordered, self.labels)]
         self.groups = None if dataset.groups is None else dataset.groups.to(device)
+        self.entropies: Tensor | None = None  # of each image's prediction, if they are noted
         self.among: int | None = None  # number of classes that images are scored among, known once checked
         self._stream = _Stream(device) if self.images.device != device else None
 
@@ -74,6 +75,12 @@ class Images:
         found.targets = self.targets[part]
         if self._stream is not None:
             found._stream = _Stream(self.device)
+        return found
+
+    def noting(self) -> Images:
+        """Return the same images, whose scores also have the entropy of the predictions."""
+        found = copy(self)
+        found.entropies = torch.empty(len(self), device=self.device)
         return found
 
     def parts(self, size: int) -> list[Images]:
@@ -112,6 +119,8 @@ class Images:
         if self.normalize:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
+        if self.entropies is not None:
+            self.entropies[batch] = torch.special.entr(logits.softmax(1)).sum(1)
         if self.groups is None:
             losses = nn.functional.cross_entropy(logits, self.targets[batch], reduction="none")
         else:
@@ -122,7 +131,8 @@ class Images:
 
     def scores(self, losses: Tensor, predictions: Tensor) -> Scores:
         """Return scores of all images from losses, float32 [n], and predictions, int32 [n], on the CPU."""
-        return Scores(losses, predictions == self.dataset.labels, predictions)
+        entropies = None if self.entropies is None else self.entropies.cpu()
+        return Scores(losses, predictions == self.dataset.labels, predictions, entropies)
 
     def check(self, model: Callable[[Tensor], Any]) -> Tensor:
         """Check that a model can score this data set, by one image.

@@ -21,11 +21,14 @@ class Scores:
         predictions: Predicted class of each image, int32 [n] on the CPU: the row of the head with the largest
             logit among the scored ones, or the row that it counts as (``Dataset.groups``); -1 for logits with
             NaN. None: not known.
+        entropies: Entropy of the predicted distribution of each image in nats, float32 [n] on the CPU. None:
+            not known.
     """
 
     losses: Tensor
     correct: Tensor
     predictions: Tensor | None = None
+    entropies: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -58,6 +61,11 @@ class Scores:
     def accuracy_se(self) -> float:
         """Standard error of the accuracy; NaN for one image."""
         return _mean(self.correct)[1]
+
+    @property
+    def entropy(self) -> float | None:
+        """Mean entropy of the predictions; None: not known."""
+        return None if self.entropies is None else _mean(self.entropies)[0]
 
     def gain_over(self, base: Scores) -> tuple[float, float]:
         """Return accuracy minus that of ``base`` on the same images, and its paired standard error.
@@ -121,12 +129,13 @@ class Scores:
 
     def then(self, more: Scores) -> Scores:
         """Return these scores followed by those of further images."""
-        predictions = None
-        if self.predictions is not None and more.predictions is not None:
-            predictions = torch.cat([self.predictions, more.predictions])
-        return Scores(
-            torch.cat([self.losses, more.losses]), torch.cat([self.correct, more.correct]), predictions
+        pairs = (
+            (self.losses, more.losses),
+            (self.correct, more.correct),
+            (self.predictions, more.predictions),
+            (self.entropies, more.entropies),
         )
+        return Scores(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
 
     def _check_paired(self, base: Scores, operation: str) -> None:
         if self.samples != base.samples:

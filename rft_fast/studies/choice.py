@@ -29,6 +29,7 @@ RULES = {
     "ID loss": "lowest mean loss in distribution",
     "ID bump": "loss in distribution furthest below the straight line between its ends",
     "agreement": "predictions on the OOD images that agree about equally with those of both ends",
+    "confidence": "lowest mean entropy of the predictions on the OOD images",
     "alpha 0.5": "the position nearest to 0.5",
     "fine-tuned": "alpha = 1",
     "zero-shot": "alpha = 0",
@@ -51,7 +52,7 @@ def choice(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFrame:
         rows: rows of :func:`rft_fast.studies.interpolation`, also on in-distribution data; others are
             ignored.
         images: results of single images of these rows; None: there are none, and the rule *agreement*, which
-            needs predictions, is left out.
+            needs predictions, is left out. So is *confidence* for rows of versions without entropies.
 
     Returns:
         One row per OOD data set, model and rule:
@@ -163,6 +164,8 @@ def _rules(
     if known is not None and (predictions := known.predictions) is not None:
         agreement = np.minimum(*((predictions == predictions[end]).mean(axis=1) for end in (0, -1)))
         chosen["agreement"] = float(alphas[best(agreement)])
+    if curve["entropy"].notna().any():
+        chosen["confidence"] = float(alphas[best(-curve["entropy"].fillna(math.inf))])
     chosen["alpha 0.5"] = float(alphas[int(np.argmin(np.abs(alphas - 0.5)))])
     chosen |= {"fine-tuned": 1.0, "zero-shot": 0.0}
     top = None

@@ -114,6 +114,7 @@ ROWS = {
         "nats", "loss minus the straight line between the losses of the two ends", _ENDS, "0.202"
     ),
     "bump_se": Column("nats", "standard error of bump, paired over images", _ENDS, "0.012"),
+    "entropy": Column("nats", "mean entropy of the predictions", "interpolation", "0.61"),
     "distance": Column(
         "-", "Euclidean distance of the weights from zero-shot: alpha |w1 - w0|, over all layers",
         "interpolation", "11.4",

@@ -69,7 +69,8 @@ def interpolation(
         alphas: positions in [0, 1], including 0 and 1; measured in ascending order.
         model: name of the fine-tuned model, written into the rows.
         zeroshot: scores at alpha = 0 by data set, if known; missing ones are measured and added. Models
-            fine-tuned from the same checkpoint can share this dictionary.
+            fine-tuned from the same checkpoint can share this dictionary. Scores without entropies
+            (:meth:`rft_fast.evaluate.Evaluator.noting`) leave ``entropy`` missing.
         finetuned: scores at alpha = 1 by data set, likewise, of this model. Any other position needs them
             for its bump, so they are made first.
         only: numbers of the measurements to make; None: all. There is one per (alpha, data set), numbered
@@ -82,7 +83,8 @@ def interpolation(
         One row per (alpha, data set), with the columns of :data:`rft_fast.studies.COLUMNS`. ``loss`` is in
         nats, ``accuracy`` a fraction. ``gain`` is A(alpha) - A(0), ``rise`` is L(alpha) - L(0) and ``bump``
         is L(alpha) - [(1 - alpha) L(0) + alpha L(1)], each with a standard error paired over samples.
-        ``distance`` is that of the weights from zero-shot (:attr:`rft_fast.Path.distance` times alpha).
+        ``distance`` is that of the weights from zero-shot (:attr:`rft_fast.Path.distance` times alpha),
+        ``entropy`` the mean entropy of the predictions.
         ``seconds`` is the time of the position, divided among the data sets in proportion to their samples.
 
     Raises:
@@ -113,7 +115,7 @@ def interpolation(
                 ahead[group[0]] = ahead.get(group[0], 0.0) + now - start
                 start = now
                 with path.at(alpha):
-                    scores = evaluator.among(base).scores()
+                    scores = evaluator.among(base).noting().scores()
             seconds = perf_counter() - start + (ahead.get(group[0], 0.0) if alpha == 1 else 0.0)
             for number, (name, score) in zip(numbers, scores.items(), strict=True):
                 if not record.wants(number):
@@ -123,7 +125,7 @@ def interpolation(
                 row["gain"], row["gain_se"] = score.gain_over(base[name])
                 row["rise"], row["rise_se"] = score.rise_over(base[name])
                 row["bump"], row["bump_se"] = score.bump(base[name], last[name], alpha)
-                row["distance"] = alpha * path.distance
+                row["distance"], row["entropy"] = alpha * path.distance, score.entropy
                 record.add(number, [row], [score])
     return record.frame()
 
@@ -138,7 +140,7 @@ def end_scores(
     names = list(names)
     if not all(name in known for name in names):
         with path.at(alpha):
-            for name, scores in evaluator.among(names).scores().items():
+            for name, scores in evaluator.among(names).noting().scores().items():
                 if name not in known:
                     known[name] = scores
     return {name: known[name] for name in names}

@@ -71,6 +71,7 @@ COLUMNS: dict[str, str] = {
     "instability_accuracy_se": "float64",
     "bump": "float64",  # L(alpha) - [(1 - alpha) L(0) + alpha L(1)], paired over samples
     "bump_se": "float64",
+    "entropy": "float64",  # of the predictions, mean over images
     "distance": "float64",  # of the weights from zero-shot, Euclidean
     "change": "float64",  # A(pruned) - A(unpruned) at the same alpha, paired over samples
     "change_se": "float64",

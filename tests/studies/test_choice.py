@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from pathlib import Path as File
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from support import tiny_zoo
+from support.tiny_models import dataset, deep
 from support.wording import refused
 
 from rft_fast import results, studies, sweep
+from rft_fast.evaluate import Evaluator
+from rft_fast.path import Path
 from rft_fast.report.__main__ import main as report
 from rft_fast.studies.bands import dealt
 from rft_fast.studies.choice import RULES, cross_fitted
@@ -69,7 +73,7 @@ def test_each_rule_chooses_by_its_own_measure() -> None:
         ]
     )
     found = studies.choice(rows.sample(frac=1, random_state=0)).set_index("rule")
-    assert list(found.index) == [rule for rule in RULES if rule != "agreement"]
+    assert list(found.index) == [rule for rule in RULES if rule not in ("agreement", "confidence")]
     assert found["alpha"].to_dict() == {
         "ID accuracy": 0.2, "ID loss": 1.0, "ID bump": 0.2, "alpha 0.5": 0.6, "fine-tuned": 1.0,
         "zero-shot": 0.0,
@@ -94,6 +98,32 @@ def test_the_agreement_with_both_ends() -> None:
     rows = pd.concat([path_rows([1.0] * 4, images=10), path_rows([0.5] * 4, dataset="x")])
     found = studies.choice(rows, Kept({"m": hits}, {"m": predictions})).set_index("rule")
     assert found.loc["agreement", "alpha"] == 0.6 and (found["regret"] == 0).all()
+
+
+def test_confidence_is_the_lowest_entropy_on_the_images_themselves() -> None:
+    far, near = path_rows([0.5] * 4, entropy=[0.7, 0.9, 0.2, 0.3]), path_rows([0.5] * 4, dataset="x")
+    found = studies.choice(pd.concat([far, near])).set_index("rule")
+    assert found.loc["confidence", "alpha"] == 0.6
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_rows_of_the_path_have_the_entropy_of_its_predictions(batch: int) -> None:
+    model = deep().eval()
+    draw = torch.Generator().manual_seed(0)
+    zero = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    one = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=draw) for name, tensor in zero.items()}
+    data = dataset("a", 21)
+    rows = studies.interpolation(
+        Path(model, zero, one), Evaluator(model, [data], batch_size=batch), [0, 0.5, 1]
+    )
+    for alpha, entropy in zip(rows["alpha"], rows["entropy"], strict=True):
+        model.load_state_dict({name: torch.lerp(zero[name], one[name], alpha) for name in zero})
+        with torch.no_grad():
+            pixels = (data.images.float() / 255 - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(
+                data.std
+            ).view(3, 1, 1)
+            p = model(pixels).double().softmax(1)
+        assert entropy == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=1e-6)
 
 
 def test_a_best_position_that_is_chance_costs_nothing() -> None:
@@ -181,7 +211,7 @@ def test_paths_that_cannot_be_compared_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run(tmp_path: File, capsys: pytest.CaptureFixture[str]) -> None:
     """Table, figure, words and page of a run; the same again from its directory."""
     zoo = tiny_zoo.make(tmp_path)
     out = tmp_path / "run"
@@ -197,6 +227,6 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Which alpha, without labels from elsewhere?" in (out / "report.html").read_text()
 
 
-def test_a_run_without_data_in_distribution_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_data_in_distribution_is_refused(tmp_path: File) -> None:
     words = tiny_zoo.own_models(tiny_zoo.make(tmp_path), "a")
     tiny_zoo.sweep_refused(["choice", *words[: words.index("--id-data")]], "--id-data")
