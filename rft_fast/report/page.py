@@ -39,7 +39,7 @@ def library() -> str:
         offline = importlib.import_module("plotly.offline")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "report: it needs plotly, which is not installed; pip install 'rft-fast[report]'"
+            "report: it needs plotly, which is not installed; pip install 'plotly>=6'"
         ) from None
     return _packed(offline.get_plotlyjs())
 

@@ -188,3 +188,10 @@ def test_the_readme_s_loop_is_the_first_recipe() -> None:
     imports, function = code.split("\n\n\n")
     recipe = text(ROOT / "docs" / "recipes" / "mezo.py")
     assert imports + "\n" in recipe and function in recipe
+
+
+def test_continuous_integration_runs_what_the_readme_says() -> None:
+    """A command that README.md no longer has would end .ci/run before its tests."""
+    commands = re.findall(r"^readme '(.*)'", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(commands) == 2 and all(command in lines for command in commands)

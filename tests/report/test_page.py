@@ -17,8 +17,6 @@ from rft_fast import catalogue, report, studies
 from rft_fast.report import files, glossary, provenance, runs, sections
 from rft_fast.report.first import looks
 
-pytest.importorskip("plotly", reason="the report needs plotly: pip install 'rft-fast[report]'")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -42,8 +42,6 @@ from rft_fast.report import comparison, files, matching, runs, sections, summary
 from rft_fast.report.__main__ import main
 from rft_fast.report.findings import findings
 
-pytest.importorskip("plotly", reason="the report needs plotly: pip install 'rft-fast[report]'")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -378,7 +376,7 @@ def test_without_plotly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     pages.library.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    refuses(run, facts=("rft-fast[report]",))
+    refuses(run, facts=("plotly",))
     pages.library.cache_clear()
 
 

@@ -20,8 +20,6 @@ from rft_fast import report, results
 
 pytestmark = pytest.mark.browser
 
-pytest.importorskip("plotly", reason="the report needs plotly: pip install 'rft-fast[report]'")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
