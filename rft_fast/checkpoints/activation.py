@@ -2,8 +2,8 @@
 
 Weights do not show which one they were trained with, and with the other one a model computes worse features
 without an error. Evidence: classes named in a pickle or TorchScript archive, the code of such an archive, the
-header of a safetensors file, ``config.json`` or ``open_clip_config.json`` in the same directory.
-Contradictory evidence is not used.
+metadata of a safetensors file or of a merged one, ``config.json`` or ``open_clip_config.json`` in the same
+directory. Contradictory evidence is not used.
 """
 
 from __future__ import annotations
@@ -135,13 +135,14 @@ def of_code(text: str) -> set[bool]:
 
 
 def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, bool, str]]:
-    """Yield the evidence in a safetensors header: (tower, quick, source).
+    """Yield the evidence in the metadata of a file: (tower, quick, source).
 
     Args:
-        metadata: entries of the header; an activation itself, or a configuration as JSON.
+        metadata: entries of a safetensors header or an archive; an activation itself, or a configuration as
+            JSON.
     """
     for key, value in metadata.items():
-        source = f"the entry {key[:40]!a} of its header"
+        source = f"its entry {key[:40]!a}"
         if key in ("hidden_act", "quick_gelu"):
             quick = _is_quick(value) if key == "hidden_act" else _BOOLEANS.get(value.strip().lower())
             if quick is not None:

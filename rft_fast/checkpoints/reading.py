@@ -56,7 +56,7 @@ class Opened:
         entries: canonical name -> the tensors of the file that it is made of: shape, dtype, names in the
             file, and ``split``, by which a new value is written back under these.
         path: keys of the dicts that hold the tensors, outermost first; empty if the file is the state dict.
-        metadata: of a safetensors header.
+        metadata: of a safetensors header, or what rft_fast.merge added to an archive of torch.save.
         activation: as of ``Checkpoint.tensors``.
         notes: as of :class:`Checkpoint`.
         doubts: as of :class:`Checkpoint`.

@@ -14,7 +14,11 @@ from ..common.files import Content
 from ..common.pickles import Global, Opaque, Unreadable, kind_of
 
 ContainerKind = Literal["safetensors", "torch", "old torch", "pickle", "torchscript"]
-PROVENANCE = "rft_fast.merge"  # entry of a safetensors header that says what the file was merged from
+# Entries that rft_fast.merge adds to a safetensors header, or to an archive of torch.save: what the file was
+# merged from, and the activations of its towers.
+PROVENANCE = "rft_fast.merge"
+ACTIVATIONS = {True: "activation.quick_gelu", False: "activation.gelu"}
+OURS = (PROVENANCE, *ACTIVATIONS.values())
 MOST_DIMENSIONS = 64  # the limit of torch
 
 
@@ -27,7 +31,7 @@ class Container:
         value: safetensors: tensors by name; otherwise the value of the pickle.
         size: of the file, in bytes.
         own: TorchScript: class -> names of its parameters and buffers.
-        metadata: of a safetensors header.
+        metadata: of a safetensors header; of an archive of torch.save, its entries among OURS.
         activations: TorchScript: activations in its code, True for QuickGELU and False for GELU.
     """
 

@@ -15,11 +15,12 @@ from ..common.pickles import Global, Stream, Unreadable
 from ..common.words import many
 from . import activation, foreign
 from .pickled_tensors import unpickle
-from .stored import Container, Span, Storage, storage
+from .stored import OURS, Container, Span, Storage, storage
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first value in files of torch.save before version 1.6
 _PROTOCOL = 1001
 _MOST_CODE = 16 << 20  # bytes; the code of a CLIP has about 100 KiB
+_MOST_METADATA = 16 << 20  # bytes; the provenance of a soup of 72 models has about 20 KiB
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M
 )
@@ -57,12 +58,26 @@ def read_archive(stream: BinaryIO, data: Content) -> Container:
     script = f"{parts.top}constants.pkl" in by_name
     value = unpickle(Stream(parts["data.pkl"].read()), parts.storage, None if script else nested_storage)
     if not script:
-        return Container("torch", value, len(data))
+        return Container("torch", value, len(data), metadata=_metadata(parts))
     own, activations = _of_code(stream, f"{parts.top}code/")
     constants = (parts.place(name) for name in parts.inside("constants/"))
     if any(map(_is_quick, constants)):
         activations.add(True)
     return Container("torchscript", value, len(data), own, activations=frozenset(activations))
+
+
+def _metadata(parts: _Parts) -> dict[str, str]:
+    """Read the entries of text that rft_fast.merge adds; they are never unpickled."""
+    found = {}
+    for name in OURS:
+        if (place := parts.place(name)) is None:
+            continue
+        if len(place) > _MOST_METADATA:
+            raise Unreadable(
+                f"has an entry {name!r} of {len(place):,} bytes, expected at most {_MOST_METADATA:,}"
+            )
+        found[name] = bytes(place.read()).decode("utf-8", "replace")
+    return found
 
 
 def _is_quick(constant: Span | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rft_fast
-from rft_fast.checkpoints.stored import PROVENANCE
+from rft_fast.checkpoints.stored import ACTIVATIONS, PROVENANCE
 
 _CONFIGS = {"image": "vision_cfg", "text": "text_cfg"}  # as open_clip's configurations call the towers
 
@@ -70,5 +70,5 @@ def _with_activations(origin: Mapping[str, Any], quick: Mapping[str, bool]) -> d
     found = {PROVENANCE: json.dumps(origin)}
     for value in set(quick.values()):
         towers = dict(_UNKNOWN) | {_CONFIGS[tower]: {} for tower, other in quick.items() if other is value}
-        found[f"activation.{'quick_gelu' if value else 'gelu'}"] = json.dumps({"quick_gelu": value, **towers})
+        found[ACTIVATIONS[value]] = json.dumps({"quick_gelu": value, **towers})
     return found

@@ -139,17 +139,17 @@ def _run(request: Request, measures: Measures | None) -> Outcome:
 
 
 def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
-    """Read what a merged safetensors file says of its origin.
+    """Read what a merged file says of its origin; nothing in it is executed.
 
     Args:
-        path: a safetensors file.
+        path: a safetensors file, or a file of torch.save.
 
     Returns:
         Method, numbers, sources with their SHA-256, and notes; None if the file was not written by
         :func:`run`.
 
     Raises:
-        ValueError: it is no safetensors file.
+        ValueError: it is no file of tensors, or its entry ``rft_fast.merge`` is damaged.
         OSError: it cannot be read.
     """
     file = pathlib.Path(path)
@@ -158,10 +158,16 @@ def provenance(path: str | PathLike[str]) -> dict[str, Any] | None:
             container = containers.read(stream, file)
     except Unreadable as error:
         raise ValueError(f"merge: {file} {error}") from error
-    if container.kind != "safetensors":
-        raise ValueError(f"merge: {file} is a {container.kind} file, expected safetensors")
-    text = container.metadata.get(PROVENANCE)
-    return None if text is None else dict(json.loads(text))
+    if (text := container.metadata.get(PROVENANCE)) is None:
+        return None
+    try:
+        origin = json.loads(text)
+    except (ValueError, RecursionError):
+        origin = None
+    if not isinstance(origin, dict):
+        got = f"expected a JSON object, got {text[:40]!a}"
+        raise ValueError(f"merge: the entry {PROVENANCE} of {file} is damaged: {got}; merge again")
+    return origin
 
 
 def _recalibrated(

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from support.wording import command_refused, refused, said
 from torch import Tensor, nn
 
 from rft_fast import checkpoints
+from rft_fast.checkpoints.__main__ import main as checkpoints_main
 from rft_fast.merge import Request, provenance, run
 from rft_fast.merge.__main__ import main
 
@@ -84,6 +86,46 @@ def test_provenance(tmp_path: Path) -> None:
         assert not any("rft_fast" in note for note in checkpoints.read(tmp_path / "odd.safetensors").notes)
     with safe_open(out, "pt") as opened:
         assert opened.metadata()["format"] == "pt"
+
+
+def test_the_provenance_of_a_file_of_torch_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = tiny_merge.put(tmp_path, zero=ZERO, one=ONE)
+    out = tmp_path / "soup.pt"
+    outcome = run(Request("soup", (files["zero"], files["one"]), out))
+    with zipfile.ZipFile(out) as archive:
+        assert json.loads(archive.read("archive/rft_fast.merge")) == outcome.provenance
+    assert provenance(out) == outcome.provenance and len(outcome.provenance["sources"]) == 2
+    assert checkpoints_main([str(out)]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "rft_fast.merge" in line]
+    assert len(notes) == 1 and all(
+        word in notes[0] for word in ("soup", "zero.safetensors", "one.safetensors")
+    )
+    torch.save(ONE, tmp_path / "other.pt")
+    assert provenance(tmp_path / "other.pt") is None
+
+    def altered(text: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+        with zipfile.ZipFile(tmp_path / "other.pt") as old, zipfile.ZipFile(tmp_path / "x.pt", "w") as new:
+            for entry in old.infolist():
+                new.writestr(entry, old.read(entry))
+            new.writestr("other/rft_fast.merge", text, compression)
+        return tmp_path / "x.pt"
+
+    # A pickle that would call print: it is read as text, and is no JSON.
+    for text in (
+        b"\x80\x02cbuiltins\nprint\nX\x01\x00\x00\x00x\x85R.",
+        b"[1]",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+    ):
+        with refused(ValueError, "x.pt", "rft_fast.merge"):
+            provenance(altered(text))
+        assert not any("rft_fast" in note for note in checkpoints.read(tmp_path / "x.pt").notes)
+    assert capsys.readouterr().out == ""
+    with refused(ValueError, "rft_fast.merge", f"{(16 << 20) + 1:,}"):
+        provenance(altered(b" " * ((16 << 20) + 1)))
+    with refused(ValueError, "rft_fast.merge"):
+        provenance(altered(b" " * (1 << 20), zipfile.ZIP_DEFLATED))
 
 
 MODULES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
@@ -309,12 +351,13 @@ def test_views_and_dtypes_of_torch_files(tmp_path: Path, suffix: str) -> None:
         assert list(torch.load(out, weights_only=True)) == list(state)
 
 
-def test_activations_stay_known(tmp_path: Path) -> None:
-    """What a pickled class shows of QuickGELU is in the result's header."""
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_activations_stay_known(tmp_path: Path, suffix: str) -> None:
+    """What a pickled class shows of QuickGELU is in the result's metadata."""
     for name in ("zero", "one"):
         written(WRITERS["zip"], tmp_path / name, MODULES["wiseft"])
     before = checkpoints.load(tmp_path / "zero").activation  # type: ignore[attr-defined]
-    out = tmp_path / "out.safetensors"
+    out = tmp_path / f"out{suffix}"
     run(Request("interpolate", (tmp_path / "one",), out, tmp_path / "zero", alpha=(0.5,)))
     after = checkpoints.load(out).activation  # type: ignore[attr-defined]
     assert before and {k: v.quick for k, v in after.items()} == {k: v.quick for k, v in before.items()}
