@@ -179,9 +179,9 @@ class Layers:
         whole=tuple,
     )
     models: tuple[str, ...] | None = _names(
-        "models for layers, cumulative, layer-sharpness, prune and figures; other studies measure all "
-        "(default: those with the highest and lowest mean out-of-distribution gain: two for layers, "
-        "cumulative and prune, four for layer-sharpness; all for correlation and claim)",
+        "models for layers, cumulative, layer-sharpness, prune, coefficients and figures; other studies "
+        "measure all (default: those with the highest and lowest mean out-of-distribution gain: four for "
+        "layer-sharpness, two for the others; all for correlation and claim)",
         common="models of studies by layer (default: best, worst)",
     )
     data: tuple[str, ...] | None = _names(

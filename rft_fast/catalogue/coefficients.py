@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .. import settings
 from ..common.fields import Group, option
-from ..common.numeric import whole
+from ..common.numeric import as_float, whole
 from ..names import CRITERIA, Criterion
 from ..path.coefficients import Entries, Table, lines, read_table, spread
 from .prune import DECIDED_BY
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _slope(text: str) -> float | str:
-    if text != "none" and not 0 < float(text) <= 1:
+    if text != "none" and not 0 < as_float(text) <= 1:
         raise ValueError(f"expected a number above 0, at most 1, or none; got {text}")
     return text if text == "none" else float(text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import settings
-from .study import Study, Task
+from .study import Request, Study, Task
 
 if TYPE_CHECKING:
     import os
@@ -26,6 +26,14 @@ class Ensemble(Study):
     by_default = False
     reaches_ends = True
     keeps_images = True
+
+    def validate(self, request: Request) -> None:
+        alphas = request.of(settings.Along).alphas
+        if len(alphas) < 3:
+            raise ValueError(
+                "ensemble: path and ensembles are compared at positions between 0 and 1, of which there are "
+                f"none in --alphas {' '.join(f'{alpha:g}' for alpha in alphas)}; add some"
+            )
 
     def measure(self, task: Task) -> None:
         from .. import studies

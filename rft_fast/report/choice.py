@@ -24,20 +24,21 @@ _LEAD = (
 )
 _FITTED = ", where the best position is chosen on other images than it is measured on (five folds)."
 _OBSERVED = (
-    ". Results of single images were not kept, so the best position is chosen and measured on the same "
+    ". Without results of at least five single images, the best position is chosen and measured on the same "
     "images, and every regret is too large."
 )
-_INTERVAL = "In brackets: 95 % intervals of the mean, over models and images."
+_INTERVAL = " In brackets: 95 % intervals of the mean, over models and images."
 
 
 def _lead(facts: Facts) -> str:
-    return _LEAD + (_FITTED if facts.choice["cross_fitted"].all() else _OBSERVED)
+    fitted = _FITTED if facts.choice["cross_fitted"].all() else _OBSERVED
+    return _LEAD + fitted + (_INTERVAL if facts.choice_means["regret_low"].notna().any() else "")
 
 
 def lines(facts: Facts) -> list[str]:
     """Format the mean regret of each rule, in lines."""
     table, means = facts.choice, facts.choice_means
-    text = paragraphs(facts, f"choice: alpha without labels. {_lead(facts)} {_INTERVAL} In points.")
+    text = paragraphs(facts, f"choice: alpha without labels. {_lead(facts)} In points.")
     for dataset, group in means.groupby("dataset", sort=False):
         text += [f"  {dataset}, {many(int(group['models'].max()), 'model')}:"]
         cells = [["rule", "alpha", "mean regret", "", "largest"]]
@@ -81,7 +82,7 @@ def findings(facts: Facts) -> Iterator[Finding]:
     text += f", the mean over {many(usual['models'], 'model')}"
     for how, other in (("less", here["beyond_id_high"] < 0), ("more", here["beyond_id_low"] > 0)):
         if other.any():
-            text += f"; {how} by the rules {joined(list(here.loc[other, 'rule']))}"
+            text += f"; {how} by the rules {joined(list(here.loc[other, 'rule']))} (corrected for all rules)"
     yield Finding(f"{text}.", "choice", Rank.ID_ALPHA)
 
 
@@ -91,7 +92,7 @@ def section(facts: Facts) -> Section:
         "choice",
         "Beyond the paper",
         "Which alpha, without labels from elsewhere?",
-        f"{_lead(facts).replace('alpha', 'α')} {_INTERVAL}",
+        _lead(facts).replace("alpha", "α"),
         _picture(facts),
         [_means(facts), _choices(facts)],
         [] if facts.choice["cross_fitted"].all() else ["Every regret is too large (see above)."],
@@ -160,7 +161,9 @@ def _means(facts: Facts) -> Table:
             ]
         )
         chosen.append({"dataset": fact["dataset"]})
-    headings = "rule|chooses|mean regret|95 % interval|largest|minus that of ID accuracy|data set".split("|")
+    headings = (
+        "rule|chooses|mean regret|95 % interval|largest|minus that of ID accuracy [95 %, corrected]|data set"
+    ).split("|")
     return Table("Regret of each rule over the models, in points", headings, rows, chosen)
 
 

@@ -9,8 +9,9 @@ from ..common.tables import aligned
 from ..common.words import many, some, visible
 from ..studies.coefficients import STUDY
 from ..studies.facts import Facts
+from ..studies.pruning import kind
 from .drawing import SYMBOLS, Chart, Key, Picture, choices, layout, line, safe
-from .phrases import images, points, within
+from .phrases import images, joined, points, within
 from .shown import Finding, Rank, Section
 from .summary import paragraphs
 from .tables import PRUNED, Cell, Table, interval, number
@@ -19,15 +20,38 @@ _ABOUT = (
     "Each layer is at its coefficient times alpha; on the plain path all coefficients are 1. A control holds "
     "as many other layers, chosen at random. Each table is at the alpha of its highest mean accuracy in "
     "distribution (ID), and the plain path at the alpha whose accuracy there is nearest. Difference in "
-    "accuracy of these two: in points, with 95 % intervals, paired over images and Bonferroni-corrected for "
-    "all tables and data sets out of distribution."
+    "accuracy of these two: in points; out of distribution with 95 % intervals, paired over images and "
+    "Bonferroni-corrected for all tables and data sets."
 )
+_CHOSEN_BY = {"instability": "layers", "sharpness": "layer-sharpness"}  # criterion -> study
 _CONTROL = {False: "", True: ": control"}
+
+
+def _choosing(facts: Facts) -> dict[str, list[str]]:
+    """Return held layers by name of the table -> the data sets out of distribution that chose them."""
+    far = {*facts.coefficients.loc[facts.coefficients["ood"], "dataset"]}
+    tables, found = {*facts.coefficients["coefficients"]}, {}
+    for criterion, study in _CHOSEN_BY.items():
+        name = f"{kind(criterion)} held"
+        sets = [each for each in facts.part(study)["dataset"].unique() if each in far]
+        if name in tables and sets:
+            found[name] = sets
+    return found
+
+
+def _about(facts: Facts) -> str:
+    """Describe the comparison, and which data sets are no independent test of held layers."""
+    chosen = [
+        f" Layers of the table '{name}' were chosen by losses on {joined(sets)}, which is therefore no "
+        "independent test of it."
+        for name, sets in _choosing(facts).items()
+    ]
+    return "".join([_ABOUT, *chosen])
 
 
 def lines(facts: Facts) -> list[str]:
     """Format the comparison with the plain path, in lines."""
-    found = paragraphs(facts, f"coefficients: {images(facts.part(STUDY))}. {_ABOUT}")
+    found = paragraphs(facts, f"coefficients: {images(facts.part(STUDY))}. {_about(facts)}")
     for (model, dataset), own in facts.coefficients.groupby(["model", "dataset"], sort=False):
         found.append(f"  {visible(f'{model} on {dataset}')}")
         table = [["coefficients", "held", "alpha", "ID %", "plain", "ID %", "difference"]]
@@ -67,6 +91,8 @@ def findings(facts: Facts) -> Iterator[Finding]:
     )
     if len(control):
         text += f", against {points(control.iloc[0])} points with as many other layers held"
+    if top["dataset"] in _choosing(facts).get(top["coefficients"], ()):
+        text += "; these layers were chosen by losses on the same data set"
     yield Finding(f"{text}.", STUDY, Rank.PRUNING)
 
 
@@ -91,7 +117,7 @@ def section(facts: Facts) -> Section:
         "α, plain path|accuracy in distribution|plain path's|layers held"
     ).split("|")
     table = Table("Accuracy at about the same accuracy in distribution", head, rows)
-    lead = f"{_ABOUT} {images(facts.part(STUDY), 'n = {:,} images of {}', '; ')}."
+    lead = f"{_about(facts)} {images(facts.part(STUDY), 'n = {:,} images of {}', '; ')}."
     return Section(STUDY, "Beyond the paper", "A coefficient for each layer", lead, _picture(facts), [table])
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from .bands import FOLDS, LEVEL, best, dealt
+from .bands import FOLDS, best, dealt
 from .gains import STUDY, check_path, results_of
 from .images import check_images
 from .rows import check_table
+from .verdicts import half_width
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,7 +77,8 @@ def choice_means(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFra
     The 95 % intervals are by Student's t with one degree of freedom less than there are models. The variance
     of a mean counts that the models are a sample, and that they share their images: it is the variance over
     models plus that over images minus that over both (two-way clusters; Cameron, Gelbach and Miller, 2011),
-    and at least the larger of the first two.
+    and at least the larger of the first two. Intervals of differences between rules are
+    Bonferroni-corrected for all of these on a data set.
 
     Args:
         rows, images: as for :func:`choice`.
@@ -86,24 +87,28 @@ def choice_means(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFra
         One row per OOD data set and rule: ``dataset``, ``rule``, ``models``, ``regret`` (the mean),
         ``regret_se``, ``regret_low``, ``regret_high``, ``largest`` (the largest regret of a model) and
         ``beyond_id`` with ``beyond_id_low`` and ``beyond_id_high``: the mean of the regret minus that of *ID
-        accuracy*. Errors and bounds are NaN for one model, and where no results of single images are known.
+        accuracy*. Errors and bounds are NaN for one model, and where no results of single images are known;
+        bounds also where all regrets or differences are equal, which is no certainty.
 
     Raises:
         TypeError, ValueError: as :func:`choice` does.
     """
-    regrets: dict[tuple[str, str], list[NDArray[np.float64] | None]] = {}
-    means: dict[tuple[str, str], list[float]] = {}
+    regrets: dict[tuple[str, str], dict[str, NDArray[np.float64] | None]] = {}
+    means: dict[tuple[str, str], dict[str, float]] = {}
     for fact, regret in _paths(rows, images):
         key = fact["dataset"], fact["rule"]
-        regrets.setdefault(key, []).append(regret)
-        means.setdefault(key, []).append(fact["regret"])
+        regrets.setdefault(key, {})[fact["model"]] = regret
+        means.setdefault(key, {})[fact["model"]] = fact["regret"]
     found = []
-    for (dataset, rule), values in means.items():
-        known = _table(regrets[dataset, rule])
-        usual = _table(regrets[dataset, "ID accuracy"])
+    for (dataset, rule), by_model in means.items():
+        values, baseline = list(by_model.values()), regrets[dataset, "ID accuracy"]
+        known = _table([*regrets[dataset, rule].values()])
+        usual = _table([baseline[model] for model in by_model])  # a rule may not know all models
         paired = None if known is None or usual is None or known.shape != usual.shape else known - usual
         mean, error, low, high = _interval(values, known)
-        beyond = _interval([a - b for a, b in zip(values, means[dataset, "ID accuracy"])], paired)  # noqa: B905
+        differences = [value - means[dataset, "ID accuracy"][model] for model, value in by_model.items()]
+        others = sum(where == dataset and name != "ID accuracy" for where, name in means)
+        beyond = _interval(differences, paired, others)
         found.append(
             {
                 "dataset": dataset,
@@ -146,7 +151,8 @@ def _paths(
 
 def _by_id(own: pd.DataFrame) -> dict[str, float]:
     """Return the positions that the data in distribution choose for one model."""
-    means = own.groupby("alpha")[["accuracy", "loss", "bump"]].mean().fillna(math.inf)  # a loss that is NaN
+    values = own[["accuracy", "loss", "bump"]].fillna(math.inf)  # a loss that is NaN on one data set
+    means = values.groupby(own["alpha"]).mean()
     alphas = means.index.to_numpy()
     return {
         "ID accuracy": float(alphas[best(means["accuracy"])]),
@@ -225,13 +231,15 @@ def _table(regrets: list[NDArray[np.float64] | None]) -> NDArray[np.float64] | N
     return np.stack(known) if len(known) == len(regrets) and len({*map(len, known)}) == 1 else None
 
 
-def _interval(values: list[float], table: NDArray[np.float64] | None) -> tuple[float, float, float, float]:
-    """Return mean, standard error and bounds of some models' means."""
+def _interval(
+    values: list[float], table: NDArray[np.float64] | None, tests: int = 1
+) -> tuple[float, float, float, float]:
+    """Return mean, standard error and bounds of some models' means, corrected for a number of intervals."""
     mean, models = float(np.mean(values)), len(values)
     if table is None or models < 2 or table.shape[1] < 2:
         return mean, math.nan, math.nan, math.nan
     over_models, over_images = (table.mean(axis=axis).var(ddof=1) / table.shape[1 - axis] for axis in (1, 0))
     over_both = table.var(ddof=1) / table.size
     error = math.sqrt(max(over_models, over_images, over_models + over_images - over_both))
-    half = float(stdtrit(models - 1, (1 + LEVEL) / 2)) * error
+    half = half_width(error, models - 1, tests)
     return mean, error, mean - half, mean + half

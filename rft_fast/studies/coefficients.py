@@ -60,7 +60,8 @@ def coefficients(
         path, evaluator, alphas, model, sink, images: as for :func:`rft_fast.studies.interpolation`.
         tables: name -> coefficients by name or ``re:`` pattern of layers, None: of all others.
         hold: name -> layers with coefficient 0, as names or ``re:`` patterns; the others have 1.
-        seeds: of the controls to each of these: as many of the other layers, chosen at random.
+        seeds: of the controls to each of these: as many of the other layers, chosen at random. Layers with
+            equal ends do not count, because to hold them changes nothing.
         plain: scores on the plain path by (data set, alpha), if known; missing ones are measured and added.
         only: numbers of the measurements to make; None: all. There is one per (alpha, table), in ascending
             order of alpha and, for each alpha, the plain path first.
@@ -120,10 +121,12 @@ def _tables(
         yield _Table(name, ones | rest | dict(found.items()))
     for name, layers in hold.items():
         chosen = path.select(layers)
-        others = [layer for layer in path.layers if layer not in chosen]
-        if len(others) < len(chosen):
-            path.warn(f"coefficients: the control to {len(chosen)} layers has only {len(others)} others")
-        draws = [(random_layers(others, len(chosen), seed), seed) for seed in seeds if others]
+        moving = [layer for layer in path.layers if layer not in path.unchanged]
+        others = [layer for layer in moving if layer not in chosen]
+        count = len(moving) - len(others)
+        if len(others) < count:
+            path.warn(f"coefficients: the control to {count} layers has only {len(others)} others")
+        draws = [(random_layers(others, count, seed), seed) for seed in seeds if others and count]
         for held, seed in [(tuple(chosen), None), *draws] if chosen else []:
             yield _Table(name, ones | dict.fromkeys(held, 0.0), held, seed)
 
@@ -159,7 +162,8 @@ def coefficient_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.
           ``plain_alpha``, ``plain_near`` of the plain path; both alphas of the first draw;
         - ``difference`` in accuracy, mean over draws, with ``difference_se``, paired over images;
           ``difference_low``, ``difference_high``: 95 % interval by Student's t, Bonferroni-corrected for all
-          that are out of distribution and no control; ``verdict``: its :func:`.verdicts.sign`.
+          that are out of distribution and no control; missing in distribution, where the same images choose
+          alpha. That of a control is for the layers drawn. ``verdict``: its :func:`.verdicts.sign`.
 
     Raises:
         TypeError: ``rows`` is not a table of rows.
@@ -203,7 +207,7 @@ def coefficient_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.
             )
     tests = sum(fact["ood"] and not fact["control"] for fact in found)
     for fact in found:
-        half = half_width(fact["difference_se"], fact["samples"] - 1, max(1, tests))
+        half = half_width(fact["difference_se"], fact["samples"] - 1, tests) if fact["ood"] else math.nan
         ends = (fact["difference"] - half, fact["difference"] + half)
         fact |= {"difference_low": ends[0], "difference_high": ends[1], "verdict": sign(*ends)}
     return pd.DataFrame(found, columns=[*found[0]] if found else ["model", "dataset", "ood", "control"])

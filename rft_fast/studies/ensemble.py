@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from .bands import LEVEL
 from .gains import STUDY as PATH
 from .gains import check_path, results_of
 from .images import Images, Kept, check_images
 from .interpolate import check_alphas, check_evaluator
 from .rows import Measured, Sink, of_study, scored
+from .verdicts import half_width
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator
@@ -102,7 +101,7 @@ def ensemble_difference(rows: pd.DataFrame, images: Images | None = None) -> pd.
           alpha is chosen on the same images;
         - ``difference``: accuracy on the path minus that of the ensemble, the mean over the positions between
           the ends; ``difference_se``, its standard error, paired over images, and ``difference_low``,
-          ``difference_high``, a 95 % interval by Student's t;
+          ``difference_high``, a 95 % interval by Student's t; missing where no image differs;
         - ``ood``, ``samples``, ``alphas`` (number of positions between the ends).
 
     Raises:
@@ -135,7 +134,7 @@ def ensemble_difference(rows: pd.DataFrame, images: Images | None = None) -> pd.
         if known[0] is not None and known[1] is not None and samples > 1:
             each = (known[0].hits[inner].astype(np.float64) - known[1].hits[inner]).mean(axis=0)
             error = float(each.std(ddof=1)) / math.sqrt(samples)
-            half = float(stdtrit(samples - 1, (1 + LEVEL) / 2)) * error
+            half = half_width(error, samples - 1)
         found.append(
             {
                 "model": str(model),

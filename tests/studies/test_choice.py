@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import t as student
 from support import tiny_zoo
 from support.tiny_models import dataset, deep
 from support.wording import refused
@@ -89,6 +90,9 @@ def test_a_loss_that_is_not_a_number_is_never_chosen() -> None:
     rows = [path_rows([0.5] * 4), path_rows([0.5] * 4, dataset="x", loss=broken, bump=broken)]
     found = studies.choice(pd.concat(rows)).set_index("rule")["alpha"]
     assert found["ID loss"] == 0.6 == found["ID bump"]
+    other = path_rows([0.5] * 4, dataset="y", loss=[1.0, 0.1, 0.9, 0.9], bump=[0.0, -0.8, -0.1, 0.0])
+    found = studies.choice(pd.concat([rows[0], rows[1], other])).set_index("rule")["alpha"]
+    assert found["ID loss"] == 0.6 == found["ID bump"]  # not 0.2, where only one of two has a loss
 
 
 def test_the_agreement_with_both_ends() -> None:
@@ -168,11 +172,35 @@ def test_means_over_models() -> None:
             [hits[m][1].astype(float) - hits[m][at] for m, at in zip(own["model"], chosen, strict=True)]
         )
         half = (fact["beyond_id_high"] - fact["beyond_id_low"]) / 2
-        assert half == pytest.approx(
-            interval(table.mean(axis=1).tolist(), table)[1] * 4.302653
-        )  # t, 2 degrees
+        error = interval(table.mean(axis=1).tolist(), table)[1]
+        if rule == "ID accuracy":
+            assert fact["beyond_id"] == 0 and math.isnan(half)
+        else:  # five rules beside it: 99 %
+            assert half == pytest.approx(error * student.ppf(1 - 0.025 / 5, 2))
     alone = studies.choice_means(pd.concat([own for own in rows if (own["model"] == "0").all()]), kept)
     assert alone["regret_se"].isna().all() and alone["beyond_id_low"].isna().all()
+
+
+def test_a_rule_that_not_all_models_know_is_compared_model_by_model() -> None:
+    draw = np.random.default_rng(4)
+    hits = {model: draw.random((4, 40)) < 0.5 for model in "abc"}
+    predictions = {model: draw.integers(0, 3, (4, 40)).astype(np.uint16) for model in "bc"}
+    rows = [path_rows([*table.mean(axis=1)], model, images=40) for model, table in hits.items()]
+    rows += [path_rows([0.5, 0.6, 0.5, 0.5], model, "x") for model in hits]
+    kept = Kept(hits, predictions)
+    each = studies.choice(pd.concat(rows), kept).set_index(["rule", "model"])["regret"]
+    found = studies.choice_means(pd.concat(rows), kept).set_index("rule").loc["agreement"]
+    assert found["models"] == 2 and "a" not in each["agreement"]
+    assert found["beyond_id"] == pytest.approx((each["agreement"] - each["ID accuracy"][["b", "c"]]).mean())
+    assert found["beyond_id_low"] < found["beyond_id"]
+
+
+def test_equal_regrets_are_no_certainty() -> None:
+    hits = {model: np.ones((4, 20), dtype=bool) for model in "abc"}
+    rows = [path_rows([1.0] * 4, model, dataset, 20) for model in hits for dataset in ("far", "x")]
+    found = studies.choice_means(pd.concat(rows), Kept(hits))
+    assert (found["regret"] == 0).all() and (found["regret_se"] == 0).all()
+    assert found[["regret_low", "regret_high", "beyond_id_low"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(("of_models", "of_images"), [(0.0, 0.1), (0.07, 0.0), (0.07, 0.1)])

@@ -199,6 +199,16 @@ def test_few_others_to_hold_are_all_of_them() -> None:
     assert set(rows["layer"].dropna()) == {"0, 1, 3", "5, 7"}
 
 
+def test_controls_are_drawn_from_layers_that_move() -> None:
+    s = Setting()
+    one = {name: s.zero[name] if name[0] in "57" else tensor for name, tensor in s.one.items()}
+    path = Path(s.model, s.zero, one)
+    hold = {"held": ["0", "7"], "still": ["5"]}
+    rows = studies.coefficients(path, s.evaluator, [0, 1], {}, hold, seeds=range(4))
+    controls = rows[rows["control"].fillna(False).astype(bool)]
+    assert set(controls["layer"]) == {"1", "3"} and set(controls["coefficients"]) == {"held"}
+
+
 # --- effects --------------------------------------------------------------------------------------
 
 N = 50
@@ -220,7 +230,8 @@ class Stored:
 
     def of(self, study: str, model: str, dataset: str) -> ImageResults | None:
         assert study == "coefficients"
-        own = self.rows[(self.rows["model"] == model) & (self.rows["dataset"] == dataset)]
+        same = (self.rows[["study", "model", "dataset"]] == [study, model, dataset]).all(axis=1)
+        own = self.rows[same]
         hits = [np.arange(N) < round(N * accuracy) for accuracy in own["accuracy"]]
         return ImageResults.stack(own, [ImageScores(h, np.zeros(N, np.float16), None) for h in hits])
 
@@ -273,6 +284,7 @@ def test_effects_by_hand() -> None:
     assert far.loc["held", True]["difference_se"] == pytest.approx(value.std(ddof=1) / math.sqrt(N))
     near = facts[~facts["ood"]].set_index(["coefficients", "control"])
     assert near.loc["LiNeS", False]["difference"] == pytest.approx(-1 / N)
+    assert near["difference_low"].isna().all() and set(near["verdict"]) == {"unknown"}  # they choose alpha
 
     without = coefficient_effects(rows)
     assert without["difference"].tolist() == facts["difference"].tolist()
@@ -317,6 +329,19 @@ def test_words_say_what_intervals_allow() -> None:
     assert "-2.0 points" in found["held"][0] and "against +7.0 points" in found["held"][0]
     assert len(found["nothing"]) == 1
     said("\n".join(words.lines(texts["clear"])))
+
+
+def test_data_that_chose_the_layers_are_named() -> None:
+    rows = by_hand().replace({"coefficients": {"held": "stragglers held"}})
+    rows = rows[rows["coefficients"].isna() | (rows["coefficients"] == "stragglers held")]
+    for dataset, named in (("far", True), ("near", False)):
+        layer = {"study": "layers", "model": "m", "dataset": dataset, "layer": "a", "alpha": 0.0}
+        facts = facts_of(pd.concat([rows, studies.frame([layer])], ignore_index=True))
+        (finding,) = words.findings(facts)
+        assert ("chosen by losses on the same data set" in finding.text) is named
+        text = " ".join(" ".join(words.lines(facts)).split())
+        assert ("chosen by losses on far" in text) is named
+        assert ("chosen by losses on far" in words.section(facts).lead) is named
 
 
 def test_the_section_has_a_row_for_each_table() -> None:

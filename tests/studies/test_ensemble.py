@@ -125,6 +125,10 @@ def test_the_difference_is_paired_over_images() -> None:
     assert found["difference_se"] == pytest.approx(error)
     assert found["difference_high"] == pytest.approx(0.5 + 3.182446 * error)  # Student's t, three degrees
     assert found["alphas"] == 1 and found["samples"] == 4
+    (same,) = studies.ensemble_difference(rows, Kept({"interpolation": blend, "ensemble": blend})).to_dict(
+        "records"
+    )
+    assert same["difference_se"] == 0 and math.isnan(same["difference_low"])  # no certainty
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -143,6 +147,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
     path_ = Path(model, *ends(model))
     with refused(ValueError):
         studies.ensemble(path_, Evaluator(deep(), [dataset("a", 5)]), ALPHAS)
+
+
+def test_a_run_without_positions_to_compare_is_refused(tmp_path: File) -> None:
+    words = tiny_zoo.own_models(tiny_zoo.make(tmp_path), "a")
+    tiny_zoo.sweep_refused(["ensemble", *words, "--alphas", "0", "1"], "--alphas", 0, 1)
 
 
 @pytest.mark.slow
