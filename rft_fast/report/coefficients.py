@@ -18,10 +18,10 @@ from .tables import PRUNED, Cell, Table, interval, number
 
 _ABOUT = (
     "Each layer is at its coefficient times alpha; on the plain path all coefficients are 1. A control holds "
-    "as many other layers, chosen at random. Each table is at the alpha of its highest mean accuracy in "
-    "distribution (ID), and the plain path at the alpha whose accuracy there is nearest. Difference in "
-    "accuracy of these two: in points; out of distribution with 95 % intervals, paired over images and "
-    "Bonferroni-corrected for all tables and data sets."
+    "as many other layers, chosen at random; layers with equal ends do not count. Each table is at the alpha "
+    "of its highest mean accuracy in distribution (ID), and the plain path at the alpha whose accuracy there "
+    "is nearest. Difference in accuracy of these two: in points; out of distribution with 95 % intervals, "
+    "paired over images and Bonferroni-corrected for all tables and data sets."
 )
 _CHOSEN_BY = {"instability": "layers", "sharpness": "layer-sharpness"}  # criterion -> study
 _CONTROL = {False: "", True: ": control"}
@@ -42,8 +42,8 @@ def _choosing(facts: Facts) -> dict[str, list[str]]:
 def _about(facts: Facts) -> str:
     """Describe the comparison, and which data sets are no independent test of held layers."""
     chosen = [
-        f" Layers of the table '{name}' were chosen by losses on {joined(sets)}, which is therefore no "
-        "independent test of it."
+        f" Layers of the table '{name}' were chosen by losses on {joined(sets)}, so it has no independent "
+        "test there."
         for name, sets in _choosing(facts).items()
     ]
     return "".join([_ABOUT, *chosen])

@@ -275,12 +275,14 @@ def put_scores(database: sqlite3.Connection, of: str, key: tuple[str, float], sc
         database: Opened for writing.
         of: What the scores are of.
         key: Data set and alpha.
-        scores: Loss (float32), correctness and, if known, prediction of each image.
+        scores: Loss (float32), correctness and, if known, prediction and entropy of each image.
     """
     losses = scores.losses.numpy().astype("<f4", copy=False).tobytes()
     hits = scores.correct.numpy().astype(np.uint8).tobytes()
     if scores.predictions is not None:  # behind the hits: 4 bytes more for each image
         hits += scores.predictions.numpy().astype("<i4", copy=False).tobytes()
+        if scores.entropies is not None:  # behind the predictions, likewise
+            hits += scores.entropies.numpy().astype("<f4", copy=False).tobytes()
     with transaction(database):
         dataset, alpha = key
         values = (str(of), str(dataset), float(alpha) + 0.0, losses, hits)
@@ -300,13 +302,17 @@ def get_scores(database: sqlite3.Connection, of: str, key: tuple[str, float]) ->
     first, second = found
     count = len(first) // 4
     bytewise = isinstance(first, bytes) and isinstance(second, bytes)
-    if not bytewise or len(first) != 4 * count or len(second) not in (count, 5 * count):
+    if not bytewise or len(first) != 4 * count or len(second) not in (count, 5 * count, 9 * count):
         raise sqlite3.DatabaseError(f"scores of {of} differ from what was written")
     losses = torch.from_numpy(np.frombuffer(first, "<f4").astype("f4"))
     hits = torch.from_numpy(np.frombuffer(second, np.uint8, count).astype(bool))
     if len(second) == count:  # of an earlier version
         return Scores(losses, hits)
-    return Scores(losses, hits, torch.from_numpy(np.frombuffer(second, "<i4", offset=count).astype("i4")))
+    predictions = torch.from_numpy(np.frombuffer(second, "<i4", count, count).astype("i4"))
+    if len(second) == 5 * count:  # without entropies
+        return Scores(losses, hits, predictions)
+    entropies = torch.from_numpy(np.frombuffer(second, "<f4", offset=5 * count).astype("f4"))
+    return Scores(losses, hits, predictions, entropies)
 
 
 def verify(database: sqlite3.Connection) -> None:

@@ -30,7 +30,8 @@ def images(
 
     Args:
         directory: Directory of a run.
-        study: Name of a study that keeps them: interpolation, layers, prune, cumulative or coefficients.
+        study: Name of a study that keeps them: interpolation, layers, prune,
+            cumulative, ensemble or coefficients.
         model: Name of a model; None: all of them.
         dataset: Name of a data set; None: the only one of these rows.
 

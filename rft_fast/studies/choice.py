@@ -52,7 +52,8 @@ def choice(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFrame:
         rows: rows of :func:`rft_fast.studies.interpolation`, also on in-distribution data; others are
             ignored.
         images: results of single images of these rows; None: there are none, and the rule *agreement*, which
-            needs predictions, is left out. So is *confidence* for rows of versions without entropies.
+            needs predictions, is left out. So is *confidence* where some rows of a path are of a
+            version without entropies.
 
     Returns:
         One row per OOD data set, model and rule:
@@ -170,7 +171,8 @@ def _rules(
     if known is not None and (predictions := known.predictions) is not None:
         agreement = np.minimum(*((predictions == predictions[end]).mean(axis=1) for end in (0, -1)))
         chosen["agreement"] = float(alphas[best(agreement)])
-    if curve["entropy"].notna().any():
+    unknown = curve["entropy"].isna() & np.isfinite(curve["loss"])  # otherwise the logits are not numbers
+    if curve["entropy"].notna().any() and not unknown.any():
         chosen["confidence"] = float(alphas[best(-curve["entropy"].fillna(math.inf))])
     chosen["alpha 0.5"] = float(alphas[int(np.argmin(np.abs(alphas - 0.5)))])
     chosen |= {"fine-tuned": 1.0, "zero-shot": 0.0}

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1161,6 +1162,23 @@ def test_scores_come_back_bit_for_bit(tmp_path: Path) -> None:
                 keys.append(keys.pop(0))  # it counts as the last
                 kept["a", 0.0] = scores["a", 0.0] = some_scores(100, 7)
     assert results.load(tmp_path).empty
+
+
+def test_predictions_and_entropies_come_back_with_them(tmp_path: Path) -> None:
+    plain = some_scores(1, 7)
+    predictions, entropies = torch.arange(-1, 6, dtype=torch.int32), torch.linspace(0, 1, 7)
+    entropies[2] = math.nan
+    with results.Run(tmp_path, CONFIG) as run:
+        scores = run.scores("zeroshot")
+        scores["a", 0.0] = replace(plain, predictions=predictions)
+        scores["b", 0.0] = replace(plain, predictions=predictions, entropies=entropies)
+        for name in "ab":
+            found = scores[name, 0.0]
+            assert bits(found) == bits(plain) and found.predictions is not None
+            assert found.predictions.tolist() == predictions.tolist()
+            assert (found.entropies is None) is (name == "a")
+        assert found.entropies is not None
+        np.testing.assert_array_equal(found.entropies.numpy(), entropies.numpy())
 
 
 def test_scores_outlive_the_process(tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ def test_confidence_is_the_lowest_entropy_on_the_images_themselves() -> None:
     far, near = path_rows([0.5] * 4, entropy=[0.7, 0.9, 0.2, 0.3]), path_rows([0.5] * 4, dataset="x")
     found = studies.choice(pd.concat([far, near])).set_index("rule")
     assert found.loc["confidence", "alpha"] == 0.6
+    far["entropy"] = [math.nan, 0.9, 0.2, 0.3]
+    assert "confidence" not in set(studies.choice(pd.concat([far, near]))["rule"])  # not known everywhere
+    far["loss"] = [math.nan, 1.0, 1.0, 1.0]  # not a number at all
+    assert "confidence" in set(studies.choice(pd.concat([far, near]))["rule"])
 
 
 @pytest.mark.parametrize("batch", [4, 64])
@@ -251,6 +255,8 @@ def test_a_run(tmp_path: File, capsys: pytest.CaptureFixture[str]) -> None:
     expected = studies.choice(results.load(out), results.Stored(out))
     pd.testing.assert_frame_equal(table, expected, check_dtype=False)
     assert set(table["rule"]) == set(RULES) and table["cross_fitted"].all()
+    path = results.load(out).query("study == 'interpolation'")
+    assert path["entropy"].notna().all()  # at the ends, too, whose scores are kept on disk
     assert {file.name for file in (out / "figures").glob("choice.*")} == {"choice.png", "choice.txt"}
     assert "Which alpha, without labels from elsewhere?" in (out / "report.html").read_text()
 
