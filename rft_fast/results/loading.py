@@ -85,14 +85,36 @@ def stored(directory: pathlib.Path) -> Iterator[tuple[Any, ...]]:
             yield from records.rows(base, *order(records.config(base)))
 
 
+def measured(directory: pathlib.Path) -> dict[tuple[str, str], set[int]] | None:
+    """Return (study, model) -> numbers of the measurements of the run in a directory; None: there is no run.
+
+    Everything is checked, as at the start of a run. Raises as :func:`load`.
+    """
+    with remedied(directory):
+        if not is_begun(directory):
+            return None
+        found: dict[tuple[str, str], set[int]] = {}
+        with opened(directory) as base:
+            check_version(directory, base)
+            records.verify(base)
+            for study, model, number in base.execute("SELECT study, model, number FROM measurements"):
+                found.setdefault((study, model), set()).add(number)
+        return found
+
+
 @contextmanager
 def remedied(directory: pathlib.Path) -> Iterator[None]:
     """Add to Damaged what to do."""
     try:
         yield
     except Damaged as error:
-        remedy = f"python -m rft_fast.results {shlex.quote(str(directory))} --recover"
-        raise Damaged(f"{error}; to save what can still be read: {remedy}") from error
+        raise Damaged(f"{error}; {remedy(directory)}") from error
+
+
+def remedy(directory: pathlib.Path) -> str:
+    """Return what to do about a damaged run."""
+    command = f"python -m rft_fast.results {shlex.quote(str(directory))} --recover"
+    return f"to save what can still be read: {command}"
 
 
 def frame(rows: Iterable[Sequence[Any]]) -> pd.DataFrame:

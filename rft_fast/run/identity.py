@@ -24,6 +24,7 @@ from ..config.request import Request
 from ..config.settings import Computed, Running, builder
 from ..evaluate import Evaluator
 from ..kernels import registry
+from ..results.loading import remedy
 from ..studies.chance import AMONG
 from . import wiring
 from .bench import Bench
@@ -60,10 +61,10 @@ def asked(request: Request) -> dict[str, Any]:
     return found
 
 
-def complete(models: Models, bench: Bench) -> dict[str, Any]:
-    """The complete request, with what it runs on; neither command nor date."""
+def known(models: Models) -> dict[str, Any]:
+    """What is known of the complete request once its models are loaded, before any image is decoded."""
     request = models.request
-    source, whole = request.zoo, bench.evaluators["all images"]
+    source, device = request.zoo, request.device
 
     def content(weights: zoo.Weights) -> dict[str, object]:
         file = Path(weights.source)
@@ -73,19 +74,13 @@ def complete(models: Models, bench: Bench) -> dict[str, Any]:
         key = {} if weights.key is None else {"key": weights.key}
         return {"path": where, "format": weights.format, **key, "sha256": models.hashes[weights.source]}
 
-    def images(evaluator: Evaluator) -> dict[str, int]:
-        return {data.name: len(data.labels) for data in evaluator.datasets}
-
-    device, computed = request.device, request.of(Computed)
-    computed = replace(
-        computed,
-        device=str(device),
-        impl=registry.pick(computed.impl, device).name,
-        memory_limit=whole.memory_limit,
-    )
-    found: dict[str, Any] = {
-        **asked(request),
-        **builder().as_json(request.settings.but(computed)),
+    found = asked(request)
+    found["settings"]["computed"] |= {
+        "device": str(device),
+        "impl": registry.pick(request.of(Computed).impl, device).name,
+    }
+    return {
+        **found,
         **({"resize_positions": True} if source.resize_positions else {}),
         "zeroshot": content(source.zeroshot),
         "finetuned": {name: content(weights) for name, weights in source.finetuned.items()},
@@ -94,6 +89,35 @@ def complete(models: Models, bench: Bench) -> dict[str, Any]:
             "given": _file(models, source.head.given),
             "sha256 of the prompts": wiring.digest_prompts(models),
         },
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "versions": {
+            "rft_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": version("open_clip_torch"),
+            "timm": version("timm"),
+            "numpy": version("numpy"),
+        },
+    }
+
+
+def complete(models: Models, bench: Bench) -> dict[str, Any]:
+    """The complete request, with what it runs on; neither command nor date."""
+    request = models.request
+    source, whole = request.zoo, bench.evaluators["all images"]
+
+    def images(evaluator: Evaluator) -> dict[str, int]:
+        return {data.name: len(data.labels) for data in evaluator.datasets}
+
+    early = known(models)
+    computed = replace(
+        request.of(Computed),
+        **{name: early["settings"]["computed"][name] for name in ("device", "impl")},
+        memory_limit=whole.memory_limit,
+    )
+    found: dict[str, Any] = {
+        **early,
+        **builder().as_json(request.settings.but(computed)),
         "data": {
             data.name: {
                 "path": str(source.data[data.name].path.absolute()),
@@ -109,18 +133,9 @@ def complete(models: Models, bench: Bench) -> dict[str, Any]:
         AMONG: {data.name: wiring.scored_among(data, models.rows.count) for data in whole.datasets},
         "layer images": images(bench.evaluators["images of layers and prune"]),
         "sharpness images": images(bench.evaluators["images of sharpness"]),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
         "threads of a batch": whole.threads_of_a_batch,
         "platform": platform.platform(),
-        "versions": {
-            "rft_fast": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "open_clip": version("open_clip_torch"),
-            "timm": version("timm"),
-            "numpy": version("numpy"),
-        },
     }
     return found
 
@@ -147,12 +162,12 @@ def resumed(request: Request) -> Request:
     Raises ValueError or OSError where the directory cannot be written to or resumed.
     """
     running, computed = request.of(Running), request.of(Computed)
-    if running.plan:
-        return request
     try:
         results.check(request.out, running.overwrite, asked(request))
     except results.Damaged as error:
-        raise ValueError(f"{error}; {results.recover(request.out)}") from error
+        # A plan writes nothing, so it only says how to save what can be read.
+        cure = remedy(request.out) if running.plan else results.recover(request.out)
+        raise ValueError(f"{error}; {cure}") from error
     there = None if running.overwrite else results.recorded(request.out)
     if there is None:
         return request

@@ -44,7 +44,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
         try:
             saving.check(request)
             if request.of(Running).plan:
-                print(planning.plan(request))
+                print(planning.plan(identity.resumed(request)))
                 return 0
             pictures = Pictures(request.out, request.of(Figures))
             with held_warnings() as early:
