@@ -19,8 +19,10 @@ from ..common.words import duration, paragraph
 from ..config.request import NotFetched, Request
 from ..config.settings import Running
 from ..evaluate import Evaluator
+from ..names import WORST_CASE
 from ..results.loading import measured
-from ..settings import Layers
+from ..settings import Layers, Sharpness
+from ..studies.estimators import climbs
 from ..studies.facts import Facts
 from . import bench, cost, identity, selection, wiring
 from .pieces import Counter, Measurement, total
@@ -78,7 +80,7 @@ def plan(request: Request) -> str:
     ]
     encoding = _encoding(models, next(iter(rates.values())), costs)
     resident = sum(count for counts in images.values() for count, _ in counts.values())
-    peak = cost.memory(everything, evaluator, path, resident)
+    peak = cost.memory(everything, evaluator, path, resident, _copies(request))
     decided = done is not None and all(
         counted.done == counted.numbers for study, counted in counts.items() if not studies[study].phase
     )
@@ -92,6 +94,14 @@ def plan(request: Request) -> str:
     )
     about = paragraph(f"{had}. The table is the cost of what is left.")
     return "\n".join([f"{request.out} holds this run:", *about, "", table])
+
+
+def _copies(request: Request) -> int:
+    """How many float32 copies of borrowed weights its studies hold."""
+    own = request.of(Sharpness)
+    if own.estimator == "auto" or own.estimator not in WORST_CASE:
+        return cost.PRUNING
+    return climbs.copies(own.estimator, own.restarts)
 
 
 def _encoding(models: Models, rates: cost.Rates, costs: cost.Flops) -> cost.Encoding | None:

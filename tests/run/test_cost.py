@@ -425,7 +425,7 @@ def test_memory_is_that_of_its_parts() -> None:
     path, evaluator, sizes = setting(tiny_models.staged())
     weights = 3 * sum(t.nbytes for t in path.model.state_dict().values())
     work = cost.count(layerwise("apgd-l2", 3), path, evaluator, sizes)
-    found = cost.memory(work, evaluator, path, 57)
+    found = cost.memory(work, evaluator, path, 57, copies=9)
     assert found.weights == weights
     assert found.images == 57 * 3 * 8 * 8
     assert found.copies == 4 * int(work.differentiated + 9 * work.borrowed)

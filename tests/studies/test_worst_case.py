@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from scipy.optimize import brentq
 from support.wording import refused
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rft_fast import studies
 from rft_fast.datasets import Dataset
@@ -23,7 +26,7 @@ from rft_fast.path import Path
 from rft_fast.run import cost
 from rft_fast.studies import Protocol
 from rft_fast.studies.estimators import Estimate, Target, estimate
-from rft_fast.studies.estimators.climbs import CLIMBS
+from rft_fast.studies.estimators.climbs import CLIMBS, copies
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 ALPHA = 0.7
@@ -525,6 +528,52 @@ def test_the_plan_counts_a_gradient_for_each_start_and_step(
     monkeypatch.setattr(Evaluator, "gradient", counted)
     study(case.path, case.evaluator)
     assert made == expected * parts
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of tensors, made while it is entered, that exist at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for made in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if made._cdata not in self._known and made._cdata not in given:
+                self._known.add(made._cdata)
+                self.now += made.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(made, self._freed, made._cdata, made.nbytes())
+        return out
+
+    def _freed(self, which: int, size: int) -> None:
+        self._known.discard(which)
+        self.now -= size
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("estimator", WORST_CASE)
+def test_the_plan_has_the_memory_of_a_search(estimator: Any, restarts: int) -> None:
+    """One large weight: everything that a search holds is a multiple of it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 16, bias=False))
+    ends = [{"1.weight": torch.randn(16, 3 * 64 * 64)} for _ in range(2)]
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    evaluator = Evaluator(model, [Dataset("set", images, torch.tensor([0, 1]), MEAN, STD)], 64)
+    path = Path(model, *ends)
+    protocol = Protocol(estimator, noise_batch=None, restarts=restarts)
+
+    def study(path: Path, evaluator: Evaluator) -> None:
+        studies.sharpness(path, evaluator, [1.0], [0.1], 8, protocol=protocol)
+
+    work = cost.count(study, path, evaluator, {"set": (2, False)})
+    size = 4 * 16 * 3 * 64 * 64
+    planned = cost.memory(work, evaluator, path, 2, copies(estimator, restarts)).copies / size
+    with Held() as held:
+        study(path, evaluator)
+    assert held.most / size <= planned <= held.most / size + 2.5
 
 
 def test_rows_tell_restarts_and_the_seed_of_random_starts() -> None:

@@ -11,13 +11,14 @@ this machine::
 """
 
 from .counting import Counting, CountingWriter, count, counted_evaluator, counted_path
-from .footprint import Memory, memory
+from .footprint import PRUNING, Memory, memory
 from .operations import Flops, flops
 from .rates import Rates, calibrate, forecast, images_wanted
 from .table import Encoding, Line, table
 from .work import Work
 
 __all__ = [
+    "PRUNING",
     "Counting",
     "CountingWriter",
     "Encoding",

@@ -11,8 +11,8 @@ from ...evaluate.batches import Batches
 from ...path import Path
 from .work import Work
 
-COPIES = 9
-"""Number of float32 copies of the borrowed weights that the worst case holds: with restarts; 7 without."""
+PRUNING = 4
+"""Number of float32 copies of the borrowed weights that pruning by magnitude holds, one weight at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Memory:
         return self.program + self.weights + self.images + self.held + self.batches + self.copies
 
 
-def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
+def memory(work: Work, evaluator: Evaluator, path: Path, images: int, copies: int = PRUNING) -> Memory:
     """Estimate the peak memory of work.
 
     Args:
@@ -48,6 +48,8 @@ def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
         evaluator: An evaluator of the model.
         path: The path.
         images: Number of images in memory, for all evaluators together.
+        copies: Number of float32 copies of the borrowed weights, beside their gradients: for the worst case,
+            :func:`rft_fast.studies.estimators.climbs.copies`.
     """
     runtime, device = evaluator.runtime, evaluator.device
     weights = _bytes(path)
@@ -69,8 +71,8 @@ def memory(work: Work, evaluator: Evaluator, path: Path, images: int) -> Memory:
     if work.recorded:  # besides; an image has about as much there as in a backward pass
         each = runtime.slopes.need.each
         held += int(min(work.recorded, runtime.budget.held(each)) * each)
-    copies = 4 * int(work.differentiated + COPIES * work.borrowed)
-    return Memory(program, weights, resident, held, activations, copies)
+    copied = 4 * int(work.differentiated + copies * work.borrowed)
+    return Memory(program, weights, resident, held, activations, copied)
 
 
 def _in_work(batches: Batches) -> int:

@@ -244,6 +244,16 @@ CLIMBS: dict[Estimator, type[Climb]] = {
 }
 
 
+def copies(estimator: Estimator, restarts: int) -> int:
+    """Return how many float32 copies of the weights a search holds at most, beside their gradients.
+
+    Among these are temporary ones in float64, which count twice. For one large weight; with many weights the
+    temporary ones are smaller.
+    """
+    once = 9 if WORST_CASE[estimator] == math.inf else 14 if CLIMBS[estimator] is Published else 11
+    return once + 2 * (restarts > 1)
+
+
 def _shrinking(scale: Tensor, m: float) -> Tensor:
     """c^2 / (c^2 + m), float32; 0 where c = 0."""
     square = scale.double().square()
