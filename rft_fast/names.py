@@ -13,6 +13,9 @@ import pathlib
 from collections.abc import Collection
 from typing import Literal, NoReturn, TypeAlias, get_args
 
+RUNS = "rft-runs"
+"""The folder of runs for which no directory is named."""
+
 # Names where a list of them is expected: a lone string, which is a sequence of strings as well, is none.
 Names: TypeAlias = list[str] | tuple[str, ...]
 

@@ -13,7 +13,7 @@ from .. import catalogue, checkpoints, env
 from ..common.fields import Tree
 from ..common.words import visible
 from ..datasets import cache
-from ..names import CLASS_LISTS, KINDS, TEMPLATE_LISTS, as_given, list_file
+from ..names import CLASS_LISTS, KINDS, RUNS, TEMPLATE_LISTS, as_given, list_file
 from ..settings import Layers, Sharpness, once
 from . import quick, zoo
 from .builder import COMMAND
@@ -180,7 +180,7 @@ def _check_auto(tree: Tree, its_zoo: zoo.Zoo, perturbed: bool) -> None:
 def _new(its_zoo: zoo.Zoo) -> pathlib.Path:
     """A directory for a run, where none is named."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return pathlib.Path("rft-runs", f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
+    return pathlib.Path(RUNS, f"{visible(its_zoo.name).replace('/', '-')}-{stamp}")
 
 
 def check_device(request: Request) -> None:

@@ -430,6 +430,26 @@ def test_the_comparison_page(run: Path, pair: Path, capsys: pytest.CaptureFixtur
     refuses(run, nothing)
 
 
+def test_without_a_name_the_newest_run_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuses(facts=("rft-runs",))
+    made = [make_run(tmp_path / "rft-runs" / name, SHORT) for name in "cab"]
+    (tmp_path / "rft-runs" / "no run").mkdir()
+    for when, one in enumerate(made):
+        os.utime(one / "rows.sqlite", (1e9 + when, 1e9 + when))
+    os.utime(made[0], (2e9, 2e9))
+    assert main([]) == 0
+    said(capsys.readouterr().out, "rft-runs/b", "report.html")
+    assert [one.name for one in made if (one / "report.html").exists()] == ["b"]
+    # A pattern that names several is no report of one of them.
+    refuses(*made, facts=(3, "rft-runs/a", "rft-runs/b", "rft-runs/c"))
+    assert main([str(one) for one in made[:2]]) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"compared {made[0]} (A) with {made[1]} (B)"
+
+
 def test_all_matched_values_are_a_file(run: Path, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value once, and the three that differ; more than the table shows."""
     monkeypatch.setattr(comparison, "_SHOWN", 5)
