@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import PATIENCE, tiny_zoo
+from support.wording import command_refused
 
 from rft_fast import checkpoints, results, sweep
 from rft_fast.config import zoo
 from rft_fast.finetune import __main__ as finetune
+from rft_fast.finetune.output import FileKeeper
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -37,6 +44,7 @@ def run(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", here)
         patch.setattr(sys, "argv", [script, *words])
+        patch.syspath_prepend(str(EXAMPLES))
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
@@ -103,3 +111,155 @@ def test_the_tour_runs_as_a_notebook(tmp_path: Path) -> None:
     assert start != end and middle == pytest.approx((start + end) / 2, abs=2e-6)
     drawn = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(drawn) == 1 and not list(tmp_path.iterdir())
+
+
+# --- the Fashion zoo ----------------------------------------------------------------------------------
+
+FASHION = "make_fashion_zoo.py"
+
+
+Fashion = Callable[[list[str]], int]
+
+
+@pytest.fixture
+def fashion(monkeypatch: pytest.MonkeyPatch) -> Fashion:
+    """The example that makes the zoo: words -> exit status."""
+
+    def make(words: list[str]) -> int:
+        with pytest.raises(SystemExit) as ended:
+            run(FASHION, words, monkeypatch)
+        return int(ended.value.code or 0)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def garments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of IDX files with noise of ten classes, named as in Debian's package."""
+    folder, random = tmp_path_factory.mktemp("fashion-mnist"), np.random.default_rng(0)
+    for part, count in (("train", 120), ("t10k", 30)):
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        # Magic numbers and dimensions: 16 and 8 bytes.
+        for name, header, content in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+            packed = gzip.compress(bytes(header) + content.tobytes())
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(packed)
+    return folder
+
+
+def test_the_fashion_zoo_needs_its_images(tmp_path: Path, garments: Path, fashion: Fashion) -> None:
+    out = tmp_path / "zoo"
+    facts = ["train-images-idx3-ubyte.gz", "apt-get install dataset-fashion-mnist"]
+    command_refused(fashion, [str(out), "--images", str(tmp_path)], *facts)
+    command_refused(
+        fashion, [str(out), "--images", str(garments)], "train-images-idx3-ubyte.gz", "SHA-256"
+    )  # not the recipe's images
+    assert not out.exists()
+
+
+def test_the_fashion_zoo_refuses_a_directory_of_another_recipe(
+    tmp_path: Path, garments: Path, fashion: Fashion
+) -> None:
+    text = (EXAMPLES / "fashion_recipe.toml").read_text("utf-8")
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "zoo"
+    recipe.write_text(text.replace("seeds = [0, 1]\n", "seeds = []\n"), "utf-8")  # no block: only the data
+    words = [str(out), "--quick", "--images", str(garments), "--recipe", str(recipe)]
+    assert fashion(words) == 0
+    before = {file: file.read_bytes() for file in out.rglob("*.*") if file.is_file()}
+    assert {file.stem for file in before} >= {"recipe", "pretrain", "train", "plain", "scaled"}
+    recipe.write_text(text.replace("deviation = 0.4", "deviation = 0.5"), "utf-8")
+    command_refused(fashion, words, "styles.noisy.deviation", "0.4", "0.5", "pretraining.seeds")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    command_refused(fashion, [str(tmp_path / "other"), *words[1:]], "other", "recipe.json")
+    assert {file: file.read_bytes() for file in out.rglob("*.*") if file.is_file()} == before
+
+
+def test_the_fashion_zoo_deals_out_disjoint_balanced_images(
+    tmp_path: Path, garments: Path, fashion: Fashion
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "zoo"
+    text = (EXAMPLES / "fashion_recipe.toml").read_text("utf-8")
+    recipe.write_text(text.replace("seeds = [0, 1]\n", "seeds = []\n"), "utf-8")
+    words = [str(out), "--quick", "--images", str(garments), "--recipe", str(recipe)]
+    assert fashion(words) == 0
+    sets = {file.stem: dict(np.load(file)) for file in (out / "data").glob("*.npz")}
+    sizes = {"pretrain": 40, "train": 20, "plain": 20}
+    sizes |= dict.fromkeys(("rotated", "noisy", "inverted", "occluded", "scaled"), 10)
+    assert {name: len(found["labels"]) for name, found in sets.items()} == sizes
+    for name, found in sets.items():
+        assert np.bincount(found["labels"]).tolist() == [sizes[name] // 10] * 10
+
+    def known(part: str) -> dict[bytes, int]:
+        packed = (garments / f"{part}-images-idx3-ubyte.gz").read_bytes()
+        pixels = np.frombuffer(gzip.decompress(packed), np.uint8, offset=16).reshape(-1, 28, 28)
+        return {image.tobytes(): place for place, image in enumerate(pixels)}
+
+    train, test, seen = known("train"), known("t10k"), list[int]()
+    for name, found in sets.items():
+        images = 255 - found["images"] if name == "inverted" else found["images"]
+        if name in ("pretrain", "train", "inverted"):  # the styles that can be undone
+            places = [train[image.tobytes()] for image in images]
+            assert [place % 10 for place in places] == found["labels"].tolist()
+            seen += places
+    assert len(set(seen)) == len(seen)
+    assert all(
+        test[image.tobytes()] % 10 == label for image, label in zip(*sets["plain"].values(), strict=True)
+    )
+    corners = sets["scaled"]["images"][:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert not corners.any() and sets["scaled"]["images"].any((1, 2)).all()
+    grey = (sets["occluded"]["images"] == 128).sum((1, 2))
+    assert (grey >= 144).all() and (grey < 160).all()  # a square of 12, and a few pixels by chance
+
+
+@pytest.mark.slow
+def test_the_fashion_zoo_resumes_wherever_it_was_stopped(
+    tmp_path: Path,
+    garments: Path,
+    one_thread: None,
+    fashion: Fashion,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """States are saved 4 times in pre-training (two blocks, two epochs), then once for each of six models."""
+    words = ["--quick", "--images", str(garments)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert fashion([str(whole), *words]) == 0
+    save, left = FileKeeper.save, 0
+
+    def stopping(self: FileKeeper, state: dict[str, Any]) -> None:
+        nonlocal left
+        save(self, state)
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    for saves in (1, 1, 4):  # in the first block's pre-training, at its end, after the first model
+        left = saves
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(FileKeeper, "save", stopping)
+            run(FASHION, [str(parts), *words], monkeypatch)
+    assert [file.name for file in parts.rglob("*.resume")] == ["lr1e-3-ep1-crop-flip.resume"]
+    assert fashion([str(parts), *words]) == 0
+
+    models = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
+    assert models == sorted(file.relative_to(parts) for file in parts.rglob("*.safetensors"))
+    assert len(models) == 2 * (1 + 1 + 3)  # pre-trained, zero-shot, fine-tuned
+    for model in models:
+        first, second = load_file(whole / model), load_file(parts / model)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(parts.rglob("*.resume"))
+    a, b = (load_file(whole / f"start{n}" / "clip.safetensors") for n in (0, 1))
+    assert not torch.equal(a["model.visual.proj"], b["model.visual.proj"])
+    tuned = load_file(whole / "block0" / "lr1e-3-ep1-none.safetensors")
+    assert not torch.equal(tuned["model.visual.proj"], a["model.visual.proj"].half())
+
+    made = zoo.read(whole / "block1")
+    assert len(made.finetuned) == 3 and [data.ood for data in made.data.values()] == [False] + [True] * 5
+    capsys.readouterr()
+    assert fashion([str(whole), *words, "--studies"]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) == 4
+    for command in commands[::2]:  # of the first block
+        assert command[:3] == [sys.executable, "-m", "rft_fast.sweep"]
+        assert sweep.main([*command[3:], "--plan"]) == 0
