@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     total = f"{many(len(found), 'cache')}, {cache.size(sum(entry.taken for entry in found))}, in {directory}"
     if not clear:
         print("\n".join([*listed(found), total]))
+        print(program.next_step("sweep"))
         return 0
     try:
         for entry in found:
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         print(program.failure(parser.prog, f"{error}; not everything is removed"), file=sys.stderr)
         return 1
     print(f"removed {total}")
+    print(program.next_step("sweep"))
     return 0
 
 

@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
         )
     except NotFetched as error:
         print(unfetched(error))
+        print(program.next_step("sweep", *argv, "--fetch"))
         return 0
     except (OSError, RuntimeError, ValueError) as error:
         program.parser("sweep").error(str(error))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import checkpoints
 from ..common import program
+from ..common.tables import labelled
 from ..common.words import many, visible
 from ..names import FORMATS, Format
 from ..path import layers
@@ -65,6 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         first = _read(options.file, options.format, options.key, options.base)
         if options.other is None:
             print(describe(first))
+            given = (("--key", options.key), ("--base", options.base))
+            how = [word for pair in given if pair[1] is not None for word in pair]
+            print(program.next_step("checkpoints", Path(options.file), "FILE2", *how))
             return 0
         second = _read(options.other, None, options.key, options.base)
     except (OSError, ValueError) as error:
@@ -104,29 +109,27 @@ def describe(checkpoint: checkpoints.Checkpoint) -> str:
         parts[_part(name)].append(name)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     grouped = layers.group(list(tensors))
-    lines = [
-        f"file          {checkpoint.file}",
-        f"format        {checkpoint.format}: {FORMATS[checkpoint.format]}",
-        f"parameters    {_count(tensors.values())} in {many(len(tensors), 'tensor')}, "
-        f"{many(len(grouped), 'layer')}",
-        f"dtypes        {', '.join(f'{dtype} ({count})' for dtype, count in dtypes.most_common())}",
+    whole = f"{_count(tensors.values())} in {many(len(tensors), 'tensor')}, {many(len(grouped), 'layer')}"
+    about = [
+        ("file", str(checkpoint.file)),
+        ("format", f"{checkpoint.format}: {FORMATS[checkpoint.format]}"),
+        ("parameters", whole),
+        ("dtypes", ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common())),
     ]
-    lines += [
-        f"{part:<13} {_count(tensors[name] for name in names)} in {many(len(names), 'tensor')}"
-        + _classes(part, tensors)
-        for part, names in parts.items()
-        if names
-    ]
+    for part, names in parts.items():
+        if names:
+            own = f"{_count(tensors[name] for name in names)} in {many(len(names), 'tensor')}"
+            about.append((part, own + _classes(part, tensors)))
     likely = matching.likely(tensors)
-    lines.append(f"likely arch   {', '.join(likely) or 'none that open_clip knows'}")
+    about.append(("likely arch", ", ".join(likely) or "none that open_clip knows"))
     if not parts["image tower"] and not parts["head"]:
-        lines.append("note          no image tower (visual.*) and no head, which a sweep needs")
-    lines += [f"note          {note}" for note in checkpoint.notes]
-    lines += ["", "layers"]
-    names = list(tensors)
+        about.append(("note", "no image tower (visual.*) and no head, which a sweep needs"))
+    about += [("note", note) for note in checkpoint.notes]
+    lines = [*labelled(about), "", "layers"]
+    order = list(tensors)
     for layer, indices in grouped.items():
         shapes = ", ".join(
-            f"{names[i].removeprefix(layer).lstrip('._')} {list(tensors[names[i]].shape)}".lstrip()
+            f"{order[i].removeprefix(layer).lstrip('._')} {list(tensors[order[i]].shape)}".lstrip()
             for i in indices
         )
         lines.append(f"  {layer}  {shapes}")

@@ -94,19 +94,42 @@ def aligned(
     return [*lines, *(f"{indent}{short}: {name}" for short, name in legend.items())]
 
 
-def labelled(pairs: Iterable[tuple[str, str]], indent: str = "") -> list[str]:
-    """Align texts behind their labels, in full.
+def labelled(
+    pairs: Iterable[tuple[str, str]], indent: str = "", size: int | None = None, wrap: bool = True
+) -> list[str]:
+    """Align texts behind their labels, in full; long ones continue on the next line, at a space.
 
     Args:
         pairs: label and text of each line.
         indent: what each line starts with.
+        size: columns of the terminal; None: of this one.
+        wrap: False: each text on one line, such as a command that people copy.
 
     Returns:
         The lines.
     """
     known = [(visible(label), visible(text)) for label, text in pairs]
-    size = max((display_width(label) for label, _ in known), default=0)
-    return [f"{indent}{padded(label, size, left=True)}{_GAP}{text}".rstrip() for label, text in known]
+    width = max((display_width(label) for label, _ in known), default=0)
+    before = len(indent) + width + len(_GAP)
+    room = (columns() if size is None else size) - before
+    lines = []
+    for label, text in known:
+        first, *others = _wrapped(text, room) if wrap else [text]
+        lines.append(f"{indent}{padded(label, width, left=True)}{_GAP}{first}".rstrip())
+        lines += [" " * before + other for other in others]
+    return lines
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    """Divide a text at spaces; a word that is longer than a line stays whole."""
+    lines = [""]
+    for place, word in enumerate(text.split(" ")):
+        longer = f"{lines[-1]} {word}" if place else word
+        if lines[-1] and display_width(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _total(widths: Iterable[int]) -> int:

@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if options.quick:
         print(_next(options, *(("--labels", options.labels) if options.labels is not None else ())))
+    else:
+        print(_sweep(options))
     return 0
 
 
@@ -81,6 +83,21 @@ def _next(options: argparse.Namespace, *labels: object) -> str:
     given = [("--kind", options.kind), ("--rows", options.rows)]
     arguments = [word for pair in given if pair[1] is not None for word in pair]
     return program.next_step("datasets", options.path, *arguments, *labels)
+
+
+def _sweep(options: argparse.Namespace) -> str:
+    """Return the line of a sweep of the data set; the words in capitals are for people to replace."""
+    path = options.path.resolve()
+    name = path.stem if path.is_file() else path.name or "data"
+    words: list[object] = ["--arch", "NAME", "--zeroshot", "SOURCE", "--finetuned", "FILE"]
+    words += ["--data", f"{name}={options.path}"]
+    if options.kind is not None:
+        words += ["--data-kind", f"{name}={options.kind}"]
+    if options.labels is not None:
+        words += ["--data-labels", f"{name}={options.labels}"]
+    if options.rows is not None and not options.rows.isdecimal():
+        words += ["--class-names", options.rows]
+    return program.next_step("sweep", *words)
 
 
 def _path(text: str) -> pathlib.Path:

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         how = options.of(Figures, options.given(given))
         for file in draw(given.run, once(given.names), given.models and once(given.models), how):
             print(f"figure   {visible(str(file))}")
+        print(program.next_step("report", given.run))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rft_fast.common import program
 from rft_fast.config.builder import Builder, Given
 from rft_fast.datasets import cache as caches
 
+from ..common import again
+from ..common.tables import aligned, labelled
 from ..common.words import many
-from .settings import DATA, GRID, HEAD, SHORT, Invocation, Request, Setting, at_random, grid
+from .settings import (
+    DATA,
+    GRID,
+    HEAD,
+    MOST_WARMUP,
+    SHORT,
+    Invocation,
+    Request,
+    Setting,
+    at_random,
+    compact,
+    grid,
+)
 
 BUILDER = Builder((Setting, Request, Invocation), (DATA, HEAD, GRID))
 
@@ -54,7 +68,8 @@ def _run(argv: Sequence[str]) -> int:
         given = BUILDER.given(top.parse_args(argv))
         settings, wanted = _settings(given), BUILDER.of(Invocation, given)
         if wanted.dry_run:
-            _list(settings)
+            print("\n".join(listed(settings)))
+            print(program.next_step("finetune", *again.without(argv, "--dry-run")))
             return 0
         request = BUILDER.of(Request, {"cache": caches.directory(), **given}, settings=settings)
         import torch
@@ -122,10 +137,25 @@ def _settings(given: Given) -> dict[str, Setting]:
     return at_random(wanted.random, choices, wanted.search_seed, **values)
 
 
-def _list(settings: dict[str, Setting]) -> None:
-    for name, setting in settings.items():
-        print(name, *(f"{option}={value}" for option, value in asdict(setting).items()))
-    print(many(len(settings), "model"))
+def listed(settings: Mapping[str, Setting]) -> list[str]:
+    """Return a table of models with the options that differ between them, after those that all share."""
+    tables = {name: asdict(setting) for name, setting in settings.items()}
+    options = {entry.field: entry.name for entry in BUILDER.entries.values() if entry.kind is Setting}
+    fields = list(next(iter(tables.values())))
+    differ = [field for field in fields if len({table[field] for table in tables.values()}) > 1]
+    shared = next(iter(tables.values()))
+    same = [(options.get(f, f), _cell(f, shared[f])) for f in fields if f not in differ]
+    rows = [["model", *(options.get(field, field) for field in differ)]]
+    rows += [[name, *(_cell(f, table[f]) for f in differ)] for name, table in tables.items()]
+    return [*labelled(same), "", *aligned(rows, indent=""), "", many(len(settings), "model")]
+
+
+def _cell(field: str, value: object) -> str:
+    if value is None:
+        return f"a tenth of the steps, at most {MOST_WARMUP}" if field == "warmup" else "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(compact, value))
+    return compact(value) if isinstance(value, (int, float)) else str(value)
 
 
 if __name__ == "__main__":

@@ -158,11 +158,11 @@ class Setting:
     @property
     def name(self) -> str:
         """``lr1e-5-ep4``, then what differs from the defaults among the options of a grid."""
-        parts = [f"lr{_number(self.lr)}", f"ep{self.epochs}"]
+        parts = [f"lr{compact(self.lr)}", f"ep{self.epochs}"]
         for name, short in SHORT.items():
             value = getattr(self, name)
             if short is not None and value != _DEFAULTS[name]:
-                parts.append(value if name == "augment" else f"{short}{_number(value)}")
+                parts.append(value if name == "augment" else f"{short}{compact(value)}")
         return "-".join(parts)
 
 
@@ -458,7 +458,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.3g}")  # a name then has the value itself
 
 
-def _number(value: float) -> str:
+def compact(value: float) -> str:
     """The shortest text that gives the number back, as people write it: 1e-5, 0.05, 4."""
     if isinstance(value, int):
         return str(value)

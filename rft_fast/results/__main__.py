@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .. import results
-from ..common import program
+from ..common import again, program
 from ..common.tables import aligned, labelled
 from ..common.words import many
+from .database import FILE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         if options.recover:
-            print(results.recover(options.directory))
+            print("\n".join(_recovered(options.directory)))
             return 0
         rows = results.load(options.directory)
         files = [file for file in (options.csv, options.parquet) if file is not None]
@@ -70,6 +73,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _recovered(directory: pathlib.Path) -> list[str]:
+    """Recover a run; return what was saved, and the commands that resume from it, if anything was."""
+    from .salvage import saved
+
+    found = saved(directory)
+    if found.file is None:
+        return [found.text]
+    commands = [program.next_step("rm", *found.stale)] if found.stale else []
+    commands.append(program.next_step("mv", found.file, directory / FILE))
+    start, words = program.called("sweep").split(), list[str]()
+    with suppress(ValueError):  # quotes of a command that is damaged, too
+        words = shlex.split(found.command)
+    if words[: len(start)] == start:
+        commands.append(program.next_step("sweep", *again.resuming(words[len(start) :], directory)))
+    return [found.text, *commands]
+
+
 def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     """Describe a run: its command, and how many rows it has of each study and model."""
     from .single_images import count
@@ -86,7 +106,7 @@ def describe(directory: pathlib.Path, rows: pd.DataFrame) -> str:
     table = [["study", "models", "rows"]] if len(rows) else []
     for study, part in rows.groupby("study", sort=False):
         table.append([str(study), f"{part['model'].nunique():,}", f"{len(part):,}"])
-    return "\n".join([*labelled(about), *aligned(table)])
+    return "\n".join([*labelled(about, wrap=False), *aligned(table)])  # the command is there to copy
 
 
 def _check_pyarrow() -> None:

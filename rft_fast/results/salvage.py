@@ -18,6 +18,23 @@ from .loading import explained
 from .lock import refuse_in_use
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What was saved of a damaged database.
+
+    Attributes:
+        text: a sentence that says what, where, and how to resume from it.
+        file: the new database; None if nothing could be read.
+        stale: files of the damaged database beside it, to be removed before the new one replaces it.
+        command: the command that began the run; empty if it is not known.
+    """
+
+    text: str
+    file: pathlib.Path | None = None
+    stale: tuple[pathlib.Path, ...] = ()
+    command: str = ""
+
+
 def recover(directory: str | os.PathLike[str]) -> str:
     """Save what can be read of a damaged ``rows.sqlite`` to ``rows.recovered.sqlite``, or a similar new name.
 
@@ -32,6 +49,11 @@ def recover(directory: str | os.PathLike[str]) -> str:
         InUse: A process writes to it.
         OSError: The disk refuses the new file.
     """
+    return saved(directory).text
+
+
+def saved(directory: str | os.PathLike[str]) -> Saved:
+    """Do what :func:`recover` does, and return it in parts; arguments and errors are the same."""
     file = pathlib.Path(directory) / database.FILE
     if not file.is_file():
         raise FileNotFoundError(
@@ -42,7 +64,7 @@ def recover(directory: str | os.PathLike[str]) -> str:
         return _save(file)
 
 
-def _save(file: pathlib.Path) -> str:
+def _save(file: pathlib.Path) -> Saved:
     """Save the whole measurements of a database and describe the result.
 
     Works on a copy, so that not even SQLite touches the damaged file.
@@ -56,7 +78,7 @@ def _save(file: pathlib.Path) -> str:
             found = max(found, _read(copy, known), key=lambda of: len(of[1]))
         config, measurements, scores, missing = found
         if config is None or not (measurements or scores):
-            return "none of it could be read; the file is unchanged"
+            return Saved("none of it could be read; the file is unchanged")
         new = pathlib.Path(folder, "recovered")
         schema.create(new, config)
         with ExitStack() as stack:
@@ -77,12 +99,14 @@ def _save(file: pathlib.Path) -> str:
         new.rename(place)
         disk.sync_folder(place.parent)
     others = [database.beside(file, end) for end in database.BESIDE]
-    remove = "".join(f", remove {other.name}" for other in others if other.exists())
-    return (
+    stale = tuple(other for other in others if other.exists())
+    remove = "".join(f", remove {other.name}" for other in stale)
+    text = (
         f"{len(measurements)} complete measurements were saved to {place} ({missing} known "
         f"ones could not be). To resume from them, move that file over {file.name}{remove}, "
         "and repeat the command"
     )
+    return Saved(text, place, stale, str(config.get("command", "")))
 
 
 PAGE = 4096  # bytes, SQLite's default

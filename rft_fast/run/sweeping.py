@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from .. import catalogue, results
-from ..common import disk, program
+from ..common import again, disk, program
 from ..common.program import Interrupted, Stop
 from ..common.words import cell
 from ..config.request import NotFetched, Request, unfetched
@@ -45,6 +45,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
             saving.check(request)
             if request.of(Running).plan:
                 print(planning.plan(identity.resumed(request)))
+                print(program.next_step("sweep", *again.without(argv, "--plan")))
                 return 0
             pictures = Pictures(request.out, request.of(Figures))
             with held_warnings() as early:
@@ -60,6 +61,7 @@ def sweep(request: Request, argv: Sequence[str]) -> int:
                 )
         except NotFetched as error:
             print(unfetched(error))
+            print(program.next_step("sweep", *argv, "--fetch"))
             return 0
         except (OSError, RuntimeError, ValueError) as error:
             if run is not None:
@@ -167,10 +169,9 @@ def _note(request: Request, run: results.Run, lines: Sequence[str]) -> None:
 def _kept(run: results.Run | None, argv: Sequence[str]) -> str:
     if run is None:
         return "nothing was measured yet"
-    named = any(word == "--out" or word.startswith("--out=") for word in argv)
-    again = identity.command([*argv, *([] if named else ["--out", str(run.directory)])])
+    command = identity.command(again.resuming(argv, run.directory))
     try:
         count = len(results.load(run.directory))
     except (OSError, ValueError) as error:
         return f"its rows cannot be read now: {error}"
-    return f"the {count} rows so far are in {run.directory}; to resume:\n  {again}"
+    return f"the {count} rows so far are in {run.directory}; to resume:\n  {command}"

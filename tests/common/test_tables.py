@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from rft_fast.common.tables import aligned, display_width, shortened
+from rft_fast.common.tables import aligned, display_width, labelled, shortened
 
 LONG = "runs/" + "a-very-long-folder-name/" * 5
 
@@ -74,6 +74,17 @@ def test_shortened_texts_keep_both_ends(text: str) -> None:
     assert display_width(short) <= 12 and (short == text or (short[0] == text[0] and short[-1] == text[-1]))
     head, dots, tail = short.partition("...")
     assert short == text or (dots and text.startswith(head) and text.endswith(tail))
+
+
+@pytest.mark.parametrize("size", [40, 80])
+def test_labelled_texts_continue_at_a_space(size: int) -> None:
+    texts = {"short": "one word", "文字": "漢字 e\u0301te\u0301 " * 20, "path": LONG, "": "a  b " * 30}
+    lines = labelled(texts.items(), indent="  ", size=size)
+    for line in lines:
+        assert width_of(line) <= size or line.strip().rpartition(" ")[2] == LONG
+    assert " ".join(lines).split() == " ".join(f"{label} {text}" for label, text in texts.items()).split()
+    whole = labelled(texts.items(), size=size, wrap=False)
+    assert len(whole) == len(texts) and whole[2] == f"path   {LONG}"
 
 
 def test_control_characters_of_names_are_escaped() -> None:

@@ -355,7 +355,7 @@ def test_what_gave_way_is_said_by_the_run_and_by_its_plan(
     file = zoo_file(Path(shutil.copytree(zoo, tmp_path / "zoo")), "sharpness-alphas = [0.5]")
     words = [str(file), "sharpness", "--alphas", "0", "1", "--draws", "2", "--device", "cpu"]
     assert sweep.main([*words, "--plan"]) == 0
-    assert "is overridden by --alphas: 0, 1" in capsys.readouterr().out
+    assert "is overridden by --alphas: 0, 1" in " ".join(capsys.readouterr().out.split())
     assert sweep.main([*words, "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().err.count("is overridden by --alphas: 0, 1") == 1
     assert "is overridden by --alphas: 0, 1" in (tmp_path / "run" / "run.log").read_text()

@@ -46,6 +46,8 @@ def test_a_sound_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "modes   RGB 4, L 1",
         "sizes   12 x 9 to 30 x 20 (width x height)",
         "sound",
+        "next: python -m rft_fast.sweep --arch NAME --zeroshot SOURCE --finetuned FILE "
+        f"--data {tmp_path.name}={tmp_path} --class-names {names}",
     ]
     assert "modes" not in checked(capsys, 0, tmp_path, "--quick")
     checked(capsys, 1, tmp_path, "--rows", 3, facts=("3",))
@@ -67,7 +69,7 @@ def test_what_could_not_be_checked_is_not_sound(tmp_path: Path, capsys: pytest.C
     for arguments in ([named], [numbered], [named, "--rows", 2, "--labels", "order"]):
         out = checked(capsys, 0, *arguments)
         assert "sound" not in out
-    assert checked(capsys, 0, numbered, "--rows", 2).endswith("sound\n")
+    assert "\nsound\nnext: " in checked(capsys, 0, numbered, "--rows", 2)
     checked(capsys, 1, numbered, "--rows", _names(tmp_path, "1", "0"), "--labels", "order")
 
 
@@ -83,7 +85,7 @@ def test_a_label_map_is_begun_for_people_to_complete(
     checked(capsys, 1, *arguments, "--labels", file)
     file.write_text(file.read_text().replace("=tench,?", "=tench,").replace("crane,?", "crane,134"))
     file.write_text(file.read_text().replace("crane 2,?", "crane 2,517").replace("tench,?", "tench,0"))
-    assert checked(capsys, 0, *arguments, "--labels", file).endswith("sound\n")
+    assert "\nsound\nnext: " in checked(capsys, 0, *arguments, "--labels", file)
     before = file.read_bytes()
     assert "exists" in checked(capsys, 2, *arguments, "--write-labels", file) and file.read_bytes() == before
     checked(capsys, 2, tmp_path / "set", "--write-labels", tmp_path / "other.csv", facts=("--rows",))

@@ -43,7 +43,8 @@ def test_figures_are_drawn_again_and_nothing_else_changes(
     assert matplotlib.image.imread(run / "figures" / "interpolation.png").shape[1] == 680  # 3.4 inches
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"figure   {run / 'figures' / name}" for name in ("interpolation.png", "interpolation.svg")
+        *(f"figure   {run / 'figures' / name}" for name in ("interpolation.png", "interpolation.svg")),
+        f"next: python -m rft_fast.report {run}",
     ]
     assert main([str(run), "interpolation", "--figure-format", "png", "svg", "--figure-width", "one"]) == 0
     assert files(run) == after

@@ -817,9 +817,16 @@ def test_a_dry_run_lists_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[
     argv = ["--arch", "a", "--zeroshot", "z", "--train", "t", "--out", str(tmp_path / "o"), "--dry-run"]
     assert main([*argv, "--lr", "1e-5", "2e-5", "--epochs", "4", "--warm-up", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["lr1e-5-ep4-warm7", "lr2e-5-ep4-warm7", "2"]
-    assert main([*argv, "--random", "5"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "5 models"
+    table = [line.split() for line in lines[lines.index("") + 1 :]]
+    assert table[:3] == [["model", "lr"], ["lr1e-5-ep4-warm7", "1e-5"], ["lr2e-5-ep4-warm7", "2e-5"]]
+    shared = dict(line.split(maxsplit=1) for line in lines[: lines.index("")])
+    assert shared["epochs"] == "4" and shared["warm-up"] == "7" and shared["betas"] == "0.9, 0.999"
+    assert lines[-2] == "2 models" and all(len(line) <= 80 for line in lines[:-1])
+    said("\n".join(lines))
+    assert main([*argv, "--random", "5", "--no-clip"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "5 models" and "--dry-run" not in lines[-1]
+    said("\n".join(lines), "none", 500)
     assert not (tmp_path / "o").exists()
 
 

@@ -187,7 +187,8 @@ def test_a_plan_counts_and_measures_nothing(
     assert sweep.main([*options, "--plan"]) == 0
     planned = capsys.readouterr().out
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []  # no run, no cache
-    said("\n".join(line for line in planned.splitlines() if line.startswith("- ")), "12 images")
+    notes = planned[planned.index("\n- ") : planned.index("\nnext: ")]
+    said(" ".join(notes.split()).replace(" - ", "\n- "), "12 images")
     lines = {line.split()[0]: line.split() for line in planned.splitlines() if line[:1].isalpha()}
     assert [lines[s][1] for s in ("interpolation", "layers", "sharpness", "layer-sharpness", "prune")] == [
         "3",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ...common.tables import aligned
-from ...common.words import duration, paragraph
+from ...common.words import duration, paragraph, visible
 from ...path import Path
 from .footprint import Memory
 from .operations import Flops
@@ -104,7 +104,7 @@ def table(
     text += ["", *paragraph(memory), "", *paragraph(LEGEND)]
     if encoding is not None:
         notes = [PROMPTS, *notes]
-    return "\n".join([*text, *(f"- {note}" for note in notes)])
+    return "\n".join([*text, *(line for note in notes for line in paragraph(visible(note), bullet="- "))])
 
 
 LEGEND = (
