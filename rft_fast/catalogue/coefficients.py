@@ -72,6 +72,7 @@ class Tables:
         check=_table,
         many="each",
         whole=_tables,
+        named=True,
         own="which tables are measured is for the user's own command to say; leave it out",
     )
     hold: tuple[Criterion, ...] = option(

@@ -48,6 +48,7 @@ class Option:
         paths: whether values may be file names.
         follows: the option whose value is the default.
         none: what the value None, or no values, is called in tables and messages, if not so.
+        named: whether the values are pairs of a name and a content, so that messages name what differs.
         off: help of ``--no-NAME``, which sets None; empty: no such option.
         own: reason why no zoo file may set it; empty where it may.
         compared: whether runs with different values differ. False where the effect is recorded and compared.
@@ -66,6 +67,7 @@ class Option:
     paths: bool = False
     follows: str | None = None
     none: str = ""
+    named: bool = False
     off: str = ""
     own: str = ""
     compared: bool = True

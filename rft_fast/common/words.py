@@ -160,6 +160,7 @@ def differences(
     called: Callable[[tuple[str, ...]], str] = ".".join,
     sides: tuple[str, str] = ("there", "now"),
     shown: Callable[[tuple[str, ...], Any], Any] = lambda _, value: value,
+    told: Callable[[tuple[str, ...], Any, Any], str] = lambda *_: "",
 ) -> list[str]:
     """Describe how two nested tables differ.
 
@@ -170,6 +171,7 @@ def differences(
         called: what an entry is called, likewise.
         sides: what the two tables are called.
         shown: what the value of an entry is shown as, by its keys and the value.
+        told: how two values of an entry differ, by its keys and both values; empty: both are shown.
 
     Returns:
         One clause per differing entry, such as ``run.xi: 0.05 there, 0.06 now``.
@@ -179,8 +181,13 @@ def differences(
     def value(table: dict[tuple[str, ...], Any], names: tuple[str, ...]) -> Any:
         return shown(names, table[names]) if names in table else "nothing"
 
+    def clause(names: tuple[str, ...]) -> str:
+        both = names in a and names in b
+        own = told(names, a[names], b[names]) if both else ""
+        return own or f"{value(a, names)} {sides[0]}, {value(b, names)} {sides[1]}"
+
     return [
-        f"{called(names)}: {value(a, names)} {sides[0]}, {value(b, names)} {sides[1]}"
+        f"{called(names)}: {clause(names)}"
         for names in dict.fromkeys([*a, *b])
         if not but(names) and (names not in a or names not in b or a[names] != b[names])
     ]

@@ -48,6 +48,25 @@ def value_as(names: Sequence[str], value: Any) -> Any:
     return entry.option.none if value in (None, []) and entry is not None and entry.option.none else value
 
 
+def named_differences(names: Sequence[str], there: Any, now: Any, sides: tuple[str, str]) -> str:
+    """What differs between two values of an entry whose values have names; empty for any other entry.
+
+    Args:
+        names: the entry's.
+        there: pairs of a name and a content.
+        now: likewise.
+        sides: what the two are called.
+    """
+    entry = builder().recorded(names)
+    if entry is None or not entry.option.named or not (isinstance(there, list) and isinstance(now, list)):
+        return ""
+    a, b = dict(there), dict(now)
+    parts = [f"{name} has another content" for name in a if name in b and a[name] != b[name]]
+    parts += [f"{name} only {sides[0]}" for name in a if name not in b]
+    parts += [f"{name} only {sides[1]}" for name in b if name not in a]
+    return ", ".join(parts) or "another order"
+
+
 def is_compared(names: Sequence[str]) -> bool:
     """Whether an entry decides if two runs are the same (:attr:`rft_fast.common.fields.Option.compared`)."""
     entry = builder().recorded(names)

@@ -17,6 +17,7 @@ from ..common import disk
 from ..common.words import many
 from ..config.recorded import tree_of, upgraded
 from ..results.directory import figure_file
+from ..results.loading import is_same_release
 from ..studies.chance import among
 from ..studies.facts import Facts
 
@@ -144,7 +145,9 @@ def _check_version(config: dict[str, Any], file: pathlib.Path, command: str) -> 
     versions = config.get("versions")
     made_by = versions.get("rft_fast") if isinstance(versions, dict) else None
     try:
-        newer = Version(str(made_by)) > Version(__version__)
+        newer = Version(str(made_by)) > Version(__version__) and not is_same_release(
+            str(made_by), __version__
+        )
     except InvalidVersion:
         raise ValueError(f"{command}: {file} does not say which version of rft_fast wrote it") from None
     if newer:

@@ -10,11 +10,11 @@ from itertools import chain
 from typing import Any
 
 from ..common import disk, words
-from ..config.recorded import EARLIER, is_compared, shown_as, value_as
+from ..config.recorded import EARLIER, is_compared, named_differences, shown_as, value_as
 from ..names import FIGURE_FORMATS, STUDIES
 from . import database
 from .errors import Mismatch
-from .loading import is_begun, opened, order, recorded, refuse_stranger
+from .loading import is_begun, is_same_release, opened, order, recorded, refuse_stranger
 from .lock import refuse_in_use
 
 TABLE, CONFIG, FIGURES, LOG = "rows.csv", "config.json", "figures", "run.log"
@@ -29,8 +29,9 @@ def differences(
 ) -> list[str]:
     """Describe how two configurations differ in what rows depend on.
 
-    Ignored are command, date, platform, number of threads, version of Python, and every entry called
-    ``path``, as content hashes count instead. A model or a data set may have any of these names.
+    Ignored are command, date, platform, number of threads, version of Python, development versions of one
+    release of rft_fast, and every entry called ``path``, as content hashes count instead. A model or a data
+    set may have any of these names.
 
     Args:
         there: The configuration of a run.
@@ -41,12 +42,27 @@ def differences(
         One phrase per difference; empty where rows would be the same.
     """
 
+    own = [_version(config) for config in (there, now)]
+
     def aside(names: tuple[str, ...]) -> bool:
+        if names == ("versions", "rft_fast") and is_same_release(*own):
+            return True
         return names in ASIDE or names[0] in DERIVED or names[-1] == "path" or not is_compared(names)
 
     return words.differences(
-        plain(there), plain(now), aside, lambda names: shown_as(names, "."), sides, value_as
+        plain(there),
+        plain(now),
+        aside,
+        lambda names: shown_as(names, "."),
+        sides,
+        value_as,
+        lambda names, a, b: named_differences(names, a, b, sides),
     )
+
+
+def _version(config: Mapping[str, Any]) -> str:
+    versions = config.get("versions")
+    return str(versions.get("rft_fast", "")) if isinstance(versions, Mapping) else ""
 
 
 def check(
@@ -106,7 +122,7 @@ def check(
             if name in there
         }
         if unlike := differences(known, config):
-            raise mismatch(directory, unlike)
+            raise mismatch(directory, unlike, there)
 
 
 def _common(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,15 +167,41 @@ def refuse_links(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"results: {error}") from None
 
 
-def mismatch(directory: pathlib.Path, unlike: Sequence[str]) -> Mismatch:
-    packages = [difference.startswith("versions.") for difference in unlike]
-    same = "use the same settings and the versions of the run" if any(packages) else "use the same settings"
-    if all(packages):
-        same = "install the versions of the run (pip install NAME==VERSION)"
-    remedy = f"To resume it, {same}; otherwise choose another --out, or add --overwrite"
+# Packages whose name at the index is not that of the module.
+_DISTRIBUTIONS = {"rft_fast": "rft-fast", "open_clip": "open_clip_torch"}
+
+
+def mismatch(directory: pathlib.Path, unlike: Sequence[str], there: Mapping[str, Any]) -> Mismatch:
+    """Return the error about a run with other settings. there: its configuration."""
+    packages = [
+        each.removeprefix("versions.").partition(":")[0] for each in unlike if each.startswith("versions.")
+    ]
+    ways = [] if len(packages) == len(unlike) else ["use the same settings"]
+    if packages:
+        versions = there.get("versions")
+        versions = versions if isinstance(versions, Mapping) else {}
+        ways.append(_install({name: str(versions.get(name, "")) for name in packages}))
+    remedy = f"To resume it, {' and '.join(ways)}; otherwise choose another --out, or add --overwrite"
     if any(EARLIER in difference for difference in unlike):
         remedy = "This version has no options for these settings: choose another --out, or add --overwrite"
+    if "rft_fast" in packages:
+        remedy += ". A run is not measured by two releases, but this version reads, reports and compares it"
     return Mismatch(f"results: {directory} holds a run with other settings ({'; '.join(unlike)}). {remedy}")
+
+
+def _install(versions: Mapping[str, str]) -> str:
+    """Say how to get packages in these versions. Development versions of rft_fast are at no package index."""
+    own = versions.get("rft_fast", "")
+    unreleased = ".dev" in own or not own
+    wanted = " ".join(
+        f"{_DISTRIBUTIONS.get(name, name)}=={version.partition('+')[0]}"
+        for name, version in versions.items()
+        if version and not (name == "rft_fast" and unreleased)
+    )
+    ways = [f"install the versions of the run (pip install {wanted})"] if wanted else []
+    if "rft_fast" in versions and unreleased:
+        ways.append(f"install rft_fast {own or 'of the run'} from the source that made it")
+    return " and ".join(ways) or "use the versions of the run"
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

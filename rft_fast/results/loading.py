@@ -187,6 +187,16 @@ def refuse_stranger(directory: pathlib.Path, base: sqlite3.Connection) -> None:
         )
 
 
+def is_same_release(one: str, other: str) -> bool:
+    """Whether two versions of rft_fast may measure one run: equal ones, or on the way to the same release."""
+    try:
+        a, b = Version(one), Version(other)
+    except InvalidVersion:
+        return one == other
+    developed = a.is_devrelease and b.is_devrelease and (a.release, a.pre) == (b.release, b.pre)
+    return a.public == b.public or developed
+
+
 def check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
     refuse_stranger(directory, base)
     made = base.execute("PRAGMA user_version").fetchone()[0]
@@ -202,7 +212,7 @@ def check_version(directory: pathlib.Path, base: sqlite3.Connection) -> None:
         versions = records.config(base).get("versions")
         by = versions.get("rft_fast", "") if isinstance(versions, Mapping) else ""
         with suppress(InvalidVersion, TypeError):
-            newer = Version(by) > Version(__version__)
+            newer = Version(by) > Version(__version__) and not is_same_release(by, __version__)
     if newer:
         raise ValueError(
             f"results: the run in {directory} was made by rft_fast {by}, but this is "

@@ -109,7 +109,7 @@ class Run:
             records.verify(base)
             self.config = upgraded(records.config(base))
         if unlike := differences(self.config, requested):
-            raise mismatch(self.directory, unlike)
+            raise mismatch(self.directory, unlike, self.config)
         with explained(self.directory):
             self._database = stack.enter_context(closing(database.connect(self._file)))
             database.start_writing(self._database, self._file)

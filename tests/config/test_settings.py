@@ -394,7 +394,7 @@ def test_a_run_whose_estimator_no_option_names_cannot_be_resumed(tmp_path: Path)
     assert [text.partition(":")[0] for text in unlike] == ["--estimator", "--noise-batch"]
     assert unlike[1] == "--noise-batch: all in the run, 128 requested"
     with refused(results.Mismatch, tmp_path, "earlier version", "auto requested", "--out", "--overwrite"):
-        raise directory.mismatch(tmp_path, unlike)
+        raise directory.mismatch(tmp_path, unlike, {})
 
 
 def test_a_rho_to_be_found_is_called_auto() -> None:

@@ -450,6 +450,15 @@ def test_without_a_name_the_newest_run_is_taken(
     assert first == f"compared {made[0]} (A) with {made[1]} (B)"
 
 
+def test_runs_of_older_versions_are_reported_and_compared(run: Path, tmp_path: Path) -> None:
+    old = make_run(tmp_path / "old", SHORT)
+    file = old / "config.json"
+    file.write_text(file.read_text().replace(f'"rft_fast": "{__version__}"', '"rft_fast": "0.0.1"'))
+    assert "rft_fast 0.0.1" in plain(report.write(old).read_text())
+    page = plain(report.compare(old, run).read_text())
+    assert "0.0.1" in page and __version__ in page
+
+
 def test_all_matched_values_are_a_file(run: Path, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value once, and the three that differ; more than the table shows."""
     monkeypatch.setattr(comparison, "_SHOWN", 5)

@@ -651,6 +651,67 @@ def test_another_configuration_is_refused(
     assert files(tmp_path) == before
 
 
+def test_named_values_differ_by_their_names() -> None:
+    def config(*tables: list[Any]) -> dict[str, Any]:
+        return {"settings": {"coefficients": {"tables": list(tables)}}}
+
+    a, other, b, c = ["a", [[None, 1.0]]], ["a", [[None, 0.5]]], ["b", [["x", 0.5]]], ["c", []]
+    for there, now, told in [
+        (config(a, b), config(other, c), "a has another content, b only in the run, c only requested"),
+        (config(a, b), config(b, a), "another order"),
+        (config(a), config(), "a only in the run"),
+    ]:
+        assert results.differences(there, now) == [f"--alpha-table: {told}"]
+    assert results.differences(config(a, b), config(a, b)) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "now", "remedy"),
+    [
+        ("0.7.0.dev0", "0.7.0.dev0", None),
+        ("0.7.0.dev0", "0.7.0.dev3+g1a2b3c", None),
+        ("0.7.0.dev3", "0.7.0.dev0", None),  # the newer one's run, as long as its rows can be read
+        ("0.7.0", "0.7.0+cu12", None),
+        ("0.6.0", "0.7.0", "pip install rft-fast==0.6.0"),
+        ("0.6.0", "0.7.0.dev0", "pip install rft-fast==0.6.0"),
+        ("0.7.0rc1", "0.7.0", "pip install rft-fast==0.7.0rc1"),
+        ("0.7.0.dev0", "0.7.0", "from the source that made it"),  # which is at no index
+        ("0.6.0.dev0", "0.7.0.dev0", "from the source that made it"),
+    ],
+)
+def test_only_the_release_that_began_a_run_resumes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, now: str, remedy: str | None
+) -> None:
+    monkeypatch.setattr("rft_fast.results.loading.__version__", there)
+    with results.Run(tmp_path, changed("versions.rft_fast", there)) as run:
+        run.add("interpolation", "m", 0, [row()])
+    monkeypatch.setattr("rft_fast.results.loading.__version__", now)
+    other = changed("versions.rft_fast", now)
+    if remedy is None:
+        results.check(tmp_path, config=other)
+        with results.Run(tmp_path, other) as run:
+            assert run.resumed == 1
+    else:
+        for attempt in (results.check, results.Run):
+            with refused(results.Mismatch, there, now, remedy):
+                attempt(tmp_path, config=other)
+    same(results.load(tmp_path), [row()])  # any of them can be read
+
+
+@pytest.mark.parametrize(
+    ("there", "now"), [("0.8.0", "0.7.0"), ("0.8.0.dev0", "0.7.0.dev0"), ("0.7.0", "0.7.0.dev0")]
+)
+def test_the_run_of_a_newer_version_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, now: str
+) -> None:
+    monkeypatch.setattr("rft_fast.results.loading.__version__", there)
+    results.Run(tmp_path, changed("versions.rft_fast", there)).close()
+    monkeypatch.setattr("rft_fast.results.loading.__version__", now)
+    for attempt in (results.load, results.check, results.recorded):
+        with refused(ValueError, there, now):
+            attempt(tmp_path)
+
+
 def test_what_the_numbers_do_not_depend_on_is_not_compared(tmp_path: Path) -> None:
     with results.Run(tmp_path, ASKED) as run:
         run.add("interpolation", "m", 0, [row()])

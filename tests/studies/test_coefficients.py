@@ -472,7 +472,7 @@ def test_a_sweep_from_plan_to_page(zoo: File, tmp_path: File, capsys: pytest.Cap
     text = (zoo / "half.toml").read_text()
     try:
         (zoo / "half.toml").write_text(text.replace("0.5", "0.25"))
-        sweep_refused([*held, "--out", str(out)], "--alpha-table", "half", 0.5, 0.25)
+        sweep_refused([*held, "--out", str(out)], "--alpha-table", "half")
     finally:
         (zoo / "half.toml").write_text(text)
 
