@@ -17,7 +17,7 @@ from rft_fast.kernels.rows import lacks_memory
 from rft_fast.path.slots import Slot, dtype_name
 
 
-class _Faults(dict[str, list[str]]):
+class _Problems(dict[str, list[str]]):
     """Problem -> the tensors that have it."""
 
     def note(self, what: str, name: str) -> None:
@@ -56,14 +56,14 @@ def fit(slots: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> None
     Raises:
         ValueError: The ends do not fit; the message lists all problems.
     """
-    faults = _Faults()
+    problems = _Problems()
     for what, names in factors(name for slot in slots if slot.is_float for name in slot.names).items():
-        faults[f"the live model has {what}"] = names
-    live = [slot for slot in slots if not _unfit(slot.tensor, "the live model", slot.name, faults)]
+        problems[f"the live model has {what}"] = names
+    live = [slot for slot in slots if not _unfit(slot.tensor, "the live model", slot.name, problems)]
     devices = {slot.tensor.device: slot.name for slot in reversed(live) if slot.is_float}
     if len(devices) > 1:
         for device, name in devices.items():
-            faults.note("the live model is on several devices; move it to one", f"{name}: {device}")
+            problems.note("the live model is on several devices; move it to one", f"{name}: {device}")
 
     largest: dict[str, list[float]] = {slot.name: [] for slot in slots}
     fits: dict[str, dict[str, Tensor]] = {}
@@ -71,23 +71,23 @@ def fit(slots: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> None
     for label, end in ends.items():
         for name in end:
             if name not in known:
-                faults.note(f"{label} has unexpected names", name)
+                problems.note(f"{label} has unexpected names", name)
         fits[label] = fit = {
             name: end[name]
             for slot in slots
             for name in slot.names
-            if not _unlike(slot, name, end, label, faults)
+            if not _unlike(slot, name, end, label, problems)
         }
         for slot in slots:
             for name in slot.names:
                 if name in fit:
-                    largest[slot.name].append(_scan(name, slot.tensor, fit[name], label, faults))
+                    largest[slot.name].append(_scan(name, slot.tensor, fit[name], label, problems))
             for first, name in pairwise(name for name in slot.names if name in fit):
                 if not _same(fit[first], fit[name]):
                     what = f"{label} differs between names that are tied in the live model"
-                    faults.note(what, f"{first} and {name}")
-    _check_sharing(live, fits, faults)
-    faults.refuse()
+                    problems.note(what, f"{first} and {name}")
+    _check_sharing(live, fits, problems)
+    problems.refuse()
 
     for slot in slots:
         slot.ends = tuple(end[slot.name].detach().to(slot.tensor.device) for end in ends.values())
@@ -97,7 +97,7 @@ def fit(slots: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]]) -> None
             slot.shares = (zeroshot, finetuned, one)
 
 
-def _unfit(tensor: Tensor, where: str, name: str, faults: _Faults) -> bool:
+def _unfit(tensor: Tensor, where: str, name: str, problems: _Problems) -> bool:
     """Whether a tensor, live or at an end, is unusable; the problem is noted."""
     floating = tensor.is_floating_point() or tensor.is_complex()
     if nn.parameter.is_lazy(tensor):
@@ -119,38 +119,38 @@ def _unfit(tensor: Tensor, where: str, name: str, faults: _Faults) -> bool:
         what = f"{where} has dtypes other than float32, bfloat16 and float16; convert with .float()"
     else:
         return False
-    faults.note(what, name)
+    problems.note(what, name)
     return True
 
 
-def _unlike(slot: Slot, name: str, end: Mapping[str, Tensor], label: str, faults: _Faults) -> bool:
+def _unlike(slot: Slot, name: str, end: Mapping[str, Tensor], label: str, problems: _Problems) -> bool:
     """Whether an end has no tensor that matches the live one; the problem is noted."""
     if name not in end:
-        faults.note(f"{label} lacks", name)
+        problems.note(f"{label} lacks", name)
         return True
     tensor = end[name]
     if not isinstance(tensor, Tensor):
         kind = type(tensor).__name__
-        faults.note(f"{label} holds something other than tensors", f"{name} ({kind})")
+        problems.note(f"{label} holds something other than tensors", f"{name} ({kind})")
         return True
-    if _unfit(tensor, label, name, faults):
+    if _unfit(tensor, label, name, problems):
         return True
     if nn.parameter.is_lazy(slot.tensor):
         return True
     if tensor.shape != slot.tensor.shape:
         shapes = f"{name} (expected {list(slot.tensor.shape)}, got {list(tensor.shape)})"
-        faults.note(f"{label} has other shapes than the live model", shapes)
+        problems.note(f"{label} has other shapes than the live model", shapes)
         return True
     if tensor.is_floating_point() != slot.is_float or not (
         slot.is_float or tensor.dtype == slot.tensor.dtype
     ):
         kinds = f"{name} (expected {dtype_name(slot.tensor)}, got {dtype_name(tensor)})"
-        faults.note(f"{label} has other kinds of numbers than the live model", kinds)
+        problems.note(f"{label} has other kinds of numbers than the live model", kinds)
         return True
     return False
 
 
-def _scan(name: str, live: Tensor, tensor: Tensor, label: str, faults: _Faults) -> float:
+def _scan(name: str, live: Tensor, tensor: Tensor, label: str, problems: _Problems) -> float:
     """Note NaN, infinity and values beyond the live dtype; return the largest magnitude."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return 0.0
@@ -158,9 +158,11 @@ def _scan(name: str, live: Tensor, tensor: Tensor, label: str, faults: _Faults) 
     low, high = (float(extreme) for extreme in tensor.detach().aminmax())
     largest = max(abs(low), abs(high))
     if not (math.isfinite(low) and math.isfinite(high)):
-        faults.note(f"{label} has NaN or infinite weights", name)
+        problems.note(f"{label} has NaN or infinite weights", name)
     elif live.dtype in DTYPES and not bool(torch.tensor(largest).to(live.dtype).isfinite()):
-        faults.note(f"{label} has weights that exceed the range of the live model's {dtype_name(live)}", name)
+        problems.note(
+            f"{label} has weights that exceed the range of the live model's {dtype_name(live)}", name
+        )
     return largest
 
 
@@ -194,19 +196,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.device == b.device and a.data_ptr() == b.data_ptr()) or torch.equal(a, b.to(a.device))
 
 
-def _check_sharing(live: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]], faults: _Faults) -> None:
+def _check_sharing(
+    live: Sequence[Slot], ends: Mapping[str, Mapping[str, Tensor]], problems: _Problems
+) -> None:
     """Note live tensors that overlap, and tensors of an end that share memory with a live one."""
     taken = sorted((*_span(slot.tensor), slot.name) for slot in live if slot.tensor.numel())
     for (device, _, stop, name), (other_device, start, _, other) in pairwise(taken):
         if device == other_device and start < stop:
-            faults.note("the live model has tensors that overlap in memory", f"{name} and {other}")
+            problems.note("the live model has tensors that overlap in memory", f"{name} and {other}")
     for label, tensors in ends.items():
         for name, tensor in tensors.items():
             device, start, stop = _span(tensor)
             # The last live tensor that starts before this one ends.
             at = bisect_left(taken, (device, stop)) - 1
             if tensor.numel() and at >= 0 and taken[at][0] == device and taken[at][2] > start:
-                faults.note(
+                problems.note(
                     f"{label} shares memory with the live model, which is overwritten: give the live "
                     "model its own storage, for example with copy.deepcopy",
                     name,

@@ -69,6 +69,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_scripts_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"(?<![\w/])(?:benchmarks|examples)/[\w./-]*?\.(?:py|ipynb|sh)\b", text(page))
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def test_every_page_is_in_the_menu() -> None:
     docs = ROOT / "docs"
     listed = {"index"}
