@@ -53,7 +53,8 @@ class Images:
             ordered, order = self.classes.sort()
             self.targets = order[torch.searchsorted(ordered, self.labels)]
         self.groups = None if dataset.groups is None else dataset.groups.to(device)
-        self.entropies: Tensor | None = None  # of each image's prediction, if they are noted
+        # Start of a batch -> entropies of its predictions, if they are noted.
+        self.entropies: dict[int, Tensor] | None = None
         self.among: int | None = None  # number of classes that images are scored among, known once checked
         self._stream = _Stream(device) if self.images.device != device else None
 
@@ -80,7 +81,7 @@ class Images:
     def noting(self) -> Images:
         """Return the same images, whose scores also have the entropy of the predictions."""
         found = copy(self)
-        found.entropies = torch.empty(len(self), device=self.device)
+        found.entropies = {}
         return found
 
     def parts(self, size: int) -> list[Images]:
@@ -120,7 +121,7 @@ class Images:
             logits = logits - logits.mean(1, keepdim=True)
             logits = logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
         if self.entropies is not None:
-            self.entropies[batch] = torch.special.entr(logits.softmax(1)).sum(1)
+            self.entropies[batch.start] = torch.special.entr(logits.softmax(1)).sum(1)
         if self.groups is None:
             losses = nn.functional.cross_entropy(logits, self.targets[batch], reduction="none")
         else:
@@ -131,7 +132,9 @@ class Images:
 
     def scores(self, losses: Tensor, predictions: Tensor) -> Scores:
         """Return scores of all images from losses, float32 [n], and predictions, int32 [n], on the CPU."""
-        entropies = None if self.entropies is None else self.entropies.cpu()
+        entropies = None
+        if self.entropies:
+            entropies = torch.cat([part for _, part in sorted(self.entropies.items())]).cpu()
         return Scores(losses, predictions == self.dataset.labels, predictions, entropies)
 
     def check(self, model: Callable[[Tensor], Any]) -> Tensor:

@@ -127,7 +127,7 @@ def test_hovering_a_layer(opened: tiny_browser.Browser) -> None:
         opened.send("Input.dispatchMouseEvent", type="mouseMoved", x=spot["x"] + shift, y=spot["y"])
     text = opened.run("""new Promise((done) => { let tries = 0; const look = () => {
         const found = document.querySelector("#layers-map .hoverlayer")?.textContent;
-        found || tries++ > 100 ? done(found) : setTimeout(look, 20); }; look(); })""")
+        found || tries++ > 1500 ? done(found) : setTimeout(look, 20); }; look(); })""")
     assert f"{LAYERS[2]} (straggler), α = 0.5" in text and "rise in loss +0.6 ± 0.196 nats" in text
 
 

@@ -374,7 +374,7 @@ def zoo_file(folder: Path, options: str = "seed = 0", **entries: str) -> Path:
     entries = {"arch": "tiny.json", "zeroshot": "zeroshot.safetensors"} | entries
     lines = ['name = "z"', *(f"{name} = {json.dumps(value)}" for name, value in entries.items())]
     lines += ["[finetuned]", 'a = "a.safetensors"', "[data.near]", 'path = "near"', "[options]", options]
-    file = folder / f"zoo{len(list(folder.glob('zoo*.toml')))}.toml"
+    file = folder / "zoo.toml"
     file.write_text("\n".join(lines))
     return file
 
