@@ -141,7 +141,7 @@ class Along:
         "option given beside it wins",
         common="a first look: fewer images, positions and draws",
         compared=False,
-        own="how thoroughly is for the user's own command to say, and no zoo file; leave it out",
+        own="only the command line may set how thoroughly; leave it out",
     )
 
 

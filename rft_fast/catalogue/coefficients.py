@@ -73,7 +73,7 @@ class Tables:
         many="each",
         whole=_tables,
         named=True,
-        own="which tables are measured is for the user's own command to say; leave it out",
+        own="only the command line may set which tables are measured; leave it out",
     )
     hold: tuple[Criterion, ...] = option(
         ("instability",),
