@@ -141,7 +141,7 @@ class Along:
         "option given beside it wins",
         common="a first look: fewer images, positions and draws",
         compared=False,
-        own="only the command line may set how thoroughly; leave it out",
+        own="only the command line may ask for a first look; leave it out",
     )
 
 
