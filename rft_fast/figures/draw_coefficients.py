@@ -9,10 +9,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..common.words import signed
+from ..common.words import many, signed
 from ..studies.coefficients import STUDY
 from ..studies.facts import Facts, as_facts
-from ..studies.interpolate import Z95
 from .style import (
     Style,
     arrange,
@@ -41,7 +40,8 @@ def coefficients(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Fi
     """Draw accuracy out of distribution against mean accuracy in distribution, along alpha.
 
     One panel per model and data set; a curve for each table, of controls the mean over draws. Stars: the
-    alpha of highest accuracy in distribution, with the 95 % interval of the difference to the plain path.
+    alpha of highest accuracy in distribution, with the corrected 95 % interval of the difference to that of
+    the plain path.
 
     Args:
         rows: rows of :func:`rft_fast.studies.coefficients`, or their facts.
@@ -76,7 +76,7 @@ def coefficients(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Fi
             panel.plot(x, y[x.index], label=label, **style | (_CONTROL if control else {}))
             if not control:
                 alpha = x.idxmax() if fact is None else fact["alpha"]
-                error = 0 if fact is None else 100 * Z95 * fact["difference_se"]
+                error = 0 if fact is None else 100 * (fact["difference_high"] - fact["difference"])
                 panel.errorbar(x[alpha], y[alpha], error, **{**_CHOSEN, "color": style["color"]})
                 panel.plot(x.iloc[0], y.iloc[0], **_ZERO)
         panel.set_xlabel("mean accuracy in distribution (%)")
@@ -85,16 +85,16 @@ def coefficients(rows: pd.DataFrame | Facts, file: str | os.PathLike[str]) -> Fi
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderaxespad=0)
         labels = [str(line.get_label()) for line in panel.get_lines() if line.get_label()[0] != "_"]
         entries = max(entries, sum(1 + label.count("\n") for label in labels))
-        images = f"{here['samples'].iloc[0]:,} images"
+        images = many(f"{here['samples'].iloc[0]:,}", "image")
         titles.append(f"{fold(model, room, 'title')}\non {fold(dataset, room - 0.2, 'title')}, {images}")
         panel.set_title(titles[-1])
     note = wrap(
         figure,
         "Accuracy out of distribution against mean accuracy in distribution, along the path with each layer",
         r"at its coefficient times $\alpha$. Curves of controls: means over draws. Stars: the $\alpha$ of",
-        "highest accuracy in distribution. Below: accuracy there minus that of the plain path where its",
-        "accuracy in distribution is nearest, in points; bars at the stars: its pointwise 95 % interval,",
-        "paired over images.",
+        "highest accuracy in distribution. Below: accuracy at the star minus that at the star of the plain",
+        "path, in points; bars at the stars: its 95 % interval, paired over images and corrected for all",
+        "tables and panels.",
     )
     marks = [key("plain path", _PLAIN), key("zero-shot", _ZERO)]
     marks.append(key(r"best $\alpha$ in distribution", _CHOSEN, mfc="white"))

@@ -124,7 +124,7 @@ def section(facts: Facts) -> Section:
         STUDY,
         "Layer-wise connectivity",
         "The first layers, and the last",
-        f"{lead}{images(part, 'n = {:,} images of {}', '; ')}. {_ABOUT} Marked sets lower accuracy.",
+        f"{lead}{images(part, 'n = ', '; ')}. {_ABOUT} Marked sets lower accuracy.",
         Picture(controls, charts, [Key(falls, "@bad", "triangle-left")]),
         [_table(facts)],
     )

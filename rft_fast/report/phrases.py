@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 
-from ..common.words import some
+from ..common.words import many, some
 from ..settings import Prune
 from ..studies.permutation import least
 from ..studies.pruning import NAMED, kind
@@ -23,10 +23,10 @@ PAPER_CORRELATION = (
 MEASURES = {"general": "all weights", "stragglers": "the stragglers"}
 
 
-def images(rows: pd.DataFrame, each: str = "{:,} images of {}", between: str = ", ") -> str:
-    """Describe the number of images of each data set."""
+def images(rows: pd.DataFrame, before: str = "", between: str = ", ") -> str:
+    """Describe the number of images of each data set, each with the text ``before`` it."""
     counts = rows.groupby("dataset", sort=False)["samples"].max()
-    return between.join(each.format(count, name) for name, count in counts.items())
+    return between.join(f"{before}{many(f'{count:,}', 'image')} of {name}" for name, count in counts.items())
 
 
 def span(counts: pd.Series) -> str:

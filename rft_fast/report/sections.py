@@ -102,7 +102,7 @@ def layers(facts: Facts) -> Section:
 
 
 def _images(part: pd.DataFrame) -> str:
-    return images(part, "n = {:,} images of {}", "; ")
+    return images(part, "n = ", "; ")
 
 
 def _unclear(table: Table, reason: str = "their sign is unclear") -> list[str]:

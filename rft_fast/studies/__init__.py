@@ -5,9 +5,10 @@ from __future__ import annotations
 from .chance import Chance, against_chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim, claim_tests
-from .coefficients import coefficient_effects, coefficients
+from .coefficients import coefficients
 from .correlation import correlation
 from .cumulative import cumulative_effects, cumulative_interpolation
+from .effects import coefficient_effects
 from .ensemble import ensemble, ensemble_difference
 from .estimators import ESTIMATORS, Protocol
 from .gains import gain_bounds, id_alphas

@@ -17,7 +17,7 @@ from .bands import FOLDS, best, dealt
 from .gains import STUDY, check_path, results_of
 from .images import check_images
 from .rows import check_table
-from .verdicts import half_width
+from .verdicts import half_width, two_way_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -240,8 +240,6 @@ def _interval(
     mean, models = float(np.mean(values)), len(values)
     if table is None or models < 2 or table.shape[1] < 2:
         return mean, math.nan, math.nan, math.nan
-    over_models, over_images = (table.mean(axis=axis).var(ddof=1) / table.shape[1 - axis] for axis in (1, 0))
-    over_both = table.var(ddof=1) / table.size
-    error = math.sqrt(max(over_models, over_images, over_models + over_images - over_both))
+    error = two_way_error(table)
     half = half_width(error, models - 1, tests)
     return mean, error, mean - half, mean + half

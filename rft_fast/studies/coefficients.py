@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from itertools import product
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ..names import Names
 from ..path.coefficients import Table, spread
-from .bands import best
-from .images import Images, Kept
+from .images import Kept
 from .interpolate import check_alphas, check_evaluator, end_scores, together
 from .pruning import random_layers
-from .rows import Measured, Sink, of_study, scored
-from .verdicts import half_width, sign
+from .rows import Measured, Sink, scored
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluator, Scores
@@ -141,73 +138,3 @@ def _plain(
         found |= end_scores(path, evaluator, group, own, alpha)
     known.update({(name, alpha): scores for name, scores in found.items()})
     return found
-
-
-def coefficient_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFrame:
-    """Compare each table with the plain path at equal accuracy in distribution.
-
-    A table is at the alpha of its highest mean accuracy over the data sets in distribution, the plain path at
-    the measured alpha whose mean accuracy there is nearest. So accuracy out of distribution chooses neither.
-    At the same alpha, a table of small coefficients would only be nearer to zero-shot.
-
-    Args:
-        rows: rows of :func:`coefficients`; rows of other studies are ignored.
-        images: results of single images of these rows; None: there are none, and no intervals.
-
-    Returns:
-        One row per (model, dataset, coefficients, control):
-
-        - ``ood``, ``samples``; ``layers`` (held; of the first draw), ``draws`` (1 without any);
-        - ``alpha``, ``near``: of the table, the alpha and mean accuracy in distribution there, and
-          ``plain_alpha``, ``plain_near`` of the plain path; both alphas of the first draw;
-        - ``difference`` in accuracy, mean over draws, with ``difference_se``, paired over images;
-          ``difference_low``, ``difference_high``: 95 % interval by Student's t, Bonferroni-corrected for all
-          that are out of distribution and no control; missing in distribution, where the same images choose
-          alpha. That of a control is for the layers drawn. ``verdict``: its :func:`.verdicts.sign`.
-
-    Raises:
-        TypeError: ``rows`` is not a table of rows.
-        ValueError: there are no rows of the study, or none in distribution.
-    """
-    rows = of_study(rows, STUDY, "coefficient_effects")
-    rows = rows.fillna({"coefficients": "", "seed": -1, "control": False, "ood": False})
-    if rows["ood"].all():
-        raise ValueError("coefficient_effects: alpha is chosen in distribution, but there are no such rows")
-    levels = ["model", "coefficients", "seed"]
-    near = rows[~rows["ood"]].groupby([*levels, "alpha"])["accuracy"].mean().rename("near")
-    rows = rows.join(near, on=near.index.names)
-    pairs: dict[Any, tuple[float, float]] = {}  # curve -> its alpha, and that of the plain path
-    for key, own in near.groupby(level=levels):
-        plain = near[key[0], "", -1]
-        pairs[key] = own.index[best(own)][-1], plain.index[best(-(plain - own.max()).abs())]
-    found: list[dict[str, Any]] = []
-    for (model, dataset), group in rows.groupby(["model", "dataset"], sort=False):
-        kept = None if images is None else images.of(STUDY, str(model), str(dataset))
-        hits = kept.hits if kept is not None and kept.alphas.tolist() == group["alpha"].tolist() else None
-        keys = group[["coefficients", "seed", "alpha"]].itertuples(index=False, name=None)
-        place = {key: number for number, key in enumerate(keys)}
-        tables = group[group["coefficients"] != ""].groupby(["coefficients", "control"], sort=False)
-        for (name, control), curves in tables:
-            both = {seed: pairs[model, name, seed] for seed in curves["seed"].unique()}
-            ours = [place[name, seed, at] for seed, (at, _) in both.items()]
-            theirs = [place["", -1, at] for _, at in both.values()]
-            here, there, error = group.iloc[ours], group.iloc[theirs], math.nan
-            if hits is not None and hits.shape[1] > 1:
-                paired = hits[ours].mean(0) - hits[theirs].mean(0)
-                error = paired.std(ddof=1) / math.sqrt(len(paired))
-            found.append(
-                {
-                    **{key: here[key].iloc[0] for key in ("model", "dataset", "ood", "samples", "alpha")},
-                    **{"coefficients": name, "control": control, "draws": len(ours)},
-                    "layers": here["layer"].iloc[0].split(", ") if here["layer"].notna().all() else [],
-                    **{"plain_alpha": there["alpha"].iloc[0], "near": here["near"].mean()},
-                    **{"plain_near": there["near"].mean(), "difference_se": error},
-                    "difference": here["accuracy"].mean() - there["accuracy"].mean(),
-                }
-            )
-    tests = sum(fact["ood"] and not fact["control"] for fact in found)
-    for fact in found:
-        half = half_width(fact["difference_se"], fact["samples"] - 1, tests) if fact["ood"] else math.nan
-        ends = (fact["difference"] - half, fact["difference"] + half)
-        fact |= {"difference_low": ends[0], "difference_high": ends[1], "verdict": sign(*ends)}
-    return pd.DataFrame(found, columns=[*found[0]] if found else ["model", "dataset", "ood", "control"])

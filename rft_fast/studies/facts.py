@@ -19,9 +19,9 @@ from .chance import Chance, zeroshot_chances
 from .choice import choice, choice_means
 from .claim import claim_tests, count_flat
 from .coefficients import STUDY as COEFFICIENTS
-from .coefficients import coefficient_effects
 from .correlation import correlate
 from .cumulative import cumulative_effects
+from .effects import coefficient_effects
 from .ensemble import ensemble_difference
 from .gains import gain_bounds
 from .images import Images, Renamed

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from .bands import Z95
@@ -52,6 +54,25 @@ def half_width(error: float, freedom: float, tests: int = 1) -> float:
         NaN if the error is 0 or unknown, or without degrees of freedom.
     """
     return float(stdtrit(freedom, 1 - 0.025 / tests)) * error if freedom > 0 and error > 0 else math.nan
+
+
+def two_way_error(table: NDArray[np.float64]) -> float:
+    """Standard error of the mean of a table, both of whose dimensions are samples, such as models and images.
+
+    The variance is that over rows plus that over columns minus that over both (two-way clusters; Cameron,
+    Gelbach and Miller, 2011), and at least the larger of the first two.
+
+    Args:
+        table: [rows, columns].
+
+    Returns:
+        NaN with fewer than two rows or columns.
+    """
+    if min(table.shape) < 2:
+        return math.nan
+    rows, columns = (table.mean(axis=axis).var(ddof=1) / table.shape[1 - axis] for axis in (1, 0))
+    both = table.var(ddof=1) / table.size
+    return math.sqrt(max(rows, columns, rows + columns - both))
 
 
 def mode(fact: Mapping[Any, Any]) -> Mode:

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from pathlib import Path as File
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 from scipy.stats import t as student
+from scipy.stats import ttest_rel
 from support.tiny_models import State, Told, counted, normalised, pictures, random_state
 from support.tiny_zoo import make, own_models, sweep_refused
 from support.wording import refused, said, warned
@@ -28,11 +29,12 @@ from rft_fast.evaluate import Evaluator
 from rft_fast.names import FigureWidth
 from rft_fast.path import Path
 from rft_fast.report import coefficients as words
-from rft_fast.report import glossary
+from rft_fast.report import glossary, phrases
 from rft_fast.run import trackers
-from rft_fast.studies.coefficients import coefficient_effects
+from rft_fast.studies.effects import coefficient_effects
 from rft_fast.studies.facts import Facts
 from rft_fast.studies.images import ImageResults, ImageScores
+from rft_fast.studies.verdicts import two_way_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,9 +217,9 @@ N = 50
 # Hits of 50 images, in distribution and out of it, at alpha = 0, 0.5 and 1.
 CURVES = {
     ("", None): ([40, 44, 46], [30, 33, 28]),
-    ("LiNeS", None): ([40, 43, 43], [30, 36, 39]),  # best at 0.5, the first of equals: nearest to 44
-    ("held", None): ([40, 41, 45], [30, 31, 32]),  # 45 is as near to 44 as to 46: the smaller alpha
-    ("held", 0): ([40, 39, 38], [30, 29, 28]),  # best at 0, with 40 as zero-shot
+    ("LiNeS", None): ([40, 43, 43], [30, 36, 39]),  # best at 0.5, the first of equals
+    ("held", None): ([40, 41, 45], [30, 31, 32]),
+    ("held", 0): ([40, 39, 38], [30, 29, 28]),  # best at 0
     ("held", 1): ([40, 46, 45], [30, 35, 32]),
 }
 
@@ -257,38 +259,171 @@ def by_hand(model: str = "m") -> pd.DataFrame:
 def test_effects_by_hand() -> None:
     rows = by_hand()
     facts = coefficient_effects(rows, Stored(rows))
-    assert facts["coefficients"].tolist() == ["LiNeS", "held", "held"] * 2 and not facts["ood"][:3].any()
-    far = facts[facts["ood"]].set_index(["coefficients", "control"])
+    assert facts["coefficients"].tolist() == ["LiNeS", "held", "held"] and set(facts["dataset"]) == {"far"}
+    far = facts.set_index(["coefficients", "control"])
+    # Each at its own best alpha in distribution; the plain path at 1, with 46 hits there and 28 elsewhere.
     expected = {
-        ("LiNeS", False): (0.5, 43, 0.5, 44, 36 - 33),
-        ("held", False): (1.0, 45, 0.5, 44, 32 - 33),
-        ("held", True): (0.0, (40 + 46) / 2, 0.0, (40 + 46) / 2, ((30 - 30) + (35 - 28)) / 2),
+        ("LiNeS", False): (0.5, 43, 36 - 28),
+        ("held", False): (1.0, 45, 32 - 28),
+        ("held", True): (0.0, (40 + 46) / 2, ((30 - 28) + (35 - 28)) / 2),
     }
-    for key, (alpha, near, plain, plain_near, difference) in expected.items():
+    for key, (alpha, near, difference) in expected.items():
         fact = far.loc[key]
-        assert (fact["alpha"], fact["plain_alpha"]) == (alpha, plain)
-        assert fact["near"] == pytest.approx(near / N) and fact["plain_near"] == pytest.approx(plain_near / N)
+        assert (fact["alpha"], fact["plain_alpha"]) == (alpha, 1.0)
+        assert fact["near"] == pytest.approx(near / N) and fact["plain_near"] == pytest.approx(46 / N)
         assert fact["difference"] == pytest.approx(difference / N)
-    # Three of 50 images differ, all in one direction; two tables are judged.
-    value = np.array([1.0] * 3 + [0.0] * 47)
+    # Eight of 50 images differ, all in one direction; two tables are judged.
+    value = np.array([1.0] * 8 + [0.0] * 42)
     error = value.std(ddof=1) / math.sqrt(N)
     half = student.ppf(1 - 0.025 / 2, N - 1) * error
     lines = far.loc["LiNeS", False]
     assert lines["difference_se"] == pytest.approx(error)
-    assert lines["difference_low"] == pytest.approx(0.06 - half)
-    assert lines["difference_high"] == pytest.approx(0.06 + half)
-    assert lines["verdict"] == "unclear" and lines["layers"] == [] and lines["draws"] == 1
+    assert lines["difference_low"] == pytest.approx(0.16 - half)
+    assert lines["difference_high"] == pytest.approx(0.16 + half)
+    assert lines["verdict"] == "above" and lines["layers"] == [] and lines["draws"] == 1
+    # In distribution three of 50 differ: not shown, and not from the 40 and 44 hits of the other positions.
+    value = np.array([-1.0] * 3 + [0.0] * 47)
+    half = student.ppf(0.975, N - 1) * value.std(ddof=1) / math.sqrt(N)
+    assert lines["near_low"] == pytest.approx(-0.06 - half) and lines["near_verdict"] == "unclear"
+    assert lines["matched"] == 3 and lines["matched_verdict"] == "unclear"  # 3 of 50 are too few
+    assert lines["matched_least"] == pytest.approx((36 - 33) / N)
+    assert lines["matched_most"] == pytest.approx((36 - 28) / N)
+    # Two draws are too few for an interval.
     assert far.loc["held", True]["draws"] == 2 and far.loc["held", True]["layers"] == ["c", "d"]
-    # Mean over draws, image by image: the second draw has seven hits more.
-    value = np.array([0.5] * 7 + [0.0] * 43)
-    assert far.loc["held", True]["difference_se"] == pytest.approx(value.std(ddof=1) / math.sqrt(N))
-    near = facts[~facts["ood"]].set_index(["coefficients", "control"])
-    assert near.loc["LiNeS", False]["difference"] == pytest.approx(-1 / N)
-    assert near["difference_low"].isna().all() and set(near["verdict"]) == {"unknown"}  # they choose alpha
+    assert math.isnan(far.loc["held", True]["difference_se"])
+    held = far.loc["held", False]
+    assert held["beyond"] == pytest.approx((32 - (30 + 35) / 2) / N) and held["control_draws"] == 2
+    assert math.isnan(held["beyond_low"]) and held["beyond_verdict"] == "unknown"
 
     without = coefficient_effects(rows)
-    assert without["difference"].tolist() == facts["difference"].tolist()
-    assert without["difference_se"].isna().all() and set(without["verdict"]) == {"unknown"}
+    for name in ("difference", "near", "beyond"):
+        assert without[name].equals(facts[name])
+    assert without["difference_se"].isna().all() and not without["matched"].any()
+    for name in ("verdict", "near_verdict", "matched_verdict", "beyond_verdict"):
+        assert set(without[name]) == {"unknown"}
+
+
+class Drawn:
+    """Hits at random in two data sets in distribution and one out of it; four controls, two of the same."""
+
+    CURVES = (("", None), ("t", None), ("held", None), *(("held", seed) for seed in range(5)))
+    SETS: ClassVar = {"near": 40, "near too": 25, "far": 60}
+    HELD = ("c", "d", "e", "c", "f")
+    GRID = (0.0, 0.25, 0.5, 1.0)
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.hits, rows = {}, []
+        skill = {name: 1.5 * rng.standard_normal(size) for name, size in self.SETS.items()}
+        for alpha, (name, draw), dataset in itertools.product(self.GRID, self.CURVES, self.SETS):
+            place = self.CURVES.index((name, draw if draw != 3 else 0))  # draw 3 holds what draw 0 does
+            own = np.random.default_rng([seed, place, int(4 * alpha), len(dataset)])
+            size, shift = (
+                self.SETS[dataset],
+                (0.6 * alpha - 0.2 * place if name else 0.3 - (alpha - 0.5) ** 2),
+            )
+            hits = skill[dataset] + 0.5 * own.standard_normal(size) + shift > 0
+            self.hits[name, draw, alpha, dataset] = hits
+            row: dict[str, object] = {
+                "study": "coefficients", "model": "m", "dataset": dataset, "ood": dataset == "far",
+                "alpha": alpha, "samples": size, "accuracy": hits.mean(), "coefficients": name or None,
+            }  # fmt: skip
+            if name == "held":
+                layer = "a" if draw is None else self.HELD[draw]
+                row |= {"layer": layer, "control": draw is not None, "seed": draw}
+            rows.append(row)
+        self.rows = studies.frame(rows)
+
+    def of(self, study: str, model: str, dataset: str) -> ImageResults:
+        here = self.rows[self.rows["dataset"] == dataset]
+        own = [hits for key, hits in self.hits.items() if key[3] == dataset]
+        return ImageResults.stack(here, [ImageScores(h, np.zeros(len(h), np.float16), None) for h in own])
+
+    def near(self, name: str, draw: int | None, alpha: float) -> float:
+        return float(np.mean([self.hits[name, draw, alpha, d].mean() for d in ("near", "near too")]))
+
+    def best(self, name: str, draw: int | None = None) -> float:
+        return max(self.GRID, key=lambda alpha: (self.near(name, draw, alpha), -alpha))
+
+    def far(self, name: str, draw: int | None = None, alpha: float | None = None) -> np.ndarray:
+        return self.hits[name, draw, self.best(name, draw) if alpha is None else alpha, "far"].astype(float)
+
+    def near_interval(self, name: str, alpha: float) -> tuple[float, float]:
+        """Of the mean over both data sets: their images are independent."""
+        each = [
+            self.hits[name, None, self.best(name), d].astype(float) - self.hits["", None, alpha, d]
+            for d in ("near", "near too")
+        ]
+        error = math.sqrt(sum(d.var(ddof=1) / len(d) for d in each)) / 2
+        half = student.ppf(0.975, 25 - 1) * error if error else 0.0
+        mean = (each[0].mean() + each[1].mean()) / 2
+        return mean - half, mean + half
+
+
+def way(low: float, high: float) -> str:
+    return "above" if low > 0 else "below" if high < 0 else "unclear"
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3, 4])
+def test_effects_equal_brute_force(seed: int) -> None:
+    """Intervals by scipy's paired t test; the two tables are corrected for two cases."""
+    s = Drawn(seed)
+    facts = coefficient_effects(s.rows, s).set_index(["coefficients", "control"])
+    for name in ("t", "held"):
+        fact = facts.loc[name, False]
+        assert (fact["alpha"], fact["plain_alpha"]) == (s.best(name), s.best(""))
+        truth = ttest_rel(s.far(name), s.far("")).confidence_interval(1 - 0.05 / 2)
+        assert (fact["difference_low"], fact["difference_high"]) == pytest.approx((truth.low, truth.high))
+        assert fact["verdict"] == way(*truth)
+        low, high = s.near_interval(name, s.best(""))
+        assert (fact["near_low"], fact["near_high"]) == pytest.approx((low, high))
+        assert fact["near_verdict"] == way(low, high)
+        same = [alpha for alpha in s.GRID if way(*s.near_interval(name, alpha)) == "unclear"]
+        differences = [(s.far(name) - s.far("", alpha=alpha)).mean() for alpha in same]
+        ends = [
+            ttest_rel(s.far(name), s.far("", alpha=alpha)).confidence_interval(1 - 0.05 / 2) for alpha in same
+        ]
+        assert fact["matched"] == len(same) > 0
+        assert fact["matched_least"] == pytest.approx(min(differences))
+        assert fact["matched_most"] == pytest.approx(max(differences))
+        lowest, highest = min(low for low, _ in ends), max(high for _, high in ends)
+        assert fact["matched_verdict"] == way(lowest, highest)
+    # The draws 0 and 3 hold the same layers and are one.
+    draws = [0, 1, 2, 4]
+    for key, value, sign, table in (
+        (("held", False), "beyond", "beyond_verdict", [s.far("held") - s.far("held", d) for d in draws]),
+        (("held", True), "difference", "verdict", [s.far("held", d) - s.far("") for d in draws]),
+    ):
+        fact, array = facts.loc[key], np.stack(table)
+        mean, error = array.mean(), brute_two_way(array)
+        half = student.ppf(1 - 0.025 / (2 if value == "difference" else 1), len(draws) - 1) * error
+        assert fact[value] == pytest.approx(mean) and fact[f"{value}_se"] == pytest.approx(error)
+        found = fact[f"{value}_low"], fact[f"{value}_high"]
+        assert found == pytest.approx((mean - half, mean + half))
+        assert fact[sign] == way(mean - half, mean + half)
+    assert facts.loc["held", False]["control_draws"] == facts.loc["held", True]["draws"] == 4
+
+
+def brute_two_way(table: np.ndarray) -> float:
+    """Variance over draws, plus that over images, minus that over both, cell by cell."""
+    (draws, images), mean = table.shape, table.mean()
+    over = [
+        sum((line.mean() - mean) ** 2 for line in lines) / (count - 1) / count
+        for lines, count in ((table, draws), (table.T, images))
+    ]
+    both = sum((cell - mean) ** 2 for cell in table.flat) / (table.size - 1) / table.size
+    return math.sqrt(max(*over, sum(over) - both))
+
+
+def test_two_way_errors_have_closed_forms() -> None:
+    """Where only draws or only images matter, the error is that of their mean."""
+    draws, images = np.array([0.1, 0.3, -0.2, 0.7]), np.array([1.0, 0.0, -1.0, 1.0, 1.0, 0.0])
+    for values, table in (
+        (draws, draws[:, None] + np.zeros(6)),
+        (images, np.zeros(4)[:, None] + images),
+    ):
+        assert two_way_error(table) == pytest.approx(paired(values)[1])
+    assert math.isnan(two_way_error(draws[:, None])) and math.isnan(two_way_error(images[None]))
 
 
 def test_effects_need_data_in_distribution() -> None:
@@ -312,23 +447,64 @@ def clear(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(accuracy=rows["accuracy"].mask(better, 47 / N))
 
 
+def costly(rows: pd.DataFrame) -> pd.DataFrame:
+    """LiNeS has 47 hits out of distribution at 0.5, but 36 in distribution: 10 less than the plain path."""
+    rows = clear(rows)
+    table = rows["coefficients"].fillna("") == "LiNeS"
+    worse = table & ~rows["ood"] & (rows["alpha"] != 0.5)
+    rows = rows.assign(accuracy=rows["accuracy"].mask(worse, 35 / N))
+    return rows.assign(accuracy=rows["accuracy"].mask(table & ~rows["ood"] & (rows["alpha"] == 0.5), 36 / N))
+
+
+def more_draws(rows: pd.DataFrame, hits: int) -> pd.DataFrame:
+    """Four draws of the control, as the second, but with so many hits out of distribution, or one less."""
+    second = rows[rows["seed"] == 1]
+    added = [
+        second.assign(
+            seed=seed,
+            layer=f"c, {name}",
+            accuracy=second["accuracy"].mask(second["ood"], (hits - seed % 2) / N),
+        )
+        for seed, name in ((2, "f"), (3, "g"), (4, "h"), (5, "i"))
+    ]
+    rest = rows[~rows["seed"].isin([0, 1])]
+    return pd.concat([rest, *added], ignore_index=True).sort_values("alpha", kind="stable")
+
+
 def test_words_say_what_intervals_allow() -> None:
     rows = by_hand()
+    held = rows[rows["coefficients"].isna() | (rows["coefficients"] == "held")]
+    same = held["layer"].fillna("").eq("a, b") & held["ood"] & (held["alpha"] == 1)
     texts = {
-        "unclear": facts_of(rows),
+        "unclear": facts_of(held.assign(accuracy=held["accuracy"].mask(same, 30 / N))),
         "clear": facts_of(clear(rows)),
+        "costly": facts_of(costly(rows)),
         "no intervals": facts_of(rows, stored=False),
-        "held": facts_of(rows[rows["coefficients"].isna() | (rows["coefficients"] == "held")]),
+        "beyond": facts_of(more_draws(held, 8)),
         "nothing": facts_of(rows[rows["coefficients"].isna()]),
     }
     found = {name: [one.text for one in words.findings(facts)] for name, facts in texts.items()}
     said("\n".join(itertools.chain(*found.values())))
-    assert "higher accuracy than the plain path in 0 and clearly lower in 0 of 2 cases" in found["unclear"][0]
+    assert "accuracy than the plain path in 0 and clearly lower in 0 of 1 case" in found["unclear"][0]
+    assert "+4.0 points" in found["unclear"][0] and "no verdict with fewer than 3" in found["unclear"][2]
     assert "in 1 and clearly lower in 0 of 2" in found["clear"][0] and "LiNeS" in found["clear"][0]
-    assert "+28.0 points" in found["clear"][0] and "no interval" in found["no intervals"][0]
-    assert "-2.0 points" in found["held"][0] and "against +7.0 points" in found["held"][0]
+    assert (
+        "+38.0 points" in found["clear"][0] and "86.0 % against the plain path's 92.0 %" in found["clear"][0]
+    )
+    assert "in 1 and clearly lower in 0" in found["clear"][1] and "+28.0 to +38.0" in found["clear"][1]
+    # No "better" without what it costs in distribution, and none where no position has the same accuracy.
+    assert "in 1 (1 of these at lower ID accuracy) and clearly lower" in found["costly"][0]
+    assert "72.0 %, clearly lower than the plain path's 92.0 %" in found["costly"][0]
+    assert "no interval" in found["no intervals"][0]
+    assert "in 1 and clearly lower in 0 of 1 case" in found["beyond"][2] and "4 draws" in found["beyond"][2]
     assert len(found["nothing"]) == 1
     said("\n".join(words.lines(texts["clear"])))
+    said("\n".join(words.lines(texts["costly"])))
+    assert "better, ID lower" in "\n".join(words.lines(texts["costly"]))
+
+
+def test_one_image_is_not_several() -> None:
+    assert phrases.images(by_hand().assign(samples=1), "n = ") == "n = 1 image of near, n = 1 image of far"
 
 
 def test_data_that_chose_the_layers_are_named() -> None:
@@ -337,7 +513,7 @@ def test_data_that_chose_the_layers_are_named() -> None:
     for dataset, named in (("far", True), ("near", False)):
         layer = {"study": "layers", "model": "m", "dataset": dataset, "layer": "a", "alpha": 0.0}
         facts = facts_of(pd.concat([rows, studies.frame([layer])], ignore_index=True))
-        (finding,) = words.findings(facts)
+        finding, *_ = words.findings(facts)
         assert ("chosen by losses on the same data set" in finding.text) is named
         text = " ".join(" ".join(words.lines(facts)).split())
         assert ("chosen by losses on far" in text) is named
@@ -347,8 +523,9 @@ def test_data_that_chose_the_layers_are_named() -> None:
 def test_the_section_has_a_row_for_each_table() -> None:
     section = words.section(facts_of(clear(by_hand())))
     (table,) = section.tables
-    assert [row[2].text for row in table.rows] == ["LiNeS", "held", "held: control"] * 2
-    assert [row[4].look for row in table.rows][3:] == ["good", "wide", "good"]
+    assert [row[2].text for row in table.rows] == ["LiNeS", "held", "held: control"]
+    assert [row[4].text for row in table.rows] == ["better", "not shown", "no interval"]
+    assert [row[4].look for row in table.rows] == ["good", "wide", "wide"]
     assert all(len(row) == len(table.headings) for row in table.rows)
     unexplained = {heading for heading in table.headings if not glossary.words_of(heading)}
     assert unexplained <= {"model", "data set"}
@@ -378,9 +555,9 @@ def test_the_figure_has_a_curve_for_each_table(tmp_path: File) -> None:
     assert len(drawn.axes) == 2
     for panel in drawn.axes:
         curves = {line.get_label(): line for line in panel.get_lines() if len(line.get_xdata()) == 3}
-        held, control = "held (2): \N{MINUS SIGN}2.00", "as many others held (2): +7.00"
-        assert list(curves) == ["plain path", "LiNeS: +6.00", held, control]
-        across, up = (np.asarray(values) for values in curves["LiNeS: +6.00"].get_data())
+        held, control = "held (2): +8.00", "as many others held (2): +9.00"
+        assert list(curves) == ["plain path", "LiNeS: +16.00", held, control]
+        across, up = (np.asarray(values) for values in curves["LiNeS: +16.00"].get_data())
         assert across.tolist() == pytest.approx([80, 86, 86]) and up.tolist() == pytest.approx([60, 72, 78])
         assert np.asarray(curves[control].get_data()[1]).tolist() == pytest.approx([60, 64, 60])
     with refused(ValueError, "in distribution"):
@@ -461,7 +638,7 @@ def test_a_sweep_from_plan_to_page(zoo: File, tmp_path: File, capsys: pytest.Cap
             assert fact["difference"] == pytest.approx(value) and fact["difference_se"] == pytest.approx(
                 error
             )
-    assert "At about the same accuracy in distribution" in " ".join(printed.split())
+    assert "With each at its own best alpha in distribution" in " ".join(printed.split())
     assert (out / "figures" / "coefficients.png").exists()
     page = report.write(out).read_text()
     assert "A coefficient for each layer" in page and "table half" in page
