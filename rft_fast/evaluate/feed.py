@@ -74,6 +74,7 @@ class Images:
         found.first = self.first + part.start
         found.images, found.labels = self.images[part], self.labels[part]
         found.targets = self.targets[part]
+        found.entropies = None if self.entropies is None else {}
         if self._stream is not None:
             found._stream = _Stream(self.device)
         return found

@@ -134,6 +134,15 @@ def test_rows_of_the_path_have_the_entropy_of_its_predictions(batch: int) -> Non
         assert entropy == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=1e-6)
 
 
+def test_parts_of_noted_images_note_their_own() -> None:
+    model = deep().eval()
+    noted = Evaluator(model, [dataset("a", 21)], batch_size=4).noting()
+    whole = noted.scores()["a"].entropies
+    parts = [part.scores()["a"].entropies for part in noted.parts(8, "a")]
+    assert whole is not None and len(whole) == 21
+    torch.testing.assert_close(torch.cat([part for part in parts if part is not None]), whole)
+
+
 def test_a_best_position_that_is_chance_costs_nothing() -> None:
     """All positions are right with probability one half: the regret of each is 0 on average, or less."""
     draw = np.random.default_rng(0)
