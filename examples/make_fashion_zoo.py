@@ -342,14 +342,16 @@ def work(recipe: Recipe, out: Path) -> list[str]:
 
 def study_commands(recipe: Recipe, out: Path) -> list[str]:
     """The commands of the studies in all blocks, for a shell."""
-    part = " ".join(name for name, setting in settings(recipe).items() if setting.augment == "none")
+    models = settings(recipe)
+    part = [name for name, setting in models.items() if setting.augment == "none"]
     return [
         shlex.join([sys.executable, "-m", "rft_fast.sweep"])
         + " "
         + command.format(
             zoo=shlex.quote(str(out / f"block{number}")),
             out=shlex.quote(str(out / f"run{number}")),
-            part=part,
+            all=shlex.join(models),
+            part=shlex.join(part),
             samples=recipe["studies"]["samples"],
         )
         for command in recipe["studies"]["commands"]

@@ -10,13 +10,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 from support import PATIENCE, tiny_zoo
 from support.wording import command_refused
 
@@ -263,3 +267,77 @@ def test_the_fashion_zoo_resumes_wherever_it_was_stopped(
     for command in commands[::2]:  # of the first block
         assert command[:3] == [sys.executable, "-m", "rft_fast.sweep"]
         assert sweep.main([*command[3:], "--plan"]) == 0
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    """What examples/judge_fashion_zoo.py defines."""
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / "judge_fashion_zoo.py")))
+
+
+def test_blocks_are_combined_by_their_mean_and_permuted_within(judge: Any) -> None:
+    """Two blocks of four models: 24 * 24 pairs of orders, all of which are counted here."""
+    x = [np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3])]
+    y = [np.array([1.0, 2, 4, 3]), np.array([1.0, 1, 3, 4])]
+    found = judge.by_permutation(x, y, judge.kendall, 4000, 0)
+    expected = [stats.kendalltau(a, b).statistic for a, b in zip(x, y, strict=True)]
+    assert found.blocks == pytest.approx(expected)
+    orders = [
+        [stats.kendalltau(a, order).statistic for order in permutations(b)] for a, b in zip(x, y, strict=True)
+    ]
+    means = np.add.outer(*orders) / 2
+    exact = (abs(means) >= abs(np.mean(expected)) - 1e-9).mean()
+    assert found.p == pytest.approx(exact, abs=4 * np.sqrt(exact / 4000))
+    # A measure that differs only by block says nothing: within each block all models are tied.
+    assert judge.by_permutation([np.ones(4), np.zeros(4)], y, judge.kendall, 10, 0).p == 1
+
+
+def test_what_only_repeats_the_loss_leaves_nothing(judge: Any) -> None:
+    """Kendall's partial tau would be .2 here, although measure and outcome share nothing but the loss."""
+    rng = np.random.default_rng(1)
+    loss, noise, other = rng.normal(size=(3, 300))
+    measure, outcome = np.exp(loss + 0.3 * noise), loss + 0.3 * other
+    assert judge.kendall(measure, outcome) > 0.6
+    left = judge.remaining(measure, loss)
+    assert abs(judge.pearson(left, judge.remaining(outcome, loss))) < 0.12  # 2 standard errors
+    assert judge.pearson(left, judge.remaining(np.exp(noise), loss)) > 0.9
+    assert np.isnan(judge.pearson(np.ones(3), loss[:3]))
+    few, z = [loss[:30] + 0.1 * other[:30]], [noise[:30]]
+    sharp = judge.by_bootstrap([-few[0]], [rng.normal(size=30)], [loss[:30]], z, 200, 0)
+    assert sharp.blocks[0] > 0.5 and sharp.p == pytest.approx(2 / 201)
+
+
+def test_signs_and_holm_by_hand(judge: Any) -> None:
+    """Three equal values: 2 of 8 signs give a mean as large. Holm: the smallest p times their number."""
+    found = judge.by_signs([np.ones(3)], 4000, 0)
+    assert found.mean == 1 and found.p == pytest.approx(2 / 8, abs=0.03)
+    assert judge.by_signs([np.array([])], 10, 0).p == 1
+    assert judge.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_a_verdict_needs_the_sign_of_every_block(judge: Any) -> None:
+    for blocks, p, expected in (
+        ((0.2, 0.3, 0.1), 0.01, "supported"),
+        ((0.4, 0.3, -0.1), 0.01, "not shown"),
+        ((-0.2, -0.3, 0.1), 0.01, "refuted"),
+        ((0.2, 0.3, 0.1), 0.05, "not shown"),
+    ):
+        assert judge.verdict(judge.Outcome(blocks, p), 1, p, 0.05) == expected
+
+
+def test_stragglers_are_chosen_by_the_other_blocks(judge: Any) -> None:
+    def block(stragglers: list[list[bool]], sharpness: list[float]) -> Any:
+        layers = ["a", "b", "c", "d"]
+        return judge.Block(
+            pd.DataFrame(),
+            pd.DataFrame([sharpness], columns=layers),
+            pd.DataFrame(stragglers, columns=layers),
+        )
+
+    most = block([[True, False, False, False]] * 3, [1, 2, 3, 4])
+    few = block([[False, True, True, False], [False] * 4, [False, False, True, False]], [10, 20, 30, 40])
+    assert judge.straggler_sharpness([most, few], 1).tolist() == [10]  # a, in all models of the other block
+    # c in two of three models is one in most of them; without such a layer, the three that are most often.
+    assert judge.straggler_sharpness([most, few], 0).tolist() == [3]
+    rare = block([[False, True, True, False], [False, False, True, True], [False] * 4, [False] * 4], [0] * 4)
+    assert judge.straggler_sharpness([most, rare], 0).tolist() == [3]  # b, c, d

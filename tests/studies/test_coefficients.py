@@ -520,6 +520,17 @@ def test_data_that_chose_the_layers_are_named() -> None:
         assert ("chosen by losses on far" in words.section(facts).lead) is named
 
 
+def test_without_layers_to_hold_the_path_alone_is_left() -> None:
+    """As where no model has stragglers and no other table was asked for."""
+    rows = by_hand()
+    facts = facts_of(rows[rows["coefficients"].isna()])
+    assert facts.coefficients.empty
+    (finding,) = words.findings(facts)
+    assert finding.text == "No layers were found to hold at zero-shot."
+    assert len(" ".join(words.lines(facts))) > 100
+    assert all(not table.rows for table in words.section(facts).tables)
+
+
 def test_the_section_has_a_row_for_each_table() -> None:
     section = words.section(facts_of(clear(by_hand())))
     (table,) = section.tables

@@ -1,0 +1,270 @@
+"""Test the hypotheses of `fashion_recipe.toml` on the runs of the Fashion zoo, as that file says.
+
+    python examples/judge_fashion_zoo.py DIR
+
+DIR is the directory of `make_fashion_zoo.py`, with the runs of all its studies. Prints two lines for each
+hypothesis: the verdict, then the mean of the statistic over the blocks, its value in each block, p, and p
+corrected by Holm's method. The same runs give the same lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from rft_fast import results, studies
+from rft_fast.studies.permutation import signs, tau
+
+Values = list[np.ndarray]  # one array [models] for each block
+
+
+@dataclass
+class Block:
+    """What one block has measured: tables with a row for each model."""
+
+    models: pd.DataFrame  # gain, share, stragglers, flat, general, clean, choice, ensemble, hold
+    sharpness: pd.DataFrame  # of each layer, in a column of its name
+    straggling: pd.DataFrame  # likewise: whether the layer is a straggler
+
+
+def read_block(run: Path, hold: Path) -> Block:
+    """Read the two runs of a block. Outcomes are means over the styles, the data sets out of distribution."""
+    rows, images = results.load(run), results.Stored(run)
+    path = studies.summarize(rows, images=images)
+    far = path[path["ood"]].assign(share=lambda t: t["mode"].isin(["gain", "high gain"]).astype(float))
+    models = far.groupby("model", sort=False)[["gain_held_out", "share"]].mean()
+    models = models.rename(columns={"gain_held_out": "gain"})
+
+    found = studies.stragglers(rows)
+    straggling = found.pivot(index="model", columns="layer", values="straggler").astype(bool)
+    counts = studies.claim(rows)
+    own = counts[
+        (counts["at"] == "finetuned") & (counts["unit"] == "nats") & np.isclose(counts["margin"], 0.02)
+    ]
+    flat = own[np.isclose(own["rho"], 1)].drop_duplicates("model").set_index("model")["flat"]
+
+    noisy = rows[rows["alpha"] == 1]
+    general = noisy[(noisy["study"] == "sharpness") & np.isclose(noisy["rho"], 0.1)].set_index("model")
+    single = noisy[(noisy["study"] == "layer-sharpness") & np.isclose(noisy["rho"], 1)]
+    chosen = studies.choice(rows, images=images).pivot_table("regret", "model", "rule")
+    averaged = studies.ensemble_difference(rows, images=images)
+    averaged = averaged[averaged["ood"]].groupby("model")["difference"].mean()
+    models = models.assign(
+        stragglers=straggling.sum(axis=1),
+        flat=flat,
+        general=general["sharpness"],
+        clean=general["loss"] - general["sharpness"],
+        choice=chosen["ID accuracy"] - chosen["ID bump"],
+        ensemble=averaged,
+        hold=held(hold),
+    )
+    order = list(dict.fromkeys(found["layer"]))  # of execution
+    sharpness = single.pivot(index="model", columns="layer", values="sharpness")
+    return Block(
+        models.astype(float),
+        sharpness.loc[models.index, [layer for layer in order if layer in sharpness]].astype(float),
+        straggling.loc[models.index, order],
+    )
+
+
+def held(run: Path) -> pd.Series:
+    """By model: the difference of the table that holds stragglers, minus that of its control."""
+    rows = results.load(run)
+    if not rows["study"].eq("coefficients").any() or not rows["control"].fillna(False).any():
+        return pd.Series(dtype=float)  # no model has stragglers
+    effects = studies.coefficient_effects(rows, images=results.Stored(run))
+    both = effects[effects["ood"]].pivot_table("difference", "model", "control")
+    return both[False] - both[True]
+
+
+def straggler_sharpness(blocks: Sequence[Block], number: int) -> np.ndarray:
+    """Mean sharpness over the stragglers of the *other* blocks, which were found on other models."""
+    others = pd.concat([block.straggling for place, block in enumerate(blocks) if place != number])
+    sharpness = blocks[number].sharpness
+    shares = others.mean()[list(sharpness)]
+    most = shares.index[shares > 0.5]
+    chosen = most if len(most) else shares.sort_values(ascending=False, kind="stable").index[:3]
+    return sharpness[chosen].mean(axis=1).to_numpy()
+
+
+# ------------------------------------------------------------------------------------------ tests
+
+Statistic = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A statistic in each block, and the p of their mean."""
+
+    blocks: Sequence[float]
+    p: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.blocks))
+
+
+def kendall(x: np.ndarray, y: np.ndarray) -> float:
+    """Kendall's tau-b."""
+    return float(tau(signs(x), signs(y)))
+
+
+def remaining(x: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Normal scores of x, without what a straight line on those of `given` explains."""
+    a, b = (stats.norm.ppf((stats.rankdata(v) - 0.375) / (len(v) + 0.25)) for v in (x, given))
+    a, b = a - a.mean(), b - b.mean()
+    return a - b * (a @ b) / max(b @ b, 1e-12)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation; NaN if a side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / size if size > 1e-9 else math.nan
+
+
+def by_permutation(x: Values, y: Values, of: Statistic, count: int, seed: int) -> Outcome:
+    """Test the mean over blocks of a correlation: y is permuted within each block."""
+    rng = np.random.default_rng(seed)
+    found = [of(*block) for block in zip(x, y, strict=True)]
+    if not np.isfinite(found).all():
+        return Outcome(found, 1.0)
+    extreme = 0
+    for _ in range(count):
+        drawn = [of(a, rng.permutation(b)) for a, b in zip(x, y, strict=True)]
+        extreme += bool(abs(np.mean(drawn)) >= abs(np.mean(found)) - 1e-12)
+    return Outcome(found, (extreme + 1) / (count + 1))
+
+
+def by_signs(values: Values, count: int, seed: int) -> Outcome:
+    """Test the mean over blocks of the mean over models: the models' values get random signs."""
+    rng = np.random.default_rng(seed)
+    found = [float(block.mean()) if len(block) else math.nan for block in values]
+    if not np.isfinite(found).all():
+        return Outcome(found, 1.0)
+    drawn = [(rng.choice((-1.0, 1.0), (count, len(block))) * block).mean(1) for block in values]
+    extreme = int((np.abs(np.mean(drawn, axis=0)) >= abs(np.mean(found)) - 1e-12).sum())
+    return Outcome(found, (extreme + 1) / (count + 1))
+
+
+def by_bootstrap(x: Values, other: Values, y: Values, z: Values, count: int, seed: int) -> Outcome:
+    """Test the mean over blocks of |r(x, y)| - |r(other, y)|, partial given z; draws models in each block."""
+    rng = np.random.default_rng(seed)
+
+    def differences(draw: bool) -> list[float]:
+        found = []
+        for a, b, c, d in zip(x, other, y, z, strict=True):
+            which = rng.integers(len(a), size=len(a)) if draw else np.arange(len(a))
+            a, b, c, d = a[which], b[which], c[which], d[which]
+            a, b, c = (remaining(values, d) for values in (a, b, c))
+            found.append(abs(pearson(a, c)) - abs(pearson(b, c)))
+        return found
+
+    found = differences(draw=False)
+    if not np.isfinite(found).all():
+        return Outcome(found, 1.0)
+    means = np.array([np.mean(differences(draw=True)) for _ in range(count)])
+    wrong = min((means <= 0).sum(), (means >= 0).sum()) + int(np.isnan(means).sum())
+    return Outcome(found, min(1.0, 2 * (int(wrong) + 1) / (count + 1)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Correct p values for their number by Holm's method."""
+    order, corrected, highest = np.argsort(ps, kind="stable"), [0.0] * len(ps), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = highest
+    return corrected
+
+
+def verdict(outcome: Outcome, sign: int, p: float, level: float) -> str:
+    if not p < level:
+        return "not shown"
+    if outcome.mean * sign < 0:
+        return "refuted"
+    return "supported" if all(value * sign > 0 for value in outcome.blocks) else "not shown"
+
+
+def outcomes(blocks: Sequence[Block], count: int, seed: int) -> dict[str, Outcome]:
+    """The statistic and p of each hypothesis."""
+
+    def column(name: str) -> Values:
+        return [block.models[name].to_numpy() for block in blocks]
+
+    def known(name: str) -> Values:
+        return [values[~np.isnan(values)] for values in column(name)]
+
+    gain, clean = column("gain"), column("clean")
+
+    def beyond(values: Values) -> Values:
+        return [remaining(*both) for both in zip(values, clean, strict=True)]
+
+    stragglers = [straggler_sharpness(blocks, number) for number in range(len(blocks))]
+    return {
+        "H1": by_signs([share - 0.25 for share in column("share")], count, seed),
+        "H2": by_permutation(column("stragglers"), gain, kendall, count, seed),
+        "H3": by_permutation(column("flat"), gain, kendall, count, seed),
+        "H4": by_permutation(beyond(stragglers), beyond(gain), pearson, count, seed),
+        "H5": by_bootstrap(stragglers, column("general"), gain, clean, count, seed),
+        "H6": by_signs(known("hold"), count, seed),
+        "H7": by_signs(known("choice"), count, seed),
+        "H8": by_signs(known("ensemble"), count, seed),
+    }
+
+
+def unfit(recipe: dict[str, Any], out: Path, number: int) -> str:
+    """Why a block is not analysed by the recipe; empty if it is."""
+    rows = results.load(out / f"run{number}")
+    plain = rows[(rows["study"] == "interpolation") & (rows["dataset"] == "plain")]
+    count, least = plain["model"].nunique(), recipe["analysis"]["models"]
+    if count < least:
+        return f"block {number} has {count} models, the recipe needs {least}"
+    start, least = float(plain.loc[plain["alpha"] == 0, "accuracy"].iloc[0]), recipe["analysis"]["zero-shot"]
+    if start < least:
+        return (
+            f"the zero-shot model of block {number} has an accuracy of {start:.3f}, the recipe needs {least}"
+        )
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Test the hypotheses of the Fashion zoo.")
+    parser.add_argument(
+        "out", type=Path, metavar="DIR", help="directory of make_fashion_zoo.py, with its runs"
+    )
+    wanted = parser.parse_args()
+    try:
+        recipe = json.loads((wanted.out / "recipe.json").read_text(encoding="utf-8"))
+        numbers = range(len(recipe["pretraining"]["seeds"]))
+        problems = [text for number in numbers if (text := unfit(recipe, wanted.out, number))]
+        if problems:
+            print("not analysed: " + "; ".join(problems))
+            return 1
+        blocks = [read_block(wanted.out / f"run{n}", wanted.out / f"run{n}-hold") for n in numbers]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    how = recipe["analysis"]
+    found = outcomes(blocks, how["permutations"], how["seed"])
+    corrected = dict(zip(found, holm([each.p for each in found.values()]), strict=True))
+    for hypothesis in recipe["hypotheses"]:
+        name = hypothesis["name"]
+        outcome, p = found[name], corrected[name]
+        each = ", ".join(f"{value:+.3f}" for value in outcome.blocks)
+        said = verdict(outcome, hypothesis["sign"], p, how["level"])
+        print(f"{name} {said}: {hypothesis['says']}")
+        print(f"   {hypothesis['test']}: {outcome.mean:+.3f} ({each}), p {outcome.p:.4f}, corrected {p:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
