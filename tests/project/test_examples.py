@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +23,9 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 from support import PATIENCE, tiny_zoo
-from support.wording import command_refused
+from support.wording import command_refused, said
 
-from rft_fast import checkpoints, results, sweep
+from rft_fast import checkpoints, results, studies, sweep
 from rft_fast.config import zoo
 from rft_fast.finetune import __main__ as finetune
 from rft_fast.finetune.output import FileKeeper
@@ -341,3 +342,49 @@ def test_stragglers_are_chosen_by_the_other_blocks(judge: Any) -> None:
     assert judge.straggler_sharpness([most, few], 0).tolist() == [3]
     rare = block([[False, True, True, False], [False, False, True, True], [False] * 4, [False] * 4], [0] * 4)
     assert judge.straggler_sharpness([most, rare], 0).tolist() == [3]  # b, c, d
+
+
+@pytest.mark.slow
+def test_the_hypotheses_are_judged_on_the_runs_of_the_studies(
+    tmp_path: Path,
+    garments: Path,
+    one_thread: None,
+    fashion: Fashion,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the quick zoo, whose models know nothing: no hypothesis is shown."""
+    out, words = tmp_path / "zoo", ["--quick", "--images", str(garments)]
+    assert fashion([str(out), *words]) == 0
+    capsys.readouterr()
+    assert fashion([str(out), *words, "--studies"]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    for command in commands[::2]:
+        assert sweep.main([*command[3:], "--no-cache", "--quiet"]) == 0
+    for name in ("run{}", "run{}-hold"):  # the other block: the same runs again
+        shutil.copytree(out / name.format(0), out / name.format(1))
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run("judge_fashion_zoo.py", [str(out)], monkeypatch)
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[::2]] == [f"H{n} not shown" for n in range(1, 9)]
+    rows = results.load(out / "run0")
+    assert set(rows.loc[rows["study"] == "layers", "model"]) == set(
+        rows["model"]
+    )  # not the best and worst alone
+    images = results.Stored(out / "run0")
+    path = studies.summarize(rows, images=images)
+    share = path[path["ood"]]["mode"].isin(["gain", "high gain"]).mean()
+    assert f"{share - 0.25:+.3f} ({share - 0.25:+.3f}, {share - 0.25:+.3f})" in printed[1]
+    averaged = studies.ensemble_difference(rows, images=images)
+    assert f": {averaged[averaged['ood']]['difference'].mean():+.3f} (" in printed[-1]
+
+    recipe = json.loads((out / "recipe.json").read_text())
+    recipe["analysis"]["models"] = 30
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(SystemExit) as ended:
+        run("judge_fashion_zoo.py", [str(out)], monkeypatch)
+    assert ended.value.code == 1
+    said(capsys.readouterr().out, 3, 30)
