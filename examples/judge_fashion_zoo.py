@@ -78,13 +78,11 @@ def read_block(run: Path, hold: Path) -> Block:
 
 
 def held(run: Path) -> pd.Series:
-    """By model: the difference of the table that holds stragglers, minus that of its control."""
-    rows = results.load(run)
-    if not rows["study"].eq("coefficients").any() or not rows["control"].fillna(False).any():
+    """By model: accuracy with the stragglers held, beyond that with as many others; some models have none."""
+    effects = studies.coefficient_effects(results.load(run), images=results.Stored(run))
+    if effects.empty:
         return pd.Series(dtype=float)  # no model has stragglers
-    effects = studies.coefficient_effects(rows, images=results.Stored(run))
-    both = effects[effects["ood"]].pivot_table("difference", "model", "control")
-    return both[False] - both[True]
+    return effects[~effects["control"].astype(bool)].groupby("model")["beyond"].mean()
 
 
 def straggler_sharpness(blocks: Sequence[Block], number: int) -> np.ndarray:
