@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .study import Chosen, Request
 
 
+SEARCHED = "greedy search"
+"""Name of the table that a search finds."""
+
+
 def _slope(text: str) -> float | str:
     if text != "none" and not 0 < as_float(text) <= 1:
         raise ValueError(f"expected a number above 0, at most 1, or none; got {text}")
@@ -193,7 +197,7 @@ class Coefficients(Study):
         own, along = task.request.of(Tables), task.request.of(settings.Along)
         chosen = dict(task.chosen or {})
         pairs = [pair.rpartition("=") for pair in chosen.pop(Search.name, ())]
-        searched = {"greedy search": {layer: float(value) for layer, _, value in pairs}} if pairs else {}
+        searched = {SEARCHED: {layer: float(value) for layer, _, value in pairs}} if pairs else {}
         judging = [data.name for data in task.evaluator.datasets if data.name != own.search]
         studies.coefficients(
             task.path,

@@ -10,12 +10,13 @@ import pandas as pd
 
 from ..common.words import flat, many, signed, some
 from ..config.recorded import shown_as, value_as
+from ..studies.coefficients import STUDY as COEFFICIENTS
 from ..studies.interpolate import Z95
 from ..studies.rows import asked
 from .charts import points
 from .drawing import Chart, Key, Picture, choices, layout, line, rule, safe
 from .files import with_matched
-from .matching import matched, paired
+from .matching import matched, other_tables, paired, without
 from .provenance import in_line, title
 from .runs import RunRead
 from .shown import Section
@@ -43,7 +44,10 @@ def compare(first: RunRead, second: RunRead) -> dict[str, Any]:
     Raises:
         ValueError: the runs have no measurement in common.
     """
-    common = matched(first.facts.rows, second.facts.rows, paired(first, second))
+    tables = other_tables(first, second)
+    common = matched(
+        without(first.facts.rows, tables), without(second.facts.rows, tables), paired(first, second)
+    )
     if common.empty:
         raise ValueError(
             f"report: {first.directory} and {second.directory} have no measurement in common: no model, data "
@@ -123,6 +127,8 @@ def _notes(first: RunRead, second: RunRead, common: pd.DataFrame) -> Iterator[st
             ]:
                 yield f"Only {name} has the {what} {some(alone)}."
     yield from _other_estimators(first.facts.rows, second.facts.rows)
+    if names := sorted({name for _, name in other_tables(first, second)}):
+        yield f"Not compared, as its coefficients differ between A and B: {some(names)}."
     if count := int((~common["known"]).sum()):
         yield f"Not compared, as there is no standard error: {many(count, 'value')}."
 
@@ -175,8 +181,10 @@ def _configuration(settings: list[tuple[str, str, str]]) -> Section:
 
 
 def _layer(row: Mapping[Any, Any]) -> str:
-    """Name what was moved or perturbed; empty for all layers."""
+    """Name what was moved, held or perturbed, after its table of coefficients; empty for all layers."""
     layer = "" if pd.isna(row["layer"]) else str(row["layer"])
+    if row["study"] == COEFFICIENTS and pd.notna(row["coefficients"]):
+        return ": ".join(part for part in (str(row["coefficients"]), layer) if part)
     return layer if pd.isna(row["cumulative"]) else f"{layer} ({row['cumulative']})"
 
 

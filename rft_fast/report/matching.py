@@ -10,8 +10,10 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from .. import catalogue
+from ..catalogue.coefficients import SEARCHED, Search, Tables
 from ..config.recorded import tree_of
 from ..settings import Along
+from ..studies.coefficients import STUDY as COEFFICIENTS
 from ..studies.rows import asked
 from .runs import RunRead
 
@@ -160,6 +162,38 @@ def paired(first: RunRead, second: RunRead) -> Errors:
                         change = y[rows[place]].astype(np.float64) - x[row].astype(np.float64)
                         found[place, value] = float(change.std(ddof=1) / math.sqrt(count)), count
     return found
+
+
+def other_tables(first: RunRead, second: RunRead) -> set[tuple[str, str]]:
+    """Return (model, table of coefficients) of tables with one name in both runs, but other coefficients."""
+    sides = []
+    for run in (first, second):
+        rows = run.facts.part(COEFFICIENTS)[["model", "coefficients"]].dropna().drop_duplicates()
+        files = {f"table {name}": dict(entries) for name, entries in tree_of(run.config).of(Tables).tables}
+        search = run.facts.part(Search.name)
+        sides.append(
+            {
+                (model, name): files[name] if name in files else _found(search, model)
+                for model, name in rows.itertuples(index=False, name=None)
+                if name in files or name == SEARCHED
+            }
+        )
+    return {key for key in sides[0].keys() & sides[1].keys() if sides[0][key] != sides[1][key]}
+
+
+def _found(search: pd.DataFrame, model: str) -> dict[str, str]:
+    """Return the coefficient of each layer that a search has chosen."""
+    own = search[search["model"] == model]
+    return dict(zip(own["layer"], own["coefficients"], strict=True))
+
+
+def without(rows: pd.DataFrame, tables: set[tuple[str, str]]) -> pd.DataFrame:
+    """Return the rows without those of some (model, table of coefficients)."""
+    if not tables:
+        return rows
+    keys = zip(rows["model"], rows["coefficients"], strict=True)
+    other = np.array([key in tables for key in keys])
+    return rows[~(other & (rows["study"] == COEFFICIENTS))]
 
 
 def _same_images(first: Config, second: Config, dataset: str) -> bool:

@@ -106,3 +106,39 @@ def test_part_of_the_images_is_paired_only_if_drawn_alike(
         make(tmp_path / name, rng, shared, data=data, settings=own)
     assert compared(tmp_path, "a", "b")["paired"].all()
     assert not compared(tmp_path, "a", "c")["paired"].any()
+
+
+def with_tables(folder: Path, half: float, found: str) -> None:
+    """A run with two tables from files and a search, of which it knows the coefficients."""
+    tables = [["half", [[None, 1.0], ["visual.conv1", half]]], ["same", [["a", 0.5], [None, 1.0]]]]
+    if half != 0.5:
+        tables = [
+            [name, entries[::-1]] for name, entries in tables
+        ]  # in another order, which is no difference
+    base = {"model": "m", "dataset": "near", "ood": False, "rho": 0.0, "keep": 1.0, "samples": IMAGES}
+    base |= {"accuracy": 0.7, "accuracy_se": 0.05, "loss": 1.0, "loss_se": 0.1}
+    settings = {**CONFIG["settings"], "coefficients": {"tables": tables, "search": "near"}}
+    measured = ["interpolation", "search", "coefficients"]
+    with results.Run(folder, {**CONFIG, "measured": measured, "settings": settings}) as run:
+        for number, alpha in enumerate(ALPHAS):
+            run.add("interpolation", "m", number, [base | {"study": "interpolation", "alpha": alpha}])
+            names = [None, "table half", "table same", "LiNeS, slope 1", "greedy search"]
+            row = base | {"study": "coefficients", "alpha": alpha}
+            run.add("coefficients", "m", number, [row | {"coefficients": name} for name in names])
+        row = base | {"study": "search", "alpha": 1.0, "layer": "a", "coefficients": found}
+        run.add("search", "m", 0, [row])
+
+
+@pytest.mark.parametrize(("half", "found"), [(0.5, "0"), (0.25, "0"), (0.5, "0.75"), (0.25, "0.75")])
+def test_other_tables_of_one_name_are_not_compared(tmp_path: Path, half: float, found: str) -> None:
+    with_tables(tmp_path / "a", 0.5, "0")
+    with_tables(tmp_path / "b", half, found)
+    page = comparison.compare(*(runs.read(tmp_path / name) for name in "ab"))
+    (part,) = (part for part in page["parts"] if part.name == "measurements")
+    text = " ".join(cell.text for table in part.tables for row in table.rows for cell in row)
+    named = [note for note in page["notes"] if "coefficients differ" in note]
+    others = {"table half": half != 0.5, "greedy search": found != "0"}
+    for name, other in others.items():
+        assert (name not in text) is other and any(name in note for note in named) is other
+    assert "table same" in text and "LiNeS, slope 1" in text
+    assert len(named) == any(others.values())
