@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -341,22 +342,20 @@ def work(recipe: Recipe, out: Path) -> list[str]:
 
 
 def study_commands(recipe: Recipe, out: Path) -> list[str]:
-    """The commands of the studies in all blocks, for a shell."""
-    models = settings(recipe)
-    part = [name for name, setting in models.items() if setting.augment == "none"]
-    return [
-        shlex.join([sys.executable, "-m", "rft_fast.sweep"])
-        + " "
-        + command.format(
-            zoo=shlex.quote(str(out / f"block{number}")),
+    """The commands of the studies in all blocks, for a shell. Models that diverged are not named."""
+    found = []
+    for command, number in product(recipe["studies"]["commands"], range(len(recipe["pretraining"]["seeds"]))):
+        block, grid = out / f"block{number}", settings(recipe)
+        made = [name for name in grid if (block / f"{name}.safetensors").exists()] or [*grid]
+        words = command.format(
+            zoo=shlex.quote(str(block)),
             out=shlex.quote(str(out / f"run{number}")),
-            all=shlex.join(models),
-            part=shlex.join(part),
+            all=shlex.join(made),
+            part=shlex.join(name for name in made if grid[name].augment == "none"),
             samples=recipe["studies"]["samples"],
         )
-        for command in recipe["studies"]["commands"]
-        for number in range(len(recipe["pretraining"]["seeds"]))
-    ]
+        found.append(f"{shlex.quote(sys.executable)} -m rft_fast.sweep {words}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------- plan
