@@ -98,16 +98,16 @@ def lines(facts: Facts) -> list[str]:
     """Format the comparisons with the plain path and with controls, in lines."""
     found = paragraphs(facts, f"coefficients: {images(facts.part(STUDY))}. {_about(facts)}")
     for (model, dataset), own in facts.coefficients.groupby(["model", "dataset"], sort=False):
-        found.append(f"  {visible(f'{model} on {dataset}')}")
-        table = [["coefficients", "held", "alpha", "ID %", "plain", "ID %", "difference", "verdict"]]
+        plain = f"alpha {own['plain_alpha'].iloc[0]:g}, ID {100 * own['plain_near'].iloc[0]:.1f} %"
+        found.append(f"  {visible(f'{model} on {dataset}')}; plain path: {plain}")
+        table = [["coefficients", "held", "alpha", "ID %", "difference", "verdict"]]
         same = [["at the same ID accuracy", "positions", "difference", "verdict"]]
         beyond = [["against the control", "draws", "difference", "verdict"]]
         for fact in own.to_dict("records"):
             name, held = fact["coefficients"] + _CONTROL[fact["control"]], str(len(fact["layers"]) or "-")
             alpha = f"{fact['alpha']:g}" if fact["draws"] == 1 else "-"
-            both = [f"{100 * fact[key]:.1f}" for key in ("near", "plain_near")]
-            row = [name, held, alpha, both[0], f"{fact['plain_alpha']:g}", both[1]]
-            table.append([*row, _with_interval(fact, "difference"), _verdict(fact)])
+            row = [name, held, alpha, f"{100 * fact['near']:.1f}", _with_interval(fact, "difference")]
+            table.append([*row, _verdict(fact)])
             if not fact["control"]:
                 same.append([name, str(fact["matched"]), _range(fact), _same(fact)])
             if fact["control_draws"]:
