@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..common.tables import aligned
-from ..common.words import many, some, visible
+from ..common.words import many, signed, some, visible
 from ..studies.coefficients import STUDY
 from ..studies.effects import DRAWS
 from ..studies.facts import Facts
@@ -217,8 +217,8 @@ def section(facts: Facts) -> Section:
             _points(fact, "difference"),
             Cell(_verdict(fact), *_LOOKS[fact["verdict"]]),
             *(number(fact[name], ".1f", 100) for name in ("near", "plain_near")),
-            Cell(_range(fact)),
-            Cell("-" if fact["control"] else _same(fact)),
+            Cell(signed(_range(fact)) if fact["matched"] else "–"),
+            Cell("–" if fact["control"] else _same(fact)),
             *_cells_beyond(fact),
             number(fact["alpha"] if fact["draws"] == 1 else None, "g"),
             number(fact["plain_alpha"], "g"),
@@ -241,7 +241,7 @@ def _points(fact: Mapping[Any, Any], name: str) -> Cell:
 
 
 def _cells_beyond(fact: Mapping[Any, Any]) -> list[Cell]:
-    return [_points(fact, "beyond"), Cell(_beyond(fact) if fact["control_draws"] else "-")]
+    return [_points(fact, "beyond"), Cell(_beyond(fact) if fact["control_draws"] else "–")]
 
 
 def _picture(facts: Facts) -> Picture:
