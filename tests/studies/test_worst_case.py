@@ -573,7 +573,8 @@ def test_the_plan_has_the_memory_of_a_search(estimator: Any, restarts: int) -> N
     planned = cost.memory(work, evaluator, path, 2, copies(estimator, restarts)).copies / size
     with Held() as held:
         study(path, evaluator)
-    assert held.most / size <= planned <= held.most / size + 2.5
+    most = held.most / size  # with images and activations, an eighth of the weight each
+    assert most - 0.5 <= planned <= most + 2.5
 
 
 def test_rows_tell_restarts_and_the_seed_of_random_starts() -> None:
