@@ -220,7 +220,7 @@ def test_a_stopped_run_of_workers_goes_on_alone_and_the_reverse(
     with monkeypatch.context() as patch:
         on_each_row(patch, lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 30 else None)
         assert sweep.main(arguments(zoo, out)) == 130
-    assert "to go on:" in capfd.readouterr().err
+    assert "to resume:" in capfd.readouterr().err
     some = len(rows_of(out))
     assert 30 <= some < len(alone)
     # Alone for a while, stopped again, and then by three workers.
