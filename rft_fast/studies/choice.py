@@ -36,8 +36,6 @@ RULES = {
 }
 """Name of a rule -> the position that it chooses, the smallest of equal ones."""
 
-_KEYS = ["dataset", "rule"]
-
 
 def choice(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFrame:
     """Choose alpha for each model by each of :data:`RULES`, and measure the regret of the choice.
