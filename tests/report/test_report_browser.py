@@ -118,19 +118,20 @@ def test_choosing_by_keyboard(opened: tiny_browser.Browser) -> None:
 def test_hovering_a_layer(opened: tiny_browser.Browser) -> None:
     """The numbers stand beside the pointer, names as text."""
     choose(opened, "layers-model", "bad")
-    spot = opened.run("""(async () => { const chart = document.getElementById("layers-map");
+    # Charts above may still be drawn and move this one: each turn asks where it is now.
+    find = """(async () => { const chart = document.getElementById("layers-map");
         chart.scrollIntoView({ behavior: "instant", block: "center" });
         await new Promise((done) => requestAnimationFrame(done));
         const box = chart.querySelector(".nsewdrag").getBoundingClientRect();
-        return { x: box.left + box.width * 0.48, y: box.top + box.height * 0.85 }; })()""")
+        return { x: box.left + box.width * 0.48, y: box.top + box.height * 0.85 }; })()"""
     look = """new Promise((done) => setTimeout(() =>
         done(document.querySelector("#layers-map .hoverlayer")?.textContent ?? ""), 100))"""
     text = ""
-    for turn in range(100):  # a page that is still busy misses a move
-        x = spot["x"] + turn % 2
-        opened.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=spot["y"])
-        if text := opened.run(look):
-            break
+    until = time.monotonic() + PATIENCE
+    while not text and time.monotonic() < until:
+        opened.send("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)  # enters the chart anew
+        opened.send("Input.dispatchMouseEvent", type="mouseMoved", **opened.run(find))
+        text = opened.run(look)
     assert f"{LAYERS[2]} (straggler), α = 0.5" in text and "rise in loss +0.6 ± 0.196 nats" in text
 
 
