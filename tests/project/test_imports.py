@@ -57,7 +57,7 @@ FACES = [
 
 
 def loaded(code: str, status: int = 0, folder: Path | None = None) -> set[str]:
-    """The modules that a fresh interpreter, started in that folder, has when it ends with that exit status."""
+    """The modules of a fresh interpreter, started in that folder, when it ends with that exit status."""
     last = "atexit.register(lambda: print(json.dumps([*sys.modules]), file=sys.stderr))"
     code = f"import atexit, json, sys\n{last}\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
