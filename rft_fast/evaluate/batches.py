@@ -108,6 +108,19 @@ class Batches:
             workers = min(workers, self._room // max(1, self.need.fixed + size * self.need.each))
         return max(1, workers)
 
+    def together(self, samples: int, more: int) -> int:
+        """Return how many sources of so many samples keep all workers busy: 1 if the batches of one do.
+
+        Args:
+            samples: Of each source.
+            more: Bytes that a source takes besides the memory of its batches.
+        """
+        size, batches = self.size(samples), self.count(samples)
+        sources = -(-self.workers(sys.maxsize, size) // batches)
+        if sources > 1:
+            sources = min(sources, self._room // max(1, more + self.need.fixed + size * self.need.each))
+        return max(1, sources)
+
     def count(self, samples: int) -> int:
         """Return the number of batches of a source of so many samples."""
         return -(-samples // self.size(samples))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -102,9 +103,18 @@ class Computing:
         shape, device = (count, len(flow)), runtime.device
         losses, best = torch.empty(shape, device=device), torch.empty(shape, device=device, dtype=torch.int32)
         controls = torch.zeros(shape, device=device, dtype=torch.float64)
-        for k in range(count):
-            rows = [found[k] for found in (losses, best, controls)]
-            self._perturbed(flips, flow, head, perturb(k, flips.weights), own, rows)
+        draws = [_Draw(flow, [found[k] for found in (losses, best, controls)]) for k in range(count)]
+        noise = sum(weight.live.nbytes for weight in flips.weights)
+        together = runtime.images.together(len(flow), noise)
+        for first in range(0, count, together):
+            some = draws[first : first + together]
+            for k, draw in enumerate(some, first):
+                made = perturb(k, flips.weights)
+                # The next one overwrites it.
+                draw.perturbation = made if len(some) == 1 else made.copy()
+            self._perturbed(flips, some, head, own)
+            for draw in some:
+                draw.perturbation = None
         losses, best, controls = losses.cpu(), best.cpu(), controls.cpu()
         feed = flow.images
         return [(feed.scores(losses[k], best[k]), controls[k]) for k in range(count)]
@@ -156,17 +166,14 @@ class Computing:
         return found
 
     def _perturbed(
-        self,
-        flips: Flips,
-        flow: Flow,
-        head: Tensor | None,
-        perturbation: Perturbation,
-        record: Record | None,
-        rows: Sequence[Tensor],
+        self, flips: Flips, draws: Sequence[_Draw], head: Tensor | None, record: Record | None
     ) -> None:
-        """Losses, predictions and controls of one perturbation into rows, [n] each."""
+        """Compute losses, predictions and controls of some perturbations into their rows."""
 
-        def work(flow: Flow, batch: slice) -> tuple[Tensor, ...]:
+        def work(draw: _Draw, batch: slice) -> tuple[Tensor, ...]:
+            flow, perturbation = draw.flow, draw.perturbation
+            if perturbation is None:
+                raise RuntimeError("Evaluator: a draw without its perturbation")
             x, inputs = self._start(flow, batch)
             signs = flips.signs(perturbation, flow.numbers(batch))
             control = None if record is None else flips.control(record.of(batch), perturbation, signs)
@@ -177,12 +184,12 @@ class Computing:
                     x = self._stage(flow.stages[number], x, inputs)
             return (*flow.judge(self._joined(x, head), batch), *([] if control is None else [control]))
 
-        def take(_: Flow, batch: slice, found: tuple[Tensor, ...]) -> None:
-            for row, new in zip(rows, found, strict=False):
+        def take(draw: _Draw, batch: slice, found: tuple[Tensor, ...]) -> None:
+            for row, new in zip(draw.rows, found, strict=False):
                 row[batch] = new
 
         with self._runtime.scoring():
-            self._runtime.images.map([flow], work, take)
+            self._runtime.images.map(draws, work, take)
 
     def _stage(self, stage: Stage, x: Tensor, inputs: Tensor) -> Tensor:
         """Run a stage; its operations alone where they are known. The compiler replays for itself."""
@@ -255,6 +262,27 @@ class Computing:
 
     def _batches(self, flow: Flow) -> Batches:
         return self._runtime.prompts if isinstance(flow.source, Prompts) else self._runtime.images
+
+
+@dataclass(eq=False)
+class _Draw:
+    """The images of a flow with one perturbation.
+
+    Attributes:
+        flow: The images.
+        rows: What is computed of them, [n] each: losses, predictions, controls.
+        perturbation: None: before and after it is computed.
+    """
+
+    flow: Flow
+    rows: Sequence[Tensor]
+    perturbation: Perturbation | None = None
+
+    def __len__(self) -> int:
+        return len(self.flow)
+
+    def ahead(self, batch: slice) -> None:
+        self.flow.ahead(batch)
 
 
 class _Results:

@@ -38,6 +38,10 @@ class Perturbation:
     seed: int
     draw: int
 
+    def copy(self) -> Perturbation:
+        """Return the same with bases in memory of its own."""
+        return Perturbation([base.clone() for base in self.bases], self.seed, self.draw)
+
 
 # (number of a perturbation, the weights) -> the perturbation.
 Perturb = Callable[[int, Sequence[Flipped]], Perturbation]

@@ -826,6 +826,11 @@ def test_batches_do_not_depend_on_threads_and_threads_fit_in_memory() -> None:
             assert batches(10**6).workers(3, 64) == min(3, threads)
             assert batches(2 * (100 + 640)).workers(100, 64) == min(2, threads)
             assert batches(1).workers(100, 64) == 1
+            assert batches(10**6).together(64, 0) == threads  # whose one batch keeps one worker busy
+            assert batches(10**6).together(100, 0) == -(-threads // 2)
+            assert batches(10**6).together(6000, 0) == 1
+            assert batches(2 * (900 + 740)).together(64, 900) == min(2, threads)
+            assert batches(900 + 740).together(64, 900) == batches(1).together(64, 900) == 1
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == [1, 1, 60, 60, 64, 128]

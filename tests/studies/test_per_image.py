@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from rft_fast import studies
 from rft_fast.datasets import Dataset
 from rft_fast.evaluate import Evaluator, flips
+from rft_fast.evaluate.batches import Batches
 from rft_fast.evaluate.computing import Computing
 from rft_fast.evaluate.flipped import COPIES, Flipped, NoRule
 from rft_fast.evaluate.flipping import Flips, Perturbation
@@ -268,6 +269,38 @@ def test_a_layer_alone_and_other_thread_counts_give_the_same_bits(protocol: Prot
     assert found[0] == found[1]
     one = layer_rows(protocol, layers=["visual.transformer.resblocks.0.mlp.c_fc"])
     assert one == {name: found[0][name] for name in one}
+
+
+def test_draws_of_a_single_batch_run_side_by_side_and_memory_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, evaluator = setting(transformer(1), dataset(count=11))
+    sizes = {"d": (11, False)}
+    weights = sum(weight.live.numel() for weight in path.weights(None))
+
+    def study(path: Path, evaluator: Evaluator) -> object:
+        protocol = replace(IMAGE, estimator="per-image")
+        return studies.sharpness(path, evaluator, [0.6], [0.2], 3, protocol=protocol)
+
+    windows: list[int] = []
+    inner = Batches.map
+
+    def seen(self: Batches, sources: Sequence[Any], work: Any, take: Any) -> None:
+        windows.append(len(sources))
+        inner(self, sources, work, take)
+
+    monkeypatch.setattr(Batches, "map", seen)
+    threads, held = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            windows.clear()
+            study(path, evaluator)
+            assert windows[-3:] == [1, 1, 1] if number == 1 else windows[-2:] == [2, 1]
+            held.append(count(study, path, evaluator, sizes).differentiated / weights)
+    finally:
+        torch.set_num_threads(threads)
+    assert held == [2, 4]  # scales and noise; with two draws at a time, a copy of the noise of each
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.estimator)

@@ -191,7 +191,9 @@ class Counting:
         reading = range(flow.position, end)  # which have a second product each
         images = len(flow)
         size = sum(weight.live.numel() for weight in weights)
-        self._work.differentiated = max(self._work.differentiated, 2 * size)  # D, and the scale of noise
+        together = self._runtime.images.together(images, sum(weight.live.nbytes for weight in weights))
+        noises = 1 if min(count, together) == 1 else 1 + min(count, together)  # the one made, and copies
+        self._work.differentiated = max(self._work.differentiated, (1 + noises) * size)  # and its scale
         for _ in range(count):
             stages = [*reading, *range(flow.position, len(flow.stages))]
             self._add([self._text + stage for stage in stages], images)
