@@ -15,6 +15,7 @@ from .cumulative import Cumulative
 from .ensemble import Ensemble
 from .interpolation import Interpolation
 from .layers import Layers
+from .pairs import Pairs
 from .prune import Prune
 from .sharpness import LayerSharpness, Pilot, Sharpness
 from .study import Chosen, Images, Study, Task
@@ -35,6 +36,7 @@ _TABLE: dict[str, Study] = {
         Cumulative(),
         Coefficients(),
         Search(),
+        Pairs(),
     )
 }
 

@@ -180,7 +180,7 @@ class Coefficients(Study):
         picked[Search.name] = [*(found["layer"] + "=" + found["coefficients"])]
         return {criterion: layers for criterion, layers in picked.items() if layers}
 
-    def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
+    def guess(self, request: Request, layers: Sequence[str], model: str) -> Chosen:
         own = request.of(Tables)
         searched = {Search.name: [f"{layer}=0" for layer in layers]} if own.search is not None else {}
         return {criterion: list(layers[:1]) for criterion in own.hold} | searched

@@ -41,7 +41,7 @@ class Prune(Study):
     def choose(self, facts: Facts, model: str) -> Chosen:
         return {criterion: layers for criterion, layers in facts.to_prune(model).items() if layers}
 
-    def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
+    def guess(self, request: Request, layers: Sequence[str], model: str) -> Chosen:
         from ..path.layers import select
         from ..studies.pruning import NAMED
 

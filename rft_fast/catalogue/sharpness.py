@@ -60,7 +60,7 @@ class Sharpness(Study):
     def choose(self, facts: Facts, model: str) -> Chosen | None:
         return None if facts.of(settings.Sharpness).rhos else _rho(facts)
 
-    def guess(self, request: Request, layers: Sequence[str]) -> Chosen | None:
+    def guess(self, request: Request, layers: Sequence[str], model: str) -> Chosen | None:
         return None if request.of(settings.Sharpness).rhos else {"rho": ("1",)}
 
     def images_at_once(self, request: Request, images: int) -> int:
@@ -199,7 +199,7 @@ class Pilot(Sharpness):
     def choose(self, facts: Facts, model: str) -> Chosen:
         return _rho(facts)
 
-    def guess(self, request: Request, layers: Sequence[str]) -> Chosen:
+    def guess(self, request: Request, layers: Sequence[str], model: str) -> Chosen:
         return {"rho": ("1",)}
 
     def assumptions(self, request: Request) -> Iterator[str]:

@@ -22,14 +22,15 @@ if TYPE_CHECKING:  # the command line is read before torch and pandas are import
     from ..report.shown import Finding, Section
     from ..studies.facts import Facts
     from ..studies.images import Kept
+    from ..studies.others import Others
     from ..studies.rows import Sink
 
 Images = Literal["all images", "images of layers and prune", "images of sharpness"]
 """Which images a study scores. Runs on disk keep scores under these names."""
 
 Chosen: TypeAlias = Mapping[str, Names]
-"""What a study takes because of earlier rows: what the rows call the choice -> names of layers, or
-numbers as text."""
+"""What a study takes because of earlier rows: what the rows call the choice -> names of layers or of models,
+or numbers as text."""
 
 _Settings = TypeVar("_Settings")
 
@@ -84,6 +85,7 @@ class Task:
         own: (data set, alpha) -> scores of this model that several measurements need, likewise.
         kept: what the study keeps between measurements in this process, for all models that share
             ``zeroshot``.
+        others: the fine-tuned models of the request, for a study that combines them (:attr:`Study.combines`).
         only: numbers of the measurements to make; None: all.
         sink: called with each measurement's number and rows as soon as it is made.
         images: receives the results of single images of each measurement before the sink is called, from a
@@ -98,6 +100,7 @@ class Task:
     zeroshot: MutableMapping[tuple[str, float], Scores]
     own: MutableMapping[tuple[str, float], Scores]
     kept: MutableMapping[Any, Any]
+    others: Others
     only: Collection[int] | None
     sink: Sink | None
     images: Kept | None = None
@@ -137,6 +140,8 @@ class Study(ABC):
     """Models have different numbers of rows."""
     keeps_images: bool = False
     """It fills :attr:`Task.images`."""
+    combines: bool = False
+    """Its measurements of a model read other models of the request, too."""
     by_default: bool = True
     """A sweep for which no study is named makes it: the studies of the paper."""
     hidden: bool = False
@@ -186,8 +191,14 @@ class Study(ABC):
         """The layers of a model that it takes by the rows of earlier phases; None: it does not choose."""
         return None
 
-    def guess(self, request: Request, layers: Sequence[str]) -> Chosen | None:
-        """Layers to estimate costs with before :meth:`choose` can tell. layers: those of the model."""
+    def guess(self, request: Request, layers: Sequence[str], model: str) -> Chosen | None:
+        """What to estimate costs with before :meth:`choose` can tell; models are the first of the request.
+
+        Args:
+            request: the request.
+            layers: those of the model.
+            model: its name.
+        """
         return None
 
     def images_at_once(self, request: Request, images: int) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .draw_interpolation import interpolation
     from .draw_layer_sharpness import layer_sharpness
     from .draw_layers import layers
+    from .draw_pairs import pairs
     from .draw_prune import prune
     from .draw_sharpness import sharpness
     from .looks import look
@@ -32,6 +33,7 @@ else:
         draw_interpolation="interpolation",
         draw_layer_sharpness="layer_sharpness",
         draw_layers="layers",
+        draw_pairs="pairs",
         draw_prune="prune",
         draw_sharpness="sharpness",
         looks="look",
@@ -48,6 +50,7 @@ __all__ = [
     "layer_sharpness",
     "layers",
     "look",
+    "pairs",
     "prune",
     "sharpness",
 ]

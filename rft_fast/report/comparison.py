@@ -185,6 +185,8 @@ def _layer(row: Mapping[Any, Any]) -> str:
     layer = "" if pd.isna(row["layer"]) else str(row["layer"])
     if row["study"] == COEFFICIENTS and pd.notna(row["coefficients"]):
         return ": ".join(part for part in (str(row["coefficients"]), layer) if part)
+    if pd.notna(row["partners"]):
+        return f"to {row['partners']}"
     return layer if pd.isna(row["cumulative"]) else f"{layer} ({row['cumulative']})"
 
 

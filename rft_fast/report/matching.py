@@ -18,7 +18,7 @@ from ..studies.rows import asked
 from .runs import RunRead
 
 KEYS = (
-    "study model dataset layer others cumulative alpha rho on noise adaptive keep method criterion "
+    "study model dataset partners layer others cumulative alpha rho on noise adaptive keep method criterion "
     "coefficients control estimator noise_batch normalized seed"
 ).split()
 """Columns that identify a measurement of a run."""

@@ -174,5 +174,6 @@ def _unfinished(part: pd.DataFrame) -> list[str]:
 
 
 _CURVE = (
-    "model dataset others cumulative layer rho on noise method criterion coefficients control asked seed"
+    "model dataset partners others cumulative layer rho on noise method criterion coefficients control asked "
+    "seed"
 ).split()

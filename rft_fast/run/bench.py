@@ -12,6 +12,7 @@ from ..evaluate import Evaluator, Scores
 from ..path import Path
 from ..settings import Along, Sharpness
 from ..studies.images import Kept
+from ..studies.others import Others
 from ..studies.rows import Sink
 from .wiring import Counts, Models, by_layer, of_sharpness
 
@@ -46,6 +47,7 @@ class Bench:
         path: Path,
         chosen: Chosen | None,
         shared: Shared,
+        others: Others,
         *,
         model: str = "",
         only: Collection[int] | None = None,
@@ -59,6 +61,7 @@ class Bench:
             path: the live model on the way to this fine-tuned one.
             chosen: layers, where the study takes some by earlier rows.
             shared: scores of other measurements; those that are missing are added.
+            others: the fine-tuned models.
             model: name of the fine-tuned model.
             only, sink, images: as studies take them.
         """
@@ -68,7 +71,7 @@ class Bench:
         kept = self._kept.setdefault((study, names[0]), {})
         evaluator, found = self.evaluators[what.images], images if what.keeps_images else None
         what.measure(
-            Task(self.request, path, evaluator, model, chosen, zeroshot, own, kept, only, sink, found)
+            Task(self.request, path, evaluator, model, chosen, zeroshot, own, kept, others, only, sink, found)
         )
 
     def shares(self, study: str, model: str) -> tuple[str, str]:

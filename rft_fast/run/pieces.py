@@ -134,8 +134,9 @@ class Counter:
             found.append(Measurement(number, what, zero, work + before * -1, stored))
             before = work * 1
 
+        others = cost.CountedOthers(self._request.zoo.finetuned, path, work)
         bench.Bench(self._request, evaluators).run(
-            study, counted, chosen, self._shared, model=model, sink=sink
+            study, counted, chosen, self._shared, others, model=model, sink=sink
         )
         return found
 

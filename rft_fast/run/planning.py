@@ -75,7 +75,13 @@ def plan(request: Request) -> str:
         noise = evaluator.on([_noise(request, size)])
         rates[size] = cost.calibrate(noise, path, costs, wanted, 10 / len(set(sizes.values())))
     lines = [
-        cost.Line(study, counted.models, counted.left, rates[sizes[study]], counted.lacking * loading)
+        cost.Line(
+            study,
+            counted.models,
+            counted.left,
+            rates[sizes[study]],
+            (counted.lacking + counted.left.loads) * loading,
+        )
         for study, counted in counts.items()
     ]
     encoding = _encoding(models, next(iter(rates.values())), costs)
@@ -168,11 +174,12 @@ def _counted(
         sure = decided and facts is not None
         for what in (each for each in phase if each.name in takes):
             models = takes[what.name]
-            guess = what.guess(request, path.layers)
-            chosen = {m: what.choose(facts, m) if sure and facts else guess for m in models}
+            guesses = {m: what.guess(request, path.layers, m) for m in models}
+            chosen = {m: what.choose(facts, m) if sure and facts else guesses[m] for m in models}
             counted = _count(request, what, chosen, path, evaluator, counter, done or {})
             decided = decided and counted.done == counted.numbers
-            guessed = guess is not None and not sure and what.rounds == 1
+            guessed = any(guess is not None for guess in guesses.values())
+            guessed = guessed and not sure and what.rounds == 1
             yield what.name, replace(counted, guessed=guessed)
 
 

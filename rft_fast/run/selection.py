@@ -7,6 +7,7 @@ import pandas as pd
 from .. import catalogue, studies
 from ..config.request import Request
 from ..settings import Layers
+from ..studies.interpolate import extremes
 
 
 def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -16,13 +17,12 @@ def choose(request: Request, rows: pd.DataFrame) -> dict[str, list[str]]:
     :func:`how_many` says, or the models that the request names.
     """
     everyone, named = list(request.zoo.finetuned), request.of(Layers).models
-    ranked = list(studies.best_gains(rows).sort_values(ascending=False, kind="stable").index)
+    gains = studies.best_gains(rows)
 
     def chosen(count: int) -> list[str]:
         if count < len(everyone) and named is not None:
             return list(named)
-        picked = set(ranked[: (count + 1) // 2]) | set(ranked[len(ranked) - count // 2 :])
-        return [name for name in everyone if name in picked]
+        return extremes(everyone, gains, count)
 
     return {study: chosen(count) for study, count in how_many(request).items()}
 

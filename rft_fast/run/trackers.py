@@ -190,6 +190,8 @@ def _read(study: str, model: str, row: Mapping[str, object]) -> tuple[float, dic
 
 def _apart(row: Mapping[str, object]) -> list[str]:
     """Return what distinguishes the curve of a row from others of its study, data set and model."""
+    if "partners" in row:
+        return [str(row.get("method") or row["partners"])]
     if "method" in row or "control" in row:  # the layers' names together would be long
         parts = [str(row[name]) for name in ("criterion", "method", "coefficients") if name in row]
         parts += ["control"] if row.get("control") else []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..config.settings import Computed, Running
 from ..evaluate import Evaluator, precision
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.images import NO_CLASS
+from ..studies.others import Others, State
 
 Counts = dict[str, tuple[int, bool]]  # data set -> its images, and whether it is out of distribution
 
@@ -103,20 +105,30 @@ class Models:
 
     def path(self, name: str) -> paths.Path:
         """The live model on the way to this fine-tuned one."""
+        ends, granularity = self.pair(name), self.request.of(Layers).granularity
+        with _at(self.request.zoo.finetuned[name].source):
+            return paths.Path(self.live, *ends, granularity, impl=self.request.of(Computed).impl)
+
+    def pair(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The two ends of the path to this fine-tuned model, read from its file."""
         weights = self.request.zoo.finetuned[name]
         with _at(weights.source):
             with self.inputs.reading(*self.parts[weights.source]):
                 state = _load(self.request.zoo, weights, "cpu", self.common[0])
             if name not in self.layers:  # when it is loaded for the first time
                 self.ends.check_lineage(state, weights.unrelated)
-            ends = self.ends.pair(state, name)
-            granularity, impl = self.request.of(Layers).granularity, self.request.of(Computed).impl
-            return paths.Path(self.live, *ends, granularity, impl=impl)
+            return self.ends.pair(state, name)
 
-    def unchanged(self, name: str) -> AbstractContextManager[None]:
-        """Raises files.Changed at the end where a file of this model has changed meanwhile."""
-        ends = self.parts[str(self.common[0])], self.parts[self.request.zoo.finetuned[name].source]
-        return self.inputs.unchanged(*ends[0], *self.common[1:], *ends[1])
+    @cached_property
+    def others(self) -> Others:
+        """The fine-tuned models, each read from its file whenever it is asked for."""
+        return Others(_Read(self))
+
+    def unchanged(self, *names: str) -> AbstractContextManager[None]:
+        """Raises files.Changed at the end where a file of these models has changed meanwhile."""
+        sources = [self.request.zoo.finetuned[name].source for name in names]
+        tuned = [part for source in sources for part in self.parts[source]]
+        return self.inputs.unchanged(*self.parts[str(self.common[0])], *self.common[1:], *tuned)
 
     def _sha256(self, source: str | Path) -> str:
         """The SHA-256 of a checkpoint, of one file or several."""
@@ -155,6 +167,22 @@ class Models:
             graphs=computed.graphs,
             compile=computed.compile,
         )
+
+
+class _Read(Mapping[str, State]):
+    """Name of a fine-tuned model -> its end of the path."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def __getitem__(self, name: str) -> State:
+        return self._models.pair(name)[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models.request.zoo.finetuned)
+
+    def __len__(self) -> int:
+        return len(self._models.request.zoo.finetuned)
 
 
 @contextmanager

@@ -75,13 +75,15 @@ class Worker:
             sink(number, rows, () if kept is None else kept.pop(number, ()))
 
         start = perf_counter()
-        with meter.Peak(self.request.device) as peak, self._models.unchanged(piece.model):
+        read = [*self._models.layers] if catalogue.study(piece.study).combines else [piece.model]
+        with meter.Peak(self.request.device) as peak, self._models.unchanged(*read):
             path = self._on(piece.model)
             self._bench.run(
                 piece.study,
                 path,
                 piece.chosen,
                 shared,
+                self._models.others,
                 model=piece.model,
                 only=piece.numbers,
                 sink=with_images,
@@ -125,7 +127,7 @@ class Worker:
 
     def guess(self, study: str, model: str) -> Chosen | None:
         """Layers to estimate costs with, before the study can pick any."""
-        return catalogue.study(study).guess(self.request, self._models.layers[model])
+        return catalogue.study(study).guess(self.request, self._models.layers[model], model)
 
     def cost(self, measurement: Measurement) -> float:
         """FLOPs of a measurement."""

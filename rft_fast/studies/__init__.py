@@ -15,6 +15,8 @@ from .gains import gain_bounds, id_alphas
 from .images import ImageResults, ImageScores, image_results
 from .interpolate import XI, best_gains, check_alphas, interpolation, summarize
 from .layers import layerwise_interpolation, stragglers
+from .others import Others
+from .pairs import pair_effects, pairs
 from .pruning import prune_stragglers, pruning_effect
 from .rows import COLUMNS, frame
 from .search import search_coefficients
@@ -27,6 +29,7 @@ __all__ = [
     "Chance",
     "ImageResults",
     "ImageScores",
+    "Others",
     "Protocol",
     "against_chance",
     "best_gains",
@@ -50,6 +53,8 @@ __all__ = [
     "layerwise_interpolation",
     "layerwise_sharpness",
     "near_zero",
+    "pair_effects",
+    "pairs",
     "prune_stragglers",
     "pruning_effect",
     "search_coefficients",

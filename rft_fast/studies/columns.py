@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 
 _LAYERS = "layers, cumulative"
-_ENDS = f"interpolation, {_LAYERS}, ensemble"
+_ENDS = f"interpolation, {_LAYERS}, ensemble, pairs"
 _PATH = f"{_ENDS}, prune, coefficients"
 _CHANGED = "prune, coefficients"
 _SHARP = "sharpness, layer-sharpness"
@@ -37,6 +37,10 @@ ROWS = {
     "model": Column("-", "name of the fine-tuned model", _ALL, "lr1e-3-ep3"),
     "dataset": Column("-", "name of the data set", _ALL, "rotated"),
     "ood": Column("-", "whether the data set is out of distribution for the fine-tuned models", _ALL, "True"),
+    "partners": Column(
+        "-", "the other fine-tuned model, at alpha = 1; missing: the path begins at zero-shot", "pairs",
+        "lr2e-3-ep4",
+    ),
     "layer": Column(
         "-", "layer that is moved, held, pruned or perturbed; several: joined by ', '; missing: all layers",
         f"{_LAYERS}, prune, layer-sharpness, coefficients", "visual.conv1",
@@ -53,7 +57,9 @@ ROWS = {
         "-", "baseline of instability: own (the layer's own two ends) or models (the two original models)",
         _LAYERS, "own",
     ),
-    "alpha": Column("-", "position on the path: 0 is zero-shot, 1 is fine-tuned", _ALL, "0.4"),
+    "alpha": Column(
+        "-", "position on the path: 0 is zero-shot (of pairs: the model), 1 is fine-tuned", _ALL, "0.4"
+    ),
     "rho": Column("-", "scale of the noise, in units of |w| if it is adaptive; 0: no noise", _ALL, "0.1"),
     "on": Column("-", "weights that are perturbed: interpolated or finetuned", _SHARP, "finetuned"),
     "noise": Column("-", "distribution of the noise", _SHARP, "normal"),
@@ -114,10 +120,10 @@ ROWS = {
         "nats", "loss minus the straight line between the losses of the two ends", _ENDS, "0.202"
     ),
     "bump_se": Column("nats", "standard error of bump, paired over images", _ENDS, "0.012"),
-    "entropy": Column("nats", "mean entropy of the predictions", "interpolation", "0.61"),
+    "entropy": Column("nats", "mean entropy of the predictions", "interpolation, pairs", "0.61"),
     "distance": Column(
-        "-", "Euclidean distance of the weights from zero-shot: alpha |w1 - w0|, over all layers",
-        "interpolation", "11.4",
+        "-", "Euclidean distance of the weights from alpha = 0: alpha |w1 - w0|, over all layers",
+        "interpolation, pairs", "11.4",
     ),
     "change": Column(
         "fraction", "accuracy minus that of the path as it is, at the same alpha", _CHANGED, "-0.018"
@@ -271,12 +277,39 @@ ENSEMBLE = _made("ensemble", {
     "alphas": ("-", "number of positions between the ends", "9"),
 })  # fmt: skip
 
+PAIRS = _made("pairs", {
+    "model": ("-", "name of the fine-tuned model at alpha = 0", "lr1e-3-ep3"),
+    "partner": ("-", "name of the fine-tuned model at alpha = 1", "lr2e-3-ep4"),
+    "dataset": ("-", "data set that is scored", "rotated"),
+    "ood": ("-", "whether it is out of distribution", "True"),
+    "accuracy_model": ("fraction", "accuracy at alpha = 0", "0.871"),
+    "accuracy_partner": ("fraction", "accuracy at alpha = 1", "0.865"),
+    "gain": ("fraction", "highest accuracy on the path minus that of the better end", "0.012"),
+    "gain_alpha": ("-", "position of the highest accuracy", "0.4"),
+    "gain_held_out": ("fraction", "the same, with position and end chosen on other images", "0.009"),
+    "gain_held_out_se": ("fraction", "standard error of gain_held_out, paired over images", "0.004"),
+    "gain_held_out_low": ("fraction", "lower end of its 95 % interval, corrected for all pairs", "-0.002"),
+    "gain_held_out_high": ("fraction", "upper end of this interval", "0.02"),
+    "middle": ("-", "position nearest to 0.5", "0.5"),
+    "above_line": ("fraction", "accuracy there minus the straight line between both ends", "0.015"),
+    "above_line_se": ("fraction", "standard error of above_line, paired over images", "0.004"),
+    "above_line_low": ("fraction", "lower end of its 95 % interval, corrected for all pairs", "0.004"),
+    "above_line_high": ("fraction", "upper end of this interval", "0.026"),
+    "barrier": ("nats", "largest loss above the straight line between both ends", "0.08"),
+    "barrier_se": ("nats", "standard error of barrier, paired over images", "0.011"),
+    "barrier_alpha": ("-", "position of this loss", "0.5"),
+    "barrier_low": ("nats", "lower end of its one-sided 95 % interval, corrected", "0.05"),
+    "samples": ("images", "number of images", "1500"),
+    "alphas": ("-", "number of positions", "11"),
+})  # fmt: skip
+
 TABLES = {
     "rows": ROWS,
     "correlation": CORRELATION,
     "claim": CLAIM,
     "ensemble": ENSEMBLE,
     "choice": CHOICE,
+    "pairs": PAIRS,
     "cost": COST,
 }
 
@@ -286,7 +319,8 @@ def describe(table: str = "rows") -> pd.DataFrame:
 
     Args:
         table: ``"rows"`` (of :func:`rft_fast.results.load`, ``rows.csv`` and Parquet), ``"correlation"``,
-            ``"claim"``, ``"ensemble"``, ``"choice"`` or ``"cost"`` (the CSV files of these names).
+            ``"claim"``, ``"ensemble"``, ``"choice"``, ``"pairs"`` or ``"cost"`` (the CSV files of these
+            names).
 
     Returns:
         One row per column, in order: ``name``, ``type`` (of pandas; only of rows), ``unit``, ``meaning``,

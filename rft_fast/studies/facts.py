@@ -29,6 +29,8 @@ from .interpolate import STUDY as INTERPOLATION
 from .interpolate import best_gains, summarize
 from .layers import STUDY as LAYERS
 from .layers import stragglers
+from .pairs import STUDY as PAIRS
+from .pairs import pair_effects
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
 from .rows import asked
@@ -115,7 +117,7 @@ class Facts:
         """Names of models, data sets and layers."""
         joined = self.rows["study"].isin([PRUNING, COEFFICIENTS])  # which join names of layers
         single = self.rows["layer"].where(~joined)
-        columns = (self.rows["model"], self.rows["dataset"], single)
+        columns = (self.rows["model"], self.rows["dataset"], single, self.part(PAIRS)["partners"])
         return frozenset(str(name) for column in columns for name in column.dropna().unique())
 
     @cached_property
@@ -219,6 +221,11 @@ class Facts:
     def ensemble(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.ensemble_difference`."""
         return ensemble_difference(self.rows, self.images)
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.pair_effects`."""
+        return pair_effects(self.rows, self.images)
 
     @cached_property
     def chances(self) -> list[Chance]:

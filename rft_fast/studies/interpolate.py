@@ -7,7 +7,7 @@ write the mirrored ``alpha * theta_0 + (1 - alpha) * theta_1``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -96,12 +96,35 @@ def interpolation(
     check_evaluator(path, evaluator, STUDY)
     zeroshot = {} if zeroshot is None else zeroshot
     finetuned = {} if finetuned is None else finetuned
+    record = Measured(STUDY, len(grid) * len(evaluator.datasets), only, sink, images)
+    along(record, 0, path, evaluator, grid, zeroshot, finetuned, {"study": STUDY, "model": model})
+    return record.frame()
+
+
+def along(
+    record: Measured,
+    first: int,
+    path: Path,
+    evaluator: Evaluator,
+    grid: Sequence[float],
+    zeroshot: MutableMapping[str, Scores],
+    finetuned: MutableMapping[str, Scores],
+    common: Mapping[str, object],
+) -> None:
+    """Make the measurements of one path, as :func:`interpolation` numbers them.
+
+    Args:
+        record: receives them.
+        first: number of the first one.
+        path, evaluator, zeroshot, finetuned: as for :func:`interpolation`.
+        grid: positions, in ascending order.
+        common: columns of all rows.
+    """
     ahead: dict[str, float] = {}  # data set -> seconds of its scores at alpha = 1 before their turn
     names = [data.name for data in evaluator.datasets]
-    record = Measured(STUDY, len(grid) * len(names), only, sink, images)
     for place, alpha in enumerate(grid):
         for group in together(evaluator):
-            numbers = [place * len(names) + names.index(name) for name in group]
+            numbers = [first + place * len(names) + names.index(name) for name in group]
             if not any(map(record.wants, numbers)):
                 continue
             start = perf_counter()
@@ -121,13 +144,12 @@ def interpolation(
                 if not record.wants(number):
                     continue
                 row = scored(STUDY, evaluator, name, scores, seconds)
-                row |= {"model": model, "alpha": alpha, "rho": 0.0, "keep": 1.0}
+                row |= {"alpha": alpha, "rho": 0.0, "keep": 1.0, **common}
                 row["gain"], row["gain_se"] = score.gain_over(base[name])
                 row["rise"], row["rise_se"] = score.rise_over(base[name])
                 row["bump"], row["bump_se"] = score.bump(base[name], last[name], alpha)
                 row["distance"], row["entropy"] = alpha * path.distance, score.entropy
                 record.add(number, [row], [score])
-    return record.frame()
 
 
 def end_scores(
@@ -268,6 +290,19 @@ def best_gains(rows: pd.DataFrame) -> pd.Series:
     far = rows["ood"].fillna(False).astype(bool)
     means = rows[far if far.any() else ~far].groupby(["model", "alpha"], sort=False)["gain"].mean()
     return means.groupby("model", sort=False).max()
+
+
+def extremes(everyone: Sequence[str], gains: pd.Series, count: int) -> list[str]:
+    """Return the models that gain most and least, in the order of ``everyone``.
+
+    Args:
+        everyone: names of all models.
+        gains: :func:`best_gains` of these.
+        count: how many models; of an odd number, one more that gains.
+    """
+    ranked = list(gains.sort_values(ascending=False, kind="stable").index)
+    picked = {*ranked[: (count + 1) // 2], *ranked[len(ranked) - count // 2 :]}
+    return [name for name in everyone if name in picked]
 
 
 def _summary(curve: pd.DataFrame) -> dict[str, object]:

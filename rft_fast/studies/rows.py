@@ -28,6 +28,7 @@ COLUMNS: dict[str, str] = {
     "model": "string",
     "dataset": "string",
     "ood": "boolean",  # whether the data set is out of distribution for the fine-tuned models
+    "partners": "string",  # models that it is combined with: the other end of a path, the members of a soup
     # What was written.
     "layer": "string",  # the layer that differs from the others; several: joined by ", "; missing: all layers
     "others": "string",  # end of the other layers: zeroshot or finetuned; missing: at alpha, too

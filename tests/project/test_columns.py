@@ -55,6 +55,7 @@ def test_the_studies_fill_what_is_said() -> None:
             path, evaluator, [0, 1], {"t": {"1": 0.5, None: 1}}, {"held": ["1"]}, seeds=[0], model="m"
         ),
         "ensemble": studies.ensemble(path, evaluator, [0, 0.5, 1], model="m"),
+        "pairs": studies.pairs(path, evaluator, [0, 0.5, 1], {"n": ends[0]}, model="m"),
     }
     told = results.describe().set_index("name")["filled_by"].str.split(", ")
     for study, rows in measured.items():
@@ -63,10 +64,11 @@ def test_the_studies_fill_what_is_said() -> None:
         assert filled <= said and said - filled <= SOMETIMES, study
 
 
-@pytest.mark.parametrize("name", ["correlation", "claim", "ensemble", "choice"])
+@pytest.mark.parametrize("name", ["correlation", "claim", "ensemble", "choice", "pairs"])
 def test_every_column_of_the_other_tables_is_described(name: str) -> None:
     rows = list(tiny_report.make_rows())
-    rows += [row | {"study": "ensemble"} for row in rows if row["study"] == "interpolation"]
+    path = [row for row in rows if row["study"] == "interpolation"]
+    rows += [row | {"study": study, "partners": "good"} for study in ("ensemble", "pairs") for row in path]
     facts = tiny_report.make_facts(studies.frame(rows))
     table = catalogue.study(name).table(facts)
     assert table is not None

@@ -10,7 +10,7 @@ this machine::
     seconds = cost.forecast(work, rates)
 """
 
-from .counting import Counting, CountingWriter, count, counted_evaluator, counted_path
+from .counting import CountedOthers, Counting, CountingWriter, count, counted_evaluator, counted_path
 from .footprint import PRUNING, Memory, memory
 from .operations import Flops, flops
 from .rates import Rates, calibrate, forecast, images_wanted
@@ -19,6 +19,7 @@ from .work import Work
 
 __all__ = [
     "PRUNING",
+    "CountedOthers",
     "Counting",
     "CountingWriter",
     "Encoding",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...evaluate.runtime import Runtime
 from ...path import Path, Weight
 from ...path.requests import Groups
 from ...path.slots import Part, Slot
+from ...studies.others import Others, State
 from .work import Work
 
 Study = Callable[[Path, Evaluator], object]
@@ -112,6 +114,36 @@ def _feed(name: str, images: int, ood: bool, like: Images) -> Images:
     labels = torch.zeros(1, dtype=torch.int64).expand(images)
     dataset = Dataset(name, pixels, labels, like.dataset.mean, like.dataset.std, ood=ood)
     return Images(dataset, pixels.device, like.dtype, True, like.normalize)
+
+
+class CountedOthers(Others):
+    """Counts which models are loaded, and the writes of paths between them. Nothing is read or computed.
+
+    Args:
+        names: Names of the models.
+        path: A path of the same size.
+        work: Where it is counted.
+    """
+
+    def __init__(self, names: Iterable[str], path: Path, work: Work) -> None:
+        super().__init__({name: {} for name in names})
+        self._work = work
+        self._size = sum(slot.tensor.numel() for slot in path.slots)
+
+    def state(self, name: str) -> State:
+        self._work.loads += 1
+        self._hold(1)
+        return {}
+
+    @contextmanager
+    def between(self, path: Path, first: State, last: State) -> Iterator[Path]:
+        with path.at(0.0):
+            other = path.written_by(path.writer)
+            other.write(0.0)
+            yield other
+
+    def _hold(self, models: int) -> None:
+        self._work.combined = max(self._work.combined, models * self._size)
 
 
 class Counting:

@@ -25,7 +25,7 @@ class Memory:
         images: The images on the device, or the batches that are copied to it.
         held: Held activations of all images of a walk.
         batches: Activations of the batches in work.
-        copies: Gradients, and copies of weights for the worst case.
+        copies: Gradients, copies of weights for the worst case, and other models that are combined.
     """
 
     program: int
@@ -71,7 +71,7 @@ def memory(work: Work, evaluator: Evaluator, path: Path, images: int, copies: in
     if work.recorded:  # besides; an image has about as much there as in a backward pass
         each = runtime.slopes.need.each
         held += int(min(work.recorded, runtime.budget.held(each)) * each)
-    copied = 4 * int(work.differentiated + copies * work.borrowed)
+    copied = 4 * int(work.differentiated + copies * work.borrowed + work.combined)
     return Memory(program, weights, resident, held, activations, copied)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...evaluate import Evaluator
 
-_MAXIMA = ("held", "recorded", "differentiated", "borrowed")
+_MAXIMA = ("held", "recorded", "differentiated", "borrowed", "combined")
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Work:
             through the stages: an image counts as the share of these stages.
         differentiated: Most weights whose gradients, or perturbations and their scales, are held at once.
         borrowed: Most weights that a study borrows at once.
+        loads: How often another model is loaded.
+        combined: Most numbers in float32 that other models and their sums take at once.
     """
 
     images: list[float]
@@ -51,6 +53,8 @@ class Work:
     recorded: float = 0
     differentiated: float = 0
     borrowed: float = 0
+    loads: float = 0
+    combined: float = 0
 
     @classmethod
     def none(cls, evaluator: Evaluator) -> Work:
