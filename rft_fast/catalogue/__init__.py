@@ -18,6 +18,7 @@ from .layers import Layers
 from .pairs import Pairs
 from .prune import Prune
 from .sharpness import LayerSharpness, Pilot, Sharpness
+from .soups import Greedy, Soups
 from .study import Chosen, Images, Study, Task
 
 _TABLE: dict[str, Study] = {
@@ -37,6 +38,8 @@ _TABLE: dict[str, Study] = {
         Coefficients(),
         Search(),
         Pairs(),
+        Soups(),
+        Greedy(),
     )
 }
 

@@ -54,6 +54,10 @@ class Zoo(Protocol):
     def data(self) -> Mapping[str, Data]:
         """Data sets by name."""
 
+    @property
+    def own_heads(self) -> bool:
+        """Whether each model has a zero-shot end of its own, for it keeps its own head."""
+
 
 class Request(Protocol):
     """What a study needs to know of a request (:class:`rft_fast.config.request.Request`)."""
@@ -142,6 +146,8 @@ class Study(ABC):
     """It fills :attr:`Task.images`."""
     combines: bool = False
     """Its measurements of a model read other models of the request, too."""
+    averages: bool = False
+    """It averages the models of the request, whose integer tensors must be equal."""
     by_default: bool = True
     """A sweep for which no study is named makes it: the studies of the paper."""
     hidden: bool = False

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .draw_pairs import pairs
     from .draw_prune import prune
     from .draw_sharpness import sharpness
+    from .draw_soups import soups
     from .looks import look
 else:
     __getattr__, __dir__ = lazy.face(
@@ -36,6 +37,7 @@ else:
         draw_pairs="pairs",
         draw_prune="prune",
         draw_sharpness="sharpness",
+        draw_soups="soups",
         looks="look",
     )
 
@@ -53,4 +55,5 @@ __all__ = [
     "pairs",
     "prune",
     "sharpness",
+    "soups",
 ]

@@ -27,7 +27,7 @@ from .style import (
 
 _LINE: Style = {"ls": "", "marker": "o", "ms": 4, "color": "black", "lw": 1.2}
 _GAIN: Style = {"ls": "", "marker": "D", "ms": 4, "color": "tab:blue", "mfc": "white", "lw": 1.2}
-_BARRIER: Style = {"ls": "", "marker": "^", "ms": 5, "color": "tab:red"}
+_BUMP: Style = {"ls": "", "marker": "^", "ms": 5, "color": "tab:red"}
 _ROOM = 1.5  # inches of a name
 _ZERO: Style = {"ls": ":", "lw": 1, "color": GREY}
 
@@ -64,10 +64,10 @@ def pairs(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
         for column, style, shift in (("above_line", _LINE, -0.16), ("gain_held_out", _GAIN, 0.16)):
             half = 100 * (here[f"{column}_high"] - here[column])
             panel.errorbar(100 * here[column], at + shift, xerr=half, capsize=2, **style)
-        barred = (here["barrier_low"] > 0).to_numpy()
+        bumps = (here["bump_low"] > 0).to_numpy()
         edge = panel.get_yaxis_transform()
-        if barred.any():  # an empty line would lie at the origin, and the layout would make room for it
-            panel.plot([0.97] * int(barred.sum()), at[barred], transform=edge, clip_on=False, **_BARRIER)
+        if bumps.any():  # an empty line would lie at the origin, and the layout would make room for it
+            panel.plot([0.97] * int(bumps.sum()), at[bumps], transform=edge, clip_on=False, **_BUMP)
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_yticks(range(len(names)))
         panel.tick_params("y", left=False, labelleft=False)
@@ -86,7 +86,7 @@ def pairs(table: pd.DataFrame, file: str | os.PathLike[str]) -> Figure:
     marks = [
         key("middle", _LINE),
         key("best position, held out", _GAIN),
-        key("barrier in the loss", _BARRIER),
+        key("bump in the loss", _BUMP),
     ]
     each = LINE * max(label.count("\n") + 1 for label in labels) + 0.06
     height = (1.0 + each * len(names) + extra(titles)) * -(-len(sets) // per)

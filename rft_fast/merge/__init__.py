@@ -9,6 +9,7 @@ module         holds
 ``fit``        which files belong together; what is refused
 ``greedy``     greedy soups, and what methods need of data
 ``formulas``   the arithmetic of each method
+``streamed``   the arithmetic of soups and Model Stock on models that come one after the other
 ``metadata``   what the result says of its origin
 ``writing``    safetensors and files of torch.save, written run by run
 ``work``       all of the above: :func:`run`

@@ -131,12 +131,12 @@ def model_stock() -> Formula:
             for i, j in itertools.combinations(range(count), 2)
         ]
         cosine = math.fsum(cosines) / len(cosines)
-        if 1 + (count - 1) * cosine <= 1e-6:  # NaN goes on, into the result, which is refused
+        t = stock_ratio(cosine, count)
+        if t is None:
             raise ValueError(
                 f"merge: model-stock has no result for {run.name}: the mean cosine between the "
                 f"differences is {cosine:.3g}, but must be above {-1 / (count - 1):.3g}"
             )
-        t = count * cosine / (1 + (count - 1) * cosine)
         total = found[0].clone()
         for vector in found[1:]:
             total += vector
@@ -246,6 +246,13 @@ def prune(alphas: Mapping[str, float], pruned: frozenset[str], keep: float, fill
         _lerp(run.out, base, filled, alpha)
 
     return formula
+
+
+def stock_ratio(cosine: float, count: int) -> float | None:
+    """Return t of Model Stock for a mean cosine of the differences of some models; None: no result."""
+    if 1 + (count - 1) * cosine <= 1e-6:  # NaN goes on, into the result, which is refused
+        return None
+    return count * cosine / (1 + (count - 1) * cosine)
 
 
 # --- parts --------------------------------------------------------------------------------------------

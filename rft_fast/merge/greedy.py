@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -34,8 +34,11 @@ class Measures(Protocol):
         """
 
 
+_Model = TypeVar("_Model")
+
+
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Generic[_Model]):
     """A greedy soup.
 
     Attributes:
@@ -44,19 +47,19 @@ class Greedy:
         accuracy: of the soup.
     """
 
-    alone: Mapping[pathlib.Path, float]
-    kept: tuple[pathlib.Path, ...]
+    alone: Mapping[_Model, float]
+    kept: tuple[_Model, ...]
     accuracy: float
 
 
-def greedy_soup(files: Sequence[pathlib.Path], accuracy: Callable[[Sequence[pathlib.Path]], float]) -> Greedy:
+def greedy_soup(files: Sequence[_Model], accuracy: Callable[[Sequence[_Model]], float]) -> Greedy[_Model]:
     """Choose models one by one (Wortsman et al. 2022, Recipe 1).
 
     In the order of their accuracies, each model is kept if the mean of it and those kept before is at least
     as accurate as the mean without it.
 
     Args:
-        files: the models; of equally accurate ones the first comes first.
+        files: the models, as files or names; of equally accurate ones the first comes first.
         accuracy: some of the files -> accuracy of the mean of these models, on held-out data.
     """
     alone = {file: accuracy([file]) for file in files}

@@ -186,7 +186,7 @@ def _layer(row: Mapping[Any, Any]) -> str:
     if row["study"] == COEFFICIENTS and pd.notna(row["coefficients"]):
         return ": ".join(part for part in (str(row["coefficients"]), layer) if part)
     if pd.notna(row["partners"]):
-        return f"to {row['partners']}"
+        return f"to {row['partners']}" if pd.isna(row["method"]) else str(row["method"])
     return layer if pd.isna(row["cumulative"]) else f"{layer} ({row['cumulative']})"
 
 

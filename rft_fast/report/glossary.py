@@ -203,6 +203,14 @@ WORDS = tuple(
         (":mean, failing", "Mean over the models that fail."),
         (":mean, gaining", "Mean over the models that gain."),
         ("significant|significantly", "The corrected p is at most 0.05."),
+        (
+            "soup|soups",
+            "Mean of the weights of several fine-tuned models: of all, or of those a search keeps.",
+        ),
+        (
+            "Model Stock",
+            "Zero-shot plus t times the mean difference of the models, with t from their angles.",
+        ),
         ("zoo", "A zero-shot model, models fine-tuned from it, and image sets."),
         ("SHA-256", "A fingerprint of a file: equal files have equal ones."),
         ("peak memory", "Largest memory of the process or of the GPU during the study."),

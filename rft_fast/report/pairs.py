@@ -19,12 +19,14 @@ from .tables import Cell, Table, number
 
 _LEAD = (
     "The path between two fine-tuned models, without zero-shot. In the middle, its accuracy is compared with "
-    "the straight line between the accuracies of the two. The gain is the accuracy at the best position "
-    "minus that of the better model, both chosen on other images than they are measured on (five folds). A "
-    "barrier is a loss above the straight line between the two losses"
+    "the straight line between the accuracies of the two. The best position is compared with the better "
+    "model, both chosen on other images than they are measured on (five folds). A bump is a loss above the "
+    "straight line between the two losses (Frankle et al. 2020)"
 )
 _BOUNDS = ". Intervals are of 95 %, paired over images and corrected for all pairs of a data set."
-_UNKNOWN = ". Without results of single images, nothing is known of gain and intervals of accuracy."
+_UNKNOWN = (
+    ". Without results of single images, nothing is known of the best position and of intervals of accuracy."
+)
 
 
 def _lead(facts: Facts) -> str:
@@ -40,34 +42,34 @@ def _bounds(fact: dict[Any, Any], name: str) -> str:
     return f"{points(fact[name])}{interval}"
 
 
-def _barrier(fact: dict[Any, Any]) -> str:
-    shown = "" if pd.isna(fact["barrier_low"]) else ", shown" if fact["barrier_low"] > 0 else ", not shown"
-    return f"{nats(fact['barrier'])}{shown}"
+def _bump(fact: dict[Any, Any]) -> str:
+    shown = "" if pd.isna(fact["bump_low"]) else ", shown" if fact["bump_low"] > 0 else ", not shown"
+    return f"{nats(fact['bump'])}{shown}"
 
 
 def lines(facts: Facts) -> list[str]:
     """Format each pair, in lines."""
-    text = paragraphs(facts, f"pairs: between fine-tuned models. {_lead(facts)} In points; barriers in nats.")
+    text = paragraphs(facts, f"pairs: between fine-tuned models. {_lead(facts)} In points; bumps in nats.")
     for dataset, group in facts.pairs.groupby("dataset", sort=False):
         text.append(f"  {dataset}:")
-        cells = [["pair", "accuracies", "middle", "gain", "barrier"]]
+        cells = [["pair", "accuracies", "middle", "best", "bump"]]
         for fact in group.to_dict("records"):
             ends = "{:.1f}, {:.1f}".format(*(100 * fact[f"accuracy_{end}"] for end in ("model", "partner")))
             gain = [_bounds(fact, name) for name in ("above_line", "gain_held_out")]
-            cells.append([f"{fact['model']} to {fact['partner']}", ends, *gain, _barrier(fact)])
+            cells.append([f"{fact['model']} to {fact['partner']}", ends, *gain, _bump(fact)])
         text += aligned(cells)
     return text
 
 
 def findings(facts: Facts) -> Iterator[Finding]:
-    """Yield for how many pairs there is a barrier or a gain, on the data set that decides."""
+    """Yield for how many pairs there is a bump or a better position, on the data set that decides."""
     where = facts.deciding["dataset"].iloc[0]
     here = facts.pairs[facts.pairs["dataset"] == where]
-    if here.empty or here["barrier_low"].isna().all():
+    if here.empty or here["bump_low"].isna().all():
         return
-    barred = int((here["barrier_low"] > 0).sum())
-    text = f"On {where}, the path between two fine-tuned models is shown to have a barrier in the loss for "
-    text += f"{barred} of {many(len(here), 'pair')}"
+    bumps = int((here["bump_low"] > 0).sum())
+    text = f"On {where}, the path between two fine-tuned models is shown to have a bump in the loss for "
+    text += f"{bumps} of {many(len(here), 'pair')}"
     if here["above_line_low"].notna().any():
         above, below = int((here["above_line_low"] > 0).sum()), int((here["above_line_high"] < 0).sum())
         gains, losses = ((here["gain_held_out_low"] > 0).sum(), (here["gain_held_out_high"] < 0).sum())
@@ -121,15 +123,15 @@ def _table(facts: Facts) -> Table:
             number(100 * fact["accuracy_partner"], ".1f"),
             Cell(signed(_bounds(fact, "above_line")), None, "n"),
             Cell(signed(_bounds(fact, "gain_held_out")), None, "n"),
-            number(fact["barrier"]),
-            number(fact["barrier_low"], "+.3f"),
+            number(fact["bump"]),
+            number(fact["bump_low"], "+.3f"),
             Cell(fact["dataset"]),
         ]
         for fact in facts.pairs.to_dict("records")
     ]
     headings = (
         "from|to|accuracy of the first|of the second|middle above the line [95 %, corrected]|"
-        "gain over the better [95 %, corrected]|barrier|corrected lower end|data set"
+        "best minus better model [95 %, corrected]|bump|corrected lower end|data set"
     ).split("|")
     chosen = [{"dataset": fact["dataset"], "model": fact["model"]} for fact in facts.pairs.to_dict("records")]
-    return Table("Paths between two models; accuracy in points, barriers in nats", headings, rows, chosen)
+    return Table("Paths between two models; accuracy in points, bumps in nats", headings, rows, chosen)

@@ -5,7 +5,7 @@
                      made; the run's configuration
 ``rows.csv``         the same rows, written when the run ends or is interrupted
 ``correlation.csv``  the table of that study, computed from the rows; likewise ``claim.csv``,
-                     ``ensemble.csv``, ``choice.csv``, ``pairs.csv``
+                     ``ensemble.csv``, ``choice.csv``, ``pairs.csv``, ``soups.csv``
 ``cost.csv``         time and peak memory (bytes) of each study
 ``config.json``      the configuration: arguments, versions, content hashes, date
 ``run.log``          events, one per line

@@ -31,7 +31,7 @@ def images(
     Args:
         directory: Directory of a run.
         study: Name of a study that keeps them: interpolation, layers, prune,
-            cumulative, ensemble, coefficients or pairs.
+            cumulative, ensemble, coefficients, pairs or soups.
         model: Name of a model; None: all of them.
         dataset: Name of a data set; None: the only one of these rows.
 

@@ -20,6 +20,7 @@ import pandas as pd
 from ..common import disk
 from ..names import TRACKERS as NAMES
 from ..names import TrackerName, never
+from ..studies.soups import STUDY as SOUPS
 
 VALUES = ("accuracy", "loss", "sharpness", "gain", "change")  # logged columns
 STEPS = 1000  # steps of TensorBoard, which are integers, per unit of alpha
@@ -190,8 +191,8 @@ def _read(study: str, model: str, row: Mapping[str, object]) -> tuple[float, dic
 
 def _apart(row: Mapping[str, object]) -> list[str]:
     """Return what distinguishes the curve of a row from others of its study, data set and model."""
-    if "partners" in row:
-        return [str(row.get("method") or row["partners"])]
+    if "partners" in row:  # all names of a soup together would be long
+        return [str(row["method"] if row["study"] == SOUPS else row["partners"])]
     if "method" in row or "control" in row:  # the layers' names together would be long
         parts = [str(row[name]) for name in ("criterion", "method", "coefficients") if name in row]
         parts += ["control"] if row.get("control") else []

@@ -27,6 +27,7 @@ from ..config.builder import QUICK
 from ..config.request import Request
 from ..config.settings import Computed, Running
 from ..evaluate import Evaluator, precision
+from ..merge.streamed import COUNTER
 from ..settings import Along, Layers, Prune, Sharpness
 from ..studies.images import NO_CLASS
 from ..studies.others import Others, State
@@ -85,6 +86,7 @@ class Models:
                 f"number at most {NO_CLASS}; add --no-image-results"
             )
         models.hashes[source.zeroshot.source] = models._sha256(file)
+        integers: dict[str, tuple[str, Tensor]] = {}
         first: dict[tuple[str, str | None], str] = {}  # SHA-256 and key -> the first model of that file
         for name, weights in tqdm(source.finetuned.items(), "checking models", disable=None, leave=False):
             models.hashes[weights.source] = found = models._sha256(weights.source)
@@ -95,6 +97,8 @@ class Models:
             models._check_layers(path)
             models.layers[name] = tuple(path.layers)
             models.frozen[name] = path.unchanged
+            if any(catalogue.study(study).averages for study in request.measured):
+                integers = same_integers(path, name, integers)
         return models
 
     @property
@@ -167,6 +171,35 @@ class Models:
             graphs=computed.graphs,
             compile=computed.compile,
         )
+
+
+def same_integers(
+    path: paths.Path, model: str, before: dict[str, tuple[str, Tensor]]
+) -> dict[str, tuple[str, Tensor]]:
+    """Refuses integer tensors of a model that differ from those of another, because none can be averaged.
+
+    Counters of training steps may differ.
+
+    Args:
+        path: of the model.
+        model: its name.
+        before: what this function returned for the first model; empty for that one.
+
+    Returns:
+        Name of the tensor -> name of the first model, and its tensor.
+    """
+    found = {
+        slot.name: (model, slot.ends[1])
+        for slot in path.slots
+        if not (slot.is_float or slot.name.endswith(COUNTER))
+    }
+    for name, (other, tensor) in before.items():
+        if not tensor.equal(found[name][1]):
+            raise ValueError(
+                f"{visible(model)} and {visible(other)} cannot be averaged, because they differ in {name}, a "
+                "tensor of integers; leave soups out, or one of the models"
+            )
+    return before or found
 
 
 class _Read(Mapping[str, State]):

@@ -17,10 +17,12 @@ from .interpolate import XI, best_gains, check_alphas, interpolation, summarize
 from .layers import layerwise_interpolation, stragglers
 from .others import Others
 from .pairs import pair_effects, pairs
+from .points import soup_points, stock_ratios
 from .pruning import prune_stragglers, pruning_effect
 from .rows import COLUMNS, frame
 from .search import search_coefficients
 from .sharpness import layerwise_sharpness, near_zero, sharpness
+from .soups import greedy_search, soups
 
 __all__ = [
     "COLUMNS",
@@ -47,6 +49,7 @@ __all__ = [
     "ensemble_difference",
     "frame",
     "gain_bounds",
+    "greedy_search",
     "id_alphas",
     "image_results",
     "interpolation",
@@ -59,6 +62,9 @@ __all__ = [
     "pruning_effect",
     "search_coefficients",
     "sharpness",
+    "soup_points",
+    "soups",
+    "stock_ratios",
     "stragglers",
     "summarize",
     "zeroshot_chances",

@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 
 _LAYERS = "layers, cumulative"
-_ENDS = f"interpolation, {_LAYERS}, ensemble, pairs"
+_ENDS = f"interpolation, {_LAYERS}, ensemble, pairs, soups"
 _PATH = f"{_ENDS}, prune, coefficients"
 _CHANGED = "prune, coefficients"
 _SHARP = "sharpness, layer-sharpness"
@@ -38,8 +38,8 @@ ROWS = {
     "dataset": Column("-", "name of the data set", _ALL, "rotated"),
     "ood": Column("-", "whether the data set is out of distribution for the fine-tuned models", _ALL, "True"),
     "partners": Column(
-        "-", "the other fine-tuned model, at alpha = 1; missing: the path begins at zero-shot", "pairs",
-        "lr2e-3-ep4",
+        "-", "the model at alpha = 1 (pairs), or the averaged models, joined by ', ' (soups); missing: none",
+        "pairs, soups", "lr2e-3-ep4",
     ),
     "layer": Column(
         "-", "layer that is moved, held, pruned or perturbed; several: joined by ', '; missing: all layers",
@@ -65,10 +65,14 @@ ROWS = {
     "noise": Column("-", "distribution of the noise", _SHARP, "normal"),
     "adaptive": Column("-", "whether the noise is scaled by |w|", _SHARP, "True"),
     "keep": Column("-", "fraction of the weights in pruned layers that survives; 1: all", _ALL, "0.5"),
-    "method": Column("-", "value of pruned weights; missing: nothing is pruned", "prune", "zero"),
+    "method": Column(
+        "-", "value of pruned weights; of soups: uniform, greedy or model-stock; missing: neither",
+        "prune, soups", "zero",
+    ),
     "criterion": Column("-", "how the pruned layers were selected", "prune", "instability"),
     "coefficients": Column(
-        "-", "table of a coefficient for each layer; missing: 1 for all", "coefficients", "LiNeS, slope 0.5"
+        "-", "table of a coefficient for each layer; of Model Stock: t of each tensor; missing: 1 for all",
+        "coefficients, soups", "LiNeS, slope 0.5"
     ),
     "control": Column(
         "-", "whether this is the control: as many other layers, chosen at random, are pruned or held",
@@ -120,10 +124,10 @@ ROWS = {
         "nats", "loss minus the straight line between the losses of the two ends", _ENDS, "0.202"
     ),
     "bump_se": Column("nats", "standard error of bump, paired over images", _ENDS, "0.012"),
-    "entropy": Column("nats", "mean entropy of the predictions", "interpolation, pairs", "0.61"),
+    "entropy": Column("nats", "mean entropy of the predictions", "interpolation, pairs, soups", "0.61"),
     "distance": Column(
         "-", "Euclidean distance of the weights from alpha = 0: alpha |w1 - w0|, over all layers",
-        "interpolation, pairs", "11.4",
+        "interpolation, pairs, soups", "11.4",
     ),
     "change": Column(
         "fraction", "accuracy minus that of the path as it is, at the same alpha", _CHANGED, "-0.018"
@@ -295,12 +299,28 @@ PAIRS = _made("pairs", {
     "above_line_se": ("fraction", "standard error of above_line, paired over images", "0.004"),
     "above_line_low": ("fraction", "lower end of its 95 % interval, corrected for all pairs", "0.004"),
     "above_line_high": ("fraction", "upper end of this interval", "0.026"),
-    "barrier": ("nats", "largest loss above the straight line between both ends", "0.08"),
-    "barrier_se": ("nats", "standard error of barrier, paired over images", "0.011"),
-    "barrier_alpha": ("-", "position of this loss", "0.5"),
-    "barrier_low": ("nats", "lower end of its one-sided 95 % interval, corrected", "0.05"),
+    "bump": ("nats", "largest loss above the straight line between both ends", "0.08"),
+    "bump_se": ("nats", "standard error of bump, paired over images", "0.011"),
+    "bump_alpha": ("-", "position of this loss", "0.5"),
+    "bump_low": ("nats", "lower end of its one-sided 95 % interval, corrected", "0.05"),
     "samples": ("images", "number of images", "1500"),
     "alphas": ("-", "number of positions", "11"),
+})  # fmt: skip
+
+SOUPS = _made("soups", {
+    "dataset": ("-", "data set that is scored", "rotated"),
+    "ood": ("-", "whether it is out of distribution", "True"),
+    "point": ("-", "zero-shot, a model, a mean of models or a soup", "uniform soup"),
+    "models": ("-", "its models, joined by ', '; missing: none", "lr1e-3-ep3, lr2e-3-ep4"),
+    "alpha": ("-", "position on the path to the soup; missing: it is on none", "1"),
+    "alpha_low": ("-", "smallest position that is not shown to be less accurate than the best", "0.6"),
+    "alpha_high": ("-", "largest such position", "1"),
+    "accuracy": ("fraction", "accuracy; at the best alpha, cross-fitted", "0.871"),
+    "difference": ("fraction", "accuracy minus that of the model that is best in distribution", "0.012"),
+    "difference_se": ("fraction", "standard error of difference, paired over images", "0.004"),
+    "difference_low": ("fraction", "lower end of its 95 % interval, corrected", "0.001"),
+    "difference_high": ("fraction", "upper end of this interval", "0.023"),
+    "samples": ("images", "number of images", "1500"),
 })  # fmt: skip
 
 TABLES = {
@@ -310,6 +330,7 @@ TABLES = {
     "ensemble": ENSEMBLE,
     "choice": CHOICE,
     "pairs": PAIRS,
+    "soups": SOUPS,
     "cost": COST,
 }
 
@@ -319,8 +340,8 @@ def describe(table: str = "rows") -> pd.DataFrame:
 
     Args:
         table: ``"rows"`` (of :func:`rft_fast.results.load`, ``rows.csv`` and Parquet), ``"correlation"``,
-            ``"claim"``, ``"ensemble"``, ``"choice"``, ``"pairs"`` or ``"cost"`` (the CSV files of these
-            names).
+            ``"claim"``, ``"ensemble"``, ``"choice"``, ``"pairs"``, ``"soups"`` or ``"cost"`` (the CSV files
+            of these names).
 
     Returns:
         One row per column, in order: ``name``, ``type`` (of pandas; only of rows), ``unit``, ``meaning``,

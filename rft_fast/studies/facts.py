@@ -31,6 +31,7 @@ from .layers import STUDY as LAYERS
 from .layers import stragglers
 from .pairs import STUDY as PAIRS
 from .pairs import pair_effects
+from .points import soup_points, stock_ratios
 from .pruning import NAMED, pruning_effect
 from .pruning import STUDY as PRUNING
 from .rows import asked
@@ -226,6 +227,16 @@ class Facts:
     def pairs(self) -> pd.DataFrame:
         """:func:`rft_fast.studies.pair_effects`."""
         return pair_effects(self.rows, self.images)
+
+    @cached_property
+    def soups(self) -> pd.DataFrame:
+        """:func:`rft_fast.studies.soup_points`."""
+        return soup_points(self.rows, self.images)
+
+    @cached_property
+    def stock(self) -> pd.Series:
+        """:func:`rft_fast.studies.stock_ratios`."""
+        return stock_ratios(self.rows)
 
     @cached_property
     def chances(self) -> list[Chance]:

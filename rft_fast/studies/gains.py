@@ -127,6 +127,30 @@ def results_of(curve: pd.DataFrame, images: Images | None, caller: str) -> Image
     return results.ordered(order)
 
 
+def hits_in_order(own: pd.DataFrame, images: Images | None, caller: str) -> NDArray[np.float64] | None:
+    """Return the hits of all rows of a study of a model on a data set, in their order; None: not kept.
+
+    Args:
+        own: The rows.
+        images: Gives the results; None: there are none.
+        caller: Named in the error.
+
+    Raises:
+        ValueError: They are of other positions or another number of images than the rows.
+    """
+    first = own.iloc[0]
+    study, model, dataset = (str(first[name]) for name in ("study", "model", "dataset"))
+    kept = None if images is None else images.of(study, model, dataset)
+    if kept is None:
+        return None
+    if kept.alphas.tolist() != own["alpha"].tolist() or kept.hits.shape[1] != first["samples"]:
+        raise ValueError(
+            f"{caller}: expected results of {first['samples']} images of the {len(own)} rows of "
+            f"{model!r} on {dataset!r}, got those of {kept.hits.shape[1]} images of {len(kept.hits)} rows"
+        )
+    return kept.hits.astype(np.float64)
+
+
 def id_alphas(rows: pd.DataFrame) -> pd.Series:
     """Choose alpha for each model by its mean accuracy on in-distribution data.
 

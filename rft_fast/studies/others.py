@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -48,6 +48,60 @@ class Others:
     def state(self, name: str) -> State:
         """Return the weights of a model."""
         return self._states[name]
+
+    def mean(self, names: Iterable[str]) -> State:
+        """Return the mean of models in float32: the soup of them, as ``python -m rft_fast.merge`` writes it.
+
+        Models are read one after the other: two sums and a model are in memory. Integers are those of the
+        first model.
+
+        Raises:
+            ValueError: an integer tensor differs, which is no counter of training steps.
+        """
+        from ..merge import streamed
+
+        return streamed.mean(map(self.state, names))
+
+    def model_stock(self, base: State, names: Iterable[str]) -> tuple[State, dict[str, float]]:
+        """Return the model of Model Stock of some models, and its t of each tensor that they move.
+
+        Models are read one after the other: a model and three times its size in float32 are in memory.
+
+        Args:
+            base: the zero-shot end.
+            names: the models, two or more.
+        """
+        from ..merge import streamed
+
+        return streamed.model_stock(base, map(self.state, names))
+
+    def search(
+        self, names: Iterable[str], accuracy: Mapping[str, float], measure: Callable[[str, State], float]
+    ) -> tuple[str, ...]:
+        """Return the models of a greedy soup (Wortsman et al. 2022, Recipe 1), in the order of the choice.
+
+        Args:
+            names: the models.
+            accuracy: of each by itself.
+            measure: called with the name of the model that is tried, and the mean of those kept and it;
+                returns the accuracy of that mean.
+        """
+        from ..merge.greedy import greedy_soup
+        from ..merge.streamed import Total
+
+        totals: dict[tuple[str, ...], Total] = {}  # of the models that were kept, and with the last one tried
+
+        def measured(some: Sequence[str]) -> float:
+            if len(some) == 1:
+                return accuracy[some[0]]
+            before, last = tuple(some[:-1]), some[-1]
+            total = totals.get(before) or Total(self.state(before[0]))
+            trial = total.plus(self.state(last))
+            totals.clear()
+            totals.update({before: total, tuple(some): trial})
+            return measure(last, trial.mean())
+
+        return greedy_soup([*names], measured).kept
 
     @contextmanager
     def between(self, path: Path, first: State, last: State) -> Iterator[Path]:

@@ -1,8 +1,7 @@
-"""Paths between two fine-tuned models: gain over the better one, and barriers of linear mode connectivity."""
+"""Paths between two fine-tuned models: bumps in the loss, and the gain over the better model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from .bands import FOLDS, best, dealt
-from .gains import check_path
+from .gains import check_path, hits_in_order
 from .images import Images, Kept, check_images
 from .interpolate import along, check_alphas, check_evaluator, lower_end
 from .others import Others, State, end
 from .rows import Measured, Sink, of_study
-from .verdicts import half_width
+from .verdicts import interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,9 +101,9 @@ def pair_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFra
           of the images and measured on the others (five folds), with ``gain_held_out_low`` and ``_high``;
         - ``middle``: the position nearest to 0.5, and ``above_line``: A(middle) minus the straight line
           between the accuracies of the ends, with ``above_line_se``, ``above_line_low``, ``above_line_high``;
-        - ``barrier`` (Frankle et al. 2020): max over alpha of L(alpha) - [(1 - alpha) L(0) + alpha L(1)], in
-          nats, with ``barrier_se``, ``barrier_alpha`` and ``barrier_low``, the lower end of a one-sided 95 %
-          interval, corrected for the positions between the ends, too;
+        - ``bump``, the barrier of linear mode connectivity (Frankle et al. 2020): max over alpha of L(alpha)
+          - [(1 - alpha) L(0) + alpha L(1)], in nats, with ``bump_se``, ``bump_alpha`` and ``bump_low``, the
+          lower end of a one-sided 95 % interval, corrected for the positions between the ends, too;
         - ``samples``, ``alphas``: the number of positions.
 
     Raises:
@@ -117,7 +116,7 @@ def pair_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFra
     tests = rows.drop_duplicates(KEYS)["dataset"].value_counts()
     found = []
     for (model, dataset), own in rows.groupby(["model", "dataset"], sort=False):
-        hits = _hits(own, images)
+        hits = hits_in_order(own, images, "pair_effects")
         for partner, curve in own.groupby("partners", sort=False):
             check_path(f"{model} to {partner}", dataset, curve)
             table = None if hits is None else hits[own.index.get_indexer(curve.index)]
@@ -126,21 +125,6 @@ def pair_effects(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFra
             fact = {"model": str(model), "partner": str(partner), "dataset": str(dataset)}
             found.append(fact | _path(curve, table, int(tests[dataset])))
     return pd.DataFrame(found)
-
-
-def _hits(own: pd.DataFrame, images: Images | None) -> NDArray[np.float64] | None:
-    """Return the hits of the rows of a model on a data set, in their order; None: not kept."""
-    first = own.iloc[0]
-    kept = None if images is None else images.of(STUDY, str(first["model"]), str(first["dataset"]))
-    if kept is None:
-        return None
-    if kept.alphas.tolist() != own["alpha"].tolist() or kept.hits.shape[1] != first["samples"]:
-        raise ValueError(
-            f"pair_effects: expected results of {first['samples']} images of the {len(own)} rows of "
-            f"{first['model']!r} on {first['dataset']!r}, got those of {kept.hits.shape[1]} images of "
-            f"{len(kept.hits)} rows"
-        )
-    return kept.hits.astype(np.float64)
 
 
 def _path(curve: pd.DataFrame, hits: NDArray[np.float64] | None, tests: int) -> dict[str, Any]:
@@ -170,14 +154,14 @@ def _path(curve: pd.DataFrame, hits: NDArray[np.float64] | None, tests: int) -> 
         "accuracy_partner": accuracy[-1],
         "gain": accuracy.max() - max(accuracy[0], accuracy[-1]),
         "gain_alpha": alphas[best(accuracy)],
-        **_interval("gain_held_out", over, tests),
+        **interval("gain_held_out", over, tests),
         "middle": alphas[at],
-        **_interval("above_line", above, tests),
+        **interval("above_line", above, tests),
         "above_line": float(accuracy[at] - line @ accuracy[[0, -1]]),
-        "barrier": bump[top],
-        "barrier_se": float(curve["bump_se"].iloc[top]),
-        "barrier_alpha": alphas[top],
-        "barrier_low": lower_end(inner, "bump", len(inner) * tests),
+        "bump": bump[top],
+        "bump_se": float(curve["bump_se"].iloc[top]),
+        "bump_alpha": alphas[top],
+        "bump_low": lower_end(inner, "bump", len(inner) * tests),
         "samples": samples,
         "alphas": len(alphas),
     }
@@ -192,12 +176,3 @@ def _over_better_end(hits: NDArray[np.float64]) -> NDArray[np.float64]:
         better = 0 if rest[0] >= rest[-1] else -1
         found[own] = hits[best(rest), own] - hits[better, own]
     return found
-
-
-def _interval(name: str, each: NDArray[np.float64] | None, tests: int) -> dict[str, float]:
-    """Return a mean over images, its standard error and its interval; NaN if they are not known."""
-    mean = error = half = math.nan
-    if each is not None and len(each) > 1:
-        mean, error = float(each.mean()), float(each.std(ddof=1)) / math.sqrt(len(each))
-        half = half_width(error, len(each) - 1, tests)
-    return {name: mean, f"{name}_se": error, f"{name}_low": mean - half, f"{name}_high": mean + half}

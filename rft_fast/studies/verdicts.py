@@ -56,6 +56,21 @@ def half_width(error: float, freedom: float, tests: int = 1) -> float:
     return float(stdtrit(freedom, 1 - 0.025 / tests)) * error if freedom > 0 and error > 0 else math.nan
 
 
+def interval(name: str, each: NDArray[np.float64] | None, tests: int = 1) -> dict[str, float]:
+    """Return a mean over images with its standard error and its 95 % interval, by Student's t.
+
+    Args:
+        name: what it is called; the others are ``<name>_se``, ``<name>_low`` and ``<name>_high``.
+        each: its value for each image, [n]; None: not known, and all are NaN.
+        tests: number of intervals that hold together, by Bonferroni's correction.
+    """
+    mean = error = half = math.nan
+    if each is not None and len(each) > 1:
+        mean, error = float(each.mean()), float(each.std(ddof=1)) / math.sqrt(len(each))
+        half = half_width(error, len(each) - 1, tests)
+    return {name: mean, f"{name}_se": error, f"{name}_low": mean - half, f"{name}_high": mean + half}
+
+
 def two_way_error(table: NDArray[np.float64]) -> float:
     """Standard error of the mean of a table, both of whose dimensions are samples, such as models and images.
 

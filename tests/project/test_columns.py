@@ -56,6 +56,9 @@ def test_the_studies_fill_what_is_said() -> None:
         ),
         "ensemble": studies.ensemble(path, evaluator, [0, 0.5, 1], model="m"),
         "pairs": studies.pairs(path, evaluator, [0, 0.5, 1], {"n": ends[0]}, model="m"),
+        "soups": studies.soups(
+            path, evaluator, [0, 0.5, 1], {"m": ends[1], "n": ends[0]}, {"uniform": ["m", "n"]}, model="m"
+        ),
     }
     told = results.describe().set_index("name")["filled_by"].str.split(", ")
     for study, rows in measured.items():
@@ -64,11 +67,13 @@ def test_the_studies_fill_what_is_said() -> None:
         assert filled <= said and said - filled <= SOMETIMES, study
 
 
-@pytest.mark.parametrize("name", ["correlation", "claim", "ensemble", "choice", "pairs"])
+@pytest.mark.parametrize("name", ["correlation", "claim", "ensemble", "choice", "pairs", "soups"])
 def test_every_column_of_the_other_tables_is_described(name: str) -> None:
     rows = list(tiny_report.make_rows())
     path = [row for row in rows if row["study"] == "interpolation"]
     rows += [row | {"study": study, "partners": "good"} for study in ("ensemble", "pairs") for row in path]
+    best = [row | {"study": "soups", "partners": "good, bad"} for row in path if row["model"] == "good"]
+    rows += [row | {"method": method} for method in ("uniform", "greedy", "model-stock") for row in best]
     facts = tiny_report.make_facts(studies.frame(rows))
     table = catalogue.study(name).table(facts)
     assert table is not None
@@ -82,4 +87,4 @@ def test_every_column_of_the_other_tables_is_described(name: str) -> None:
 def test_the_documentation_says_the_same() -> None:
     """After a change: python -m support.tiny_columns, in the folder tests."""
     page = tiny_columns.PAGE.read_text("utf-8")
-    assert tiny_columns.updated(page) == page and page.count("| `alpha` |") == 4
+    assert tiny_columns.updated(page) == page and page.count("| `alpha` |") == 5

@@ -143,7 +143,7 @@ def test_an_analysis_that_fails_costs_no_other(
         del catalogue._TABLE["halfway"]
 
 
-WITH_OPTIONS = {"halfway": [], "cumulative": ["--cumulative", "first", "last"], "pairs": []}
+WITH_OPTIONS = {"halfway": [], "cumulative": ["--cumulative", "first", "last"], "pairs": [], "soups": []}
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def scored(model: Any, state: State, data: Dataset) -> tuple[Tensor, Tensor]:
     return losses, (logits.argmax(1) == data.labels).double()
 
 
-def test_a_barrier_in_closed_form() -> None:
+def test_a_bump_in_closed_form() -> None:
     """With both matrices of opposite sign the model is the same; logits at alpha are (1 - 2 alpha)^2 z."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -79,12 +79,12 @@ def test_a_barrier_in_closed_form() -> None:
         assert row["accuracy"] == (1.0 if scale else float((data.labels == 0).double().mean()))
     (fact,) = studies.pair_effects(rows).to_dict("records")
     ends = float(torch.nn.functional.cross_entropy(logits, data.labels))
-    assert fact["barrier"] == pytest.approx(math.log(7) - ends, abs=1e-5) and fact["barrier_alpha"] == 0.5
-    assert fact["barrier_low"] > 0 and fact["gain"] == 0 and fact["middle"] == 0.5
+    assert fact["bump"] == pytest.approx(math.log(7) - ends, abs=1e-5) and fact["bump_alpha"] == 0.5
+    assert fact["bump_low"] > 0 and fact["gain"] == 0 and fact["middle"] == 0.5
     assert fact["above_line"] == pytest.approx(float((data.labels == 0).double().mean()) - 1)
-    # The path from zero-shot to either of them says nothing of this barrier.
+    # The path from zero-shot to either of them says nothing of this bump.
     own = studies.summarize(studies.interpolation(path, evaluator, ALPHAS))
-    assert own["bump"].iloc[0] < fact["barrier"] / 2
+    assert own["bump"].iloc[0] < fact["bump"] / 2
 
 
 def test_it_is_the_line_between_the_two() -> None:
@@ -233,9 +233,9 @@ def test_the_table_against_its_definition() -> None:
         error = above.std(ddof=1) / math.sqrt(40)
         assert fact["above_line"] == pytest.approx(above.mean()) and fact["middle"] == 0.5
         assert fact["above_line_low"] == pytest.approx(above.mean() - critical * error, abs=1e-4)
-        assert fact["barrier"] == 0.25 and fact["barrier_alpha"] == 0.5
+        assert fact["bump"] == 0.25 and fact["bump_alpha"] == 0.5
         low = 0.25 - 2.331 * 0.01  # one-sided, 1 - 0.05 / (2 positions x 2 pairs)
-        assert fact["barrier_low"] == pytest.approx(low, abs=1e-4)
+        assert fact["bump_low"] == pytest.approx(low, abs=1e-4)
 
 
 def test_models_that_agree_are_no_certainty() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rft_fast import results
 
 PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
-TABLES = ("rows", "correlation", "claim", "ensemble", "choice", "pairs", "cost")
+TABLES = ("rows", "correlation", "claim", "ensemble", "choice", "pairs", "soups", "cost")
 
 
 def markdown(table: str) -> str:

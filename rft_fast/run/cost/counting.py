@@ -135,6 +135,20 @@ class CountedOthers(Others):
         self._hold(1)
         return {}
 
+    def mean(self, names: Iterable[str]) -> State:
+        self._hold(3)
+        return super().mean(names)
+
+    def model_stock(self, base: State, names: Iterable[str]) -> tuple[State, dict[str, float]]:
+        self._hold(4)
+        return super().model_stock(base, names)
+
+    def search(
+        self, names: Iterable[str], accuracy: Mapping[str, float], measure: Callable[[str, State], float]
+    ) -> tuple[str, ...]:
+        self._hold(4)
+        return super().search(names, accuracy, measure)
+
     @contextmanager
     def between(self, path: Path, first: State, last: State) -> Iterator[Path]:
         with path.at(0.0):
