@@ -88,8 +88,10 @@ def soups(table: pd.DataFrame, stock: pd.Series, file: str | os.PathLike[str]) -
         "intervals, paired over images, corrected for all points and data sets out of distribution."
         if table["difference_low"].notna().any()
         else "Accuracy minus that of the single model of highest accuracy in distribution (ID).",
-        "On ID data, models, greedy soup and alpha are chosen on the images that are scored. The best alpha",
-        "of the path to the uniform soup is cross-fitted.",
+        "On ID data, models, greedy soup and alpha are chosen on the images that are scored.",
+        "The best alpha of the path to the uniform soup is cross-fitted."
+        if table["alpha_low"].notna().any()
+        else "The best alpha is chosen on the images that are scored.",
         "Right: t of Model Stock for each tensor, from the first (top) to the last; coloured: the best alpha",
         "of the path to the uniform soup, and the range that is not shown to be less accurate.",
     )

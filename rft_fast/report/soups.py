@@ -28,8 +28,14 @@ _LEAD = (
 _BOUNDS = ". Intervals are of 95 %, paired over images and corrected for all points and these data sets."
 
 
+_UNKNOWN = (
+    ". Without results of single images, there are no intervals, and the best alpha is chosen on the images "
+    "that are scored."
+)
+
+
 def _lead(facts: Facts) -> str:
-    return _LEAD + (_BOUNDS if facts.soups["difference_low"].notna().any() else ".")
+    return _LEAD + (_BOUNDS if facts.soups["alpha_low"].notna().any() else _UNKNOWN)
 
 
 def _bounds(fact: dict[Any, Any]) -> str:

@@ -57,7 +57,7 @@ def soup_points(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFram
 
     Raises:
         TypeError: ``rows`` is not a table of rows, or ``images`` is not what gives results.
-        ValueError: there are no rows of the study, or of the path of one of its models.
+        ValueError: there are no rows of the study, not those of every soup, or none of the path of a model.
     """
     check_images(images, "soup_points")
     own = of_study(rows, STUDY, "soup_points").reset_index(drop=True)
@@ -73,6 +73,11 @@ def soup_points(rows: pd.DataFrame, images: Images | None = None) -> pd.DataFram
             raise ValueError(
                 f"soup_points: expected the path of each model, with that of {model!r}, on {dataset!r}; "
                 f"missing: {', '.join(sorted(lacking))}"
+            )
+        whole = here[here["alpha"] == 1]["method"].tolist()
+        if lacking := [NAMES[method] for method in NAMES if method not in whole]:
+            raise ValueError(
+                f"soup_points: the rows on {dataset!r} lack the {', the '.join(lacking)}; finish the run"
             )
         tests = 7 * far if bool(here["ood"].iloc[0]) else 0
         found += _Points(here, ends, images).table(model, by_id, tests)

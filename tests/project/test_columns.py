@@ -44,6 +44,7 @@ def test_the_studies_fill_what_is_said() -> None:
     images = torch.randint(0, 256, (60, 3, 2, 2), dtype=torch.uint8, generator=draw)
     data = Dataset("d", images, torch.arange(60) % 3, (0.5,) * 3, (0.2,) * 3)
     path, evaluator = Path(model, *ends), Evaluator(model, [data])
+    other = {name: (ends[0][name] + 2 * ends[1][name]) / 3 for name in ends[0]}
     measured = {
         "interpolation": studies.interpolation(path, evaluator, [0, 0.5, 1], model="m"),
         "layers": studies.layerwise_interpolation(path, evaluator, [0, 0.5, 1], model="m"),
@@ -57,7 +58,7 @@ def test_the_studies_fill_what_is_said() -> None:
         "ensemble": studies.ensemble(path, evaluator, [0, 0.5, 1], model="m"),
         "pairs": studies.pairs(path, evaluator, [0, 0.5, 1], {"n": ends[0]}, model="m"),
         "soups": studies.soups(
-            path, evaluator, [0, 0.5, 1], {"m": ends[1], "n": ends[0]}, {"uniform": ["m", "n"]}, model="m"
+            path, evaluator, [0, 0.5, 1], {"m": ends[1], "n": other}, {"uniform": ["m", "n"]}, model="m"
         ),
     }
     told = results.describe().set_index("name")["filled_by"].str.split(", ")

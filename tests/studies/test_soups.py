@@ -406,6 +406,8 @@ def test_what_cannot_be_averaged_is_refused() -> None:
     rows, _ = made()
     with refused(ValueError, "soups"):
         studies.soup_points(rows[rows["study"] == "interpolation"])
+    with refused(ValueError, "near", "greedy soup"):
+        studies.soup_points(rows[rows["method"].fillna("") != "greedy"])
     with refused(ValueError, "b"):
         studies.soup_points(rows[(rows["study"] == "soups") | (rows["model"] == "a")])
     assert "uniform, alpha by ID" not in set(studies.soup_points(rows[rows["ood"]])["point"])
