@@ -1,10 +1,12 @@
 """Test the hypotheses of `fashion_recipe.toml` on the runs of the Fashion zoo, as that file says.
 
-    python examples/judge_fashion_zoo.py DIR
+    python examples/judge_fashion_zoo.py DIR [--tables FILE]
+    python examples/judge_fashion_zoo.py FILE
 
 DIR is the directory of `make_fashion_zoo.py`, with the runs of all its studies. Prints two lines for each
 hypothesis: the verdict, then the mean of the statistic over the blocks, its value in each block, p, and p
-corrected by Holm's method. The same runs give the same lines.
+corrected by Holm's method. The same runs give the same lines. `--tables` keeps the recipe and the numbers of
+each model in a JSON file, of which these lines can be computed again without models, images and runs.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ import pandas as pd
 from scipy import stats
 
 from rft_fast import results, studies
+from rft_fast.common import disk
 from rft_fast.studies.permutation import signs, tau
 
+Recipe = dict[str, Any]
 Values = list[np.ndarray]  # one array [models] for each block
 
 
@@ -35,6 +39,7 @@ class Block:
     models: pd.DataFrame  # gain, share, stragglers, flat, general, clean, choice, ensemble, hold
     sharpness: pd.DataFrame  # of each layer, in a column of its name
     straggling: pd.DataFrame  # likewise: whether the layer is a straggler
+    zeroshot: float = math.nan  # accuracy of the zero-shot model on plain images
 
 
 def read_block(run: Path, hold: Path) -> Block:
@@ -68,12 +73,14 @@ def read_block(run: Path, hold: Path) -> Block:
         ensemble=averaged,
         hold=held(hold),
     )
+    start = rows[(rows["study"] == "interpolation") & (rows["dataset"] == "plain") & (rows["alpha"] == 0)]
     order = list(dict.fromkeys(found["layer"]))  # of execution
     sharpness = single.pivot(index="model", columns="layer", values="sharpness")
     return Block(
         models.astype(float),
         sharpness.loc[models.index, [layer for layer in order if layer in sharpness]].astype(float),
         straggling.loc[models.index, order],
+        float(start["accuracy"].iloc[0]),
     )
 
 
@@ -220,38 +227,69 @@ def outcomes(blocks: Sequence[Block], count: int, seed: int) -> dict[str, Outcom
     }
 
 
-def unfit(recipe: dict[str, Any], out: Path, number: int) -> str:
+def unfit(how: dict[str, Any], number: int, block: Block) -> str:
     """Why a block is not analysed by the recipe; empty if it is."""
-    rows = results.load(out / f"run{number}")
-    plain = rows[(rows["study"] == "interpolation") & (rows["dataset"] == "plain")]
-    count, least = plain["model"].nunique(), recipe["analysis"]["models"]
+    count, least = len(block.models), how["models"]
     if count < least:
         return f"block {number} has {count} models, the recipe needs {least}"
-    start, least = float(plain.loc[plain["alpha"] == 0, "accuracy"].iloc[0]), recipe["analysis"]["zero-shot"]
-    if start < least:
+    if block.zeroshot < (least := how["zero-shot"]):
         return (
-            f"the zero-shot model of block {number} has an accuracy of {start:.3f}, the recipe needs {least}"
+            f"the zero-shot model of block {number} has an accuracy of {block.zeroshot:.3f}, the recipe "
+            f"needs {least}"
         )
     return ""
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def write_tables(recipe: Recipe, blocks: Sequence[Block], file: Path) -> None:
+    """Keep what the tests need, as JSON; numbers as they are."""
+    content = {
+        "recipe": recipe,
+        "blocks": [
+            {name: v if name == "zeroshot" else v.to_dict("split") for name, v in vars(block).items()}
+            for block in blocks
+        ],
+    }
+    text = json.dumps(content, indent=0)  # NaN is kept as NaN
+    disk.replace(file, (text + "\n").encode())
+
+
+def read_tables(file: Path) -> tuple[Recipe, list[Block]]:
+    """Read what :func:`write_tables` has written."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content["recipe"], [
+        Block(**{name: v if name == "zeroshot" else pd.DataFrame(**v) for name, v in block.items()})
+        for block in content["blocks"]
+    ]
+
+
+def read_runs(out: Path) -> tuple[Recipe, list[Block]]:
+    """Read the runs of all blocks."""
+    recipe = json.loads((out / "recipe.json").read_text(encoding="utf-8"))
+    numbers = range(len(recipe["pretraining"]["seeds"]))
+    return recipe, [read_block(out / f"run{n}", out / f"run{n}-hold") for n in numbers]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Test the hypotheses of the Fashion zoo.")
     parser.add_argument(
-        "out", type=Path, metavar="DIR", help="directory of make_fashion_zoo.py, with its runs"
+        "out", type=Path, metavar="DIR", help="directory of make_fashion_zoo.py, or what --tables has written"
     )
+    parser.add_argument("--tables", type=Path, metavar="FILE", help="keep the numbers of each model here")
     wanted = parser.parse_args()
     try:
-        recipe = json.loads((wanted.out / "recipe.json").read_text(encoding="utf-8"))
-        numbers = range(len(recipe["pretraining"]["seeds"]))
-        problems = [text for number in numbers if (text := unfit(recipe, wanted.out, number))]
-        if problems:
-            print("not analysed: " + "; ".join(problems))
-            return 1
-        blocks = [read_block(wanted.out / f"run{n}", wanted.out / f"run{n}-hold") for n in numbers]
+        recipe, blocks = read_tables(wanted.out) if wanted.out.is_file() else read_runs(wanted.out)
+        if wanted.tables is not None:
+            write_tables(recipe, blocks, wanted.tables)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     how = recipe["analysis"]
+    problems = [text for number, block in enumerate(blocks) if (text := unfit(how, number, block))]
+    if problems:
+        print("not analysed: " + "; ".join(problems))
+        return 1
     found = outcomes(blocks, how["permutations"], how["seed"])
     corrected = dict(zip(found, holm([each.p for each in found.values()]), strict=True))
     for hypothesis in recipe["hypotheses"]:

@@ -381,6 +381,12 @@ def test_the_hypotheses_are_judged_on_the_runs_of_the_studies(
     averaged = studies.ensemble_difference(rows, images=images)
     assert f": {averaged[averaged['ood']]['difference'].mean():+.3f} (" in printed[-1]
 
+    tables = tmp_path / "tables.json"
+    for words in ([str(out), "--tables", str(tables)], [str(tables)]):
+        with pytest.raises(SystemExit):
+            run("judge_fashion_zoo.py", words, monkeypatch)
+        assert capsys.readouterr().out.splitlines() == printed
+
     recipe = json.loads((out / "recipe.json").read_text())
     recipe["analysis"]["models"] = 30
     (out / "recipe.json").write_text(json.dumps(recipe))
