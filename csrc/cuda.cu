@@ -69,25 +69,27 @@ Access access_of(const Row& row) {
 
 struct CudaTable::Layout {
   std::vector<DeviceRow> rows;
-  std::vector<int32_t> tile_row;
-  std::vector<int64_t> first_tile = {0};  // of each row, and behind the last
-  std::vector<Positions> places;          // of each row; empty where none is used
+  std::vector<int32_t> group_row;
+  std::vector<int64_t> first_group = {0};  // of each row, and behind the last
+  std::vector<Positions> places;           // of each row; empty where none is used
 
   // In this order.
   size_t row_bytes() const { return rows.size() * sizeof(DeviceRow); }
   size_t place_bytes() const { return places.size() * sizeof(Positions); }
-  size_t tile_bytes() const { return tile_row.size() * sizeof(int32_t); }
+  size_t group_bytes() const { return group_row.size() * sizeof(int32_t); }
 };
 
 CudaTable::CudaTable(const std::vector<Row>& rows) : layout_(std::make_unique<Layout>()) {
-  auto& [there, tile_row, first_tile, places] = *layout_;
+  auto& [there, group_row, first_group, places] = *layout_;
   bool placed = false;
   for (const Row& row : rows) {
-    const int64_t tiles = (row.size + kTile - 1) / kTile;
-    tile_row.insert(tile_row.end(), tiles, (int32_t)there.size());
-    there.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_tile.back(), row.out_dtype,
-                     row.zeroshot_dtype, row.finetuned_dtype, access_of(row)});
-    first_tile.push_back(first_tile.back() + tiles);
+    const Access access = access_of(row);
+    const int tiles = tiles_of_block(row.size, access), size = tiles * kTile;
+    const int64_t groups = (row.size + size - 1) / size;
+    group_row.insert(group_row.end(), groups, (int32_t)there.size());
+    there.push_back({row.out, row.zeroshot, row.finetuned, row.size, row.first_block, first_group.back(), row.out_dtype,
+                     row.zeroshot_dtype, row.finetuned_dtype, access, (int16_t)tiles});
+    first_group.push_back(first_group.back() + groups);
     places.push_back(row.place);
     placed |= row.place.used;
   }
@@ -98,7 +100,7 @@ CudaTable::~CudaTable() = default;
 
 size_t CudaTable::size() const { return layout_->rows.size(); }
 
-size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->place_bytes() + layout_->tile_bytes(); }
+size_t CudaTable::bytes() const { return layout_->row_bytes() + layout_->place_bytes() + layout_->group_bytes(); }
 
 void CudaTable::fill(void* memory) const {
   char* to = (char*)memory;
@@ -109,7 +111,7 @@ void CudaTable::fill(void* memory) const {
   };
   put(layout_->rows.data(), layout_->row_bytes());
   put(layout_->places.data(), layout_->place_bytes());
-  put(layout_->tile_row.data(), layout_->tile_bytes());
+  put(layout_->group_row.data(), layout_->group_bytes());
 }
 
 size_t CudaTable::number_bytes() const { return size() * sizeof(RowNumbers); }
@@ -132,16 +134,16 @@ void CudaTable::write(const void* memory, const Runs& runs, const std::vector<El
   }
   const auto* rows = (const DeviceRow*)memory;
   const auto* places = (const Positions*)((const char*)memory + layout_->row_bytes());
-  const auto* tile_row = (const int32_t*)((const char*)places + layout_->place_bytes());
+  const auto* group_row = (const int32_t*)((const char*)places + layout_->place_bytes());
   Request request = {e, Keys<Thread>(e.key0, e.key1), elements.size() > 1 ? (const RowNumbers*)numbers : nullptr,
                      layout_->places.empty() ? nullptr : places};
   Kernel* const kernel = pick(e.noise, e.masked, request.numbers || request.places ? kByRow : form_of(e));
   for (const auto& run : runs) {
-    int64_t begin = layout_->first_tile[run.first];
-    const int64_t tiles = layout_->first_tile[run.second] - begin;
-    if (tiles == 0) continue;
-    void* arguments[] = {&rows, &tile_row, &begin, &request};
-    check(cudaLaunchKernel(kernel, dim3((unsigned)tiles), dim3(kThreads), arguments, 0, (cudaStream_t)stream),
+    int64_t begin = layout_->first_group[run.first];
+    const int64_t groups = layout_->first_group[run.second] - begin;
+    if (groups == 0) continue;
+    void* arguments[] = {&rows, &group_row, &begin, &request};
+    check(cudaLaunchKernel(kernel, dim3((unsigned)groups), dim3(kThreads), arguments, 0, (cudaStream_t)stream),
           "launching the kernel");
   }
 }

@@ -1,9 +1,9 @@
 // The kernels: each is one function over a table of rows that lies on the device.
 //
-// The table is cut into tiles of kTile elements; `tile_row` holds each tile's row. A thread block writes one tile, a
-// thread two Philox blocks of it: eight elements, whose loads are all issued before the first is used. A whole tile is
-// read and written 16 bytes at a time if its row allows it; the last tile of a row, and rows of unaligned views, go
-// element by element.
+// The table is cut into tiles of kTile elements. A thread block writes a group of tiles, one after the other: one, or
+// kLongTiles of a long row; `group_row` holds each group's row. A thread writes two Philox blocks of a tile: eight
+// elements, whose loads are all issued before the first is used. A whole tile is read and written 16 bytes at a time if
+// its row allows it; the last tile of a row, and rows of unaligned views, go element by element.
 //
 // With noise, 16-bit weights are bound by instructions rather than memory, so the inner loop decides nothing that is
 // known before it. What a launch knows (noise, mask, the usual forms of the formula) selects the kernel. What a row
@@ -86,20 +86,24 @@ __device__ __forceinline__ float compute_at(float w0, float w1, uint64_t block, 
   return one<NOISE, MASKED, kByRow>(e, w0, w1, eps, kept);
 }
 
-// A whole tile. The types are compile-time constants except for kByFour.
+// That many whole tiles, at least one. The types are compile-time constants except for kByFour.
 template <int NOISE, bool MASKED, int FORM, bool SIDE_BY_SIDE>
-__device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start, const Element& e,
+__device__ __forceinline__ void write_whole(const DeviceRow& row, int64_t start, int tiles, const Element& e,
                                             const Keys<Thread>& keys, int out_dtype, int zeroshot_dtype,
                                             int finetuned_dtype) {
   using P = Place<SIDE_BY_SIDE>;
-  const auto tile = [start](const void* row, int dtype) { return (char*)row + start * (dtype == kFloat32 ? 4 : 2); };
-  float w0[kUnroll][kBlock] = {}, w1[kUnroll][kBlock] = {}, out[kUnroll][kBlock];
-  if (e.needs_zeroshot()) P::read(w0, tile(row.zeroshot, zeroshot_dtype), zeroshot_dtype);
-  if (e.needs_finetuned()) P::read(w1, tile(row.finetuned, finetuned_dtype), finetuned_dtype);
-  const uint64_t block = row.first_block + (uint64_t)(start / kBlock);
+#pragma unroll 1
+  do {
+    const auto tile = [start](const void* row, int dtype) { return (char*)row + start * (dtype == kFloat32 ? 4 : 2); };
+    float w0[kUnroll][kBlock] = {}, w1[kUnroll][kBlock] = {}, out[kUnroll][kBlock];
+    if (e.needs_zeroshot()) P::read(w0, tile(row.zeroshot, zeroshot_dtype), zeroshot_dtype);
+    if (e.needs_finetuned()) P::read(w1, tile(row.finetuned, finetuned_dtype), finetuned_dtype);
+    const uint64_t block = row.first_block + (uint64_t)(start / kBlock);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) compute<NOISE, MASKED, FORM>(out[u], w0[u], w1[u], block + P::block(u), e, keys);
-  P::write(out, tile(row.out, out_dtype), out_dtype);
+    for (int u = 0; u < kUnroll; ++u) compute<NOISE, MASKED, FORM>(out[u], w0[u], w1[u], block + P::block(u), e, keys);
+    P::write(out, tile(row.out, out_dtype), out_dtype);
+    start += kTile;
+  } while (--tiles);
 }
 
 // Any tile, element by element.
@@ -156,33 +160,41 @@ constexpr int resident(int noise, int form) { return form == kByRow ? 4 : noise 
 
 template <int NOISE, bool MASKED, int FORM>
 __global__ void __launch_bounds__(kThreads, resident(NOISE, FORM))
-    write_rows(const DeviceRow* __restrict__ rows, const int32_t* __restrict__ tile_row, int64_t begin,
+    write_rows(const DeviceRow* __restrict__ rows, const int32_t* __restrict__ group_row, int64_t begin,
                const __grid_constant__ Request request) {
-  const int64_t tile = begin + blockIdx.x;
-  const DeviceRow row = rows[tile_row[tile]];
-  const int64_t start = (tile - row.first_tile) * kTile;
+  const int64_t group = begin + blockIdx.x;
+  const DeviceRow row = rows[group_row[group]];
+  const int64_t start = (group - row.first_group) * (row.tiles * kTile), left = row.size - start;
   Element e = known<FORM>(request.e);
   const Keys<Thread>& keys = request.keys;
   if (FORM == kByRow) {
-    const int32_t index = tile_row[tile];
+    const int32_t index = group_row[group];
     if (request.numbers) e = of_row<NOISE>(e, request.numbers[index]);
     if (request.places && request.places[index].used) {
-      write_scattered<NOISE, MASKED>(row, request.places[index], start, e, keys);
+#pragma unroll 1
+      for (int tile = 0; tile < row.tiles; ++tile) {
+        write_scattered<NOISE, MASKED>(row, request.places[index], start + tile * kTile, e, keys);
+      }
       return;
     }
   }
-  if (row.access == kSingly || start + kTile > row.size) {
+  const int whole = left >= row.tiles * kTile ? row.tiles : (int)left / kTile;
+  if (row.access == kSingly || whole == 0) {
     write_singly<NOISE, MASKED, FORM>(row, start, e, keys);
-  } else if (((FORM == kGeneral || FORM == kByRow) && NOISE != kOperand) || row.access == kByFour) {
-    write_whole<NOISE, MASKED, FORM, false>(row, start, e, keys, row.out_dtype, row.zeroshot_dtype,
+    return;
+  }
+  if (((FORM == kGeneral || FORM == kByRow) && NOISE != kOperand) || row.access == kByFour) {
+    write_whole<NOISE, MASKED, FORM, false>(row, start, whole, e, keys, row.out_dtype, row.zeroshot_dtype,
                                             row.finetuned_dtype);
   } else if (row.access == kAllFloat32) {
-    write_whole<NOISE, MASKED, FORM, false>(row, start, e, keys, kFloat32, kFloat32, kFloat32);
+    write_whole<NOISE, MASKED, FORM, false>(row, start, whole, e, keys, kFloat32, kFloat32, kFloat32);
   } else if (row.access == kAllBFloat16) {
-    write_whole<NOISE, MASKED, FORM, true>(row, start, e, keys, kBFloat16, kBFloat16, kBFloat16);
+    write_whole<NOISE, MASKED, FORM, true>(row, start, whole, e, keys, kBFloat16, kBFloat16, kBFloat16);
   } else {
-    write_whole<NOISE, MASKED, FORM, true>(row, start, e, keys, kFloat16, kFloat16, kFloat16);
+    write_whole<NOISE, MASKED, FORM, true>(row, start, whole, e, keys, kFloat16, kFloat16, kFloat16);
   }
+  // The last tile of a row is a thread block of its own, unless others of its block come before it.
+  if (whole < row.tiles) write_singly<NOISE, MASKED, FORM>(row, start + whole * kTile, e, keys);
 }
 
 }  // namespace

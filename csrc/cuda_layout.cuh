@@ -13,8 +13,16 @@ constexpr int kThreads = 256;
 constexpr int kUnroll = 2;  // Philox blocks of a thread
 constexpr int kTile = kThreads * kUnroll * kBlock;
 
+// A thread block writes several consecutive tiles of a long row: they share the work of finding them. Tests lower the
+// bound, so that small rows are long.
+#ifndef RFT_LONG_ROW
+#define RFT_LONG_ROW (4 << 20)
+#endif
+constexpr int64_t kLongRow = RFT_LONG_ROW;  // elements
+constexpr int kLongTiles = 4;
+
 // How the whole tiles of a row are read and written.
-enum Access : int32_t {
+enum Access : int16_t {
   kSingly,      // element by element: not every four elements can be accessed at once
   kByFour,      // four elements at a time: storage types differ, or 16-bit weights are aligned to 8 bytes only
   kAllFloat32,  // 16 bytes at a time: the usual rows, of one storage type
@@ -29,10 +37,16 @@ struct alignas(16) DeviceRow {
   const void* finetuned;
   int64_t size;
   uint64_t first_block;
-  int64_t first_tile;
+  int64_t first_group;  // number of its first thread block
   int32_t out_dtype, zeroshot_dtype, finetuned_dtype;
   Access access;
+  int16_t tiles;  // of each thread block
 };
+
+// Rows that go element by element are bound by other things.
+inline int tiles_of_block(int64_t size, Access access) {
+  return size >= kLongRow && access != kSingly ? kLongTiles : 1;
+}
 
 // The numbers of one row, where they differ from row to row.
 struct alignas(16) RowNumbers {

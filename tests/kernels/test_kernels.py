@@ -552,6 +552,35 @@ def test_every_device_has_the_bits_of_the_reference_on_the_cpu(device, impl, for
         same_bits(got, wanted)
 
 
+@pytest.mark.parametrize(
+    "device, impl, bound",
+    [
+        pytest.param(torch.device("cpu"), tiny_cuda.NAME, tiny_cuda.LONG_ROW, marks=EMULATED[1].marks),
+        *((device, "native", 4 << 20) for device in GPUS),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_long_rows_have_the_bits_of_the_reference(device, impl, bound, form):
+    """A thread block writes four tiles of 2,048 elements of them: sizes around the bound and whole blocks."""
+    sources = [[], []]
+    for size, dtypes in itertools.product(
+        (bound - 1, bound, bound + 2047, bound // 8192 * 8192 + 8192, bound + 8192 + 5),
+        ((F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (BF16, F32, F16)),
+    ):
+        for role, tensor in zip(sources, ends(size, *dtypes[1:]), strict=True):
+            role.append(tensor)
+            role.append(tensor[1:])  # element by element
+            role.append(tensor[: size // 4 * 4].view(4, -1).t())  # its noise in another order
+    dtypes = itertools.cycle((F32,) * 3 + (BF16,) * 3 + (F16,) * 3 + (BF16,) * 3)
+    expected = [torch.empty_like(w0, dtype=dtype) for w0, dtype in zip(sources[0], dtypes, strict=False)]
+    rft.write_(expected, *sources, **form, impl="reference")
+    theirs = [[tensor.to(device) for tensor in role] for role in sources]
+    out = [torch.empty_like(tensor).to(device) for tensor in expected]
+    Plan(out, *theirs, impl).write(**form)
+    for got, wanted in zip(synchronised(out), expected, strict=True):
+        same_bits(got, wanted)
+
+
 @pytest.mark.parametrize("device, impl", EVERYWHERE)
 def test_normals_of_every_device_are_within_2e_6_of_float64(device, impl):
     n, seed, draw = (1 << 20 if device.type == "cuda" else 1 << 16), 0xFEDCBA9876543210, 3

@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 NAME = "cuda-on-cpu"
+LONG_ROW = 6144  # elements, instead of 4 M: of several tiles for a thread block
 # As setup.py has it.
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
 _FOLDER = tempfile.TemporaryDirectory()
@@ -91,7 +92,7 @@ def _compile(made: Path, *arguments: str) -> None:
         "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
         "-Wno-psabi", "-c", *arguments, "-o", str(made),
         # A namespace of its own: the installed module's classes are not this one's.
-        "-DRFT_CUDA", "-Drft=rft_cuda_on_cpu", f"-I{HERE / 'cuda_on_cpu'}",
+        "-DRFT_CUDA", "-Drft=rft_cuda_on_cpu", f"-DRFT_LONG_ROW={LONG_ROW}", f"-I{HERE / 'cuda_on_cpu'}",
         f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
     )  # fmt: skip
 
