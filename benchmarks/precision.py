@@ -1,6 +1,7 @@
 """Effect of precision on loss, accuracy and sharpness, relative to the standard error, on the digits zoo.
 
     python benchmarks/precision.py [--device cuda] [--draws 20] [--samples 256] [--models 3] [--out FILE.json]
+        [--estimators plain gradient ...] [--rhos 0.02 ...]
 
 The weights are trained: the first few of nine models. Along the path, every precision of the device is
 compared with fp32 on the same images, and fp32 with float64 on the same (float32) weights. Sharpness, general
@@ -31,7 +32,7 @@ import torch
 from sweep_case import Digits
 
 import rft_fast as rft
-from rft_fast import datasets
+from rft_fast import datasets, names
 from rft_fast.common import disk
 from rft_fast.evaluate import Evaluator, Scores
 from rft_fast.evaluate.precision import PRECISIONS, check
@@ -143,7 +144,14 @@ def in_float64(path: rft.Path, data: Sequence[datasets.Dataset]) -> dict[str, Sc
     return found
 
 
-def of_sharpness(source: Digits, precisions: Sequence[str], draws: int, findings: Findings) -> None:
+def of_sharpness(
+    source: Digits,
+    precisions: Sequence[str],
+    draws: int,
+    findings: Findings,
+    estimators: Sequence[Any] = ESTIMATORS,
+    rhos: Sequence[float] = RHOS,
+) -> None:
     """Add one row per (model, study, layer, alpha, rho, estimator, precision), with fp32's of those draws."""
     layers: list[str] = []
     for model in source.finetuned:
@@ -154,15 +162,14 @@ def of_sharpness(source: Digits, precisions: Sequence[str], draws: int, findings
             path = source.path(model, precision)
             evaluator = Evaluator(path.model, source.data[:1], precision=precision)
             layers = layers or sweep_case.spread(sweep_case.in_order(path, evaluator), LAYERS)
-            for estimator, (study, measure) in product(ESTIMATORS, STUDIES.items()):
+            for estimator, (study, measure) in product(estimators, STUDIES.items()):
                 if record.time_is_up():
                     record.left_out(f"{study} of {model} from {precision}, {estimator} on")
                     return
                 start = perf_counter()
                 which = [layers] if study == "layer-sharpness" else []
-                rows = measure(
-                    path, evaluator, POSITIONS, RHOS, draws, *which, protocol=Protocol(estimator), model=model
-                )
+                how = {"protocol": Protocol(estimator), "model": model}
+                rows = measure(path, evaluator, POSITIONS, rhos, draws, *which, **how)
                 seconds = perf_counter() - start
                 rows = rows[[*KEYS, "precision", "sharpness", "sharpness_se", "seconds"]]
                 rows = beside_fp32(rows.fillna({"layer": "all"}), findings.sharpness)
@@ -224,8 +231,31 @@ def sharpness_table(table: pd.DataFrame, draws: int) -> Iterator[str]:
         yield f"| {name}, rho = {rho:g} | {' | '.join(cells)} |"
 
 
+def estimators_table(table: pd.DataFrame, draws: int) -> Iterator[str]:
+    """Yield one row for each estimator; a worst case has no standard error."""
+    few = [p for p in table["precision"].unique() if p != "fp32"]
+    if not few:
+        return
+    yield ""
+    heads = ["sharpness", f"estimator, {draws} draws", "fp32, median", "standard error, median", *few]
+    yield f"| {' | '.join(heads)} |"
+    yield "| --- | --- | ---: | ---: |" + " ---: |" * len(few)
+    for (study, estimator, rho), rows in table.groupby(["study", "estimator", "rho"], sort=False):
+        by = dict(list(rows.groupby("precision", sort=False)))
+        name, se = "general" if study == "sharpness" else "layer-wise", by["fp32"]["fp32_se"].median()
+        cells = [f"{by['fp32']['sharpness'].median():.1e}", "–" if pd.isna(se) else f"{se:.1e}"]
+        cells += [errors(by[precision]) if precision in by else "–" for precision in few]
+        yield f"| {name}, rho = {rho:g} | {estimator} | {' | '.join(cells)} |"
+
+
 def errors(group: pd.DataFrame) -> str:
-    """Format median and largest error, as numbers and in standard errors."""
+    """Format median and largest error, as numbers and in standard errors; without these, relative to fp32."""
+    if group["fp32_se"].isna().all():
+        relative = group["error"] / group["fp32"].abs()
+        return (
+            f"{group['error'].median():.1e} ({group['error'].max():.1e}), "
+            f"{relative.median():.1e} ({relative.max():.1e}) of it"
+        )
     ratio = group["error"] / group["fp32_se"]
     return (
         f"{group['error'].median():.1e} ({group['error'].max():.1e}), "
@@ -259,6 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of those that the device offers")
+    parser.add_argument("--estimators", nargs="+", choices=names.ESTIMATORS, default=ESTIMATORS)
+    parser.add_argument("--rhos", nargs="+", type=float, default=RHOS)
     parser.add_argument("--out", type=pathlib.Path)
     record.start()
     options = parser.parse_args(argv)
@@ -272,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     findings, interrupted = Findings(about, options.out), False
     try:
         along_the_path(source, precisions, findings)
-        of_sharpness(source, precisions, options.draws, findings)
+        of_sharpness(source, precisions, options.draws, findings, options.estimators, options.rhos)
     except KeyboardInterrupt:
         interrupted = True
     print(
@@ -284,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(findings.path):
         print("\n".join(path_table(findings.path)))
     if len(findings.sharpness):
-        print("\n".join(sharpness_table(findings.sharpness, options.draws)))
+        table = sharpness_table if tuple(options.estimators) == ESTIMATORS else estimators_table
+        print("\n".join(table(findings.sharpness, options.draws)))
     for facts in results(findings):
         record.row("result", **facts)
     if interrupted:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Largest difference of two losses that count as the same number, as a share of 1 + loss: batches of other
 # sizes round differently.
 SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+ROUNDED = {"tf32": 2e-3, "bf16x3": 1e-4}  # instead, where products of float32 are rounded
 
 
 class TimeIsUp(Exception):
@@ -171,7 +172,7 @@ class Bench:
 
 def allowed(precision: str, loss: float) -> float:
     """Return by how much two losses of about this size may differ and count as the same number."""
-    return (1 + loss) * (2e-3 if precision == "tf32" else SAME[PRECISIONS[precision]])
+    return (1 + loss) * ROUNDED.get(precision, SAME[PRECISIONS[precision]])
 
 
 def turns(peer: Sequence[float], ours: Sequence[float]) -> list[float]:

@@ -86,7 +86,7 @@ WEIGHT: tuple[Weight, ...] = get_args(Weight)
 # The backends in the order in which "auto" prefers them.
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)
-Precision = Literal["fp32", "ieee", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "ieee", "tf32", "bf16x3", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # --- models and data ----------------------------------------------------------------------------------

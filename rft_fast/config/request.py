@@ -19,6 +19,7 @@ from . import quick, zoo
 from .builder import COMMAND
 from .conflicts import named, settle
 from .options import parser, split
+from .rounding import check_rounding
 from .settings import Computed, Figures, Head, Models, Running, builder
 from .unused import unused
 
@@ -156,6 +157,7 @@ def _request(
     )
     for name in measured:
         catalogue.study(name).validate(request)
+    check_rounding(request.settings, measured, its_zoo.name)
     if running.workers is None:
         check_device(request)
     return request

@@ -229,8 +229,9 @@ class Computed:
     precision: Precision = option(
         "fp32",
         "number format of weights and activations (default: fp32). ieee: fp32, with attention in plain "
-        "float32 products instead of a GPU kernel's three TF32 products. docs/speed.md has the errors of the "
-        "others; bf16 and fp16 are too coarse for sharpness near zero",
+        "float32 products instead of a GPU kernel's three TF32 products. bf16x3: fp32, with each product of "
+        "weights as three of bfloat16, for GPUs. docs/speed.md has the errors; bf16 and fp16 are too coarse "
+        "for sharpness near zero",
         choices=names.PRECISIONS,
     )
     graphs: bool = option(True, "do not record kernel launches as CUDA graphs")
@@ -255,6 +256,9 @@ class Computed:
     )
     compile: bool = option(
         False, "compile the model with torch.compile, which takes minutes at first", own=_WHO
+    )
+    despite_rounding: bool = option(
+        False, "measure what bf16x3 rounds too coarsely (docs/speed.md)", compared=False, own=_WHO
     )
 
 

@@ -9,6 +9,7 @@ from ..common.fields import Tree, entries
 from ..names import WORST_CASE
 from ..settings import Layers, Prune, Sharpness
 from .builder import COMMAND
+from .settings import Computed
 
 _ALONE = ("layers", "cumulative")  # without noise or masks
 _BY_LAYER = (*_ALONE, "layer-sharpness", "prune")
@@ -79,6 +80,8 @@ def unused(tree: Tree, measured: Sequence[str]) -> Iterator[str]:
                 why = _BESIDE[entry.name](tree) if entry.name in _BESIDE else ""
             if why:
                 reasons.setdefault(why, []).append(f"--{entry.name}")
+    if tree.giver("despite-rounding") == COMMAND and tree.of(Computed).precision != "bf16x3":
+        reasons["only --precision bf16x3 is refused for its rounding"] = ["--despite-rounding"]
     for why, names in reasons.items():
         have, them = ("has", "it") if len(names) == 1 else ("have", "them")
         yield f"{', '.join(names)} {have} no effect: {why.format(them)}"

@@ -15,6 +15,7 @@ import torch
 
 from ..common import meter
 from ..common.threads import SIDE_BY_SIDE, few_threads, threads_of_a_batch
+from .splitting import is_splitting, splitting
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Source")
@@ -194,12 +195,13 @@ class Batches:
     ) -> None:
         threads, share = torch.get_num_threads(), threads_of_a_batch()
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        split = is_splitting()
 
         def alone(source: S, batch: slice) -> tuple[T] | None:
             if batch.stop - batch.start > self._most:
                 return None
             torch.set_num_threads(share)  # of this thread
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients), splitting(split):
                 return self._try(work, source, batch)
 
         running: deque[tuple[tuple[S, slice], Future[tuple[T] | None]]] = deque()

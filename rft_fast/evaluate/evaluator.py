@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..common.threads import threads_of_a_batch
 from ..datasets import Dataset
 from ..names import Precision
-from . import modes
 from . import precision as formats
 from .batches import is_out_of_memory, too_large
 from .budget import Budget
@@ -45,8 +44,8 @@ class Evaluator:
             are batches for several cores; fewer if the memory limit requires it. A batch that does not fit in
             memory is halved, with a warning, and so are all later ones.
         precision: "fp32"; "ieee", the same with attention by plain float32 products (see
-            :mod:`rft_fast.evaluate.precision`); "tf32" (NVIDIA GPUs only); "bf16" or "fp16", for activations
-            and weights.
+            :mod:`rft_fast.evaluate.precision`); "tf32" (NVIDIA GPUs only); "bf16x3", with each product as
+            three of bfloat16; "bf16" or "fp16", for activations and weights.
         normalize_logits: Center the logits of each image and divide them by their l2 norm (at least 1e-10)
             before the loss, which makes the loss independent of the scale of the logits.
         memory_limit: Bytes for images, held activations and batches. None: 80 % of the free memory of a GPU,
@@ -95,6 +94,11 @@ class Evaluator:
         device = device_of(model)
         formats.check(precision, device)
         check_weights(model, precision)
+        if compile and precision == "bf16x3":
+            raise ValueError(
+                "Evaluator: compile=True cannot be combined with precision 'bf16x3', whose products "
+                "torch.compile does not see; leave one of them out"
+            )
         budget = Budget(device, memory_limit)
         self.feeds, found = _load(datasets, model, precision, device, budget, normalize_logits)
         self.boundary = found.image
@@ -323,8 +327,7 @@ def _load(
     dtype = formats.PRECISIONS[precision]
     try:
         feeds = [Images(data, device, dtype, resident, normalize_logits) for data in datasets]
-        with modes.scoring(model, precision):
-            return feeds, staged(model, precision, feeds, known)
+        return feeds, staged(model, precision, feeds, known)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise MemoryError(too_large(device, error)) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..clip.classifier import ZeroShotClassifier
 from ..names import Precision
+from . import modes
 from . import precision as formats
 from .feed import Images
 from .stages import Stage, Stages, stages
@@ -37,8 +38,6 @@ def staged(
 ) -> Staged:
     """Cut a model into stages, and check them with one image of every data set, since image sizes may differ.
 
-    Call it in :func:`rft_fast.evaluate.modes.scoring`.
-
     Args:
         model: The model.
         precision: Its precision.
@@ -51,13 +50,15 @@ def staged(
     """
     image = prompts = 0
     for feed in feeds:
-        expected = feed.check(lambda images: _answer(model, images))
+        with modes.scoring(model, precision):
+            expected = feed.check(lambda images: _answer(model, images))
         if known is None:
-            images = feed.prepare(slice(0, 2))
-            with formats.exact("fp32"):  # no rounding to tf32 in the comparison
+            with modes.scoring(model, "fp32"):  # no rounding to tf32 in the comparison, and nothing split
+                images = feed.prepare(slice(0, 2))
                 known = stages(model, images if len(images) == 2 else torch.cat([images, images]))
         if len(known.image) > 1 or known.text:
-            held, prompts = _verify(known, precision, feed, expected)
+            with modes.scoring(model, precision):
+                held, prompts = _verify(known, precision, feed, expected)
             image = max(image, held)
     return Staged(known or Stages(()), image, prompts)
 
@@ -82,7 +83,7 @@ def _verify(chains: Stages, precision: Precision, feed: Images, expected: Tensor
         prompts = held * len(chains.prompts)
         logits = chains.join(logits, chains.head(features.expand(len(chains.prompts), -1)))
     error = (logits - expected).float().abs().max()
-    tolerance = 1e-3 if precision in ("fp32", "ieee") else 0.05
+    tolerance = 1e-3 if precision in ("fp32", "ieee", "bf16x3") else 0.05
     if error > tolerance * expected.float().abs().max():
         raise RuntimeError(
             f"Evaluator: on {feed.name!r} the stages of the model compute other numbers than its forward "

@@ -641,4 +641,4 @@ def test_precisions_that_were_measured_are_on_disk(
 
 
 def test_a_device_offers_what_it_can() -> None:
-    assert precision.offered(CPU) == ["fp32", "ieee", "bf16", "fp16"]
+    assert precision.offered(CPU) == ["fp32", "ieee", "bf16x3", "bf16", "fp16"]

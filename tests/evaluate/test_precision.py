@@ -167,7 +167,7 @@ def operations() -> list[str]:
 
 @pytest.mark.parametrize("matmul", ["highest", "high", "medium"])
 @pytest.mark.parametrize("reduced", [False, True])
-@pytest.mark.parametrize("name", ["fp32", "ieee", "tf32"])
+@pytest.mark.parametrize("name", ["fp32", "ieee", "tf32", "bf16x3"])
 def test_switches_are_set_and_given_back(matmul: str, reduced: bool, name: str) -> None:
     backends: Any = torch.backends
     was = switches()
@@ -418,5 +418,5 @@ def test_every_stage_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_package_offers_precision() -> None:
-    assert set(precision.PRECISIONS) == {"fp32", "ieee", "tf32", "bf16", "fp16"}
+    assert set(precision.PRECISIONS) == {"fp32", "ieee", "tf32", "bf16x3", "bf16", "fp16"}
     assert isinstance(cast(nn.Linear(2, 2), "fp16"), nn.Linear)

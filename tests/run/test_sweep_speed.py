@@ -35,9 +35,9 @@ def run(zoo: Path, out: Path, *options: str) -> pd.DataFrame:
 
 
 @pytest.mark.slow
-def test_half_precision_is_near_and_said(zoo: Path, tmp_path: Path) -> None:
+def test_other_precisions_are_near_and_said(zoo: Path, tmp_path: Path) -> None:
     exact = run(zoo, tmp_path / "fp32", "interpolation", "layers")
-    for name, most in (("bf16", 0.1), ("fp16", 0.01)):
+    for name, most in (("bf16", 0.1), ("fp16", 0.01), ("bf16x3", 1e-4)):
         rows = run(zoo, tmp_path / name, "interpolation", "layers", "--precision", name)
         assert set(rows["precision"]) == {name}
         difference = (rows["loss"] - exact["loss"]).abs()
