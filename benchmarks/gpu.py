@@ -44,6 +44,7 @@ SWEEP_TESTS = (
     "evaluate/test_walk",
     "evaluate/test_stages",
     "evaluate/test_precision",
+    "evaluate/test_split",
 )
 
 

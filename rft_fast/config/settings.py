@@ -258,7 +258,7 @@ class Computed:
         False, "compile the model with torch.compile, which takes minutes at first", own=_WHO
     )
     despite_rounding: bool = option(
-        False, "measure what bf16x3 rounds too coarsely (docs/speed.md)", compared=False, own=_WHO
+        False, "measure what bf16x3 is too coarse for", compared=False, own=_yours("what is refused")
     )
 
 

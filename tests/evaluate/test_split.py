@@ -12,10 +12,13 @@ import torch
 from support.tiny_models import dataset, deep, plain, resnet, shaken, toy, transformer, two_towers
 from support.wording import refused
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rft_fast import studies
+from rft_fast.common import meter
 from rft_fast.evaluate import Evaluator, splitting
 from rft_fast.evaluate.precision import cast, check, exact
 from rft_fast.evaluate.split import halves, product
@@ -453,6 +456,27 @@ def test_a_product_is_tried_first(monkeypatch: pytest.MonkeyPatch, answer: float
         check("bf16x3", torch.device("cuda"))
     with refused(ValueError, "bf16x3", "cuda", reason), Refusing(answer):
         check("bf16x3", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("many", [(), (2,)])
+def test_on_a_gpu_one_product_of_bfloat16_gives_float32(many: tuple[int, ...]) -> None:
+    """With fake tensors: the operation exists there, and three times the FLOPs are counted."""
+    ran: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append((func, [x.dtype for x in args if isinstance(x, Tensor)]))
+            return func(*args, **(kwargs or {}))
+
+    def run() -> None:
+        found = product(torch.empty(*many, 50, 64, device="cuda"), torch.empty(*many, 64, 20, device="cuda"))
+        assert found.dtype == torch.float32 and found.device.type == "cuda" and found.shape == (*many, 50, 20)
+
+    with FakeTensorMode(), Watch():
+        run()
+    multiply = torch.ops.aten.bmm.dtype if many else torch.ops.aten.mm.dtype
+    assert (multiply, [torch.bfloat16, torch.bfloat16]) in ran
+    assert meter.measure(run).flops == 3 * 2 * 50 * 64 * 20 * (2 if many else 1)
 
 
 @pytest.mark.gpu
