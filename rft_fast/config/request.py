@@ -19,7 +19,7 @@ from . import quick, zoo
 from .builder import COMMAND
 from .conflicts import named, settle
 from .options import parser, split
-from .rounding import check_rounding
+from .rounding import check_rounding, slower
 from .settings import Computed, Figures, Head, Models, Running, builder
 from .unused import unused
 
@@ -153,7 +153,7 @@ def _request(
         out=out,
         device=device,
         fetch=fetch,
-        notices=(*replaced, *notices, *unused(tree, measured)),
+        notices=(*replaced, *notices, *unused(tree, measured), *slower(tree, device.type)),
     )
     for name in measured:
         catalogue.study(name).validate(request)

@@ -9,7 +9,7 @@ least rho, as measured on the digits zoo (docs/speed.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..common.fields import Tree
@@ -107,6 +107,12 @@ def check_rounding(tree: Tree, measured: Sequence[str], zoo: str) -> None:
     for study in measured:
         if study in _RULES:
             _check(tree, study, _RULES[study], zoo)
+
+
+def slower(tree: Tree, device: str) -> Iterator[str]:
+    """Say where bf16x3 is slower than fp32. device: the type of the device."""
+    if tree.of(Computed).precision == "bf16x3" and device == "cpu":
+        yield "--precision bf16x3 is for GPUs; a CPU multiplies the same numbers, slower than fp32"
 
 
 def _check(tree: Tree, study: str, rule: _Rule, zoo: str) -> None:
