@@ -248,9 +248,10 @@ def copies(estimator: Estimator, restarts: int) -> int:
     """Return how many float32 copies of the weights a search holds at most, beside their gradients.
 
     Among these are temporary ones in float64, which count twice. For one large weight; with many weights the
-    temporary ones are smaller.
+    temporary ones are smaller. Most searches hold one or two fewer: at the worst, the best position is
+    neither the present one nor the one before, and so is its gradient.
     """
-    once = 9 if WORST_CASE[estimator] == math.inf else 14 if CLIMBS[estimator] is Published else 11
+    once = 9 if WORST_CASE[estimator] == math.inf else 14 if CLIMBS[estimator] is Published else 12
     return once + 2 * (restarts > 1)
 
 
