@@ -316,6 +316,29 @@ def test_signs_and_holm_by_hand(judge: Any) -> None:
     assert judge.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
+@pytest.mark.slow
+def test_intervals_are_those_of_means_and_hold_the_statistics(judge: Any) -> None:
+    """Of a mean, by the central limit theorem; some models have no stragglers to hold."""
+    rng = np.random.default_rng(2)
+    layers = ["a", "b"]
+    blocks = []
+    for _ in range(3):
+        names = "gain share stragglers flat general clean choice ensemble hold".split()
+        models = pd.DataFrame(rng.normal(size=(36, len(names))), columns=names)
+        models.loc[:29, "hold"] = np.nan
+        sharpness = pd.DataFrame(rng.normal(size=(36, 2)), columns=layers)
+        blocks.append(judge.Block(models, sharpness, pd.DataFrame([[True, False]] * 36, columns=layers)))
+    bounds = judge.intervals(blocks, 0)
+    choice = np.array([block.models["choice"] for block in blocks])
+    half = 1.96 * np.sqrt((choice.var(axis=1) / 36).sum()) / 3
+    assert bounds["H7"] == pytest.approx((choice.mean() - half, choice.mean() + half), abs=0.1 * half)
+    found = judge.outcomes(blocks, 1, 0)
+    for name, (low, high) in bounds.items():
+        assert low < found[name].mean < high
+    one = judge.statistics(blocks[0].models.assign(sharp=blocks[0].sharpness["a"]))
+    assert {name: each.blocks[0] for name, each in found.items()} == pytest.approx(one)
+
+
 def test_a_verdict_needs_the_sign_of_every_block(judge: Any) -> None:
     for blocks, p, expected in (
         ((0.2, 0.3, 0.1), 0.01, "supported"),
@@ -394,3 +417,19 @@ def test_the_hypotheses_are_judged_on_the_runs_of_the_studies(
         run("judge_fashion_zoo.py", [str(out)], monkeypatch)
     assert ended.value.code == 1
     said(capsys.readouterr().out, 3, 30)
+
+
+@pytest.mark.slow
+def test_the_page_of_evidence_shows_what_the_kept_numbers_give(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = EXAMPLES.parent / "benchmarks" / "results" / "2026-12-01-fashion-tables.json"
+    with pytest.raises(SystemExit) as ended:
+        run("judge_fashion_zoo.py", [str(tables)], monkeypatch)
+    assert ended.value.code == 0
+    page = (EXAMPLES.parent / "docs" / "evidence.md").read_text("utf-8")
+    assert capsys.readouterr().out in page
+    monkeypatch.syspath_prepend(EXAMPLES)
+    made = json.loads(tables.read_text("utf-8"))["recipe"]
+    read_recipe = runpy.run_path(str(EXAMPLES / FASHION))["read_recipe"]
+    assert made == read_recipe(EXAMPLES / "fashion_recipe.toml", quick=False)
