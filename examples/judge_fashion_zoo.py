@@ -244,7 +244,8 @@ def intervals(blocks: Sequence[Block], seed: int) -> dict[str, tuple[float, floa
         drawn = [statistics(table.iloc[rng.integers(len(table), size=len(table))]) for table in tables]
         for name in drawn[0]:
             found.setdefault(name, []).append(float(np.mean([each[name] for each in drawn])))
-    ends = {name: np.nanpercentile(values, (2.5, 97.5)) for name, values in found.items()}
+    known = {name: np.array(values)[np.isfinite(values)] for name, values in found.items()}
+    ends = {n: np.percentile(v, (2.5, 97.5)) if len(v) else (math.nan, math.nan) for n, v in known.items()}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
