@@ -92,6 +92,13 @@ class Soups(Study):
                 f"soups: this study averages fine-tuned models, and needs at least 2; got "
                 f"{', '.join(zoo.finetuned)}; name more, or leave soups out"
             )
+        named = request.of(settings.Layers).models
+        if named is not None and len(named) < len(zoo.finetuned):
+            raise ValueError(
+                f"soups: this study averages all {len(zoo.finetuned)} fine-tuned models, but --models names "
+                f"{', '.join(named)}; run soups without --models, or give it these models alone, with "
+                "--finetuned or in a zoo of their own"
+            )
         if all(data.ood for data in zoo.data.values()):
             raise ValueError(
                 "soups: the best model and the greedy soup are chosen on in-distribution data, of which "

@@ -19,6 +19,7 @@ import rft_fast.kernels as kernels
 from rft_fast.names import Agreeing, Fill, MergeMethod
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_POLE = 0.01  # least denominator of t of Model Stock
 _CHUNK = 1 << 20  # elements whose float64 copies are made at a time
 
 
@@ -135,7 +136,7 @@ def model_stock() -> Formula:
         if t is None:
             raise ValueError(
                 f"merge: model-stock has no result for {run.name}: the mean cosine between the "
-                f"differences is {cosine:.3g}, but must be above {-1 / (count - 1):.3g}"
+                f"differences is {cosine:.3g}, but must be above {(_POLE - 1) / (count - 1):.3g}"
             )
         total = found[0].clone()
         for vector in found[1:]:
@@ -249,8 +250,12 @@ def prune(alphas: Mapping[str, float], pruned: frozenset[str], keep: float, fill
 
 
 def stock_ratio(cosine: float, count: int) -> float | None:
-    """Return t of Model Stock for a mean cosine of the differences of some models; None: no result."""
-    if 1 + (count - 1) * cosine <= 1e-6:  # NaN goes on, into the result, which is refused
+    """Return t of Model Stock for a mean cosine of the differences of some models; None: no result.
+
+    At a mean cosine of ``-1 / (count - 1)``, t is infinite. Close to it, the rounding of stored weights
+    decides t, so there is no result either.
+    """
+    if 1 + (count - 1) * cosine <= _POLE:  # NaN goes on, into the result, which is refused
         return None
     return count * cosine / (1 + (count - 1) * cosine)
 

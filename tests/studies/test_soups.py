@@ -98,6 +98,17 @@ def test_a_tensor_without_a_result_stays() -> None:
     assert math.isnan(ratios["s"]) and state["s"] == 1 and ratios["w"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_mirror_images_have_no_result(dtype: torch.dtype) -> None:
+    """Stored in 16 bits, w0 + d and w0 - d point against each other but for rounding, which would decide t."""
+    torch.manual_seed(0)
+    w0, d = torch.randn(64, 64), 0.05 * torch.randn(64, 64)
+    base = {"w": w0.to(dtype)}
+    models = [{"w": (base["w"].float() + sign * d).to(dtype)} for sign in (1, -1)]
+    state, ratios = streamed.model_stock(base, models)
+    assert math.isnan(ratios["w"]) and state["w"].equal(base["w"].float())
+
+
 @pytest.mark.parametrize("method", ["soup", "model-stock"])
 def test_the_bits_are_those_of_merged_files(method: str, tmp_path: File) -> None:
     """With statistics of BatchNorm and a counter, by the rule of merge."""
@@ -432,6 +443,7 @@ def test_a_run_that_cannot_average_is_refused(tmp_path: File) -> None:
     without = tiny_zoo.own_models(zoo, "ab")
     tiny_zoo.sweep_refused(["soups", *without[: without.index("--id-data")]], "soups", "--id-data")
     tiny_zoo.sweep_refused(["soups", *without, "--head", "finetuned"], "soups", "--head")
+    tiny_zoo.sweep_refused(["soups", *tiny_zoo.own_models(zoo, "abc"), "--models", "a"], 3, "a", "--models")
 
 
 @pytest.mark.slow
