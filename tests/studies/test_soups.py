@@ -100,7 +100,7 @@ def test_a_tensor_without_a_result_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounded_mirror_images_have_no_result(dtype: torch.dtype) -> None:
-    """Stored in 16 bits, w0 + d and w0 - d point against each other but for rounding, which would decide t."""
+    """Stored in 16 bits, w0 + d and w0 - d are opposite but for rounding, which would decide t."""
     torch.manual_seed(0)
     w0, d = torch.randn(64, 64), 0.05 * torch.randn(64, 64)
     base = {"w": w0.to(dtype)}
