@@ -293,8 +293,7 @@ def write_tables(recipe: Recipe, blocks: Sequence[Block], file: Path) -> None:
             for block in blocks
         ],
     }
-    text = json.dumps(content, indent=0)  # NaN is kept as NaN
-    disk.replace(file, (text + "\n").encode())
+    disk.replace(file, (json.dumps(content) + "\n").encode())  # NaN is kept as NaN
 
 
 def read_tables(file: Path) -> tuple[Recipe, list[Block]]:
